@@ -2,11 +2,11 @@
 (mean cosine), and on EfficientNet-Lite0 and a ResNet-50 with weights at random (agreement with the dense
 network on crops of other photographs). Resumes where it was stopped.
 
-A recipe is EPOCHS,LEARNING_RATE,CHUNKS,LENGTH[,TRAIN][,hidden][,own][,PARTS][,OPTION=NUMBER …]: how often
+A recipe is EPOCHS,LEARNING_RATE,CHUNKS,LENGTH[,TRAIN][,own][,PARTS][,OPTION=NUMBER …]: how often
 over how many calibration chunks (for the others: batches), how many tokens of each, what is trained, whether
-hidden states of SmolLM2 are matched as well (what W_Q and the gate read in each layer), whether SmolLM2
-writes the chunks itself, whether each is two, four or eight texts ("halves", …), and options of distil; the
-chunks that measure are left out. Each pruning is saved once under --out, and every recipe starts from there.
+SmolLM2 writes the chunks itself, whether each is two, four or eight texts ("halves", …), and options of
+distil; the chunks that measure are left out. Each pruning is saved once under --out, and every recipe starts
+from there.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from self_calibration import write
 
 import fasp_fx
 
-HIDDEN = ("*.q_proj", "*.gate_proj")
 PARTS = {"halves": 2, "quarters": 4, "eighths": 8}
-WORDS = ("hidden", "own", *PARTS)
+WORDS = ("own", *PARTS)
 RECIPES = ("1,3e-5,32,512", "2,3e-5,32,512", "2,3e-5,32,1024", "2,3e-5,96,1024")
 
 
@@ -131,7 +130,6 @@ def main() -> None:
                     "learning_rate": float(rate),
                     "loss": loss,
                     **({"train": train[0]} if train else {}),
-                    **({"hidden": HIDDEN} if "hidden" in more else {}),
                     **{key: json.loads(value) for key, _, value in (w.partition("=") for w in more) if value},
                 }
                 started = time.perf_counter()

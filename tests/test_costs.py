@@ -5,7 +5,6 @@ writes them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,7 +15,6 @@ import torch
 from captures import one_capture
 from conftest import PROFILE
 from fasp_fx.groups import Group
-from fasp_fx.obs import OBS
 from fasp_fx.resources import Resource, Sparsity
 from fasp_fx.scoring import Columns, GroupColumns, GroupScore, Order, by_set, by_value
 from fasp_fx.statistics import InputGradients, MakeStatistic
@@ -326,54 +324,18 @@ def test_an_order_may_be_of_lists_or_tensors(allocation: Literal["uniform", "glo
         assert fasp_fx.prune(_small(), (DATA[0],), score=Given(form, losses), **asked).plan == expected
 
 
-class Signed(GroupScore):
-    def __init__(self, sign: Any) -> None:
-        self.sign = sign
-
-    def __call__(self, group: GroupColumns) -> Order:
-        sign = float(self.sign() if callable(self.sign) else self.sign)
-        return by_value(group, sign * by_set(group, lambda columns: columns.norms.numpy()))
-
-
-def _scaled(sign: float) -> Callable[[Columns], Tensor]:
-    return lambda columns: sign * columns.norms
-
-
-def test_curves_of_another_score_of_the_same_name_are_refused() -> None:
+def test_curves_are_of_the_score_that_a_key_says() -> None:
     captured = fasp_fx.capture(_small(), (DATA[0],))
-    redefined = type("Signed", (Signed,), {"__call__": lambda self, group: Order(np.stack(group.members))})
-    scores: list[Any] = [
-        lambda columns: columns.norms,
-        lambda columns: -columns.norms,
-        lambda columns: columns.weight.norm(dim=0),
-        _scaled(1),
-        _scaled(-1),
-        partial(lambda sign, columns: sign * columns.norms, 1),
-        partial(lambda sign, columns: sign * columns.norms, -1),
-        Signed(1),
-        Signed(-1),
-        Signed(lambda: 1),
-        redefined(1),
-        OBS(),
-        OBS(damping=0.1),
-    ]
-    measured = [fasp_fx.measure(captured, calibration=DATA, score=score) for score in scores]
-    asked: dict[str, Any] = {"calibration": DATA, "sparsity": 0.3, "allocation": "global"}
-    for index, score in enumerate(scores):
-        costs = fasp_fx.Costs.from_json(measured[index].to_json())
-        expected = fasp_fx.prune(captured, score=score, **asked).plan
-        assert fasp_fx.prune(captured, score=score, costs=costs, **asked).plan == expected
-        with pytest.raises(fasp_fx.ArgumentError, match="the cost curves are of score="):
-            fasp_fx.prune(captured, score=score, costs=measured[index - 1], **asked)
-
-
-def test_curves_are_refused_of_a_score_that_nothing_tells_from_others() -> None:
-    captured = fasp_fx.capture(_small(), (DATA[0],))
-    score = Signed(iter([1.0] * 9).__next__)
-    costs = fasp_fx.measure(captured, calibration=DATA, score=score)
-    with pytest.raises(fasp_fx.ArgumentError, match="of which costs= cannot tell whether it is the same"):
-        fasp_fx.prune(captured, calibration=DATA, score=score, allocation="global", costs=costs)
-    assert fasp_fx.prune(captured, calibration=DATA, score=score, allocation="global").plan.groups
+    asked: dict[str, Any] = {"calibration": DATA, "score": lambda columns: columns.norms}
+    costs = fasp_fx.Costs.from_json(fasp_fx.measure(captured, key="norms", **asked).to_json())
+    asked |= {"sparsity": 0.3, "allocation": "global"}
+    expected = fasp_fx.prune(captured, **asked).plan
+    assert fasp_fx.prune(captured, key="norms", costs=costs, **asked).plan == expected
+    with pytest.raises(fasp_fx.ArgumentError, match="the cost curves are of score="):
+        fasp_fx.prune(captured, key="squares", costs=costs, **asked)
+    for measured in (costs, fasp_fx.measure(captured, calibration=DATA, score=asked["score"])):
+        with pytest.raises(fasp_fx.ArgumentError, match=r"cannot tell whether it is the same.* key="):
+            fasp_fx.prune(captured, costs=measured, **asked)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from unittest import mock
 import pytest
 import torch
 from conftest import EXAMPLES
-from fasp_fx.recovery import DistillationConfig, Divergence, SquaredError
+from fasp_fx.recovery import Divergence, SquaredError
+from fasp_fx.report import Recovery
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import error
@@ -56,6 +57,12 @@ def made() -> tuple[nn.Module, list[Tensor], fasp_fx.Result]:
     return dense, data, pruned(dense, data)
 
 
+def told(result: Any) -> Recovery:
+    """What the report of a result says of its training."""
+    assert result.report.recovery is not None
+    return result.report.recovery
+
+
 def relative_error(model: nn.Module, dense: nn.Module, data: list[Tensor]) -> float:
     """The mean over batches of ‖a − b‖² / ‖b‖²."""
     with torch.no_grad():
@@ -69,8 +76,7 @@ def curve(checkpoint: str) -> str:
     dense, data = net(), batches()
     options: dict[str, Any] = {"epochs": 3, "learning_rate": 3e-3, "accumulate": 2, "checkpoint": checkpoint}
     after = fasp_fx.distil(pruned(dense, data), dense, data, **options)
-    assert after.report.recovery is not None
-    return " ".join(f"{point.held_out:.6f}" for point in after.report.recovery.curve)
+    return " ".join(f"{point.held_out:.6f}" for point in told(after).curve)
 
 
 def weights_of(result: fasp_fx.Result) -> dict[str, Tensor]:
@@ -232,8 +238,7 @@ def test_it_never_gets_worse(
         "rank": 2,
     }
     after = fasp_fx.distil(result, dense, data, seed=seed, **options)
-    recovery = after.report.recovery
-    assert recovery is not None
+    recovery = told(after)
     kept = {point.step: point.held_out for point in recovery.curve}[recovery.kept]
     assert recovery.curve[0].held_out == pytest.approx(error, rel=1e-4)
     assert relative_error(after.module, dense, held_out) == pytest.approx(kept, rel=1e-3)
@@ -264,8 +269,7 @@ def test_training_that_diverges_stops_and_says_so(
 ) -> None:
     dense, data, result = made
     after = fasp_fx.distil(copy.deepcopy(result), dense, data, learning_rate=1e4, epochs=50, evaluations=50)
-    recovery = after.report.recovery
-    assert recovery is not None
+    recovery = told(after)
     assert recovery.kept == 0
     assert recovery.steps < 450
     assert "learning_rate" in recovery.notes[0]
@@ -276,33 +280,24 @@ def test_patience_ends_what_does_not_get_better(made: tuple[nn.Module, list[Tens
     dense, data, result = made
     result = fasp_fx.distil(copy.deepcopy(result), dense, data, learning_rate=3e-3, epochs=40)
     again = fasp_fx.distil(result, dense, data, learning_rate=0.03, epochs=40, evaluations=40, patience=3)
-    assert again.report.recovery is not None
-    assert again.report.recovery.steps < 9 * 40
+    assert told(again).steps < 9 * 40
 
 
 def test_weights_of_16_bits_learn_by_steps_that_they_could_not_hold() -> None:
+    """In bfloat16 no step of 1e-4 moves a weight above 0.03."""
     dense, data = net(dtype=torch.bfloat16), batches(dtype=torch.bfloat16)
     result = pruned(dense, data, restore=None)
-    before = relative_error(result.module.float(), net().bfloat16().float(), batches())
-    result = pruned(dense, data, restore=None)
-    after = fasp_fx.distil(result, dense, data, learning_rate=1e-4, epochs=60)
-    assert after.report.recovery is not None
-    assert after.report.recovery.kept > 0
+    before = relative_error(copy.deepcopy(result.module).float(), net().bfloat16().float(), batches())
+    after = fasp_fx.distil(result, dense, data, learning_rate=1e-4, epochs=30)
     assert {tensor.dtype for tensor in after.module.parameters()} == {torch.bfloat16}
     assert relative_error(copy.deepcopy(after.module).float(), dense.float(), batches()) < before * 0.98
 
 
-def test_products_in_bfloat16_and_then_in_the_dtype_of_the_weights(
-    made: tuple[nn.Module, list[Tensor], fasp_fx.Result],
-) -> None:
+def test_products_in_bfloat16_learn(made: tuple[nn.Module, list[Tensor], fasp_fx.Result]) -> None:
     dense, data, _ = made
     result = pruned(dense, data, restore=None)  # which leaves something to learn
-    for precision in ("bfloat16", "weights"):
-        after = fasp_fx.distil(
-            copy.deepcopy(result), dense, data, learning_rate=3e-3, epochs=10, precision=precision
-        )
-        assert after.report.recovery is not None
-        assert after.report.recovery.kept > 0
+    after = fasp_fx.distil(result, dense, data, learning_rate=3e-3, epochs=5, precision="bfloat16")
+    assert told(after).kept > 0
 
 
 def test_gradients_that_the_caller_has_gathered_do_not_enter_and_are_there_afterwards(
@@ -326,8 +321,7 @@ def test_low_rank_matrices_are_added_in_the_precision_of_the_weights() -> None:
     result = pruned(dense, data)
     before = weights_of(result)
     after = fasp_fx.distil(result, dense, data, train="low-rank", rank=2, learning_rate=3e-3, epochs=4)
-    assert after.report.recovery is not None
-    assert after.report.recovery.kept > 0
+    assert told(after).kept > 0
     added = {name: tensor - before[name] for name, tensor in weights_of(after).items()}
     assert any(bool(tensor.any()) for tensor in added.values())
     for name, tensor in added.items():
@@ -361,59 +355,6 @@ def test_sparse_gradients_train_as_dense_ones_do(train: Any) -> None:
     torch.testing.assert_close(weights_of(found[1]), weights_of(found[0]))
 
 
-class Residual(nn.Module):
-    """Convolutions, batch norms and an addition."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.inner = nn.Sequential(
-            nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1)
-        )
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.stem(x)))
-        return self.head((x + self.inner(x)).mean((2, 3)))
-
-
-def test_a_convolutional_network_by_the_same_call() -> None:
-    torch.manual_seed(0)
-    dense = Residual().eval()
-    data = [torch.randn(4, 3, 6, 6) for _ in range(12)]
-    result = fasp_fx.prune(dense, (data[0],), calibration=data, sparsity=0.5, score="magnitude", restore=None)
-    for loss in ("outputs", "divergence"):
-        after = fasp_fx.distil(copy.deepcopy(result), dense, data, learning_rate=3e-3, epochs=10, loss=loss)
-        recovery = after.report.recovery
-        assert recovery is not None
-        assert min(point.held_out for point in recovery.curve) < 0.8 * recovery.curve[0].held_out
-
-
-def test_an_encoder_with_a_mask_by_the_same_call() -> None:
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        initializer_range=0.3,
-    )
-    dense = BertModel(config, add_pooling_layer=False).eval()
-    mask = torch.ones(2, 8, dtype=torch.long)
-    mask[0, 5:] = 0
-    data = [{"input_ids": torch.randint(0, 50, (2, 8)), "attention_mask": mask} for _ in range(10)]
-    result = fasp_fx.prune(
-        dense, (), data[0], calibration=data, sparsity=0.4, score="magnitude", restore=None
-    )
-    after = fasp_fx.distil(result, dense, data, learning_rate=1e-3, epochs=6)
-    recovery = after.report.recovery
-    assert recovery is not None
-    assert min(point.held_out for point in recovery.curve) < 0.9 * recovery.curve[0].held_out
-
-
 class Tied(nn.Module):
     """An embedding that also predicts."""
 
@@ -437,18 +378,16 @@ def test_tied_weights_stay_tied(train: Any, tmp_path: Path) -> None:
     after = fasp_fx.distil(
         result, dense, data, loss="divergence", learning_rate=3e-3, epochs=4, train=train, rank=2
     )
-    assert after.report.recovery is not None
-    assert after.report.recovery.kept > 0
+    assert told(after).kept > 0
     module: Any = after.module
     assert module.embed.weight is module.head.weight
     after.save(tmp_path / "saved")
     loaded = fasp_fx.load(tmp_path / "saved")
     torch.testing.assert_close(loaded.module(data[0]), after.module(data[0]))
-    assert loaded.report.recovery == after.report.recovery
+    assert told(loaded) == told(after)
     again = fasp_fx.distil(loaded, dense, data, loss="divergence", epochs=1)
-    assert again.report.recovery is not None
-    assert again.report.recovery.curve[0].held_out == pytest.approx(
-        min(p.held_out for p in after.report.recovery.curve), rel=1e-3
+    assert told(again).curve[0].held_out == pytest.approx(
+        min(p.held_out for p in told(after).curve), rel=1e-3
     )
 
 
@@ -494,8 +433,7 @@ class Averages(nn.Module):
         return self.c(h - self.mean)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("train", ["all", "low-rank"])
-@pytest.mark.parametrize("without_gradients", [False, True])
+@pytest.mark.parametrize(("without_gradients", "train"), [(False, "all"), (True, "low-rank")])
 def test_buffers_that_forward_writes_are_as_they_were(without_gradients: bool, train: Any) -> None:
     torch.manual_seed(0)
     model, batches = Averages(without_gradients).eval(), [torch.randn(64, 8) for _ in range(6)]
@@ -504,28 +442,15 @@ def test_buffers_that_forward_writes_are_as_they_were(without_gradients: bool, t
     before = copy.deepcopy(result.module)(batches[0])
     # Next to nothing is learned, and nothing else may change what is judged.
     found = fasp_fx.distil(result, model, batches, learning_rate=1e-9, **asked)
-    assert found.report.recovery is not None
-    held_out = [point.held_out for point in found.report.recovery.curve]
+    held_out = [point.held_out for point in told(found).curve]
     assert max(held_out) == pytest.approx(min(held_out), rel=1e-4)
     assert error(copy.deepcopy(found.module)(batches[0]), before) < 1e-5
     better = fasp_fx.distil(result, model, batches, learning_rate=1e-3, **asked)
-    assert better.report.recovery is not None
-    assert better.report.recovery.curve[-1].held_out != pytest.approx(held_out[0], rel=1e-4)
+    assert told(better).curve[-1].held_out != pytest.approx(held_out[0], rel=1e-4)
     for buffer in (model.mean, better.module.mean):
         assert isinstance(buffer, Tensor)
         assert not buffer.any()
         assert not buffer.requires_grad
-
-
-def test_a_module_whose_buffers_are_written_trains_for_more_than_one_step() -> None:
-    torch.manual_seed(0)
-    model, batches = Averages(without_gradients=True).eval(), [torch.randn(64, 8) for _ in range(4)]
-    module = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.3).module
-    for batch in batches:
-        module(batch).square().mean().backward()
-    assert isinstance(module.mean, Tensor)
-    assert module.mean.any()
-    assert not module.mean.requires_grad
 
 
 def test_a_model_pruned_in_parts() -> None:
@@ -553,9 +478,8 @@ def test_models_in_training_mode_are_refused_and_captured_programs_have_none() -
     with pytest.raises(ArgumentError, match="'drop' of dense is in training mode"):
         fasp_fx.distil(result, dense, data)
     dense.drop.eval()
-    assert_weights(result, before)
     part.body.train()  # a program that was captured in evaluation mode
-    fasp_fx.distil(result, dense, data, epochs=1)
+    assert_weights(fasp_fx.distil(result, dense, data, epochs=1, learning_rate=1e-30), before)
 
 
 # --- bad input
@@ -577,6 +501,8 @@ def test_models_in_training_mode_are_refused_and_captured_programs_have_none() -
         ({"epoch": 3}, "did you mean 'epochs'"),
         ({"train": "low-rank", "rank": 500}, "rank=500"),
         ({"config": {"epochs": 1}}, "DistillationConfig"),
+        ({"progress": 5}, "progress is a int; pass a function"),
+        ({"key": 5}, "key=5 is not a text"),
     ],
 )
 def test_options_that_make_no_sense(
@@ -608,8 +534,8 @@ def test_what_is_not_the_dense_model_is_refused(made: tuple[nn.Module, list[Tens
         (None, "NoneType"),
         (torch.randn(4, 6), "single Tensor"),
         ([torch.randn(4, 6)], "at least two"),
-        ([torch.randn(4, 5)] * 3, "batch 0"),
         ([torch.randn(4, 6), "text"], "batch 1"),
+        ([torch.randn(4, 5)] * 3, "the dense model does not take batch 0"),
         ([torch.full((4, 6), math.nan)] * 3, "not finite"),
     ],
 )
@@ -620,7 +546,7 @@ def test_data_that_does_not_fit(
     before = weights_of(result)
     with pytest.raises(FaspError, match=said):
         fasp_fx.distil(result, dense, data)
-    assert all(torch.equal(before[name], tensor) for name, tensor in result.module.named_parameters())
+    assert_weights(result, before)
 
 
 def test_a_loss_of_ones_own(made: tuple[nn.Module, list[Tensor], fasp_fx.Result]) -> None:
@@ -635,42 +561,13 @@ def test_a_loss_of_ones_own(made: tuple[nn.Module, list[Tensor], fasp_fx.Result]
             return (outputs - targets["out"]).abs().mean(-1)
 
     after = fasp_fx.distil(copy.deepcopy(result), dense, data, loss=Absolute(), learning_rate=3e-3, epochs=10)
-    assert after.report.recovery is not None
-    assert after.report.recovery.criterion == "Absolute"
-    assert after.report.recovery.kept > 0
-    with pytest.raises(ArgumentError, match="two dimensions"):
-        fasp_fx.distil(
-            result,
-            dense,
-            data,
-            loss=type(
-                "Flat",
-                (Divergence,),
-                {"targets": lambda self, outputs: Divergence.targets(self, outputs.sum())},
-            )(),
-        )
+    assert told(after).criterion == "Absolute"
+    assert told(after).kept > 0
 
 
-def test_a_progress_that_cannot_be_called(made: tuple[nn.Module, list[Tensor], fasp_fx.Result]) -> None:
-    dense, data, result = made
-    with pytest.raises(ArgumentError, match="progress is a int; pass a function"):
-        fasp_fx.distil(result, dense, data, progress=5)  # type: ignore[arg-type]
-
-
-def test_options_take_the_place_of_those_of_a_configuration() -> None:
-    assert DistillationConfig.of(DistillationConfig(epochs=3), {"rank": 4}) == DistillationConfig(
-        epochs=3, rank=4
-    )
-
-
-class Scaled:
-    """The outputs times a number, or what a function makes of them."""
-
-    def __init__(self, scale: Any) -> None:
-        self.scale = scale
-
+class Squared:
     def targets(self, outputs: Tensor) -> Any:
-        return {"out": outputs * (self.scale if isinstance(self.scale, float) else 1.0)}
+        return {"out": outputs}
 
     def terms(self, outputs: Tensor, targets: Any, inputs: Any) -> Any:
         return (outputs - targets["out"]).square().mean(-1)
@@ -681,11 +578,9 @@ class Scaled:
     [
         ("targets", lambda outputs: [outputs], r"targets\(\) returned a list"),
         ("targets", lambda outputs: {"out": 3.0}, r"targets\(\) returned a dict"),
-        ("targets", lambda outputs: {}, "keeps nothing"),
-        ("targets", lambda outputs: outputs.nothing, r"targets\(\) for batch 0 raised AttributeError"),
+        ("targets", lambda outputs: {}, "at least one"),
         ("terms", lambda outputs, targets, inputs: 0.5, r"terms\(\) returned a float"),
-        ("terms", lambda outputs, targets, inputs: outputs > 0, r"terms\(\) returned a torch\.bool"),
-        ("terms", lambda outputs, targets, inputs: inputs["x"], r"terms\(\) for batch 0 raised KeyError"),
+        ("terms", lambda outputs, targets, inputs: outputs > 0, r"terms\(\) returned a Tensor"),
         ("terms", lambda outputs, targets, inputs: outputs * math.nan, "batch 0, against itself, is not"),
         ("terms", lambda outputs, targets, inputs: outputs[:0], "nothing of batch 0 counts"),
         ("terms", lambda outputs, targets, inputs: outputs.detach(), "no parameter that is trained"),
@@ -695,14 +590,13 @@ def test_losses_that_do_not_do_as_they_should(
     made: tuple[nn.Module, list[Tensor], fasp_fx.Result], method: str, returned: Any, said: str
 ) -> None:
     dense, data, result = made
-    match = Scaled(1.0)
+    match = Squared()
     setattr(match, method, returned)
     with pytest.raises(FaspError, match=said):
         fasp_fx.distil(result, dense, data, loss=match)
 
 
-@pytest.mark.parametrize("loss", ["divergence", "outputs"])
-@pytest.mark.parametrize("place", [0, 3], ids=["training", "held out"])
+@pytest.mark.parametrize(("loss", "place"), [("divergence", 0), ("outputs", 3)], ids=["training", "held out"])
 def test_a_batch_that_is_all_padding_is_named_before_anything_is_trained(loss: Any, place: int) -> None:
     dense = Masked().eval()
     data = [
@@ -715,7 +609,6 @@ def test_a_batch_that_is_all_padding_is_named_before_anything_is_trained(loss: A
     with pytest.raises(CalibrationError, match=f"nothing of batch {place} counts.*leave it out"):
         fasp_fx.distil(result, dense, data, loss=loss, epochs=1)
     assert_weights(result, before)
-    fasp_fx.distil(result, dense, [*data[:place], *data[place + 1 :]], loss=loss, epochs=1)
 
 
 #: nothing else is imported, which would take each process seconds
@@ -734,6 +627,7 @@ compute_in_full()
 {inspect.getsource(net)}
 {inspect.getsource(batches)}
 {inspect.getsource(pruned)}
+{inspect.getsource(told)}
 {inspect.getsource(curve)}
 found = curve(sys.argv[1])
 if os.environ["RANK"] == "0":

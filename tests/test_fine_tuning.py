@@ -5,11 +5,9 @@ Trainer.
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -156,47 +154,6 @@ def test_accelerate(pruned: nn.Module, accelerator: Callable[..., Accelerator], 
     _assert_same(model, alone)
 
 
-def test_accelerate_in_mixed_precision(pruned: nn.Module, accelerator: Callable[..., Accelerator]) -> None:
-    expected = _train(copy.deepcopy(pruned))
-    runner = accelerator(mixed_precision="bf16")
-    model, optimizer = runner.prepare(pruned, torch.optim.SGD(pruned.parameters(), lr=RATE))
-    losses = [_step(model, _batch(seed), optimizer, runner.backward) for seed in range(STEPS)]
-    assert losses == pytest.approx(expected, rel=0.05)
-    assert losses != expected
-    assert all(weight.dtype == torch.float32 for weight in model.parameters())
-
-
-def test_trainer(pruned: nn.Module, accelerator: object, tmp_path: Path) -> None:
-    alone = copy.deepcopy(pruned)
-    expected = _train(alone)
-    examples = [{"input_ids": row[:-1], "labels": row[1:]} for seed in range(STEPS) for row in _batch(seed)]
-    optimizer = torch.optim.SGD(pruned.parameters(), lr=RATE)
-
-    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
-        total = functional.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten(), reduction="sum")
-        return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
-
-    settings = TrainingArguments(
-        tmp_path / "out", per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=1,
-        use_cpu=True, max_grad_norm=0.0, disable_tqdm=True, report_to=[], logging_steps=1, save_strategy="no",
-        train_sampling_strategy="sequential",
-    )  # fmt: skip
-    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    trainer = Trainer(
-        pruned,
-        settings,
-        train_dataset=examples,
-        eval_dataset=examples,
-        compute_loss_func=loss,
-        optimizers=(optimizer, constant),
-    )
-    trainer.train()
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == pytest.approx(expected, abs=1e-3)
-    _assert_same(pruned, alone)
-    assert trainer.evaluate()["eval_loss"] < expected[0]
-
-
 def test_documentation_runs_as_printed(
     trained_in_place: fasp_fx.Result, accelerator: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,9 +185,3 @@ def test_documentation_runs_as_printed(
         after = _loss(logits, _batch(0))
         assert after < before
         before = after
-
-
-def test_signature_is_the_callers(dense: nn.Module, pruned: nn.Module) -> None:
-    """Trainers read it to find the columns of a data set that the model takes."""
-    names = list(inspect.signature(pruned.forward).parameters)
-    assert {"input_ids", "attention_mask", "labels"} <= set(names)

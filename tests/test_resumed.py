@@ -206,8 +206,13 @@ def test_another_model_and_what_is_no_checkpoint(captured: fasp_fx.Captured, tmp
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(StoreError, match="no checkpoint"):
         fasp_fx.prune(captured, checkpoint=tmp_path / "mine", **HOW)
-    with pytest.raises(ArgumentError, match="code of your own"):
-        fasp_fx.prune(captured, checkpoint=tmp_path / "new", score=lambda columns: columns.norms, **HOW)
+    own: dict[str, Any] = {"score": lambda columns: columns.norms, "checkpoint": tmp_path / "own", **HOW}
+    with pytest.raises(ArgumentError, match=r"code of your own.* key="):
+        fasp_fx.prune(captured, **own)
+    expected = fasp_fx.prune(captured, key="norms", **own)
+    assert _same(fasp_fx.prune(captured, key="norms", **own), expected)
+    with pytest.raises(StoreError, match="options differ"):
+        fasp_fx.prune(captured, key="squares", **own)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
 
 

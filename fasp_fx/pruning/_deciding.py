@@ -250,10 +250,11 @@ def _checkpoint_folder(checkpoint: str | Path | None, config: PruningConfig) -> 
     folder = path_of(checkpoint, "checkpoint").absolute()
     refuse_other(folder)
     for name in ("score", "restore", "loss"):
-        if callable(getattr(config, name)):
+        if callable(getattr(config, name)) and config.key is None:
             raise ArgumentError(
                 f"{name}={getattr(config, name)!r} is code of your own, of which checkpoint= cannot tell"
-                " whether it is the same when the run goes on; leave out checkpoint="
+                " whether it is the same when the run goes on; say which it is by a text, key=, or leave out"
+                " checkpoint="
             )
     return folder
 
@@ -266,10 +267,16 @@ def _journal(
     inputs: list[list[Any]],
     ranks: Ranks,
 ) -> Journal:
-    """What is kept of the calibration of one program; what an allocation decides stands in it by itself."""
-    config = replace(config, allocation=None) if callable(config.allocation) else config
+    """What is kept of the calibration of one program; what an allocation decides stands in it by itself, and
+    which code of the user's it is, ``key`` says.
+    """
+    own: dict[str, Any] = {
+        name: None for name in ("score", "restore", "allocation", "loss") if callable(getattr(config, name))
+    }
+    options = json.loads(replace(config, **own).to_json())
+    options |= {name: "of the user's" for name in own if name != "allocation"}
     fingerprint = plans.running_fingerprint(consumers.analysis.program)
-    return open_journal(folder, fingerprint, json.loads(config.to_json()), lost, inputs, ranks.size)
+    return open_journal(folder, fingerprint, options, lost, inputs, ranks.size)
 
 
 def _remarks(measured: Measured, subject: Subject, config: PruningConfig, lost: list[int]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -10,7 +9,6 @@ from typing import Any, Literal, TypedDict
 
 from ..allocation._allocation import Allocation, CostAllocation, Global, Search, uniform
 from ..allocation.budgets import Cap, budget_data, budget_from_data, read_budget
-from ..base._identity import identity_of
 from ..base._options import configured, is_number, names_of
 from ..calibration.losses import Loss, resolve_loss
 from ..calibration.obs import resolve_score
@@ -45,6 +43,7 @@ class PruningOptions(TypedDict, total=False):
     round_to: int
     uniform_layers: bool
     padding_mask: str | None
+    key: str | None
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,8 @@ class PruningConfig:
         padding_mask: name of the input ``[batch, tokens]`` (``"attention_mask"``, say) that is zero where a
             token of the first input is padding; such tokens of the calibration data enter neither scores nor
             repairs. ``None``: every token counts.
+        key: of a score, repair or loss of your own: a text that says which it is and what it was made with.
+            Costs and checkpoints are used again where it is the same, and not at all of such code without it.
 
     A name pattern is that of a weight (``"layers.0.mlp.up.weight"``) or of a module that holds it
     (``"layers.0"``), and may have the wildcards ``*``, ``?`` and ``[...]`` (``"layers.*.mlp"``). A tied
@@ -129,6 +130,7 @@ class PruningConfig:
     round_to: int = 1
     uniform_layers: bool = False
     padding_mask: str | None = None
+    key: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", () if self.budget is None else read_budget(self.budget))
@@ -148,6 +150,8 @@ class PruningConfig:
                 f"padding_mask={self.padding_mask!r:.80} is no name; pass that of an input, such as"
                 " 'attention_mask'"
             )
+        if self.key is not None and not isinstance(self.key, str):
+            raise ArgumentError(f"key={self.key!r:.80} is not a text")
         if isinstance(self.restore, type):
             name = self.restore.__name__
             raise ArgumentError(f"restore={name} is a class; make one: restore={name}()")
@@ -232,18 +236,21 @@ class PruningConfig:
 
     @property
     def score_name(self) -> str:
-        """The score's name; that of its class or function, and what tells it from others of that name, where
-        it is one of the user's.
+        """The score's name; that of its class or function with ``key``, where it is one of the user's.
 
         Raises:
-            ArgumentError: nothing tells it from others.
+            ArgumentError: there is no key to tell it from others.
         """
         score = self.named_score
         if isinstance(score, str):
             return score
         name = getattr(score, "__qualname__", type(score).__qualname__)
-        identity = identity_of(score, "score", "costs=", code=True)
-        return f"{name} {hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+        if self.key is None:
+            raise ArgumentError(
+                f"score={name} is code of your own, of which costs= cannot tell whether it is the same; say"
+                " which it is by a text, key=, here and where the costs are measured"
+            )
+        return f"{name} {self.key}"
 
     @property
     def drift_part(self) -> float:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any, Unpack
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...allocation._selection import is_excluded
-from ...analysis.groups import Group, Member
+from ...analysis.channels import laid_by_block
+from ...analysis.groups import Group, Member, by_block
 from ...base._options import is_number
 from ...base._tolerable import tolerable
 from ...base._undisturbed import in_usual_modes, one_at_a_time
+from ...base._warn import warn
 from ...capturing._captured import capture_whole
-from ...errors import ArgumentError, NothingPrunableError, first_line
+from ...capturing._compare_with_model import called, trouble_with
+from ...errors import ArgumentError, CalibrationError, NothingPrunableError, VerificationWarning
 from ...pruning._prune import analyze
+from ...pruning.check._blame import sound_part
+from ...pruning.check._reference import masked_program
 from ...pruning.config import PruningConfig, PruningOptions
-from ._effect import check_effect
 from ._gates import Gates
 from ._kinds import HardConcrete, Kind
-from ._scaled import Scaled
-from ._threshold import Threshold
+from ._target import Target, Threshold
 
 #: the options that gates can say something of
 _SAID = ("sparsity", "budget", "granularity", "include", "exclude", "round_to", "uniform_layers")
@@ -76,16 +80,14 @@ def attach(
         raise ArgumentError(f"model is a {type(model).__name__}; give the module that is to be trained")
     if any(isinstance(module, Gates | Scaled) for module in model.modules()):
         raise ArgumentError("the model has gates already; call detach() of those first")
-    if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
-        raise ArgumentError(f"warmup={warmup!r} is not a number of steps")
-    if not is_number(rate) or not math.isfinite(rate) or rate < 0:
-        raise ArgumentError(f"rate={rate!r} is not a number from 0 on")
-    if not isinstance(coarse, bool):
-        raise ArgumentError(f"coarse={coarse!r} is neither True nor False")
-    if kind is not None and not isinstance(kind, Kind):
-        raise ArgumentError(
-            f"kind={kind!r} is none of gates; make one, such as Projected() or HardConcrete()"
-        )
+    for name, value, fits, said in (
+        ("warmup", warmup, type(warmup) is int and warmup >= 0, "a number of steps"),
+        ("rate", rate, is_number(rate) and rate >= 0, "a number from 0 on"),
+        ("coarse", coarse, isinstance(coarse, bool), "True or False"),
+        ("kind", kind, isinstance(kind, Kind | None), "one of gates; make one, such as Projected()"),
+    ):
+        if not fits:
+            raise ArgumentError(f"{name}={value!r} is not {said}")
     asked = replace(_asked(PruningConfig.of(config, options)), score="fasp", allocation=Threshold())
     captured = capture_whole(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     analysis = analyze(captured, granularity=asked.granularity, include=asked.include)
@@ -101,32 +103,22 @@ def attach(
             "coarse=True finds no group that may go as a whole; add 'depth' to include=, and for attention"
             " 'head' to granularity="
         )
-    gates = Gates(
-        model, captured.program, analysis, groups, asked, kind or HardConcrete(), warmup, rate, coarse
-    )
+    target = Target(captured.program, analysis, groups, asked)
+    gates = Gates(model, target, kind or HardConcrete(), warmup, rate, coarse)
     orders = [list(module._parameters) for module, _, _ in places]  # as they stand before any is replaced
     try:
         for (module, name, own), order in zip(places, orders, strict=True):
-            _scale(module, name, Scaled(gates, own, getattr(module, name).device, holds=not gates.places))
+            scaled = Scaled(gates, own, getattr(module, name).device, holds=not gates.places)
+            parametrize.register_parametrization(module, name, scaled)
             module.parametrizations.train(model.training)  # type: ignore[union-attr]
             gates.places.append((module, name, order))
         gates.watch()
-        check_effect(gates, model, captured.program, analysis, groups)
+        _check_effect(gates, model)
         gates.draw()  # weights may be read before the first call
     except BaseException:
         gates.detach()
         raise
     return gates
-
-
-def _scale(module: nn.Module, name: str, scaled: Scaled) -> None:
-    try:
-        parametrize.register_parametrization(module, name, scaled)
-    except tolerable(ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise ArgumentError(
-            f"'{name}' of a {type(module).__name__} cannot be multiplied by gates: {first_line(error)}; use"
-            " exclude="
-        ) from error
 
 
 def _asked(config: PruningConfig) -> PruningConfig:
@@ -175,6 +167,89 @@ def _places(
             for (key, own), module in owners.items():  # a module may have several names
                 places.setdefault((key, own), (module, own, []))[2].append((number, member))
     return list(places.values()), groups
+
+
+def _check_effect(gates: Gates, model: nn.Module) -> None:
+    """Hold a model with gates against the dense program with the closed channels masked, before it is
+    trained, with every second gate of each block closed: a weight that the model reads past the attribute of
+    its module is not multiplied by them.
+
+    Raises:
+        ArgumentError: closed gates are not the removal of their channels; names the groups.
+
+    Warns:
+        VerificationWarning: the masked program does not run on the example inputs.
+    """
+    target = gates.target
+
+    def fault(closed: list[Group]) -> str | None:
+        """How the model differs when gates of these groups are closed."""
+        names = {group.name for group in closed}
+        gone = [_every_second(group) & (group.name in names) for group in target.groups]
+        masked = masked_program(target.program, target.analysis, target.decision(gone))
+        args, kwargs = target.program.call()
+        with gates.closed(gone):
+            found, _ = called(masked, model, args, kwargs)
+        return trouble_with(masked, found, args, kwargs)
+
+    try:
+        without = sound_part(target.groups, fault)[1]
+    except tolerable(CalibrationError) as error:
+        warn(f"what gates do was not compared with the removal of channels: {error}", VerificationWarning)
+        return
+    if without:
+        names = ", ".join(f"'{group.name}'" for group, _ in without)
+        raise ArgumentError(
+            f"closed gates of {names} are not the removal of their channels: {without[0][1]}; the model reads"
+            " weights past the attributes of their modules, such as from a list of its own. Read them there,"
+            f" or leave them whole with exclude=('{without[0][0].consumers[0].name}',)"
+        )
+
+
+def _every_second(group: Group) -> np.ndarray:
+    return np.isin(np.arange(group.size), np.stack(by_block(group.block_of))[:, 1::2])
+
+
+class Scaled(nn.Module):
+    """A parametrization that multiplies the columns of a weight by the gates of the channels that they read.
+
+    Args:
+        gates: all gates.
+        places: for each group that takes columns of the weight along, its number, and the member that says
+            which.
+        device: that of the weight.
+        holds: whether the gates are a part of the model by this. A submodule of their own would be called by
+            a model that calls all it has in turn.
+    """
+
+    #: what a capture refuses a model by, though it be a part that the gates themselves are not in
+    is_fasp_fx_gates = True
+
+    def __init__(
+        self, gates: Gates, places: list[tuple[int, Member]], device: torch.device, holds: bool
+    ) -> None:
+        super().__init__()
+        self._gates = (gates,)  # in a tuple: no part of this module
+        if holds:
+            self.gates = gates
+        self._places = places
+        for index, (_, member) in enumerate(places):
+            for what in ("indices", "sets"):
+                held = torch.tensor(getattr(member, what), device=device)
+                self.register_buffer(f"{what}_{index}", held, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        for index, (number, member) in enumerate(self._places):
+            drawn: Tensor = self._gates[0].drawn(number).to(weight)
+            indices, sets = (getattr(self, f"{what}_{index}") for what in ("indices", "sets"))
+            factors = drawn.new_ones(member.size).index_put((indices,), drawn[sets])
+            if member.block_dim is None:
+                laid = factors.reshape([-1 if dim == member.dim else 1 for dim in range(weight.dim())])
+            else:
+                blocks = factors.reshape(member.blocks, -1)
+                laid = laid_by_block(blocks, member.dim, member.block_dim, weight.shape)
+            weight = weight * laid
+        return weight
 
 
 __all__ = ["attach"]

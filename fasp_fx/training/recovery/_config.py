@@ -3,20 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypedDict, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
 
-from ...base._options import configured, is_number, names_of
+from ...base._options import configured, is_number
 from ...errors import ArgumentError
 from ._matching import Match
-from ._trained import Part
+from ._trained import PARTS, Part
 
-_TRAINED, _PRECISIONS, _LOSSES = (
-    get_args(Part),
-    ("auto", "weights", "bfloat16"),
-    ("auto", "divergence", "outputs"),
-)
+_POSITIVE = (lambda value: type(value) is int and value > 0), "a positive integer"
+#: of each option: whether a value is one, and what it ought to be
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "epochs": _POSITIVE,
+    "accumulate": _POSITIVE,
+    "rank": _POSITIVE,
+    "top_k": _POSITIVE,
+    "evaluations": _POSITIVE,
+    "patience": (lambda value: value is None or _POSITIVE[0](value), "a positive integer or None"),
+    "seed": (lambda value: type(value) is int and 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1"),
+    "learning_rate": (
+        lambda value: is_number(value) and value > 0,
+        "a positive number; 3e-5 is a good start",
+    ),
+    "warmup": (
+        lambda value: is_number(value) and 0 <= value <= 1,
+        "in [0, 1]; it is a fraction of the steps",
+    ),
+    "held_out": (
+        lambda value: is_number(value) and 0 < value < 1,
+        "in (0, 1); it is the fraction of the batches that judges",
+    ),
+    "train": (lambda value: value in PARTS, f"known; use one of {', '.join(map(repr, PARTS))}"),
+    "precision": (
+        lambda value: value in ("auto", "weights", "bfloat16"),
+        "known; use 'auto', 'weights' or 'bfloat16'",
+    ),
+    "loss": (
+        lambda value: value in ("auto", "divergence", "outputs") or isinstance(value, Match),
+        "known; use 'auto', 'divergence', 'outputs', or an object with targets() and terms()"
+        " (fasp_fx.recovery.Match)",
+    ),
+    "key": (lambda value: value is None or isinstance(value, str), "a text"),
+}
 
 
 class DistillationOptions(TypedDict, total=False):
@@ -30,13 +59,12 @@ class DistillationOptions(TypedDict, total=False):
     rank: int
     loss: Literal["auto", "divergence", "outputs"] | Match
     top_k: int
-    hidden: Iterable[str]
-    hidden_weight: float
     held_out: float
     evaluations: int
     patience: int | None
     precision: Literal["auto", "weights", "bfloat16"]
     seed: int
+    key: str | None
 
 
 @dataclass(frozen=True)
@@ -62,12 +90,6 @@ class DistillationConfig:
             tokens, else ``"outputs"``.
         top_k: of ``loss="divergence"``: how many of the dense model's probabilities are kept of each
             prediction; the others count as one. What is kept takes six bytes each, on disk.
-        hidden: name patterns of weights; the activations that these read are matched beside the outputs, as
-            are hidden states in CoFi (arXiv 2204.00408, section 3.2). They have to have all their channels
-            still: in a transformer what queries, keys, values and the first layers of feed-forward blocks
-            read. What is kept of the dense model's takes two bytes for each number, on disk.
-        hidden_weight: of ``hidden``: what their error counts beside the loss of outputs; it is the mean of
-            their squared errors, each relative to the dense model's mean square.
         held_out: the fraction of the batches that is not trained on, at least one batch; the weights that do
             best on it are kept.
         evaluations: how often the held-out batches are looked at, evenly over the steps; the last time after
@@ -80,6 +102,8 @@ class DistillationConfig:
             by way of copies in float32, in any case.
         seed: of the order of the batches, of the first low-rank matrices, and of what the model draws itself
             (dropout that is always on).
+        key: of a loss of your own: a text that says which it is and what it was made with. A checkpoint goes
+            on where the text is the same, and there is none of such a loss without one.
 
     Raises:
         ArgumentError: an option is out of range or not known.
@@ -93,48 +117,17 @@ class DistillationConfig:
     rank: int = 16
     loss: Literal["auto", "divergence", "outputs"] | Match = "auto"
     top_k: int = 256
-    hidden: Iterable[str] = ()
-    hidden_weight: float = 10.0
     held_out: float = 0.1
     evaluations: int = 4
     patience: int | None = None
     precision: Literal["auto", "weights", "bfloat16"] = "auto"
     seed: int = 0
+    key: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "accumulate", "rank", "top_k", "evaluations", "patience"):
-            value = getattr(self, name)
-            if value is None and name == "patience":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ArgumentError(f"{name}={value!r} is not a positive integer")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ArgumentError(f"seed={self.seed!r} is not a whole number from 0 to 2**63 - 1")
-        if not is_number(self.learning_rate) or not self.learning_rate > 0:
-            raise ArgumentError(
-                f"learning_rate={self.learning_rate!r} is not a positive number; 3e-5 is a good start"
-            )
-        if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
-            raise ArgumentError(f"warmup={self.warmup!r} is not in [0, 1]; it is a fraction of the steps")
-        if not is_number(self.held_out) or not 0 < self.held_out < 1:
-            raise ArgumentError(
-                f"held_out={self.held_out!r} is not in (0, 1); it is the fraction of the batches that judges"
-            )
-        object.__setattr__(self, "hidden", names_of("hidden", self.hidden, None))
-        if not is_number(self.hidden_weight) or not self.hidden_weight > 0:
-            raise ArgumentError(
-                f"hidden_weight={self.hidden_weight!r} is not a positive number; leave hidden= out to match"
-                " outputs alone"
-            )
-        for name, known in (("train", _TRAINED), ("precision", _PRECISIONS), ("loss", _LOSSES)):
-            value = getattr(self, name)
-            if value not in known and not (name == "loss" and isinstance(value, Match)):
-                more = (
-                    ", or an object with targets() and terms() (fasp_fx.recovery.Match)"
-                    if name == "loss"
-                    else ""
-                )
-                raise ArgumentError(f"{name}={value!r} is not known; use {', '.join(map(repr, known))}{more}")
+        for name, (fits, said) in _RULES.items():
+            if not fits(value := getattr(self, name)):
+                raise ArgumentError(f"{name}={value!r:.80} is not {said}")
 
     @classmethod
     def of(cls, config: DistillationConfig | None, options: Mapping[str, Any]) -> DistillationConfig:
@@ -147,12 +140,8 @@ class DistillationConfig:
 
     def to_json(self) -> str:
         """The options as JSON; a loss of the user's is named by its class."""
-        return json.dumps(
-            {
-                **asdict(replace(self, loss="auto")),
-                "loss": self.loss if isinstance(self.loss, str) else type(self.loss).__name__,
-            }
-        )
+        loss = self.loss if isinstance(self.loss, str) else type(self.loss).__name__
+        return json.dumps(vars(self) | {"loss": loss})
 
 
 __all__ = ["DistillationConfig", "DistillationOptions"]

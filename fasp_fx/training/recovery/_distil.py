@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
-import torch
 from torch import nn
 
 from ...analysis import plan as plans
-from ...base._device import device_of, multiplies_bfloat16, products_in_bfloat16
-from ...base._identity import identity_of
+from ...base._device import device_of, multiplies_bfloat16
+from ...base._fingerprint import digest_of
 from ...base._options import check_callable, path_of
-from ...base._tolerable import tolerable
-from ...base._undisturbed import drawing_alike, in_usual_modes
+from ...base._tolerable import short_of_memory
+from ...base._undisturbed import in_usual_modes
+from ...base.compat import pytree
 from ...calibration.observe._calibration import as_calls
 from ...capturing import in_training
-from ...capturing._attention import ToldOfCausality
-from ...errors import ArgumentError, CalibrationError, first_line
+from ...errors import ArgumentError, TrainingMemoryError, first_line
 from ...pruning._result import Result
 from ...pruning.report import Recovery
-from ._checkpoint import Checkpoint
 from ._config import DistillationConfig, DistillationOptions
-from ._dense import Call, DenseOutputs
-from ._hidden import Hidden
+from ._kept import Checkpoint, Lessons
 from ._matching import Divergence, Match, SquaredError
-from ._memory import check_memory, kept_bytes, told_of_memory
-from ._trained import Trained, trained_part
-from ._training import Batches, Training
+from ._trained import Trained
+from ._training import Training, split
 
 if TYPE_CHECKING:
     from ...hf import Pruned
@@ -62,10 +57,9 @@ def distil(
     """Train a pruned model towards the outputs of the dense one (Hinton et al., 2015, arXiv 1503.02531), and
     keep what does best on held-out batches.
 
-    The module of the result is trained where it is, and on its device; its weights are at the end those that
-    did best, which are the ones it came with if training brings nothing. An error or an interruption leaves
-    the best so far; with ``checkpoint=`` the weights that it came with, so that the same call goes on. What
-    its parameters hold in ``.grad`` does not enter, and is there again afterwards. No labels are needed.
+    The module of the result is trained on its device; its weights are at the end those that did best, which
+    are the ones it came with if training brings nothing. An error or an interruption leaves the best so far;
+    with ``checkpoint=`` the weights that it came with, so that the same call goes on. No labels are needed.
 
     Args:
         result: what :func:`fasp_fx.prune`, :func:`fasp_fx.apply`, :func:`fasp_fx.load` or
@@ -89,103 +83,94 @@ def distil(
             one of the two models is in training mode.
         CalibrationError: the data is no iterable of batches, the dense model does not take one of them, or
             nothing of one counts, such as where its mask hides all tokens.
-        TrainingMemoryError: training takes more memory than is free; says what would fit.
+        TrainingMemoryError: the memory does not hold the training.
         StoreError: the checkpoint is that of another run, or cannot be written.
     """
     asked = DistillationConfig.of(config, options)
     check_callable(progress=progress)
-    pruned, more = _called(result)
-    _check_dense(dense, result)
-    if _has_modes(result):
-        _check_mode("the module of the result", pruned)
+    pruned, more, modal = _called(result)
+    _check(dense, result, {"dense": dense} | ({"the module of the result": pruned} if modal else {}))
     folder = None if checkpoint is None else path_of(checkpoint, "checkpoint").absolute()
-    calls = [Call(args, {**kwargs, **more}) for args, kwargs in as_calls(data, "data")]
-    batches = Batches.split(len(calls), asked.held_out)
+    calls = [(args, kwargs | more) for args, kwargs in as_calls(data, "data")]
+    training, held_out = split(len(calls), asked.held_out)
     match = _match(asked, result)
-    trained = trained_part(pruned, asked.train, asked.rank, asked.seed)
-    trained.hidden = Hidden.of(tuple(asked.hidden), asked.hidden_weight, dense, pruned)
     if asked.precision == "auto":
         asked = replace(asked, precision="bfloat16" if multiplies_bfloat16(device_of(pruned)) else "weights")
     advance = progress or (lambda fraction: None)
     share = _DENSE / (_DENSE + asked.epochs)
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator
 
-    accelerator = Accelerator(
-        device_placement=False, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
-    )
+    accelerator = Accelerator(device_placement=False)
     with (
-        told_of_memory(),
+        _told_of_memory(),
         tempfile.TemporaryDirectory(prefix="fasp_fx-", ignore_cleanup_errors=True) as temporary,
     ):
-        largest = max(batches.training, key=lambda index: calls[index].numbers())
-        _rehearse(trained, calls[largest], largest, asked, device_of(pruned))
-        kept = None
-        if folder is not None:
-            with accelerator.main_process_first():
-                kept = Checkpoint(folder, _run(asked, match, result, pruned, [*trained.leaves], calls))
-        outputs = DenseOutputs(kept.targets if kept is not None else Path(temporary))
-        with accelerator.main_process_first() if kept is not None else contextlib.nullcontext():
-            coarse = batches.training if asked.precision == "bfloat16" else ()
-            outputs.write(
-                dense, calls, match, trained.hidden, coarse, lambda fraction: advance(share * fraction)
-            )
-        training = Training(trained, calls, batches, outputs, match, asked, accelerator, kept)
-        outcome = training.run(lambda fraction: advance(share + (1 - share) * fraction))
-    notes = () if outcome.note is None else (outcome.note,)
+        trained = Trained(pruned, asked.train, asked.rank, asked.seed)
+        kept, lessons = None, Lessons(Path(temporary), calls, match)
+        with contextlib.nullcontext() if folder is None else accelerator.main_process_first():
+            if folder is not None:
+                kept = Checkpoint(folder, _run(asked, result, pruned, [*trained.leaves], calls))
+                lessons = replace(lessons, folder=kept.targets)
+            coarse = training if asked.precision == "bfloat16" else ()
+            lessons.write(dense, coarse, lambda fraction: advance(share * fraction))
+        state, note = Training(trained, lessons, training, held_out, asked, accelerator, kept).run(
+            lambda fraction: advance(share + (1 - share) * fraction)
+        )
     recovery = Recovery(
         "distillation",
         _CRITERIA.get(type(match), type(match).__name__),
-        outcome.steps,
-        outcome.kept,
-        outcome.curve,
-        outcome.seconds,
-        notes,
+        state.step,
+        min(state.curve, key=lambda point: point.held_out).step,
+        tuple(state.curve),
+        state.seconds,
+        () if note is None else (note,),
     )
     return cast(R, result.with_report(recovery=recovery))
 
 
-def _rehearse(
-    trained: Trained, call: Call, index: int, config: DistillationConfig, device: torch.device
-) -> None:
-    """Call the pruned model with its largest batch: what does it write into, and what is kept of it?
+@contextlib.contextmanager
+def _told_of_memory() -> Iterator[None]:
+    """What a device says of memory that is short, as an error of ours."""
+    try:
+        yield
+    except short_of_memory() as error:
+        raise TrainingMemoryError(
+            f"the memory is too little for the dense model and the training of the pruned one:"
+            f" {first_line(error)}; give smaller batches with accumulate=, or train='low-rank' or 'vectors'"
+        ) from error
 
-    Raises:
-        CalibrationError: it does not take the batch.
-        TrainingMemoryError: that is too much.
+
+def _called(result: Any) -> tuple[nn.Module, dict[str, Any], bool]:
+    """The pruned module, what every call of it and of the dense one is given besides, and whether it can be
+    in training mode, as captured programs cannot.
     """
-    own = call.to(device).copied()
-    coarse = products_in_bfloat16(device, config.precision == "bfloat16")
-    with trained.alone(), drawing_alike(trained.parameters()), coarse, ToldOfCausality():
-        try:
-            trained.find_written(own.args, own.kwargs)
-            kept = kept_bytes(lambda: trained(*own.args, **own.kwargs), trained)
-        except tolerable(Exception) as error:  # a model raises what it likes
-            raise CalibrationError(
-                f"the pruned model does not take batch {index}: {type(error).__name__}: {first_line(error)}"
-            ) from error
-    if trained.hidden is not None:
-        trained.take_readings()
-    check_memory(trained, config, device, kept)
-
-
-def _called(result: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """The pruned module, and what every call of it and of the dense one is given besides."""
     if isinstance(result, Result):
-        return result.module, {}
+        return result.module, {}, True
     from ...hf import Pruned
+    from ...hf._model import PrunedModel
 
     if isinstance(result, Pruned):
-        return result.model, {"use_cache": False}
+        return result.model, {"use_cache": False}, not isinstance(result.model, PrunedModel)
     raise ArgumentError(
         f"result is a {type(result).__name__}; pass what fasp_fx.prune, apply, load or hf.prune returned"
     )
 
 
-def _check_dense(dense: Any, result: Result | Pruned) -> None:
-    """Refuse a teacher that is not the model that was pruned."""
+def _check(dense: Any, result: Result | Pruned, modal: dict[str, Any]) -> None:
+    """Refuse a teacher that is not the model that was pruned, and models whose dropouts are at random: what
+    is taught and judged would be, too.
+
+    Args:
+        modal: models that can be in training mode, by what they are called.
+    """
     if not isinstance(dense, nn.Module):
         raise ArgumentError(f"dense is a {type(dense).__name__}; pass the module that was pruned")
-    _check_mode("dense", dense)
+    for what, model in modal.items():
+        for path in in_training(model):
+            part = f"'{path}' of {what}" if path else what
+            raise ArgumentError(
+                f"{part} is in training mode, where dropout is at random; call eval() on it first"
+            )
     found = plans.fingerprint(dict(dense.named_parameters(remove_duplicate=False)))
     if found != result.plan.fingerprint:
         raise ArgumentError(
@@ -195,65 +180,44 @@ def _check_dense(dense: Any, result: Result | Pruned) -> None:
     plans.check_fixed(result.plan, dense)
 
 
-def _has_modes(result: Result | Pruned) -> bool:
-    """Whether a result's module can be in training mode; captured programs cannot, which
-    :func:`fasp_fx.capturing.in_training` knows of those of :func:`fasp_fx.prune`.
-    """
-    if isinstance(result, Result):
-        return True
-    from ...hf._model import PrunedModel
-
-    return not isinstance(result.model, PrunedModel)
-
-
-def _check_mode(what: str, model: nn.Module) -> None:
-    """Refuse a model whose dropouts are at random: what is taught and judged would be, too."""
-    training = next(in_training(model), None)
-    if training is not None:
-        part = f"'{training}' of {what}" if training else what
-        raise ArgumentError(
-            f"{part} is in training mode, where dropout is at random; call eval() on it first"
-        )
-
-
 def _match(config: DistillationConfig, result: Any) -> Match:
     if not isinstance(config.loss, str):
         return config.loss
-    if config.loss == "auto":
-        predicts = not isinstance(result, Result) or (
-            result.config is not None and result.config.loss == "next-token"
-        )
-        return Divergence(config.top_k) if predicts else SquaredError()
-    return Divergence(config.top_k) if config.loss == "divergence" else SquaredError()
+    predicts = config.loss == "divergence" or (
+        config.loss == "auto"
+        and not (isinstance(result, Result) and getattr(result.config, "loss", None) != "next-token")
+    )
+    return Divergence(config.top_k) if predicts else SquaredError()
 
 
 def _run(
     config: DistillationConfig,
-    match: Match,
     result: Result | Pruned,
     pruned: nn.Module,
     trained: list[str],
-    calls: list[Call],
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]],
 ) -> dict[str, Any]:
     """What two runs have in common that give the same result.
 
     Args:
-        match: the loss that the options ask for.
         trained: the names of what the optimiser changes, in its order.
 
     Raises:
-        ArgumentError: the loss or a batch holds something that does not tell it from others.
+        ArgumentError: nothing tells the loss from others.
     """
-    data = hashlib.sha256()
-    for index, call in enumerate(calls):
-        data.update(identity_of([call.args, call.kwargs], f"batch {index} of data", "checkpoint=").encode())
+    if not isinstance(config.loss, str) and config.key is None:
+        raise ArgumentError(
+            "checkpoint= goes on with the same loss alone, and this one is of your own; say which it is by"
+            " a text, key="
+        )
+    given = map(pytree.tree_flatten, calls)
     return {
-        "format": "fasp_fx.distil/2",
-        "options": {**json.loads(config.to_json()), "loss": identity_of(match, "loss", "checkpoint=")},
+        "format": "fasp_fx.distil/3",
+        "options": json.loads(config.to_json()),
         "dense": [result.plan.fingerprint, *(buffer.digest for buffer in result.plan.fixed)],
         "pruned": plans.fingerprint(dict(pruned.named_parameters(remove_duplicate=False))),
         "trained parameters": trained,
-        "data": data.hexdigest(),
+        "data": digest_of([*leaves, str(spec)] for leaves, spec in given),
     }
 
 

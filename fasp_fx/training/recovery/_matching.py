@@ -1,4 +1,4 @@
-"""How far the outputs of a pruned model are from those of the dense one."""
+"""How far the outputs of a pruned model are from those of the dense one, by a loss of ours or the user's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...calibration.losses import output_tensors, token_mask
-from ...errors import ArgumentError
+from ...errors import ArgumentError, CalibrationError
 
 
 @runtime_checkable
@@ -52,23 +52,19 @@ class Divergence:
     def targets(self, outputs: Any) -> dict[str, Tensor]:
         """The largest log-probabilities, float16, and where they are, int32: ``[..., top_k]`` each."""
         logits = _logits(outputs)
-        top_k = min(self.top_k, logits.shape[-1])
-        values, places = [], []
-        for rows in _blocks(logits):
-            top = rows.float().topk(top_k, -1)
-            values.append((top.values - rows.float().logsumexp(-1, keepdim=True)).half())
-            places.append(top.indices.int())
-        shape = (*logits.shape[:-1], top_k)
-        return {
-            "log_probabilities": torch.cat(values).reshape(shape),
-            "places": torch.cat(places).reshape(shape),
-        }
+        places = logits.topk(min(self.top_k, logits.shape[-1]), -1).indices
+        values: Tensor = _LogProbabilities.apply(logits, places)
+        return {"log_probabilities": values.half(), "places": places.int()}
 
     def terms(self, outputs: Any, targets: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Tensor:
         """One term for each prediction, ``[predictions]``."""
         logits = _logits(outputs)
         dense, places = targets["log_probabilities"].float(), targets["places"].long()
-        _check_shape(logits.shape[:-1], dense.shape[:-1], "the logits")
+        if logits.shape[:-1] != dense.shape[:-1]:
+            raise ArgumentError(
+                f"the logits of the pruned model have the shape {list(logits.shape)}, and predictions of the"
+                f" dense model {list(dense.shape[:-1])}; give the model that was pruned"
+            )
         pruned: Tensor = _LogProbabilities.apply(logits, places)
         likely = dense.exp()
         terms = (
@@ -184,12 +180,51 @@ def _logits(outputs: Any) -> Tensor:
     return found
 
 
-def _check_shape(found: torch.Size, wanted: torch.Size, what: str) -> None:
-    if found != wanted:
+def targets_of(match: Match, outputs: Any) -> dict[str, Tensor]:
+    """What a loss keeps of the dense model's outputs for a batch.
+
+    Raises:
+        ArgumentError: it returns something else than tensors by name.
+    """
+    found: Any = match.targets(outputs)
+    if not (
+        isinstance(found, Mapping) and found and all(isinstance(held, Tensor) for held in found.values())
+    ):
         raise ArgumentError(
-            f"{what} of the pruned model have the shape {list(found)}, those of the dense model"
-            f" {list(wanted)}; give the model that was pruned"
+            f"loss={type(match).__name__}: targets() returned a {type(found).__name__}; return a dict of"
+            " tensors by name, at least one"
         )
+    return dict(found)
 
 
-__all__ = ["Divergence", "Match", "SquaredError"]
+def terms_of(
+    match: Match, outputs: Any, targets: Mapping[str, Tensor], inputs: Mapping[str, Any], index: int
+) -> Tensor:
+    """The terms of a loss for a batch, at least one, with gradients where these are taken.
+
+    Args:
+        index: the number of the batch.
+
+    Raises:
+        ArgumentError: the loss returns something else than terms.
+        CalibrationError: nothing of the batch counts.
+    """
+    found: Any = match.terms(outputs, targets, inputs)
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        raise ArgumentError(
+            f"loss={type(match).__name__}: terms() returned a {type(found).__name__}; return a floating-point"
+            " tensor, of which the mean is taken"
+        )
+    if not found.numel():
+        raise CalibrationError(
+            f"nothing of batch {index} counts, as where its attention_mask hides every token; leave it out"
+        )
+    if torch.is_grad_enabled() and not found.requires_grad:
+        raise ArgumentError(
+            f"loss={type(match).__name__}: terms() for batch {index} leads to no parameter that is trained;"
+            " compute it from the outputs as they are given, and train parameters that take part in these"
+        )
+    return found
+
+
+__all__ = ["Divergence", "Match", "SquaredError", "targets_of", "terms_of"]
