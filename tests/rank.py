@@ -24,7 +24,7 @@ from whole_products import compute_in_full
 
 import fasp_fx
 from fasp_fx.allocation import Search
-from fasp_fx.cli import app
+from fasp_fx.cli._app import app
 from fasp_fx.errors import ArgumentError, CalibrationError, RankError, StoreError
 
 TOKENS = 100

@@ -601,7 +601,7 @@ def test_a_result_is_kept_when_measuring_is_interrupted(
     model = AutoModelForCausalLM.from_pretrained(from_file[0])
     pruned = fasp_fx.hf.Pruned(model, model.plan, model.report)
     monkeypatch.setattr("fasp_fx.cli._prune_command.Job.prune", lambda job: pruned)
-    monkeypatch.setattr("fasp_fx.cli._outcome.latency", interrupt)
+    monkeypatch.setattr("fasp_fx.cli._results.latency", interrupt)
     text = folder / "text.txt"
     done = _invoke(
         "prune",

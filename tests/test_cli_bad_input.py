@@ -23,7 +23,7 @@ from tiny_llama import make_model
 from typer.testing import CliRunner, Result
 
 from fasp_fx import Report
-from fasp_fx.cli import app
+from fasp_fx.cli._app import app
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

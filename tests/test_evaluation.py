@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 import fasp_fx
 from fasp_fx import evaluation
-from fasp_fx.cli import app
+from fasp_fx.cli._app import app
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from fasp_fx import PruningPlan
-from fasp_fx.cli import app
+from fasp_fx.cli._app import app
 
 HERE = Path(__file__).parent
 COMMAND = ["prune", *rank.SMALL]
