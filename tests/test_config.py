@@ -119,13 +119,6 @@ def test_what_was_asked_for_is_saved(tmp_path: Path) -> None:
     assert fasp_fx.load(tmp_path / "own").config is None  # no file holds a function
 
 
-@pytest.mark.parametrize("config", [3, {}, {"fasp_fx_config": 1, "sparsity": 7}, [], {"fasp_fx_config": 99}])
-def test_a_report_with_a_damaged_configuration_is_refused(config: object) -> None:
-    data = report_to_json(Report(0.1, 0.1, (2, 1), (8, 4), ()))
-    with pytest.raises(fasp_fx.StoreError, match="is damaged"):
-        report_from_json({**data, "config": config})
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -47,8 +47,8 @@ def option(text: str, *flags: str, more: bool = True, **settings: Any) -> Any:
     Args:
         more: it stands under a heading of its own, as what few people need does.
     """
-    heading: dict[str, Any] = {"rich_help_panel": "More"} if more else {}
-    return typer.Option(*flags, help=text, show_default=False, **heading, **settings)
+    heading = {"rich_help_panel": "More"} if more else {}
+    return typer.Option(*flags, **{"help": text, "show_default": False} | heading | settings)
 
 
 def with_pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
