@@ -235,10 +235,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_options_are_those_of_python(
     options: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked: list[_prune.Request] = []
-    monkeypatch.setattr(_prune, "run", lambda request, stages: asked.append(request))
+    asked: list[PruningConfig] = []
+
+    def run(model: str, out: Path, config: Any, options: Any, *rest: Any, **more: Any) -> None:
+        asked.append(PruningConfig.of(config, options))
+
+    monkeypatch.setattr(_prune, "run", run)
     _done("prune", "model", "--out", tmp_path / "out", *options.split())
-    assert asked[0].asked.whole == PruningConfig(**OPTIONS[options])
+    assert asked == [PruningConfig(**OPTIONS[options])]
 
 
 # --- inspect
@@ -333,7 +337,7 @@ def test_prune_refuses_what_cannot_be(
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_results_and_taken_places(
+def test_damaged_recover_and_taken_places(
     from_file: tuple[Path, Result], folder: Path, tmp_path: Path
 ) -> None:
     broken, taken = tmp_path / "broken", tmp_path / "taken.html"
@@ -359,7 +363,7 @@ def test_a_result_is_kept_when_measuring_is_interrupted(
     model = AutoModelForCausalLM.from_pretrained(from_file[0])
     pruned = fasp_fx.hf.Pruned(model, model.plan, model.report)
     monkeypatch.setattr("fasp_fx.cli._prune.prune", lambda *args, **options: pruned)
-    monkeypatch.setattr("fasp_fx.cli._results.latency", _interrupt)
+    monkeypatch.setattr("fasp_fx.cli._recover.latency", _interrupt)
     done = _invoke(*prune, "--out", tmp_path / "out", "--html", tmp_path / "page.html")
     assert done.exit_code == 130
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").report == pruned.report

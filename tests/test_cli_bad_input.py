@@ -81,7 +81,7 @@ def refused(arguments: Sequence[str | Path], *, usage: bool = False) -> str:
     said = [line for line in done.stderr.splitlines() if line.startswith("fasp-fx: error: ")]
     assert len(said) == 1, done.output
     assert done.stderr.rstrip().endswith(said[0])
-    assert len(said[0]) < 700
+    assert len(said[0]) < 800
     assert not done.stdout
     return said[0]
 

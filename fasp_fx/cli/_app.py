@@ -188,23 +188,21 @@ def prune(
         from . import _prune
 
         _prune.run(
-            _prune.Request(
-                model=model,
-                out=out,
-                asked=read_options(config, given),
-                texts=_texts(calibration, batches or 96, batches or 32, text, eval_batches, length, seed),
-                recover=recover,
-                device=device,
-                dtype=dtype,
-                plain=plain,
-                overwrite=overwrite,
-                html=html,
-                checkpoint=checkpoint,
-                dry_run=dry_run,
-                stream=stream,
-                scratch=scratch,
-            ),
+            model,
+            out,
+            *read_options(config, given),
+            _texts(calibration, batches or 96, batches or 32, text, eval_batches, length, seed),
             stages,
+            epochs=recover,
+            device=device,
+            dtype=dtype,
+            plain=plain,
+            overwrite=overwrite,
+            html=html,
+            checkpoint=checkpoint,
+            dry_run=dry_run,
+            stream=stream,
+            scratch=scratch,
         )
 
 

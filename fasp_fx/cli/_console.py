@@ -147,5 +147,3 @@ def _tell(caught: list[warnings.WarningMessage]) -> None:
 def _complain(kind: str, message: str) -> None:
     print(f"fasp-fx: {kind}: {printable(' '.join(message.split()))}", file=sys.stderr)
 
-
-__all__ = ["CAPTURING", "Stages", "console", "printable", "process", "say", "session"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,7 @@ from ._console import Stages, console, say
 from ._paths import check_path, check_text
 from ._tables import table
 from ._text import read_chunks
-from .evaluation import TaskScore, perplexity, task_manager, tasks
-
-
-@dataclass
-class Measured:
-    """What was found for one model; ``chunks`` are the tokens that perplexity was measured on, ``[chunks,
-    length]``, ``first`` the number of the first.
-    """
-
-    model: str
-    perplexity: float | None = None
-    chunks: Tensor | None = None
-    first: int = 0
-    scores: Sequence[TaskScore] = ()
+from .evaluation import perplexity, task_manager, tasks
 
 
 def run(
@@ -76,7 +63,8 @@ def run(
     if task:
         stages.begin("reading the tasks")
         task_manager(tuple(task))
-    measured = []
+    entries: list[dict[str, Any]] = []
+    texts: list[Tensor] = []
     for model in models:  # one is in memory at a time
         stages.begin(f"loading {model}")
         if _models.is_saved(model):
@@ -86,7 +74,7 @@ def run(
             source = _models.Source.of(model)
             tokenizer = _models.load_tokenizer(source)
             module = _models.load_model(source, dtype=dtype, device=where)
-        found = Measured(model)
+        entry: dict[str, Any] = {"model": model}
         if text is not None:
             stages.begin("reading the text")
             tokens = read_chunks(text, tokenizer, length)
@@ -96,18 +84,36 @@ def run(
                     f"the range {chunks} holds none of the {len(tokens)} chunks of the text; chunks are 0 to"
                     f" {len(tokens) - 1}"
                 )
-            found.chunks, found.first = tokens[chosen], numbers[0]
+            texts.append(tokens[chosen])
             _models.check_length(module, length)
             _models.check_tokens(module, tokens, f"'{text}'")
             stages.begin(f"measuring perplexity of {model} on {len(numbers)} chunks", measured=True)
-            found.perplexity = perplexity(module, found.chunks, progress=stages.update)
+            entry["perplexity"] = perplexity(module, texts[-1], progress=stages.update)
+            entry["chunks"] = [numbers.start, numbers.stop]
         if task:
             stages.begin(f"scoring the tasks of {model}")
             stages.end()  # lm-eval shows its own progress
-            found.scores = tasks(module, tokenizer, task, limit=limit, batch_size=batch_size)
-        measured.append(found)
+            scores = tasks(module, tokenizer, task, limit=limit, batch_size=batch_size)
+            entry["tasks"] = [asdict(score) for score in scores]
+        entries.append(entry)
     stages.end()
-    _show(measured, text, length, limit, as_json=as_json)
+    different = "the models cut the text into different tokens, so their perplexities cannot be compared"
+    notes = [] if all(torch.equal(one, texts[0]) for one in texts) else [different]
+    if as_json:
+        source_of = None if text is None else {"file": str(text), "length": length}
+        data = {"text": source_of, "limit": limit, "models": entries, "notes": notes}
+        typer.echo(json.dumps(_finite(data), allow_nan=False))
+        return
+    rows = _rows(entries, "" if text is None else f"of {text.name}", length)
+    if len(models) == 1:
+        for what, value, _ in rows:
+            say(what.replace(" on ", f" {value} on ", 1))
+    else:
+        names = [Path(model).name or model for model in models]
+        shown = [model if names.count(name) > 1 else name for model, name in zip(models, names)]
+        console().print(table(["", *shown, "change" if len(models) == 2 else "first to last"], rows))
+    for note in notes:
+        say(f"note: {note}")
 
 
 def read_range(text: str | None) -> slice:
@@ -122,59 +128,27 @@ def read_range(text: str | None) -> slice:
     return slice(*(int(end) if end else None for end in found.groups()))
 
 
-def _show(
-    measured: Sequence[Measured], text: Path | None, length: int, limit: int | None, *, as_json: bool
-) -> None:
-    first = measured[0]
-    where, notes = "", []
-    if text is not None and first.chunks is not None:
-        count = len(first.chunks)
-        last = first.first + count - 1
-        where = f"chunks {first.first} to {last} of {text.name} ({count} x {length} tokens)"
-        if not all(one.chunks is not None and torch.equal(one.chunks, first.chunks) for one in measured):
-            notes.append(
-                "the models cut the text into different tokens, so their perplexities cannot be compared"
-            )
-    if as_json:
-        data = {
-            "text": None if text is None else {"file": str(text), "length": length},
-            "limit": limit,
-            "models": [
-                {"model": one.model}
-                | ({} if one.chunks is None else {"perplexity": _finite(one.perplexity)})
-                | ({} if one.chunks is None else {"chunks": [one.first, one.first + len(one.chunks)]})
-                | {"tasks": [{name: _finite(v) for name, v in asdict(score).items()} for score in one.scores]}
-                for one in measured
-            ],
-            "notes": notes,
-        }
-        typer.echo(json.dumps(data, allow_nan=False))
-        return
-    rows: list[tuple[str, str, list[str], str]] = []
-    if where:
-        values = [one.perplexity or math.nan for one in measured]
-        change = f"{values[-1] / values[0] - 1:+.1%}"
-        rows.append(("perplexity", where, [f"{value:.4f}" for value in values], change))
-    for scores in zip(*(one.scores for one in measured), strict=True):
-        cells = [f"{s.value:.4f}" + ("" if s.stderr is None else f" ± {s.stderr:.4f}") for s in scores]
-        change = f"{scores[-1].value - scores[0].value:+.4f}"
-        what, of = f"{scores[0].task} {scores[0].metric}", f"{scores[0].examples} examples"
-        rows.append((what, of, cells, change))
-    if len(measured) == 1:
-        for what, of, (value,), _ in rows:
-            say(f"{what} {value} on {of}")
-    else:
-        names = [Path(one.model).name or one.model for one in measured]
-        shown = [one.model if names.count(name) > 1 else name for one, name in zip(measured, names)]
-        headings = ["", *shown, "change" if len(measured) == 2 else "first to last"]
-        lines = [[f"{what} on {of}", *cells, change] for what, of, cells, change in rows]
-        console().print(table(headings, lines))
-    for note in notes:
-        say(f"note: {note}")
+def _rows(entries: Sequence[dict[str, Any]], of: str, length: int) -> Iterator[list[str]]:
+    """What was measured on what, its value for each model, and how the last differs from the first."""
+    if "chunks" in entries[0]:
+        first, stop = entries[0]["chunks"]
+        values = [entry["perplexity"] for entry in entries]
+        what = f"perplexity on chunks {first} to {stop - 1} {of} ({stop - first} x {length} tokens)"
+        yield [what, *(f"{value:.4f}" for value in values), f"{values[-1] / values[0] - 1:+.1%}"]
+    for scores in zip(*(entry.get("tasks", ()) for entry in entries), strict=True):
+        one = scores[0]
+        errors = (f" ± {score['stderr']:.4f}" if score["stderr"] is not None else "" for score in scores)
+        yield [
+            f"{one['task']} {one['metric']} on {one['examples']} examples",
+            *(f"{score['value']:.4f}{error}" for score, error in zip(scores, errors)),
+            f"{scores[-1]['value'] - one['value']:+.4f}",
+        ]
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-__all__ = ["read_range", "run"]
+def _finite(data: Any) -> Any:
+    """The same, with nothing in the place of what is no number or infinite, which JSON cannot say."""
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, list):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

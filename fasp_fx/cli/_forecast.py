@@ -31,12 +31,12 @@ class Forecast:
         weights: of the dense model.
         repaired: of the weights that are repaired, which are kept until the model is rewritten.
         pruned: of what is left.
+        matrices: of Gram matrices that are held at once.
+        checking: of the weight that the check widens while it runs the result beside the dense model.
         waiting: of the activations of all calibration batches where a consumer is observed, at the widest
             such place.
         running: of those of one batch on the way between two such places.
-        matrices: of Gram matrices that are held at once.
         solving: of what one consumer is repaired with.
-        checking: of the weight that the check widens while it runs the result beside the dense model.
         on_device: of a device that batches run on while the weights lie in files, with the weights between
             two places where a consumer is observed, one batch, and what one consumer is repaired with.
     """
@@ -45,11 +45,11 @@ class Forecast:
     weights: int
     repaired: int
     pruned: int
+    matrices: int
+    checking: int
     waiting: int
     running: int
-    matrices: int
     solving: int
-    checking: int
     on_device: int
 
     @property
@@ -154,5 +154,3 @@ def run(
         less = "not with --stream either: use fewer or shorter --batches"
         say(f"it does not fit: {'pass --stream' if streamed <= there else less}")
 
-
-__all__ = ["Forecast", "forecast", "run"]

@@ -349,20 +349,3 @@ def _check_values(model: Any, where: str) -> None:
                     f" squared ({top:g}); give an undamaged model"
                 )
 
-
-__all__ = [
-    "DTYPES",
-    "Source",
-    "check_length",
-    "check_tokens",
-    "dtype_of",
-    "find_device",
-    "is_saved",
-    "load_empty",
-    "load_model",
-    "load_pruned",
-    "load_tokenizer",
-    "quieten",
-    "vocabulary",
-    "weight_bytes",
-]

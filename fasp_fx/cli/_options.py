@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,21 +24,6 @@ BUDGETS = {
     "cache_bytes": "of the cache's bytes per token of one sequence: 0.5",
 }
 _AMOUNT = re.compile(r"(\d+(?:_\d+)*(?:\.\d+)?)\s*(?:(%)|(?:([kmgt])(i?))?(b?))", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the command line says of how to prune: a configuration from a file, and options that stand in the
-    place of its own.
-    """
-
-    config: PruningConfig | None
-    options: dict[str, Any]
-
-    @property
-    def whole(self) -> PruningConfig:
-        """All of it as one configuration."""
-        return PruningConfig.of(self.config, self.options)
 
 
 def option(text: str, *flags: str, more: bool = True, **settings: Any) -> Any:
@@ -75,12 +60,17 @@ def with_pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def read_options(file: Path | None, given: Mapping[str, Any]) -> Asked:
+def read_options(
+    file: Path | None, given: Mapping[str, Any]
+) -> tuple[PruningConfig | None, dict[str, Any]]:
     """What was given of the options of a pruning.
 
     Args:
         file: a configuration as :meth:`fasp_fx.PruningConfig.to_json` writes it.
         given: by the names of parameters; ``None`` or nothing in a list: not given.
+
+    Returns:
+        The configuration of the file, and the options that stand in the place of its own.
 
     Raises:
         FaspError: an option is out of range, or conflicts with another; names it as it is given.
@@ -103,7 +93,7 @@ def read_options(file: Path | None, given: Mapping[str, Any]) -> Asked:
         names = "|".join(each.name for each in fields(PruningConfig) if each.metadata["form"])
         said = re.sub(rf"\b({names})=", lambda found: f"--{found[1].replace('_', '-')} ", str(error))
         raise type(error)(said) from error
-    return Asked(config, options)
+    return config, options
 
 
 def read_amount(option: str, text: str) -> float:
@@ -125,5 +115,3 @@ def read_amount(option: str, text: str) -> float:
         )
     return int(value) if is_whole else value
 
-
-__all__ = ["Asked", "option", "read_amount", "read_options", "with_pruning_options"]

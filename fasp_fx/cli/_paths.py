@@ -89,5 +89,3 @@ def check_target(out: Path, *, overwrite: bool, plain: bool, **others: Path | No
                     " another path"
                 )
 
-
-__all__ = ["SHOWN", "TEXT_BYTES", "check_path", "check_target", "check_text"]

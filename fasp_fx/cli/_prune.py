@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ from ..errors import ArgumentError, first_line
 from ..hf import Pruned, prune
 from ..hf._stages import pruned_already
 from ..interop.page import check_page, write_page
+from ..pruning.config import PruningConfig
 from ..storage._run_folder import refuse_other
 from . import _forecast, _models
 from ._console import CAPTURING, Stages, process, say
-from ._options import Asked
 from ._paths import check_target
-from ._results import measure, recover, save, show
+from ._recover import measure, recover, save, show
 from ._tables import summary
 from ._text import Texts
 
@@ -33,116 +32,121 @@ from ._text import Texts
 _COPIES = 2.2
 
 
-@dataclass(frozen=True)
-class Request:
-    """What was asked for on the command line, as its help says; ``asked`` is how to prune, ``texts`` what
-    to calibrate and measure on.
-    """
+def run(
+    model: str,
+    out: Path,
+    config: PruningConfig | None,
+    options: dict[str, Any],
+    texts: Texts,
+    stages: Stages,
+    *,
+    epochs: int,
+    device: str | None,
+    dtype: str,
+    plain: bool,
+    overwrite: bool,
+    html: Path | None,
+    checkpoint: Path | None,
+    dry_run: bool,
+    stream: bool,
+    scratch: Path | None,
+) -> None:
+    """Do what the command says, as its help describes it.
 
-    model: str
-    out: Path
-    asked: Asked
-    texts: Texts
-    recover: int
-    device: str | None
-    dtype: str
-    plain: bool
-    overwrite: bool
-    html: Path | None
-    checkpoint: Path | None
-    dry_run: bool
-    stream: bool
-    scratch: Path | None
-
-    def check(self) -> None:
-        """Refuse what cannot work before anything is loaded.
-
-        Raises:
-            FaspError: says which option and why.
-        """
-        config = self.asked.whole
-        for met, conflict in (
-            (
-                self.plain and config.caps,
-                "a budget cannot go with --plain, whose steps are coarse; give --sparsity",
-            ),
-            (
-                self.plain and (config.include or config.exclude),
-                "--include and --exclude cannot go with --plain: no config says what is left of such groups;"
-                " leave one of them out",
-            ),
-            (
-                self.recover and self.texts.batches < 2,
-                "--recover needs at least two --batches, of which one is held out",
-            ),
-            (
-                self.recover and self.stream,
-                "--recover trains all weights at once, which --stream avoids to hold; run fasp-fx recover"
-                " afterwards, or leave one out",
-            ),
-            (
-                self.scratch is not None and not self.stream,
-                f"--scratch {self.scratch} says where --stream keeps the weights; pass --stream, or leave it"
-                " out",
-            ),
-            (
-                self.dry_run and any(isinstance(cap, CacheBytes) for cap in config.caps),
-                "--cache-bytes is counted of the program that generates, which --dry-run does not make; give"
-                " it --sparsity or another budget",
-            ),
-        ):
-            if met:
-                raise ArgumentError(conflict)
-        self.texts.check("--calibration")
-        others = {"html": self.html, "checkpoint": self.checkpoint, "scratch": self.scratch}
-        check_target(self.out, overwrite=self.overwrite, plain=self.plain, **others)
-        if self.checkpoint is not None:
-            refuse_other(self.checkpoint, "--checkpoint")
-        if _models.is_saved(self.model):
-            raise pruned_already(f"'{self.model}'")
-        if self.html is not None:
-            check_page(self.html)
-
-
-def run(request: Request, stages: Stages) -> None:
-    """Do what the request says.
+    Args:
+        config, options: how to prune, as :func:`fasp_fx.prune` takes them.
+        texts: what to calibrate and to measure on.
+        epochs: of the training that follows.
 
     Raises:
         FaspError: it cannot be met; nothing is written then.
     """
-    request.check()
+    whole = PruningConfig.of(config, options)
+    for met, conflict in (
+        (plain and whole.caps, "a budget cannot go with --plain, whose steps are coarse; give --sparsity"),
+        (
+            plain and (whole.include or whole.exclude),
+            "--include and --exclude cannot go with --plain: no config says what is left of such groups;"
+            " leave one of them out",
+        ),
+        (
+            epochs and texts.batches < 2,
+            "--recover needs at least two --batches, of which one is held out",
+        ),
+        (
+            epochs and stream,
+            "--recover trains all weights at once, which --stream avoids to hold; run fasp-fx recover"
+            " afterwards, or leave one out",
+        ),
+        (
+            scratch is not None and not stream,
+            f"--scratch {scratch} says where --stream keeps the weights; pass --stream, or leave it out",
+        ),
+        (
+            dry_run and any(isinstance(cap, CacheBytes) for cap in whole.caps),
+            "--cache-bytes is counted of the program that generates, which --dry-run does not make; give it"
+            " --sparsity or another budget",
+        ),
+    ):
+        if met:
+            raise ArgumentError(conflict)
+    texts.check("--calibration")
+    others = {"html": html, "checkpoint": checkpoint, "scratch": scratch}
+    check_target(out, overwrite=overwrite, plain=plain, **others)
+    if checkpoint is not None:
+        refuse_other(checkpoint, "--checkpoint")
+    if _models.is_saved(model):
+        raise pruned_already(f"'{model}'")
+    if html is not None:
+        check_page(html)
     _models.quieten()
-    device = _models.find_device(_own_device(request.device))
-    torch.manual_seed(request.texts.seed)
-    source, texts = _models.Source.of(request.model), request.texts
-    if not request.dry_run or texts.file is not None:
+    where, source = _models.find_device(_own_device(device)), _models.Source.of(model)
+    torch.manual_seed(texts.seed)
+    if not dry_run or texts.file is not None:
         stages.begin("loading the tokenizer and the text")
         tokenizer = _models.load_tokenizer(source)
-        texts.read(tokenizer, least=2 if request.recover else 1)
-    if request.dry_run:
-        heads = "granularity" in request.asked.options if request.plain else None
+        texts.read(tokenizer, least=2 if epochs else 1)
+    if dry_run:
+        heads = "granularity" in options if plain else None
         batches = texts.batches if texts.used is None else len(texts.used)
-        size = batches, texts.length, request.dtype
-        _forecast.run(source, request.asked.whole, heads, *size, device, stages)
+        _forecast.run(source, whole, heads, batches, texts.length, dtype, where, stages)
         return
-    stream = request.stream or _is_too_large(request, source, device, stages)
-    folder = request.scratch or request.out.absolute().parent
-    with offload(folder, device=device) if stream else nullcontext() as scratch:
+    stream = stream or (where.type == "cpu" and not epochs and _is_too_large(source, dtype, stages))
+    folder = scratch or out.absolute().parent
+    with offload(folder, device=where) if stream else nullcontext() as kept:
         stages.begin("loading the model")
-        where = "cpu" if stream else device
-        model = _models.load_model(source, dtype=request.dtype, device=where, scratch=scratch)
-        _models.check_length(model, texts.length)
-        texts.check_against(model, tokenizer)
-        with _together(device) as group:
-            result = _pruned(request, model, tokenizer, group, stages)
-        if not process("RANK", 0):  # all processes have the same
-            _finish(request, result, model, stages)
+        dense = _models.load_model(source, dtype=dtype, device="cpu" if stream else where, scratch=kept)
+        _models.check_length(dense, texts.length)
+        texts.check_against(dense, tokenizer)
+        with _together(where) as group:
+            shared: dict[str, Any] = {"group": group, "checkpoint": checkpoint, "config": config}
+            result = _pruned(dense, tokenizer, texts, stages, plain, whole.needs_data, **shared, **options)
+        if process("RANK", 0):  # all processes have the same
+            return
+        try:
+            texts.write(dense, tokenizer, stages)
+            if epochs:
+                assert texts.used is not None
+                result = recover(result, dense, texts.used, stages, epochs=epochs, seed=texts.seed)
+            result = result.with_report(figures=measure(dense, result, texts, stages))
+        finally:  # what was pruned is kept even if it could not be recovered or measured
+            save(result, out, overwrite, stages)
+    if html is not None:
+        write_page(result.report, f"{source}, {result.report.sparsity:.0%} removed", html)
+    show(result, out)
 
 
 def _pruned(
-    request: Request, model: Any, tokenizer: Any, group: dist.ProcessGroup | None, stages: Stages
+    model: Any,
+    tokenizer: Any,
+    texts: Texts,
+    stages: Stages,
+    plain: bool,
+    needs_data: bool,
+    **options: Any,
 ) -> Pruned:
-    texts, analysed = request.texts, list[Analysis]()
+    """What :func:`fasp_fx.hf.prune` gives, with stages for what it does."""
+    analysed: list[Analysis] = []
 
     def batches() -> Iterator[dict[str, Any]]:
         is_written = texts.used is None  # only when the first batch is asked for
@@ -164,7 +168,7 @@ def _pruned(
         for line in summary(analysis):
             say(line)
         analysed.append(analysis)
-        if texts.used is not None and request.asked.whole.needs_data:
+        if texts.used is not None and needs_data:
             begin_calibrating()
 
     def calibrated(fraction: float) -> None:
@@ -172,47 +176,27 @@ def _pruned(
         if fraction >= 1:
             stages.begin("rewriting the model")
 
-    stages.begin("trying out what the config can say" if request.plain else CAPTURING)
+    stages.begin("trying out what the config can say" if plain else CAPTURING)
     return prune(
         model,
         tokenizer,
         calibration=batches(),
-        config=request.asked.config,
-        plain=request.plain,
+        plain=plain,
         progress=calibrated,
         on_analysis=show_groups,
-        group=group,
-        checkpoint=request.checkpoint,
-        **request.asked.options,
+        **options,
     )
 
 
-def _finish(request: Request, result: Pruned, model: Any, stages: Stages) -> None:
-    """Recover, measure and save what was pruned, and show it."""
-    texts = request.texts
-    try:
-        texts.write(model, result.tokenizer, stages)
-        if request.recover:
-            assert texts.used is not None
-            result = recover(result, model, texts.used, stages, epochs=request.recover, seed=texts.seed)
-        result = result.with_report(figures=measure(model, result, texts, stages))
-    finally:  # what was pruned is kept even if it could not be recovered or measured
-        save(result, request.out, request.overwrite, stages)
-    if request.html is not None:
-        write_page(result.report, f"{request.model}, {result.report.sparsity:.0%} removed", request.html)
-    show(result, request.out)
-
-
-def _is_too_large(request: Request, source: _models.Source, device: torch.device, stages: Stages) -> bool:
+def _is_too_large(source: _models.Source, dtype: str, stages: Stages) -> bool:
     """Whether the weights have to be kept in files; says so."""
-    needed, there = _COPIES * _models.weight_bytes(source, request.dtype), psutil.virtual_memory().available
-    if device.type != "cpu" or request.recover or needed <= there:
-        return False
-    stages.console.print(
-        f"the model takes some {needed / 2**30:.1f} GiB, of {there / 2**30:.1f} that can be had: its weights"
-        " are kept in files, as with --stream"
-    )
-    return True
+    needed, there = _COPIES * _models.weight_bytes(source, dtype), psutil.virtual_memory().available
+    if needed > there:
+        stages.console.print(
+            f"the model takes some {needed / 2**30:.1f} GiB, of {there / 2**30:.1f} that can be had: its"
+            " weights are kept in files, as with --stream"
+        )
+    return needed > there
 
 
 def _own_device(name: str | None) -> str | None:
@@ -250,5 +234,3 @@ def _together(device: torch.device) -> Iterator[dist.ProcessGroup | None]:
     finally:
         dist.destroy_process_group()
 
-
-__all__ = ["Request", "run"]

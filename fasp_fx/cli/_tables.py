@@ -142,5 +142,3 @@ def figures_table(rows: Sequence[Figure]) -> Table:
         ],
     )
 
-
-__all__ = ["figures_table", "groups_json", "groups_table", "kinds", "summary", "table"]

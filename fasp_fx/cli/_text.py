@@ -263,5 +263,3 @@ def sample(
             )
     return torch.cat(texts)
 
-
-__all__ = ["Texts", "check_output", "read_chunks", "sample", "start_token"]
