@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from fasp_fx.report import Figure, Line, Report
+from fasp_fx.report import COLUMNS, Figure, Line, Report
 from torch import Tensor, nn
 from zoo import randomise
 
@@ -71,6 +72,12 @@ REPORT = Report(
     (Figure("perplexity", 17.5, 22.9, 3),),
     {"my.op": 3},
 )
+
+
+def test_the_columns_are_explained_where_they_hold_something() -> None:
+    for line in COLUMNS:
+        assert line in str(REPORT)
+        assert line not in str(replace(REPORT, lines=()))
 
 
 def test_a_report_comes_back_from_json() -> None:

@@ -32,8 +32,9 @@ def option(text: str, *flags: str, more: bool = True, **settings: Any) -> Any:
     Args:
         more: it stands under a heading of its own, as what few people need does.
     """
-    heading = {"rich_help_panel": "More"} if more else {}
-    return typer.Option(*flags, **{"help": text, "show_default": False} | heading | settings)
+    heading = "More" if more else None
+    make: Any = typer.Option
+    return make(*flags, help=text, show_default=False, rich_help_panel=heading, **settings)
 
 
 def with_pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
