@@ -14,9 +14,8 @@ import pytest
 from fasp_fx.report import COUNTED, Figure, Line, Report
 
 import fasp_fx
-from fasp_fx.interop.page import check_page, to_html, write_page
+from fasp_fx.interop.page import check_page, page_data, to_html, write_page
 from fasp_fx.interop.page._graph import lay_out, layer_of
-from fasp_fx.interop.page._model import page_data
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
