@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fasp_fx import ArgumentError, CalibrationError
 from fasp_fx.cli._eval import read_range
-from fasp_fx.cli._text import sample
+from fasp_fx.cli._text import sample, start_token
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -79,6 +79,15 @@ def test_a_model_that_breaks_down_on_its_own_text_is_refused(model: LlamaForCaus
     broken.register_forward_pre_hook(lambda module, args: setattr(module, "seen", module.seen + 1))
     with pytest.raises(CalibrationError, match="not finite any more after 5 tokens"):
         sample(broken, 0, 3, 12)
+
+
+def test_a_model_that_no_text_can_begin_is_refused(model: LlamaForCausalLM) -> None:
+    other = copy.deepcopy(model)
+    assert start_token(other, None) == 0
+    other.config.bos_token_id = other.config.eos_token_id = 300
+    other.generation_config.bos_token_id, other.generation_config.eos_token_id = None, [300]
+    with pytest.raises(CalibrationError, match="none that the model knows"):
+        start_token(other, None)
 
 
 class _Uniform(nn.Module):

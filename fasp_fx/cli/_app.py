@@ -14,7 +14,7 @@ from ..errors import ArgumentError
 from ..training.recovery import DistillationConfig
 from . import _models, _tables
 from ._console import CAPTURING, USAGE, console, say, session
-from ._options import option, read_options, with_pruning_options
+from ._options import named_as_options, option, read_options, with_pruning_options
 from ._paths import check_path
 from ._text import Texts
 
@@ -297,9 +297,10 @@ def recover(
         from . import _recover
 
         texts = _texts(data, batches, batches, text, eval_batches, length, seed, "training")
-        config = DistillationConfig(
-            epochs=epochs, learning_rate=learning_rate, train=train, rank=rank, seed=seed
-        )
+        with named_as_options(DistillationConfig):
+            config = DistillationConfig(
+                epochs=epochs, learning_rate=learning_rate, train=train, rank=rank, seed=seed
+            )
         _recover.run(folder, dense, out, texts, config, checkpoint, device, overwrite, stages)
 
 

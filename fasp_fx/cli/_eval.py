@@ -88,7 +88,8 @@ def run(
             _models.check_length(module, length)
             _models.check_tokens(module, tokens, f"'{text}'")
             stages.begin(f"measuring perplexity of {model} on {len(numbers)} chunks", measured=True)
-            entry["perplexity"] = perplexity(module, texts[-1], progress=stages.update)
+            value = perplexity(module, texts[-1], progress=stages.update)
+            entry["perplexity"] = value if math.isfinite(value) else None  # which JSON cannot say
             entry["chunks"] = [numbers.start, numbers.stop]
         if task:
             stages.begin(f"scoring the tasks of {model}")
@@ -102,7 +103,7 @@ def run(
     if as_json:
         source_of = None if text is None else {"file": str(text), "length": length}
         data = {"text": source_of, "limit": limit, "models": entries, "notes": notes}
-        typer.echo(json.dumps(_finite(data), allow_nan=False))
+        typer.echo(json.dumps(data, allow_nan=False))
         return
     rows = _rows(entries, "" if text is None else f"of {text.name}", length)
     if len(models) == 1:
@@ -132,7 +133,7 @@ def _rows(entries: Sequence[dict[str, Any]], of: str, length: int) -> Iterator[l
     """What was measured on what, its value for each model, and how the last differs from the first."""
     if "chunks" in entries[0]:
         first, stop = entries[0]["chunks"]
-        values = [entry["perplexity"] for entry in entries]
+        values = [entry["perplexity"] or math.inf for entry in entries]
         what = f"perplexity on chunks {first} to {stop - 1} {of} ({stop - first} x {length} tokens)"
         yield [what, *(f"{value:.4f}" for value in values), f"{values[-1] / values[0] - 1:+.1%}"]
     for scores in zip(*(entry.get("tasks", ()) for entry in entries), strict=True):
@@ -143,12 +144,3 @@ def _rows(entries: Sequence[dict[str, Any]], of: str, length: int) -> Iterator[l
             *(f"{score['value']:.4f}{error}" for score, error in zip(scores, errors)),
             f"{scores[-1]['value'] - one['value']:+.4f}",
         ]
-
-
-def _finite(data: Any) -> Any:
-    """The same, with nothing in the place of what is no number or infinite, which JSON cannot say."""
-    if isinstance(data, dict):
-        return {name: _finite(value) for name, value in data.items()}
-    if isinstance(data, list):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,14 +88,23 @@ def read_options(
         options["budget"] = tuple(caps)
     if "restore" in options:
         options["restore"] = "least-squares" if options["restore"] else None
-    try:
+    with named_as_options(PruningConfig):
         config = None if file is None else PruningConfig.from_json(file.read_text(encoding="utf-8"))
         PruningConfig.of(config, options)
+    return config, options
+
+
+@contextmanager
+def named_as_options(kind: Any) -> Iterator[None]:
+    """What a configuration of that class says of its fields is said of options: ``--round-to 0``, not
+    ``round_to=0``.
+    """
+    try:
+        yield
     except FaspError as error:
-        names = "|".join(each.name for each in fields(PruningConfig) if each.metadata["form"])
+        names = "|".join(each.name for each in fields(kind) if each.name != "budget")
         said = re.sub(rf"\b({names})=", lambda found: f"--{found[1].replace('_', '-')} ", str(error))
         raise type(error)(said) from error
-    return config, options
 
 
 def read_amount(option: str, text: str) -> float:

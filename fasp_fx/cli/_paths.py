@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
-from ..base._atomic import new_file
 from ..errors import ArgumentError, CalibrationError, StoreError, first_line
 
 #: a text is read and tokenised as a whole; the largest of the usual benchmarks, WikiText-103, has half of it
@@ -68,18 +68,22 @@ def check_target(out: Path, *, overwrite: bool, plain: bool, **others: Path | No
     from ..hf._plain_folder import is_plain
 
     check_path("--out", out)
-    if not os.path.lexists(out):
-        with new_file(out, replaceable=lambda file: False, keep=False):
-            pass
-    elif not overwrite:
+    if os.path.lexists(out) and not overwrite:
         raise StoreError(
             f"'{out}' exists; choose another --out, or pass --overwrite to replace an earlier result"
         )
-    elif out.is_symlink() or not (is_plain if plain else is_saved)(out):
+    if os.path.lexists(out) and (out.is_symlink() or not (is_plain if plain else is_saved)(out)):
         raise StoreError(
             f"'{out}' holds something other than an earlier result, which --overwrite never replaces; choose"
             " another --out or remove it yourself"
         )
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    try:  # as the result will be written: under a name that is longer, beside the one it will take
+        os.rmdir(tempfile.mkdtemp(prefix=f".{out.absolute().name}.", suffix="mark.partial", dir=above))
+    except OSError as error:
+        raise StoreError(
+            f"'{str(out)[:SHOWN]}' cannot be made in '{above}': {error.strerror}; choose another --out"
+        ) from error
     for name, path in others.items():
         if path is not None:
             check_path(f"--{name}", path)
