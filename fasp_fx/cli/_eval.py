@@ -88,8 +88,8 @@ def run(
             _models.check_length(module, length)
             _models.check_tokens(module, tokens, f"'{text}'")
             stages.begin(f"measuring perplexity of {model} on {len(numbers)} chunks", measured=True)
-            value = perplexity(module, texts[-1], progress=stages.update)
-            entry["perplexity"] = value if math.isfinite(value) else None  # which JSON cannot say
+            found = perplexity(module, texts[-1], progress=stages.update)
+            entry["perplexity"] = found if math.isfinite(found) else None  # which JSON cannot say
             entry["chunks"] = [numbers.start, numbers.stop]
         if task:
             stages.begin(f"scoring the tasks of {model}")
