@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -88,8 +87,7 @@ def run(
             _models.check_length(module, length)
             _models.check_tokens(module, tokens, f"'{text}'")
             stages.begin(f"measuring perplexity of {model} on {len(numbers)} chunks", measured=True)
-            found = perplexity(module, texts[-1], progress=stages.update)
-            entry["perplexity"] = found if math.isfinite(found) else None  # which JSON cannot say
+            entry["perplexity"] = perplexity(module, texts[-1], progress=stages.update)
             entry["chunks"] = [numbers.start, numbers.stop]
         if task:
             stages.begin(f"scoring the tasks of {model}")
@@ -103,7 +101,8 @@ def run(
     if as_json:
         source_of = None if text is None else {"file": str(text), "length": length}
         data = {"text": source_of, "limit": limit, "models": entries, "notes": notes}
-        typer.echo(json.dumps(data, allow_nan=False))
+        # What is infinite or no number becomes nothing, since JSON cannot say it.
+        typer.echo(json.dumps(json.loads(json.dumps(data), parse_constant=lambda name: None)))
         return
     rows = _rows(entries, "" if text is None else f"of {text.name}", length)
     if len(models) == 1:
@@ -133,7 +132,7 @@ def _rows(entries: Sequence[dict[str, Any]], of: str, length: int) -> Iterator[l
     """What was measured on what, its value for each model, and how the last differs from the first."""
     if "chunks" in entries[0]:
         first, stop = entries[0]["chunks"]
-        values = [entry["perplexity"] or math.inf for entry in entries]
+        values = [entry["perplexity"] for entry in entries]
         what = f"perplexity on chunks {first} to {stop - 1} {of} ({stop - first} x {length} tokens)"
         yield [what, *(f"{value:.4f}" for value in values), f"{values[-1] / values[0] - 1:+.1%}"]
     for scores in zip(*(entry.get("tasks", ()) for entry in entries), strict=True):
