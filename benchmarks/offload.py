@@ -117,7 +117,6 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
         options.batches,
         dtype=DTYPES[options.dtype],
     )
-    seconds = found.seconds or {}
     streamed = found.streamed(round(options.resident * 2**30))
     return {
         "how": "predicted",
@@ -125,9 +124,6 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
         "memory": found.peak,
         "device": found.on_device,
         "disk": found.disk,
-        "operations": found.operations,
-        "seconds": sum(seconds.values()),
-        "steps": seconds,
     }
 
 

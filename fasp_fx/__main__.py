@@ -1,5 +1,5 @@
 """``python -m fasp_fx`` is ``fasp-fx``."""
 
-from .cli._app import main
+from .cli import main
 
 main()

@@ -1,5 +1,5 @@
-"""Multiple-choice questions, and the answers of a model computed by hand: one call per choice, without the
-harness.
+"""Multiple-choice questions as a task of lm-eval, and the answers of a model computed by hand: one call per
+choice, without the harness.
 """
 
 from __future__ import annotations
@@ -16,23 +16,31 @@ from fasp_fx.evaluation import TaskScore
 from torch import Tensor
 
 QUESTIONS: list[dict[str, Any]] = [
-    {
-        "query": "Question: what is ice?",
-        "choices": ["water", "a stone that is very cold", "är"],
-        "gold": 0,
-        "id": 7,
-    },
-    {"query": "Größe ", "choices": ["ß", "matters a lot", "no"], "gold": 1, "id": "seven"},
+    {"query": "Question: what is ice?", "choices": ["water", "a stone that is very cold", "är"], "gold": 0},
+    {"query": "Größe ", "choices": ["ß", "matters a lot", "no"], "gold": 1},
     {"query": "Question: which?", "choices": ["this one", "that"], "gold": 1},
     {"query": "Does it?", "choices": ["yes", "no", "perhaps it does, perhaps not"], "gold": 2},
     {"query": "One more:", "choices": ["ééé", "aaaaaa"], "gold": 0},
     {"query": "And more:", "choices": ["ééééééé", "aaaaaaaaa", "ö"], "gold": 1},
 ]
+TASK = """
+task: own
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: query
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}, {{metric: acc_bytes}}]
+"""
 
 
 def write(file: Path) -> None:
     """As ``fasp-fx eval --task`` reads them."""
-    file.write_text("\n".join(json.dumps(question) for question in QUESTIONS) + "\n\n", encoding="utf-8")
+    data = file.with_suffix(".jsonl")
+    data.write_text("\n".join(map(json.dumps, QUESTIONS)) + "\n", encoding="utf-8")
+    file.write_text(TASK.format(data=data, cache=file.parent / "cache"), encoding="utf-8")
 
 
 def by_hand(logits_of: Callable[[Tensor], Tensor], tokenizer: Any) -> dict[str, list[float]]:
@@ -62,9 +70,9 @@ def by_hand(logits_of: Callable[[Tensor], Tensor], tokenizer: Any) -> dict[str, 
 
 
 def check(scores: Iterable[TaskScore], right: dict[str, list[float]], examples: int = len(QUESTIONS)) -> None:
-    """Hold the scores of ``own.jsonl`` against the answers, of which the first ``examples`` count."""
+    """Hold the scores of the task against the answers, of which the first ``examples`` count."""
     scores = list(scores)
-    assert {(score.task, score.metric) for score in scores} == {("own.jsonl", metric) for metric in right}
+    assert {(score.task, score.metric) for score in scores} == {("own", metric) for metric in right}
     for score in scores:
         answers = right[score.metric][:examples]
         mean = sum(answers) / examples

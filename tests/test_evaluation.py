@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import questions
@@ -27,30 +28,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("evaluation")
     make_model(made / "model", layers=1)
     (made / "text.txt").write_text("Größe matters: a smaller model answers sooner. " * 12, encoding="utf-8")
-    questions.write(made / "own.jsonl")
+    questions.write(made / "own.yaml")
     return made
 
 
-def _invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+@pytest.fixture
+def model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder / "model").eval()
 
 
-def test_own_questions_of_a_dense_model(folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder / "model").train()
-    model.model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    fractions: list[float] = []
-    scores = evaluation.tasks(
-        model, tokenizer, [str(folder / "own.jsonl")], batch_size=3, progress=fractions.append
-    )
-    right = questions.by_hand(lambda ids: model(input_ids=ids).logits, tokenizer)
-    assert len({tuple(answers) for answers in right.values()}) == 3  # the three metrics are told apart
-    questions.check(scores, right)
-    assert fractions == sorted(fractions)
-    assert fractions[-1] == 1.0
-    assert [module.training for module in model.modules()] == modes
-    assert tokenizer.pad_token is None
+@pytest.fixture
+def tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder / "model")
+
+
+def _eval(folder: Path, *options: str | Path) -> Result:
+    return CliRunner().invoke(app, ["eval", str(folder / "model"), *map(str, options), "--device", "cpu"])
 
 
 class Logits(torch.nn.Module):
@@ -65,128 +58,52 @@ class Logits(torch.nn.Module):
         return CausalLMOutput(logits=self.model(input_ids=input_ids).logits)
 
 
-def test_own_questions_of_a_module(folder: Path) -> None:
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder / "model").eval(),
-        AutoTokenizer.from_pretrained(folder / "model"),
-    )
-    scores = evaluation.tasks(Logits(model), tokenizer, [str(folder / "own.jsonl")])
-    questions.check(scores, questions.by_hand(lambda ids: model(input_ids=ids).logits, tokenizer))
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_scores_are_those_computed_by_hand(folder: Path, model: Any, tokenizer: Any, wrapped: bool) -> None:
+    right = questions.by_hand(lambda ids: model(input_ids=ids).logits, tokenizer)
+    assert len({tuple(answers) for answers in right.values()}) == 3  # the three metrics are told apart
+    given = Logits(model) if wrapped else model.train()
+    model.model.layers[0].eval()
+    modes, state = [module.training for module in given.modules()], torch.get_rng_state()
+    scores = evaluation.tasks(given, tokenizer, [str(folder / "own.yaml")], batch_size=3)
+    questions.check(scores, right)
+    assert [module.training for module in given.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert tokenizer.pad_token is None
+    with pytest.raises(fasp_fx.ArgumentError, match="use at least 1"):
+        evaluation.tasks(given, tokenizer, [str(folder / "own.yaml")], limit=0)
 
 
-def test_limit_beyond_the_file_takes_all(folder: Path) -> None:
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder / "model"),
-        AutoTokenizer.from_pretrained(folder / "model"),
-    )
-    assert {
-        score.examples for score in evaluation.tasks(model, tokenizer, [str(folder / "own.jsonl")], limit=99)
-    } == {len(questions.QUESTIONS)}
-
-
-def test_one_example_has_no_error(folder: Path) -> None:
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder / "model"),
-        AutoTokenizer.from_pretrained(folder / "model"),
-    )
-    assert {
-        (score.examples, score.stderr)
-        for score in evaluation.tasks(model, tokenizer, [str(folder / "own.jsonl")], limit=1)
-    } == {(1, None)}
-
-
-# --- refusals
-
-
-def _refused(done: Result) -> str:
-    assert done.exit_code == 2, done.output
-    assert "Traceback" not in done.output
-    return next(line for line in done.stderr.splitlines() if "error:" in line)
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        ("", "no question"),
-        ("\n  \n", "no question"),
-        ('{"query": "a?", "choices": ["b", "c"], "gold": 0}\n{"query": ', "line 2"),
-        ("[1]", "line 1"),
-        ('{"query": "a?", "choices": ["b", "c"]}', "no gold"),
-        ('{"gold": 0}', "no query and no choices"),
-        ('{"query": "a?", "choices": [], "gold": 0}', "choices in line 1"),
-        ('{"query": "a?", "choices": ["b"], "gold": 0}', "choices in line 1"),
-        ('{"query": "a?", "choices": ["b", ""], "gold": 0}', "choices in line 1"),
-        ('{"query": "a?", "choices": "bc", "gold": 0}', "choices in line 1"),
-        ('{"query": "a?", "choices": ["b", 3], "gold": 0}', "choices in line 1"),
-        ('{"query": "a?", "choices": ["b", "\\ud800"], "gold": 0}', "half of a character"),
-        ('{"query": " ", "choices": ["b", "c"], "gold": 0}', "query in line 1"),
-        ('\n{"query": "a?", "choices": ["b", "c"], "gold": 2}', "gold in line 2"),
-        ('{"query": "a?", "choices": ["b", "c"], "gold": -1}', "gold in line 1"),
-        ('{"query": "a?", "choices": ["b", "c"], "gold": "0"}', "gold in line 1"),
-        ('{"query": "a?", "choices": ["b", "c"], "gold": true}', "gold in line 1"),
-    ],
-)
-def test_malformed_questions_are_refused(tmp_path: Path, content: str, says: str) -> None:
-    file = tmp_path / "bad.jsonl"
-    file.write_text(content, encoding="utf-8")
-    with pytest.raises(fasp_fx.ArgumentError, match=says):
-        evaluation.tasks(torch.nn.Linear(1, 1), None, [str(file)])
+def test_the_command_says_what_the_function_finds(folder: Path, model: Any, tokenizer: Any) -> None:
+    done = _eval(folder, "--task", folder / "own.yaml", "--limit", "4", "--json")
+    assert done.exit_code == 0, done.output
+    (found,) = json.loads(done.stdout)["models"]
+    scores = [evaluation.TaskScore(**score) for score in found["tasks"]]
+    questions.check(scores, questions.by_hand(lambda ids: model(input_ids=ids).logits, tokenizer), 4)
+    one = _eval(folder, "--task", folder / "own.yaml", "--limit", "1")
+    assert "own acc_bytes 1.0000 on 1 examples" in one.stdout or "own acc_bytes 0.0000 on" in one.stdout
+    assert "±" not in one.stdout
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ([], "nothing to measure"),
-        (["--task", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--text", "nowhere.txt"], "nowhere.txt"),
-        (["--task", "own.jsonl", "--limit", "0"], "--limit 0"),
-        (["--task", "own.jsonl", "--batch-size", "0"], "--batch-size 0"),
-        (["--text", "text.txt", "--length", "1"], "--length 1"),
+        (["--task", "nowhere.yaml"], "knows no task 'nowhere.yaml'"),
+        (["--task", "farawy"], "did you mean faraway"),
+        (["--task", "faraway"], "lm-eval cannot run faraway"),
+        (["--task", "no.yaml"], "lm-eval cannot run no.yaml"),
         (["--text", "text.txt", "--length", "100000"], "less than one chunk"),
         (["--text", "text.txt", "--length", "200"], "128 positions"),
-        (["--task", "own.jsonl", "--task", "own.jsonl"], "twice"),
-        (["--task", "long.jsonl"], "128 positions"),
+        (["nowhere/model/at/all", "--text", "text.txt"], "no model"),
     ],
 )
-def test_bad_options_are_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], says: str
-) -> None:
-    monkeypatch.chdir(folder)
-    (folder / "long.jsonl").write_text(
-        json.dumps({"query": "why " * 40, "choices": ["b", "c"], "gold": 0}), encoding="utf-8"
-    )
-    assert says in _refused(_invoke("eval", "model", "--device", "cpu", *options))
-
-
-def test_models_are_checked_before_anything_is_loaded(folder: Path) -> None:
-    text = ["--text", folder / "text.txt"]
-    assert "no model" in _refused(_invoke("eval", folder / "model", folder / "nowhere", *text))
-    assert "twice" in _refused(_invoke("eval", folder / "model", folder / "model", *text))
-
-
-def test_missing_harness_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasp_fx.cli.evaluation._harness.importlib.util.find_spec", lambda name: None)
-    assert 'pip install "fasp_fx[eval]"' in _refused(
-        _invoke("eval", folder / "model", "--task", folder / "own.jsonl")
-    )
-
-
-TASK = """
-task: faraway
-dataset_path: nobody/nothing
-test_split: test
-output_type: multiple_choice
-doc_to_text: query
-doc_to_choice: choices
-doc_to_target: gold
-"""
-
-
-def test_named_tasks_without_their_data(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_cannot_be_measured_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], says: str
 ) -> None:
     import lm_eval.tasks
 
+    monkeypatch.chdir(folder)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     real = lm_eval.tasks.TaskManager
@@ -196,12 +113,17 @@ def test_named_tasks_without_their_data(
         "TaskManager",
         lambda include_defaults: real(include_path=str(tmp_path), include_defaults=False),
     )
-    (tmp_path / "faraway.yaml").write_text(TASK, encoding="utf-8")
-    refused = _refused(_invoke("eval", folder / "model", "--task", "faraway"))
-    assert "the data of the task 'faraway' cannot be had" in refused
-    assert "hub" in refused
-    assert "did you mean faraway" in _refused(_invoke("eval", folder / "model", "--task", "farawy"))
-    assert "knows no task 'zzz'" in _refused(_invoke("eval", folder / "model", "--task", "zzz"))
+    faraway = questions.TASK.replace("json", "nobody/nothing").replace("own", "faraway")
+    (tmp_path / "faraway.yaml").write_text(faraway.format(data="x", cache="y"), encoding="utf-8")
+    (folder / "no.yaml").write_text("not a task", encoding="utf-8")
+    done = _eval(folder, *options)
+    assert done.exit_code == 2, done.output
+    assert says in next(line for line in done.stderr.splitlines() if "error:" in line)
+
+
+def test_missing_harness_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fasp_fx.cli.evaluation.importlib.util.find_spec", lambda name: None)
+    assert 'pip install "fasp_fx[eval]"' in _eval(folder, "--task", "a name of this test").stderr
 
 
 def test_perplexity_is_that_of_evaluation_mode() -> None:

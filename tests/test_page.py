@@ -14,10 +14,8 @@ import pytest
 from fasp_fx.report import COUNTED, Figure, Line, Report
 
 import fasp_fx
-from fasp_fx.interop.page import check_page, to_html, write_page
+from fasp_fx.interop.page import check_page, page_data, to_html, write_page
 from fasp_fx.interop.page._graph import lay_out, layer_of
-from fasp_fx.interop.page._model import page_data
-from fasp_fx.pruning.saving._report_json import report_from_json, report_to_json
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -246,31 +244,6 @@ def test_the_page_says_of_which_weights_the_sparsity_is(
 ) -> None:
     for source in (decoder(1), zoo_analysis("llama_gqa")):
         assert COUNTED in page_data(source, "")["tiles"][0]["help"]
-
-
-def test_a_report_comes_back_from_json() -> None:
-    report = decoder(2)
-    assert any(line.held_restored for line in report.lines)
-    assert report_from_json(json.loads(json.dumps(report_to_json(report)))) == report
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("lines", "text"),
-        ("lines", [{}]),
-        ("sparsity", "0.2"),
-        ("bytes", [1]),
-        ("parameters", [1, -1]),
-        ("notes", [3]),
-        ("seconds", {"a": None}),
-        ("without_rule", {"a": 0.5}),
-        ("figures", [{"what": "x", "dense": 1.0, "pruned": 1.0, "digits": 10**9}]),
-    ],
-)
-def test_a_damaged_report_is_refused(field: str, value: Any) -> None:
-    with pytest.raises(fasp_fx.StoreError, match=r"report.json is damaged.*save the result again"):
-        report_from_json({**report_to_json(decoder(1)), field: value})
 
 
 # --- in a browser

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from fasp_fx.report import Report
+from fasp_fx.report import COLUMNS, Figure, Line, Report
 from torch import Tensor, nn
 from zoo import randomise
 
@@ -57,6 +59,50 @@ def test_sparsity_is_a_fraction_of_what_the_report_says(
     assert f"{1 - after / before:.2%} " in line
     read: Report = report_from_json(json.loads(json.dumps(report_to_json(result.report))))
     assert str(read) == str(result.report)
+
+
+REPORT = Report(
+    0.25,
+    0.25,
+    (100, 80),
+    (400, 320),
+    (Line("a.weight", "prunable", 8, 6, 1, "", 0.1, 0.01, 0.2, 0.02, (("b.weight", 0),), (("a", 1),)),),
+    {"capture": 1.5},
+    ("a note",),
+    (Figure("perplexity", 17.5, 22.9, 3),),
+    {"my.op": 3},
+)
+
+
+def test_the_columns_are_explained_where_they_hold_something() -> None:
+    for line in COLUMNS:
+        assert line in str(REPORT)
+        assert line not in str(replace(REPORT, lines=()))
+
+
+def test_a_report_comes_back_from_json() -> None:
+    assert report_from_json(json.loads(json.dumps(report_to_json(REPORT)))) == REPORT
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("sparsity", value) for value in ("0.2", 10**400)),
+        *(("bytes", value) for value in (None, [1], [1, 2, 3], [-1, 2], [float("inf"), 2], [10**400, 1])),
+        *(("lines", value) for value in ("text", [{}], [[]], [{"name": "a", "before": 10**400}])),
+        *(("notes", value) for value in ([3], "text")),
+        *(("seconds", value) for value in ({"a": None}, {"a": 10**400})),
+        ("without_rule", {"a": 0.5}),
+        ("figures", [{"what": "x", "dense": 1.0, "pruned": 1.0, "digits": 10**9}]),
+        *(
+            ("config", value)
+            for value in (3, {}, [], {"fasp_fx_config": 1, "sparsity": 7}, {"fasp_fx_config": 99})
+        ),
+    ],
+)
+def test_a_damaged_report_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(fasp_fx.StoreError, match=r"report.json is damaged.*save the result again"):
+        report_from_json({**report_to_json(REPORT), field: value})
 
 
 class Decides(nn.Module):

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fasp_fx import ArgumentError, CalibrationError
-from fasp_fx.cli._text import parse_range, sample
+from fasp_fx.cli._eval import read_range
+from fasp_fx.cli._text import sample, start_token
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -80,6 +81,15 @@ def test_a_model_that_breaks_down_on_its_own_text_is_refused(model: LlamaForCaus
         sample(broken, 0, 3, 12)
 
 
+def test_a_model_that_no_text_can_begin_is_refused(model: LlamaForCausalLM) -> None:
+    other = copy.deepcopy(model)
+    assert start_token(other, None) == 0
+    other.config.bos_token_id = other.config.eos_token_id = 300
+    other.generation_config.bos_token_id, other.generation_config.eos_token_id = None, [300]
+    with pytest.raises(CalibrationError, match="none that the model knows"):
+        start_token(other, None)
+
+
 class _Uniform(nn.Module):
     """Predicts each of four tokens alike."""
 
@@ -112,10 +122,8 @@ def test_latency_is_one_figure_a_model() -> None:
 
 
 def test_ranges_of_chunks() -> None:
-    assert parse_range(None, 4) == range(4)
-    assert parse_range("1:3", 4) == range(1, 3)
-    assert parse_range("2:", 4) == range(2, 4)
-    assert parse_range(":9", 4) == range(4)
-    for wrong in ("", "2", "x:", "1:2:3", "7:9"):
+    for text, chunks in ((None, range(4)), ("1:3", range(1, 3)), ("2:", range(2, 4)), (":9", range(4))):
+        assert range(4)[read_range(text)] == chunks
+    for wrong in ("", "2", "x:", "1:2:3", "-:3"):
         with pytest.raises(ArgumentError):
-            parse_range(wrong, 4)
+            read_range(wrong)

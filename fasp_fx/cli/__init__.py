@@ -5,9 +5,9 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the command."""
-    from ._app import main
+    from ._app import app
 
-    main()
+    app()
 
 
 __all__ = ["main"]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 
 from ..base._version import __version__
 from ..errors import ArgumentError
-from . import _tables
-from ._console import USAGE, results, say, session
-from ._plain_text import printable
+from ..training.recovery import DistillationConfig
+from . import _models, _tables
+from ._console import CAPTURING, USAGE, console, say, session
+from ._options import named_as_options, option, read_options, with_pruning_options
+from ._paths import check_path
+from ._text import Texts
 
 app = typer.Typer(
     name="fasp-fx",
@@ -28,100 +29,37 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-HTML_HELP = (
-    "Also write a page to look at: one file, no network. An earlier page there is replaced, anything else is"
-    " not."
-)
-BUDGET_HELP = "A budget: how much may stay"
-MODEL_HELP = "A model folder, a hub id or a .gguf file; anything AutoModelForCausalLM loads."
+MODEL = "A model folder, a hub id or a .gguf file; anything AutoModelForCausalLM loads."
+#: what torch takes for a seed
+SEEDS = {"min": 0, "max": 2**63 - 1}
 
-
-class QualityName(StrEnum):
-    """How much time the choice may take."""
-
-    fast = "fast"
-    balanced = "balanced"
-    best = "best"
-
-
-class ScoreName(StrEnum):
-    """The scores that have a name."""
-
-    fasp = "fasp"
-    obs = "obs"
-    magnitude = "magnitude"
-    random = "random"
-
-
-class AllocationName(StrEnum):
-    """How groups share what is to go."""
-
-    uniform = "uniform"
-    every = "global"
-    search = "search"
-
-
-class GranularityName(StrEnum):
-    """What can go as one."""
-
-    channel = "channel"
-    head = "head"
-    expert = "expert"
-
-
-class IncludeName(StrEnum):
-    """The groups that stay unless they are asked for."""
-
-    approximate = "approximate"
-    depth = "depth"
-    exempt = "exempt"
-
-
-class TrainName(StrEnum):
-    """What can be trained."""
-
-    every = "all"
-    vectors = "vectors"
-    low_rank = "low-rank"
-
-
-class DtypeName(StrEnum):
-    """The dtypes that can be asked for."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Out = Annotated[Path, option("The folder to write; it must not exist yet.", more=False)]
 Device = Annotated[
     str | None,
-    typer.Option(
-        help="Where to work, such as cpu or cuda:1. Default: the accelerator if there is one.",
-        show_default=False,
+    option("Where to work, such as cpu or cuda:1. Default: the accelerator if there is one.", more=False),
+]
+Dtype = Annotated[DtypeName, option("auto, the default: the dtype that the model was stored in.")]
+Html = Annotated[
+    Path | None,
+    option(
+        "Also write a page to look at: one file, no network. An earlier page there is replaced, anything else"
+        " is not.",
+        metavar="FILE",
     ),
 ]
-Dtype = Annotated[DtypeName, typer.Option(help="auto: the dtype that the model was stored in.")]
-Granularity = Annotated[
-    list[GranularityName] | None,
-    typer.Option(
-        help=(
-            "What goes as one: channels, whole attention heads, whole experts; may be given again. Default:"
-            " channel."
-        ),
-        show_default=False,
-    ),
+Checkpoint = Annotated[
+    Path | None, option("Keep the state of the work here; the same command goes on from it.", metavar="DIR")
 ]
-Include = Annotated[
-    list[IncludeName] | None,
-    typer.Option(
-        help=(
-            "Also prune what crosses a norm, or query and key channels, which otherwise stay; may be given"
-            " again."
-        ),
-        show_default=False,
-    ),
+Overwrite = Annotated[bool, option("Replace an earlier result at --out, and nothing else.", "--overwrite")]
+Length = Annotated[
+    int | None,
+    option("Tokens per chunk. Default: 1024 of a file, 256 of 'self'.", min=2),
 ]
+EvalBatches = Annotated[
+    int, option("Chunks of text to measure perplexity on. Default: 8.", min=1)
+]
+Json = Annotated[bool, option("Print JSON.", "--json", more=False)]
 
 
 @app.callback(invoke_without_command=True)
@@ -140,179 +78,86 @@ def _root(
 
 
 @app.command()
+@with_pruning_options
 def prune(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    out: Annotated[
-        Path, typer.Option(help="The folder to write; it must not exist yet.", show_default=False)
-    ],
-    sparsity: Annotated[
-        float | None,
-        typer.Option(
-            help=(
-                "Fraction to remove of the linear weights of the layers, between 0 and 1. Default: 0.2"
-                " without a budget."
-            ),
-            show_default=False,
-        ),
-    ] = None,
-    parameters: Annotated[
-        str | None,
-        typer.Option(
-            metavar="AMOUNT", help=f"{BUDGET_HELP} of the parameters: 0.8, 80%, 100M.", show_default=False
-        ),
-    ] = None,
-    macs: Annotated[
-        str | None,
-        typer.Option(
-            metavar="AMOUNT", help=f"{BUDGET_HELP} of the multiply-accumulates: 0.7.", show_default=False
-        ),
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            "--bytes",
-            metavar="AMOUNT",
-            help=f"{BUDGET_HELP} of the weights' bytes: 400MB.",
-            show_default=False,
-        ),
-    ] = None,
-    cache_bytes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="AMOUNT",
-            help=f"{BUDGET_HELP} of the cache's bytes per token of one sequence: 0.5.",
-            show_default=False,
-        ),
-    ] = None,
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    out: Out,
     calibration: Annotated[
         str,
-        typer.Option(metavar="FILE|self", help="A text file, or 'self': text that the model writes itself."),
+        option(
+            "A text file, or 'self', the default: text that the model writes itself.",
+            metavar="FILE|self",
+            more=False,
+        ),
     ] = "self",
     text: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Measure perplexity on this text file; chunks that calibrated are left out. By default, what"
+        option(
+            "Measure perplexity on this text file; chunks that calibrated are left out. By default, what"
             " calibration leaves of its own.",
-            show_default=False,
-        ),
-    ] = None,
-    round_to: Annotated[
-        int | None,
-        typer.Option(
-            help="Keep widths that are multiples of this; hardware likes 16. Default: any width.",
-            show_default=False,
-        ),
-    ] = None,
-    quality: Annotated[
-        QualityName,
-        typer.Option(
-            help=(
-                "fast: the method of FASP; balanced: by predicted losses, better and longer; best: by losses"
-                " measured on more text."
-            )
-        ),
-    ] = QualityName.balanced,
-    score: Annotated[
-        ScoreName | None,
-        typer.Option(
-            help="How channels are valued; magnitude and random are baselines. Default: by --quality.",
-            show_default=False,
-        ),
-    ] = None,
-    allocation: Annotated[
-        AllocationName | None,
-        typer.Option(
-            help=(
-                "uniform: all groups lose alike; global: those that matter least lose most; search: from"
-                " there by trying, in some minutes more. "
-                "Default: by --quality."
-            ),
-            show_default=False,
+            metavar="FILE",
+            more=False,
         ),
     ] = None,
     recover: Annotated[
         int,
-        typer.Option(
+        option(
+            "Train what is left towards the dense model, so often over the calibration text.",
             metavar="EPOCHS",
-            help="Train what is left towards the dense model, so often over the calibration text.",
-            show_default=False,
+            min=0,
+            more=False,
         ),
     ] = 0,
-    restore: Annotated[
-        bool, typer.Option("--restore/--no-restore", help="Repair the weights that stay, by least squares.")
-    ] = True,
-    granularity: Granularity = None,
-    include: Include = None,
-    uniform_layers: Annotated[
-        bool, typer.Option("--uniform-layers", help="Keep layers alike that are, as some runtimes need it.")
-    ] = False,
-    batches: Annotated[
-        int | None,
-        typer.Option(
-            help="Chunks of text to calibrate on. Default: 32 of a calibration file, 96 with 'self'.",
-            show_default=False,
-        ),
-    ] = None,
-    length: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens per chunk. Default: 1024 with a calibration file, 256 with 'self'.",
-            show_default=False,
-        ),
-    ] = None,
-    eval_batches: Annotated[int, typer.Option(help="Chunks of text to measure perplexity on.")] = 8,
-    device: Device = None,
-    dtype: Dtype = DtypeName.auto,
     plain: Annotated[
         bool,
-        typer.Option(
+        option(
+            "Keep to what the model's own config can say, and write a standard checkpoint that needs no"
+            " fasp_fx.",
             "--plain",
-            help=(
-                "Keep to what the model's own config can say, and write a standard checkpoint that needs no"
-                " fasp_fx."
-            ),
+            more=False,
         ),
     ] = False,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Keep what was decided here; the same command goes on from it.",
-            show_default=False,
-        ),
-    ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Say what it would take (memory, disk, operations, time), and do nothing."
-        ),
+        option("Say what it would take of memory and disk, and do nothing.", "--dry-run", more=False),
     ] = False,
+    config: Annotated[
+        Path | None,
+        option(
+            "Options from a file, as PruningConfig.to_json() writes them; those given here stand in the place"
+            " of its own.",
+            metavar="FILE.json",
+            more=False,
+        ),
+    ] = None,
+    device: Device = None,
+    batches: Annotated[
+        int | None,
+        option(
+            "Chunks of text to calibrate on. Default: 32 of a calibration file, 96 with 'self'.",
+            min=1,
+        ),
+    ] = None,
+    length: Length = None,
+    eval_batches: EvalBatches = 8,
+    seed: Annotated[int, option("Seed of the text that the model writes. Default: 0.", **SEEDS)] = 0,
+    dtype: Dtype = "auto",
+    checkpoint: Checkpoint = None,
     stream: Annotated[
         bool,
-        typer.Option(
+        option(
+            "Keep the weights in files, and in memory those that are used: for models larger than the"
+            " memory. Batches run on --device.",
             "--stream",
-            help=(
-                "Keep the weights in files, and in memory those that are used: for models larger than the"
-                " memory. Batches run on --device."
-            ),
         ),
     ] = False,
     scratch: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Where --stream keeps the weights. Default: beside the folder to write.",
-            show_default=False,
-        ),
+        option("Where --stream keeps the weights. Default: beside the folder to write.", metavar="DIR"),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier result at --out, and nothing else.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the text that the model writes.")] = 0,
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help=HTML_HELP, show_default=False)
-    ] = None,
+    html: Html = None,
+    overwrite: Overwrite = False,
+    **given: Any,
 ) -> None:
     """Prune a language model, measure what it cost, and save it.
 
@@ -328,9 +173,6 @@ def prune(
 
     `fasp-fx eval small --text wiki.txt --length 1024 --chunks 100:140`
 
-    Instead of `--sparsity`, one or several budgets say how much may stay: a share of the dense model's, or an
-    amount. Shares of multiply-accumulates are those of a few tokens.
-
     With `--plain` the result is an ordinary checkpoint of the same architecture, for
     `AutoModelForCausalLM.from_pretrained` and whatever else reads those: feed-forward layers become narrower,
     and whole attention heads go where that is not enough.
@@ -343,102 +185,103 @@ def prune(
     `import fasp_fx`, `AutoModelForCausalLM.from_pretrained("small")`.
     """
     with session() as stages:
-        from ._prune_command import Request, run
+        from . import _prune
 
-        run(
-            Request(
-                model=model,
-                out=out,
-                sparsity=sparsity,
-                budget={"parameters": parameters, "macs": macs, "bytes": size, "cache-bytes": cache_bytes},
-                calibration=None if calibration == "self" else Path(calibration),
-                text=text,
-                recover=recover,
-                quality=quality.value,
-                score=score.value if score is not None else None,
-                allocation=allocation.value if allocation is not None else None,
-                restore=restore,
-                granularity=_values(granularity),
-                include=_values(include),
-                uniform_layers=uniform_layers,
-                batches=batches if batches is not None else 96 if calibration == "self" else 32,
-                length=length if length is not None else 256 if calibration == "self" else 1024,
-                eval_batches=eval_batches,
-                device=device,
-                dtype=dtype.value,
-                plain=plain,
-                overwrite=overwrite,
-                seed=seed,
-                html=html,
-                checkpoint=checkpoint,
-                dry_run=dry_run,
-                stream=stream,
-                scratch=scratch,
-                **({} if round_to is None else {"round_to": round_to}),
-            ),
+        _prune.run(
+            model,
+            out,
+            *read_options(config, given),
+            _texts(calibration, batches or 96, batches or 32, text, eval_batches, length, seed),
             stages,
-            results(),
+            epochs=recover,
+            device=device,
+            dtype=dtype,
+            plain=plain,
+            overwrite=overwrite,
+            html=html,
+            checkpoint=checkpoint,
+            dry_run=dry_run,
+            stream=stream,
+            scratch=scratch,
         )
+
+
+def _texts(
+    source: str,
+    written: int,
+    read: int,
+    text: Path | None,
+    eval_batches: int,
+    length: int | None,
+    seed: int,
+    use: str = "calibration",
+) -> Texts:
+    """The text of a command.
+
+    Args:
+        source: a file, or ``"self"``.
+        written, read: how many chunks of the model's own text are used, and how many of a file.
+    """
+    if source == "self":
+        return Texts(None, written, text, eval_batches, length or 256, seed, use)
+    return Texts(Path(source), read, text, eval_batches, length or 1024, seed, use)
 
 
 @app.command()
 def recover(
     folder: Annotated[str, typer.Argument(help="A folder that `fasp-fx prune` wrote.")],
-    dense: Annotated[str, typer.Option(help=f"The model that was pruned. {MODEL_HELP}", show_default=False)],
-    out: Annotated[
-        Path, typer.Option(help="The folder to write; it must not exist yet.", show_default=False)
-    ],
+    dense: Annotated[str, option(f"The model that was pruned. {MODEL}", more=False)],
+    out: Out,
     data: Annotated[
         str,
-        typer.Option(
+        option(
+            "A text file to train on, or 'self', the default: text that the dense model writes itself.",
             metavar="FILE|self",
-            help="A text file to train on, or 'self': text that the dense model writes itself.",
+            more=False,
         ),
     ] = "self",
     text: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            "Measure perplexity on this text file; chunks that train are left out. By default, what training"
+            " leaves of --data.",
             metavar="FILE",
-            help="Measure perplexity on this text file; chunks that train are left out. By default, what"
-            " training leaves of --data.",
-            show_default=False,
+            more=False,
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option(help="How often the text is trained on.")] = 2,
+    epochs: Annotated[
+        int, option("How often the text is trained on. Default: 2.", min=1, more=False)
+    ] = DistillationConfig.epochs,
     learning_rate: Annotated[
-        float, typer.Option(help="The highest; it rises at first and falls to zero.")
-    ] = 3e-5,
+        float, option("The highest; it rises at first and falls to zero. Default: 3e-5.", more=False)
+    ] = DistillationConfig.learning_rate,
     train: Annotated[
-        TrainName,
-        typer.Option(
-            help="All weights; vectors: biases and gains of norms; low-rank: products of narrow matrices."
+        Literal["all", "vectors", "low-rank"],
+        option(
+            "all weights, the default; vectors: biases and gains of norms; low-rank: products of narrow"
+            " matrices.",
+            more=False,
         ),
-    ] = TrainName.every,
-    rank: Annotated[int, typer.Option(help="Columns of the matrices of --train low-rank.")] = 16,
+    ] = "all",
+    rank: Annotated[
+        int, option("Columns of the matrices of --train low-rank. Default: 16.", min=1)
+    ] = DistillationConfig.rank,
     batches: Annotated[
-        int, typer.Option(help="Chunks of text to train on, of which a tenth is held out.")
+        int,
+        option(
+            "Chunks of text to train on, of which a tenth is held out. Default: 32.",
+            min=2,
+            more=False,
+        ),
     ] = 32,
-    length: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens per chunk. Default: 1024 with a file, 256 with 'self'.", show_default=False
-        ),
-    ] = None,
-    eval_batches: Annotated[int, typer.Option(help="Chunks of text to measure perplexity on.")] = 8,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Keep the state of the training here; the same command goes on from it.",
-            show_default=False,
-        ),
-    ] = None,
+    length: Length = None,
+    eval_batches: EvalBatches = 8,
+    checkpoint: Checkpoint = None,
     device: Device = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier result at --out, and nothing else.")
-    ] = False,
+    overwrite: Overwrite = False,
     seed: Annotated[
-        int, typer.Option(help="Seed of the text that the model writes, and of the order of the chunks.")
+        int,
+        option("Seed of the model's text, and of the order of the chunks. Default: 0.", **SEEDS),
     ] = 0,
 ) -> None:
     """Train a pruned language model towards the dense one it was made of.
@@ -451,56 +294,40 @@ def recover(
     Example: `fasp-fx recover small --dense model.gguf --data wiki.txt --batches 96 --out better`
     """
     with session() as stages:
-        from ._recover_command import Request, run
-        from ._texts import Wanted
+        from . import _recover
 
-        own = data == "self"
-        run(
-            Request(
-                folder=folder,
-                dense=dense,
-                out=out,
-                texts=Wanted(
-                    None if own else Path(data),
-                    batches,
-                    text,
-                    eval_batches,
-                    length if length is not None else 256 if own else 1024,
-                    seed,
-                ),
-                epochs=epochs,
-                learning_rate=learning_rate,
-                train=train.value,
-                rank=rank,
-                checkpoint=checkpoint,
-                device=device,
-                overwrite=overwrite,
-            ),
-            stages,
-            results(),
-        )
+        texts = _texts(data, batches, batches, text, eval_batches, length, seed, "training")
+        with named_as_options(DistillationConfig):
+            config = DistillationConfig(
+                epochs=epochs, learning_rate=learning_rate, train=train, rank=rank, seed=seed
+            )
+        _recover.run(folder, dense, out, texts, config, checkpoint, device, overwrite, stages)
 
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP[:-1]}, or a folder that `fasp-fx prune` wrote.")],
-    as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json", help="Print JSON: names, dimensions and index ranges [first, last + 1] of every group."
-        ),
-    ] = False,
+    model: Annotated[str, typer.Argument(help=f"{MODEL[:-1]}, or a folder that `fasp-fx prune` wrote.")],
+    as_json: Json = False,
     every: Annotated[
         bool,
-        typer.Option(
-            "--all", help="One row for every group, with full names, instead of one for all identical layers."
+        option(
+            "One row for every group, with full names, instead of one for all identical layers.",
+            "--all",
+            more=False,
         ),
     ] = False,
-    granularity: Granularity = None,
-    include: Include = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help=HTML_HELP, show_default=False)
+    granularity: Annotated[
+        list[str] | None,
+        option("What goes as one: channel, the default, head or expert; may be given again.", more=False),
     ] = None,
+    include: Annotated[
+        list[str] | None,
+        option(
+            "Groups that stay unless they are asked for: approximate, depth or exempt; may be given again.",
+            more=False,
+        ),
+    ] = None,
+    html: Html = None,
 ) -> None:
     """Show the coupled groups of a language model: what can be pruned, what cannot, and why.
 
@@ -510,111 +337,93 @@ def inspect(
     shown.
 
     Of a folder that `prune` wrote, the report of that pruning is shown. With `--html FILE` the same goes to a
-    page with a graph of the groups, a chart of the widths and a table that sorts.
+    page with a graph of the groups, a chart of the widths and a table that sorts. With `--json` names,
+    dimensions and index ranges `[first, last + 1]` of every group are printed.
 
     Example: `fasp-fx inspect HuggingFaceTB/SmolLM2-135M`
     """
     with session() as stages:
-        from ..hf._plain_folder import is_plain
+        from ..hf._plain_folder import is_plain, read_plain
         from ..interop.page import check_page, write_page
         from ..pruning._prune import analyze
         from ..pruning.report import counted
-        from . import _models
-        from ._arguments import check_path
-        from ._saved import is_saved
+        from ..pruning.saving._folder import read_report
+        from ..pruning.saving._report_json import report_to_json
 
-        check_path("the model", model)
         if html is not None:
             check_path("--html", html)
             check_page(html)
         asked = bool(granularity or include)  # a plain folder holds a model like any other
-        if is_saved(model) or (not asked and is_plain(Path(model))):
-            if asked:
-                raise ArgumentError(
-                    f"'{model}' was pruned already, so --granularity and --include change nothing in its"
-                    " report; leave them out"
-                )
-            _inspect_saved(Path(model), as_json=as_json, html=html)
+        is_saved, folder = _models.is_saved(model), Path(model)
+        if is_saved and asked:
+            raise ArgumentError(
+                f"'{model}' was pruned already, so --granularity and --include change nothing in its report;"
+                " leave them out"
+            )
+        if is_saved or (not asked and is_plain(folder)):
+            report = read_report(folder) if is_saved else read_plain(folder)[1]
+            if html is not None:
+                write_page(report, f"{folder.resolve().name}, {report.sparsity:.0%} removed", html)
+            say(json.dumps(report_to_json(report)) if as_json else str(report), keep="\n")
             return
         _models.quieten()
-        source = _models.Source.of(model)
         stages.begin("reading the configuration")
-        empty = _models.load_empty(source)
-        stages.begin("capturing and analysing the model")
+        empty = _models.load_empty(_models.Source.of(model))
+        stages.begin(CAPTURING)
         example = {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False}
         analysis = analyze(
-            empty, (), example, granularity=_values(granularity) or ("channel",), include=_values(include)
+            empty, (), example, granularity=granularity or ("channel",), include=include or ()
         )
         stages.end()
         if html is not None:
-            write_page(analysis, str(source), html)
+            write_page(analysis, model, html)
         if as_json:
-            typer.echo(json.dumps(_tables.groups_json(str(source), analysis)))
+            say(json.dumps(_tables.groups_json(model, analysis)))
             return
-        console = results()
-        console.print(_tables.groups_table(analysis, every=every))
-        say(
-            console,
+        console().print(_tables.groups_table(analysis, every=every))
+        for line in (
             f"at most {analysis.max_sparsity:.1%} of the linear weights of {counted(analysis.include)} can be"
             " removed",
-        )
-        for name, count in analysis.without_rule.items():
-            say(console, f"{name} has no rule and froze what it touches ({count} times)")
-        for note in analysis.program.notes:
-            say(console, f"note: {note}")
-
-
-def _values(names: Iterable[StrEnum] | None) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.value for name in names or ()))
-
-
-def _inspect_saved(folder: Path, *, as_json: bool, html: Path | None) -> None:
-    """Show the report of a pruning."""
-    from ..hf._plain_folder import is_plain, read_plain
-    from ..interop.page import write_page
-    from ..pruning.saving._folder import read_report
-    from ..pruning.saving._report_json import report_to_json
-
-    report = read_plain(folder)[1] if is_plain(folder) else read_report(folder)
-    if html is not None:
-        write_page(report, f"{folder.resolve().name}, {report.sparsity:.0%} removed", html)
-    typer.echo(json.dumps(report_to_json(report)) if as_json else printable(str(report), keep="\n"))
+            *(
+                f"{name} has no rule and froze what it touches ({count} times)"
+                for name, count in analysis.without_rule.items()
+            ),
+            *(f"note: {note}" for note in analysis.program.notes),
+        ):
+            say(line)
 
 
 @app.command("eval")
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(
-            metavar="MODEL [OTHER ...]", help=f"{MODEL_HELP} Also a folder that `fasp-fx prune` wrote."
-        ),
+        typer.Argument(metavar="MODEL [OTHER ...]", help=f"{MODEL} Or what `fasp-fx prune` wrote."),
     ],
     text: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Measure perplexity on this text file.", show_default=False),
+        Path | None, option("Measure perplexity on this text file.", metavar="FILE", more=False)
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME|FILE.jsonl",
-            help="A task of lm-eval, or a file of questions; may be given again.",
-            show_default=False,
+        option(
+            "A task of lm-eval, or a YAML file that describes one; may be given again.",
+            metavar="NAME|FILE.yaml",
+            more=False,
         ),
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens per chunk of text.")] = 1024,
+    length: Annotated[int, option("Tokens per chunk of text. Default: 1024.", min=2, more=False)] = 1024,
     chunks: Annotated[
         str | None,
-        typer.Option(
-            metavar="A:B", help="Only chunks A to B - 1 of the text. Default: all.", show_default=False
-        ),
+        option("Only chunks A to B - 1 of the text. Default: all.", metavar="A:B", more=False),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Only so many examples of each task. Default: all.", show_default=False)
+        int | None, option("Only so many examples of each task. Default: all.", min=1, more=False)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts per call of the model in tasks.")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    batch_size: Annotated[
+        int, option("Texts per call of the model in tasks. Default: 8.", min=1, more=False)
+    ] = 8,
+    as_json: Json = False,
     device: Device = None,
-    dtype: Dtype = DtypeName.auto,
+    dtype: Dtype = "auto",
 ) -> None:
     """Measure perplexity and zero-shot tasks of dense and pruned language models, side by side.
 
@@ -622,42 +431,13 @@ def evaluate(
     chunk's predictions count alike.
 
     Tasks run through EleutherAI's lm-evaluation-harness (`pip install "fasp_fx[eval]"`). Those it knows by
-    name take their data from the Hugging Face hub. A file of your own needs no network; it holds one
-    multiple-choice question per line:
+    name take their data from the Hugging Face hub; a YAML file may describe one over files of your own.
 
-    `{"query": "Question: What is ice?", "choices": ["water", "stone"], "gold": 0}`
-
-    Of each choice counts the summed log-likelihood after the query: as it is (acc), per character (acc_norm),
-    per byte of UTF-8 (acc_bytes).
-
-    Example: `fasp-fx eval model.gguf small --text wiki.txt --chunks 100:140 --task arc_challenge.jsonl
-    --limit 200`
+    Example: `fasp-fx eval model.gguf small --text wiki.txt --chunks 100:140 --task arc_challenge --limit 200`
     """
     with session() as stages:
-        from ._eval_command import Request, run
+        from . import _eval
 
-        run(
-            Request(
-                models=tuple(models),
-                text=text,
-                tasks=tuple(task or ()),
-                length=length,
-                chunks=chunks,
-                limit=limit,
-                batch_size=batch_size,
-                as_json=as_json,
-                device=device,
-                dtype=dtype.value,
-            ),
-            stages,
-            results(),
+        _eval.run(
+            models, text, task or (), length, chunks, limit, batch_size, as_json, device, dtype, stages
         )
-
-
-def main() -> None:
-    """Entry point of the ``fasp-fx`` script."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

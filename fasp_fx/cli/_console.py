@@ -1,37 +1,53 @@
-"""What the command line writes besides its results: progress, warnings and errors, all on the
-error stream.
-"""
+"""What the command line writes: results to the output; progress, warnings and errors to the error stream."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from ..base._tolerable import short_of_memory
 from ..errors import CalibrationWarning, CaptureWarning, FaspError, RankError, VerificationWarning, first_line
-from ._plain_text import printable
-from ._processes import rank
 
 USAGE, INTERRUPTED = 2, 130
 #: a stage of several commands
 CAPTURING = "capturing and analysing the model"
+
+
+def process(name: str, default: int) -> int:
+    """What ``torchrun`` says of this process: ``RANK``, ``LOCAL_RANK`` or ``WORLD_SIZE``."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with every character escaped that a terminal would obey or not show, except those to keep: a
+    name in a model's folder may hold any.
+    """
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+def console(*, errors: bool = False) -> Console:
+    """Shows text as it is, without markup; results that go to a file are wide enough for tables. Of several
+    processes the first speaks.
+    """
+    made = Console(stderr=errors, markup=False, highlight=False, quiet=process("RANK", 0) > 0)
+    if not errors and not made.is_terminal:
+        made.width = 160
+    return made
+
+
+def say(line: str, *, keep: str = "") -> None:
+    """Print a line of results, however long."""
+    console().print(printable(line, keep), soft_wrap=True)
 
 
 class Stages:
@@ -40,12 +56,9 @@ class Stages:
     """
 
     def __init__(self) -> None:
-        # Of several processes the first speaks.
-        self.console = Console(stderr=True, highlight=False, quiet=rank() > 0)
+        self.console = console(errors=True)
         self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        self._name = ""
-        self._began = 0.0
+        self._name, self._began = "", 0.0
 
     def begin(self, name: str, *, measured: bool = False) -> None:
         """Start a stage, ending the one before.
@@ -54,9 +67,9 @@ class Stages:
             measured: the stage will report the fraction done.
         """
         self.end()
-        columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}")]
+        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}", markup=False)]
         if measured:
-            columns += [BarColumn(), TaskProgressColumn(), TimeRemainingColumn()]
+            columns += [BarColumn(), TimeRemainingColumn()]
         silent = not self.console.is_terminal
         self._progress = Progress(
             *columns,
@@ -66,97 +79,71 @@ class Stages:
             redirect_stderr=False,
             disable=silent,
         )
-        self._task = self._progress.add_task(escape(printable(name)), total=1.0 if measured else None)
-        self._name, self._began = name, time.perf_counter()
+        self._name, self._began = printable(name), time.perf_counter()
+        self._progress.add_task(self._name, total=1.0 if measured else None)
         self._progress.start()
 
     def update(self, fraction: float) -> None:
         """Report the fraction of the stage that is done."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=fraction)
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=fraction)
 
     def end(self, *, done: bool = True) -> None:
         """End the stage that runs, if any."""
-        if self._progress is None:
-            return
-        self._progress.stop()
-        self._progress = None
-        if done:
-            self.console.print(
-                f"{escape(printable(self._name))} [dim]{time.perf_counter() - self._began:.1f} s[/dim]",
-                soft_wrap=True,
-            )
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+            if done:
+                self.console.print(f"{self._name} {time.perf_counter() - self._began:.1f} s", soft_wrap=True)
 
 
 @contextlib.contextmanager
 def session() -> Iterator[Stages]:
-    """Stages for one command. Errors of the library become one line and exit code 2, Ctrl-C exit code 130."""
+    """Stages for one command. Errors of the library and of the machine become one line and exit code 2,
+    Ctrl-C exit code 130; warnings of the library are told at the end.
+    """
     stages = Stages()
-    held: dict[type[Warning], list[str]] = {
-        CaptureWarning: [],
-        VerificationWarning: [],
-        CalibrationWarning: [],
-    }
-
-    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        for kind in held:
-            if issubclass(category, kind):
-                held[kind].append(str(message))
-
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
-            for kind in held:
+            for kind in (VerificationWarning, CaptureWarning, CalibrationWarning):
                 warnings.simplefilter("always", kind)
-            warnings.showwarning = show
             yield stages
         stages.end()
-        if rank() > 0:
-            held = {VerificationWarning: []}
-        for message in held.pop(VerificationWarning):  # each names a group
-            _complain("warning", message)
-        for messages in filter(None, held.values()):
-            _complain(
-                "warning",
-                messages[0] + (f" (and {len(messages) - 1} more like it)" if len(messages) > 1 else ""),
-            )
-    except FaspError as error:
+        _tell(caught)
+    except (FaspError, OSError, KeyboardInterrupt, *short_of_memory()) as error:  # type: ignore[misc]
         stages.end(done=False)
-        if not (isinstance(error, RankError) and rank() > 0):
-            _complain("error", str(error))
-        raise typer.Exit(USAGE) from None
-    except short_of_memory() as error:
-        stages.end(done=False)
-        _complain(
-            "error", f"memory is too short: {first_line(error)}; give less data at a time, or free some"
-        )
-        raise typer.Exit(USAGE) from None
-    except OSError as error:  # the machine's: a full disk, a file that went away
-        stages.end(done=False)
-        named = f"'{error.filename}': " if error.filename is not None else ""
-        _complain("error", f"{named}{error.strerror or error}; mend that, or choose another place")
-        raise typer.Exit(USAGE) from None
-    except KeyboardInterrupt:
-        stages.end(done=False)
-        _complain("interrupted", "nothing more was written")
-        raise typer.Exit(INTERRUPTED) from None
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if not (isinstance(error, RankError) and process("RANK", 0)):
+            _complain("interrupted" if interrupted else "error", _explained(error))
+        raise typer.Exit(INTERRUPTED if interrupted else USAGE) from None
     finally:
         stages.end(done=False)
 
 
-def results() -> Console:
-    """The console for results, wide enough for tables when its output goes to a file."""
-    probe = Console(quiet=rank() > 0)
-    return probe if probe.is_terminal else Console(width=160, highlight=False, quiet=rank() > 0)
+def _explained(error: BaseException) -> str:
+    if isinstance(error, FaspError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "nothing more was written"
+    if isinstance(error, OSError) and error.errno != errno.ENOMEM:  # a full disk, a file that went away
+        named = f"'{error.filename}': " if error.filename is not None else ""
+        return f"{named}{error.strerror or error}; mend that, or choose another place"
+    return f"memory is too short: {first_line(error)}; give less data at a time, or free some"
 
 
-def say(console: Console, line: str) -> None:
-    """Print a line as it is, however long."""
-    console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+def _tell(caught: list[warnings.WarningMessage]) -> None:
+    """Each warning of a group, by the process that it is of; of the others the first of each kind."""
+    found: dict[object, list[str]] = {}
+    for number, one in enumerate(caught):
+        own = issubclass(one.category, VerificationWarning)
+        if own or not process("RANK", 0):
+            found.setdefault(number if own else one.category, []).append(str(one.message))
+    for messages in found.values():
+        more = f" (and {len(messages) - 1} more like it)" if len(messages) > 1 else ""
+        _complain("warning", messages[0] + more)
 
 
 def _complain(kind: str, message: str) -> None:
     print(f"fasp-fx: {kind}: {printable(' '.join(message.split()))}", file=sys.stderr)
 
-
-__all__ = ["CAPTURING", "Stages", "results", "say", "session"]

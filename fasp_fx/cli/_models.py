@@ -1,35 +1,37 @@
-"""Causal language models and their tokenizers, from a folder, the hub or a GGUF file."""
+"""Causal language models and their tokenizers, from a folder, the hub or a GGUF file, dense or pruned; and
+what is not loaded, since it could not be what was meant.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..base._device import check_device
 from ..base._tolerable import tolerable
 from ..base.offload._context import keep_weights
 from ..base.offload._scratch import Scratch
-from ..errors import ArgumentError, FaspError, first_line
-from ._arguments import check_path
-from ._checkpoint import (
-    check_config,
-    check_folder,
-    check_loaded,
-    check_sizes,
-    check_values,
-    check_weights_fit,
-)
+from ..errors import ArgumentError, FaspError, StoreError, first_line
+from ..pruning.saving import _folder as folders
+from ..storage._config_json import LAYERS, layer_counts
+from ._paths import check_path
+
+if TYPE_CHECKING:
+    from ..hf import Pruned
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: the analysis numbers every channel; the largest vocabularies have a million tokens
+WIDTH = 2**24
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+_CAUSAL = "give a causal language model: anything that AutoModelForCausalLM loads"
 
 T = TypeVar("T")
-
-_CAUSAL = "give a causal language model: anything that AutoModelForCausalLM loads"
 
 
 @dataclass(frozen=True)
@@ -52,34 +54,14 @@ class Source:
             ArgumentError: it is a path, and nothing usable is there.
         """
         check_path("the model", model)
-        try:
-            path = Path(model).expanduser()
-        except tolerable(RuntimeError) as error:  # no such user
-            raise ArgumentError(
-                f"there is no model at '{model}': {first_line(error)}; give a model folder, a hub id or a"
-                " .gguf file"
-            ) from error
-        check_path("the model", path)
-        if path.is_file():
-            if path.suffix.lower() != ".gguf":
-                raise ArgumentError(
-                    f"'{model}' is a file, but not a .gguf file; give a model folder, a hub id or a .gguf"
-                    " file"
-                )
+        path = Path(model)
+        is_gguf = path.suffix.lower() == ".gguf"
+        if path.is_file() and is_gguf:
             return Source(str(path.parent), path.name)
         if path.is_dir():
-            check_folder(path)
-            return Source(str(path))
-        if path.exists():
-            raise ArgumentError(
-                f"'{model}' is neither a file nor a folder; give a model folder, a hub id or a .gguf file"
-            )
-        if (
-            path.is_absolute()
-            or model.startswith((".", "~"))
-            or model.count("/") > 1
-            or path.suffix.lower() == ".gguf"
-        ):
+            return Source(model)
+        is_path = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+        if is_path or is_gguf or path.exists():
             raise ArgumentError(
                 f"there is no model at '{model}'; give a model folder, a hub id or a .gguf file"
             )
@@ -88,6 +70,12 @@ class Source:
     @property
     def options(self) -> dict[str, str]:
         return {} if self.gguf is None else {"gguf_file": self.gguf}
+
+    @property
+    def config(self) -> Path | None:
+        """The file of the configuration, where it is one on this machine."""
+        file = Path(self.where) / "config.json"
+        return file if self.gguf is None and file.is_file() else None
 
     def __str__(self) -> str:
         return self.where if self.gguf is None else str(Path(self.where) / self.gguf)
@@ -123,10 +111,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    if source.gguf is None and (Path(source.where) / "config.json").is_file():
-        check_weights_fit(
-            sum(weight.numel() for weight in load_empty(source).parameters()), Path(source.where)
-        )
+    from ..hf import load_offloaded
 
     def build() -> Any:
         return AutoModelForCausalLM.from_pretrained(
@@ -137,19 +122,19 @@ def load_model(
             **source.options,
         )
 
+    if source.config is not None:
+        _check_weights_fit(load_empty(source), Path(source.where))
     if scratch is not None and Path(source.where).is_dir() and source.gguf is None:
-        from ..hf import load_offloaded
-
         model = _load(
             f"'{source}'", _CAUSAL, lambda: load_offloaded(source.where, scratch, dtype=DTYPES.get(dtype))
         )
     else:
         model, info = _load(f"'{source}'", _CAUSAL, build)
-        check_loaded(model, info, str(source))
+        _check_loaded(model, info, str(source))
         if scratch is not None:
             keep_weights(model, scratch)
-    check_config(model.config, str(source))
-    check_values(model, str(source))
+    _check_layers(model.config.to_dict(), str(source))
+    _check_values(model, str(source))
     return model.eval().to(device)
 
 
@@ -159,11 +144,16 @@ def weight_bytes(source: Source, dtype: str) -> int:
     Raises:
         ArgumentError: its configuration cannot be loaded.
     """
-    if source.gguf is not None or not (Path(source.where) / "config.json").is_file():
+    if source.config is None:
         return 0
     empty = load_empty(source)
-    kind = DTYPES.get(dtype) or getattr(getattr(empty, "config", None), "dtype", None) or torch.float32
-    return sum(parameter.numel() for parameter in empty.parameters()) * kind.itemsize
+    return dtype_of(empty, dtype).itemsize * sum(weight.numel() for weight in empty.parameters())
+
+
+def dtype_of(model: Any, name: str) -> torch.dtype:
+    """The dtype of that name; of ``"auto"``, the one that the model's configuration names."""
+    named = DTYPES.get(name) or getattr(getattr(model, "config", None), "dtype", None)
+    return named if isinstance(named, torch.dtype) else torch.float32
 
 
 def load_empty(source: Source) -> nn.Module:
@@ -175,27 +165,50 @@ def load_empty(source: Source) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def build() -> nn.Module:
+        if source.config is not None:  # some classes make lists as long as this says
+            _check_layers(json.loads(source.config.read_text(encoding="utf-8")), str(source))
         config = AutoConfig.from_pretrained(source.where, **source.options)
-        check_config(config, str(source))
+        _check_layers(config.to_dict(), str(source))
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config).eval()
 
-    empty = _load(f"'{source}'", _CAUSAL, build).eval()
-    check_sizes(empty, str(source))
+    empty = _load(f"'{source}'", _CAUSAL, build)
+    for name, tensor in empty.named_parameters():
+        if max(tensor.shape, default=0) > WIDTH:
+            raise ArgumentError(
+                f"by its configuration the weight '{name}' of '{source}' has the shape {list(tensor.shape)},"
+                f" and at most {WIDTH} are served; correct it"
+            )
     return empty
 
 
-def check_length(model: Any, length: int) -> None:
-    """Refuse chunks longer than the model has positions for, if it says how many that is.
+def is_saved(model: str) -> bool:
+    """Whether a command line argument is a folder that fasp_fx wrote, rather than a model of transformers."""
+    check_path("the model", model)
+    return (Path(model) / folders.MANIFEST).is_file()
+
+
+def load_pruned(folder: Path, device: torch.device) -> Pruned:
+    """A pruned model as :func:`fasp_fx.hf.prune` returned it, of either kind of folder.
 
     Raises:
-        ArgumentError: names both.
+        StoreError: a file is missing, damaged or of another version, or the folder is no pruned model.
+        ArgumentError: there is no tokenizer with it.
     """
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < length:
-        raise ArgumentError(
-            f"--length {length} is more than the {limit} positions of the model; use a smaller --length"
+    from ..hf import Pruned, PrunedForCausalLM
+    from ..hf._folder import holds_model
+    from ..hf._plain_folder import is_plain, read_plain
+
+    source = Source(str(folder))
+    if is_plain(folder):
+        plan, report = read_plain(folder)
+        return Pruned(load_model(source, device=device), plan, report, load_tokenizer(source))
+    if not holds_model(folder):
+        raise StoreError(
+            f"'{folder}' holds no pruned language model; give a folder that `fasp-fx prune` wrote"
         )
+    model = PrunedForCausalLM.from_pretrained(folder, device_map=device)
+    return Pruned(model, model.plan, model.report, load_tokenizer(source))
 
 
 def find_device(name: str | None) -> torch.device:
@@ -219,6 +232,45 @@ def quieten() -> None:
     huggingface_hub.utils.disable_progress_bars()
 
 
+def check_length(model: Any, length: int) -> None:
+    """Refuse chunks longer than the model has positions for, if it says how many that is.
+
+    Raises:
+        ArgumentError: names both.
+    """
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < length:
+        raise ArgumentError(
+            f"--length {length} is more than the {limit} positions of the model; use a smaller --length"
+        )
+
+
+def check_tokens(model: Any, tokens: Tensor, what: str) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Args:
+        what: what holds them, for the message.
+
+    Raises:
+        ArgumentError: names the token and the size of the vocabulary.
+    """
+    size = vocabulary(model)
+    if size is not None and int(tokens.max()) >= size:
+        raise ArgumentError(
+            f"{what} has the token {int(tokens.max())}, and the model knows those from 0 to {size - 1}; give"
+            " the tokenizer that belongs to the model"
+        )
+
+
+def vocabulary(model: Any) -> int | None:
+    """How many tokens the model has embeddings for, if it says so."""
+    try:
+        weight = model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):
+        return None
+    return len(weight)
+
+
 def _load(what: str, remedy: str, load: Callable[[], T]) -> T:
     from ..base.compat._transformers import without_gguf_bar
 
@@ -233,14 +285,67 @@ def _load(what: str, remedy: str, load: Callable[[], T]) -> T:
         raise ArgumentError(f"{what} cannot be loaded: {first_line(error)}; {remedy}") from error
 
 
-__all__ = [
-    "DTYPES",
-    "Source",
-    "check_length",
-    "find_device",
-    "load_empty",
-    "load_model",
-    "load_tokenizer",
-    "quieten",
-    "weight_bytes",
-]
+def _check_layers(config: Any, where: str) -> None:
+    """Refuse a configuration that asks for no layer or for too many."""
+    for name, value in layer_counts(config):
+        if not 1 <= value <= LAYERS:
+            raise ArgumentError(
+                f"the configuration of '{where}' says \"{name}\": {str(value)[:40]}, and a model has 1 to"
+                f" {LAYERS} layers; correct it"
+            )
+
+
+def _check_weights_fit(empty: nn.Module, folder: Path) -> None:
+    """Refuse a model of more weights than the files in its folder have bits: they would be made up, and not
+    fit into memory.
+    """
+    elements = sum(weight.numel() for weight in empty.parameters())
+    held = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in _WEIGHTS)
+    if held and elements > 8 * held:
+        raise ArgumentError(
+            f"the configuration of '{folder}' describes {elements:,} weights, and its files have {held:,}"
+            " bytes, too few for them; give the configuration that belongs to the weights"
+        )
+
+
+def _check_loaded(model: Any, info: dict[str, Any], where: str) -> None:
+    """Refuse a model that is not the one stored: with weights made up, left out or quantised by something
+    unknown.
+
+    Args:
+        info: what transformers says of the loading.
+    """
+    from ..hf._unexpected import refuse_left_out
+
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(kind) or ())
+        if found:
+            rest = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise ArgumentError(
+                f"'{where}' lacks the weights {', '.join(found[:3])}{rest}, or holds them in another size:"
+                " they would be made up; give the complete model"
+            )
+    refuse_left_out(model, info, where)
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    if quantised and getattr(model, "hf_quantizer", None) is None:
+        raise ArgumentError(
+            f"the configuration of '{where}' names a quantisation that transformers does not know, so the"
+            ' weights cannot be read as they are meant; remove "quantization_config" if they are not'
+            " quantised, or give the model before quantisation"
+        )
+
+
+def _check_values(model: Any, where: str) -> None:
+    """Refuse weights that are not finite, or so large that their squares are not: norms and statistics are
+    sums of squares.
+    """
+    largest = torch.finfo(torch.float32).max ** 0.5
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and tensor.numel() and tensor.itemsize > 1:
+            top = float(torch.stack(torch.aminmax(tensor.detach())).abs().max())
+            if not top <= largest:
+                raise ArgumentError(
+                    f"the weight '{name}' of '{where}' holds values that are not finite, or not once they are"
+                    f" squared ({top:g}); give an undamaged model"
+                )
+

@@ -1,62 +1,131 @@
-"""Text for calibration and evaluation: chunks of a file, or samples from the model itself."""
+"""Text to calibrate or train on, and to measure on: chunks of a file, or samples from the model itself."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from ..base._device import multiplies_bfloat16, products_in_bfloat16
-from ..errors import ArgumentError, CalibrationError
-from ._checkpoint import vocabulary
+from ..base._device import device_of, multiplies_bfloat16, products_in_bfloat16
+from ..errors import CalibrationError
+from ._console import Stages
+from ._models import check_tokens, vocabulary
+from ._paths import check_text
 
 SAMPLED_TOGETHER = 64
-#: tokens that a model may be asked to write: more than eight times WikiText-2, days of work for a small one
-WRITTEN = 2**24
 
 
-def check_amount(chunks: Sequence[int], length: int) -> None:
-    """Refuse to let a model write without end.
+@dataclass
+class Texts:
+    """The text of one command: chunks to use, and chunks to measure on, which the first do not hold.
 
-    Args:
-        chunks: to calibrate on and to measure on, as far as the model shall write them.
-
-    Raises:
-        ArgumentError: names what is possible.
+    Attributes:
+        file, batches: where chunks to use come from, and how many; ``None``: the model writes them.
+        text, eval_batches: where chunks to measure on come from, and how many; ``None``: what is left of
+            ``file``, and where that is nothing, the model writes them.
+        length: tokens of each chunk.
+        seed: of what the model writes.
+        use: what the chunks are for that are not measured on.
+        used, evaluation: the chunks ``[chunks, length]``, once they are read or written.
     """
-    if sum(chunks) * length > WRITTEN:
-        if length > WRITTEN // 2:
-            raise ArgumentError(
-                f"--length {length} is more than a model is let write: use at most {WRITTEN // 2}, or a text"
-                " file"
-            )
-        most = WRITTEN // length
-        option, other = ("--batches", chunks[1]) if chunks[0] >= chunks[1] else ("--eval-batches", chunks[0])
-        raise ArgumentError(
-            f"{option} {max(chunks)} texts of {length} tokens are more than a model is let write ({WRITTEN:,}"
-            f" tokens); use at most {option} {max(most - other, most // 2)}, or a text file"
+
+    file: Path | None
+    batches: int
+    text: Path | None
+    eval_batches: int
+    length: int
+    seed: int
+    use: str = "calibration"
+    used: Tensor | None = None
+    evaluation: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.label = (
+            f"perplexity on text that the model wrote itself, not seen by this {self.use}"
+            f" ({self.eval_batches} x {self.length} tokens)"
         )
 
+    def check(self, option: str) -> None:
+        """Refuse files that cannot be read.
 
-def check_output(model: Any, chunk: Tensor) -> None:
-    """Refuse a model that does not compute: one whose predictions for a text are not finite.
+        Args:
+            option: the one that gives the file to use.
 
-    Args:
-        chunk: tokens ``[length]``.
+        Raises:
+            FaspError: says which option and why.
+        """
+        check_text(option, self.file, "give a text file, or 'self'")
+        check_text("--text", self.text)
 
-    Raises:
-        CalibrationError: says so.
-    """
-    with torch.no_grad():
-        logits = model(input_ids=chunk[None].to(next(model.parameters()).device), use_cache=False).logits
-    if not torch.isfinite(logits).all():
-        raise CalibrationError(
-            "what the model predicts is not finite; give an undamaged model, or another --dtype"
+    def read(self, tokenizer: Any, least: int = 1) -> None:
+        """Read what comes from files.
+
+        Args:
+            least: how many chunks are needed to use.
+
+        Raises:
+            CalibrationError: a file does not hold enough.
+        """
+        first = 0
+        if self.file is not None:
+            chunks = read_chunks(self.file, tokenizer, self.length)
+            # Where no other text is given, what is measured on is of this one: what is not needed, but at
+            # least a quarter.
+            spare = max(len(chunks) - self.batches, len(chunks) // 4) if self.text is None else 0
+            self.used = chunks[: min(self.batches, len(chunks) - spare)]
+            if len(self.used) < least:
+                raise CalibrationError(
+                    f"'{self.file}' holds a single chunk of {self.length} tokens, and training holds one out;"
+                    " give more text, or a smaller --length"
+                )
+            first = len(self.used)
+            if spare:
+                self._measure_on(self.file, chunks, first)
+        if self.text is not None:
+            chunks = read_chunks(self.text, tokenizer, self.length)
+            first = first if self.file is not None and self.text.samefile(self.file) else 0
+            if first >= len(chunks):
+                raise CalibrationError(
+                    f"all {len(chunks)} chunks of '{self.text}' are used, leaving none to measure on;"
+                    " use fewer --batches or a smaller --length"
+                )
+            self._measure_on(self.text, chunks, first)
+
+    def _measure_on(self, file: Path, chunks: Tensor, first: int) -> None:
+        self.evaluation = chunks[first : first + self.eval_batches]
+        self.label = (
+            f"perplexity on chunks {first} to {first + len(self.evaluation) - 1} of {file.name}"
+            f" ({len(self.evaluation)} x {self.length} tokens)"
         )
+
+    def check_against(self, model: Any, tokenizer: Any) -> None:
+        """Refuse text that the model does not take, and a model that does not compute.
+
+        Raises:
+            CalibrationError: says why.
+        """
+        for use, chunks in ((f"for {self.use}", self.used), ("to measure on", self.evaluation)):
+            if chunks is None:
+                check_output(model, torch.tensor([start_token(model, tokenizer)]))
+            else:
+                check_tokens(model, chunks, f"the text {use}")
+                check_output(model, chunks[0])
+
+    def write(self, model: Any, tokenizer: Any, stages: Stages) -> None:
+        """Let the model write what no file gives and what it has not written yet."""
+        to_use = self.batches if self.used is None else 0
+        count = to_use + (self.eval_batches if self.evaluation is None else 0)
+        if count:
+            stages.begin(f"letting the model write {count} texts of {self.length} tokens", measured=True)
+            start = start_token(model, tokenizer)
+            written = sample(model, start, count, self.length, seed=self.seed, progress=stages.update)
+            self.used = written[:to_use] if self.used is None else self.used
+            self.evaluation = written[to_use:] if self.evaluation is None else self.evaluation
 
 
 def read_chunks(file: Path, tokenizer: Any, length: int) -> Tensor:
@@ -67,16 +136,12 @@ def read_chunks(file: Path, tokenizer: Any, length: int) -> Tensor:
         Tokens ``[chunks, length]``.
 
     Raises:
-        CalibrationError: the file cannot be read, or holds less than one chunk.
+        CalibrationError: the file is no text, or holds less than one chunk.
     """
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"'{file}' is not UTF-8 text; convert it") from error
-    except OSError as error:
-        raise CalibrationError(
-            f"'{file}' cannot be read: {error.strerror or error}; give a text file"
-        ) from error
     tokens = torch.tensor(
         tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long
     )
@@ -89,6 +154,23 @@ def read_chunks(file: Path, tokenizer: Any, length: int) -> Tensor:
     return tokens[: count * length].reshape(count, length)
 
 
+def check_output(model: Any, chunk: Tensor) -> None:
+    """Refuse a model that does not compute: one whose predictions for a text are not finite.
+
+    Args:
+        chunk: tokens ``[length]``.
+
+    Raises:
+        CalibrationError: says so.
+    """
+    with torch.no_grad():
+        logits = model(input_ids=chunk[None].to(device_of(model)), use_cache=False).logits
+    if not torch.isfinite(logits).all():
+        raise CalibrationError(
+            "what the model predicts is not finite; give an undamaged model, or another --dtype"
+        )
+
+
 def start_token(model: Any, tokenizer: Any) -> int:
     """The token a text begins with.
 
@@ -96,23 +178,15 @@ def start_token(model: Any, tokenizer: Any) -> int:
         CalibrationError: neither model nor tokenizer names one that the model knows.
     """
     size = vocabulary(model)
-    unknown = None
-    for holder in (tokenizer, getattr(model, "generation_config", None), getattr(model, "config", None)):
-        for name in ("bos_token_id", "eos_token_id"):
-            token = getattr(holder, name, None)
-            token = token[0] if isinstance(token, (list, tuple)) and token else token
-            if isinstance(token, int) and (size is None or 0 <= token < size):
-                return token
-            unknown = token if isinstance(token, int) and unknown is None else unknown
-    if unknown is not None:
-        raise CalibrationError(
-            f"a text of this model begins with the token {unknown}, and it knows those from 0 to"
-            f" {(size or 0) - 1}; give the tokenizer that belongs to the model, or calibrate on a file with"
-            " --calibration FILE"
-        )
+    holders = (tokenizer, getattr(model, "generation_config", None), getattr(model, "config", None))
+    named = [getattr(holder, name, None) for holder in holders for name in ("bos_token_id", "eos_token_id")]
+    firsts = [token[0] if isinstance(token, list | tuple) and token else token for token in named]
+    for token in firsts:
+        if isinstance(token, int) and (size is None or 0 <= token < size):
+            return token
     raise CalibrationError(
-        "the model names no token that begins a text, so it cannot write its own; calibrate on a file with"
-        " --calibration FILE"
+        "no token that begins a text of this model is named, or none that the model knows, so it cannot write"
+        " its own; give the tokenizer that belongs to it, or calibrate on a file with --calibration FILE"
     )
 
 
@@ -123,7 +197,7 @@ def sample(
     length: int,
     *,
     seed: int = 0,
-    progress: Callable[[float], None] | None = None,
+    progress: Callable[[float], None] = lambda fraction: None,
 ) -> Tensor:
     """Let a language model write ``count`` texts of ``length`` tokens: plain sampling from its own
     distribution, past the end of a document too.
@@ -140,24 +214,10 @@ def sample(
     Raises:
         CalibrationError: the model predicts nothing finite.
     """
-    from transformers import (
-        GenerationConfig,
-        LogitsProcessor,
-        LogitsProcessorList,
-        StoppingCriteria,
-        StoppingCriteriaList,
-    )
+    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-    groups = [min(SAMPLED_TOGETHER, count - first) for first in range(0, count, SAMPLED_TOGETHER)]
-    written = 0
-
-    class Progress(StoppingCriteria):
-        """Never stops; counts."""
-
-        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-            if progress is not None:
-                progress((written + input_ids.shape[0] * input_ids.shape[1] / length) / count)
-            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    device = device_of(model)
+    texts: list[Tensor] = []
 
     class Draw(LogitsProcessor):
         """Leaves the one token that is drawn: where the running sum of the probabilities passes a uniform
@@ -178,86 +238,28 @@ def sample(
             drawn = torch.searchsorted(
                 passed, torch.rand(len(scores), 1, device=scores.device) * total, right=True
             )
+            progress((sum(map(len, texts)) + len(input_ids) * (input_ids.shape[1] + 1) / length) / count)
             return torch.full_like(scores, -torch.inf).scatter_(
                 -1, drawn.clamp_max(scores.shape[-1] - 1), 0.0
             )
 
-    device = next(model.parameters()).device
     settings = GenerationConfig(
         do_sample=False, max_length=length, bos_token_id=start, eos_token_id=None, pad_token_id=start
     )
-    own: Any = {
-        "logits_processor": LogitsProcessorList([Draw()]),
-        "stopping_criteria": StoppingCriteriaList([Progress()]),
-    }
-    texts = []
     with (
-        _settings(model, settings),
+        # What a model brings along (an end token, a temperature) would be merged into settings given by call.
+        mock.patch.object(model, "generation_config", settings),
         torch.no_grad(),
         products_in_bfloat16(device, multiplies_bfloat16(device)),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)
-        for size in groups:
-            prompt = torch.full((size, 1), start, dtype=torch.long, device=device)
+        for first in range(0, count, SAMPLED_TOGETHER):
+            prompt = torch.full((min(SAMPLED_TOGETHER, count - first), 1), start, device=device)
             check_output(model, prompt[0])  # sampling from what is no distribution fails in words of its own
-            texts.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), **own))
-            written += size
+            own = LogitsProcessorList([Draw()])
+            texts.append(
+                model.generate(prompt, attention_mask=torch.ones_like(prompt), logits_processor=own)
+            )
     return torch.cat(texts)
 
-
-@contextlib.contextmanager
-def _settings(model: Any, settings: Any) -> Iterator[None]:
-    """Generate by these settings alone: what a model brings along (an end token, a temperature) would be
-    merged into those given by call.
-    """
-    original = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = original
-
-
-def parse_slice(text: str | None) -> slice:
-    """What :func:`parse_range` chooses, of however many chunks.
-
-    Raises:
-        ArgumentError: it does not parse.
-    """
-    if text is None:
-        return slice(None)
-    first, colon, last = text.partition(":")
-    try:
-        if not colon:
-            raise ValueError("there is no colon")
-        return slice(int(first) if first else None, int(last) if last else None)
-    except ValueError as error:
-        raise ArgumentError(
-            f"'{text}' is not a range of chunks; write first:last+1, for example 100:140"
-        ) from error
-
-
-def parse_range(text: str | None, count: int) -> range:
-    """``"a:b"``, ``"a:"``, ``":b"`` or ``None`` as a range of chunks.
-
-    Raises:
-        ArgumentError: it does not parse, or names no chunk there is.
-    """
-    chosen = range(count)[parse_slice(text)]
-    if text is not None and not chosen:
-        raise ArgumentError(
-            f"the range {text} holds none of the {count} chunks of the text; chunks are 0 to {count - 1}"
-        )
-    return chosen
-
-
-__all__ = [
-    "check_amount",
-    "check_output",
-    "parse_range",
-    "parse_slice",
-    "read_chunks",
-    "sample",
-    "start_token",
-]

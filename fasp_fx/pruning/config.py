@@ -1,16 +1,19 @@
-"""What a pruning is asked for: every option with its default, checked."""
+"""What a pruning is asked for: every option, declared once with its default, its check and its text. The
+keywords of :func:`fasp_fx.prune` and the options of ``fasp-fx prune`` are made of these declarations.
+"""
+# ruff: noqa: RUF009 (declaring an option is a call of dataclasses.field)
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, TypedDict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypedDict, get_args
 
 from ..allocation._allocation import Allocation, CostAllocation, Global, Search, uniform
 from ..allocation.budgets import Cap, budget_data, budget_from_data, read_budget
 from ..base._options import configured, is_number, names_of
-from ..calibration.losses import Loss, resolve_loss
+from ..calibration.losses import Loss
 from ..calibration.obs import resolve_score
 from ..calibration.restoration import Restoration
 from ..calibration.scoring import Score
@@ -23,7 +26,82 @@ SPARSITY = 0.2
 #: one in so many calibration sequences shows gradients and the dense model's activations to predictions of
 #: losses, where they are wanted, by quality
 MEASURED = {"fast": 8, "balanced": 8, "best": 2}
-_GRANULARITIES, _INCLUDED = ("channel", "head", "expert"), ("approximate", "depth", "exempt")
+
+Quality = Literal["fast", "balanced", "best"]
+ScoreName = Literal["fasp", "obs", "magnitude", "random"]
+RestoreName = Literal["least-squares"]
+AllocationName = Literal["uniform", "global", "search"]
+LossName = Literal["auto", "outputs", "next-token"]
+Granularity = Literal["channel", "head", "expert"]
+Include = Literal["approximate", "depth", "exempt"]
+
+#: gives the value of the option of that name as the configuration keeps it, or refuses it
+Check = Callable[[str, Any], Any]
+
+
+def _option(default: Any, check: Check, text: str, python: str = "", *, form: Any = None) -> Any:
+    """Declare an option.
+
+    Args:
+        text: what it does, for the command line and for Python.
+        python: what only Python can say.
+        form: the type of its value on the command line; ``None``: it is not there.
+    """
+    return field(default=default, metadata={"check": check, "text": text, "python": python, "form": form})
+
+
+def _where(fits: Callable[[Any], bool], says: str) -> Check:
+    """Values of which something is true."""
+
+    def check(option: str, value: Any) -> Any:
+        if not fits(value):
+            raise ArgumentError(f"{option}={value!r:.80} is {says}")
+        return value
+
+    return check
+
+
+def _named(kind: Any, called: str = "") -> Check:
+    """One of the names of a literal type; where ``called`` says what is called instead, also a callable, or
+    ``None``.
+    """
+    names = get_args(kind)
+    known = f"not known; use {', '.join(map(repr, names))}" + f", a fasp_fx.{called} or None" * bool(called)
+
+    def fits(value: Any) -> bool:
+        own = value is None or callable(value)
+        return (isinstance(value, str) and value in names) or (bool(called) and own)
+
+    def check(option: str, value: Any) -> Any:
+        if called and isinstance(value, type):
+            made = f"{option}={value.__name__}"
+            raise ArgumentError(f"{made} is a class; make one: {made}()")
+        return _where(fits, known)(option, value)
+
+    return check
+
+
+def _several(known: tuple[str, ...] | None = None) -> Check:
+    """Some of these names, or patterns of names."""
+    return lambda option, value: names_of(option, value, known)
+
+
+def _fraction(option: str, value: Any) -> Any:
+    """A fraction, or one for each of some patterns."""
+    by_pattern = isinstance(value, Mapping)
+    if by_pattern and not (value and all(isinstance(pattern, str) for pattern in value)):
+        raise SparsityError(
+            f"{option}={dict(value)!r} is no mapping from name patterns to fractions; for example"
+            " {'layers.*.mlp': 0.3}"
+        )
+    for pattern, fraction in value.items() if by_pattern else [("", value)]:
+        if not (is_number(fraction) and 0 < fraction < 1) and value is not None:
+            of = f" for '{pattern}'" if pattern else ""
+            raise SparsityError(f"{option}={fraction!r}{of} is not in (0, 1); 0.2 removes a fifth")
+    return dict(value) if by_pattern else value
+
+
+_switch = _where(lambda value: isinstance(value, bool), "neither True nor False")
 
 
 class PruningOptions(TypedDict, total=False):
@@ -31,11 +109,11 @@ class PruningOptions(TypedDict, total=False):
 
     sparsity: float | Mapping[str, float] | None
     budget: Cap | Iterable[Cap] | None
-    quality: Literal["fast", "balanced", "best"]
-    score: Literal["fasp", "obs", "magnitude", "random"] | Score | None
-    restore: Literal["least-squares"] | Restoration | None
-    allocation: Literal["uniform", "global", "search"] | Allocation | None
-    loss: Literal["auto", "outputs", "next-token"] | Loss | None
+    quality: Quality
+    score: ScoreName | Score | None
+    restore: RestoreName | Restoration | None
+    allocation: AllocationName | Allocation | None
+    loss: LossName | Loss | None
     drift: float | None
     granularity: Iterable[str]
     include: Iterable[str]
@@ -51,62 +129,6 @@ class PruningConfig:
     """The options of one pruning. :func:`fasp_fx.prune` takes each as a keyword, or all of them as
     ``config=``.
 
-    Attributes:
-        sparsity: the fraction to remove of the weights of linear operators in prunable and exempt groups, in
-            (0, 1). Or a mapping from name patterns to the fraction of channel sets that each group loses: the
-            first pattern that matches a weight that loses columns with the group counts (a group bears the
-            name of one), and groups that no pattern matches stay whole. ``None``: 0.2, unless there is a
-            ``budget``.
-        budget: how much may stay of something else, instead of ``sparsity``: one of :mod:`fasp_fx.budgets`,
-            such as ``Parameters(0.8)``, or a tuple of several, which are all met. As much stays as steps of
-            whole channel sets allow, and never more than may.
-        quality: what stands for ``score=None`` and ``allocation=None``. ``"fast"``: ``"fasp"`` and
-            ``"uniform"``, the paper's method; ``"balanced"``: ``"obs"`` and ``"global"``, measured on an
-            eighth of the calibration data; ``"best"``: on half of it (docs/choosing.md has times and
-            figures). Without ``restore``, which ``"obs"`` counts on, as ``"fast"``.
-        score: what goes first. ``"fasp"``: the paper's score; ``"obs"``: the least loss once what stays was
-            repaired (:class:`fasp_fx.obs.OBS`); ``"magnitude"``, ``"random"``: without data; or a callable or
-            :class:`fasp_fx.scoring.GroupScore` of your own.
-        restore: ``"least-squares"``, behind the already pruned earlier layers; one of your own
-            (:data:`fasp_fx.restoration.Restoration`); or ``None``: what stays is left as it is.
-        allocation: ``"uniform"``: every prunable group loses the same fraction; ``"global"``: one threshold
-            for all, by predicted losses that are measured first (:class:`fasp_fx.allocation.Global`);
-            ``"search"``: from there on by running pruned candidates, which takes many more forward passes
-            (:class:`fasp_fx.allocation.Search`); or one of your own (:data:`fasp_fx.allocation.Allocation`).
-            ``None``: ``"global"`` with the score ``"obs"``, and ``"uniform"`` otherwise.
-        loss: what ``score="obs"`` and ``allocation="global"`` predict the rise of, by its gradients on some
-            of the calibration batches, and ``"search"`` judges by: ``"next-token"``, ``"outputs"``: the
-            squared error of all outputs; or a function of outputs and arguments (:mod:`fasp_fx.losses`).
-            ``"auto"``: next tokens in :func:`fasp_fx.hf.prune`, else outputs. ``None``: no gradients; each
-            consumer counts by the relative error of its own output.
-        drift: how much of what earlier removals changed in the value that a consumer's output is added to (a
-            residual stream) its repair makes up for, from 0 to 1. The dense model runs beside the pruned one
-            then. ``None``: 0.3 with ``quality="best"``, else 0.
-        granularity: what goes together: ``"channel"``, single channels; ``"head"``, whole attention heads
-            with their rows of W_Q, W_K and W_V and columns of W_O (a KV head takes its query heads along);
-            ``"expert"``, whole experts of a mixture with their rows of the router, as if they were never
-            chosen. With ``("head",)`` nothing but heads goes; with both, heads in attention and channels
-            elsewhere.
-        include: ``"approximate"`` prunes also groups that cross a norm (the residual stream of a
-            transformer). Norms by mean squares, and layer norms, go on to divide by the dense count, so that
-            the result is that of the dense model whose producers are zero there. ``"exempt"`` prunes also
-            channels contracted between two activations (rows of W_Q and W_K), by what the loss loses with
-            them where costs are measured, else by the norms of both; the queries that stay make up for them.
-            ``"depth"`` lets all channels of a residual block go where that costs least, so that an identity
-            stays in its place: feed-forward and convolutional blocks, and with the granularity ``"head"``
-            those of attention.
-        exclude: name patterns of weights or groups; the groups, and those that hold one of the weights, stay
-            whole.
-        round_to: kept widths (per block) are multiples of this, here and on the command line (kernels like
-            16); numbers of whole heads and experts are not.
-        uniform_layers: groups of one shape lose equally many channel sets, so that layers that are alike stay
-            alike, as some runtimes need it.
-        padding_mask: name of the input ``[batch, tokens]`` (``"attention_mask"``, say) that is zero where a
-            token of the first input is padding; such tokens of the calibration data enter neither scores nor
-            repairs. ``None``: every token counts.
-        key: of a score, repair or loss of your own: a text that says which it is and what it was made with.
-            Costs and checkpoints are used again where it is the same, and not at all of such code without it.
-
     A name pattern is that of a weight (``"layers.0.mlp.up.weight"``) or of a module that holds it
     (``"layers.0"``), and may have the wildcards ``*``, ``?`` and ``[...]`` (``"layers.*.mlp"``). A tied
     weight goes by each of its names, a folded one also by those of what it is computed of. A pattern that
@@ -116,98 +138,173 @@ class PruningConfig:
         ArgumentError, SparsityError: an option is out of range or not known.
     """
 
-    sparsity: float | Mapping[str, float] | None = None
-    budget: Cap | Iterable[Cap] | None = ()
-    quality: Literal["fast", "balanced", "best"] = "balanced"
-    score: Literal["fasp", "obs", "magnitude", "random"] | Score | None = None
-    restore: Literal["least-squares"] | Restoration | None = "least-squares"
-    allocation: Literal["uniform", "global", "search"] | Allocation | None = None
-    loss: Literal["auto", "outputs", "next-token"] | Loss | None = "auto"
-    drift: float | None = None
-    granularity: Iterable[str] = ("channel",)
-    include: Iterable[str] = ()
-    exclude: Iterable[str] = ()
-    round_to: int = 1
-    uniform_layers: bool = False
-    padding_mask: str | None = None
-    key: str | None = None
+    sparsity: float | Mapping[str, float] | None = _option(
+        None,
+        _fraction,
+        "The fraction to remove of the weights of linear operators in prunable and exempt groups, between 0"
+        " and 1. Default: 0.2, unless there is a budget.",
+        "Or a mapping from name patterns to the fraction of channel sets that each group loses: the first"
+        " pattern that matches a weight that loses columns with the group counts (a group bears the name of"
+        " one), and groups that no pattern matches stay whole.",
+        form=float,
+    )
+    budget: Cap | Iterable[Cap] | None = _option(
+        (),
+        lambda option, value: () if value is None else read_budget(value),
+        "How much may stay of something else, instead of a sparsity.",
+        "One of :mod:`fasp_fx.budgets`, such as ``Parameters(0.8)``, or a tuple of several, which are all"
+        " met. As much stays as steps of whole channel sets allow, and never more than may.",
+    )
+    quality: Quality = _option(
+        "balanced",
+        _named(Quality),
+        "What stands for score and allocation where they are not given. fast: fasp and uniform, the paper's"
+        " method; balanced: obs and global, measured on an eighth of the calibration data; best: on half"
+        " of it. Without repair as fast.",
+        "docs/choosing.md has times and figures.",
+        form=Quality,
+    )
+    score: ScoreName | Score | None = _option(
+        None,
+        _named(ScoreName, "scoring.Score"),
+        "What goes first. fasp: the paper's score; obs: the least loss once what stays was repaired;"
+        " magnitude, random: baselines that need no data. Default: by quality.",
+        "Or a callable or :class:`fasp_fx.scoring.GroupScore` of your own.",
+        form=ScoreName,
+    )
+    restore: RestoreName | Restoration | None = _option(
+        "least-squares",
+        _named(RestoreName, "restoration.Restoration"),
+        "Repair the weights that stay, by least squares.",
+        "Or one of your own (:data:`fasp_fx.restoration.Restoration`); or ``None``: what stays is left as it"
+        " is.",
+        form=bool,
+    )
+    allocation: AllocationName | Allocation | None = _option(
+        None,
+        _named(AllocationName, "allocation.Allocation"),
+        "uniform: every prunable group loses the same fraction; global: one threshold for all, by predicted"
+        " losses that are measured first; search: from there on by running pruned candidates, which takes"
+        " many more forward passes. Default: global with the score obs, else uniform.",
+        "Or one of your own (:data:`fasp_fx.allocation.Allocation`).",
+        form=AllocationName,
+    )
+    loss: LossName | Loss | None = _option(
+        "auto",
+        _named(LossName, "losses.Loss"),
+        "What obs and global predict the rise of, by its gradients on some of the calibration data, and what"
+        " search judges by. outputs: the squared error of all outputs. auto: next-token for a model that"
+        " generates, else outputs.",
+        "Or a function of outputs and arguments (:mod:`fasp_fx.losses`). ``None``: no gradients; each"
+        " consumer counts by the relative error of its own output.",
+        form=LossName,
+    )
+    drift: float | None = _option(
+        None,
+        _where(
+            lambda value: value is None or (is_number(value) and 0 <= value <= 1),
+            "not in [0, 1]; 0.3 makes up for a third",
+        ),
+        "How much of what earlier removals changed in a residual stream the repair of what is added to it"
+        " makes up for, from 0 to 1. The dense model runs beside the pruned one then. Default: 0.3 with the"
+        " quality best, else 0.",
+        form=float,
+    )
+    granularity: Iterable[str] = _option(
+        ("channel",),
+        _several(get_args(Granularity)),
+        "What goes together: channel; head: whole attention heads with their rows of W_Q, W_K and W_V and"
+        " columns of W_O (a KV head takes its query heads along); expert: whole experts of a mixture with"
+        " their rows of the router. With head alone nothing but heads goes; with both, heads in attention"
+        " and channels elsewhere. Default: channel.",
+        form=list[str],
+    )
+    include: Iterable[str] = _option(
+        (),
+        _several(get_args(Include)),
+        "Groups that stay unless they are asked for. approximate: those that cross a norm, such as the"
+        " residual stream of a transformer; exempt: query and key channels; depth: whole residual blocks,"
+        " where that costs least.",
+        "Norms by mean squares, and layer norms, go on to divide by the dense count, so that the result is"
+        " that of the dense model whose producers are zero there. Channels contracted between two activations"
+        " (rows of W_Q and W_K) go by what the loss loses with them where costs are measured, else by the"
+        " norms of both; the queries that stay make up for them. A block of which all channels went leaves an"
+        " identity in its place: feed-forward and convolutional blocks, and with the granularity ``head``"
+        " those of attention.",
+        form=list[str],
+    )
+    exclude: Iterable[str] = _option(
+        (),
+        _several(),
+        "Name patterns of weights or groups, such as lm_head or layers.0.*; the groups, and those that hold"
+        " one of the weights, stay whole.",
+        form=list[str],
+    )
+    round_to: int = _option(
+        1,
+        _where(lambda value: type(value) is int and value > 0, "not a positive integer"),
+        "Kept widths (per block) are multiples of this; kernels like 16. Numbers of whole heads and experts"
+        " are not. Default: 1.",
+        form=int,
+    )
+    uniform_layers: bool = _option(
+        False,
+        _switch,
+        "Groups of one shape lose equally many channel sets, so that layers that are alike stay alike, as"
+        " some runtimes need it.",
+        form=bool,
+    )
+    padding_mask: str | None = _option(
+        None,
+        _where(
+            lambda value: isinstance(value, str | None),
+            "no name; pass that of an input, such as 'attention_mask'",
+        ),
+        'The name of the input ``[batch, tokens]`` (``"attention_mask"``, say) that is zero where a token of'
+        " the first input is padding; such tokens of the calibration data enter neither scores nor repairs."
+        " ``None``: every token counts.",
+    )
+    key: str | None = _option(
+        None,
+        _where(lambda value: isinstance(value, str | None), "no text"),
+        "Of a score, repair or loss of your own: a text that says which it is and what it was made with."
+        " Costs and checkpoints are used again where it is the same, and not at all of such code without it.",
+    )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", () if self.budget is None else read_budget(self.budget))
-        if self.budget and self.sparsity is not None:
-            raise ArgumentError(
-                f"sparsity={self.sparsity!r} and budget={self.budget!r} both say how much goes; leave one of"
-                " them out (sparsity=None)"
-            )
-        for name in ("score", "restore", "allocation", "loss"):
-            value = getattr(self, name)
-            if not (value is None or isinstance(value, str) or callable(value)):
-                raise ArgumentError(
-                    f"{name}={value!r:.80} is not known; pass a name that is, or an object of its kind"
-                )
-        if self.padding_mask is not None and not isinstance(self.padding_mask, str):
-            raise ArgumentError(
-                f"padding_mask={self.padding_mask!r:.80} is no name; pass that of an input, such as"
-                " 'attention_mask'"
-            )
-        if self.key is not None and not isinstance(self.key, str):
-            raise ArgumentError(f"key={self.key!r:.80} is not a text")
-        if isinstance(self.restore, type):
-            name = self.restore.__name__
-            raise ArgumentError(f"restore={name} is a class; make one: restore={name}()")
-        if self.sparsity is not None:
-            _check_sparsity(self.sparsity)
-        if isinstance(self.sparsity, Mapping):
-            object.__setattr__(self, "sparsity", dict(self.sparsity))
-        if not isinstance(self.quality, str) or self.quality not in MEASURED:
-            raise ArgumentError(
-                f"quality={self.quality!r} is not known; use {', '.join(map(repr, MEASURED))}"
-            )
+        for option in fields(self):
+            value = option.metadata["check"](option.name, getattr(self, option.name))
+            object.__setattr__(self, option.name, value)
         resolve_score(self.named_score)
-        if self.restore not in ("least-squares", None) and not callable(self.restore):
-            raise ArgumentError(
-                f"restore={self.restore!r} is not known; use 'least-squares', a callable"
-                " (fasp_fx.restoration.Restoration) or None"
-            )
-        if self.loss is not None:
-            resolve_loss(self.loss)
-        if isinstance(self.allocation, type):
-            name = self.allocation.__name__
-            raise ArgumentError(f"allocation={name} is a class; make one: allocation={name}()")
-        if self.allocation not in (None, "uniform", "global", "search") and not callable(self.allocation):
-            said = "use 'uniform', 'global', 'search' or a callable (fasp_fx.allocation.Allocation)"
-            raise ArgumentError(f"allocation={self.allocation!r} is not known; {said}")
-        if self.allocation not in (None, "uniform") and isinstance(self.sparsity, Mapping):
-            raise ArgumentError(
-                "a sparsity for each pattern is an allocation by itself; leave allocation= out, or give one"
-                " sparsity"
-            )
-        if not isinstance(self.round_to, int) or isinstance(self.round_to, bool) or self.round_to < 1:
-            raise ArgumentError(f"round_to={self.round_to!r} is not a positive integer")
-        if not isinstance(self.uniform_layers, bool):
-            raise ArgumentError(f"uniform_layers={self.uniform_layers!r} is neither True nor False")
-        if self.uniform_layers and isinstance(self.sparsity, Mapping):
-            raise ArgumentError(
-                "a sparsity for each pattern tells layers apart; leave uniform_layers= out, or give one"
-                " sparsity"
-            )
-        if self.drift is not None and (
-            isinstance(self.drift, bool)
-            or not isinstance(self.drift, (int, float))
-            or not 0 <= self.drift <= 1
-        ):
-            raise ArgumentError(f"drift={self.drift!r} is not in [0, 1]; 0.3 makes up for a third")
-        if self.drift and self.restore is None:
-            raise ArgumentError(
-                "drift= is for repairs behind earlier removals; leave it out without restore="
-            )
-        for name, known in (("granularity", _GRANULARITIES), ("include", _INCLUDED), ("exclude", None)):
-            object.__setattr__(self, name, names_of(name, getattr(self, name), known))
-        if not self.granularity:
-            raise ArgumentError(
+        by_pattern = isinstance(self.sparsity, Mapping)
+        conflicts = (
+            (
+                not self.granularity,
                 f"granularity={self.granularity!r} is not known; pass a tuple of"
-                f" {', '.join(map(repr, _GRANULARITIES))}"
-            )
+                f" {', '.join(map(repr, get_args(Granularity)))}",
+            ),
+            (
+                self.budget and self.sparsity is not None,
+                f"sparsity={self.sparsity!r} and budget={self.budget!r} both say how much goes; leave one of"
+                " them out",
+            ),
+            (
+                by_pattern and self.allocation not in (None, "uniform"),
+                "a sparsity for each pattern is an allocation by itself; leave allocation= out, or give one"
+                " sparsity",
+            ),
+            (
+                by_pattern and self.uniform_layers,
+                "a sparsity for each pattern tells layers apart; leave uniform_layers= out, or give one"
+                " sparsity",
+            ),
+            (
+                self.drift and self.restore is None,
+                "drift= is for repairs; leave it out without restore=",
+            ),
+        )
+        for message in (message for met, message in conflicts if met):
+            raise ArgumentError(message)
 
     @classmethod
     def of(cls, config: PruningConfig | None, options: Mapping[str, Any]) -> PruningConfig:
@@ -340,24 +437,9 @@ class PruningConfig:
         return cls.of(None, {**values, "budget": budget_from_data(values.get("budget", []))})
 
 
-def _check_sparsity(sparsity: Any) -> None:
-    if isinstance(sparsity, Mapping):
-        if not sparsity or not all(isinstance(pattern, str) for pattern in sparsity):
-            raise SparsityError(
-                f"sparsity={dict(sparsity)!r} is no mapping from name patterns to fractions; for example"
-                " {'layers.*.mlp': 0.3}"
-            )
-        for pattern, fraction in sparsity.items():
-            if not _is_fraction(fraction):
-                raise SparsityError(
-                    f"sparsity={fraction!r} for '{pattern}' is not in (0, 1); 0.2 removes a fifth"
-                )
-    elif not _is_fraction(sparsity):
-        raise SparsityError(f"sparsity={sparsity!r} is not in (0, 1); 0.2 removes a fifth")
-
-
-def _is_fraction(value: Any) -> bool:
-    return is_number(value) and 0 < value < 1
-
+PruningConfig.__doc__ = f"{PruningConfig.__doc__}\n    Attributes:\n" + "\n".join(
+    f"        {option.name}: {option.metadata['text']} {option.metadata['python']}".rstrip()
+    for option in fields(PruningConfig)
+)
 
 __all__ = ["PruningConfig", "PruningOptions"]

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 #: the operators whose weights sparsity counts
 COUNTED = "linear, convolution and recurrent operators"
+#: what the columns of a report say, for those who read it
+COLUMNS = (
+    "error cut: squared error of what consumers of the group put out, relative to the dense model's, if they"
+    " were only cut; restored: once what stays was repaired; held out: the same on calibration tokens that"
+    " the repair has not seen.",
+    "trust: held out is what to expect of data like that which calibrated; far above restored, more of them"
+    " would help. The figures above say what it comes to in the whole model.",
+)
 
 
 def weight_size(weights: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -249,6 +257,8 @@ class Report:
                 f"{line.status:<12}{change:>22}  {'  '.join(errors)}  {line.name}"
                 + (f"  ({line.reason})" if line.reason else "")
             )
+        if any(line.error_restored is not None for line in self.lines):
+            out += ["", *COLUMNS]
         return "\n".join([*out, *(f"note: {note}" for note in self.notes)])
 
 

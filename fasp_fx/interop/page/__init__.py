@@ -1,8 +1,8 @@
 """A report to look at: one page of HTML, CSS and JavaScript that needs no network and loads from a file.
 
-Data (:mod:`._model`), layout (:mod:`._graph`, :mod:`._layer`) and drawing (``page.html``, ``page.css``,
-``*.js``) are apart. Names of the model reach the page only as JSON and are shown only as text; the page's
-content security policy lets no script run but its own, and no request go out.
+Data (here), layout (:mod:`._graph`, :mod:`._layer`) and drawing (``page.html``, ``page.css``, ``*.js``) are
+apart. Names of the model reach the page only as JSON and are shown only as text; the page's content security
+policy lets no script run but its own, and no request go out.
 """
 
 from __future__ import annotations
@@ -11,17 +11,24 @@ import base64
 import hashlib
 import html
 import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ...analysis._analysis import Analysis
+from ...analysis.groups import PRUNABLE
 from ...base._atomic import new_file
-from ...pruning.report import Report
-from ._model import page_data
+from ...base._version import __version__
+from ...pruning.report import COUNTED, Line, Report, line_of, notes_of, weight_size
+from ._graph import lay_out
+from ._layer import star
 
 SCRIPTS = ("dom.js", "tips.js", "summary.js", "graph.js", "charts.js", "table.js")
 MARK = '<meta name="generator" content="fasp_fx report">'
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def to_html(source: Report | Analysis, title: str = "Model") -> str:
@@ -39,11 +46,10 @@ def to_html(source: Report | Analysis, title: str = "Model") -> str:
         CaptureError: an analysis of several parts has no single page.
     """
     folder = files(__package__)
-    style = folder.joinpath("page.css").read_text(encoding="utf-8")
-    script = "'use strict';\n" + "\n".join(
-        folder.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS
+    template, style, *scripts = (
+        folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css", *SCRIPTS)
     )
-    template = folder.joinpath("page.html").read_text(encoding="utf-8")
+    script = "'use strict';\n" + "\n".join(scripts)
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_sum(style)}'; script-src '{_sum(script)}'; base-uri"
         " 'none'; form-action 'none'"
@@ -97,4 +103,142 @@ def _sum(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-__all__ = ["check_page", "to_html", "write_page"]
+def page_data(source: Report | Analysis, title: str) -> dict[str, Any]:
+    """The page of a pruning, or of an analysis, which has no figures after."""
+    pruned = isinstance(source, Report)
+    lines = source.lines if isinstance(source, Report) else tuple(map(line_of, source.groups))
+    seconds = source.seconds if isinstance(source, Report) else {}
+    notes = source.notes if isinstance(source, Report) else notes_of(source)
+    tiles = _tiles_of_report(source) if isinstance(source, Report) else _tiles_of_analysis(source)
+    return {
+        "title": title,
+        "version": __version__,
+        "pruned": pruned,
+        "tiles": tiles,
+        "seconds": [[stage, _number(spent)] for stage, spent in seconds.items()],
+        "notes": list(notes),
+        "withoutRule": [[name, count] for name, count in source.without_rule.items()],
+        "groups": [_group(line) for line in lines],
+        "graph": asdict(lay_out(lines)),
+        "charts": _charts(lines),
+    }
+
+
+def _tiles_of_report(report: Report) -> list[dict[str, str]]:
+    asked = f"asked for {report.requested:.2%}" if report.requested is not None else ""
+    cache = () if report.cache is None else (("Cache for a token of one sequence", report.cache),)
+    return [
+        {
+            "label": "Sparsity",
+            "value": f"{report.sparsity:.2%}",
+            "more": asked,
+            "help": f"Fraction removed of the weights of {COUNTED} that are counted",
+        },
+        _change("Parameters", *report.parameters, *(f"{count:,}" for count in report.parameters)),
+        *(
+            _change(label, *sizes, *map(_bytes, sizes))
+            for label, sizes in (("Size of the weights", report.bytes), *cache)
+        ),
+        *(
+            {
+                "label": f"Budget of {spent.resource}",
+                "value": f"{spent.used / max(spent.dense, 1):.2%}",
+                "more": f"{spent.allowed / max(spent.dense, 1):.2%} allowed",
+                "help": str(spent),
+            }
+            for spent in report.budgets
+        ),
+        *(
+            _change(
+                figure.what[:1].upper() + figure.what[1:],
+                figure.dense,
+                figure.pruned,
+                *(f"{value:,.{figure.digits}f}" for value in (figure.dense, figure.pruned)),
+            )
+            for figure in report.figures
+        ),
+    ]
+
+
+def _tiles_of_analysis(analysis: Analysis) -> list[dict[str, str]]:
+    count, size = weight_size(analysis.program.weights())
+    return [
+        {
+            "label": "Can be removed",
+            "value": f"{analysis.max_sparsity:.1%}",
+            "more": "at most",
+            "help": f"Of the weights of {COUNTED} that are counted",
+        },
+        {"label": "Parameters", "value": f"{count:,}", "more": ""},
+        {"label": "Size of the weights", "value": _bytes(size), "more": ""},
+        {
+            "label": "Coupled groups",
+            "value": f"{len(analysis.groups):,}",
+            "more": f"{len(analysis.select(PRUNABLE)):,} prunable",
+        },
+    ]
+
+
+def _change(label: str, before: float, after: float, shown_before: str, shown_after: str) -> dict[str, str]:
+    change = (
+        f"{after / before - 1:+.1%}".replace("-", "−") if before and math.isfinite(after / before) else ""
+    )
+    return {"label": label, "value": shown_after, "before": shown_before, "more": change}
+
+
+def _bytes(count: float) -> str:
+    """Bytes for people: ``256.6 MiB``."""
+    power = min(int(math.log2(count) // 10), len(UNITS) - 1) if count >= 1 else 0
+    return f"{count / 1024**power:,.1f} {UNITS[power]}" if power else f"{count:,.0f} B"
+
+
+def _group(line: Line) -> dict[str, Any]:
+    return {
+        "name": line.name,
+        "status": line.status,
+        "reason": line.reason,
+        "before": line.before,
+        "after": line.after,
+        "blocks": line.blocks,
+        "cut": _number(line.error_cut),
+        "restored": _number(line.error_restored),
+        "heldCut": _number(line.held_cut),
+        "heldRestored": _number(line.held_restored),
+        "producers": [f"{name}[{dim}]" for name, dim in line.producers],
+        "consumers": [f"{name}[{dim}]" for name, dim in line.consumers],
+    }
+
+
+def _number(value: float | None) -> float | str | None:
+    """A number as JSON can say it: what is not finite as text."""
+    return value if value is None or math.isfinite(value) else str(value)
+
+
+def _charts(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """One chart for the groups of equal name and status but for their numbers, a bar each; what can be pruned
+    first, single groups last.
+    """
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for index, line in enumerate(lines):
+        kinds.setdefault((star(line.name), line.status), []).append(index)
+    ordered = sorted(kinds.items(), key=lambda kind: kind[0][1] != PRUNABLE)
+    several = [(*kind, found) for kind, found in ordered if len(found) > 1]
+    single = [found[0] for found in kinds.values() if len(found) == 1]
+    return [
+        {
+            "label": name,
+            "status": status,
+            "bars": [
+                {"group": index, "label": (name and _numbers(lines[index].name)) or lines[index].name}
+                for index in found
+            ],
+        }
+        for name, status, found in (*several, *([("", "", single)] if single else []))
+    ]
+
+
+def _numbers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part.isdecimal())
+
+
+__all__ = ["check_page", "page_data", "to_html", "write_page"]

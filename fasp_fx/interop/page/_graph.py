@@ -10,6 +10,7 @@ it.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -58,11 +59,10 @@ def layer_of(name: str) -> str:
 def lay_out(lines: Sequence[Line]) -> Graph:
     """Find the rows of groups and weights, and a place for each."""
     layers = _by_layer(_weights(lines))
-    touching: dict[int, set[str]] = {}
+    touching: dict[int, set[str]] = defaultdict(set)
     for name, weights in layers.items():
-        for weight in weights:
-            for group in weight.consumes | weight.produces:
-                touching.setdefault(group, set()).add(name)
+        for group in frozenset().union(*(weight.consumes | weight.produces for weight in weights)):
+            touching[group].add(name)
     shared = {group for group, names in touching.items() if len(names) > 1}
     rows: dict[Hashable, Row] = {}
     for name, weights in layers.items():
@@ -78,17 +78,14 @@ def _weights(lines: Sequence[Line]) -> list[Weight]:
     """All weights; a parameter goes with another of its module if it touches no group that the other does not
     touch alike.
     """
-    consumes: dict[str, set[int]] = {}
-    produces: dict[str, set[int]] = {}
+    consumes: dict[str, set[int]] = defaultdict(set)
+    produces: dict[str, set[int]] = defaultdict(set)
+    modules: dict[str, dict[str, None]] = defaultdict(dict)
     for index, line in enumerate(lines):
         for members, roles in ((line.producers, produces), (line.consumers, consumes)):
             for name, _ in members:
-                for known in (produces, consumes):
-                    known.setdefault(name, set())
                 roles[name].add(index)
-    modules: dict[str, list[str]] = {}
-    for name in consumes:
-        modules.setdefault(name.rpartition(".")[0], []).append(name)
+                modules[name.rpartition(".")[0]][name] = None
     found = []
     for module, names in modules.items():
         leaders: dict[str, list[str]] = {}
@@ -160,16 +157,14 @@ def _lanes(rows: list[Row], shared: Sequence[int]) -> Graph:
     """
     graph = Graph(rows, [Shared(group, f"S{number}") for number, group in enumerate(shared, 1)])
     for side, role in (("left", "consumes"), ("right", "produces")):
+        joined = [
+            {group for layer in row.layers for node in layer.nodes for group in getattr(node, role)}
+            for row in rows
+        ]
         ends: list[int] = []
         spans = []
         for item in graph.shared:
-            at = [
-                index
-                for index, row in enumerate(rows)
-                for layer in row.layers
-                for node in layer.nodes
-                if item.group in getattr(node, role)
-            ]
+            at = [index for index, groups in enumerate(joined) if item.group in groups]
             if at:
                 spans.append((at[0], at[-1], item))
         for first, last, item in sorted(spans, key=lambda span: (span[0], -span[1])):

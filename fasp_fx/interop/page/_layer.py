@@ -5,6 +5,7 @@ and what is not joined one below the other.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -75,10 +76,10 @@ def _edges(weights: Sequence[Weight], shared: set[int]) -> tuple[nx.DiGraph, lis
     graph: nx.DiGraph = nx.DiGraph()
     graph.add_nodes_from((0, index) for index in range(len(weights)))
     back = []
-    touched: dict[int, list[int]] = {}
+    touched: dict[int, list[int]] = defaultdict(list)
     for index, weight in enumerate(weights):
         for group in sorted((weight.consumes | weight.produces) - shared):
-            touched.setdefault(group, []).append(index)
+            touched[group].append(index)
     for group, indices in sorted(touched.items(), key=lambda item: (len(item[1]), item[0])):
         graph.add_edges_from(
             ((0, index), (1, group)) for index in indices if group in weights[index].produces
