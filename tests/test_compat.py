@@ -95,25 +95,6 @@ def test_what_fake_tensors_raise_they_log_there() -> None:
     assert _compat.FAKE_LOGGER in seen
 
 
-def test_fake_tensors_ask_what_an_operator_returns() -> None:
-    program = export(nn.ReLU(), (torch.ones(4, 3),), dynamic_shapes=((Dim.AUTO, None),))
-    x = next(node for node in program.graph.nodes if node.op == "placeholder").meta["val"]
-    seen = []
-
-    def answer(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        seen.append(operator)
-        return torch.empty(7) if len(seen) == 1 else None
-
-    with _compat.answered_by(answer, (ATEN.relu.default,)), x.fake_mode:
-        assert torch.relu(x).shape == (7,)
-        assert torch.relu(x).shape == x.shape
-        assert torch.relu(x).shape == x.shape, "and what has no answer is asked again"
-    assert seen == [ATEN.relu.default] * 3
-    with x.fake_mode:
-        assert torch.relu(x).shape == x.shape
-    assert len(seen) == 3
-
-
 @pytest.fixture
 def fake_cache() -> Iterator[None]:
     """As outside of tests."""

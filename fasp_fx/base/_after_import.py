@@ -50,6 +50,3 @@ class _Then(Loader):
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         self.then()
-
-
-__all__ = ["after_import"]

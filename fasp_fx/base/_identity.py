@@ -117,6 +117,3 @@ def _unknown(name: str, value: Any, asker: str) -> ArgumentError:
         f"{name} is {value!r}, of which {asker} cannot tell whether it is the same later; hold numbers, texts"
         f" or tensors instead, or leave out {asker}"
     )
-
-
-__all__ = ["identity_of"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -214,13 +215,18 @@ def check_default_device() -> None:
         )
 
 
-__all__ = [
-    "aside",
-    "check_default_device",
-    "drawing_alike",
-    "for_a_while",
-    "in_turns",
-    "in_usual_modes",
-    "one_at_a_time",
-    "without_collections",
-]
+# --- Random numbers that are the same each time, wherever and in whichever order they are drawn.
+
+
+def seed_of(*place: object) -> int:
+    """A seed of its own for each place, of 32 bits, which is what torch takes of one.
+
+    Args:
+        place: whole numbers and names that tell it from others.
+    """
+    return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=4).digest())
+
+
+def generator_of(*place: object) -> torch.Generator:
+    """Random numbers of their own for each place, on the CPU; arguments as for :func:`seed_of`."""
+    return torch.Generator(device="cpu").manual_seed(seed_of(*place))

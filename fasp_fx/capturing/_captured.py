@@ -173,6 +173,3 @@ def _versions(program: Program) -> dict[str, int | None]:
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
-
-
-__all__ = ["Captured", "Model", "capture", "program_of"]

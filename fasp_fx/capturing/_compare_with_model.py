@@ -279,6 +279,3 @@ def coarsest(program: Program) -> torch.dtype:
         if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
     }
     return max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
-
-
-__all__ = ["called", "coarsest", "compared", "trouble_with"]

@@ -57,6 +57,3 @@ def draws(node: fx.Node) -> bool:
         return False
     given = arguments(node)
     return given.get("dropout_p") != 0.0 and given.get("train") is not False
-
-
-__all__ = ["draws", "is_pure", "remove_dead", "remove_dropouts"]

@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from ..base._tolerable import tolerable
+from ..base._warn import quiet
 from ..base.compat import (
     PyTreeCodeGen,
-    answered_by,
     compile_graphs,
     compiled_when_called,
     is_of_fake_cache,
@@ -27,7 +27,7 @@ from ..base.compat import (
     without_fake_cache,
 )
 from ..errors import ArgumentError, ExportError, first_line
-from ._aliases import as_weights
+from ._decompositions import any_number_of_steps
 from ._dynamic import (
     all_dims,
     first_dim,
@@ -38,17 +38,10 @@ from ._dynamic import (
     widened,
     with_static,
 )
-from ._foreseen import TRACED, foreseen
-from ._functional import functional
-from ._functions import functions_called
-from ._in_place import out_of_place
-from ._padding import padded_in_order
-from ._quiet import quiet
-from ._settled import fixed_sizes, settled_as_numbers
-from ._steps import any_number_of_steps
+from ._functional import functional, out_of_place
+from ._rewrites import as_views, as_weights, fixed_sizes, padded_in_order, settled_as_numbers
 from ._transformers import export_transformers, is_transformers
-from ._unchanged import run_once, unchanged
-from ._views import as_views
+from ._unchanged import functions_called, run_once, unchanged
 from .calling._signature import CallerCodeGen, CallSignature, is_plain
 
 
@@ -263,7 +256,7 @@ def _export_once(
 
 def _rewritten(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
     """What is traced, in operators that return what they compute and have rules, as far as that can be."""
-    with answered_by(foreseen, TRACED), compiled_when_called():
+    with compiled_when_called():
         exported = trace()
     exported = out_of_place(as_views(as_weights(settled_as_numbers(exported))))
     return functional(padded_in_order(exported))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor, fx
 
-from ._distinct import distinct
+from ._numbering import distinct
 from ._value import NONE, DoesNotApplyError, Value
 
 

@@ -31,14 +31,12 @@ from ...base.compat import (
 )
 from ...capturing._fx import arguments, attribute, elements, results, target_name, written_names
 from ...capturing._sizes import Sizes, is_dynamic
-from ._distinct import distinct
 from ._execution import Execution
 from ._facts import Facts
 from ._letters import Relation, result_shapes_ok
-from ._masked import picked
 from ._moves import move
-from ._named import keep_numbered, name_results, tallied
-from ._numbering import Numbering, Slot, laid_by_block
+from ._named import keep_numbered, name_results, picked, tallied
+from ._numbering import Numbering, Slot, distinct, laid_by_block
 from ._value import Axis, DoesNotApplyError, Value, counted_by
 
 #: integer constants up to this many elements are known to the analysis as data (index tensors)

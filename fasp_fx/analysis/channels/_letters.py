@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 
 from ._consume import make_use, note_stacked, part_blocks, why_no_consumer
-from ._distinct import distinct
-from ._factors import join, singles
 from ._facts import Product, Remark
 from ._lettered import Lettered
-from ._meeting import Found, couple
+from ._meeting import Found, consume_recurring, couple, meet_recurring, stretched
 from ._named import look_up
-from ._operands import Operand, align
-from ._recurring import consume_recurring, meet_recurring
+from ._numbering import distinct
+from ._operands import Operand, align, join, singles
 from ._repeating import repeating
-from ._stretching import stretched
 from ._value import Axis, DoesNotApplyError, Value
 
 
@@ -167,7 +164,9 @@ class Relation(Lettered):
             self.facts.chosen += [(numbers.reshape(-1).numpy(), self.needed) for numbers in everything]
         surviving = everything if len(holders) == 1 else couple(self, holders, found, order)
         if letter in self.frozen | self.windowed:
-            why = self.told.get(letter, f"{self.node.target} cannot lose positions along this dimension")
+            why = self.index_dependent.get(
+                letter, f"{self.node.target} cannot lose positions along this dimension"
+            )
             self._say(self.facts.frozen, everything, why, routing)
             for numbers in everything:
                 self._want_together(letter, numbers, order)

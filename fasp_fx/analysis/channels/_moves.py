@@ -18,12 +18,10 @@ from fasp_fx.patterns import RESHAPES, VIEWS, Rule
 from ...base.compat import pytree
 from ...capturing._fx import arguments as arguments_of
 from ...capturing._sizes import Sizes, is_dynamic
-from ._distinct import are_among
 from ._facts import Facts
-from ._grids import without_grids
-from ._masked import is_mask, lone_mask
-from ._named import look_up
-from ._regroup import Segment, regroup, segments
+from ._named import is_mask, lone_mask, look_up
+from ._numbering import are_among
+from ._regroup import Segment, regroup, segments, without_grids
 from ._value import NONE, Axis, DoesNotApplyError, Value, collapse, smallest_step
 
 

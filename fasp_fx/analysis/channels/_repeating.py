@@ -119,6 +119,3 @@ def _times(tensor: Tensor, dim: int, count: int) -> list[int]:
 
 def _first_of_runs(tensor: Tensor, dim: int, run: int) -> Tensor:
     return tensor.index_select(dim, torch.arange(0, tensor.shape[dim], run))
-
-
-__all__ = ["Repeating", "repeating"]

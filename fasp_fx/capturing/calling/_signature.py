@@ -17,8 +17,7 @@ import torch
 from ...base._tolerable import tolerable
 from ...base.compat import PyTreeCodeGen, PyTreeInfo, pytree
 from ...errors import ArgumentError, CallError, CaptureError
-from ._constants import alike
-from ._outline import check_outline, outline_of
+from ._constants import alike, check_outline, outline_of
 
 #: defaults that generated code spells out; others must stay the same object, by which an argument left out is
 #: recognised

@@ -18,9 +18,8 @@ from ...base._device import device_named
 from ...base._tolerable import tolerable
 from ...base._warn import warn
 from ...calibration.observe._visit import Decision
-from ...capturing._reaching import noting_reads, said_of_reads
 from ...capturing._transformers import is_transformers, register_caches
-from ...capturing._unchanged import rewound
+from ...capturing._unchanged import noting_reads, rewound, said_of_reads
 from ...capturing.calling._signature import CallSignature
 from ...errors import CaptureError, FaspError, VerificationError, VerificationWarning, first_line
 from .._pipeline import rewrite
