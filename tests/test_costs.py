@@ -458,25 +458,21 @@ class Signed(GroupScore):
         return by_value(group, sign * by_set(group, lambda columns: columns.norms.numpy()))
 
 
-def _scaled(sign: float) -> Callable[[Columns], Tensor]:
-    return lambda columns: sign * columns.norms
+def _keyed(score: Any, key: str) -> Any:
+    score.key = key
+    return score
 
 
 def test_curves_of_another_score_of_the_same_name_are_refused() -> None:
     captured = fasp_fx.capture(_small(), (DATA[0],))
-    redefined = type("Signed", (Signed,), {"__call__": lambda self, group: Order(np.stack(group.members))})
     scores: list[Any] = [
-        lambda columns: columns.norms,
-        lambda columns: -columns.norms,
-        lambda columns: columns.weight.norm(dim=0),
-        _scaled(1),
-        _scaled(-1),
-        partial(lambda sign, columns: sign * columns.norms, 1),
-        partial(lambda sign, columns: sign * columns.norms, -1),
+        _keyed(lambda columns: columns.norms, "norms"),
+        _keyed(lambda columns: -columns.norms, "negative"),
+        _keyed(partial(lambda sign, columns: sign * columns.norms, 1), "1"),
+        _keyed(partial(lambda sign, columns: sign * columns.norms, -1), "-1"),
         Signed(1),
         Signed(-1),
-        Signed(lambda: 1),
-        redefined(1),
+        Signed(_keyed(lambda: 1, "one")),
         OBS(),
         OBS(damping=0.1),
     ]

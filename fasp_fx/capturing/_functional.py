@@ -22,8 +22,8 @@ from ..base.compat import (
     is_transform,
 )
 from ..patterns import lookup
-from ._dead import remove_dropouts
 from ._decompositions import ASSIGNMENTS, CORE
+from ._fx import remove_dropouts
 
 _log = logging.getLogger("fasp_fx")
 

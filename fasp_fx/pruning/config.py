@@ -269,7 +269,7 @@ class PruningConfig:
         if isinstance(score, str):
             return score
         name = getattr(score, "__qualname__", type(score).__qualname__)
-        identity = identity_of(score, "score", "costs=", code=True)
+        identity = identity_of(score, "score", "costs=")
         return f"{name} {hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
     @property

@@ -9,7 +9,7 @@ from ._facts import Facts, Layout, Product, Remark, Use
 from ._interpreter import Interpreter, Walk
 from ._moves import run_on_numbers
 from ._numbering import Numbering, Slot, are_among, counted, distinct, laid_by_block, marked, ranked
-from ._repeating import Repeating, repeating
+from ._regroup import Repeating, repeating
 from ._value import NONE, Axis, Value
 
 __all__ = [

@@ -164,10 +164,9 @@ class Lettered:
         for letter, name in (clause.words for clause in self.rule.all("factor")):
             if nodes.get(name) is None or letter not in letters:
                 continue
-            for axis in value.axes:
-                if letters.index(letter) in axis.varying():
-                    said = f"counted by '{name}' of {self.node.target}, which is computed at run time"
-                    self.facts.say(self.facts.frozen, axis.numbers, said, self.node)
+            axes = [axis for axis in value.axes if letters.index(letter) in axis.varying()]
+            reason = f"counted by '{name}' of {self.node.target}, which is computed at run time"
+            self.facts.freeze(axes, reason, self.node)
 
     def _activate(self) -> None:
         """What no weight had a part in (a state of zeros before the first step) meets a weight as an

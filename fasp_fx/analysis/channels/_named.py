@@ -113,10 +113,8 @@ def keep_numbered(node: fx.Node, rule: Rule, arguments: dict[str, Any], facts: F
         if not isinstance(source, Value) or not source.shape or not _is_used(node, ORDINALS[clause.words[1]]):
             continue
         given = arguments[clause.words[0]]
-        for axis in source.axes if given is None else source.at(int(given) % len(source.shape)):
-            facts.say(
-                facts.frozen, axis.numbers, f"{node.target} numbers positions along this dimension", node
-            )
+        axes = source.axes if given is None else source.at(int(given) % len(source.shape))
+        facts.freeze(axes, f"{node.target} numbers positions along this dimension", node)
 
 
 def _is_used(node: fx.Node, result: int) -> bool:
@@ -184,8 +182,7 @@ def _choose(
     if dim is not None and len(axes) == 1 and axes[0].varying() == [axes[0].dim]:
         values[result] = replace(values[result], names=axes[0].numbers.reshape(-1))
         return
-    for axis in axes:
-        facts.say(facts.frozen, axis.numbers, f"chosen by {node.target} in several ways", node)
+    facts.freeze(axes, f"chosen by {node.target} in several ways", node)
 
 
 def _passed(rule: Rule, name: str, names: Tensor, arguments: dict[str, Any], values: list[Value]) -> bool:

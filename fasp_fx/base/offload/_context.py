@@ -13,10 +13,11 @@ from types import TracebackType
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import ArgumentError
 from .._device import check_device
+from .._storage import storage_of
 from ._current import kept_in
 from ._scratch import Scratch
 
@@ -83,25 +84,16 @@ def keep_weights(model: nn.Module, scratch: Scratch) -> None:
             f"scratch is a {type(scratch).__name__}; pass what `with fasp_fx.offload() as scratch` gives"
         )
     tensors = list({id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}.values())
-    shared = Counter(_storage(tensor) for tensor in tensors)
+    shared = Counter(storage_of(tensor) for tensor in tensors)
     with torch.no_grad():
         for tensor in tensors:
             values = tensor.detach()
             if (
-                shared[_storage(tensor)] == 1
+                shared[storage_of(tensor)] == 1
                 and not tensor.is_inference()
                 and (kept := scratch.keep(values)) is not values
             ):
                 tensor.data = kept
-
-
-def _storage(tensor: Tensor) -> int:
-    """What tells the memory of a tensor from that of others."""
-    return (
-        tensor.untyped_storage().data_ptr()
-        if tensor.layout is torch.strided and tensor.device.type != "meta"
-        else id(tensor)
-    )
 
 
 # --- Keep the memory that mapped files take below a limit.

@@ -74,7 +74,8 @@ def _equal(value: Any, expected: Any) -> bool:
 # constants.
 
 
-_PLAIN = (type(None), bool, int, float, str)
+#: constants that exporters take as arguments
+PLAIN = (type(None), bool, int, float, str)
 
 
 class Held(Enum):  # the one object of its kind also where it was copied
@@ -92,7 +93,7 @@ def outline_of(value: Any) -> Any:
         return {key: outline_of(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [outline_of(item) for item in value]
-    return value if isinstance(value, _PLAIN) else HELD
+    return value if isinstance(value, PLAIN) else HELD
 
 
 def check_outline(name: str, value: Any, outline: Any) -> None:
@@ -102,7 +103,7 @@ def check_outline(name: str, value: Any, outline: Any) -> None:
         CallError: names the place inside the argument, what is there and what was captured.
     """
     if outline is HELD:
-        if isinstance(value, (Mapping, list, tuple, *_PLAIN)):
+        if isinstance(value, (Mapping, list, tuple, *PLAIN)):
             raise _refusal(name, value, "a tensor")
     elif isinstance(outline, dict):
         if not isinstance(value, Mapping):
@@ -132,7 +133,7 @@ def _refusal(name: str, value: Any, expected: str) -> CallError:
     shown = f"a {type(value).__name__}"
     if isinstance(value, torch.Tensor):
         shown = f"a tensor of shape {tuple(value.shape)}"
-    elif isinstance(value, _PLAIN):
+    elif isinstance(value, PLAIN):
         shown = f"{value!r:.80}"
     return CallError(
         f"'{name}' is {shown}, but the program was captured with {expected}; capture it with what you need"
