@@ -9,7 +9,6 @@ import functools
 import gc
 import hashlib
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,9 +21,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _DEVICES = ("cpu", "cuda")
-#: guards the line of the threads that want to work, the first of which does
-_LINE = threading.Condition()
-_WAITING: deque[object] = deque()
+#: held by the thread that works
+_TURN = threading.Lock()
 
 
 class _Own(threading.local):
@@ -65,8 +63,8 @@ def in_usual_modes(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
-    """Have one thread at a time run a function of all that are marked so, in the order they came; others have
-    their turn where it is :func:`aside`.
+    """Have one thread at a time run a function of all that are marked so; others have their turn where it is
+    :func:`aside`.
 
     Exporting, random numbers and the precision of products have one state for the whole process: torch.export
     in two threads at once leaves ``torch.compile`` switched off.
@@ -87,25 +85,15 @@ def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
 
 def _begin() -> None:
     """Wait for the turn of this thread."""
-    own = object()
-    with _LINE:
-        _WAITING.append(own)
-        try:
-            _LINE.wait_for(lambda: _WAITING[0] is own)
-        except BaseException:
-            _WAITING.remove(own)
-            _LINE.notify_all()
-            raise
+    _TURN.acquire()
     _OWN.works = True
 
 
 def _end() -> None:
-    """Let the next thread work, if this one does."""
+    """Let another thread work, if this one does."""
     if _OWN.works:
         _OWN.works = False
-        with _LINE:
-            _WAITING.popleft()
-            _LINE.notify_all()
+        _TURN.release()
 
 
 @contextlib.contextmanager

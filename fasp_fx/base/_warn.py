@@ -42,21 +42,14 @@ def quiet() -> Iterator[None]:
         "transformers",
         EXPORTER_LOGGER,
     )
-    levels = {name: logging.getLogger(name).level for name in names}
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
     try:
-        _set_levels(dict.fromkeys(names, logging.ERROR))
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(), silent_export(), silent_fake_tensors():
             warnings.simplefilter("ignore")
             yield
     finally:
-        _set_levels(levels)
-
-
-def _set_levels(levels: dict[str, int]) -> None:
-    """Set the levels of loggers. Each call of ``setLevel`` walks through all the loggers of the process, and
-    one tells them of all changes.
-    """
-    for name, level in levels.items():
-        logging.getLogger(name).level = level
-    name, level = next(iter(levels.items()))
-    logging.getLogger(name).setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

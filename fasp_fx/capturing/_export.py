@@ -8,9 +8,10 @@ import inspect
 import itertools
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -262,51 +263,34 @@ def _rewritten(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
     return functional(padded_in_order(exported))
 
 
-@contextlib.contextmanager
-def _holding(model: nn.Module, constants: dict[str, Any]) -> Iterator[None]:
-    """Give ``forward`` arguments that the exporter does not take, such as members of an enum."""
-    if not constants:
-        yield
-        return
-    with _calling(model, functools.partial(model.forward, **constants)):
-        yield
-
-
-@contextlib.contextmanager
-def _calling(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def _calling(model: nn.Module, forward: Callable[..., Any]) -> contextlib.AbstractContextManager[Any]:
     """Let a call of the model be one of ``forward``."""
-    own = vars(model).get("forward")
-    model.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own
+    return mock.patch.object(model, "forward", forward)
 
 
-@contextlib.contextmanager
-def _named(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+def _holding(model: nn.Module, constants: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """Give ``forward`` arguments that the exporter does not take, such as members of an enum."""
+    held = functools.partial(model.forward, **constants)
+    return _calling(model, held) if constants else contextlib.nullcontext()
+
+
+def _named(model: nn.Module, kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
     """Let the signature of ``forward`` name those arguments that it takes as ``**kwargs``: of sizes given for
     all of these by one name an exporter makes nothing.
     """
-    parameters = inspect.signature(model.forward).parameters
+    forward, parameters = model.forward, inspect.signature(model.forward).parameters
     known = {name: one for name, one in parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
     extra = [name for name in kwargs if name not in known]
     if not extra:
-        yield
-        return
+        return contextlib.nullcontext()
 
     def named(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
-    forward = model.forward
     vars(named)["__signature__"] = inspect.Signature(
         [*known.values(), *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra)]
     )
-    with _calling(model, named):
-        yield
+    return _calling(model, named)
 
 
 @_with_or_without_cache
