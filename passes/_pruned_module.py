@@ -14,11 +14,10 @@ from torch.export import ExportedProgram
 from fasp_fx.base._storage import without_values
 from fasp_fx.base.compat import PRESERVED, pytree
 from fasp_fx.capturing._assemble import Assembly
-from fasp_fx.capturing._flex import make_traceable
+from fasp_fx.capturing._attention import make_traceable
 from fasp_fx.capturing._fx import attribute, target_name
-from fasp_fx.capturing._names import own_names
-from fasp_fx.capturing._program import graph_module
-from fasp_fx.capturing.calling._facts import ExportFacts
+from fasp_fx.capturing._program import ExportFacts, graph_module
+from fasp_fx.capturing._rewrites import own_names
 from fasp_fx.capturing.calling._guards import guard_calls
 from fasp_fx.capturing.calling._signature import CallerCodeGen, CallSignature
 from fasp_fx.errors import StoreError

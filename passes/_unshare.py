@@ -23,8 +23,7 @@ from fasp_fx.analysis.build._walks import label_sets, walk_program
 from fasp_fx.analysis.channels import Value
 from fasp_fx.base._stamps import WRITTEN_BY, stamp
 from fasp_fx.base.compat import pytree
-from fasp_fx.capturing._dead import is_pure
-from fasp_fx.capturing._fx import attribute, target_name, written_names
+from fasp_fx.capturing._fx import attribute, is_pure, target_name, written_names
 from fasp_fx.capturing._program import CopiedBuffer, Program
 
 from ._pieces import delete_weight

@@ -24,30 +24,6 @@ from fasp_fx.pruning.submodules import _submodules
 Capture = Callable[..., Program]
 
 
-@contextmanager
-def one_capture() -> Iterator[None]:
-    """Inside, captures of one model object with inputs of one shape are made once."""
-    module: Any = _captured
-    original = module.capture_program
-    seen: dict[tuple[int, str], tuple[object, object]] = {}
-
-    def capture(model: object, args: object = (), kwargs: object = None, **options: object) -> object:
-        leaves = pytree.tree_leaves((args, kwargs or {}))
-        shapes = [
-            (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
-        ]
-        key = (id(model), f"{shapes} {options}")
-        if key not in seen:
-            seen[key] = (model, original(model, args, kwargs, **options))
-        return seen[key][1]
-
-    module.capture_program = capture
-    try:
-        yield
-    finally:
-        module.capture_program = original
-
-
 class _Unknown(Exception):
     """What a model holds cannot be written down."""
 
@@ -216,3 +192,7 @@ def equal_captures() -> Iterator[None]:
     finally:
         for module, original in zip(modules, originals, strict=True):
             module.capture_program = original
+
+
+#: the same, where a test says so of some lines of its own
+one_capture = equal_captures

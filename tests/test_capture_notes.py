@@ -1,5 +1,5 @@
-"""What a capture leaves out: what nothing reads, and derivatives that a function defines; and what it cannot
-be given names for.
+"""What a capture leaves out: what nothing reads, and derivatives that a function defines; and sizes that it
+fixes.
 """
 
 from __future__ import annotations
@@ -10,53 +10,49 @@ from typing import Any
 
 import pytest
 import torch
+from models import made
 from torch import Tensor, nn
 
 import fasp_fx
 from fasp_fx.capturing import capture
 from fasp_fx.pruning.check._inputs import other_inputs
 
+X = torch.randn(4, 8)
 
-class Dead(nn.Module):
-    def __init__(self, dead: str) -> None:
-        super().__init__()
-        self.dead, self.up, self.down = dead, nn.Linear(8, 24), nn.Linear(24, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(x).relu()
-        if self.dead == "sum":
-            hidden.cumsum(-1).mean()
-        if self.dead == "random":
-            torch.rand(3)
-        return self.down(hidden) + (torch.rand(5) if self.dead == "random" else 0)
+def layers(forward: Any, **held: Any) -> Any:
+    return made(forward, **{"up": nn.Linear(8, 24), "down": nn.Linear(24, 5), **held})
+
+
+def logs(self: Any, x: Tensor) -> Tensor:
+    hidden = self.up(x).relu()
+    hidden.cumsum(-1).mean()
+    return self.down(hidden)
+
+
+def draws(self: Any, x: Tensor) -> Tensor:
+    torch.rand(3)
+    return self.down(self.up(x).relu()) + torch.rand(5)
 
 
 def test_what_nothing_reads_keeps_no_channel() -> None:
-    (group,) = [
-        group
-        for group in fasp_fx.analyze(Dead("sum").eval(), (torch.randn(4, 8),)).groups
-        if group.size == 24
-    ]
-    assert group.status == "prunable"
+    groups = [group for group in fasp_fx.analyze(layers(logs), (X,)).groups if group.size == 24]
+    assert [group.status for group in groups] == ["prunable"]
 
 
 def test_random_numbers_that_nothing_reads_are_drawn_all_the_same() -> None:
-    model, x = Dead("random").eval(), torch.randn(4, 8)
-    result = fasp_fx.prune(model, (x,), sparsity=0.05, score="magnitude", restore=None)
-    nothing = fasp_fx.apply(model, result.plan, (x,))
-    for module in (result.module, nothing.module):
+    model = layers(draws)
+    result = fasp_fx.prune(model, (X,), sparsity=0.05, score="magnitude", restore=None)
+    for module in (result.module, fasp_fx.apply(model, result.plan, (X,)).module):
         torch.manual_seed(3)
-        found = module(x) - module(x)
+        found = module(X) - module(X)
         torch.manual_seed(3)
-        expected = model(x) - model(x)
-        assert torch.allclose(found, expected, atol=1e-5)
+        assert torch.allclose(found, model(X) - model(X), atol=1e-5)
 
 
 def test_weights_that_nothing_reads_are_named() -> None:
-    model, x = Dead("").eval(), torch.randn(4, 8)
-    assert fasp_fx.prune(model, (x,), score="magnitude", restore=None).report.notes == ()
-    model.spare = nn.Linear(3, 3).eval()
-    result = fasp_fx.prune(model, (x,), score="magnitude", restore=None)
+    model = layers(lambda self, x: self.down(self.up(x).relu()), spare=nn.Linear(3, 3))
+    result = fasp_fx.prune(model, (X,), score="magnitude", restore=None)
     assert result.report.notes == (
         "forward computes nothing with 'spare.weight' and 1 more, and the result keeps what nothing reads",
     )
@@ -75,45 +71,29 @@ class Rounded(torch.autograd.Function):
         return gradient
 
 
-class StraightThrough(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(Rounded.apply(self.up(x)))
-
-
 def test_a_derivative_that_a_graph_does_not_have_is_said() -> None:
-    x = torch.randn(4, 8)
-    result = fasp_fx.prune(StraightThrough().eval(), (x,), sparsity=0.3, score="random", restore=None)
-    assert any("derivative that Rounded defines" in note for note in result.report.notes)
-    assert not any(
-        "derivative" in note
-        for note in fasp_fx.prune(
-            Dead("").eval(), (x,), sparsity=0.3, score="random", restore=None
-        ).report.notes
-    )
+    for forward, says in (
+        (lambda self, x: self.down(Rounded.apply(self.up(x))), True),
+        (lambda self, x: self.down(torch.round(self.up(x))), False),
+    ):
+        notes = fasp_fx.capture(layers(forward), (X,)).program.notes
+        assert any("derivative that Rounded defines" in note for note in notes) == says
     assert "apply" in vars(torch.autograd.Function)
     assert Rounded.apply(torch.ones(1, requires_grad=True)).grad_fn is not None
 
 
-class Cached(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
-
-    def forward(self, x: Tensor, past: dict[str, Tensor]) -> dict[str, Any]:
-        b, t, d = x.shape
-        q, k, v = (part.view(b, t, 3, -1).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-        k, v = torch.cat([past["k"], k], 2), torch.cat([past["v"], v], 2)
-        attended = nn.functional.scaled_dot_product_attention(q, k, v)
-        return {"made": x + self.out(attended.transpose(1, 2).reshape(b, t, d)), "past": {"k": k, "v": v}}
+def remembers(self: Any, x: Tensor, past: dict[str, Tensor]) -> dict[str, Any]:
+    b, t, d = x.shape
+    q, k, v = (part.view(b, t, 3, -1).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+    k, v = torch.cat([past["k"], k], 2), torch.cat([past["v"], v], 2)
+    attended = nn.functional.scaled_dot_product_attention(q, k, v)
+    return {"made": x + self.out(attended.transpose(1, 2).reshape(b, t, d)), "past": {"k": k, "v": v}}
 
 
 def test_inputs_that_are_equally_long_stay_so_in_the_check() -> None:
     program = capture(
-        Cached().eval(), (torch.randn(2, 3, 12), {"k": torch.randn(2, 3, 5, 4), "v": torch.randn(2, 3, 5, 4)})
+        made(remembers, qkv=nn.Linear(12, 36), out=nn.Linear(12, 12)),
+        (torch.randn(2, 3, 12), {"k": torch.randn(2, 3, 5, 4), "v": torch.randn(2, 3, 5, 4)}),
     )
     tried = [inputs.of(program) for inputs in other_inputs(program)]
     assert tried
@@ -122,40 +102,14 @@ def test_inputs_that_are_equally_long_stay_so_in_the_check() -> None:
         assert past_k.shape[2] != x.shape[1]
 
 
-@pytest.mark.parametrize("name", ["graph", "_graph", "range_constraints"])
-def test_names_that_a_graph_has_for_something_else(name: str) -> None:
-    model = Dead("").eval()
-    model.register_buffer(name, torch.randn(5))
-    model.forward = lambda x: Dead.forward(model, x) + model._buffers[name]  # type: ignore[method-assign]
-    with pytest.raises(fasp_fx.CaptureError, match=f"rename '{name}'"):
-        fasp_fx.analyze(model, (torch.randn(4, 8),))
-
-
-class Counting(nn.Module):
-    """Appends a column to what it is given, of a length that it takes in some way."""
-
-    def __init__(self, way: str, in_place: bool) -> None:
-        super().__init__()
-        self.way, self.in_place = way, in_place
-        self.up, self.down = nn.Linear(8, 16), nn.Linear(17, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.up(x).relu()
-        if self.in_place:
-            hidden = hidden.clone().add_(1)
-        if self.way == "a list":
-            column = torch.tensor([[0.0]] * x.shape[0])[:, None]
-        elif self.way == "a sum":
-            column = torch.zeros(5, 1, 1)
-        elif self.way == "a length":
-            column = torch.zeros(x.shape[0], int(x.shape[1]), 1)
-        elif self.way == "a batch":
-            column = torch.zeros(int(x.shape[0]), 1, 1)
-        else:
-            column = torch.zeros(x.shape[0], 1, 1)
-        column = column + torch.zeros(x.shape[0], x.shape[1], 1)
-        found: Tensor = self.down(torch.cat([hidden, column], -1))
-        return found
+#: how a column gets its length
+COLUMNS: dict[str, Any] = {
+    "a list": lambda x: torch.tensor([[0.0]] * x.shape[0])[:, None],
+    "a sum": lambda x: torch.zeros(5, 1, 1),
+    "a length": lambda x: torch.zeros(x.shape[0], int(x.shape[1]), 1),
+    "a batch": lambda x: torch.zeros(int(x.shape[0]), 1, 1),
+    "a size": lambda x: torch.zeros(x.shape[0], 1, 1),
+}
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -184,7 +138,14 @@ class Counting(nn.Module):
     ],
 )
 def test_sizes_that_a_capture_fixes_are_said(way: str, samples: int, said: list[str], in_place: bool) -> None:
-    model, x = Counting(way, in_place).eval(), torch.randn(samples, 7, 8)
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Appends a column to what it is given."""
+        hidden = self.up(x).relu()
+        hidden = hidden.clone().add_(1) if in_place else hidden
+        column = COLUMNS[way](x) + torch.zeros(x.shape[0], x.shape[1], 1)
+        return self.down(torch.cat([hidden, column], -1))
+
+    model, x = layers(forward, down=nn.Linear(25, 4)), torch.randn(samples, 7, 8)
     captured = fasp_fx.capture(model, (x,))
     notes = [note.partition(" (")[0] for note in captured.program.notes]
     assert notes == said
@@ -197,28 +158,19 @@ def test_sizes_that_a_capture_fixes_are_said(way: str, samples: int, said: list[
             module(other)
 
 
-class Mapped(nn.Module):
+def maps(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Maps a function over samples, beside an ordinary block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down, self.left, self.right = (
-            nn.Linear(5, 8),
-            nn.Linear(8, 6),
-            nn.Linear(5, 7),
-            nn.Linear(7, 2),
-        )
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mapped = torch.func.vmap(lambda row: self.down(self.up(row).relu()))(x)
-        return self.right(self.left(x).relu()), mapped
+    mapped = torch.func.vmap(lambda row: self.down(self.up(row).relu()))(x)
+    return self.right(self.left(x).relu()), mapped
 
 
 @pytest.mark.parametrize("options", [{}, {"quality": "fast"}], ids=["by losses", "plainly"])
 def test_what_is_mapped_over_samples_is_pruned(options: dict[str, Any]) -> None:
     """The exporter leaves steps of the transformation in the graph, which change what later calls mean."""
     torch.manual_seed(0)
-    model, data = Mapped().eval(), [torch.randn(40, 5) for _ in range(2)]
+    sizes = {"up": (5, 8), "down": (8, 6), "left": (5, 7), "right": (7, 2)}
+    model = made(maps, **{name: nn.Linear(*size) for name, size in sizes.items()})
+    data = [torch.randn(40, 5) for _ in range(2)]
     result = fasp_fx.prune(model, (data[0],), calibration=data, sparsity=0.3, restore=None, **options)
     torch.zeros(2).requires_grad_(True)  # torch is as it was
     assert {"down.weight", "right.weight"} >= {

@@ -5,10 +5,12 @@ restored by their windows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from captures import one_capture
+from models import made, parameter
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,47 +22,17 @@ from fasp_fx.testing import check_program
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
-class ChannelShuffle(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.channel_shuffle(x, 2)
+def excited(channels: int) -> nn.Module:
+    """Squeeze and excite."""
+    return made(
+        lambda self, x: x * self.up(self.down(F.adaptive_avg_pool2d(x, 1)).relu()).sigmoid(),
+        down=nn.Conv2d(channels, 3, 1),
+        up=nn.Conv2d(3, channels, 1),
+    )
 
 
-class SqueezeExcite(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Conv2d(channels, 3, 1), nn.Conv2d(3, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.up(self.down(nn.functional.adaptive_avg_pool2d(x, 1)).relu()).sigmoid()
-
-
-class Dense(nn.Module):
-    """Concatenates what it computes to what it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(8, 6, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, self.conv(x)], dim=1)
-
-
-class Residual(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.inner(x)
-
-
-class ExcitedDepthwise(nn.Sequential):
-    """A depthwise convolution with two outputs for each input."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            nn.Conv2d(8, 16, 3, padding=1, groups=8), nn.BatchNorm2d(16), nn.Hardswish(), SqueezeExcite(16)
-        )
+def residual(inner: nn.Module) -> nn.Module:
+    return made(lambda self, x: x + self.inner(x), inner=inner)
 
 
 def _chain(*middle: nn.Module, channels: int = 8, out: int | None = None) -> nn.Module:
@@ -74,9 +46,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "instance norm": lambda: _chain(nn.InstanceNorm2d(8, affine=True), nn.PReLU(8)),
     "grouped": lambda: _chain(nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.GELU(), out=12),
     "depthwise": lambda: _chain(nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)),
-    "depthwise with a multiplier": lambda: _chain(ExcitedDepthwise(), out=16),
+    "depthwise with a multiplier": lambda: _chain(
+        nn.Conv2d(8, 16, 3, padding=1, groups=8), nn.BatchNorm2d(16), nn.Hardswish(), excited(16), out=16
+    ),
     "depthwise with multipliers one after another": lambda: _chain(
-        Residual(nn.Conv2d(8, 8, 3, padding=1, groups=8)),
+        residual(nn.Conv2d(8, 8, 3, padding=1, groups=8)),
         nn.Conv2d(8, 16, 3, groups=8),
         nn.ReLU(),
         nn.Conv2d(16, 32, 3, groups=16),
@@ -95,13 +69,17 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         nn.Upsample(scale_factor=2, mode="bilinear"),
         nn.Upsample(scale_factor=2),
     ),
-    "channel shuffle": lambda: _chain(ChannelShuffle(), nn.ReLU()),
+    "channel shuffle": lambda: _chain(made(lambda self, x: F.channel_shuffle(x, 2)), nn.ReLU()),
     "pixel shuffle": lambda: _chain(nn.PixelShuffle(2), nn.ReLU(), channels=24, out=6),
     "pixel unshuffle": lambda: _chain(nn.PixelUnshuffle(2), nn.ReLU(), out=32),
-    "squeeze and excite": lambda: _chain(nn.BatchNorm2d(8), SqueezeExcite(8)),
-    "concatenation": lambda: _chain(Dense(), nn.ReLU(), out=14),
+    "squeeze and excite": lambda: _chain(nn.BatchNorm2d(8), excited(8)),
+    "concatenation": lambda: _chain(
+        made(lambda self, x: torch.cat([x, self.conv(x)], dim=1), conv=nn.Conv2d(8, 6, 3, padding=1)),
+        nn.ReLU(),
+        out=14,
+    ),
     "residual": lambda: _chain(
-        Residual(nn.Sequential(nn.Conv2d(8, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 8, 1))),
+        residual(nn.Sequential(nn.Conv2d(8, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 8, 1))),
         nn.BatchNorm2d(8),
     ),
     "gated": lambda: _chain(nn.GLU(dim=1), out=4),
@@ -214,25 +192,18 @@ def test_a_depthwise_multiplier_leaves_whole_runs_of_outputs() -> None:
     ), "each of the eight channels takes its two, and their four, along"
 
 
-class OverImage(nn.Module):
+def over_image(self: Any, x: Tensor) -> Tensor:
     """The weight of a grouped convolution depends on the input; its image is a parameter that stores two of
     three sides as one dimension.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image, self.weight, self.out = (
-            nn.Parameter(torch.randn(shape)) for shape in ((4, 4, 2), (2, 2, 2, 2, 2), (2, 2))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = nn.functional.conv3d(self.image.view(4, 2, 2, 2), self.weight * x, stride=(1, 2, 2), groups=2)
-        return y.movedim(0, -1) @ self.out
+    y = F.conv3d(self.image.view(4, 2, 2, 2), self.weight * x, stride=(1, 2, 2), groups=2)
+    return y.movedim(0, -1) @ self.out
 
 
 def test_no_channel_takes_the_whole_of_one_block_of_an_image() -> None:
     torch.manual_seed(0)
-    model, x = OverImage().double().eval(), torch.randn((), dtype=torch.float64)
+    held = {"image": parameter(4, 4, 2), "weight": parameter(2, 2, 2, 2, 2), "out": parameter(2, 2)}
+    model, x = made(over_image, **held).double(), torch.randn((), dtype=torch.float64)
     groups = fasp_fx.analyze(model, (x,)).groups
     assert [str(group) for group in groups if group.status == "prunable"] == [
         "prunable             2  weight[1] -> image[0]"
@@ -246,38 +217,32 @@ def test_no_channel_takes_the_whole_of_one_block_of_an_image() -> None:
     check_program(model, (x,), sparsity=None, invariants=("mask-exact", "steps"))
 
 
-class Kernels(nn.Module):
+def kernels(computed: bool) -> nn.Module:
     """A kernel whose taps are channels elsewhere: of a weight that is also a matrix, or computed."""
 
-    def __init__(self, computed: bool) -> None:
-        super().__init__()
-        self.computed = computed
-        self.kernel = nn.Parameter(torch.randn(3, 1, 6))
-        self.make, self.beside, self.last = nn.Linear(5, 18), nn.Linear(3, 6), nn.Linear(3, 4)
-        self.read = nn.Linear(18, 3)
-
-    def forward(self, x: Tensor, seed: Tensor) -> Tensor:
-        kernel = self.make(seed).tanh() if self.computed else self.kernel
+    def forward(self: Any, x: Tensor, seed: Tensor) -> Tensor:
+        kernel = self.make(seed).tanh() if computed else self.kernel
         along = F.conv1d(x, kernel.view(3, 1, 6), groups=3).mean(-1)
-        if self.computed:
+        if computed:
             return self.last(along + self.read(kernel))
         return self.last(along + F.linear(self.beside(x.mean(-1)).tanh(), self.kernel.squeeze(1)))
+
+    sizes = {"make": (5, 18), "beside": (3, 6), "last": (3, 4), "read": (18, 3)}
+    layers = {name: nn.Linear(*size) for name, size in sizes.items()}
+    return made(forward, kernel=parameter(3, 1, 6), **layers)
 
 
 @pytest.mark.parametrize("computed", [False, True])
 def test_taps_of_a_kernel_stay_where_they_are_channels_elsewhere(computed: bool) -> None:
-    analysis = fasp_fx.analyze(Kernels(computed).eval(), (torch.randn(2, 3, 9), torch.randn(5)))
+    analysis = fasp_fx.analyze(kernels(computed), (torch.randn(2, 3, 9), torch.randn(5)))
     reader = "read.weight" if computed else "kernel"
     group = next(group for group in analysis.groups if reader in {part.name for part in group.consumers})
     assert group.status == "frozen"
     assert "positions of a window of aten.conv1d.default" in group.reason
-    assert not any(group.status == "frozen" and "window" in group.reason for group in _plain_taps().groups)
-
-
-def _plain_taps() -> fasp_fx.Analysis:
-    """Of kernels that are nothing else, whose taps are no channels at all."""
-    model = nn.Sequential(nn.Conv1d(3, 8, 5), nn.ReLU(), nn.ConvTranspose1d(8, 2, 4))
-    return fasp_fx.analyze(model.eval(), (torch.randn(2, 3, 9),))
+    # of kernels that are nothing else, whose taps are no channels at all
+    plain = nn.Sequential(nn.Conv1d(3, 8, 5), nn.ReLU(), nn.ConvTranspose1d(8, 2, 4)).eval()
+    groups = fasp_fx.analyze(plain, (torch.randn(2, 3, 9),)).groups
+    assert not any(group.status == "frozen" and "window" in group.reason for group in groups)
 
 
 @pytest.mark.parametrize(
@@ -324,24 +289,23 @@ def test_core_aten_has_the_groups_of_the_model(layers: list[nn.Module], shape: t
         assert error(result.module(x), zeroed(model, result.plan)(x)) < TOLERANCE
 
 
-class Frequencies(nn.Module):
+def frequencies(self: Any, x: Tensor) -> Tensor:
     """Convolutions over times and frequencies, laid side by side for each time, as speech models begin."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.project = nn.Conv2d(1, 5, 3, stride=2, padding=1), nn.Linear(15, 7)
-        self.out = nn.Linear(7, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv(x.unsqueeze(1)).relu().transpose(1, 2)
-        found: Tensor = self.out(self.project(hidden.flatten(2)).relu())
-        return found
+    hidden = self.conv(x.unsqueeze(1)).relu().transpose(1, 2)
+    return self.out(self.project(hidden.flatten(2)).relu())
 
 
 @pytest.mark.parametrize("width", [5, 6])
 def test_frequencies_that_strides_leave_few_of_are_features(width: int) -> None:
     """As many as the next weight is wide for; times and samples still vary."""
-    model = randomise(Frequencies())
+    model = randomise(
+        made(
+            frequencies,
+            conv=nn.Conv2d(1, 5, 3, stride=2, padding=1),
+            project=nn.Linear(15, 7),
+            out=nn.Linear(7, 2),
+        )
+    )
     result = fasp_fx.prune(model, (torch.randn(2, 7, width),), sparsity=0.3, score="magnitude", restore=None)
     assert {group.name for group in result.plan.groups} == {"project.weight", "out.weight"}
     dense = zeroed(model, result.plan)
@@ -355,17 +319,13 @@ def test_frequencies_that_strides_leave_few_of_are_features(width: int) -> None:
 def test_lengths_that_strides_leave_few_of_still_vary() -> None:
     """What a table of positions allows is a length, and no channel is laid out by it."""
 
-    class Positions(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.mix = nn.Conv1d(3, 6, 3, stride=2, padding=1), nn.Conv1d(6, 4, 1)
-            self.positions = nn.Parameter(torch.randn(1, 6, 4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = self.mix((self.conv(x) + self.positions).relu())
-            return found
-
-    model = randomise(Positions())
+    model = made(
+        lambda self, x: self.mix((self.conv(x) + self.positions).relu()),
+        conv=nn.Conv1d(3, 6, 3, stride=2, padding=1),
+        mix=nn.Conv1d(6, 4, 1),
+        positions=parameter(1, 6, 4),
+    )
+    model = randomise(model)
     result = fasp_fx.prune(model, (torch.randn(2, 3, 8),), sparsity=0.3, score="magnitude", restore=None)
     dense = zeroed(model, result.plan)
     for length in (7, 8):

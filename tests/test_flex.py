@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from captures import one_capture
+from models import made
 from oracle import TOLERANCE, assert_mask_exact, error, zeroed
 from saved import forge
 from torch import Tensor, nn
@@ -163,41 +164,29 @@ def test_value_channels_are_prunable_and_heads_where_they_are_alike(name: str) -
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "granularity"),
     [
-        "plain",
-        "bias by head",
-        "capped and causal",
-        pytest.param("a block mask for each head", marks=pytest.mark.slow),
+        ("plain", "channel"),
+        ("bias by head", "channel"),
+        ("capped and causal", "channel"),
+        pytest.param("a block mask for each head", "channel", marks=pytest.mark.slow),
+        ("same scores", "head"),
+        ("capped and causal", "head"),
     ],
 )
-def test_narrower_values_are_mask_exact(name: str, tmp_path: Path) -> None:
+def test_narrower_values_and_fewer_heads_are_mask_exact(name: str, granularity: str, tmp_path: Path) -> None:
     model, x = built(name), example()
-    result = fasp_fx.prune(model, (x,), sparsity=0.2, score="random", restore=None)
+    result = fasp_fx.prune(
+        model, (x,), granularity=(granularity,), sparsity=0.4, score="random", restore=None
+    )
     (node,) = result.program.graph.find_nodes(op="call_function", target=OPERATOR)
-    query, _, value = (argument.meta["val"].shape for argument in node.args[:3])
-    assert value[-1] < query[-1] == WIDTH
+    query, key, value = (argument.meta["val"].shape for argument in node.args[:3])
+    fewer = granularity == "head"
+    assert (query[1], key[1], value[1]) == ((2, 1, 1) if fewer else (HEADS, SHARED, SHARED))
+    assert (value[-1] < query[-1] == WIDTH) != fewer
     assert node.args[5] == pytest.approx(1 / math.sqrt(WIDTH))
     loaded = fasp_fx.load(result.save(tmp_path / "out")).module
     for given in (example(), example(3, 9)):  # the lengths of a causal mask vary as others do
-        assert_mask_exact(model, result, lambda module, given=given: module(given))
-        with torch.no_grad():
-            assert torch.equal(loaded(given), result.module(given))
-
-
-@pytest.mark.parametrize("name", ["same scores", "capped and causal"])
-def test_whole_heads_are_mask_exact(name: str, tmp_path: Path) -> None:
-    model, x = built(name), example()
-    result = fasp_fx.prune(model, (x,), granularity=("head",), sparsity=0.5, score="random", restore=None)
-    sizes = {name: tuple(parameter.shape) for name, parameter in result.module.named_parameters()}
-    assert (sizes["q.weight"], sizes["k.weight"], sizes["v.weight"], sizes["out.weight"]) == (
-        (16, 12),
-        (8, 12),
-        (8, 12),
-        (12, 16),
-    )
-    loaded = fasp_fx.load(result.save(tmp_path / "out")).module
-    for given in (example(), example(3, 9)):
         assert_mask_exact(model, result, lambda module, given=given: module(given))
         with torch.no_grad():
             assert torch.equal(loaded(given), result.module(given))
@@ -248,77 +237,51 @@ def test_every_invariant(name: str, granularity: str) -> None:
     )
 
 
-class Turned(Attention):
+def turned(self: Any, x: Tensor) -> Tensor:
     """Something stands between projections and attention, as rotary embeddings do: inductor fails where
     nothing does, of the dense model as well.
     """
+    batch, length, _ = x.shape
+    q, k, v = (
+        torch.tanh(layer(x).view(batch, length, -1, WIDTH).transpose(1, 2))
+        for layer in (self.q, self.k, self.v)
+    )
 
-    def __init__(self) -> None:
-        super().__init__("bias")
+    def score(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + self.bias[head, query - key + 32]
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        q, k, v = (
-            torch.tanh(layer(x).view(batch, length, -1, WIDTH).transpose(1, 2))
-            for layer in (self.q, self.k, self.v)
-        )
-        attended = flex_attention(q, k, v, score_mod=self._scored(), enable_gqa=True)
-        return self.out(attended.transpose(1, 2).reshape(batch, length, -1))
+    attended = flex_attention(q, k, v, score_mod=score, enable_gqa=True)
+    return self.out(attended.transpose(1, 2).reshape(batch, length, -1))
 
 
-def test_narrower_values_compile() -> None:
+@pytest.fixture(scope="module")
+def turned_result() -> tuple[nn.Module, fasp_fx.Result]:
+    torch.manual_seed(0)
+    sizes = {"q": (12, HEADS * WIDTH), "k": (12, SHARED * WIDTH), "v": (12, SHARED * WIDTH)}
+    layers = {name: nn.Linear(*size) for name, size in {**sizes, "out": (HEADS * WIDTH, 12)}.items()}
+    model = made(turned, bias=torch.randn(HEADS, 64), **layers)
+    return model, fasp_fx.prune(model, (example(),), sparsity=0.2, score="random", restore=None)
+
+
+def test_narrower_values_compile(turned_result: tuple[nn.Module, fasp_fx.Result]) -> None:
     """Inductor's kernel takes values narrower than queries, so nothing need be padded."""
-    torch.manual_seed(0)
-    model, x = Turned().eval(), example()
-    result = fasp_fx.prune(model, (x,), sparsity=0.2, score="random", restore=None)
-    assert not result.program.graph.find_nodes(
-        op="call_function", target=torch.ops.aten.constant_pad_nd.default
-    )
+    _, result = turned_result
+    pads = torch.ops.aten.constant_pad_nd.default
+    assert not result.program.graph.find_nodes(op="call_function", target=pads)
     with torch.no_grad():
-        compiled = torch.compile(result.module, fullgraph=True)(x)
-        assert error(compiled, result.module(x)) <= TOLERANCE
+        compiled = torch.compile(result.module, fullgraph=True)(example())
+        assert error(compiled, result.module(example())) <= TOLERANCE
 
 
-def test_a_plan_as_a_backend_leaves_it_whole_and_says_so() -> None:
-    torch.manual_seed(0)
-    model, x = Turned().eval(), example()
-    plan = fasp_fx.prune(model, (x,), sparsity=0.2, score="random", restore=None).plan
-    compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner="aot_eager"))
+def test_a_plan_as_a_backend_leaves_it_whole_and_says_so(
+    turned_result: tuple[nn.Module, fasp_fx.Result],
+) -> None:
+    model, result = turned_result
+    compiled = torch.compile(model, backend=fasp_fx.backend(result.plan, inner="aot_eager"))
     with torch.no_grad(), pytest.warns(fasp_fx.errors.PartialPlanWarning, match="calls flex_attention"):
-        found = compiled(x)
+        found = compiled(example())
     with torch.no_grad():
-        assert error(found, model(x)) <= TOLERANCE
-
-
-def test_pruned_twice() -> None:
-    model, x = built("capped and causal"), example()
-    first = fasp_fx.prune(model, (x,), sparsity=0.2, score="random", restore=None)
-    second = fasp_fx.prune(
-        first.module, (x,), granularity=("head",), sparsity=0.5, score="random", restore=None
-    )
-    assert_mask_exact(_like(model, first), second, lambda module: module(x))
-
-
-def _like(model: nn.Module, result: fasp_fx.Result) -> nn.Module:
-    """The model's own code over the result's smaller weights: ``forward`` has the width of values from
-    nowhere but them.
-    """
-
-    class Narrow(Attention):
-        def forward(self, x: Tensor) -> Tensor:
-            batch, length, _ = x.shape
-            q, k = (layer(x).view(batch, length, -1, WIDTH).transpose(1, 2) for layer in (self.q, self.k))
-            v = self.v(x).view(batch, length, SHARED, -1).transpose(1, 2)
-            blocks = create_block_mask(causal, None, None, length, length, device="cpu")
-            attended = flex_attention(q, k, v, score_mod=self._scored(), block_mask=blocks, enable_gqa=True)
-            return self.out(attended.transpose(1, 2).reshape(batch, length, -1))
-
-    narrow = Narrow("cap", causal).eval()
-    weights = dict(result.module.named_parameters())
-    width = weights["v.weight"].shape[0]
-    narrow.v, narrow.out = nn.Linear(12, width), nn.Linear(weights["out.weight"].shape[1], 12)
-    narrow.load_state_dict({name: value.detach().clone() for name, value in weights.items()}, strict=False)
-    return narrow
+        assert error(found, model(example())) <= TOLERANCE
 
 
 # --- transformers

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from models import made, parameter, wide
 from oracle import TOLERANCE, error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,19 +44,13 @@ class Symmetric(nn.Module):
         return weight.triu() + weight.triu(1).transpose(-1, -2)
 
 
-class Twice(nn.Module):
+def twice() -> nn.Module:
     """One parametrised layer used two times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.middle, self.down = (
-            nn.Linear(6, 16),
-            parametrizations.weight_norm(nn.Linear(16, 16)),
-            nn.Linear(16, 6),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.middle(self.middle(self.up(x).tanh()).tanh()).tanh())
+    return wide(
+        lambda self, x: self.down(self.middle(self.middle(self.up(x).tanh()).tanh()).tanh()),
+        hidden=16,
+        middle=parametrizations.weight_norm(nn.Linear(16, 16)),
+    )
 
 
 class Adapted(nn.Linear):
@@ -74,14 +70,8 @@ def _parametrised(layer: nn.Module, kind: nn.Module) -> nn.Module:
 
 
 def _sounds(first: Callable[[nn.Module], nn.Module], second: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    layers = (
-        first(nn.Conv1d(4, 16, 3, padding=1)),
-        nn.GELU(),
-        second(nn.Conv1d(16, 16, 4, padding=2, groups=2)),
-        nn.GELU(),
-        nn.Conv1d(16, 5, 1),
-    )
-    return nn.Sequential(*layers)
+    layers = first(nn.Conv1d(4, 16, 3, padding=1)), second(nn.Conv1d(16, 16, 4, padding=2, groups=2))
+    return nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), nn.Conv1d(16, 5, 1))
 
 
 def _rows(up: nn.Module, down: nn.Module) -> nn.Module:
@@ -136,7 +126,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
         {"0.weight", "4.weight"},
     ),
     "adapters": (lambda: _rows(Adapted(6, 16), Adapted(16, 6)), ROWS, {"0.weight", "4.weight"}),
-    "used twice": (Twice, ROWS, {"middle.weight"}),
+    "used twice": (twice, ROWS, {"middle.weight"}),
 }
 
 
@@ -189,21 +179,14 @@ def _names(plan: fasp_fx.PruningPlan) -> set[str]:
     return {name for name, _ in plan.slices()}
 
 
-def _values(model: nn.Module) -> Mapping[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
 @pytest.fixture(scope="module")
 def pruned() -> Callable[[str], tuple[nn.Module, fasp_fx.Result, Tensor]]:
-    made: dict[str, tuple[nn.Module, fasp_fx.Result, Tensor]] = {}
-
+    @functools.cache
     def get(name: str) -> tuple[nn.Module, fasp_fx.Result, Tensor]:
-        if name not in made:
-            torch.manual_seed(0)
-            make, x, _ = MODELS[name]
-            model = make().eval()
-            made[name] = model, _prune(model, x), x
-        return made[name]
+        torch.manual_seed(0)
+        make, x, _ = MODELS[name]
+        model = make().eval()
+        return model, _prune(model, x), x
 
     return get
 
@@ -225,17 +208,16 @@ def test_folded_weights_are_pruned_exactly(name: str, pruned: Any) -> None:
 @pytest.mark.parametrize("name", ["weight standardisation", "spectral norm"])
 def test_removing_nothing_is_bit_equal(name: str, pruned: Any) -> None:
     model, result, x = pruned(name)
-    before = _values(model)
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     same = fasp_fx.apply(model, fasp_fx.PruningPlan(result.plan.fingerprint, (), 0.0), (x,))
     with torch.no_grad():
         assert torch.equal(same.module(x), capture(model, (x,), fold=False).module(x))
-    after = _values(model)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    storages = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    assert not storages & {
-        tensor.untyped_storage().data_ptr() for tensor in (*same.module.parameters(), *same.module.buffers())
-    }
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    storages, others = (
+        {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+        for module in (model, same.module)
+    )
+    assert not storages & others
 
 
 def test_the_notes_and_the_plan_say_what_was_folded(pruned: Any, tmp_path: Any) -> None:
@@ -295,8 +277,8 @@ def test_the_result_trains(pruned: Any) -> None:
 
 def test_frozen_sources_give_a_frozen_weight() -> None:
     model = _rows(parametrizations.weight_norm(nn.Linear(6, 16)), nn.Linear(16, 6)).eval()
-    for parameter in model[0].parametrizations.parameters():
-        parameter.requires_grad_(False)
+    for own in model[0].parametrizations.parameters():
+        own.requires_grad_(False)
     analysis = fasp_fx.analyze(model, (ROWS,))
     assert {
         name for name, parameter in analysis.program.module.named_parameters() if not parameter.requires_grad
@@ -306,20 +288,15 @@ def test_frozen_sources_give_a_frozen_weight() -> None:
 # --- what is not folded
 
 
-class Functional(nn.Module):
-    """Two linear layers, the second with a weight that is computed."""
-
-    def __init__(self, compute: Callable[[Any], Tensor], **weights: Tensor) -> None:
-        super().__init__()
-        self.up, self.down, self.compute = nn.Linear(6, 16), nn.Linear(16, 6), compute
-        for name, tensor in weights.items():
-            if tensor.is_floating_point():
-                self.register_parameter(name, nn.Parameter(tensor.clone()))
-            else:
-                self.register_buffer(name, tensor)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.linear(self.up(x).tanh(), self.compute(self)).tanh())
+def functional(compute: Callable[..., Tensor], **weights: Tensor) -> nn.Module:
+    """Two linear layers, and between them one with a weight that is computed, of the module and the input."""
+    held = {
+        name: nn.Parameter(tensor.clone()) if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+    }
+    return wide(
+        lambda self, x: self.down(F.linear(self.up(x).tanh(), compute(self, x)).tanh()), hidden=16, **held
+    )
 
 
 SQUARE = torch.randn(16, 16) / 4
@@ -328,20 +305,19 @@ SQUARE = torch.randn(16, 16) / 4
 @pytest.mark.parametrize(
     "compute",
     [
-        lambda m: m.w.t(),
-        lambda m: m.w.double().float(),
-        lambda m: m.w.flip(0).reshape(4, 4, 16).reshape(16, 16),
-        lambda m: m.w.bfloat16().float(),
+        lambda m, x: m.w.t(),
+        lambda m, x: m.w.double().float(),
+        lambda m, x: m.w.flip(0).reshape(4, 4, 16).reshape(16, 16),
+        lambda m, x: m.w.bfloat16().float(),
     ],
     ids=["transposed", "cast", "moved", "rounded"],
 )
 def test_moved_and_cast_weights_stay_the_parameters_they_were(compute: Callable[[Any], Tensor]) -> None:
-    model = Functional(compute, w=SQUARE).eval()
+    model = functional(compute, w=SQUARE)
     result = _prune(model, ROWS)
     assert not result.plan.folds
     assert {("w", 0), ("w", 1)} <= result.plan.slices().keys()
-    reference = Functional(compute, w=SQUARE).eval()
-    reference.load_state_dict(model.state_dict())
+    reference = copy.deepcopy(model)
     with torch.no_grad():
         for part in (part for group in result.plan.groups for part in group.consumers):
             reference.get_parameter(part.name).index_fill_(part.dim, torch.tensor(part.removed), 0)
@@ -354,27 +330,28 @@ def test_moved_and_cast_weights_stay_the_parameters_they_were(compute: Callable[
 
 NOT_FOLDED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "low rank": (
-        lambda: Functional(lambda m: m.u @ m.v, u=torch.randn(16, 2), v=torch.randn(2, 16)),
+        lambda: functional(lambda m, x: m.u @ m.v, u=torch.randn(16, 2), v=torch.randn(2, 16)),
         "1,024 bytes instead of 256",
     ),
     "integers": (
-        lambda: Functional(
-            lambda m: m.q.float() * m.scale,
+        lambda: functional(
+            lambda m, x: m.q.float() * m.scale,
             q=torch.randint(-9, 9, (16, 16), dtype=torch.int8),
             scale=torch.rand(16, 1),
         ),
         "1,024 bytes instead of 320",
     ),
-    "needed elsewhere": (lambda: Elsewhere(), "needed elsewhere"),
+    "needed elsewhere": (
+        lambda: wide(
+            lambda self, x: self.down(
+                F.linear(F.linear(self.up(x).tanh(), F.normalize(self.w)).tanh(), self.w).tanh()
+            ),
+            hidden=16,
+            w=nn.Parameter(SQUARE.clone()),
+        ),
+        "needed elsewhere",
+    ),
 }
-
-
-class Elsewhere(Functional):
-    def __init__(self) -> None:
-        super().__init__(lambda m: F.normalize(m.w), w=SQUARE)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.linear(F.linear(self.up(x).tanh(), self.compute(self)).tanh(), self.w).tanh())
 
 
 @pytest.mark.parametrize("name", NOT_FOLDED)
@@ -387,25 +364,25 @@ def test_what_would_make_the_model_larger_is_not_folded(name: str) -> None:
         assert any(reason in group.reason for group in analysis.groups)
 
 
-def test_chance_inputs_buffers_that_change_and_fixed_transforms_are_not_folded() -> None:
-    class Changing(Functional):
-        def __init__(self, compute: Callable[[Any, Tensor], Tensor]) -> None:
-            super().__init__(lambda m: m.w, w=SQUARE)
-            self.how = compute
-            self.register_buffer("count", torch.ones(()))
+def counting(model: Any, x: Tensor) -> Tensor:
+    model.count.add_(1)
+    return model.w * model.count
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.down(F.linear(self.up(x).tanh(), self.how(self, x)).tanh())
 
-    def counting(model: Any, x: Tensor) -> Tensor:
-        model.count.add_(1)
-        return model.w * model.count
-
-    def fixed(model: Any, x: Tensor) -> Tensor:
-        return torch.outer(model.count.expand(16), torch.ones(16)).cos()
-
-    for compute in (counting, fixed, lambda m, x: m.w * torch.rand(16, 16), lambda m, x: m.w * x.mean()):
-        assert not fasp_fx.analyze(Changing(compute).eval(), (ROWS,)).program.folds
+@pytest.mark.parametrize(
+    "compute",
+    [
+        counting,
+        lambda m, x: torch.outer(m.count.expand(16), torch.ones(16)).cos(),
+        lambda m, x: m.w * torch.rand(16, 16),
+        lambda m, x: m.w * x.mean(),
+    ],
+    ids=["a buffer that changes", "a fixed transform", "chance", "an input"],
+)
+def test_what_is_not_computed_of_parameters_alone_is_not_folded(compute: Callable[..., Tensor]) -> None:
+    model = functional(compute, w=SQUARE)
+    model.register_buffer("count", torch.ones(()))
+    assert not fasp_fx.analyze(model, (ROWS,)).program.folds
 
 
 # --- ties
@@ -437,19 +414,11 @@ def test_tied_sources_give_one_weight() -> None:
 
 
 def test_one_computed_weight_used_both_ways() -> None:
-    class Autoencoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.bias = (
-                parametrizations.weight_norm(nn.Linear(6, 16)),
-                nn.Parameter(torch.randn(6)),
-            )
+    def forward(self: Any, x: Tensor) -> Tensor:
+        weight = self.layer.weight
+        return F.linear(F.linear(x, weight, self.layer.bias).tanh(), weight.t(), self.bias)
 
-        def forward(self, x: Tensor) -> Tensor:
-            weight = self.layer.weight
-            return F.linear(F.linear(x, weight, self.layer.bias).tanh(), weight.t(), self.bias)
-
-    model = Autoencoder().eval()
+    model = made(forward, layer=parametrizations.weight_norm(nn.Linear(6, 16)), bias=parameter(6))
     result = _prune(model, ROWS)
     removed = torch.tensor([index for _, index in result.plan.slices()["layer.weight", 0]])
     with torch.no_grad():
@@ -459,35 +428,26 @@ def test_one_computed_weight_used_both_ways() -> None:
 
 
 def test_names_do_not_collide() -> None:
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
-            self.weight, self.weight_v = nn.Parameter(torch.rand(16)), nn.Parameter(SQUARE.clone())
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.down(F.linear(self.up(x).tanh() * self.weight, F.normalize(self.weight_v)).tanh())
-
-    result = _prune(Both().eval(), ROWS)
+    model = wide(
+        lambda self, x: self.down(
+            F.linear(self.up(x).tanh() * self.weight, F.normalize(self.weight_v)).tanh()
+        ),
+        hidden=16,
+        weight=parameter(16),
+        weight_v=nn.Parameter(SQUARE.clone()),
+    )
+    result = _prune(model, ROWS)
     assert [weight.name for weight in result.plan.folds] == ["weight_folded"]
     assert {"weight", "weight_folded"} <= dict(result.module.named_parameters()).keys()
 
 
 def test_a_name_of_a_tied_weight_that_stays_is_kept() -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.middle, self.down = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 6)
-            self.gain = nn.Parameter(torch.rand(16))
-            self.again = self.gain
+    def forward(self: Any, x: Tensor) -> Tensor:
+        weight = self.middle.weight * self.gain[:, None]
+        return self.down(F.linear((self.up(x) * self.again).tanh(), weight, self.middle.bias).tanh())
 
-        def forward(self, x: Tensor) -> Tensor:
-            hidden = F.linear(
-                (self.up(x) * self.again).tanh(), self.middle.weight * self.gain[:, None], self.middle.bias
-            )
-            return self.down(hidden.tanh())
-
-    model = Shared().eval()
+    gain = parameter(16)
+    model = wide(forward, hidden=16, middle=nn.Linear(16, 16), gain=gain, again=gain)
     result = _prune(model, ROWS)
     assert [weight.name for weight in result.plan.folds] == ["middle.weight"]
     own = dict(result.module.named_parameters(remove_duplicate=False))
@@ -512,16 +472,11 @@ def test_the_harness_checks_folded_models() -> None:
 
 @pytest.mark.slow
 def test_a_part_of_a_model_is_folded() -> None:
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = _rows(parametrizations.weight_norm(nn.Linear(6, 16)), nn.Linear(16, 6))
+    def forward(self: Any, x: Tensor) -> Tensor:
+        hidden = self.body(x)
+        return hidden * 2 if float(hidden.sum()) > 0 else hidden
 
-        def forward(self, x: Tensor) -> Tensor:
-            hidden = self.body(x)
-            return hidden * 2 if float(hidden.sum()) > 0 else hidden
-
-    model = Branching().eval()
+    model = made(forward, body=_rows(parametrizations.weight_norm(nn.Linear(6, 16)), nn.Linear(16, 6)))
     result = _prune(model, ROWS)
     assert [weight.name for weight in result.plan.folds] == ["body.0.weight"]
     again = fasp_fx.apply(model, result.plan, (ROWS,))
@@ -556,23 +511,15 @@ def test_generating_models_are_folded(tmp_path: Any) -> None:
         fasp_fx.hf.prune(model, calibration=[ids], sparsity=0.2, plain=True)
 
 
-class Lowered(nn.Module):
+def lowered(self: Any, x: Tensor) -> Tensor:
     """A weight with an adapter, scaled by a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
-        self.left, self.right = nn.Parameter(torch.randn(16, 2)), nn.Parameter(torch.randn(2, 6))
-        self.register_buffer("scale", torch.tensor(0.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.up.weight + self.scale * (self.left @ self.right)
-        return self.down(F.linear(x, weight, self.up.bias).relu())
+    weight = self.up.weight + self.scale * (self.left @ self.right)
+    return self.down(F.linear(x, weight, self.up.bias).relu())
 
 
 @pytest.mark.parametrize("name", ["left", "scale", "up.weight"])
 def test_what_weights_were_computed_of_may_not_change_after_the_capture(name: str) -> None:
-    model = Lowered().eval()
+    model = wide(lowered, hidden=16, left=parameter(16, 2), right=parameter(2, 6), scale=torch.tensor(0.5))
     captured = fasp_fx.capture(model, (ROWS,))
     assert captured.program.folds
     with torch.no_grad():

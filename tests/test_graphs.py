@@ -5,10 +5,12 @@ integers name.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from invariants import invariants_of
+from models import made, parameter
 from torch import Tensor, nn
 
 import fasp_fx
@@ -20,32 +22,23 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 NODES, EDGES = 5, 9
 
 
-class Messages(nn.Module):
+Start = Callable[[Tensor], Tensor]
+
+
+def _layers() -> dict[str, nn.Module]:
+    return {"say": nn.Linear(6, 12), "own": nn.Linear(6, 12), "out": nn.Linear(12, 3)}
+
+
+def messages(start: Start, add: str = "index_add") -> nn.Module:
     """Every node adds up what its neighbours say, in a tensor made by ``start``, and goes on with all
     channels of that.
     """
 
-    def __init__(self, start: Callable[[Tensor], Tensor], add: str = "index_add") -> None:
-        super().__init__()
-        self.start, self.add = start, add
-        self.say, self.own, self.out = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(12, 3)
+    def forward(self: Any, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        said, own = self.say(x).tanh()[source], self.own(x)
+        return self.out((getattr(start(own), add)(0, target, said) + own).relu())
 
-    def forward(self, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        said = self.say(x).tanh()[source]
-        own = self.own(x)
-        heard = getattr(self.start(own), self.add)(0, target, said)
-        return self.out((heard + own).relu())
-
-
-class Along(nn.Module):
-    """Rows are added along the channels: those stay."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.more, self.down = nn.Linear(6, 12), nn.Linear(6, 4), nn.Linear(12, 3)
-
-    def forward(self, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        return self.down(self.up(x).index_add(1, target[:4], self.more(x)).relu())
+    return made(forward, **_layers())
 
 
 STARTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -55,20 +48,17 @@ STARTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Scattered(nn.Module):
+def scattered(scatter: Callable[..., Tensor], each: bool = False) -> nn.Module:
     """The same with scatters, whose index has a number for each element: one for all channels, spread out,
     or, with ``each``, its own for every one.
     """
 
-    def __init__(self, scatter: Callable[..., Tensor], each: bool = False) -> None:
-        super().__init__()
-        self.scatter, self.each = scatter, each
-        self.say, self.own, self.out = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(12, 3)
-
-    def forward(self, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
         said, own = self.say(x).tanh()[source], self.own(x)
-        index = target[:, None].expand_as(said) if not self.each else target[:, None].repeat(1, 12)
-        return self.out((self.scatter(torch.zeros_like(own), index, said) + own).relu())
+        index = target[:, None].expand_as(said) if not each else target[:, None].repeat(1, 12)
+        return self.out((scatter(torch.zeros_like(own), index, said) + own).relu())
+
+    return made(forward, **_layers())
 
 
 SCATTERS: dict[str, Callable[..., Tensor]] = {
@@ -92,7 +82,7 @@ def graph(nodes: int = NODES, edges: int = EDGES) -> tuple[Tensor, Tensor, Tenso
 @pytest.mark.parametrize("start", STARTS)
 def test_channels_of_messages_go(start: str, add: str) -> None:
     torch.manual_seed(0)
-    model = Messages(STARTS[start], add).eval()
+    model = messages(STARTS[start], add)
     result = fasp_fx.prune(model, graph(), score="magnitude", restore=None, sparsity=0.3)
     (group,) = result.plan.groups
     assert {part.name for part in group.producers if part.dim == 0} == {
@@ -111,13 +101,13 @@ def test_channels_of_messages_go(start: str, add: str) -> None:
 def test_every_invariant_holds(start: str) -> None:
     torch.manual_seed(1)
     wanted = invariants_of(start, STARTS)
-    check_program(Messages(STARTS[start]).eval(), graph(), others=[(graph(6, 10), {})], invariants=wanted)
+    check_program(messages(STARTS[start]), graph(), others=[(graph(6, 10), {})], invariants=wanted)
 
 
 @pytest.mark.parametrize("name", SCATTERS)
 def test_an_index_that_is_spread_out_narrows_with_the_channels(name: str) -> None:
     torch.manual_seed(3)
-    model = Scattered(SCATTERS[name]).eval()
+    model = scattered(SCATTERS[name])
     # several rows that come to one place: which one stays is not determined, so each comes to its own
     inputs = [
         (x, source, torch.randperm(len(x))[: len(source)]) for x, source, _ in (graph(5, 4), graph(7, 6))
@@ -139,13 +129,13 @@ def test_an_index_that_is_spread_out_narrows_with_the_channels(name: str) -> Non
 
 def test_an_index_with_a_number_for_each_channel_keeps_them() -> None:
     torch.manual_seed(4)
-    model = Scattered(lambda start, index, said: start.scatter_add(0, index.flip(1), said), each=True).eval()
+    model = scattered(lambda start, index, said: start.scatter_add(0, index.flip(1), said), each=True)
     check_program(model, graph())
 
 
 def test_a_scatter_of_some_channels_alone_keeps_them() -> None:
     """An index that is narrower than the rows leaves the other channels as they are."""
-    model = Scattered(lambda start, index, said: start.scatter_add(0, index[:, :7], said)).eval()
+    model = scattered(lambda start, index, said: start.scatter_add(0, index[:, :7], said))
     analysis = fasp_fx.analyze(model, graph())
     assert {group.status for group in analysis.groups} == {"frozen"}
     assert any("in a way that its rule does not speak of" in group.reason for group in analysis.groups)
@@ -153,7 +143,15 @@ def test_a_scatter_of_some_channels_alone_keeps_them() -> None:
 
 
 def test_what_is_added_along_the_channels_stays() -> None:
-    analysis = fasp_fx.analyze(Along().eval(), graph(4))
+    """Rows are added along the channels: those stay."""
+    model = made(
+        lambda self, x, source, target: self.out(
+            self.own(x).index_add(1, target[:4], self.more(x)).relu() + self.say(x)
+        ),
+        **_layers(),
+        more=nn.Linear(6, 4),
+    )
+    analysis = fasp_fx.analyze(model, graph(4))
     assert {group.status for group in analysis.groups} == {"frozen"}
     assert any(
         "aten.index_add.default cannot lose positions along this dimension" in group.reason
@@ -164,17 +162,15 @@ def test_what_is_added_along_the_channels_stays() -> None:
 def test_a_table_that_is_added_to_varies_along_its_rows() -> None:
     """A weight's rows are places: its columns go with the messages' channels, its rows stay."""
 
-    class Table(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.say, self.out = nn.Linear(6, 12), nn.Linear(12, 3)
-            self.table = nn.Parameter(torch.randn(NODES, 12))
-
-        def forward(self, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
-            return self.out(self.table.index_add(0, target, self.say(x).tanh()[source]).relu())
-
     torch.manual_seed(2)
-    model = Table().eval()
+    layers = {**_layers(), "table": parameter(NODES, 12)}
+    del layers["own"]
+    model = made(
+        lambda self, x, source, target: self.out(
+            self.table.index_add(0, target, self.say(x).tanh()[source]).relu()
+        ),
+        **layers,
+    )
     result = fasp_fx.prune(model, graph(), score="magnitude", restore=None, sparsity=0.3)
     (group,) = result.plan.groups
     assert {(part.name, part.dim) for part in group.producers} == {

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models import made
 from oracle import zeroed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,18 +23,19 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-class Written(nn.Module):
+def written(function: Callable[[Tensor], Tensor]) -> nn.Module:
     """Twelve channels that a function writes into."""
+    torch.manual_seed(0)
+    first, last = nn.Linear(8, 12), nn.Linear(12, 3)
+    return made(lambda self, x: self.last(function(self.first(x))), first=first, last=last).double()
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Linear(8, 12), nn.Linear(12, 3)
-        self.function = function
 
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.last(self.function(self.first(x)))
-        return found
+@pytest.fixture
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the graph was traced again")
+
+    monkeypatch.setattr(_functional, "_decompositions", refuse)
 
 
 def both_names(h: Tensor) -> Tensor:
@@ -96,7 +98,7 @@ ALL = (*SIMPLE, through_a_view, into_a_view, alias_without_a_word, alias_by_name
 
 @pytest.mark.parametrize("function", ALL, ids=lambda function: function.__name__)
 def test_the_program_computes_what_the_model_computes(function: Callable[[Tensor], Tensor]) -> None:
-    model = Written(function).double().eval()
+    model = written(function)
     captured = fasp_fx.capture(model, (X,)).program
     for x in (X, torch.randn(2, 7, 8, dtype=torch.float64)):
         (found,) = pytree.tree_leaves(captured.module(x))
@@ -110,29 +112,17 @@ def test_the_program_computes_what_the_model_computes(function: Callable[[Tensor
 
 
 @pytest.mark.parametrize("function", SIMPLE, ids=lambda function: function.__name__)
-def test_simple_writes_are_not_traced_again(
-    function: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("the graph was traced again")
-
-    monkeypatch.setattr(_functional, "_decompositions", refuse)
-    fasp_fx.capture(Written(function).double().eval(), (X,))
+def test_simple_writes_are_not_traced_again(function: Callable[[Tensor], Tensor], traced_once: None) -> None:
+    fasp_fx.capture(written(function), (X,))
 
 
 @pytest.mark.parametrize("sizes", [(3, 4), (-1, 2, 3)], ids=str)
-def test_a_dimension_that_is_unflattened_is_a_view(
-    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("the graph was traced again")
-
+def test_a_dimension_that_is_unflattened_is_a_view(sizes: tuple[int, ...], traced_once: None) -> None:
     def turned(h: Tensor) -> Tensor:
         parts = h.unflatten(dim=-1, sizes=sizes)
         return torch.tanh(parts).flip(-1).flatten(2)
 
-    monkeypatch.setattr(_functional, "_decompositions", refuse)
-    model = Written(turned).double().eval()
+    model = written(turned)
     captured = fasp_fx.capture(model, (X,)).program
     (view,) = captured.module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default)
     assert view.args[1][2:] == [12 // math.prod(sizes[1:]), *sizes[1:]]
@@ -142,7 +132,7 @@ def test_a_dimension_that_is_unflattened_is_a_view(
 
 
 def test_the_callers_program_stays_as_it_is() -> None:
-    exported = torch.export.export(Written(twice).double().eval(), (X,), strict=False)
+    exported = torch.export.export(written(twice), (X,), strict=False)
     before = str(exported.graph)
     fasp_fx.prune(exported, score="magnitude", restore=None, sparsity=0.3)
     assert str(exported.graph) == before

@@ -4,8 +4,12 @@ parts that a fused weight is split into.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from models import made, parameter, wide
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,129 +18,102 @@ from fasp_fx.testing import check_program
 
 pytestmark = pytest.mark.usefixtures("no_files", "shared_captures")
 
-
-class Image(nn.Module):
-    """An argument, a parameter and a node all want one name."""
-
-    def __init__(self, argument: str, parameter: str) -> None:
-        super().__init__()
-        self.first = nn.Parameter(torch.randn(12, 3, 3, 3) * 0.3)
-        self.register_parameter(parameter, nn.Parameter(torch.randn(4, 12, 3, 3) * 0.3))
-        self.second = parameter
-        self.argument = argument
-
-    def run(self, x: Tensor) -> Tensor:
-        return F.conv2d(F.relu(F.conv2d(x, self.first)), getattr(self, self.second))
-
-
-class CalledX(Image):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(x)
-
-
-class CalledWeight(Image):
-    def forward(self, weight: Tensor) -> Tensor:
-        return self.run(weight)
-
-
 IMAGE = torch.randn(2, 3, 8, 8)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [CalledX("x", "x"), CalledWeight("weight", "weight"), CalledX("x", "conv2d"), CalledX("x", "self")],
-    ids=lambda m: m.second,
-)
-def test_an_argument_or_node_called_like_a_parameter(model: Image) -> None:
-    check_program(model.eval(), (IMAGE,), invariants=("mask-exact", "nothing", "signature", "steps"))
-    exported = torch.export.export(model, (IMAGE,))
-    if model.second != "self":  # torch itself cannot run an exported program with such a parameter
-        assert fasp_fx.analyze(exported).select("prunable")
+def image(argument: str, name: str) -> nn.Module:
+    """An argument, a parameter and a node all want one name."""
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        return F.conv2d(F.relu(F.conv2d(x, self.first)), getattr(self, name))
+
+    def called_weight(this: Any, weight: Tensor) -> Tensor:
+        return run(this, weight)
+
+    forward = run if argument == "x" else called_weight
+    return made(forward, **{"first": parameter(12, 3, 3, 3, scale=0.3), name: parameter(4, 12, 3, 3)})
+
+
+@pytest.mark.parametrize("names", [("x", "x"), ("weight", "weight"), ("x", "conv2d"), ("x", "self")], ids=str)
+def test_an_argument_or_node_called_like_a_parameter(names: tuple[str, str]) -> None:
+    model = image(*names)
+    check_program(model, (IMAGE,), invariants=("mask-exact", "nothing", "signature", "steps"))
+    if "self" not in names:  # torch itself cannot run an exported program with such a parameter
+        assert fasp_fx.analyze(torch.export.export(model, (IMAGE,))).select("prunable")
 
 
 def test_an_input_called_like_a_parameter_is_named_by_the_call() -> None:
-    result = fasp_fx.prune(CalledX("x", "x").eval(), (IMAGE,), score="magnitude", restore=None)
+    result = fasp_fx.prune(image("x", "x"), (IMAGE,), score="magnitude", restore=None)
     result.module(x=IMAGE)
     with pytest.raises(fasp_fx.CallError, match="argument 'x': dimension 2 is 9"):
         result.module(torch.randn(2, 3, 9, 9))
 
 
-class Fused(nn.Module):
+def attend(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+
+
+def fused(name: str, taken: Any, before: Callable[[Any, Tensor], Tensor]) -> nn.Module:
     """Queries, keys and values of one weight, head by head; something else has the name of one of
     the parts.
     """
 
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.qkv, self.out, self.kind = nn.Linear(16, 48), nn.Linear(16, 16), kind
-        if kind in ("submodule", "unused"):
-            self.qkv.add_module("weight_0", nn.Linear(16, 16))
-        if kind == "parameter":
-            self.qkv.register_parameter("weight_1", nn.Parameter(torch.randn(16)))
-        if kind == "buffer":
-            self.qkv.register_buffer("bias_2", torch.randn(16))
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = before(self.qkv, x)
+        return self.out(attend(*self.qkv(x).view(*x.shape[:2], 4, 3, 4).permute(3, 0, 2, 1, 4), x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "submodule":
-            x = self.qkv.weight_0(x)
-        if self.kind == "parameter":
-            x = x + self.qkv.weight_1
-        if self.kind == "buffer":
-            x = x + self.qkv.bias_2
-        q, k, v = self.qkv(x).view(*x.shape[:2], 4, 3, 4).permute(3, 0, 2, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+    model: Any = made(forward, qkv=nn.Linear(16, 48), out=nn.Linear(16, 16))
+    if type(taken) is Tensor:
+        model.qkv.register_buffer(name, taken)
+    else:
+        setattr(model.qkv, name, taken)
+    return model
 
 
-class Packed(nn.Module):
+def packed() -> nn.Module:
     """One weight of which ranges are taken apart, and a submodule that has the name of one of them."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.w, self.w_0, self.out = (
-            nn.Parameter(torch.randn(48, 16) * 0.3),
-            nn.Linear(16, 16),
-            nn.Linear(16, 16),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         of_q, of_kv = self.w.split([16, 32])
         q = F.linear(self.w_0(x), of_q).view(*x.shape[:2], 4, 4).transpose(1, 2)
         k, v = F.linear(x, of_kv).view(*x.shape[:2], 2, 4, 4).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+        return self.out(attend(q, k, v, x))
+
+    return made(forward, w=parameter(48, 16, scale=0.3), w_0=nn.Linear(16, 16), out=nn.Linear(16, 16))
 
 
-@pytest.mark.parametrize(
-    "model",
-    [*map(Fused, ("submodule", "unused", "parameter", "buffer")), Packed()],
-    ids=lambda m: getattr(m, "kind", "packed"),
-)
-def test_parts_of_a_split_weight_take_names_that_are_free(model: nn.Module) -> None:
-    x = torch.randn(2, 5, 16)
-    plan = fasp_fx.prune(model.eval(), (x,), score="magnitude", restore=None, sparsity=0.1).plan
-    names = {name for name, _ in model.named_modules()} | model.state_dict().keys()
+SPLIT: dict[str, Callable[[], nn.Module]] = {
+    "submodule": lambda: fused("weight_0", nn.Linear(16, 16), lambda qkv, x: qkv.weight_0(x)),
+    "unused": lambda: fused("weight_0", nn.Linear(16, 16), lambda qkv, x: x),
+    "parameter": lambda: fused("weight_1", parameter(16), lambda qkv, x: x + qkv.weight_1),
+    "buffer": lambda: fused("bias_2", torch.randn(16), lambda qkv, x: x + qkv.bias_2),
+    "packed": packed,
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_parts_of_a_split_weight_take_names_that_are_free(name: str) -> None:
+    model, x = SPLIT[name](), torch.randn(2, 5, 16)
+    plan = fasp_fx.prune(model, (x,), score="magnitude", restore=None, sparsity=0.1).plan
+    names = {own for own, _ in model.named_modules()} | model.state_dict().keys()
     assert plan.splits
     assert not names & {part.name for part in plan.splits}
     check_program(model, (x,), invariants=("mask-exact", "plan", "steps"), sparsity=0.1)
 
 
-class Taken(nn.Module):
-    """A submodule or buffer whose name is an attribute of every graph module."""
-
-    def __init__(self, name: str, kind: str) -> None:
-        super().__init__()
-        self.up, self.down, self.called = nn.Linear(6, 24), nn.Linear(24, 6), name
-        if kind == "buffer":
-            self.register_buffer(name, torch.randn(6))
-        else:
-            self.add_module(name, nn.Linear(6, 6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        held = getattr(self, self.called)
-        return self.down(F.relu(self.up(held(x) if isinstance(held, nn.Module) else x + held)))
-
-
-@pytest.mark.parametrize("name", ["graph", "code", "meta"])
+@pytest.mark.parametrize("name", ["graph", "code", "meta", "_graph", "range_constraints"])
 @pytest.mark.parametrize("kind", ["buffer", "submodule"])
 def test_names_that_a_graph_cannot_hold_are_refused(name: str, kind: str) -> None:
+    """Those that are attributes of every graph module."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        held = (self._modules if kind == "submodule" else self._buffers)[name]
+        return self.down(F.relu(self.up(held(x) if kind == "submodule" else x + held)))
+
+    model = wide(forward)
+    if kind == "submodule":
+        model.add_module(name, nn.Linear(6, 6))
+    else:
+        model.register_buffer(name, torch.randn(6))
     with pytest.raises(fasp_fx.CaptureError, match=f"the model holds '{name}.*rename '{name}'"):
-        fasp_fx.analyze(Taken(name, kind).eval(), (torch.randn(3, 6),))
+        fasp_fx.analyze(model, (torch.randn(3, 6),))

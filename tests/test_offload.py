@@ -21,11 +21,9 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCa
 
 import fasp_fx
 import fasp_fx.hf
-from fasp_fx.base.offload._context import keep_weights, offload
-from fasp_fx.base.offload._current import current, keep, zeros
+from fasp_fx.base.offload._context import keep_weights, mapped_bytes, offload
+from fasp_fx.base.offload._current import addresses, current, keep, keep_values, zeros
 from fasp_fx.base.offload._scratch import FILE_BYTES, SMALLEST, Scratch
-from fasp_fx.base.offload._values import addresses, keep_values
-from fasp_fx.base.offload._watch import mapped_bytes
 from fasp_fx.capturing._runner import Runner
 from fasp_fx.errors import ArgumentError, OffloadError
 

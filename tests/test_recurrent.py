@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from captures import one_capture
+from models import made
 from oracle import error, zeroed
 from torch import Tensor, nn
 from zoo import randomise
@@ -19,22 +20,19 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 HIDDEN = 6
 
 
-class Looped(nn.Module):
+def looped(kind: str, given: bool, **options: Any) -> nn.Module:
     """A cell called step by step; its state is zero at first, or made of the first step."""
 
-    def __init__(self, kind: str, given: bool, **options: Any) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(3, 5), nn.Linear(HIDDEN, 2)
-        self.start = nn.Linear(3, HIDDEN) if given else None
-        self.cell = getattr(nn, kind)(5, HIDDEN, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        state = x.new_zeros(x.shape[0], HIDDEN) if self.start is None else self.start(x[:, 0]).tanh()
-        long = isinstance(self.cell, nn.LSTMCell)
-        state = (state, state) if long else state
+    def forward(self: Any, x: Tensor) -> Tensor:
+        state = self.start(x[:, 0]).tanh() if given else x.new_zeros(x.shape[0], HIDDEN)
+        state = (state, state) if kind == "LSTMCell" else state
         for step in range(x.shape[1]):
             state = self.cell(self.up(x[:, step]), state)
-        return self.down(state[0] if long else state)
+        return self.down(state[0] if kind == "LSTMCell" else state)
+
+    cell = getattr(nn, kind)(5, HIDDEN, **options)
+    start = {"start": nn.Linear(3, HIDDEN)} if given else {}
+    return made(forward, up=nn.Linear(3, 5), down=nn.Linear(HIDDEN, 2), cell=cell, **start)
 
 
 def data(batch: int, steps: int = 4) -> Tensor:
@@ -53,16 +51,12 @@ def held(model: nn.Module, result: fasp_fx.Result, *inputs: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
 def test_what_torch_keeps_for_itself_is_no_remark(kind: type[nn.RNNBase]) -> None:
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.down = kind(5, HIDDEN, batch_first=True), nn.Linear(HIDDEN, 2)
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.layer.seen = x.shape
+        return self.down(self.layer(x)[0])
 
-        def forward(self, x: Tensor) -> Tensor:
-            self.layer.seen = x.shape  # type: ignore[assignment]
-            return self.down(self.layer(x)[0])
-
-    notes = fasp_fx.analyze(Layer().eval(), (torch.randn(2, 4, 5),)).program.notes
+    model = made(forward, layer=kind(5, HIDDEN, batch_first=True), down=nn.Linear(HIDDEN, 2))
+    notes = fasp_fx.analyze(model, (torch.randn(2, 4, 5),)).program.notes
     assert notes == ("forward sets the attribute 'layer.seen', which a graph does not",)
 
 
@@ -78,7 +72,7 @@ def test_what_torch_keeps_for_itself_is_no_remark(kind: type[nn.RNNBase]) -> Non
     ids=["LSTM", "GRU", "RNN from the first step", "LSTM from the first step", "GRU from the first step"],
 )
 def test_cells_in_a_loop(kind: str, options: dict[str, Any], gates: int, given: bool) -> None:
-    model = randomise(Looped(kind, given, **options), std=0.8)
+    model = randomise(looped(kind, given, **options), std=0.8)
     result = fasp_fx.prune(model, (data(2),), sparsity=0.4, score="random", restore=None)
     held(model, result, data(5))
     (group,) = [
@@ -99,7 +93,7 @@ def test_cells_in_a_loop(kind: str, options: dict[str, Any], gates: int, given: 
 
 
 def test_a_cell_is_restored() -> None:
-    model = randomise(Looped("GRUCell", False), std=0.8)
+    model = randomise(looped("GRUCell", False), std=0.8)
     result = fasp_fx.prune(model, (data(2),), calibration=[data(64)], sparsity=0.4)
     cut = fasp_fx.apply(model, result.plan, (data(2),))
     with torch.no_grad():
@@ -204,24 +198,18 @@ def test_initial_states_of_the_graph(kind: str, start: str) -> None:
     assert result.module.layer.weight_hh_l1_reverse.shape[1] < HIDDEN
 
 
-class Translator(nn.Module):
+def translates(self: Any, x: Tensor) -> Tensor:
     """An encoder whose last states start a decoder; the answer is read from outputs and last states."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.encoder = getattr(nn, kind)(3, HIDDEN, num_layers=2, batch_first=True)
-        self.decoder = getattr(nn, kind)(3, HIDDEN, num_layers=2, batch_first=True)
-        self.read, self.sum = nn.Linear(HIDDEN, 2), nn.Linear(2 * HIDDEN, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output, state = self.decoder(x, self.encoder(x)[1])
-        last = state[1] if isinstance(state, tuple) else state
-        return self.read(output) + self.sum(torch.cat([last[-1], last[0]], -1))[:, None]
+    output, state = self.decoder(x, self.encoder(x)[1])
+    last = state[1] if isinstance(state, tuple) else state
+    return self.read(output) + self.sum(torch.cat([last[-1], last[0]], -1))[:, None]
 
 
 @pytest.mark.parametrize("kind", ["LSTM", pytest.param("GRU", marks=pytest.mark.slow)])
 def test_states_handed_on(kind: str) -> None:
-    model = randomise(Translator(kind), std=0.6)
+    encoder, decoder = (getattr(nn, kind)(3, HIDDEN, num_layers=2, batch_first=True) for _ in range(2))
+    layers = {"read": nn.Linear(HIDDEN, 2), "sum": nn.Linear(2 * HIDDEN, 2)}
+    model = randomise(made(translates, encoder=encoder, decoder=decoder, **layers), std=0.6)
     result = fasp_fx.prune(model, (data(2),), sparsity=0.4, score="random", restore=None)
     held(model, result, data(5))
     for layer in (0, 1):
@@ -233,20 +221,12 @@ def test_states_handed_on(kind: str) -> None:
 
 
 def test_states_at_the_boundary_stay() -> None:
-    class Open(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.given, self.returned = (
-                nn.GRU(3, HIDDEN, batch_first=True),
-                nn.GRU(HIDDEN, HIDDEN, batch_first=True),
-            )
-            self.down = nn.Linear(HIDDEN, 2)
+    def forward(self: Any, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        output, last = self.returned(self.given(x, state)[0])
+        return self.down(output), last
 
-        def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-            output, last = self.returned(self.given(x, state)[0])
-            return self.down(output), last
-
-    model = randomise(Open(), std=0.6)
+    given, returned = (nn.GRU(size, HIDDEN, batch_first=True) for size in (3, HIDDEN))
+    model = randomise(made(forward, given=given, returned=returned, down=nn.Linear(HIDDEN, 2)), std=0.6)
     groups = fasp_fx.analyze(model, (data(2), torch.zeros(1, 2, HIDDEN))).groups
     found = {member.name: (group.status, group.reason) for group in groups for member in group.producers}
     assert found["given.weight_hh_l0"] == ("frozen", "reaches the input 'state'")

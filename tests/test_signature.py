@@ -5,6 +5,7 @@ captured is refused.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy
 import pytest
 import torch
 import transformers
+from models import made
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 from zoo import ZOO, TwoLayers, randomise
@@ -51,35 +53,31 @@ class ManyArguments(nn.Module):
         return Out(hidden, {"double": hidden * 2, "mode": hidden + (1.0 if mode == "plain" else 0.0)})
 
 
-def make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[nn.Module, fasp_fx.Result]:
+@functools.cache
+def made_for(call: str) -> tuple[nn.Module, fasp_fx.Result]:
     torch.manual_seed(0)
     model = ManyArguments().eval()
-    plan_free = fasp_fx.prune(model, args, kwargs, sparsity=0.3, score="random", restore=None)
-    return model, plan_free
-
-
-def close(found: Out, expected: Out, result: fasp_fx.Result) -> None:
-    assert isinstance(found, Out)
-    assert list(found.parts) == list(expected.parts)
-    assert found.scaled.shape == expected.scaled.shape
+    return model, fasp_fx.prune(model, *EXAMPLES[call], sparsity=0.3, score="random", restore=None)
 
 
 X, Y, MASK = torch.randn(3, 12), torch.randn(3, 12), torch.ones(3, 12)
+EXAMPLES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "masked": ((X,), {"mask": MASK}),
+    "two": ((X, Y), {}),
+    "constants": ((X,), {"scale": 0.5, "mode": "other"}),
+}
 
 
 def test_same_signature() -> None:
-    model, result = make((X,), {"mask": MASK})
-    assert str(inspect.signature(result.module.forward)).split(" ->")[0].replace("typing.", "")
-    names = list(inspect.signature(model.forward).parameters)
-    assert list(inspect.signature(result.module.forward).parameters) == names
-    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
-    assert [p.kind for p in inspect.signature(result.module.forward).parameters.values()] == kinds
-    defaults = [p.default for p in inspect.signature(model.forward).parameters.values()]
-    assert [p.default for p in inspect.signature(result.module.forward).parameters.values()] == defaults
+    model, result = made_for("masked")
+    found, expected = (inspect.signature(one.forward).parameters for one in (result.module, model))
+    assert [(p.name, p.kind, p.default) for p in found.values()] == [
+        (p.name, p.kind, p.default) for p in expected.values()
+    ]
 
 
 def test_positional_and_keyword_calls_agree() -> None:
-    model, result = make((X, Y), {})
+    model, result = made_for("two")
     other_x, other_y = torch.randn(5, 12), torch.randn(5, 12)
     expected = result.module(other_x, other_y)
     for found in (
@@ -89,7 +87,8 @@ def test_positional_and_keyword_calls_agree() -> None:
         result.module(other_x, other_y, 2.0, mode="plain"),
         result.module(other_x, other_y, scale=2.0, mask=None),
     ):
-        close(found, model(other_x, other_y), result)
+        assert isinstance(found, Out)
+        assert list(found.parts) == list(model(other_x, other_y).parts)
         assert torch.equal(found.scaled, expected.scaled)
         assert torch.equal(found.parts["double"], expected.parts["double"])
 
@@ -106,13 +105,13 @@ def test_positional_and_keyword_calls_agree() -> None:
     ],
 )
 def test_what_was_not_captured_is_refused(args: tuple[Any, ...], kwargs: dict[str, Any], word: str) -> None:
-    _, result = make((X, Y), {})
+    _, result = made_for("two")
     with pytest.raises(fasp_fx.CallError, match=f"'{word}'"):
         result.module(*args, **kwargs)
 
 
 def test_a_call_that_does_not_fit_python() -> None:
-    _, result = make((X, Y), {})
+    _, result = made_for("two")
     with pytest.raises(TypeError):
         result.module(X, Y, nonsense=1)
     with pytest.raises(TypeError):
@@ -120,44 +119,33 @@ def test_a_call_that_does_not_fit_python() -> None:
 
 
 def test_constants_other_than_the_defaults() -> None:
-    model, result = make((X,), {"scale": 0.5, "mode": "other"})
+    model, result = made_for("constants")
     assert torch.equal(result.module(X, None, 0.5, mode="other").scaled, result.module(X).scaled)
     with pytest.raises(fasp_fx.CallError, match="'scale'"):
         result.module(X, scale=0.25)
     assert result.module(X).scaled.shape == model(X).scaled.shape
 
 
-class Gathered(nn.Module):
+def gathered(self: Any, *parts: Tensor, **named: Tensor) -> Tensor:
     """Variable positional and keyword arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = TwoLayers()
-
-    def forward(self, *parts: Tensor, **named: Tensor) -> Tensor:
-        return self.inner(sum(parts) + named["extra"])
+    return self.inner(sum(parts) + named["extra"])
 
 
 def test_variable_arguments() -> None:
-    model = Gathered().eval()
-    result = fasp_fx.prune(model, (X, Y), {"extra": MASK}, sparsity=0.3, score="random", restore=None)
-    assert result.module(X, Y, extra=MASK).shape == X.shape
-    assert torch.equal(result.module(X, Y, extra=MASK), result.module(Y, X, extra=MASK))
-    for count in (1, 3):
-        with pytest.raises(fasp_fx.CallError, match=r"\*parts"):
-            result.module(*[X] * count, extra=MASK)
-    with pytest.raises(fasp_fx.CallError, match="extra"):
-        result.module(X, Y)
-    with pytest.raises(fasp_fx.CallError, match="other"):
-        result.module(X, Y, extra=MASK, other=MASK)
-
-
-def test_sizes_of_variable_arguments_vary() -> None:
-    model = Gathered().eval()
+    model = made(gathered, inner=TwoLayers())
     result = fasp_fx.prune(model, (X, Y), {"extra": MASK}, sparsity=0.3, score="random", restore=None)
     assert not result.report.notes
+    assert torch.equal(result.module(X, Y, extra=MASK), result.module(Y, X, extra=MASK))
+    for args, kwargs, says in (
+        ((X,), {"extra": MASK}, r"\*parts"),
+        ((X, X, X), {"extra": MASK}, r"\*parts"),
+        ((X, Y), {}, "extra"),
+        ((X, Y), {"extra": MASK, "other": MASK}, "other"),
+    ):
+        with pytest.raises(fasp_fx.CallError, match=says):
+            result.module(*args, **kwargs)
     reference = zeroed(model, result.plan)
-    for x, y, extra in ((X, Y, MASK), (X[:1], Y[:1], MASK[:1]), [torch.cat([X, X])] * 3):
+    for x, y, extra in ((X, Y, MASK), (X[:1], Y[:1], MASK[:1]), [torch.cat([X, X])] * 3):  # sizes vary
         with torch.no_grad():
             assert error(result.module(x, y, extra=extra), reference(x, y, extra=extra)) < TOLERANCE
     assert "forward" not in vars(model)
@@ -215,21 +203,15 @@ def test_a_hugging_face_model(name: str, zoo_model: Callable[[str], nn.Module]) 
     )
 
 
-class ByPosition(nn.Module):
+def by_position(self: Any, x: Tensor, factor: float, /, y: Tensor, *rest: Tensor) -> Tensor:
     """Arguments that only go by position, a constant and an ordinary one among them, before a variable
     number.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = TwoLayers()
-
-    def forward(self, x: Tensor, factor: float, /, y: Tensor, *rest: Tensor) -> Tensor:
-        return self.inner(x * factor + y + sum(rest))
+    return self.inner(x * factor + y + sum(rest))
 
 
 def test_positional_arguments() -> None:
-    model = ByPosition().eval()
+    model = made(by_position, inner=TwoLayers())
     result = fasp_fx.prune(model, (X, 2.0, Y, MASK), calibration=[(X, 2.0, Y, MASK)] * 10, sparsity=0.3)
     assert result.module(X, 2.0, Y, MASK).shape == X.shape
     assert not torch.equal(result.module(X, 2.0, Y, MASK), result.module(Y, 2.0, Y, MASK))
@@ -238,27 +220,20 @@ def test_positional_arguments() -> None:
             result.module(*wrong)
 
 
-class Remembering(nn.Module):
+def remembering(self: Any, x: Tensor, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
     """Attention of two heads over what was seen before as well, which it is given and returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.out = (
-            nn.Linear(*sizes) for sizes in ((6, 16), (6, 16), (6, 16), (16, 6))
-        )
-
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        q, k, v = (part(x).unflatten(-1, (2, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
-        seen = nn.functional.scaled_dot_product_attention(q, keys, values)
-        return {"y": self.out(seen.transpose(1, 2).flatten(2)), "keys": keys, "values": values}
+    q, k, v = (part(x).unflatten(-1, (2, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+    keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+    seen = nn.functional.scaled_dot_product_attention(q, keys, values)
+    return {"y": self.out(seen.transpose(1, 2).flatten(2)), "keys": keys, "values": values}
 
 
-@pytest.mark.parametrize("by_position", [True, False])
-def test_state_goes_by_the_names_of_arguments(by_position: bool) -> None:
-    model = randomise(Remembering())
+@pytest.mark.parametrize("in_order", [True, False])
+def test_state_goes_by_the_names_of_arguments(in_order: bool) -> None:
+    sizes = {"q": (6, 16), "k": (6, 16), "v": (6, 16), "out": (16, 6)}
+    model = randomise(made(remembering, **{name: nn.Linear(*size) for name, size in sizes.items()}))
     given = {"x": torch.randn(2, 3, 6), "keys": torch.randn(2, 2, 5, 8), "values": torch.zeros(2, 2, 5, 8)}
-    args, kwargs = (tuple(given.values()), {}) if by_position else ((), given)
+    args, kwargs = (tuple(given.values()), {}) if in_order else ((), given)
     result = fasp_fx.prune(
         model, args, kwargs, state=("values",), sparsity=0.3, score="magnitude", restore=None
     )
@@ -285,23 +260,17 @@ def test_an_exported_program_with_constants() -> None:
             result.module(X, None, 3.0, mask=MASK)
 
 
-class Tables(nn.Module):
+def tabled(self: Any, x: Tensor, rest: dict[str, Tensor]) -> Tensor:
     """A length with an upper bound, fixed widths, and sizes that must agree."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = TwoLayers()
-        self.register_buffer("table", torch.randn(10, 12))
-
-    def forward(self, x: Tensor, rest: dict[str, Tensor]) -> Tensor:
-        return self.inner(x + self.table[: x.shape[0]]) + rest["same"]
+    return self.inner(x + self.table[: x.shape[0]]) + rest["same"]
 
 
 @pytest.fixture(scope="module")
 def tables() -> fasp_fx.Result:
     torch.manual_seed(0)
     example = (torch.randn(3, 12), {"same": torch.randn(3, 12)})
-    return fasp_fx.prune(Tables().eval(), example, sparsity=0.3, score="random", restore=None)
+    model = made(tabled, inner=TwoLayers(), table=torch.randn(10, 12))
+    return fasp_fx.prune(model, example, sparsity=0.3, score="random", restore=None)
 
 
 @pytest.mark.parametrize(
@@ -370,19 +339,13 @@ def test_compilers_and_exporters_take_the_checks_over(tables: fasp_fx.Result) ->
             again.module()(torch.randn(11, 12), {"same": torch.randn(11, 12)})
 
 
-class Flipped(nn.Module):
-    """Does another thing when told so."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = TwoLayers()
-
-    def forward(self, x: Tensor, flip: bool = False) -> Tensor:
-        return self.inner(x.flip(-1) if flip else x)
-
-
 def test_what_was_captured_is_the_default_and_the_models_own_default_is_refused() -> None:
-    model = randomise(Flipped()).eval()
+    model = randomise(
+        made(
+            lambda self, x, flip=False: self.inner(x.flip(-1) if flip else x),
+            inner=TwoLayers(),
+        )
+    )
     result = fasp_fx.prune(model, (X,), {"flip": True}, sparsity=0.3, score="random", restore=None)
     assert inspect.signature(result.module.forward).parameters["flip"].default is True
     assert torch.equal(result.module(X), result.module(X, flip=True))
@@ -398,17 +361,12 @@ def test_constants_that_are_not_simply_compared() -> None:
 
 
 def test_a_batch_of_none_that_a_program_cannot_compute_is_refused() -> None:
-    class Third(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.down(self.up(x).relu()[:, : x.shape[1] // 3 + 1])
-
-    result = fasp_fx.prune(
-        Third().eval(), (torch.randn(2, 6, 8),), sparsity=0.3, score="random", restore=None
+    model = made(
+        lambda self, x: self.down(self.up(x).relu()[:, : x.shape[1] // 3 + 1]),
+        up=nn.Linear(8, 24),
+        down=nn.Linear(24, 5),
     )
+    result = fasp_fx.prune(model, (torch.randn(2, 6, 8),), sparsity=0.3, score="random", restore=None)
     for count in (0, 1):
         try:
             assert result.module(torch.randn(count, 6, 8)).shape == (count, 3, 5)

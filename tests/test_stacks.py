@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from fasp_fx.restoration import GRID
+from models import made, parameter
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 from zoo import VOCABULARY, randomise
@@ -27,30 +28,24 @@ ROWS, UNSEEN = (
 )
 
 
-class Stacked(nn.Module):
+def stacked(step: Callable[[Any, Tensor, int], Tensor], positions: tuple[int, ...] = (0, 1, 2)) -> nn.Module:
     """``step(model, x, i)`` for some ``i``, added up, between two layers."""
 
-    def __init__(
-        self, step: Callable[[Any, Tensor, int], Tensor], positions: tuple[int, ...] = (0, 1, 2)
-    ) -> None:
-        super().__init__()
-        self.up, self.down = (
-            nn.Parameter(torch.randn(COUNT, INNER, WIDTH) / 3),
-            nn.Parameter(torch.randn(COUNT, WIDTH, INNER) / 3),
-        )
-        self.swapped = nn.Parameter(torch.randn(INNER, COUNT, WIDTH) / 3)
-        self.bias, self.ups = (
-            nn.Parameter(torch.randn(COUNT, INNER)),
-            nn.ModuleList(nn.Linear(WIDTH, INNER) for _ in range(COUNT)),
-        )
-        self.downs = nn.ModuleList(nn.Linear(INNER, WIDTH) for _ in range(COUNT))
-        self.first, self.last = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 4)
-        self.step, self.positions = step, positions
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         x = self.first(x)
-        steps = [self.step(self, x, i) * (i + 1) for i in self.positions]
-        return self.last(torch.stack(steps).sum(0).tanh())
+        return self.last(torch.stack([step(self, x, i) * (i + 1) for i in positions]).sum(0).tanh())
+
+    return made(
+        forward,
+        up=parameter(COUNT, INNER, WIDTH, scale=1 / 3),
+        down=parameter(COUNT, WIDTH, INNER, scale=1 / 3),
+        swapped=parameter(INNER, COUNT, WIDTH, scale=1 / 3),
+        bias=parameter(COUNT, INNER),
+        ups=nn.ModuleList(nn.Linear(WIDTH, INNER) for _ in range(COUNT)),
+        downs=nn.ModuleList(nn.Linear(INNER, WIDTH) for _ in range(COUNT)),
+        first=nn.Linear(5, WIDTH),
+        last=nn.Linear(WIDTH, 4),
+    )
 
 
 def _unbound(m: Any, x: Tensor, i: int) -> Tensor:
@@ -92,7 +87,7 @@ def _assert_exact(model: nn.Module, result: fasp_fx.Result) -> None:
 def test_stacks_are_pruned_exactly(name: str) -> None:
     torch.manual_seed(0)
     step, blocks = STEPS[name]
-    model = Stacked(step).eval()
+    model = stacked(step)
     analysis = fasp_fx.analyze(model, (ROWS,))
     inner = [
         g
@@ -115,7 +110,7 @@ def test_stacks_are_pruned_exactly(name: str) -> None:
 
 def test_every_expert_loses_its_own_channels() -> None:
     torch.manual_seed(0)
-    model = Stacked(STEPS["linear"][0]).eval()
+    model = stacked(STEPS["linear"][0])
     with torch.no_grad():
         for expert in range(COUNT):  # expert e hardly uses its channels 4e to 4e + 3
             model.down[expert, :, 4 * expert : 4 * expert + 4] *= 1e-3
@@ -129,7 +124,7 @@ def test_every_expert_loses_its_own_channels() -> None:
 
 def test_restoration_solves_for_every_matrix_of_a_stack() -> None:
     torch.manual_seed(0)
-    model = Stacked(STEPS["linear"][0]).eval()
+    model = stacked(STEPS["linear"][0])
     options: Any = {"calibration": [(ROWS,)], "sparsity": {"down": 0.3}, "quality": "fast"}
     cut, restored = (fasp_fx.prune(model, (ROWS,), restore=how, **options) for how in (None, "least-squares"))
     (part,) = [part for group in restored.plan.groups for part in group.consumers if part.name == "down"]
@@ -159,7 +154,7 @@ def test_restoration_solves_for_every_matrix_of_a_stack() -> None:
 
 def test_what_is_never_taken_goes_along() -> None:
     torch.manual_seed(0)
-    model = Stacked(STEPS["linear"][0], positions=(0, 2)).eval()
+    model = stacked(STEPS["linear"][0], positions=(0, 2))
     result = fasp_fx.prune(model, (ROWS,), sparsity=0.4, score="random", restore=None)
     _assert_exact(model, result)
     shapes = {name: tuple(parameter.shape) for name, parameter in result.module.named_parameters()}
@@ -169,7 +164,7 @@ def test_what_is_never_taken_goes_along() -> None:
 
 def test_a_plan_for_stacks_is_replayed_and_saved(tmp_path: Any) -> None:
     torch.manual_seed(0)
-    model = Stacked(STEPS["with biases"][0]).eval()
+    model = stacked(STEPS["with biases"][0])
     result = fasp_fx.prune(model, (ROWS,), sparsity=0.4, score="random", restore=None)
     again = fasp_fx.apply(model, fasp_fx.PruningPlan.from_json(result.plan.to_json()), (ROWS,))
     loaded = fasp_fx.load(result.save(tmp_path / "saved"))

@@ -1,19 +1,23 @@
-"""State that a model keeps between calls: nothing that the library does counts as a call, and results start
-where the caller's model stands.
+"""State that a model keeps between calls, and parameters that it reads by another way than their attribute:
+nothing that the library does counts as a call, results start where the caller's model stands, and what is one
+parameter stays one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from models import block, made, wide
+from oracle import zeroed
 from refusal import BATCH, Vectors, X
 from torch import Tensor, nn
 from torch.nn import functional as F
+from zoo import randomise
 
 import fasp_fx
 
@@ -23,125 +27,67 @@ pytestmark = [
 ]
 
 
-class Statistics(Vectors):
+def _statistics(norm: Callable[..., Tensor], **held: Any) -> nn.Module:
     """Running statistics of the hidden layer, written by an operator whose schema does not say so."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(24))
-        self.register_buffer("var", torch.ones(24))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(
-            torch.relu(F.batch_norm(self.up(x), self.mean, self.var, training=True, momentum=0.2))
-        )
+    return wide(
+        lambda self, x: self.down(torch.relu(norm(self.up(x), self.mean, self.var, momentum=0.2))),
+        mean=torch.zeros(24),
+        var=torch.ones(24),
+        **held,
+    )
 
 
-class Instances(nn.Module):
-    """The same, by an instance norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Conv1d(6, 24, 3, padding=1), nn.Conv1d(24, 6, 3)
-        self.register_buffer("mean", torch.zeros(24))
-        self.register_buffer("var", torch.ones(24))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(
-            torch.relu(F.instance_norm(self.up(x), self.mean, self.var, use_input_stats=True, momentum=0.2))
-        )
+def _counts(self: Any, x: Tensor) -> Tensor:
+    """A buffer counts calls, and changes what they give."""
+    self.calls += 1
+    return block(self, x * self.calls)
 
 
-class Renormed(nn.Module):
-    """A lookup scales the looked up rows of its parameter down."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.block = nn.Embedding(10, 6, max_norm=0.5), Vectors()
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.block(self.embed(ids))
-
-
-class Counts(Vectors):
-    """A buffer that counts calls, and changes what they give."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("calls", torch.full((), 3.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return super().forward(x * self.calls)
-
-
-class Plain(Vectors):
-    """A tensor that is neither buffer nor parameter, and one in a dict; no exporter takes their being
-    written.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls, self.log = torch.zeros(1), {"calls": torch.zeros(1)}
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.log["calls"].add_(1)
-        return super().forward(x) if x.sum() < 1e9 else x
+def _plain(self: Any, x: Tensor) -> Tensor:
+    """Tensors that are neither buffer nor parameter, one in a dict; no exporter takes their being written."""
+    self.log["own"] += 1
+    self.log["calls"].add_(1)
+    return block(self, x) if x.sum() < 1e9 else x
 
 
 @contextlib.contextmanager
 def _bit_identical(model: nn.Module) -> Iterator[None]:
     def state() -> dict[str, Tensor]:
-        own = {
-            f"{path}.{name}": value
-            for path, module in model.named_modules()
-            for name, value in vars(module).items()
-            if isinstance(value, Tensor)
-        }
-        logs = {
-            f"{path}.log": module.log["calls"]
-            for path, module in model.named_modules()
-            if isinstance(module, Plain)
-        }
-        return {**model.state_dict(), **own, **logs}
+        return {**model.state_dict(), **getattr(model, "log", {})}
 
     before = copy.deepcopy(state())
     yield
-    after = state()
-    assert [name for name in before if not torch.equal(after[name], before[name])] == []
+    assert [name for name, value in state().items() if not torch.equal(before[name], value)] == []
 
 
-CASES: dict[str, tuple[type[nn.Module], Tensor, Tensor]] = {
-    "batch norm": (Statistics, X, BATCH),
-    "instance norm": (Instances, torch.randn(3, 6, 5), torch.randn(7, 6, 9)),
-    "embedding": (Renormed, torch.arange(10).reshape(2, 5), torch.arange(8).reshape(4, 2)),
-    "count": (Counts, X, BATCH),
+#: models, examples and batches
+CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, Tensor]] = {
+    "batch norm": (
+        lambda: _statistics(lambda *given, **named: F.batch_norm(*given, **named, training=True)),
+        X,
+        BATCH,
+    ),
+    "instance norm": (
+        lambda: _statistics(
+            lambda *given, **named: F.instance_norm(*given, **named, use_input_stats=True),
+            up=nn.Conv1d(6, 24, 3, padding=1),
+            down=nn.Conv1d(24, 6, 3),
+        ),
+        torch.randn(3, 6, 5),
+        torch.randn(7, 6, 9),
+    ),
+    # a lookup scales the looked up rows of its parameter down
+    "embedding": (
+        lambda: nn.Sequential(nn.Embedding(10, 6, max_norm=0.5), Vectors()).eval(),
+        torch.arange(10).reshape(2, 5),
+        torch.arange(8).reshape(4, 2),
+    ),
+    "count": (lambda: wide(_counts, calls=torch.full((), 3.0)), X, BATCH),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_callers_model_stays_and_results_start_from_it(name: str) -> None:
-    kind, example, batch = CASES[name]
-    torch.manual_seed(0)
-    model = kind().eval()
-    with _bit_identical(model):
-        fasp_fx.analyze(model, (example,))
-        result = fasp_fx.prune(model, (example,), calibration=[batch, batch], restore=None, sparsity=0.3)
-        replayed = fasp_fx.apply(model, result.plan, (example,))
-    kept = {
-        name: value
-        for name, value in result.module.state_dict().items()
-        if value.shape == model.state_dict()[name].shape
-    }
-    assert kept
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in kept.items())
-    for x in (example, batch, example):  # both evolve alike from there
-        assert torch.equal(result.module(x), replayed.module(x))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_an_error_during_calibration_leaves_no_trace(name: str) -> None:
     class Interrupted(Exception):
         pass
 
@@ -149,62 +95,106 @@ def test_an_error_during_calibration_leaves_no_trace(name: str) -> None:
         if fraction == 1.0:
             raise Interrupted
 
-    kind, example, batch = CASES[name]
-    model = kind().eval()
-    with _bit_identical(model), pytest.raises(Interrupted):
-        fasp_fx.prune(model, (example,), calibration=[batch], sparsity=0.3, progress=stop)
+    make, example, batch = CASES[name]
+    torch.manual_seed(0)
+    model = make()
+    with _bit_identical(model):
+        fasp_fx.analyze(model, (example,))
+        result = fasp_fx.prune(model, (example,), calibration=[batch, batch], restore=None, sparsity=0.3)
+        replayed = fasp_fx.apply(model, result.plan, (example,))
+        with pytest.raises(Interrupted):  # an error leaves no trace either
+            fasp_fx.prune(model, (example,), calibration=[batch], sparsity=0.3, progress=stop)
+    own = model.state_dict()
+    kept = {n: value for n, value in result.module.state_dict().items() if value.shape == own[n].shape}
+    assert kept
+    assert all(torch.equal(value, own[n]) for n, value in kept.items())
+    for x in (example, batch, example):  # both evolve alike from there
+        assert torch.equal(result.module(x), replayed.module(x))
 
 
 @pytest.mark.parametrize(
     "call", [fasp_fx.analyze, lambda model, args: fasp_fx.prune(model, args, calibration=[BATCH])]
 )
 def test_plain_tensors_are_put_back_where_the_capture_fails(call: Any) -> None:
-    model = Plain().eval()
+    model = wide(_plain, log={"own": torch.zeros(1), "calls": torch.zeros(1)})
     with _bit_identical(model), pytest.raises(fasp_fx.CaptureError):
         call(model, (X,))
 
 
-class ManySequences(Vectors):
-    """Refuses the first thing that a capture tries, and counts its calls in an attribute."""
-
-    calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
+def test_every_attempt_to_capture_finds_the_model_as_it_was() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Refuses the first thing that a capture tries, and counts its calls in an attribute."""
         self.calls += 1
         if len(x) != 1:
             raise ValueError("one at a time")
-        return super().forward(x) * self.calls
+        return block(self, x) * self.calls
 
-
-def test_every_attempt_to_capture_finds_the_model_as_it_was() -> None:
-    model = ManySequences().eval()
+    model: Any = wide(forward)
+    type(model).calls = 0
     with pytest.warns(fasp_fx.CaptureWarning, match="in the second of two calls .*'calls'"):
         result = fasp_fx.prune(model, (X[:1],), score="magnitude", restore=None, sparsity=0.001)
     assert model.calls == 0
     assert "forward sets the attribute 'calls', which a graph does not" in result.report.notes
-    torch.testing.assert_close(result.module(X[:1]), Vectors.forward(model, X[:1]))
+    torch.testing.assert_close(result.module(X[:1]), block(model, X[:1]))
 
 
-class Listed(nn.Module):
-    """Reads a weight by its name, and once more from a list that no module knows of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down, self.last = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 8)
-        self.listed = [self.last.weight]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.down(self.up(x).relu())) + x @ self.listed[0]
+# --- parameters by another way
 
 
-def test_a_weight_that_is_also_read_from_a_list(tmp_path_factory: pytest.TempPathFactory) -> None:
-    model, x, folder = Listed().eval(), torch.randn(2, 8), tmp_path_factory.mktemp("saved")
-    result = fasp_fx.prune(model, (x,), score="magnitude", restore=None, sparsity={"down.weight": 0.5})
-    gone = list(result.plan.groups[0].consumers[0].removed)
+def listed() -> Any:
+    """Reads weights from a list, one of them by its name as well, a buffer from a dict, and a part of another
+    from a tuple in it.
+    """
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        hidden = F.linear(self.up(x).relu(), self.weights[0], self.middle.bias).tanh() * self.scales["all"]
+        return self.last(self.down(hidden) + self.scales["some"][0]) + hidden[:, :2] @ self.weights[1]
+
+    sizes = {"up": (5, 12), "middle": (12, 12), "down": (12, 2), "last": (2, 2)}
+    model: Any = randomise(
+        made(
+            forward,
+            **{name: nn.Linear(*size, dtype=torch.float64) for name, size in sizes.items()},
+            shift=torch.arange(6.0, dtype=torch.float64),
+            scale=torch.linspace(0.5, 1.5, 12, dtype=torch.float64),
+        )
+    )
+    model.weights = [model.middle.weight, model.last.weight]
+    model.scales = {"all": model.scale, "some": (model.shift[2:4],)}
+    return model
+
+
+ROWS = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)).double()
+
+
+@pytest.mark.parametrize("as_program", [False, True], ids=["module", "program"])
+def test_a_parameter_is_the_same_by_whichever_way_it_is_read(
+    as_program: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model, folder = listed(), tmp_path_factory.mktemp("saved")
+    given = torch.export.export(model, (ROWS,), strict=False) if as_program else model
+    options: Any = {"sparsity": {"down.weight": 0.3, "middle.weight": 0.3}, "score": "magnitude"}
+    result = fasp_fx.prune(given, () if as_program else (ROWS,), restore=None, **options)
+    if as_program:  # the caller's stays as it is
+        assert any(node.name.startswith("c_lifted") for node in given.graph.nodes)
+    assert not any("sets the attribute" in note for note in result.report.notes)
+    assert {name for name, _ in result.module.named_buffers()} == {"scale", "shift"}
+    for module in (result.module, fasp_fx.load(result.save(folder / "out")).module):
+        dense: Any = zeroed(model, result.plan)
+        torch.testing.assert_close(module(ROWS), dense(ROWS), rtol=1e-9, atol=1e-9)
+    dense(ROWS).square().sum().backward()
+    result.module(ROWS).square().sum().backward()
+    torch.testing.assert_close(result.module.get_parameter("last.weight").grad, dense.last.weight.grad)
+    changed = copy.deepcopy(result.module)  # a copy takes other values
+    changed.load_state_dict({name: value * 1.5 for name, value in changed.state_dict().items()})
     with torch.no_grad():
-        model.down.weight[:, gone] = 0
-        assert torch.allclose(result.module(x), model(x), atol=1e-6)
-        for changed in (result.module.get_parameter("last.weight"), model.last.weight):
-            changed.mul_(2)  # both readings go on being one weight
-        assert torch.allclose(result.module(x), model(x), atol=1e-6)
-        assert torch.allclose(fasp_fx.load(result.save(folder / "out")).module(x), model(x), atol=1e-6)
+        for value in dense.state_dict().values():
+            value.mul_(1.5)
+    torch.testing.assert_close(changed(ROWS), dense(ROWS), rtol=1e-9, atol=1e-9)
+
+
+def test_what_shares_no_memory_stays_a_constant() -> None:
+    model = listed()
+    model.weights[0] = model.middle.weight.detach().clone()
+    names = {name for name, _ in fasp_fx.capture(model, (ROWS,)).program.module.named_buffers()}
+    assert len(names - {"scale", "shift"}) == 1

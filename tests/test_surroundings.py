@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from models import made
 from torch import Tensor, nn
 from torch.testing._internal.distributed.multi_threaded_pg import (
     _install_threaded_pg,
@@ -87,30 +88,21 @@ def test_data_that_an_encoder_made_leads_no_gradient_back() -> None:
     assert leaf.grad is None
 
 
-class Beside(nn.Module):
-    """Two inputs, of which one may require gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.out = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 4)
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.out(torch.relu(self.a(a) + self.b(b)))
-
-
 def test_costs_are_the_same_where_one_of_two_inputs_requires_gradients() -> None:
-    pairs = [
-        (x, torch.randn(30, 8, generator=torch.Generator().manual_seed(9 + index)))
-        for index, x in enumerate(X)
-    ]
-    expected = fasp_fx.measure(Beside().eval(), pairs[0], calibration=pairs)
-    found = fasp_fx.measure(
-        Beside().eval(), pairs[0], calibration=[(a, b.clone().requires_grad_(True)) for a, b in pairs]
+    torch.manual_seed(0)
+    model = made(
+        lambda self, a, b: self.out(torch.relu(self.a(a) + self.b(b))),
+        a=nn.Linear(8, 16),
+        b=nn.Linear(8, 16),
+        out=nn.Linear(16, 4),
     )
-    assert {name: curve.losses.tolist() for name, curve in found.items()} == {
-        name: curve.losses.tolist() for name, curve in expected.items()
-    }
+    pairs = [(x, x.flip(0)) for x in X]
+    leaves = [(a, b.clone().requires_grad_(True)) for a, b in pairs]
+    found, expected = (
+        {name: curve.losses.tolist() for name, curve in costs.items()}
+        for costs in (fasp_fx.measure(model, pairs[0], calibration=data) for data in (leaves, pairs))
+    )
+    assert found == expected
 
 
 def test_threads_take_turns() -> None:
@@ -143,19 +135,12 @@ def test_threads_take_turns() -> None:
     assert compiled, "torch.compile was left switched off"
 
 
-class Drawing(nn.Module):
+def drawing() -> nn.Module:
     """Drops at random in every mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = net()
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.net(nn.functional.dropout(x, 0.3, training=True))
-        return found
+    return made(lambda self, x: self.net(nn.functional.dropout(x, 0.3, training=True)), net=net())
 
 
-@pytest.mark.parametrize("make", [net, lambda: Drawing().eval()])
+@pytest.mark.parametrize("make", [net, drawing])
 @pytest.mark.parametrize("rounded", [False, True])
 def test_others_work_while_one_tells_how_far_it_is(
     make: Callable[[], nn.Module], rounded: bool, monkeypatch: pytest.MonkeyPatch
@@ -186,7 +171,7 @@ def test_others_work_while_one_tells_how_far_it_is(
 
 
 def test_processes_of_a_group_may_be_threads() -> None:
-    captured = fasp_fx.capture(Drawing().eval(), (X[0],))
+    captured = fasp_fx.capture(drawing(), (X[0],))
     expected = fasp_fx.prune(fasp_fx.capture(net(), (X[0],)), **OPTIONS)
     models, found, before = [net(), net()], [], torch.get_rng_state()
     _install_threaded_pg()
@@ -218,36 +203,25 @@ def test_processes_of_a_group_may_be_threads() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-SEEN: list[bool] = []
-
-
-class Collected(nn.Module):
-    """Notes whether garbage is collected while it is captured, and fails where it is told to."""
-
-    def __init__(self, fails: bool) -> None:
-        super().__init__()
-        self.layer, self.fails = nn.Linear(4, 4), fails
-
-    def forward(self, x: Tensor) -> Tensor:
-        SEEN.append(gc.isenabled())
-        if self.fails:
-            raise RuntimeError("no")
-        y: Tensor = self.layer(x)
-        return y
-
-
 @pytest.mark.parametrize("collects", [True, False])
 @pytest.mark.parametrize("fails", [True, False])
 def test_garbage_is_collected_as_before_once_a_model_is_captured(collects: bool, fails: bool) -> None:
-    model, before = Collected(fails).eval(), gc.isenabled()
-    SEEN.clear()
+    before, seen = gc.isenabled(), list[bool]()
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        seen.append(gc.isenabled())
+        if fails:
+            raise RuntimeError("no")
+        return self.layer(x)
+
+    model = made(forward, layer=nn.Linear(4, 4))
     (gc.enable if collects else gc.disable)()
     try:
         with pytest.raises(fasp_fx.FaspError) if fails else contextlib.nullcontext():
             fasp_fx.analyze(model, (torch.randn(2, 4),))
         assert gc.isenabled() == collects
-        assert SEEN
-        assert not SEEN[0]
+        assert seen
+        assert not seen[0]
     finally:
         (gc.enable if before else gc.disable)()
 
@@ -325,17 +299,3 @@ def test_what_asks_for_nothing_says_so() -> None:
     result = fasp_fx.prune(net(), (X[0],), calibration=X, sparsity=1e-9)
     assert not result.plan.groups
     assert any("nothing goes" in note for note in result.report.notes)
-
-
-def test_what_is_left_of_a_plan_after_another() -> None:
-    captured = fasp_fx.capture(net(), (X[0],))
-    first, second = (
-        fasp_fx.prune(captured, calibration=X, sparsity=part, score="magnitude") for part in (0.2, 0.5)
-    )
-    left = second.plan.after(first.plan)
-    assert all(group.removed_sets for group in left.groups)
-    assert left.sparsity < second.plan.sparsity
-    assert not first.plan.after(first.plan).groups
-    twice = fasp_fx.apply(first.module, left, (X[0],))
-    once = fasp_fx.apply(captured, second.plan)
-    assert [p.shape for p in twice.module.parameters()] == [p.shape for p in once.module.parameters()]

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from decoders import Spec, build, tokens
-from fasp_fx.channels import attribute
 from torch import fx, nn
 
 import fasp_fx
 from fasp_fx.analysis import Analysis, analyze_program
 from fasp_fx.capturing import capture
+from fasp_fx.capturing._fx import attribute
 from fasp_fx.capturing._program import Program, set_weight
 from fasp_fx.passes import (
     PadValueHeads,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -32,24 +32,11 @@ class _Finder(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader, self.then)
+            execute = spec.loader.exec_module
+
+            def execute_and_then(module: ModuleType) -> None:
+                execute(module)
+                self.then()
+
+            vars(spec.loader)["exec_module"] = execute_and_then
         return spec
-
-
-class _Then(Loader):
-    """A loader with something to do at its end."""
-
-    def __init__(self, loader: Loader, then: Callable[[], object]) -> None:
-        self.loader, self.then = loader, then
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        self.then()
-
-
-__all__ = ["after_import"]

@@ -37,24 +37,40 @@ def new_folder(path: Path, *, overwrite: bool, replaceable: Callable[[Path], boo
     refuse_null(path)
     _refuse_foreign(path)
     _refuse_taken(path, overwrite, replaceable)
-    made = _make_parents(path.parent)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.partial"
-    done = False
-    try:
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.iterdir():
+
+    def put(temporary: Path) -> None:
+        for file in (*temporary.iterdir(), temporary):
             _sync(file)
-        _sync(temporary)
         _refuse_taken(path, overwrite, replaceable)
         _install(temporary, path)
-        done = True
-        _sync(path.parent)
+
+    with _sibling(path, put) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
+@contextlib.contextmanager
+def _sibling(path: Path, put: Callable[[Path], object]) -> Iterator[Path]:
+    """The name of a temporary sibling of a path, which ``put`` puts there when the block ends. If it raises,
+    nothing is left, nor of the folders made for it.
+    """
+    made = _make_parents(path.parent)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.partial"
+    try:
+        yield temporary
+        put(temporary)
+        if path.exists():
+            made.clear()
+            _sync(path.parent)
     except _UNWRITTEN as error:
         raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        _remove(made if not done else [])
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 @contextlib.contextmanager
@@ -72,10 +88,13 @@ def new_file(path: Path, *, replaceable: Callable[[Path], bool], keep: bool = Tr
     """
     refuse_null(path)
     path = path.absolute()
-    made = _make_parents(path.parent)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.partial"
-    done = False
-    try:
+
+    def put(temporary: Path) -> None:
+        if keep:
+            _sync(temporary)
+            temporary.replace(path)
+
+    with _sibling(path, put) as temporary:
         if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or not replaceable(path)):
             raise StoreError(
                 f"'{path}' holds something that fasp_fx did not write, so it is not replaced; choose another"
@@ -83,17 +102,6 @@ def new_file(path: Path, *, replaceable: Callable[[Path], bool], keep: bool = Tr
             )
         temporary.touch()
         yield temporary
-        if keep:
-            _sync(temporary)
-            temporary.replace(path)
-            _sync(path.parent)
-            done = True
-    except _UNWRITTEN as error:
-        raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        _remove(made if not done else [])
 
 
 def write_text(path: Path, text: str) -> None:
@@ -123,13 +131,6 @@ def write_text(path: Path, text: str) -> None:
 def is_partial(path: Path, name: str) -> bool:
     """Whether a file is what was left of one of that name when a process was killed that wrote it."""
     return path.name.startswith(f".{name}.") and path.name.endswith(".partial")
-
-
-def _remove(made: list[Path]) -> None:
-    """Remove the folders that :func:`_make_parents` made, as far as they are empty."""
-    for parent in reversed(made):
-        with contextlib.suppress(OSError):
-            parent.rmdir()
 
 
 def refuse_null(path: Path, option: str = "path") -> None:

@@ -149,6 +149,3 @@ def distance(found: Tensor, expected: Tensor) -> float:
         apart += _square(a - b)
         size += _square(b)
     return math.sqrt(apart) / (math.sqrt(size) or 1.0)
-
-
-__all__ = ["deviation", "distance", "unfilled"]

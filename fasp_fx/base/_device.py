@@ -93,6 +93,3 @@ def float32_products(precision: str) -> Iterator[None]:
     with for_a_while(read, write):
         torch.set_float32_matmul_precision(precision)
         yield
-
-
-__all__ = ["check_device", "device_of", "float32_products", "multiplies_bfloat16", "products_in_bfloat16"]

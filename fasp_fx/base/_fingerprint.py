@@ -68,6 +68,3 @@ def digest_of(batches: Iterable[Iterable[Any]]) -> str:
         if isinstance(leaf, Tensor):
             digest.update(bytes_of(leaf.detach().cpu()).numpy())
     return digest.hexdigest()
-
-
-__all__ = ["bytes_of", "digest_of", "fingerprint"]

@@ -98,6 +98,3 @@ def names_of(option: str, given: Any, known: tuple[str, ...] | None) -> tuple[st
         )
         raise ArgumentError(f"{option}={given!r} is not known; pass {wanted}")
     return names
-
-
-__all__ = ["check_callable", "configured", "is_number", "names_of", "path_of"]

@@ -21,6 +21,3 @@ def without_values(tensor: Tensor) -> Tensor:
     return (
         nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     )
-
-
-__all__ = ["storage_of", "without_values"]

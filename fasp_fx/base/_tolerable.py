@@ -107,6 +107,3 @@ def _code(handler: object) -> CodeType | None:
     function = getattr(handler, "__func__", handler)
     is_object = callable(function) and not isinstance(function, FunctionType)
     return getattr(type(function).__call__ if is_object else function, "__code__", None)
-
-
-__all__ = ["short_of_memory", "tolerable"]

@@ -7,8 +7,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import hashlib
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,9 +21,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _DEVICES = ("cpu", "cuda")
-#: guards the line of the threads that want to work, the first of which does
-_LINE = threading.Condition()
-_WAITING: deque[object] = deque()
+#: held by the thread that works
+_TURN = threading.Lock()
 
 
 class _Own(threading.local):
@@ -64,8 +63,8 @@ def in_usual_modes(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
-    """Have one thread at a time run a function of all that are marked so, in the order they came; others have
-    their turn where it is :func:`aside`.
+    """Have one thread at a time run a function of all that are marked so; others have their turn where it is
+    :func:`aside`.
 
     Exporting, random numbers and the precision of products have one state for the whole process: torch.export
     in two threads at once leaves ``torch.compile`` switched off.
@@ -86,25 +85,15 @@ def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
 
 def _begin() -> None:
     """Wait for the turn of this thread."""
-    own = object()
-    with _LINE:
-        _WAITING.append(own)
-        try:
-            _LINE.wait_for(lambda: _WAITING[0] is own)
-        except BaseException:
-            _WAITING.remove(own)
-            _LINE.notify_all()
-            raise
+    _TURN.acquire()
     _OWN.works = True
 
 
 def _end() -> None:
-    """Let the next thread work, if this one does."""
+    """Let another thread work, if this one does."""
     if _OWN.works:
         _OWN.works = False
-        with _LINE:
-            _WAITING.popleft()
-            _LINE.notify_all()
+        _TURN.release()
 
 
 @contextlib.contextmanager
@@ -214,13 +203,18 @@ def check_default_device() -> None:
         )
 
 
-__all__ = [
-    "aside",
-    "check_default_device",
-    "drawing_alike",
-    "for_a_while",
-    "in_turns",
-    "in_usual_modes",
-    "one_at_a_time",
-    "without_collections",
-]
+# --- Random numbers that are the same each time, wherever and in whichever order they are drawn.
+
+
+def seed_of(*place: object) -> int:
+    """A seed of its own for each place, of 32 bits, which is what torch takes of one.
+
+    Args:
+        place: whole numbers and names that tell it from others.
+    """
+    return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=4).digest())
+
+
+def generator_of(*place: object) -> torch.Generator:
+    """Random numbers of their own for each place, on the CPU; arguments as for :func:`seed_of`."""
+    return torch.Generator(device="cpu").manual_seed(seed_of(*place))

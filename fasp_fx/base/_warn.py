@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parent
+from .compat import silent_export, silent_fake_tensors
+
+_PACKAGE = Path(__file__).parents[1]
 #: the packages' own folders, which are linked into this one
 _OWN = tuple(
     f"{folder}/" for folder in {_PACKAGE, *((_PACKAGE / name).resolve() for name in ("passes", "patterns"))}
@@ -21,4 +26,30 @@ def warn(message: str, category: type[Warning]) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
-__all__ = ["warn"]
+# --- Exporting without the exporters' own logging.
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters log what the library itself reports; errors still arrive as exceptions."""
+    from ..base.compat._transformers import EXPORTER_LOGGER
+
+    names = (
+        "torch.export",
+        "torch._export",
+        "torch.fx.experimental.symbolic_shapes",
+        "torch._export.non_strict_utils",
+        "transformers",
+        EXPORTER_LOGGER,
+    )
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), silent_export(), silent_fake_tensors():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..base._deviation import unfilled
-from ..base._seeded import generator_of
+from ..base._undisturbed import generator_of
 from ..base.compat import pytree
 from ..errors import ArgumentError, CalibrationError
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.groups import by_block
-from ..base._seeded import generator_of
+from ..base._undisturbed import generator_of
 from ..errors import ArgumentError, CalibrationError
 from .statistics import MakeStatistic, Statistic
 

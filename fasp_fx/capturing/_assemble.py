@@ -33,6 +33,7 @@ from torch.export.graph_signature import (
 
 from ..base._storage import without_values
 from ..base._tolerable import tolerable
+from ..base._warn import quiet
 from ..base.compat import (
     FakeTensor,
     FakeTensorMode,
@@ -42,11 +43,10 @@ from ..base.compat import (
     take_guards,
 )
 from ..errors import VerificationError
+from ._decompositions import any_number_of_steps
 from ._fx import attribute, results, target_name
-from ._quiet import quiet
+from ._program import ExportFacts, assumed, environment_of
 from ._record import record
-from ._steps import any_number_of_steps
-from .calling._facts import ExportFacts, assumed, environment_of
 
 _log = logging.getLogger("fasp_fx")
 
@@ -293,6 +293,3 @@ def _argument(result: Any) -> Any:
         (argument(result.name) for kind, argument in _SYMBOLIC if isinstance(value, kind)),
         TensorArgument(result.name),
     )
-
-
-__all__ = ["Assembly", "ready"]

@@ -19,23 +19,17 @@ from ..base._stamps import read_stamps
 from ..base._undisturbed import without_collections
 from ..base.compat import LazyGraphModule, compile_graphs, pytree
 from ..errors import ArgumentError, CaptureError
-from ._aliases import as_weights
-from ._dead import remove_dead, remove_dropouts
 from ._dynamic import all_dims, every_dim
 from ._export import export
 from ._fold import Folding
 from ._fold import fold as fold_weights
 from ._functional import functional
-from ._fx import results
-from ._names import check_names, own_names
-from ._program import Program, graph_module
+from ._fx import remove_dead, remove_dropouts, results
+from ._program import ExportFacts, Program, graph_module
 from ._recurrent import single_layers
-from ._state import state_positions
-from ._transformers import is_transformers, register_caches
-from .calling._facts import ExportFacts
+from ._rewrites import as_weights, check_names, own_names
+from ._transformers import is_cache, is_transformers, register_caches
 from .calling._signature import CallSignature
-
-__all__ = ["capture", "recapture"]
 
 
 @without_collections
@@ -233,3 +227,65 @@ def recapture(program: Program, exported: ExportedProgram) -> Program:
     own_names(module, module.graph)
     module.recompile()
     return replace(program, module=module, facts=ExportFacts.of(exported))
+
+
+# --- Which inputs and outputs of a program hold state, and may become narrower.
+
+
+def _leaves_in_state(spec: pytree.TreeSpec, state: tuple[str, ...], inside: bool = False) -> Iterator[bool]:
+    if spec.is_leaf():
+        yield inside
+        return
+    for index, name in enumerate(_child_names(spec)):
+        yield from _leaves_in_state(
+            spec.child(index), state, inside or is_cache(spec.type) or (name is not None and name in state)
+        )
+
+
+def _child_names(spec: pytree.TreeSpec) -> list[str | None]:
+    """What the children of a structure are called, where they have names."""
+    if not isinstance(spec.context, (list, tuple)) or len(spec.context) != spec.num_children:
+        return [None] * spec.num_children
+    return [name if isinstance(name, str) else None for name in spec.context]
+
+
+def _all_names(spec: pytree.TreeSpec) -> Iterator[str]:
+    if not spec.is_leaf():
+        yield from (name for name in _child_names(spec) if name is not None)
+        for child in spec.children():
+            yield from _all_names(child)
+
+
+def state_positions(
+    module: fx.GraphModule,
+    exported: ExportedProgram,
+    arguments: list[str],
+    state: tuple[str, ...],
+) -> tuple[frozenset[str], frozenset[int]]:
+    """The names of the inputs and the numbers of the outputs that hold state: caches, and what goes by one of
+    the names in ``state``.
+
+    Args:
+        arguments: names of the arguments in the order of ``forward``, those given by position first.
+
+    Raises:
+        ArgumentError: nothing goes by one of the names.
+    """
+    given, returned = exported.call_spec.in_spec, exported.call_spec.out_spec
+    named = dict(zip(arguments, given.child(0).children(), strict=False))
+    known = {*named, *_all_names(given), *_all_names(returned)}
+    if unknown := [name for name in state if name not in known]:
+        raise ArgumentError(
+            f"state: no argument or output is called {unknown[0]!r}; there are"
+            f" {', '.join(map(repr, sorted(known))) or 'none with a name'}"
+        )
+    inputs = [
+        *(held for name, spec in named.items() for held in _leaves_in_state(spec, state, name in state)),
+        *_leaves_in_state(given.child(1), state),
+    ]
+    names = [node.name for node in module.graph.find_nodes(op="placeholder")]
+    outputs = list(_leaves_in_state(returned, state))
+    return (
+        frozenset(name for name, held in zip(names, inputs, strict=True) if held),
+        frozenset(index for index, held in enumerate(outputs) if held),
+    )

@@ -20,8 +20,7 @@ from ..base._warn import warn
 from ..base.compat import pytree
 from ..errors import CalibrationError, CaptureError, CaptureWarning
 from . import lower_bound
-from ._dead import draws
-from ._fx import results, written_names
+from ._fx import draws, results, written_names
 from ._program import Program
 from ._runner import Runner
 from ._sizes import is_dynamic
@@ -56,17 +55,18 @@ def compared(
     captured once more, as it was given, by ``recapture``.
 
     Nothing is compared where there is nothing to call or to compare: exported programs, weights without
-    values, and a program on another device than its model. Where outputs depend on random numbers that the
-    program draws, it is only asked whether those of the model do, too.
+    values, and a program on another device than its model. Nor is it where outputs depend on random numbers
+    that the model draws; the program draws others than the model, so that one is found out that seeds torch's
+    generator itself, which leaves no trace in a graph.
     """
     if not isinstance(model, nn.Module) or _is_elsewhere(program, model):
         return program
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
-    if any(map(draws, program.module.graph.nodes)):
-        drawn = _held_to_draw(program, model, args, kwargs)
-        if drawn is not None:
-            return drawn
     expected, changed = called(program, model, args, kwargs)
+    if any(map(draws, program.module.graph.nodes)):
+        again, _ = called(program, model, args, kwargs, calls=2)
+        if _apart(again, expected, _allowed(program)):  # the model draws, too, or remembers
+            return program
     try:
         trouble = trouble_with(program, expected, args, kwargs)
     except tolerable(CalibrationError) as error:
@@ -100,31 +100,6 @@ def compared(
                 " such a size, which no exporter sees",
             )
     return program
-
-
-def _held_to_draw(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Program | None:
-    """A program that draws random numbers, with a note if its model gives the same in every call: it seeds
-    torch's generator itself, which leaves no trace in a graph. ``None`` if what is drawn changes nothing, so
-    that the two can be compared as others are.
-    """
-    allowed = _allowed(program)
-    found = []
-    try:
-        own = [called(program, model, args, kwargs, calls=calls)[0] for calls in (1, 2)]
-        if _apart(own[0], own[1], allowed):  # it draws, or remembers
-            return program
-        for seed in (0, 1):
-            with torch.no_grad(), drawing_alike(model.parameters(), seed):
-                found.append(_outputs(program, copied(program.flat_inputs(args, kwargs))))
-    except tolerable(Exception):  # what does not run is said when it is called
-        return program
-    if not _apart(found[0], found[1], allowed):
-        return None
-    return _noted(
-        program,
-        f"{_OTHERWISE} in every call: it draws random numbers anew, where the model seeds torch's generator"
-        " itself, which no exporter sees; keep such numbers in a buffer",
-    )
 
 
 def called(
@@ -170,7 +145,7 @@ def _difference(program: Program, expected: list[Any], args: Any, kwargs: dict[s
     Raises:
         CalibrationError: the program does not run on these inputs.
     """
-    with torch.no_grad():
+    with torch.no_grad(), drawing_alike(program.weights().values(), seed=1):
         found = _outputs(program, copied(program.flat_inputs(args, kwargs)))
     return _apart(found, expected, _allowed(program))
 
@@ -279,6 +254,3 @@ def coarsest(program: Program) -> torch.dtype:
         if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
     }
     return max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
-
-
-__all__ = ["called", "coarsest", "compared", "trouble_with"]

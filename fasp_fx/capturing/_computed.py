@@ -143,7 +143,7 @@ def _keys(module: fx.GraphModule, constant: set[fx.Node]) -> dict[fx.Node, int]:
     found: dict[fx.Node, int] = {}
 
     def number(item: Any) -> Any:
-        return _Number(found[item]) if isinstance(item, fx.Node) else item
+        return f"%{found[item]}" if isinstance(item, fx.Node) else item
 
     for node in module.graph.nodes:
         if node not in constant:
@@ -156,11 +156,6 @@ def _keys(module: fx.GraphModule, constant: set[fx.Node]) -> dict[fx.Node, int]:
             key = (node.target, str(given))
         found[node] = numbers.setdefault(key, len(numbers))
     return found
-
-
-@dataclass(frozen=True)
-class _Number:
-    of: int
 
 
 def _operands(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:

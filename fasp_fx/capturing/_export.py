@@ -8,18 +8,19 @@ import inspect
 import itertools
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from ..base._tolerable import tolerable
+from ..base._warn import quiet
 from ..base.compat import (
     PyTreeCodeGen,
-    answered_by,
     compile_graphs,
     compiled_when_called,
     is_of_fake_cache,
@@ -27,7 +28,7 @@ from ..base.compat import (
     without_fake_cache,
 )
 from ..errors import ArgumentError, ExportError, first_line
-from ._aliases import as_weights
+from ._decompositions import any_number_of_steps
 from ._dynamic import (
     all_dims,
     first_dim,
@@ -38,17 +39,10 @@ from ._dynamic import (
     widened,
     with_static,
 )
-from ._foreseen import TRACED, foreseen
-from ._functional import functional
-from ._functions import functions_called
-from ._in_place import out_of_place
-from ._padding import padded_in_order
-from ._quiet import quiet
-from ._settled import fixed_sizes, settled_as_numbers
-from ._steps import any_number_of_steps
+from ._functional import functional, out_of_place
+from ._rewrites import as_views, as_weights, fixed_sizes, padded_in_order, settled_as_numbers
 from ._transformers import export_transformers, is_transformers
-from ._unchanged import run_once, unchanged
-from ._views import as_views
+from ._unchanged import functions_called, run_once, unchanged
 from .calling._signature import CallerCodeGen, CallSignature, is_plain
 
 
@@ -263,57 +257,40 @@ def _export_once(
 
 def _rewritten(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
     """What is traced, in operators that return what they compute and have rules, as far as that can be."""
-    with answered_by(foreseen, TRACED), compiled_when_called():
+    with compiled_when_called():
         exported = trace()
     exported = out_of_place(as_views(as_weights(settled_as_numbers(exported))))
     return functional(padded_in_order(exported))
 
 
-@contextlib.contextmanager
-def _holding(model: nn.Module, constants: dict[str, Any]) -> Iterator[None]:
-    """Give ``forward`` arguments that the exporter does not take, such as members of an enum."""
-    if not constants:
-        yield
-        return
-    with _calling(model, functools.partial(model.forward, **constants)):
-        yield
-
-
-@contextlib.contextmanager
-def _calling(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def _calling(model: nn.Module, forward: Callable[..., Any]) -> contextlib.AbstractContextManager[Any]:
     """Let a call of the model be one of ``forward``."""
-    own = vars(model).get("forward")
-    model.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own
+    return mock.patch.object(model, "forward", forward)
 
 
-@contextlib.contextmanager
-def _named(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+def _holding(model: nn.Module, constants: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """Give ``forward`` arguments that the exporter does not take, such as members of an enum."""
+    held = functools.partial(model.forward, **constants)
+    return _calling(model, held) if constants else contextlib.nullcontext()
+
+
+def _named(model: nn.Module, kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
     """Let the signature of ``forward`` name those arguments that it takes as ``**kwargs``: of sizes given for
     all of these by one name an exporter makes nothing.
     """
-    parameters = inspect.signature(model.forward).parameters
+    forward, parameters = model.forward, inspect.signature(model.forward).parameters
     known = {name: one for name, one in parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
     extra = [name for name in kwargs if name not in known]
     if not extra:
-        yield
-        return
+        return contextlib.nullcontext()
 
     def named(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
-    forward = model.forward
     vars(named)["__signature__"] = inspect.Signature(
         [*known.values(), *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra)]
     )
-    with _calling(model, named):
-        yield
+    return _calling(model, named)
 
 
 @_with_or_without_cache

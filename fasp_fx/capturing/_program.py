@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import SymInt, Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.exported_program import ModuleCallEntry
+from torch.export.graph_signature import InputKind
 
-from ..base.compat import LazyGraphModule, pytree
+from ..base.compat import LazyGraphModule, ShapeEnv, guards_of, pytree
 from ..base.offload._current import keep
 from ._fx import attribute, target_name, written_names
 from ._recipes import Recipe
-from .calling._facts import ExportFacts
 from .calling._signature import CallSignature
 
 
@@ -355,3 +357,55 @@ def set_weight(module: nn.Module, name: str, value: Tensor) -> None:
         owner.register_parameter(leaf, value)
     else:
         setattr(owner, leaf, value)
+
+
+# --- What an exported program knows besides its graph and its weights.
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """How a captured program is called and what its sizes may be.
+
+    Attributes:
+        call: how the whole module is called.
+        inputs: what the caller's inputs are, in order.
+        ranges: the sizes that each symbol can have.
+        guards: what else is assumed of the sizes of the inputs, in Python.
+        assumed: how much was assumed of the symbols when the capture was done.
+    """
+
+    call: ModuleCallEntry
+    inputs: tuple[Any, ...]
+    ranges: dict[Any, Any]
+    guards: tuple[str, ...]
+    assumed: int
+
+    @classmethod
+    def of(cls, exported: ExportedProgram) -> ExportFacts:
+        """What is known of this one."""
+        inputs = tuple(
+            spec.arg for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
+        )
+        return cls(
+            exported.module_call_graph[0],
+            inputs,
+            dict(exported.range_constraints),
+            guards_of(exported),
+            assumed(exported.graph),
+        )
+
+
+def environment_of(graph: fx.Graph) -> ShapeEnv | None:
+    """What is known of the symbols in the sizes of a graph's inputs."""
+    sizes = (
+        size
+        for node in graph.find_nodes(op="placeholder")
+        for size in getattr(node.meta.get("val"), "shape", ())
+    )
+    return next((size.node.shape_env for size in sizes if isinstance(size, SymInt)), None)
+
+
+def assumed(graph: fx.Graph) -> int:
+    """How many guards and settled symbols the sizes of a graph's inputs come with."""
+    environment = environment_of(graph)
+    return 0 if environment is None else len(environment.guards) + len(environment.replacements)

@@ -94,6 +94,3 @@ class Recipe:
         for cut in self.cuts:
             weight = cut.apply(weight)
         return weight
-
-
-__all__ = ["Cut", "Recipe"]

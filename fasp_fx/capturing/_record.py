@@ -10,7 +10,6 @@ from torch import Tensor, fx
 from ..base._tolerable import tolerable
 from ..base.compat import FakeTensor, FakeTensorMode, enable_python_dispatcher
 from ..errors import VerificationError, first_line
-from ._foreseen import foreseen
 
 
 class _Recorder(fx.Interpreter):
@@ -33,10 +32,6 @@ class _Recorder(fx.Interpreter):
             if isinstance(value, Tensor) and not isinstance(value, FakeTensor)
             else value
         )
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        known = foreseen(target, args, kwargs)
-        return super().call_function(target, args, kwargs) if known is None else known
 
     def run_node(self, node: fx.Node) -> Any:
         old = self.before.get(node.name)

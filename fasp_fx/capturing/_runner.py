@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ..base._tolerable import tolerable
 from ..base.compat import pytree
-from ..base.offload._values import addresses, keep_values, moved
+from ..base.offload._current import addresses, keep_values, moved
 from ..errors import CalibrationError
 from ..patterns import VIEWS
 from ._attention import execute

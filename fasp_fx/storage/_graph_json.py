@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from ..base._tolerable import tolerable
+from ..base._warn import quiet
 from ..base.compat import _serde, pytree
 from ..capturing._fx import results
-from ..capturing._quiet import quiet
 from ..errors import StoreError, first_line
 from ._files import DIMENSIONS
 from ._nested import with_tuples, without_tuples

@@ -13,7 +13,7 @@ import torch
 from torch.export import ExportedProgram
 
 from ..base._tolerable import tolerable
-from ..capturing.calling._outline import HELD
+from ..capturing.calling._constants import HELD
 from ..capturing.calling._signature import CallSignature, has_tensor
 from ..errors import StoreError, first_line
 from ._tensors import device_of

@@ -4,13 +4,12 @@ explains it).
 
 from __future__ import annotations
 
-from ._distinct import are_among, counted, distinct, marked, ranked
 from ._execution import Execution
 from ._facts import Facts, Layout, Product, Remark, Use
 from ._interpreter import Interpreter, Walk
 from ._moves import run_on_numbers
-from ._numbering import Numbering, Slot, laid_by_block
-from ._repeating import Repeating, repeating
+from ._numbering import Numbering, Slot, are_among, counted, distinct, laid_by_block, marked, ranked
+from ._regroup import Repeating, repeating
 from ._value import NONE, Axis, Value
 
 __all__ = [

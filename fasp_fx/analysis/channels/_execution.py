@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...base.compat import FakeTensorMode, OpOverload, pytree
-from ...capturing._foreseen import foreseen
 
 
 class Execution:
@@ -48,9 +47,7 @@ class Execution:
         key = (target, _key(args), _key(kwargs))
         if key not in self._known:
             with self.mode:
-                known = foreseen(target, args, kwargs)
-                result = target(*args, **kwargs) if known is None else known
-            self._known[key] = (self._one(result), (args, kwargs))
+                self._known[key] = (self._one(target(*args, **kwargs)), (args, kwargs))
         return self._known[key][0]
 
     def _one(self, value: Any) -> Any:
@@ -76,6 +73,3 @@ def _key(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
         return (type(value), value)
     return id(value)
-
-
-__all__ = ["Execution"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor, fx
 
-from ._distinct import distinct
-from ._value import NONE, DoesNotApplyError, Value
+from ._numbering import distinct
+from ._value import NONE, Axis, DoesNotApplyError, Value
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,20 @@ class Facts:
             self.pairs.append((first[differ], second[differ], node))
 
     def say(
-        self, remarks: list[Remark], numbers: Tensor, reason: str, node: fx.Node | None, routing: bool = False
+        self,
+        remarks: list[Remark],
+        numbers: Tensor | Iterable[Tensor],
+        reason: str,
+        node: fx.Node | None,
+        routing: bool = False,
     ) -> None:
-        """Append a remark on these numbers."""
-        remarks.append(Remark(_channels(numbers), reason, node, routing))
+        """Append a remark on these numbers, or on each of several."""
+        each = [numbers] if isinstance(numbers, Tensor) else numbers
+        remarks += [Remark(_channels(one), reason, node, routing) for one in each]
+
+    def freeze(self, axes: Iterable[Axis], reason: str, node: fx.Node) -> None:
+        """Say of each of some axes that its channels stay."""
+        self.say(self.frozen, [axis.numbers for axis in axes], reason, node)
 
     def want_together(self, numbers: Tensor, dim: int, node: fx.Node) -> None:
         """Note that channels would be free if those that lie behind one another along a dimension went as

@@ -31,14 +31,12 @@ from ...base.compat import (
 )
 from ...capturing._fx import arguments, attribute, elements, results, target_name, written_names
 from ...capturing._sizes import Sizes, is_dynamic
-from ._distinct import distinct
 from ._execution import Execution
 from ._facts import Facts
 from ._letters import Relation, result_shapes_ok
-from ._masked import picked
 from ._moves import move
-from ._named import keep_numbered, name_results, tallied
-from ._numbering import Numbering, Slot, laid_by_block
+from ._named import keep_numbered, name_results, picked, tallied
+from ._numbering import Numbering, Slot, distinct, laid_by_block
 from ._value import Axis, DoesNotApplyError, Value, counted_by
 
 #: integer constants up to this many elements are known to the analysis as data (index tensors)
@@ -210,8 +208,7 @@ class Interpreter:
         axes = self._axes(node.name, tuple(executed.shape), "input", static)
         walk.values[node] = Value(tuple(executed.shape), tuple(axes))
         if node.name not in self.state_inputs:
-            for axis in axes:
-                walk.facts.say(walk.facts.frozen, axis.numbers, f"reaches the input '{node.name}'", node)
+            walk.facts.freeze(axes, f"reaches the input '{node.name}'", node)
 
     def _get_attr(self, node: fx.Node, walk: Walk, small: bool) -> None:
         tensor = attribute(self.module, target_name(node))
@@ -237,8 +234,7 @@ class Interpreter:
             if isinstance(value, Value) and value.names is not None:
                 walk.facts.say(walk.facts.frozen, value.names, f"named by number in output {index}", node)
             if isinstance(value, Value) and index not in self.state_outputs:
-                for axis in value.axes:
-                    walk.facts.say(walk.facts.frozen, axis.numbers, f"reaches output {index}", node)
+                walk.facts.freeze(value.axes, f"reaches output {index}", node)
 
     # --- operators
 
@@ -266,13 +262,8 @@ class Interpreter:
         """What an operator returns no tensor of, it has read all the same."""
         named, _ = _arguments(node, walk.values)
         if node.target is torch.ops.aten.sym_size.int:
-            counted = [
-                axis for axis in named["self"].axes if axis.dim == named["dim"] % len(named["self"].shape)
-            ]
-            for axis in counted:
-                walk.facts.say(
-                    walk.facts.frozen, axis.numbers, f"their number is read by {node.target}", node
-                )
+            counted = named["self"].at(named["dim"] % len(named["self"].shape))
+            walk.facts.freeze(counted, f"their number is read by {node.target}", node)
         elif lookup(node.target) is None:
             self._freeze_given(node, walk, _tensors(named))
 
@@ -375,9 +366,7 @@ class Interpreter:
             why = f"no rule for {node.target}" if writer is None else f"written by {writer}"
             if any(value.axes for value in given) and writer is None:
                 walk.without_rule.setdefault(str(node.target), []).append(node)
-        for value in given:
-            for axis in value.axes:
-                walk.facts.say(walk.facts.frozen, axis.numbers, why, node)
+        walk.facts.freeze((axis for value in given for axis in value.axes), why, node)
 
     def _freeze_unspoken(self, node: fx.Node, walk: Walk, given: list[Value], why: str) -> None:
         self._freeze_given(
@@ -411,9 +400,9 @@ class Interpreter:
             *(operand.name for alternative in rule.alternatives for operand in alternative.operands),
         }
         unnamed = elements({name: value for name, value in named.items() if name not in known})
-        for value in _tensors({name: value for name, value in unnamed.items() if name not in known}):
-            for axis in value.axes:
-                facts.say(facts.frozen, axis.numbers, f"decides by position in {node.target}", node)
+        left = _tensors({name: value for name, value in unnamed.items() if name not in known})
+        axes = (axis for value in left for axis in value.axes)
+        facts.freeze(axes, f"decides by position in {node.target}", node)
 
     def _of_parameters(self, numbers: Tensor) -> bool:
         """Whether some of these numbers are of channels of parameters; a weight that a pass has made anew is

@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import fx
 
-from fasp_fx.patterns import Clause, Rule
-
-from ._factors import divide, fixed_rank, singles, spell
+from ...base.compat import pytree
+from ...capturing._fx import arguments
+from ...patterns import ORDINALS, Clause, Rule, lookup
 from ._facts import Facts
 from ._numbering import Numbering
-from ._operands import Operand, choose, run_lengths
-from ._told import told
+from ._operands import Operand, choose, divide, fixed_rank, run_lengths, singles, spell
 from ._value import Axis, DoesNotApplyError, Value
 
 
@@ -121,9 +120,9 @@ class Lettered:
         self.mixed = self._where("mix", arguments, runs)
         self.reduced = self._where("reduce", arguments, runs)
         #: letters along which graphs that the operator is given tell positions apart, with the reason
-        self.told = told(rule, arguments, node.target)
+        self.index_dependent = index_dependent_letters(rule, arguments, node.target)
         fixed_positions = self._where("freeze", arguments, runs) | self.placed
-        self.frozen = fixed_positions | self.told.keys()
+        self.frozen = fixed_positions | self.index_dependent.keys()
         self.windowed = self._where("window", arguments, runs)
         self.slides = slides(rule.all("slide"), arguments)
         self.windowed |= {slide.over for slide in self.slides}
@@ -165,10 +164,9 @@ class Lettered:
         for letter, name in (clause.words for clause in self.rule.all("factor")):
             if nodes.get(name) is None or letter not in letters:
                 continue
-            for axis in value.axes:
-                if letters.index(letter) in axis.varying():
-                    said = f"counted by '{name}' of {self.node.target}, which is computed at run time"
-                    self.facts.say(self.facts.frozen, axis.numbers, said, self.node)
+            axes = [axis for axis in value.axes if letters.index(letter) in axis.varying()]
+            reason = f"counted by '{name}' of {self.node.target}, which is computed at run time"
+            self.facts.freeze(axes, reason, self.node)
 
     def _activate(self) -> None:
         """What no weight had a part in (a state of zeros before the first step) meets a weight as an
@@ -337,3 +335,56 @@ def _dims_argument(value: Any, rank: int) -> list[int]:
     if value is None or value == []:
         return list(range(rank))
     return [int(dim) % rank for dim in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+# --- Operators that are given graphs: which positions the graphs are told, and whether anything depends on
+# that.
+
+
+def index_dependent_letters(rule: Rule, given: dict[str, Any], target: object) -> dict[str, str]:
+    """The letters along which a call tells positions apart, each with the reason why none of them can go.
+
+    A graph is told the number of a position; with another position gone it would be told another number. Only
+    where nothing that it gives depends on that number, and no table beside it has an entry for each position,
+    are all positions alike.
+    """
+    found: dict[str, str] = {}
+    for letter, name, ordinal in (clause.words for clause in rule.all("index_dependent_letters")):
+        why = _tells_apart(given.get(name), ORDINALS[ordinal])
+        if why is not None:
+            found.setdefault(letter, f"'{name}' of {target} {why}")
+    return found
+
+
+def _tells_apart(given: Any, place: int) -> str | None:
+    parts = given if isinstance(given, (list, tuple)) else [given]
+    if any(isinstance(part, Value) and len(part.shape) > place and part.shape[place] > 1 for part in parts):
+        return "has an entry for each position along this dimension"
+    graphs = [part for part in parts if isinstance(part, fx.GraphModule)]
+    if not graphs:
+        return "is no graph that could be read, so that it may tell positions along this dimension apart"
+    if any(_depends(graph.graph, place) for graph in graphs):
+        return "tells positions along this dimension apart"
+    return None
+
+
+def _depends(graph: fx.Graph, place: int) -> bool:
+    """Whether anything that a graph gives, or any write of its, depends on the value of an input."""
+    reached = {graph.find_nodes(op="placeholder")[place]}
+    for node in graph.nodes:  # in topological order
+        if not reached.isdisjoint(_values_read(node)):
+            if node.op == "output" or node.is_impure():
+                return True
+            reached.add(node)
+    return False
+
+
+def _values_read(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values a node's result can depend on; of a tensor that one is made like
+    (``new_zeros``), only type and device are read.
+    """
+    rule = lookup(node.target)
+    if rule is None or not rule.creates:
+        return node.all_input_nodes
+    others = [value for name, value in arguments(node).items() if name != "self"]
+    return [leaf for leaf in pytree.tree_leaves(others) if isinstance(leaf, fx.Node)]

@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 
 from ._consume import make_use, note_stacked, part_blocks, why_no_consumer
-from ._distinct import distinct
-from ._factors import join, singles
-from ._facts import Product, Remark
+from ._facts import Product
 from ._lettered import Lettered
-from ._meeting import Found, couple
+from ._meeting import Found, consume_recurring, couple, meet_recurring, stretched
 from ._named import look_up
-from ._operands import Operand, align
-from ._recurring import consume_recurring, meet_recurring
-from ._repeating import repeating
-from ._stretching import stretched
+from ._numbering import distinct
+from ._operands import Operand, align, join, singles
+from ._regroup import repeating
 from ._value import Axis, DoesNotApplyError, Value
 
 
@@ -115,17 +112,18 @@ class Relation(Lettered):
             for axis in operand.at(letter)
         ]
         if letter in self.gates:
-            self._say(
+            self.facts.say(
                 self.facts.frozen,
                 [numbers for _, _, numbers in found],
                 f"these are gates of {self.node.target}",
+                self.node,
             )
         if not found:
             return []
         if letter in self.inside:
             if letter not in self.gates:
                 why = f"these are positions of a window of {self.node.target}"
-                self._say(self.facts.inside, [numbers for _, _, numbers in found], why)
+                self.facts.say(self.facts.inside, [numbers for _, _, numbers in found], why, self.node)
             return []
         if letter in self.recurs:
             of = self.recurs[letter].of
@@ -142,13 +140,12 @@ class Relation(Lettered):
         for operand in holders:
             if not operand.at(letter):
                 self._want_stretched(operand, letter)
-                for _, _, numbers in found:
-                    self.facts.say(
-                        self.facts.frozen,
-                        numbers,
-                        f"meets '{operand.name}' of {self.node.target}, which has no channels there",
-                        self.node,
-                    )
+                self.facts.say(
+                    self.facts.frozen,
+                    [numbers for _, _, numbers in found],
+                    f"meets '{operand.name}' of {self.node.target}, which has no channels there",
+                    self.node,
+                )
         if not all(operand.at(letter) for operand in holders) and not constant and letter in self.kept:
             # A weight's positions that are frozen here never go; carried on, they would only be taken for
             # channels that other weights share.
@@ -167,12 +164,14 @@ class Relation(Lettered):
             self.facts.chosen += [(numbers.reshape(-1).numpy(), self.needed) for numbers in everything]
         surviving = everything if len(holders) == 1 else couple(self, holders, found, order)
         if letter in self.frozen | self.windowed:
-            why = self.told.get(letter, f"{self.node.target} cannot lose positions along this dimension")
-            self._say(self.facts.frozen, everything, why, routing)
+            why = self.index_dependent.get(
+                letter, f"{self.node.target} cannot lose positions along this dimension"
+            )
+            self.facts.say(self.facts.frozen, everything, why, self.node, routing)
             for numbers in everything:
                 self._want_together(letter, numbers, order)
         elif letter in self.mixed | self.reduced or (letter not in self.kept and not self.contracted(letter)):
-            self._say(self.facts.mixed, everything, f"mixed by {self.node.target}", routing)
+            self.facts.say(self.facts.mixed, everything, f"mixed by {self.node.target}", self.node, routing)
         if self.contracted(letter):
             self._contract(holders, everything, vanishing)
             return []
@@ -202,12 +201,6 @@ class Relation(Lettered):
         ):
             self.facts.want_together(numbers, order.index(letter), self.node)
 
-    def _say(
-        self, remarks: list[Remark], everything: list[Tensor], reason: str, routing: bool = False
-    ) -> None:
-        for numbers in everything:
-            self.facts.say(remarks, numbers, reason, self.node, routing)
-
     def _route(self, holders: list[Operand], found: list[Found]) -> None:
         """Blocks chosen at run time go with the numbers by which they are chosen."""
         everything = [numbers for _, _, numbers in found]
@@ -216,7 +209,13 @@ class Relation(Lettered):
         known = all(
             operand.at(letter) for operand in holders for letter in self.routes if letter in operand.letters
         )
-        self._say(self.facts.frozen, everything, f"chosen at run time by {self.node.target}", routing=known)
+        self.facts.say(
+            self.facts.frozen,
+            everything,
+            f"chosen at run time by {self.node.target}",
+            self.node,
+            routing=known,
+        )
 
     def _looked_up(self, letter: str, found: list[Found]) -> bool:
         """Whether the positions along a letter are looked up by integers that name them."""
@@ -248,27 +247,29 @@ class Relation(Lettered):
                 f"contracted between two activations by {self.node.target}, of which '{varying.node}' has"
                 " other channels at other sizes"
             )
-            self._say(self.facts.frozen, everything, reason)
+            self.facts.say(self.facts.frozen, everything, reason, self.node)
         elif len(activations) > 1:
-            self._say(
+            self.facts.say(
                 self.facts.exempt,
                 everything,
                 f"contracted between two activations by {self.node.target}",
+                self.node,
                 vanishing,
             )
             numbers = distinct(np.concatenate([n.reshape(-1).numpy() for n in everything]))
             operands = tuple(operand.node for operand in activations if operand.node is not None)
             self.facts.products.append(Product(self.node, operands, numbers[numbers >= 0]))
         elif len(weights) != 1 or len(activations) != 1:
-            self._say(
+            self.facts.say(
                 self.facts.frozen,
                 everything,
                 f"weights, or values looked up in them, are multiplied together by {self.node.target}",
+                self.node,
             )
         else:
             problem = why_no_consumer(self, weights[0], activations[0])
             if problem is not None:
-                self._say(self.facts.frozen, everything, problem)
+                self.facts.say(self.facts.frozen, everything, problem, self.node)
 
     def _consume(self) -> None:
         """Record each weight that is contracted with an activation."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import reduce
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from ._consume import want_blocks
+from ...capturing._fx import arguments
+from ...patterns import CASTS, lookup
+from ._consume import make_use, want_blocks, why_no_consumer
+from ._facts import Recurrence
 from ._lettered import Lettered
 from ._operands import Operand
 from ._value import NONE, Axis
@@ -87,3 +92,126 @@ def _alike(numbers: Tensor, leaders: list[Tensor]) -> int | None:
         if together == int(parts[0].max()) + 1 == int(parts[1].max()) + 1:
             return index
     return None
+
+
+# --- Operators that take their own result of one step before: a weight's columns that meet no tensor of the
+# graph.
+
+
+def meet_recurring(
+    relation: Lettered,
+    letter: str,
+    columns: list[tuple[Operand, Tensor]],
+    channels: list[Tensor],
+    turn: tuple[int, int],
+) -> None:
+    """Couple a weight's columns with the channels of the result that they meet; columns that meet none stay.
+
+    Args:
+        columns: the weights with the numbers of their columns, ``channels`` those along the result's letter,
+            all aligned.
+        turn: the places of the two letters in that alignment.
+    """
+    state = relation.before(letter)
+    for weight, numbers in columns:
+        problem = (
+            why_no_consumer(relation, weight, state)
+            if channels and state is not None
+            else f"'{weight.name}' of {relation.node.target} meets no channels"
+        )
+        if problem is not None:
+            relation.facts.say(relation.facts.frozen, numbers, problem, relation.node)
+        for own in channels:
+            relation.facts.couple(numbers.transpose(*turn), own, relation.node)
+
+
+def consume_recurring(relation: Lettered) -> None:
+    """Record each weight that is contracted with the result one step before."""
+    for letter, recurring in relation.recurs.items():
+        state = relation.before(letter)
+        for weight in relation.operands:
+            if (
+                state is None
+                or recurring.start is None
+                or letter not in weight.letters
+                or not weight.at(letter)
+            ):
+                continue
+            if weight.value.constant and why_no_consumer(relation, weight, state) is None:
+                use = make_use(relation, weight, state)
+                relation.facts.uses.append(
+                    replace(use, recurrence=Recurrence(recurring.start, recurring.steps))
+                )
+
+
+# --- Where an expansion repeats what a weight's channels meet: what is repeated can be repeated less often.
+
+
+#: operators that repeat a dimension of one, and the argument that says how often
+_REPEATS = {torch.ops.aten.expand.default: "size", torch.ops.aten.repeat.default: "repeats"}
+
+
+def stretched(node: fx.Node, dim: int) -> Iterator[tuple[str, int]]:
+    """The expansions, each with its dimension, that give a result its size along one dimension: itself, or
+    those that it is computed from, element by element or summed up along others.
+
+    Args:
+        dim: counted from the end, so that it is the same in whatever is broadcast.
+    """
+    seen: set[fx.Node] = set()
+    reached = [(node, dim)]
+    while reached:
+        node, dim = reached.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.target in _REPEATS:
+            sizes = arguments(node)[_REPEATS[node.target]]
+            if isinstance(sizes[dim], int) and sizes[dim] > 1 and _is_one(node.all_input_nodes[0], dim):
+                yield node.name, len(sizes) + dim
+        else:
+            dim = _before(node, dim)
+            reached += [(given, dim) for given in node.all_input_nodes if dim and not _is_one(given, dim)]
+
+
+def _before(node: fx.Node, dim: int) -> int:
+    """Which dimension of an operator's operands one of its result's is, both from the end; zero where that is
+    not known. Operators are looked at that compute elements from those at the same place, or sum some up.
+    """
+    rule = lookup(node.target) if node.op == "call_function" else None
+    if rule is None:
+        return 0
+    if str(node.target) in CASTS:
+        return dim
+    forms = [
+        (*alternative.results, *(operand.dims for operand in alternative.operands))
+        for alternative in rule.alternatives
+    ]
+    if not forms or any(dims != ("...",) for form in forms for dims in form):
+        return 0
+    if not rule.clauses:
+        return dim
+    if [clause.keyword for clause in rule.clauses] not in (["reduce"], ["reduce", "add"]):
+        return 0
+    given = arguments(node)
+    rank, reduced = _rank(node.all_input_nodes[0]), given[rule.clauses[0].words[0]]
+    gone = {at % rank for at in ([reduced] if isinstance(reduced, int) else reduced or range(rank))}
+    if given.get("keepdim"):
+        return dim if (dim % rank) not in gone else 0
+    return [at for at in range(rank) if at not in gone][dim] - rank
+
+
+def _rank(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else 0
+
+
+def _is_one(node: fx.Node, dim: int) -> bool:
+    """Whether a dimension from the end has one position, or is not there. Sizes that vary are not asked: it
+    would settle them.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dim() < -dim:
+        return True
+    size = value.shape[dim]
+    return isinstance(size, int) and size == 1

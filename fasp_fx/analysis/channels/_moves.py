@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, partial, reduce
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,10 @@ from fasp_fx.patterns import RESHAPES, VIEWS, Rule
 from ...base.compat import pytree
 from ...capturing._fx import arguments as arguments_of
 from ...capturing._sizes import Sizes, is_dynamic
-from ._distinct import are_among
 from ._facts import Facts
-from ._grids import without_grids
-from ._masked import is_mask, lone_mask
-from ._named import look_up
-from ._regroup import Segment, regroup, segments
+from ._named import is_mask, lone_mask, look_up
+from ._numbering import are_among
+from ._regroup import Segment, regroup, segments, without_grids
 from ._value import NONE, Axis, DoesNotApplyError, Value, collapse, smallest_step
 
 
@@ -376,18 +375,11 @@ def _part_at_run_time(
     """Parts of unknown length, such as the tokens of each expert: what does not vary along the dimension is
     the same in each.
     """
-    axes: list[Axis] = []
-    for axis in source.axes:
-        if any(axis.numbers.shape[int(arguments[clause.words[1]])] > 1 for clause in rule.all("sizes")):
-            facts.say(
-                facts.frozen,
-                axis.numbers,
-                f"is cut at a length known only at run time by {node.target}",
-                node,
-            )
-        else:
-            axes.append(axis)
-    return [Value(shape, tuple(axes), source.constant) for shape in shapes]
+    dims = {int(arguments[clause.words[1]]) % len(source.shape) for clause in rule.all("sizes")}
+    alike = tuple(axis for axis in source.axes if dims.isdisjoint(axis.varying()))
+    cut = [axis for axis in source.axes if not dims.isdisjoint(axis.varying())]
+    facts.freeze(cut, f"is cut at a length known only at run time by {node.target}", node)
+    return [Value(shape, alike, source.constant) for shape in shapes]
 
 
 def _aligned(
@@ -454,11 +446,10 @@ def _some_index(value: Any, given: Any, result: tuple[int, ...]) -> Any:
 
 def _alike_along(source: Value, dims: set[int], node: fx.Node, facts: Facts) -> Value:
     """Couple what differs along dimensions whose positions are chosen at run time."""
-    axes = []
-    for axis in source.axes:
-        for dim in dims - {axis.dim}:
-            axis = _alike(axis, dim, node, facts)
-        axes.append(axis)
+    axes = (
+        reduce(lambda axis, dim: _alike(axis, dim, node, facts), dims - {axis.dim}, axis)
+        for axis in source.axes
+    )
     return replace(source, axes=tuple(axes))
 
 
@@ -576,15 +567,6 @@ def _at_run_time(node: fx.Node, rule: Rule, joined: int) -> bool:
     return any(isinstance(val, Tensor) and is_dynamic(val.shape[joined]) for val in recorded)
 
 
-def _together(found: list[Axis], facts: Facts, node: fx.Node) -> list[Axis]:
-    """Freeze the axes that share a dimension which others are joined with, and go on without them."""
-    for axis in found:
-        facts.say(
-            facts.frozen, axis.numbers, f"lies with others along the dimension that {node.target} joins", node
-        )
-    return []
-
-
 def _join(
     node: fx.Node,
     rule: Rule,
@@ -604,18 +586,14 @@ def _join(
     for dim in range(len(sources[0].shape)):
         per_source = [source.at(dim) for source in sources]
         if not stacked and dim == joined:
-            per_source = [found if len(found) < 2 else _together(found, facts, node) for found in per_source]
+            several = [axis for found in per_source if len(found) > 1 for axis in found]
+            facts.freeze(several, f"lies with others along the dimension that {node.target} joins", node)
+            per_source = [found if len(found) < 2 else [] for found in per_source]
         if not any(per_source):
             continue
         if max(map(len, per_source)) > 1 or (not all(per_source) and (stacked or dim != joined)):
-            for source_axes in per_source:
-                for axis in source_axes:
-                    facts.say(
-                        facts.frozen,
-                        axis.numbers,
-                        f"meets a part of {node.target} that has no channels there",
-                        node,
-                    )
+            reason = f"meets a part of {node.target} that has no channels there"
+            facts.freeze(itertools.chain(*per_source), reason, node)
             continue
         if (
             not stacked
@@ -623,13 +601,8 @@ def _join(
             and _at_run_time(node, rule, joined)
         ):
             if dim == joined:
-                for axis in (axis for found in per_source for axis in found):
-                    facts.say(
-                        facts.frozen,
-                        axis.numbers,
-                        f"{node.target} puts it beside something of a length known only at run time",
-                        node,
-                    )
+                reason = f"{node.target} puts it beside something of a length known only at run time"
+                facts.freeze(itertools.chain(*per_source), reason, node)
                 continue
             per_source = [[_alike(axis, joined, node, facts) for axis in found] for found in per_source]
         parts = [

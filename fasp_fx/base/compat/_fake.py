@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
-from unittest import mock
+from collections.abc import Iterator
 
 import torch
-import torch._subclasses.fake_impls
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -39,32 +35,6 @@ def silent_fake_tensors() -> Iterator[None]:
         logger.removeFilter(passes)
 
 
-def answered_by(
-    answer: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any], operators: Iterable[Any]
-) -> contextlib.AbstractContextManager[Any]:
-    """Let fake tensors of symbolic sizes ask first what operators return of them, and run these only where
-    the answer is ``None``.
-    """
-    table = torch._subclasses.fake_impls.get_fast_op_impls()
-    return mock.patch.dict(
-        table, {operator: functools.partial(_asked, table, answer, operator) for operator in operators}
-    )
-
-
-def _asked(
-    table: dict[Any, Any], answer: Callable[..., Any], operator: Any, mode: Any, *args: Any, **kwargs: Any
-) -> Any:
-    with mode:
-        made = answer(operator, args, kwargs)
-        if made is not None:
-            return made
-        asked = table.pop(operator)
-        try:
-            return operator(*args, **kwargs)
-        finally:
-            table[operator] = asked
-
-
 def without_fake_cache() -> contextlib.AbstractContextManager[None]:
     """Trace without torch's cache of what operators made of fake tensors."""
     return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
@@ -81,7 +51,6 @@ __all__ = [
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
-    "answered_by",
     "enable_python_dispatcher",
     "is_of_fake_cache",
     "silent_fake_tensors",

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from types import TracebackType
 
+import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import ArgumentError
 from .._device import check_device
+from .._storage import storage_of
 from ._current import kept_in
 from ._scratch import Scratch
-from ._watch import Watch
 
 #: bytes of weights that may be in memory at once, if nothing else is asked for
 RESIDENT = 2**30
@@ -81,25 +84,62 @@ def keep_weights(model: nn.Module, scratch: Scratch) -> None:
             f"scratch is a {type(scratch).__name__}; pass what `with fasp_fx.offload() as scratch` gives"
         )
     tensors = list({id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}.values())
-    shared = Counter(_storage(tensor) for tensor in tensors)
+    shared = Counter(storage_of(tensor) for tensor in tensors)
     with torch.no_grad():
         for tensor in tensors:
             values = tensor.detach()
             if (
-                shared[_storage(tensor)] == 1
+                shared[storage_of(tensor)] == 1
                 and not tensor.is_inference()
                 and (kept := scratch.keep(values)) is not values
             ):
                 tensor.data = kept
 
 
-def _storage(tensor: Tensor) -> int:
-    """What tells the memory of a tensor from that of others."""
-    return (
-        tensor.untyped_storage().data_ptr()
-        if tensor.layout is torch.strided and tensor.device.type != "meta"
-        else id(tensor)
-    )
+# --- Keep the memory that mapped files take below a limit.
 
 
-__all__ = ["RESIDENT", "keep_weights", "offload"]
+#: seconds between looks
+_EVERY = 0.01
+
+
+class Watch:
+    """Looks again and again, on a thread of its own, how much of mapped files is in memory, and releases it
+    beyond a limit.
+
+    The operating system does the same where memory is short; this does it before, so that other programs keep
+    theirs. Where it does not say how much of a process is mapped files, as Linux does, nothing is done.
+
+    Args:
+        resident: bytes of mapped files, beyond those of the libraries that are loaded when the watch begins.
+    """
+
+    def __init__(self, scratch: Scratch, resident: int) -> None:
+        self._scratch, self._limit = scratch, resident
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="fasp_fx-offload", daemon=True)
+
+    def __enter__(self) -> Watch:
+        before = mapped_bytes()
+        if before is not None:
+            self._limit += before
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(_EVERY):
+            if (mapped_bytes() or 0) > self._limit:
+                self._scratch.release()
+
+
+def mapped_bytes() -> int | None:
+    """How many bytes of mapped files this process has in memory, where that can be known."""
+    shared: int | None = getattr(psutil.Process().memory_info(), "shared", None)
+    return shared

@@ -181,6 +181,3 @@ def _reserve(descriptor: int, size: int) -> None:
         os.posix_fallocate(descriptor, 0, size)
     else:
         os.truncate(descriptor, size)
-
-
-__all__ = ["SMALLEST", "Scratch"]

@@ -217,6 +217,3 @@ def _kind(dtype: torch.dtype) -> str:
     if dtype == torch.bool:
         return "bool"
     return "float" if dtype.is_floating_point else "complex" if dtype.is_complex else "integer"
-
-
-__all__ = ["Guards", "guard_calls"]

@@ -17,14 +17,11 @@ import torch
 from ...base._tolerable import tolerable
 from ...base.compat import PyTreeCodeGen, PyTreeInfo, pytree
 from ...errors import ArgumentError, CallError, CaptureError
-from ._constants import alike
-from ._outline import check_outline, outline_of
+from ._constants import PLAIN, alike, check_outline, outline_of
 
 #: defaults that generated code spells out; others must stay the same object, by which an argument left out is
 #: recognised
 _LITERAL = (type(None), bool)
-#: constants that exporters take as arguments
-_PLAIN = (type(None), bool, int, float, str)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
 
 
@@ -35,7 +32,7 @@ def has_tensor(value: Any) -> bool:
 
 def is_plain(value: Any) -> bool:
     """Whether a (possibly nested) argument holds nothing but plain data."""
-    return all(isinstance(leaf, _PLAIN) for leaf in pytree.tree_leaves(value))
+    return all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(value))
 
 
 @dataclass(frozen=True)
@@ -216,19 +213,54 @@ def _kept(value: Any) -> Any:
         return value
 
 
-class _Checks:
-    """What generated code refers to: fx keys globals by value, so that constants must hide behind
-    one object.
+class _Call:
+    """What generated code refers to: fx keys globals by value, so that constants must hide behind one object.
+
+    Attributes:
+        defaults: those of ``forward``, which generated code cannot spell out.
     """
 
-    def __init__(self, captured: dict[str, Any], defaults: dict[str, Any], outlines: dict[str, Any]) -> None:
-        self.captured, self.defaults, self.outlines = captured, defaults, outlines
-        self.constant, self.missing, self.count, self.outline = (
-            check_constant,
-            refuse_missing,
-            refuse_count,
-            check_outline,
+    def __init__(self, signature: CallSignature, spec: pytree.TreeSpec) -> None:
+        parameters = signature.parameters.parameters.values()
+        self.defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+        self.captured, self.constants, self.outlines = (
+            signature.captured,
+            signature.constants,
+            signature.outlines,
         )
+        self.expected = {**self.defaults, **signature.constants}
+        self.rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), "")
+        self.variadic = signature.variadic()
+        self.by_position = signature.given()[: spec.child(0).num_children]
+        self.keywords = spec.child(1).context or []
+
+    def inputs(
+        self, named: dict[str, Any], rest: tuple[Any, ...], extra: dict[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments of a call as the graph takes them, by position and by name.
+
+        Raises:
+            CallError: an argument was not captured, is missing, or differs from the constant seen at capture.
+        """
+        if len(rest) != len(self.variadic):
+            refuse_count(self.rest, len(rest), len(self.variadic))
+        given = {**named, **dict(zip(self.variadic, rest)), **extra}
+        for name in self.captured:
+            if given.get(name) is None:
+                refuse_missing(name)
+        for name, value in given.items():
+            if name not in self.captured:
+                check_constant(name, value, self.expected.get(name))
+        for name, outline in self.outlines.items():
+            check_outline(name, given[name], outline)
+        given.update(self.constants)
+        return [given[name] for name in self.by_position], {key: given[key] for key in self.keywords}
+
+
+class _Code(str):
+    """Text that a signature shows as it is."""
+
+    __repr__ = str.__str__
 
 
 class CallerCodeGen(PyTreeCodeGen):
@@ -236,131 +268,40 @@ class CallerCodeGen(PyTreeCodeGen):
 
     def __init__(self, signature: CallSignature, pytree_info: PyTreeInfo) -> None:
         super().__init__(pytree_info)
-        self.signature = signature
-        parameters = signature.parameters.parameters
-        defaults = {
-            name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty
-        }
-        self.checks = _Checks(self._expected(), defaults, signature.outlines)
+        self.signature, self.call = signature, _Call(signature, pytree_info.in_spec)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallerCodeGen:
         return CallerCodeGen(self.signature, self.pytree_info)  # neither ever changes
 
     def additional_globals(self) -> list[tuple[str, Any]]:
-        return [*super().additional_globals(), ("_call", self.checks)]
-
-    def _expected(self) -> dict[str, Any]:
-        found = dict(self.signature.constants)
-        for name, parameter in self.signature.parameters.parameters.items():
-            if name not in self.signature.captured and parameter.default is not inspect.Parameter.empty:
-                found.setdefault(name, parameter.default)
-        return found
+        return [*super().additional_globals(), ("_call", self.call)]
 
     def _head(self) -> str:
-        parts = ["self"]
-        previous = None
-        for name, parameter in self.signature.parameters.parameters.items():
-            if previous is inspect.Parameter.POSITIONAL_ONLY and parameter.kind is not previous:
-                parts.append("/")
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and previous not in (
-                parameter.kind,
-                inspect.Parameter.VAR_POSITIONAL,
-            ):
-                parts.append("*")
-            previous = parameter.kind
-            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-                parts.append(f"*{name}")
-            elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                parts.append(f"**{name}")
-            elif parameter.default is inspect.Parameter.empty:
-                parts.append(name)
-            else:
-                literal = isinstance(parameter.default, _LITERAL)
-                parts.append(
-                    f"{name}={parameter.default!r}" if literal else f"{name}=_call.defaults[{name!r}]"
-                )
-        if previous is inspect.Parameter.POSITIONAL_ONLY:
-            parts.append("/")
-        return ", ".join(parts)
+        """The parameters of ``forward`` as code."""
+        parameters = [
+            parameter.replace(
+                annotation=inspect.Parameter.empty,
+                default=parameter.default
+                if isinstance(parameter.default, _LITERAL) or parameter.name not in self.call.defaults
+                else _Code(f"_call.defaults[{parameter.name!r}]"),
+            )
+            for parameter in self.signature.parameters.parameters.values()
+        ]
+        kinds = {parameter.kind for parameter in parameters} & {inspect.Parameter.POSITIONAL_ONLY}
+        own = inspect.Parameter("self", *(kinds or {inspect.Parameter.POSITIONAL_OR_KEYWORD}))
+        return str(inspect.Signature([own, *parameters]))
 
     def gen_fn_def(
         self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False
     ) -> str:
-        parameters = self.signature.parameters.parameters
-        named = [
-            name
-            for name, p in parameters.items()
-            if p.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        ]
-        lines = [f"def forward({self._head()}){maybe_return_annotation}:"]
-        extra = next(
-            (name for name, p in parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD), None
-        )
-        rest = next(
-            (name for name, p in parameters.items() if p.kind is inspect.Parameter.VAR_POSITIONAL), None
-        )
-        lines += [
-            f"    if {name} is None: _call.missing({name!r})"
-            for name in self.signature.captured
-            if name in named
-        ]
-        lines += [
-            f"    _call.constant({name!r}, {name}, _call.captured[{name!r}])"
-            for name in named
-            if name not in self.signature.captured and name in self._expected()
-        ]
-        if extra is not None:
-            others = [
-                name
-                for name in self.signature.captured
-                if name not in named and not (rest and name.startswith(f"{rest}_"))
-            ]
-            lines += [f"    if {name!r} not in {extra}: _call.missing({name!r})" for name in others]
-            known = (
-                "{"
-                + ", ".join(
-                    f"{name!r}: _call.captured[{name!r}]"
-                    for name in self.signature.constants
-                    if name not in named
-                )
-                + "}"
-            )
-            lines.append(f"    for _name, _value in {extra}.items():")
-            lines.append(
-                f"        if _name not in {tuple(others)!r}: _call.constant(_name, _value,"
-                f" {known}.get(_name))"
-            )
-        in_spec = self.pytree_info.in_spec
-        variadic = self.signature.variadic()
-        if rest is not None:
-            lines.append(
-                f"    if len({rest}) != {len(variadic)}: _call.count({rest!r}, len({rest}), {len(variadic)})"
-            )
-        for name in self.signature.outlines:
-            where = (
-                f"{rest}[{variadic.index(name)}]" if name in variadic else self._keyword(name, named, extra)
-            )
-            lines.append(f"    _call.outline({name!r}, {where}, _call.outlines[{name!r}])")
-        by_position = self.signature.given()[: in_spec.child(0).num_children]
-        first = [
-            (
-                f"*{rest}"
-                if name in variadic
-                else f"_call.captured[{name!r}]"
-                if name in self.signature.constants
-                else name
-            )
-            for name in by_position
-        ]
-        keywords = [f"{key!r}: {self._keyword(key, named, extra)}" for key in in_spec.child(1).context or []]
+        kinds = {name: p.kind for name, p in self.signature.parameters.parameters.items()}
+        by_kind = {kind: name for name, kind in kinds.items()}
+        rest = by_kind.get(inspect.Parameter.VAR_POSITIONAL)
+        extra = by_kind.get(inspect.Parameter.VAR_KEYWORD)
+        named = ", ".join(f"{name!r}: {name}" for name in kinds if name not in (rest, extra))
         names = ", ".join(var.split(":")[0].split("#")[0].strip() for var in free_vars)
-        lines.append(
-            f"    {names}, = fx_pytree.tree_flatten_spec(([{', '.join(dict.fromkeys(first))}],"
-            f" {{{', '.join(keywords)}}}), self._in_spec)"
+        return (
+            f"def forward{self._head()}{maybe_return_annotation}:\n"
+            f"    _name, _value = _call.inputs({{{named}}}, {rest or '()'}, {extra or '{}'})\n"
+            f"    {names}, = fx_pytree.tree_flatten_spec((_name, _value), self._in_spec)\n"
         )
-        return "\n".join(lines) + "\n"
-
-    def _keyword(self, key: str, named: list[str], extra: str | None) -> str:
-        if key in self.signature.constants:
-            return f"_call.captured[{key!r}]"
-        return key if key in named else f"{extra}[{key!r}]"

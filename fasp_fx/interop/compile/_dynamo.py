@@ -29,7 +29,7 @@ from ...capturing import (
     single_layers,
     taken_apart,
 )
-from ...capturing._flex import FLEX
+from ...capturing._attention import FLEX
 from ...capturing._program import Program, graph_module
 from ...capturing.calling._signature import CallSignature
 from ...errors import CaptureError, first_line

@@ -22,8 +22,7 @@ from ...base.compat import pytree
 from ...capturing import capture, recorded_shapes
 from ...capturing._compare_with_model import called, trouble_with
 from ...capturing._program import Program
-from ...capturing._reaching import noting_reads, said_of_reads
-from ...capturing._unchanged import rewound
+from ...capturing._unchanged import noting_reads, rewound, said_of_reads
 from ...errors import ArgumentError, EagerError, first_line
 from ...passes import KeepDenseCount, PadValueHeads, PinAttentionScale, split_fused
 from ...passes._finish import finish

@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 from ...base._deviation import deviation
 from ...base.compat import free_unbacked_symbols
 from ...capturing._fx import arguments, attribute, results, target_name, written_by
+from ...capturing._program import ExportFacts
 from ...capturing._sizes import same_sizes
-from ...capturing.calling._facts import ExportFacts
 from ...patterns import RESHAPES, lookup
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default

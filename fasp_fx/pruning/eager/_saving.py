@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...base._tolerable import tolerable
-from ...capturing._quiet import quiet
+from ...base._warn import quiet
 from ...capturing._transformers import is_transformers
 from ...errors import EagerError
 

@@ -25,9 +25,8 @@ from ...calibration.observe._calibration import calibration_calls
 from ...calibration.observe._trial import ModelTrial, ServedTrial
 from ...calibration.observe._visit import Decision
 from ...capturing._captured import Captured
-from ...capturing._reaching import noting_reads, said_of_reads
 from ...capturing._transformers import is_transformers, register_caches
-from ...capturing._unchanged import rewound
+from ...capturing._unchanged import noting_reads, rewound, said_of_reads
 from ...capturing.calling._signature import CallSignature
 from ...errors import (
     ArgumentError,

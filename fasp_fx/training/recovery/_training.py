@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ...base._device import device_of, products_in_bfloat16
-from ...base._seeded import seed_of
-from ...base._undisturbed import drawing_alike
+from ...base._undisturbed import drawing_alike, seed_of
 from ...capturing._attention import ToldOfCausality
 from ...errors import ArgumentError
 from ...pruning.report import CurvePoint

@@ -1,0 +1,209 @@
+"""Operators written as others that have rules, or that leave sizes free, for exporters."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.compat import OpOverload, traced_by
+
+# --- Layers of core ATen (``run_decompositions()``), written as the operators that models call, which have
+# the rules: both compute the same, by the same kernel.
+
+
+_ATEN = torch.ops.aten
+_CONVOLUTIONS = {1: _ATEN.conv1d.default, 2: _ATEN.conv2d.default, 3: _ATEN.conv3d.default}
+_TRANSPOSED = {
+    1: _ATEN.conv_transpose1d.default,
+    2: _ATEN.conv_transpose2d.input,
+    3: _ATEN.conv_transpose3d.input,
+}
+
+
+def _convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Any:
+    rank = weight.dim() - 2
+    if rank not in _CONVOLUTIONS:
+        return NotImplemented
+    if transposed:
+        return _TRANSPOSED[rank](input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _CONVOLUTIONS[rank](input, weight, bias, stride, padding, dilation, groups)
+
+
+def _layer_norm(
+    input: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Any:
+    dims = list(range(input.dim() - len(normalized_shape), input.dim()))
+    return (
+        _ATEN.layer_norm.default(input, normalized_shape, weight, bias, eps),
+        *_moments(input, dims, eps),
+    )
+
+
+def _group_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    N: Any,
+    C: Any,
+    HxW: Any,
+    group: int,
+    eps: float,
+) -> Any:
+    mean, scale = _moments(_ATEN.view.default(input, [N, group, -1]), [2], eps)
+    return (
+        _ATEN.group_norm.default(input, group, weight, bias, eps),
+        _ATEN.view.default(mean, [N, group]),
+        _ATEN.view.default(scale, [N, group]),
+    )
+
+
+def _moments(input: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor]:
+    """What a norm returns for its derivative, which nothing in a forward pass uses."""
+    variance = _ATEN.var.correction(input, dims, correction=0, keepdim=True)
+    return _ATEN.mean.dim(input, dims, True), _ATEN.rsqrt.default(_ATEN.add.Scalar(variance, eps))
+
+
+#: for :meth:`torch.export.ExportedProgram.run_decompositions`
+CORE: dict[OpOverload, Callable[..., Any]] = {
+    _ATEN.convolution.default: _convolution,
+    _ATEN.native_layer_norm.default: _layer_norm,
+    _ATEN.native_group_norm.default: _group_norm,
+}
+
+
+# --- Assignments to a slice (``x[:, 1:] += y``), written as what they are to channels: a concatenation of
+# what stays and what is new; and to a mask, a choice.
+#
+# Functionalised the former are ``slice_scatter`` and ``select_scatter`` of a ``copy``. Nothing can go
+# along the dimension of a scatter, which has no gradient for complex tensors, and a copy has none at all.
+
+
+def _slice_scatter(
+    self: Tensor, src: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> Any:
+    """``NotImplemented``, which leaves the operator as it is, where the pieces are not known
+    while capturing.
+    """
+    start, end = 0 if start is None else start, sys.maxsize if end is None else end
+    fixed = all(type(bound) is int for bound in (start, end, step))
+    if (
+        not fixed
+        or step != 1
+        or src.dtype != self.dtype
+        or (isinstance(src.shape[dim], int) and src.shape[dim] == 0)
+    ):
+        return NotImplemented
+    before = [] if start == 0 else [_ATEN.slice.Tensor(self, dim, 0, start)]
+    after = [] if end == sys.maxsize else [_ATEN.slice.Tensor(self, dim, end, sys.maxsize)]
+    pieces = [
+        piece
+        for piece in (*before, src, *after)
+        if not (isinstance(piece.shape[dim], int) and piece.shape[dim] == 0)
+    ]
+    return _ATEN.cat.default(pieces, dim) if len(pieces) > 1 else _ATEN.clone.default(src)
+
+
+def _select_scatter(self: Tensor, src: Tensor, dim: int, index: Any) -> Any:
+    if type(index) is not int:
+        return NotImplemented
+    rank = self.dim()
+    return _slice_scatter(
+        self, _ATEN.unsqueeze.default(src, dim % rank), dim % rank, index, None if index == -1 else index + 1
+    )
+
+
+def _index_put(self: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
+    """One value wherever a mask is true (``x[x > 1] = 1``)."""
+    mask = indices[0] if len(indices) == 1 else None
+    one = all(isinstance(size, int) and size == 1 for size in values.shape)
+    if mask is None or mask.dtype != torch.bool or not one or accumulate:
+        return NotImplemented
+    for _ in range(self.dim() - mask.dim()):
+        mask = _ATEN.unsqueeze.default(mask, -1)
+    return _ATEN.where.self(mask, _ATEN.view.default(values, []), self)
+
+
+def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Any:
+    if src.device != self.device:
+        return NotImplemented
+    cast = (
+        _ATEN.clone.default(src) if src.dtype == self.dtype else _ATEN._to_copy.default(src, dtype=self.dtype)
+    )
+    return cast if cast.shape == self.shape else _ATEN.expand.default(cast, list(self.shape))
+
+
+#: for :meth:`torch.export.ExportedProgram.run_decompositions`
+ASSIGNMENTS: dict[OpOverload, Callable[..., Any]] = {
+    _ATEN.copy.default: _copy,
+    _ATEN.index_put.default: _index_put,
+    _ATEN.slice_scatter.default: _slice_scatter,
+    _ATEN.select_scatter.default: _select_scatter,
+}
+
+
+# --- Recurrent layers over any number of steps.
+#
+# What an exporter needs to know of a recurrent operator are the shapes of its results. Torch finds them
+# by running a decomposition step by step, which fixes the number of steps; here they are read off the
+# shapes of the operands.
+
+
+def _lstm(
+    input: Tensor,
+    hx: list[Tensor],
+    params: list[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    *options: bool,
+) -> Any:
+    return (_steps(input, hx[0], options[0]), torch.empty_like(hx[0]), torch.empty_like(hx[1]))
+
+
+def _one_state(
+    input: Tensor,
+    hx: Tensor,
+    params: list[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    *options: bool,
+) -> Any:
+    return (_steps(input, hx, options[0]), torch.empty_like(hx))
+
+
+def _steps(input: Tensor, state: Tensor, bidirectional: bool) -> Tensor:
+    """An output for each step, ``[steps, sequences, width]`` or ``[sequences, steps, width]`` as the input
+    is.
+    """
+    return input.new_empty([*input.shape[:2], state.shape[-1] * (2 if bidirectional else 1)])
+
+
+_KERNELS: dict[OpOverload, Callable[..., Any]] = {
+    _ATEN.lstm.input: _lstm,
+    _ATEN.gru.input: _one_state,
+    _ATEN.rnn_tanh.input: _one_state,
+    _ATEN.rnn_relu.input: _one_state,
+}
+
+
+def any_number_of_steps() -> contextlib.AbstractContextManager[None]:
+    """Recurrent operators that are traced inside do not fix the number of steps."""
+    return traced_by(_KERNELS)
