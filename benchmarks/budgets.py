@@ -1,141 +1,86 @@
-"""Budgets asked, met and measured: what stays of parameters, bytes, multiply-accumulates and time, on a
-ResNet-50 and on SmolLM2-135M, and of the latter's key-value cache.
+"""Budgets asked and met: what stays of parameters, bytes and multiply-accumulates of a ResNet-50 and of
+SmolLM2-135M, and of the latter's key-value cache, as the report says and as counted.
 
-Channels go by their magnitude and nothing is restored, since budgets do not depend on it. Times are medians
-of runs of the captured dense program, which is what a latency budget is a share of, and of the pruned one,
-taken in turn; what was promised is compared in microseconds as well.
+Channels go by their magnitude and nothing is restored, since budgets do not depend on it.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from fasp_fx.budgets import Bytes, CacheBytes, Cap, Latency, Macs, Parameters
-from fasp_fx.latency import LatencyTable
+from _protocol import arguments, macs, smollm2
+from fasp_fx.budgets import Bytes, CacheBytes, Macs, Parameters
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import fasp_fx
 from fasp_fx.passes._finish import finish
 
+HOW: dict[str, Any] = {"score": "magnitude", "restore": None}
+TOKENS = torch.randint(0, 40000, (2, 512), generator=torch.Generator().manual_seed(0))
 
-def resnet50() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+
+def resnet50() -> tuple[nn.Module, dict[str, Any]]:
     """A ResNet-50 of torchvision, with random weights, and images."""
     import torchvision
 
     torch.manual_seed(0)
-    return torchvision.models.resnet50().eval(), (torch.randn(4, 3, 224, 224),), {}
+    return torchvision.models.resnet50().eval(), {"x": torch.randn(4, 3, 224, 224)}
 
 
-def language() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """SmolLM2 and two texts of 512 tokens."""
-    from _protocol import smollm2
-
-    tokens = torch.randint(0, 40000, (2, 512), generator=torch.Generator().manual_seed(0))
-    return smollm2("cpu")[0], (), {"input_ids": tokens, "use_cache": False}
+MODELS = {
+    "resnet50": resnet50,
+    "smollm2": lambda: (smollm2("cpu")[0], {"input_ids": TOKENS, "use_cache": False}),
+}
 
 
-MODELS = {"resnet50": resnet50, "smollm2": language}
+def operations(module: Any, kwargs: dict[str, Any]) -> float:
+    """Multiply-accumulates; torch does not count what the CPU's own kernel for attention does."""
+    with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+        return macs(lambda: module(**kwargs))
 
 
-def operations(call: Callable[[], Any]) -> float:
-    """Multiply-accumulates as torch counts them."""
-    with (
-        torch.no_grad(),
-        torch.backends.mkldnn.flags(enabled=False),
-        sdpa_kernel(SDPBackend.MATH),  # torch does not count what the CPU's own kernel for attention does
-        FlopCounterMode(display=False) as counter,
-    ):
-        call()
-    return counter.get_total_flops() / 2
-
-
-@torch.no_grad()
-def times(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
-    """Median microseconds of each call, taken in turn; two rounds go before, uncounted."""
-    spent: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds + 2):
-        for call, own in zip(calls, spent, strict=True):
-            started = time.perf_counter()
-            call()
-            if turn > 1:
-                own.append(time.perf_counter() - started)
-    return [statistics.median(own) * 1e6 for own in spent]
-
-
-def cache_row(share: float) -> None:
-    """What the key-value cache of SmolLM2 takes per token, pruned to generate."""
-    from _protocol import smollm2
-
-    model, tokenizer = smollm2("cpu")
-    cap, tokens = CacheBytes(share), torch.arange(64)[None]
-    result = fasp_fx.hf.prune(model, tokenizer, budget=cap, score="magnitude", restore=None)
-    (spent,) = result.report.budgets
-
-    def taken(module: Any) -> float:
-        layers = module(input_ids=tokens, use_cache=True).past_key_values.layers
-        return float(sum(layer.keys.nbytes + layer.values.nbytes for layer in layers))
-
+def cached(module: Any) -> float:
+    """Bytes of the key-value cache of a run."""
     with torch.no_grad():
-        measured = taken(result.model) / taken(model)
+        layers = module(input_ids=torch.arange(64)[None], use_cache=True).past_key_values.layers
+    return float(sum(layer.keys.nbytes + layer.values.nbytes for layer in layers))
+
+
+def show(name: str, cap: Any, report: Any, count: Callable[[Any], float], dense: Any, pruned: Any) -> None:
+    (spent,) = report.budgets
     print(
-        f"| smollm2 | {cap.name} | {share:.0%} | {spent.used / spent.dense:.2%} | {measured:.2%} |",
+        f"| {name} | {cap.name} | {cap.amount:.0%} | {spent.used / spent.dense:.2%} |"
+        f" {count(pruned) / count(dense):.2%} |",
         flush=True,
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, text=False)
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--share", type=float, default=0.8)
-    parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     print("| model | budget | asked | predicted | measured |\n|---|---|---|---|---|", flush=True)
     for name in options.models:
-        model, args, kwargs = MODELS[name]()
-        captured, table = fasp_fx.capture(model, args, kwargs), LatencyTable()
-        dense = finish(captured.program)
-        caps: list[Cap] = [
-            Parameters(options.share),
-            Bytes(options.share),
-            Macs(options.share),
-            Latency(options.share, table),
-        ]
-        for cap in caps:
-            result = fasp_fx.prune(captured, budget=cap, score="magnitude", restore=None, round_to=16)
-            (spent,) = result.report.budgets
-            calls = [partial(module, *args, **kwargs) for module in (dense, result.module)]
-            if isinstance(cap, Latency):
-                measured = times(calls, options.rounds)
-            elif isinstance(cap, Macs):
-                measured = [operations(call) for call in calls]
-            else:
-                sizes = (
-                    [
-                        p.numel() * (p.element_size() if isinstance(cap, Bytes) else 1)
-                        for p in module.parameters()
-                    ]
-                    for module in (model, result.module)
-                )
-                measured = [float(sum(own)) for own in sizes]
-            print(
-                f"| {name} | {cap.name} | {options.share:.0%} | {spent.used / spent.dense:.2%} |"
-                f" {measured[1] / measured[0]:.2%} |",
-                flush=True,
-            )
-            if isinstance(cap, Latency):
-                print(f"promised {spent.used:,.0f} microseconds, took {measured[1]:,.0f}", flush=True)
+        model, kwargs = MODELS[name]()
+        captured = fasp_fx.capture(model, (), kwargs)
+        counts: dict[Any, Callable[[Any], float]] = {
+            Parameters: lambda module: sum(p.numel() for p in module.parameters()),
+            Bytes: lambda module: sum(p.nbytes for p in module.parameters()),
+            Macs: lambda module, kwargs=kwargs: operations(module, kwargs),
+        }
+        for kind, count in counts.items():
+            cap = kind(options.share)
+            result = fasp_fx.prune(captured, budget=cap, round_to=16, **HOW)
+            dense = finish(captured.program) if kind is Macs else model
+            show(name, cap, result.report, count, dense, result.module)
         if name == "smollm2":
-            cache_row(options.share)
+            cap = CacheBytes(options.share)
+            result = fasp_fx.hf.prune(model, smollm2("cpu")[1], budget=cap, **HOW)
+            show(name, cap, result.report, cached, model, result.model)
 
 
 if __name__ == "__main__":
