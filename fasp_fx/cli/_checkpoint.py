@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError
-from ..hf._unexpected import refuse_left_out
+from ..hf._offloaded import refuse_left_out
 from ..storage._config_json import LAYERS, layer_counts
 
 #: the largest vocabularies have a million

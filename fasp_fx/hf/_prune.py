@@ -29,11 +29,10 @@ from ..pruning._result import Result
 from ..pruning.config import PruningConfig, PruningOptions
 from ..pruning.report import Report, make_report, notes_of, said_whole
 from ._config import PrunedConfig
+from ._convention import CallConvention, check_served, convention_of
 from ._flat import FlatProgram
-from ._habits import Habits
 from ._held import Parts, StoredProgram, Written
 from ._model import PrunedModel
-from ._probe import check_served, habits_of
 from ._programs import Planned, Served, carry_out_in_all, one_set, program_for, served_by
 from ._stages import CausalStages, Seq2SeqStages, stages_of
 
@@ -169,7 +168,7 @@ def prune(
     ranks, clock = Ranks.of(group), Timings()
     stage = stages.planned()
     program = program_for(stage, device)
-    habits = habits_of(stages, program)
+    convention = convention_of(stages, program)
     where = None if device is None else torch.device(device)
     batches = None
     if calibration is not None:
@@ -196,7 +195,7 @@ def prune(
     )
     programs = {name: _stored(result.module) for name, result in results.items()}
     constants = {name: _constants(result.module) for name, result in results.items()}
-    made = _model(model, Parts(programs, one_set(model, results), constants, plan, report), habits)
+    made = _model(model, Parts(programs, one_set(model, results), constants, plan, report), convention)
     check_served(made, stages)
     return Pruned(made, plan, report, tokenizer)
 
@@ -274,7 +273,7 @@ def _constants(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _model(original: Any, parts: Parts, habits: Habits) -> PrunedModel:
+def _model(original: Any, parts: Parts, convention: CallConvention) -> PrunedModel:
     from ._causal import PrunedForCausalLM
     from ._seq2seq import PrunedForSeq2SeqLM
 
@@ -283,7 +282,7 @@ def _model(original: Any, parts: Parts, habits: Habits) -> PrunedModel:
     made = kind(
         PrunedConfig(
             original=_plain(config.to_dict()),
-            **asdict(habits),
+            **asdict(convention),
             fasp_fx_version=__version__,
             is_encoder_decoder=bool(config.is_encoder_decoder),
             architectures=[kind.__name__],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._spec import Apply, Block, Layout, Shape, after, sequence
+from ._spec import Assembled, Block, Layout, Shape, after, sequence
 
 JOINS = ("cat", "add", "mul")
 ROWS: tuple[Layout, ...] = ("vector", "sequence")
@@ -110,19 +110,6 @@ class Norm(Block):
         return _NORMS[self.kind](self, shape.channels, len(shape.sizes))
 
 
-class ScaleChannels(nn.Module):
-    """A parameter per channel, multiplied in or added."""
-
-    def __init__(self, shape: Shape, shift: bool) -> None:
-        super().__init__()
-        trailing = [1] * len(shape.sizes) if shape.layout == "image" else []
-        self.factor = nn.Parameter(torch.ones(shape.channels, *trailing))
-        self.shift = shift
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.factor if self.shift else x * self.factor
-
-
 @dataclass(frozen=True, repr=False)
 class Scale(Block):
     """A parameter per channel, multiplied in (layer scale) or, with ``shift``, added; any layout."""
@@ -130,7 +117,9 @@ class Scale(Block):
     shift: bool = False
 
     def module(self, shape: Shape) -> nn.Module:
-        return ScaleChannels(shape, self.shift)
+        trailing = [1] * len(shape.sizes) if shape.layout == "image" else []
+        factor = nn.Parameter(torch.ones(shape.channels, *trailing))
+        return Assembled(lambda m, x: x + m.factor if self.shift else x * m.factor, factor=factor)
 
 
 def _shuffled(x: Tensor, dim: int, groups: int) -> Tensor:
@@ -161,26 +150,18 @@ class Move(Block):
         return shape.wide(shape.channels + 1) if self.kind == "pad" else shape
 
     def module(self, shape: Shape) -> nn.Module:
-        return Apply(lambda x: _MOVES[self.kind](x, shape.channel_dim, self.groups))
+        return Assembled(lambda m, x: _MOVES[self.kind](x, shape.channel_dim, self.groups))
 
 
-class GatedLayer(nn.Module):
-    """A gate times a value, from two weights or from one cut in halves."""
+_GATES: dict[str, Any] = {
+    "separate": lambda m, x: F.silu(m.gate(x)) * m.up(x),
+    "chunk": lambda m, x: _silu_gate(*m.both(x).chunk(2, dim=-1)),
+    "glu": lambda m, x: F.glu(m.both(x), dim=-1),
+}
 
-    def __init__(self, block: Gated, channels: int) -> None:
-        super().__init__()
-        self.form = block.form
-        if block.form == "separate":
-            self.gate = nn.Linear(channels, block.width, block.bias)
-            self.up = nn.Linear(channels, block.width, block.bias)
-        else:
-            self.both = nn.Linear(channels, 2 * block.width, block.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.form == "glu":
-            return F.glu(self.both(x), dim=-1)
-        gate, up = (self.gate(x), self.up(x)) if self.form == "separate" else self.both(x).chunk(2, dim=-1)
-        return F.silu(gate) * up
+def _silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 @dataclass(frozen=True, repr=False)
@@ -193,13 +174,17 @@ class Gated(Block):
     form: str = "separate"
     bias: bool = False
     layouts = ROWS
-    choices: ClassVar = {"form": ("separate", "chunk", "glu")}
+    choices: ClassVar = {"form": tuple(_GATES)}
 
     def behind(self, shape: Shape) -> Shape:
         return shape.wide(self.width)
 
     def module(self, shape: Shape) -> nn.Module:
-        return GatedLayer(self, shape.channels)
+        names, width = (
+            (("gate", "up"), self.width) if self.form == "separate" else (("both",), 2 * self.width)
+        )
+        parts = {name: nn.Linear(shape.channels, width, self.bias) for name in names}
+        return Assembled(_GATES[self.form], **parts)
 
 
 class TiedLayers(nn.Module):
@@ -246,17 +231,6 @@ class Tied(Block):
         return TiedLayers(self.form, shape.channels, self.width)
 
 
-class TokenMixer(nn.Module):
-    """A perceptron over the tokens."""
-
-    def __init__(self, tokens: int, width: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(tokens, width), nn.Linear(width, tokens)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x.transpose(1, 2)))).transpose(1, 2)
-
-
 @dataclass(frozen=True, repr=False)
 class MixTokens(Block):
     """The other axis: a two-layer perceptron of ``width`` neurons over the tokens, as in MLP-Mixer; fixes the
@@ -267,7 +241,12 @@ class MixTokens(Block):
     layouts = ("sequence",)
 
     def module(self, shape: Shape) -> nn.Module:
-        return TokenMixer(shape.sizes[0], self.width)
+        tokens = shape.sizes[0]
+        return Assembled(
+            lambda m, x: m.down(F.gelu(m.up(x.transpose(1, 2)))).transpose(1, 2),
+            up=nn.Linear(tokens, self.width),
+            down=nn.Linear(self.width, tokens),
+        )
 
 
 def join(parts: Sequence[Tensor], how: str, dim: int) -> Tensor:
@@ -306,7 +285,11 @@ class Residual(Block):
 
     def module(self, shape: Shape) -> nn.Module:
         wide = self.result(shape).channels
-        return ResidualModule(sequence(self.body, shape), _projection(shape, wide))
+        return Assembled(
+            lambda m, x: (x if m.shortcut is None else m.shortcut(x)) + m.body(x),
+            body=sequence(self.body, shape),
+            shortcut=_projection(shape, wide),
+        )
 
 
 def _projection(shape: Shape, channels: int) -> nn.Module | None:
@@ -316,17 +299,6 @@ def _projection(shape: Shape, channels: int) -> nn.Module | None:
     if shape.layout == "image":
         return (nn.Conv2d if len(shape.sizes) == 2 else nn.Conv1d)(shape.channels, channels, 1, bias=False)
     return nn.Linear(shape.channels, channels, bias=False)
-
-
-class ResidualModule(nn.Module):
-    """``x + body(x)``, or ``shortcut(x) + body(x)``."""
-
-    def __init__(self, body: nn.Module, shortcut: nn.Module | None) -> None:
-        super().__init__()
-        self.body, self.shortcut = body, shortcut
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x if self.shortcut is None else self.shortcut(x)) + self.body(x)
 
 
 class _Joined(Block):
@@ -347,26 +319,17 @@ class _Joined(Block):
         return found
 
     def module(self, shape: Shape) -> nn.Module:
-        return Bodies(self, shape)
+        def join_parts(m: Any, x: Tensor) -> Tensor:
+            parts = zip(m.bodies, self.parts(x, shape), strict=True)
+            return join([body(part) for body, part in parts], self.join, shape.channel_dim)
+
+        given = zip(self.bodies, self.entries(shape), strict=True)
+        bodies = nn.ModuleList(sequence(body, entry) for body, entry in given)
+        return Assembled(join_parts, bodies=bodies)
 
     def parts(self, x: Tensor, shape: Shape) -> Sequence[Tensor]:
         """What each body is given."""
         return [x] * len(self.bodies)
-
-
-class Bodies(nn.Module):
-    """The module of several bodies."""
-
-    def __init__(self, block: _Joined, shape: Shape) -> None:
-        super().__init__()
-        given = zip(block.bodies, block.entries(shape), strict=True)
-        self.bodies = nn.ModuleList(sequence(body, entry) for body, entry in given)
-        self.block, self.shape = block, shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = self.block.parts(x, self.shape)
-        made = [body(part) for body, part in zip(self.bodies, parts, strict=True)]
-        return join(made, self.block.join, self.shape.channel_dim)
 
 
 @dataclass(frozen=True, repr=False)

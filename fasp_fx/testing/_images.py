@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ._spec import Apply, Block, Layout, Shape
+from ._spec import Assembled, Block, Layout, Shape
 
 _IMAGE: tuple[Layout, ...] = ("image",)
 
@@ -74,20 +74,6 @@ class Pool(Block):
         return nn.AvgPool2d(2) if two else nn.AvgPool1d(2)
 
 
-class SqueezeExciteModule(nn.Module):
-    """Channels scaled by a gate computed from their means."""
-
-    def __init__(self, channels: int, width: int, spatial: int) -> None:
-        super().__init__()
-        kind = nn.Conv2d if spatial == 2 else nn.Conv1d
-        self.dims = tuple(range(2, 2 + spatial))
-        self.reduce, self.expand = kind(channels, width, 1), kind(width, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean(self.dims, keepdim=True)
-        return x * torch.sigmoid(self.expand(torch.relu(self.reduce(mean))))
-
-
 @dataclass(frozen=True, repr=False)
 class SqueezeExcite(Block):
     """Every channel scaled by a gate computed from the mean of all, through ``width`` neurons."""
@@ -96,7 +82,13 @@ class SqueezeExcite(Block):
     layouts = _IMAGE
 
     def module(self, shape: Shape) -> nn.Module:
-        return SqueezeExciteModule(shape.channels, self.width, len(shape.sizes))
+        kind = nn.Conv2d if len(shape.sizes) == 2 else nn.Conv1d
+        dims = tuple(range(2, 2 + len(shape.sizes)))
+        return Assembled(
+            lambda m, x: x * torch.sigmoid(m.expand(torch.relu(m.reduce(x.mean(dims, keepdim=True))))),
+            reduce=kind(shape.channels, self.width, 1),
+            expand=kind(self.width, shape.channels, 1),
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -135,4 +127,4 @@ class Collapse(Block):
 
     def module(self, shape: Shape) -> nn.Module:
         dims = (1,) if shape.layout == "sequence" else tuple(range(2, 2 + len(shape.sizes)))
-        return Apply(lambda x: x.flatten(1) if self.kind == "flatten" else x.mean(dims))
+        return Assembled(lambda m, x: x.flatten(1) if self.kind == "flatten" else x.mean(dims))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._channels import ROWS
-from ._spec import Apply, Block, Shape
+from ._spec import Assembled, Block, Shape
 
 #: the tokens of a window: some examples fill no more than one, others more
 _WINDOW = 3
@@ -60,36 +60,24 @@ class Across(Odd):
     in_blocks = tuple(_ACROSS)
 
     def module(self, shape: Shape) -> nn.Module:
-        def across(x: Tensor) -> Tensor:
+        def across(m: Any, x: Tensor) -> Tensor:
             dim = shape.channel_dim % x.dim()
             return _ACROSS[self.kind](x.unflatten(dim, (self.blocks, -1)), dim).flatten(dim, dim + 1)
 
-        return Apply(across)
+        return Assembled(across)
 
 
-_REGROUPED: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "heads": lambda own, x: (
-        x.reshape(x.shape[0], own.blocks, -1, x.shape[2] // own.blocks).transpose(1, 2).reshape(x.shape)
+_REGROUPED: dict[str, Callable[[Tensor, int, Tensor], Tensor]] = {
+    "heads": lambda x, blocks, scale: (
+        x.reshape(x.shape[0], blocks, -1, x.shape[2] // blocks).transpose(1, 2).reshape(x.shape)
     ),
-    "turned": lambda own, x: x.transpose(1, 2).reshape(x.shape),
-    "batch": lambda own, x: x.transpose(0, 2).reshape(x.shape),
-    "rows": lambda own, x: (x.reshape(x.shape[0], x.shape[2], -1) * own.scale[:, None]).view(x.shape),
-    "chunk": lambda own, x: torch.cat(x.flatten(1).chunk(2, 1)[::-1], 1).view(x.shape),
-    "flatten": lambda own, x: torch.tanh(x.flatten(1)).view(x.shape),
-    "crosswise": lambda own, x: x.repeat(1, 1, x.shape[1]).view(*x.shape, x.shape[1]).sum(3),
+    "turned": lambda x, blocks, scale: x.transpose(1, 2).reshape(x.shape),
+    "batch": lambda x, blocks, scale: x.transpose(0, 2).reshape(x.shape),
+    "rows": lambda x, blocks, scale: (x.reshape(x.shape[0], x.shape[2], -1) * scale[:, None]).view(x.shape),
+    "chunk": lambda x, blocks, scale: torch.cat(x.flatten(1).chunk(2, 1)[::-1], 1).view(x.shape),
+    "flatten": lambda x, blocks, scale: torch.tanh(x.flatten(1)).view(x.shape),
+    "crosswise": lambda x, blocks, scale: x.repeat(1, 1, x.shape[1]).view(*x.shape, x.shape[1]).sum(3),
 }
-
-
-class Regrouped(nn.Module):
-    """Tokens and channels read in another order."""
-
-    def __init__(self, block: Regroup, channels: int) -> None:
-        super().__init__()
-        self.kind, self.blocks = block.kind, block.blocks
-        self.scale = nn.Parameter(torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _REGROUPED[self.kind](self, x)
 
 
 @dataclass(frozen=True, repr=False)
@@ -109,7 +97,8 @@ class Regroup(Odd):
     in_blocks = ("heads",)
 
     def module(self, shape: Shape) -> nn.Module:
-        return Regrouped(self, shape.channels)
+        scale = nn.Parameter(torch.ones(shape.channels))
+        return Assembled(lambda m, x: _REGROUPED[self.kind](x, self.blocks, m.scale), scale=scale)
 
 
 class Remembering(nn.Module):
@@ -211,7 +200,7 @@ class Foreign(Odd):
     choices: ClassVar = {"kind": ("number", "pair", "several", "fill")}
 
     def module(self, shape: Shape) -> nn.Module:
-        return Apply(lambda x: self.mixed(x.detach()))
+        return Assembled(lambda m, x: self.mixed(x.detach()))
 
     def mixed(self, x: Tensor) -> Tensor:
         """What becomes of a tensor whose channels are last, or along its second dimension."""
@@ -269,27 +258,18 @@ class Sized(Odd):
         return super().behind(shape)
 
     def module(self, shape: Shape) -> nn.Module:
-        return Apply(lambda x: _SIZED[self.kind](x, self.blocks))
+        return Assembled(lambda m, x: _SIZED[self.kind](x, self.blocks))
 
 
-class ReusedWeight(nn.Module):
-    """One weight read in two ways."""
-
-    def __init__(self, block: Reuse, channels: int) -> None:
-        super().__init__()
-        self.kind = block.kind
-        self.weight = nn.Parameter(torch.empty(channels if block.kind == "square" else block.width, channels))
-        if block.kind in ("columns", "rows"):
-            self.into, self.out = nn.Linear(channels, channels), nn.Linear(block.width, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if self.kind in ("columns", "rows"):
-            normalised = F.normalize(weight, dim=0 if self.kind == "columns" else 1)
-            return self.out(torch.tanh(F.linear(torch.tanh(self.into(x)), normalised)))
-        if self.kind == "gram":
-            return F.linear(x, weight.t() @ weight)
-        return F.linear(torch.tanh(F.linear(x, weight)), weight.t())
+_REUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    **{
+        kind: lambda m, x: F.linear(torch.tanh(F.linear(x, m.weight)), m.weight.t())
+        for kind in ("autoencoder", "square")
+    },
+    "columns": lambda m, x: m.out(torch.tanh(F.linear(torch.tanh(m.into(x)), F.normalize(m.weight, dim=0)))),
+    "rows": lambda m, x: m.out(torch.tanh(F.linear(torch.tanh(m.into(x)), F.normalize(m.weight, dim=1)))),
+    "gram": lambda m, x: F.linear(x, m.weight.t() @ m.weight),
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -307,7 +287,11 @@ class Reuse(Odd):
     choices: ClassVar = {"kind": ("autoencoder", "columns", "rows", "square", "gram")}
 
     def module(self, shape: Shape) -> nn.Module:
-        return ReusedWeight(self, shape.channels)
+        channels = shape.channels
+        rows = channels if self.kind == "square" else self.width
+        layers = {"into": nn.Linear(channels, channels), "out": nn.Linear(self.width, channels)}
+        layers = layers if self.kind in ("columns", "rows") else {}
+        return Assembled(_REUSED[self.kind], weight=nn.Parameter(torch.empty(rows, channels)), **layers)
 
 
 #: which of three second layers follow the first ones
@@ -322,39 +306,22 @@ _INDICES: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-class PickedStack(nn.Module):
+def _from_stack(kind: str, m: Any, x: Tensor) -> Tensor:
     """A stack of two-layer weights, taken one by one or by indices."""
-
-    def __init__(self, block: Pick, channels: int) -> None:
-        super().__init__()
-        self.kind = block.kind
-        self.into = nn.Parameter(torch.empty(3, block.width, channels))
-        self.back = nn.Parameter(torch.empty(3, channels, block.width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind in _INDICES:
-            hidden = torch.tanh(torch.einsum("...c,ewc->e...w", x, self.into))
-            return torch.einsum("e...w,ecw->...c", hidden, self.back[_INDICES[self.kind](x)])
-        pairs = [(self.into[at], self.back[at]) for at in range(3)] if self.kind == "one_by_one" else None
-        pairs = pairs or list(zip(self.into.unbind(0), self.back.unbind(0), strict=True))
-        return torch.stack([F.linear(torch.tanh(F.linear(x, up)), down) for up, down in pairs]).sum(0)
+    if kind in _INDICES:
+        hidden = torch.tanh(torch.einsum("...c,ewc->e...w", x, m.into))
+        return torch.einsum("e...w,ecw->...c", hidden, m.back[_INDICES[kind](x)])
+    pairs = [(m.into[at], m.back[at]) for at in range(3)] if kind == "one_by_one" else None
+    pairs = pairs or list(zip(m.into.unbind(0), m.back.unbind(0), strict=True))
+    return torch.stack([F.linear(torch.tanh(F.linear(x, up)), down) for up, down in pairs]).sum(0)
 
 
-class PickedChannels(nn.Module):
-    """Channels at positions that are known only at run time."""
-
-    def __init__(self, block: Pick, channels: int) -> None:
-        super().__init__()
-        self.kind = block.kind
-        self.table = nn.Parameter(torch.empty(channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        at = x.detach().argmax(-1, keepdim=True)
-        if self.kind == "gather":
-            return x - x.gather(-1, at)
-        if self.kind == "table":
-            return x + self.table[at[..., 0]]
-        return x - 0.5 * x.index_select(-1, at.reshape(-1)[:1])
+#: channels at positions that are known only at run time, given those of the largest
+_OF_CHANNELS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "gather": lambda m, x, at: x - x.gather(-1, at),
+    "largest": lambda m, x, at: x - 0.5 * x.index_select(-1, at.reshape(-1)[:1]),
+    "table": lambda m, x, at: x + m.table[at[..., 0]],
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -370,11 +337,20 @@ class Pick(Odd):
     width: int
     kind: str = "gather"
     layouts = ROWS
-    choices: ClassVar = {"kind": ("gather", "largest", "table", "unbind", "one_by_one", *_INDICES)}
+    choices: ClassVar = {"kind": (*_OF_CHANNELS, "unbind", "one_by_one", *_INDICES)}
 
     def module(self, shape: Shape) -> nn.Module:
-        kind = PickedChannels if self.kind in ("gather", "largest", "table") else PickedStack
-        return kind(self, shape.channels)
+        channels = shape.channels
+        if self.kind in _OF_CHANNELS:
+            return Assembled(
+                lambda m, x: _OF_CHANNELS[self.kind](m, x, x.detach().argmax(-1, keepdim=True)),
+                table=nn.Parameter(torch.empty(channels, channels)),
+            )
+        return Assembled(
+            lambda m, x: _from_stack(self.kind, m, x),
+            into=nn.Parameter(torch.empty(3, self.width, channels)),
+            back=nn.Parameter(torch.empty(3, channels, self.width)),
+        )
 
 
 #: what is done to the tokens of a fused product ``[batch, tokens, channels]``, given the number of windows

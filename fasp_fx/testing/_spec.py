@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -120,15 +120,19 @@ class Block(Spec):
         return shape
 
 
-class Apply(nn.Module):
-    """A function of a tensor as a module."""
+class Assembled(nn.Module):
+    """Parameters and modules by name, and a function of this module and a tensor that computes with them."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, function: Callable[[Any, Tensor], Tensor], **parts: nn.Module | nn.Parameter | None
+    ) -> None:
         super().__init__()
         self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+        return self.function(self, x)
 
 
 def after(blocks: tuple[Block, ...], shape: Shape) -> Shape:

@@ -16,8 +16,7 @@ from fasp_fx.errors import ArgumentError, RuleError
 from fasp_fx.patterns import Rule
 
 from ..base.compat import OpOverload, silent_fake_tensors
-from ._tally import TALLY
-from ._verdict import CheckFailed
+from ._verdict import TALLY, CheckFailed
 from .rules._calls import Call, repeatable
 from .rules._claims import Lie, Modesty, creates, lies
 from .rules._draw import KINDS, Draw
