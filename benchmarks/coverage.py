@@ -12,16 +12,18 @@ crashes, hangs or runs out of memory is recorded as such, and the next model get
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import json
+import multiprocessing
 import os
 import pathlib
 import resource
-import select
 import signal
-import subprocess
 import sys
 import time
-from typing import IO, Any
+import warnings
+from typing import Any
 
 ZOOS = ("transformers", "torchvision", "timm")
 #: models after which a worker is replaced, so that what the exporters keep does not pile up
@@ -32,16 +34,12 @@ Record = dict[str, Any]
 
 def main() -> None:
     options = _arguments()
-    if options.worker:
-        _serve(options)
-        return
-    out = options.out or pathlib.Path(f"coverage-{options.zoo}.jsonl")
     if options.table:
         from zoos._table import table
 
-        print(table(_read(out)))
-        return
-    _run(options, out)
+        print(table(_read(options.out)))
+    else:
+        _run(options, options.out)
 
 
 def _arguments() -> argparse.Namespace:
@@ -61,8 +59,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one model")
     parser.add_argument("--memory", type=float, default=12, help="GiB for the worker")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.out = options.out or pathlib.Path(f"coverage-{options.zoo}.jsonl")
+    return options
 
 
 def _read(path: pathlib.Path) -> dict[str, Record]:
@@ -129,80 +128,57 @@ class Worker:
     """A process that measures models; started once, replaced when it dies."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        flags = ["--analyze-only"] if options.analyze_only else []
-        command = [sys.executable, __file__, options.zoo, "--worker", "--memory", str(options.memory), *flags]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        self._pipe, other = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=_serve, args=(other, options), daemon=True
         )
-        self._timeout = options.timeout
-        self.measured = 0
-        models = self._receive(300)
-        if not isinstance(models, list):
-            self.stop()
-            raise SystemExit(f"the worker does not start; see: {' '.join(command)} < /dev/null")
-        self.models: list[dict[str, str]] = models
+        self._process.start()
+        other.close()
+        self._timeout, self.measured = options.timeout, 0
+        self.models: list[dict[str, str]] = self._receive(300) or []
+        if not self.models:
+            raise SystemExit("the worker does not start")
 
     def measure(self, model: dict[str, str]) -> Record:
         """The record of one model, or that there is none."""
-        self._stdin.write(model["name"] + "\n")
-        self._stdin.flush()
+        self._pipe.send(model["name"])
         self.measured += 1
         start = time.monotonic()
         answer = self._receive(self._timeout)
-        if isinstance(answer, dict):
+        if answer is not None:
             return answer
-        late = time.monotonic() - start >= self._timeout
+        spent = time.monotonic() - start
         self.stop()
-        error = (
-            f"no answer in {self._timeout:.0f} s"
-            if late
-            else f"the worker ended with exit status {self._process.returncode}"
-        )
-        return {
-            **model,
-            "captured": False,
-            "ok": False,
-            "stage": "worker",
-            "error": error,
-            "seconds": {"worker": round(time.monotonic() - start, 1)},
-        }
+        error = f"no answer in {spent:.0f} s, exit status {self._process.exitcode}"
+        failed: Record = {"captured": False, "ok": False, "stage": "worker", "error": error}
+        return {**model, **failed, "seconds": {"worker": round(spent, 1)}}
 
     def alive(self) -> bool:
         """Whether it can measure another model."""
-        return self._process.poll() is None
+        return self._process.is_alive()
 
     def stop(self) -> None:
         """End the process."""
         self._process.kill()
-        self._process.wait()
-
-    @property
-    def _stdin(self) -> IO[str]:
-        assert self._process.stdin is not None
-        return self._process.stdin
+        self._process.join()
 
     def _receive(self, seconds: float) -> Any:
-        assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], seconds)
-        line = self._process.stdout.readline() if ready else ""
-        return json.loads(line) if line.endswith("\n") else None
+        try:
+            return self._pipe.recv() if self._pipe.poll(seconds) else None
+        except (EOFError, ConnectionError):
+            return None
 
 
 # --- the worker
 
 
-def _serve(options: argparse.Namespace) -> None:
-    """Answer each name on the standard input with one record on the standard output; what models print goes
-    elsewhere.
-    """
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+def _serve(pipe: Any, options: argparse.Namespace) -> None:
+    """Answer each name with one record; what models print goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     limit = int(options.memory * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    import gc
-    import importlib
-    import warnings
-
     warnings.simplefilter("ignore")
     import torch
     from transformers.utils import logging
@@ -211,12 +187,9 @@ def _serve(options: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     entries = {entry.name: entry for entry in importlib.import_module(f"zoos._{options.zoo}").entries()}
-    answers.write(json.dumps([{"name": entry.name, "kind": entry.kind} for entry in entries.values()]) + "\n")
-    answers.flush()
-    for name in sys.stdin:
-        record = measure(entries[name.strip()], options.analyze_only)
-        answers.write(json.dumps(record) + "\n")
-        answers.flush()
+    pipe.send([{"name": entry.name, "kind": entry.kind} for entry in entries.values()])
+    while True:
+        pipe.send(measure(entries[pipe.recv()], options.analyze_only))
         torch._dynamo.reset()
         gc.collect()
 

@@ -1,8 +1,7 @@
 """A Llama or an OPT of a common shape, pruned with its weights in files and in memory: peak memory, time, and
-whether both come to the same, beside what the planner says. Resumes.
+whether both come to the same. Resumes.
 
-The checkpoint is made of random numbers, in bfloat16. Each pruning is a process of its own. ``--ways
-predicted`` writes no checkpoint and runs nothing: it says what larger shapes would take.
+The checkpoint is made of random numbers, in bfloat16. Each pruning is a process of its own.
 """
 
 from __future__ import annotations
@@ -12,16 +11,14 @@ import json
 import pathlib
 import subprocess
 import sys
-import time
 from typing import Any
 
 import torch
-from _memory import Peak
+from _protocol import Peak, Results, arguments, timed
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
 
 import fasp_fx
 import fasp_fx.hf
-from fasp_fx.cli._forecast import forecast
 
 #: the smallest of the models' vocabularies, which all ids are drawn from
 VOCABULARY = 32000
@@ -34,24 +31,17 @@ SHAPES = {
 }
 #: what Hugging Face's configuration of OPT takes for its own
 OPT = "OPT-125M"
-WAYS = ("predicted", "files", "memory")
+WAYS = ("files", "memory")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def config_of(options: argparse.Namespace) -> PretrainedConfig:
     if options.shape == OPT:
         return OPTConfig(num_hidden_layers=options.layers or 12, dtype=torch.bfloat16)
-    width, neurons, queries, keys, layers = SHAPES[options.shape]
-    return LlamaConfig(
-        hidden_size=width,
-        intermediate_size=neurons,
-        num_attention_heads=queries,
-        num_key_value_heads=keys,
-        num_hidden_layers=options.layers or layers,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=2048,
-        dtype=torch.bfloat16,
-    )
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    *sizes, layers = SHAPES[options.shape]
+    own = {"num_hidden_layers": options.layers or layers, "vocab_size": VOCABULARY, "dtype": torch.bfloat16}
+    return LlamaConfig(**dict(zip(names, sizes, strict=True)), **own, max_position_embeddings=2048)
 
 
 def make(folder: pathlib.Path, config: PretrainedConfig) -> None:
@@ -68,63 +58,27 @@ def batches(count: int, length: int) -> list[torch.Tensor]:
     return [torch.randint(VOCABULARY, (1, length), generator=generator) for _ in range(count)]
 
 
-def run(options: argparse.Namespace) -> None:
-    """Prune once, and print what it took."""
-    how: dict[str, Any] = {
-        "calibration": batches(options.batches, options.length),
-        "sparsity": 0.2,
-        "quality": options.quality,
-    }
-    started = time.perf_counter()
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Prune once; what it took."""
+    how: dict[str, Any] = {"calibration": batches(options.batches, options.length), "sparsity": 0.2}
+    dense, dtype = options.folder / "dense", DTYPES[options.dtype]
+
+    def prune(model: Any) -> Any:
+        result = fasp_fx.hf.prune(model, quality=options.quality, **how)
+        result.save_pretrained(options.folder / options.run, overwrite=True)
+        return result.report
+
+    def work() -> Any:
+        if options.run == "memory":
+            return prune(AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).eval())
+        with fasp_fx.offload(options.folder / "scratch", resident=round(options.resident * 2**30)) as scratch:
+            return prune(fasp_fx.hf.load_offloaded(dense, scratch, dtype=dtype))
+
     with Peak() as peak:
-        if options.run == "files":
-            resident = round(options.resident * 2**30)
-            with fasp_fx.offload(options.folder / "scratch", resident=resident) as scratch:
-                model = fasp_fx.hf.load_offloaded(
-                    options.folder / "dense", scratch, dtype=DTYPES[options.dtype]
-                )
-                result = fasp_fx.hf.prune(model, **how)
-                result.save_pretrained(options.folder / "files", overwrite=True)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                options.folder / "dense", dtype=DTYPES[options.dtype]
-            ).eval()
-            result = fasp_fx.hf.prune(model, **how)
-            result.save_pretrained(options.folder / "memory", overwrite=True)
-    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
-    seconds = {step: round(spent, 1) for step, spent in result.report.seconds.items()}
-    print(
-        json.dumps(
-            {
-                "how": options.run,
-                "peak": peak.bytes,
-                "of the weights": peak.bytes / weights,
-                "seconds": time.perf_counter() - started,
-                "steps": seconds,
-            }
-        )
-    )
-
-
-def predict(options: argparse.Namespace) -> dict[str, Any]:
-    """What a dry run says."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of(options)).eval()
-    analysis = fasp_fx.analyze(model, (), {"input_ids": batches(1, options.length)[0], "use_cache": False})
-    found = forecast(
-        analysis,
-        fasp_fx.PruningConfig(sparsity=0.2, quality=options.quality),
-        options.batches,
-        dtype=DTYPES[options.dtype],
-    )
-    streamed = found.streamed(round(options.resident * 2**30))
-    return {
-        "how": "predicted",
-        "files": streamed,
-        "memory": found.peak,
-        "device": found.on_device,
-        "disk": found.disk,
-    }
+        spent, report = timed(work)
+    seconds = {step: round(spent, 1) for step, spent in report.seconds.items()}
+    of = peak.bytes / (4 * report.parameters[0])
+    return {"how": options.run, "peak": peak.bytes, "of the weights": of, "seconds": spent, "steps": seconds}
 
 
 def compare(folder: pathlib.Path) -> dict[str, Any]:
@@ -141,9 +95,7 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, text=False)
     parser.add_argument(
         "--folder", type=pathlib.Path, required=True, help="where everything goes; 25 GB, and 60 for 7B"
     )
@@ -157,29 +109,15 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--run", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run:
-        print(json.dumps(predict(options))) if options.run == "predicted" else run(options)
-        return
     options.folder.mkdir(parents=True, exist_ok=True)
-    if options.ways != ["predicted"]:
-        make(options.folder / "dense", config_of(options))
-    results = options.folder / "results.jsonl"
-    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    results = Results(options.folder / "results.jsonl")
+    if options.run:
+        results.add(run(options))
+        return
+    make(options.folder / "dense", config_of(options))
     for how in options.ways:
-        if any(found["how"] == how for found in done):
-            continue
-        shared = [
-            f"--{name}={value}"
-            for name in ("folder", "shape", "layers", "dtype", "batches", "length", "resident", "quality")
-            if (value := getattr(options, name)) is not None
-        ]
-        printed = subprocess.run(
-            [sys.executable, __file__, *shared, "--run", how], check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
-        line = printed.strip().splitlines()[-1]
-        print(line, flush=True)
-        with results.open("a") as out:
-            out.write(line + "\n")
+        if not results.has({"how": how}):
+            subprocess.run([sys.executable, *sys.argv, "--run", how], check=True)
     if {"files", "memory"} <= {*options.ways}:
         print(json.dumps(compare(options.folder)))
 

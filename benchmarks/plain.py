@@ -50,12 +50,9 @@ def elsewhere(pruned: Plain, tokenizer: Any, data: torch.Tensor, device: str) ->
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__)
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--round-to", type=int, default=1)
-    parser.add_argument(
-        "--evaluation", type=int, default=EVALUATION.stop - EVALUATION.start, help="chunks to measure on"
-    )
     options = parser.parse_args()
     model, tokenizer = smollm2(options.device)
     data = chunks(tokenizer, options.text, options.device)

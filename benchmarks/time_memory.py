@@ -4,65 +4,42 @@ over the same batches.
 
 from __future__ import annotations
 
-import time
+from typing import Any
 
 import torch
-from _memory import Peak
-from _protocol import arguments, chunks, smollm2
+from _protocol import Peak, arguments, chunks, smollm2, timed
 
 import fasp_fx
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__)
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--quality", choices=["fast", "balanced", "best"], default="fast", help="fast: FASP")
     parser.add_argument("--rounds", type=int, default=2, help="forward, prune, forward, prune, …")
     options = parser.parse_args()
     model, tokenizer = smollm2(options.device)
     data = chunks(tokenizer, options.text, options.device)[: options.chunks]
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    how: dict[str, Any] = {"calibration": [{"input_ids": row[None]} for row in data], "loss": "next-token"}
+    how |= {"sparsity": options.sparsity, "quality": options.quality}
 
-    def forward() -> float:
-        start = time.perf_counter()
-        with torch.no_grad():
-            for row in data:
-                model(input_ids=row[None], use_cache=False)
-        _wait(options.device)
-        return time.perf_counter() - start
+    @torch.no_grad()
+    def forward(rows: Any) -> None:
+        for row in rows:
+            model(input_ids=row[None], use_cache=False)
 
-    with torch.no_grad():
-        model(input_ids=data[:1], use_cache=False)  # warm-up
+    forward(data[:1])  # warm-up
     for _ in range(options.rounds):
-        plain = forward()
+        plain, _ = timed(forward, data)
         with Peak() as peak:
-            start = time.perf_counter()
-            result = fasp_fx.prune(
-                model,
-                (),
-                {"input_ids": data[:1], "use_cache": False},
-                calibration=[{"input_ids": row[None]} for row in data],
-                sparsity=options.sparsity,
-                quality=options.quality,
-                loss="next-token",
-            )
-            _wait(options.device)
-            spent = time.perf_counter() - start
+            example = {"input_ids": data[:1], "use_cache": False}
+            spent, result = timed(fasp_fx.prune, model, (), example, **how)
         stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.report.seconds.items())
         print(
-            f"forward {plain:.1f} s   prune {spent:.1f} s   ratio {spent / plain:.2f}   ({stages})",
+            f"forward {plain:.1f} s   prune {spent:.1f} s   ratio {spent / plain:.2f}   ({stages})   peak"
+            f" resident {peak.bytes / 2**30:.2f} GiB, before {peak.before / 2**30:.2f} GiB",
             flush=True,
         )
-        print(
-            f"peak resident {peak.bytes / 2**30:.2f} GiB, before {peak.before / 2**30:.2f} GiB, allowed"
-            f" {2 * weights / 2**30 + 1.5:.2f} GiB",
-            flush=True,
-        )
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

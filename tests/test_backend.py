@@ -28,6 +28,12 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+def compiled_by(model: Any, plan: fasp_fx.PruningPlan, inner: Any = "eager", **options: Any) -> Any:
+    """The model compiled by the backend of a plan."""
+    own = {name: options.pop(name) for name in ("model", "check") if name in options}
+    return torch.compile(model, backend=fasp_fx.backend(plan, inner=inner, **own), **options)
+
+
 def plan_for(model: nn.Module, example: Tensor, **options: Any) -> fasp_fx.PruningPlan:
     return fasp_fx.prune(
         model, (example,), score="magnitude", restore=None, **{"sparsity": 0.2, **options}
@@ -86,7 +92,7 @@ def masked_exact(model: nn.Module, compiled: Any, plan: fasp_fx.PruningPlan, *in
 def test_smaller_graphs_at_several_sizes(perceptron: Any) -> None:
     model, example, plan = perceptron
     spy = Spy()
-    compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner=spy))
+    compiled = compiled_by(model, plan, spy)
     masked_exact(model, compiled, plan, example, torch.randn(7, 6), torch.randn(9, 6))
     assert len(spy.weights) == 2, "one graph for the first size, one for all"
     assert all(size < sum(p.numel() for p in model.parameters()) for size in spy.weights)
@@ -117,7 +123,7 @@ def test_a_transformer_with_tied_weights() -> None:
     model = randomise(LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **sizes)))
     calls = [{"input_ids": torch.randint(0, 48, size), "use_cache": False} for size in ((2, 7), (3, 9))]
     plan = fasp_fx.prune(model, (), calls[0], score="magnitude", restore=None, sparsity=0.2).plan
-    compiled, masked = torch.compile(model, backend=fasp_fx.backend(plan, inner="eager")), Masked(model, plan)
+    compiled, masked = compiled_by(model, plan), Masked(model, plan)
     with torch.no_grad():
         for inputs in calls:
             assert error(compiled(**inputs).logits, masked(**inputs).logits) <= TOLERANCE
@@ -131,7 +137,7 @@ def test_inductor(perceptron: Any) -> None:
 def test_changed_weights_are_seen(perceptron: Any) -> None:
     model, example, plan = perceptron
     model = copy.deepcopy(model)
-    compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner="eager"))
+    compiled = compiled_by(model, plan)
     masked_exact(model, compiled, plan, example)
     with torch.no_grad():
         model.second.weight.mul_(-1)
@@ -148,7 +154,7 @@ def test_changed_weights_are_seen(perceptron: Any) -> None:
 def test_gradients_reach_the_full_weights(perceptron: Any, inner: str) -> None:
     model, example, plan = perceptron
     model, reference = copy.deepcopy(model), copy.deepcopy(model)
-    compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner=inner))
+    compiled = compiled_by(model, plan, inner)
     compiled(example).square().sum().backward()
     masked = Masked(reference, plan).module
     masked(example).square().sum().backward()
@@ -175,7 +181,7 @@ def test_regions_without_gradients() -> None:
     torch.manual_seed(0)
     model, example = Gated().eval(), torch.randn(3, 6)
     plan = plan_for(model, example)
-    torch.compile(model, backend=fasp_fx.backend(plan, inner="eager"))(example).sum().backward()
+    compiled_by(model, plan)(example).sum().backward()
     assert model.gate.weight.grad is None
     masked = Masked(model, plan).module
     masked.zero_grad()
@@ -188,7 +194,7 @@ def test_graph_breaks_leave_divided_groups_whole(perceptron: Any) -> None:
     model, example, plan = perceptron
     divided = Perceptron(divided=True).eval()
     divided.load_state_dict(model.state_dict())
-    compiled = torch.compile(divided, backend=fasp_fx.backend(plan, inner="eager"))
+    compiled = compiled_by(divided, plan)
     with pytest.warns(fasp_fx.PartialPlanWarning, match="in another graph"), torch.no_grad():
         found = compiled(example)
     inside = tuple(
@@ -201,22 +207,17 @@ def test_graph_breaks_leave_divided_groups_whole(perceptron: Any) -> None:
     assert error(found, Masked(model, part)(example)) <= TOLERANCE
 
 
-def test_a_model_inside_another(perceptron: Any) -> None:
+def test_a_model_inside_another_or_inside_a_function(perceptron: Any) -> None:
     model, example, plan = perceptron
     outer = nn.Sequential(model, nn.Tanh())
     with pytest.raises(fasp_fx.PlanError, match="model=model"):
-        torch.compile(outer, backend=fasp_fx.backend(plan, inner="eager"))(example)
+        compiled_by(outer, plan)(example)
     torch._dynamo.reset()
-    compiled = torch.compile(outer, backend=fasp_fx.backend(plan, inner="eager", model=model))
+    inside, within = compiled_by(outer, plan, model=model), compiled_by(lambda x: model(x) * 2, plan)
     with torch.no_grad():
-        assert error(compiled(example), torch.tanh(Masked(model, plan)(example))) <= TOLERANCE
-
-
-def test_a_function_that_calls_the_model(perceptron: Any) -> None:
-    model, example, plan = perceptron
-    compiled = torch.compile(lambda x: model(x) * 2, backend=fasp_fx.backend(plan, inner="eager"))
-    with torch.no_grad():
-        assert error(compiled(example), 2 * Masked(model, plan)(example)) <= TOLERANCE
+        expected = Masked(model, plan)(example)
+        assert error(inside(example), torch.tanh(expected)) <= TOLERANCE
+        assert error(within(example), 2 * expected) <= TOLERANCE
 
 
 def test_writes_leave_the_graph_whole() -> None:
@@ -224,22 +225,19 @@ def test_writes_leave_the_graph_whole() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
     example = torch.randn(2, 3, 8, 8)
     plan = plan_for(model, example)
-    compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner="eager"))
+    compiled = compiled_by(model, plan)
     masked_exact(model, compiled, plan, example)
     other = copy.deepcopy(model).train()
     expected = copy.deepcopy(other)(example)
     with pytest.warns(fasp_fx.PartialPlanWarning, match="writes into"):
-        assert (
-            error(torch.compile(other, backend=fasp_fx.backend(plan, inner="eager"))(example), expected)
-            <= 1e-6
-        )
+        assert error(compiled_by(other, plan)(example), expected) <= 1e-6
 
 
 def test_refusals(perceptron: Any) -> None:
     model, example, plan = perceptron
     other = Perceptron().eval()
     with pytest.raises(fasp_fx.PlanError, match="another model"):
-        torch.compile(other, backend=fasp_fx.backend(plan, inner="eager"))(example)
+        compiled_by(other, plan)(example)
     torch._dynamo.reset()
     masked_exact(
         other, torch.compile(other, backend=fasp_fx.backend(plan, inner="eager", check=False)), plan, example
@@ -258,7 +256,7 @@ def test_no_warning_for_a_whole_graph(perceptron: Any) -> None:
     model, example, plan = perceptron
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error", fasp_fx.PartialPlanWarning)
-        torch.compile(model, backend=fasp_fx.backend(plan, inner="eager"))(example)
+        compiled_by(model, plan)(example)
 
 
 class Remembering(nn.Module):
@@ -327,7 +325,7 @@ def test_composites_are_taken_apart_as_by_the_capture(name: str) -> None:
     x, other = (torch.randn(batch, 5, 5, generator=torch.Generator().manual_seed(batch)) for batch in (2, 3))
     plan, spy = plan_for(model, x), Spy()
     with torch._dynamo.config.patch(allow_rnn=True):
-        compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner=spy))
+        compiled = compiled_by(model, plan, spy)
         masked_exact(model, compiled, plan, x, other)
     read = {name.split(".")[0] for name, _ in plan.slices()} | {"up", "down"}
     assert (
@@ -343,7 +341,7 @@ def test_pixels_shuffled() -> None:
     )
     x = torch.randn(2, 3, 4, 4)
     plan = plan_for(model, x)
-    masked_exact(model, torch.compile(model, backend=fasp_fx.backend(plan, inner="eager")), plan, x)
+    masked_exact(model, compiled_by(model, plan), plan, x)
 
 
 def test_what_dynamo_alone_does_not_show_stays_whole() -> None:
@@ -357,14 +355,14 @@ def test_what_dynamo_alone_does_not_show_stays_whole() -> None:
     rest = fasp_fx.PruningPlan(
         plan.fingerprint, tuple(g for g in plan.groups if g not in inside), plan.sparsity
     )
-    compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner="eager"))
+    compiled = compiled_by(model, plan)
     with pytest.warns(fasp_fx.PartialPlanWarning, match="no rule for .*set_fastpath_enabled"):
         masked_exact(model, compiled, rest, x)
     torch._dynamo.reset()
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        masked_exact(model, torch.compile(model, backend=fasp_fx.backend(plan, inner="eager")), plan, x)
+        masked_exact(model, compiled_by(model, plan), plan, x)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -431,7 +429,7 @@ def test_a_group_that_dynamic_sizes_hide_stays_whole() -> None:
     rest = fasp_fx.PruningPlan(
         plan.fingerprint, tuple(group for group in plan.groups if group is not hidden), plan.sparsity
     )
-    compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner="eager"), dynamic=True)
+    compiled = compiled_by(model, plan, dynamic=True)
     with (
         torch._dynamo.config.patch(fake_tensor_cache_enabled=True),  # which compares sizes, as users have it
         pytest.warns(fasp_fx.PartialPlanWarning, match=r"stay whole: 'out.weight': layout"),
@@ -442,7 +440,7 @@ def test_a_group_that_dynamic_sizes_hide_stays_whole() -> None:
 def test_a_float_of_the_call_leaves_the_graph_whole() -> None:
     model, x = randomise(Scaled()), torch.randn(5, 6)
     plan = plan_for(model, x)
-    compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner="eager"), dynamic=True)
+    compiled = compiled_by(model, plan, dynamic=True)
     with (
         pytest.warns(fasp_fx.PartialPlanWarning, match="the float .*scale.*specialize_float"),
         torch.no_grad(),

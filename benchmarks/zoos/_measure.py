@@ -5,24 +5,23 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from _masked import error, find_called, leaves, masked
 from torch import Tensor, nn
 
 import fasp_fx
 from fasp_fx.capturing import capture
 from fasp_fx.capturing._program import Program
-from fasp_fx.errors import CaptureError, NothingPrunableError, SparsityError
+from fasp_fx.errors import CaptureError, EagerError, NothingPrunableError, SparsityError
 from fasp_fx.pruning._deciding import decide
 from fasp_fx.pruning._rewriting import Timings, analyze_for
 from fasp_fx.pruning._subject import Whole
+from fasp_fx.testing.oracle import Masked, error, floats
 
-from ._copies import CHANNELS, copies, wrong
 from ._entry import Entry
 from ._shares import shares
 from ._weights import centring, randomise
@@ -41,21 +40,12 @@ def measure(entry: Entry, analyze_only: bool = False) -> Record:
     """Build, run, capture, analyse, prune and compare; what fails is recorded with its stage and
     its message.
     """
-    record: Record = {
-        "name": entry.name,
-        "kind": entry.kind,
-        "captured": False,
-        "ok": None,
-        "seconds": {},
-        "tolerance": TOLERANCE_DOUBLE if entry.double else TOLERANCE,
-        "parts": None,
-        "only_analysed": analyze_only,
-    }
+    record: Record = {"name": entry.name, "kind": entry.kind, "captured": False, "ok": None, "seconds": {}}
+    record |= {"tolerance": TOLERANCE_DOUBLE if entry.double else TOLERANCE, "only_analysed": analyze_only}
     try:
         _measure(entry, analyze_only, record)
     except Exception as failure:
-        record["ok"] = False
-        record["error"] = f"{type(failure).__name__}: {failure}"[:2000]
+        record |= {"ok": False, "error": f"{type(failure).__name__}: {failure}"[:2000]}
         record["where"] = [
             f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno}"
             for frame in traceback.extract_tb(failure.__traceback__)[-4:]
@@ -66,20 +56,15 @@ def measure(entry: Entry, analyze_only: bool = False) -> Record:
 def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
     with _stage(record, "build"):
         model = randomise(entry.make())
-        record["layers"] = sum(
-            any(True for _ in module.parameters(recurse=False)) for module in model.modules()
-        )
+        record["layers"] = sum(any(True for _ in m.parameters(recurse=False)) for m in model.modules())
         record["parameters"] = record["parameters_before"] = _parameters(model)
     with _stage(record, "warm up"), centring(model):
         _call(model, entry, entry.batches[0])
-    with _stage(record, "forward"), find_called(model):
-        dense = _call(model, entry, entry.batches[0])
     program = _analyse(model, entry, record)
     if analyze_only:
         if not record["captured"]:
-            raise record.pop("refusal")
+            raise CaptureError(record["not_captured"])
         return
-    record.pop("refusal", None)
     with _stage(record, "prune"):
         result = (
             _prune(program, DRAWN, record["requested"])
@@ -87,39 +72,34 @@ def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
             else _prune_in_parts(model, entry, record)
         )
     if result is None:
-        record["error"], record["stage"] = "nothing to prune", None
+        record |= {"error": "nothing to prune", "stage": None}
         return
     record |= {"sparsity": result.plan.sparsity, "parameters_after": _parameters(result.module)}
     unseen = program is not None and _batch_is_dynamic(program) and entry.batches[1] != entry.batches[0]
     with _stage(record, "compare"):
-        record["mask_error"], record["difference"] = _compare(
-            model, result.module, result.plan, entry, entry.batches[0], dense
+        reference = (
+            model  # weights that are folded at capture, only what removes nothing holds under their names
         )
-        if unseen:
-            record["mask_error_unseen"], _ = _compare(
-                model, result.module, result.plan, entry, entry.batches[1], None
-            )
+        if program is not None and program.folds:
+            args, kwargs = entry.inputs(entry.batches[0])
+            nothing = replace(result.plan, groups=(), folds=(), splits=(), copies=())
+            reference = fasp_fx.apply(model, nothing, args, kwargs).module
+        masked, worst = Masked(reference, result.plan), 0.0
+        for batch in entry.batches[: 1 + unseen]:
+            expected, dense = _call(masked, entry, batch), _call(model, entry, batch)
+            worst = max(worst, error(_call(result.module, entry, batch), expected))
+        shapes, before = ([leaf.shape for leaf in floats(output)] for output in (expected, dense))
+        # how much a model finds (keypoints, say) can itself depend on what is masked
+        difference = error(expected, dense) if shapes == before else math.inf
+    record |= {"mask_error": worst, "difference": difference, "copy": "", "copy_error": 0.0}
     with _stage(record, "copy"):
-        record["copies"] = copies(
-            model,
-            lambda way, kept: (
-                result
-                if way == CHANNELS
-                else _prune_by(
-                    replace(DRAWN, sparsity=record["requested"], granularity=way, exclude=kept),
-                    model,
-                    program,
-                    entry,
-                )
-            ),
-            lambda copy, plan: max(
-                _compare(model, copy, plan, entry, batch, None)[0] for batch in entry.batches[: 1 + unseen]
-            ),
-        )
-    worst = max(record["mask_error"], record.get("mask_error_unseen", 0.0))
+        try:
+            record["copy_error"] = error(_call(result.eager(model), entry, batch), expected)
+        except EagerError as refusal:
+            record["copy"] = str(refusal)[:1000]
     record |= {
-        "ok": worst <= record["tolerance"] and not wrong(record),
-        "visible": record["difference"] > 100 * record["tolerance"],
+        "ok": max(worst, record["copy_error"]) <= record["tolerance"],
+        "visible": difference > 100 * record["tolerance"],
         "stage": None,
     }
 
@@ -131,7 +111,7 @@ def _analyse(model: nn.Module, entry: Entry, record: Record) -> Program | None:
         with _stage(record, "capture"):
             program = capture(model, args, kwargs)
     except CaptureError as refusal:
-        record |= {"refusal": refusal, "not_captured": str(refusal)[:1000]}
+        record["not_captured"] = str(refusal)[:1000]
         return None
     record["captured"], record["notes"] = True, list(program.notes)
     with _stage(record, "analysis"):
@@ -160,49 +140,25 @@ def _prune(program: Program, config: fasp_fx.PruningConfig, most: float) -> Any:
     return subject.result(config, clock)
 
 
-def _prune_by(config: fasp_fx.PruningConfig, model: nn.Module, program: Program | None, entry: Entry) -> Any:
-    """The model pruned in another way than the one that is measured, by less if that does not allow as much;
-    ``None`` if nothing of it can be.
-    """
-    if program is None:
-        return _as_much_as_goes(config, lambda less: _prune_whole_or_in_parts(model, entry, less))
-    most = analyze_for(program, config).max_sparsity  # without what is excluded, which shows only later
-    return _as_much_as_goes(config, lambda less: _prune(program, less, most))
-
-
 def _prune_in_parts(model: nn.Module, entry: Entry, record: Record) -> Any:
     """The model pruned by its submodules, by less if they cannot lose as much; ``None`` if nothing of them
     can be pruned.
     """
-    try:
-        result = _as_much_as_goes(DRAWN, lambda less: _prune_whole_or_in_parts(model, entry, less))
-    except NothingPrunableError:
-        record["max_sparsity"] = 0.0
-        return None
-    record |= {
-        "requested": result.report.config.sparsity,
-        "parts": {path: part.plan.sparsity for path, part in result.parts.items()},
-        "left": dict(result.left),
-    }
-    return result
-
-
-def _prune_whole_or_in_parts(model: nn.Module, entry: Entry, config: fasp_fx.PruningConfig) -> Any:
     args, kwargs = entry.inputs(entry.batches[0])
-    return fasp_fx.prune(model, args, kwargs, config=config)
-
-
-def _as_much_as_goes(config: fasp_fx.PruningConfig, prune: Callable[[fasp_fx.PruningConfig], Any]) -> Any:
-    """What comes of the first sparsity that is in reach: the asked one, or a lesser.
-
-    Raises:
-        SparsityError: not even the least is.
-    """
-    *before, last = config.sparsity, *LESS
-    for sparsity in before:
-        with suppress(SparsityError):
-            return prune(replace(config, sparsity=sparsity))
-    return prune(replace(config, sparsity=last))
+    for sparsity in (SPARSITY, *LESS):
+        try:
+            result = fasp_fx.prune(model, args, kwargs, config=replace(DRAWN, sparsity=sparsity))
+        except NothingPrunableError:
+            record["max_sparsity"] = 0.0
+            return None
+        except SparsityError:
+            if sparsity == LESS[-1]:
+                raise
+            continue
+        parts = {path: part.plan.sparsity for path, part in result.parts.items()}
+        record |= {"requested": sparsity, "parts": parts, "left": dict(result.left)}
+        return result
+    return None
 
 
 @contextmanager
@@ -219,27 +175,13 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _call(model: nn.Module, entry: Entry, batch: int) -> Any:
+def _call(model: Any, entry: Entry, batch: int) -> Any:
     args, kwargs = entry.inputs(batch)
     torch.manual_seed(0)
     # what a model compiles for itself (flex attention, say) runs uncompiled: the kernels made for some
     # processors are wrong
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         return model(*args, **kwargs)
-
-
-def _compare(
-    model: nn.Module, smaller: nn.Module, plan: Any, entry: Entry, batch: int, dense: Any
-) -> tuple[float, float]:
-    """A smaller module's error against the masked dense model, and how far that is from the dense one."""
-    if dense is None:
-        dense = _call(model, entry, batch)
-    with masked(model, plan):
-        expected = _call(model, entry, batch)
-    found = _call(smaller, entry, batch)
-    shapes, before = ([leaf.shape for leaf, _ in leaves(output)] for output in (expected, dense))
-    # how much a model finds (keypoints, say) can itself depend on what is masked
-    return error(found, expected), error(expected, dense) if shapes == before else math.inf
 
 
 def _batch_is_dynamic(program: Any) -> bool:

@@ -14,51 +14,15 @@ from torch import fx, nn
 #: in the order of precedence: a weight counts for the first status of the groups that touch it
 STATUSES = ("prunable", "exempt", "approximate", "no rule", "layout", "other")
 
-#: the places of weights among the arguments of linear and convolution operators; ``None``: any argument
-_WEIGHTS: dict[str, tuple[int, ...] | None] = {
-    **dict.fromkeys(
-        [
-            "linear",
-            "conv1d",
-            "conv2d",
-            "conv3d",
-            "convolution",
-            "_convolution",
-            "conv_transpose1d",
-            "conv_transpose2d",
-            "conv_transpose3d",
-        ],
-        (1,),
-    ),
-    **dict.fromkeys(
-        [
-            "matmul",
-            "mm",
-            "bmm",
-            "addmm",
-            "baddbmm",
-            "addbmm",
-            "mv",
-            "addmv",
-            "einsum",
-            "bilinear",
-            "_trilinear",
-        ],
-        None,
-    ),
-    **dict.fromkeys(
-        [
-            "_grouped_mm",
-            "grouped_mm",
-            "grouped_mm_fallback",
-            "lstm",
-            "gru",
-            "rnn_tanh",
-            "rnn_relu",
-            "deform_conv2d",
-        ],
-        None,
-    ),
+#: linear and convolution operators, whose weight is their second argument, and others, where it may be any
+_SECOND = {
+    *("linear", "conv1d", "conv2d", "conv3d", "convolution", "_convolution"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+}
+_ANY = {
+    *("matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "einsum", "bilinear", "_trilinear"),
+    *("_grouped_mm", "grouped_mm", "grouped_mm_fallback", "lstm", "gru", "rnn_tanh", "rnn_relu"),
+    "deform_conv2d",
 }
 #: operators that pick from a stacked weight with an index that is computed
 _PICKS = ("index", "index_select", "gather")
@@ -76,21 +40,12 @@ def operator_weights(program: Any) -> dict[str, int]:
             held[node] = frozenset([names[name]]) if weight else frozenset()
         elif node.op == "call_function":
             inputs = node.all_input_nodes
-            operator = getattr(node.target, "_schema", None)
-            operator = (
-                operator.name.split("::")[-1]
-                if operator is not None
-                else getattr(node.target, "__name__", str(node.target))
-            )
-            if operator in _WEIGHTS:
-                places = _WEIGHTS[operator]
-                arguments = (
-                    inputs
-                    if places is None
-                    else [node.args[place] for place in places if place < len(node.args)]
-                )
-                for name in {name for argument in arguments for name in held.get(argument, ())}:
-                    found[name] = tensors[name].numel()
+            schema = getattr(node.target, "_schema", None)
+            operator = getattr(node.target, "__name__", str(node.target)) if schema is None else schema.name
+            operator = operator.split("::")[-1]
+            if operator in _SECOND | _ANY:
+                for argument in inputs if operator in _ANY else node.args[1:2]:
+                    found |= {name: tensors[name].numel() for name in held.get(argument, ())}
             elif inputs and all(source in held for source in inputs):
                 held[node] = frozenset().union(*(held[source] for source in inputs))
             elif operator in _PICKS and inputs and held.get(inputs[0]):

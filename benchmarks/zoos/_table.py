@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from ._copies import WAYS, way, why_none
 from ._shares import STATUSES
 
 Record = dict[str, Any]
 
-_HEAD = [
-    "model",
-    "kind",
-    "layers",
-    "parameters",
-    *STATUSES,
-    "most",
-    "sparsity",
-    "shrinks by",
-    "mask error",
-    "own class",
-    "capture",
-    "analysis",
-    "verdict",
-]
+Cell = Callable[[Record], Any]
+#: the columns, by what they show of a record; a float is a percentage
+_COLUMNS: dict[str, Cell] = {
+    "model": lambda record: record["name"],
+    "kind": lambda record: record["kind"],
+    "layers": lambda record: record.get("layers"),
+    "parameters": lambda record: f"{record['parameters']:,}" if "parameters" in record else None,
+    **{status: lambda record, status=status: record.get("shares", {}).get(status) for status in STATUSES},
+    "most": lambda record: record.get("max_sparsity"),
+    "sparsity": lambda record: record.get("sparsity"),
+    "shrinks by": lambda record: (
+        1 - record["parameters_after"] / record["parameters_before"] if "parameters_after" in record else None
+    ),
+    "mask error": lambda record: f"{record['mask_error']:.0e}" if "mask_error" in record else None,
+    "own class": lambda record: ("no" if record["copy"] else "yes") if "copy" in record else None,
+    "capture": lambda record: _seconds(record, "capture"),
+    "analysis": lambda record: _seconds(record, "analysis"),
+    "verdict": lambda record: verdict(record),
+}
 
 
 def table(records: dict[str, Record]) -> str:
     """One row per model, sorted by kind and name, then a summary."""
-    rows = [
-        _row(record)
-        for record in sorted(records.values(), key=lambda record: (record["kind"], record["name"]))
-    ]
-    lines = [_line(_HEAD), _line(["---"] * len(_HEAD)), *map(_line, rows)]
+    ordered = sorted(records.values(), key=lambda record: (record["kind"], record["name"]))
+    rows = [[_shown(cell(record)) for cell in _COLUMNS.values()] for record in ordered]
+    lines = [_line(_COLUMNS), _line(["---"] * len(_COLUMNS)), *map(_line, rows)]
     return "\n".join([*lines, "", *summary(records)])
 
 
@@ -42,37 +43,12 @@ def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{100 * value:.1f}" if isinstance(value, float) else str(value)
 
 
-def _shrunk(record: Record) -> float | None:
-    return (
-        1 - record["parameters_after"] / record["parameters_before"] if "parameters_after" in record else None
-    )
-
-
-def _worst(record: Record) -> float | None:
-    return max(record["mask_error"], record.get("mask_error_unseen", 0.0)) if "mask_error" in record else None
-
-
-def _row(record: Record) -> list[str]:
-    shares, seconds, worst = record.get("shares", {}), record["seconds"], _worst(record)
-    return [
-        record["name"],
-        record["kind"],
-        str(record.get("layers", "")),
-        f"{record['parameters']:,}" if "parameters" in record else "",
-        *(_percent(shares.get(status)) for status in STATUSES),
-        _percent(record.get("max_sparsity")),
-        _percent(record.get("sparsity")),
-        _percent(_shrunk(record)),
-        "" if worst is None else f"{worst:.0e}",
-        way(record),
-        f"{seconds['capture']:.1f}" if "capture" in seconds else "",
-        f"{seconds['analysis']:.1f}" if "analysis" in seconds else "",
-        verdict(record),
-    ]
+def _seconds(record: Record, stage: str) -> str | None:
+    return f"{record['seconds'][stage]:.1f}" if stage in record["seconds"] else None
 
 
 def verdict(record: Record) -> str:
@@ -108,29 +84,23 @@ def summary(records: dict[str, Record]) -> list[str]:
         f"* {len(parts)} of the other {len(everything) - len(captured)} pruned in parts,"
         f" {sum(record['ok'] is True for record in parts)} of them exact"
     )
-    tried = Counter(way(record) for record in everything if record.get("copies"))
-    lines.append(
-        f"* copies of their own class, of {sum(tried.values())} pruned models:"
-        f" {', '.join(f'{tried[name]} by {name}' for name in WAYS)},"
-        f" none of {tried['none']}"
-    )
+    none = [record for record in everything if record.get("copy")]
+    tried = sum("copy" in record for record in everything)
+    lines.append(f"* copies of their own class: of {tried - len(none)} of {tried} pruned models")
     if captured:
         enough = [record for record in captured if record.get("sparsity", 0.0) >= 0.2]
         lines.append(f"* {len(enough)} of {len(captured)} lose 20 % or more of the counted weights")
     if weights:
-        totals = [
-            sum(record["weights"] * record["shares"][status] for record in analysed) / weights
-            for status in STATUSES
-        ]
-        means = [sum(record["shares"][status] for record in analysed) / len(analysed) for status in STATUSES]
-        lines.append(
-            "* weights of linear and convolution operators: "
-            + ", ".join(f"{_percent(t)} % {s}" for t, s in zip(totals, STATUSES))
-        )
-        lines.append(
-            "* the same, each model counted once: "
-            + ", ".join(f"{_percent(m)} % {s}" for m, s in zip(means, STATUSES))
-        )
+        for title, count in (
+            ("weights of linear and convolution operators", False),
+            ("each model once", True),
+        ):
+            parts = dict.fromkeys(STATUSES, 0.0)
+            for record in analysed:
+                part = 1 / len(analysed) if count else record["weights"] / weights
+                parts = {status: share + part * record["shares"][status] for status, share in parts.items()}
+            shown = ", ".join(f"{_shown(share)} % {status}" for status, share in parts.items())
+            lines.append(f"* {title}: {shown}")
     deep = [record for record in analysed if record["layers"] >= 100]
     slow = [record["name"] for record in deep if record["seconds"]["analysis"] > record["seconds"]["capture"]]
     lines.append(
@@ -154,10 +124,9 @@ def summary(records: dict[str, Record]) -> list[str]:
             f"* {title}: {len(chosen)}",
             *(f"    * {record['name']}: {verdict(record)}" for record in chosen),
         ]
-    none = [record for record in everything if way(record) == "none"]
     lines += [
         f"* no copy of their own class: {len(none)}",
-        *(f"    * {record['name']}: {' '.join(why_none(record).split())[:300]}" for record in none),
+        *(f"    * {record['name']}: {' '.join(record['copy'].split())[:300]}" for record in none),
     ]
     return [*lines, *without_rule(analysed)]
 

@@ -48,9 +48,8 @@ def _drawn(owner: nn.Module, name: str, value: Tensor, generator: Generator) -> 
         return 1 + 0.2 * noise
     if name.endswith("bias"):
         return 0.2 * noise
-    if value.numel() == value.shape[-1] if value.dim() else True:
-        return value + 0.1 * noise
-    if value.numel() < 4096 and value.std() > 0.3:
+    alone = not value.dim() or value.numel() == value.shape[-1]
+    if alone or (value.numel() < 4096 and value.std() > 0.3):
         return value + 0.1 * noise
     # a table of positions or tokens, or stacked matrices whose orientation is unknown
     return noise / math.sqrt(max(value.shape[-2:]))

@@ -315,7 +315,7 @@ def _check_loaded(model: Any, info: dict[str, Any], where: str) -> None:
     Args:
         info: what transformers says of the loading.
     """
-    from ..hf._unexpected import refuse_left_out
+    from ..hf._offloaded import refuse_left_out
 
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         found = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(kind) or ())

@@ -31,9 +31,13 @@ def _register_models() -> None:
     """Here rather than at once, because importing the models takes long, and only who has a configuration of
     one needs them.
     """
-    from ._register import register_models
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    register_models()
+    from ._causal import PrunedForCausalLM
+    from ._seq2seq import PrunedForSeq2SeqLM
+
+    AutoModelForCausalLM.register(PrunedConfig, PrunedForCausalLM, exist_ok=True)
+    AutoModelForSeq2SeqLM.register(PrunedConfig, PrunedForSeq2SeqLM, exist_ok=True)
 
 
 on_first_use(_register_models)

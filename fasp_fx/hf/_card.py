@@ -26,7 +26,7 @@ def card(model: Any) -> str:
     if report.cache is not None:
         rows.append(("bytes of cache per token of one sequence", *report.cache))
     groups = [
-        f"| {_code(group.name)} | {group.size} | {group.size - group.removed_sets} |" for group in plan.groups
+        f"| `{group.name}` | {group.size} | {group.size - group.removed_sets} |" for group in plan.groups
     ]
     return "\n".join(
         [
@@ -70,10 +70,6 @@ def loading(model: Any, folder: str) -> list[str]:
         f"from transformers import {auto}",
         f'model = {auto}.from_pretrained("{folder}")',
     ]
-
-
-def _code(name: str) -> str:
-    return f"`{name}`"
 
 
 __all__ = ["card"]

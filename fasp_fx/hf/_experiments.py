@@ -65,7 +65,7 @@ class Experiments:
             )
         self._class: Any = type(model)
         self._config = config
-        self.base: dict[str, Any] = _as_stored(config)
+        self.base: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
         self._found: dict[str, Shapes | str] = {}
         self._absent: list[Path] = []
         found = self.build({})
@@ -75,23 +75,24 @@ class Experiments:
                 " needs that"
             )
         self.shapes = found
-        own = {
-            name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)
-        }
-        if odd := sorted(name for name in own if own[name] != found.get(name)):
-            raise ArgumentError(
-                f"the config does not describe the model: '{odd[0]}' has the shape {own[odd[0]]}, a model"
-                f" built from the config {found.get(odd[0], 'has no such weight')}; a plain checkpoint needs"
-                " a model of its config's sizes"
-            )
+        undescribed = "the config does not describe the model:"
+        for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
+            own, built = tuple(parameter.shape), found.get(name, "has no such weight")
+            if own != built:
+                raise ArgumentError(
+                    f"{undescribed} '{name}' has the shape {own}, a model built from the config {built}; a"
+                    " plain checkpoint needs a model of its config's sizes"
+                )
         if untied := sorted(map(sorted, _ties(model) - _ties(self._made({})))):
             raise ArgumentError(
-                f"the config does not describe the model: {' and '.join(map(repr, untied[0]))} are one"
-                " weight, which a model built from the config holds twice; set tie_word_embeddings=True where"
-                " that says it, or prune without plain"
+                f"{undescribed} {' and '.join(map(repr, untied[0]))} are one weight, which a model built from"
+                " the config holds twice; set tie_word_embeddings=True where that says it, or prune without"
+                " plain"
             )
         self._absent = self._missing()
-        self.pins = dict(self._find_pins())
+        unset = [path for path, value in _leaves(self.base) if value is None] + self._absent
+        sizes = {path: self._effective(path) for path in unset}
+        self.pins = {path: size for path, size in sizes.items() if size is not None}
         if self.build(self.pins) != self.shapes:
             self.pins = {}  # each changes nothing, but all together do
         self.base = self.changed(self.pins)
@@ -136,8 +137,7 @@ class Experiments:
     def _made(self, assignment: Assignment) -> nn.Module:
         """The class at other sizes, on the meta device."""
         with torch.device("meta"):
-            made: nn.Module = self._class(self.config(assignment))
-        return made
+            return self._class(self.config(assignment))
 
     def losses(self, assignment: Assignment) -> dict[tuple[str, int], int] | str:
         """By how much each dimension of each parameter and buffer shrinks, where it does; or why that cannot
@@ -148,18 +148,14 @@ class Experiments:
             return found
         if other := sorted(found.keys() ^ self.shapes.keys()):
             return f"the model has another set of weights, '{other[0]}' for one"
-        lost = {}
-        for name, shape in self.shapes.items():
-            if len(found[name]) != len(shape):
-                return f"'{name}' has another number of dimensions"
-            lost.update(
-                {
-                    (name, dim): old - new
-                    for dim, (old, new) in enumerate(zip(shape, found[name], strict=True))
-                    if old != new
-                }
-            )
-        return lost
+        if odd := [name for name, shape in self.shapes.items() if len(found[name]) != len(shape)]:
+            return f"'{odd[0]}' has another number of dimensions"
+        return {
+            (name, dim): old - new
+            for name, shape in self.shapes.items()
+            for dim, (old, new) in enumerate(zip(shape, found[name], strict=True))
+            if old != new
+        }
 
     def without_idle_pins(self, assignment: Assignment) -> dict[str, Any]:
         """The config of an assignment as a dictionary, without the pins that change nothing."""
@@ -169,56 +165,44 @@ class Experiments:
                 assignment = {**assignment, path: None}
         return self.config(assignment).to_dict()
 
-    def _find_pins(self) -> Iterator[tuple[Path, int]]:
-        for path in [path for path, value in _leaves(self.base) if value is None] + self._absent:
-            value = self._effective(path)
-            if value is not None:
-                yield path, value
-
     def _effective(self, path: Path) -> int | None:
         """The value of a field that is not set, at which all shapes are as they are without it; ``None`` if
         it is no size.
         """
-        sizes = []
-        for probe in _PROBES:
-            lost = self.losses({path: probe})
-            if isinstance(lost, str):
-                return None
-            sizes.append(lost)
-        for place in sorted(sizes[0].keys() | sizes[1].keys()):
-            first, second = (lost.get(place, 0) for lost in sizes)
+        losses = [self.losses({path: probe}) for probe in _PROBES]
+        if any(isinstance(lost, str) for lost in losses):
+            return None
+        places = sorted({place for lost in losses for place in lost})
+        for first, second in ([lost.get(place, 0) for lost in losses] for place in places):  # type: ignore[union-attr]
             if first != second:  # the loss is linear in the field; where is it zero?
                 value = round(_PROBES[0] + first * (_PROBES[0] - _PROBES[1]) / (second - first))
                 return value if value > 0 and self.build({path: value}) == self.shapes else None
         return None
 
     def _missing(self) -> list[Path]:
-        """Fields that the class asks for and the config does not have."""
-        asked: list[Path] = []
+        """Fields that the class asks for and the config does not have, noted by a copy of the config."""
+        asked: dict[Path, None] = {}
+        config = self.config({})
+        inner = {name: value for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)}
+        for place, own in [((), config), *(((name,), value) for name, value in inner.items())]:
+            _note(own, place, asked)
         with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
-            config = self.config({})
-            owners = {id(config): ()} | {
-                id(inner): (name,)
-                for name, inner in vars(config).items()
-                if isinstance(inner, PreTrainedConfig)
-            }
+            self._class(config)
+        return list(asked)
 
-            def absent(owner: Any, name: str) -> Any:
-                if id(owner) in owners and not name.startswith("_") and name.isidentifier():
-                    asked.append((*owners[id(owner)], name))
-                raise AttributeError(f"'{type(owner).__name__}' object has no attribute '{name}'")
 
-            with contextlib.ExitStack() as undo:
-                kinds: set[Any] = {
-                    type(config),
-                    *(type(inner) for inner in vars(config).values() if isinstance(inner, PreTrainedConfig)),
-                }
-                for kind in kinds:
-                    if not hasattr(kind, "__getattr__"):
-                        kind.__getattr__ = absent
-                        undo.callback(delattr, kind, "__getattr__")
-                self._class(config)
-        return list(dict.fromkeys(asked))
+def _note(config: Any, place: Path, asked: dict[Path, None]) -> None:
+    """Let a config note what it is asked for in vain, under the place where it stands."""
+    kind: Any = type(config)
+    if hasattr(kind, "__getattr__"):
+        return
+
+    def absent(owner: Any, name: str) -> Any:
+        if owner is config and not name.startswith("_") and name.isidentifier():
+            asked[(*place, name)] = None
+        raise AttributeError(f"'{kind.__name__}' object has no attribute '{name}'")
+
+    config.__class__ = type(kind.__name__, (kind,), {"__getattr__": absent, "__module__": kind.__module__})
 
 
 def _ties(model: nn.Module) -> set[frozenset[str]]:
@@ -248,12 +232,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _as_stored(config: PreTrainedConfig) -> dict[str, Any]:
-    """A config as it is written to a file, with the default values."""
-    stored: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return stored
 
 
 def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

@@ -86,25 +86,21 @@ def save_into(model: PrunedModel, path: Path, state_dict: Mapping[str, Tensor] |
 
 def is_saved(folder: Path) -> bool:
     """Whether a folder holds a pruned model and nothing besides."""
-    try:
-        manifest = folders.read_json(folder / folders.MANIFEST)
-    except tolerable(StoreError):
-        return False
-    written = manifest.get("written", ())
-    known = (
-        {folders.MANIFEST, *FILES, *(name for name in written if isinstance(name, str))}
-        if isinstance(written, list)
-        else set()
-    )
-    return holds_model(folder) and all(child.name in known for child in folder.iterdir())
+    written = _manifest(folder).get("written", ())
+    known = {folders.MANIFEST, *FILES, *map(str, written if isinstance(written, list) else ())}
+    return holds_model(folder) and {child.name for child in folder.iterdir()} <= known
 
 
 def holds_model(folder: Path) -> bool:
     """Whether a folder holds a pruned model, of whatever version."""
+    return str(_manifest(folder).get("format")).startswith("fasp_fx.hf/")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        return str(folders.read_json(folder / folders.MANIFEST).get("format")).startswith("fasp_fx.hf/")
+        return folders.read_json(folder / folders.MANIFEST)
     except tolerable(StoreError):
-        return False
+        return {}
 
 
 def _fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> None:
@@ -132,14 +128,8 @@ def _fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | N
 def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The weights to write, held against those that the programs need."""
     kept = model.state_dict().keys()
-    own: dict[str, Tensor] = {
-        name: tensor
-        for name, tensor in (
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        )
-        if name in kept
-    }
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    own: dict[str, Tensor] = {name: tensor for name, tensor in named if name in kept}
     if state_dict is None:
         return own
     found: dict[int, Tensor] = {}
@@ -152,14 +142,9 @@ def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dic
                 " pass the model's own state_dict()"
             )
         made = given.detach()
-        found.setdefault(
-            id(tensor),
-            (
-                nn.Parameter(made, requires_grad=tensor.requires_grad)
-                if isinstance(tensor, nn.Parameter)
-                else made
-            ),
-        )
+        if isinstance(tensor, nn.Parameter):
+            made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+        found.setdefault(id(tensor), made)
     return {name: found[id(tensor)] for name, tensor in own.items()}
 
 

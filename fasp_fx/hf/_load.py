@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..base._tolerable import tolerable
 from ..errors import ArgumentError, CaptureError, FaspError, StoreError, first_line
@@ -23,41 +22,21 @@ from ._labels import LOSSES, MOVES, POSITIONS
 from ._model import PrunedModel
 
 #: fields of a configuration that say where a model came from, or are options of their own
-_OF_THE_FOLDER = (
-    "_name_or_path",
-    "transformers_version",
-    "architectures",
-    "attn_implementation",
-    "_attn_implementation",
-    "dtype",
-    "torch_dtype",
-)
+_OF_THE_FOLDER = {
+    *("_name_or_path", "transformers_version", "architectures", "attn_implementation"),
+    *("_attn_implementation", "dtype", "torch_dtype"),
+}
 #: fields that say what the programs are
-_OF_THE_PROGRAMS = (
-    "original",
-    "positions",
-    "position_limit",
-    "loss",
-    "labels_moved",
-    "counts_items",
-    "packs",
-    "fasp_fx_version",
-    "is_encoder_decoder",
-    "model_type",
-)
+_OF_THE_PROGRAMS = {
+    *("original", "positions", "position_limit", "loss", "labels_moved", "counts_items", "packs"),
+    *("fasp_fx_version", "is_encoder_decoder", "model_type"),
+}
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 #: arguments of transformers' loaders that change nothing here
-_WITHOUT_EFFECT = (
-    "trust_remote_code",
-    "low_cpu_mem_usage",
-    "use_safetensors",
-    "adapter_kwargs",
-    "_from_auto",
-    "_from_pipeline",
-    "weights_only",
-    "proxies",
-    "use_kernels",
-)
+_WITHOUT_EFFECT = {
+    *("trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "adapter_kwargs", "_from_auto"),
+    *("_from_pipeline", "weights_only", "proxies", "use_kernels"),
+}
 
 
 def load(
@@ -76,7 +55,7 @@ def load(
         StoreError: a file is missing, damaged or of another version.
         ArgumentError: an argument cannot be honoured.
     """
-    hub = {name: options.pop(name) for name in _HUB if name in options}
+    hub = {name: value for name in _HUB if (value := options.pop(name, None)) is not None}
     subfolder = options.pop("subfolder", "") or ""
     for name, value in options.items():
         if value is not None and name not in _WITHOUT_EFFECT:
@@ -104,12 +83,10 @@ def load(
         )
     with parsing("programs.json or config.json"):
         model = kind(found, parts)
-    generation = folder / "generation_config.json"
-    if os.path.lexists(generation):
-        read_text(generation)
-        model.generation_config = _read(
-            lambda: model.generation_config_class.from_pretrained(folder), "generation_config.json"
-        )
+    if os.path.lexists(folder / "generation_config.json"):
+        read_text(folder / "generation_config.json")
+        read = model.generation_config_class.from_pretrained
+        model.generation_config = _read(lambda: read(folder), "generation_config.json")
     model.name_or_path = str(where)
     return model
 
@@ -122,26 +99,15 @@ def _parts(folder: Path, programs: dict[str, Any], device: torch.device) -> Part
         stored, constants = {}, {}
         for name, data in programs["programs"].items():
             constants[name] = {inside: held[outside] for inside, outside in data["constants"].items()}
-            stored[name] = _program(data, weights, constants[name], device)
+            kept = {"program": data["program"], "example": data["example"]}
+            program = program_from_json(kept, weights, constants[name], device)
+            module = _read(lambda made=program: made.module(check_guards=False), "programs.json")
+            stored[name] = StoredProgram(Written(kept), FlatProgram.of(module))
     except tolerable(KeyError, TypeError, AttributeError, ValueError, CaptureError) as error:
         raise StoreError(
             f"programs.json does not fit the folder: {type(error).__name__}: {error}; save the model again"
         ) from error
     return Parts(stored, weights, constants, plan, report)
-
-
-def _program(
-    data: dict[str, Any], weights: dict[str, Tensor], constants: dict[str, Tensor], device: torch.device
-) -> StoredProgram:
-    kept = {"program": data["program"], "example": data["example"]}
-    program = program_from_json(kept, weights, constants, device)
-    try:
-        module = program.module(check_guards=False)
-    except tolerable(Exception) as error:  # torch raises whatever it trips over
-        raise StoreError(
-            f"programs.json holds a program that cannot be called: {first_line(error)}; save the model again"
-        ) from error
-    return StoredProgram(Written(kept), FlatProgram.of(module))
 
 
 def _folder(where: Any, hub: dict[str, Any]) -> Path:
@@ -150,9 +116,7 @@ def _folder(where: Any, hub: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(str(where), **{name: value for name, value in hub.items() if value is not None})
-        )
+        return Path(snapshot_download(str(where), **hub))
     except tolerable(Exception) as error:  # the hub's client raises what its transport does
         raise StoreError(
             f"'{where}' is neither a folder nor a repository that can be read: {first_line(error)}; give the"
@@ -169,20 +133,20 @@ def _config(folder: Path, kind: type[PrunedModel]) -> PrunedConfig:
     with parsing("config.json"):
         check_layers(config.original, len(tensors_of(folder / "model.safetensors")))
     original_of(config)
-    if config.positions not in (None, *POSITIONS) or type(config.position_limit) not in (int, type(None)):
-        raise StoreError("config.json does not say how positions are counted; save the model again")
-    if (
-        config.loss not in (None, *LOSSES)
-        or config.labels_moved not in (None, *MOVES)
-        or type(config.packs) is not bool
-        or type(config.counts_items) is not bool
-    ):
+    allowed = {
+        "positions": (None, *POSITIONS),
+        "loss": (None, *LOSSES),
+        "labels_moved": (None, *MOVES),
+        "packs": (True, False),
+        "counts_items": (True, False),
+    }
+    odd = [name for name, values in allowed.items() if getattr(config, name) not in values]
+    if odd or type(config.position_limit) not in (int, type(None)):
         raise StoreError(
-            "config.json does not say how labels and packed texts are read; save the model again"
+            f"config.json does not say how the model is called ({[*odd, 'position_limit'][0]}); save the"
+            " model again"
         )
-    expected = (
-        config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
-    )
+    (expected, *_) = [*(config.architectures or ()), None]
     if kind.__name__ != expected:
         auto = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
         raise ArgumentError(f"'{folder}' holds a {expected}, not a {kind.__name__}; load it with {auto}")

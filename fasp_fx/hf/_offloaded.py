@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import safetensors
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base._tolerable import tolerable
 from ..base.compat._transformers import kept_in_float32
 from ..base.offload._context import keep_weights
 from ..base.offload._scratch import Scratch
 from ..errors import ArgumentError, FaspError, first_line
-from ._unexpected import refuse_left_out
 
 T = TypeVar("T")
+_NUMBER = re.compile(r"\.\d+\.")
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: bytes of a shard that are read before it is opened anew, which frees the memory that they took
@@ -67,25 +68,19 @@ def load_offloaded(
     exact = kept_in_float32(empty)
     weights: dict[str, Tensor] = {}
     for name, tensor in _tensors(folder):
-        wanted = wanted or (tensor.dtype if tensor.is_floating_point() else None)
-        cast = tensor.is_floating_point() and wanted is not None and not any(part in name for part in exact)
-        weights[name] = scratch.empty(
-            tensor.shape, wanted if cast and wanted is not None else tensor.dtype
-        ).copy_(tensor)
-    kind: Any = type(empty)
-    options = {
-        "config": config,
-        "state_dict": weights,
-        "dtype": wanted or torch.float32,
-        "output_loading_info": True,
-    }
-    model, info = _loaded(folder, lambda: kind.from_pretrained(None, **options))
+        real = tensor.is_floating_point()
+        wanted = wanted or (tensor.dtype if real else None)
+        kind = wanted if real and wanted and not any(part in name for part in exact) else tensor.dtype
+        weights[name] = scratch.empty(tensor.shape, kind).copy_(tensor)
+    options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": wanted or torch.float32}
+    model, info = _loaded(
+        folder, lambda: type(empty).from_pretrained(None, output_loading_info=True, **options)
+    )
     for what in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(what):
-            first = sorted(map(str, info[what]))[0]
             raise ArgumentError(
-                f"'{folder}' does not hold all of the model: {what.replace('_', ' ')}: {first}; give a"
-                " complete checkpoint"
+                f"'{folder}' does not hold all of the model: {what.replace('_', ' ')}:"
+                f" {sorted(map(str, info[what]))[0]}; give a complete checkpoint"
             )
     refuse_left_out(model, info, str(folder))
     keep_weights(model, scratch)  # what transformers had to convert
@@ -116,22 +111,22 @@ def _loaded(folder: Path, load: Callable[[], T]) -> T:
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of all shards by name, each of which is to be let go before the next."""
     for shard in _shards(folder):
-        try:
-            with safetensors.safe_open(shard, "pt") as opened:
-                names = list(opened.keys())
-            while names:
-                read = 0
+        names: list[str] | None = None
+        while names is None or names:
+            try:
                 with safetensors.safe_open(shard, "pt") as opened:
+                    names = list(opened.keys()) if names is None else names
+                    read = 0
                     while names and read < _AT_ONCE:
                         name = names.pop(0)
                         tensor = opened.get_tensor(name)
-                        read += tensor.numel() * tensor.element_size()
+                        read += tensor.nbytes
                         yield name, tensor
                         del tensor
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ArgumentError(
-                f"'{shard}' cannot be read: {first_line(error)}; give a complete checkpoint"
-            ) from error
+            except (OSError, safetensors.SafetensorError) as error:
+                raise ArgumentError(
+                    f"'{shard}' cannot be read: {first_line(error)}; give a complete checkpoint"
+                ) from error
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -153,4 +148,29 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-__all__ = ["load_offloaded"]
+def refuse_left_out(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
+    """Refuse a model that has fewer layers than its files: by the names of the others' weights, its
+    configuration says too small a number.
+
+    Other weights may be left out: a model of one kind can be loaded of a checkpoint that holds more.
+
+    Args:
+        info: what transformers says of the loading.
+
+    Raises:
+        ArgumentError: names a weight that would be left out.
+    """
+    known = {_NUMBER.sub(".", name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    beyond = sorted(
+        name
+        for name in map(str, info.get("unexpected_keys") or ())
+        if _NUMBER.search(name) and _NUMBER.sub(".", name) in known
+    )
+    if beyond:
+        raise ArgumentError(
+            f"'{where}' holds weights of more layers than its configuration says ({beyond[0]}), which would"
+            " be left out; correct the configuration"
+        )
+
+
+__all__ = ["load_offloaded", "refuse_left_out"]

@@ -27,11 +27,11 @@ from ..calibration.observe._ranks import ended_together
 from ..errors import ArgumentError, CaptureError, VerificationError, first_line
 from ..pruning._prune import prune
 from ..pruning._result import Result
+from ..pruning._weights import FusedWeights
 from ..pruning.config import PruningConfig, PruningOptions
 from ..pruning.report import Report
 from ._experiments import Assignment, Experiments, Path, quiet, written
 from ._settings import Settings, settings_of
-from ._weights import smaller_weights
 
 #: tokens of an example where there is no calibration data to take one from
 _EXAMPLE = (2, 8)
@@ -145,35 +145,33 @@ def plain_config(
     Raises:
         ArgumentError: see :func:`prune_plain`.
     """
-    for name in ("include", "exclude", "padding_mask"):
-        if getattr(asked, name):
-            raise ArgumentError(
-                f"{name}={getattr(asked, name)!r} cannot be had in a plain checkpoint: its config does not"
-                " say it; prune it without plain"
-            )
-    if asked.caps:
-        raise ArgumentError(
+    vain = {name: getattr(asked, name) for name in ("include", "exclude", "padding_mask")}
+    refused = [
+        (f"{name}={value!r} cannot be had in a plain checkpoint: its config does not say it;", value)
+        for name, value in vain.items()
+    ] + [
+        (
             f"budget={asked.budget!r} cannot be kept by a plain checkpoint, whose steps are coarse; give"
-            " sparsity=, or prune it without plain"
-        )
-    if isinstance(asked.sparsity, Mapping):
-        raise ArgumentError(
-            "a plain checkpoint has one sparsity: its config does not say which layers lose more; prune it"
-            " without plain"
-        )
-    if isinstance(asked.allocator, TrialAllocation):
-        said = (
-            "a search needs a model that is captured whole and groups that go one by one, which the fields of"
-            " a config do not"
-        )
-        raise ArgumentError(
-            f"allocation={asked.allocation!r}: {said}; use 'global', or prune it without plain"
-        )
-    if not isinstance(model, PreTrainedModel):
-        raise ArgumentError(
-            f"a plain checkpoint is made of a transformers model, not of a {type(model).__name__}; prune it"
-            " without plain"
-        )
+            " sparsity=, or",
+            asked.caps,
+        ),
+        (
+            "a plain checkpoint has one sparsity: its config does not say which layers lose more;",
+            isinstance(asked.sparsity, Mapping),
+        ),
+        (
+            f"allocation={asked.allocation!r}: a search needs a model that is captured whole and groups that"
+            " go one by one, which the fields of a config do not; use 'global', or",
+            isinstance(asked.allocator, TrialAllocation),
+        ),
+        (
+            f"a plain checkpoint is made of a transformers model, not of a {type(model).__name__};",
+            not isinstance(model, PreTrainedModel),
+        ),
+    ]
+    for message, applies in refused:
+        if applies:
+            raise ArgumentError(f"{message} prune it without plain")
     experiments = Experiments(model)
     settings = settings_of(experiments, heads_asked, asked.allocator, by_layer=not asked.uniform_layers)
     own = replace(
@@ -190,14 +188,10 @@ def _positioned(model: PreTrainedModel, calibration: Iterable[Any] | None) -> It
     """Batches of a decoder with the positions that ``generate`` gives its tokens, which are counted from the
     first one that the mask shows.
     """
-    if (
-        calibration is None
-        or not model.can_generate()
-        or model.config.is_encoder_decoder
-        or "position_ids" not in inspect.signature(model.forward).parameters
-    ):
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    if calibration is None or not takes or not model.can_generate() or model.config.is_encoder_decoder:
         return calibration
-    return (_with_positions(batch) for batch in calibration)
+    return map(_with_positions, calibration)
 
 
 def _with_positions(batch: Any) -> Any:
@@ -239,15 +233,15 @@ def _first_equal(
     """The first model that a config can build of the weights and that computes what the program computes."""
     inputs = _compared_on(model, example, device_of(result.module))
     expected = _outputs(result.module, inputs)
+    most = max((torch.finfo(output.dtype).eps ** _EQUAL for output in expected), default=0.0)
     failures = []
     for assignment in settings.assignments():
         try:
             smaller = _built(model, experiments, assignment, weights)
             deviation = _deviation(_run(smaller, inputs), expected)
-            if deviation <= max(
-                (torch.finfo(output.dtype).eps ** _EQUAL for output in expected), default=0.0
-            ):
-                return _moved(smaller, device_of(model)), assignment
+            if deviation <= most:
+                made: Any = smaller
+                return made.to(device_of(model)), assignment
             failures.append(f"{_said(assignment)}: its outputs differ by {deviation:.1e}")
         except _NotBuiltError as error:
             failures.append(f"{_said(assignment)}: {error}")
@@ -265,7 +259,7 @@ def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor]:
     """
     try:
         return _outputs(model, inputs)
-    except tolerable(Exception) as error:  # a class raises what it likes
+    except tolerable(Exception) as error:
         raise _NotBuiltError(
             f"it does not run: {first_line(error)}; widths that are multiples of 8 or 16 (round_to=) may be"
             " served"
@@ -297,18 +291,12 @@ def _built(
         del config.quantization_config
     attention = getattr(model.config, "_attn_implementation", None)
     options = {} if attention is None else {"attn_implementation": attention}
+    options |= {"config": config, "state_dict": dict(weights), "dtype": model.dtype}
     kind: Any = type(model)
     try:
         with quiet():
-            made, info = kind.from_pretrained(
-                None,
-                config=config,
-                state_dict=dict(weights),
-                dtype=model.dtype,
-                output_loading_info=True,
-                **options,
-            )
-    except tolerable(Exception) as error:  # a class raises what it likes
+            made, info = kind.from_pretrained(None, output_loading_info=True, **options)
+    except tolerable(Exception) as error:
         raise _NotBuiltError(f"its weights cannot be loaded: {first_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):
@@ -317,11 +305,7 @@ def _built(
     for name, parameter in made.named_parameters():
         parameter.requires_grad_(trained.get(name, True))
     made.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
-    return _moved(made.eval(), next(iter(weights.values())).device)
-
-
-def _moved(model: Any, device: torch.device) -> Any:
-    return model.to(device)
+    return made.eval().to(next(iter(weights.values())).device)
 
 
 def _compared_on(model: PreTrainedModel, example: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -343,23 +327,14 @@ def _outputs(module: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     """The floating-point outputs of a call."""
     with torch.no_grad():
         output = module(**inputs)
-    values = (
-        output.values()
-        if isinstance(output, Mapping)
-        else output
-        if isinstance(output, (list, tuple))
-        else [output]
-    )
+    listed = output.values() if isinstance(output, Mapping) else output
+    values = [output] if isinstance(output, Tensor) else list(listed)
     return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
 
 
 def _deviation(found: list[Tensor], expected: list[Tensor]) -> float:
     """‖a − b‖ / ‖b‖ of the output where it is largest; infinite where outputs cannot be compared."""
-    if (
-        not expected
-        or len(found) != len(expected)
-        or any(a.shape != b.shape for a, b in zip(found, expected, strict=True))
-    ):
+    if not expected or [output.shape for output in found] != [output.shape for output in expected]:
         return math.inf
     return max(distance(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -368,25 +343,51 @@ def _explained(
     report: Report, experiments: Experiments, settings: Settings, assignment: Assignment
 ) -> Report:
     """The report with what the config says now, and why groups were left whole."""
+    unsaid = settings.inexpressible
     lines = tuple(
-        (
-            replace(line, reason=f"left whole: {settings.unsaid[line.name]}")
-            if line.status == PRUNABLE and line.name in settings.unsaid
-            else line
-        )
+        replace(line, reason=f"left whole: {unsaid[line.name]}")
+        if line.status == PRUNABLE and line.name in unsaid
+        else line
         for line in report.lines
     )
-    return replace(
-        report,
-        lines=lines,
-        notes=(f"the config says it with {_said(assignment, experiments.numbers())}", *report.notes),
-    )
+    note = f"the config says it with {_said(assignment, experiments.numbers())}"
+    return replace(report, lines=lines, notes=(note, *report.notes))
 
 
 def _said(assignment: Assignment, before: Mapping[Path, int] | None = None) -> str:
     """``intermediate_size 1536 -> 1126``, for each field."""
     was = {path: f" {before[path]} ->" if before and path in before else " =" for path in assignment}
     return ", ".join(f"{written(path)}{was[path]} {value}" for path, value in assignment.items())
+
+
+def smaller_weights(model: nn.Module, result: Result) -> dict[str, Tensor]:
+    """The smaller parameters of ``model`` and its persistent buffers, under all their names; none shares
+    storage with ``model``.
+
+    A fused weight that the program holds in parts is put together again. A parameter that the program does
+    not use is as it was.
+
+    Raises:
+        ArgumentError: the program lost rows or columns of a weight that the model computes from others.
+    """
+    folded = {weight.name: weight for weight in result.plan.folds}
+    lost = next((folded[name] for name, _ in result.plan.slices() if name in folded), None)
+    if lost is not None:
+        raise ArgumentError(
+            f"the model computes {lost} in every call, so that no checkpoint of its class can hold it"
+            " smaller; prune it without plain"
+        )
+    pruned = dict(result.module.named_parameters(remove_duplicate=False))
+    fused = FusedWeights(result.plan)
+    found: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in pruned and name not in folded:
+            found[name] = pruned[name].detach()
+        elif name in fused:
+            found[name] = fused.joined(name, pruned)
+        else:
+            found[name] = tensor.detach().clone()
+    return found
 
 
 __all__ = ["Plain", "plain_config", "prune_plain"]

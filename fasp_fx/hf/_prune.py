@@ -33,11 +33,10 @@ from ..pruning._subject import Whole
 from ..pruning.config import PruningConfig, PruningOptions
 from ..pruning.report import Report, make_report, notes_of, said_whole
 from ._config import PrunedConfig
+from ._convention import CallConvention, check_served, convention_of
 from ._flat import FlatProgram
-from ._habits import Habits
 from ._held import Parts, StoredProgram, Written
 from ._model import PrunedModel
-from ._probe import check_served, habits_of
 from ._programs import Planned, Served, captured_for, carry_out_in_all, one_set, served_by
 from ._stages import CausalStages, Seq2SeqStages, stages_of
 
@@ -109,7 +108,7 @@ class CapturedModel:
     model: Any
     programs: Mapping[str, Captured]
     stages: CausalStages | Seq2SeqStages = field(repr=False)
-    habits: Habits = field(repr=False)
+    convention: CallConvention = field(repr=False)
 
     def planned(self) -> tuple[str, Program]:
         """The program that plans are made for, and its name.
@@ -149,9 +148,9 @@ def capture(model: Any, *, device: torch.device | str | None = None) -> Captured
     stages = stages_of(model)
     stage = stages.planned()
     captured = captured_for(stage, device)
-    habits = habits_of(stages, captured.program)
+    convention = convention_of(stages, captured.program)
     others = {other.name: captured_for(other, device) for other in stages.served()}
-    return CapturedModel(model, {stage.name: captured, **others}, stages, habits)
+    return CapturedModel(model, {stage.name: captured, **others}, stages, convention)
 
 
 @one_at_a_time
@@ -350,7 +349,7 @@ def _finished(
     programs = {name: _stored(result.module) for name, result in results.items()}
     constants = {name: _constants(result.module) for name, result in results.items()}
     parts = Parts(programs, one_set(model, results), constants, plan, report)
-    made = _model(model, parts, captured.habits)
+    made = _model(model, parts, captured.convention)
     check_served(made, captured.stages)
     return Pruned(made, plan, report, tokenizer)
 
@@ -427,7 +426,7 @@ def _constants(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _model(original: Any, parts: Parts, habits: Habits) -> PrunedModel:
+def _model(original: Any, parts: Parts, convention: CallConvention) -> PrunedModel:
     from ._causal import PrunedForCausalLM
     from ._seq2seq import PrunedForSeq2SeqLM
 
@@ -436,7 +435,7 @@ def _model(original: Any, parts: Parts, habits: Habits) -> PrunedModel:
     made = kind(
         PrunedConfig(
             original=_plain(config.to_dict()),
-            **asdict(habits),
+            **asdict(convention),
             fasp_fx_version=__version__,
             is_encoder_decoder=bool(config.is_encoder_decoder),
             architectures=[kind.__name__],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,11 @@ class Stages:
         """A mask that shows everything, ``[batch, count]``."""
         return torch.ones((batch, count), dtype=torch.long, device=self.model.device)
 
+    def mask(self, ids: Tensor, given: dict[str, Any]) -> Tensor:
+        """The mask of a batch, which shows everything where there is none."""
+        mask = given.get("attention_mask")
+        return self.ones(*ids.shape).to(ids.device) if mask is None else mask.long()
+
     def optional(self, **arguments: Any) -> dict[str, Any]:
         """Those arguments that the model takes."""
         return {name: value for name, value in arguments.items() if name in self.accepts}
@@ -121,6 +126,12 @@ class CausalStages(Stages):
         )
         return {"input_ids": self.tokens(new, batch, seed=1), **given, CACHE: cache}
 
+    def text(self, batch: int, count: int, padding: int) -> dict[str, Any]:
+        """Arguments of a call with a whole text."""
+        whole = self.arguments(batch=batch, new=count, past=0, padding=padding)
+        wanted = ("input_ids", "attention_mask", "position_ids")
+        return {name: value for name, value in whole.items() if name in wanted}
+
     def planned(self) -> Stage:
         """The program that is calibrated and served."""
         return Stage("decode", self.model, {**self.arguments(), "use_cache": True})
@@ -136,20 +147,12 @@ class CausalStages(Stages):
         """
         known = {"input_ids", "attention_mask", "use_cache", *self.optional(position_ids=None)}
         for ids, given in _calls(calibration, known):
-            mask = given.get("attention_mask")
-            mask = self.ones(*ids.shape).to(ids.device) if mask is None else mask.long()
-            positions = given.get("position_ids")
-            positions = (mask.cumsum(-1) - 1).clamp(min=0) if positions is None else positions
-            cache = fresh(encoder_decoder=False)
-            empty = _caches.read(
-                cache, caches, len(ids), torch.empty(0, dtype=self.model.dtype, device=ids.device)
-            )
-            _caches.write(cache, empty)
-            extra = self.optional(
-                attention_mask=mask,
-                position_ids=positions,
-                logits_to_keep=torch.arange(ids.shape[1], device=ids.device),
-            )
+            mask = self.mask(ids, given)
+            positions = given.get("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
+            kept = torch.arange(ids.shape[1], device=ids.device)
+            cache, like = fresh(False), torch.empty(0, dtype=self.model.dtype, device=ids.device)
+            _caches.write(cache, _caches.read(cache, caches, len(ids), like))
+            extra = self.optional(attention_mask=mask, position_ids=positions, logits_to_keep=kept)
             yield {"input_ids": ids, **extra, CACHE: cache, "use_cache": True}
 
 
@@ -158,22 +161,14 @@ class Seq2SeqStages(Stages):
     decoder's first call, which computes keys and values of the source, and in its later calls, which find
     them in the cache."""
 
-    def encoded(self, source: Tensor, mask: Tensor) -> Any:
-        """What the encoder makes of source tokens ``[batch, source]``."""
-        with torch.no_grad(), rewound(self.model):
-            return BaseModelOutput(
-                last_hidden_state=self.model.get_encoder()(
-                    input_ids=source, attention_mask=mask, return_dict=True
-                ).last_hidden_state
-            )
-
     def arguments(
         self, batch: int = BATCH, source: int = SOURCE, new: int = NEW, past: int = PAST, padding: int = 0
     ) -> dict[str, Any]:
         """Arguments of a call of the decoder; the last ``padding`` tokens of the first source are padding."""
         mask = self.ones(batch, source)
         mask[0, source - padding :] = 0
-        encoded = self.encoded(self.tokens(source, batch), mask)
+        with torch.no_grad(), rewound(self.model):
+            encoded = _encoding(self.model)(self.tokens(source, batch), mask)
         cache = fresh(encoder_decoder=True)
         common = {"encoder_outputs": encoded, "attention_mask": mask}
         if past:
@@ -184,47 +179,29 @@ class Seq2SeqStages(Stages):
         shown = self.optional(decoder_attention_mask=self.ones(batch, past + new))
         return {"decoder_input_ids": self.tokens(new, batch, seed=1), **common, **shown, CACHE: cache}
 
+    def text(self, batch: int, count: int, padding: int) -> dict[str, Any]:
+        """Arguments of a call with a whole source and output."""
+        given = self.arguments(batch=batch, new=count, past=0, padding=padding)
+        wanted = ("attention_mask", "decoder_input_ids", "decoder_attention_mask")
+        shown = {name: given[name] for name in wanted if name in given}
+        return {"input_ids": self.tokens(given["attention_mask"].shape[1], batch), **shown}
+
+    def _source(self) -> dict[str, Any]:
+        return {"input_ids": self.tokens(SOURCE), "attention_mask": self.ones(BATCH, SOURCE)}
+
     def planned(self) -> Stage:
         """Both parts together, without a cache."""
-        example = {
-            "input_ids": self.tokens(SOURCE),
-            "attention_mask": self.ones(BATCH, SOURCE),
-            "decoder_input_ids": self.tokens(NEW, seed=1),
-        }
-        return Stage("whole", self.model, {**example, "use_cache": False})
+        decoded = {"decoder_input_ids": self.tokens(NEW, seed=1), "use_cache": False}
+        return Stage("whole", self.model, {**self._source(), **decoded})
 
     def served(self) -> list[Stage]:
         # A shallow copy: the same modules under the same names.
-        encoder, alone = (self.model.get_encoder(), copy.copy(self.model))
-
-        def encode(input_ids: Tensor, attention_mask: Tensor) -> Any:
-            return BaseModelOutput(
-                last_hidden_state=encoder(
-                    input_ids=input_ids, attention_mask=attention_mask, return_dict=True
-                ).last_hidden_state
-            )
-
-        alone.forward = encode
-        first, later = self.arguments(past=0), self.arguments()
-        return [
-            Stage(
-                "encode",
-                alone,
-                {"input_ids": self.tokens(SOURCE), "attention_mask": self.ones(BATCH, SOURCE)},
-                ("last_hidden_state",),
-            ),
-            Stage(
-                "first",
-                self.model,
-                {**first, "use_cache": True},
-                ("encoder_outputs", "encoder_last_hidden_state"),
-            ),
-            Stage(
-                "decode",
-                self.model,
-                {**later, "use_cache": True},
-                ("encoder_outputs", "encoder_last_hidden_state"),
-            ),
+        alone = copy.copy(self.model)
+        alone.forward = _encoding(self.model)
+        state = ("encoder_outputs", "encoder_last_hidden_state")
+        calls = {"first": self.arguments(past=0), "decode": self.arguments()}
+        return [Stage("encode", alone, self._source(), ("last_hidden_state",))] + [
+            Stage(name, self.model, {**call, "use_cache": True}, state) for name, call in calls.items()
         ]
 
     def batches(self, calibration: Any, caches: dict[str, tuple[int, int]]) -> Iterator[dict[str, Any]]:
@@ -237,14 +214,19 @@ class Seq2SeqStages(Stages):
                     "a calibration batch of an encoder-decoder model needs 'decoder_input_ids' besides"
                     " 'input_ids'; pass dicts with both"
                 )
-            mask = given.get("attention_mask")
-            mask = self.ones(*ids.shape).to(ids.device) if mask is None else mask.long()
-            yield {
-                "input_ids": ids,
-                "attention_mask": mask,
-                "decoder_input_ids": given["decoder_input_ids"],
-                "use_cache": False,
-            }
+            decoded = {"decoder_input_ids": given["decoder_input_ids"]}
+            yield {"input_ids": ids, "attention_mask": self.mask(ids, given), **decoded, "use_cache": False}
+
+
+def _encoding(model: Any) -> Callable[[Tensor, Tensor], Any]:
+    """The forward of an encoder: of source tokens ``[batch, source]`` and their mask."""
+    encoder = model.get_encoder()
+
+    def encode(input_ids: Tensor, attention_mask: Tensor) -> Any:
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "return_dict": True}
+        return BaseModelOutput(last_hidden_state=encoder(**given).last_hidden_state)
+
+    return encode
 
 
 def stages_of(model: Any) -> CausalStages | Seq2SeqStages:
@@ -289,18 +271,12 @@ def _calls(calibration: Any, known: set[str]) -> Iterator[tuple[Tensor, dict[str
             " [batch]"
         )
     for index, batch in enumerate(calibration):
-        given = (
-            {"input_ids": batch}
-            if isinstance(batch, Tensor)
-            else dict(batch)
-            if isinstance(batch, (dict, BatchEncoding))
-            else None
-        )
-        if given is None:
+        if not isinstance(batch, (Tensor, dict, BatchEncoding)):
             raise CalibrationError(
                 f"calibration batch {index} is a {type(batch).__name__}; a batch is a tensor of token numbers"
                 " or a dict with 'input_ids'"
             )
+        given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
         given.pop("labels", None)
         unknown = sorted(set(given) - known)
         if unknown or not isinstance(given.get("input_ids"), Tensor):

@@ -10,7 +10,6 @@ import torch
 from torch import fx, nn
 
 from ..base._tolerable import tolerable
-from ..base.compat import pytree
 from ..capturing._fx import attribute
 from ..capturing._program import set_weight
 from ..errors import ArgumentError, first_line
@@ -98,18 +97,11 @@ def quantise(module: fx.GraphModule, config: Any) -> fx.GraphModule:
 def weight_bytes(module: nn.Module) -> int:
     """The bytes of all weights and buffers, those inside quantised ones included; tied ones count once."""
     seen: dict[int, int] = {}
-
-    def count(tensor: Any) -> None:
-        inner = (
-            [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-            if hasattr(tensor, "__tensor_flatten__")
-            else []
-        )
-        for part in inner:
-            count(part)
-        if not inner:
+    pending: list[Any] = [*module.parameters(), *module.buffers()]
+    while pending:
+        tensor = pending.pop()
+        if hasattr(tensor, "__tensor_flatten__"):
+            pending += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        else:
             seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-
-    for tensor in pytree.tree_leaves([list(module.parameters()), list(module.buffers())]):
-        count(tensor)
     return sum(seen.values())

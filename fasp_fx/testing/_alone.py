@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from ..base._tolerable import tolerable
 from ..base.compat import pytree
@@ -19,10 +18,9 @@ from .oracle import error, floats, tensors_of
 
 def ties_stay(case: Case) -> None:
     """Parameters that were one are one, under all their names."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in case.dense.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    tied = [group for group in names.values() if len(group) > 1]
+    named = list(case.dense.named_parameters(remove_duplicate=False))
+    alike = [[name for name, other in named if other is own] for own in case.dense.parameters()]
+    tied = [group for group in alike if len(group) > 1]
     if not tied:
         raise Skipped("no weights are tied")
     for result in (case.result, case.untouched):
@@ -56,24 +54,17 @@ def alone(case: Case) -> None:
     with rewinding(result.module):
         _trains(case, result.module, call)
     _copies(case, result.module, expected)
-    args, kwargs = call
-    if isinstance(case.model, nn.Module) and not isinstance(case.model, ExportedProgram):
-        keep = [
-            leaf
-            for leaf in pytree.tree_leaves(call)
-            if not isinstance(leaf, (Tensor, bool, int, float, str, type(None)))
-        ]
-        if not keep:
-            again = torch.export.export(result.module, args, kwargs, strict=False)
-            hold(
-                error(case.run(again.module(), call), expected) <= case.tolerance,
-                "exported again it computes something else",
-            )
+    plain = (Tensor, bool, int, float, str, type(None))
+    others: dict[str, Any] = {}
+    if isinstance(case.model, nn.Module) and all(
+        isinstance(leaf, plain) for leaf in pytree.tree_leaves(call)
+    ):
+        others["exported again"] = torch.export.export(result.module, *call, strict=False).module()
     if case.compile:
-        hold(
-            error(case.run(torch.compile(result.module), call), expected) <= case.tolerance,
-            "compiled it computes something else",
-        )
+        others["compiled"] = torch.compile(result.module)
+    for how, module in others.items():
+        wrong = error(case.run(module, call), expected)
+        hold(wrong <= case.tolerance, f"{how} it computes something else")
     for name, tensor in tensors_of(case.dense).items():
         hold(
             torch.equal(tensor.detach().nan_to_num(), case.before[name].nan_to_num()),
@@ -88,30 +79,27 @@ def _storages(tensors: dict[str, Tensor]) -> set[int]:
 def _trains(case: Case, module: nn.Module, call: Any) -> None:
     if not any(parameter.requires_grad for parameter in module.parameters()):
         return
-    if case.times > 1 and not _takes_gradients(copy.deepcopy(case.dense), call):
-        return  # the model itself writes over what a gradient needs
+    if case.times > 1:
+        try:
+            _backward(copy.deepcopy(case.dense), call)
+        except tolerable(RuntimeError):
+            return  # the model itself writes over what a gradient needs
     module.zero_grad()
-    outputs = floats_with_grad(with_own(module, *call))
-    if not outputs:
+    if not _backward(module, call):
         return
-    sum(output.pow(2).sum() for output in outputs).backward()  # type: ignore[union-attr]
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     hold(bool(gradients), "no parameter gets a gradient")
     hold(all(bool(torch.isfinite(g).all()) for g in gradients), "a gradient is not finite")
     module.zero_grad()
 
 
-def _takes_gradients(module: nn.Module, call: Any) -> bool:
-    try:
-        sum(output.sum() for output in floats_with_grad(with_own(module, *call))).backward()  # type: ignore[union-attr]
-    except tolerable(RuntimeError):
-        return False
-    return True
-
-
-def floats_with_grad(output: Any) -> list[Tensor]:
-    """The outputs that carry a gradient."""
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+def _backward(module: nn.Module, call: Any) -> bool:
+    """Take gradients of a call; whether an output carries any."""
+    leaves = pytree.tree_leaves(with_own(module, *call))
+    outputs = [leaf.pow(2).sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if outputs:
+        torch.stack(outputs).sum().backward()
+    return bool(outputs)
 
 
 def _copies(case: Case, module: nn.Module, expected: Any) -> None:

@@ -2,156 +2,12 @@
 
 from __future__ import annotations
 
-from functools import singledispatch
-
 import torch
 from torch import Tensor, nn
 
-from . import _channel_modules as channel
-from . import _image_modules as image
-from ._channel_blocks import (
-    Activation,
-    Branches,
-    Gated,
-    Linear,
-    MixTokens,
-    Move,
-    Norm,
-    Residual,
-    Scale,
-    Split,
-    Tied,
-)
-from ._image_blocks import Collapse, Conv, Pool, Resize, SqueezeExcite
-from ._large_blocks import Attention, Experts
-from ._large_modules import AttentionModule, ExpertsModule
-from ._net import Images, Net, Sequences, Source, Tokens, Vectors
-from ._odd_blocks import Odd
-from ._odd_modules import odd
-from ._spec import Block, Shape
-
-
-@singledispatch
-def module_of(block: Block, shape: Shape) -> nn.Module:
-    """The module of one block behind a shape."""
-    raise TypeError(f"{type(block).__name__} has no module")
-
-
-@module_of.register
-def _(block: Linear, shape: Shape) -> nn.Module:
-    return nn.Linear(shape.channels, block.width, block.bias)
-
-
-@module_of.register
-def _(block: Activation, shape: Shape) -> nn.Module:
-    return channel.activation(block, shape)
-
-
-@module_of.register
-def _(block: Norm, shape: Shape) -> nn.Module:
-    return channel.norm(block, shape)
-
-
-@module_of.register
-def _(block: Scale, shape: Shape) -> nn.Module:
-    return channel.ScaleChannels(shape, block.shift)
-
-
-@module_of.register
-def _(block: Move, shape: Shape) -> nn.Module:
-    return channel.MoveChannels(block.kind, block.groups, shape.channel_dim)
-
-
-@module_of.register
-def _(block: Gated, shape: Shape) -> nn.Module:
-    return channel.GatedLayer(block, shape.channels)
-
-
-@module_of.register
-def _(block: Tied, shape: Shape) -> nn.Module:
-    return channel.TiedLayers(block.form, shape.channels, block.width)
-
-
-@module_of.register
-def _(block: MixTokens, shape: Shape) -> nn.Module:
-    return channel.TokenMixer(shape.sizes[0], block.width)
-
-
-@module_of.register
-def _(block: Residual, shape: Shape) -> nn.Module:
-    wide = block.result(shape).channels
-    shortcut = None if wide == shape.channels else projection(shape, wide)
-    return channel.ResidualModule(sequence(block.body, shape), shortcut)
-
-
-@module_of.register
-def _(block: Branches, shape: Shape) -> nn.Module:
-    return channel.BranchesModule(
-        [sequence(body, shape) for body in block.bodies], block.join, shape.channel_dim
-    )
-
-
-@module_of.register
-def _(block: Split, shape: Shape) -> nn.Module:
-    sizes = block.sizes(shape)
-    bodies = [sequence(body, shape.wide(size)) for body, size in zip(block.bodies, sizes, strict=True)]
-    return channel.SplitModule(bodies, sizes, block.how, block.join, shape.channel_dim)
-
-
-@module_of.register
-def _(block: Conv, shape: Shape) -> nn.Module:
-    return image.conv(block, shape)
-
-
-@module_of.register
-def _(block: Pool, shape: Shape) -> nn.Module:
-    return image.pool(block, shape)
-
-
-@module_of.register
-def _(block: Resize, shape: Shape) -> nn.Module:
-    return image.resize(block)
-
-
-@module_of.register
-def _(block: SqueezeExcite, shape: Shape) -> nn.Module:
-    return image.SqueezeExciteModule(shape.channels, block.width, len(shape.sizes))
-
-
-@module_of.register
-def _(block: Collapse, shape: Shape) -> nn.Module:
-    return image.CollapseModule(block.kind, shape)
-
-
-@module_of.register
-def _(block: Attention, shape: Shape) -> nn.Module:
-    return AttentionModule(block, shape.channels)
-
-
-@module_of.register
-def _(block: Experts, shape: Shape) -> nn.Module:
-    return ExpertsModule(block, shape.channels)
-
-
-@module_of.register
-def _(block: Odd, shape: Shape) -> nn.Module:
-    return odd(block, shape)
-
-
-def projection(shape: Shape, channels: int) -> nn.Module:
-    """A linear layer, or for images a convolution of one position."""
-    if shape.layout == "image":
-        return (nn.Conv2d if len(shape.sizes) == 2 else nn.Conv1d)(shape.channels, channels, 1, bias=False)
-    return nn.Linear(shape.channels, channels, bias=False)
-
-
-def sequence(blocks: tuple[Block, ...], shape: Shape) -> nn.Sequential:
-    """The modules of blocks one after another; none are the identity."""
-    modules = []
-    for block in blocks:
-        modules.append(module_of(block, shape))
-        shape = block.result(shape)
-    return nn.Sequential(*modules)
+from ._channels import join
+from ._net import Net, Source, Tokens
+from ._spec import after, sequence
 
 
 class Entry(nn.Module):
@@ -159,12 +15,10 @@ class Entry(nn.Module):
 
     def __init__(self, source: Source) -> None:
         super().__init__()
-        self.embed = nn.Embedding(source.vocabulary, source.width) if isinstance(source, Tokens) else None
-        self.positions = (
-            nn.Embedding(4 * source.tokens, source.width)
-            if isinstance(source, Tokens) and source.positions
-            else None
-        )
+        self.embed = self.positions = None
+        if isinstance(source, Tokens):
+            self.embed = nn.Embedding(source.vocabulary, source.width)
+            self.positions = nn.Embedding(4 * source.tokens, source.width) if source.positions else None
         self.blocks = sequence(getattr(source, "blocks", ()), source.first())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,28 +38,19 @@ class NetModule(nn.Module):
         self.entries = nn.ModuleList(Entry(source) for source in spec.inputs)
         entry = spec.entry()
         self.blocks = sequence(spec.blocks, entry)
-        last = entry
-        for block in spec.blocks:
-            last = block.result(last)
+        last = after(spec.blocks, entry)
         self.heads = nn.ModuleList(sequence(head, last) for head in spec.heads)
         self.channel_dim = entry.channel_dim
         if spec.tied:
-            (source,) = spec.inputs
-            assert isinstance(source, Tokens)
-            self.head = nn.Linear(source.width, source.vocabulary, bias=False)
             embedding = self.get_submodule("entries.0.embed")
             assert isinstance(embedding, nn.Embedding)
+            self.head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
             self.head.weight = embedding.weight
 
     def run(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
         """The outputs for these inputs, however many they are."""
-        x = self.blocks(
-            channel.join(
-                [entry(given) for entry, given in zip(self.entries, inputs, strict=True)],
-                self.spec.join,
-                self.channel_dim,
-            )
-        )
+        entered = [entry(given) for entry, given in zip(self.entries, inputs, strict=True)]
+        x = self.blocks(join(entered, self.spec.join, self.channel_dim))
         if self.spec.tied:
             return self.head(x)
         found = tuple(head(x) for head in self.heads)
@@ -294,9 +139,10 @@ def example(
 def _input(source: Source, batch: int, tokens: int | None, generator: torch.Generator) -> Tensor:
     if isinstance(source, Tokens):
         return torch.randint(0, source.vocabulary, (batch, tokens or source.tokens), generator=generator)
-    if isinstance(source, Images):
-        return torch.randn(batch, source.channels, *source.sizes, generator=generator)
-    if isinstance(source, Sequences):
-        return torch.randn(batch, tokens or source.tokens, source.width, generator=generator)
-    assert isinstance(source, Vectors)
-    return torch.randn(batch, source.width, generator=generator)
+    first = source.first()
+    sizes = {
+        "vector": (first.channels,),
+        "image": (first.channels, *first.sizes),
+        "sequence": (tokens or (first.sizes or (0,))[0], first.channels),
+    }
+    return torch.randn(batch, *sizes[first.layout], generator=generator)

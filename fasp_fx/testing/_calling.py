@@ -47,22 +47,13 @@ def _outline(found: inspect.Signature) -> list[tuple[str, Any, bool]]:
 
 
 def _by_keyword(case: Case, given: inspect.Signature, expected: Any) -> None:
-    named = {
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.KEYWORD_ONLY,
-        inspect.Parameter.VAR_KEYWORD,
-    }
-    if not all(parameter.kind in named for parameter in given.parameters.values()):
+    kinds = {name: parameter.kind for name, parameter in given.parameters.items()}
+    unnamed = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL}
+    if unnamed & set(kinds.values()):
         return
-    bound = given.bind(*case.args, **case.kwargs).arguments
-    keywords = {
-        name: value
-        for name, value in bound.items()
-        if given.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD
-    }
-    for name, value in bound.items():
-        if given.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            keywords.update(value)
+    keywords: dict[str, Any] = {}
+    for name, value in given.bind(*case.args, **case.kwargs).arguments.items():
+        keywords |= value if kinds[name] is inspect.Parameter.VAR_KEYWORD else {name: value}
     found = case.run(case.result.module, ((), keywords))
     hold(
         error(found, expected) == 0.0, f"called by keyword ({', '.join(keywords)}) it computes something else"
@@ -72,11 +63,8 @@ def _by_keyword(case: Case, given: inspect.Signature, expected: Any) -> None:
 def _constants_are_refused(case: Case, given: inspect.Signature) -> None:
     """An argument without tensors is part of the program: another value has to be refused, never ignored."""
     for name, value in case.kwargs.items():
-        if (
-            not isinstance(value, bool)
-            or name not in given.parameters
-            or given.parameters[name].default is not inspect.Parameter.empty
-        ):
+        default = given.parameters[name].default if name in given.parameters else None
+        if not isinstance(value, bool) or default is not inspect.Parameter.empty:
             continue
         try:
             case.run(case.result.module, (case.args, {**case.kwargs, name: not value}))
@@ -114,17 +102,11 @@ class _Runner(fx.Interpreter):
             for a, b in zip(recorded, found, strict=True):
                 self._compare(node, a, b)
         elif isinstance(recorded, Tensor):
-            expected = [
-                self._size(node, size, actual)
-                for size, actual in zip(recorded.shape, found.shape, strict=True)
-            ]
+            sizes = zip(recorded.shape, found.shape, strict=True)
+            expected = [self._size(node, size, actual) for size, actual in sizes], recorded.dtype
+            actual = list(found.shape), found.dtype
             hold(
-                expected == list(found.shape),
-                f"node '{node.name}' ({node.target}) records {expected} and has {list(found.shape)}",
-            )
-            hold(
-                recorded.dtype == found.dtype,
-                f"node '{node.name}' ({node.target}) records {recorded.dtype} and has {found.dtype}",
+                expected == actual, f"node '{node.name}' ({node.target}) records {expected} and has {actual}"
             )
             self.checked += 1
 
@@ -141,14 +123,9 @@ def flat_inputs(program: ExportedProgram, user: list[Any]) -> list[Any]:
     """Everything that the graph of a program takes, in order: weights and constants, and the caller's flat
     inputs among them.
     """
-    remaining = iter(user)
+    remaining, tensors = iter(user), {**program.constants, **program.state_dict}
     found = []
     for spec in program.graph_signature.input_specs:
-        if spec.kind == InputKind.USER_INPUT:
-            found.append(next(remaining))
-        else:
-            target = str(spec.target)
-            found.append(
-                program.state_dict[target] if target in program.state_dict else program.constants[target]
-            )
+        held = None if spec.kind == InputKind.USER_INPUT else tensors[str(spec.target)]
+        found.append(next(remaining) if held is None else held)
     return found

@@ -43,6 +43,8 @@ class Case:
         options: further arguments of :func:`fasp_fx.prune`.
         tolerance: the largest relative error that counts as equal.
         seed: which channels go.
+        capture_options, prune_options, choice: the options that speak of the capture, of the pruning, and of
+            what may go (granularity and included groups).
     """
 
     model: nn.Module | ExportedProgram
@@ -57,6 +59,10 @@ class Case:
 
     def __post_init__(self) -> None:
         self.worst, self.seen, self.compared = 0.0, float("inf"), 0
+        given = self.options.items()
+        self.capture_options = {name: value for name, value in given if name in ("dynamic_shapes", "state")}
+        self.prune_options = {name: value for name, value in given if name not in self.capture_options}
+        self.choice = {name: tuple(value) for name, value in given if name in ("granularity", "include")}
         self.before = {name: tensor.detach().clone() for name, tensor in tensors_of(self.dense).items()}
 
     @cached_property
@@ -78,37 +84,15 @@ class Case:
         return self.dense if not self.captured.folds and cut <= own else callable_of(self.untouched.module)
 
     @cached_property
-    def exact(self) -> float:
-        """What counts as equal between two programs that hold the same weights: rounding."""
-        return 1e-3 * self.tolerance if self.tolerance >= 1e-5 else self.tolerance
-
-    @cached_property
     def analysis(self) -> Analysis:
         """The analysis of the model."""
         return fasp_fx.analyze(self.once, **self.choice)
 
-    @property
-    def capture_options(self) -> dict[str, Any]:
-        """The options that speak of the capture."""
-        return {name: self.options[name] for name in ("dynamic_shapes", "state") if name in self.options}
-
-    @property
-    def prune_options(self) -> dict[str, Any]:
-        """The options that speak of the pruning."""
-        return {name: value for name, value in self.options.items() if name not in self.capture_options}
-
-    @property
-    def choice(self) -> dict[str, Any]:
-        """The options that say what may go: granularity and included groups."""
-        return {
-            name: tuple(self.options[name]) for name in ("granularity", "include") if name in self.options
-        }
-
     def apply(self, plan: PruningPlan, model: Any = None) -> fasp_fx.Result:
         """Replay a plan on the model, or on another."""
-        if model is None:
-            return fasp_fx.apply(self.once, plan)
-        return fasp_fx.apply(model, plan, self.args, self.kwargs, **self.capture_options)
+        given = () if model is None else (self.args, self.kwargs)
+        options = {} if model is None else self.capture_options
+        return fasp_fx.apply(self.once if model is None else model, plan, *given, **options)
 
     @cached_property
     def once(self) -> fasp_fx.Captured:
@@ -146,7 +130,6 @@ class Case:
 
     @cached_property
     def _pruned(self) -> fasp_fx.Result:
-        assert self.sparsity is not None
         options = {"score": "random", "restore": None, **self.prune_options}
         try:
             return fasp_fx.prune(self.once, sparsity=self.sparsity, **options)
@@ -220,15 +203,11 @@ def _resized(call: Call) -> list[Call]:
     lengths = {leaf.shape[1] for leaf in leaves if leaf.dim() > 1}
     if len(batches) != 1:
         return []
-    (batch,) = batches
-    found = [_resize(call, {0: (batch, batch + 1)})]
+    (batch,), (length, *_) = batches, [*lengths, 0]
+    changes = [{0: (batch, batch + 1)}]
     if len(lengths) == 1:
-        (length,) = lengths
-        found += [
-            _resize(call, {0: (batch, batch + 2), 1: (length, length + 1)}),
-            _resize(call, {1: (length, 2 * length)}),
-        ]
-    return found
+        changes += [{0: (batch, batch + 2), 1: (length, length + 1)}, {1: (length, 2 * length)}]
+    return [_resize(call, change) for change in changes]
 
 
 def _resize(call: Call, changes: dict[int, tuple[int, int]]) -> Call:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fasp_fx
 from fasp_fx.analysis.plan import PruningPlan
@@ -101,8 +101,8 @@ def plan_is_true(case: Case) -> None:
     again = case.apply(read)
     hold(same_weights(again, case.result), "replaying the plan gives other weights")
     _refused(lambda: case.apply(case.plan, case.result.module), "the plan was applied to its own result")
-    other = Nudged(case)
-    _refused(lambda: case.apply(case.plan, other.model), "the plan was applied to another model")
+    other = _nudged(case.dense)
+    _refused(lambda: case.apply(case.plan, other), "the plan was applied to another model")
 
 
 def _partition(case: Case) -> None:
@@ -114,21 +114,16 @@ def _partition(case: Case) -> None:
             f"group '{group.name}' counts {group.size} channel sets but holds {len(np.unique(group.sets))}",
         )
     for planned in case.plan.groups:
+        own: dict[tuple[str, int], set[int]] = {}
         for part in (*planned.producers, *planned.consumers):
             hold(part.name in tensors, f"the plan names '{part.name}', which the model does not have")
             size = tensors[part.name].shape[part.dim]
-            for removed in part.by_block():
-                listed = list(removed)
-                hold(listed == sorted(set(listed)), f"{part} lists an index twice or out of order")
-                hold(
-                    all(0 <= index < size for index in listed),
-                    f"{part} is out of range: the dimension has {size}",
-                )
-        own = {
-            (part.name, part.dim): set(part.by_block()[0])
-            for part in (*planned.producers, *planned.consumers)
-            if part.block_dim is None
-        }
+            for removed in map(list, part.by_block()):
+                hold(removed == sorted(set(removed)), f"{part} lists an index twice or out of order")
+                inside = all(0 <= index < size for index in removed)
+                hold(inside, f"{part} is out of range: the dimension has {size}")
+            if part.block_dim is None:
+                own[part.name, part.dim] = set(part.by_block()[0])
         for place, indices in own.items():
             taken = seen.setdefault(place, set())
             hold(not taken & indices, f"two groups remove the same index of {place}")
@@ -139,22 +134,19 @@ def _weights_are_slices(case: Case) -> None:
     """Every weight of the result is the model's without what the plan lists."""
     tensors, found = _with_copies(case.plan, tensors_of(case.reference)), tensors_of(case.result.module)
     masks = {name: torch.ones(tensor.shape, dtype=torch.bool) for name, tensor in tensors.items()}
-    names = _tied_names(tensors)
     for part in (part for group in case.plan.groups for part in (*group.producers, *group.consumers)):
-        for name in names[part.name]:
-            masks[name] &= kept(tensors[part.name].detach().cpu(), part)
+        left = kept(tensors[part.name].detach().cpu(), part)
+        for name in (name for name, tensor in tensors.items() if tensor is tensors[part.name]):
+            masks[name] &= left
     pieces = {split.name: split for split in case.result.plan.splits}
     for name, tensor in found.items():
+        whole = pieces[name].source if name in pieces else name
+        if whole not in tensors:
+            continue
+        source, mask = tensors[whole].detach().cpu(), masks[whole]
         if name in pieces:
             rows = torch.tensor(pieces[name].rows)
-            source, mask = (
-                t.index_select(pieces[name].dim, rows)
-                for t in (tensors[pieces[name].source].detach().cpu(), masks[pieces[name].source])
-            )
-        elif name in tensors:
-            source, mask = tensors[name].detach().cpu(), masks[name]
-        else:
-            continue
+            source, mask = (t.index_select(pieces[name].dim, rows) for t in (source, mask))
         hold(
             int(mask.sum()) == tensor.numel(),
             f"'{name}' has shape {tuple(tensor.shape)}, but the plan leaves {int(mask.sum())} of its"
@@ -169,10 +161,6 @@ def _weights_are_slices(case: Case) -> None:
 def _with_copies(plan: fasp_fx.PruningPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a model, and those that its result holds copies of, by the names of the copies."""
     return tensors | {copied.name: tensors[copied.source].clone() for copied in plan.copies}
-
-
-def _tied_names(tensors: dict[str, Tensor]) -> dict[str, list[str]]:
-    return {name: [other for other, t in tensors.items() if t is tensor] for name, tensor in tensors.items()}
 
 
 def same_weights(first: fasp_fx.Result, second: fasp_fx.Result) -> bool:
@@ -191,14 +179,13 @@ def _refused(call: Callable[[], object], message: str) -> None:
     raise Violation(message)
 
 
-class Nudged:
+def _nudged(model: nn.Module) -> nn.Module:
     """A copy of the model with one weight changed."""
-
-    def __init__(self, case: Case) -> None:
-        self.model = copy.deepcopy(case.dense)
-        parameter = next(p for p in self.model.parameters() if p.is_floating_point() and p.numel())
-        with torch.no_grad():
-            parameter.view(-1)[0] += 1.0
+    copied = copy.deepcopy(model)
+    parameter = next(p for p in copied.parameters() if p.is_floating_point() and p.numel())
+    with torch.no_grad():
+        parameter.view(-1)[0] += 1.0
+    return copied
 
 
 def two_steps(case: Case) -> None:

@@ -44,8 +44,6 @@ def in_a_row(called: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 def remembers(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call leaves anything in the buffers of a module; it is rewound."""
     before = [buffer.detach().clone() for buffer in module.buffers()]
-    if not before:
-        return False
     with rewinding(module):
         with_own(module, args, kwargs)
         return any(
@@ -63,6 +61,3 @@ def with_own(called: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 def _copied(value: Any) -> Any:
     """Inputs, or outputs, that the next call cannot write into."""
     return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
-
-
-__all__ = ["in_a_row", "remembers", "rewinding", "with_own"]

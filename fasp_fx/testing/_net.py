@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from fasp_fx.errors import ArgumentError
 
-from ._channel_blocks import JOINS
-from ._spec import Block, Shape, Spec, after, choice, positive
+from ._channels import JOINS, joined
+from ._spec import Block, Shape, Spec, after
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,9 +32,6 @@ class Vectors(Source):
     width: int = 2
     blocks: tuple[Block, ...] = ()
 
-    def __post_init__(self) -> None:
-        positive(width=self.width)
-
     def first(self) -> Shape:
         return Shape("vector", self.width)
 
@@ -45,9 +43,6 @@ class Sequences(Source):
     width: int = 2
     tokens: int = 3
     blocks: tuple[Block, ...] = ()
-
-    def __post_init__(self) -> None:
-        positive(width=self.width, tokens=self.tokens)
 
     def first(self) -> Shape:
         return Shape("sequence", self.width, (self.tokens,))
@@ -62,7 +57,7 @@ class Images(Source):
     blocks: tuple[Block, ...] = ()
 
     def __post_init__(self) -> None:
-        positive(channels=self.channels, **{f"sizes[{index}]": size for index, size in enumerate(self.sizes)})
+        super().__post_init__()
         if len(self.sizes) not in (1, 2):
             raise ArgumentError(f"sizes={self.sizes!r} must hold one or two sizes")
 
@@ -81,9 +76,6 @@ class Tokens(Source):
     tokens: int = 3
     positions: bool = False
     blocks: tuple[Block, ...] = ()
-
-    def __post_init__(self) -> None:
-        positive(vocabulary=self.vocabulary, width=self.width, tokens=self.tokens)
 
     def first(self) -> Shape:
         return Shape("sequence", self.width, (self.tokens,))
@@ -110,9 +102,10 @@ class Net(Spec):
     heads: tuple[tuple[Block, ...], ...] = ()
     named: bool = False
     tied: bool = False
+    choices: ClassVar = {"join": JOINS}
 
     def __post_init__(self) -> None:
-        choice(self.join, JOINS, "join")
+        super().__post_init__()
         if not 1 <= len(self.inputs) <= 3:
             raise ArgumentError(f"a net has one to three inputs, not {len(self.inputs)}")
         self.shapes()
@@ -123,18 +116,10 @@ class Net(Spec):
         Raises:
             ArgumentError: they do not fit together.
         """
-        parts = [source.shape() for source in self.inputs]
-        first = parts[0]
-        if any((part.layout, part.sizes) != (first.layout, first.sizes) for part in parts):
-            raise ArgumentError(f"inputs of different shapes cannot be joined: {', '.join(map(str, parts))}")
-        if self.join == "cat":
-            return first.wide(sum(part.channels for part in parts))
-        if any(part.channels != first.channels for part in parts):
-            raise ArgumentError(
-                f"inputs of {', '.join(str(part.channels) for part in parts)} channels cannot be joined by"
-                f" {self.join!r}"
-            )
-        return first
+        found = joined([source.shape() for source in self.inputs], self.join)
+        if isinstance(found, str):
+            raise ArgumentError(f"inputs {found}")
+        return found
 
     def shapes(self) -> list[Shape]:
         """The shapes of the outputs.
@@ -143,34 +128,23 @@ class Net(Spec):
             ArgumentError: a block cannot follow the shape before it.
         """
         last = after(self.blocks, self.entry())
-        if self.tied:
-            source, *others = self.inputs
-            if (
-                others
-                or self.heads
-                or not isinstance(source, Tokens)
-                or source.width != last.channels
-                or last.layout == "image"
-            ):
-                raise ArgumentError(
-                    "tied=True needs a single input of tokens, a single output, and as many channels at the"
-                    " end as the embedding has"
-                )
-            return [last.wide(source.vocabulary)]
-        return [after(head, last) for head in self.heads] or [last]
+        if not self.tied:
+            return [after(head, last) for head in self.heads] or [last]
+        source, *others = self.inputs
+        alone = not others and not self.heads and last.layout != "image"
+        if not alone or not isinstance(source, Tokens) or source.width != last.channels:
+            raise ArgumentError(
+                "tied=True needs a single input of tokens, a single output, and as many channels at the end"
+                " as the embedding has"
+            )
+        return [last.wide(source.vocabulary)]
 
 
-def blocks_of(spec: Spec) -> Iterator[Block]:
+def blocks_of(value: object) -> Iterator[Block]:
     """Every block of a specification, outer ones first."""
-    if isinstance(spec, Block):
-        yield spec
-    for field in fields(spec):
-        yield from _inside(getattr(spec, field.name))
-
-
-def _inside(value: object) -> Iterator[Block]:
+    if isinstance(value, Block):
+        yield value
     if isinstance(value, Spec):
-        yield from blocks_of(value)
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _inside(item)
+        value = tuple(getattr(value, field.name) for field in fields(value))
+    for item in value if isinstance(value, tuple) else ():
+        yield from blocks_of(item)

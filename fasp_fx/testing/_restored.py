@@ -4,6 +4,7 @@ data.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -24,9 +25,9 @@ def restored(case: Case) -> None:
     sparsity = case.sparsity if case.sparsity is not None else 0.6 * case.analysis.max_sparsity
     if sparsity <= 0:
         raise Skipped("nothing of this model can be pruned")
-    batch = (
-        {**dict(zip(_positional(case), case.args, strict=False)), **case.kwargs} if case.kwargs else case.args
-    )
+    names = list(inspect.signature(case.dense.forward).parameters)
+    named = {**dict(zip(names, case.args, strict=False)), **case.kwargs}
+    batch = named if case.kwargs else case.args
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = fasp_fx.prune(
@@ -52,12 +53,6 @@ def restored(case: Case) -> None:
         if name not in changed and pieces.get(name) not in changed and not _tied_to(case, name, consumers):
             hold(torch.equal(repaired[name], tensor), f"'{name}' is no consumer, but restoring changed it")
     _closer(case, found, cut, repaired)
-
-
-def _positional(case: Case) -> list[str]:
-    import inspect
-
-    return list(inspect.signature(case.dense.forward).parameters)
 
 
 def _biases(case: Case, consumers: set[str]) -> set[str]:
@@ -86,40 +81,23 @@ def _tied_to(case: Case, name: str, consumers: set[str]) -> bool:
 
 def _closer(case: Case, found: fasp_fx.Result, cut: dict[str, Tensor], repaired: dict[str, Tensor]) -> None:
     inputs, first = _linear_inputs(case), _read_first(case, found)
+    dense = tensors_of(case.reference)
     for part in (part for group in found.plan.groups for part in group.consumers):
-        if part.name not in cut:
-            continue  # a pass has split it
         owner = part.name.rpartition(".")[0]
-        if (
-            owner not in inputs
-            or part.name not in first
-            or part.name != f"{owner}.weight"
-            or part.dim != 1
-            or part.block_dim is not None
-            or cut[part.name].shape[1] == 0
-        ):
-            continue
-        x = inputs[owner]
-        gone = {
-            index
-            for group in found.plan.groups
-            for p in group.consumers
-            if (p.name, p.dim) == (part.name, 1)
-            for index in p.removed
-        }
-        keep = torch.tensor([index for index in range(x.shape[1]) if index not in gone])
-        rows = cut[part.name].shape[0]
-        weight = tensors_of(case.reference)[part.name]
-        if rows != weight.shape[0]:
+        if owner not in inputs or part.name != f"{owner}.weight" or part.name not in cut.keys() & first:
+            continue  # no linear layer, or a pass has split it
+        weight, left = dense[part.name].detach().double(), cut[part.name].detach().double()
+        if part.dim != 1 or part.block_dim is not None or not left.numel() or len(left) != len(weight):
             continue  # it loses rows as well
-        dense, left = x @ weight.detach().double().t(), x[:, keep]
-        raised = (
-            (repaired[f"{owner}.bias"].double() - cut[f"{owner}.bias"].double()).detach()
-            if f"{owner}.bias" in cut
-            else 0.0
-        )
-        before = (left @ cut[part.name].detach().double().t() - dense).norm()
-        after = (left @ repaired[part.name].detach().double().t() + raised - dense).norm()
+        keep = torch.ones(weight.shape[1], dtype=torch.bool)
+        for group in found.plan.groups:
+            for own in (own for own in group.consumers if (own.name, own.dim) == (part.name, 1)):
+                keep[list(own.removed)] = False
+        x, bias = inputs[owner], f"{owner}.bias"
+        raised = (repaired[bias].double() - cut[bias].double()).detach() if bias in cut else 0.0
+        wanted, kept = x @ weight.t(), x[:, keep]
+        before = (kept @ left.t() - wanted).norm()
+        after = (kept @ repaired[part.name].detach().double().t() + raised - wanted).norm()
         hold(
             bool(after <= before * (1 + 1e-3) + 1e-9),
             f"restoring '{part.name}' moves its output away from the dense one: {float(before):.3e} to"

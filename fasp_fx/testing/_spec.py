@@ -4,8 +4,11 @@ shape they lead to.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Literal
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
 
 from fasp_fx.errors import ArgumentError
 
@@ -16,7 +19,26 @@ Layout = Literal["vector", "sequence", "image"]
 class Spec:
     """A frozen value whose ``repr`` is the expression that makes it; fields that have their default are left
     out.
+
+    Attributes:
+        choices: the values that fields of text may have; sizes are at least 1.
+
+    Raises:
+        ArgumentError: names the field, and the values it may have.
     """
+
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            allowed = self.choices.get(field.name, (value,))
+            if value not in allowed:
+                listed = ", ".join(map(repr, allowed))
+                raise ArgumentError(f"{field.name}={value!r} is not known; use one of {listed}")
+            sizes = value if isinstance(value, tuple) else (value,)
+            if any(type(size) is int and size < 1 for size in sizes):
+                raise ArgumentError(f"{field.name}={value!r} must be at least 1")
 
     def __repr__(self) -> str:
         shown = []
@@ -59,7 +81,13 @@ class Shape:
 
 @dataclass(frozen=True, repr=False)
 class Block(Spec):
-    """One step from a running shape to the next."""
+    """One step from a running shape to the next.
+
+    Attributes:
+        layouts: those that it can follow.
+    """
+
+    layouts: ClassVar[tuple[Layout, ...]] = ("vector", "sequence", "image")
 
     def result(self, shape: Shape) -> Shape:
         """The shape behind this block.
@@ -67,37 +95,44 @@ class Block(Spec):
         Raises:
             ArgumentError: the block cannot follow this shape.
         """
-        raise NotImplementedError
+        if shape.layout not in self.layouts:
+            raise self.refuse(shape, f"it takes {' or '.join(self.layouts)} input")
+        return self.behind(shape)
+
+    def behind(self, shape: Shape) -> Shape:
+        """The shape behind this block, after a layout that it can follow; the same if nothing else is
+        said.
+        """
+        return shape
+
+    def module(self, shape: Shape) -> nn.Module:
+        """The module of this block behind a shape."""
+        raise NotImplementedError(f"{type(self).__name__} has no module")
 
     def refuse(self, shape: Shape, why: str) -> ArgumentError:
         """The error for a shape that this block cannot follow."""
         return ArgumentError(f"{self!r} cannot follow {shape}: {why}")
 
-    def only(self, shape: Shape, *layouts: Layout) -> None:
-        """Refuse any other layout."""
-        if shape.layout not in layouts:
-            raise self.refuse(shape, f"it takes {' or '.join(layouts)} input")
+    def divided(self, shape: Shape, count: int, what: str) -> Shape:
+        """The shape, if its channels divide into so many equal parts."""
+        if shape.channels % count:
+            raise self.refuse(shape, f"{shape.channels} channels do not divide into {count} {what}")
+        return shape
 
 
-def choice(value: str, allowed: tuple[str, ...], name: str) -> None:
-    """Refuse a value that is not one of the allowed ones.
+class Assembled(nn.Module):
+    """Parameters and modules by name, and a function of this module and a tensor that computes with them."""
 
-    Raises:
-        ArgumentError: names the field and the values it may have.
-    """
-    if value not in allowed:
-        raise ArgumentError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, allowed))}")
+    def __init__(
+        self, function: Callable[[Any, Tensor], Tensor], **parts: nn.Module | nn.Parameter | None
+    ) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
 
-
-def positive(**values: int) -> None:
-    """Refuse sizes below one.
-
-    Raises:
-        ArgumentError: names the field.
-    """
-    for name, value in values.items():
-        if value < 1:
-            raise ArgumentError(f"{name}={value!r} must be at least 1")
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
 
 
 def after(blocks: tuple[Block, ...], shape: Shape) -> Shape:
@@ -105,3 +140,12 @@ def after(blocks: tuple[Block, ...], shape: Shape) -> Shape:
     for block in blocks:
         shape = block.result(shape)
     return shape
+
+
+def sequence(blocks: tuple[Block, ...], shape: Shape) -> nn.Sequential:
+    """The modules of blocks one after another; none are the identity."""
+    modules = []
+    for block in blocks:
+        modules.append(block.module(shape))
+        shape = block.result(shape)
+    return nn.Sequential(*modules)

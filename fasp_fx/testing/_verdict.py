@@ -84,3 +84,21 @@ def hold(condition: bool, message: str) -> None:
     """Raise :class:`Violation` unless the condition holds."""
     if not condition:
         raise Violation(message)
+
+
+@dataclass
+class Tally:
+    """Counts of this process."""
+
+    programs: int = 0
+    rules: int = 0
+    examples: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"fasp_fx.testing: {self.programs:,} programs and {self.examples:,} examples of {self.rules:,}"
+            " rules were tried"
+        )
+
+
+TALLY = Tally()

@@ -12,10 +12,9 @@ from torch.export import ExportedProgram
 from fasp_fx.base._tolerable import tolerable
 from fasp_fx.errors import ArgumentError, CaptureError
 
-from . import _alone, _calling, _exact, _restored, _rules_held, _unseen
+from . import _alone, _calling, _exact, _operators, _restored
 from ._case import Call, Case
-from ._tally import TALLY
-from ._verdict import Broken, CheckFailed, ProgramVerdict, Skipped, Violation
+from ._verdict import TALLY, Broken, CheckFailed, ProgramVerdict, Skipped, Violation
 from .oracle import callable_of
 
 #: the invariants by name, in the order in which they are checked
@@ -26,8 +25,8 @@ INVARIANTS: dict[str, Callable[[Case], None]] = {
     "plan": _exact.plan_is_true,
     "steps": _exact.two_steps,
     "shapes": _calling.recorded_shapes,
-    "unseen": _unseen.unseen_operator,
-    "rules": _rules_held.rules_held,
+    "unseen": _operators.unseen_operator,
+    "rules": _operators.rules_held,
     "ties": _alone.ties_stay,
     "restored": _restored.restored,
     "alone": _alone.alone,

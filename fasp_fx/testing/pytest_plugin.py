@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from ._tally import TALLY
-from ._verdict import ProgramVerdict
+from ._verdict import TALLY, ProgramVerdict
 from .program import check_program
 
 _KEY = "fasp_fx_tally"

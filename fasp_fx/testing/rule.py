@@ -16,17 +16,14 @@ from fasp_fx.errors import ArgumentError, RuleError
 from fasp_fx.patterns import Rule
 
 from ..base.compat import OpOverload, silent_fake_tensors
-from ._tally import TALLY
-from ._verdict import CheckFailed
+from ._verdict import TALLY, CheckFailed
 from .rules._calls import Call, repeatable
-from .rules._claims import Lie, Modesty, lies
-from .rules._created import creates
+from .rules._claims import Lie, Modesty, creates, lies
 from .rules._draw import KINDS, Draw
-from .rules._looked import looked
 from .rules._moved import moves
 from .rules._reading import Mismatch, Unspoken, read
 from .rules._rewritten import rewritten
-from .rules._routed import routed, tallies
+from .rules._routing import looked, routed, tallies
 from .rules._samples import FIXED, SAMPLES
 from .rules._schema import filled, lettered, moving
 
@@ -224,57 +221,36 @@ class _Check:
 
     def run(self, examples: int) -> RuleVerdict:
         """Try calls, smaller ones first; of what shows a fault, look for the smallest."""
-        if (
-            not self.rule.moves
-            and not self.rule.alternatives
-            and not self.rule.creates
-            and not self.rule.tallies
-        ):
+        if not (self.rule.moves or self.rule.alternatives or self.rule.creates or self.rule.tallies):
             return self._silent()
-        worst: Lie | None = None
         for index in range(len(self.given) if self.given is not None else examples):
             worst = self._try(index, most=2 + (3 * index) // max(examples, 1))
             if worst is not None:
-                break
-        if worst is not None:
-            return self._verdict(TOO_MUCH, self._smaller(worst))
+                return self._verdict(TOO_MUCH, self._smaller(worst))
         needless, missing = tuple(self.modesty.needless(_LEAST)), tuple(self.missing.needless(_LEAST))
-        return self._verdict(
-            TOO_LITTLE if needless or missing or self.misfit else RIGHT, self.misfit, needless, missing
-        )
+        kind = TOO_LITTLE if needless or missing or self.misfit else RIGHT
+        return self._verdict(kind, self.misfit, needless, missing)
 
     def _silent(self) -> RuleVerdict:
         """``check`` says that nothing comes back that could carry channels."""
-        returned = [
-            str(result.type) for result in self.operator._schema.returns if "Tensor" in str(result.type)
-        ]
+        kinds = [str(result.type) for result in self.operator._schema.returns]
+        returned = ", ".join(kind for kind in kinds if "Tensor" in kind)
         self.tried = 1
         if not returned:
             return self._verdict(RIGHT, None)
-        return self._verdict(
-            TOO_MUCH,
-            Lie(
-                Call(self.operator, {}),
-                "the operator returns nothing that carries channels",
-                f"it returns {', '.join(returned)}",
-            ),
-        )
+        claim = "the operator returns nothing that carries channels"
+        return self._verdict(TOO_MUCH, Lie(Call(self.operator, {}), claim, f"it returns {returned}"))
 
     def _verdict(
         self, kind: str, lie: Lie | None, needless: tuple[str, ...] = (), missing: tuple[str, ...] = ()
     ) -> RuleVerdict:
-        counter = (
-            None
-            if lie is None
-            else CounterExample(str(lie.call), dict(lie.call.arguments), lie.claim, lie.fact)
-        )
         return RuleVerdict(
             str(self.operator),
             str(self.rule),
             kind,
             self.tried,
             self.pruned,
-            counter,
+            lie and CounterExample(str(lie.call), dict(lie.call.arguments), lie.claim, lie.fact),
             needless,
             missing,
             self.seed,
@@ -337,11 +313,8 @@ class _Check:
             # The analysis does not use such a rule for this call and freezes what the operator touches: too
             # little, not too much.
             if self.misfit is None or call.size < self.misfit.call.size:
-                self.misfit = Lie(
-                    call,
-                    "the letters spell the dimensions of operands and results",
-                    f"{problem}; the rule is not used for such a call",
-                )
+                claim = "the letters spell the dimensions of operands and results"
+                self.misfit = Lie(call, claim, f"{problem}; the rule is not used for such a call")
             return None
         return (
             next(lies(reading, results, draw, self.modesty), None)
@@ -362,26 +335,19 @@ class _Check:
 
     def _made_up(self, draw: Draw) -> Call | None:
         name = str(self.operator)
+        fixed = FIXED.get(name, {})
         try:
             if name in SAMPLES:
-                call = filled(self.operator, {**SAMPLES[name](draw), **FIXED.get(name, {})}, draw)
+                call = filled(self.operator, {**SAMPLES[name](draw), **fixed}, draw)
             else:
-                call = (
-                    moving(self.operator, self.rule, draw)
-                    if self.rule.moves
-                    else lettered(self.operator, self.rule, draw)
-                )
-                call = call.with_(**FIXED.get(name, {}))
-            results = call.run()
-            numbers = [result for result in results if result.numel()]
+                made = moving if self.rule.moves else lettered
+                call = made(self.operator, self.rule, draw).with_(**fixed)
+            numbers = [result for result in call.run() if result.numel()]
             if self.rule.creates:
                 # What memory happens to hold (``empty``) may differ, and be no number.
                 return call if numbers else None
-            return (
-                call
-                if numbers and not all(bool(result.isnan().all()) for result in numbers) and repeatable(call)
-                else None
-            )
+            some = numbers and not all(bool(result.isnan().all()) for result in numbers)
+            return call if some and repeatable(call) else None
         except tolerable(Exception):
             return None
 

@@ -10,7 +10,7 @@ net into a module.
 
 from __future__ import annotations
 
-from ._channel_blocks import (
+from ._channels import (
     Activation,
     Branches,
     Gated,
@@ -23,10 +23,10 @@ from ._channel_blocks import (
     Split,
     Tied,
 )
-from ._image_blocks import Collapse, Conv, Pool, Resize, SqueezeExcite
-from ._large_blocks import Attention, Experts
+from ._images import Collapse, Conv, Pool, Resize, SqueezeExcite
+from ._large import Attention, Experts
 from ._net import Images, Net, Sequences, Source, Tokens, Vectors
-from ._odd_blocks import Across, Foreign, Fused, Odd, Pick, Regroup, Remember, Reuse, Sized
+from ._odd import Across, Foreign, Fused, Odd, Pick, Regroup, Remember, Reuse, Sized
 from ._spec import Block, Shape, Spec
 
 __all__ = [

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from fasp_fx.errors import ArgumentError
 
-from ._channel_blocks import Activation, Branches, Gated, Linear, Norm, Residual
-from ._draw_blocks import DRAWERS, WIDEST, Limits, attention, dense, fits, more
-from ._image_blocks import COLLAPSES, Collapse
+from ._channels import Activation, Branches, Gated, Linear, Norm, Residual
+from ._drawing import DRAWERS, WIDEST, Limits, attention, dense, fits, more
+from ._images import Collapse
 from ._net import Images, Net, Sequences, Source, Tokens, Vectors
-from ._spec import Block, Shape
+from ._spec import Block, Shape, after
 
 ALL = tuple(DRAWERS)
 _PLAIN = ("Dense", "Activation", "Scale", "Norm", "Move")
@@ -75,23 +75,15 @@ def _nets(
     sources, join = _sources(draw, layout, draw(inputs))
     shape = Net((), sources, join).entry()
     blocks: list[Block] = [dense(draw, shape)]
-    before = (
-        limits
-        if must is None
-        else replace(limits, kinds=tuple(kind for kind in limits.kinds if kind != "Collapse"))
-    )
+    kinds = tuple(kind for kind in limits.kinds if kind != "Collapse")
+    before = limits if must is None else replace(limits, kinds=kinds)
     blocks += more(draw, blocks[-1].result(shape), before)
     if must is not None:
-        blocks += _with(draw, must, _behind(blocks, shape), limits)
-        blocks += more(draw, _behind(blocks, shape), limits)
-    last = _behind(blocks, shape)
-    source, *_ = sources
-    if (
-        isinstance(source, Tokens)
-        and len(sources) == 1
-        and last.layout == "sequence"
-        and (tied or draw(st.booleans()))
-    ):
+        blocks += _with(draw, must, after(tuple(blocks), shape), limits)
+        blocks += more(draw, after(tuple(blocks), shape), limits)
+    last, source = after(tuple(blocks), shape), sources[0]
+    alone = len(sources) == 1 and last.layout == "sequence"
+    if isinstance(source, Tokens) and alone and (tied or draw(st.booleans())):
         blocks.append(dense(draw, last, source.width))
         return Net(tuple(blocks), sources, tied=True)
     count = draw(heads)
@@ -99,12 +91,6 @@ def _nets(
         ends = tuple(_ending(draw, last) for _ in range(count))
         return Net(tuple(blocks), sources, join, ends, draw(st.booleans()))
     return Net((*blocks, *_ending(draw, last)), sources, join)
-
-
-def _behind(blocks: Sequence[Block], shape: Shape) -> Shape:
-    for block in blocks:
-        shape = block.result(shape)
-    return shape
 
 
 def _with(draw: st.DrawFn, kind: str, shape: Shape, limits: Limits) -> list[Block]:
@@ -115,46 +101,37 @@ def _with(draw: st.DrawFn, kind: str, shape: Shape, limits: Limits) -> list[Bloc
     if kind == "Odd" and (wide := draw(st.sampled_from(_MANY))):
         # What goes wrong there shows on several blocks of several channels.
         found.append(dense(draw, shape, wide))
-    return [*found, DRAWERS[kind](draw, _behind(found, shape), limits)]
+    return [*found, DRAWERS[kind](draw, after(tuple(found), shape), limits)]
 
 
 def _sources(draw: st.DrawFn, layout: str, count: int) -> tuple[tuple[Source, ...], str]:
     join = draw(st.sampled_from(["add", "cat", "mul"])) if count > 1 else "add"
-    sizes = (
-        tuple(draw(st.lists(st.sampled_from([4, 3, 5]), min_size=1, max_size=2)))
-        if layout == "images"
-        else ()
-    )
+    pair = st.lists(st.sampled_from([4, 3, 5]), min_size=1, max_size=2)
+    sizes = tuple(draw(pair)) if layout == "images" else ()
     tokens = draw(st.sampled_from([3, 2, 4])) if layout in ("sequences", "tokens") else 0
     common = draw(st.sampled_from([2, 3, 4]))
     found: list[Source] = []
     for index in range(count):
         own = common if index == 0 else draw(st.sampled_from([common, 2, 3]))
         plain = join == "cat" or own == common
-        first = {"vectors": Shape("vector", own), "images": Shape("image", own, sizes)}.get(
-            layout, Shape("sequence", own, (tokens,))
-        )
+        make: dict[str, Callable[..., Source]] = {
+            "vectors": lambda blocks, own=own: Vectors(own, blocks),
+            "sequences": lambda blocks, own=own: Sequences(own, tokens, blocks),
+            "images": lambda blocks, own=own: Images(own, sizes, blocks),
+            "tokens": lambda blocks, own=own: Tokens(
+                draw(st.sampled_from([5, 7])), own, tokens, draw(st.booleans()), blocks
+            ),
+        }
+        first = (Sequences(own, tokens) if layout == "tokens" else make[layout](())).first()
         blocks = (dense(draw, first, common),) if not plain or (count > 1 and draw(st.booleans())) else ()
-        found.append(_source(draw, layout, own, sizes, tokens, blocks))
+        found.append(make[layout](blocks))
     return tuple(found), join
-
-
-def _source(
-    draw: st.DrawFn, layout: str, own: int, sizes: tuple[int, ...], tokens: int, blocks: tuple[Block, ...]
-) -> Source:
-    if layout == "vectors":
-        return Vectors(own, blocks)
-    if layout == "sequences":
-        return Sequences(own, tokens, blocks)
-    if layout == "images":
-        return Images(own, sizes, blocks)
-    return Tokens(draw(st.sampled_from([5, 7])), own, tokens, draw(st.booleans()), blocks)
 
 
 def _ending(draw: st.DrawFn, shape: Shape) -> tuple[Block, ...]:
     """A last dense layer; images mostly become vectors first."""
     if shape.layout == "image" and draw(st.sampled_from([True, False])):
-        collapse = Collapse(draw(st.sampled_from(COLLAPSES)))
+        collapse = Collapse(draw(st.sampled_from(Collapse.choices["kind"])))
         return (collapse, dense(draw, collapse.result(shape)))
     return (dense(draw, shape),)
 

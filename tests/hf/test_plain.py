@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fasp_fx.budgets import Parameters
 from fasp_fx.resources import Sparsity
 from oracle import TOLERANCE, error, zeroed
 from plain_models import BOTH, CASES, MORE, dense, plain, tokens
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.utils.quantization_config import GgufConfig
 from zoo import VOCABULARY, randomise
 
@@ -171,14 +171,6 @@ def test_a_sparsity_out_of_reach_says_what_is_in_reach(
         prune(dense(name), **UNREPAIRED, **options)
 
 
-def test_what_no_field_says_is_refused_with_the_reason() -> None:
-    with pytest.raises(
-        fasp_fx.NothingPrunableError,
-        match=r"no field of GPT2Config can say it: n_embd changes .*weight as well",
-    ):
-        prune(dense("gpt2"), **UNREPAIRED, granularity=("head",))
-
-
 @pytest.mark.parametrize(
     ("options", "heads", "neurons"),
     [
@@ -238,26 +230,78 @@ def settled() -> Any:
 HELD = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
 
 
-def test_a_model_that_its_config_does_not_describe_is_refused() -> None:
+def _other_width() -> Any:
     model = copy.deepcopy(dense("opt"))
     model.model.decoder.layers[0].fc1 = torch.nn.Linear(32, 100)
-    with pytest.raises(
-        fasp_fx.ArgumentError,
-        match=(
-            r"'model.decoder.layers.0.fc1.bias' has the shape \(100,\), a model built from the config \(64,\)"
-        ),
-    ):
-        prune(model, **UNREPAIRED)
+    return model
 
 
-def test_a_head_tied_by_hand_is_refused() -> None:
+def _tied_by_hand() -> Any:
     model = copy.deepcopy(dense("llama"))
     model.config.tie_word_embeddings = False
     model.lm_head.weight = model.model.embed_tokens.weight
-    with pytest.raises(
-        fasp_fx.ArgumentError, match=r"'lm_head.weight' and 'model.embed_tokens.weight' are one weight"
-    ):
-        prune(model, **UNREPAIRED)
+    return model
+
+
+class Branches(LlamaForCausalLM):
+    """Cannot be captured."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().forward(*args, **kwargs)
+        return found if found.logits.sum() < 1e9 else None
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = {
+    "what no field says": (
+        lambda: dense("gpt2"),
+        {"granularity": ("head",)},
+        fasp_fx.NothingPrunableError,
+        r"no field of GPT2Config can say it: n_embd changes .*weight as well",
+    ),
+    "a config that does not describe the model": (
+        _other_width,
+        {},
+        fasp_fx.ArgumentError,
+        r"'model.decoder.layers.0.fc1.bias' has the shape \(100,\), a model built from the config \(64,\)",
+    ),
+    "a head tied by hand": (
+        _tied_by_hand,
+        {},
+        fasp_fx.ArgumentError,
+        r"'lm_head.weight' and 'model.embed_tokens.weight' are one weight",
+    ),
+    "what cannot be captured, naming no option that nobody gave": (
+        lambda: Branches(copy.deepcopy(dense("llama").config)).eval(),
+        {"sparsity": 0.2},
+        fasp_fx.ExportError,
+        "Branches cannot be captured",
+    ),
+    "included groups": (
+        lambda: dense("llama"),
+        {"include": ("approximate",)},
+        fasp_fx.ArgumentError,
+        r"include=.*cannot be had in a plain checkpoint",
+    ),
+    "a budget": (
+        lambda: dense("llama"),
+        {"budget": Parameters(0.9)},
+        fasp_fx.ArgumentError,
+        r"budget=.*cannot be kept by a plain checkpoint",
+    ),
+    "no model of transformers": (
+        lambda: torch.nn.Linear(4, 4),
+        {},
+        fasp_fx.ArgumentError,
+        "a transformers model, not of a Linear",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_plain_checkpoint_cannot_be_is_refused(case: str) -> None:
+    make, options, kind, message = REFUSED[case]
+    with pytest.raises(kind, match=message):
+        prune(make(), **UNREPAIRED, **options)
 
 
 def test_padding_on_the_left_moves_no_position() -> None:
@@ -285,29 +329,6 @@ def test_an_encoder_decoder_needs_no_data_either() -> None:
         found, expected = made.model(**given).logits, zeroed(model, made.plan)(**given).logits
     assert made.model.config.d_ff < 64
     assert error(found, expected) < TOLERANCE
-
-
-def test_a_model_that_cannot_be_captured_says_why_and_names_no_option_that_nobody_gave() -> None:
-    class Branches(LlamaForCausalLM):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            found = super().forward(*args, **kwargs)
-            return found if found.logits.sum() < 1e9 else None
-
-    model = Branches(copy.deepcopy(dense("llama").config)).eval()
-    with pytest.raises(fasp_fx.ExportError, match="Branches cannot be captured"):
-        prune(model, **UNREPAIRED, sparsity=0.2)
-
-
-def test_what_a_config_cannot_be_asked_is_refused() -> None:
-    with pytest.raises(fasp_fx.ArgumentError, match=r"include=.*cannot be had in a plain checkpoint"):
-        prune(dense("llama"), **UNREPAIRED, include=("approximate",))
-    with pytest.raises(fasp_fx.ArgumentError, match=r"budget=.*cannot be kept by a plain checkpoint"):
-        prune(dense("llama"), plain=True, score="magnitude", restore=None, budget=Parameters(0.9))
-
-
-def test_what_is_no_model_of_transformers_is_refused() -> None:
-    with pytest.raises(fasp_fx.ArgumentError, match="a transformers model, not of a Linear"):
-        prune(torch.nn.Linear(4, 4), **UNREPAIRED)
 
 
 def test_a_wrong_model_is_never_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,17 +401,8 @@ def test_a_model_expanded_from_a_quantised_file_is_saved_as_what_it_is(tmp_path:
 
 
 def test_what_was_frozen_stays_frozen() -> None:
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    ).eval()
-    model.model.embed_tokens.weight.requires_grad_(False)
-    made = fasp_fx.hf.prune(model, sparsity=0.2, score="magnitude", restore=None, plain=True).model
+    model = copy.deepcopy(dense("opt"))
+    model.model.decoder.embed_tokens.weight.requires_grad_(False)
+    made = prune(model, sparsity=0.2, **UNREPAIRED).model
     frozen = [name for name, parameter in made.named_parameters() if not parameter.requires_grad]
-    assert frozen == ["model.embed_tokens.weight"]
+    assert frozen == ["model.decoder.embed_tokens.weight"]

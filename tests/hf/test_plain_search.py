@@ -14,8 +14,8 @@ from plain_models import SMALL, gemma3n, mixtral, qwen2
 from torch import nn
 from zoo import ZOO
 
-from fasp_fx.hf._dials import Dial, Search
 from fasp_fx.hf._experiments import Experiments, written
+from fasp_fx.hf._knobs import ConfigKnob, KnobSearch
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -81,9 +81,9 @@ def _heads(model: nn.Module, layer: int, heads: int) -> Group:
 def _found(
     model: nn.Module, groups: list[Group], by_layer: bool = False
 ) -> tuple[list[tuple[str, set[str]]], dict[str, str]]:
-    search = Search(Experiments(model), groups, by_layer)
-    dials = [dial for family in search.families for dial in family.fine or family.joint]
-    return [(str(dial), set(dial.groups)) for dial in dials], search.unsaid
+    search = KnobSearch(Experiments(model), groups, by_layer)
+    knobs = [knob for family in search.families for knob in family.per_layer or family.shared]
+    return [(str(knob), set(knob.groups)) for knob in knobs], search.inexpressible
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "qwen3", "gemma2", "mistral"])
@@ -105,10 +105,10 @@ def test_a_field_that_the_config_lacks_is_pinned() -> None:
     model = _meta(qwen2)
     experiments = Experiments(model)
     assert {written(path): value for path, value in experiments.pins.items()} == {"head_dim": 8}
-    search = Search(experiments, [_heads(model, layer, 2) for layer in range(2)])
-    (dial,) = search.families[0].joint
-    assert dial.set(1) == {("num_attention_heads",): 2, ("num_key_value_heads",): 1}
-    assert experiments.without_idle_pins(dial.set(1))["head_dim"] == 8
+    search = KnobSearch(experiments, [_heads(model, layer, 2) for layer in range(2)])
+    (knob,) = search.families[0].shared
+    assert knob.lowered(1) == {("num_attention_heads",): 2, ("num_key_value_heads",): 1}
+    assert experiments.without_idle_pins(knob.lowered(1))["head_dim"] == 8
     assert "head_dim" not in {
         name for name, value in experiments.without_idle_pins({}).items() if value is not None
     }
@@ -184,8 +184,8 @@ def test_a_list_in_place_of_a_number(frozen: bool) -> None:
     assert found == [(f"widths[{layer}]=64", {group.name}) for layer, group in enumerate(groups)]
 
 
-def test_a_dial_lowers_its_fields_in_proportion() -> None:
-    dial = Dial(((("heads",), 9), (("kv",), 3)), 3, {})
-    assert [dial.set(turned) for turned in range(3)] == [
-        {("heads",): 9 - 3 * turned, ("kv",): 3 - turned} for turned in range(3)
+def test_a_knob_lowers_its_fields_in_proportion() -> None:
+    knob = ConfigKnob(((("heads",), 9), (("kv",), 3)), 3, {})
+    assert [knob.lowered(steps) for steps in range(3)] == [
+        {("heads",): 9 - 3 * steps, ("kv",): 3 - steps} for steps in range(3)
     ]

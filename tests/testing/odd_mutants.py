@@ -1,5 +1,5 @@
 """What the analysis once did not see, put back: faults that show on odd programs alone
-(:mod:`fasp_fx.testing._odd_blocks`).
+(:mod:`fasp_fx.testing._odd`).
 
 There is at least one for each class of them. To each belong a net on which it shows and the kinds of blocks
 among which drawing has to find another. Weights that are read in two ways have no fault of their own: what

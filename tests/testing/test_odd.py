@@ -19,7 +19,7 @@ import fasp_fx
 from fasp_fx.errors import VerificationWarning
 from fasp_fx.testing import CheckFailed, build, check_program, example, odd_nets
 from fasp_fx.testing._net import blocks_of
-from fasp_fx.testing.specs import Foreign, Linear, Net, Odd, Remember, Vectors
+from fasp_fx.testing.specs import Foreign, Linear, Net, Odd, Remember, Shape, Vectors
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -154,8 +154,6 @@ def test_a_fault_that_shows_on_the_second_call_alone() -> None:
 @pytest.mark.parametrize("kind", ["number", "pair", "several", "fill"])
 def test_foreign_operators_mix_channels(kind: str) -> None:
     """Without one channel, others change: what were pruned in front of them would show."""
-    from fasp_fx.testing._odd_modules import ForeignOperator
-
     x = torch.tensor([[0.7, -0.2, 0.4, 1.1]])
-    operator = ForeignOperator(Foreign(kind))
+    operator = Foreign(kind).module(Shape("vector", 4))
     assert not torch.allclose(operator(x[:, 1:]), operator(x)[:, 1:])

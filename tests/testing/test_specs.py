@@ -11,7 +11,6 @@ import torch
 
 from fasp_fx.errors import ArgumentError
 from fasp_fx.testing import build, example, specs
-from fasp_fx.testing._odd_blocks import FUSED
 from fasp_fx.testing.oracle import floats
 from fasp_fx.testing.specs import (
     Across,
@@ -79,7 +78,7 @@ NETS = [
         (Vectors(4),),
     ),
     Net((Regroup("heads"), Sized("end"), Across("fourier", 4), Pick(2, "table"), Linear(2)), (Sequences(4),)),
-    *[Net((Linear(4), Fused(3, kind), Linear(2)), (Sequences(4, 5),)) for kind in FUSED],
+    *[Net((Linear(4), Fused(3, kind), Linear(2)), (Sequences(4, 5),)) for kind in Fused.choices["kind"]],
     Net((Linear(2),), (Vectors(2), Vectors(3, (Linear(2),)), Vectors(2)), "mul", ((), (Linear(4),))),
 ]
 

@@ -14,11 +14,7 @@ from hypothesis import strategies as st
 from fasp_fx import testing
 from fasp_fx.errors import ArgumentError, FaspError
 from fasp_fx.testing import build, example, specs, strategies
-from fasp_fx.testing._channel_blocks import ACTIVATIONS, GATES, JOINS, MOVES, NORMS, PARTS, TIES
-from fasp_fx.testing._image_blocks import COLLAPSES, POOLS, RESIZES
-from fasp_fx.testing._large_blocks import EXPERTS, KERNELS, POSITIONS, PROJECTIONS, ROUTES, SHARING
 from fasp_fx.testing._net import blocks_of
-from fasp_fx.testing._odd_blocks import ACROSS, FOREIGN, FUSED, MEMORIES, PICKS, REGROUPS, REUSES, SIZED
 from fasp_fx.testing.specs import (
     Across,
     Activation,
@@ -151,54 +147,37 @@ def reached(name: str, count: int, condition: Callable[[Net], bool]) -> bool:
     return any(condition(net) for net in drawn(name, count))
 
 
-OPTIONS: list[tuple[type, str, tuple[Any, ...]]] = [
+Options = list[tuple[type, str, tuple[Any, ...]]]
+
+
+def choices(*kinds: type[specs.Block]) -> Options:
+    """What the fields of text of blocks may be."""
+    return [(kind, name, values) for kind in kinds for name, values in kind.choices.items()]
+
+
+OPTIONS: Options = [
     (Linear, "bias", (True, False)),
-    (Activation, "kind", ACTIVATIONS),
-    (Norm, "kind", NORMS),
     (Scale, "shift", (True, False)),
-    (Move, "kind", MOVES),
-    (Gated, "form", GATES),
-    (Branches, "join", JOINS),
-    (Split, "how", PARTS),
-    (Split, "join", JOINS),
-    (Tied, "form", TIES),
-    (Collapse, "kind", COLLAPSES),
-    (Experts, "route", ROUTES),
-    (Experts, "form", EXPERTS),
+    *choices(Activation, Norm, Move, Gated, Branches, Split, Tied, Collapse, Experts),
 ]
-CONVOLUTIONS: list[tuple[type, str, tuple[Any, ...]]] = [
-    (Conv, "depthwise", (True, False)),
-    (Conv, "transposed", (True, False)),
+CONVOLUTIONS: Options = [
+    *[(Conv, name, (True, False)) for name in ("depthwise", "transposed")],
     (Conv, "stride", (1, 2)),
     (Conv, "kernel", (1, 3)),
     (Conv, "groups", (1, 2, 3)),
-    (Pool, "kind", POOLS),
-    (Resize, "kind", RESIZES),
     (SqueezeExcite, "width", (2, 3)),
+    *choices(Pool, Resize),
 ]
-ATTENTION: list[tuple[type, str, tuple[Any, ...]]] = [
-    (Attention, "projection", PROJECTIONS),
-    (Attention, "positions", POSITIONS),
-    (Attention, "kernel", KERNELS),
-    (Attention, "sharing", SHARING),
+ATTENTION: Options = [
     (Attention, "bias", (True, False)),
-    (Attention, "kv_heads", (1, 2, 3)),
-    (Attention, "repeat", (1, 2, 3)),
+    *[(Attention, name, (1, 2, 3)) for name in ("kv_heads", "repeat")],
     (Attention, "head_dim", (2, 4, 6, 8)),
+    *choices(Attention),
 ]
-
-
-ODD: list[tuple[type, str, tuple[Any, ...]]] = [
-    (Across, "kind", ACROSS),
+ODD: Options = [
     (Across, "blocks", (2, 3, 4)),
-    (Regroup, "kind", REGROUPS),
-    (Remember, "kind", MEMORIES),
-    (Foreign, "kind", FOREIGN),
-    (Sized, "kind", SIZED),
-    (Reuse, "kind", REUSES),
-    (Pick, "kind", PICKS),
-    (Fused, "kind", FUSED),
     (Fused, "heads", (1, 2, 3)),
+    *choices(Across, Regroup, Remember, Foreign, Sized, Reuse, Pick, Fused),
 ]
 
 
@@ -211,9 +190,7 @@ ODD: list[tuple[type, str, tuple[Any, ...]]] = [
         ("decoders", 250, ATTENTION),
     ],
 )
-def test_every_option_is_reached(
-    name: str, count: int, options: list[tuple[type, str, tuple[Any, ...]]]
-) -> None:
+def test_every_option_is_reached(name: str, count: int, options: Options) -> None:
     wanted = [(kind, option, value) for kind, option, values in options for value in values]
     missing = [
         (kind.__name__, option, value)
@@ -303,8 +280,7 @@ def test_kinds_and_bounds() -> None:
 
 def test_without_hypothesis_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "fasp_fx.testing.strategies")
-    monkeypatch.delitem(sys.modules, "fasp_fx.testing._draw_blocks")
-    monkeypatch.delitem(sys.modules, "fasp_fx.testing._draw_odd")
+    monkeypatch.delitem(sys.modules, "fasp_fx.testing._drawing")
     monkeypatch.delattr(testing, "strategies")
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     with pytest.raises(testing.MissingExtraError, match=r"install fasp_fx\[testing\]") as caught:

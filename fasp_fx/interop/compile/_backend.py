@@ -24,7 +24,7 @@ from ...capturing._program import Program
 from ...capturing._recipes import Recipe
 from ...errors import ArgumentError, CaptureError, FaspError, PartialPlanWarning, PlanError, VerificationError
 from ...passes import Prune, split_fused
-from ._dynamo import as_program, holders, trace, weight_names
+from ._dynamo import as_program, holders, tensors_of, trace
 
 Compiled = Callable[..., Any]
 
@@ -125,7 +125,8 @@ class _Backend:
 
     def _compile(self, module: fx.GraphModule, example: list[Any]) -> Compiled:
         owner = self._owner(module.graph)
-        names = {} if owner is None else weight_names(owner)
+        named = {} if owner is None else tensors_of(owner)
+        names = {id(tensor): name for name, tensor in reversed(named.items())}  # the first of each
         weights = {
             position: (names[id(value)], value)
             for position, value in enumerate(example)
@@ -138,11 +139,8 @@ class _Backend:
             )
         if owner is None or not weights:
             return self.inner(module, example)  # a graph without weights has nothing to lose
-        grad = torch.is_grad_enabled() and any(
-            isinstance(value, Tensor) and value.requires_grad for value in example
-        )
+        grad = torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in example)
         aliases: dict[str, list[str]] = {}
-        named = _tensors(owner)
         for name, tensor in named.items():
             aliases.setdefault(names[id(tensor)], []).append(name)
         program = as_program(trace(module, grad), weights, tuple(named), aliases)
@@ -159,16 +157,19 @@ class _Backend:
             fakes = [mode.from_tensor(piece.cut(example), static_shapes=True) for piece in slices]
         for fake, piece in zip(fakes, slices, strict=True):
             fake.requires_grad_(grad and piece.trains(example))
-        return _Run(self.inner(lifted, [*(values[position] for position in rest), *fakes]), slices, rest)
+        compiled = self.inner(lifted, [*(values[position] for position in rest), *fakes])
+        return lambda *args: compiled(
+            *(args[position] for position in rest), *(piece.current(args) for piece in slices)
+        )
 
     def _owner(self, graph: fx.Graph) -> nn.Module | None:
         """The module whose names the plan speaks of, once it is known to be the right one."""
         candidates = [self.model] if self.model is not None else holders(graph)
-        fitting = [module for module in candidates if self.named <= _tensors(module).keys()]
+        fitting = [module for module in candidates if self.named <= tensors_of(module).keys()]
         if not candidates:
             return None
         if not fitting:
-            missing = min(self.named - _tensors(candidates[0]).keys())
+            missing = min(self.named - tensors_of(candidates[0]).keys())
             raise PlanError(
                 f"the plan names '{missing}', which {type(candidates[0]).__name__} does not have; it is a"
                 " plan for another model, or the compiled function holds the model inside this module or"
@@ -183,7 +184,7 @@ class _Backend:
 
     def _check_sizes(self, owner: nn.Module) -> None:
         """Refuse a model of another architecture, whose weights lack what the plan removes."""
-        tensors = _tensors(owner)
+        tensors = tensors_of(owner)
         for (name, dim), removed in self.plan.slices().items():
             last = max((index for _, index in removed), default=-1)
             shape = tensors[name].shape if name in tensors else None
@@ -202,20 +203,17 @@ class _Backend:
         )
 
     def _rewritten(self, program: Program) -> Program:
-        plan, gone, analysis = self._read(program)
-        return Prune(gone, None, analysis)(analysis.program) if plan.groups else program
-
-    def _read(self, program: Program) -> tuple[PruningPlan, np.ndarray, Analysis]:
-        """What of the plan can be done in a graph, and how it was analysed."""
-        present = set(program.canonical())
+        """The program without what of the plan can be done in it."""
+        present, plan = set(program.canonical()), self.plan
         analysis = self._analysis(program)
-        if not self.named <= present:
-            return *self._part(analysis, present), analysis
         try:
-            return self.plan, gone_of(self.plan, analysis), analysis
+            gone = gone_of(plan, analysis) if self.named <= present else None
         except PlanError:
             # The model is the plan's: dynamo's graph of it is not that of the capture.
-            return *self._part(analysis, present), analysis
+            gone = None
+        if gone is None:
+            plan, gone = self._part(analysis, present)
+        return Prune(gone, None, analysis)(analysis.program) if plan.groups else program
 
     def _part(self, analysis: Analysis, present: set[str]) -> tuple[PruningPlan, np.ndarray]:
         """What of the plan can be done in a graph that holds a part of the model, or in which not all can be
@@ -235,17 +233,14 @@ class _Backend:
             except PlanError as error:
                 left.append(f"'{group.name}': {_why_not(analysis, names) or error}")
         if left:
-            why = (
-                "dynamo's graph of the model is not that of the capture"
-                if self.named <= present
-                else "graph breaks divide the model"
-            )
-            remedy = (
-                "; torch.backends.mha.set_fastpath_enabled(False), before compiling, keeps torch from taking"
-                " whole encoder layers for one operator"
-                if analysis.program.module.graph.find_nodes(op="call_function", target=_ENCODER_LAYER)
-                else ""
-            )
+            why, remedy = "graph breaks divide the model", ""
+            if self.named <= present:
+                why = "dynamo's graph of the model is not that of the capture"
+            if analysis.program.module.graph.find_nodes(op="call_function", target=_ENCODER_LAYER):
+                remedy = (
+                    "; torch.backends.mha.set_fastpath_enabled(False), before compiling, keeps torch from"
+                    " taking whole encoder layers for one operator"
+                )
             warn(f"{why}, and these groups stay whole: {'; '.join(left)}{remedy}", PartialPlanWarning)
         plan = replace(self.plan, groups=tuple(groups))
         return plan, gone_of(plan, analysis)
@@ -262,13 +257,6 @@ def _why_not(analysis: Analysis, names: set[str]) -> str:
     return ", ".join(sorted(filter(None, reasons)))
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The weights of a module under all their names."""
-    return dict(
-        [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    )
-
-
 def _refuse(error: FaspError, *args: Any) -> Any:
     raise error
 
@@ -278,7 +266,7 @@ class _Slice:
 
     def __init__(self, recipe: Recipe, position: int | None, constant: Tensor | None = None) -> None:
         self.recipe, self.position, self.constant = recipe, position, constant
-        self._made: tuple[Tensor, weakref.ref[Tensor], Tensor, int] | None = None
+        self._made: tuple[Tensor, weakref.ref[Tensor], Tensor, Any] | None = None
 
     @staticmethod
     def of(name: str, positions: dict[str, int], program: Program) -> _Slice:
@@ -306,35 +294,15 @@ class _Slice:
         if self.position is None or not self.recipe.cuts:
             return self.cut(args)
         weight: Tensor = args[self.position]
-        if (
-            torch.is_grad_enabled() and weight.requires_grad
-        ) or weight.is_inference():  # for autograd; and a tensor that does not count its versions
+        # for autograd; and a tensor that does not count its versions
+        if (torch.is_grad_enabled() and weight.requires_grad) or weight.is_inference():
             return self.cut(args)
-        if self._made is not None:
-            made, owner, held, version = self._made
-            if (
-                owner() is weight
-                and held.data_ptr() == weight.data_ptr()
-                and held.dtype is weight.dtype
-                and weight._version == version
-            ):
-                return made
-        storage = weight.detach()  # keeps the storage, so that no other can come to lie at its address
-        with torch.inference_mode(False), torch.no_grad():  # a slice outlives the call
-            self._made = (self.cut(args), weakref.ref(weight), storage, weight._version)
+        now = (weight.data_ptr(), weight.dtype, weight._version)
+        if self._made is None or self._made[1]() is not weight or self._made[3] != now:
+            storage = weight.detach()  # keeps the storage, so that no other can come to lie at its address
+            with torch.inference_mode(False), torch.no_grad():  # a slice outlives the call
+                self._made = (self.cut(args), weakref.ref(weight), storage, now)
         return self._made[0]
-
-
-class _Run:
-    """Calls the smaller graph with the inputs and the slices."""
-
-    def __init__(self, compiled: Compiled, slices: list[_Slice], rest: list[int]) -> None:
-        self.compiled, self.slices, self.rest = compiled, slices, rest
-
-    def __call__(self, *args: Any) -> Any:
-        return self.compiled(
-            *(args[position] for position in self.rest), *(piece.current(args) for piece in self.slices)
-        )
 
 
 def _lift(program: Program) -> tuple[fx.GraphModule, list[str]]:
@@ -348,11 +316,8 @@ def _lift(program: Program) -> tuple[fx.GraphModule, list[str]]:
         if not isinstance(getattr(program.module.get_submodule(owner), leaf), Tensor):
             continue
         if name not in by_name:
-            with (
-                graph.inserting_after(last)
-                if last is not None
-                else graph.inserting_before(next(iter(graph.nodes)))
-            ):
+            first = graph.inserting_before(next(iter(graph.nodes)))
+            with first if last is None else graph.inserting_after(last):
                 last = by_name[name] = graph.placeholder("weight_" + name.replace(".", "_"))
             order.append(name)
         node.replace_all_uses_with(by_name[name])

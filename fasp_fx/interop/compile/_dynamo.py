@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -39,12 +38,8 @@ def holders(graph: fx.Graph) -> list[nn.Module]:
     """The modules whose weights the graph takes, as the compiled function names them: usually the compiled
     module alone.
     """
-    found: dict[int, nn.Module] = {}
-    for node in graph.find_nodes(op="placeholder"):
-        holder = _holder(node)
-        if holder is not None:
-            found.setdefault(id(holder), holder)
-    return list(found.values())
+    found = [_holder(node) for node in graph.find_nodes(op="placeholder")]
+    return list({id(holder): holder for holder in found if holder is not None}.values())
 
 
 def _holder(node: fx.Node) -> nn.Module | None:
@@ -67,16 +62,11 @@ def _value(source: Any, frame: Any) -> Any:
         return None
 
 
-def weight_names(module: nn.Module) -> dict[int, str]:
-    """The first name of each weight, by identity."""
-    names: dict[int, str] = {}
-    for name, tensor in _named(module):
-        names.setdefault(id(tensor), name)
-    return names
-
-
-def _named(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a module under all their names."""
+    return dict(
+        [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    )
 
 
 def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
@@ -125,7 +115,8 @@ def _with_floats(module: fx.GraphModule) -> fx.GraphModule:
     items = [
         node
         for node in module.graph.find_nodes(op="call_method", target="item")
-        if isinstance(node.meta.get("example_value"), torch.SymFloat) and _passes_float(node.args[0])
+        if isinstance(node.meta.get("example_value"), torch.SymFloat)
+        and getattr(node.args[0].meta.get("grapharg"), "pass_arg_as_tensor", False)  # a float of Python's
     ]
     if not items:
         return module
@@ -144,11 +135,6 @@ def _with_floats(module: fx.GraphModule) -> fx.GraphModule:
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     return fx.GraphModule(module, graph)
-
-
-def _passes_float(node: Any) -> bool:
-    """Whether an input of dynamo's graph is a float of Python's."""
-    return bool(getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False))
 
 
 class _Apart(nn.Module):
@@ -249,7 +235,11 @@ def as_program(
     for name, tensor in weights.values():
         for alias in aliases[name]:
             path, _, leaf = alias.rpartition(".")
-            owner = _nested(root, path)
+            owner = root
+            for part in filter(None, path.split(".")):
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = getattr(owner, part)
             if isinstance(tensor, nn.Parameter):
                 owner.register_parameter(leaf, tensor)
             else:
@@ -275,12 +265,3 @@ def as_program(
         ((), {}),
         order=order,
     )
-
-
-def _nested(root: nn.Module, path: str) -> nn.Module:
-    owner = root
-    for part in filter(None, path.split(".")):
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = getattr(owner, part)
-    return owner

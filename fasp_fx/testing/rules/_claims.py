@@ -18,9 +18,9 @@ from fasp_fx.base._tolerable import tolerable
 from fasp_fx.errors import first_line
 
 from ._calls import Call, close, same
-from ._deleting import cut_result, without, zeroed
+from ._deleting import without, without_positions, zeroed
 from ._draw import Draw
-from ._reading import Reading
+from ._reading import Reading, Spelled
 from ._samples import STEPS
 
 
@@ -101,62 +101,50 @@ def _kept(reading: Reading, results: list[Tensor], letter: str, gone: list[int],
         claim = f"{claim} once zeros are in the columns {_name(columns)}"
         for operand in reading.holders(columns):
             results = zeroed(reading, operand, columns, gone).run()
-    call = without(reading, letter, gone)
-    try:
-        found = call.run()
-    except tolerable(Exception) as problem:
-        return Lie(
-            reading.call,
-            claim,
-            f"without positions {gone} the operator refuses {call}: {first_line(problem)}",
-        )
+    found = _smaller(reading, letter, gone, claim)
+    if isinstance(found, Lie):
+        return found
     for index, (spelled, before, after) in enumerate(zip(reading.results, results, found, strict=True)):
         if spelled is None:
             continue
-        expected = cut_result(reading, spelled, before, letter, gone)
-        if after.shape != expected.shape:
-            return Lie(
-                reading.call,
-                claim,
-                f"without positions {gone} result {index} has shape {tuple(after.shape)} instead of"
-                f" {tuple(expected.shape)}",
-            )
-        if not same(after, expected):
+        expected = without_positions(reading, spelled, before, letter, gone)
+        if after.shape == expected.shape and same(after, expected):
+            continue
+        fact = f"shape {tuple(after.shape)} instead of {tuple(expected.shape)}"
+        if after.shape == expected.shape:
             where = tuple((~close(after, expected)).nonzero()[0].tolist())
-            fact = (
-                f"without positions {gone} result {index} has {_at(after, where)} at {where} instead of"
-                f" {_at(expected, where)}"
-            )
-            return Lie(reading.call, claim, fact + _influence(reading, results, letter, draw))
+            fact = f"{_at(after, where)} at {where} instead of {_at(expected, where)}"
+            fact += _influence(reading, results, letter, draw)
+        return Lie(reading.call, claim, f"without positions {gone} result {index} has {fact}")
     return None
 
 
-def _contracted(reading: Reading, letter: str, gone: list[int]) -> Iterator[Lie]:
+def _smaller(reading: Reading, letter: str, gone: list[int], claim: str) -> list[Tensor] | Lie:
+    """The results without positions of a letter."""
     call = without(reading, letter, gone)
+    try:
+        return call.run()
+    except tolerable(Exception) as problem:
+        fact = f"without positions {gone} the operator refuses {call}: {first_line(problem)}"
+        return Lie(reading.call, claim, fact)
+
+
+def _contracted(reading: Reading, letter: str, gone: list[int]) -> Iterator[Lie]:
     holders = reading.holders(letter)
     claim = (
         f"letter {letter!r} is contracted: to take positions out of {' and '.join(holders)} is to put zeros"
         " there in either"
     )
-    try:
-        found = call.run()
-    except tolerable(Exception) as problem:
-        yield Lie(
-            reading.call,
-            claim,
-            f"without positions {gone} the operator refuses {call}: {first_line(problem)}",
-        )
+    found = _smaller(reading, letter, gone, claim)
+    if isinstance(found, Lie):
+        yield found
         return
     for operand in holders:
         masked = zeroed(reading, operand, letter, gone).run()
         for index, (after, expected) in enumerate(zip(found, masked, strict=True)):
             if reading.results[index] is not None and not same(after, expected):
-                yield Lie(
-                    reading.call,
-                    claim,
-                    f"zeros at positions {gone} of '{operand}' give another result {index} than taking"
-                    " them out",
-                )
+                what = f"zeros at positions {gone} of '{operand}' give another result {index}"
+                yield Lie(reading.call, claim, f"{what} than taking them out")
                 return
 
 
@@ -164,39 +152,30 @@ def _needed(reading: Reading, results: list[Tensor], letter: str, gone: list[int
     """Whether the operator would break the claim that a clause does not make."""
     if letter in reading.reduced:
         return _reaches_further(reading, results, letter, draw)
-    call = without(reading, letter, gone)
-    try:
-        found = call.run()
-    except tolerable(Exception):
+    found = _smaller(reading, letter, gone, "")
+    if isinstance(found, Lie):
         return True
     if letter in reading.kept():
-        for spelled, before, after in zip(reading.results, results, found, strict=True):
-            if spelled is not None and not same(
-                after, _cut_or_nothing(reading, spelled, before, letter, gone)
-            ):
-                return True
-        return False
+        return any(
+            spelled is not None and not same(after, _cut_or_whole(reading, spelled, before, letter, gone))
+            for spelled, before, after in zip(reading.results, results, found, strict=True)
+        )
     masked = [zeroed(reading, operand, letter, gone).run() for operand in reading.holders(letter)]
     return any(not same(a, b) for expected in masked for a, b in zip(found, expected, strict=True))
 
 
-def _cut_or_nothing(
-    reading: Reading, spelled: object, before: Tensor, letter: str, gone: list[int]
-) -> Tensor:
+def _cut_or_whole(reading: Reading, spelled: Spelled, before: Tensor, letter: str, gone: list[int]) -> Tensor:
     try:
-        return cut_result(reading, spelled, before, letter, gone)  # type: ignore[arg-type]
+        return without_positions(reading, spelled, before, letter, gone)
     except tolerable(Exception):
         return before  # the result has other positions there than the operand
 
 
 def _reaches_further(reading: Reading, results: list[Tensor], letter: str, draw: Draw) -> bool:
     """Whether the result depends on two positions of a letter at least."""
-    reached = 0
-    for position in range(reading.sizes[letter]):
-        reached += any(
-            not same(a, b) for a, b in zip(results, _nudged(reading, letter, position, draw), strict=True)
-        )
-    return reached > 1
+    nudged = [_nudged(reading, letter, position, draw) for position in range(reading.sizes[letter])]
+    reached = (any(not same(a, b) for a, b in zip(results, other, strict=True)) for other in nudged)
+    return sum(reached) > 1
 
 
 def _nudged(reading: Reading, letter: str, position: int, draw: Draw) -> list[Tensor]:
@@ -229,6 +208,18 @@ def _influence(reading: Reading, results: list[Tensor], letter: str, draw: Draw)
                 where = tuple(differ.nonzero()[0].tolist())
                 return f"; result {index} at {where} depends on position {position} of {_name(letter)}"
     return ""
+
+
+def creates(call: Call, results: list[Tensor]) -> Lie | None:
+    """Hold a creating rule against the operator on one call: the elements of the result are all alike, so
+    that any of them can go. What memory happens to hold (``empty``) says nothing.
+    """
+    for index, result in enumerate(() if "empty" in str(call.operator) else results):
+        flat = result.reshape(-1)
+        if flat.numel() and not same(flat, flat[:1].expand_as(flat)):
+            fact = f"result {index} holds {flat[0].item()} and {flat[flat != flat[0]][0].item()}"
+            return Lie(call, "the elements of the result are all alike", fact)
+    return None
 
 
 def _name(letter: str) -> str:

@@ -16,17 +16,16 @@ def without(reading: Reading, letter: str, gone: list[int]) -> Call:
     given = reading.call.tensors()
     changed: dict[str, object] = {}
     for name, spelled in reading.operands.items():
-        cut = _cut(reading, spelled, given[name], letter, gone)
-        changed[name] = (
-            _cut_columns(spelled, cut, reading.recurs[letter], gone) if letter in reading.recurs else cut
-        )
+        cut = without_positions(reading, spelled, given[name], letter, gone)
+        columns = (reading.recurs[letter],) if letter in reading.recurs else ()
+        for dim, letters in enumerate(spelled.dims()):
+            cut = cut.index_select(dim, _left(cut.shape[dim], gone)) if letters == columns else cut
+        changed[name] = cut
     left = reading.sizes[letter] - len(gone)
-    for factor, argument in reading.factors.items():
-        if factor == letter:
-            changed[argument] = left
-    for argument, letters in reading.runs.items():
-        if letter in letters:
-            changed[argument] = [left if other == letter else reading.sizes[other] for other in letters]
+    changed |= {argument: left for factor, argument in reading.factors.items() if factor == letter}
+    for argument, run in reading.runs.items():
+        if letter in run:
+            changed[argument] = [left if other == letter else reading.sizes[other] for other in run]
     return reading.call.with_(**changed)
 
 
@@ -34,29 +33,27 @@ def zeroed(reading: Reading, operand: str, letter: str, gone: list[int]) -> Call
     """The call with these positions of one operand multiplied by zero."""
     tensor, spelled = reading.call.tensors()[operand], reading.operands[operand]
     unfolded = spelled.unfold(tensor, reading.sizes).clone()
-    unfolded.index_fill_(
-        spelled.letters.index(letter), torch.tensor(_own(reading, spelled, letter, gone)[1]), 0
-    )
+    positions = torch.tensor(_own(reading, spelled, letter, gone)[1])
+    unfolded.index_fill_(spelled.letters.index(letter), positions, 0)
     return reading.call.with_(**{operand: spelled.fold(unfolded)})
 
 
-def cut_result(reading: Reading, spelled: Spelled, result: Tensor, letter: str, gone: list[int]) -> Tensor:
-    """A result without these positions."""
-    return _cut(reading, spelled, result, letter, gone)
-
-
-def _cut_columns(spelled: Spelled, tensor: Tensor, letter: str, gone: list[int]) -> Tensor:
-    """A tensor without positions of a letter that has a dimension to itself."""
-    if letter not in spelled.letters:
+def without_positions(
+    reading: Reading, spelled: Spelled, tensor: Tensor, letter: str, gone: list[int]
+) -> Tensor:
+    """An operand or a result without these positions."""
+    letter, gone = _own(reading, spelled, letter, gone)
+    if letter not in spelled.letters or not gone:
         return tensor
-    at = spelled.letters.index(letter)
-    dim = next(dim for dim in range(len(spelled.merged)) if sum(spelled.merged[:dim]) == at)
-    return tensor.index_select(
-        dim,
-        torch.tensor(
-            [index for index in range(tensor.shape[dim]) if index not in set(gone)], dtype=torch.long
-        ),
-    )
+    unfolded = spelled.unfold(tensor, reading.sizes)
+    dim = spelled.letters.index(letter)
+    if unfolded.shape[dim] != reading.sizes[letter]:
+        return tensor  # one position for all
+    return spelled.fold(unfolded.index_select(dim, _left(unfolded.shape[dim], gone)))
+
+
+def _left(size: int, gone: list[int]) -> Tensor:
+    return torch.tensor([index for index in range(size) if index not in set(gone)], dtype=torch.long)
 
 
 def _own(reading: Reading, spelled: Spelled, letter: str, gone: list[int]) -> tuple[str, list[int]]:
@@ -65,24 +62,8 @@ def _own(reading: Reading, spelled: Spelled, letter: str, gone: list[int]) -> tu
     """
     if letter in spelled.letters:
         return letter, gone
-    few = next(
-        (few for few, many in reading.repeats.items() if many == letter and few in spelled.letters), None
-    )
-    if few is None:
-        return letter, []
-    times = reading.sizes[letter] // reading.sizes[few]
-    return few, sorted({position // times for position in gone})
-
-
-def _cut(reading: Reading, spelled: Spelled, tensor: Tensor, letter: str, gone: list[int]) -> Tensor:
-    letter, gone = _own(reading, spelled, letter, gone)
-    if letter not in spelled.letters or not gone:
-        return tensor
-    unfolded = spelled.unfold(tensor, reading.sizes)
-    dim = spelled.letters.index(letter)
-    if unfolded.shape[dim] != reading.sizes[letter]:
-        return tensor  # one position for all
-    left = torch.tensor(
-        [index for index in range(unfolded.shape[dim]) if index not in set(gone)], dtype=torch.long
-    )
-    return spelled.fold(unfolded.index_select(dim, left))
+    for few, many in reading.repeats.items():
+        if many == letter and few in spelled.letters:
+            times = reading.sizes[letter] // reading.sizes[few]
+            return few, sorted({position // times for position in gone})
+    return letter, []

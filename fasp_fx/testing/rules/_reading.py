@@ -5,11 +5,11 @@ This reads the grammar on its own, without the interpreter that the analysis use
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fasp_fx.patterns import Alternative, Rule
@@ -34,28 +34,24 @@ class Spelled:
     letters: tuple[str, ...]
     merged: tuple[int, ...]
 
+    def dims(self) -> list[tuple[str, ...]]:
+        """The letters of each real dimension."""
+        ends = itertools.accumulate(self.merged)
+        return [self.letters[end - count : end] for count, end in zip(self.merged, ends)]
+
     def unfold(self, tensor: Tensor, sizes: dict[str, int]) -> Tensor:
         """The tensor with one dimension for each letter."""
-        if all(count == 1 for count in self.merged):
-            return tensor
         shape: list[int] = []
-        at = 0
-        for dim, count in enumerate(self.merged):
-            shape += (
-                [tensor.shape[dim]]
-                if count == 1
-                else [sizes[letter] for letter in self.letters[at : at + count]]
-            )
-            at += count
+        for dim, letters in enumerate(self.dims()):
+            shape += [tensor.shape[dim]] if len(letters) == 1 else [sizes[letter] for letter in letters]
         return tensor.reshape(shape)
 
     def fold(self, tensor: Tensor) -> Tensor:
         """Back to the real dimensions."""
-        shape, at = [], 0
-        for count in self.merged:
-            shape.append(int(torch.Size(tensor.shape[at : at + count]).numel()))
-            at += count
-        return tensor.reshape(shape)
+        ends = itertools.accumulate(self.merged)
+        return tensor.reshape(
+            [math.prod(tensor.shape[end - count : end]) for count, end in zip(self.merged, ends)]
+        )
 
 
 @dataclass
@@ -92,15 +88,14 @@ class Reading:
 
     def holders(self, letter: str) -> list[str]:
         """Operands that have more than one position along a letter (or the only one there is)."""
-        found = []
-        for name, spelled in self.operands.items():
-            if letter in spelled.letters:
-                size = spelled.unfold(self.call.tensors()[name], self.sizes).shape[
-                    spelled.letters.index(letter)
-                ]
-                if size == self.sizes[letter]:
-                    found.append(name)
-        return found
+        given = self.call.tensors()
+        return [
+            name
+            for name, spelled in self.operands.items()
+            if letter in spelled.letters
+            and spelled.unfold(given[name], self.sizes).shape[spelled.letters.index(letter)]
+            == self.sizes[letter]
+        ]
 
     def blocks(self, letter: str) -> int:
         """How many positions of a letter have to go together, because another letter is repeated
@@ -119,10 +114,9 @@ def read(rule: Rule, call: Call, results: list[Tensor]) -> Reading:
     alternative = _choose(rule, call)
     given = call.tensors()
     reading = Reading(call)
+    spelled_out = {dim for operand in alternative.operands for dim in operand.dims if isinstance(dim, str)}
     runs = {
-        letter: _run_length(rule, alternative, call, letter)
-        for letter in _letters(alternative)
-        if letter.endswith("*")
+        letter: _run_length(rule, alternative, call, letter) for letter in spelled_out if letter.endswith("*")
     }
     for operand in alternative.operands:
         if operand.name in given:
@@ -173,14 +167,6 @@ def _takes(dims: tuple[Any, ...], rank: int) -> bool:
     return rank >= fixed if flexible else rank == fixed
 
 
-def _flat(dims: Iterable[Any]) -> list[str]:
-    return [letter for dim in dims for letter in ((dim,) if isinstance(dim, str) else dim)]
-
-
-def _letters(alternative: Alternative) -> set[str]:
-    return set(_flat(dim for operand in alternative.operands for dim in operand.dims))
-
-
 def _run_length(rule: Rule, alternative: Alternative, call: Call, letter: str) -> int:
     given = call.tensors()
     for operand in alternative.operands:
@@ -214,20 +200,9 @@ def _spell(dims: tuple[Any, ...], rank: int, runs: dict[str, int], right: bool =
 
 
 def _without(spelled: Spelled, gone: set[str]) -> Spelled:
-    left = (
-        [
-            (letter, count)
-            for letter, count in zip(spelled.letters, spelled.merged, strict=False)
-            if letter not in gone
-        ]
-        if gone
-        else None
-    )
-    return (
-        spelled
-        if left is None
-        else Spelled(tuple(letter for letter, _ in left), tuple(count for _, count in left))
-    )
+    """Without dimensions of single letters."""
+    left = [letters for letters in spelled.dims() if len(letters) > 1 or letters[0] not in gone]
+    return Spelled(tuple(itertools.chain(*left)), tuple(map(len, left)))
 
 
 def _read_clauses(rule: Rule, call: Call, reading: Reading, runs: dict[str, int], first: Spelled) -> None:
@@ -242,11 +217,8 @@ def _read_clauses(rule: Rule, call: Call, reading: Reading, runs: dict[str, int]
                 if clause.keyword == "reduce":
                     reading.reduced.add(letter)
         elif clause.keyword in ("slide", "route"):
-            for word in words[:2]:
-                for letter in [f"{word}{index}" for index in range(runs[word])] if word in runs else [word]:
-                    reading.special[letter] = (
-                        f"!{clause}"  # never too little: what slides or is chosen moves with other arguments
-                    )
+            # never too little: what slides or is chosen moves with other arguments
+            reading.special |= {letter: f"!{clause}" for word in words[:2] for letter in _run(word, runs)}
         elif clause.keyword == "place" and runs[words[0]]:
             _place(reading, str(clause), f"{words[0]}{int(call.arguments[words[1]]) % runs[words[0]]}")
         elif clause.keyword == "gates":
@@ -291,25 +263,20 @@ def _where(
     word: str, argument: bool, call: Call, runs: dict[str, int], reading: Reading, first: Spelled
 ) -> list[str]:
     if word == "...":
-        return sorted(
-            {
-                letter
-                for spelled in reading.operands.values()
-                for letter in spelled.letters
-                if letter.startswith(".")
-            }
-        )
+        letters = {letter for spelled in reading.operands.values() for letter in spelled.letters}
+        return sorted(letter for letter in letters if letter.startswith("."))
     if not argument:
-        return [f"{word}{index}" for index in range(runs[word])] if word in runs else [word]
+        return _run(word, runs)
     value = call.arguments.get(word)
-    rank = len(first.letters)
-    if value is None or value == []:
+    if value is None or value == [] or not first.letters:
         return list(first.letters)
-    return (
-        [first.letters[int(dim) % rank] for dim in (value if isinstance(value, (list, tuple)) else [value])]
-        if rank
-        else []
-    )
+    dims = value if isinstance(value, (list, tuple)) else [value]
+    return [first.letters[int(dim) % len(first.letters)] for dim in dims]
+
+
+def _run(word: str, runs: dict[str, int]) -> list[str]:
+    """The letters that a word stands for."""
+    return [f"{word}{index}" for index in range(runs[word])] if word in runs else [word]
 
 
 def _solve_sizes(reading: Reading, given: dict[str, Tensor]) -> None:
@@ -318,12 +285,8 @@ def _solve_sizes(reading: Reading, given: dict[str, Tensor]) -> None:
         reading.sizes[letter] = int(reading.call.arguments[argument])
     pending: list[tuple[tuple[str, ...], int]] = []
     for name, spelled in reading.operands.items():
-        at = 0
-        for dim, count in enumerate(spelled.merged):
-            letters = spelled.letters[at : at + count]
-            at += count
-            size = given[name].shape[dim]
-            if count > 1:
+        for letters, size in zip(spelled.dims(), given[name].shape, strict=True):
+            if len(letters) > 1:
                 pending.append((letters, size))
                 continue
             known = reading.sizes.get(letters[0], 1)
@@ -334,25 +297,20 @@ def _solve_sizes(reading: Reading, given: dict[str, Tensor]) -> None:
             reading.sizes[letters[0]] = max(known, size)
     for letters, size in pending:
         unknown = [letter for letter in letters if letter not in reading.sizes]
-        rest = int(
-            torch.Size([reading.sizes[letter] for letter in letters if letter in reading.sizes]).numel()
-        )
+        rest = math.prod(reading.sizes.get(letter, 1) for letter in letters)
         if len(unknown) > 1 or rest == 0 or size % rest or (not unknown and rest != size):
             raise Mismatch(f"a dimension of {size} does not divide into ({' '.join(letters)})")
-        if unknown:
-            reading.sizes[unknown[0]] = size // rest
+        reading.sizes |= dict.fromkeys(unknown, size // rest)
 
 
 def _note_added(reading: Reading, spelled: Spelled, result: Tensor) -> None:
     """Letters of a result that no operand has are dimensions which the operator adds; nothing is claimed of
     them.
     """
-    at = 0
-    for dim, count in enumerate(spelled.merged[: result.dim()]):
-        letter, at = spelled.letters[at], at + count
-        if count == 1 and letter not in reading.sizes:
-            reading.special[letter] = "!added"
-            reading.sizes[letter] = result.shape[dim]
+    for letters, size in zip(spelled.dims(), result.shape):
+        if len(letters) == 1 and letters[0] not in reading.sizes:
+            reading.special[letters[0]] = "!added"
+            reading.sizes[letters[0]] = size
 
 
 def _free(reading: Reading, letter: str) -> bool:
@@ -363,17 +321,9 @@ def _free(reading: Reading, letter: str) -> bool:
 def _fits(reading: Reading, spelled: Spelled, result: Tensor, index: int) -> None:
     if len(spelled.merged) != result.dim():
         raise Mismatch(f"result {index} has {result.dim()} dimensions, the rule spells {len(spelled.merged)}")
-    at = 0
-    for dim, count in enumerate(spelled.merged):
-        letters = spelled.letters[at : at + count]
-        at += count
-        free = any(_free(reading, letter) for letter in letters)
-        expected = int(
-            torch.Size(
-                [1 if letter in reading.reduced else reading.sizes[letter] for letter in letters]
-            ).numel()
-        )
-        if not free and expected != result.shape[dim]:
+    for dim, letters in enumerate(spelled.dims()):
+        expected = math.prod(1 if letter in reading.reduced else reading.sizes[letter] for letter in letters)
+        if expected != result.shape[dim] and not any(_free(reading, letter) for letter in letters):
             raise Mismatch(
                 f"result {index} has shape {tuple(result.shape)}; by the rule dimension {dim}"
                 f" ({' '.join(letters)}) has {expected} positions"

@@ -21,7 +21,7 @@ from fasp_fx.analysis.plan import PruningPlan, planned
 from fasp_fx.base._tolerable import tolerable
 from fasp_fx.capturing._program import Program
 from fasp_fx.capturing.calling._signature import CallSignature
-from fasp_fx.errors import FaspError
+from fasp_fx.errors import FaspError, first_line
 from fasp_fx.passes import RemoveChannels, verify
 from fasp_fx.patterns import Rule
 
@@ -53,64 +53,42 @@ def rewritten(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Outc
     if program is None:
         return Outcome()
     inputs = [torch.tensor(value, dtype=torch.float64) for value in (0.0, 0.37)]
+
+    def lie(fact: str) -> Outcome:
+        return Outcome(True, Lie(call, CLAIM, fact, direct=False))
+
     try:
         analysis = analyze_program(program)
     except tolerable(Exception) as problem:
-        return Outcome(
-            True, Lie(call, CLAIM, f"the analysis fails: {type(problem).__name__}: {problem}", direct=False)
-        )
+        return lie(f"the analysis fails: {type(problem).__name__}: {problem}")
     chosen = draw_sets(analysis, np.random.default_rng(draw.integer(0, 2**31)))
     if not chosen.any():
         return Outcome()
     gone = chosen[analysis.labels]
-    plan = PruningPlan(
-        "", tuple(entry for entry in planned(analysis.chosen, gone, analysis) if entry.removed_sets), 0.0
-    )
+    groups = tuple(entry for entry in planned(analysis.chosen, gone, analysis) if entry.removed_sets)
+    plan, removed = PruningPlan("", groups, 0.0), "; ".join(map(str, groups))
     try:
         small = RemoveChannels(gone).rewrite(program, analysis)
         with torch.no_grad():
             found = [fx.Interpreter(small.module).run(x) for x in inputs]
     except tolerable(FaspError) as problem:
-        return Outcome(
-            True, Lie(call, CLAIM, f"removing {_line(plan)} is refused: {str(problem).strip()}", direct=False)
-        )
+        return lie(f"removing {removed} is refused: {str(problem).strip()}")
     except tolerable(Exception) as problem:
-        reason = next(
-            (line for line in str(problem).strip().splitlines() if line.strip()), type(problem).__name__
-        )
-        return Outcome(
-            True,
-            Lie(
-                call, CLAIM, f"after removing {_line(plan)} the program does not run: {reason}", direct=False
-            ),
-        )
+        return lie(f"after removing {removed} the program does not run: {first_line(problem)}")
     masked = Masked(program.module, plan)
+    most = 1e-4 if torch.float32 in {tensor.dtype for tensor in call.tensors().values()} else 1e-8
     for x, after in zip(inputs, found, strict=True):
         expected = masked(x)
         if not all(bool(torch.isfinite(t).all()) for t in floats(expected)):
             return Outcome()
         wrong = error(after, expected)
-        if wrong > (
-            1e-8 if all(tensor.dtype != torch.float32 for tensor in call.tensors().values()) else 1e-4
-        ):
-            return Outcome(
-                True,
-                Lie(
-                    call,
-                    CLAIM,
-                    f"after removing {_line(plan)} the error against the masked program is {wrong:.1e}",
-                    direct=False,
-                ),
-            )
+        if wrong > most:
+            return lie(f"after removing {removed} the error against the masked program is {wrong:.1e}")
     try:
         verify(small, analysis)
     except tolerable(FaspError) as problem:
-        return Outcome(True, None, f"{call}: after removing {_line(plan)}: {str(problem).strip()}")
+        return Outcome(True, None, f"{call}: after removing {removed}: {str(problem).strip()}")
     return Outcome(True)
-
-
-def _line(plan: PruningPlan) -> str:
-    return "; ".join(map(str, plan.groups))
 
 
 def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Program | None:
@@ -135,21 +113,16 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
         for name, tensor in call.tensors().items()
     }
     arguments = {name: _argument(name, value, made) for name, value in call.arguments.items()}
-    node: Any = graph.call_function(call.operator, (), arguments)
-    node = _positional(call, node)
+    # as a captured graph has them: by position up to the keyword-only ones
+    first = [argument.name for argument in call.operator._schema.arguments if not argument.kwarg_only]
+    args = tuple(arguments.pop(name) for name in first)
+    node: Any = graph.call_function(call.operator, args, arguments)
     if creates:  # what is created meets an activation; what memory happens to hold is not compared
-        node = (
-            graph.call_function(_ATEN.zeros_like.default, (node,)) if "empty" in str(call.operator) else node
-        )
-        node = graph.call_function(
-            _ATEN.add.Tensor,
-            (
-                _operand(
-                    root, graph, x, "met", draw.tensor(list(result.shape), "real"), True, draw, blocks, free
-                ),
-                node,
-            ),
-        )
+        if "empty" in str(call.operator):
+            node = graph.call_function(_ATEN.zeros_like.default, (node,))
+        values = draw.tensor(list(result.shape), "real")
+        met = _operand(root, graph, x, "met", values, True, draw, blocks, free)
+        node = graph.call_function(_ATEN.add.Tensor, (met, node))
     if len(call.operator._schema.returns) > 1 or "List" in str(call.operator._schema.returns[0].type):
         node = graph.call_function(operators.getitem, (node, which))
     if result.is_complex():
@@ -174,11 +147,8 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
         node = graph.call_function(_ATEN.matmul.default, (node, graph.get_attr("consumer")))
     graph.output((node,))
     example = (torch.zeros((), dtype=torch.float64),)
-    return Program(fx.GraphModule(root, graph), CallSignature.of(_forward, example, {}), (example, {}))
-
-
-def _forward(x: Tensor) -> Tensor:
-    return x
+    signature = CallSignature.of(lambda x: x, example, {})
+    return Program(fx.GraphModule(root, graph), signature, (example, {}))
 
 
 def _varies(name: str, tensor: Tensor) -> bool:
@@ -283,11 +253,3 @@ def _argument(name: str, value: Any, made: dict[str, fx.Node]) -> Any:
     if isinstance(value, (list, tuple)):
         return [made.get(f"{name}.{index}", item) for index, item in enumerate(value)]
     return made.get(name, value)
-
-
-def _positional(call: Call, node: fx.Node) -> fx.Node:
-    """Arguments as a captured graph has them: by position up to the keyword-only ones."""
-    first = [argument.name for argument in call.operator._schema.arguments if not argument.kwarg_only]
-    node.args = tuple(node.kwargs[name] for name in first)
-    node.kwargs = {name: value for name, value in node.kwargs.items() if name not in first}
-    return node

@@ -34,6 +34,34 @@ def _regrouped(draw: Draw) -> tuple[list[int], list[int]]:
     return shape, other
 
 
+def _of(most: int, more: Callable[[Draw, list[int]], dict[str, Any]], kind: str | None = None) -> Sample:
+    """A tensor of at most so many dimensions, and what goes with its shape."""
+
+    def sample(draw: Draw) -> dict[str, Any]:
+        shape = draw.shape(most=most)
+        return {"self": draw.tensor(shape, kind), **more(draw, shape)}
+
+    return sample
+
+
+def _along(
+    most: int, more: Callable[[Draw, list[int], int], dict[str, Any]], kind: str | None = None
+) -> Sample:
+    """A tensor, one of its dimensions, and what goes with both."""
+
+    def sample(draw: Draw) -> dict[str, Any]:
+        shape = draw.shape(most=most)
+        dim = draw.dim(len(shape))
+        return {"self": draw.tensor(shape, kind), "dim": dim, **more(draw, shape, dim)}
+
+    return sample
+
+
+def _resized(shape: list[int], dim: int, size: int) -> list[int]:
+    """A shape with another size along one dimension."""
+    return [size if at == dim % len(shape) else old for at, old in enumerate(shape)]
+
+
 def _view(argument: str) -> Sample:
     def sample(draw: Draw) -> dict[str, Any]:
         shape, other = _regrouped(draw)
@@ -42,157 +70,73 @@ def _view(argument: str) -> Sample:
     return sample
 
 
+def _thin(draw: Draw, most: int) -> list[int]:
+    """A shape with many a dimension of size 1."""
+    return [1 if draw.flag(0.4) else draw.size() for _ in range(draw.integer(1, most))]
+
+
 def _expand(draw: Draw) -> dict[str, Any]:
-    shape = [1 if draw.flag(0.4) else draw.size() for _ in range(draw.integer(1, 3))]
+    shape = _thin(draw, 3)
     size = [draw.size() if old == 1 else draw.choice([old, -1]) for old in shape]
     return {"self": draw.tensor(shape), "size": [draw.size() for _ in range(draw.integer(0, 1))] + size}
 
 
 def _broadcast(draw: Draw) -> dict[str, Any]:
     found = _expand(draw)
-    lead = len(found["size"]) - found["self"].dim()
-    found["size"] = [
-        found["self"].shape[index - lead] if size == -1 else size for index, size in enumerate(found["size"])
-    ]
-    return found
+    own = [1] * (len(found["size"]) - found["self"].dim()) + list(found["self"].shape)
+    return {**found, "size": [old if size == -1 else size for old, size in zip(own, found["size"])]}
 
 
-def _repeat(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape(most=3)
-    return {
-        "self": draw.tensor(shape),
-        "repeats": [draw.integer(1, 2) for _ in range(len(shape) + draw.integer(0, 1))],
-    }
-
-
-def _interleave(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape(most=3)
-    return {
-        "self": draw.tensor(shape),
-        "repeats": draw.integer(1, 3),
-        "dim": draw.choice([None, draw.dim(len(shape))]),
-    }
-
-
-def _slice(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape()
-    dim = draw.dim(len(shape))
-    size = shape[dim]
-    start, end = (
-        draw.choice([None, draw.integer(-size, size - 1)]),
-        draw.choice([None, 9223372036854775807, draw.integer(-size + 1, size)]),
-    )
-    return {
-        "self": draw.tensor(shape),
-        "dim": dim,
-        "start": start,
-        "end": end,
-        "step": draw.choice([1, 1, 2, 3]),
-    }
-
-
-def _select(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape()
-    dim = draw.dim(len(shape))
-    return {"self": draw.tensor(shape), "dim": dim, "index": draw.integer(-shape[dim], shape[dim] - 1)}
-
-
-def _sizes(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape()
-    dim = draw.dim(len(shape))
+def _parts(draw: Draw, size: int) -> list[int]:
+    """Sizes that add up."""
     parts: list[int] = []
-    while sum(parts) < shape[dim]:
-        parts.append(draw.integer(1, shape[dim] - sum(parts)))
-    return {"self": draw.tensor(shape), "split_sizes": parts, "dim": dim}
+    while sum(parts) < size:
+        parts.append(draw.integer(1, size - sum(parts)))
+    return parts
 
 
-def _split(argument: str) -> Sample:
+def _movedim(draw: Draw, shape: list[int]) -> dict[str, Any]:
+    many = draw.integer(1, len(shape))
+    return {name: draw.order(range(len(shape)))[:many] for name in ("source", "destination")}
+
+
+def _squeeze(several: bool) -> Sample:
     def sample(draw: Draw) -> dict[str, Any]:
-        shape = draw.shape()
-        return {"self": draw.tensor(shape), argument: draw.integer(1, 3), "dim": draw.dim(len(shape))}
+        shape = _thin(draw, 4)
+        dim = draw.some(range(len(shape)), least=1) if several else draw.dim(len(shape))
+        return {"self": draw.tensor(shape), "dim": dim}
 
     return sample
-
-
-def _permute(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape()
-    dims = draw.order(range(len(shape)))
-    return {"self": draw.tensor(shape), "dims": [dim - len(shape) if draw.flag(0.3) else dim for dim in dims]}
-
-
-def _matrix(draw: Draw) -> dict[str, Any]:
-    return {"self": draw.tensor(draw.shape(most=2))}
-
-
-def _matrices(draw: Draw) -> dict[str, Any]:
-    return {"self": draw.tensor([*draw.shape(most=2), draw.size()])}
-
-
-def _movedim(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape()
-    many = draw.integer(1, len(shape))
-    return {
-        "self": draw.tensor(shape),
-        "source": draw.order(range(len(shape)))[:many],
-        "destination": draw.order(range(len(shape)))[:many],
-    }
-
-
-def _squeeze(draw: Draw) -> dict[str, Any]:
-    shape = [1 if draw.flag(0.4) else draw.size() for _ in range(draw.integer(1, 4))]
-    return {"self": draw.tensor(shape), "dim": draw.dim(len(shape))}
-
-
-def _squeeze_dims(draw: Draw) -> dict[str, Any]:
-    found = _squeeze(draw)
-    return {**found, "dim": draw.some(range(found["self"].dim()), least=1)}
-
-
-def _unsqueeze(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape(most=3)
-    return {"self": draw.tensor(shape), "dim": draw.integer(-len(shape) - 1, len(shape))}
 
 
 def _unflatten(draw: Draw) -> dict[str, Any]:
     shape = draw.shape(most=3)
     dim = draw.integer(0, len(shape) - 1)
     first, second = draw.integer(1, 3), draw.integer(1, 3)
-    shape[dim] = first * second
     return {
-        "self": draw.tensor(shape),
+        "self": draw.tensor(_resized(shape, dim, first * second)),
         "dim": draw.choice([dim, dim - len(shape)]),
         "sizes": [draw.choice([first, -1]), second],
     }
 
 
-def _index(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape()
+def _index(draw: Draw, shape: list[int]) -> dict[str, Any]:
     dims = draw.some(range(len(shape)), least=1)
     many = draw.integer(1, 3)
-    return {
-        "self": draw.tensor(shape),
-        "indices": [
-            draw.tensor([many], "index", size) if dim in dims else None for dim, size in enumerate(shape)
-        ],
-    }
+    indices = [draw.tensor([many], "index", size) if dim in dims else None for dim, size in enumerate(shape)]
+    return {"indices": indices}
 
 
-def _index_select(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape()
-    dim = draw.dim(len(shape))
-    return {
-        "self": draw.tensor(shape),
-        "dim": dim,
-        "index": draw.tensor([draw.integer(1, 4)], "index", shape[dim]),
-    }
-
-
-def _gather(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape(most=3)
-    dim = draw.dim(len(shape))
-    index = list(shape)
-    index[dim] = draw.integer(1, 4)
-    return {"self": draw.tensor(shape), "dim": dim, "index": draw.tensor(index, "index", shape[dim])}
+_index_select = _along(
+    4, lambda draw, shape, dim: {"index": draw.tensor([draw.integer(1, 4)], "index", shape[dim])}
+)
+_gather = _along(
+    3,
+    lambda draw, shape, dim: {
+        "index": draw.tensor(_resized(shape, dim, draw.integer(1, 4)), "index", shape[dim])
+    },
+)
+_select = _along(4, lambda draw, shape, dim: {"index": draw.integer(-shape[dim], shape[dim] - 1)})
 
 
 def _scatter(value: str | None) -> Sample:
@@ -205,45 +149,24 @@ def _scatter(value: str | None) -> Sample:
     return sample
 
 
-def _scatter_reduce(draw: Draw) -> dict[str, Any]:
-    return {
-        **_scatter("src")(draw),
-        "reduce": draw.choice(["sum", "prod", "mean", "amax", "amin"]),
-        "include_self": draw.flag(),
-    }
-
-
-def _index_put(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape(most=3)
+def _index_put(draw: Draw, shape: list[int]) -> dict[str, Any]:
     many = draw.integer(1, 3)
-    return {
-        "self": draw.tensor(shape),
-        "indices": [draw.tensor([many], "index", shape[0])],
-        "values": draw.tensor([many, *shape[1:]]),
-        "accumulate": draw.flag(),
-    }
+    indices, values = [draw.tensor([many], "index", shape[0])], draw.tensor([many, *shape[1:]])
+    return {"indices": indices, "values": values, "accumulate": draw.flag()}
 
 
 def _index_add(draw: Draw) -> dict[str, Any]:
     found = _index_select(draw)
-    source = list(found["self"].shape)
-    source[found["dim"]] = len(found["index"])
-    return {**found, "source": draw.tensor(source)}
+    return {
+        **found,
+        "source": draw.tensor(_resized(list(found["self"].shape), found["dim"], len(found["index"]))),
+    }
 
 
-def _masked_scatter(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape(most=3)
-    return {"self": draw.tensor(shape), "mask": draw.tensor(shape, "bool"), "source": draw.tensor(shape)}
-
-
-def _slice_scatter(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape(most=3)
-    dim = draw.dim(len(shape))
+def _slice_scatter(draw: Draw, shape: list[int], dim: int) -> dict[str, Any]:
     start = draw.integer(0, shape[dim] - 1)
     end = draw.integer(start + 1, shape[dim])
-    source = list(shape)
-    source[dim] = end - start
-    return {"self": draw.tensor(shape), "src": draw.tensor(source), "dim": dim, "start": start, "end": end}
+    return {"src": draw.tensor(_resized(shape, dim, end - start)), "start": start, "end": end}
 
 
 def _select_scatter(draw: Draw) -> dict[str, Any]:
@@ -253,47 +176,25 @@ def _select_scatter(draw: Draw) -> dict[str, Any]:
     return {**found, "src": draw.tensor(source)}
 
 
-def _pairs(draw: Draw) -> dict[str, Any]:
-    return {"self": draw.tensor([*draw.shape(most=2), 2], "real")}
-
-
-def _complex(draw: Draw) -> dict[str, Any]:
-    return {"self": draw.tensor(draw.shape(most=3), "complex")}
-
-
-def _created(draw: Draw) -> dict[str, Any]:
-    return {"size": draw.shape()}
-
-
-def _created_like(draw: Draw) -> dict[str, Any]:
-    return {"self": draw.tensor(draw.shape(most=2)), "size": draw.shape()}
-
-
-def _moved(draw: Draw) -> dict[str, Any]:
-    return {"self": draw.tensor(draw.shape()), "device": torch.device("cpu"), "dtype": torch.float64}
-
-
 def _cat(draw: Draw) -> dict[str, Any]:
     shape = draw.shape()
     dim = draw.dim(len(shape))
-    parts = [list(shape) for _ in range(draw.integer(1, 3))]
-    for part in parts:
-        part[dim] = draw.size()
+    parts = [_resized(shape, dim, draw.size()) for _ in range(draw.integer(1, 3))]
     return {"tensors": [draw.tensor(part) for part in parts], "dim": dim}
 
 
 def _stack(draw: Draw) -> dict[str, Any]:
     shape = draw.shape(most=3)
-    return {
-        "tensors": [draw.tensor(shape) for _ in range(draw.integer(1, 3))],
-        "dim": draw.integer(-len(shape) - 1, len(shape)),
-    }
+    tensors = [draw.tensor(shape) for _ in range(draw.integer(1, 3))]
+    return {"tensors": tensors, "dim": draw.integer(-len(shape) - 1, len(shape))}
 
 
-def _pad(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape(most=3)
-    amounts = [draw.choice([0, 0, 1, 2, -1]) for _ in range(2 * draw.integer(1, len(shape)))]
-    return {"self": draw.tensor(shape), "pad": amounts}
+_pad = _of(
+    3,
+    lambda draw, shape: {
+        "pad": [draw.choice([0, 0, 1, 2, -1]) for _ in range(2 * draw.integer(1, len(shape)))]
+    },
+)
 
 
 def _pad_mode(draw: Draw) -> dict[str, Any]:
@@ -304,28 +205,21 @@ def _pad_mode(draw: Draw) -> dict[str, Any]:
     return {"self": draw.tensor(shape), "pad": [draw.integer(0, 1), draw.integer(0, 1)], "mode": mode}
 
 
-def _roll(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape(most=3)
+def _roll(draw: Draw, shape: list[int]) -> dict[str, Any]:
     dims = draw.some(range(len(shape)), least=1)
-    return {"self": draw.tensor(shape), "shifts": [draw.integer(-2, 2) for _ in dims], "dims": dims}
+    return {"shifts": [draw.integer(-2, 2) for _ in dims], "dims": dims}
 
 
-def _pixel_shuffle(draw: Draw) -> dict[str, Any]:
-    factor = draw.integer(1, 2)
-    return {
-        "self": draw.tensor([*draw.shape(most=1), factor**2 * draw.integer(1, 2), draw.size(), draw.size()]),
-        "upscale_factor": factor,
-    }
+def _pixels(up: bool) -> Sample:
+    def sample(draw: Draw) -> dict[str, Any]:
+        factor = draw.integer(1, 2)
+        if up:
+            shape = [*draw.shape(most=1), factor**2 * draw.integer(1, 2), draw.size(), draw.size()]
+            return {"self": draw.tensor(shape), "upscale_factor": factor}
+        shape = [draw.size(), draw.size(), factor * draw.integer(1, 2), factor * draw.integer(1, 2)]
+        return {"self": draw.tensor(shape), "downscale_factor": factor}
 
-
-def _pixel_unshuffle(draw: Draw) -> dict[str, Any]:
-    factor = draw.integer(1, 2)
-    return {
-        "self": draw.tensor(
-            [draw.size(), draw.size(), factor * draw.integer(1, 2), factor * draw.integer(1, 2)]
-        ),
-        "downscale_factor": factor,
-    }
+    return sample
 
 
 def _channel_shuffle(draw: Draw) -> dict[str, Any]:
@@ -350,41 +244,22 @@ def _attention(draw: Draw) -> dict[str, Any]:
     return {**arguments, "enable_gqa": shared, "scale": draw.float()}
 
 
-def _fake_quantised(draw: Draw) -> dict[str, Any]:
-    return {
-        "input": draw.tensor(draw.shape(most=3)),
-        "scale": draw.float(),
-        "zero_point": 0,
-        "quant_min": -8,
-        "quant_max": 7,
-    }
-
-
 def _upsample(name: str, rank: int, integers: bool) -> Sample:
     def sample(draw: Draw) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            name: draw.tensor([draw.size(), draw.size(), *(draw.size() for _ in range(rank))], "real")
-        }
+        source = {name: draw.tensor([draw.size() for _ in range(2 + rank)], "real")}
         sizes = [draw.integer(1, 5) for _ in range(rank)]
         if not integers and draw.flag():
-            return {
-                **found,
-                "output_size": None,
-                "scale_factors": [draw.choice([0.5, 1.5, 2.0]) for _ in range(rank)],
-                "align_corners": False,
-            }
-        return {**found, "output_size": sizes, "scale_factors": None, "align_corners": draw.flag()}
+            factors = [draw.choice([0.5, 1.5, 2.0]) for _ in range(rank)]
+            return {**source, "output_size": None, "scale_factors": factors, "align_corners": False}
+        return {**source, "output_size": sizes, "scale_factors": None, "align_corners": draw.flag()}
 
     return sample
 
 
 def _batch_statistics(draw: Draw) -> dict[str, Any]:
     shape = [draw.size(), draw.size(), *(draw.size() for _ in range(draw.integer(1, 2)))]
-    weights = (
-        {name: draw.tensor(shape[1:2], "real") for name in ("weight", "bias")}
-        if draw.flag()
-        else {"weight": None, "bias": None}
-    )
+    has = draw.flag()
+    weights = {name: draw.tensor(shape[1:2], "real") if has else None for name in ("weight", "bias")}
     return {"input": draw.tensor(shape, "real"), **weights, "training": True, "momentum": 0.1, "eps": 1e-5}
 
 
@@ -392,16 +267,11 @@ def _weight_norm(draw: Draw) -> dict[str, Any]:
     """The kernel trusts the sizes: with a norm of another shape it reads and writes where nothing is."""
     shape = draw.shape(least=2)
     dim = draw.choice([0, len(shape) - 1])
-    return {
-        "v": draw.tensor(shape, "real"),
-        "g": draw.tensor([size if at == dim else 1 for at, size in enumerate(shape)], "unit"),
-        "dim": dim,
-    }
+    norm = draw.tensor(_resized([1] * len(shape), dim, shape[dim]), "unit")
+    return {"v": draw.tensor(shape, "real"), "g": norm, "dim": dim}
 
 
-def _any(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape(most=3)
-    return {"self": draw.tensor(shape, "bool"), "dim": draw.dim(len(shape)), "keepdim": draw.flag()}
+_any = _along(3, lambda draw, shape, dim: {"keepdim": draw.flag()}, "bool")
 
 
 _RESAMPLERS = {
@@ -420,18 +290,11 @@ def _fft(kind: str) -> Sample:
     def sample(draw: Draw) -> dict[str, Any]:
         shape = [draw.size() for _ in range(draw.integer(1, 3))]
         dims = draw.some(range(len(shape)), least=1)
-        found: dict[str, Any] = {
-            "self": draw.tensor(shape, "real" if kind == "r2c" else "complex"),
-            "dim": dims,
-            "normalization": draw.integer(0, 2),
-        }
-        if kind == "r2c":
-            return {**found, "onesided": draw.flag()}
-        return (
-            {**found, "last_dim_size": 2 * (shape[dims[-1]] - 1) or 1}
-            if kind == "c2r"
-            else {**found, "forward": draw.flag()}
-        )
+        values = draw.tensor(shape, "real" if kind == "r2c" else "complex")
+        found = {"self": values, "dim": dims, "normalization": draw.integer(0, 2)}
+        if kind == "c2r":
+            return {**found, "last_dim_size": 2 * (shape[dims[-1]] - 1) or 1}
+        return {**found, "onesided" if kind == "r2c" else "forward": draw.flag()}
 
     return sample
 
@@ -439,11 +302,8 @@ def _fft(kind: str) -> Sample:
 def _grid(draw: Draw) -> dict[str, Any]:
     n, c = draw.size(), draw.size()
     grid = draw.tensor([n, draw.size(), draw.size(), 2], "unit")
-    kinds = {
-        "interpolation_mode": draw.integer(0, 2),
-        "padding_mode": draw.integer(0, 2),
-        "align_corners": draw.flag(),
-    }
+    kinds = {name: draw.integer(0, 2) for name in ("interpolation_mode", "padding_mode")}
+    kinds["align_corners"] = draw.flag()
     return {"input": draw.tensor([n, c, draw.size(), draw.size()], "real"), "grid": grid, **kinds}
 
 
@@ -516,58 +376,97 @@ SAMPLES: dict[str, Sample] = {
     "aten._reshape_copy.default": _view("size"),
     "aten.expand.default": _expand,
     "aten.broadcast_to.default": _broadcast,
-    "aten.repeat.default": _repeat,
-    "aten.repeat_interleave.self_int": _interleave,
-    "aten.slice.Tensor": _slice,
+    "aten.repeat.default": _of(
+        3,
+        lambda draw, shape: {"repeats": [draw.integer(1, 2) for _ in range(len(shape) + draw.integer(0, 1))]},
+    ),
+    "aten.repeat_interleave.self_int": _of(
+        3,
+        lambda draw, shape: {"repeats": draw.integer(1, 3), "dim": draw.choice([None, draw.dim(len(shape))])},
+    ),
+    "aten.slice.Tensor": _along(
+        4,
+        lambda draw, shape, dim: {
+            "start": draw.choice([None, draw.integer(-shape[dim], shape[dim] - 1)]),
+            "end": draw.choice([None, 9223372036854775807, draw.integer(-shape[dim] + 1, shape[dim])]),
+            "step": draw.choice([1, 1, 2, 3]),
+        },
+    ),
     "aten.select.int": _select,
-    "aten.split_with_sizes.default": _sizes,
-    "aten.split.sizes": lambda draw: {
-        ("split_size" if name == "split_sizes" else name): value for name, value in _sizes(draw).items()
+    **{
+        operator: _along(4, lambda draw, shape, dim, name=name: {name: _parts(draw, shape[dim])})  # type: ignore[misc]
+        for operator, name in (
+            ("aten.split_with_sizes.default", "split_sizes"),
+            ("aten.split.sizes", "split_size"),
+        )
     },
-    "aten.split.Tensor": _split("split_size"),
-    "aten.unsafe_split.Tensor": _split("split_size"),
-    "aten.chunk.default": _split("chunks"),
-    "aten.tensor_split.sections": _split("sections"),
-    "aten.permute.default": _permute,
-    "aten.t.default": _matrix,
-    "aten.numpy_T.default": _matrix,
-    "aten.mT.default": _matrices,
-    "aten.movedim.intlist": _movedim,
-    "aten.squeeze.dim": _squeeze,
-    "aten.squeeze.dims": _squeeze_dims,
-    "aten.unsqueeze.default": _unsqueeze,
+    **{
+        operator: _along(4, lambda draw, shape, dim, name=name: {name: draw.integer(1, 3)})  # type: ignore[misc]
+        for operator, name in (
+            ("aten.split.Tensor", "split_size"),
+            ("aten.unsafe_split.Tensor", "split_size"),
+            ("aten.chunk.default", "chunks"),
+            ("aten.tensor_split.sections", "sections"),
+        )
+    },
+    "aten.permute.default": _of(
+        4,
+        lambda draw, shape: {
+            "dims": [dim - len(shape) if draw.flag(0.3) else dim for dim in draw.order(range(len(shape)))]
+        },
+    ),
+    **{f"aten.{name}.default": _of(2, lambda draw, shape: {}) for name in ("t", "numpy_T")},
+    "aten.mT.default": lambda draw: {"self": draw.tensor([*draw.shape(most=2), draw.size()])},
+    "aten.movedim.intlist": _of(4, _movedim),
+    "aten.squeeze.dim": _squeeze(False),
+    "aten.squeeze.dims": _squeeze(True),
+    "aten.unsqueeze.default": _of(3, lambda draw, shape: {"dim": draw.integer(-len(shape) - 1, len(shape))}),
     "aten.unflatten.int": _unflatten,
-    "aten.index.Tensor": _index,
+    "aten.index.Tensor": _of(4, _index),
     "aten.index_select.default": _index_select,
     "aten.gather.default": _gather,
     "aten.scatter.src": _scatter("src"),
     "aten.scatter.value": _scatter(None),
     "aten.scatter_add.default": _scatter("src"),
-    "aten.scatter_reduce.two": _scatter_reduce,
-    "aten.index_put.default": _index_put,
+    "aten.scatter_reduce.two": lambda draw: {
+        **_scatter("src")(draw),
+        "reduce": draw.choice(["sum", "prod", "mean", "amax", "amin"]),
+        "include_self": draw.flag(),
+    },
+    "aten.index_put.default": _of(3, _index_put),
     "aten.index_add.default": _index_add,
     "aten.index_copy.default": _index_add,
-    "aten.masked_scatter.default": _masked_scatter,
-    "aten.slice_scatter.default": _slice_scatter,
+    "aten.masked_scatter.default": _of(
+        3, lambda draw, shape: {"mask": draw.tensor(shape, "bool"), "source": draw.tensor(shape)}
+    ),
+    "aten.slice_scatter.default": _along(3, _slice_scatter),
     "aten.select_scatter.default": _select_scatter,
-    "aten.view_as_complex.default": _pairs,
-    "aten.view_as_real.default": _complex,
-    **{f"aten.{name}.default": _created for name in ("zeros", "ones")},
-    "aten.full.default": lambda draw: {**_created(draw), "fill_value": draw.float()},
-    "aten.empty.memory_format": _created,
-    **{f"aten.{name}.default": _created_like for name in ("new_empty", "new_zeros", "new_ones")},
-    "aten.new_full.default": lambda draw: {**_created_like(draw), "fill_value": draw.float()},
-    "aten.to.device": _moved,
+    "aten.view_as_complex.default": lambda draw: {"self": draw.tensor([*draw.shape(most=2), 2], "real")},
+    "aten.view_as_real.default": _of(3, lambda draw, shape: {}, "complex"),
+    **{
+        f"aten.{name}": lambda draw: {"size": draw.shape()}
+        for name in ("zeros.default", "ones.default", "empty.memory_format")
+    },
+    "aten.full.default": lambda draw: {"size": draw.shape(), "fill_value": draw.float()},
+    **{
+        f"aten.{name}.default": _of(2, lambda draw, shape: {"size": draw.shape()})
+        for name in ("new_empty", "new_zeros", "new_ones")
+    },
+    "aten.new_full.default": _of(2, lambda draw, shape: {"size": draw.shape(), "fill_value": draw.float()}),
+    "aten.to.device": _of(4, lambda draw, shape: {"device": torch.device("cpu"), "dtype": torch.float64}),
     "aten.cat.default": _cat,
     "aten.stack.default": _stack,
     "aten.constant_pad_nd.default": _pad,
     "aten.pad.default": _pad_mode,
-    "aten.roll.default": _roll,
-    "aten.pixel_shuffle.default": _pixel_shuffle,
-    "aten.pixel_unshuffle.default": _pixel_unshuffle,
+    "aten.roll.default": _of(3, _roll),
+    "aten.pixel_shuffle.default": _pixels(up=True),
+    "aten.pixel_unshuffle.default": _pixels(up=False),
     "aten.channel_shuffle.default": _channel_shuffle,
     "aten.scaled_dot_product_attention.default": _attention,
-    "aten.fake_quantize_per_tensor_affine.default": _fake_quantised,
+    "aten.fake_quantize_per_tensor_affine.default": lambda draw: {
+        **{"input": draw.tensor(draw.shape(most=3)), "scale": draw.float()},
+        **{"zero_point": 0, "quant_min": -8, "quant_max": 7},
+    },
     "aten.grid_sampler.default": _grid,
     "aten._native_batch_norm_legit.no_stats": _batch_statistics,
     "aten._weight_norm_interface.default": _weight_norm,

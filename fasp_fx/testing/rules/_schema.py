@@ -21,18 +21,13 @@ _INDICES = {"index", "indices"}
 _MASKS = {"mask", "condition", "attn_mask"}
 _VARIANCES = {"running_var"}
 _DIMS = {
-    "dim",
-    "dims",
-    "dim0",
-    "dim1",
-    "axis",
-    "axis0",
-    "axis1",
-    "start_dim",
-    "end_dim",
-    "source",
+    *("dim", "dims", "dim0", "dim1", "axis", "axis0", "axis1", "start_dim", "end_dim", "source"),
     "destination",
 }
+
+
+#: types of arguments that say how, rather than what, is computed
+_SETTINGS = ("ScalarType", "Layout", "Device", "MemoryFormat", "Generator")
 
 
 def lettered(operator: OpOverload, rule: Rule, draw: Draw) -> Call:
@@ -66,12 +61,9 @@ def moving(operator: OpOverload, rule: Rule, draw: Draw) -> Call:
     assert rule.moves is not None
     argument = next(a for a in operator._schema.arguments if a.name == rule.moves)
     shape = draw.shape()
-    many = "List" in str(argument.type)
-    source: Any = (
-        [draw.tensor(shape, "real") for _ in range(draw.integer(1, 3))]
-        if many
-        else draw.tensor(shape, "real")
-    )
+    count = draw.integer(1, 3) if "List" in str(argument.type) else 1
+    tensors = [draw.tensor(shape, "real") for _ in range(count)]
+    source: Any = tensors if "List" in str(argument.type) else tensors[0]
     return Call(operator, _complete(operator, {rule.moves: source}, shape, draw))
 
 
@@ -111,22 +103,16 @@ def _value(argument: Any, shape: list[int], draw: Draw) -> Any:
         if "Optional" in str(argument.type) and draw.flag(0.3):
             return None
         return [draw.tensor(shape)] if "List" in kind else _tensor(name, shape, draw, 2)
-    if any(
-        word in real for word in ("ScalarType", "Layout", "Device", "MemoryFormat", "Generator")
-    ) or kind in ("Device", "Generator"):
-        return (
-            argument.default_value
-            if argument.has_default_value()
-            else torch.float64
-            if "ScalarType" in real
-            else None
-        )
+    default: Any = torch.float64 if "ScalarType" in real else None
+    default = argument.default_value if argument.has_default_value() else default
+    if any(word in real for word in _SETTINGS) or kind in ("Device", "Generator"):
+        return default
     if "Optional" in str(argument.type) and draw.flag(0.4):
         return None
     if kind == "bool":
         return draw.flag()
     if kind == "str":
-        return argument.default_value if argument.has_default_value() else ""
+        return default or ""
     if kind == "float":
         return draw.float()
     if kind in ("number", "Scalar"):

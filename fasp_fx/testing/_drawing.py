@@ -7,17 +7,13 @@ and its sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hypothesis import strategies as st
 
-from ._channel_blocks import (
-    ACTIVATIONS,
-    GATES,
-    JOINS,
-    PARTS,
-    TIES,
+from ._channels import (
     Activation,
     Branches,
     Gated,
@@ -30,9 +26,9 @@ from ._channel_blocks import (
     Split,
     Tied,
 )
-from ._draw_odd import draw_odd
-from ._image_blocks import COLLAPSES, POOLS, Collapse, Conv, Pool, Resize, SqueezeExcite
-from ._large_blocks import EXPERTS, KERNELS, POSITIONS, PROJECTIONS, ROUTES, SHARING, Attention, Experts
+from ._images import Collapse, Conv, Pool, Resize, SqueezeExcite
+from ._large import Attention, Experts
+from ._odd import Across, Foreign, Fused, Odd, Pick, Regroup, Remember, Reuse, Sized
 from ._spec import Block, Shape, after
 
 #: widths, in the order in which they shrink; with one channel nothing can be removed
@@ -55,9 +51,6 @@ class Limits:
         return Limits(self.kinds, self.depth - 1, True, 2)
 
 
-Drawer = Callable[[st.DrawFn, Shape, Limits], Block]
-
-
 def width(draw: st.DrawFn) -> int:
     """A number of channels."""
     return draw(st.sampled_from(WIDTHS))
@@ -66,6 +59,11 @@ def width(draw: st.DrawFn) -> int:
 def divisor(draw: st.DrawFn, number: int) -> int:
     """A divisor, one first."""
     return draw(st.sampled_from([d for d in range(1, number + 1) if number % d == 0]))
+
+
+def option(draw: st.DrawFn, kind: type[Block], name: str, allowed: Sequence[str] | None = None) -> str:
+    """The value of a field of text."""
+    return draw(st.sampled_from(kind.choices[name] if allowed is None else allowed))
 
 
 def dense(draw: st.DrawFn, shape: Shape, channels: int | None = None) -> Block:
@@ -90,118 +88,77 @@ def more(draw: st.DrawFn, shape: Shape, limits: Limits) -> list[Block]:
     found: list[Block] = []
     while draw(st.integers(0, 2 if len(found) < limits.longest else 0)):
         # The last one is drawn too: without a block, every other choice stays in place.
-        block = any_block(draw, shape, limits)
+        fitting = [kind for kind in limits.kinds if fits(kind, shape, limits)]
+        block = DRAWERS[draw(st.sampled_from(fitting))](draw, shape, limits)
         found.append(block)
         shape = block.result(shape)
     return found
 
 
-def any_block(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
-    """One block that can follow."""
-    fitting = [kind for kind in limits.kinds if fits(kind, shape, limits)]
-    return DRAWERS[draw(st.sampled_from(fitting))](draw, shape, limits)
+#: the classes of the kinds that do not follow every layout
+_CLASSES: dict[str, type[Block]] = {
+    kind.__name__: kind
+    for kind in (Gated, Tied, MixTokens, Attention, Experts, SqueezeExcite, Conv, Pool, Resize, Collapse)
+}
 
 
 def fits(kind: str, shape: Shape, limits: Limits) -> bool:
     """Whether a kind of block can follow a shape within limits."""
-    layouts, nested, resizes = _TRAITS.get(kind, (("vector", "sequence", "image"), False, False))
-    if shape.layout not in layouts or (nested and limits.depth < 1) or (resizes and limits.keep):
+    if kind in _CLASSES and shape.layout not in _CLASSES[kind].layouts:
         return False
-    if kind == "Pool":
-        return min(shape.sizes) > 2
-    if kind == "Resize":
-        return max(shape.sizes) <= 4
-    if kind in ("Branches", "Gated"):
-        return shape.channels <= WIDEST
-    return kind != "Split" or shape.channels >= 2
-
-
-#: layouts a kind can follow, whether it holds other blocks, whether it changes layout or sizes
-_TRAITS: dict[str, tuple[tuple[str, ...], bool, bool]] = {
-    "Gated": (("vector", "sequence"), False, False),
-    "Tied": (("vector", "sequence"), False, False),
-    "MixTokens": (("sequence",), False, False),
-    "Attention": (("sequence",), False, False),
-    "Experts": (("vector", "sequence"), False, False),
-    "SqueezeExcite": (("image",), False, False),
-    "Conv": (("image",), False, False),
-    "Pool": (("image",), False, True),
-    "Resize": (("image",), False, True),
-    "Collapse": (("image", "sequence"), False, True),
-    "Residual": (("vector", "sequence", "image"), True, False),
-    "Branches": (("vector", "sequence", "image"), True, False),
-    "Split": (("vector", "sequence", "image"), True, False),
-}
-
-
-def _dense(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
-    return dense(draw, shape)
+    conditions = {
+        "Pool": lambda: not limits.keep and min(shape.sizes) > 2,
+        "Resize": lambda: not limits.keep and max(shape.sizes) <= 4,
+        "Collapse": lambda: not limits.keep,
+        "Gated": lambda: shape.channels <= WIDEST,
+        "Residual": lambda: limits.depth >= 1,
+        "Branches": lambda: limits.depth >= 1 and shape.channels <= WIDEST,
+        "Split": lambda: limits.depth >= 1 and shape.channels >= 2,
+    }
+    return kind not in conditions or conditions[kind]()
 
 
 def _activation(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
-    return Activation(
-        draw(st.sampled_from([kind for kind in ACTIVATIONS if kind != "prelu" or shape.layout != "sequence"]))
-    )
+    kinds = [kind for kind in Activation.choices["kind"] if kind != "prelu" or shape.layout != "sequence"]
+    return Activation(option(draw, Activation, "kind", kinds))
 
 
 def _norm(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
     if shape.layout == "image":
         single = all(size == 1 for size in shape.sizes)
-        kind = draw(st.sampled_from(["batch", "group"] if single else ["batch", "group", "instance"]))
+        kind = option(draw, Norm, "kind", ["batch", "group"] if single else ["batch", "group", "instance"])
         groups = divisor(draw, shape.channels)
         return Norm(kind, groups if kind == "group" else 1)
-    return Norm(
-        draw(st.sampled_from(["layer", "rms", "plain_rms", *(["batch"] if shape.layout == "vector" else [])]))
-    )
-
-
-def _scale(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
-    return Scale(draw(st.booleans()))
+    batch = ["batch"] if shape.layout == "vector" else []
+    return Norm(option(draw, Norm, "kind", ["layer", "rms", "plain_rms", *batch]))
 
 
 def _move(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
-    kind, groups = draw(st.sampled_from(["flip", "shuffle", "roll", "pad"])), divisor(draw, shape.channels)
+    kind = option(draw, Move, "kind", ["flip", "shuffle", "roll", "pad"])
+    groups = divisor(draw, shape.channels)
     return Move(kind, groups) if kind == "shuffle" else Move(kind)
-
-
-def _gated(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
-    return Gated(width(draw), draw(st.sampled_from(GATES)), draw(st.booleans()))
-
-
-def _tied(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
-    return Tied(width(draw), draw(st.sampled_from(TIES)))
-
-
-def _mix_tokens(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
-    return MixTokens(width(draw))
 
 
 def attention(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
     """Attention with all its options."""
-    projection, repeat = draw(st.sampled_from(PROJECTIONS)), draw(st.integers(1, 3))
+    projection, repeat = option(draw, Attention, "projection"), draw(st.integers(1, 3))
     return Attention(
         kv_heads=draw(st.integers(1, 3)),
         repeat=1 if projection == "stacked" else repeat,
         head_dim=draw(st.sampled_from([2, 4, 6, 8])),
         bias=draw(st.booleans()),
         projection=projection,
-        positions=draw(st.sampled_from(POSITIONS)),
-        kernel=draw(st.sampled_from(KERNELS)),
-        sharing=draw(st.sampled_from(SHARING)),
+        **{name: option(draw, Attention, name) for name in ("positions", "kernel", "sharing")},
     )
 
 
 def _experts(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
-    route, form = draw(st.sampled_from(ROUTES)), draw(st.sampled_from(EXPERTS))
+    route, form = option(draw, Experts, "route"), option(draw, Experts, "form")
     return Experts(width(draw), draw(st.integers(2, 3)), route, "loop" if route == "top" else form)
 
 
-def _residual(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
-    return Residual(body(draw, shape, limits.inside()))
-
-
 def _branches(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
-    join = draw(st.sampled_from(JOINS))
+    join = option(draw, Branches, "join")
     channels = None if join == "cat" else width(draw)
     itself = draw(st.sampled_from([True, False])) and channels in (None, shape.channels)
     bodies = [
@@ -215,8 +172,8 @@ def _branches(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
 
 def _split(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
     parts = draw(st.sampled_from([n for n in (2, 3) if n <= shape.channels]))
-    how = draw(st.sampled_from([how for how in PARTS if how == "split" or shape.channels % parts == 0]))
-    join = draw(st.sampled_from(JOINS))
+    hows = [how for how in Split.choices["how"] if how == "split" or shape.channels % parts == 0]
+    how, join = option(draw, Split, "how", hows), option(draw, Split, "join")
     sizes = Split(((),) * parts, how).sizes(shape)
     even = len(set(sizes)) == 1
     channels = None if join == "cat" else sizes[0] if even and draw(st.booleans()) else width(draw)
@@ -240,46 +197,50 @@ def _conv(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
     return Conv(groups * each, kernel, stride, groups, transposed=transposed, bias=bias)
 
 
-def _pool(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
-    return Pool(draw(st.sampled_from(POOLS)))
-
-
 def _resize(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
     shuffles = len(shape.sizes) == 2 and shape.channels % 4 == 0
-    return Resize(draw(st.sampled_from(["upsample", "pixel_shuffle"] if shuffles else ["upsample"])))
+    return Resize(option(draw, Resize, "kind", ["upsample", "pixel_shuffle"] if shuffles else ["upsample"]))
 
 
-def _squeeze_excite(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
-    return SqueezeExcite(width(draw))
+#: odd blocks; those that follow most layouts come first, so that each stays what it is in a simpler layout
+_ODD: tuple[Any, ...] = (Across, Foreign, Remember, Reuse, Pick, Regroup, Sized, Fused)
 
 
-def _collapse(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
-    return Collapse(draw(st.sampled_from(COLLAPSES)))
+def _odd(draw: st.DrawFn, shape: Shape, limits: Limits) -> Odd:
+    """An odd block; every one makes the same choices, so that none counts as simpler than the first."""
+    wide = width(draw)
+    chosen = draw(st.sampled_from([kind for kind in _ODD if shape.layout in kind.layouts]))
+    kinds = chosen.choices["kind"]
+    if chosen is Sized and shape.sizes[0] > shape.channels:
+        kinds = [kind for kind in kinds if kind != "select"]
+    kind = option(draw, chosen, "kind", kinds)
+    divisors = [d for d in range(2, shape.channels + 1) if shape.channels % d == 0] or [1]
+    blocks = draw(st.sampled_from(divisors))
+    if chosen in (Reuse, Pick, Fused):
+        return chosen(wide, kind, *([blocks] if chosen is Fused else []))
+    return chosen(kind, blocks) if kind in chosen.in_blocks else chosen(kind)
 
 
-def _odd(draw: st.DrawFn, shape: Shape, limits: Limits) -> Block:
-    return draw_odd(draw, shape, width(draw))
-
-
+Drawer = Callable[[st.DrawFn, Shape, Limits], Block]
 #: how each kind is drawn, simplest first
 DRAWERS: dict[str, Drawer] = {
-    "Dense": _dense,
+    "Dense": lambda draw, shape, limits: dense(draw, shape),
     "Activation": _activation,
-    "Scale": _scale,
+    "Scale": lambda draw, shape, limits: Scale(draw(st.booleans())),
     "Norm": _norm,
     "Move": _move,
-    "Gated": _gated,
-    "Residual": _residual,
+    "Gated": lambda draw, shape, limits: Gated(width(draw), option(draw, Gated, "form"), draw(st.booleans())),
+    "Residual": lambda draw, shape, limits: Residual(body(draw, shape, limits.inside())),
     "Branches": _branches,
     "Split": _split,
-    "Tied": _tied,
+    "Tied": lambda draw, shape, limits: Tied(width(draw), option(draw, Tied, "form")),
     "Conv": _conv,
-    "Pool": _pool,
-    "SqueezeExcite": _squeeze_excite,
+    "Pool": lambda draw, shape, limits: Pool(option(draw, Pool, "kind")),
+    "SqueezeExcite": lambda draw, shape, limits: SqueezeExcite(width(draw)),
     "Resize": _resize,
-    "MixTokens": _mix_tokens,
+    "MixTokens": lambda draw, shape, limits: MixTokens(width(draw)),
     "Attention": attention,
     "Experts": _experts,
-    "Collapse": _collapse,
+    "Collapse": lambda draw, shape, limits: Collapse(option(draw, Collapse, "kind")),
     "Odd": _odd,
 }

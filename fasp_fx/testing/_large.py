@@ -1,18 +1,75 @@
-"""Attention and mixtures of experts, in plain torch, the way model code writes them."""
+"""Attention and mixtures of experts, and their modules the way model code writes them."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._large_blocks import Attention, Experts
+from fasp_fx.errors import ArgumentError
+
+from ._channels import ROWS
+from ._spec import Block, Shape
+
+
+@dataclass(frozen=True, repr=False)
+class Attention(Block):
+    """Causal self-attention, in which ``repeat`` query heads share each of ``kv_heads`` key and value heads.
+
+    Attributes:
+        projection: ``separate`` weights; one ``fused`` weight cut into [q | k | v]; one ``interleaved``
+            weight viewed as [kv_heads, repeat + 2, head_dim]; one ``stacked`` weight viewed as [3, heads,
+            head_dim] (for it ``repeat`` is 1).
+        positions: ``rope`` turns the halves of a head together, ``rope_pairs`` neighbours.
+        kernel: fused (``sdpa``) or written out (``eager``).
+        sharing: how shared heads are given out: ``expand`` and reshape, ``interleave`` (repeat), or
+            ``native`` to the fused kernel.
+    """
+
+    kv_heads: int = 1
+    repeat: int = 1
+    head_dim: int = 2
+    bias: bool = False
+    projection: str = "separate"
+    positions: str = "none"
+    kernel: str = "sdpa"
+    sharing: str = "expand"
+    layouts = ("sequence",)
+    choices: ClassVar = {
+        "projection": ("separate", "fused", "interleaved", "stacked"),
+        "positions": ("none", "rope", "rope_pairs"),
+        "kernel": ("sdpa", "eager"),
+        "sharing": ("expand", "interleave", "native"),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.projection == "stacked" and self.repeat != 1:
+            raise ArgumentError(
+                f"repeat={self.repeat} does not go with projection='stacked', which has as many key heads as"
+                " query heads"
+            )
+        if self.positions != "none" and self.head_dim % 2:
+            raise ArgumentError(
+                f"head_dim={self.head_dim} does not go with positions={self.positions!r}, which turns pairs"
+                " of channels"
+            )
+
+    @property
+    def heads(self) -> int:
+        """The number of query heads."""
+        return self.kv_heads * self.repeat
+
+    def module(self, shape: Shape) -> nn.Module:
+        return AttentionModule(self, shape.channels)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
     if pairs:  # neighbours turn together
-        even, odd = x[..., ::2], x[..., 1::2]
-        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
     else:  # the halves turn together
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat([-second, first], dim=-1)
@@ -31,11 +88,8 @@ class AttentionModule(nn.Module):
         else:
             self.qkv = nn.Linear(channels, q + 2 * kv, bias=block.bias)
         self.out = nn.Linear(q, channels, bias=block.bias)
-        self.register_buffer(
-            "frequencies",
-            1.0 / (10.0 ** (torch.arange(0, block.head_dim, 2) / block.head_dim)),
-            persistent=False,
-        )
+        frequencies = 1.0 / (10.0 ** (torch.arange(0, block.head_dim, 2) / block.head_dim))
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each ``[batch, heads, tokens, head_dim]``."""
@@ -46,30 +100,22 @@ class AttentionModule(nn.Module):
             return parts[0], parts[1], parts[2]
         if block.projection == "interleaved":
             parts = self.qkv(x).view(batch, tokens, block.kv_heads, block.repeat + 2, d)
-            found: tuple[Tensor, ...] = (
-                parts[..., :-2, :].reshape(batch, tokens, block.heads, d),
-                parts[..., -2, :],
-                parts[..., -1, :],
-            )
+            queries = parts[..., :-2, :].reshape(batch, tokens, block.heads, d)
+            found: tuple[Tensor, ...] = (queries, parts[..., -2, :], parts[..., -1, :])
         else:
-            flat = (
-                (self.q(x), self.k(x), self.v(x))
-                if block.projection == "separate"
-                else self.qkv(x).split([q, kv, kv], dim=-1)
-            )
+            separate = block.projection == "separate"
+            flat = (self.q(x), self.k(x), self.v(x)) if separate else self.qkv(x).split([q, kv, kv], dim=-1)
             found = tuple(part.view(batch, tokens, -1, d) for part in flat)
         return tuple(part.transpose(1, 2) for part in found)
 
     def share(self, x: Tensor) -> Tensor:
         """Give every query head its key or value head."""
+        times = self.block.repeat
         if self.block.sharing == "interleave":
-            return x.repeat_interleave(self.block.repeat, dim=1)
+            return x.repeat_interleave(times, dim=1)
         batch, heads, tokens, d = x.shape
-        return (
-            x[:, :, None]
-            .expand(batch, heads, self.block.repeat, tokens, d)
-            .reshape(batch, heads * self.block.repeat, tokens, d)
-        )
+        expanded = x[:, :, None].expand(batch, heads, times, tokens, d)
+        return expanded.reshape(batch, heads * times, tokens, d)
 
     def forward(self, x: Tensor) -> Tensor:
         block, (batch, tokens, _) = self.block, x.shape
@@ -83,14 +129,32 @@ class AttentionModule(nn.Module):
         if block.repeat > 1 and not native:
             k, v = self.share(k), self.share(v)
         if block.kernel == "sdpa":
-            mixed = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=native and block.repeat > 1
-            )
+            shared = native and block.repeat > 1
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
         else:
             later = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
             scores = (q @ k.transpose(-2, -1)) / block.head_dim**0.5
             mixed = scores.masked_fill(later, float("-inf")).softmax(-1) @ v
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, block.heads * block.head_dim))
+
+
+@dataclass(frozen=True, repr=False)
+class Experts(Block):
+    """``count`` two-layer experts of ``width`` neurons, added up by a softmax router.
+
+    ``route``: ``dense`` computes all, ``top`` gathers the weights of the best one for every token. ``form``
+    of dense experts: a ``loop`` over modules, ``bmm`` or ``einsum`` over stacked weights.
+    """
+
+    width: int
+    count: int = 2
+    route: str = "dense"
+    form: str = "loop"
+    layouts = ROWS
+    choices: ClassVar = {"route": ("dense", "top"), "form": ("loop", "bmm", "einsum")}
+
+    def module(self, shape: Shape) -> nn.Module:
+        return ExpertsModule(self, shape.channels)
 
 
 class ExpertsModule(nn.Module):
@@ -118,9 +182,8 @@ class ExpertsModule(nn.Module):
             hidden = torch.relu(torch.bmm(flat[:, None], self.up[chosen]))
             mixed = torch.bmm(hidden, self.down[chosen])[:, 0] * best[:, None]
         elif self.block.form == "loop":
-            mixed = torch.stack(
-                [expert(flat) * gates[:, index : index + 1] for index, expert in enumerate(self.experts)]
-            ).sum(0)
+            parts = [expert(flat) * gates[:, at : at + 1] for at, expert in enumerate(self.experts)]
+            mixed = torch.stack(parts).sum(0)
         elif self.block.form == "bmm":
             hidden = torch.relu(torch.bmm(flat.expand(self.block.count, -1, -1), self.up))
             mixed = (torch.bmm(hidden, self.down) * gates.t()[..., None]).sum(0)

@@ -1,0 +1,382 @@
+"""Blocks over the channels of vectors and sequences (and, where noted, of images), and their modules in plain
+torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ._spec import Assembled, Block, Layout, Shape, after, sequence
+
+JOINS = ("cat", "add", "mul")
+ROWS: tuple[Layout, ...] = ("vector", "sequence")
+
+
+@dataclass(frozen=True, repr=False)
+class Linear(Block):
+    """A linear layer to ``width`` channels."""
+
+    width: int
+    bias: bool = True
+    layouts = ROWS
+
+    def behind(self, shape: Shape) -> Shape:
+        return shape.wide(self.width)
+
+    def module(self, shape: Shape) -> nn.Module:
+        return nn.Linear(shape.channels, self.width, self.bias)
+
+
+_ACTIVATIONS: dict[str, Any] = {
+    "relu": lambda channels: nn.ReLU(),
+    "gelu": lambda channels: nn.GELU(),
+    "silu": lambda channels: nn.SiLU(),
+    "tanh": lambda channels: nn.Tanh(),
+    "hardswish": lambda channels: nn.Hardswish(),
+    "prelu": nn.PReLU,
+    "dropout": lambda channels: nn.Dropout(0.5),
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Activation(Block):
+    """An elementwise function (``prelu`` has a slope per channel, ``dropout`` is inert in evaluation mode);
+    any layout.
+    """
+
+    kind: str = "relu"
+    choices: ClassVar = {"kind": tuple(_ACTIVATIONS)}
+
+    def behind(self, shape: Shape) -> Shape:
+        if self.kind == "prelu" and shape.layout == "sequence":
+            raise self.refuse(shape, "torch's prelu takes dimension 1 for the channels")
+        return shape
+
+    def module(self, shape: Shape) -> nn.Module:
+        return _ACTIVATIONS[self.kind](shape.channels)
+
+
+class PlainRMSNorm(nn.Module):
+    """RMS norm as most model code writes it: pow, mean, rsqrt, mul."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+_NORMS: dict[str, Any] = {
+    "layer": lambda block, channels, spatial: nn.LayerNorm(channels),
+    "rms": lambda block, channels, spatial: nn.RMSNorm(channels),
+    "plain_rms": lambda block, channels, spatial: PlainRMSNorm(channels),
+    "batch": lambda block, channels, spatial: (nn.BatchNorm2d if spatial == 2 else nn.BatchNorm1d)(channels),
+    "group": lambda block, channels, spatial: nn.GroupNorm(block.groups, channels),
+    "instance": lambda block, channels, spatial: (nn.InstanceNorm2d if spatial == 2 else nn.InstanceNorm1d)(
+        channels, affine=True
+    ),
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Norm(Block):
+    """A normalisation: ``layer``, ``rms`` (``plain_rms`` written out by hand) over vectors and sequences;
+    ``batch``, ``group``, ``instance`` over images.
+
+    ``batch`` also takes vectors. ``groups`` belongs to ``group``.
+    """
+
+    kind: str = "layer"
+    groups: int = 1
+    choices: ClassVar = {"kind": tuple(_NORMS)}
+
+    def behind(self, shape: Shape) -> Shape:
+        over_images = ("vector", "image") if self.kind == "batch" else ("image",)
+        takes = ROWS if self.kind in ("layer", "rms", "plain_rms") else over_images
+        if shape.layout not in takes:
+            raise self.refuse(shape, f"it takes {' or '.join(takes)} input")
+        if self.kind == "instance" and all(size == 1 for size in shape.sizes):
+            raise self.refuse(shape, "there is one position to normalise over")
+        return self.divided(shape, self.groups, "groups") if self.kind == "group" else shape
+
+    def module(self, shape: Shape) -> nn.Module:
+        return _NORMS[self.kind](self, shape.channels, len(shape.sizes))
+
+
+@dataclass(frozen=True, repr=False)
+class Scale(Block):
+    """A parameter per channel, multiplied in (layer scale) or, with ``shift``, added; any layout."""
+
+    shift: bool = False
+
+    def module(self, shape: Shape) -> nn.Module:
+        trailing = [1] * len(shape.sizes) if shape.layout == "image" else []
+        factor = nn.Parameter(torch.ones(shape.channels, *trailing))
+        return Assembled(lambda m, x: x + m.factor if self.shift else x * m.factor, factor=factor)
+
+
+def _shuffled(x: Tensor, dim: int, groups: int) -> Tensor:
+    dim = dim % x.dim()
+    return x.unflatten(dim, (groups, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+_MOVES: dict[str, Any] = {
+    "shuffle": _shuffled,
+    "flip": lambda x, dim, groups: x.flip(dim),
+    "roll": lambda x, dim, groups: x.roll(1, dim),
+    "pad": lambda x, dim, groups: F.pad(x, (0,) * (2 * (x.dim() - 2) if dim == 1 else 0) + (0, 1)),
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Move(Block):
+    """Channels in another order: ``shuffle`` in ``groups``, ``flip``, ``roll`` by one, or ``pad`` by one zero
+    channel; any layout.
+    """
+
+    kind: str = "shuffle"
+    groups: int = 2
+    choices: ClassVar = {"kind": tuple(_MOVES)}
+
+    def behind(self, shape: Shape) -> Shape:
+        shape = self.divided(shape, self.groups, "groups") if self.kind == "shuffle" else shape
+        return shape.wide(shape.channels + 1) if self.kind == "pad" else shape
+
+    def module(self, shape: Shape) -> nn.Module:
+        return Assembled(lambda m, x: _MOVES[self.kind](x, shape.channel_dim, self.groups))
+
+
+_GATES: dict[str, Any] = {
+    "separate": lambda m, x: F.silu(m.gate(x)) * m.up(x),
+    "chunk": lambda m, x: _silu_gate(*m.both(x).chunk(2, dim=-1)),
+    "glu": lambda m, x: F.glu(m.both(x), dim=-1),
+}
+
+
+def _silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+@dataclass(frozen=True, repr=False)
+class Gated(Block):
+    """``silu(gate(x)) * up(x)`` to ``width`` channels; ``form``: two ``separate`` weights, one cut by
+    ``chunk``, or one through torch's ``glu``.
+    """
+
+    width: int
+    form: str = "separate"
+    bias: bool = False
+    layouts = ROWS
+    choices: ClassVar = {"form": tuple(_GATES)}
+
+    def behind(self, shape: Shape) -> Shape:
+        return shape.wide(self.width)
+
+    def module(self, shape: Shape) -> nn.Module:
+        names, width = (
+            (("gate", "up"), self.width) if self.form == "separate" else (("both",), 2 * self.width)
+        )
+        parts = {name: nn.Linear(shape.channels, width, self.bias) for name in names}
+        return Assembled(_GATES[self.form], **parts)
+
+
+class TiedLayers(nn.Module):
+    """One weight used twice."""
+
+    def __init__(self, form: str, channels: int, width: int) -> None:
+        super().__init__()
+        self.form = form
+        if form == "repeat":
+            self.again, self.out = nn.Linear(channels, channels), nn.Linear(channels, width)
+        else:
+            self.up = nn.Linear(channels, width)
+        if form == "pair":
+            self.down, self.up_again = nn.Linear(width, width), nn.Linear(channels, width)
+            self.down_again = nn.Linear(width, width)
+            self.up_again.weight, self.down_again.weight = self.up.weight, self.down.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "repeat":
+            return self.out(torch.relu(self.again(torch.tanh(self.again(x)))))
+        if self.form == "transpose":
+            return F.linear(torch.tanh(self.up(x)), self.up.weight.t())
+        return self.down(torch.relu(self.up(x))) + self.down_again(torch.tanh(self.up_again(x)))
+
+
+@dataclass(frozen=True, repr=False)
+class Tied(Block):
+    """One weight used twice, to ``width`` channels.
+
+    ``repeat``: a square linear layer applied twice, then one to ``width``; ``pair``: two branches through one
+    pair of layers with biases of their own; ``transpose``: up with a weight and down with the same weight
+    transposed (the channels stay as many as they were).
+    """
+
+    width: int
+    form: str = "repeat"
+    layouts = ROWS
+    choices: ClassVar = {"form": ("repeat", "pair", "transpose")}
+
+    def behind(self, shape: Shape) -> Shape:
+        return shape if self.form == "transpose" else shape.wide(self.width)
+
+    def module(self, shape: Shape) -> nn.Module:
+        return TiedLayers(self.form, shape.channels, self.width)
+
+
+@dataclass(frozen=True, repr=False)
+class MixTokens(Block):
+    """The other axis: a two-layer perceptron of ``width`` neurons over the tokens, as in MLP-Mixer; fixes the
+    number of tokens.
+    """
+
+    width: int
+    layouts = ("sequence",)
+
+    def module(self, shape: Shape) -> nn.Module:
+        tokens = shape.sizes[0]
+        return Assembled(
+            lambda m, x: m.down(F.gelu(m.up(x.transpose(1, 2)))).transpose(1, 2),
+            up=nn.Linear(tokens, self.width),
+            down=nn.Linear(self.width, tokens),
+        )
+
+
+def join(parts: Sequence[Tensor], how: str, dim: int) -> Tensor:
+    """Put parts together along the channels."""
+    if how == "cat":
+        return torch.cat(list(parts), dim=dim)
+    joined = parts[0]
+    for part in parts[1:]:
+        joined = joined + part if how == "add" else joined * part
+    return joined
+
+
+def joined(parts: Sequence[Shape], how: str) -> Shape | str:
+    """The shape of several parts put together along the channels, or why they do not fit together."""
+    if not parts or any((part.layout, part.sizes) != (parts[0].layout, parts[0].sizes) for part in parts):
+        return f"of different shapes cannot be joined: {', '.join(map(str, parts))}"
+    channels = [part.channels for part in parts]
+    if how != "cat" and len(set(channels)) > 1:
+        return f"of {', '.join(map(str, channels))} channels cannot be joined by {how!r}"
+    return parts[0].wide(sum(channels)) if how == "cat" else parts[0]
+
+
+@dataclass(frozen=True, repr=False)
+class Residual(Block):
+    """``x + body(x)``; where the body changes the number of channels, ``x`` goes through a projection of its
+    own. Any layout.
+    """
+
+    body: tuple[Block, ...]
+
+    def behind(self, shape: Shape) -> Shape:
+        found = after(self.body, shape)
+        if (found.layout, found.sizes) != (shape.layout, shape.sizes):
+            raise self.refuse(shape, f"the body leads to {found}")
+        return found
+
+    def module(self, shape: Shape) -> nn.Module:
+        wide = self.result(shape).channels
+        return Assembled(
+            lambda m, x: (x if m.shortcut is None else m.shortcut(x)) + m.body(x),
+            body=sequence(self.body, shape),
+            shortcut=_projection(shape, wide),
+        )
+
+
+def _projection(shape: Shape, channels: int) -> nn.Module | None:
+    """A linear layer, or for images a convolution of one position; none to as many channels."""
+    if channels == shape.channels:
+        return None
+    if shape.layout == "image":
+        return (nn.Conv2d if len(shape.sizes) == 2 else nn.Conv1d)(shape.channels, channels, 1, bias=False)
+    return nn.Linear(shape.channels, channels, bias=False)
+
+
+class _Joined(Block):
+    """Several bodies, each over the whole input or over its part of the channels, joined."""
+
+    bodies: tuple[tuple[Block, ...], ...]
+    join: str
+
+    def entries(self, shape: Shape) -> list[Shape]:
+        """The shape that each body is given."""
+        return [shape] * len(self.bodies)
+
+    def behind(self, shape: Shape) -> Shape:
+        given = zip(self.bodies, self.entries(shape), strict=True)
+        found = joined([after(body, entry) for body, entry in given], self.join)
+        if isinstance(found, str):
+            raise self.refuse(shape, f"parts {found}")
+        return found
+
+    def module(self, shape: Shape) -> nn.Module:
+        def join_parts(m: Any, x: Tensor) -> Tensor:
+            parts = zip(m.bodies, self.parts(x, shape), strict=True)
+            return join([body(part) for body, part in parts], self.join, shape.channel_dim)
+
+        given = zip(self.bodies, self.entries(shape), strict=True)
+        bodies = nn.ModuleList(sequence(body, entry) for body, entry in given)
+        return Assembled(join_parts, bodies=bodies)
+
+    def parts(self, x: Tensor, shape: Shape) -> Sequence[Tensor]:
+        """What each body is given."""
+        return [x] * len(self.bodies)
+
+
+@dataclass(frozen=True, repr=False)
+class Branches(_Joined):
+    """Several bodies over one input, joined by ``cat`` (DenseNet, inception), ``add`` or ``mul``; an empty
+    body is the input itself. Any layout.
+    """
+
+    bodies: tuple[tuple[Block, ...], ...]
+    join: str = "cat"
+    choices: ClassVar = {"join": JOINS}
+
+
+@dataclass(frozen=True, repr=False)
+class Split(_Joined):
+    """The channels cut into equal parts, each through a body of its own, joined again. Any layout.
+
+    ``how``: torch's ``chunk``; ``split`` by a list of sizes, the first of which may be larger; ``slice`` by
+    indexing; ``unbind`` of a view.
+    """
+
+    bodies: tuple[tuple[Block, ...], ...]
+    how: str = "chunk"
+    join: str = "cat"
+    choices: ClassVar = {"how": ("chunk", "split", "slice", "unbind"), "join": JOINS}
+
+    def sizes(self, shape: Shape) -> list[int]:
+        """The channels of each part.
+
+        Raises:
+            ArgumentError: there are too few, or they do not divide.
+        """
+        count = len(self.bodies)
+        if self.how != "split" or shape.channels < count:
+            self.divided(shape, count, "parts")
+        each, rest = divmod(shape.channels, count)
+        return [each + rest, *[each] * (count - 1)]
+
+    def entries(self, shape: Shape) -> list[Shape]:
+        return [shape.wide(size) for size in self.sizes(shape)]
+
+    def parts(self, x: Tensor, shape: Shape) -> Sequence[Tensor]:
+        dim, sizes = shape.channel_dim % x.dim(), self.sizes(shape)
+        if self.how == "chunk":
+            return x.chunk(len(sizes), dim)
+        if self.how == "split":
+            return x.split(sizes, dim)
+        if self.how == "unbind":
+            return x.unflatten(dim, (len(sizes), sizes[0])).unbind(dim)
+        return [x.narrow(dim, sum(sizes[:index]), size) for index, size in enumerate(sizes)]
