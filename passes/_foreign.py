@@ -14,9 +14,9 @@ from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fasp_fx.analysis._analysis import Analysis
-from fasp_fx.base._deviation import deviation
 from fasp_fx.base._stamps import WRITTEN_BY, stamp
 from fasp_fx.base._tolerable import tolerable
+from fasp_fx.base.compare import deviation
 from fasp_fx.base.compat import pytree
 from fasp_fx.capturing import export_again, is_plain_graph, recapture
 from fasp_fx.capturing._fx import results, written_names

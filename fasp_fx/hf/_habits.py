@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base._deviation import deviation
 from ..base._tolerable import tolerable
+from ..base.compare import deviation, tolerance
 from ..base.compat._transformers import CACHE
 from ..errors import CaptureError
 from ._labels import LEFT_OUT, LOSSES, MOVES
@@ -30,15 +30,9 @@ class Habits:
     packs: bool = False
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    """By how much values of a dtype that are computed in two ways may differ, relative to the largest."""
-    # Models of float64 compute some steps in float32.
-    return {torch.float64: 1e-5, torch.float32: 1e-3}.get(dtype, 5e-2)
-
-
 def far(found: Tensor, expected: Tensor) -> bool:
     """Whether values differ by more than rounding."""
-    return deviation(found.to(expected.dtype), expected) > _tolerance(expected.dtype)
+    return deviation(found.to(expected.dtype), expected) > tolerance("two ways", expected.dtype)
 
 
 def loss_of_labels(stages: Stages) -> tuple[str | None, str | None]:

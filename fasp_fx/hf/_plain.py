@@ -19,9 +19,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..allocation._allocation import TrialAllocation
 from ..analysis._analysis import Analysis
 from ..analysis.groups import PRUNABLE
-from ..base._deviation import distance
 from ..base._device import device_of
 from ..base._tolerable import tolerable
+from ..base.compare import distance, tolerance
 from ..calibration.observe._calibration import calibration_calls, check_calibration
 from ..calibration.observe._ranks import ended_together
 from ..errors import ArgumentError, CaptureError, VerificationError, first_line
@@ -35,9 +35,6 @@ from ._weights import smaller_weights
 
 #: tokens of an example where there is no calibration data to take one from
 _EXAMPLE = (2, 8)
-#: ‖a − b‖ / ‖b‖ of outputs that count as equal is the dtype's precision to this power, 7e-5 for float32 and
-#: 5e-2 for bfloat16: kernels sum in other orders
-_EQUAL = 0.6
 
 
 @dataclass(frozen=True)
@@ -244,9 +241,7 @@ def _first_equal(
         try:
             smaller = _built(model, experiments, assignment, weights)
             deviation = _deviation(_run(smaller, inputs), expected)
-            if deviation <= max(
-                (torch.finfo(output.dtype).eps ** _EQUAL for output in expected), default=0.0
-            ):
+            if deviation <= max((tolerance("checkpoint", output.dtype) for output in expected), default=0.0):
                 return _moved(smaller, device_of(model)), assignment
             failures.append(f"{_said(assignment)}: its outputs differ by {deviation:.1e}")
         except _NotBuiltError as error:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...base._deviation import unfilled
+from ...base.compare import unfilled
 from ...base.offload._current import keep
 from ..losses import (
     Loss,

@@ -8,7 +8,6 @@ that nothing is believed of how they move it.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from ...base._stamps import WRITTEN_BY
 from ...calibration.observe._matrices import ConsumerMatrices
 from ...calibration.observe._products import lying_along
 from ...capturing._fx import arguments, attribute, way_from_weight
-from ...capturing._program import Program
+from ...capturing._program import Program, SplitWeight
 from ...errors import VerificationError
 from ...patterns import lookup
 
@@ -62,50 +61,40 @@ def is_of_the_captured(program: Program, analysis: Analysis) -> bool:
     return _whole_weights(program, analysis) is not None
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Where the elements of a weight made by splitting lie in the weight it was split from."""
-
-    source: str
-    dim: int
-    rows: Tensor
-
-    def put(self, values: Tensor, into: Tensor) -> None:
-        """Write the values of this piece into a tensor of the shape of the whole; values may be broadcast."""
-        rows = self.rows.to(into.device)
-        shape = [*into.shape[: self.dim], len(rows), *into.shape[self.dim + 1 :]]
-        into.index_copy_(self.dim, rows, values.to(into).expand(shape))
+def _put(part: SplitWeight, values: Tensor, into: Tensor) -> None:
+    """Write the values of a part of a weight into a tensor of the shape of the whole; they may be
+    broadcast.
+    """
+    rows = torch.tensor(part.rows, device=into.device)
+    shape = [*into.shape[: part.dim], len(rows), *into.shape[part.dim + 1 :]]
+    into.index_copy_(part.dim, rows, values.to(into).expand(shape))
 
 
-def _whole_weights(program: Program, analysis: Analysis) -> dict[str, _Piece] | None:
-    """How pieces of weights make up those of the captured program, or ``None`` if the captured program cannot
-    serve.
+def _whole_weights(program: Program, analysis: Analysis) -> dict[str, SplitWeight] | None:
+    """The parts of which the weights of the captured program are made up, or ``None`` if the captured program
+    cannot serve.
     """
     if analysis.program is program:
         return {}
-    pieces = {
-        name: _Piece(part.source, part.dim, torch.tensor(part.rows))
-        for name, part in analysis.program.parts.items()
-    }
-    known = program.weights()
-    if any(piece.source not in known for piece in pieces.values()):
+    parts, known = analysis.program.parts, program.weights()
+    if any(part.source not in known for part in parts.values()):
         return None
     nodes = {node.name: node for node in program.module.graph.nodes}
     allowed: dict[fx.Node, set[fx.Node]] = {}
-    for use in analysis.walk.facts.uses:
-        if use.weight in pieces:
-            path = [*way_from_weight(use.operand), use.node]
-            for node, user in pairwise(path):
-                allowed.setdefault(node, set()).add(user)
-        elif not all(_same(nodes.get(node.name), node) for node in (use.node, *way_from_weight(use.operand))):
-            return None
-    if any(set(node.users) != users for node, users in allowed.items()):
-        return None  # a piece is used in other ways as well, in which its columns stay
     others = [
-        node for product in analysis.walk.facts.products for node in (product.node, *product.operands[:1])
+        node for product in analysis.walk.facts.products for node in (product.node, product.operands[0])
     ]
     others += [item for node, source, _ in _choosing(analysis) for item in (node, source)]
-    return pieces if all(_same(nodes.get(node.name), node) for node in others) else None
+    for use in analysis.walk.facts.uses:
+        path = [*way_from_weight(use.operand), use.node]
+        if use.weight in parts:
+            for node, user in pairwise(path):
+                allowed.setdefault(node, set()).add(user)
+        else:
+            others += path
+    if any(set(node.users) != users for node, users in allowed.items()):
+        return None  # a part is used in other ways as well, in which its columns stay
+    return dict(parts) if all(_same(nodes.get(node.name), node) for node in others) else None
 
 
 def _same(found: fx.Node | None, node: fx.Node) -> bool:
@@ -136,9 +125,9 @@ class _Masking:
     """Writes masks into a copy of a program."""
 
     def __init__(
-        self, program: Program, analysis: Analysis, decision: Decision, pieces: dict[str, _Piece]
+        self, program: Program, analysis: Analysis, decision: Decision, parts: dict[str, SplitWeight]
     ) -> None:
-        self.program, self.analysis, self.decision, self.pieces = program.copy(), analysis, decision, pieces
+        self.program, self.analysis, self.decision, self.parts = program.copy(), analysis, decision, parts
         self.gone = np.append(decision.gone, False)  # the last entry serves NONE (-1): never removed
         self.graph = self.program.module.graph
         self.nodes = {node.name: node for node in self.graph.nodes}
@@ -149,38 +138,43 @@ class _Masking:
         """Put repaired weights in place of the captured ones."""
         values: dict[str, Tensor] = {}
         for name, value in self.decision.weights.items():
-            piece = self.pieces.get(name)
-            if piece is None:
-                values[self.canonical[name]] = value
+            part = self.parts.get(name)
+            whole = self.canonical[name if part is None else part.source]
+            if part is None:
+                values[whole] = value.detach()
                 continue
-            source = self.canonical[piece.source]
-            if source not in values:
-                values[source] = self.weights[source].detach().clone()
-            piece.put(value.detach(), values[source])
+            if whole not in values:
+                values[whole] = self.weights[whole].detach().clone()
+            _put(part, value.detach(), values[whole])
         for name, value in values.items():
-            self.program.replace_weight(self.aliases[name], value.detach())
+            self.program.replace_weight(self.aliases[name], value)
 
     def mask_uses(self) -> None:
         """Zero the removed columns of every use of a weight."""
-        masks: dict[tuple[str, str], tuple[fx.Node, fx.Node, Tensor]] = {}
+        masks: dict[tuple[str, str], Tensor] = {}
         whole: dict[str, Tensor] = {}
         for use in self.analysis.walk.facts.uses:
             mask = self._columns(use)
             if mask is None:
                 continue
-            piece = self.pieces.get(use.weight)
-            if piece is not None:
-                name = self.canonical[piece.source]
-                into = whole.setdefault(name, torch.ones(self.weights[name].shape, dtype=torch.bool))
-                piece.put(mask & into.index_select(piece.dim, piece.rows), into)
-                continue
-            key = (use.node.name, use.operand.name)
-            node, operand = self.nodes[use.node.name], self.nodes[use.operand.name]
-            masks[key] = (node, operand, mask & masks[key][2] if key in masks else mask)
-        for node, operand, mask in masks.values():
-            self._mask_operand(node, operand, mask)
-        for name, mask in whole.items():
-            self._mask_weight(name, mask)
+            if use.weight in self.parts:
+                self._add(whole, use.weight, mask)
+            else:
+                key = (use.node.name, use.operand.name)
+                masks[key] = mask & masks.get(key, mask)
+        for (node, operand), mask in masks.items():
+            self._mask_operand(self.nodes[node], self.nodes[operand], mask)
+        self._mask_weights(whole)
+
+    def _add(self, masks: dict[str, Tensor], name: str, mask: Tensor) -> None:
+        """Add the mask of a weight, or of a part of one, to those of whole weights."""
+        part = self.parts.get(name)
+        whole = self.canonical[name if part is None else part.source]
+        into = masks.setdefault(whole, torch.ones(self.weights[whole].shape, dtype=torch.bool))
+        if part is None:
+            into &= mask
+        else:
+            _put(part, mask & into.index_select(part.dim, torch.tensor(part.rows)), into)
 
     def mask_products(self) -> None:
         """Take the removed channels out of products of activations: zeros in the first operand of each."""
@@ -221,30 +215,17 @@ class _Masking:
         is zero there.
         """
         masks: dict[str, Tensor] = {}
+        # What a copied table turns is at zero already, and the table that it was copied from serves groups
+        # that stay.
         copied = {made.name for made in self.analysis.program.copies}
         for group in self.analysis.chosen if APPROXIMATE in self.analysis.include else ():
-            if group.status != APPROXIMATE:
-                continue
             own = np.isin(self.analysis.labels, group.sets) & self.gone[:-1]
-            # What a copied table turns is at zero already, and the table that it was copied from serves
-            # groups that stay.
-            for slot in (
-                slot
-                for slot in group.slots
-                if slot.kind == "weight"
-                and slot.name not in copied
-                and own[slot.base : slot.base + slot.size].any()
-            ):
-                shape = attribute(self.analysis.program.module, slot.name).shape
-                mask, piece = _along(slot, shape, own), self.pieces.get(slot.name)
-                name = self.canonical[slot.name if piece is None else piece.source]
-                if piece is None:
-                    masks[name] = mask & masks[name] if name in masks else mask
-                else:
-                    into = masks.setdefault(name, torch.ones(self.weights[name].shape, dtype=torch.bool))
-                    piece.put(mask & into.index_select(piece.dim, piece.rows), into)
-        for name, mask in masks.items():
-            self._mask_weight(name, mask)
+            for slot in group.slots if group.status == APPROXIMATE else ():
+                is_own = slot.kind == "weight" and slot.name not in copied
+                if is_own and own[slot.base : slot.base + slot.size].any():
+                    shape = attribute(self.analysis.program.module, slot.name).shape
+                    self._add(masks, slot.name, _along(slot, shape, own))
+        self._mask_weights(masks)
 
     def _columns(self, use: Use) -> Tensor | None:
         """Which elements of a weight stay in one use of it (see :func:`_along`); ``None`` if all do."""
@@ -276,7 +257,8 @@ class _Masking:
         """Repeat the way from a weight to one node on the masked weight."""
         weight, *moves = way_from_weight(operand)
         with self.graph.inserting_before(node):
-            made = {weight: self._where(weight, mask, _ZERO)}
+            masked = self.graph.call_function(_WHERE, (self._hold(mask, weight), weight, _ZERO))
+            made = {weight: masked}
             for move in moves:
                 made[move] = self.graph.node_copy(move, lambda argument: made.get(argument, argument))
         node.replace_input_with(operand, made[operand])
@@ -296,38 +278,29 @@ class _Masking:
 
     def _laid_out(self, lying: Repeating, mask: fx.Node, source: fx.Node) -> fx.Node:
         """A mask as long as its source along the dimensions whose sizes vary."""
+        call, aten = self.graph.call_function, torch.ops.aten
         for dim, (runs, varies) in enumerate(zip(lying.in_runs, lying.varies, strict=True)):
-            if not varies:
-                continue
-            own, size = (
-                lying.numbers.shape[dim],
-                self.graph.call_function(torch.ops.aten.sym_size.int, (source, dim)),
-            )
-            places = self.graph.call_function(
-                torch.ops.aten.arange.default, (size,), {"device": self._device(source)}
-            )
-            if runs:
-                each = self.graph.call_function(operator.floordiv, (size, own))
-                places = self.graph.call_function(torch.ops.aten.floor_divide.default, (places, each))
-            else:
-                places = self.graph.call_function(torch.ops.aten.remainder.Scalar, (places, own))
-            mask = self.graph.call_function(torch.ops.aten.index_select.default, (mask, dim, places))
+            if varies:
+                own, size = lying.numbers.shape[dim], call(aten.sym_size.int, (source, dim))
+                places = call(aten.arange.default, (size,), {"device": self._device(source)})
+                if runs:
+                    each = call(operator.floordiv, (size, own))
+                    places = call(aten.floor_divide.default, (places, each))
+                else:
+                    places = call(aten.remainder.Scalar, (places, own))
+                mask = call(aten.index_select.default, (mask, dim, places))
         return mask
 
-    def _mask_weight(self, name: str, mask: Tensor) -> None:
+    def _mask_weights(self, masks: dict[str, Tensor]) -> None:
+        """Mask weights wherever they are read."""
         for node in self.graph.find_nodes(op="get_attr"):
-            if self.canonical.get(str(node.target)) == name:
-                self._mask_value(node, mask)
-
-    def _mask_value(self, node: fx.Node, mask: Tensor) -> None:
-        with self.graph.inserting_after(node):
-            held = self._hold(mask, node)
-        with self.graph.inserting_after(held):
-            masked = self.graph.call_function(_WHERE, (held, node, _ZERO))
-        node.replace_all_uses_with(masked, delete_user_cb=lambda user: user is not masked)
-
-    def _where(self, source: fx.Node, mask: Tensor, value: float) -> fx.Node:
-        return self.graph.call_function(_WHERE, (self._hold(mask, source), source, value))
+            mask = masks.get(self.canonical.get(str(node.target), ""))
+            if mask is not None:
+                with self.graph.inserting_after(node):
+                    held = self._hold(mask, node)
+                with self.graph.inserting_after(held):
+                    masked = self.graph.call_function(_WHERE, (held, node, _ZERO))
+                node.replace_all_uses_with(masked, delete_user_cb=lambda user, own=masked: user is not own)
 
 
 def _recorded(node: fx.Node, numbers: Tensor) -> torch.Size:

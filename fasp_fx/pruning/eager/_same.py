@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ...base._deviation import deviation
+from ...base.compare import deviation
 from ...base.compat import free_unbacked_symbols
 from ...capturing._fx import arguments, attribute, results, target_name, written_by
 from ...capturing._sizes import same_sizes

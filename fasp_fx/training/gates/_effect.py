@@ -16,7 +16,7 @@ from ...base._warn import warn
 from ...capturing._compare_with_model import called, trouble_with
 from ...capturing._program import Program
 from ...errors import ArgumentError, CalibrationError, VerificationWarning
-from ...pruning.check._blame import sound_part
+from ...pruning.check._bisect import largest_passing_subset
 from ...pruning.check._reference import masked_program
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def check_effect(
         return trouble_with(masked, found, args, kwargs)
 
     try:
-        without = sound_part(groups, fault)[1]
+        without = largest_passing_subset(groups, fault)[1]
     except tolerable(CalibrationError) as error:
         warn(f"what gates do was not compared with the removal of channels: {error}", VerificationWarning)
         return
