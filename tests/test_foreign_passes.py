@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from decoders import Spec, build, tokens
-from fasp_fx.channels import attribute
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -17,6 +16,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import fasp_fx
+from fasp_fx.capturing._fx import attribute
 from fasp_fx.passes import (
     WRITTEN_BY,
     Foreign,
