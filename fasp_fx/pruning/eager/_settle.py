@@ -57,12 +57,15 @@ def settle(
     known = _solved(wanted, log)
     unseen = {size: _rescaled(size, log.dense[size], cuts) for size in lost - known.keys()}
     likely = {size: value for size, value in unseen.items() if value is not None}
-    as_they_were = {size: log.dense[size] for size in likely}
-    assignments = [
-        found
-        for found in ({**likely, **known}, {**as_they_were, **known})
-        if any(log.dense[size] != value for size, value in found.items())
-    ]
+    names = sorted({size.name for size in likely})
+    tried = (  # of the names in doubt all change, one, or none
+        {
+            **{size: value if size.name in chosen else log.dense[size] for size, value in likely.items()},
+            **known,
+        }
+        for chosen in dict.fromkeys([tuple(names), *((name,) for name in names), ()])
+    )
+    assignments = [one for one in tried if any(log.dense[size] != value for size, value in one.items())]
     return assignments, _torn(wanted, {**log.dense, **known})
 
 
