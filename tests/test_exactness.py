@@ -625,10 +625,6 @@ def test_a_second_size_that_the_dense_program_does_not_take() -> None:
     _pruned(Table().eval(), torch.randn(5, 6), torch.arange(5))
 
 
-def test_the_check_can_be_seen_in_the_report() -> None:
-    assert "check" in _pruned(Blocks(same).eval()).report.seconds
-
-
 def test_no_copy_of_a_model_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference shares the weights of the captured program."""
     model = Blocks(same, same).eval()
@@ -661,12 +657,6 @@ def test_weights_are_widened_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
     assert (len(made), most) == (8, 1)
     expected = copy.deepcopy(model).double()(x.double())
     assert torch.equal(ran.outputs[0][0], expected)
-
-
-def test_warnings_can_be_errors() -> None:
-    warnings.simplefilter("error")
-    with pytest.raises(fasp_fx.VerificationWarning):
-        _pruned(Blocks(same, reverse).eval())
 
 
 def _rows_elsewhere(add_part: Any) -> Any:
