@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fasp_fx
-from fasp_fx.base._deviation import deviation, distance
+from fasp_fx.base.compare import deviation, distance
 
 FILLINGS = (-1e9, torch.finfo(torch.float32).min, -65504.0)
 
@@ -64,12 +64,12 @@ class Masked(nn.Module):
 
 def test_the_check_sees_what_is_wrong_beside_masked_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight is spoilt after everything was decided, which the run on the example has to notice."""
-    from fasp_fx.pruning.check import _held
+    from fasp_fx.pruning.check import _check
 
     torch.manual_seed(0)
     model, mask = Masked().eval(), torch.zeros(2, 4, dtype=torch.bool)
     mask[0, 0] = True
-    finish = _held.finish
+    finish = _check.finish
 
     def spoilt(program: object, *args: object, **kwargs: object) -> object:
         module = finish(program, *args, **kwargs)  # type: ignore[arg-type]
@@ -78,7 +78,7 @@ def test_the_check_sees_what_is_wrong_beside_masked_scores(monkeypatch: pytest.M
                 parameter.mul_(1.5)
         return module
 
-    monkeypatch.setattr(_held, "finish", spoilt)
+    monkeypatch.setattr(_check, "finish", spoilt)
     with pytest.raises(fasp_fx.FaspError, match="differ"):
         fasp_fx.prune(model, (torch.randn(2, 5), mask), score="magnitude", restore=None, sparsity=0.3)
 

@@ -117,11 +117,10 @@ CASES: dict[str, tuple[type[nn.Module], Callable[[int], tuple[Tensor, ...]], set
 def test_pruned_exactly_for_other_counts(name: str) -> None:
     make, inputs, narrower = CASES[name]
     torch.manual_seed(3)
-    model = make().eval()
+    model, wanted = make().eval(), invariants_of(name, CASES)
     groups = fasp_fx.analyze(model, inputs(7)).select("prunable")
     assert {part.name for group in groups for part in group.consumers} == narrower
-    others: list[tuple[tuple[Tensor, ...], dict[str, Tensor]]] = [(inputs(5), {}), (inputs(12), {})]
-    check_program(model, inputs(7), others=others, invariants=invariants_of(name, CASES))
+    check_program(model, inputs(7), others=[(inputs(5), {}), (inputs(12), {})], invariants=wanted)
 
 
 def test_channels_picked_at_run_time_stay() -> None:

@@ -292,7 +292,7 @@ def _caught_from(run: Callable[[], Any]) -> Exception:
         "capturing._runner.execute",
         "calibration.observe._gradients.evaluated",
         "passes._run._verified",
-        "pruning.check._held.finish",
+        "pruning.check._check.finish",
         "pruning.check._compare.run",
     ],
 )

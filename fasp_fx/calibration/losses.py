@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..base._deviation import unfilled
 from ..base._undisturbed import generator_of
+from ..base.compare import unfilled
 from ..base.compat import pytree
 from ..errors import ArgumentError, CalibrationError
 

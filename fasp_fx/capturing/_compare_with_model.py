@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..base._deviation import distance
 from ..base._tolerable import tolerable
 from ..base._undisturbed import drawing_alike
 from ..base._warn import warn
+from ..base.compare import distance, tolerance
 from ..base.compat import pytree
 from ..errors import CalibrationError, CaptureError, CaptureWarning
 from . import lower_bound
@@ -26,10 +26,8 @@ from ._runner import Runner
 from ._sizes import is_dynamic
 from ._unchanged import copied, rewound
 
-#: relative deviation in the 2-norm from which on two outputs are not the same up to rounding, by the bytes of
-#: the coarsest numbers that either computes; of integers, the part that differs
-_ALLOWED = {8: 1e-8, 4: 1e-3, 2: 1e-1, 1: 1e-1}
-#: the same for float32 where factors are rounded, as convolutions on CUDA do by default
+#: relative deviation in the 2-norm that rounding accounts for in float32 where factors are rounded, as
+#: convolutions on CUDA do by default
 _ALLOWED_ROUNDED = 1e-2
 
 #: the bound that an exporter has in mind for any size that varies, though one is let pass
@@ -152,9 +150,9 @@ def _difference(program: Program, expected: list[Any], args: Any, kwargs: dict[s
 
 def _allowed(program: Program) -> float:
     """What rounding can make of the outputs."""
-    size = coarsest(program).itemsize
+    coarse = coarsest(program)
     is_rounded = program.device().type != "cpu" or torch.get_float32_matmul_precision() != "highest"
-    return _ALLOWED_ROUNDED if size == 4 and is_rounded else _ALLOWED[size]
+    return _ALLOWED_ROUNDED if coarse == torch.float32 and is_rounded else tolerance("capture", coarse)
 
 
 def _apart(found: list[Any], expected: list[Any], allowed: float) -> float:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..base._deviation import deviation
 from ..base._tolerable import tolerable
+from ..base.compare import deviation, tolerance
 from ..base.compat import pytree
 from ..base.compat._transformers import CACHE
 from ..capturing._program import Program
@@ -27,9 +27,6 @@ from ._stages import CausalStages, Seq2SeqStages
 AnyStages = CausalStages | Seq2SeqStages
 #: sequences, new tokens, cached tokens, tokens of padding
 _SIZES = ((2, 3, 5, 2), (1, 4, 0, 0), (3, 4, 0, 2), (1, 1, 1, 0), (2, 1, 4, 1), (1, 1, 0, 0), (2, 2, 3, 0))
-#: by how much values that are computed in two ways may differ, relative to the largest: models of float64
-#: compute some steps in float32
-_TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def _called(stages: AnyStages, arguments: dict[str, Any]) -> Any:
 
 def _far(found: Tensor, expected: Tensor) -> bool:
     """Whether values differ by more than rounding."""
-    return deviation(found.to(expected.dtype), expected) > _TOLERANCES.get(expected.dtype, 5e-2)
+    return deviation(found.to(expected.dtype), expected) > tolerance("two ways", expected.dtype)
 
 
 def _loss_of_labels(stages: AnyStages) -> tuple[str | None, str | None]:

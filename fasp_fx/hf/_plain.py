@@ -19,9 +19,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..allocation._allocation import TrialAllocation
 from ..analysis._analysis import Analysis
 from ..analysis.groups import PRUNABLE
-from ..base._deviation import distance
 from ..base._device import device_of
 from ..base._tolerable import tolerable
+from ..base.compare import distance, tolerance
 from ..calibration.observe._calibration import calibration_calls, check_calibration
 from ..calibration.observe._ranks import ended_together
 from ..errors import ArgumentError, CaptureError, VerificationError, first_line
@@ -35,9 +35,6 @@ from ._settings import Settings, settings_of
 
 #: tokens of an example where there is no calibration data to take one from
 _EXAMPLE = (2, 8)
-#: ‖a − b‖ / ‖b‖ of outputs that count as equal is the dtype's precision to this power, 7e-5 for float32 and
-#: 5e-2 for bfloat16: kernels sum in other orders
-_EQUAL = 0.6
 
 
 @dataclass(frozen=True)
@@ -233,7 +230,7 @@ def _first_equal(
     """The first model that a config can build of the weights and that computes what the program computes."""
     inputs = _compared_on(model, example, device_of(result.module))
     expected = _outputs(result.module, inputs)
-    most = max((torch.finfo(output.dtype).eps ** _EQUAL for output in expected), default=0.0)
+    most = max((tolerance("checkpoint", output.dtype) for output in expected), default=0.0)
     failures = []
     for assignment in settings.assignments():
         try:

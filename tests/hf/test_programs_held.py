@@ -11,7 +11,7 @@ from oracle import masked, removed_columns
 
 import fasp_fx
 from fasp_fx import hf
-from fasp_fx.pruning.check import _held
+from fasp_fx.pruning.check import _check
 from fasp_fx.pruning.check._compare import Seen
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -21,7 +21,7 @@ OPTIONS: dict[str, Any] = {"sparsity": 0.2, "score": "magnitude", "restore": Non
 
 def _fault_in(monkeypatch: pytest.MonkeyPatch, weight: str, program: Any) -> None:
     """Let the comparison fail where ``weight`` is smaller, in the programs of which ``program`` is true."""
-    original = _held.compare
+    original = _check.compare
 
     def compare(reference: Any, module: Any, pruned: Any, inputs: Any) -> Seen:
         found = original(reference, module, pruned, inputs)
@@ -29,7 +29,7 @@ def _fault_in(monkeypatch: pytest.MonkeyPatch, weight: str, program: Any) -> Non
         lost = ours is not None and theirs is not None and ours.shape != theirs.shape
         return Seen(0.5, False) if lost and program(reference) else found
 
-    monkeypatch.setattr(_held, "compare", compare)
+    monkeypatch.setattr(_check, "compare", compare)
 
 
 def _takes_a_cache(program: Any) -> bool:
@@ -63,7 +63,7 @@ def test_a_group_that_one_program_cannot_lose_stays_whole_in_all(monkeypatch: py
 
 
 def test_nothing_left_in_any_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_held, "compare", lambda *_: Seen(0.5, False))
+    monkeypatch.setattr(_check, "compare", lambda *_: Seen(0.5, False))
     with pytest.raises(
         fasp_fx.VerificationError,
         match="of the model cannot lose what the plan removes: what was decided cannot be removed",

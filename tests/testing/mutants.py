@@ -31,7 +31,7 @@ import fasp_fx.passes.restore_weights
 from fasp_fx import patterns
 from fasp_fx.passes import Prune
 from fasp_fx.passes._finish import finish
-from fasp_fx.pruning.check import Held
+from fasp_fx.pruning.check import Checked
 from fasp_fx.testing.specs import (
     Activation,
     Attention,
@@ -95,7 +95,7 @@ JOINED = Net(
 def not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the library return what it makes without running it beside the masked dense program."""
 
-    def carry_out(program: Any, analysis: Any, decision: Any, lap: Any, whole: bool = False) -> Held:
+    def carry_out(program: Any, analysis: Any, decision: Any, lap: Any, whole: bool = False) -> Checked:
         rewritten = (
             Prune(decision.gone, decision.weights, analysis)(analysis.program)
             if decision.gone.any()
@@ -104,7 +104,7 @@ def not_run(monkeypatch: pytest.MonkeyPatch) -> None:
         for stage in ("passes", "export"):
             lap(stage)
         module = finish(rewritten)
-        return Held(decision, rewritten, module)
+        return Checked(decision, rewritten, module)
 
     monkeypatch.setattr(sys.modules["fasp_fx.pruning._rewriting"], "carry_out", carry_out)
 

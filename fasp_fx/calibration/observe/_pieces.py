@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...base._deviation import unfilled
 from ...base._tolerable import tolerable
+from ...base.compare import unfilled
 from ...capturing._fx import results
 from ...capturing._program import Program
 from ...capturing._runner import Runner

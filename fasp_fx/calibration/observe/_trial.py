@@ -17,9 +17,9 @@ from torch import Tensor
 from ...allocation._limits import check_counts
 from ...allocation._search import Trial
 from ...analysis.groups import Group
-from ...base._deviation import unfilled
 from ...base._device import float32_products
 from ...base._undisturbed import drawing_alike
+from ...base.compare import unfilled
 from ...base.offload._current import keep
 from ...capturing._runner import Runner
 from ...errors import ArgumentError

@@ -1,13 +1,12 @@
-"""The net under the pruning: every result is run beside the dense program with its removed columns masked
-before it is returned.
+"""Every result is run beside the dense program with its removed columns masked before it is returned.
 
-It takes one thing from the analysis, which columns of which uses were removed, and none of what makes the
-analysis believe that they can be. Whatever a rule, a layout or a pass gets wrong shows in the numbers.
+The check takes one thing from the analysis, which columns of which uses were removed, and none of what makes
+the analysis believe that they can be. Whatever a rule, a layout or a pass gets wrong shows in the numbers.
 """
 
 from __future__ import annotations
 
-from ._held import Held, UnsoundError, carry_out
+from ._check import Checked, UnsoundError, carry_out
 from ._restrict import restricted
 
-__all__ = ["Held", "UnsoundError", "carry_out", "restricted"]
+__all__ = ["Checked", "UnsoundError", "carry_out", "restricted"]

@@ -11,21 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from ...base._deviation import deviation
 from ...base._tolerable import tolerable
+from ...base.compare import deviation, tolerance
 from ...capturing._compare_with_model import coarsest
 from ...capturing._program import Program
-from ._execution import Ran, remembers, run
 from ._inputs import Inputs
-
-#: max|a − b| / max|b| from which on a higher precision decides, as a multiple of the precision: 2e-5 in
-#: float32, where sums of thousands of addends in another order stay below; and 1e-4 where that would take
-#: long
-_DOUBT, _DOUBT_LONG = 160.0, 840.0
-#: the same for types of 16 bits and fewer, which round every result
-_DOUBT_HALF = 4.0
-#: what double precision lets pass
-_EQUAL = 1e-6
+from ._run import Ran, remembers, run
 
 
 @dataclass(frozen=True)
@@ -64,10 +55,8 @@ def compare(reference: Program, module: fx.GraphModule, pruned: Program, inputs:
         ReferenceFailedError: the dense program does not run on these inputs.
         Exception: what the pruned program raises.
     """
-    return settled(
-        lambda dtype: _compare(reference, module, pruned, inputs, dtype),
-        torch.finfo(coarsest(reference)).eps,
-        inputs.long,
+    return compare_with_escalation(
+        lambda dtype: _compare(reference, module, pruned, inputs, dtype), coarsest(reference)
     )
 
 
@@ -80,32 +69,28 @@ def takes(program: Program, inputs: Inputs) -> bool:
     return True
 
 
-def settled(look: Callable[[torch.dtype | None], Seen], precision: float, long: bool = False) -> Seen:
-    """Compare two computations in their own precision, and in a higher one where that leaves a doubt. Where
-    none can be had, what passes is the little that would have left none.
+def compare_with_escalation(look: Callable[[torch.dtype | None], Seen], coarse: torch.dtype) -> Seen:
+    """Compare two computations in their own precision, and in a higher one where that leaves a doubt, as
+    types of 16 bits always do. Where none can be had, what passes is the little that would have left none.
 
     Args:
         look: compares them in a precision, ``None`` being their own.
-        precision: that of the coarsest type in them.
-        long: a shorter comparison follows, in which small deviations can be looked into.
+        coarse: the coarsest type in them.
     """
-    single = torch.finfo(torch.float32).eps
-    half, factor = precision > single, _DOUBT_LONG if long else _DOUBT
-    own = (_DOUBT_HALF if half else factor) * precision
-    last = own if half else _DOUBT_LONG * single
-    rounded = precision if half else own  # by an operator on the way: the same values on both sides
+    is_half = torch.finfo(coarse).eps > torch.finfo(torch.float32).eps
     seen = look(None)
-    seen = replace(seen, equal=seen.deviation <= own)
-    if not seen.compared or (seen.equal and (long or not half)):
+    seen = replace(seen, equal=seen.deviation <= tolerance("sums in another order", coarse))
+    if not seen.compared or (seen.equal and not is_half):
         return seen
-    for dtype, allowed in [*([(torch.float32, factor * single)] if half else []), (torch.float64, _EQUAL)]:
+    last = coarse
+    for dtype in (torch.float32, torch.float64) if is_half else (torch.float64,):
         try:
             found = look(dtype)
         except tolerable(Exception):  # there is no such precision here, or not for what is computed
-            return replace(seen, equal=seen.deviation <= last, alone=True)
-        last = _DOUBT_LONG * single
+            return replace(seen, equal=seen.deviation <= tolerance("no higher precision", last), alone=True)
+        last, allowed = dtype, tolerance("sums in another order", dtype)
         if found.rounded and dtype is torch.float64:
-            allowed = rounded
+            allowed = tolerance("one rounded operator", coarse)
         seen = replace(found, equal=found.deviation <= allowed)
         if seen.equal:
             break
@@ -123,32 +108,22 @@ def _compare(
     found = run(module, inputs.of(pruned), calls, precision)
     if found.drawn != expected.drawn:
         return Seen(0.0, True, compared=False)
-    worst, at = 0.0, 0
-    for call, found_deviation in deviations(found, expected, reference.state_outputs):
-        if found_deviation > worst:
-            worst, at = found_deviation, call
-    return Seen(worst, True, call=at, rounded=expected.rounded or found.rounded)
+    worst, call = max(_deviations(found, expected, reference.state_outputs), default=(0.0, 0))
+    return Seen(worst, True, call=-call, rounded=expected.rounded or found.rounded)
 
 
-def deviations(found: Ran, expected: Ran, state: frozenset[int] = frozenset()) -> Iterable[tuple[int, float]]:
-    """The deviation of every output, with the call that it is of; outputs that hold state may be narrower,
-    and are not compared then.
+def _deviations(found: Ran, expected: Ran, state: frozenset[int]) -> Iterable[tuple[float, int]]:
+    """The deviation of every output, and the call that it is of, from 0 down; outputs that hold state may be
+    narrower, and are not compared then.
     """
     for call, (ours, theirs) in enumerate(zip(found.outputs, expected.outputs, strict=True)):
         if len(ours) != len(theirs):
-            yield call, math.inf
+            yield math.inf, -call
             return
         for index, (a, b) in enumerate(zip(ours, theirs)):
-            if index in state and isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape:
-                continue
-            yield call, deviation(a, b)
+            narrower = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape
+            if not (index in state and narrower):
+                yield deviation(a, b), -call
 
 
-__all__ = [
-    "ReferenceFailedError",
-    "Seen",
-    "compare",
-    "deviations",
-    "settled",
-    "takes",
-]
+__all__ = ["ReferenceFailedError", "Seen", "compare", "compare_with_escalation", "takes"]

@@ -8,8 +8,6 @@ that nothing is believed of how they move it.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +16,6 @@ from torch import Tensor, fx
 
 from ...analysis.channels import Repeating, Slot, Use, Value, repeating
 from ...analysis.groups import APPROXIMATE, EXEMPT
-from ...base._stamps import WRITTEN_BY
 from ...calibration.observe._matrices import ConsumerMatrices
 from ...calibration.observe._products import lying_along
 from ...capturing._fx import arguments, attribute, way_from_weight
@@ -35,86 +32,23 @@ _WHERE = torch.ops.aten.where.ScalarOther
 _ZERO = False
 
 
-def masked_program(program: Program, analysis: Analysis, decision: Decision) -> Program:
-    """The captured program with the decided weights in place of its own and what was removed masked; tensors
+def masked_program(analysis: Analysis, decision: Decision) -> Program:
+    """The analysed program with the decided weights in place of its own and what was removed masked; tensors
     are shared.
 
     Args:
-        program: as it was captured; where a pass has taken weights apart in a way that cannot be put back,
-            the analysed program serves.
         analysis: of the program, perhaps with fused weights split.
         decision: what is removed, and the repaired weights.
     """
-    whole = _whole_weights(program, analysis)
-    made = _Masking(analysis.program if whole is None else program, analysis, decision, whole or {})
-    made.restore()
+    made = _Masking(analysis, decision)
     made.mask_uses()
     if EXEMPT in analysis.include:
         made.mask_products()
     made.mask_routers()
-    made.silence_producers()
+    if APPROXIMATE in analysis.include:
+        made.silence_producers()
     made.program.module.graph.lint()
     return made.program
-
-
-def is_of_the_captured(program: Program, analysis: Analysis) -> bool:
-    """Whether the reference is made of the captured program, and not of the analysed one."""
-    return _whole_weights(program, analysis) is not None
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Where the elements of a weight made by splitting lie in the weight it was split from."""
-
-    source: str
-    dim: int
-    rows: Tensor
-
-    def put(self, values: Tensor, into: Tensor) -> None:
-        """Write the values of this piece into a tensor of the shape of the whole; values may be broadcast."""
-        rows = self.rows.to(into.device)
-        shape = [*into.shape[: self.dim], len(rows), *into.shape[self.dim + 1 :]]
-        into.index_copy_(self.dim, rows, values.to(into).expand(shape))
-
-
-def _whole_weights(program: Program, analysis: Analysis) -> dict[str, _Piece] | None:
-    """How pieces of weights make up those of the captured program, or ``None`` if the captured program cannot
-    serve.
-    """
-    if analysis.program is program:
-        return {}
-    pieces = {
-        name: _Piece(part.source, part.dim, torch.tensor(part.rows))
-        for name, part in analysis.program.parts.items()
-    }
-    known = program.weights()
-    if any(piece.source not in known for piece in pieces.values()):
-        return None
-    nodes = {node.name: node for node in program.module.graph.nodes}
-    allowed: dict[fx.Node, set[fx.Node]] = {}
-    for use in analysis.walk.facts.uses:
-        if use.weight in pieces:
-            path = [*way_from_weight(use.operand), use.node]
-            for node, user in pairwise(path):
-                allowed.setdefault(node, set()).add(user)
-        elif not all(_same(nodes.get(node.name), node) for node in (use.node, *way_from_weight(use.operand))):
-            return None
-    if any(set(node.users) != users for node, users in allowed.items()):
-        return None  # a piece is used in other ways as well, in which its columns stay
-    others = [
-        node for product in analysis.walk.facts.products for node in (product.node, *product.operands[:1])
-    ]
-    others += [item for node, source, _ in _choosing(analysis) for item in (node, source)]
-    return pieces if all(_same(nodes.get(node.name), node) for node in others) else None
-
-
-def _same(found: fx.Node | None, node: fx.Node) -> bool:
-    """Whether a node of the captured program is that of the analysed one which has its name."""
-    return (
-        found is not None
-        and WRITTEN_BY not in node.meta
-        and (found.op, found.target) == (node.op, node.target)
-    )
 
 
 def _choosing(analysis: Analysis) -> list[tuple[fx.Node, fx.Node, int | None]]:
@@ -133,54 +67,40 @@ def _choosing(analysis: Analysis) -> list[tuple[fx.Node, fx.Node, int | None]]:
 
 
 class _Masking:
-    """Writes masks into a copy of a program."""
+    """Writes masks into a copy of the analysed program."""
 
-    def __init__(
-        self, program: Program, analysis: Analysis, decision: Decision, pieces: dict[str, _Piece]
-    ) -> None:
-        self.program, self.analysis, self.decision, self.pieces = program.copy(), analysis, decision, pieces
+    def __init__(self, analysis: Analysis, decision: Decision) -> None:
+        self.program, self.analysis = analysis.program.copy(), analysis
         self.gone = np.append(decision.gone, False)  # the last entry serves NONE (-1): never removed
         self.graph = self.program.module.graph
         self.nodes = {node.name: node for node in self.graph.nodes}
-        self.weights, self.canonical, self.aliases = program.weights(), program.canonical(), program.aliases()
+        self.canonical, aliases = analysis.program.canonical(), analysis.program.aliases()
         self._count = 0
-
-    def restore(self) -> None:
-        """Put repaired weights in place of the captured ones."""
-        values: dict[str, Tensor] = {}
-        for name, value in self.decision.weights.items():
-            piece = self.pieces.get(name)
-            if piece is None:
-                values[self.canonical[name]] = value
-                continue
-            source = self.canonical[piece.source]
-            if source not in values:
-                values[source] = self.weights[source].detach().clone()
-            piece.put(value.detach(), values[source])
-        for name, value in values.items():
-            self.program.replace_weight(self.aliases[name], value.detach())
+        for name, value in decision.weights.items():
+            self.program.replace_weight(aliases[self.canonical[name]], value.detach())
 
     def mask_uses(self) -> None:
-        """Zero the removed columns of every use of a weight."""
-        masks: dict[tuple[str, str], tuple[fx.Node, fx.Node, Tensor]] = {}
-        whole: dict[str, Tensor] = {}
+        """Zero the removed columns of every use of a weight, from which the way to it is repeated."""
+        masks: dict[tuple[str, str], Tensor] = {}
         for use in self.analysis.walk.facts.uses:
-            mask = self._columns(use)
-            if mask is None:
-                continue
-            piece = self.pieces.get(use.weight)
-            if piece is not None:
-                name = self.canonical[piece.source]
-                into = whole.setdefault(name, torch.ones(self.weights[name].shape, dtype=torch.bool))
-                piece.put(mask & into.index_select(piece.dim, piece.rows), into)
-                continue
-            key = (use.node.name, use.operand.name)
-            node, operand = self.nodes[use.node.name], self.nodes[use.operand.name]
-            masks[key] = (node, operand, mask & masks[key][2] if key in masks else mask)
-        for node, operand, mask in masks.values():
-            self._mask_operand(node, operand, mask)
-        for name, mask in whole.items():
-            self._mask_weight(name, mask)
+            mask, key = self._columns(use), (use.node.name, use.operand.name)
+            if mask is not None:
+                masks[key] = mask & masks.get(key, mask)
+        for (name, operand), mask in masks.items():
+            node = self.nodes[name]
+            weight, *moves = way_from_weight(self.nodes[operand])
+            with self.graph.inserting_before(node):
+                masked, before = (
+                    self.graph.call_function(_WHERE, (self._hold(mask, weight), weight, _ZERO)),
+                    weight,
+                )
+                for move in moves:
+                    given = {before: masked}
+                    masked, before = (
+                        self.graph.node_copy(move, lambda of, given=given: given.get(of, of)),
+                        move,
+                    )
+            node.replace_input_with(self.nodes[operand], masked)
 
     def mask_products(self) -> None:
         """Take the removed channels out of products of activations: zeros in the first operand of each."""
@@ -221,30 +141,25 @@ class _Masking:
         is zero there.
         """
         masks: dict[str, Tensor] = {}
+        # What a copied table turns is at zero already, and the table that it was copied from serves groups
+        # that stay.
         copied = {made.name for made in self.analysis.program.copies}
-        for group in self.analysis.chosen if APPROXIMATE in self.analysis.include else ():
-            if group.status != APPROXIMATE:
-                continue
+        for group in self.analysis.chosen:
             own = np.isin(self.analysis.labels, group.sets) & self.gone[:-1]
-            # What a copied table turns is at zero already, and the table that it was copied from serves
-            # groups that stay.
-            for slot in (
-                slot
-                for slot in group.slots
-                if slot.kind == "weight"
-                and slot.name not in copied
-                and own[slot.base : slot.base + slot.size].any()
-            ):
-                shape = attribute(self.analysis.program.module, slot.name).shape
-                mask, piece = _along(slot, shape, own), self.pieces.get(slot.name)
-                name = self.canonical[slot.name if piece is None else piece.source]
-                if piece is None:
-                    masks[name] = mask & masks[name] if name in masks else mask
-                else:
-                    into = masks.setdefault(name, torch.ones(self.weights[name].shape, dtype=torch.bool))
-                    piece.put(mask & into.index_select(piece.dim, piece.rows), into)
-        for name, mask in masks.items():
-            self._mask_weight(name, mask)
+            for slot in group.slots if group.status == APPROXIMATE else ():
+                is_own = slot.kind == "weight" and slot.name not in copied
+                if is_own and own[slot.base : slot.base + slot.size].any():
+                    shape = attribute(self.analysis.program.module, slot.name).shape
+                    mask, name = _along(slot, shape, own), self.canonical[slot.name]
+                    masks[name] = mask & masks.get(name, mask)
+        for node in self.graph.find_nodes(op="get_attr"):
+            name = self.canonical.get(str(node.target), "")
+            if name in masks:
+                with self.graph.inserting_after(node):
+                    held = self._hold(masks[name], node)
+                with self.graph.inserting_after(held):
+                    masked = self.graph.call_function(_WHERE, (held, node, _ZERO))
+                node.replace_all_uses_with(masked, delete_user_cb=lambda user, own=masked: user is not own)
 
     def _columns(self, use: Use) -> Tensor | None:
         """Which elements of a weight stay in one use of it (see :func:`_along`); ``None`` if all do."""
@@ -272,15 +187,6 @@ class _Masking:
         recorded = node.meta.get("val")
         return recorded.device if isinstance(recorded, Tensor) else self.program.device()
 
-    def _mask_operand(self, node: fx.Node, operand: fx.Node, mask: Tensor) -> None:
-        """Repeat the way from a weight to one node on the masked weight."""
-        weight, *moves = way_from_weight(operand)
-        with self.graph.inserting_before(node):
-            made = {weight: self._where(weight, mask, _ZERO)}
-            for move in moves:
-                made[move] = self.graph.node_copy(move, lambda argument: made.get(argument, argument))
-        node.replace_input_with(operand, made[operand])
-
     def _mask_argument(
         self, node: fx.Node, source: fx.Node, masks: list[tuple[Repeating, Tensor]], value: float
     ) -> None:
@@ -296,38 +202,18 @@ class _Masking:
 
     def _laid_out(self, lying: Repeating, mask: fx.Node, source: fx.Node) -> fx.Node:
         """A mask as long as its source along the dimensions whose sizes vary."""
+        call, aten = self.graph.call_function, torch.ops.aten
         for dim, (runs, varies) in enumerate(zip(lying.in_runs, lying.varies, strict=True)):
-            if not varies:
-                continue
-            own, size = (
-                lying.numbers.shape[dim],
-                self.graph.call_function(torch.ops.aten.sym_size.int, (source, dim)),
-            )
-            places = self.graph.call_function(
-                torch.ops.aten.arange.default, (size,), {"device": self._device(source)}
-            )
-            if runs:
-                each = self.graph.call_function(operator.floordiv, (size, own))
-                places = self.graph.call_function(torch.ops.aten.floor_divide.default, (places, each))
-            else:
-                places = self.graph.call_function(torch.ops.aten.remainder.Scalar, (places, own))
-            mask = self.graph.call_function(torch.ops.aten.index_select.default, (mask, dim, places))
+            if varies:
+                own, size = lying.numbers.shape[dim], call(aten.sym_size.int, (source, dim))
+                places = call(aten.arange.default, (size,), {"device": self._device(source)})
+                if runs:
+                    each = call(operator.floordiv, (size, own))
+                    places = call(aten.floor_divide.default, (places, each))
+                else:
+                    places = call(aten.remainder.Scalar, (places, own))
+                mask = call(aten.index_select.default, (mask, dim, places))
         return mask
-
-    def _mask_weight(self, name: str, mask: Tensor) -> None:
-        for node in self.graph.find_nodes(op="get_attr"):
-            if self.canonical.get(str(node.target)) == name:
-                self._mask_value(node, mask)
-
-    def _mask_value(self, node: fx.Node, mask: Tensor) -> None:
-        with self.graph.inserting_after(node):
-            held = self._hold(mask, node)
-        with self.graph.inserting_after(held):
-            masked = self.graph.call_function(_WHERE, (held, node, _ZERO))
-        node.replace_all_uses_with(masked, delete_user_cb=lambda user: user is not masked)
-
-    def _where(self, source: fx.Node, mask: Tensor, value: float) -> fx.Node:
-        return self.graph.call_function(_WHERE, (self._hold(mask, source), source, value))
 
 
 def _recorded(node: fx.Node, numbers: Tensor) -> torch.Size:

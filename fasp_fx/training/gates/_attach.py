@@ -21,7 +21,7 @@ from ...capturing._captured import capture_whole
 from ...capturing._compare_with_model import called, trouble_with
 from ...errors import ArgumentError, CalibrationError, NothingPrunableError, VerificationWarning
 from ...pruning._prune import analyze
-from ...pruning.check._blame import sound_part
+from ...pruning.check._bisect import largest_passing_subset
 from ...pruning.check._reference import masked_program
 from ...pruning.config import PruningConfig, PruningOptions
 from ._gates import Gates
@@ -186,14 +186,14 @@ def _check_effect(gates: Gates, model: nn.Module) -> None:
         """How the model differs when gates of these groups are closed."""
         names = {group.name for group in closed}
         gone = [_every_second(group) & (group.name in names) for group in target.groups]
-        masked = masked_program(target.program, target.analysis, target.decision(gone))
+        masked = masked_program(target.analysis, target.decision(gone))
         args, kwargs = target.program.call()
         with gates.closed(gone):
             found, _ = called(masked, model, args, kwargs)
         return trouble_with(masked, found, args, kwargs)
 
     try:
-        without = sound_part(target.groups, fault)[1]
+        without = largest_passing_subset(target.groups, fault)[1]
     except tolerable(CalibrationError) as error:
         warn(f"what gates do was not compared with the removal of channels: {error}", VerificationWarning)
         return

@@ -1,4 +1,6 @@
-"""How far apart two values are, where one is what the other should be but for rounding."""
+"""How far apart two values are, where one is what the other should be but for rounding, and how far apart
+they may be for what purpose.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+#: how far apart values may be, by purpose, in float64, float32, float16, and bfloat16 or less
+TOLERANCE: dict[str, tuple[float, float, float, float]] = {
+    # max|a − b| / max|b| that sums of thousands of addends in another order stay below; types of 16 bits
+    # round every result
+    "sums in another order": (1e-6, 2e-5, 4e-3, 3.2e-2),
+    # the same where nothing runs in a higher precision
+    "no higher precision": (1e-6, 1e-4, 4e-3, 3.2e-2),
+    # the same in a higher precision where one operator has none: it rounds the same values on both sides
+    "one rounded operator": (1e-6, 2e-5, 1e-3, 8e-3),
+    # of weights that are computed in every call, and were computed once
+    "computed weights": (1.5e-14, 8e-6, 6.3e-2, 0.5),
+    # of outputs before and after a pass that changes no values: the root of the precision
+    "foreign pass": (1.5e-8, 3.5e-4, 3.2e-2, 8.9e-2),
+    # of what one model computes in two ways; those of float64 compute some steps in float32
+    "two ways": (1e-5, 1e-3, 5e-2, 5e-2),
+    # ‖a − b‖₂ / ‖b‖₂ of a model and its graph
+    "capture": (1e-8, 1e-3, 1e-1, 1e-1),
+    # the same of a checkpoint and the model that it is to be
+    "checkpoint": (4e-10, 7e-5, 1.6e-2, 5.5e-2),
+}
+
+
+def tolerance(purpose: str, dtype: torch.dtype) -> float:
+    """How far apart values of a type may be (:data:`TOLERANCE`); 0 for integers."""
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return 0.0
+    eps = torch.finfo(dtype).eps
+    finer = sum(eps > torch.finfo(kind).eps for kind in (torch.float64, torch.float32, torch.float16))
+    return TOLERANCE[purpose][finer]
+
 
 #: differences below this part of the largest entry (of 1, if that is larger) are those of double precision
 _NOISE = 1e-11
@@ -149,3 +182,6 @@ def distance(found: Tensor, expected: Tensor) -> float:
         apart += _square(a - b)
         size += _square(b)
     return math.sqrt(apart) / (math.sqrt(size) or 1.0)
+
+
+__all__ = ["TOLERANCE", "deviation", "distance", "tolerance", "unfilled"]

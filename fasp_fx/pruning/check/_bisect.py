@@ -1,4 +1,4 @@
-"""Find the groups that make the difference: the largest part of them with which there is none."""
+"""Find the items that make the difference: the largest part of them with which there is none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def sound_part(
+def largest_passing_subset(
     items: Sequence[T], fault: Callable[[list[T]], str | None]
 ) -> tuple[list[T], list[tuple[T, str]]]:
     """A part of ``items`` without fault that no other item can join, and what was seen when each of the
@@ -22,9 +22,7 @@ def sound_part(
     left: list[tuple[T, str]] = []
 
     def join(base: list[T], candidates: Sequence[T]) -> list[T]:
-        if not candidates:
-            return base
-        found = fault([*base, *candidates])
+        found = fault([*base, *candidates]) if candidates else None
         if found is None:
             return [*base, *candidates]
         if len(candidates) == 1:
@@ -36,4 +34,4 @@ def sound_part(
     return join([], items), left
 
 
-__all__ = ["sound_part"]
+__all__ = ["largest_passing_subset"]

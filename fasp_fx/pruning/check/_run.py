@@ -15,6 +15,7 @@ from ...base._undisturbed import drawing_alike
 from ...base.compat import OpOverload, pytree
 from ...capturing._fx import attribute, written_by, written_names
 from ...capturing._program import set_weight
+from ...capturing._unchanged import copied
 from ...capturing.calling._guards import Guards
 
 #: reads the bits of a number as those of another type, which a wider number does not have
@@ -55,12 +56,12 @@ def run(module: fx.GraphModule, inputs: list[Any], calls: int, precision: torch.
         drawing_alike([*given, *module.parameters(), *module.buffers()]),
         torch.compiler.set_stance("force_eager"),
         _own_buffers(module, precision),
-        default_type(wide(torch.get_default_dtype(), precision)),
+        _default_type(wide(torch.get_default_dtype(), precision)),
     ):
         for _ in range(calls):
             execution = _Execution(module, precision, ran)
             outputs = list(execution.run(*given, enable_io_processing=False))
-            ran.outputs.append(pytree.tree_map(copied, outputs) if calls > 1 else outputs)
+            ran.outputs.append(copied(outputs) if calls > 1 else outputs)
     return ran
 
 
@@ -119,16 +120,16 @@ class _Execution(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if self.precision is not None and target is not _BITS:
-            args, kwargs = widened_types(args, self.precision), widened_types(kwargs, self.precision)
+            args, kwargs = _widened_types((args, kwargs), self.precision)
         if not (isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags):
             return self._made(target, args, kwargs)
-        device = next(
-            (value.device for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)),
-            torch.device("cpu"),
+        is_cuda = any(
+            isinstance(leaf, Tensor) and leaf.is_cuda for leaf in pytree.tree_leaves((args, kwargs))
         )
-        before = _random_state(device)
+        state = torch.cuda.get_rng_state if is_cuda else torch.get_rng_state
+        before = state()
         made = self._made(target, args, kwargs)
-        if not torch.equal(before, _random_state(device)):
+        if not torch.equal(before, state()):
             self.ran.drawn += [
                 tuple(value.shape) for value in pytree.tree_leaves(made) if isinstance(value, Tensor)
             ]
@@ -157,11 +158,7 @@ class _Execution(fx.Interpreter):
         )
 
 
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def widened_types(value: Any, precision: torch.dtype) -> Any:
+def _widened_types(value: Any, precision: torch.dtype) -> Any:
     return pytree.tree_map(
         lambda leaf: wide(leaf, precision) if isinstance(leaf, torch.dtype) else leaf, value
     )
@@ -174,19 +171,12 @@ def _widened_graph(module: fx.GraphModule, precision: torch.dtype) -> fx.GraphMo
     graph.set_codegen(module.graph._codegen)
     for node in graph.nodes:
         if node.op == "call_function" and node.target is not _BITS:
-            node.args, node.kwargs = (
-                widened_types(node.args, precision),
-                widened_types(node.kwargs, precision),
-            )
+            node.args, node.kwargs = _widened_types((node.args, node.kwargs), precision)
     return fx.GraphModule(module, graph)
 
 
-def copied(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
-
-
 @contextmanager
-def default_type(dtype: torch.dtype) -> Iterator[None]:
+def _default_type(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -209,4 +199,4 @@ def _own_buffers(module: fx.GraphModule, precision: torch.dtype | None) -> Itera
             set_weight(module, name, tensor)
 
 
-__all__ = ["Ran", "copied", "default_type", "remembers", "run", "wide", "widened", "widened_types"]
+__all__ = ["Ran", "remembers", "run"]
