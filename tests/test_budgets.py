@@ -572,9 +572,9 @@ def test_the_command_line_keeps_budgets(tmp_path: Path) -> None:
         assert spent.used <= spent.allowed == 0.9 * spent.dense
         assert f"budget: {spent}" in " ".join(done.stdout.split())
     for wrong, message in (
-        (["--macs", "0.8", "--sparsity", "0.2"], "--sparsity 0.2 and --macs both say how much goes"),
+        (["--macs", "0.8", "--sparsity", "0.2"], "--sparsity 0.2 and the budget of macs both say how much goes"),
         (["--bytes", "some"], "--bytes 'some' is no amount"),
-        (["--parameters", "0.8", "--plain"], "--parameters cannot go with --plain"),
+        (["--parameters", "0.8", "--plain"], "a budget cannot go with --plain"),
     ):
         refused = CliRunner().invoke(app, [*command[:3], str(tmp_path / "other"), *small, *wrong])
         assert refused.exit_code == 2

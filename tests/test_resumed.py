@@ -253,7 +253,7 @@ def test_a_model_in_parts_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     how: dict[str, Any] = {"calibration": [x], "sparsity": 0.3}
     expected = fasp_fx.prune(model, (x,), **how)
     made = fasp_fx.prune(model, (x,), checkpoint=state, **how)
-    monkeypatch.setattr(_visit.Observer, "_repair", None)  # nothing is computed a second time
+    monkeypatch.setattr(_visit.Observer, "_observe", None)  # nothing is seen a second time
     again = fasp_fx.prune(model, (x,), checkpoint=state, **how)
     assert made.plan == again.plan == expected.plan
     for found in (made, again):
