@@ -572,7 +572,7 @@ def test_the_command_line_keeps_budgets(tmp_path: Path) -> None:
         assert spent.used <= spent.allowed == 0.9 * spent.dense
         assert f"budget: {spent}" in " ".join(done.stdout.split())
     for wrong, message in (
-        (["--macs", "0.8", "--sparsity", "0.2"], "--sparsity 0.2 and the budget of macs both say how much goes"),
+        (["--macs", "0.8", "--sparsity", "0.2"], "--sparsity 0.2 and the budget of macs both say"),
         (["--bytes", "some"], "--bytes 'some' is no amount"),
         (["--parameters", "0.8", "--plain"], "a budget cannot go with --plain"),
     ):

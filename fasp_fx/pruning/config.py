@@ -285,8 +285,8 @@ class PruningConfig:
             ),
             (
                 self.budget and self.sparsity is not None,
-                f"sparsity={self.sparsity!r} and the budget of {', '.join(cap.name for cap in self.caps)} both"
-                " say how much goes; leave one of them out",
+                f"sparsity={self.sparsity!r} and the budget of {' and '.join(cap.name for cap in self.caps)}"
+                " both say how much goes; leave one of them out",
             ),
             (
                 by_pattern and self.allocation not in (None, "uniform"),
