@@ -35,16 +35,17 @@ Term = list[tuple[Dim, ...]]
 #: the shape of what a node makes
 ShapeOf = Callable[[fx.Node], tuple[int, ...]]
 
-#: all dimensions of an argument, and all but some
+#: of an argument, or the widest of several, one dimension, or all but some
+Factor = tuple[str | tuple[str, ...], int | tuple[int, ...]]
+#: all dimensions of an argument, and all but the last
 ALL: tuple[int, ...] = ()
 BUT_LAST: tuple[int, ...] = (-1,)
-_Product = list[tuple[str | tuple[str, ...], int | tuple[int, ...]]]
-_SCORES: _Product = [("query", BUT_LAST), ("key", -2)]
+_SCORES: list[Factor] = [("query", BUT_LAST), ("key", -2)]
 _FUSED = ("query", "value")  # heads of both are of one width once the passes have run
 #: products of sizes by operator: of each argument (``out``: the result) one dimension, or all but some; the
 #: whole kernel of a convolution at every position of its output, or, where it is transposed, of its input;
 #: attention's products with keys and with values; every matrix of a recurrent layer at every step
-_FORMULAS: dict[str, list[_Product]] = {
+_FORMULAS: dict[str, list[list[Factor]]] = {
     "aten.linear.default": [[("input", ALL), ("weight", 0)]],
     "aten.bilinear.default": [[("input1", ALL), ("weight", 0), ("weight", 2)]],
     "aten.matmul.default": [[("out", ALL), ("self", -1)]],
@@ -151,9 +152,7 @@ def _terms(node: fx.Node, module: torch.nn.Module, shape: ShapeOf) -> list[Term]
     return []
 
 
-def _dims(
-    given: dict[str, Any], term: list[tuple[str | tuple[str, ...], int | tuple[int, ...]]], shape: ShapeOf
-) -> Term:
+def _dims(given: dict[str, Any], term: list[Factor], shape: ShapeOf) -> Term:
     """The dimensions of one product of sizes, of the arguments of a call."""
     found: Term = []
     for names, which in term:
