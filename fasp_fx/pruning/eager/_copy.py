@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,36 +13,15 @@ from torch import Tensor, nn
 from ...analysis.plan import PruningPlan
 from ...base._tolerable import tolerable
 from ...capturing._fx import attribute
+from ...capturing._quiet import quiet
+from ...capturing._transformers import is_transformers
 from ...errors import EagerError, first_line
 from .._weights import FusedWeights
 
 
-@dataclass(frozen=True)
-class Copied:
-    """A copy of the caller's module that holds the weights of a result.
-
-    Attributes:
-        model: the caller's.
-        module: the copy, of the same class; all attributes but tensors are those of the original.
-    """
-
-    model: nn.Module
-    module: nn.Module
-
-    def cuts(self) -> dict[str, list[tuple[int, int]]]:
-        """For each submodule that holds tensors which have become smaller, how long their dimensions were and
-        are.
-        """
-        found: dict[str, list[tuple[int, int]]] = {}
-        for (name, dense), (_, now) in zip(held(self.model), held(self.module), strict=True):
-            lost = [pair for pair in zip(dense.shape, now.shape) if pair[0] != pair[1]]
-            if lost:
-                found.setdefault(name.rpartition(".")[0], []).extend(lost)
-        return found
-
-
-def copied(model: nn.Module, pruned: nn.Module, plan: PruningPlan) -> Copied:
-    """Copy a model with the weights that the module of a result has now; no storage is shared with either.
+def copied(model: nn.Module, pruned: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Copy a model with the weights that the module of a result has now; no storage is shared with either,
+    and all attributes but tensors are those of the model.
 
     Each tensor that the copy holds in several places is one tensor there as well, and a parameter is trained
     if it is in the model. What the program does not use (a branch that was not captured, the count of batches
@@ -52,18 +31,24 @@ def copied(model: nn.Module, pruned: nn.Module, plan: PruningPlan) -> Copied:
         EagerError: a weight cannot be had in the form that the model holds it in, or the model cannot be
             copied.
     """
+    lost = {name for name, _ in plan.slices()}
+    for weight in plan.folds:
+        if weight.name in lost:
+            raise EagerError(
+                f"the model computes '{weight.name}' from '{weight.sources[0]}' in every call, which"
+                " cannot be made to give the smaller weight; use result.module, or remove the"
+                " parametrisation before pruning"
+            )
+    computed = {source for weight in plan.folds for source in weight.sources}
+    device = next((tensor.device for tensor in [*pruned.parameters(), *pruned.buffers()]), None)
+    parameters, fused = dict(pruned.named_parameters(remove_duplicate=False)), FusedWeights(plan)
     memo: dict[int, Any] = {}
     made: dict[
         int, tuple[Tensor, Tensor]
-    ] = {}  # each with what it was made of, whose id must not be given to another
-    computed = {source for weight in plan.folds for source in weight.sources}
-    device = next((tensor.device for tensor in [*pruned.parameters(), *pruned.buffers()]), None)
-    smaller = _Smaller(pruned, plan)
-    tensors = list(held(model))
-    for name, tensor in tensors:
-        value = None if name in computed else smaller.get(name)
-        value = tensor if value is None else value
+    ] = {}  # with what it was made of, whose id is given to no other then
+    for name, tensor in tensors(model):
         if id(tensor) not in memo:
+            value = tensor if name in computed else _smaller(name, tensor, pruned, parameters, fused)
             if id(value) not in made:
                 made[id(value)] = value, _own(value, tensor, device)
             memo[id(tensor)] = made[id(value)][1]
@@ -76,59 +61,57 @@ def copied(model: nn.Module, pruned: nn.Module, plan: PruningPlan) -> Copied:
         ) from error
     for path, inner in model.named_modules():
         module.get_submodule(path).training = inner.training  # some are built anew by their class
-    lost = {name for name, _ in plan.slices()}
-    # The others are computed as ever; should training have changed one, it shows.
-    for weight in plan.folds:
-        if weight.name in lost:
-            value = smaller.get(weight.name)
-            assert value is not None
-            _take_computed(module, weight.name, weight.sources, value)
-    return Copied(model, module)
+    return module
 
 
 def twin(model: nn.Module) -> nn.Module:
     """A copy of a model that shares its tensors."""
-    return copy.deepcopy(model, {id(tensor): tensor for _, tensor in held(model)})
+    return copy.deepcopy(model, {id(tensor): tensor for _, tensor in tensors(model)})
 
 
-def held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def cuts(model: nn.Module, module: nn.Module) -> dict[str, list[tuple[int, int]]]:
+    """For each submodule that holds tensors which have become smaller in a copy, how long their dimensions
+    were and are.
+    """
+    found: dict[str, list[tuple[int, int]]] = {}
+    for (name, dense), (_, now) in zip(tensors(model), tensors(module), strict=True):
+        lost = [pair for pair in zip(dense.shape, now.shape) if pair[0] != pair[1]]
+        if lost:
+            found.setdefault(name.rpartition(".")[0], []).extend(lost)
+    return found
+
+
+def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer by name, and every tensor that is a plain attribute; those held in several
     places under each of their names.
     """
     for path, inner in module.named_modules(remove_duplicate=False):
-        if isinstance(inner, torch.jit.ScriptModule):
-            continue
-        prefix = f"{path}." if path else ""
-        plain = {name: value for name, value in vars(inner).items() if isinstance(value, Tensor)}
-        for name, value in {**plain, **inner._buffers, **inner._parameters}.items():
-            if value is not None:
-                yield prefix + name, value
+        if not isinstance(inner, torch.jit.ScriptModule):
+            prefix = f"{path}." if path else ""
+            for name, value in {**vars(inner), **inner._buffers, **inner._parameters}.items():
+                if isinstance(value, Tensor):
+                    yield prefix + name, value
 
 
-class _Smaller:
-    """The tensors of a result by the names of the model's."""
-
-    def __init__(self, pruned: nn.Module, plan: PruningPlan) -> None:
-        self.module, self.fused = pruned, FusedWeights(plan)
-        self.parameters = dict(pruned.named_parameters(remove_duplicate=False))
-
-    def get(self, name: str) -> Tensor | None:
-        """The tensor by that name, put together of its parts if need be; ``None`` for what the program does
-        not use.
-        """
-        if name in self.fused:
-            try:
-                return self.fused.joined(name, self.parameters)
-            except tolerable(RuntimeError) as error:
-                raise EagerError(
-                    f"the parts of '{name}' have lost different positions, so that no single weight holds"
-                    " them; use result.module"
-                ) from error
+def _smaller(
+    name: str, tensor: Tensor, pruned: nn.Module, parameters: dict[str, nn.Parameter], fused: FusedWeights
+) -> Tensor:
+    """The tensor of a result by its name in the model, put together of its parts if need be; that of the
+    model where the program does not use it.
+    """
+    if name in fused:
         try:
-            found = attribute(self.module, name)
-        except AttributeError:
-            return None
-        return found if isinstance(found, Tensor) else None
+            return fused.joined(name, parameters)
+        except tolerable(RuntimeError) as error:
+            raise EagerError(
+                f"the parts of '{name}' have lost different positions, so that no single weight holds them;"
+                " use result.module, or prune whole heads"
+            ) from error
+    try:
+        found = attribute(pruned, name)
+    except AttributeError:
+        return tensor
+    return found if isinstance(found, Tensor) else tensor
 
 
 def _own(value: Tensor, like: Tensor, device: torch.device | None) -> Tensor:
@@ -141,27 +124,30 @@ def _own(value: Tensor, like: Tensor, device: torch.device | None) -> Tensor:
     return made
 
 
-def _take_computed(module: nn.Module, name: str, sources: tuple[str, ...], value: Tensor) -> None:
-    """Let a module compute a weight to be ``value``, where it can tell what to compute it from: a
-    parametrisation that has an inverse.
+def keep_from_saving(module: nn.Module) -> None:
+    """Have ``save_pretrained`` of a copy refuse, where a model that is built of its configuration has other
+    sizes: nobody could load what it wrote.
     """
-    path, _, leaf = name.rpartition(".")
-    owner = attribute(module, path) if path else module
-    trained = {source: attribute(module, source).requires_grad for source in sources}
+    if is_transformers(module) and not _says_sizes(module):
+        module.save_pretrained = functools.partial(_refuse, type(module).__name__)  # type: ignore[assignment]
+
+
+def _says_sizes(module: Any) -> bool:
     try:
-        if not nn.utils.parametrize.is_parametrized(owner, leaf):
-            raise TypeError("it is no parametrisation of torch.nn.utils.parametrize")
-        with torch.no_grad():
-            setattr(owner, leaf, value.detach().clone())
-    except tolerable(Exception) as error:  # an inverse raises what it likes
-        of = ", ".join(map(repr, sources))
-        raise EagerError(
-            f"the model computes '{name}' from {of} in every call, which cannot be made to give the smaller"
-            f" weight ({first_line(error)}); use result.module, or remove the parametrisation from the model"
-            " before pruning"
-        ) from error
-    for source, requires_grad in trained.items():
-        attribute(module, source).requires_grad_(requires_grad)
+        with quiet(), torch.device("meta"):
+            built = type(module)(copy.deepcopy(module.config))
+    except tolerable(Exception):  # a class refuses what it likes
+        return False
+    ours, its = ({name: tensor.shape for name, tensor in one.named_parameters()} for one in (module, built))
+    return ours == its
 
 
-__all__ = ["Copied", "copied", "held", "twin"]
+def _refuse(name: str, *args: Any, **kwargs: Any) -> None:
+    raise EagerError(
+        f"the configuration of {name} does not say the sizes that its layers have now, and nobody could load"
+        " the folder; save state_dict(), or prune with fasp_fx.hf.prune(..., plain=True), whose result is an"
+        " ordinary checkpoint"
+    )
+
+
+__all__ = ["copied", "cuts", "keep_from_saving", "tensors", "twin"]

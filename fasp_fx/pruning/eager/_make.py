@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ...analysis import plan as plans
 from ...analysis._analysis import analyze_program
-from ...analysis.build._depth import DEPTH
-from ...analysis.groups import APPROXIMATE, EXEMPT
 from ...analysis.plan import PruningPlan
 from ...base._stamps import WRITTEN_BY
 from ...base._tolerable import tolerable
@@ -25,18 +22,14 @@ from ...capturing._program import Program
 from ...capturing._reaching import noting_reads, said_of_reads
 from ...capturing._unchanged import rewound
 from ...errors import ArgumentError, EagerError, first_line
-from ...passes import KeepDenseCount, PadValueHeads, PinAttentionScale, split_fused
+from ...passes import PadValueHeads, split_fused
 from ...passes._finish import finish
-from ...passes._pruned_module import Origin, PrunedModule
-from ._copy import Copied, copied, twin
+from ...passes._pruned_module import PrunedModule
+from ._copy import copied, cuts, keep_from_saving, twin
 from ._same import Difference, first_difference, other_sizes
-from ._saving import keep_from_saving
 from ._settle import settle
-from ._sizes import is_within, records, write, write_said
+from ._sizes import is_within, write, write_said
 from ._traced import traced
-
-#: widths that are multiples of it serve all kernels
-FULL = 8
 
 
 def eager(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> nn.Module:
@@ -44,60 +37,48 @@ def eager(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be the nn.Module that was pruned, not {type(model).__name__}")
     _check(pruned, plan, model)
-    made, expected = copied(model, pruned, plan), _Expected.of(pruned, plan)
-    with rewound(model), _evaluating(model), _evaluating(made.module):
-        wrong = _written(made, expected)
+    made = _Copy(pruned, plan, model)
+    with rewound(model), _evaluating(model, made.module):
+        wrong = made.settled()
         if wrong is not None:
-            remedy, group = _remedy(pruned, plan, wrong, model)
-            kind = type(model).__name__
+            group = _group(plan, wrong)
+            keep = f", or keep the group '{group}' and its like by exclude=" if group else ""
             raise EagerError(
-                f"no copy of {kind} computes what the pruned program does: {wrong.said}; {remedy}", group
+                f"no copy of {type(model).__name__} computes what the pruned program does: {wrong.said}; use"
+                f' result.module, or prune whole heads (granularity=("channel", "head")){keep}, or see what a'
+                " class cannot say in docs/eager.md",
+                group,
             )
         for training in (False, True):
-            _check_run(made, expected, training)
+            made.run(training)
     keep_from_saving(made.module)
     return made.module
 
 
-@dataclass(frozen=True)
-class _Expected:
-    """The pruned program that a copy is to be.
+class _Copy:
+    """A copy of the caller's model that holds the weights of a result, and the program that it is to be.
 
-    Attributes:
-        program: over the module of the result.
-        origin: what that was made of.
-        args, kwargs: the example inputs of the caller's ``forward``.
+    Raises:
+        EagerError: the result holds no example inputs, on which the copy could be captured.
     """
 
-    plan: PruningPlan
-    program: Program
-    origin: Origin
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @classmethod
-    def of(cls, module: nn.Module, plan: PruningPlan) -> _Expected:
-        """The program of a result, with example inputs where its weights are.
-
-        Raises:
-            EagerError: it holds none.
-        """
-        assert isinstance(module, PrunedModule)
-        example = module.fasp_fx_origin.example
-        if example is None:
+    def __init__(self, pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> None:
+        assert isinstance(pruned, PrunedModule)
+        self.plan, self.model, self.origin = plan, model, pruned.fasp_fx_origin
+        if self.origin.example is None:
             raise EagerError(
                 "the program of the result holds no example inputs, on which a copy could be captured; use"
                 " result.module"
             )
-        device = next((tensor.device for tensor in [*module.parameters(), *module.buffers()]), None)
-        example = pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, example)
-        program = Program(module, module.fasp_fx_origin.signature, example)
-        return cls(plan, program, module.fasp_fx_origin, *program.call())
-
-    @cached_property
-    def graph(self) -> fx.Graph:
-        """What it computes, as it was captured and rewritten."""
-        return self.origin.body()[0]
+        device = next((tensor.device for tensor in [*pruned.parameters(), *pruned.buffers()]), None)
+        example = pytree.tree_map(
+            lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, self.origin.example
+        )
+        self.program = Program(pruned, self.origin.signature, example)
+        self.args, self.kwargs = self.program.call()
+        #: what it computes, as it was captured and rewritten
+        self.graph = self.origin.body()[0]
+        self.module = copied(model, pruned, plan)
 
     def captured(self, module: nn.Module) -> Program:
         """A module of the caller's, captured as the program was."""
@@ -108,104 +89,102 @@ class _Expected:
             dynamic_shapes=lambda args, kwargs: recorded_shapes(self.graph, (args, kwargs), settled=True),
         )
 
-    def difference(self, made: Copied) -> Difference | None:
-        """Where a copy computes anything else, if it does.
+    def settled(self) -> Difference | None:
+        """Give the attributes the sizes that the weights have; what is wrong with the copy then."""
+        wrong = self.difference()
+        if wrong is None:
+            return None
+        dense = twin(self.model)
+        shared = {id(value) for inner in self.model.modules() for value in vars(inner).values()}
+        with traced(dense, shared) as log:
+            graph = self.captured(dense).module.graph
+        assignments, torn = settle(graph, self.graph, log, cuts(self.model, self.module))
+        for assignment in assignments:
+            write(self.module, assignment)
+            wrong = self.difference()
+            if wrong is None:
+                return None
+        return replace(wrong, said=f"{wrong.said}; {torn}") if torn else wrong
+
+    def difference(self) -> Difference | None:
+        """Where the copy computes anything else than the program, if it does.
 
         Raises:
             EagerError: it reads the model.
         """
-        plan, module, read = self.plan, made.module, list[str]()
+        plan, read = self.plan, list[str]()
         try:
-            write_said(made.model, module)
-            with noting_reads(made.model, module) as read:
-                found = self.captured(module)
+            write_said(self.model, self.module)
+            with noting_reads(self.model, self.module) as read:
+                found = self.captured(self.module)
             written = {node.meta.get(WRITTEN_BY) for node in self.program.module.graph.nodes}
             if plan.splits or plan.copies or PadValueHeads.name in written:
                 analysis = analyze_program(found, split_fused, plan.granularity, plan.include)
                 found = PadValueHeads().rewrite(analysis.program, analysis)
             again = finish(found)
         except tolerable(Exception) as error:  # a module raises what it likes
-            _refuse_reads(made.model, read)
+            self._refuse_reads(read)
             cause = error.__cause__ or error
-            path = _failing(cause, module)
-            where = f"'{path}' ({type(module.get_submodule(path)).__name__}) " if path else ""
+            path = _failing(cause, self.module)
+            where = f"'{path}' ({type(self.module.get_submodule(path)).__name__}) " if path else ""
             return Difference(f"{where}fails: {type(cause).__name__}: {first_line(cause)}", path)
-        _refuse_reads(made.model, read)
+        self._refuse_reads(read)
         origin = again.fasp_fx_origin
         return first_difference(origin.body()[0], again, self.graph, self.program.module) or other_sizes(
             origin.facts, self.origin.facts
         )
 
+    def run(self, training: bool) -> None:
+        """Run the copy as it is in one of its modes.
+
+        Raises:
+            EagerError: it reads the caller's model, gives something else than its own graph, or fails where
+                the model runs.
+        """
+        try:
+            with rewound(self.model), noting_reads(self.model, self.module) as read:
+                found = self._called(self.module.train(training))
+        except tolerable(Exception) as error:  # a module raises what it likes
+            if training and not self._runs(self.model.train()):
+                return  # as norms do with a single sample
+            raise EagerError(
+                f"the copy fails in {'training' if training else 'evaluation'} mode, where the model runs:"
+                f" {type(error).__name__}: {first_line(error)}; use result.module, or prune with round_to=8,"
+                " if a kernel takes whole 16 bytes alone"
+            ) from error
+        self._refuse_reads(read)
+        trouble = None if training else trouble_with(self.program, found, self.args, self.kwargs)
+        if trouble is not None:
+            raise EagerError(
+                f"the pruned program {trouble}, which a copy computes when called; use result.module"
+            )
+
+    def _called(self, module: nn.Module) -> Any:
+        return called(self.program, module, self.args, self.kwargs)[0]
+
+    def _runs(self, module: nn.Module) -> bool:
+        try:
+            self._called(module)
+        except tolerable(Exception):  # as above
+            return False
+        return True
+
+    def _refuse_reads(self, read: list[str]) -> None:
+        if read:
+            raise EagerError(f"{said_of_reads(self.model, read)} or use result.module")
+
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """A module in evaluation mode, and as it was afterwards."""
-    modes = [(inner, inner.training) for inner in module.modules()]
-    module.eval()
+def _evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Modules in evaluation mode, and as they were afterwards."""
+    modes = [(inner, inner.training) for module in modules for inner in module.modules()]
+    for module in modules:
+        module.eval()
     try:
         yield
     finally:
         for inner, training in modes:
             inner.training = training
-
-
-def _written(made: Copied, expected: _Expected) -> Difference | None:
-    """Give the attributes of a copy the sizes that its weights have; what is wrong with it then."""
-    wrong = expected.difference(made)
-    if wrong is None:
-        return None
-    dense = twin(made.model)
-    with traced(dense, {id(record) for record in records(made.model)}) as log:
-        graph = expected.captured(dense).module.graph
-    settled = settle(graph, expected.graph, log, made.cuts())
-    for assignment in settled.assignments():
-        write(made.module, assignment)
-        wrong = expected.difference(made)
-        if wrong is None:
-            return None
-    return replace(wrong, said=f"{wrong.said}; {settled.torn}") if settled.torn else wrong
-
-
-def _check_run(made: Copied, expected: _Expected, training: bool) -> None:
-    """Run a copy as it is in one of its modes.
-
-    Raises:
-        EagerError: it reads the caller's model, gives something else than its own graph, or fails where the
-            model runs.
-    """
-    program, args, kwargs = expected.program, expected.args, expected.kwargs
-    module = made.module.train(training)
-    try:
-        with rewound(made.model), noting_reads(made.model, module) as read:
-            found, _ = called(program, module, args, kwargs)
-    except tolerable(Exception) as error:  # a module raises what it likes
-        if training and not _runs(made.model.train(), expected):
-            return  # as norms do with a single sample
-        raise EagerError(
-            f"the copy fails in {'training' if training else 'evaluation'} mode, where the model runs:"
-            f" {type(error).__name__}: {first_line(error)}; use result.module, or prune with"
-            f" round_to={FULL}, if a kernel takes whole 16 bytes alone"
-        ) from error
-    _refuse_reads(made.model, read)
-    trouble = None if training else trouble_with(program, found, args, kwargs)
-    if trouble is not None:
-        raise EagerError(
-            f"the pruned program {trouble}, which a copy computes when called; use result.module"
-        )
-
-
-def _refuse_reads(model: nn.Module, read: list[str]) -> None:
-    if read:
-        raise EagerError(f"{said_of_reads(model, read)} or use result.module")
-
-
-def _runs(model: nn.Module, expected: _Expected) -> bool:
-    """Whether a model runs on the example inputs as it is."""
-    try:
-        called(expected.program, model, expected.args, expected.kwargs)
-    except tolerable(Exception):  # as above
-        return False
-    return True
 
 
 def _check(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> None:
@@ -231,58 +210,20 @@ def _failing(error: BaseException, module: nn.Module) -> str | None:
     return next((paths[id(owner)] for owner in reversed(running) if id(owner) in paths), None)
 
 
-def _remedy(
-    pruned: nn.Module, plan: PruningPlan, wrong: Difference, model: nn.Module
-) -> tuple[str, str | None]:
-    """What can be done instead, and what of the program no module has where that can be told; and the group
-    that is to be kept.
-    """
-    assert isinstance(pruned, PrunedModule)
-    written = {node.meta.get(WRITTEN_BY) for node in pruned.graph.nodes}
-    if KeepDenseCount.name in written:
-        why = (
-            "the program goes on to divide by the dense count of the channels that a norm or mean has lost,"
-            " and no module of the model does"
-        )
-        return f"{why}; use result.module, or prune without '{APPROXIMATE}' in include=", None
-    if EXEMPT in plan.include and PinAttentionScale.name in written:
-        why = "the program keeps the scale of an attention whose heads have become narrower"
-        return f"{why}; use result.module, or prune without '{EXEMPT}' in include=", None
-    if DEPTH in plan.include and any(0 in parameter.shape for parameter in pruned.parameters()):
-        why = "the program leaves a block out, which the model's own module goes on to run"
-        return f"{why}; use result.module, or prune without '{DEPTH}' in include=", None
-    parts = {
-        group.name: (*group.producers, *group.consumers)
-        for group in plan.groups
-        if group.granularity == "channel" and group.blocks > 1
-    }
-    heads = next((name for name, own in parts.items() if all(part.block_dim is None for part in own)), None)
-    if heads is not None:
-        whole = 'granularity=("head",) or ("channel", "head")'
-        return (
-            f"use result.module, or prune whole heads ({whole}) where the group '{heads}' has lost channels"
-            " of each, or keep it and its like by exclude="
-        ), heads
-    computed = next(
-        (path for path, part in model.named_modules() if nn.utils.parametrize.is_parametrized(part)), None
+def _group(plan: PruningPlan, wrong: Difference) -> str | None:
+    """The group that is to be kept: one that loses channels of each head, or one where the copy differs."""
+    parts = {group: (*group.producers, *group.consumers) for group in plan.groups}
+    of_heads = (
+        group.name
+        for group, own in parts.items()
+        if group.granularity == "channel" and group.blocks > 1 and all(part.block_dim is None for part in own)
     )
-    if computed is not None:
-        return (
-            f"use result.module, or call torch.nn.utils.parametrize.remove_parametrizations on '{computed}'"
-            " before pruning"
-        ), None
-    failing = next(
-        (
-            group.name
-            for group in plan.groups
-            for part in (*group.producers, *group.consumers)
-            if wrong.path and is_within(part.name.rpartition(".")[0], wrong.path)
-        ),
-        None,
+    failing = (
+        group.name
+        for group, own in parts.items()
+        if wrong.path and any(is_within(part.name.rpartition(".")[0], wrong.path) for part in own)
     )
-    if failing is None:
-        return "use result.module", None
-    return f"use result.module, or keep the group '{failing}' and its like by exclude=", failing
+    return next(of_heads, None) or next(failing, None)
 
 
 __all__ = ["eager"]

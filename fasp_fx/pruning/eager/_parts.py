@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -14,14 +14,14 @@ from ...errors import ArgumentError, EagerError
 from .._result import Result
 from ..submodules._stand_in import put
 from ..submodules._whole import copied, whole_fingerprint
-from ._copy import held
+from ._copy import tensors
 from ._make import eager
 
 
 def eager_in_parts(
     pruned: nn.Module, plan: PruningPlan, results: Mapping[str, Result], model: nn.Module
 ) -> nn.Module:
-    """A copy of a model in which each part that was captured is a smaller copy of the caller's, held against
+    """A copy of a model in which each part that was captured is a smaller copy of the caller's, compared with
     the program of that part.
 
     What lies around the parts has the weights that ``result.module`` has now.
@@ -34,36 +34,31 @@ def eager_in_parts(
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be the nn.Module that was pruned, not {type(model).__name__}")
     plans.check_fingerprint(plan, whole_fingerprint(dict(model.named_parameters(remove_duplicate=False))))
-    parts = {place: path for path, part in results.items() for place in _places(pruned, part)}
+    named = list(pruned.named_modules(remove_duplicate=False))
+    places = {
+        path: [place for place, inner in named if inner is part.module] for path, part in results.items()
+    }
     holders: dict[int, str | None] = {}
-    around = []
-    for name, tensor in held(pruned):
-        holder = next((path for place, path in parts.items() if name.startswith(f"{place}.")), None)
+    made = copied(model)
+    for name, tensor in tensors(pruned):
+        holder = next(
+            (path for path, own in places.items() if any(name.startswith(f"{place}.") for place in own)), None
+        )
         if holders.setdefault(id(tensor), holder) != holder:
             raise EagerError(
                 f"'{name}' is shared between a part and what is around it, and each part is made by itself;"
                 " use result.module"
             )
         if holder is None:
-            around.append((name, tensor))
-    made = copied(model)
+            attribute(made, name).data = tensor.detach().clone()
     for path, part in results.items():
         try:
             smaller = eager(part.module, part.plan, model.get_submodule(path))
         except tolerable(EagerError) as error:
             group = None if error.group is None else f"{path}.{error.group}"
             raise EagerError(f"in part '{path}': {error}", group) from error
-        put(made, _places(pruned, part), smaller)
-    for name, tensor in around:
-        attribute(made, name).data = tensor.detach().clone()
+        put(made, places[path], smaller)
     return made
-
-
-def _places(pruned: nn.Module, part: Result) -> Iterator[str]:
-    """Where a part stands in the model."""
-    for place, inner in pruned.named_modules(remove_duplicate=False):
-        if inner is part.module:
-            yield place
 
 
 __all__ = ["eager_in_parts"]

@@ -4,7 +4,6 @@ assumptions about sizes, so that what they compute is the same on every input th
 
 from __future__ import annotations
 
-import ast
 import itertools
 import math
 import re
@@ -12,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from ...base.compare import deviation
+from ...base.compare import deviation, tolerance
 from ...base.compat import free_unbacked_symbols
 from ...capturing._fx import arguments, attribute, results, target_name, written_by
 from ...capturing._sizes import same_sizes
@@ -25,10 +25,8 @@ from ...patterns import RESHAPES, lookup
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 #: what is assumed of a size that does not vary
 _SETTLED = re.compile(r".+\.size\(\)\[\d+\] == \d+")
+_SIZE = re.compile(r"L\[(?:(?!size\(\)).)*\.size\(\)\[\d+\]")
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
-#: how far weights that a model computes in every call may be from those that it computed once: max|a − b| /
-#: max|b| in units of their precision
-_ROUNDING = 64
 _COPIES = ("aten.clone.default", "aten.contiguous.default")
 #: clauses of the operators that part a dimension, and of all that take some of it
 _PARTS = ("chunk", "sizes")
@@ -79,27 +77,18 @@ def _assumed(facts: ExportFacts) -> tuple[set[str], set[str]]:
 
 def _reduced(guard: str) -> str:
     """What is assumed, without the factors that both sides of it have, as widths are."""
-    tree = ast.parse(guard, mode="eval").body
-    if not isinstance(tree, ast.Compare) or len(tree.ops) > 1 or type(tree.ops[0]) not in (ast.Eq, ast.NotEq):
+    sizes: dict[str, sympy.Symbol] = {}
+
+    def named(size: re.Match[str]) -> str:
+        name = f"size{len(sizes)}"
+        sizes[name] = sympy.Symbol(size[0], integer=True, positive=True)
+        return name
+
+    sides = re.split(" (==|!=) ", _SIZE.sub(named, guard))
+    if len(sides) != 3:
         return guard
-    left, right = tree.left, tree.comparators[0]
-    relation = "is" if isinstance(tree.ops[0], ast.Eq) else "is not"
-    if isinstance(left, ast.BinOp) and isinstance(left.op, ast.Mod) and ast.unparse(right) == "0":
-        relation += " a multiple of"
-        right, left = left.right, left.left
-    (mine, one), (its, other) = _factors(left), _factors(right)
-    common = math.gcd(mine, its) or 1
-    return f"{mine // common}*{one} {relation} {its // common}*{other}"
-
-
-def _factors(product: ast.expr) -> tuple[int, str]:
-    """The number that a product begins with, and the rest of it."""
-    if isinstance(product, ast.Constant) and type(product.value) is int:
-        return product.value, "1"
-    if not isinstance(product, ast.BinOp) or not isinstance(product.op, ast.Mult):
-        return 1, ast.unparse(product)
-    (mine, one), (its, other) = _factors(product.left), _factors(product.right)
-    return mine * its, f"{one}*{other}"
+    left, right = (sympy.sympify(side, sizes) for side in (sides[0], sides[2]))
+    return f"{(left - right).expand().primitive()[1]} {sides[1]} 0"
 
 
 class _Comparison:
@@ -178,13 +167,9 @@ class _Comparison:
         if isinstance(mine, fx.GraphModule) and isinstance(its, fx.GraphModule):
             inner = _Comparison(mine, its).first(mine.graph, its.graph)
             return None if inner is None else inner.said
-        if one != other or deviation(mine.detach(), its.detach()) > _ROUNDING * _precision(its):
+        if one != other or deviation(mine.detach(), its.detach()) > tolerance("computed weights", its.dtype):
             return f"'{one}' stands where the program has '{other}', or has other values"
         return None
-
-
-def _precision(weight: Tensor) -> float:
-    return torch.finfo(weight.dtype).eps if weight.is_floating_point() or weight.is_complex() else 0.0
 
 
 def _operator(node: fx.Node) -> str:

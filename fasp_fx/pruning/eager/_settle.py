@@ -3,42 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from ...base.compat import pytree
-from ._sizes import Assignment, Size, rescaled
+from ._sizes import Assignment, Size, is_within
 from ._traced import Log, Traced, arrivals
-
-
-@dataclass(frozen=True)
-class Settled:
-    """What is known of the attributes of a copy.
-
-    Attributes:
-        known: the values of those of which the pruned program tells what they have to be.
-        likely: of those of which only the weights around them do.
-        dense: of all, as the model has them.
-        torn: what an attribute cannot be at the same time, in words.
-    """
-
-    known: Assignment
-    likely: Assignment
-    dense: Assignment
-    torn: str | None
-
-    def assignments(self) -> Iterator[Assignment]:
-        """What the attributes may have to be: of the names in doubt all, one, or none; each that is not what
-        the model has.
-        """
-        sure = {**{size: self.dense[size] for size in self.likely}, **self.known}
-        names = sorted({size.name for size in self.likely})
-        for chosen in dict.fromkeys([tuple(names), *((name,) for name in names), ()]):
-            found = {**sure, **{size: value for size, value in self.likely.items() if size.name in chosen}}
-            if any(value != self.dense[size] for size, value in found.items()):
-                yield found
 
 
 @dataclass(frozen=True)
@@ -51,15 +23,21 @@ class _Wanted:
 
 
 def settle(
-    dense: fx.Graph, pruned: fx.Graph, log: Log, cuts: Mapping[str, Iterable[tuple[int, int]]]
-) -> Settled:
+    dense: fx.Graph, pruned: fx.Graph, log: Log, cuts: Mapping[str, Sequence[tuple[int, int]]]
+) -> tuple[list[Assignment], str | None]:
     """What the attributes of a model have to be for its graph to become the pruned one: each integer that is
-    traced into an argument of a node has to be what stands there in the pruned graph.
+    traced into an argument of a node has to be what stands there in the pruned graph. Of those that are used
+    where no graph shows it, the weights around them may tell.
 
     Args:
         dense: the graph of the model, whose attributes are traced.
         log: what was seen of them.
-        cuts: as for :func:`rescaled`.
+        cuts: for each module that holds weights that have become smaller, how long their dimensions were and
+            are.
+
+    Returns:
+        What the attributes may have to be, the more likely first; and what one of them cannot be at the same
+        time, in words.
     """
     after = {node.name: _integers(node) for node in pruned.nodes}
     wanted: list[_Wanted] = []
@@ -77,13 +55,18 @@ def settle(
             elif isinstance(integer, Traced):
                 lost |= integer.sources
     known = _solved(wanted, log)
-    likely = {size: rescaled(size, log.dense[size], cuts) for size in lost - known.keys()}
-    return Settled(
-        known,
-        {size: value for size, value in likely.items() if value is not None},
-        log.dense,
-        _torn(wanted, {**log.dense, **known}),
-    )
+    unseen = {size: _rescaled(size, log.dense[size], cuts) for size in lost - known.keys()}
+    likely = {size: value for size, value in unseen.items() if value is not None}
+    names = sorted({size.name for size in likely})
+    tried: list[Assignment] = [  # of the names in doubt all change, one, or none
+        {
+            **{size: value if size.name in chosen else log.dense[size] for size, value in likely.items()},
+            **known,
+        }
+        for chosen in dict.fromkeys([tuple(names), *((name,) for name in names), ()])
+    ]
+    assignments = [one for one in tried if any(log.dense[size] != value for size, value in one.items())]
+    return assignments, _torn(wanted, {**log.dense, **known})
 
 
 def _torn(wanted: list[_Wanted], known: Assignment) -> str | None:
@@ -94,10 +77,8 @@ def _torn(wanted: list[_Wanted], known: Assignment) -> str | None:
     names = " and ".join(f"'{size}'" for size in sorted(map(str, torn.integer.sources)))
     places = [torn.node, *(one.node for one in wanted if one.integer.sources & torn.integer.sources)]
     first, *others = dict.fromkeys(places)
-    if not others:
-        return f"{names} has to be two numbers in '{first}', which no attribute can be"
-    where = f"'{first}' and another in '{others[0]}'"
-    return f"{names} has to be one number in {where}, which takes two attributes"
+    another = f" and another in '{others[0]}'" if others else ""
+    return f"{names} has to be one number in '{first}'{another}, which takes two attributes"
 
 
 def _integers(node: fx.Node) -> list[int | None]:
@@ -111,17 +92,15 @@ def _solved(wanted: list[_Wanted], log: Log) -> dict[Size, int]:
     """
     known: dict[Size, int] = {}
     pending = sorted(wanted, key=lambda one: len(one.integer.sources))
-    for _ in range(len(log.dense)):
+    before = -1
+    while len(known) > before:
         before = len(known)
         for one in pending:
             unknown = one.integer.sources - known.keys()
             if len(unknown) == 1:
                 (size,) = unknown
                 found = _inverse(one, size, {**log.dense, **known})
-                if found is not None:
-                    known[size] = found
-        if len(known) == before:
-            break
+                known |= {} if found is None else {size: found}
     return known
 
 
@@ -135,4 +114,19 @@ def _inverse(wanted: _Wanted, size: Size, others: Assignment) -> int | None:
     return next((new for new in tried if wanted.integer.under({**others, size: new}) == wanted.value), None)
 
 
-__all__ = ["Settled", "settle"]
+def _rescaled(size: Size, value: int, cuts: Mapping[str, Sequence[tuple[int, int]]]) -> int | None:
+    """What becomes of an attribute of which no more is known than that it is the size of something, where the
+    weights of the nearest module around it that have become smaller leave no doubt.
+    """
+    steps = size.path.split(".") if size.path else []
+    scopes = [".".join(steps[:count]) for count in range(len(steps), -1, -1)]
+    around = (
+        [cut for path, own in cuts.items() if is_within(path, scope) for cut in own] for scope in scopes
+    )
+    near = next(filter(None, around), [])
+    same = {after for before, after in near if before == value}
+    found = same or {value * after // before for before, after in near if value * after % before == 0}
+    return found.pop() if len(found) == 1 else None
+
+
+__all__ = ["settle"]

@@ -1,19 +1,19 @@
-"""The attributes of a module that are sizes: which there are, to read and write them, and what torch's own
-classes call the sizes of their weights.
+"""The attributes of a module that are sizes: which there are, to write them, and what torch's own classes
+call the sizes of their weights.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-#: longer tuples and lists hold no sizes
-_LONGEST = 16
+#: longer tuples and lists hold no sizes, and others are no plain ones
+_LONGEST, _SEQUENCES = 16, (tuple, list, torch.Size)
 #: what every module has
 _COMMON = frozenset(vars(nn.Module()))
 
@@ -44,35 +44,24 @@ def sizes(module: nn.Module, path: str, shared: Set[int]) -> dict[Size, int]:
         path: where the module is.
         shared: the ids of objects that must not be changed.
     """
-    found = _integers(vars(module), path, "", _COMMON)
-    for name, value in vars(module).items():
-        if name not in _COMMON and id(value) not in shared and _is_record(value):
-            found |= _integers(_fields(value), path, f"{name}.", frozenset())
+    own = {name: value for name, value in vars(module).items() if name not in _COMMON}
+    found = dict(_integers(own, path, ""))
+    for name, value in own.items():
+        if id(value) not in shared and _is_record(value):
+            found |= dict(_integers(_fields(value), path, f"{name}."))
     return found
 
 
-def records(module: nn.Module) -> Iterator[object]:
-    """The plain objects that submodules have as attributes."""
-    for inner in module.modules():
-        yield from (value for name, value in vars(inner).items() if name not in _COMMON and _is_record(value))
-
-
-def _integers(held: Mapping[str, object], path: str, start: str, without: Set[str]) -> dict[Size, int]:
-    found = {}
+def _integers(held: Mapping[str, object], path: str, start: str) -> Iterator[tuple[Size, int]]:
     for name, value in held.items():
-        if not isinstance(name, str) or name in without or "." in name:
+        if not isinstance(name, str) or "." in name:
             continue
-        if type(value) is int and value > 0:
-            found[Size(path, start + name)] = value
-        elif (
-            isinstance(value, (tuple, list))
-            and type(value) in (tuple, list, torch.Size)
-            and len(value) <= _LONGEST
-        ):
-            for at, item in enumerate(value):
-                if type(item) is int and item > 0:
-                    found[Size(path, start + name, at)] = item
-    return found
+        items: Any = [(None, value)]
+        if isinstance(value, (tuple, list)) and type(value) in _SEQUENCES and len(value) <= _LONGEST:
+            items = enumerate(value)
+        for at, item in items:
+            if type(item) is int and item > 0:
+                yield Size(path, start + name, at), item
 
 
 def _is_record(value: object) -> bool:
@@ -103,31 +92,6 @@ def write(module: nn.Module, assignment: Assignment) -> None:
             items[size.position] = value
             # torch.Size takes integers of no other class
             held[name] = items if type(held[name]) is list else tuple(items)
-
-
-def rescaled(size: Size, value: int, cuts: Mapping[str, Iterable[tuple[int, int]]]) -> int | None:
-    """What becomes of an attribute of which no more is known than that it is the size of something, where the
-    weights of the nearest module around it that have become smaller leave no doubt.
-
-    Args:
-        cuts: for each module that holds such weights, how long their dimensions were and are.
-    """
-    for scope in outward(size.path):
-        near = [cut for path, own in cuts.items() if is_within(path, scope) for cut in own]
-        if near:
-            same = {after for before, after in near if before == value}
-            scaled = {value * after // before for before, after in near if value * after % before == 0}
-            found = same or scaled
-            return found.pop() if len(found) == 1 else None
-    return None
-
-
-def outward(path: str) -> Iterator[str]:
-    """A submodule, the one that holds it, and so on to the whole module."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
-    yield ""
 
 
 def is_within(path: str, outer: str) -> bool:
@@ -207,4 +171,4 @@ def write_said(model: nn.Module, copy: nn.Module) -> None:
                     setattr(copy.get_submodule(path), name, of(copy.get_submodule(path)))
 
 
-__all__ = ["Assignment", "Size", "is_within", "records", "rescaled", "sizes", "write", "write_said"]
+__all__ = ["Assignment", "Size", "is_within", "sizes", "write", "write_said"]
