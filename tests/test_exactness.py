@@ -625,10 +625,6 @@ def test_a_second_size_that_the_dense_program_does_not_take() -> None:
     _pruned(Table().eval(), torch.randn(5, 6), torch.arange(5))
 
 
-def test_the_check_can_be_seen_in_the_report() -> None:
-    assert "check" in _pruned(Blocks(same).eval()).report.seconds
-
-
 def test_no_copy_of_a_model_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference shares the weights of the captured program."""
     model = Blocks(same, same).eval()
@@ -663,12 +659,6 @@ def test_weights_are_widened_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(ran.outputs[0][0], expected)
 
 
-def test_warnings_can_be_errors() -> None:
-    warnings.simplefilter("error")
-    with pytest.raises(fasp_fx.VerificationWarning):
-        _pruned(Blocks(same, reverse).eval())
-
-
 def _rows_elsewhere(add_part: Any) -> Any:
     """Gives each part of a fused weight the right numbers and the wrong rows."""
 
@@ -691,7 +681,7 @@ def test_fused_weights_are_compared_whole(
         assert result.plan.splits
         monkeypatch.setattr(splitting, "add_part", _rows_elsewhere(splitting.add_part))
         with pytest.raises(
-            fasp_fx.VerificationError, match="cannot be removed: on the example inputs an output differs"
+            fasp_fx.VerificationError, match="fused weights were taken apart differs from the captured one"
         ):
             fasp_fx.prune(model, (), entry.example(), sparsity=0.2, **MAGNITUDE)
 

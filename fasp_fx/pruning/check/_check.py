@@ -23,7 +23,7 @@ from ..report import said_whole
 from ._bisect import largest_passing_subset
 from ._compare import ReferenceFailedError, Seen, compare, takes
 from ._inputs import Inputs, inputs_for
-from ._reference import is_of_the_captured, masked_program
+from ._reference import masked_program
 from ._restrict import restricted
 
 #: inputs of how many sizes are compared, the example among them
@@ -186,7 +186,7 @@ class Checker:
                 f"what is left of the program cannot be exported: {type(error).__name__}: {first_line(error)}"
             )
         lap("export")
-        return made, self._difference(masked_program(self.program, self.analysis, decision), made)
+        return made, self._difference(masked_program(self.analysis, decision), made)
 
     def _difference(self, reference: Program, made: _Made) -> _Fault | None:
         """How a program differs from the masked dense one, on the first inputs that both take.
@@ -243,14 +243,14 @@ class Checker:
         return None if seen.equal else _Fault(f"{inputs.said} {_said(seen)}", seen.deviation)
 
     def _check_split(self) -> None:
-        """Refuse fused weights that were taken apart wrongly, where that would go unseen: the program in
-        which they are apart serves as the reference.
+        """Refuse fused weights that were taken apart wrongly: the program in which they are apart serves as
+        the reference.
 
         Raises:
             VerificationError: the two programs differ before anything is removed.
         """
         apart = self.analysis.program
-        for inputs in () if is_of_the_captured(self.program, self.analysis) else self.inputs:
+        for inputs in () if apart is self.program else self.inputs[:_SIZES]:
             try:
                 seen = compare(self.program, apart.module, apart, inputs)
             except ReferenceFailedError:

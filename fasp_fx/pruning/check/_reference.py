@@ -8,7 +8,6 @@ that nothing is believed of how they move it.
 from __future__ import annotations
 
 import operator
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,11 +16,10 @@ from torch import Tensor, fx
 
 from ...analysis.channels import Repeating, Slot, Use, Value, repeating
 from ...analysis.groups import APPROXIMATE, EXEMPT
-from ...base._stamps import WRITTEN_BY
 from ...calibration.observe._matrices import ConsumerMatrices
 from ...calibration.observe._products import lying_along
 from ...capturing._fx import arguments, attribute, way_from_weight
-from ...capturing._program import Program, SplitWeight
+from ...capturing._program import Program
 from ...errors import VerificationError
 from ...patterns import lookup
 
@@ -34,76 +32,23 @@ _WHERE = torch.ops.aten.where.ScalarOther
 _ZERO = False
 
 
-def masked_program(program: Program, analysis: Analysis, decision: Decision) -> Program:
-    """The captured program with the decided weights in place of its own and what was removed masked; tensors
+def masked_program(analysis: Analysis, decision: Decision) -> Program:
+    """The analysed program with the decided weights in place of its own and what was removed masked; tensors
     are shared.
 
     Args:
-        program: as it was captured; where a pass has taken weights apart in a way that cannot be put back,
-            the analysed program serves.
         analysis: of the program, perhaps with fused weights split.
         decision: what is removed, and the repaired weights.
     """
-    whole = _whole_weights(program, analysis)
-    made = _Masking(analysis.program if whole is None else program, analysis, decision, whole or {})
-    made.restore()
+    made = _Masking(analysis, decision)
     made.mask_uses()
     if EXEMPT in analysis.include:
         made.mask_products()
     made.mask_routers()
-    made.silence_producers()
+    if APPROXIMATE in analysis.include:
+        made.silence_producers()
     made.program.module.graph.lint()
     return made.program
-
-
-def is_of_the_captured(program: Program, analysis: Analysis) -> bool:
-    """Whether the reference is made of the captured program, and not of the analysed one."""
-    return _whole_weights(program, analysis) is not None
-
-
-def _put(part: SplitWeight, values: Tensor, into: Tensor) -> None:
-    """Write the values of a part of a weight into a tensor of the shape of the whole; they may be
-    broadcast.
-    """
-    rows = torch.tensor(part.rows, device=into.device)
-    shape = [*into.shape[: part.dim], len(rows), *into.shape[part.dim + 1 :]]
-    into.index_copy_(part.dim, rows, values.to(into).expand(shape))
-
-
-def _whole_weights(program: Program, analysis: Analysis) -> dict[str, SplitWeight] | None:
-    """The parts of which the weights of the captured program are made up, or ``None`` if the captured program
-    cannot serve.
-    """
-    if analysis.program is program:
-        return {}
-    parts, known = analysis.program.parts, program.weights()
-    if any(part.source not in known for part in parts.values()):
-        return None
-    nodes = {node.name: node for node in program.module.graph.nodes}
-    allowed: dict[fx.Node, set[fx.Node]] = {}
-    others = [
-        node for product in analysis.walk.facts.products for node in (product.node, product.operands[0])
-    ]
-    others += [item for node, source, _ in _choosing(analysis) for item in (node, source)]
-    for use in analysis.walk.facts.uses:
-        path = [*way_from_weight(use.operand), use.node]
-        if use.weight in parts:
-            for node, user in pairwise(path):
-                allowed.setdefault(node, set()).add(user)
-        else:
-            others += path
-    if any(set(node.users) != users for node, users in allowed.items()):
-        return None  # a part is used in other ways as well, in which its columns stay
-    return dict(parts) if all(_same(nodes.get(node.name), node) for node in others) else None
-
-
-def _same(found: fx.Node | None, node: fx.Node) -> bool:
-    """Whether a node of the captured program is that of the analysed one which has its name."""
-    return (
-        found is not None
-        and WRITTEN_BY not in node.meta
-        and (found.op, found.target) == (node.op, node.target)
-    )
 
 
 def _choosing(analysis: Analysis) -> list[tuple[fx.Node, fx.Node, int | None]]:
@@ -122,59 +67,38 @@ def _choosing(analysis: Analysis) -> list[tuple[fx.Node, fx.Node, int | None]]:
 
 
 class _Masking:
-    """Writes masks into a copy of a program."""
+    """Writes masks into a copy of the analysed program."""
 
-    def __init__(
-        self, program: Program, analysis: Analysis, decision: Decision, parts: dict[str, SplitWeight]
-    ) -> None:
-        self.program, self.analysis, self.decision, self.parts = program.copy(), analysis, decision, parts
+    def __init__(self, analysis: Analysis, decision: Decision) -> None:
+        self.program, self.analysis = analysis.program.copy(), analysis
         self.gone = np.append(decision.gone, False)  # the last entry serves NONE (-1): never removed
         self.graph = self.program.module.graph
         self.nodes = {node.name: node for node in self.graph.nodes}
-        self.weights, self.canonical, self.aliases = program.weights(), program.canonical(), program.aliases()
+        self.canonical, aliases = analysis.program.canonical(), analysis.program.aliases()
         self._count = 0
-
-    def restore(self) -> None:
-        """Put repaired weights in place of the captured ones."""
-        values: dict[str, Tensor] = {}
-        for name, value in self.decision.weights.items():
-            part = self.parts.get(name)
-            whole = self.canonical[name if part is None else part.source]
-            if part is None:
-                values[whole] = value.detach()
-                continue
-            if whole not in values:
-                values[whole] = self.weights[whole].detach().clone()
-            _put(part, value.detach(), values[whole])
-        for name, value in values.items():
-            self.program.replace_weight(self.aliases[name], value)
+        for name, value in decision.weights.items():
+            self.program.replace_weight(aliases[self.canonical[name]], value.detach())
 
     def mask_uses(self) -> None:
-        """Zero the removed columns of every use of a weight."""
+        """Zero the removed columns of every use of a weight, from which the way to it is repeated."""
         masks: dict[tuple[str, str], Tensor] = {}
-        whole: dict[str, Tensor] = {}
         for use in self.analysis.walk.facts.uses:
-            mask = self._columns(use)
-            if mask is None:
-                continue
-            if use.weight in self.parts:
-                self._add(whole, use.weight, mask)
-            else:
-                key = (use.node.name, use.operand.name)
+            mask, key = self._columns(use), (use.node.name, use.operand.name)
+            if mask is not None:
                 masks[key] = mask & masks.get(key, mask)
-        for (node, operand), mask in masks.items():
-            self._mask_operand(self.nodes[node], self.nodes[operand], mask)
-        self._mask_weights(whole)
+        for (name, operand), mask in masks.items():
+            node, way = self.nodes[name], way_from_weight(self.nodes[operand])
+            with self.graph.inserting_before(node):
+                made = self._repeated(way, mask)
+            node.replace_input_with(way[-1], made)
 
-    def _add(self, masks: dict[str, Tensor], name: str, mask: Tensor) -> None:
-        """Add the mask of a weight, or of a part of one, to those of whole weights."""
-        part = self.parts.get(name)
-        whole = self.canonical[name if part is None else part.source]
-        into = masks.setdefault(whole, torch.ones(self.weights[whole].shape, dtype=torch.bool))
-        if part is None:
-            into &= mask
-        else:
-            _put(part, mask & into.index_select(part.dim, torch.tensor(part.rows)), into)
+    def _repeated(self, way: list[fx.Node], mask: Tensor) -> fx.Node:
+        """What leads from a weight to an operand, once more on the masked weight."""
+        weight, *moves = way
+        made = {weight: self.graph.call_function(_WHERE, (self._hold(mask, weight), weight, _ZERO))}
+        for move in moves:
+            made[move] = self.graph.node_copy(move, lambda node: made.get(node, node))
+        return made[way[-1]]
 
     def mask_products(self) -> None:
         """Take the removed channels out of products of activations: zeros in the first operand of each."""
@@ -218,14 +142,22 @@ class _Masking:
         # What a copied table turns is at zero already, and the table that it was copied from serves groups
         # that stay.
         copied = {made.name for made in self.analysis.program.copies}
-        for group in self.analysis.chosen if APPROXIMATE in self.analysis.include else ():
+        for group in self.analysis.chosen:
             own = np.isin(self.analysis.labels, group.sets) & self.gone[:-1]
             for slot in group.slots if group.status == APPROXIMATE else ():
                 is_own = slot.kind == "weight" and slot.name not in copied
                 if is_own and own[slot.base : slot.base + slot.size].any():
                     shape = attribute(self.analysis.program.module, slot.name).shape
-                    self._add(masks, slot.name, _along(slot, shape, own))
-        self._mask_weights(masks)
+                    mask, name = _along(slot, shape, own), self.canonical[slot.name]
+                    masks[name] = mask & masks.get(name, mask)
+        for node in self.graph.find_nodes(op="get_attr"):
+            name = self.canonical.get(str(node.target), "")
+            if name in masks:
+                with self.graph.inserting_after(node):
+                    held = self._hold(masks[name], node)
+                with self.graph.inserting_after(held):
+                    masked = self.graph.call_function(_WHERE, (held, node, _ZERO))
+                node.replace_all_uses_with(masked, delete_user_cb=lambda user, own=masked: user is not own)
 
     def _columns(self, use: Use) -> Tensor | None:
         """Which elements of a weight stay in one use of it (see :func:`_along`); ``None`` if all do."""
@@ -252,16 +184,6 @@ class _Masking:
     def _device(self, node: fx.Node) -> torch.device:
         recorded = node.meta.get("val")
         return recorded.device if isinstance(recorded, Tensor) else self.program.device()
-
-    def _mask_operand(self, node: fx.Node, operand: fx.Node, mask: Tensor) -> None:
-        """Repeat the way from a weight to one node on the masked weight."""
-        weight, *moves = way_from_weight(operand)
-        with self.graph.inserting_before(node):
-            masked = self.graph.call_function(_WHERE, (self._hold(mask, weight), weight, _ZERO))
-            made = {weight: masked}
-            for move in moves:
-                made[move] = self.graph.node_copy(move, lambda argument: made.get(argument, argument))
-        node.replace_input_with(operand, made[operand])
 
     def _mask_argument(
         self, node: fx.Node, source: fx.Node, masks: list[tuple[Repeating, Tensor]], value: float
@@ -290,17 +212,6 @@ class _Masking:
                     places = call(aten.remainder.Scalar, (places, own))
                 mask = call(aten.index_select.default, (mask, dim, places))
         return mask
-
-    def _mask_weights(self, masks: dict[str, Tensor]) -> None:
-        """Mask weights wherever they are read."""
-        for node in self.graph.find_nodes(op="get_attr"):
-            mask = masks.get(self.canonical.get(str(node.target), ""))
-            if mask is not None:
-                with self.graph.inserting_after(node):
-                    held = self._hold(mask, node)
-                with self.graph.inserting_after(held):
-                    masked = self.graph.call_function(_WHERE, (held, node, _ZERO))
-                node.replace_all_uses_with(masked, delete_user_cb=lambda user, own=masked: user is not own)
 
 
 def _recorded(node: fx.Node, numbers: Tensor) -> torch.Size:

@@ -43,7 +43,7 @@ def check_effect(
         """How the model differs when gates of these groups are closed."""
         names = {group.name for group in closed}
         gone = [_every_second(group) & (group.name in names) for group in groups]
-        masked = masked_program(program, analysis, gates.decision(gone))
+        masked = masked_program(analysis, gates.decision(gone))
         args, kwargs = program.call()
         with gates.closed(gone):
             found, _ = called(masked, model, args, kwargs)
