@@ -11,8 +11,7 @@ from fasp_fx.base._stamps import WRITTEN_BY, stamp
 
 from ._base import GraphPass, Pass
 from ._foreign import Foreign
-from ._pipeline import Pipeline
-from ._prune import Prune
+from ._pipeline import Pipeline, Prune
 from ._run import split_fused
 from ._unshare import share_again
 from ._verify import verify

@@ -8,6 +8,7 @@ that a new weight would join were free of each other before; that is a fault lik
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import replace
 
 import numpy as np
@@ -68,11 +69,11 @@ def _labels(program: Program, reference: Analysis, numbering: Numbering, walk: W
         last,
         numbering,
     )
-    edges = [
-        (vertex[a][free], vertex[b][free], node)
-        for a, b, node in walk.facts.pairs
-        if (free := _free(vertex[a], vertex[b], last)).any()
-    ]
+    edges = []
+    for a, b, node in walk.facts.pairs:
+        ends = np.stack([vertex[a], vertex[b]])
+        free = (ends[0] != ends[1]) & ~np.isin(ends, last).any(0)
+        edges += [(*ends[:, free], node)] if free.any() else []
     component = _components(edges, len(edges), sets + numbering.total - old)
     first_set = np.full(int(component.max(initial=-1)) + 1, -1, dtype=np.int64)
     joined = np.bincount(component[:sets], minlength=len(first_set)) > 1
@@ -89,10 +90,6 @@ def _labels(program: Program, reference: Analysis, numbering: Numbering, walk: W
     return labels
 
 
-def _free(first: np.ndarray, second: np.ndarray, last: np.ndarray) -> np.ndarray:
-    return (first != second) & ~np.isin(first, last) & ~np.isin(second, last)
-
-
 def _components(edges: Pairs, count: int, total: int) -> np.ndarray:
     first = np.concatenate([np.zeros(0, dtype=np.int64), *(a for a, _, _ in edges[:count])])
     second = np.concatenate([np.zeros(0, dtype=np.int64), *(b for _, b, _ in edges[:count])])
@@ -104,9 +101,8 @@ def _components(edges: Pairs, count: int, total: int) -> np.ndarray:
 
 def _joining(edges: Pairs, total: int, sets: int) -> fx.Node:
     """The first node in graph order that joins two known channel sets."""
-    low, high = 0, len(edges)
-    while high - low > 1:
-        middle = (low + high) // 2
-        together = np.unique(_components(edges, middle, total)[:sets]).size < sets
-        low, high = (low, middle) if together else (middle, high)
-    return edges[high - 1][2]
+
+    def joined(count: int) -> bool:
+        return np.unique(_components(edges, count, total)[:sets]).size < sets
+
+    return edges[bisect.bisect_left(range(1, len(edges) + 1), True, key=joined)][2]

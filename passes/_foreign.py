@@ -16,7 +16,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fasp_fx.analysis._analysis import Analysis
 from fasp_fx.base._stamps import WRITTEN_BY, stamp
 from fasp_fx.base._tolerable import tolerable
-from fasp_fx.base.compare import deviation
+from fasp_fx.base.compare import deviation, tolerance
 from fasp_fx.base.compat import pytree
 from fasp_fx.capturing import export_again, is_plain_graph, recapture
 from fasp_fx.capturing._fx import results, written_names
@@ -67,13 +67,13 @@ class Foreign:
             call = call.func
         return self.title or getattr(call, "__name__", None) or type(call).__name__
 
-    def run(self, program: Program, analysis: Analysis, tolerance: float | None) -> tuple[Program, Analysis]:
+    def run(self, program: Program, analysis: Analysis, tolerated: float | None) -> tuple[Program, Analysis]:
         """The rewritten program, and the analysis with the weights it brought.
 
         Raises:
             VerificationError: the pass failed, or its program is not the one it was given; names the node.
         """
-        is_compared = tolerance != 0 and not any(tensor.is_meta for tensor in program.weights().values())
+        is_compared = tolerated != 0 and not any(tensor.is_meta for tensor in program.weights().values())
         expected = _outputs(program) if is_compared else []
         try:
             rewritten = self._on_exported(program) if self._takes_exported() else self._on_graph(program)
@@ -86,7 +86,7 @@ class Foreign:
         except tolerable(Exception) as error:  # a graph that somebody else broke fails in any way
             raise VerificationError(f"{type(error).__name__}: {first_line(error)}") from error
         if is_compared:
-            _same_values(expected, rewritten, tolerance)
+            _same_values(expected, rewritten, tolerated)
         return rewritten, extended
 
     def _takes_exported(self) -> bool:
@@ -106,13 +106,8 @@ class Foreign:
         record(copy.module)
         before = {node.name: node.target for node in copy.module.graph.nodes}
         returned = self.call(copy.module)
-        module = (
-            returned.graph_module
-            if isinstance(returned, PassResult)
-            else copy.module
-            if returned is None
-            else returned
-        )
+        module = returned.graph_module if isinstance(returned, PassResult) else returned
+        module = copy.module if module is None else module
         if not isinstance(module, fx.GraphModule):
             raise VerificationError(
                 f"it returned {type(module).__name__}; a graph pass returns a GraphModule, a PassResult or"
@@ -175,8 +170,8 @@ def _outputs(program: Program) -> list[Any]:
         return pytree.tree_leaves(copied(program.module(*args, **kwargs)))
 
 
-def _same_values(expected: list[Any], after: Program, tolerance: float | None) -> None:
-    """Hold what a program returns on the example inputs against what it returned before."""
+def _same_values(expected: list[Any], after: Program, tolerated: float | None) -> None:
+    """Compare what a program returns on the example inputs with what it returned before."""
     try:
         found = _outputs(after)
     except tolerable(Exception) as error:  # somebody else's functions raise what they like
@@ -186,36 +181,23 @@ def _same_values(expected: list[Any], after: Program, tolerance: float | None) -
     if len(found) != len(expected):
         raise VerificationError(f"the program returned {len(expected)} values and now returns {len(found)}")
     for index, (a, b) in enumerate(zip(found, expected, strict=True)):
-        if not isinstance(b, Tensor):
-            if type(a) is not type(b) or a != b:
-                raise VerificationError(f"output {index} was {b!r} and is now {a!r}")
-        elif not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        if _described(a) != _described(b):
             raise VerificationError(f"output {index} was {_described(b)} and is now {_described(a)}")
-        elif b.numel():
-            _same_tensor(index, a, b, tolerance)
-
-
-def _same_tensor(index: int, found: Tensor, expected: Tensor, tolerance: float | None) -> None:
-    if not expected.is_floating_point() and not expected.is_complex():
-        others, allowed = float((found != expected).double().mean()), tolerance or 0.0
-        if others > allowed:
-            raise VerificationError(
-                f"{others:.1%} of output {index}, which holds {expected.dtype}, are other values on the"
-                f" example inputs, more than {allowed:.1%}; a pass that changes values on purpose needs"
-                " Pipeline(tolerance=…)"
+        if isinstance(b, Tensor) and b.numel():
+            is_real = b.is_floating_point() or b.is_complex()
+            apart = deviation(a, b) if is_real else float((a != b).double().mean())
+            allowed = tolerance("foreign pass", b.dtype) if tolerated is None else tolerated
+            how = (
+                f"output {index} differs by {apart:.1e} of its largest value"
+                if is_real
+                else f"{apart:.1%} of output {index}, which holds {b.dtype}, are other values"
             )
-        return
-    kind = torch.finfo(expected.dtype)
-    allowed = float(kind.eps) ** 0.5 if tolerance is None else tolerance
-    apart = deviation(found, expected)
-    if apart > allowed:
-        raise VerificationError(
-            f"output {index} differs by {apart:.1e} of its largest value on the example inputs, more than"
-            f" {allowed:.1e}; a pass that changes values on purpose needs Pipeline(tolerance=…)"
-        )
+            if apart > allowed:
+                raise VerificationError(
+                    f"{how} on the example inputs, more than {allowed:.1e}; a pass that changes values on"
+                    " purpose needs Pipeline(tolerance=…)"
+                )
 
 
 def _described(value: Any) -> str:
-    return (
-        f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    )
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)

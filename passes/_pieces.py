@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Set
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from fasp_fx.analysis.channels import Value
 from fasp_fx.base._stamps import stamp
+from fasp_fx.base.compat import pytree
 from fasp_fx.capturing._fx import attribute, target_name
 from fasp_fx.capturing._program import Program, SplitWeight, set_weight
 from fasp_fx.capturing._recipes import Cut
@@ -45,12 +47,7 @@ def take_apart(program: Program, analysis: Analysis, stuck: np.ndarray, by: str)
             at = nodes[piece.name]
             with program.module.graph.inserting_before(at):
                 at.replace_all_uses_with(stamp(program.module.graph.get_attr(new), by))
-    gone = {name for name, _, _ in found}
-    program.module.graph.eliminate_dead_code(
-        lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in gone)
-    )
-    for name in gone:
-        delete_weight(program, name)
+    delete_unused(program, {name for name, _, _ in found})
     return program
 
 
@@ -81,12 +78,38 @@ def _taken_out(weight: Tensor, rows: np.ndarray, dim: int) -> Tensor | None:
     return weight.narrow(0, int(rows[0]), len(rows))
 
 
-def delete_weight(program: Program, name: str) -> None:
-    """Take a weight, or a part of one, out of the program."""
-    program.parts.pop(name, None)
-    program.recipes.pop(name, None)
-    path, _, leaf = name.rpartition(".")
-    delattr(attribute(program.module, path) if path else program.module, leaf)
+def delete_unused(program: Program, names: Set[str]) -> None:
+    """Take weights out of the program where nothing reads them any more, and all that was computed of them
+    in vain.
+    """
+    # A node without users can be a second name of a tied weight, which must stay.
+    program.module.graph.eliminate_dead_code(
+        lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in names)
+    )
+    delete_unread(program, names)
+
+
+def delete_unread(program: Program, names: Set[str]) -> None:
+    """Take weights, or parts and copies of some, out of the program where the graph does not look them up."""
+    for name in names - {str(node.target) for node in program.module.graph.find_nodes(op="get_attr")}:
+        program.parts.pop(name, None)
+        program.recipes.pop(name, None)
+        program.numbers.pop(name, None)
+        path, _, leaf = name.rpartition(".")
+        delattr(attribute(program.module, path) if path else program.module, leaf)
+
+
+def numbers_of(analysis: Analysis, node: fx.Node) -> np.ndarray:
+    """All channel numbers that a node carries."""
+    values = pytree.tree_leaves(analysis.walk.values.get(node), is_leaf=lambda leaf: isinstance(leaf, Value))
+    axes = [
+        axis.numbers.reshape(-1).numpy()
+        for value in values
+        if isinstance(value, Value)
+        for axis in value.axes
+    ]
+    numbers = np.concatenate([np.zeros(0, dtype=np.int64), *axes])
+    return numbers[numbers >= 0]
 
 
 def _packed(program: Program, analysis: Analysis, stuck: np.ndarray) -> list[tuple[str, int, list[_Piece]]]:

@@ -1,10 +1,11 @@
-"""Run passes one after another, ours and foreign ones, with the verifier after each."""
+"""Run passes one after another, ours and foreign ones, with the verifier after each; a plan is such a run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from fasp_fx.analysis._analysis import Analysis
@@ -14,6 +15,16 @@ from fasp_fx.errors import ArgumentError
 from ._base import Pass
 from ._foreign import Foreign
 from ._run import Step, run, run_exported
+from .attention import PadValueHeads, PinAttentionScale
+from .dense_count import KeepDenseCount
+from .remove_channels import RemoveChannels
+from .restore_weights import RestoreWeights
+from .skip_blocks import SkipBlocks
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fasp_fx.analysis.plan import PruningPlan
 
 
 class Pipeline:
@@ -75,4 +86,36 @@ class Pipeline:
         return run(self.passes, program, self.reference, self.tolerance)
 
 
-__all__ = ["Pipeline"]
+class Prune(Pipeline):
+    """Apply a plan: ``Prune(plan)(exported)`` is an exported program without the plan's channels.
+
+    Precondition: the program is of the model that the plan was made for; foreign passes may have run on it in
+    the same pipeline. Postcondition: it computes what the dense program computes with the removed activations
+    at zero (with ``restored``: those weights in place of its own).
+
+    Args:
+        removal: the plan; inside the library also the channel numbers that go.
+        restored: repaired weights by name, of the dense shapes; a plan holds none.
+        reference: as for :class:`Pipeline`.
+    """
+
+    def __init__(
+        self,
+        removal: PruningPlan | np.ndarray,
+        restored: dict[str, Tensor] | None = None,
+        reference: Analysis | None = None,
+    ) -> None:
+        super().__init__(
+            [
+                PinAttentionScale(),
+                RestoreWeights(restored or {}),
+                SkipBlocks(removal),
+                KeepDenseCount(removal),
+                RemoveChannels(removal),
+                PadValueHeads(),
+            ],
+            reference,
+        )
+
+
+__all__ = ["Pipeline", "Prune"]

@@ -25,7 +25,7 @@ from fasp_fx.capturing._program import Program
 from fasp_fx.capturing._sizes import is_dynamic
 from fasp_fx.patterns import Rule, lookup
 
-from ._pieces import add_part, delete_weight, take_apart
+from ._pieces import add_part, delete_unused, numbers_of, take_apart
 
 if TYPE_CHECKING:
     from fasp_fx.analysis._analysis import Analysis
@@ -54,7 +54,7 @@ def split(program: Program, analysis: Analysis) -> Program:
     apart = take_apart(program, analysis, stuck_sets(analysis), NAME)
     if apart is not program:
         return apart  # what is fused in them is split next, when they are weights
-    splitter = _Splitter(analysis, NAME)
+    splitter = _Splitter(analysis)
     plans = [plan for plan in (splitter.plan(use) for use in splitter.fused()) if plan is not None]
     if not plans:
         return program
@@ -62,13 +62,7 @@ def split(program: Program, analysis: Analysis) -> Program:
     nodes = {node.name: node for node in program.module.graph.nodes}
     for use, chain, parts in plans:
         splitter.split(program, nodes, use, chain, parts)
-    gone = {name for use, chain, _ in plans for name in _weights_of(chain, use)}
-    # A node without users can be a second name of a tied weight, which must stay.
-    program.module.graph.eliminate_dead_code(
-        lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in gone)
-    )
-    for name in gone:
-        _delete_unused(program, name)
+    delete_unused(program, {name for use, chain, _ in plans for name in _weights_of(chain, use)})
     return program
 
 
@@ -77,11 +71,10 @@ class _Splitter:
 
     Args:
         analysis: of the program.
-        name: of the pass.
     """
 
-    def __init__(self, analysis: Analysis, name: str) -> None:
-        self.analysis, self.name = analysis, name
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
         self.canonical, self.aliases = analysis.program.canonical(), analysis.program.aliases()
         self.looked_up = Counter(
             self.canonical.get(target_name(node))
@@ -93,19 +86,13 @@ class _Splitter:
     def fused(self) -> list[Use]:
         """The products whose rows are part of a conflict."""
         stuck = marked(int(self.analysis.labels.max(initial=-1)) + 1, stuck_sets(self.analysis))
-        found = []
-        for use in self.analysis.walk.facts.uses:
-            value = self.analysis.walk.values[use.node]
-            if not isinstance(value, Value):
-                continue  # an operator with several results has no rows that could be told apart
-            numbers = (
-                np.concatenate([axis.numbers.reshape(-1).numpy() for axis in value.axes])
-                if value.axes
-                else np.zeros(0, dtype=np.int64)
-            )
-            if stuck[self.analysis.labels[numbers[numbers >= 0]]].any():
-                found.append(use)
-        return found
+        return [
+            use
+            for use in self.analysis.walk.facts.uses
+            # an operator with several results has no rows that could be told apart
+            if isinstance(self.analysis.walk.values[use.node], Value)
+            and stuck[self.analysis.labels[numbers_of(self.analysis, use.node)]].any()
+        ]
 
     def plan(self, use: Use) -> tuple[Use, list[fx.Node], list[_Part]] | None:
         value = self.analysis.walk.values[use.node]
@@ -229,7 +216,7 @@ class _Splitter:
                         name = program.free_name(f"{original.target}_{index}")
                         source = str(original.target)
                         add_part(program, self.analysis, source, name, rows, self._row_dim(source, use))
-                        copies[nodes[original.name]] = stamp(graph.get_attr(name), self.name)
+                        copies[nodes[original.name]] = stamp(graph.get_attr(name), NAME)
                     else:
                         copies[nodes[original.name]] = self._copy(nodes[original.name], copies, anchor)
                 for original in chain:
@@ -241,7 +228,7 @@ class _Splitter:
     def _copy(self, node: fx.Node, copies: dict[fx.Node, fx.Node], anchor: fx.Node) -> fx.Node:
         # It is computed where the part was taken out: in the module of the product, which has returned by
         # then, it would be a call of that module which the model does not have.
-        return stamp(anchor.graph.node_copy(node, lambda n: copies.get(n, n)), self.name, anchor)
+        return stamp(anchor.graph.node_copy(node, lambda n: copies.get(n, n)), NAME, anchor)
 
     def _row_dim(self, name: str, use: Use) -> int:
         if name != use.weight:
@@ -253,7 +240,7 @@ class _Splitter:
         """Bring the product of one part into the shape that the original took out."""
 
         def call(operator: Any, *args: Any) -> fx.Node:
-            return stamp(graph.call_function(operator, args), self.name, part.node)
+            return stamp(graph.call_function(operator, args), NAME, part.node)
 
         value = self.analysis.walk.values[part.node]
         recorded = part.node.meta["val"].shape
@@ -399,8 +386,3 @@ def _weights_nodes(chain: list[fx.Node], use: Use) -> list[fx.Node]:
 
 def _weights_of(chain: list[fx.Node], use: Use) -> list[str]:
     return [target_name(node) for node in _weights_nodes(chain, use) if node.op == "get_attr"]
-
-
-def _delete_unused(program: Program, name: str) -> None:
-    if not any(node.target == name for node in program.module.graph.find_nodes(op="get_attr")):
-        delete_weight(program, name)

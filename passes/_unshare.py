@@ -20,14 +20,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fasp_fx.analysis.build._walks import label_sets, walk_program
-from fasp_fx.analysis.channels import Value
 from fasp_fx.base._stamps import WRITTEN_BY, stamp
-from fasp_fx.base.compat import pytree
 from fasp_fx.capturing._dead import is_pure
 from fasp_fx.capturing._fx import attribute, target_name, written_names
 from fasp_fx.capturing._program import CopiedBuffer, Program
 
-from ._pieces import delete_weight
+from ._pieces import delete_unread, numbers_of
 
 if TYPE_CHECKING:
     from fasp_fx.analysis._analysis import Analysis
@@ -55,7 +53,7 @@ def unshare(program: Program, analysis: Analysis) -> Program:
         (node, user)
         for node in tables
         for user in node.users
-        if user not in tables and _numbers(analysis, user).size
+        if user not in tables and numbers_of(analysis, user).size
     ]
     sharing = _sharing(program, analysis, tables, readings)
     held = sum(
@@ -98,10 +96,8 @@ def share_again(program: Program) -> Program:
         if same is not None and same is not node:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
+    delete_unread(program, sources.keys())
     left = {str(node.target) for node in graph.find_nodes(op="get_attr")}
-    for name in sources.keys() - left:
-        delete_weight(program, name)
-        program.numbers.pop(name, None)
     program.copies = tuple(copied for copied in program.copies if copied.name in left)
     program.module.recompile()
     return program
@@ -117,7 +113,7 @@ def _tables(analysis: Analysis) -> dict[fx.Node, None]:
     wanted, written = np.concatenate(sets), set(written_names(analysis.program.module.graph))
     found: dict[fx.Node, None] = {}
     for node in analysis.program.module.graph.nodes:
-        if not np.isin(analysis.labels[_numbers(analysis, node)], wanted).any():
+        if not np.isin(analysis.labels[numbers_of(analysis, node)], wanted).any():
             continue
         if node.op == "get_attr":
             if target_name(node) not in written and not isinstance(
@@ -127,23 +123,10 @@ def _tables(analysis: Analysis) -> dict[fx.Node, None]:
         elif (
             node.op == "call_function"
             and is_pure(node)
-            and all(read in found or not _numbers(analysis, read).size for read in node.all_input_nodes)
+            and all(read in found or not numbers_of(analysis, read).size for read in node.all_input_nodes)
         ):
             found[node] = None
     return found
-
-
-def _numbers(analysis: Analysis, node: fx.Node) -> np.ndarray:
-    """All channel numbers that a node carries."""
-    values = pytree.tree_leaves(analysis.walk.values.get(node), is_leaf=lambda leaf: isinstance(leaf, Value))
-    axes = [
-        axis.numbers.reshape(-1).numpy()
-        for value in values
-        if isinstance(value, Value)
-        for axis in value.axes
-    ]
-    numbers = np.concatenate(axes) if axes else np.zeros(0, dtype=np.int64)
-    return numbers[numbers >= 0]
 
 
 def _sharing(

@@ -60,53 +60,29 @@ class PadValueHeads(GraphPass):
     name = "pad_value_heads"
 
     def rewrite(self, program: Program, analysis: Analysis) -> Program:
-        if not program.module.graph.find_nodes(op="call_function", target=_ATTENTION):
+        found = program.module.graph.find_nodes(op="call_function", target=_ATTENTION)
+        walk = walk_of(program, analysis) if found else analysis.walk
+        widths = {node.name: [_width(walk.executed[node.args[index]]) for index in (0, 2)] for node in found}
+        if all(query == value for query, value in widths.values()):
             return program
-        walk = walk_of(program, analysis)
-        narrow = {
-            node.name: (_width(walk.executed[node.args[0]]), _width(walk.executed[node.args[2]]))
-            for node in program.module.graph.find_nodes(op="call_function", target=_ATTENTION)
-            if _width(walk.executed[node.args[2]]) != _width(walk.executed[node.args[0]])
-        }
-        if not narrow:
-            return program
-        ranks = {
-            node.name: walk.executed[node].dim()
-            for node in program.module.graph.find_nodes(op="call_function", target=_ATTENTION)
-        }
+        ranks = {node.name: walk.executed[node].dim() for node in found}
         program = program.copy()
         graph = program.module.graph
         for node in graph.find_nodes(op="call_function", target=_ATTENTION):
-            if node.name not in narrow:
-                continue
-            query, value = narrow[node.name]
-            if query < value:
-                if node.kwargs.get("scale") is None:
-                    node.update_kwarg("scale", 1.0 / math.sqrt(query))  # that of the width before
-                for index in (0, 1):
+            query, value = widths[node.name]
+            if query < value and node.kwargs.get("scale") is None:
+                node.update_kwarg("scale", 1.0 / math.sqrt(query))  # that of the width before
+            for index, width in enumerate((query, query, value)):
+                if width < max(query, value):
+                    padding = (node.args[index], [0, max(query, value) - width], 0.0)
                     with graph.inserting_before(node):
-                        wide = graph.call_function(
-                            torch.ops.aten.constant_pad_nd.default,
-                            (node.args[index], [0, value - query], 0.0),
-                        )
-                        node.update_arg(index, stamp(wide, self.name, node))
-                continue
-            with graph.inserting_before(node):
-                padded = stamp(
-                    graph.call_function(
-                        torch.ops.aten.constant_pad_nd.default, (node.args[2], [0, query - value], 0.0)
-                    ),
-                    self.name,
-                    node,
-                )
-            with graph.inserting_after(node):
-                cut = stamp(
-                    graph.call_function(torch.ops.aten.slice.Tensor, (node, ranks[node.name] - 1, 0, value)),
-                    self.name,
-                    node,
-                )
-            node.replace_all_uses_with(cut, delete_user_cb=lambda user, cut=cut: user is not cut)
-            node.update_arg(2, padded)
+                        wide = graph.call_function(torch.ops.aten.constant_pad_nd.default, padding)
+                    node.update_arg(index, stamp(wide, self.name, node))
+            if value < query:
+                with graph.inserting_after(node):
+                    part = (node, ranks[node.name] - 1, 0, value)
+                    cut = stamp(graph.call_function(torch.ops.aten.slice.Tensor, part), self.name, node)
+                node.replace_all_uses_with(cut, delete_user_cb=lambda user, cut=cut: user is not cut)
         return program
 
 

@@ -70,12 +70,10 @@ class KeepDenseCount(GraphPass):
             if node.name in shares
         }
         program = program.copy()
-        for node in list(program.module.graph.nodes):
-            if node.name in shares:
-                _REWRITES[node.target](
-                    program.module.graph, node, shares[node.name], dtypes[node.name], self.name
-                )
-        for node in program.module.graph.nodes:
+        graph = program.module.graph
+        for node in [node for node in graph.nodes if node.name in shares]:
+            _REWRITES[node.target](graph, node, shares[node.name], dtypes[node.name], self.name)
+        for node in graph.nodes:
             if node.meta.get(WRITTEN_BY) == self.name and _counted_for(node) is None:
                 node.meta["custom"] = {**node.meta["custom"], _FOR: removal}
         return program
@@ -112,71 +110,44 @@ def _mean(graph: fx.Graph, node: fx.Node, share: float, dtype: torch.dtype, name
     node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
 
 
-class _Writer:
-    """Writes nodes before another one."""
+def _norm(graph: fx.Graph, node: fx.Node, share: float, dtype: torch.dtype, name: str) -> None:
+    """Write out a layer norm, or a norm by mean squares, with means over the dense count."""
 
-    def __init__(self, graph: fx.Graph, before: fx.Node, name: str) -> None:
-        self.graph, self.before, self.name = graph, before, name
+    def write(operator: Any, *args: Any) -> fx.Node:
+        with graph.inserting_before(node):
+            return stamp(graph.call_function(operator, args), name, node)
 
-    def __call__(self, operator: Any, *args: Any) -> fx.Node:
-        with self.graph.inserting_before(self.before):
-            return stamp(self.graph.call_function(operator, args), self.name, self.before)
+    def mean(of: fx.Node) -> fx.Node:
+        dims = list(range(-len(given["normalized_shape"]), 0))
+        return write(_ATEN.mul.Tensor, write(_ATEN.mean.dim, of, dims, True), share)
 
-
-def _layer_norm(graph: fx.Graph, node: fx.Node, share: float, dtype: torch.dtype, name: str) -> None:
-    given, write = arguments(node), _Writer(graph, node, name)
-    dims = list(range(-len(given["normalized_shape"]), 0))
-    wide, narrow = _widened(write, given["input"], dtype)
-    mean = write(_ATEN.mul.Tensor, write(_ATEN.mean.dim, wide, dims, True), share)
-    centred = write(_ATEN.sub.Tensor, wide, mean)
-    square = write(
-        _ATEN.mul.Tensor, write(_ATEN.mean.dim, write(_ATEN.mul.Tensor, centred, centred), dims, True), share
-    )
-    variance = write(
-        _ATEN.add.Tensor, square, write(_ATEN.mul.Tensor, write(_ATEN.mul.Tensor, mean, mean), 1.0 - share)
-    )
-    result = write(
-        _ATEN.mul.Tensor, centred, write(_ATEN.rsqrt.default, write(_ATEN.add.Tensor, variance, given["eps"]))
-    )
-    _finish(write, node, result, given, narrow)
-
-
-def _rms_norm(graph: fx.Graph, node: fx.Node, share: float, dtype: torch.dtype, name: str) -> None:
-    given, write = arguments(node), _Writer(graph, node, name)
-    dims = list(range(-len(given["normalized_shape"]), 0))
+    given = arguments(node)
     # Narrow types are computed in float32, whose precision stands for an eps that is not given.
     computed = torch.float32 if dtype in _NARROW else dtype
     eps = given["eps"] if given["eps"] is not None else torch.finfo(computed).eps
-    wide, narrow = _widened(write, given["input"], dtype)
-    square = write(
-        _ATEN.mul.Tensor, write(_ATEN.mean.dim, write(_ATEN.mul.Tensor, wide, wide), dims, True), share
-    )
-    result = write(_ATEN.mul.Tensor, wide, write(_ATEN.rsqrt.default, write(_ATEN.add.Tensor, square, eps)))
-    _finish(write, node, result, given, narrow)
-
-
-def _widened(write: _Writer, source: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, torch.dtype | None]:
-    """The input in at least float32, as the fused operators compute, and its own type if that is narrower."""
-    if dtype not in _NARROW:
-        return source, None
-    return write(_ATEN.to.dtype, source, torch.float32), dtype
-
-
-def _finish(
-    write: _Writer, node: fx.Node, result: fx.Node, given: dict[str, Any], narrow: torch.dtype | None
-) -> None:
-    if narrow is not None:
-        result = write(_ATEN.to.dtype, result, narrow)
-    for operator, name in ((_ATEN.mul.Tensor, "weight"), (_ATEN.add.Tensor, "bias")):
-        if given.get(name) is not None:
-            result = write(operator, result, given[name])
+    value = given["input"] if computed == dtype else write(_ATEN.to.dtype, given["input"], computed)
+    if node.target is _ATEN.layer_norm.default:
+        centre = mean(value)
+        value = write(_ATEN.sub.Tensor, value, centre)
+        square = mean(write(_ATEN.mul.Tensor, value, value))
+        removed = write(_ATEN.mul.Tensor, write(_ATEN.mul.Tensor, centre, centre), 1.0 - share)
+        square = write(_ATEN.add.Tensor, square, removed)
+    else:
+        square = mean(write(_ATEN.mul.Tensor, value, value))
+    scale = write(_ATEN.rsqrt.default, write(_ATEN.add.Tensor, square, eps))
+    result = write(_ATEN.mul.Tensor, value, scale)
+    if computed != dtype:
+        result = write(_ATEN.to.dtype, result, dtype)
+    for operator, factor in ((_ATEN.mul.Tensor, "weight"), (_ATEN.add.Tensor, "bias")):
+        if given.get(factor) is not None:
+            result = write(operator, result, given[factor])
     node.replace_all_uses_with(result)
-    write.graph.erase_node(node)
+    graph.erase_node(node)
 
 
 _REWRITES = {
     _ATEN.mean.dim: _mean,
     _ATEN.mean.default: _mean,
-    _ATEN.layer_norm.default: _layer_norm,
-    _ATEN.rms_norm.default: _rms_norm,
+    _ATEN.layer_norm.default: _norm,
+    _ATEN.rms_norm.default: _norm,
 }

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from decoders import Spec, build, tokens
-from fasp_fx.channels import attribute
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -17,6 +16,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import fasp_fx
+from fasp_fx.capturing._fx import attribute
 from fasp_fx.passes import (
     WRITTEN_BY,
     Foreign,
@@ -225,7 +225,8 @@ _ATTENTION = ATEN.scaled_dot_product_attention.default
 # --- faults
 
 
-def flip_between(module: fx.GraphModule) -> None:
+def _between(module: fx.GraphModule, operator: Any, *given: Any) -> None:
+    """Let an operator change what the last layer of a feed-forward block reads."""
     product = next(
         node
         for node in nodes(module.graph, ATEN.mul.Tensor)
@@ -233,20 +234,15 @@ def flip_between(module: fx.GraphModule) -> None:
     )
     (user,) = product.users
     with module.graph.inserting_before(user):
-        user.replace_input_with(product, module.graph.call_function(ATEN.flip.default, (product, [-1])))
+        user.replace_input_with(product, module.graph.call_function(operator, (product, *given)))
+
+
+def flip_between(module: fx.GraphModule) -> None:
+    _between(module, ATEN.flip.default, [-1])
 
 
 def unknown_between(module: fx.GraphModule) -> None:
-    product = next(
-        node
-        for node in nodes(module.graph, ATEN.mul.Tensor)
-        if any("silu" in str(n.target) for n in node.all_input_nodes)
-    )
-    (user,) = product.users
-    with module.graph.inserting_before(user):
-        user.replace_input_with(
-            product, module.graph.call_function(ATEN.renorm.default, (product, 2, 0, 1e9))
-        )
+    _between(module, ATEN.renorm.default, 2, 0, 1e9)
 
 
 def joined_by_a_new_weight(module: fx.GraphModule) -> None:
