@@ -1,4 +1,6 @@
-"""The invariants of the design, on decoders drawn at random."""
+"""What holds of plans, results and analyses, on a small decoder; :mod:`fasp_fx.testing` holds the invariants
+of the design, on nets drawn at random as well (properties/test_programs.py).
+"""
 
 from __future__ import annotations
 
@@ -6,36 +8,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from captures import one_capture
-from conftest import EXAMPLES, PROFILE
-from decoders import Spec, build, specs, tokens
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from decoders import Spec, build, tokens
 from oracle import TOLERANCE, error
-from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
+from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.testing._calling import flat_inputs
+from fasp_fx.testing import check_program
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
-#: each example here captures and exports several times, so it gets few of a property's examples
-few = settings(max_examples=EXAMPLES // 3 if PROFILE == "slow" else 3)
 SPEC = Spec(
     layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope"
 )
-
-
-def storages(module: nn.Module) -> set[int]:
-    return {
-        tensor.untyped_storage().data_ptr()
-        for tensor in (*module.parameters(), *module.buffers())
-        if tensor.numel()
-    }
 
 
 def same_weights(first: nn.Module, second: nn.Module) -> bool:
@@ -49,49 +36,9 @@ def prune(model: nn.Module, sparsity: float = 0.3, **options: Any) -> fasp_fx.Re
     )
 
 
-# --- removing nothing
-
-
-def removing_nothing_changes_nothing(model: nn.Module, most: float) -> None:
-    plan = prune(model, most / 2).plan
-    result = fasp_fx.apply(model, replace(plan, groups=(), splits=()), (tokens(2, 4),))
-    captured = fasp_fx.capture(model, (tokens(2, 4),)).program
-    unseen = tokens(3, 6)
-    with torch.no_grad():
-        assert torch.equal(result.module(unseen), captured.module(unseen))
-        assert error(result.module(unseen), model(unseen)) <= TOLERANCE
-    assert not storages(result.module) & storages(model)
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    found = dict(result.module.named_parameters(remove_duplicate=False))
-    assert weights.keys() == found.keys()
-    assert all(torch.equal(found[name], weights[name]) for name in weights)
-
-
-# --- channel sets
-
-
-def channel_sets_partition_the_channels(model: nn.Module, share: float) -> None:
-    analysis = fasp_fx.analyze(model, (tokens(2, 4),))
-    result = prune(model, share * analysis.max_sparsity)
-    seen: dict[tuple[str, int], list[int]] = {}
-    weights = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    for group in analysis.groups:
-        assert len(np.unique(group.sets)) == group.size == len(group.sets)
-        for member in {(m.name, m.dim): m for m in (*group.producers, *group.consumers)}.values():
-            assert member.size == weights[member.name].shape[member.dim]
-            assert len(set(member.indices)) == len(member.indices)
-            assert all(0 <= index < member.size for index in member.indices)
-            seen.setdefault((member.name, member.dim), []).extend(member.indices)
-    for place, indices in seen.items():
-        assert len(set(indices)) == len(indices), f"{place} has a channel that belongs to two groups"
-    for planned in result.plan.groups:
-        group = next(g for g in analysis.groups if g.name == planned.name)
-        members = {(m.name, m.dim): set(m.indices) for m in (*group.producers, *group.consumers)}
-        for part in (*planned.producers, *planned.consumers):
-            assert set(part.removed) < members[(part.name, part.dim)]
-            assert list(part.removed) == sorted(set(part.removed))
-    for name, tensor in model.named_parameters():
-        assert bool(torch.isfinite(tensor).all()), name
+@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, repeat=1, projection="stacked")])
+def test_every_invariant_holds_for_a_decoder(spec: Spec) -> None:
+    check_program(build(spec).double(), (tokens(2, 4),))
 
 
 def test_a_plan_is_for_one_model() -> None:
@@ -139,22 +86,6 @@ def test_a_plan_must_keep_blocks_even() -> None:
         fasp_fx.apply(model, uneven, (tokens(2, 4),))
 
 
-# --- one pruning after another
-
-
-def pruning_in_two_steps_is_pruning_at_once(
-    model: nn.Module, most: float, shares: tuple[float, float]
-) -> None:
-    less, more = (prune(model, share * most, score="magnitude") for share in shares)
-    if not less.plan.groups:
-        return
-    assert all(less.plan.slices()[place] <= more.plan.slices()[place] for place in less.plan.slices())
-    second = fasp_fx.apply(less.module, more.plan.after(less.plan), (tokens(2, 4),))
-    unseen = tokens(3, 6)
-    assert same_weights(second.module, more.module)
-    assert error(second.module(unseen), more.module(unseen)) <= TOLERANCE
-
-
 def test_pruning_group_after_group() -> None:
     model, example = build(SPEC), (tokens(2, 4),)
     with one_capture():
@@ -165,89 +96,6 @@ def test_pruning_group_after_group() -> None:
     assert same_weights(second.module, both.module)
     assert not same_weights(first.module, both.module)
     assert torch.equal(second.module(tokens(3, 6)), both.module(tokens(3, 6)))
-
-
-# --- shapes
-
-
-class _Shapes(fx.Interpreter):
-    """Runs an exported program and holds every result against the recorded one."""
-
-    def __init__(self, program: ExportedProgram) -> None:
-        super().__init__(program.graph_module)
-        self.sizes: dict[Any, int] = {}
-        self.checked = 0
-
-    def run_node(self, n: fx.Node) -> Any:
-        found = super().run_node(n)
-        if n.op != "output":
-            self._compare(n, n.meta.get("val"), found)
-        return found
-
-    def _compare(self, node: fx.Node, recorded: Any, found: Any) -> None:
-        if isinstance(recorded, (list, tuple)):
-            for a, b in zip(recorded, found, strict=True):
-                self._compare(node, a, b)
-        elif isinstance(recorded, Tensor):
-            for size, actual in zip(recorded.shape, found.shape, strict=True):
-                if node.op == "placeholder" and isinstance(size, torch.SymInt):
-                    self.sizes.setdefault(size.node.expr, actual)
-                expected = (
-                    int(size.node.expr.xreplace(self.sizes)) if isinstance(size, torch.SymInt) else size
-                )
-                assert expected == actual, (
-                    f"{node.name}: recorded {tuple(recorded.shape)}, executed {tuple(found.shape)}"
-                )
-            assert recorded.dtype == found.dtype
-            self.checked += 1
-
-
-def recorded_shapes_are_executed_ones(model: nn.Module, sparsity: float) -> None:
-    result = prune(model, sparsity)
-    runner = _Shapes(result.program)
-    with torch.no_grad():
-        (found,) = runner.run(*flat_inputs(result.program, [tokens(3, 6)]))
-        assert torch.equal(found, result.module(tokens(3, 6)))
-    assert runner.checked > 20
-
-
-# --- the result is a model of its own
-
-
-def the_result_stands_alone(model: nn.Module, spec: Spec, sparsity: float) -> None:
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result = prune(model, sparsity)
-    assert not storages(result.module) & storages(model)
-    assert {p.untyped_storage().data_ptr() for p in result.program.parameters()} == {
-        p.untyped_storage().data_ptr() for p in result.module.parameters()
-    }
-    data, expected = tokens(3, 6), result.module(tokens(3, 6))
-    assert torch.equal(result.module.train()(data), expected)
-    assert torch.equal(result.module.eval()(data), expected)
-    again = torch.export.export(result.module, (data,), strict=False)
-    assert error(again.module()(data), expected) <= TOLERANCE
-    assert error(torch.compile(result.module, backend="eager")(data), expected) <= TOLERANCE
-    _train(result.module, data)
-    if spec.tied:
-        names = dict(result.module.named_parameters(remove_duplicate=False))
-        assert names["embed.weight"] is names["head.weight"]
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), (
-        "the caller's model changed"
-    )
-
-
-def _train(module: nn.Module, data: Tensor) -> None:
-    def loss() -> Tensor:
-        return nn.functional.cross_entropy(module(data)[:, :-1].flatten(0, 1), data[:, 1:].flatten())
-
-    first = loss()
-    first.backward()
-    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in module.parameters())
-    length = sum(float((p.grad**2).sum()) for p in module.parameters())
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter -= 1e-2 / (1 + length**0.5) * parameter.grad
-    assert float(loss().detach()) < float(first.detach())
 
 
 def test_another_dtype() -> None:
@@ -280,9 +128,6 @@ def test_frozen_parameters_stay_frozen() -> None:
     assert {name for name, p in result.module.named_parameters() if not p.requires_grad} == {"embed.weight"}
 
 
-# --- tied weights
-
-
 class TiedTwice(nn.Module):
     """Two branches through one pair of weights, known under several names."""
 
@@ -298,46 +143,14 @@ class TiedTwice(nn.Module):
 
 def test_tied_weights_stay_tied() -> None:
     torch.manual_seed(0)
-    model = TiedTwice().eval()
-    x = torch.randn(4, 6)
-    result = fasp_fx.prune(model, (x,), sparsity=0.5, score="random", restore=None)
+    model, x = TiedTwice().double().eval(), torch.randn(64, 6).double()
+    check_program(model, (x,), invariants=("mask-exact", "ties", "restored"))
+    result = fasp_fx.prune(model, (x,), sparsity=0.5, calibration=[x])
     names = dict(result.module.named_parameters(remove_duplicate=False))
     assert names["up.weight"] is names["up_again.weight"]
     assert names["down.weight"] is names["down_again.weight"]
     assert names["up.weight"].shape == (5, 6)
     assert names["up_again.bias"].shape == names["up.bias"].shape == (5,)
-    assert all(
-        part.name in dict(model.named_parameters())
-        for group in result.plan.groups
-        for part in (*group.producers, *group.consumers)
-    )
-    gone = next(part.removed for group in result.plan.groups for part in group.consumers)
-    mask = torch.ones(10)
-    mask[list(gone)] = 0
-    with torch.no_grad():
-        expected = model.down(model.up(x).relu() * mask) + model.down_again(model.up_again(x).tanh() * mask)
-        assert error(result.module(x), expected) <= TOLERANCE
-    _tied_restored(model)
-
-
-def _tied_restored(model: nn.Module) -> None:
-    data = torch.randn(64, 6)
-    result = fasp_fx.prune(model, (data,), calibration=[data], sparsity=0.5)
-    names = dict(result.module.named_parameters(remove_duplicate=False))
-    assert names["down.weight"] is names["down_again.weight"]
-
-
-# --- plans as data
-
-
-def a_plan_survives_json_and_replays(model: nn.Module, sparsity: float) -> None:
-    result = prune(model, sparsity)
-    read = fasp_fx.PruningPlan.from_json(result.plan.to_json())
-    assert read == result.plan
-    replayed = fasp_fx.apply(model, read, (tokens(2, 4),))
-    assert replayed.plan == result.plan
-    assert same_weights(replayed.module, result.module)
-    assert torch.equal(replayed.module(tokens(3, 6)), result.module(tokens(3, 6)))
 
 
 @pytest.mark.parametrize(
@@ -346,9 +159,6 @@ def a_plan_survives_json_and_replays(model: nn.Module, sparsity: float) -> None:
 def test_text_that_is_no_plan(text: str) -> None:
     with pytest.raises(fasp_fx.PlanError):
         fasp_fx.PruningPlan.from_json(text)
-
-
-# --- kinds of models, and what the analysis offers
 
 
 def test_batch_of_one_stays_dynamic() -> None:
@@ -438,21 +248,3 @@ def test_names_are_those_of_named_parameters(zoo_model: Any, zoo_analysis: Any) 
         for group in zoo_analysis("gpt2").groups
         for member in (*group.producers, *group.consumers)
     } <= names
-
-
-# --- all of the above, for decoders drawn at random
-
-
-@few
-@given(spec=specs(), share=st.floats(0.1, 0.9), shares=st.tuples(st.floats(0.1, 0.6), st.floats(0.6, 1.0)))
-def test_what_holds_for_every_decoder(spec: Spec, share: float, shares: tuple[float, float]) -> None:
-    """Each decoder is captured once; a capture survives all prunings."""
-    model = build(spec)
-    with one_capture():
-        most = fasp_fx.analyze(model, (tokens(2, 4),)).max_sparsity
-        removing_nothing_changes_nothing(model, most)
-        channel_sets_partition_the_channels(model, share)
-        pruning_in_two_steps_is_pruning_at_once(model, most, shares)
-        recorded_shapes_are_executed_ones(model, share * most)
-        the_result_stands_alone(model, spec, share * most)
-        a_plan_survives_json_and_replays(model, share * most)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from decoders import Spec, build, tokens
-from fasp_fx.channels import attribute
 from torch import fx, nn
 
 import fasp_fx
 from fasp_fx.analysis import Analysis, analyze_program
 from fasp_fx.capturing import capture
+from fasp_fx.capturing._fx import attribute
 from fasp_fx.capturing._program import Program, set_weight
 from fasp_fx.passes import (
     PadValueHeads,
@@ -29,6 +29,9 @@ from fasp_fx.passes import (
 )
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
+
+ATEN = torch.ops.aten
+Change = Callable[[Program, Analysis, str], None]
 
 FUSED = Spec(
     hidden=8,
@@ -137,71 +140,109 @@ def test_correct_passes_are_accepted(analysed: tuple[str, Analysis]) -> None:
     Pipeline([Fault(lambda program: None)], analysis)(program)
 
 
-def test_a_producer_cut_at_wrong_rows(analysed: tuple[str, Analysis]) -> None:
-    kind, analysis = analysed
-    program = removed(analysis)
-    module, first = VALUE_ROWS[kind]
+def put_between(operator: Any, *given: Any) -> Change:
+    """Let an operator change what the last layer of a feed-forward block reads."""
 
-    def change(program: Program) -> None:
-        for part in ("weight", "bias"):
-            rows = kept_rows(program, analysis, f"{module}.{part}", 0)
-            take(
-                program,
-                analysis,
-                f"{module}.{part}",
-                0,
-                [row - 1 if row >= first + 1 else row for row in rows],
-            )
-
-    assert "not coupled" in must_be_refused(program, analysis, change)
-
-
-def test_one_wrong_row(analysed: tuple[str, Analysis]) -> None:
-    _, analysis = analysed
-    name = "blocks.0.ffn.up.weight"
-    program = removed(analysis)
-    rows = kept_rows(program, analysis, name, 0)
-
-    def change(program: Program) -> None:
-        take(program, analysis, name, 0, [rows[0] - 1, *rows[1:]])
-
-    assert "blocks.0.ffn.up" in must_be_refused(program, analysis, change)
-
-
-def test_a_bias_cut_at_wrong_rows(analysed: tuple[str, Analysis]) -> None:
-    _, analysis = analysed
-    program = removed(analysis)
-    rows = kept_rows(program, analysis, "blocks.0.ffn.up.bias", 0)
-    must_be_refused(
-        program,
-        analysis,
-        lambda program: take(program, analysis, "blocks.0.ffn.up.bias", 0, [*rows[1:], rows[0]]),
-    )
-
-
-def test_a_consumer_cut_at_wrong_columns(analysed: tuple[str, Analysis]) -> None:
-    _, analysis = analysed
-    program = removed(analysis)
-    for name in ("blocks.0.ffn.down.weight", "blocks.0.attention.out.weight"):
-        columns = kept_rows(program, analysis, name, 1)
-        must_be_refused(
-            program,
-            analysis,
-            lambda program, name=name, columns=columns: take(
-                program, analysis, name, 1, [columns[0] - 1, *columns[1:]]
-            ),
+    def change(program: Program, analysis: Analysis, kind: str) -> None:
+        product = next(
+            node
+            for node in nodes(program, "aten.mul.Tensor")
+            if any("silu" in str(n.target) for n in node.all_input_nodes)
         )
+        (user,) = product.users
+        with program.module.graph.inserting_before(user):
+            user.replace_input_with(product, program.module.graph.call_function(operator, (product, *given)))
+
+    return change
 
 
-def test_a_bias_left_whole(analysed: tuple[str, Analysis]) -> None:
-    _, analysis = analysed
+def reordered(name: str | None, dim: int, order: Callable[[list[int]], list[int]]) -> Change:
+    """Take other rows or columns of a weight than are left; ``None``: of the values of an attention, with
+    their bias.
+    """
+
+    def change(program: Program, analysis: Analysis, kind: str) -> None:
+        module, first = VALUE_ROWS[kind]
+        for own in [name] if name is not None else [f"{module}.weight", f"{module}.bias"]:
+            rows = kept_rows(program, analysis, own, dim)
+            start = first if name is None else 0
+            moved = order([row for row in rows if row >= start])
+            take(program, analysis, own, dim, [*[row for row in rows if row < start], *moved])
+
+    return change
+
+
+def bias_left_whole(program: Program, analysis: Analysis, kind: str) -> None:
     whole = attribute(analysis.program.module, "blocks.0.ffn.up.bias")
+    set_weight(program.module, "blocks.0.ffn.up.bias", whole.detach().clone())
+    del program.numbers["blocks.0.ffn.up.bias"]
 
-    def change(program: Program) -> None:
-        set_weight(program.module, "blocks.0.ffn.up.bias", whole.detach().clone())
-        del program.numbers["blocks.0.ffn.up.bias"]
 
-    assert "no longer executes" in must_be_refused(removed(analysis), analysis, change)
+def weights_left_whole(program: Program, analysis: Analysis, kind: str) -> None:
+    for name in list(program.numbers):
+        set_weight(program.module, name, attribute(analysis.program.module, name).detach().clone())
+    program.numbers.clear()
+
+
+def output_sliced(program: Program, analysis: Analysis, kind: str) -> None:
+    output = next(iter(program.module.graph.find_nodes(op="output")))
+    (result,) = output.args[0]
+    with program.module.graph.inserting_before(output):
+        output.args = ((program.module.graph.call_function(ATEN.slice.Tensor, (result, 2, 0, 5)),),)
+
+
+def wrong_size(program: Program, analysis: Analysis, kind: str) -> None:
+    view = nodes(program, "aten.reshape")[-1]
+    *sizes, last = view.args[1]  # type: ignore[misc]
+    view.update_arg(1, [*sizes, last + 1] if isinstance(last, int) and last > 0 else [*sizes, 1])
+
+
+def broken_graph(program: Program, analysis: Analysis, kind: str) -> None:
+    weight: Any = next(iter(program.module.graph.find_nodes(op="get_attr")))
+    weight.target = "nowhere.weight"
+
+
+def gate_beside_up(program: Program, analysis: Analysis, kind: str) -> None:
+    """Gate and up channels of one neuron are coupled, so only shifting one against the other is a fault."""
+    for part in ("weight", "bias"):
+        rows = kept_rows(program, analysis, f"blocks.0.ffn.up.{part}", 0)
+        half = len(rows) if len(rows) <= 10 else len(rows) // 2
+        take(program, analysis, f"blocks.0.ffn.up.{part}", 0, [*rows[1:half], rows[0], *rows[half:]])
+
+
+UP, DOWN, OUT = "blocks.0.ffn.up", "blocks.0.ffn.down.weight", "blocks.0.attention.out.weight"
+#: what a pass does wrong to a pruned program, and what is said of it
+FAULTS: dict[str, tuple[Change, str]] = {
+    "a producer cut at wrong rows": (
+        reordered(None, 0, lambda rows: [rows[0], *(row - 1 for row in rows[1:])]),
+        "not coupled",
+    ),
+    "one wrong row": (reordered(f"{UP}.weight", 0, lambda rows: [rows[0] - 1, *rows[1:]]), UP),
+    "a bias cut at wrong rows": (reordered(f"{UP}.bias", 0, lambda rows: [*rows[1:], rows[0]]), ""),
+    "wrong columns of a layer": (reordered(DOWN, 1, lambda rows: [rows[0] - 1, *rows[1:]]), ""),
+    "wrong columns of heads": (reordered(OUT, 1, lambda rows: [rows[0] - 1, *rows[1:]]), ""),
+    "swapped heads": (
+        reordered(None, 0, lambda rows: [*rows[len(rows) // 2 :], *rows[: len(rows) // 2]]),
+        "",
+    ),
+    "gates beside what they gate": (gate_beside_up, ""),
+    "a bias left whole": (bias_left_whole, "no longer executes"),
+    "a graph resized, and weights left whole": (weights_left_whole, ""),
+    "an output sliced": (output_sliced, "output 0"),
+    "a flip put between": (put_between(ATEN.flip.default, [-1]), "not coupled"),
+    "a mixing operator put between": (put_between(ATEN.softmax.int, -1), ""),
+    "an operator without a rule put between": (put_between(ATEN.renorm.default, 2, 0, 1.0), "no rule"),
+    "a wrong size": (wrong_size, ""),
+    "a broken graph": (broken_graph, ""),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_pass_is_refused(analysed: tuple[str, Analysis], fault: str) -> None:
+    kind, analysis = analysed
+    change, said = FAULTS[fault]
+    program = removed(analysis)
+    assert said in must_be_refused(program, analysis, lambda program: change(program, analysis, kind))
 
 
 def test_weights_cut_and_graph_left_alone(analysed: tuple[str, Analysis]) -> None:
@@ -217,160 +258,23 @@ def test_weights_cut_and_graph_left_alone(analysed: tuple[str, Analysis]) -> Non
     must_be_refused(analysis.program, analysis, change)
 
 
-def test_graph_resized_and_weights_left_whole(analysed: tuple[str, Analysis]) -> None:
-    _, analysis = analysed
-
-    def change(program: Program) -> None:
-        for name in list(program.numbers):
-            set_weight(program.module, name, attribute(analysis.program.module, name).detach().clone())
-        program.numbers.clear()
-
-    must_be_refused(removed(analysis), analysis, change)
-
-
-def test_swapped_heads(analysed: tuple[str, Analysis]) -> None:
-    kind, analysis = analysed
-    program = removed(analysis)
-    module, first = VALUE_ROWS[kind]
-
-    def change(program: Program) -> None:
-        for part in ("weight", "bias"):
-            rows = kept_rows(program, analysis, f"{module}.{part}", 0)
-            values = [row for row in rows if row >= first]
-            half = len(values) // 2
-            take(
-                program,
-                analysis,
-                f"{module}.{part}",
-                0,
-                [*[row for row in rows if row < first], *values[half:], *values[:half]],
-            )
-
-    must_be_refused(program, analysis, change)
-
-
-def test_swapped_gate_and_up(analysed: tuple[str, Analysis]) -> None:
-    """Gate and up channels of one neuron are coupled, so only shifting one against the other is a fault."""
-    _, analysis = analysed
-    program = removed(analysis)
-
-    def change(program: Program) -> None:
-        for part in ("weight", "bias"):
-            rows = kept_rows(program, analysis, f"blocks.0.ffn.up.{part}", 0)
-            half = len(rows) if len(rows) <= 10 else len(rows) // 2
-            take(program, analysis, f"blocks.0.ffn.up.{part}", 0, [*rows[1:half], rows[0], *rows[half:]])
-
-    must_be_refused(program, analysis, change)
-
-
-@pytest.mark.parametrize("shift", [-1, 1])
-def test_a_slice_off_by_one(shift: int) -> None:
+@pytest.mark.parametrize("shift", [-1, 1, None])
+def test_parts_of_a_fused_product_are_told_apart(shift: int | None) -> None:
+    """Cut one off, or keys and values swapped."""
     analysis = analyze_program(capture(build(FUSED), (tokens(2, 4),)), split_fused)
 
     def change(program: Program) -> None:
         split = next(node for node in nodes(program, "split_with_sizes") if len(node.args[1]) == 3)
-        q, k, v = split.args[1]
-        split.update_arg(1, [q, k + shift, v - shift])
+        if shift is None:
+            _, k, v = split.users
+            k.update_arg(1, 2)
+            v.update_arg(1, 1)
+        else:
+            q, k, v = split.args[1]
+            split.update_arg(1, [q, k + shift, v - shift])
 
-    for program in (analysis.program, removed(analysis)):
+    for program in (analysis.program,) if shift is None else (analysis.program, removed(analysis)):
         must_be_refused(program, analysis, change)
-
-
-def test_values_and_keys_swapped() -> None:
-    analysis = analyze_program(capture(build(FUSED), (tokens(2, 4),)), split_fused)
-
-    def change(program: Program) -> None:
-        _, k, v = (
-            node
-            for node in program.module.graph.nodes
-            if "getitem" in str(node.target) and "split_with_sizes" in str(node.args[0].target)
-        )
-        k.update_arg(1, 2)
-        v.update_arg(1, 1)
-
-    must_be_refused(analysis.program, analysis, change)
-
-
-def test_an_output_sliced(analysed: tuple[str, Analysis]) -> None:
-    _, analysis = analysed
-
-    def change(program: Program) -> None:
-        output = next(iter(program.module.graph.find_nodes(op="output")))
-        (result,) = output.args[0]
-        with program.module.graph.inserting_before(output):
-            shorter = program.module.graph.call_function(torch.ops.aten.slice.Tensor, (result, 2, 0, 5))
-        output.args = ((shorter,),)
-
-    assert "output 0" in must_be_refused(removed(analysis), analysis, change)
-
-
-def test_a_flip_put_between(analysed: tuple[str, Analysis]) -> None:
-    _, analysis = analysed
-
-    def change(program: Program) -> None:
-        product = next(
-            node
-            for node in nodes(program, "aten.mul.Tensor")
-            if any("silu" in str(n.target) for n in node.all_input_nodes)
-        )
-        (user,) = product.users
-        with program.module.graph.inserting_before(user):
-            flipped = program.module.graph.call_function(torch.ops.aten.flip.default, (product, [-1]))
-        user.replace_input_with(product, flipped)
-
-    assert "not coupled" in must_be_refused(removed(analysis), analysis, change)
-
-
-def test_a_mixing_operator_put_between(analysed: tuple[str, Analysis]) -> None:
-    _, analysis = analysed
-
-    def change(program: Program) -> None:
-        product = next(
-            node
-            for node in nodes(program, "aten.mul.Tensor")
-            if any("silu" in str(n.target) for n in node.all_input_nodes)
-        )
-        (user,) = product.users
-        with program.module.graph.inserting_before(user):
-            mixed = program.module.graph.call_function(torch.ops.aten.softmax.int, (product, -1))
-        user.replace_input_with(product, mixed)
-
-    must_be_refused(removed(analysis), analysis, change)
-
-
-def test_an_operator_without_a_rule_put_between(analysed: tuple[str, Analysis]) -> None:
-    _, analysis = analysed
-
-    def change(program: Program) -> None:
-        product = next(
-            node
-            for node in nodes(program, "aten.mul.Tensor")
-            if any("silu" in str(n.target) for n in node.all_input_nodes)
-        )
-        (user,) = product.users
-        with program.module.graph.inserting_before(user):
-            rolled = program.module.graph.call_function(torch.ops.aten.renorm.default, (product, 2, 0, 1.0))
-        user.replace_input_with(product, rolled)
-
-    assert "no rule" in must_be_refused(removed(analysis), analysis, change)
-
-
-def test_a_wrong_size_argument(analysed: tuple[str, Analysis]) -> None:
-    _, analysis = analysed
-
-    def change(program: Program) -> None:
-        view = nodes(program, "aten.reshape")[-1]
-        sizes = list(view.args[1])
-        view.update_arg(
-            1,
-            (
-                [*sizes[:-1], sizes[-1] + 1]
-                if isinstance(sizes[-1], int) and sizes[-1] > 0
-                else [*sizes[:-2], sizes[-2], 1]
-            ),
-        )
-
-    must_be_refused(removed(analysis), analysis, change)
 
 
 def test_a_removal_that_breaks_a_box(analysed: tuple[str, Analysis]) -> None:
@@ -389,18 +293,6 @@ def test_a_removal_that_cuts_through_a_set(analysed: tuple[str, Analysis]) -> No
     gone[slot.base : slot.base + slot.size] = False
     with pytest.raises(fasp_fx.VerificationError):
         Pipeline([RemoveChannels(gone)], analysis)(analysis.program)
-
-
-def test_a_pass_that_leaves_a_broken_graph(analysed: tuple[str, Analysis]) -> None:
-    """Whatever a faulty pass does, the caller gets a typed error, here of what fx says about its graph."""
-    _, analysis = analysed
-
-    def change(program: Program) -> None:
-        weight: Any = next(iter(program.module.graph.find_nodes(op="get_attr")))
-        weight.target = "nowhere.weight"
-
-    with pytest.raises(fasp_fx.VerificationError, match="faulty_pass"):
-        Pipeline([Fault(change)], analysis)(analysis.program)
 
 
 def test_passes_do_not_change_their_input(analysed: tuple[str, Analysis]) -> None:

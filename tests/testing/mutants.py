@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-import fasp_fx.analysis
+import fasp_fx.analysis._analysis
 import fasp_fx.analysis.channels._facts
 import fasp_fx.analysis.channels._interpreter
 import fasp_fx.analysis.channels._moves
@@ -351,7 +351,12 @@ MUTANTS: tuple[Mutant, ...] = (
         Net((Tied(4, "pair"),), (Sequences(3),)),
         ("ties", "mask-exact"),
     ),
-    Mutant("boxes without blocks", attribute(fasp_fx.analysis, "find_blocks", _one_block), HEADS, seed=1),
+    Mutant(
+        "boxes without blocks",
+        attribute(fasp_fx.analysis._analysis, "find_blocks", _one_block),
+        HEADS,
+        seed=1,
+    ),
     Mutant(
         "an unseen operator is pointwise",
         attribute(fasp_fx.analysis.channels._interpreter, "lookup", _everything_pointwise),
