@@ -225,7 +225,8 @@ _ATTENTION = ATEN.scaled_dot_product_attention.default
 # --- faults
 
 
-def flip_between(module: fx.GraphModule) -> None:
+def _between(module: fx.GraphModule, operator: Any, *given: Any) -> None:
+    """Let an operator change what the last layer of a feed-forward block reads."""
     product = next(
         node
         for node in nodes(module.graph, ATEN.mul.Tensor)
@@ -233,20 +234,15 @@ def flip_between(module: fx.GraphModule) -> None:
     )
     (user,) = product.users
     with module.graph.inserting_before(user):
-        user.replace_input_with(product, module.graph.call_function(ATEN.flip.default, (product, [-1])))
+        user.replace_input_with(product, module.graph.call_function(operator, (product, *given)))
+
+
+def flip_between(module: fx.GraphModule) -> None:
+    _between(module, ATEN.flip.default, [-1])
 
 
 def unknown_between(module: fx.GraphModule) -> None:
-    product = next(
-        node
-        for node in nodes(module.graph, ATEN.mul.Tensor)
-        if any("silu" in str(n.target) for n in node.all_input_nodes)
-    )
-    (user,) = product.users
-    with module.graph.inserting_before(user):
-        user.replace_input_with(
-            product, module.graph.call_function(ATEN.renorm.default, (product, 2, 0, 1e9))
-        )
+    _between(module, ATEN.renorm.default, 2, 0, 1e9)
 
 
 def joined_by_a_new_weight(module: fx.GraphModule) -> None:

@@ -28,43 +28,25 @@ def _unbound(fused: Tensor) -> Parts:
     return q, k, v
 
 
-def _windows(fused: Tensor) -> Parts:
-    return _unbound(fused.view(fused.shape[0], -1, 3, 48))
-
-
-def _windows_in_the_batch(fused: Tensor) -> Parts:
-    return _unbound(fused.view(-1, 3, 48))
-
-
-def _all_but_the_last(fused: Tensor) -> Parts:
-    return _unbound(fused[:, :-1])
-
-
-def _first_half(fused: Tensor) -> Parts:
-    return _unbound(fused[:, : fused.shape[1] // 2])
-
-
-def _across_windows(fused: Tensor) -> Parts:
-    return _unbound(fused.view(fused.shape[0], -1, 3, 48).transpose(1, 2).reshape(fused.shape))
-
-
-def _backwards(fused: Tensor) -> Parts:
-    return _unbound(fused.flip(1))
-
-
-def _shifted(fused: Tensor) -> Parts:
-    """By no token where there are few, so that the small sizes of the analysis do not show it."""
-    some = fused.shape[1] // 4
-    return _unbound(F.pad(fused, (0, 0, some, -some)))
-
-
-def _whole(fused: Tensor) -> Parts:
-    return _unbound(fused)
-
-
 def _heads_last(fused: Tensor) -> Parts:
     q, k, v = fused.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
     return q, k, v
+
+
+#: in which tokens do not stay in their places; shifted by none where there are few, so that the small sizes
+#: of the analysis do not show it
+TORN: dict[str, Callable[[Tensor], Parts]] = {
+    "windows": lambda fused: _unbound(fused.view(fused.shape[0], -1, 3, 48)),
+    "windows in the batch": lambda fused: _unbound(fused.view(-1, 3, 48)),
+    "all but the last": lambda fused: _unbound(fused[:, :-1]),
+    "the first half": lambda fused: _unbound(fused[:, : fused.shape[1] // 2]),
+    "across windows": (
+        lambda fused: _unbound(fused.view(fused.shape[0], -1, 3, 48).transpose(1, 2).reshape(fused.shape))
+    ),
+    "backwards": lambda fused: _unbound(fused.flip(1)),
+    "shifted": lambda fused: _unbound(F.pad(fused, (0, 0, fused.shape[1] // 4, -(fused.shape[1] // 4)))),
+}
+WHOLE: dict[str, Callable[[Tensor], Parts]] = {"whole": _unbound, "heads last": _heads_last}
 
 
 class Fused(nn.Module):
@@ -112,11 +94,11 @@ class Lifted(Fused):
     """All rows are lifted by one number."""
 
     def __init__(self) -> None:
-        super().__init__(_whole)
+        super().__init__(_unbound)
         self.lift = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        attended = F.scaled_dot_product_attention(*_whole(self.qkv(x) + self.lift)).transpose(-3, -2)
+        attended = F.scaled_dot_product_attention(*_unbound(self.qkv(x) + self.lift)).transpose(-3, -2)
         return self.out(attended.flatten(-2)), self.down(torch.relu(self.up(x)))
 
 
@@ -124,7 +106,7 @@ class Shared(Fused):
     """The rows' bias is another layer's as well."""
 
     def __init__(self) -> None:
-        super().__init__(_whole)
+        super().__init__(_unbound)
         self.weight, self.second = nn.Parameter(torch.randn(48, 8)), nn.Linear(48, 8)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -135,12 +117,12 @@ class Twice(Fused):
     """The weight is turned once, and met twice."""
 
     def __init__(self) -> None:
-        super().__init__(_whole)
+        super().__init__(_unbound)
         self.weight, self.second = nn.Parameter(torch.randn(48, 8)), nn.Linear(48, 8)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         turned = self.weight.t()
-        attended = F.scaled_dot_product_attention(*_whole(x @ turned)).transpose(-3, -2).flatten(-2)
+        attended = F.scaled_dot_product_attention(*_unbound(x @ turned)).transpose(-3, -2).flatten(-2)
         return self.out(attended), self.down(torch.relu(self.up(x))), self.second(torch.relu(x @ turned))
 
 
@@ -148,46 +130,28 @@ class Deciding(Fused):
     """Beside a graph that the model's own graph looks up."""
 
     def __init__(self) -> None:
-        super().__init__(_whole)
+        super().__init__(_unbound)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return *super().forward(x), torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
 
 
-TORN = [
-    _windows,
-    _windows_in_the_batch,
-    _all_but_the_last,
-    _first_half,
-    _across_windows,
-    _backwards,
-    _shifted,
-]
-
-
-@pytest.mark.parametrize("layout", TORN, ids=lambda layout: layout.__name__)
-def test_tokens_that_do_not_stay_in_their_places_keep_a_weight_together(
-    layout: Callable[[Tensor], Parts],
-) -> None:
-    analysis = hold(Fused(layout), inputs([(2, 9), (3, 6), (1, 24)]))
+@pytest.mark.parametrize("layout", TORN)
+def test_tokens_that_do_not_stay_in_their_places_keep_a_weight_together(layout: str) -> None:
+    analysis = hold(Fused(TORN[layout]), inputs([(2, 9), (3, 6), (1, 24)]))
     assert ("prunable", 20, 1) in sets_of(analysis, "up.weight"), "the rest is pruned all the same"
 
 
 def test_windows_longer_than_the_example() -> None:
-    analysis = hold(Padded(_whole), inputs([(2, 9), (2, 63), (2, 65), (1, 130)]))
+    analysis = hold(Padded(_unbound), inputs([(2, 9), (2, 63), (2, 65), (1, 130)]))
     assert ("prunable", 20, 1) in sets_of(analysis, "up.weight")
 
 
-@pytest.mark.parametrize("layout", [_whole, _heads_last], ids=lambda layout: layout.__name__)
-def test_a_weight_whose_tokens_stay_is_taken_apart(layout: Callable[[Tensor], Parts]) -> None:
-    analysis = hold(Fused(layout), inputs([(2, 9), (3, 6), (1, 24)]))
-    assert len(analysis.program.parts) == 6
-    assert ("prunable", 16, 2) in sets_of(analysis, "out.weight", 1)
-
-
-@pytest.mark.parametrize("layout", [_whole, _heads_last], ids=lambda layout: layout.__name__)
-def test_a_weight_is_taken_apart_where_tokens_are_numbered(layout: Callable[[Tensor], Parts]) -> None:
-    analysis = hold(Placed(layout), inputs([(2, 9), (3, 9), (1, 9)]))
+@pytest.mark.parametrize("kind", [Fused, Placed])
+@pytest.mark.parametrize("layout", WHOLE)
+def test_a_weight_whose_tokens_stay_is_taken_apart(layout: str, kind: type[Fused]) -> None:
+    sizes = [(2, 9), (3, 9), (1, 9)] if kind is Placed else [(2, 9), (3, 6), (1, 24)]
+    analysis = hold(kind(WHOLE[layout]), inputs(sizes))
     assert len(analysis.program.parts) == 6
     assert ("prunable", 16, 2) in sets_of(analysis, "out.weight", 1)
 
@@ -205,11 +169,11 @@ def test_a_weight_is_taken_apart_beside_a_graph_that_is_looked_up() -> None:
     assert len(analysis.program.parts) == 6
 
 
-@pytest.mark.parametrize("layout", [_windows, _all_but_the_last], ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("layout", ["windows", "all but the last"])
 def test_the_net_sees_a_weight_that_is_taken_apart_wrongly(
-    layout: Callable[[Tensor], Parts], monkeypatch: pytest.MonkeyPatch
+    layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_split, "_holds_at_every_size", lambda node, label, size: True)
-    model, batches = Fused(layout).double().eval(), inputs([(2, 9)])
+    model, batches = Fused(TORN[layout]).double().eval(), inputs([(2, 9)])
     with pytest.raises(fasp_fx.VerificationError):
         fasp_fx.prune(model, batches[0], sparsity=0.3, score="random", restore=None)

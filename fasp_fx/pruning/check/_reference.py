@@ -87,20 +87,18 @@ class _Masking:
             if mask is not None:
                 masks[key] = mask & masks.get(key, mask)
         for (name, operand), mask in masks.items():
-            node = self.nodes[name]
-            weight, *moves = way_from_weight(self.nodes[operand])
+            node, way = self.nodes[name], way_from_weight(self.nodes[operand])
             with self.graph.inserting_before(node):
-                masked, before = (
-                    self.graph.call_function(_WHERE, (self._hold(mask, weight), weight, _ZERO)),
-                    weight,
-                )
-                for move in moves:
-                    given = {before: masked}
-                    masked, before = (
-                        self.graph.node_copy(move, lambda of, given=given: given.get(of, of)),
-                        move,
-                    )
-            node.replace_input_with(self.nodes[operand], masked)
+                made = self._repeated(way, mask)
+            node.replace_input_with(way[-1], made)
+
+    def _repeated(self, way: list[fx.Node], mask: Tensor) -> fx.Node:
+        """What leads from a weight to an operand, once more on the masked weight."""
+        weight, *moves = way
+        made = {weight: self.graph.call_function(_WHERE, (self._hold(mask, weight), weight, _ZERO))}
+        for move in moves:
+            made[move] = self.graph.node_copy(move, lambda node: made.get(node, node))
+        return made[way[-1]]
 
     def mask_products(self) -> None:
         """Take the removed channels out of products of activations: zeros in the first operand of each."""

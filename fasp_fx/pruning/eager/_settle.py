@@ -58,13 +58,13 @@ def settle(
     unseen = {size: _rescaled(size, log.dense[size], cuts) for size in lost - known.keys()}
     likely = {size: value for size, value in unseen.items() if value is not None}
     names = sorted({size.name for size in likely})
-    tried = (  # of the names in doubt all change, one, or none
+    tried: list[Assignment] = [  # of the names in doubt all change, one, or none
         {
             **{size: value if size.name in chosen else log.dense[size] for size, value in likely.items()},
             **known,
         }
         for chosen in dict.fromkeys([tuple(names), *((name,) for name in names), ()])
-    )
+    ]
     assignments = [one for one in tried if any(log.dense[size] != value for size, value in one.items())]
     return assignments, _torn(wanted, {**log.dense, **known})
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: longer tuples and lists hold no sizes
-_LONGEST = 16
+#: longer tuples and lists hold no sizes, and others are no plain ones
+_LONGEST, _SEQUENCES = 16, (tuple, list, torch.Size)
 #: what every module has
 _COMMON = frozenset(vars(nn.Module()))
 
@@ -56,8 +56,9 @@ def _integers(held: Mapping[str, object], path: str, start: str) -> Iterator[tup
     for name, value in held.items():
         if not isinstance(name, str) or "." in name:
             continue
-        is_sequence = type(value) in (tuple, list, torch.Size) and len(value) <= _LONGEST  # type: ignore[arg-type]
-        items: Any = enumerate(value) if is_sequence else [(None, value)]  # type: ignore[call-overload]
+        items: Any = [(None, value)]
+        if isinstance(value, (tuple, list)) and type(value) in _SEQUENCES and len(value) <= _LONGEST:
+            items = enumerate(value)
         for at, item in items:
             if type(item) is int and item > 0:
                 yield Size(path, start + name, at), item
