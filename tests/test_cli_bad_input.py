@@ -11,7 +11,6 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -551,10 +550,10 @@ REPORT = Report(
 def pruned(folder: Path, change: Callable[[dict[str, Any]], object] = lambda data: None) -> Path:
     """As much of a pruned folder as ``inspect`` reads."""
     folder.mkdir()
-    data = json.loads(json.dumps(asdict(REPORT)))
+    data = json.loads(REPORT.to_json())
     change(data)
     (folder / "report.json").write_text(json.dumps(data))
-    (folder / "manifest.json").write_text(json.dumps({"format": "fasp_fx.hf/2"}))
+    (folder / "manifest.json").write_text(json.dumps({"format": "fasp_fx/1", "kind": "hf"}))
     return folder
 
 

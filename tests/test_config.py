@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fasp_fx
-from fasp_fx.pruning.saving._report_json import report_from_json, report_to_json
+from fasp_fx.base._json import DOCUMENT
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -103,7 +103,7 @@ def test_a_result_says_what_was_asked_for() -> None:
 @given(config=CONFIGS)
 def test_a_report_keeps_what_was_asked_for(config: fasp_fx.PruningConfig) -> None:
     report = Report(0.1, 0.1, (2, 1), (8, 4), (), config=config)
-    assert report_from_json(json.loads(json.dumps(report_to_json(report)))) == report
+    assert Report.from_json(report.to_json()) == report
 
 
 def test_what_was_asked_for_is_saved(tmp_path: Path) -> None:
@@ -119,11 +119,14 @@ def test_what_was_asked_for_is_saved(tmp_path: Path) -> None:
     assert fasp_fx.load(tmp_path / "own").config is None  # no file holds a function
 
 
-@pytest.mark.parametrize("config", [3, {}, {"fasp_fx_config": 1, "sparsity": 7}, [], {"fasp_fx_config": 99}])
+CONFIG = {"format": DOCUMENT, "kind": "config"}
+
+
+@pytest.mark.parametrize("config", [3, {}, [], {**CONFIG, "sparsity": 7}, {**CONFIG, "format": "other"}])
 def test_a_report_with_a_damaged_configuration_is_refused(config: object) -> None:
-    data = report_to_json(Report(0.1, 0.1, (2, 1), (8, 4), ()))
-    with pytest.raises(fasp_fx.StoreError, match="is damaged"):
-        report_from_json({**data, "config": config})
+    data = json.loads(Report(0.1, 0.1, (2, 1), (8, 4), ()).to_json())
+    with pytest.raises(fasp_fx.StoreError, match="the report is damaged: config: "):
+        Report.from_json(json.dumps({**data, "config": config}))
 
 
 @pytest.mark.parametrize(
@@ -173,12 +176,13 @@ def test_missing_calibration_is_found_before_the_capture(options: dict[str, Any]
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "this is no configuration"),
-        ("[]", "no configuration of fasp_fx"),
-        ('{"sparsity": 0.2}', "no configuration of fasp_fx"),
-        ('{"fasp_fx_config": 99}', "a configuration of version 99, and version 1 is read here"),
-        ('{"fasp_fx_config": 1, "sparsity": 2}', "is not in"),
-        ('{"fasp_fx_config": 1, "taste": 2}', "the option 'taste' is not known"),
+        ("{", "the config is damaged: Invalid JSON"),
+        ("[]", "the config is damaged"),
+        ('{"sparsity": 0.2}', "the config is of the format 'none'"),
+        (json.dumps({**CONFIG, "format": "fasp_fx.document/9"}), "document/9'.*reads 'fasp_fx.document/1'"),
+        (json.dumps({**CONFIG, "kind": "plan"}), "the kind 'plan'"),
+        (json.dumps({**CONFIG, "sparsity": 2}), "is not in"),
+        (json.dumps({**CONFIG, "taste": 2}), "the option 'taste' is not known"),
     ],
 )
 def test_other_configurations_are_refused(text: str, message: str) -> None:
@@ -189,7 +193,6 @@ def test_other_configurations_are_refused(text: str, message: str) -> None:
 def test_functions_are_not_written() -> None:
     with pytest.raises(fasp_fx.ArgumentError, match="is a function, which cannot be stored"):
         fasp_fx.PruningConfig(score=lambda columns: columns.weight.sum(0)).to_json()
-    assert json.loads(fasp_fx.PruningConfig().to_json())["fasp_fx_config"] == 1
 
 
 # --- by name

@@ -341,7 +341,14 @@ def a_plan_survives_json_and_replays(model: nn.Module, sparsity: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"format": "something/9"}', '{"format": "fasp_fx.plan/2", "groups": 3}']
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"format": "something/9"}',
+        '{"format": "fasp_fx.document/1", "kind": "plan", "groups": 3}',
+    ],
 )
 def test_text_that_is_no_plan(text: str) -> None:
     with pytest.raises(fasp_fx.PlanError):

@@ -17,7 +17,6 @@ import fasp_fx
 from fasp_fx.interop.page import check_page, to_html, write_page
 from fasp_fx.interop.page._graph import lay_out, layer_of
 from fasp_fx.interop.page._model import page_data
-from fasp_fx.pruning.saving._report_json import report_from_json, report_to_json
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -251,7 +250,7 @@ def test_the_page_says_of_which_weights_the_sparsity_is(
 def test_a_report_comes_back_from_json() -> None:
     report = decoder(2)
     assert any(line.held_restored for line in report.lines)
-    assert report_from_json(json.loads(json.dumps(report_to_json(report)))) == report
+    assert Report.from_json(report.to_json()) == report
 
 
 @pytest.mark.parametrize(
@@ -269,8 +268,8 @@ def test_a_report_comes_back_from_json() -> None:
     ],
 )
 def test_a_damaged_report_is_refused(field: str, value: Any) -> None:
-    with pytest.raises(fasp_fx.StoreError, match=r"report.json is damaged.*save the result again"):
-        report_from_json({**report_to_json(decoder(1)), field: value})
+    with pytest.raises(fasp_fx.StoreError, match=rf"the report is damaged: {field}.*save the result again"):
+        Report.from_json(json.dumps({**json.loads(decoder(1).to_json()), field: value}))
 
 
 # --- in a browser

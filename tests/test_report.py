@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from fasp_fx.report import Report
@@ -11,7 +9,6 @@ from torch import Tensor, nn
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx.pruning.saving._report_json import report_from_json, report_to_json
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -55,8 +52,7 @@ def test_sparsity_is_a_fraction_of_what_the_report_says(
         for module in (model, result.module)
     )
     assert f"{1 - after / before:.2%} " in line
-    read: Report = report_from_json(json.loads(json.dumps(report_to_json(result.report))))
-    assert str(read) == str(result.report)
+    assert str(Report.from_json(result.report.to_json())) == str(result.report)
 
 
 class Decides(nn.Module):

@@ -11,6 +11,7 @@ from saved import seal
 
 import fasp_fx
 from fasp_fx.pruning.saving import _folder as folders
+from fasp_fx.storage._folder import MANIFEST
 
 pytestmark = pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 
@@ -111,7 +112,7 @@ def test_parents_are_made(result: fasp_fx.Result, tmp_path: Path, monkeypatch: p
     fasp_fx.load("a/b")
 
 
-@pytest.mark.parametrize("name", [*folders.FILES, folders.MANIFEST])
+@pytest.mark.parametrize("name", [*folders.FILES, MANIFEST])
 def test_a_missing_file_is_named(saved: Path, name: str) -> None:
     (saved / name).unlink()
     with pytest.raises(fasp_fx.StoreError, match=rf"{name} is missing.*"):
@@ -138,15 +139,15 @@ def test_a_truncated_or_changed_file_is_named(saved: Path, name: str) -> None:
     ],
 )
 def test_a_manifest_of_another_kind(saved: Path, manifest: str, message: str) -> None:
-    (saved / folders.MANIFEST).write_text(manifest)
+    (saved / MANIFEST).write_text(manifest)
     with pytest.raises(fasp_fx.StoreError, match=message):
         fasp_fx.load(saved)
 
 
 def test_a_file_left_out_of_the_manifest(saved: Path) -> None:
-    manifest = json.loads((saved / folders.MANIFEST).read_text())
+    manifest = json.loads((saved / MANIFEST).read_text())
     del manifest["files"]["plan.json"]
-    (saved / folders.MANIFEST).write_text(json.dumps(manifest))
+    (saved / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(fasp_fx.StoreError, match=r"does not list plan\.json"):
         fasp_fx.load(saved)
 

@@ -43,7 +43,7 @@ def new_folder(path: Path, *, overwrite: bool, replaceable: Callable[[Path], boo
     try:
         temporary.mkdir()
         yield temporary
-        for file in temporary.iterdir():
+        for file in temporary.rglob("*"):
             _sync(file)
         _sync(temporary)
         _refuse_taken(path, overwrite, replaceable)

@@ -515,10 +515,10 @@ def inspect(
     Example: `fasp-fx inspect HuggingFaceTB/SmolLM2-135M`
     """
     with session() as stages:
-        from ..hf._plain_folder import is_plain
         from ..interop.page import check_page, write_page
         from ..pruning._prune import analyze
         from ..pruning.report import counted
+        from ..storage._folder import is_save
         from . import _models
         from ._arguments import check_path
         from ._saved import is_saved
@@ -528,7 +528,7 @@ def inspect(
             check_path("--html", html)
             check_page(html)
         asked = bool(granularity or include)  # a plain folder holds a model like any other
-        if is_saved(model) or (not asked and is_plain(Path(model))):
+        if is_saved(model) or (not asked and is_save(Path(model), "plain")):
             if asked:
                 raise ArgumentError(
                     f"'{model}' was pruned already, so --granularity and --include change nothing in its"
@@ -570,15 +570,15 @@ def _values(names: Iterable[StrEnum] | None) -> tuple[str, ...]:
 
 def _inspect_saved(folder: Path, *, as_json: bool, html: Path | None) -> None:
     """Show the report of a pruning."""
-    from ..hf._plain_folder import is_plain, read_plain
     from ..interop.page import write_page
-    from ..pruning.saving._folder import read_report
-    from ..pruning.saving._report_json import report_to_json
+    from ..pruning.report import Report
+    from ..storage._folder import kind_of, read_text
 
-    report = read_plain(folder)[1] if is_plain(folder) else read_report(folder)
+    kind_of(folder)  # which refuses another version
+    report = Report.from_json(read_text(folder / "report.json"))
     if html is not None:
         write_page(report, f"{folder.resolve().name}, {report.sparsity:.0%} removed", html)
-    typer.echo(json.dumps(report_to_json(report)) if as_json else printable(str(report), keep="\n"))
+    typer.echo(report.to_json() if as_json else printable(str(report), keep="\n"))
 
 
 @app.command("eval")

@@ -11,7 +11,7 @@ import torch
 
 from ..base._atomic import MARK
 from ..errors import StoreError
-from ..pruning.saving import _folder as folders
+from ..storage._folder import MANIFEST, is_save, kind_of
 from ._arguments import SHOWN, check_path
 from ._models import Source, load_model, load_tokenizer
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 def is_saved(model: str) -> bool:
     """Whether a command line argument is a folder that fasp_fx wrote, rather than a model of transformers."""
+    folder = Path(model)
     try:
-        return (Path(model) / folders.MANIFEST).is_file()
+        return (folder / MANIFEST).is_file() and not is_save(folder, "plain")
     except OSError:  # no such path can be
         return False
 
@@ -36,16 +37,13 @@ def check_target(out: Path, *, overwrite: bool, plain: bool = False) -> None:
     Raises:
         StoreError: something is there that must not be replaced, or the folder cannot be made.
     """
-    from ..hf._folder import is_saved as is_saved_model
-    from ..hf._plain_folder import is_plain
-
     check_path("--out", out)
     if os.path.lexists(out):
         if not overwrite:
             raise StoreError(
                 f"'{out}' exists; choose another --out, or pass --overwrite to replace an earlier result"
             )
-        if out.is_symlink() or not (is_plain(out) if plain else is_saved_model(out)):
+        if out.is_symlink() or not is_save(out, "plain" if plain else "hf"):
             raise StoreError(
                 f"'{out}' holds something other than an earlier result, which --overwrite never replaces;"
                 " choose another --out or remove it yourself"
@@ -56,7 +54,7 @@ def check_target(out: Path, *, overwrite: bool, plain: bool = False) -> None:
             f"'{out}' cannot be made: '{above}' is not a folder that you may write to; choose another --out"
         )
     try:  # some file systems refuse what their permissions allow
-        os.rmdir(tempfile.mkdtemp(prefix=f".{folders.MANIFEST}.", suffix=".partial", dir=above))
+        os.rmdir(tempfile.mkdtemp(prefix=f".{MANIFEST}.", suffix=".partial", dir=above))
     except OSError as error:
         raise StoreError(
             f"'{out}' cannot be made: nothing can be written to '{above}' ({error.strerror}); choose another"
@@ -91,15 +89,15 @@ def load_pruned(folder: Path, device: torch.device) -> Pruned:
         ArgumentError: there is no tokenizer with it.
     """
     from ..hf import Pruned
-    from ..hf._folder import holds_model
-    from ..hf._plain_folder import is_plain, read_plain
+    from ..hf._plain_folder import read_plain
 
-    if is_plain(folder):
+    kind = kind_of(folder)
+    if kind == "plain":
         plan, report = read_plain(folder)
         return Pruned(
             load_model(Source(str(folder)), device=device), plan, report, load_tokenizer(Source(str(folder)))
         )
-    if not holds_model(folder):
+    if kind != "hf":
         raise StoreError(
             f"'{folder}' holds no pruned language model; give a folder that `fasp-fx prune` wrote"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypedDict
@@ -11,6 +10,7 @@ from typing import Any, Literal, TypedDict
 from ..allocation._allocation import Allocation, CostAllocation, Global, Search, uniform
 from ..allocation.budgets import Cap, budget_data, budget_from_data, read_budget
 from ..base._identity import identity_of
+from ..base._json import from_document, to_document
 from ..base._options import configured, is_number, names_of
 from ..calibration._scores import resolve_score
 from ..calibration.losses import Loss, resolve_loss
@@ -18,8 +18,6 @@ from ..calibration.restoration import Restoration, Window
 from ..calibration.scoring import Score
 from ..errors import ArgumentError, SparsityError
 
-#: of the JSON form
-VERSION = 1
 #: what goes where nothing is asked for
 SPARSITY = 0.2
 #: one in so many calibration sequences shows gradients and the dense model's activations to predictions of
@@ -341,9 +339,8 @@ class PruningConfig:
         if isinstance(self.restore, Window):
             values["restore"] = asdict(self.restore)
         sparsity = dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity
-        return json.dumps(
-            {"fasp_fx_config": VERSION, **values, "sparsity": sparsity, "budget": budget_data(self.caps)},
-            indent=1,
+        return to_document(
+            "config", {**values, "sparsity": sparsity, "budget": budget_data(self.caps)}, indent=1
         )
 
     @classmethod
@@ -353,23 +350,9 @@ class PruningConfig:
         Raises:
             ArgumentError: the text is none, or of a version that is not read here.
         """
-        try:
-            values = json.loads(text)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ArgumentError(
-                f"this is no configuration: {error}; pass the text that PruningConfig.to_json() gave"
-            ) from error
-        version = values.pop("fasp_fx_config", None) if isinstance(values, dict) else None
-        if version != VERSION:
-            said = (
-                "no configuration of fasp_fx"
-                if version is None
-                else f"a configuration of version {version!r}"
-            )
-            raise ArgumentError(
-                f"this is {said}, and version {VERSION} is read here; write it again with"
-                " PruningConfig.to_json()"
-            )
+        remedy = "write it again with PruningConfig.to_json()"
+        held = from_document("config", dict[str, Any], text, remedy, ArgumentError)
+        values = {name: value for name, value in held.items() if name not in ("format", "kind")}
         if isinstance(window := values.get("restore"), dict):
             if not window.keys() <= {field.name for field in fields(Window)}:
                 raise ArgumentError(

@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from ..base._json import Count, ReadBy, parse
 from ..base._tolerable import tolerable
 from ..base.compat import _serde, pytree
 from ..capturing._fx import results
 from ..capturing._quiet import quiet
 from ..errors import StoreError, first_line
-from ._files import DIMENSIONS
+from ._folder import parsing
 from ._nested import with_tuples, without_tuples
-from ._signature_json import value_from_json, value_to_json
+from ._signature_json import dtype_of, value_from_json, value_to_json
 from ._tensors import device_of, to_device
-from ._untrusted import check_amount, check_program, walk
+from ._untrusted import check_program, walk
 
 #: elements of all example inputs of a program together
 EXAMPLE = 2**28
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A tensor among the example inputs, or another value."""
+
+    shape: tuple[Count, ...] | None = None
+    dtype: Annotated[torch.dtype, ReadBy(dtype_of)] = torch.float32
+    device: str = "cpu"
+    value: Annotated[Any, ReadBy(value_from_json)] = None
+
+
+#: how the structure of arguments and outputs names a device: in JSON that is a text of JSON
+_DEVICE = re.compile(r'(\\+"_t\\+": \\+"device\\+", \\+"s\\+": \\+")\w+(:\d+)?')
 
 
 def program_to_json(program: ExportedProgram) -> dict[str, Any]:
@@ -32,46 +49,19 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
     Raises:
         StoreError: the program holds something that JSON cannot.
     """
-    _check_outputs(program)
+    text = next((item for item in results(program.graph) if isinstance(item, str)), None)
+    if text is not None:  # which torch writes, and does not read again
+        raise StoreError(
+            f"the model returns the text {text!r} among its outputs, which is not stored; let forward return"
+            " tensors and numbers"
+        )
     try:
         with quiet():
             written = _serde.write(without_tuples(program))
     except tolerable(Exception) as error:
         raise StoreError(f"the program cannot be written as JSON: {first_line(error)}") from error
-    tensors = len(program.state_dict) + len(program.constants)
-    check_program(written, tensors)  # what is refused on loading is refused now
-    fields = _serde.to_fields(written)
-    check_amount(fields, tensors)
-    return {"program": fields, "example": _example_to_json(program)}
-
-
-def _check_outputs(program: ExportedProgram) -> None:
-    """Refuse outputs that torch writes and does not read again.
-
-    Raises:
-        StoreError: says what is among them.
-    """
-    text = next((item for item in results(program.graph) if isinstance(item, str)), None)
-    if text is not None:
-        raise StoreError(
-            f"the model returns the text {text!r} among its outputs, which is not stored; let forward return"
-            " tensors and numbers"
-        )
-    for spec in _within(program.call_spec.out_spec):
-        keys = spec.context if spec.type is dict else ()
-        odd = next((key for key in keys if not isinstance(key, (str, int))), None)
-        if odd is not None:
-            raise StoreError(
-                f"the model returns a dict with the key {odd!r}, which is not stored; let forward return"
-                " dicts with text for keys"
-            )
-
-
-def _within(spec: Any) -> Iterator[Any]:
-    """The specification of a tree and those of all in it."""
-    yield spec
-    for index in range(spec.num_children):
-        yield from _within(spec.child(index))
+    check_program(written)  # what is refused on loading is refused now
+    return {"program": _serde.to_fields(written), "example": _example_to_json(program)}
 
 
 def program_from_json(
@@ -93,28 +83,18 @@ def program_from_json(
     Raises:
         StoreError: the data holds anything that :func:`program_to_json` does not write.
     """
-    tensors = len(weights) + len(constants)
-    try:
-        check_amount(data["program"], tensors)
+    with parsing("graph.json"):
         parsed = _serde.from_fields(data["program"])
-        check_program(parsed, tensors)
+        check_program(parsed)
         if device is not None:
             _move(parsed, device)
-        example = _example_from_json(
-            data["example"], parsed.graph_module.module_call_graph[0].signature.in_spec, device
-        )
+        structure = parsed.graph_module.module_call_graph[0].signature.in_spec
+        example = _example_from_json(json.dumps(data["example"]), structure, device)
         with quiet():
             program = _serde.read(parsed, weights, constants, example)
         with_tuples(program)
         _check_stored(program, cast)
         return program
-    except StoreError:
-        raise
-    except tolerable(Exception) as error:  # torch's reader raises whatever it trips over
-        raise StoreError(
-            f"graph.json holds no program that torch {torch.__version__} can read: {first_line(error)}; save"
-            " the result again"
-        ) from error
 
 
 def check_weights(program: ExportedProgram) -> None:
@@ -165,31 +145,9 @@ def _move(item: Any, device: torch.device) -> None:
         if isinstance(part, _serde.schema.Device):
             part.type, part.index = device.type, device.index
         elif isinstance(part, _serde.schema.ModuleCallSignature):
-            part.in_spec, part.out_spec = _moved(part.in_spec, device), _moved(part.out_spec, device)
-
-
-def _moved(text: str, device: torch.device) -> str:
-    def move(value: Any) -> Any:
-        if isinstance(value, dict):
-            return (
-                {**value, "s": str(device)}
-                if value.get("_t") == "device"
-                else {key: move(item) for key, item in value.items()}
+            part.in_spec, part.out_spec = (
+                _DEVICE.sub(rf"\g<1>{device}", spec) for spec in (part.in_spec, part.out_spec)
             )
-        return [move(item) for item in value] if isinstance(value, list) else value
-
-    def visit(tree: dict[str, Any]) -> dict[str, Any]:
-        context = tree["context"]
-        if isinstance(context, str) and '"_t"' in context:
-            context = json.dumps(move(json.loads(context)))
-        return {
-            **tree,
-            "context": context,
-            "children_spec": [visit(child) for child in tree["children_spec"]],
-        }
-
-    protocol, tree = json.loads(text)
-    return json.dumps([protocol, visit(tree)])
 
 
 def _example_to_json(program: ExportedProgram) -> list[dict[str, Any]]:
@@ -213,27 +171,19 @@ def _example_to_json(program: ExportedProgram) -> list[dict[str, Any]]:
     return leaves
 
 
-def _example_from_json(leaves: list[dict[str, Any]], structure: str, device: torch.device | None) -> Any:
+def _example_from_json(text: str, structure: str, device: torch.device | None) -> Any:
     """Example inputs of the stored shapes, all zero."""
-    values = []
-    elements = 0
-    for leaf in leaves:
-        if "value" in leaf:
-            values.append(value_from_json(leaf["value"]))
-            continue
-        dtype = getattr(torch, leaf["dtype"])
-        if not isinstance(dtype, torch.dtype):
-            raise StoreError(f"graph.json names {leaf['dtype']!r} as a dtype; save the result again")
-        shape = leaf["shape"]
-        if len(shape) > DIMENSIONS or not all(type(size) is int and size >= 0 for size in shape):
-            raise StoreError(
-                f"graph.json gives an example input the shape {shape!r:.200}; save the result again"
-            )
-        elements += math.prod(shape)
-        if elements > EXAMPLE:
-            raise StoreError(
-                f"the example inputs in graph.json have {elements:,} elements, and at most {EXAMPLE:,} are"
-                " made; save with smaller ones"
-            )
-        values.append(to_device(torch.zeros(shape, dtype=dtype), device or device_of(leaf["device"])))
+    leaves = parse(tuple[_Leaf, ...], text, "the example in graph.json")
+    elements = sum(math.prod(leaf.shape) for leaf in leaves if leaf.shape is not None)
+    if elements > EXAMPLE:
+        raise StoreError(
+            f"the example inputs in graph.json have {elements:,} elements, and at most {EXAMPLE:,} are made;"
+            " save with smaller ones"
+        )
+    values = [
+        leaf.value
+        if leaf.shape is None
+        else to_device(torch.zeros(leaf.shape, dtype=leaf.dtype), device or device_of(leaf.device))
+        for leaf in leaves
+    ]
     return pytree.tree_unflatten(values, pytree.treespec_loads(structure))

@@ -8,7 +8,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,22 @@ import torch
 from torch import Tensor
 
 from ...base._atomic import new_folder
+from ...base._json import Count
 from ...base._tolerable import short_of_memory, tolerable
 from ...errors import StoreError, first_line
 from ...pruning.report import CurvePoint
-from ...storage._run_folder import claim, read_object
+from ...storage._run_folder import claim, read_state
 
 PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """What a file of JSON holds of a state."""
+
+    step: Count
+    curve: list[CurvePoint]
+    seconds: float
 
 
 @dataclass
@@ -78,7 +88,7 @@ class Checkpoint:
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
         self._folder = folder
         self.targets = folder / "dense"
-        claim(folder, run)
+        claim(folder, "distil", run)
         with written(folder):
             self.targets.mkdir(exist_ok=True)
 
@@ -101,10 +111,8 @@ class Checkpoint:
                     made / f"{name}.safetensors",
                 )
             torch.save(state.optimizer, made / "optimizer.pt")
-            points = [[point.step, point.trained, point.held_out] for point in state.curve]
-            (made / PROGRESS).write_text(
-                json.dumps({"step": state.step, "curve": points, "seconds": state.seconds}), encoding="utf-8"
-            )
+            progress = _Progress(state.step, state.curve, state.seconds)
+            (made / PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
         for folder in old:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -119,16 +127,12 @@ class Checkpoint:
             return None
         folder = folders[-1]
         try:
-            data = read_object(folder / PROGRESS)
+            held = read_state(_Progress, folder / PROGRESS)
             current, best = (
                 safetensors.torch.load_file(folder / f"{name}.safetensors") for name in ("current", "best")
             )
             optimizer = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-            curve = [
-                CurvePoint(int(step), None if trained is None else float(trained), float(held))
-                for step, trained, held in data["curve"]
-            ]
-            return State(int(data["step"]), curve, current, best, optimizer, float(data["seconds"]))
+            return State(held.step, held.curve, current, best, optimizer, held.seconds)
         except StoreError:
             raise
         except tolerable(Exception) as error:  # readers raise whatever the files make them trip over

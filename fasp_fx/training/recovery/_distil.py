@@ -248,7 +248,6 @@ def _run(
     for index, call in enumerate(calls):
         data.update(identity_of([call.args, call.kwargs], f"batch {index} of data", "checkpoint=").encode())
     return {
-        "format": "fasp_fx.distil/2",
         "options": {**json.loads(config.to_json()), "loss": identity_of(match, "loss", "checkpoint=")},
         "dense": [result.plan.fingerprint, *(buffer.digest for buffer in result.plan.fixed)],
         "pruned": plans.fingerprint(dict(pruned.named_parameters(remove_duplicate=False))),
