@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -168,6 +169,7 @@ def write_golden(folder: Path) -> None:
     """One folder of each kind with what its model computes, and one document of each kind."""
     from safetensors.torch import save_file
 
+    shutil.rmtree(folder, ignore_errors=True)
     for kind, make in MAKERS.items():
         make(folder / kind)
     save_file({kind: outputs(folder / kind).contiguous() for kind in MAKERS}, folder / "outputs.safetensors")

@@ -184,25 +184,6 @@ def test_bfloat16(tmp_path: Path) -> None:
     assert torch.equal(loaded.module(ids)["logits"], result.module(ids)["logits"])
 
 
-def test_complex_numbers_of_any_precision(tmp_path: Path) -> None:
-    class Real(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = (nn.Linear(*sizes, dtype=torch.complex128) for sizes in ((5, 12), (12, 5)))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.down(self.up(x).square()).real
-
-    torch.manual_seed(0)
-    x = torch.randn(3, 5, dtype=torch.complex128)
-    result = fasp_fx.prune(Real().eval(), (x,), sparsity=0.3, score="magnitude", restore=None)
-    saved = result.save(tmp_path / "out")
-    assert torch.equal(fasp_fx.load(saved).module(x), result.module(x))
-    forge(saved, "weights.safetensors", lambda entries: entries["up.weight"].update(stored_as="up.bias"))
-    with pytest.raises(fasp_fx.StoreError, match=r"does not hold 'up\.weight'"):
-        fasp_fx.load(saved)
-
-
 def test_guards_and_ranges_are_kept(saved: Path, result: fasp_fx.Result) -> None:
     loaded = fasp_fx.load(saved)
     assert loaded.program._guards_code == result.program._guards_code

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..base._json import parse
 from ..base._tolerable import tolerable
-from ..errors import ArgumentError, FaspError, StoreError, first_line
+from ..errors import ArgumentError, StoreError, first_line
 from ..pruning.saving._folder import read_told
 from ..storage._folder import parsing, read_text, verify
 from ..storage._graph_json import program_from_json
@@ -117,10 +117,9 @@ def load(
         model = kind(found, parts)
     generation = folder / "generation_config.json"
     if os.path.lexists(generation):
-        read_text(generation)
-        model.generation_config = _read(
-            lambda: model.generation_config_class.from_pretrained(folder), "generation_config.json"
-        )
+        with parsing("generation_config.json"):
+            read_text(generation)
+            model.generation_config = model.generation_config_class.from_pretrained(folder)
     model.name_or_path = str(where)
     return model
 
@@ -163,7 +162,8 @@ def _folder(where: Any, hub: dict[str, Any]) -> Path:
 
 
 def _config(folder: Path, kind: type[PrunedModel]) -> PrunedConfig:
-    config = _read(lambda: PrunedConfig.from_pretrained(folder), "config.json")
+    with parsing("config.json"):
+        config = PrunedConfig.from_pretrained(folder)
     if not isinstance(config.original, dict):
         raise StoreError(
             "config.json does not hold the configuration of the model that was pruned; save the model again"
@@ -189,15 +189,6 @@ def _config(folder: Path, kind: type[PrunedModel]) -> PrunedConfig:
         auto = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
         raise ArgumentError(f"'{folder}' holds a {expected}, not a {kind.__name__}; load it with {auto}")
     return config
-
-
-def _read(read: Any, name: str) -> Any:
-    try:
-        return read()
-    except FaspError:
-        raise
-    except tolerable(Exception) as error:  # readers raise whatever the file makes them trip over
-        raise StoreError(f"{name} cannot be read: {first_line(error)}; save the model again") from error
 
 
 def _override(found: PrunedConfig, given: Any) -> None:

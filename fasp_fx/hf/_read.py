@@ -9,9 +9,10 @@ import torch
 import transformers
 
 from ..errors import StoreError
-from ..storage._folder import kind_of, parsing
+from ..storage._config_json import LAYERS
+from ..storage._folder import kind_of, parsing, read_json
 from ._causal import PrunedForCausalLM
-from ._config import PrunedConfig
+from ._config import PrunedConfig, check_layers
 from ._folder import KIND
 from ._plain_folder import read_plain
 from ._prune import Pruned
@@ -37,6 +38,7 @@ def read_pruned(folder: Path, device: torch.device | None) -> Pruned:
         return Pruned(model, model.plan, model.report, tokenizer)
     plan, report = read_plain(folder)
     with parsing("config.json"):
+        check_layers(read_json(folder / "config.json"), LAYERS)  # it may be anybody's
         names = transformers.AutoConfig.from_pretrained(folder).architectures or ["none"]
         found: Any = getattr(transformers, names[0], None)
         if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):

@@ -165,10 +165,8 @@ def read_text(file: Path) -> str:
         StoreError: as :func:`size_of`, or it is not UTF-8.
     """
     size_of(file)
-    try:
+    with parsing(file.name):
         return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"{file.name} cannot be read: {first_line(error)}; save the result again") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:

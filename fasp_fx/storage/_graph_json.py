@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from ..base._json import Count, ReadBy, parse
 from ..base._tolerable import tolerable
-from ..base.compat import _serde, pytree
-from ..capturing._fx import results
+from ..base.compat import HigherOrderOperator, _serde, pytree
+from ..capturing._fx import arguments, results
+from ..capturing._program import copy_graph
 from ..capturing._quiet import quiet
 from ..errors import StoreError, first_line
 from ._folder import parsing
-from ._nested import with_tuples, without_tuples
 from ._signature_json import dtype_of, value_from_json, value_to_json
 from ._tensors import device_of, to_device
 from ._untrusted import check_program, walk
@@ -39,6 +39,16 @@ class _Leaf:
     value: Annotated[Any, ReadBy(value_from_json)] = None
 
 
+#: the arguments of higher-order operators that are tuples: torch writes lists of one kind and dicts of any
+#: kind, so that a tuple of sizes, tensors, graphs and nothing, such as the block mask of flex attention, is
+#: written as a dict with the keys ``"0"``, ``"1"`` …
+_TUPLES: dict[HigherOrderOperator, tuple[str, ...]] = {
+    torch.ops.higher_order.flex_attention: (
+        "block_mask",
+        "score_mod_other_buffers",
+        "mask_mod_other_buffers",
+    ),
+}
 #: how the structure of arguments and outputs names a device: in JSON that is a text of JSON
 _DEVICE = re.compile(r'(\\+"_t\\+": \\+"device\\+", \\+"s\\+": \\+")\w+(:\d+)?')
 
@@ -58,10 +68,18 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
     try:
         with quiet():
             written = _serde.write(without_tuples(program))
+        example = [_leaf(value) for value in pytree.tree_leaves(program.example_inputs)]
     except tolerable(Exception) as error:
         raise StoreError(f"the program cannot be written as JSON: {first_line(error)}") from error
     check_program(written)  # what is refused on loading is refused now
-    return {"program": _serde.to_fields(written), "example": _example_to_json(program)}
+    return {"program": _serde.to_fields(written), "example": example}
+
+
+def _leaf(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Tensor):
+        return {"value": value_to_json(value)}
+    dtype = str(value.dtype).removeprefix("torch.")
+    return {"shape": list(value.shape), "dtype": dtype, "device": str(value.device)}
 
 
 def program_from_json(
@@ -93,37 +111,28 @@ def program_from_json(
         with quiet():
             program = _serde.read(parsed, weights, constants, example)
         with_tuples(program)
-        _check_stored(program, cast)
+        check_weights(program, cast=cast)
         return program
 
 
-def check_weights(program: ExportedProgram) -> None:
-    """Refuse weights that no longer fit the graph, as after ``module.half()``."""
+def check_weights(program: ExportedProgram, *, cast: bool = False) -> None:
+    """Refuse weights that are not what the graph takes them for, as after ``module.half()``.
+
+    Args:
+        cast: whether they may be of other types and on another device.
+
+    Raises:
+        StoreError: names one.
+    """
     for name, expected in _expected(program):
         tensor = program.state_dict.get(name, program.constants.get(name))
-        for what in ("shape", "dtype", "device"):
+        for what in ("shape",) if cast else ("shape", "dtype", "device"):
             found, wanted = getattr(tensor, what, None), getattr(expected, what)
             if found != wanted:
                 raise StoreError(
                     f"'{name}' has {what} {found}, the program was captured with {wanted}; undo the change,"
                     " or export the module again"
                 )
-
-
-def _check_stored(program: ExportedProgram, cast: bool) -> None:
-    """Refuse tensors that are not what the graph takes them for."""
-    for name, expected in _expected(program):
-        tensor = program.state_dict.get(name, program.constants.get(name))
-        if (
-            not isinstance(tensor, Tensor)
-            or tensor.shape != expected.shape
-            or (tensor.dtype != expected.dtype and not cast)
-        ):
-            found = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else "not stored"
-            raise StoreError(
-                f"'{name}' is {found}, the stored graph takes {expected.dtype} {list(expected.shape)}; save"
-                " the result again"
-            )
 
 
 def _expected(program: ExportedProgram) -> Iterator[tuple[str, Tensor]]:
@@ -150,27 +159,6 @@ def _move(item: Any, device: torch.device) -> None:
             )
 
 
-def _example_to_json(program: ExportedProgram) -> list[dict[str, Any]]:
-    leaves = []
-    for leaf in pytree.tree_leaves(program.example_inputs):
-        if isinstance(leaf, Tensor):
-            leaves.append(
-                {
-                    "shape": list(leaf.shape),
-                    "dtype": str(leaf.dtype).removeprefix("torch."),
-                    "device": str(leaf.device),
-                }
-            )
-            continue
-        try:
-            leaves.append({"value": value_to_json(leaf)})
-        except TypeError as error:
-            raise StoreError(
-                f"an example input is {leaf!r}: {error}; capture the model with tensors and plain data"
-            ) from error
-    return leaves
-
-
 def _example_from_json(text: str, structure: str, device: torch.device | None) -> Any:
     """Example inputs of the stored shapes, all zero."""
     leaves = parse(tuple[_Leaf, ...], text, "the example in graph.json")
@@ -187,3 +175,53 @@ def _example_from_json(text: str, structure: str, device: torch.device | None) -
         for leaf in leaves
     ]
     return pytree.tree_unflatten(values, pytree.treespec_loads(structure))
+
+
+def without_tuples(program: ExportedProgram) -> ExportedProgram:
+    """The same program with dicts in the place of those tuples, for writing only; the same object if it has
+    none. Tensors are shared.
+    """
+    if not any(node.target in _TUPLES for node in program.graph.nodes):
+        return program
+    module = fx.GraphModule(program.graph_module, copy_graph(program.graph))
+    module.meta.update(program.graph_module.meta)
+    _replace(module.graph, lambda node, name, value: {str(index): item for index, item in enumerate(value)})
+    return program._update(module, program.graph_signature)
+
+
+def with_tuples(program: ExportedProgram) -> None:
+    """Make tuples again of what :func:`without_tuples` wrote; changes the program.
+
+    Raises:
+        StoreError: an argument is nothing that it wrote.
+    """
+    if _replace(program.graph, _read):
+        program.graph_module.recompile()
+
+
+def _read(node: fx.Node, name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, dict) or list(value) != [str(index) for index in range(len(value))]:
+        raise StoreError(
+            f"argument '{name}' of node '{node.name}' ({node.target}) is no tuple as save() writes it; save"
+            " the result again"
+        )
+    return tuple(value.values())
+
+
+def _replace(graph: fx.Graph, change: Callable[[fx.Node, str, Any], Any]) -> bool:
+    found = False
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _TUPLES:
+            given = arguments(node)
+            node.args, node.kwargs = (
+                tuple(
+                    change(node, name, value) if name in _TUPLES[node.target] else value
+                    for name, value in given.items()
+                ),
+                {},
+            )
+            found = True
+    return found
+
+
+__all__ = ["check_weights", "program_from_json", "program_to_json"]

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from torch.export import ExportedProgram
 
 from ..base._json import ReadBy, parse
 from ..capturing.calling._outline import HELD
-from ..capturing.calling._signature import CallSignature, has_tensor
+from ..capturing.calling._signature import CallSignature
 from ..errors import StoreError
 from ._folder import parsing
 from ._tensors import device_of
@@ -49,10 +48,7 @@ def signature_to_json(signature: CallSignature) -> dict[str, Any]:
                 entry["default"] = {"not_stored": repr(parameter.default)}
         parameters.append(entry)
     for name in (*signature.captured, *signature.constants):
-        if not name.isidentifier() or keyword.iskeyword(name):
-            raise StoreError(
-                f"argument {name!r} has a name that Python code cannot spell, which is not stored; rename it"
-            )
+        _name(name)
     return {
         "parameters": parameters,
         "captured": list(signature.captured),
@@ -77,7 +73,9 @@ def _values_to_json(values: Mapping[str, Any]) -> dict[str, Any]:
 def _name(name: Any) -> str:
     """The name of an argument; it becomes part of generated code, and so must be nothing but a name."""
     if not isinstance(name, str) or not name.isidentifier() or name in _TAKEN or len(name) > 1000:
-        raise ValueError(f"{name!r:.200} is not the name of an argument")
+        raise StoreError(
+            f"{name!r:.200} is no name that an argument can have in Python code, and is not stored; rename it"
+        )
     return name
 
 
@@ -179,44 +177,7 @@ def signature_from_json(text: str) -> CallSignature:
         return CallSignature(inspect.Signature(parameters), held.captured, held.constants, held.outlines)
 
 
-def check_fit(program: ExportedProgram, signature: CallSignature) -> None:
-    """Refuse a signature that is not that of the program: the code of a call is made of both.
-
-    Raises:
-        StoreError: names the argument.
-    """
-    in_spec = program.call_spec.in_spec
-    by_position, by_name = in_spec.child(0).num_children, list(in_spec.child(1).context or [])
-    given = signature.given()
-    passed = {*given[:by_position], *by_name}
-    parameters = signature.parameters.parameters.values()
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-    args, kwargs = program.example_inputs or ((), {})
-    known = {*signature.captured, *signature.constants}
-    wrong = [
-        *(f"argument {index}" for index in range(len(given), by_position)),
-        *(name for name in by_name if name not in known),
-        *(name for name in signature.captured if name not in passed),
-        *(name for name, value in zip(given, args) if has_tensor(value) != (name in signature.captured)),
-        *(name for name, value in kwargs.items() if has_tensor(value) != (name in signature.captured)),
-        *(name for name in signature.outlines if name not in signature.captured),
-        *(
-            name
-            for name in given
-            if name not in signature.parameters.parameters
-            and not takes_any
-            and name not in signature.variadic()
-        ),
-    ]
-    if wrong:
-        raise StoreError(
-            f"signature.json is not that of the stored graph: they differ in '{wrong[0]}'; save the result"
-            " again"
-        )
-
-
 __all__ = [
-    "check_fit",
     "dtype_of",
     "signature_from_json",
     "signature_to_json",

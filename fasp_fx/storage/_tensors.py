@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from ..base._json import Count, parse
 from ..base._tolerable import tolerable
 from ..errors import StoreError, first_line
+from ._folder import parsing
 from ._untrusted import check_weight_name
 
-#: complex numbers that safetensors has no name for, by what they are pairs of
-_IN_PAIRS = {torch.float64: torch.complex128}
 _DEVICE = re.compile(r"(?!meta)[a-z]{1,20}(:\d{1,4})?")
 #: the entry of a file's metadata that says what safetensors does not
 _ENTRIES = "fasp_fx"
@@ -35,7 +34,6 @@ class _Entry:
     parameter: bool
     requires_grad: bool
     device: str
-    pairs: bool
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
@@ -64,14 +62,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
         order = sorted(range(data.dim()), key=lambda dim: -strides[dim])
         if not data.permute(order).is_contiguous():
             order = list(range(data.dim()))
-        pairs = data.dtype in _IN_PAIRS.values()
         if kept == name:
-            held = data.permute(order).contiguous().to("cpu")
-            stored[name] = torch.view_as_real(held) if pairs else held
-        parameter = isinstance(tensor, nn.Parameter)
-        entries[name] = asdict(
-            _Entry(kept, tuple(order), parameter, tensor.requires_grad, str(tensor.device), pairs)
-        )
+            stored[name] = data.permute(order).contiguous().to("cpu")
+        kind = (isinstance(tensor, nn.Parameter), tensor.requires_grad)
+        entries[name] = asdict(_Entry(kept, tuple(order), *kind, str(tensor.device)))
     try:
         save_file(stored, path, {"format": "pt", _ENTRIES: json.dumps(entries)})
     except (safetensors.SafetensorError, ValueError, RuntimeError, KeyError) as error:  # shortages too
@@ -84,42 +78,22 @@ def read_tensors(path: Path, device: torch.device | None) -> dict[str, Tensor]:
     Raises:
         StoreError: the file is damaged, or a device is missing.
     """
-    try:
-        stored = load_file(path)  # holds the header against the file's size
-        with safetensors.safe_open(path, "pt") as file:
-            listed = (file.metadata() or {}).get(_ENTRIES, "none")
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise StoreError(
-            f"'{path.name}' is not a readable safetensors file: {error}; save the result again"
-        ) from error
     made: dict[tuple[str, bool], Tensor] = {}
     found: dict[str, Tensor] = {}
-    for name, entry in parse(dict[str, _Entry], listed, f"the metadata of {path.name}").items():
-        check_weight_name(name)
-        key = (entry.stored_as, entry.parameter)
-        if key not in made:
-            made[key] = _restored(name, stored.get(entry.stored_as), entry, path, device)
-        found[name] = made[key]
+    with parsing(path.name):  # safetensors holds the header against the size of the file
+        stored = load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            listed = file.metadata()[_ENTRIES]
+        for name, entry in parse(dict[str, _Entry], listed, f"the metadata of {path.name}").items():
+            check_weight_name(name)
+            key = (entry.stored_as, entry.parameter)
+            if key not in made:
+                # The file is mapped into memory: a copy keeps the tensor when the file goes.
+                data = to_device(stored[entry.stored_as].clone(), device or device_of(entry.device))
+                data = data.permute(sorted(range(data.dim()), key=entry.order.__getitem__))
+                made[key] = nn.Parameter(data, entry.requires_grad) if entry.parameter else data
+            found[name] = made[key]
     return found
-
-
-def _restored(
-    name: str, data: Tensor | None, entry: _Entry, path: Path, device: torch.device | None
-) -> Tensor:
-    fits = data is not None and (not entry.pairs or (data.dtype in _IN_PAIRS and data.shape[-1:] == (2,)))
-    # The file is mapped into memory: a copy keeps the tensor when the file goes. Pairs may lie where no
-    # complex number can.
-    data = data.clone() if data is not None else torch.empty(0)
-    data = torch.view_as_complex(data) if fits and entry.pairs else data
-    if (
-        not fits
-        or sorted(entry.order) != list(range(data.dim()))
-        or (entry.requires_grad and not (data.is_floating_point() or data.is_complex()))
-    ):
-        raise StoreError(f"'{path.name}' does not hold '{name}' as the graph needs it; save the result again")
-    inverse = sorted(range(data.dim()), key=entry.order.__getitem__)
-    data = to_device(data, device or device_of(entry.device)).permute(inverse)
-    return nn.Parameter(data, requires_grad=entry.requires_grad) if entry.parameter else data
 
 
 def device_of(name: Any) -> torch.device:

@@ -58,8 +58,8 @@ def write_program(
 ) -> None:
     """Write the files of a result."""
     check_weights(program)
-    write_json(folder / "graph.json", program_to_json(program))
     write_json(folder / "signature.json", signature_to_json(called))
+    write_json(folder / "graph.json", program_to_json(program))
     write_tensors(folder / "weights.safetensors", program.state_dict)
     write_tensors(folder / "constants.safetensors", program.constants)
     write_told(folder, plan, report)

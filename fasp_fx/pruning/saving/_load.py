@@ -9,7 +9,7 @@ import torch
 from ...passes._pruned_module import wrap
 from ...storage._folder import parsing, read_json, read_text
 from ...storage._graph_json import program_from_json
-from ...storage._signature_json import check_fit, signature_from_json
+from ...storage._signature_json import signature_from_json
 from ...storage._tensors import read_tensors
 from .._result import Result
 from ._folder import read_told
@@ -28,7 +28,6 @@ def read_program(folder: Path, device: torch.device | None) -> Result:
     )
     program = program_from_json(read_json(folder / "graph.json"), weights, constants, device)
     with parsing("graph.json or signature.json"):  # each may be well-formed, and not fit the other
-        check_fit(program, signature)
         return Result(wrap(program, signature), plan, report, signature)
 
 
