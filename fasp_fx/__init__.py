@@ -49,7 +49,7 @@ from .pruning._prune import analyze, apply, measure, prune
 from .pruning._result import Result
 from .pruning.config import PruningConfig
 from .pruning.report import Report
-from .pruning.saving.store import load
+from .pruning.saving.store import READERS, load
 from .training.recovery import distil
 
 #: public modules by the names they are known by, where these are not the names of rooms
@@ -83,10 +83,17 @@ class _Face(ModuleType):
 
 
 sys.modules.update({f"fasp_fx.{name}": _Face(f"fasp_fx.{name}") for name in _FACES})
+
+
+def _read_pruned(folder: Any, device: Any) -> Any:
+    from .hf._read import read_pruned
+
+    return read_pruned(folder, device)
+
+
+READERS |= {"hf": _read_pruned, "plain": _read_pruned}
 # Importing transformers takes a second: its Auto classes are told of pruned models once they are there.
-after_import(
-    "transformers.models.auto.configuration_auto", lambda: import_module("fasp_fx.hf._config")
-)
+after_import("transformers.models.auto.configuration_auto", lambda: import_module("fasp_fx.hf._config"))
 
 
 def __getattr__(name: str) -> Any:

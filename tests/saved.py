@@ -1,15 +1,18 @@
-"""A small model with everything that a save must keep, and how to change what was saved."""
+"""Models with everything that a save must keep, a folder of each kind, and how to change what was saved."""
 
 from __future__ import annotations
 
 import enum
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from refusal import BATCH, X
 from torch import Tensor, nn
 
 import fasp_fx
@@ -57,17 +60,124 @@ def small_result(model: nn.Module | None = None, **kwargs: Any) -> fasp_fx.Resul
     return fasp_fx.prune(model, (ids,), kwargs, calibration=[(torch.randint(0, 11, (2, 5)),)], sparsity=0.3)
 
 
-def forge(folder: Path, name: str, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a JSON file and make the manifest agree, as someone who wants to deceive would."""
+class Forked(nn.Module):
+    """Cannot be captured as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (
+            nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return x + self.second(x) if x.sum() < 1e6 else x
+
+
+@cache
+def forked() -> nn.Module:
+    torch.manual_seed(0)
+    return Forked().eval()
+
+
+#: token numbers, for the models that read such
+IDS = torch.arange(10).reshape(2, 5)
+FAST: dict[str, Any] = {"sparsity": 0.3, "score": "magnitude", "restore": None}
+
+
+def make_whole(folder: Path) -> None:
+    torch.manual_seed(0)
+    small_result().save(folder)
+
+
+def make_parts(folder: Path) -> None:
+    fasp_fx.prune(forked(), (X,), calibration=[BATCH], **FAST).save(folder)
+
+
+def make_hf(folder: Path, *, plain: bool = False) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 32, "max_position_embeddings": 32}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+    fasp_fx.hf.prune(model, plain=plain, **FAST).save_pretrained(folder)
+
+
+def make_plain(folder: Path) -> None:
+    make_hf(folder, plain=True)
+
+
+#: what makes a folder of each kind; fasp_fx.load reads them all
+MAKERS: dict[str, Callable[[Path], None]] = {
+    "whole": make_whole,
+    "parts": make_parts,
+    "hf": make_hf,
+    "plain": make_plain,
+}
+
+
+def loaded(folder: Path) -> Callable[[], Tensor]:
+    """The model in a folder of any kind, to be called."""
+    parts = (folder / "parts.json").exists()
+    held = fasp_fx.load(folder, model=forked() if parts else None)
+    if isinstance(held, fasp_fx.hf.Pruned):
+        return lambda: held.model(input_ids=IDS, use_cache=False).logits
+    return lambda: held.module(X) if parts else held.module(IDS)["logits"]
+
+
+@torch.no_grad()
+def outputs(folder: Path) -> Tensor:
+    """What that model computes."""
+    return loaded(folder)()
+
+
+def forge(folder: Path, name: str, change: Callable[[Any], object]) -> None:
+    """Change a JSON file, or what a file of tensors says of them, and make the manifest agree, as someone
+    who wants to deceive would.
+    """
     file = folder / name
-    data = json.loads(file.read_text())
-    change(data)
-    file.write_text(json.dumps(data))
+    content = file.read_bytes()
+    if file.suffix == ".json":
+        data = json.loads(content)
+        change(data)
+        file.write_text(json.dumps(data))
+    else:
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        entries = json.loads(header["__metadata__"]["fasp_fx"])
+        change(entries)
+        header["__metadata__"]["fasp_fx"] = json.dumps(entries)
+        text = json.dumps(header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
     seal(folder, name)
 
 
 def seal(folder: Path, name: str) -> None:
+    """Make the manifest agree with a file."""
     manifest = json.loads((folder / "manifest.json").read_text())
     content = (folder / name).read_bytes()
     manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+#: saves that every later version reads
+GOLDEN = Path(__file__).parent / "golden" / "saves"
+
+
+def write_golden(folder: Path) -> None:
+    """One folder of each kind with what its model computes, and one document of each kind."""
+    from safetensors.torch import save_file
+
+    shutil.rmtree(folder, ignore_errors=True)
+    for kind, make in MAKERS.items():
+        make(folder / kind)
+    save_file({kind: outputs(folder / kind).contiguous() for kind in MAKERS}, folder / "outputs.safetensors")
+    measured = fasp_fx.measure(forked().first, (X,), calibration=[BATCH])
+    measured.save(folder / "costs.json")
+    config = fasp_fx.PruningConfig(budget=fasp_fx.budgets.Parameters(0.8), exclude=("lm_head",), drift=0.3)
+    (folder / "config.json").write_text(config.to_json())
+
+
+if __name__ == "__main__":  # PYTHONPATH=. python tests/saved.py, once for each new version of a format
+    write_golden(GOLDEN)

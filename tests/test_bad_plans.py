@@ -92,7 +92,7 @@ def damaged(text: str) -> dict[str, str]:
         "cut": text[: len(text) // 2],
         "list": "[]",
         "text": '"plan"',
-        "format": json.dumps({**data, "format": "fasp_fx.plan/9"}),
+        "format": json.dumps({**data, "format": "fasp_fx.document/9"}),
         "no format": json.dumps({key: value for key, value in data.items() if key != "format"}),
         "no groups": json.dumps({key: value for key, value in data.items() if key != "groups"}),
         "groups of text": json.dumps({**data, "groups": "none"}),
@@ -113,7 +113,7 @@ def damaged(text: str) -> dict[str, str]:
 def test_a_damaged_plan(pruned: tuple[nn.Module, fasp_fx.Result], kind: str) -> None:
     text = pruned[1].plan.to_json()
     assert fasp_fx.PruningPlan.from_json(text) == pruned[1].plan
-    with pytest.raises(fasp_fx.PlanError, match=r"the plan('s format)? is"):
+    with pytest.raises(fasp_fx.PlanError, match="the plan is"):
         fasp_fx.PruningPlan.from_json(damaged(text)[kind])
 
 

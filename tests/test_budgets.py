@@ -482,7 +482,9 @@ def test_budgets_survive_json(kinds: list[Any], amount: float) -> None:
 )
 def test_a_damaged_budget_is_refused(text: str) -> None:
     with pytest.raises(fasp_fx.ArgumentError, match="budget"):
-        fasp_fx.PruningConfig.from_json('{"fasp_fx_config": 1, "budget": [' + text + "]}")
+        fasp_fx.PruningConfig.from_json(
+            '{"format": "fasp_fx.document/1", "kind": "config", "budget": [' + text + "]}"
+        )
 
 
 def test_a_saved_result_tells_its_budgets(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -400,8 +400,8 @@ REPORT = Report(
 def pruned(folder: Path, report: Report = REPORT) -> Path:
     """As much of a pruned folder as ``inspect`` reads."""
     folder.mkdir()
-    (folder / "report.json").write_text(json.dumps(asdict(report)))
-    (folder / "manifest.json").write_text(json.dumps({"format": "fasp_fx.hf/2"}))
+    (folder / "report.json").write_text(report.to_json())
+    (folder / "manifest.json").write_text(json.dumps({"format": "fasp_fx/1", "kind": "hf"}))
     return folder
 
 
@@ -412,7 +412,7 @@ def test_reports_that_are_none(tmp_path: Path, data: bytes | None) -> None:
     if data is not None:
         file.write_bytes(data)
     for options in ([], ["--json"], ["--html", tmp_path / "page.html"]):
-        assert "report.json" in refused(["inspect", file.parent, *options])
+        assert "report" in refused(["inspect", file.parent, *options])
     assert not (tmp_path / "page.html").exists()
 
 

@@ -264,12 +264,12 @@ def test_costs_that_do_not_serve_are_refused(tmp_path: Path) -> None:
     for text in (
         "",
         "[]",
-        '{"format": "fasp_fx.costs/4"}',
-        costs.to_json().replace("costs/4", "costs/0"),
+        '{"format": "fasp_fx.document/1", "kind": "costs"}',
+        costs.to_json().replace("document/1", "document/0"),
         costs.to_json().replace("[0.0,", "[1.0,"),
     ):
         (tmp_path / "costs.json").write_text(text)
-        with pytest.raises(fasp_fx.ArgumentError, match="no cost curves"):
+        with pytest.raises(fasp_fx.ArgumentError, match=r"the costs is|a cost curve holds"):
             fasp_fx.Costs.load(tmp_path / "costs.json")
     with pytest.raises(fasp_fx.ArgumentError, match="cannot be read"):
         fasp_fx.Costs.load(tmp_path / "nothing.json")

@@ -411,11 +411,11 @@ CODE = "x; import os"
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "an option's value": (
         lambda data: _options(data).update(BACKEND={"as_string": CODE}),
-        "among the options of an operator",
+        "option of an operator",
     ),
     "an option's name": (
         lambda data: _options(data).update({CODE: {"as_int": 1}}),
-        "among the options of an operator",
+        "option of an operator",
     ),
     "a block mask that is none": (
         lambda data: _attention(data)["inputs"][4].update(arg={"as_int": 3}),

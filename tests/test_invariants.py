@@ -154,7 +154,14 @@ def test_tied_weights_stay_tied() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"format": "something/9"}', '{"format": "fasp_fx.plan/2", "groups": 3}']
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"format": "something/9"}',
+        '{"format": "fasp_fx.document/1", "kind": "plan", "groups": 3}',
+    ],
 )
 def test_text_that_is_no_plan(text: str) -> None:
     with pytest.raises(fasp_fx.PlanError):

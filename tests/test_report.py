@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx.pruning.saving._report_json import report_from_json, report_to_json
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -57,8 +56,7 @@ def test_sparsity_is_a_fraction_of_what_the_report_says(
         for module in (model, result.module)
     )
     assert f"{1 - after / before:.2%} " in line
-    read: Report = report_from_json(json.loads(json.dumps(report_to_json(result.report))))
-    assert str(read) == str(result.report)
+    assert str(Report.from_json(result.report.to_json())) == str(result.report)
 
 
 REPORT = Report(
@@ -81,28 +79,28 @@ def test_the_columns_are_explained_where_they_hold_something() -> None:
 
 
 def test_a_report_comes_back_from_json() -> None:
-    assert report_from_json(json.loads(json.dumps(report_to_json(REPORT)))) == REPORT
+    assert Report.from_json(REPORT.to_json()) == REPORT
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("sparsity", value) for value in ("0.2", 10**400)),
+        *(("sparsity", value) for value in ("0.2", None)),
         *(("bytes", value) for value in (None, [1], [1, 2, 3], [-1, 2], [float("inf"), 2], [10**400, 1])),
         *(("lines", value) for value in ("text", [{}], [[]], [{"name": "a", "before": 10**400}])),
         *(("notes", value) for value in ([3], "text")),
-        *(("seconds", value) for value in ({"a": None}, {"a": 10**400})),
+        ("seconds", {"a": None}),
         ("without_rule", {"a": 0.5}),
         ("figures", [{"what": "x", "dense": 1.0, "pruned": 1.0, "digits": 10**9}]),
         *(
             ("config", value)
-            for value in (3, {}, [], {"fasp_fx_config": 1, "sparsity": 7}, {"fasp_fx_config": 99})
+            for value in (3, {}, [], {"format": "fasp_fx.document/1", "kind": "config", "sparsity": 7})
         ),
     ],
 )
 def test_a_damaged_report_is_refused(field: str, value: Any) -> None:
-    with pytest.raises(fasp_fx.StoreError, match=r"report.json is damaged.*save the result again"):
-        report_from_json({**report_to_json(REPORT), field: value})
+    with pytest.raises(fasp_fx.StoreError, match=r"the report is damaged.*save the result again"):
+        Report.from_json(json.dumps({**json.loads(REPORT.to_json()), field: value}))
 
 
 class Decides(nn.Module):

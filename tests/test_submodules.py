@@ -841,7 +841,7 @@ def test_what_cannot_be_loaded(forks: tuple[nn.Module, Any], folder: Path) -> No
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(fasp_fx.StoreError, match="truncated"):
         fasp_fx.load(path, model=model)
-    (path / "parts" / "0" / "manifest.json").unlink()
+    (path / "parts" / "0" / "graph.json").unlink()
     with pytest.raises(fasp_fx.StoreError, match="missing"):
         fasp_fx.load(path, model=model)
     assert sorted(child.name for child in folder.iterdir()) == ["out", "plain"]

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..base._atomic import write_text
+from ..base._json import from_document, to_document
 from ..base._options import path_of
 from ..errors import ArgumentError
-
-#: of the JSON form
-FORMAT = "fasp_fx.costs/4"
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,16 @@ class CostCurve:
                 " channel sets lost"
             )
         object.__setattr__(self, "losses", losses)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a file holds of :class:`Costs`."""
+
+    fingerprint: str
+    score: str
+    granularity: list[str]
+    losses: dict[str, list[float]]
 
 
 class Costs(Mapping[str, CostCurve]):
@@ -119,15 +125,8 @@ class Costs(Mapping[str, CostCurve]):
     def to_json(self) -> str:
         """The curves as text."""
         losses = {name: curve.losses.tolist() for name, curve in self.items()}
-        return json.dumps(
-            {
-                "format": FORMAT,
-                "fingerprint": self.fingerprint,
-                "score": self.score,
-                "granularity": sorted(self.granularity),
-                "losses": losses,
-            }
-        )
+        held = _Written(self.fingerprint, self.score, sorted(self.granularity), losses)
+        return to_document("costs", vars(held))
 
     @staticmethod
     def from_json(text: str) -> Costs:
@@ -136,20 +135,9 @@ class Costs(Mapping[str, CostCurve]):
         Raises:
             ArgumentError: the text holds none.
         """
-        try:
-            data: Any = json.loads(text)
-            if not isinstance(data, dict) or data.get("format") != FORMAT:
-                raise ValueError(f"its format is not {FORMAT!r}")
-            curves = {
-                str(name): CostCurve(np.array(losses, dtype=np.float64))
-                for name, losses in data["losses"].items()
-            }
-            granularity = [str(name) for name in data["granularity"]]
-            return Costs(curves, str(data["fingerprint"]), str(data["score"]), granularity)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ArgumentError(
-                f"these are no cost curves: {error}; write them with Costs.to_json()"
-            ) from error
+        held = from_document("costs", _Written, text, "write them with Costs.to_json()", ArgumentError)
+        curves = {name: CostCurve(np.array(losses)) for name, losses in held.losses.items()}
+        return Costs(curves, held.fingerprint, held.score, held.granularity)
 
     def save(self, file: str | Path) -> None:
         """Write the curves to a file of JSON, whole or not at all.

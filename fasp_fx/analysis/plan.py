@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from ..base._fingerprint import fingerprint as fingerprint
+from ..base._json import Count, from_document, to_document
 from ..capturing._fx import attribute
 from ..capturing._program import CopiedBuffer, FoldedWeight, Program, SplitWeight
 from ..errors import ArgumentError, PlanError
@@ -20,8 +20,6 @@ from .groups import Group, Member, ranges
 
 if TYPE_CHECKING:
     from ._analysis import Analysis
-
-FORMAT = "fasp_fx.plan/2"
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,16 @@ class ParameterSlice:
     """
 
     name: str
-    dim: int
-    removed: tuple[int, ...] | tuple[tuple[int, ...], ...]
-    block_dim: int | None = None
+    dim: Count
+    removed: tuple[Count, ...] | tuple[tuple[Count, ...], ...]
+    block_dim: Count | None = None
+
+    def __post_init__(self) -> None:
+        if self.removed and isinstance(self.removed[0], tuple) != (self.block_dim is not None):
+            raise PlanError(
+                f"what goes of '{self.name}' is by block where it has no block_dim, or not where it has one;"
+                " make the plan again"
+            )
 
     def __str__(self) -> str:
         lists = [ranges(block) for block in self.by_block()]
@@ -57,9 +62,9 @@ class PlannedGroup:
     """What one coupled group loses; ``granularity`` says what a channel set of it is."""
 
     name: str
-    size: int
-    blocks: int
-    removed_sets: int
+    size: Count
+    blocks: Count
+    removed_sets: Count
     producers: tuple[ParameterSlice, ...]
     consumers: tuple[ParameterSlice, ...]
     granularity: str = "channel"
@@ -115,7 +120,7 @@ class PruningPlan:
 
     def to_json(self) -> str:
         """The plan as JSON."""
-        return json.dumps({"format": FORMAT, **asdict(self)})
+        return to_document("plan", asdict(self))
 
     @staticmethod
     def from_json(text: str) -> PruningPlan:
@@ -124,52 +129,7 @@ class PruningPlan:
         Raises:
             PlanError: not JSON, another format, or a field is missing or of the wrong type; names the place.
         """
-        try:
-            data = json.loads(text)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise PlanError(f"the plan is not JSON: {error}; pass the text that to_json() gave") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise PlanError(
-                f"the plan's format is {found!r:.80}, this version reads {FORMAT!r}; make the plan again"
-            )
-        try:
-            groups = tuple(
-                PlannedGroup(
-                    str(g["name"]),
-                    _int(g["size"]),
-                    _int(g["blocks"]),
-                    _int(g["removed_sets"]),
-                    _slices(g["producers"]),
-                    _slices(g["consumers"]),
-                    str(g.get("granularity", "channel")),
-                )
-                for g in data["groups"]
-            )
-            splits = tuple(
-                SplitWeight(str(s["name"]), str(s["source"]), _int(s["dim"]), tuple(map(_int, s["rows"])))
-                for s in data["splits"]
-            )
-            folds = tuple(
-                FoldedWeight(str(f["name"]), tuple(map(str, f["sources"]))) for f in data.get("folds", ())
-            )
-            copies = tuple(CopiedBuffer(str(c["name"]), str(c["source"])) for c in data.get("copies", ()))
-            fixed = tuple(FixedBuffer(str(b["name"]), str(b["digest"])) for b in data.get("fixed", ()))
-            result = data.get("result")
-            return PruningPlan(
-                str(data["fingerprint"]),
-                groups,
-                float(data["sparsity"]),
-                splits,
-                None if result is None else str(result),
-                tuple(map(str, data["granularity"])),
-                tuple(map(str, data["include"])),
-                folds,
-                copies,
-                fixed,
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+        return from_document("plan", PruningPlan, text, "make the plan again", PlanError)
 
     def slices(self) -> dict[tuple[str, int], frozenset[tuple[int, int]]]:
         """All removed (block, index) pairs by weight and dimension."""
@@ -278,32 +238,8 @@ def _renumber(removed: Iterable[int], before: Iterable[int]) -> tuple[int, ...]:
     return tuple((left - np.searchsorted(gone, left)).tolist())
 
 
-def _int(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{value!r} is not an integer")
-    if abs(value) >= 2**63:
-        raise ValueError(f"a number of {len(str(abs(value)))} digits is no index")
-    return value
-
-
 def _slice(name: str, dim: int, blocks: tuple[tuple[int, ...], ...], block_dim: int | None) -> ParameterSlice:
     return ParameterSlice(name, dim, blocks[0] if block_dim is None else blocks, block_dim)
-
-
-def _slices(items: Iterable[Mapping[str, Any]]) -> tuple[ParameterSlice, ...]:
-    found = []
-    for item in items:
-        block_dim = None if item.get("block_dim") is None else _int(item["block_dim"])
-        blocks = [item["removed"]] if block_dim is None else item["removed"]
-        found.append(
-            _slice(
-                str(item["name"]),
-                _int(item["dim"]),
-                tuple(tuple(map(_int, block)) for block in blocks),
-                block_dim,
-            )
-        )
-    return tuple(found)
 
 
 def program_fingerprint(program: Program) -> str:

@@ -39,7 +39,7 @@ def new_folder(path: Path, *, overwrite: bool, replaceable: Callable[[Path], boo
     _refuse_taken(path, overwrite, replaceable)
 
     def put(temporary: Path) -> None:
-        for file in (*temporary.iterdir(), temporary):
+        for file in (*temporary.rglob("*"), temporary):
             _sync(file)
         _refuse_taken(path, overwrite, replaceable)
         _install(temporary, path)

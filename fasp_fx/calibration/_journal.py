@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,23 @@ import safetensors.torch
 
 from ..base._atomic import new_folder
 from ..base._fingerprint import digest_of
+from ..base._json import Count
 from ..errors import StoreError, first_line
-from ..storage._run_folder import claim, read_object
+from ..storage._run_folder import claim, read_state
 from .restoration import Restored
 
-FORMAT = "fasp_fx.prune/3"
 _EVENTS, _WEIGHTS = "events.json", "weights.safetensors"
 _FIELDS = ("error_before", "error_after", "held_before", "held_after", "used", "strength")
+
+
+@dataclass(frozen=True)
+class _Events:
+    """What one subfolder says besides weights."""
+
+    after: Count
+    removed: dict[str, list[Count]]
+    outcomes: dict[int, dict[str, float | bool | None]]
+    remarks: dict[str, Any]
 
 
 class Journal:
@@ -41,7 +52,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
-        claim(folder, run)
+        claim(folder, "prune", run)
         self._folder, self._run = folder, run
         self.stops = 0
         self.removed: dict[str, np.ndarray] = {}
@@ -113,21 +124,15 @@ class Journal:
         self.stops, self._new, self._new_removed = stops, {}, {}
 
     def _read(self, folder: Path) -> None:
-        events = read_object(folder / _EVENTS)
-        try:
-            if events["after"] != self.stops:
-                raise ValueError(f"it follows stop {events['after']}, which is missing")
-            self.stops = int(folder.name[5:])
-            self.removed |= {
-                group: np.array(removed, dtype=np.int64) for group, removed in events["removed"].items()
-            }
-            self._known |= {
-                int(number): (folder, {name: outcome[name] for name in _FIELDS})
-                for number, outcome in events["outcomes"].items()
-            }
-            self.remarks = dict(events["remarks"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise _damaged(folder, error) from error
+        events = read_state(_Events, folder / _EVENTS)
+        if events.after != self.stops:
+            raise _damaged(folder, ValueError(f"it follows stop {events.after}, which is missing"))
+        self.stops = int(folder.name[5:])
+        self.removed |= {
+            group: np.array(removed, dtype=np.int64) for group, removed in events.removed.items()
+        }
+        self._known |= {number: (folder, outcome) for number, outcome in events.outcomes.items()}
+        self.remarks = events.remarks
 
 
 def open_journal(
@@ -151,7 +156,6 @@ def open_journal(
         StoreError: see :class:`Journal`.
     """
     run = {
-        "format": FORMAT,
         "model": fingerprint,
         "options": dict(options),
         "what goes of each group": list(lost),

@@ -343,12 +343,10 @@ def inspect(
     Example: `fasp-fx inspect HuggingFaceTB/SmolLM2-135M`
     """
     with session() as stages:
-        from ..hf._plain_folder import is_plain, read_plain
         from ..interop.page import check_page, write_page
         from ..pruning._prune import analyze
-        from ..pruning.report import counted
-        from ..pruning.saving._folder import read_report
-        from ..pruning.saving._report_json import report_to_json
+        from ..pruning.report import Report, counted
+        from ..storage._folder import is_save, kind_of, read_text
 
         if html is not None:
             check_path("--html", html)
@@ -360,11 +358,12 @@ def inspect(
                 f"'{model}' was pruned already, so --granularity and --include change nothing in its report;"
                 " leave them out"
             )
-        if is_saved or (not asked and is_plain(folder)):
-            report = read_report(folder) if is_saved else read_plain(folder)[1]
+        if is_saved or (not asked and is_save(folder, "plain")):
+            kind_of(folder)  # which refuses another version
+            report = Report.from_json(read_text(folder / "report.json"))
             if html is not None:
                 write_page(report, f"{folder.resolve().name}, {report.sparsity:.0%} removed", html)
-            say(json.dumps(report_to_json(report)) if as_json else str(report), keep="\n")
+            say(report.to_json() if as_json else str(report), keep="\n")
             return
         _models.quieten()
         stages.begin("reading the configuration")

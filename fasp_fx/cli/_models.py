@@ -18,8 +18,8 @@ from ..base._tolerable import tolerable
 from ..base.offload._context import keep_weights
 from ..base.offload._scratch import Scratch
 from ..errors import ArgumentError, FaspError, StoreError, first_line
-from ..pruning.saving import _folder as folders
 from ..storage._config_json import LAYERS, layer_counts
+from ..storage._folder import MANIFEST, is_save, kind_of
 from ._paths import check_path
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def load_empty(source: Source) -> nn.Module:
 def is_saved(model: str) -> bool:
     """Whether a command line argument is a folder that fasp_fx wrote, rather than a model of transformers."""
     check_path("the model", model)
-    return (Path(model) / folders.MANIFEST).is_file()
+    return (Path(model) / MANIFEST).is_file() and not is_save(Path(model), "plain")
 
 
 def load_pruned(folder: Path, device: torch.device) -> Pruned:
@@ -196,14 +196,13 @@ def load_pruned(folder: Path, device: torch.device) -> Pruned:
         ArgumentError: there is no tokenizer with it.
     """
     from ..hf import Pruned, PrunedForCausalLM
-    from ..hf._folder import holds_model
-    from ..hf._plain_folder import is_plain, read_plain
+    from ..hf._plain_folder import read_plain
 
-    source = Source(str(folder))
-    if is_plain(folder):
+    source, kind = Source(str(folder)), kind_of(folder)
+    if kind == "plain":
         plan, report = read_plain(folder)
         return Pruned(load_model(source, device=device), plan, report, load_tokenizer(source))
-    if not holds_model(folder):
+    if kind != "hf":
         raise StoreError(
             f"'{folder}' holds no pruned language model; give a folder that `fasp-fx prune` wrote"
         )

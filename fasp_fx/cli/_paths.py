@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from ..errors import ArgumentError, CalibrationError, StoreError, first_line
+from ..storage._folder import is_save
 
 #: a text is read and tokenised as a whole; the largest of the usual benchmarks, WikiText-103, has half of it
 TEXT_BYTES = 2**30
@@ -64,15 +65,12 @@ def check_target(out: Path, *, overwrite: bool, plain: bool, **others: Path | No
         ArgumentError: a path cannot be used.
         StoreError: something is there that must not be replaced, or the folder cannot be made.
     """
-    from ..hf._folder import is_saved
-    from ..hf._plain_folder import is_plain
-
     check_path("--out", out)
     if os.path.lexists(out) and not overwrite:
         raise StoreError(
             f"'{out}' exists; choose another --out, or pass --overwrite to replace an earlier result"
         )
-    if os.path.lexists(out) and (out.is_symlink() or not (is_plain if plain else is_saved)(out)):
+    if os.path.lexists(out) and (out.is_symlink() or not is_save(out, "plain" if plain else "hf")):
         raise StoreError(
             f"'{out}' holds something other than an earlier result, which --overwrite never replaces; choose"
             " another --out or remove it yourself"

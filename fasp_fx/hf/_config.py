@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..errors import StoreError
 from ..storage._config_json import LAYERS, layer_counts
-from ..storage._files import check_depth, parsing
+from ..storage._folder import parsing
 
 #: what would let transformers build a cache that the programs do not take: theirs holds every token of every
 #: layer
@@ -72,7 +72,6 @@ class PrunedConfig(PreTrainedConfig):
         Raises:
             StoreError: it is no configuration of a pruned model.
         """
-        check_depth(config_dict, "config.json")
         with parsing("config.json"):
             return super().from_dict(config_dict, **kwargs)
 

@@ -9,7 +9,6 @@ that torch would evaluate, import or turn into code is checked before it is.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -19,24 +18,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..base._atomic import new_folder
-from ..base._tolerable import tolerable
 from ..errors import StoreError
-from ..pruning.saving import _folder as folders
-from ..pruning.saving._report_json import report_to_json
+from ..pruning.saving._folder import TOLD, write_told
+from ..storage._folder import MANIFEST, new_save, write_json, write_manifest
 from ..storage._tensors import write_tensors
 from ._card import card
 from ._model import PrunedModel
 
-FORMAT = "fasp_fx.hf/5"
-FILES = (
-    "config.json",
-    "model.safetensors",
-    "constants.safetensors",
-    "programs.json",
-    "plan.json",
-    "report.json",
-)
+KIND = "hf"
+FILES = ("config.json", "model.safetensors", "constants.safetensors", "programs.json", *TOLD)
 
 
 def save(model: PrunedModel, path: Path, tokenizer: Any, *, overwrite: bool) -> Path:
@@ -47,11 +37,10 @@ def save(model: PrunedModel, path: Path, tokenizer: Any, *, overwrite: bool) -> 
             stored.
     """
     path = path.absolute()
-    with new_folder(path, overwrite=overwrite, replaceable=is_saved) as folder:
+    with new_save(path, KIND, overwrite=overwrite) as folder:
         _fill(folder, model, None)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
-        _write_manifest(folder)
     return path
 
 
@@ -74,9 +63,9 @@ def save_into(model: PrunedModel, path: Path, state_dict: Mapping[str, Tensor] |
         raise StoreError(f"'{path}' cannot be written: {error}; choose another path") from error
     try:
         _fill(aside, model, state_dict)
-        _write_manifest(aside)
+        write_manifest(aside, KIND)
         path.mkdir(exist_ok=True)
-        for file in sorted(aside.iterdir(), key=lambda file: file.name == folders.MANIFEST):
+        for file in sorted(aside.iterdir(), key=lambda file: file.name == MANIFEST):
             os.replace(file, path / file.name)
     except OSError as error:
         raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
@@ -84,44 +73,20 @@ def save_into(model: PrunedModel, path: Path, state_dict: Mapping[str, Tensor] |
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def is_saved(folder: Path) -> bool:
-    """Whether a folder holds a pruned model and nothing besides."""
-    written = _manifest(folder).get("written", ())
-    known = {folders.MANIFEST, *FILES, *map(str, written if isinstance(written, list) else ())}
-    return holds_model(folder) and {child.name for child in folder.iterdir()} <= known
-
-
-def holds_model(folder: Path) -> bool:
-    """Whether a folder holds a pruned model, of whatever version."""
-    return str(_manifest(folder).get("format")).startswith("fasp_fx.hf/")
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        return folders.read_json(folder / folders.MANIFEST)
-    except tolerable(StoreError):
-        return {}
-
-
 def _fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> None:
     weights = _weights(model, state_dict)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    folders.write_json(folder / "plan.json", json.loads(model.plan.to_json()))
-    folders.write_json(folder / "report.json", report_to_json(model.report))
-    mode = (folder / "plan.json").stat().st_mode
+    write_told(folder, model.plan, model.report)
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    held = {name: buffers[name] for names in model._constant_names.values() for name in names.values()}
-    tensors = {}
-    for name, tree in (("model", weights), ("constants", held)):
-        file = folder / f"{name}.safetensors"
-        tensors[name] = write_tensors(file, tree, metadata={"format": "pt"})
-        file.chmod(mode)
+    names = (name for held in model._constant_names.values() for name in held.values())
+    write_tensors(folder / "model.safetensors", weights)
+    write_tensors(folder / "constants.safetensors", {name: buffers[name] for name in names})
     programs = {
         name: {**written.data, "constants": model._constant_names[name]}
         for name, written in model._written.items()
     }
-    folders.write_json(folder / "programs.json", {"programs": programs, "tensors": tensors})
+    write_json(folder / "programs.json", programs)
     (folder / "README.md").write_text(card(model), encoding="utf-8")
 
 
@@ -148,13 +113,4 @@ def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dic
     return {name: found[id(tensor)] for name, tensor in own.items()}
 
 
-def _write_manifest(folder: Path) -> None:
-    written = sorted(child.name for child in folder.iterdir())
-    listed = {name: folders.listed(folder / name) for name in FILES}
-    folders.write_json(
-        folder / folders.MANIFEST,
-        {"format": FORMAT, **folders.versions(), "files": listed, "written": written},
-    )
-
-
-__all__ = ["FILES", "FORMAT", "holds_model", "is_saved", "save", "save_into"]
+__all__ = ["FILES", "KIND", "save", "save_into"]

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
+from torch import Tensor
 
+from ..base._json import parse
 from ..base._tolerable import tolerable
-from ..errors import ArgumentError, CaptureError, FaspError, StoreError, first_line
-from ..pruning.saving import _folder as folders
-from ..storage._files import parsing, read_text, tensors_of
+from ..errors import ArgumentError, StoreError, first_line
+from ..pruning.saving._folder import read_told
+from ..storage._folder import parsing, read_text, verify
 from ..storage._graph_json import program_from_json
 from ..storage._tensors import read_tensors
 from ._config import PrunedConfig, check_layers, original_of
 from ._flat import FlatProgram
-from ._folder import FILES, FORMAT
+from ._folder import FILES, KIND
 from ._held import Parts, StoredProgram, Written
 from ._labels import LOSSES, MOVES, POSITIONS
 from ._model import PrunedModel
@@ -37,6 +41,15 @@ _WITHOUT_EFFECT = {
     *("trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "adapter_kwargs", "_from_auto"),
     *("_from_pipeline", "weights_only", "proxies", "use_kernels"),
 }
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One of the programs in a file: as :mod:`fasp_fx.store` writes it, with the names of its constants."""
+
+    program: dict[str, Any]
+    example: list[Any]
+    constants: dict[str, str]
 
 
 def load(
@@ -69,13 +82,12 @@ def load(
             " dense model and prune it again"
         )
     folder = _folder(where, hub) / subfolder
-    folders.verify(folder, FORMAT, FILES)
+    verify(folder, KIND, FILES)
     device = _device(device_map)
-    programs = folders.read_json(folder / "programs.json")
     found = _config(folder, kind)
     _override(found, config)
     _check_dtype(found, dtype if dtype is not None else torch_dtype)
-    parts = _parts(folder, programs, device)
+    parts = _parts(folder, device)
     if set(parts.programs) != kind.program_names:
         raise StoreError(
             f"programs.json holds the programs {sorted(parts.programs)!r:.200}, not"
@@ -83,31 +95,34 @@ def load(
         )
     with parsing("programs.json or config.json"):
         model = kind(found, parts)
-    if os.path.lexists(folder / "generation_config.json"):
-        read_text(folder / "generation_config.json")
-        read = model.generation_config_class.from_pretrained
-        model.generation_config = _read(lambda: read(folder), "generation_config.json")
+    generation = folder / "generation_config.json"
+    if os.path.lexists(generation):
+        with parsing("generation_config.json"):
+            read_text(generation)
+            model.generation_config = model.generation_config_class.from_pretrained(folder)
     model.name_or_path = str(where)
     return model
 
 
-def _parts(folder: Path, programs: dict[str, Any], device: torch.device) -> Parts:
-    plan, report = folders.read_plan(folder), folders.read_report(folder)
-    try:
-        weights = read_tensors(folder / "model.safetensors", programs["tensors"]["model"], device)
-        held = read_tensors(folder / "constants.safetensors", programs["tensors"]["constants"], device)
-        stored, constants = {}, {}
-        for name, data in programs["programs"].items():
-            constants[name] = {inside: held[outside] for inside, outside in data["constants"].items()}
-            kept = {"program": data["program"], "example": data["example"]}
-            program = program_from_json(kept, weights, constants[name], device)
-            module = _read(lambda made=program: made.module(check_guards=False), "programs.json")
-            stored[name] = StoredProgram(Written(kept), FlatProgram.of(module))
-    except tolerable(KeyError, TypeError, AttributeError, ValueError, CaptureError) as error:
-        raise StoreError(
-            f"programs.json does not fit the folder: {type(error).__name__}: {error}; save the model again"
-        ) from error
-    return Parts(stored, weights, constants, plan, report)
+def _parts(folder: Path, device: torch.device) -> Parts:
+    programs = parse(dict[str, _Stored], read_text(folder / "programs.json"), "programs.json")
+    weights = read_tensors(folder / "model.safetensors", device)
+    held = read_tensors(folder / "constants.safetensors", device)
+    with parsing("programs.json"):
+        constants = {
+            name: {inside: held[outside] for inside, outside in stored.constants.items()}
+            for name, stored in programs.items()
+        }
+        made = {name: _program(stored, weights, constants[name], device) for name, stored in programs.items()}
+    return Parts(made, weights, constants, *read_told(folder))
+
+
+def _program(
+    stored: _Stored, weights: dict[str, Tensor], constants: dict[str, Tensor], device: torch.device
+) -> StoredProgram:
+    kept = {"program": stored.program, "example": stored.example}
+    module = program_from_json(kept, weights, constants, device).module(check_guards=False)
+    return StoredProgram(Written(kept), FlatProgram.of(module))
 
 
 def _folder(where: Any, hub: dict[str, Any]) -> Path:
@@ -125,13 +140,14 @@ def _folder(where: Any, hub: dict[str, Any]) -> Path:
 
 
 def _config(folder: Path, kind: type[PrunedModel]) -> PrunedConfig:
-    config = _read(lambda: PrunedConfig.from_pretrained(folder), "config.json")
+    with parsing("config.json"):
+        config = PrunedConfig.from_pretrained(folder)
     if not isinstance(config.original, dict):
         raise StoreError(
             "config.json does not hold the configuration of the model that was pruned; save the model again"
         )
-    with parsing("config.json"):
-        check_layers(config.original, len(tensors_of(folder / "model.safetensors")))
+    with parsing("config.json"), safetensors.safe_open(folder / "model.safetensors", "pt") as weights:
+        check_layers(config.original, len(weights.keys()))
     original_of(config)
     allowed = {
         "positions": (None, *POSITIONS),
@@ -146,20 +162,12 @@ def _config(folder: Path, kind: type[PrunedModel]) -> PrunedConfig:
             f"config.json does not say how the model is called ({[*odd, 'position_limit'][0]}); save the"
             " model again"
         )
-    (expected, *_) = [*(config.architectures or ()), None]
+    named = config.architectures if isinstance(config.architectures, list) else []
+    (expected, *_) = [*named, None]
     if kind.__name__ != expected:
         auto = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
         raise ArgumentError(f"'{folder}' holds a {expected}, not a {kind.__name__}; load it with {auto}")
     return config
-
-
-def _read(read: Any, name: str) -> Any:
-    try:
-        return read()
-    except FaspError:
-        raise
-    except tolerable(Exception) as error:  # readers raise whatever the file makes them trip over
-        raise StoreError(f"{name} cannot be read: {first_line(error)}; save the model again") from error
 
 
 def _override(found: PrunedConfig, given: Any) -> None:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from ..analysis.plan import PruningPlan
-from ..base._atomic import new_folder
 from ..base._options import path_of
 from ..base._tolerable import tolerable
-from ..errors import PlanError, StoreError, first_line
+from ..errors import StoreError, first_line
 from ..pruning.report import Report
-from ..pruning.saving._folder import read_json
-from ..pruning.saving._report_json import report_from_json, report_to_json
-from ..storage._files import read_text
+from ..pruning.saving._folder import TOLD, read_told, write_told
+from ..storage._folder import new_save, verify
 from ._experiments import quiet
 
-#: says what was written with the folder
-MANIFEST = "fasp_fx.json"
-FORMAT = "fasp_fx.plain/4"
+KIND = "plain"
 
 
 def save_plain(
@@ -37,7 +32,8 @@ def save_plain(
 
     ``config.json``, ``generation_config.json``, safetensors and the tokenizer's files are those of
     ``save_pretrained``, so that the folder loads wherever a checkpoint of this class loads. ``plan.json``
-    holds what was removed, ``README.md`` the model card, ``fasp_fx.json`` the report and a list of the files.
+    and ``report.json`` hold what was removed, ``README.md`` the model card, ``manifest.json`` a list of the
+    files.
 
     Args:
         tokenizer: saved along, or ``None``.
@@ -47,9 +43,8 @@ def save_plain(
         StoreError: the path is taken or cannot be written.
     """
     path = path_of(folder, "folder").absolute()
-    with new_folder(path, overwrite=overwrite, replaceable=is_plain) as made:
-        plain = made / "plan.json"
-        plain.write_text(plan.to_json(), encoding="utf-8")
+    with new_save(path, KIND, overwrite=overwrite) as made:
+        write_told(made, plan, report)
         try:
             with quiet():
                 model.save_pretrained(made)
@@ -62,45 +57,17 @@ def save_plain(
                 f"{type(model).__name__}.save_pretrained failed: {first_line(error)}; nothing was written"
             ) from error
         (made / "README.md").write_text(card(model, plan, report), encoding="utf-8")
-        files = sorted(file.name for file in made.iterdir())
-        (made / MANIFEST).write_text(
-            json.dumps({"format": FORMAT, "files": files, "report": report_to_json(report)}), encoding="utf-8"
-        )
-        mode = plain.stat().st_mode
-        for file in made.rglob("*"):
-            if file.is_file():
-                file.chmod(mode)  # safetensors keeps its files to their owner
     return path
 
 
-def is_plain(folder: Path) -> bool:
-    """Whether a folder holds a plain checkpoint and nothing else."""
-    try:
-        held = json.loads(read_text(folder / MANIFEST))
-        return str(held["format"]).startswith("fasp_fx.plain/") and {
-            file.name for file in folder.iterdir()
-        } <= {MANIFEST, *held["files"]}
-    except tolerable(StoreError, OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-
-
 def read_plain(folder: Path) -> tuple[PruningPlan, Report]:
-    """The plan and the report of a plain checkpoint.
+    """The plan and the report of a plain checkpoint, whose weights may have been trained since.
 
     Raises:
         StoreError: a file is missing, damaged or of another version.
     """
-    held = read_json(folder / MANIFEST)
-    if held.get("format") != FORMAT:
-        raise StoreError(
-            f"'{folder}' is of the format {str(held.get('format'))[:40]!r}, this version reads {FORMAT!r};"
-            " prune the model again"
-        )
-    try:
-        plan = PruningPlan.from_json(read_text(folder / "plan.json"))
-    except PlanError as error:
-        raise StoreError(f"'{folder}': {error}") from error
-    return plan, report_from_json(held.get("report", {}))
+    verify(folder, KIND, TOLD)
+    return read_told(folder)
 
 
 def card(model: PreTrainedModel, plan: PruningPlan, report: Report) -> str:
@@ -137,4 +104,4 @@ def loading(model: PreTrainedModel, folder: str) -> list[str]:
     return [f"from transformers import {loader}", f'model = {loader}.from_pretrained("{folder}")']
 
 
-__all__ = ["MANIFEST", "card", "is_plain", "loading", "read_plain", "save_plain"]
+__all__ = ["KIND", "card", "loading", "read_plain", "save_plain"]

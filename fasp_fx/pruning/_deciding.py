@@ -116,7 +116,7 @@ def decide(
         clock.lap("searching")
     notes += _remarks(measured, subject, config, lost)
     if folder is not None and "" not in consumers and not ranks.rank:
-        claim(folder, {"parts": list(consumers)})
+        claim(folder, "prune", {"parts": list(consumers)})
     for number, (path, share) in enumerate(subject.split(lost).items()):
         begun = start + (1 - start) * number / len(consumers)
         advance(begun)

@@ -5,13 +5,13 @@ keywords of :func:`fasp_fx.prune` and the options of ``fasp-fx prune`` are made 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict, get_args
 
 from ..allocation._allocation import Allocation, CostAllocation, Global, Search, uniform
 from ..allocation.budgets import Cap, budget_data, budget_from_data, read_budget
+from ..base._json import from_document, to_document
 from ..base._options import configured, is_number, names_of
 from ..calibration.losses import Loss
 from ..calibration.obs import resolve_score
@@ -19,8 +19,6 @@ from ..calibration.restoration import Restoration
 from ..calibration.scoring import Score
 from ..errors import ArgumentError, SparsityError
 
-#: of the JSON form
-VERSION = 1
 #: what goes where nothing is asked for
 SPARSITY = 0.2
 #: one in so many calibration sequences shows gradients and the dense model's activations to predictions of
@@ -405,9 +403,8 @@ class PruningConfig:
                     " it again"
                 )
         sparsity = dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity
-        return json.dumps(
-            {"fasp_fx_config": VERSION, **values, "sparsity": sparsity, "budget": budget_data(self.caps)},
-            indent=1,
+        return to_document(
+            "config", {**values, "sparsity": sparsity, "budget": budget_data(self.caps)}, indent=1
         )
 
     @classmethod
@@ -417,23 +414,9 @@ class PruningConfig:
         Raises:
             ArgumentError: the text is none, or of a version that is not read here.
         """
-        try:
-            values = json.loads(text)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ArgumentError(
-                f"this is no configuration: {error}; pass the text that PruningConfig.to_json() gave"
-            ) from error
-        version = values.pop("fasp_fx_config", None) if isinstance(values, dict) else None
-        if version != VERSION:
-            said = (
-                "no configuration of fasp_fx"
-                if version is None
-                else f"a configuration of version {version!r}"
-            )
-            raise ArgumentError(
-                f"this is {said}, and version {VERSION} is read here; write it again with"
-                " PruningConfig.to_json()"
-            )
+        remedy = "write it again with PruningConfig.to_json()"
+        held = from_document("config", dict[str, Any], text, remedy, ArgumentError)
+        values = {name: value for name, value in held.items() if name not in ("format", "kind")}
         return cls.of(None, {**values, "budget": budget_from_data(values.get("budget", []))})
 
 

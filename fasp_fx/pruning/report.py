@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field
 from torch import Tensor, fx
 
 from ..analysis.groups import APPROXIMATE, Group
 from ..analysis.plan import PruningPlan
+from ..base._json import Count, ReadBy, from_document, to_document
 from ..base.compat import OpOverload
 from ..capturing._fx import results
+from ..errors import ArgumentError, StoreError
 from ..patterns import pointwise_rule
 from .config import PruningConfig
 
@@ -72,16 +76,16 @@ class Line:
 
     name: str
     status: str
-    before: int
-    after: int
-    blocks: int
+    before: Count
+    after: Count
+    blocks: Count
     reason: str
     error_cut: float | None = None
     error_restored: float | None = None
     held_cut: float | None = None
     held_restored: float | None = None
-    producers: tuple[tuple[str, int], ...] = ()
-    consumers: tuple[tuple[str, int], ...] = ()
+    producers: tuple[tuple[str, Count], ...] = ()
+    consumers: tuple[tuple[str, Count], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Figure:
     what: str
     dense: float
     pruned: float
-    digits: int = 0
+    digits: Annotated[int, Field(ge=0, le=12)] = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class CurvePoint:
     before the first), and that of held-out batches.
     """
 
-    step: int
+    step: Count
     trained: float | None
     held_out: float
 
@@ -124,9 +128,9 @@ class Recovery:
 
     method: str
     criterion: str
-    steps: int
-    kept: int
-    curve: tuple[CurvePoint, ...]
+    steps: Count
+    kept: Count
+    curve: Annotated[tuple[CurvePoint, ...], Field(min_length=1)]
     seconds: float
     notes: tuple[str, ...] = ()
 
@@ -156,9 +160,9 @@ class Spent:
 
     resource: str
     unit: str
-    allowed: float
-    dense: float
-    used: float
+    allowed: int | float
+    dense: int | float
+    used: int | float
 
     def __str__(self) -> str:
         share = max(self.dense, 1)
@@ -172,6 +176,10 @@ class Spent:
             f"{self.used:,} of {self.dense:,} {self.unit} stay ({self.used / share:.2%}),"
             f" {self.allowed / share:.2%} may: {kept}"
         )
+
+
+def _config_of(data: Any) -> PruningConfig | None:
+    return None if data is None else PruningConfig.from_json(json.dumps(data))
 
 
 @dataclass(frozen=True)
@@ -197,18 +205,35 @@ class Report:
 
     sparsity: float
     requested: float | None
-    parameters: tuple[int, int]
-    bytes: tuple[int, int]
+    parameters: tuple[Count, Count]
+    bytes: tuple[Count, Count]
     lines: tuple[Line, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
-    without_rule: Mapping[str, int] = field(default_factory=dict)
-    cache: tuple[int, int] | None = None
+    without_rule: Mapping[str, Count] = field(default_factory=dict)
+    cache: tuple[Count, Count] | None = None
     include: tuple[str, ...] = ()
     recovery: Recovery | None = None
     budgets: tuple[Spent, ...] = ()
-    config: PruningConfig | None = None
+    config: Annotated[PruningConfig | None, ReadBy(_config_of)] = None
+
+    def to_json(self) -> str:
+        """The report as text, without a configuration that holds a function."""
+        try:
+            config = None if self.config is None else json.loads(self.config.to_json())
+        except ArgumentError:  # it holds a function
+            config = None
+        return to_document("report", {**asdict(replace(self, config=None)), "config": config})
+
+    @staticmethod
+    def from_json(text: str) -> Report:
+        """The report that :meth:`to_json` wrote.
+
+        Raises:
+            StoreError: it is another text, or a field is not what it should be; names it.
+        """
+        return from_document("report", Report, text, "save the result again", StoreError)
 
     def __repr__(self) -> str:
         before, after = self.parameters

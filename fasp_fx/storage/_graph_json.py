@@ -4,26 +4,53 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from ..base._json import Count, ReadBy, parse
 from ..base._tolerable import tolerable
 from ..base._warn import quiet
-from ..base.compat import _serde, pytree
-from ..capturing._fx import results
+from ..base.compat import HigherOrderOperator, _serde, pytree
+from ..capturing._fx import arguments, results
+from ..capturing._program import copy_graph
 from ..errors import StoreError, first_line
-from ._files import DIMENSIONS
-from ._nested import with_tuples, without_tuples
-from ._signature_json import value_from_json, value_to_json
+from ._folder import parsing
+from ._signature_json import dtype_of, value_from_json, value_to_json
 from ._tensors import device_of, to_device
-from ._untrusted import check_amount, check_program, walk
+from ._untrusted import check_program, walk
 
 #: elements of all example inputs of a program together
 EXAMPLE = 2**28
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A tensor among the example inputs, or another value."""
+
+    shape: tuple[Count, ...] | None = None
+    dtype: Annotated[torch.dtype, ReadBy(dtype_of)] = torch.float32
+    device: str = "cpu"
+    value: Annotated[Any, ReadBy(value_from_json)] = None
+
+
+#: the arguments of higher-order operators that are tuples: torch writes lists of one kind and dicts of any
+#: kind, so that a tuple of sizes, tensors, graphs and nothing, such as the block mask of flex attention, is
+#: written as a dict with the keys ``"0"``, ``"1"`` …
+_TUPLES: dict[HigherOrderOperator, tuple[str, ...]] = {
+    torch.ops.higher_order.flex_attention: (
+        "block_mask",
+        "score_mod_other_buffers",
+        "mask_mod_other_buffers",
+    ),
+}
+#: how the structure of arguments and outputs names a device: in JSON that is a text of JSON
+_DEVICE = re.compile(r'(\\+"_t\\+": \\+"device\\+", \\+"s\\+": \\+")\w+(:\d+)?')
 
 
 def program_to_json(program: ExportedProgram) -> dict[str, Any]:
@@ -32,46 +59,27 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
     Raises:
         StoreError: the program holds something that JSON cannot.
     """
-    _check_outputs(program)
-    try:
-        with quiet():
-            written = _serde.write(without_tuples(program))
-    except tolerable(Exception) as error:
-        raise StoreError(f"the program cannot be written as JSON: {first_line(error)}") from error
-    tensors = len(program.state_dict) + len(program.constants)
-    check_program(written, tensors)  # what is refused on loading is refused now
-    fields = _serde.to_fields(written)
-    check_amount(fields, tensors)
-    return {"program": fields, "example": _example_to_json(program)}
-
-
-def _check_outputs(program: ExportedProgram) -> None:
-    """Refuse outputs that torch writes and does not read again.
-
-    Raises:
-        StoreError: says what is among them.
-    """
     text = next((item for item in results(program.graph) if isinstance(item, str)), None)
-    if text is not None:
+    if text is not None:  # which torch writes, and does not read again
         raise StoreError(
             f"the model returns the text {text!r} among its outputs, which is not stored; let forward return"
             " tensors and numbers"
         )
-    for spec in _within(program.call_spec.out_spec):
-        keys = spec.context if spec.type is dict else ()
-        odd = next((key for key in keys if not isinstance(key, (str, int))), None)
-        if odd is not None:
-            raise StoreError(
-                f"the model returns a dict with the key {odd!r}, which is not stored; let forward return"
-                " dicts with text for keys"
-            )
+    try:
+        with quiet():
+            written = _serde.write(without_tuples(program))
+        example = [_leaf(value) for value in pytree.tree_leaves(program.example_inputs)]
+    except tolerable(Exception) as error:
+        raise StoreError(f"the program cannot be written as JSON: {first_line(error)}") from error
+    check_program(written)  # what is refused on loading is refused now
+    return {"program": _serde.to_fields(written), "example": example}
 
 
-def _within(spec: Any) -> Iterator[Any]:
-    """The specification of a tree and those of all in it."""
-    yield spec
-    for index in range(spec.num_children):
-        yield from _within(spec.child(index))
+def _leaf(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Tensor):
+        return {"value": value_to_json(value)}
+    dtype = str(value.dtype).removeprefix("torch.")
+    return {"shape": list(value.shape), "dtype": dtype, "device": str(value.device)}
 
 
 def program_from_json(
@@ -93,57 +101,38 @@ def program_from_json(
     Raises:
         StoreError: the data holds anything that :func:`program_to_json` does not write.
     """
-    tensors = len(weights) + len(constants)
-    try:
-        check_amount(data["program"], tensors)
+    with parsing("graph.json"):
         parsed = _serde.from_fields(data["program"])
-        check_program(parsed, tensors)
+        check_program(parsed)
         if device is not None:
             _move(parsed, device)
-        example = _example_from_json(
-            data["example"], parsed.graph_module.module_call_graph[0].signature.in_spec, device
-        )
+        structure = parsed.graph_module.module_call_graph[0].signature.in_spec
+        example = _example_from_json(json.dumps(data["example"]), structure, device)
         with quiet():
             program = _serde.read(parsed, weights, constants, example)
         with_tuples(program)
-        _check_stored(program, cast)
+        check_weights(program, cast=cast)
         return program
-    except StoreError:
-        raise
-    except tolerable(Exception) as error:  # torch's reader raises whatever it trips over
-        raise StoreError(
-            f"graph.json holds no program that torch {torch.__version__} can read: {first_line(error)}; save"
-            " the result again"
-        ) from error
 
 
-def check_weights(program: ExportedProgram) -> None:
-    """Refuse weights that no longer fit the graph, as after ``module.half()``."""
+def check_weights(program: ExportedProgram, *, cast: bool = False) -> None:
+    """Refuse weights that are not what the graph takes them for, as after ``module.half()``.
+
+    Args:
+        cast: whether they may be of other types and on another device.
+
+    Raises:
+        StoreError: names one.
+    """
     for name, expected in _expected(program):
         tensor = program.state_dict.get(name, program.constants.get(name))
-        for what in ("shape", "dtype", "device"):
+        for what in ("shape",) if cast else ("shape", "dtype", "device"):
             found, wanted = getattr(tensor, what, None), getattr(expected, what)
             if found != wanted:
                 raise StoreError(
                     f"'{name}' has {what} {found}, the program was captured with {wanted}; undo the change,"
                     " or export the module again"
                 )
-
-
-def _check_stored(program: ExportedProgram, cast: bool) -> None:
-    """Refuse tensors that are not what the graph takes them for."""
-    for name, expected in _expected(program):
-        tensor = program.state_dict.get(name, program.constants.get(name))
-        if (
-            not isinstance(tensor, Tensor)
-            or tensor.shape != expected.shape
-            or (tensor.dtype != expected.dtype and not cast)
-        ):
-            found = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else "not stored"
-            raise StoreError(
-                f"'{name}' is {found}, the stored graph takes {expected.dtype} {list(expected.shape)}; save"
-                " the result again"
-            )
 
 
 def _expected(program: ExportedProgram) -> Iterator[tuple[str, Tensor]]:
@@ -165,75 +154,74 @@ def _move(item: Any, device: torch.device) -> None:
         if isinstance(part, _serde.schema.Device):
             part.type, part.index = device.type, device.index
         elif isinstance(part, _serde.schema.ModuleCallSignature):
-            part.in_spec, part.out_spec = _moved(part.in_spec, device), _moved(part.out_spec, device)
-
-
-def _moved(text: str, device: torch.device) -> str:
-    def move(value: Any) -> Any:
-        if isinstance(value, dict):
-            return (
-                {**value, "s": str(device)}
-                if value.get("_t") == "device"
-                else {key: move(item) for key, item in value.items()}
+            part.in_spec, part.out_spec = (
+                _DEVICE.sub(rf"\g<1>{device}", spec) for spec in (part.in_spec, part.out_spec)
             )
-        return [move(item) for item in value] if isinstance(value, list) else value
-
-    def visit(tree: dict[str, Any]) -> dict[str, Any]:
-        context = tree["context"]
-        if isinstance(context, str) and '"_t"' in context:
-            context = json.dumps(move(json.loads(context)))
-        return {
-            **tree,
-            "context": context,
-            "children_spec": [visit(child) for child in tree["children_spec"]],
-        }
-
-    protocol, tree = json.loads(text)
-    return json.dumps([protocol, visit(tree)])
 
 
-def _example_to_json(program: ExportedProgram) -> list[dict[str, Any]]:
-    leaves = []
-    for leaf in pytree.tree_leaves(program.example_inputs):
-        if isinstance(leaf, Tensor):
-            leaves.append(
-                {
-                    "shape": list(leaf.shape),
-                    "dtype": str(leaf.dtype).removeprefix("torch."),
-                    "device": str(leaf.device),
-                }
-            )
-            continue
-        try:
-            leaves.append({"value": value_to_json(leaf)})
-        except TypeError as error:
-            raise StoreError(
-                f"an example input is {leaf!r}: {error}; capture the model with tensors and plain data"
-            ) from error
-    return leaves
-
-
-def _example_from_json(leaves: list[dict[str, Any]], structure: str, device: torch.device | None) -> Any:
+def _example_from_json(text: str, structure: str, device: torch.device | None) -> Any:
     """Example inputs of the stored shapes, all zero."""
-    values = []
-    elements = 0
-    for leaf in leaves:
-        if "value" in leaf:
-            values.append(value_from_json(leaf["value"]))
-            continue
-        dtype = getattr(torch, leaf["dtype"])
-        if not isinstance(dtype, torch.dtype):
-            raise StoreError(f"graph.json names {leaf['dtype']!r} as a dtype; save the result again")
-        shape = leaf["shape"]
-        if len(shape) > DIMENSIONS or not all(type(size) is int and size >= 0 for size in shape):
-            raise StoreError(
-                f"graph.json gives an example input the shape {shape!r:.200}; save the result again"
-            )
-        elements += math.prod(shape)
-        if elements > EXAMPLE:
-            raise StoreError(
-                f"the example inputs in graph.json have {elements:,} elements, and at most {EXAMPLE:,} are"
-                " made; save with smaller ones"
-            )
-        values.append(to_device(torch.zeros(shape, dtype=dtype), device or device_of(leaf["device"])))
+    leaves = parse(tuple[_Leaf, ...], text, "the example in graph.json")
+    elements = sum(math.prod(leaf.shape) for leaf in leaves if leaf.shape is not None)
+    if elements > EXAMPLE:
+        raise StoreError(
+            f"the example inputs in graph.json have {elements:,} elements, and at most {EXAMPLE:,} are made;"
+            " save with smaller ones"
+        )
+    values = [
+        leaf.value
+        if leaf.shape is None
+        else to_device(torch.zeros(leaf.shape, dtype=leaf.dtype), device or device_of(leaf.device))
+        for leaf in leaves
+    ]
     return pytree.tree_unflatten(values, pytree.treespec_loads(structure))
+
+
+def without_tuples(program: ExportedProgram) -> ExportedProgram:
+    """The same program with dicts in the place of those tuples, for writing only; the same object if it has
+    none. Tensors are shared.
+    """
+    if not any(node.target in _TUPLES for node in program.graph.nodes):
+        return program
+    module = fx.GraphModule(program.graph_module, copy_graph(program.graph))
+    module.meta.update(program.graph_module.meta)
+    _replace(module.graph, lambda node, name, value: {str(index): item for index, item in enumerate(value)})
+    return program._update(module, program.graph_signature)
+
+
+def with_tuples(program: ExportedProgram) -> None:
+    """Make tuples again of what :func:`without_tuples` wrote; changes the program.
+
+    Raises:
+        StoreError: an argument is nothing that it wrote.
+    """
+    if _replace(program.graph, _read):
+        program.graph_module.recompile()
+
+
+def _read(node: fx.Node, name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, dict) or list(value) != [str(index) for index in range(len(value))]:
+        raise StoreError(
+            f"argument '{name}' of node '{node.name}' ({node.target}) is no tuple as save() writes it; save"
+            " the result again"
+        )
+    return tuple(value.values())
+
+
+def _replace(graph: fx.Graph, change: Callable[[fx.Node, str, Any], Any]) -> bool:
+    found = False
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _TUPLES:
+            given = arguments(node)
+            node.args, node.kwargs = (
+                tuple(
+                    change(node, name, value) if name in _TUPLES[node.target] else value
+                    for name, value in given.items()
+                ),
+                {},
+            )
+            found = True
+    return found
+
+
+__all__ = ["check_weights", "program_from_json", "program_to_json"]

@@ -8,26 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from ..base._atomic import is_partial, refuse_null, write_text
+from ..base._json import parse
 from ..errors import StoreError, first_line
 
 RUN = "run.json"
+FORMAT = "fasp_fx.run/1"
 
 
-def claim(folder: Path, run: Mapping[str, Any]) -> None:
+def claim(folder: Path, kind: str, run: Mapping[str, Any]) -> None:
     """Take a folder for a run, or go on with the run that it is of.
 
     Args:
         folder: made if missing.
+        kind: of the run.
         run: what the run is of; equal for runs that give the same result.
 
     Raises:
         StoreError: the folder holds another run or something else, or cannot be written.
     """
-    file = folder / RUN
+    file, run = folder / RUN, {"format": FORMAT, "kind": kind, **run}
     refuse_other(folder)
     if not file.exists():
         write_text(file, json.dumps(run))
-    found = read_object(file)
+    found = read_state(dict[str, Any], file)
     different = sorted(name for name in {*run, *found} if run.get(name) != found.get(name))
     if different:
         raise StoreError(
@@ -61,19 +64,17 @@ def refuse_other(folder: Path, option: str = "checkpoint=") -> None:
         ) from error
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file of such a folder.
+def read_state(target: Any, file: Path) -> Any:
+    """What JSON in a file of such a folder holds, as a dataclass.
 
     Raises:
-        StoreError: it holds none.
+        StoreError: it holds something else.
     """
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = file.read_bytes()
+    except OSError as error:
         raise StoreError(f"'{file}' cannot be read: {first_line(error)}; remove the folder") from error
-    if not isinstance(data, dict):
-        raise StoreError(f"'{file}' does not hold an object; remove the folder")
-    return data
+    return parse(target, text, f"'{file}'", "remove the folder that it is in")
 
 
-__all__ = ["claim", "read_object", "refuse_other"]
+__all__ = ["claim", "read_state", "refuse_other"]

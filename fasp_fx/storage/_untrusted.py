@@ -23,8 +23,6 @@ from ..base._tolerable import tolerable
 from ..base.compat import OpOverload, pytree
 from ..base.compat._serde import ON_SIZES, Union, schema
 from ..errors import StoreError
-from ._expressions import check_expression, check_guard, is_key, refuse
-from ._files import DIMENSIONS
 
 _OPERATOR = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)")
 _HIGHER_ORDER = {
@@ -39,10 +37,6 @@ _HIGHER_ORDER = {
         "flex_attention",
     )
 }
-#: items of JSON for each node: five times what models have
-ITEMS = 200
-#: a size, or an expression of sizes; torch counts up to the number of one that only the data say
-_SIZE = re.compile(r"(?!(u|zuf)\d{5,})[\w +*/()%,.-]{1,500}")
 _MODULE, _GRAPH_MODULE = nn.Module(), fx.GraphModule({}, fx.Graph())
 _TRANSFORMERS = re.compile(
     r"transformers\.(cache_utils|modeling_outputs|configuration_utils|utils\.generic|models\.\w+(\.\w+)?)[.:]\w+"
@@ -56,43 +50,86 @@ _PLAIN_CLASSES = {
 }
 
 
-def room(tensors: int) -> int:
-    """How many nodes a graph over so many stored tensors may have: some ten times what models need, so that
-    reading ends in the time that theirs takes.
-    """
-    return 2048 + 128 * tensors
+#: characters of a text that torch hands to sympy or to Python, far more than models have
+LENGTH = 8000
+#: of sizes: constructors as sympy.srepr writes them, torch's own among them, and what symbols are taken to be
+_CONSTRUCTORS = (
+    "Integer Rational Add Mul Pow Mod Max Min floor ceiling Abs Piecewise ExprCondPair Tuple Equality"
+    " Unequality StrictLessThan LessThan StrictGreaterThan GreaterThan And Or Not FloorDiv ModularIndexing"
+    " Where PythonMod CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift PowByNatural FloatPow FloatTrueDiv"
+    " IntTrueDiv IsNonOverlappingAndDenseIndicator TruncToFloat TruncToInt RoundToInt RoundDecimal ToFloat"
+    " Identity"
+)
+_ASSUMPTIONS = (
+    "positive integer nonnegative real zero finite rational commutative evaluate negative extended_real"
+)
+_GUARD_CALLS = (
+    "max min abs int float bool IsNonOverlappingAndDenseIndicator cast_symbool_to_symint_guardless math.floor"
+    " math.ceil math.trunc math.sqrt math.pow torch.sym_float torch.sym_int torch.sym_max torch.sym_min"
+    " torch.sym_not torch.sym_ite torch._sym_sqrt"
+)
 
 
-def check_amount(data: Any, tensors: int) -> None:
-    """Refuse a program, as parsed JSON, of more than could belong to the stored tensors.
-
-    Raises:
-        StoreError: says how much there is.
-    """
-    most = room(tensors)
-    nodes = items = 0
-    waiting = [data]
-    while waiting:
-        item = waiting.pop()
-        items += 1
-        if isinstance(item, dict):
-            nodes += "target" in item
-            waiting.extend(item.values())
-        elif isinstance(item, list):
-            waiting.extend(item)
-    if nodes > most or items > ITEMS * most:
-        raise StoreError(
-            f"the stored graph has {nodes:,} nodes in {items:,} items, and one over {tensors} tensors may"
-            f" have {most:,} in {ITEMS * most:,}; save a model with fewer steps, such as one whose loops are"
-            " operators"
-        )
+def _one_of(words: str) -> str:
+    return f"(?:{'|'.join(map(re.escape, words.split()))})"
 
 
-def check_program(program: schema.ExportedProgram, tensors: int) -> None:
+def _nothing_but(what: str, *tokens: str) -> Callable[[Any], None]:
+    """What refuses a text of more than these tokens."""
+    pattern = re.compile(f"(?:{'|'.join(tokens)})++")
+
+    def check(text: Any) -> None:
+        if not isinstance(text, str) or len(text) > LENGTH or pattern.fullmatch(text) is None:
+            raise refuse(what, text)
+
+    return check
+
+
+check_expression = _nothing_but(
+    "expression",
+    r"Symbol\('\w{1,80}'",
+    r"Float\('-?[\d.]{1,80}(?:[eE][+-]?\d{1,3})?'",
+    rf"{_one_of(_CONSTRUCTORS)}\(",
+    rf"{_one_of(_ASSUMPTIONS)}=(?:True|False)\b",
+    r"precision=\d{1,4}\b",
+    r"(?:true|false)\b",
+    r"-?\d{1,20}(?!\d)",
+    r"[), ]",
+)
+check_guard = _nothing_but(
+    "guard",
+    r"L(?:\[(?:\d{1,9}|'[^'\"\\\n\r{}]{0,200}')\])+"
+    r"(?:\.(?:size|stride|storage_offset|numel)\(\d{0,9}\)(?:\[\d{1,9}\])?)?",
+    rf"{_one_of(_GUARD_CALLS)}\(",
+    r"(?:True|False|not|and|or|if|else)\b",
+    r"\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d{1,3})?(?![\w.])",
+    r"-(?! *-)",
+    r"[() <>=!+*/%&|^,]",
+)
+_check_word = _nothing_but("word", r"[\w.@+-]{1,1000}", r"\Z")
+#: a size, or an expression of sizes; torch counts up to the number of one that only the data say
+_check_size = _nothing_but("size", r"(?!(?:u|zuf)\d{5,})[\w +*/()%,.-]")
+_check_option = _nothing_but("option of an operator", r"\w{1,1000}")
+_check_name = _nothing_but(
+    "name", rf"\A(?!__)(?!{_one_of(' '.join([*keyword.kwlist, 'self']))}\Z)[^\W\d]\w{{0,999}}\Z"
+)
+
+
+def refuse(kind: str, text: Any) -> StoreError:
+    """The error for a forged piece of text."""
+    return StoreError(
+        f"the graph holds the {kind} {text!r:.300}, which is longer than what is stored, or what save() never"
+        " writes; save the result again"
+    )
+
+
+def is_key(key: Any) -> bool:
+    """Whether this is the key of a dict that can stand between quotes."""
+    return isinstance(key, str) and not set(key) & set("\"'\\\n\r{}")
+
+
+def check_program(program: schema.ExportedProgram) -> None:
     """Refuse a program with anything in it that save() does not write.
-
-    Args:
-        tensors: how many tensors are stored with it.
 
     Raises:
         StoreError: names the expression, operator, name or type.
@@ -102,14 +139,9 @@ def check_program(program: schema.ExportedProgram, tensors: int) -> None:
         if isinstance(item, schema.Node):
             item.metadata.clear()
         elif isinstance(item, schema.Argument) and item.type == "as_string_to_argument":
-            _check_options(item.value)
-        elif isinstance(item, schema.TensorMeta) and len(item.sizes) > DIMENSIONS:
-            raise StoreError(
-                f"the stored graph has a tensor of {len(item.sizes)} dimensions, and torch's have at most"
-                f" {DIMENSIONS}; save the result again"
-            )
-        elif isinstance(item, schema.RangeConstraint):
-            _check_range(item.min_val, item.max_val)
+            for option in item.value.values():
+                if option.type == "as_string":  # compilers write it into the code of kernels
+                    _check_option(option.value)
     for place, item in walk(program):
         if place in _TEXTS and item is not None and not isinstance(item, (list, tuple)):
             _TEXTS[place](item)
@@ -120,16 +152,6 @@ def check_program(program: schema.ExportedProgram, tensors: int) -> None:
         raise StoreError(
             "the stored graph does not say how the model itself is called; save the result again"
         )
-
-
-def _check_range(*limits: Any) -> None:
-    if any(number is not None and (type(number) is not int or abs(number) > 2**64) for number in limits):
-        raise refuse("range", limits)
-
-
-def _check_size(name: Any) -> None:
-    if not isinstance(name, str) or _SIZE.fullmatch(name) is None:
-        raise refuse("size", name)
 
 
 def walk(item: Any, place: str = "") -> Iterator[tuple[str, Any]]:
@@ -152,40 +174,6 @@ def walk(item: Any, place: str = "") -> Iterator[tuple[str, Any]]:
             yield from walk(child, place)
 
 
-def _check_names(*names: Any) -> None:
-    for name in names:
-        if (
-            not isinstance(name, str)
-            or not name.isidentifier()
-            or keyword.iskeyword(name)
-            or name == "self"
-            or name.startswith("__")
-            or len(name) > 1000
-        ):
-            raise StoreError(
-                f"the stored graph uses {name!r:.200} as a name, which save() never writes; save the result"
-                " again"
-            )
-
-
-def _check_word(text: Any) -> None:
-    if not isinstance(text, str) or re.fullmatch(r"[\w.@+-]{0,1000}", text) is None:
-        raise refuse("word", text)
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Refuse options of an operator that are more than words and numbers: compilers write them into the code
-    of kernels.
-    """
-    for key, value in options.items():
-        for text in (key, value.value) if value.type == "as_string" else (key,):
-            if not isinstance(text, str) or re.fullmatch(r"\w+", text) is None:
-                raise StoreError(
-                    f"the stored graph has {text!r} among the options of an operator, which save() never"
-                    " writes; save the result again"
-                )
-
-
 def _check_path(path: Any) -> None:
     check_weight_name(path)
     if hasattr(_GRAPH_MODULE, path.partition(".")[0]):
@@ -204,9 +192,7 @@ def check_weight_name(path: Any) -> None:
     """
     parts = path.split(".") if isinstance(path, str) and is_key(path) and len(path) < 1000 else [""]
     if len(parts) > 64 or not all(parts) or any(hasattr(_MODULE, part) for part in parts):
-        raise StoreError(
-            f"a weight is stored as {path!r:.200}, which is the name of none; save the result again"
-        )
+        raise refuse("name of a weight", path)
 
 
 def check_operator(target: Any) -> None:
@@ -252,7 +238,8 @@ def check_structure(text: Any, *, keywords: bool = False) -> None:
         _, tree = json.loads(text)
         _check_spec(tree)
         if keywords:
-            _check_names(*json.loads(tree["children_spec"][1]["context"]))
+            for name in json.loads(tree["children_spec"][1]["context"]):
+                _check_name(name)
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise refuse("structure", text) from error
 
@@ -270,6 +257,10 @@ def _check_spec(tree: Any) -> None:
         _check_spec(child)
     if kind is None:
         return
+    keys = json.loads(context) if kind in ("builtins.dict", "collections.OrderedDict") else ()
+    odd = next((key for key in keys if not isinstance(key, (str, int))), None)
+    if odd is not None:
+        raise StoreError(f"the model takes or returns a dict with the key {odd!r}; use text for keys")
     if kind == "collections.defaultdict":
         raise StoreError(
             "the program takes or returns a defaultdict, whose factory would have to be imported; use a dict"
@@ -362,7 +353,7 @@ def _refuse_object(text: Any) -> None:
 _TEXTS: dict[str, Callable[[Any], object]] = {
     "Argument.as_operator": check_operator,
     "Argument.as_string": str,
-    "Argument.as_string_to_argument key": _check_word,
+    "Argument.as_string_to_argument key": _check_option,
     "Argument.as_strings": str,
     "BufferMutationSpec.buffer_name": _check_path,
     "ConstantValue.as_string": str,
@@ -375,31 +366,31 @@ _TEXTS: dict[str, Callable[[Any], object]] = {
     "ExportedProgram.torch_version": _check_word,
     "ExportedProgram.verifiers": _check_word,
     "Graph.custom_obj_values key": _refuse_object,
-    "Graph.sym_bool_values key": _check_names,
-    "Graph.sym_float_values key": _check_names,
-    "Graph.sym_int_values key": _check_names,
-    "Graph.tensor_values key": _check_names,
-    "GraphArgument.name": _check_names,
+    "Graph.sym_bool_values key": _check_name,
+    "Graph.sym_float_values key": _check_name,
+    "Graph.sym_int_values key": _check_name,
+    "Graph.tensor_values key": _check_name,
+    "GraphArgument.name": _check_name,
     "GraphModule.treespec_namedtuple_fields key": _check_word,
     "InputToBufferSpec.buffer_name": _check_path,
-    "InputToConstantInputSpec.name": _check_names,
+    "InputToConstantInputSpec.name": _check_name,
     "InputToCustomObjSpec.custom_obj_name": _refuse_object,
     "InputToParameterSpec.parameter_name": _check_path,
     "InputToTensorConstantSpec.tensor_constant_name": _check_path,
     "ModuleCallEntry.fqn": _check_word,
-    "ModuleCallSignature.forward_arg_names": _check_names,
+    "ModuleCallSignature.forward_arg_names": _check_name,
     "ModuleCallSignature.in_spec": functools.partial(check_structure, keywords=True),
     "ModuleCallSignature.out_spec": check_structure,
     "NamedArgument.name": _check_word,
-    "NamedTupleDef.field_names": _check_names,
-    "Node.name": _check_names,
+    "NamedTupleDef.field_names": _check_name,
+    "Node.name": _check_name,
     "Node.target": check_operator,
     "ParameterMutationSpec.parameter_name": _check_path,
-    "SymBoolArgument.as_name": _check_names,
+    "SymBoolArgument.as_name": _check_name,
     "SymExpr.expr_str": check_expression,
-    "SymFloatArgument.as_name": _check_names,
-    "SymIntArgument.as_name": _check_names,
-    "TensorArgument.name": _check_names,
-    "TokenArgument.name": _check_names,
-    "UserInputMutationSpec.user_input_name": _check_names,
+    "SymFloatArgument.as_name": _check_name,
+    "SymIntArgument.as_name": _check_name,
+    "TensorArgument.name": _check_name,
+    "TokenArgument.name": _check_name,
+    "UserInputMutationSpec.user_input_name": _check_name,
 }

@@ -6,39 +6,29 @@ from pathlib import Path
 
 import torch
 
-from ...errors import StoreError
 from ...passes._pruned_module import wrap
-from ...storage._files import parsing
+from ...storage._folder import parsing, read_json, read_text
 from ...storage._graph_json import program_from_json
-from ...storage._signature_json import check_fit, signature_from_json
+from ...storage._signature_json import signature_from_json
 from ...storage._tensors import read_tensors
 from .._result import Result
-from ._folder import read_json, read_plan, read_report, verify
+from ._folder import read_told
 
 
-def load_program(folder: Path, device: torch.device | None) -> Result:
-    """Read a result that :func:`fasp_fx.store.save` wrote.
+def read_program(folder: Path, device: torch.device | None) -> Result:
+    """Read the files of a result, which were held against their manifest.
 
     Raises:
-        StoreError: a file is missing, damaged, or of another format; names the file and what to do.
+        StoreError: a file is damaged; names it and what to do.
     """
-    verify(folder)
-    graph = read_json(folder / "graph.json")
-    signature = signature_from_json(read_json(folder / "signature.json"))
-    report, plan = read_report(folder), read_plan(folder)
-    try:
-        tensors = {
-            name: read_tensors(folder / f"{name}.safetensors", graph["tensors"][name], device)
-            for name in ("weights", "constants")
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"graph.json does not list the tensors: {type(error).__name__}: {error}; save the result again"
-        ) from error
-    program = program_from_json(graph, tensors["weights"], tensors["constants"], device)
+    plan, report = read_told(folder)
+    signature = signature_from_json(read_text(folder / "signature.json"))
+    weights, constants = (
+        read_tensors(folder / f"{name}.safetensors", device) for name in ("weights", "constants")
+    )
+    program = program_from_json(read_json(folder / "graph.json"), weights, constants, device)
     with parsing("graph.json or signature.json"):  # each may be well-formed, and not fit the other
-        check_fit(program, signature)
         return Result(wrap(program, signature), plan, report, signature)
 
 
-__all__ = ["load_program"]
+__all__ = ["read_program"]

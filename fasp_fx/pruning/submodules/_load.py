@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from ...base._fingerprint import bytes_of
+from ...base._json import parse
 from ...base._tolerable import tolerable
 from ...capturing.calling._signature import CallSignature
 from ...errors import ArgumentError, StoreError, first_line
-from ...storage._files import parsing
+from ...storage._folder import parsing, read_text, verify
 from ...storage._signature_json import signature_from_json
 from ...storage._tensors import read_tensors
 from .._result import Result
-from ..saving import _folder as folders
-from ..saving._load import load_program
+from ..saving._folder import read_told
+from ..saving._load import read_program
 from ._result import PartsResult
-from ._save import FILES, FORMAT, PARTS, is_inside, is_parts, manifests
+from ._save import FILES, KIND, PARTS, Layout, files_of, is_inside
 from ._stand_in import dressed, put
 from ._whole import copied
 
@@ -44,22 +45,11 @@ def load_parts(folder: Path, model: nn.Module | None, device: torch.device | Non
             f"'{folder}' holds a model pruned in parts, without the code between them; give the dense model:"
             " fasp_fx.load(path, model=model)"
         )
-    folders.verify(folder, FORMAT, FILES)
-    data = folders.read_json(folder / "parts.json")
-    try:
-        places, left, entries = (
-            [[_text(path) for path in paths] for paths in data["parts"]],
-            dict(data["left"]),
-            data["tensors"],
-        )
-        if not all(places) or not all(isinstance(text, str) for pair in left.items() for text in pair):
-            raise ValueError("a part has no place, or its reason is no text")
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(
-            f"parts.json is damaged: {type(error).__name__}: {error}; save the result again"
-        ) from error
-    folders.verify(folder, FORMAT, manifests(len(places)))
-    signature = signature_from_json(folders.read_json(folder / "signature.json"))
+    verify(folder, KIND, FILES)
+    layout = parse(Layout, read_text(folder / "parts.json"), "parts.json")
+    places = layout.parts
+    verify(folder, KIND, files_of(len(places)))
+    signature = signature_from_json(read_text(folder / "signature.json"))
     _check_code(model, signature, places)
     try:
         made = copied(model).eval()
@@ -69,24 +59,12 @@ def load_parts(folder: Path, model: nn.Module | None, device: torch.device | Non
     made = made if device is None else made.to(device)
     parts: dict[str, Result] = {}
     for index, paths in enumerate(places):
-        part = load_program(folder / PARTS / str(index), target)
+        part = read_program(folder / PARTS / str(index), target)
         with parsing(f"parts.json or {PARTS}/{index}"):
             put(made, paths, dressed(part.module, made.get_submodule(paths[0])))
         parts[paths[0]] = part
-    try:
-        rest = read_tensors(folder / "rest.safetensors", entries, target)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"parts.json does not list the tensors: {type(error).__name__}: {error}; save the result again"
-        ) from error
-    _fill(made, rest, list(chain(*places)))
-    return PartsResult(made, folders.read_plan(folder), folders.read_report(folder), signature, parts, left)
-
-
-def _text(path: Any) -> str:
-    if not isinstance(path, str) or not path:
-        raise TypeError(f"{path!r:.200} is no place in a model")
-    return path
+    _fill(made, read_tensors(folder / "rest.safetensors", target), list(chain(*places)))
+    return PartsResult(made, *read_told(folder), signature, parts, layout.left)
 
 
 def _check_code(model: nn.Module, signature: CallSignature, places: list[list[str]]) -> None:
@@ -161,4 +139,4 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(bytes_of(a), bytes_of(b))
 
 
-__all__ = ["is_parts", "load_parts"]
+__all__ = ["load_parts"]

@@ -212,7 +212,6 @@ def _run(
         )
     given = map(pytree.tree_flatten, calls)
     return {
-        "format": "fasp_fx.distil/3",
         "options": json.loads(config.to_json()),
         "dense": [result.plan.fingerprint, *(buffer.digest for buffer in result.plan.fixed)],
         "pruned": plans.fingerprint(dict(pruned.named_parameters(remove_duplicate=False))),

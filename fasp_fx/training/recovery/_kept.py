@@ -57,7 +57,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
-        claim(folder, run)
+        claim(folder, "distil", run)
         self.targets = folder / "dense"
         self._file = folder / "state.pt"
 

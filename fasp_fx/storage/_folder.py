@@ -1,0 +1,220 @@
+"""Folders of saved results: written whole or not at all, with a manifest that lists every file, and read as
+what somebody else may have filled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..base._atomic import new_folder
+from ..base._json import Count, parse
+from ..base._tolerable import tolerable
+from ..base._version import __version__
+from ..errors import FaspError, StoreError, first_line
+
+FORMAT = "fasp_fx/1"
+MANIFEST = "manifest.json"
+#: the graph of a hundred layers takes some ten million bytes, the plan of the largest published model some
+#: thirty
+JSON_BYTES = 2**27
+
+
+@dataclass(frozen=True)
+class _File:
+    size: Count
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What a manifest says: the kind of the save, the versions that it was made with, and every file."""
+
+    format: str = "none"
+    kind: str = "none"
+    fasp_fx: str = __version__
+    torch: str = torch.__version__
+    files: dict[str, _File] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def new_save(path: Path, kind: str, *, overwrite: bool) -> Iterator[Path]:
+    """Give a folder to fill, which takes the name ``path``, with a manifest, when the block ends.
+
+    Args:
+        overwrite: replace an earlier save of that kind, and nothing else.
+
+    Raises:
+        StoreError: the path is taken or cannot be written.
+    """
+    with new_folder(path, overwrite=overwrite, replaceable=lambda folder: is_save(folder, kind)) as folder:
+        yield folder
+        write_manifest(folder, kind)
+
+
+def write_manifest(folder: Path, kind: str) -> None:
+    """List every file in a folder; all get the permissions that new files have here."""
+    files = {name: _File((folder / name).stat().st_size, _sha256(folder / name)) for name in _names(folder)}
+    write_json(folder / MANIFEST, asdict(_Manifest(FORMAT, kind, files=files)))
+    mode = (folder / MANIFEST).stat().st_mode
+    for name in files:  # safetensors keeps its files to their owner
+        (folder / name).chmod(mode)
+
+
+def _names(folder: Path) -> list[str]:
+    found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+    return sorted(name for name in found if name != MANIFEST)
+
+
+def _manifest(folder: Path) -> _Manifest:
+    if not folder.is_dir():
+        raise StoreError(f"'{folder}' is not a folder; give the folder that save() wrote")
+    found = parse(_Manifest, read_text(folder / MANIFEST), MANIFEST)
+    if found.format != FORMAT:
+        raise StoreError(
+            f"{MANIFEST} has the format {found.format!r:.80}, this version reads {FORMAT!r}; save again, or"
+            f" load with fasp_fx {found.fasp_fx:.40}"
+        )
+    return found
+
+
+def kind_of(folder: Path) -> str:
+    """What a folder holds a save of.
+
+    Raises:
+        StoreError: it holds none that can be read.
+    """
+    return _manifest(folder).kind
+
+
+def is_save(folder: Path, *kinds: str) -> bool:
+    """Whether a folder holds a save of one of these kinds and nothing besides."""
+    try:
+        held = _manifest(folder)
+        return held.kind in kinds and held.files.keys() >= set(_names(folder))
+    except tolerable(StoreError, OSError):
+        return False
+
+
+def verify(folder: Path, kind: str, names: Iterable[str]) -> None:
+    """Hold files of a save against its manifest.
+
+    Raises:
+        StoreError: names the file and what is wrong.
+    """
+    held = _manifest(folder)
+    if held.kind != kind:
+        raise StoreError(
+            f"'{folder}' holds a save of the kind {held.kind!r:.80}, not {kind!r}; read it with fasp_fx.load"
+        )
+    sizes = {name: size_of(folder / name) for name in names}
+    for name, size in sizes.items():  # all sizes are looked at before the first file is read
+        if name not in held.files:
+            raise StoreError(f"{MANIFEST} does not list {name}; save the result again")
+        if size != held.files[name].size:
+            raise StoreError(
+                f"{name} has {size} bytes, {MANIFEST} says {held.files[name].size}: it is truncated or was"
+                " changed; copy the folder or save again"
+            )
+    for name in sizes:
+        if _sha256(folder / name) != held.files[name].sha256:
+            raise StoreError(
+                f"{name} was changed after it was saved (its SHA-256 differs from {MANIFEST}); copy the"
+                " folder again, or save the result again"
+            )
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def size_of(file: Path) -> int:
+    """The number of bytes of a file.
+
+    Raises:
+        StoreError: it is missing, is no file, or is JSON and longer than any that is written.
+    """
+    try:
+        found = file.stat()
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{file.name} is missing from '{file.parent}' ({first_line(error)}); give the folder that save()"
+            " wrote, complete"
+        ) from error
+    if not stat.S_ISREG(found.st_mode) or (file.suffix == ".json" and found.st_size > JSON_BYTES):
+        raise StoreError(
+            f"{file.name} in '{file.parent}' has {found.st_size:,} bytes or is no file, and files of at most"
+            f" {JSON_BYTES:,} are read; save the result again"
+        )
+    return found.st_size
+
+
+def read_text(file: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        StoreError: as :func:`size_of`, or it is not UTF-8.
+    """
+    size_of(file)
+    with parsing(file.name):
+        return file.read_text(encoding="utf-8")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        StoreError: there is none.
+    """
+    return parse(dict[str, Any], read_text(file), file.name)
+
+
+def write_json(file: Path, data: Any) -> None:
+    """Write data as JSON."""
+    file.write_text(json.dumps(data), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def parsing(name: str) -> Iterator[None]:
+    """Turn whatever a reader of foreign data trips over into an error that names the file; the cause stays
+    with it.
+
+    Torch, sympy and transformers read what they wrote themselves and raise anything at what they did not.
+
+    Raises:
+        StoreError: the block raised something that is not ours.
+    """
+    try:
+        yield
+    except FaspError:
+        raise
+    except tolerable(Exception) as error:
+        shown = f"{type(error).__name__}: {first_line(error)}"
+        raise StoreError(
+            f"{name} is damaged or forged, it holds what save() never writes ({shown:.300}); save the result"
+            " again"
+        ) from error
+
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "is_save",
+    "kind_of",
+    "new_save",
+    "parsing",
+    "read_json",
+    "read_text",
+    "verify",
+    "write_json",
+    "write_manifest",
+]
