@@ -169,11 +169,12 @@ class Experiments:
         """The value of a field that is not set, at which all shapes are as they are without it; ``None`` if
         it is no size.
         """
-        losses = [self.losses({path: probe}) for probe in _PROBES]
-        if any(isinstance(lost, str) for lost in losses):
+        found = [self.losses({path: probe}) for probe in _PROBES]
+        losses = [lost for lost in found if not isinstance(lost, str)]
+        if len(losses) < len(found):
             return None
         places = sorted({place for lost in losses for place in lost})
-        for first, second in ([lost.get(place, 0) for lost in losses] for place in places):  # type: ignore[union-attr]
+        for first, second in ([lost.get(place, 0) for lost in losses] for place in places):
             if first != second:  # the loss is linear in the field; where is it zero?
                 value = round(_PROBES[0] + first * (_PROBES[0] - _PROBES[1]) / (second - first))
                 return value if value > 0 and self.build({path: value}) == self.shapes else None
