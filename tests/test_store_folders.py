@@ -47,7 +47,7 @@ def test_golden_documents_are_read() -> None:
     assert [group.removed_sets for group in plan.groups] == [
         line.before - line.after for line in report.lines if line.before != line.after
     ]
-    assert report.parameters == (3664, 3170)
+    assert report.parameters == (3376, 2704)
 
 
 # --- whole or not there

@@ -85,7 +85,7 @@ def _loss_of_labels(stages: AnyStages) -> tuple[str | None, str | None]:
     if "labels" in stages.accepts and decoder and (plain := _called(stages, source)) is not None:
         labels = plain.logits.argmax(-1)  # the likeliest ones, so that each way gives a loss of its own
     labels[0, 4:] = LEFT_OUT
-    given = _called(stages, {**source, "labels": labels}) if "labels" in stages.accepts else None
+    given: Any = _called(stages, {**source, "labels": labels}) if "labels" in stages.accepts else None
     expected = getattr(given, "loss", None)
     if not isinstance(expected, Tensor) or given.logits.shape[:2] != labels.shape:
         return None, None

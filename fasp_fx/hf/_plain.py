@@ -175,7 +175,7 @@ def plain_config(
         asked,
         allocation=settings,
         uniform_layers=False,  # the settings see to it
-        loss="next-token" if asked.loss == "auto" and model.can_generate() else asked.loss,
+        loss="next-token" if asked.loss == "auto" and cast(Any, model).can_generate() else asked.loss,
         granularity=asked.granularity if heads_asked else ("channel", "head"),
     )
     return experiments, settings, own

@@ -250,7 +250,9 @@ class _Check:
             kind,
             self.tried,
             self.pruned,
-            lie and CounterExample(str(lie.call), dict(lie.call.arguments), lie.claim, lie.fact),
+            None
+            if lie is None
+            else CounterExample(str(lie.call), dict(lie.call.arguments), lie.claim, lie.fact),
             needless,
             missing,
             self.seed,
