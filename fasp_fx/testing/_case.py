@@ -62,7 +62,9 @@ class Case:
         given = self.options.items()
         self.capture_options = {name: value for name, value in given if name in ("dynamic_shapes", "state")}
         self.prune_options = {name: value for name, value in given if name not in self.capture_options}
-        self.choice: dict[str, Any] = {name: tuple(value) for name, value in given if name in ("granularity", "include")}
+        self.choice: dict[str, Any] = {
+            name: tuple(value) for name, value in given if name in ("granularity", "include")
+        }
         self.before = {name: tensor.detach().clone() for name, tensor in tensors_of(self.dense).items()}
 
     @cached_property
