@@ -1,0 +1,74 @@
+"""How much code each room has, and what is public: ceilings that only fall, in files of their own.
+
+Whoever raises one, or changes what is public, does so in a commit that says why:
+``FASP_FX_REGENERATE=1 pytest tests/test_ceilings.py``.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import fasp_fx
+
+ROOT = Path(__file__).parent.parent
+CEILINGS = Path(__file__).parent / "golden" / "ceilings.json"
+PUBLIC = Path(__file__).parent / "golden" / "public.txt"
+REGENERATE = os.environ.get("FASP_FX_REGENERATE") == "1"
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def statements(file: Path) -> int:
+    """What has to be understood of a file: its statements but docstrings."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    documented = [node for node in nodes if isinstance(node, _DOCUMENTED)]
+    docstrings = sum(ast.get_docstring(node, clean=False) is not None for node in documented)
+    return sum(isinstance(node, ast.stmt) for node in nodes) - docstrings
+
+
+def rooms() -> dict[str, int]:
+    """Statements by room."""
+    found: Counter[str] = Counter()
+    for top in ("fasp_fx", "passes", "patterns", "tests", "benchmarks"):
+        for file in (ROOT / top).rglob("*.py"):
+            parts = file.relative_to(ROOT).parts
+            if top == "fasp_fx" and len(parts) > 2:
+                if parts[1] not in ("passes", "patterns"):
+                    found[f"fasp_fx/{parts[1]}"] += statements(file)
+            else:
+                found[top] += statements(file)
+    return dict(sorted(found.items()))
+
+
+def public() -> list[str]:
+    """The public names with their signatures, and the public modules."""
+    found = [f"module {name}" for name in fasp_fx._FACES]
+    for module in (fasp_fx, fasp_fx.hf):
+        for name in module.__all__:
+            value = getattr(module, name)
+            said = ""
+            if callable(value) and not (isinstance(value, type) and issubclass(value, BaseException)):
+                parameters = inspect.signature(value).parameters.values()
+                said = f"({', '.join(str(each.replace(annotation=each.empty)) for each in parameters)})"
+            found.append(f"{module.__name__}.{name}{said}")
+    return sorted(found)
+
+
+def test_no_room_grows() -> None:
+    now = rooms()
+    if REGENERATE:
+        CEILINGS.write_text(json.dumps(now, indent=1) + "\n")
+    held = json.loads(CEILINGS.read_text())
+    assert now.keys() == held.keys()
+    assert {name: count for name, count in now.items() if count > held[name]} == {}
+
+
+def test_what_is_public_stays() -> None:
+    now = "\n".join(public()) + "\n"
+    if REGENERATE:
+        PUBLIC.write_text(now)
+    assert now == PUBLIC.read_text()
