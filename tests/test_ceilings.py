@@ -45,13 +45,13 @@ def rooms() -> dict[str, int]:
 
 
 def public() -> list[str]:
-    """The public names with their signatures, and the public modules."""
+    """The public names, functions and options with their signatures, and the public modules."""
     found = [f"module {name}" for name in fasp_fx._FACES]
     for module in (fasp_fx, fasp_fx.hf):
         for name in module.__all__:
             value = getattr(module, name)
             said = ""
-            if callable(value) and not (isinstance(value, type) and issubclass(value, BaseException)):
+            if inspect.isfunction(value) or value is fasp_fx.PruningConfig:
                 parameters = inspect.signature(value).parameters.values()
                 said = f"({', '.join(str(each.replace(annotation=each.empty)) for each in parameters)})"
             found.append(f"{module.__name__}.{name}{said}")
