@@ -467,7 +467,7 @@ def test_budgets_survive_json(kinds: list[Any], amount: float) -> None:
     config = fasp_fx.PruningConfig(budget=[kind(amount) for kind in kinds])
     again = fasp_fx.PruningConfig.from_json(config.to_json())
     assert again == config
-    assert [type(cap.amount) for cap in again.caps] == [type(amount)] * len(kinds)
+    assert [type(cap.amount) for cap in again.budgets] == [type(amount)] * len(kinds)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def run(
     """
     whole = PruningConfig.of(config, options)
     for met, conflict in (
-        (plain and whole.caps, "a budget cannot go with --plain, whose steps are coarse; give --sparsity"),
+        (plain and whole.budgets, "a budget cannot go with --plain, whose steps are coarse; give --sparsity"),
         (
             plain and (whole.include or whole.exclude),
             "--include and --exclude cannot go with --plain: no config says what is left of such groups;"
@@ -83,7 +83,7 @@ def run(
             f"--scratch {scratch} says where --stream keeps the weights; pass --stream, or leave it out",
         ),
         (
-            dry_run and any(isinstance(cap, CacheBytes) for cap in whole.caps),
+            dry_run and any(isinstance(cap, CacheBytes) for cap in whole.budgets),
             "--cache-bytes is counted of the program that generates, which --dry-run does not make; give it"
             " --sparsity or another budget",
         ),

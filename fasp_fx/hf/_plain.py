@@ -150,7 +150,7 @@ def plain_config(
         (
             f"budget={asked.budget!r} cannot be kept by a plain checkpoint, whose steps are coarse; give"
             " sparsity=, or",
-            asked.caps,
+            asked.budgets,
         ),
         (
             "a plain checkpoint has one sparsity: its config does not say which layers lose more;",

@@ -40,9 +40,9 @@ def budget_for(
     Raises:
         BudgetError: a resource cannot be counted.
     """
-    if config.caps:
-        return Budget(groups, [Ceiling(cap, count(cap)) for cap in config.caps])
-    sparsity = config.requested
+    if config.budgets:
+        return Budget(groups, [Ceiling(cap, count(cap)) for cap in config.budgets])
+    sparsity = config.target_sparsity
     return Budget(groups, [] if sparsity is None else [Target(count(None), sparsity)])
 
 
@@ -116,7 +116,7 @@ def expected_sparsity(config: PruningConfig, analysis: Analysis) -> float:
     Raises:
         FaspError: as for :func:`allocate`.
     """
-    if (asked := config.requested) is not None and not config.caps:
+    if (asked := config.target_sparsity) is not None and not config.budgets:
         return asked
     budget = budget_for(config, analysis.chosen, lambda cap: counted(analysis, cap))
     alike = Method.of(replace(config, allocation="uniform"))

@@ -85,7 +85,7 @@ def _calibrated(
     advance: Callable[[float], None],
     journal: Journal | None,
 ) -> Decision:
-    program, drift, device = consumers.analysis.program, method.config.drift_part, computing()
+    program, drift, device = consumers.analysis.program, method.config.effective_drift, computing()
     runner = dense = marks = None
     if batches is not None:
         own = ranks.own(len(batches))
@@ -107,7 +107,7 @@ def _too_little(method: Method, consumers: Consumers, error: Exception) -> Offlo
     """What to say where a device has too little memory beside weights in files: what it takes."""
     kind = next(iter(consumers.analysis.program.parameters().values())).dtype
     every = list(consumers.by_key.values())
-    taken = Needed(consumers.analysis, every, kind, method.config.requested or 0.0).on_device
+    taken = Needed(consumers.analysis, every, kind, method.config.target_sparsity or 0.0).on_device
     return OffloadError(
         f"'{computing()}' has too little memory: {first_line(error)}; it takes some"
         f" {taken / 2**30:.2f} GiB with batches as large as the example; give smaller ones, or leave out"

@@ -146,7 +146,7 @@ def measuring_config(config: PruningConfig) -> PruningConfig:
     """A configuration with an allocation that wants costs."""
     if isinstance(config.allocator, CostAllocation):
         return config
-    return replace(config, sparsity=None if config.budget else config.requested, allocation="global")
+    return replace(config, sparsity=None if config.budget else config.target_sparsity, allocation="global")
 
 
 def measure_subject(
@@ -193,9 +193,9 @@ def restoring_config(config: PruningConfig, plan: Any, has_data: bool) -> Prunin
             f"plan is a {type(plan).__name__}; pass a PruningPlan (PruningPlan.from_json reads one that was"
             " written as text)"
         )
-    if others := config.beyond(_RESTORING):
+    if others := config.non_default_fields(_RESTORING):
         raise ArgumentError(f"the plan says what goes, so that {others[0]}= has nothing to say; leave it out")
-    if not has_data and config.beyond(()):
+    if not has_data and config.non_default_fields(()):
         raise ArgumentError("nothing is restored without data; give calibration=, or leave out how to")
     return replace(config, granularity=plan.granularity, include=plan.include)
 

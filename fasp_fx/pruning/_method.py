@@ -40,7 +40,7 @@ class Method:
         restore = restored_by(config.restore) if callable(config.restore) else ridge
         return cls(
             config,
-            resolve_score(config.named_score),
+            resolve_score(config.effective_score),
             config.allocator,
             auto if config.loss == "auto" else config.loss,
             None if config.restore is None else restore,

@@ -273,7 +273,7 @@ class PruningConfig:
         for option in fields(self):
             value = option.metadata["check"](option.name, getattr(self, option.name))
             object.__setattr__(self, option.name, value)
-        resolve_score(self.named_score)
+        resolve_score(self.effective_score)
         by_pattern = isinstance(self.sparsity, Mapping)
         conflicts = (
             (
@@ -283,7 +283,7 @@ class PruningConfig:
             ),
             (
                 self.budget and self.sparsity is not None,
-                f"sparsity={self.sparsity!r} and the budget of {' and '.join(cap.name for cap in self.caps)}"
+                f"sparsity={self.sparsity!r} and the budget of {', '.join(cap.name for cap in self.budgets)}"
                 " both say how much goes; leave one of them out",
             ),
             (
@@ -317,13 +317,13 @@ class PruningConfig:
     def needs_data(self) -> bool:
         """Whether calibration data is needed."""
         return (
-            resolve_score(self.named_score).needs_data
+            resolve_score(self.effective_score).needs_data
             or self.restore is not None
             or isinstance(self.allocator, CostAllocation)
         )
 
     @property
-    def named_score(self) -> Literal["fasp", "obs", "magnitude", "random"] | Score:
+    def effective_score(self) -> Literal["fasp", "obs", "magnitude", "random"] | Score:
         """The score, or what stands for it where none is given."""
         if self.score is not None:
             return self.score
@@ -336,7 +336,7 @@ class PruningConfig:
         Raises:
             ArgumentError: there is no key to tell it from others.
         """
-        score = self.named_score
+        score = self.effective_score
         if isinstance(score, str):
             return score
         name = getattr(score, "__qualname__", type(score).__qualname__)
@@ -348,13 +348,13 @@ class PruningConfig:
         return f"{name} {self.key}"
 
     @property
-    def drift_part(self) -> float:
+    def effective_drift(self) -> float:
         """The drift, or what stands for it where none is given."""
         if self.drift is not None:
             return self.drift
         return 0.3 if self.quality == "best" and self.restore is not None else 0.0
 
-    def beyond(self, names: Collection[str]) -> list[str]:
+    def non_default_fields(self, names: Collection[str]) -> list[str]:
         """The options besides these that are not as usual, in alphabetical order."""
         usual = PruningConfig()
         return sorted(
@@ -371,19 +371,19 @@ class PruningConfig:
         if self.allocation == "search":
             return Search()
         is_global = (
-            self.named_score == "obs" and not isinstance(self.sparsity, Mapping)
+            self.effective_score == "obs" and not isinstance(self.sparsity, Mapping)
             if self.allocation is None
             else self.allocation == "global"
         )
         return Global() if is_global else uniform
 
     @property
-    def caps(self) -> tuple[Cap, ...]:
+    def budgets(self) -> tuple[Cap, ...]:
         """The budgets."""
         return read_budget(self.budget)
 
     @property
-    def requested(self) -> float | None:
+    def target_sparsity(self) -> float | None:
         """The sparsity asked for, or what stands for it where nothing else was."""
         if self.budget or isinstance(self.sparsity, Mapping):
             return None
@@ -404,7 +404,7 @@ class PruningConfig:
                 )
         sparsity = dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity
         return to_document(
-            "config", {**values, "sparsity": sparsity, "budget": budget_data(self.caps)}, indent=1
+            "config", {**values, "sparsity": sparsity, "budget": budget_data(self.budgets)}, indent=1
         )
 
     @classmethod

@@ -327,7 +327,7 @@ def make_report(
     old, new = weight_size(before), weight_size(after)
     return Report(
         plan.sparsity,
-        None if config is None else config.requested,
+        None if config is None else config.target_sparsity,
         (old[0], new[0]),
         (old[1], new[1]),
         tuple(lines),
@@ -335,7 +335,7 @@ def make_report(
         (*notes_of(analysis), *decision.notes),
         without_rule=dict(analysis.without_rule),
         include=tuple(sorted(analysis.include)),
-        budgets=() if config is None else tuple(_spent(cap, analysis, removed) for cap in config.caps),
+        budgets=() if config is None else tuple(_spent(cap, analysis, removed) for cap in config.budgets),
         config=config,
     )
 

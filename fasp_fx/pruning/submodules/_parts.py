@@ -359,7 +359,7 @@ class InParts(Subject):
         rules = [Counter(result.report.without_rule) for result in self.results.values()]
         report = Report(
             plan.sparsity,
-            None if config is None else config.requested,
+            None if config is None else config.target_sparsity,
             (old[0], new[0]),
             (old[1], new[1]),
             tuple(line_within(path, line) for path, own in self.results.items() for line in own.report.lines),
@@ -367,7 +367,7 @@ class InParts(Subject):
             (*self._remarks(), *self.notes),
             without_rule=dict(sum(rules, Counter[str]())),
             include=plan.include,
-            budgets=() if config is None else tuple(self._spent(cap, lost) for cap in config.caps),
+            budgets=() if config is None else tuple(self._spent(cap, lost) for cap in config.budgets),
             config=config,
         )
         return PartsResult(model, plan, report, self.captured.signature, self.results, self.left)

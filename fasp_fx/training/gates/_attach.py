@@ -127,7 +127,7 @@ def _asked(config: PruningConfig) -> PruningConfig:
     Raises:
         ArgumentError: an option has nothing to say here, or a closed gate would not be the channel's removal.
     """
-    if others := config.beyond(_SAID):
+    if others := config.non_default_fields(_SAID):
         raise ArgumentError(f"{others[0]}= has nothing to say where gates are trained; leave it out")
     if "expert" in config.granularity:
         raise ArgumentError(
