@@ -217,6 +217,7 @@ class Rule:
 
     def all(self, keyword: str) -> list[Clause]:
         """The clauses that start with ``keyword``, in order."""
+        assert keyword in _CLAUSES, keyword
         return [clause for clause in self.clauses if clause.keyword == keyword]
 
     def names(self) -> set[str]:

@@ -353,7 +353,7 @@ def test_a_model_that_generates_keeps_its_budgets() -> None:
         ({"budget": "parameters"}, "is no budget"),
         ({"budget": {"resource": "parameters", "amount": 0.5}}, "is no budget"),
         ({"budget": (Parameters(0.5), Parameters(1000))}, "speaks of parameters twice"),
-        ({"budget": Parameters(0.5), "sparsity": 0.5}, r"sparsity=0.5 and budget=.*leave one of them out"),
+        ({"budget": Parameters(0.5), "sparsity": 0.5}, r"0\.5 and the budget of .*leave one of them out"),
         ({"budget": Parameters(0.5), "sparsity": {"*": 0.5}}, "leave one of them out"),
         ({"uniform_layers": True, "sparsity": {"*": 0.5}}, "a sparsity for each pattern tells layers apart"),
         ({"uniform_layers": 1}, "uniform_layers=1 is neither True nor False"),

@@ -100,6 +100,7 @@ class Nested(nn.Module):
         return self.down(F.pad(hidden, (0, 0, 0, size)))
 
 
+@pytest.mark.slow
 def test_sizes_that_are_too_long_to_be_stored_are_refused_in_words(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 7, 6)

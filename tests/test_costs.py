@@ -241,7 +241,7 @@ def test_a_score_by_output_gradients() -> None:
             "the loss fails on calibration batch 0: ",
         ),
         ("next-token", fasp_fx.CalibrationError, r"needs integers \[batch, tokens\]"),
-        ("next_token", fasp_fx.ArgumentError, "loss='next_token' is not known; use 'outputs'"),
+        ("next_token", fasp_fx.ArgumentError, "loss='next_token' is not known; use 'auto', 'outputs'"),
     ],
 )
 def test_a_loss_that_does_not_serve_is_refused(loss: Any, error: type[Exception], message: str) -> None:

@@ -138,5 +138,5 @@ def test_latency(run: Run) -> None:
         (predicted,) = (line for line in run("latency.py").splitlines() if line.startswith("predicted"))
     finally:
         torch.set_num_threads(threads)
-    dense, pruned = (float(number.replace(",", "")) for number in re.findall(r"[\d,]+", predicted))
+    dense, pruned = (float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", predicted))
     assert 0.5 * dense < pruned <= 0.7 * dense

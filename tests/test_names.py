@@ -67,7 +67,7 @@ def fused(name: str, taken: Any, before: Callable[[Any, Tensor], Tensor]) -> nn.
         model.qkv.register_buffer(name, taken)
     else:
         setattr(model.qkv, name, taken)
-    return model
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def packed() -> nn.Module:
@@ -115,5 +115,6 @@ def test_names_that_a_graph_cannot_hold_are_refused(name: str, kind: str) -> Non
         model.add_module(name, nn.Linear(6, 6))
     else:
         model.register_buffer(name, torch.randn(6))
+    model.eval()
     with pytest.raises(fasp_fx.CaptureError, match=f"the model holds '{name}.*rename '{name}'"):
         fasp_fx.analyze(model, (torch.randn(3, 6),))

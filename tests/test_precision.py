@@ -81,13 +81,14 @@ def test_the_hardware_decides_in_which_precision_data_run(rounding: Callable[[bo
 
 def test_what_torch_was_asked_for_before_stays(rounding: Callable[[bool], None]) -> None:
     rounding(True)
+    before = [backend.fp32_precision for backend in OWN]
     torch.set_float32_matmul_precision("high")
     try:
         assert precisions() == {"loss": {"high"}, "score": {"high"}}
     finally:
         torch.set_float32_matmul_precision("highest")
-        for backend in OWN:
-            backend.fp32_precision = "none"
+        for backend, own in zip(OWN, before, strict=True):
+            backend.fp32_precision = own
 
 
 def test_an_error_leaves_nothing_changed(rounding: Callable[[bool], None]) -> None:

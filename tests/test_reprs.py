@@ -17,7 +17,7 @@ def test_one_short_line() -> None:
     result = fasp_fx.prune(captured, calibration=data, sparsity=0.5)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, result.module))
     sparsity = f"{result.report.sparsity:.4f}"
-    assert repr(captured) == "Captured(program=Program(6 weights, inputs=['input']))"
+    assert repr(captured) == "Captured(programs={'': Program(6 weights, inputs=['input'])})"
     assert repr(fasp_fx.analyze(captured)) == "Analysis(2 frozen, 2 prunable)"
     assert repr(costs) == f"Costs(2 curves, score={costs.score!r})"
     assert repr(result) == f"Result(sparsity={sparsity}, parameters={before:,} -> {after:,})"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
-from pydantic_core import core_schema
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
 from ..errors import FaspError, StoreError
 
@@ -20,16 +19,9 @@ DOCUMENT = "fasp_fx.document/1"
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-@dataclass(frozen=True)
-class ReadBy:
-    """Annotates a field whose value is made by a function of what JSON holds; a ``ValueError`` says that it
-    cannot be.
-    """
-
-    read: Callable[[Any], Any]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return core_schema.no_info_plain_validator_function(self.read)
+#: annotates a field whose value is made by a function of what JSON holds; a ``ValueError`` says that it
+#: cannot be
+ReadBy = PlainValidator
 
 
 @dataclass(frozen=True)

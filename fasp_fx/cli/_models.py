@@ -198,7 +198,8 @@ def load_pruned(folder: Path, device: torch.device) -> Pruned:
     from ..hf import Pruned, PrunedForCausalLM
     from ..hf._plain_folder import read_plain
 
-    source, kind = Source(str(folder)), kind_of(folder)
+    source = Source(str(folder))
+    kind = kind_of(folder) if (folder / MANIFEST).is_file() else "none"
     if kind == "plain":
         plan, report = read_plain(folder)
         return Pruned(load_model(source, device=device), plan, report, load_tokenizer(source))

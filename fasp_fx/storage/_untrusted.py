@@ -79,7 +79,12 @@ def _nothing_but(what: str, *tokens: str) -> Callable[[Any], None]:
     pattern = re.compile(f"(?:{'|'.join(tokens)})++")
 
     def check(text: Any) -> None:
-        if not isinstance(text, str) or len(text) > LENGTH or pattern.fullmatch(text) is None:
+        if isinstance(text, str) and len(text) > LENGTH:
+            raise StoreError(
+                f"the graph holds {what}s of {len(text)} characters, which are too long to be stored; give the"
+                " sizes that they are of as numbers (dynamic_shapes={})"
+            )
+        if not isinstance(text, str) or pattern.fullmatch(text) is None:
             raise refuse(what, text)
 
     return check

@@ -349,7 +349,7 @@ def index_dependent_letters(rule: Rule, given: dict[str, Any], target: object) -
     are all positions alike.
     """
     found: dict[str, str] = {}
-    for letter, name, ordinal in (clause.words for clause in rule.all("index_dependent_letters")):
+    for letter, name, ordinal in (clause.words for clause in rule.all("told")):
         why = _tells_apart(given.get(name), ORDINALS[ordinal])
         if why is not None:
             found.setdefault(letter, f"'{name}' of {target} {why}")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ...base.compare import deviation, tolerance
 from ...base.compat import PRESERVED, pytree
 
 _LEAVES = (
@@ -127,8 +128,8 @@ def _same_leaf(found: Any, expected: Any) -> bool:
         return (
             isinstance(found, Tensor)
             and found.shape == expected.shape
-            and found.dtype == expected.dtype
-            and _close(found, expected)
+            and found.layout == expected.layout
+            and deviation(found, expected) <= tolerance("two ways", expected.dtype)
         )
     if type(found) is not type(expected):
         return False
@@ -143,24 +144,3 @@ def _same_leaf(found: Any, expected: Any) -> bool:
             same_output(vars(found)[name], value) for name, value in vars(expected).items()
         )
     return True
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    if found.layout != expected.layout:
-        return False
-    found, expected = _dense(found), _dense(expected)
-    if not (expected.is_floating_point() or expected.is_complex()):
-        return torch.equal(found, expected)
-    if not expected.numel():
-        return True
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    a, b = found.to(wide), expected.to(wide)
-    tolerance = 1e-3 if torch.finfo(expected.dtype).bits >= 32 else 5e-2
-    finite = b[torch.isfinite(b)]
-    scale = float(finite.abs().max()) if finite.numel() else 1.0
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """The same values in a layout that can be compared."""
-    return tensor if tensor.layout == torch.strided else tensor.to_dense()
