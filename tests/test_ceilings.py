@@ -17,7 +17,7 @@ import fasp_fx
 
 ROOT = Path(__file__).parent.parent
 CEILINGS = Path(__file__).parent / "golden" / "ceilings.json"
-PUBLIC = Path(__file__).parent / "golden" / "public.txt"
+PUBLIC = Path(__file__).parent / "golden" / "public-names"
 REGENERATE = os.environ.get("FASP_FX_REGENERATE") == "1"
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -81,8 +81,8 @@ def _nothing_but(what: str, *tokens: str) -> Callable[[Any], None]:
     def check(text: Any) -> None:
         if isinstance(text, str) and len(text) > LENGTH:
             raise StoreError(
-                f"the graph holds {what}s of {len(text)} characters, which are too long to be stored; give the"
-                " sizes that they are of as numbers (dynamic_shapes={})"
+                f"the graph holds {what}s of {len(text)} characters, which are too long to be stored; give"
+                " sizes that are computed of others as numbers"
             )
         if not isinstance(text, str) or pattern.fullmatch(text) is None:
             raise refuse(what, text)

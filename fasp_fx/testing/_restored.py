@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 import fasp_fx
 
 from ._case import Case
+from ._in_a_row import with_own
 from ._verdict import Skipped, hold
 from .oracle import tensors_of
 
@@ -131,7 +132,8 @@ def _linear_inputs(case: Case) -> dict[str, Tensor]:
 
             handles.append(module.register_forward_pre_hook(hook))
     try:
-        case.run(case.dense, (case.args, case.kwargs))
+        with torch.no_grad():  # one call, where what remembers takes two
+            with_own(case.dense, case.args, case.kwargs)
     finally:
         for handle in handles:
             handle.remove()

@@ -391,7 +391,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "restored weights transposed",
         attribute(fasp_fx.passes.RestoreWeights, "rewrite", _transposed),
-        Net((Linear(8), Activation("tanh"), Linear(4))),  # as many columns stay as there are rows
+        SQUARE,
         ("restored",),
     ),
     # plans and results
