@@ -132,11 +132,19 @@ def test_finetune(run: Run, language_model: None) -> None:
     assert found["recovered"] < 0.5 * found["pruned"]
 
 
-def test_latency(run: Run) -> None:
-    threads = torch.get_num_threads()
+def test_latency(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that counts multiplications, which no other work disturbs."""
+    threads, spent, forward = torch.get_num_threads(), [0.0], torch.nn.Linear.forward
+
+    def counted(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        spent[0] += layer.in_features * layer.out_features * 1e-9
+        return forward(layer, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", counted)
+    monkeypatch.setattr("time.perf_counter", lambda: spent[0])
     try:
         (predicted,) = (line for line in run("latency.py").splitlines() if line.startswith("predicted"))
     finally:
         torch.set_num_threads(threads)
     dense, pruned = (float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", predicted))
-    assert 0.5 * dense < pruned <= 0.7 * dense
+    assert 0.6 * dense < pruned <= 0.7 * dense
