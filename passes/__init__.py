@@ -1,4 +1,4 @@
-"""The only code that changes a program: small passes and the pipeline that verifies after each.
+"""The only code that takes channels out of a program: small passes and the pipeline that verifies after each.
 
 Every pass is a function ``ExportedProgram -> ExportedProgram``; those that touch no weight
 (``PinAttentionScale``, ``KeepDenseCount``, ``PadValueHeads``) are ``torch.fx`` ``PassBase`` too.

@@ -635,6 +635,7 @@ if os.environ["RANK"] == "0":
 """
 
 
+@pytest.mark.slow
 def test_two_processes_come_to_what_one_comes_to(tmp_path: Path) -> None:
     script = tmp_path / "alone.py"
     script.write_text(ALONE)

@@ -199,11 +199,9 @@ def damped(weight: Tensor, gram: Tensor, kept: Tensor, strength: float) -> Tenso
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     removed[kept] = False
     found = torch.where(removed, torch.zeros_like(weight), weight)
-    inner = gram[kept[:, None], kept]
-    inner.diagonal().add_(strength * (float(gram.diagonal().mean()) or 1.0))
-    factor, failed = torch.linalg.cholesky_ex(inner)
-    if not int(failed):
-        added = torch.cholesky_solve(gram[kept][:, removed] @ weight[:, removed].to(gram.dtype).T, factor).T
+    raised = strength * (float(gram.diagonal().mean()) or 1.0)
+    gone = weight[:, removed].to(gram.dtype)
+    if (added := _solve(gram[kept[:, None], kept], gram[kept][:, removed], gone, raised)) is not None:
         found[:, kept] = (weight[:, kept] + added).to(weight.dtype)
     return found
 
@@ -341,18 +339,9 @@ class _Solver:
 
     def _solve(self, rows: Tensor, gram: Tensor, strength: float) -> Tensor | None:
         """Z for some rows of W; ``None`` if the system is singular to rounding."""
-        inner = gram[: self.count, : self.count].clone()
-        inner.diagonal().add_(strength * gram.diagonal().mean())
-        factor, failed = torch.linalg.cholesky_ex(inner)
-        del inner
-        if int(failed):
-            return None
         across, gone = gram[: self.count, self.count :], rows[:, self.count :]
-        if gone.shape[1] < len(gone):  # fewer columns went than there are rows to solve for
-            found = gone @ torch.cholesky_solve(across, factor).T
-        else:
-            found = torch.cholesky_solve(across @ gone.T, factor).T
-        return found if bool(torch.isfinite(found).all()) else None
+        raised = strength * gram.diagonal().mean()
+        return _solve(gram[: self.count, : self.count].clone(), across, gone, raised)
 
     def _errors(self, rows: Tensor, added: Tensor, *grams: Tensor) -> list[float]:
         """tr((W − V) G (W − V)ᵀ) for each Gram matrix."""
@@ -369,6 +358,27 @@ class _Solver:
     @staticmethod
     def _relative(error: float, total: float | None) -> float:
         return error / total if total else 0.0
+
+
+def _solve(inner: Tensor, across: Tensor, gone: Tensor, raised: Tensor | float) -> Tensor | None:
+    """``Z = W_P G[P, M] (G[M, M] + δI)⁻¹``, shape ``[rows, kept]``; ``None`` if the system is singular to
+    rounding.
+
+    Args:
+        inner, across: G[M, M], which is raised in place, and G[M, P].
+        gone: W_P, shape ``[rows, removed]``.
+        raised: δ.
+    """
+    inner.diagonal().add_(raised)
+    factor, failed = torch.linalg.cholesky_ex(inner)
+    del inner
+    if int(failed):
+        return None
+    if gone.shape[1] < len(gone):  # fewer columns went than there are rows to solve for
+        found = gone @ torch.cholesky_solve(across, factor).T
+    else:
+        found = torch.cholesky_solve(across @ gone.T, factor).T
+    return found if bool(torch.isfinite(found).all()) else None
 
 
 def _energies(rows: Tensor, *grams: Tensor) -> list[float]:
