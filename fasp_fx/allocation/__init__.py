@@ -1,24 +1,8 @@
 """How much goes of each coupled group: budgets, cost curves, and the allocations that meet them."""
 
-from __future__ import annotations
-
-from ._allocation import (
-    Allocation,
-    Budget,
-    Ceiling,
-    CostAllocation,
-    Global,
-    Limit,
-    Search,
-    Target,
-    Trial,
-    TrialAllocation,
-    check_reach,
-    deepest_loss,
-    lost_per_block,
-    uniform,
-    validate,
-)
+from ._allocation import Allocation, CostAllocation, Global, Search, TrialAllocation, uniform
+from ._limits import Budget, Ceiling, Limit, Target, check_reach, deepest_loss, lost_per_block, validate
+from ._search import Trial
 
 __all__ = [
     "Allocation",

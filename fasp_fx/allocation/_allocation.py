@@ -11,7 +11,7 @@ import numpy as np
 
 from ..analysis.groups import EXEMPT, Group
 from ..errors import ArgumentError
-from ._limits import Budget, Ceiling, Limit, Target, check_reach, deepest_loss, lost_per_block, validate
+from ._limits import Budget, check_reach, deepest_loss, lost_per_block
 from ._search import Exchanges, Trial, evolve
 from .costs import Costs
 
@@ -376,22 +376,3 @@ class Search(TrialAllocation):
         found = evolve(exchanges, start, trial, self.generations, self.offspring, self.seed)
         trial.note(found.first, found.loss, found.tried)
         return found.lost
-
-
-__all__ = [
-    "Allocation",
-    "Budget",
-    "Ceiling",
-    "CostAllocation",
-    "Global",
-    "Limit",
-    "Search",
-    "Target",
-    "Trial",
-    "TrialAllocation",
-    "check_reach",
-    "deepest_loss",
-    "lost_per_block",
-    "uniform",
-    "validate",
-]

@@ -7,15 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from ..allocation._allocation import (
-    Allocation,
-    Budget,
-    CostAllocation,
-    Target,
-    lost_per_block,
-    uniform,
-    validate,
-)
+from ..allocation import Allocation, Budget, CostAllocation, Target, lost_per_block, uniform, validate
 from ..allocation.costs import CostCurve, Costs
 from ..analysis.resources import most_lost
 from ..errors import CaptureError, NothingPrunableError, SparsityError

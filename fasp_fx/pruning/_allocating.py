@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from ..allocation._allocation import Budget, Ceiling, CostAllocation, Target, TrialAllocation, validate
-from ..allocation._limits import alike, departures, joined
+from ..allocation._allocation import CostAllocation, TrialAllocation
+from ..allocation._limits import Budget, Ceiling, Target, alike, departures, joined, validate
 from ..allocation._selection import (
     check_asked,
     check_patterns,

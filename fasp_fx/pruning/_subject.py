@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..allocation._allocation import Budget
+from ..allocation._limits import Budget
 from ..allocation.budgets import Cap
 from ..analysis import plan as plans
 from ..analysis._analysis import Analysis

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ...allocation._allocation import deepest_loss
+from ...allocation._limits import deepest_loss
 from ...allocation.costs import CostCurve
 from ...analysis._analysis import Analysis
 from ...analysis.groups import Group

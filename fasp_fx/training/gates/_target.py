@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...allocation._allocation import Budget, CostAllocation, check_reach, deepest_loss
+from ...allocation import Budget, CostAllocation, check_reach, deepest_loss
 from ...allocation.costs import CostCurve, Costs
 from ...analysis._analysis import Analysis
 from ...analysis.groups import Group, by_block
