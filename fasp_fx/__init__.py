@@ -15,8 +15,8 @@ from .analysis._analysis import Analysis
 from .analysis.groups import Group
 from .analysis.plan import ParameterSlice, PruningPlan
 from .base._after_import import after_import
+from .base._offload import keep_weights, offload
 from .base._version import __version__ as __version__
-from .base.offload._context import keep_weights, offload
 from .capturing._captured import Captured
 from .errors import (
     ArgumentError,
@@ -44,8 +44,7 @@ from .errors import (
 from .interop.compile._backend import backend
 from .interop.page import to_html
 from .pruning._captured import capture
-from .pruning._plan_from_sets import plan_from_sets
-from .pruning._prune import analyze, apply, measure, prune
+from .pruning._prune import analyze, apply, measure, plan_from_sets, prune
 from .pruning._result import Result
 from .pruning.config import PruningConfig
 from .pruning.report import Report

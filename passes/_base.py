@@ -16,7 +16,7 @@ from fasp_fx.analysis._analysis import Analysis
 from fasp_fx.analysis.plan import PruningPlan, check_fingerprint, program_fingerprint
 from fasp_fx.base._tolerable import tolerable
 from fasp_fx.capturing._program import Program
-from fasp_fx.capturing.calling._signature import CallSignature
+from fasp_fx.capturing._signature import CallSignature
 from fasp_fx.errors import FaspError, VerificationError
 
 from ._run import analysis_for, run_exported

@@ -15,13 +15,13 @@ from fasp_fx.analysis.plan import PruningPlan, check_fingerprint, program_finger
 from fasp_fx.base._tolerable import tolerable
 from fasp_fx.capturing import capture
 from fasp_fx.capturing._program import Program
-from fasp_fx.capturing._record import record
+from fasp_fx.capturing._runner import record
 from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
-from fasp_fx.passes._finish import finish
 from fasp_fx.passes._pruned_module import program_now
 
 from . import _unshare
 from ._foreign import Foreign
+from ._pruned_module import finish
 from ._split import NAME, split
 from ._verify import verify
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fasp_fx.analysis.build._walks import label_sets, walk_program
+from fasp_fx.analysis._walks import label_sets, walk_program
 from fasp_fx.base._stamps import WRITTEN_BY, stamp
 from fasp_fx.capturing._fx import attribute, is_pure, target_name, written_names
 from fasp_fx.capturing._program import CopiedBuffer, Program

@@ -20,7 +20,7 @@ from fasp_fx.patterns import lookup
 
 if TYPE_CHECKING:
     from fasp_fx.analysis._analysis import Analysis
-    from fasp_fx.analysis.build._walks import Pairs
+    from fasp_fx.analysis._walks import Pairs
     from fasp_fx.capturing._program import Program
 
 #: clauses of operators that take parts out of a dimension

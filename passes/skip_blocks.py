@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.analysis.build._depth import BIASES, beside, goes_with_a_block, laid_out, serving
+from fasp_fx.analysis._depth import BIASES, beside, goes_with_a_block, laid_out, serving
 from fasp_fx.base._stamps import stamp
 from fasp_fx.capturing._fx import arguments, results, viewed
 from fasp_fx.capturing._sizes import same_sizes

@@ -13,11 +13,10 @@ from fasp_fx.base.compat import HigherOrderOperator, OpOverload
 from fasp_fx.errors import RuleError
 
 from ._grammar import Rule, parse
-from .contractions import CONTRACTIONS
+from .contractions import CONTRACTIONS, RECURRENT
 from .mixing import MIXING
 from .movement import MOVEMENT
 from .pointwise import CHECKS, CREATIONS, UNLIKE_OPERANDS, UNTAGGED, pointwise_rule
-from .recurrent import RECURRENT
 
 #: what a rule can speak of
 Operator = OpOverload | HigherOrderOperator

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fasp_fx.analysis import Analysis
-from fasp_fx.calibration.observe._visit import Decision
+from fasp_fx.calibration._visit import Decision
 from fasp_fx.capturing._program import Program
 from fasp_fx.pruning import _deciding
 from fasp_fx.pruning._subject import Whole

@@ -25,10 +25,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import fasp_fx
-from fasp_fx.calibration.observe._visit import Decision
+from fasp_fx.calibration._visit import Decision
 from fasp_fx.errors import CallError
 from fasp_fx.passes import Prune
-from fasp_fx.passes._finish import finish
+from fasp_fx.passes._pruned_module import finish
 from fasp_fx.pruning._rewriting import make_plan
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._case import Case

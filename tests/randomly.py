@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fasp_fx.analysis import Analysis, analyze_program
-from fasp_fx.calibration.observe._visit import Decision
+from fasp_fx.calibration._visit import Decision
 from fasp_fx.capturing import capture
 from fasp_fx.errors import CallError
 from fasp_fx.passes import Prune, split_fused
-from fasp_fx.passes._finish import finish
+from fasp_fx.passes._pruned_module import finish
 from fasp_fx.pruning._rewriting import make_plan
 
 #: another batch and another length than the example's, shorter and longer

@@ -236,7 +236,7 @@ def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
     they go on together.
     """
     from fasp_fx.calibration._journal import Journal
-    from fasp_fx.calibration.observe._visit import Observer
+    from fasp_fx.calibration._visit import Observer
     from fasp_fx.capturing._runner import Runner
     from fasp_fx.pruning import _captured, _subject
 

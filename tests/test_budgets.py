@@ -29,8 +29,8 @@ from zoo import randomise
 
 import fasp_fx
 from fasp_fx.allocation import Budget, Ceiling, Global, uniform
-from fasp_fx.allocation._macs import macs_of
-from fasp_fx.calibration.observe._visit import Decision
+from fasp_fx.allocation.budgets import macs_of
+from fasp_fx.calibration._visit import Decision
 from fasp_fx.cli._app import app
 from fasp_fx.cli._options import read_amount
 from fasp_fx.hf._stages import stages_of

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fasp_fx
 from fasp_fx.capturing import capture
-from fasp_fx.pruning.check._inputs import inputs_for
+from fasp_fx.pruning.check._compare import inputs_for
 
 X = torch.randn(4, 8)
 

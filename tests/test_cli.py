@@ -133,7 +133,7 @@ def test_prune_from_file(from_file: tuple[Path, Result], folder: Path) -> None:
 def test_prune_with_the_weights_in_files(
     from_file: tuple[Path, Result], prune: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fasp_fx.base.offload._scratch.SMALLEST", 1)
+    monkeypatch.setattr("fasp_fx.base._scratch.SMALLEST", 1)
     _done(*prune, "--out", tmp_path / "out", "--stream", "--scratch", tmp_path / "scratch")
     found, expected = (
         AutoModelForCausalLM.from_pretrained(where) for where in (tmp_path / "out", from_file[0])

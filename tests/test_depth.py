@@ -343,7 +343,7 @@ def test_attention_that_fills_a_cache_keeps_a_head() -> None:
 
 
 def test_with_the_weights_in_files(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasp_fx.base.offload._scratch.SMALLEST", 0)
+    monkeypatch.setattr("fasp_fx.base._scratch.SMALLEST", 0)
     model, x = Residual([(FeedForward, True, False)] * 2, 0).eval(), numbers(32, 5)
     expected = pruned(model, {"x": x}, "blocks.0")
     with fasp_fx.offload(tmp_path):

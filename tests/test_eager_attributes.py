@@ -19,8 +19,7 @@ from torch import Tensor, nn
 import fasp_fx
 from fasp_fx.capturing import capture
 from fasp_fx.errors import CallError, EagerError, NothingPrunableError
-from fasp_fx.passes._finish import finish
-from fasp_fx.passes._pruned_module import PrunedModule
+from fasp_fx.passes._pruned_module import PrunedModule, finish
 from fasp_fx.pruning.eager._same import Difference, first_difference, other_sizes
 from fasp_fx.testing.oracle import Masked, error
 

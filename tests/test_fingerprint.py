@@ -12,7 +12,7 @@ from fasp_fx.plan import fingerprint
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.base import _fingerprint
+from fasp_fx.base import _tensors as _fingerprint
 from fasp_fx.errors import ArgumentError, PlanError, StoreError
 
 DATA = [torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]

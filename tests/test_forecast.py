@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import fasp_fx
 from fasp_fx.calibration._needed import live_bytes
-from fasp_fx.calibration.observe._visit import Observer
+from fasp_fx.calibration._visit import Observer
 from fasp_fx.capturing._runner import Runner
 from fasp_fx.cli._app import app
 from fasp_fx.cli._forecast import Forecast, forecast

@@ -18,7 +18,7 @@ from zoo import VOCABULARY, randomise
 
 import fasp_fx
 from fasp_fx import hf
-from fasp_fx.calibration.observe._marks import Marks
+from fasp_fx.calibration._marks import Marks
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

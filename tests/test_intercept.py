@@ -150,7 +150,7 @@ def test_a_group_that_stays_whole_after_all_keeps_its_bias() -> None:
     from deciding import decide
     from fasp_fx.config import PruningConfig
 
-    from fasp_fx.calibration.observe._visit import decided
+    from fasp_fx.calibration._visit import decided
     from fasp_fx.pruning.check import restricted
 
     batches = data(6)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.calibration.observe._order import _column_costs
+from fasp_fx.calibration._order import _column_costs
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -200,11 +200,11 @@ def test_what_is_drawn_for_outputs_has_nothing_in_common() -> None:
 def test_gradients_are_those_at_each_consumer_alone() -> None:
     from fasp_fx.statistics import InputGradients
 
-    from fasp_fx.calibration.observe._consumers import Consumers
-    from fasp_fx.calibration.observe._gradients import observe_batches
-    from fasp_fx.calibration.observe._marks import Marks
-    from fasp_fx.calibration.observe._pieces import whole_batches
-    from fasp_fx.calibration.observe._ranks import Ranks
+    from fasp_fx.calibration._consumers import Consumers
+    from fasp_fx.calibration._gradients import observe_batches
+    from fasp_fx.calibration._marks import Marks
+    from fasp_fx.calibration._pieces import whole_batches
+    from fasp_fx.calibration._ranks import Ranks
 
     torch.manual_seed(0)
     model = Mixed().eval()

@@ -21,9 +21,17 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCa
 
 import fasp_fx
 import fasp_fx.hf
-from fasp_fx.base.offload._context import keep_weights, mapped_bytes, offload
-from fasp_fx.base.offload._current import addresses, current, keep, keep_values, zeros
-from fasp_fx.base.offload._scratch import FILE_BYTES, SMALLEST, Scratch
+from fasp_fx.base._offload import (
+    addresses,
+    current,
+    keep,
+    keep_values,
+    keep_weights,
+    mapped_bytes,
+    offload,
+    zeros,
+)
+from fasp_fx.base._scratch import FILE_BYTES, SMALLEST, Scratch
 from fasp_fx.capturing._runner import Runner
 from fasp_fx.errors import ArgumentError, OffloadError
 
@@ -58,7 +66,7 @@ def _prune(model: nn.Module) -> fasp_fx.Result:
 @pytest.mark.parametrize("smallest", [SMALLEST, 1])
 def test_the_result_is_that_of_memory(tmp_path: Path, smallest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = _prune(Model().eval())
-    monkeypatch.setattr("fasp_fx.base.offload._scratch.SMALLEST", smallest)
+    monkeypatch.setattr("fasp_fx.base._scratch.SMALLEST", smallest)
     with offload(tmp_path, resident=1) as scratch:  # so that everything is released again and again
         model = Model().eval()
         keep_weights(model, scratch)
@@ -387,7 +395,7 @@ def test_a_checkpoint_is_pruned_as_in_memory(
 ) -> None:
     options = {"calibration": BATCHES, "sparsity": 0.2}
     expected = fasp_fx.hf.prune(AutoModelForCausalLM.from_pretrained(checkpoint).eval(), **options)
-    monkeypatch.setattr("fasp_fx.base.offload._scratch.SMALLEST", 1)
+    monkeypatch.setattr("fasp_fx.base._scratch.SMALLEST", 1)
     with offload(tmp_path / "scratch", resident=2**20) as scratch:
         found = fasp_fx.hf.prune(fasp_fx.hf.load_offloaded(checkpoint, scratch), **options)
         found.save_pretrained(tmp_path / "out")
@@ -445,7 +453,7 @@ def test_the_files_go_with_the_process(tmp_path: Path) -> None:
     """Nothing is left behind by a process that is killed."""
     script = f"""
 import os, signal, torch
-from fasp_fx.base.offload._scratch import Scratch
+from fasp_fx.base._scratch import Scratch
 held = Scratch({str(tmp_path)!r}).keep(torch.ones(2**20))
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -42,10 +42,10 @@ from fasp_fx.allocation import (
 )
 from fasp_fx.allocation._allocation import _counts
 from fasp_fx.allocation._search import Exchanges, evolve, passes
-from fasp_fx.calibration.observe._consumers import Consumers
-from fasp_fx.calibration.observe._ranks import Ranks
-from fasp_fx.calibration.observe._trial import Divergence, ModelTrial
-from fasp_fx.calibration.observe._visit import Decision
+from fasp_fx.calibration._consumers import Consumers
+from fasp_fx.calibration._ranks import Ranks
+from fasp_fx.calibration._trial import Divergence, ModelTrial
+from fasp_fx.calibration._visit import Decision
 from fasp_fx.errors import ArgumentError
 from fasp_fx.pruning._deciding import PROGRESS_SHARE_MEASURING
 from fasp_fx.pruning._measuring import measure_costs

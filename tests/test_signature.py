@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zoo import ZOO, TwoLayers, randomise
 
 import fasp_fx
-from fasp_fx.capturing.calling._signature import check_constant
+from fasp_fx.capturing._signature import check_constant
 
 
 class Out(NamedTuple):

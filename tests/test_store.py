@@ -360,7 +360,7 @@ def test_what_is_put_in_the_place_of_tensors_is_refused(kind: str, says: str, tm
 
 def test_caches_as_inputs_and_outputs(tmp_path: Path) -> None:
     from fasp_fx.capturing import capture
-    from fasp_fx.passes._finish import finish
+    from fasp_fx.passes._pruned_module import finish
 
     config = LlamaConfig(
         hidden_size=16,

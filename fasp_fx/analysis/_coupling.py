@@ -11,7 +11,7 @@ import networkx as nx
 import numpy as np
 
 from ..capturing._program import Program
-from .build._layout import Conflict
+from ._layout import Conflict
 from .channels import Numbering, Walk
 from .groups import PRUNABLE, Group
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from ..base._fingerprint import fingerprint as fingerprint
 from ..base._json import Count, from_document, to_document
+from ..base._tensors import fingerprint as fingerprint
 from ..capturing._fx import attribute
 from ..capturing._program import CopiedBuffer, FoldedWeight, Program, SplitWeight
 from ..errors import ArgumentError, PlanError

@@ -15,8 +15,8 @@ import safetensors
 import safetensors.torch
 
 from ..base._atomic import new_folder
-from ..base._fingerprint import digest_of
 from ..base._json import Count
+from ..base._tensors import digest_of
 from ..errors import StoreError, first_line
 from ..storage._run_folder import claim, read_state
 from .restoration import Restored

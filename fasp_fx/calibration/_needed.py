@@ -13,7 +13,7 @@ from ..analysis._analysis import Analysis
 from ..base.compat import pytree
 from ..capturing._fx import attribute, viewed
 from ..capturing._sizes import Sizes
-from .observe._consumers import Consumer
+from ._consumers import Consumer
 
 #: weights of float64 and of float32 take so many bytes
 DOUBLE, SINGLE = 8, 4

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..base.offload._current import keep
+from ..base._offload import keep
 from ..errors import ArgumentError
 from .statistics import precise
 

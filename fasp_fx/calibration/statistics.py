@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..base.offload._current import keep, zeros
+from ..base._offload import keep, zeros
 
 #: columns per block of the Gram matrix; only blocks on and below the diagonal are computed
 _BLOCK = 384

@@ -31,7 +31,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
-from ..base._storage import without_values
+from ..base._tensors import without_values
 from ..base._tolerable import tolerable
 from ..base._warn import quiet
 from ..base.compat import (
@@ -46,7 +46,7 @@ from ..errors import VerificationError
 from ._decompositions import any_number_of_steps
 from ._fx import attribute, results, target_name
 from ._program import ExportFacts, assumed, environment_of
-from ._record import record
+from ._runner import record
 
 _log = logging.getLogger("fasp_fx")
 

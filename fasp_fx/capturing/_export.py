@@ -41,9 +41,9 @@ from ._dynamic import (
 )
 from ._functional import functional, out_of_place
 from ._rewrites import as_views, as_weights, fixed_sizes, padded_in_order, settled_as_numbers
+from ._signature import CallerCodeGen, CallSignature, is_plain
 from ._transformers import export_transformers, is_transformers
 from ._unchanged import functions_called, run_once, unchanged
-from .calling._signature import CallerCodeGen, CallSignature, is_plain
 
 
 def export(

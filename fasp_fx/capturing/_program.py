@@ -15,11 +15,11 @@ from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry
 from torch.export.graph_signature import InputKind
 
+from ..base._offload import keep
 from ..base.compat import LazyGraphModule, ShapeEnv, guards_of, pytree
-from ..base.offload._current import keep
 from ._fx import attribute, target_name, written_names
 from ._recipes import Recipe
-from .calling._signature import CallSignature
+from ._signature import CallSignature
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from ..base._storage import storage_of
+from ..base._tensors import storage_of
 from ..base.compat import settled_by
 from ..errors import CaptureError
 from ._fx import arguments

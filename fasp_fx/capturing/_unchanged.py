@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ..base._storage import storage_of
+from ..base._tensors import storage_of
 from ..base._undisturbed import drawing_alike
 from ..base.compat import OpOverload, TorchDispatchMode, pytree
-from .calling._signature import is_plain
+from ._signature import is_plain
 
 _CONTAINERS = (list, dict, set)
 _HOOKS = (

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..analysis._analysis import Analysis
-from ..base.offload._context import RESIDENT
+from ..base._offload import RESIDENT
+from ..calibration._consumers import Consumers
 from ..calibration._needed import DOUBLE, Needed, bytes_of_weights
-from ..calibration.observe._consumers import Consumers
 from ..hf._plain import plain_config
 from ..pruning._allocating import budget_for, check_request, counted, expected_sparsity
 from ..pruning._method import Method

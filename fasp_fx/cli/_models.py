@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..base._device import check_device
+from ..base._offload import keep_weights
+from ..base._scratch import Scratch
 from ..base._tolerable import tolerable
-from ..base.offload._context import keep_weights
-from ..base.offload._scratch import Scratch
 from ..errors import ArgumentError, FaspError, StoreError, first_line
 from ..storage._config_json import LAYERS, layer_counts
 from ..storage._folder import MANIFEST, is_save, kind_of

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from ..allocation.budgets import CacheBytes
 from ..analysis._analysis import Analysis
+from ..base._offload import offload
 from ..base._tolerable import tolerable
-from ..base.offload._context import offload
 from ..errors import ArgumentError, first_line
 from ..hf import Pruned, prune
 from ..hf._stages import pruned_already

@@ -13,10 +13,10 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from ..base._offload import keep_weights
+from ..base._scratch import Scratch
 from ..base._tolerable import tolerable
 from ..base.compat._transformers import kept_in_float32
-from ..base.offload._context import keep_weights
-from ..base.offload._scratch import Scratch
 from ..errors import ArgumentError, FaspError, first_line
 
 T = TypeVar("T")

@@ -22,13 +22,13 @@ from ..analysis.groups import PRUNABLE
 from ..base._device import device_of
 from ..base._tolerable import tolerable
 from ..base.compare import distance, tolerance
-from ..calibration.observe._calibration import calibration_calls, check_calibration
-from ..calibration.observe._ranks import ended_together
+from ..calibration._calibration import calibration_calls, check_calibration
+from ..calibration._ranks import ended_together
 from ..errors import ArgumentError, CaptureError, VerificationError, first_line
 from ..pruning._prune import prune
 from ..pruning._result import Result
-from ..pruning._weights import FusedWeights
 from ..pruning.config import PruningConfig, PruningOptions
+from ..pruning.eager._copy import FusedWeights
 from ..pruning.report import Report
 from ._experiments import Assignment, Experiments, Path, quiet, written
 from ._settings import Settings, settings_of

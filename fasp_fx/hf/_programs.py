@@ -14,7 +14,7 @@ from ..analysis._analysis import Analysis
 from ..analysis.plan import PlannedGroup, PruningPlan
 from ..base._warn import warn
 from ..base.compat import without_stack_traces
-from ..calibration.observe._visit import Decision, decided
+from ..calibration._visit import Decision, decided
 from ..capturing._captured import Captured, capture_whole
 from ..capturing._program import Program
 from ..errors import PlanError, VerificationError, VerificationWarning

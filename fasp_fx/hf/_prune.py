@@ -19,9 +19,9 @@ from ..analysis.plan import PruningPlan
 from ..base._options import check_callable, path_of
 from ..base._undisturbed import check_default_device, in_usual_modes, one_at_a_time
 from ..base._version import __version__
-from ..calibration.observe._calibration import check_calibration
-from ..calibration.observe._ranks import Ranks, ended_together
-from ..calibration.observe._visit import Decision
+from ..calibration._calibration import check_calibration
+from ..calibration._ranks import Ranks, ended_together
+from ..calibration._visit import Decision
 from ..capturing._captured import Captured
 from ..capturing._program import Program
 from ..errors import ArgumentError

@@ -21,7 +21,7 @@ from ..analysis._analysis import Analysis
 from ..analysis.groups import Group
 from ..analysis.resources import Resource, Sparsity
 from ..base._undisturbed import in_turns
-from ..calibration.observe._trial import ServedTrial
+from ..calibration._trial import ServedTrial
 from ..errors import NothingPrunableError
 from ._method import Method
 from .config import PruningConfig

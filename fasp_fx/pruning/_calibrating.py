@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
+from ..base._offload import computing
 from ..base._tolerable import short_of_memory
 from ..base._undisturbed import drawing_alike, in_turns
-from ..base.offload._current import computing
+from ..calibration._consumers import Consumers
+from ..calibration._drift import Drift
 from ..calibration._journal import Journal
+from ..calibration._marks import Marks
 from ..calibration._needed import Needed
-from ..calibration.observe._consumers import Consumers
-from ..calibration.observe._drift import Drift
-from ..calibration.observe._marks import Marks
-from ..calibration.observe._pieces import halved
-from ..calibration.observe._ranks import Ranks
-from ..calibration.observe._visit import Decision, Observer
+from ..calibration._pieces import halved
+from ..calibration._ranks import Ranks
+from ..calibration._visit import Decision, Observer
 from ..capturing._program import Program
 from ..capturing._runner import Runner
 from ..errors import OffloadError, first_line

@@ -15,11 +15,11 @@ from ..analysis import plan as plans
 from ..analysis._analysis import Analysis
 from ..analysis.plan import PruningPlan
 from ..base._options import path_of
+from ..calibration._consumers import Consumers
 from ..calibration._journal import Journal, open_journal
-from ..calibration.observe._consumers import Consumers
-from ..calibration.observe._order import Planned
-from ..calibration.observe._ranks import Ranks
-from ..calibration.observe._visit import Decision
+from ..calibration._order import Planned
+from ..calibration._ranks import Ranks
+from ..calibration._visit import Decision
 from ..errors import ArgumentError
 from ..storage._run_folder import claim, refuse_other
 from ._allocating import allocate, check_request

@@ -13,18 +13,18 @@ from ..allocation._allocation import TrialAllocation
 from ..allocation.costs import CostCurve, Costs
 from ..analysis.groups import Group
 from ..base._device import float32_products
+from ..base._offload import computing
 from ..base._tolerable import tolerable
 from ..base._undisturbed import drawing_alike, in_turns
 from ..base._warn import warn
-from ..base.offload._current import computing
+from ..calibration._consumers import Consumers
+from ..calibration._gradients import ENOUGH, observe_batches
+from ..calibration._marks import Marks
+from ..calibration._order import curves_of, orders_of
+from ..calibration._pieces import Piece, in_pieces, whole_batches
+from ..calibration._ranks import Ranks
+from ..calibration._trial import ModelTrial
 from ..calibration.losses import Outputs
-from ..calibration.observe._consumers import Consumers
-from ..calibration.observe._gradients import ENOUGH, observe_batches
-from ..calibration.observe._marks import Marks
-from ..calibration.observe._order import curves_of, orders_of
-from ..calibration.observe._pieces import Piece, in_pieces, whole_batches
-from ..calibration.observe._ranks import Ranks
-from ..calibration.observe._trial import ModelTrial
 from ..calibration.statistics import InputGradients, SquaredInputGradients
 from ..capturing._fx import results
 from ..errors import ArgumentError, CalibrationError, CalibrationWarning

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..allocation._allocation import Allocation, CostAllocation, TrialAllocation
 from ..base._device import device_of, multiplies_bfloat16
-from ..base.offload._current import computing
+from ..base._offload import computing
 from ..calibration.losses import Loss, resolve_loss
 from ..calibration.obs import resolve_score
 from ..calibration.restoration import Restore, restored_by, ridge

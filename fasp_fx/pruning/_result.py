@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from ..analysis.plan import PruningPlan
 from ..base._undisturbed import in_usual_modes, one_at_a_time
-from ..capturing.calling._signature import CallSignature
+from ..capturing._signature import CallSignature
 from ..passes._pruned_module import program_now
 from .config import PruningConfig
 from .report import Report

@@ -9,7 +9,7 @@ from ..analysis import plan as plans
 from ..analysis._analysis import Analysis, analyze_program
 from ..analysis.plan import PruningPlan
 from ..analysis.resources import Sparsity
-from ..calibration.observe._visit import Decision
+from ..calibration._visit import Decision
 from ..capturing._program import Program
 from ..passes import split_fused
 from ._result import Result

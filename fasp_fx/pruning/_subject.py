@@ -17,9 +17,9 @@ from ..analysis.groups import Group
 from ..analysis.plan import PruningPlan
 from ..analysis.resources import Resource
 from ..base._device import device_named
-from ..calibration.observe._calibration import read_batches
-from ..calibration.observe._trial import ModelTrial, ServedTrial
-from ..calibration.observe._visit import Decision
+from ..calibration._calibration import read_batches
+from ..calibration._trial import ModelTrial, ServedTrial
+from ..calibration._visit import Decision
 from ..capturing._program import Program
 from ..errors import ArgumentError
 from ._allocating import budget_for, counted

@@ -22,7 +22,7 @@ from .config import PruningConfig
 if TYPE_CHECKING:
     from ..allocation.budgets import Cap
     from ..analysis._analysis import Analysis
-    from ..calibration.observe._visit import Decision
+    from ..calibration._visit import Decision
 
 #: the operators whose weights sparsity counts
 COUNTED = "linear, convolution and recurrent operators"

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 import torch
 
 from ..base._json import ReadBy, parse
-from ..capturing.calling._constants import HELD
-from ..capturing.calling._signature import CallSignature
+from ..capturing._constants import HELD
+from ..capturing._signature import CallSignature
 from ..errors import StoreError
 from ._folder import parsing
 from ._tensors import device_of

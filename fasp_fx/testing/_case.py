@@ -18,7 +18,7 @@ import fasp_fx
 from fasp_fx.analysis._analysis import Analysis
 from fasp_fx.analysis.plan import PruningPlan, gone_of, program_fingerprint
 from fasp_fx.base._tolerable import tolerable
-from fasp_fx.calibration.observe._visit import Decision
+from fasp_fx.calibration._visit import Decision
 from fasp_fx.errors import NothingPrunableError
 from fasp_fx.pruning._rewriting import make_plan
 

@@ -23,14 +23,14 @@ import fasp_fx.analysis.channels._facts
 import fasp_fx.analysis.channels._interpreter
 import fasp_fx.analysis.channels._moves
 import fasp_fx.capturing._program
-import fasp_fx.passes._finish
 import fasp_fx.passes._kept
+import fasp_fx.passes._pruned_module
 import fasp_fx.passes.attention
 import fasp_fx.passes.remove_channels
 import fasp_fx.passes.restore_weights
 from fasp_fx import patterns
 from fasp_fx.passes import Prune
-from fasp_fx.passes._finish import finish
+from fasp_fx.passes._pruned_module import finish
 from fasp_fx.pruning.check import Checked
 from fasp_fx.testing.specs import (
     Activation,
@@ -416,7 +416,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "storage shared with the caller",
-        attribute(fasp_fx.passes._finish, "own_storage", lambda _: lambda program: program),
+        attribute(fasp_fx.passes._pruned_module, "own_storage", lambda _: lambda program: program),
         CHAIN,
         ("alone",),
     ),

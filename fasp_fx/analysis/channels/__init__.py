@@ -9,8 +9,8 @@ from ._facts import Facts, Layout, Product, Remark, Use
 from ._interpreter import Interpreter, Walk
 from ._moves import run_on_numbers
 from ._numbering import Numbering, Slot, are_among, counted, distinct, laid_by_block, marked, ranked
+from ._operands import NONE, Axis, Value
 from ._regroup import Repeating, repeating
-from ._value import NONE, Axis, Value
 
 __all__ = [
     "NONE",

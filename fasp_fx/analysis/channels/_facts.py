@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from ._numbering import distinct
-from ._value import NONE, Axis, DoesNotApplyError, Value
+from ._operands import NONE, Axis, DoesNotApplyError, Value
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from ._letters import Relation, result_shapes_ok
 from ._moves import move
 from ._named import keep_numbered, name_results, picked, tallied
 from ._numbering import Numbering, Slot, distinct, laid_by_block
-from ._value import Axis, DoesNotApplyError, Value, counted_by
+from ._operands import Axis, DoesNotApplyError, Value, counted_by
 
 #: integer constants up to this many elements are known to the analysis as data (index tensors)
 _DATA_LIMIT = 1 << 20

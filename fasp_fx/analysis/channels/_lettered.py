@@ -13,8 +13,18 @@ from ...capturing._fx import arguments
 from ...patterns import ORDINALS, Clause, Rule, lookup
 from ._facts import Facts
 from ._numbering import Numbering
-from ._operands import Operand, choose, divide, fixed_rank, run_lengths, singles, spell
-from ._value import Axis, DoesNotApplyError, Value
+from ._operands import (
+    Axis,
+    DoesNotApplyError,
+    Operand,
+    Value,
+    choose,
+    divide,
+    fixed_rank,
+    run_lengths,
+    singles,
+    spell,
+)
 
 
 @dataclass(frozen=True)

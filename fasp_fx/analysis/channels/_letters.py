@@ -10,15 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._consume import make_use, note_stacked, part_blocks, why_no_consumer
 from ._facts import Product
 from ._lettered import Lettered
-from ._meeting import Found, consume_recurring, couple, meet_recurring, stretched
+from ._meeting import (
+    Found,
+    consume_recurring,
+    couple,
+    make_use,
+    meet_recurring,
+    note_stacked,
+    part_blocks,
+    stretched,
+    why_no_consumer,
+)
 from ._named import look_up
 from ._numbering import distinct
-from ._operands import Operand, align, join, singles
+from ._operands import Axis, DoesNotApplyError, Operand, Value, align, join, singles
 from ._regroup import repeating
-from ._value import Axis, DoesNotApplyError, Value
 
 
 class Relation(Lettered):

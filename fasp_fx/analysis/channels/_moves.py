@@ -22,8 +22,8 @@ from ...capturing._sizes import Sizes, is_dynamic
 from ._facts import Facts
 from ._named import is_mask, lone_mask, look_up
 from ._numbering import are_among
+from ._operands import NONE, Axis, DoesNotApplyError, Value, collapse, smallest_step
 from ._regroup import Segment, regroup, segments, without_grids
-from ._value import NONE, Axis, DoesNotApplyError, Value, collapse, smallest_step
 
 
 def _run(operator: Any, numbers: Any, others: dict[str, Any]) -> Any:

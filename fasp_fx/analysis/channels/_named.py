@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from ...capturing._fx import arguments
 from ...patterns import ORDINALS, VANISHING, Clause, Rule
 from ._facts import Facts
-from ._value import Axis, Value
+from ._operands import Axis, Value
 
 
 def tallied(

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from ...capturing._sizes import Size, is_dynamic
 from ._facts import Facts
-from ._value import Axis, DoesNotApplyError, collapse
+from ._operands import Axis, DoesNotApplyError, collapse
 
 #: a factor of a dimension: the dimension, and its size
 Piece = tuple[int, Size]

@@ -6,51 +6,187 @@ there, in words, and not in the midst of a model. The modules that import much (
 ``_transformers``) are imported where they are needed.
 """
 
-from torch.utils import _pytree as pytree
+from __future__ import annotations
 
-from ._autograd import is_backward
-from ._fake import (
-    FAKE_LOGGER,
+import contextlib
+import functools
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._export.utils
+import torch.export._trace
+import torch.fx.config
+from torch import nn
+from torch._C import DispatchKey
+from torch._decomp import decomposition_table
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
-    enable_python_dispatcher,
-    is_of_fake_cache,
-    silent_fake_tensors,
-    without_fake_cache,
 )
-from ._graphs import (
-    PRESERVED,
-    LazyGraphModule,
-    PyTreeCodeGen,
-    PyTreeInfo,
-    annotated_nodes,
-    annotating,
-    compile_graphs,
-    compiled_when_called,
-    silent_export,
-    without_stack_traces,
-)
-from ._operators import (
-    HigherOrderOperator,
-    OpOverload,
-    TorchDispatchMode,
-    composites_read_once,
-    decomposition_table,
-    is_composite,
-    is_transform,
-    traced_by,
-)
-from ._sizes import (
-    ShapeEnv,
-    free_unbacked_symbols,
-    guards_of,
-    int_oo,
-    refuse_new_guards,
-    settled_by,
-    take_guards,
-)
+from torch.export import ExportedProgram
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
+from torch.fx.graph import _PyTreeInfo as PyTreeInfo
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as PRESERVED
+from torch.fx.traceback import annotate as annotating
+from torch.fx.traceback import preserve_node_meta as annotated_nodes
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._sympy.numbers import int_oo
+
+from ...errors import VerificationError
+
+
+def is_backward() -> bool:
+    """Whether autograd runs backward in this thread, as where it computes a checkpointed part anew."""
+    return int(torch._C._current_graph_task_id()) != -1
+
+
+#: the logger of what fake tensors go on to raise
+FAKE_LOGGER = "torch._subclasses.fake_tensor"
+
+
+@contextlib.contextmanager
+def silent_fake_tensors() -> Iterator[None]:
+    """Keep fake tensors from logging as an error what they go on to raise."""
+    logger = logging.getLogger(FAKE_LOGGER)
+
+    def passes(record: logging.LogRecord) -> bool:  # a level would be told to all loggers of the process
+        return record.levelno >= logging.CRITICAL
+
+    logger.addFilter(passes)
+    try:
+        yield
+    finally:
+        logger.removeFilter(passes)
+
+
+def without_fake_cache() -> contextlib.AbstractContextManager[None]:
+    """Trace without torch's cache of what operators made of fake tensors."""
+    return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+
+
+def is_of_fake_cache(error: BaseException) -> bool:
+    """Whether it was that cache that raised an error, and no operator."""
+    return any(frame.name == "_make_cache_entry" for frame in traceback.extract_tb(error.__traceback__))
+
+
+def silent_export() -> contextlib.AbstractContextManager[object]:
+    """Keep ``torch.export`` from printing, once for each attempt, the graph it had when it failed."""
+    return mock.patch.object(torch.export._trace, "print", create=True)
+
+
+def compiled_when_called() -> contextlib.AbstractContextManager[None]:
+    """Let what is traced compile its graph when it is first called, and not after each change of an
+    exporter's.
+    """
+    return _use_lazy_graph_module(True)
+
+
+def without_stack_traces() -> contextlib.AbstractContextManager[object]:
+    """Let what is traced not look for the line of the model that made each node, which takes an eighth of a
+    capture. Where torch cannot be told, it does.
+    """
+    if not hasattr(torch.fx.config, "do_not_emit_stack_traces"):
+        return contextlib.nullcontext()
+    return mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", True)
+
+
+def compile_graphs(module: nn.Module) -> None:
+    """Compile what waits for its first call in a module, whose ``forward`` has no signature before."""
+    for part in module.modules():
+        if isinstance(part, LazyGraphModule):
+            part.real_recompile()
+
+
+#: what torch reads that list with
+_READ = "_materialize_cpp_cia_ops"
+_TRACED = (DispatchKey.Autograd, DispatchKey.CompositeImplicitAutograd, DispatchKey.Meta)
+
+
+def is_composite(operator: OpOverload) -> bool:
+    """Whether an operator is made of others, so that its schema need not say that it returns a view."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd"))
+
+
+def is_transform(target: Any) -> bool:
+    """Whether a call of a graph is a step of a transformation of ``torch.func`` (``vmap``, ``grad``), which
+    changes what the calls after it mean.
+    """
+    return str(getattr(target, "__module__", "")).startswith("torch._functorch")
+
+
+def composites_read_once() -> contextlib.AbstractContextManager[object]:
+    """Let torch read the list of all composite operators once inside; without, it does for each namespace of
+    operators whenever it decomposes.
+    """
+    module = torch._export.utils
+    read = getattr(module, _READ, lambda: None)
+    return mock.patch.object(module, _READ, functools.cache(read), create=True)
+
+
+@contextlib.contextmanager
+def traced_by(kernels: Mapping[OpOverload, Callable[..., Any]]) -> Iterator[None]:
+    """Let exporters find what operators return by functions of ours."""
+    with contextlib.ExitStack() as stack:
+        for operator, kernel in kernels.items():
+            stack.callback(operator._dispatch_cache.clear)
+            stack.enter_context(mock.patch.dict(operator.py_kernels, dict.fromkeys(_TRACED, kernel)))
+            operator._dispatch_cache.clear()
+        yield
+
+
+@contextlib.contextmanager
+def refuse_new_guards(environment: ShapeEnv) -> Iterator[None]:
+    """Raise where anything new would be assumed of the sizes.
+
+    Frozen, an environment drops such an assumption, says so in its log alone, and remembers the answer that
+    depends on it; an error it does not remember.
+
+    Raises:
+        VerificationError: names the assumption.
+    """
+
+    def refuse(expression: object, value: object) -> None:
+        raise VerificationError(f"the sizes would have to fulfil {expression} == {value}")
+
+    frozen = environment.frozen
+    with mock.patch.object(environment, "_check_frozen", refuse):
+        environment.frozen = True
+        try:
+            yield
+        finally:
+            environment.frozen = frozen
+
+
+def take_guards(program: ExportedProgram, other: ExportedProgram) -> None:
+    """Give a program the guards on its sizes that another has; by itself it has those that its symbols came
+    with when it was made.
+    """
+    program._guards_code = other._guards_code
+
+
+def guards_of(program: ExportedProgram) -> tuple[str, ...]:
+    """What a program assumes of the sizes of its inputs, in Python."""
+    return tuple(program._guards_code)
+
+
+def settled_by(size: torch.SymInt) -> traceback.FrameSummary | None:
+    """The line of Python, in a model or in torch, that settled what a size is, if one did."""
+    place = size.node.shape_env.replacements_slocs.get(size.node._expr)
+    found = None if place is None else place.framework_loc
+    return found if isinstance(found, traceback.FrameSummary) else None
+
 
 __all__ = [
     "FAKE_LOGGER",

@@ -30,7 +30,7 @@ from ...capturing import (
 )
 from ...capturing._attention import FLEX
 from ...capturing._program import Program, graph_module
-from ...capturing.calling._signature import CallSignature
+from ...capturing._signature import CallSignature
 from ...errors import CaptureError, first_line
 
 

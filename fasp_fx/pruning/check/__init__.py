@@ -6,7 +6,6 @@ the analysis believe that they can be. Whatever a rule, a layout or a pass gets 
 
 from __future__ import annotations
 
-from ._check import Checked, UnsoundError, carry_out
-from ._restrict import restricted
+from ._check import Checked, UnsoundError, carry_out, restricted
 
 __all__ = ["Checked", "UnsoundError", "carry_out", "restricted"]

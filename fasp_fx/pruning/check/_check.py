@@ -5,26 +5,25 @@ difference.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+import numpy as np
 from torch import fx
 
 from ...analysis._analysis import Analysis
 from ...analysis.groups import APPROXIMATE, Group
 from ...base._tolerable import tolerable
 from ...base._warn import warn
-from ...calibration.observe._visit import Decision, decided
+from ...calibration._visit import Decision, decided
 from ...capturing._program import Program
 from ...errors import CallError, VerificationError, VerificationWarning, first_line
 from ...passes import Prune, share_again
-from ...passes._finish import finish
+from ...passes._pruned_module import finish
 from ..report import said_whole
-from ._bisect import largest_passing_subset
-from ._compare import ReferenceFailedError, Seen, compare, takes
-from ._inputs import Inputs, inputs_for
+from ._compare import Inputs, ReferenceFailedError, Seen, compare, inputs_for, takes
 from ._reference import masked_program
-from ._restrict import restricted
 
 #: inputs of how many sizes are compared, the example among them
 _SIZES = 3
@@ -276,4 +275,67 @@ def _said(seen: Seen) -> str:
     return f"an output differs from that of the dense program with the removed channels masked{where}, {size}"
 
 
-__all__ = ["Checked", "Checker", "UnsoundError", "carry_out"]
+T = TypeVar("T")
+
+
+def largest_passing_subset(
+    items: Sequence[T], fault: Callable[[list[T]], str | None]
+) -> tuple[list[T], list[tuple[T, str]]]:
+    """A part of ``items`` without fault that no other item can join, and what was seen when each of the
+    others tried to.
+
+    One faulty item among n costs about 2 log n trials.
+
+    Args:
+        fault: what is wrong with some of the items together, or ``None``.
+    """
+    left: list[tuple[T, str]] = []
+
+    def join(base: list[T], candidates: Sequence[T]) -> list[T]:
+        found = fault([*base, *candidates]) if candidates else None
+        if found is None:
+            return [*base, *candidates]
+        if len(candidates) == 1:
+            left.append((candidates[0], found))
+            return base
+        middle = len(candidates) // 2
+        return join(join(base, candidates[:middle]), candidates[middle:])
+
+    return join([], items), left
+
+
+def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) -> Decision:
+    """The decision for the groups ``kept`` alone.
+
+    A weight that was repaired for a group which stays whole now is as it was captured.
+    """
+    names = {group.name for group in kept}
+    dropped = [group for group in decided(analysis, decision) if group.name not in names]
+    if not dropped:
+        return decision
+    stay = np.concatenate([group.sets for group in dropped])
+    unrepaired = {use.weight for group in dropped for use in group.uses}
+    unrepaired |= {
+        name
+        for group in dropped
+        if group.name in decision.products
+        for name in decision.products[group.name].weights
+    }
+    for mended in decision.products.values():  # what is put together of several goes back together
+        unrepaired |= mended.weights.keys() if unrepaired & mended.weights.keys() else set()
+    unrepaired |= {bias for name, bias in decision.biases.items() if name in unrepaired}
+    return Decision(
+        decision.gone & ~np.isin(analysis.labels, stay),
+        {name: value for name, value in decision.weights.items() if name not in unrepaired},
+        {name: bias for name, bias in decision.biases.items() if name not in unrepaired},
+        {name: outcome for name, outcome in decision.outcomes.items() if name not in unrepaired},
+        {
+            name: mended
+            for name, mended in decision.products.items()
+            if name in names and not unrepaired & mended.weights.keys()
+        },
+        notes=decision.notes,
+    )
+
+
+__all__ = ["Checked", "Checker", "UnsoundError", "carry_out", "largest_passing_subset", "restricted"]

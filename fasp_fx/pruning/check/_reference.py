@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from ...analysis.channels import Repeating, Slot, Use, Value, repeating
 from ...analysis.groups import APPROXIMATE, EXEMPT
-from ...calibration.observe._matrices import ConsumerMatrices
-from ...calibration.observe._products import lying_along
+from ...calibration._matrices import ConsumerMatrices
+from ...calibration._products import lying_along
 from ...capturing._fx import arguments, attribute, way_from_weight
 from ...capturing._program import Program
 from ...errors import VerificationError
@@ -25,7 +25,7 @@ from ...patterns import lookup
 
 if TYPE_CHECKING:
     from ...analysis._analysis import Analysis
-    from ...calibration.observe._visit import Decision
+    from ...calibration._visit import Decision
 
 _WHERE = torch.ops.aten.where.ScalarOther
 #: zero in the kind of what it is put into: as a number of floats it would make floats of integers

@@ -14,9 +14,9 @@ from ...base._tolerable import tolerable
 from ...base._undisturbed import drawing_alike
 from ...base.compat import OpOverload, pytree
 from ...capturing._fx import attribute, written_by, written_names
+from ...capturing._guards import Guards
 from ...capturing._program import set_weight
 from ...capturing._unchanged import copied
-from ...capturing.calling._guards import Guards
 
 #: reads the bits of a number as those of another type, which a wider number does not have
 _BITS = torch.ops.aten.view.dtype

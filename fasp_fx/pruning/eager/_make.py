@@ -22,13 +22,11 @@ from ...capturing._program import Program
 from ...capturing._unchanged import noting_reads, rewound, said_of_reads
 from ...errors import ArgumentError, EagerError, first_line
 from ...passes import PadValueHeads, split_fused
-from ...passes._finish import finish
-from ...passes._pruned_module import PrunedModule
+from ...passes._pruned_module import PrunedModule, finish
 from ._copy import copied, cuts, keep_from_saving, twin
 from ._same import Difference, first_difference, other_sizes
-from ._settle import settle
 from ._sizes import is_within, write, write_said
-from ._traced import traced
+from ._traced import settle, traced
 
 
 def eager(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> nn.Module:

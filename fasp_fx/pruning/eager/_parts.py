@@ -12,8 +12,7 @@ from ...base._tolerable import tolerable
 from ...capturing._fx import attribute
 from ...errors import ArgumentError, EagerError
 from .._result import Result
-from ..submodules._stand_in import put
-from ..submodules._whole import copied, whole_fingerprint
+from ..submodules._stand_in import copied, put, whole_fingerprint
 from ._copy import tensors
 from ._make import eager
 

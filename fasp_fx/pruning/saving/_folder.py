@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from ...analysis.plan import PruningPlan
 from ...base._options import path_of
-from ...capturing.calling._signature import CallSignature
+from ...capturing._signature import CallSignature
 from ...errors import PlanError, StoreError
 from ...storage._folder import new_save, read_text, write_json
 from ...storage._graph_json import check_weights, program_to_json

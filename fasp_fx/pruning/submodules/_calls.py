@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base.compat import pytree
-from ...capturing.calling._signature import is_plain
+from ...capturing._signature import is_plain
 
 
 @dataclass(frozen=True)

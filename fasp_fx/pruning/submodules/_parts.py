@@ -21,13 +21,13 @@ from ...analysis.resources import Resource, Sparsity
 from ...base._device import device_named
 from ...base._tolerable import tolerable
 from ...base._warn import warn
-from ...calibration.observe._calibration import calibration_calls
-from ...calibration.observe._trial import ModelTrial, ServedTrial
-from ...calibration.observe._visit import Decision
+from ...calibration._calibration import calibration_calls
+from ...calibration._trial import ModelTrial, ServedTrial
+from ...calibration._visit import Decision
 from ...capturing._captured import Captured
+from ...capturing._signature import CallSignature
 from ...capturing._transformers import is_transformers, register_caches
 from ...capturing._unchanged import noting_reads, rewound, said_of_reads
-from ...capturing.calling._signature import CallSignature
 from ...errors import (
     ArgumentError,
     CalibrationError,
@@ -44,13 +44,11 @@ from .._rewriting import Timings, analyze_for, rewrite
 from .._subject import Subject
 from ..config import PruningConfig
 from ..report import Report, Spent, weight_size
-from ._analysis import Joined, PartsAnalysis
+from ._analysis import Joined, PartsAnalysis, group_within, line_within, plan_of_part, plan_within
 from ._calls import Call, watching
-from ._names import group_within, line_within, plan_of_part, plan_within
 from ._result import PartsResult
-from ._stand_in import dressed, put, replaced
+from ._stand_in import copied, dressed, put, replaced, whole_fingerprint
 from ._submodules import Part, Search, why_unfit
-from ._whole import copied, whole_fingerprint
 
 _UNREACHED = "the calibration data never reaches it"
 

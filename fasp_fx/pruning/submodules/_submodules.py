@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ...base._tolerable import tolerable
 from ...base.compat import pytree
-from ...calibration.observe._calibration import _check_shape
+from ...calibration._calibration import _check_shape
 from ...capturing import capture as capture_program
 from ...capturing._program import Program
 from ...capturing._unchanged import of_torch, rewound
 from ...errors import FaspError, first_line
-from ...passes._finish import finish
+from ...passes._pruned_module import finish
 from ._calls import Call, Seen, watching
 from ._stand_in import StandIn, replaced, same_output
 

@@ -20,7 +20,7 @@ from fasp_fx.analysis._analysis import analyze_program
 from fasp_fx.analysis.plan import PruningPlan, planned
 from fasp_fx.base._tolerable import tolerable
 from fasp_fx.capturing._program import Program
-from fasp_fx.capturing.calling._signature import CallSignature
+from fasp_fx.capturing._signature import CallSignature
 from fasp_fx.errors import FaspError, first_line
 from fasp_fx.passes import RemoveChannels, verify
 from fasp_fx.patterns import Rule

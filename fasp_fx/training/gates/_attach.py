@@ -21,7 +21,7 @@ from ...capturing._captured import capture_whole
 from ...capturing._compare_with_model import called, trouble_with
 from ...errors import ArgumentError, CalibrationError, NothingPrunableError, VerificationWarning
 from ...pruning._prune import analyze
-from ...pruning.check._bisect import largest_passing_subset
+from ...pruning.check._check import largest_passing_subset
 from ...pruning.check._reference import masked_program
 from ...pruning.config import PruningConfig, PruningOptions
 from ._gates import Gates

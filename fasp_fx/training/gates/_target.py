@@ -12,7 +12,7 @@ from ...allocation import Budget, CostAllocation, check_reach, deepest_loss
 from ...allocation.costs import CostCurve, Costs
 from ...analysis._analysis import Analysis
 from ...analysis.groups import Group, by_block
-from ...calibration.observe._visit import Decision
+from ...calibration._visit import Decision
 from ...capturing._program import Program
 from ...errors import ArgumentError, SparsityError
 from ...pruning._allocating import allocate, budget_for, check_request, counted

@@ -14,12 +14,12 @@ from torch import nn
 
 from ...analysis import plan as plans
 from ...base._device import device_of, multiplies_bfloat16
-from ...base._fingerprint import digest_of
 from ...base._options import check_callable, path_of
+from ...base._tensors import digest_of
 from ...base._tolerable import short_of_memory
 from ...base._undisturbed import in_usual_modes
 from ...base.compat import pytree
-from ...calibration.observe._calibration import as_calls
+from ...calibration._calibration import as_calls
 from ...capturing import in_training
 from ...errors import ArgumentError, TrainingMemoryError, first_line
 from ...pruning._result import Result

@@ -1,0 +1,179 @@
+"""Residual blocks that can go as a whole: what reads all channels of a group gives zero without them (or its
+bias), and is added to a value that is there without it, so that an identity stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from ..capturing import is_pure
+from ..capturing._fx import arguments, attribute, target_name
+from ..capturing._program import Program
+from ..capturing._sizes import same_sizes
+from ..patterns import RESHAPES
+from .channels import Value, Walk
+from .groups import FROZEN, PRUNABLE, Group
+
+#: the word of ``include=`` for it
+DEPTH = "depth"
+_ATEN = torch.ops.aten
+_SUM = _ATEN.add.Tensor
+#: looks at the type of a value and gives nothing
+_CHECK = _ATEN._assert_tensor_metadata.default
+#: how many operators may stand between a consumer and the sum
+_NEAR = 24
+#: what gives nothing but its bias where the dimension it sums over is empty, and the bias's name
+BIASES: dict[Any, str | None] = {
+    _ATEN.linear.default: "bias",
+    _ATEN.conv1d.default: "bias",
+    _ATEN.conv2d.default: "bias",
+    _ATEN.conv3d.default: "bias",
+    _ATEN.addmm.default: "self",
+    _ATEN.mm.default: None,
+    _ATEN.matmul.default: None,
+}
+
+
+def let_blocks_go(groups: Iterable[Group], labels: np.ndarray, program: Program, walk: Walk) -> list[Group]:
+    """The groups, of which those that are all there is to a residual block need not keep anything."""
+    groups = list(groups)
+    free = np.concatenate([np.zeros(0, dtype=np.int64), *(g.sets for g in groups if g.status != FROZEN)])
+
+    def of_one_kind(*nodes: fx.Node) -> bool:
+        first, second = (_lines(walk.values.get(node), labels, free) for node in nodes)
+        return first == second
+
+    return [
+        replace(group, needed=0) if _is_a_block(group, labels, program, of_one_kind) else group
+        for group in groups
+    ]
+
+
+def _lines(value: object, labels: np.ndarray, free: np.ndarray) -> set[tuple[int, tuple[int, ...], bytes]]:
+    """The channel sets along each dimension of a value of which some can go."""
+    axes = value.axes if isinstance(value, Value) else ()
+    found = [(axis.dim, labels[axis.numbers.numpy()]) for axis in axes]
+    return {(dim, sets.shape, sets.tobytes()) for dim, sets in found if np.isin(sets, free).any()}
+
+
+def laid_out(node: fx.Node) -> fx.Node:
+    """Where a consumer's output has the shape of the model's activations: behind views that keep its last
+    dimension.
+    """
+    while len(node.users) == 1 and str((user := next(iter(node.users))).target) in RESHAPES:
+        first, second = _value(node), _value(user)
+        if first is None or second is None or not same_sizes(first.shape[-1:], second.shape[-1:]):
+            break
+        node = user
+    return node
+
+
+def beside(node: fx.Node) -> fx.Node | None:
+    """The value that all that is made of a consumer's output ends in a sum with, if it is there before the
+    consumer runs and is of its shape and type.
+
+    Before the sum there may be operators (dropout, a norm, a gain): what they make of zeros is what stays of
+    the block.
+    """
+    inside, user = {node}, node.next
+    while user.op == "call_function" and len(inside) <= _NEAR:
+        if any(read in inside for read in user.all_input_nodes):
+            others = [read for read in user.all_input_nodes if read not in inside and _alike(read, node)]
+            if user.target is _SUM and _alike(user, node) and len(others) == 1 and _ends_in(inside, user):
+                return others[0] if _is_before(others[0], node) and not user.kwargs else None
+            inside.add(user)
+        user = user.next
+    return None
+
+
+def _ends_in(inside: set[fx.Node], end: fx.Node) -> bool:
+    return all(user is end or user in inside for node in inside for user in node.users)
+
+
+def _is_before(first: fx.Node, second: fx.Node) -> bool:
+    return next(node for node in first.graph.nodes if node is first or node is second) is first
+
+
+def _is_a_block(
+    group: Group, labels: np.ndarray, program: Program, of_one_kind: Callable[[fx.Node, fx.Node], bool]
+) -> bool:
+    if group.status != PRUNABLE or group.granularity not in ("channel", "head") or not group.uses:
+        return False
+    if any(slot.kind == "input" for slot in group.slots):
+        return False  # a cache holds them
+    for use in group.uses:
+        read, end = use.columns[use.columns >= 0], laid_out(use.node)
+        if (
+            use.node.target not in BIASES
+            or use.route is not None
+            or not np.isin(labels[read], group.sets).all()
+            or not _is_plain_sum(use.node)
+            or (other := beside(end)) is None
+            or not of_one_kind(end, other)  # zeros like the one take its channels along
+        ):
+            return False
+    return _leaves_nothing(group, program)
+
+
+def _is_plain_sum(node: fx.Node) -> bool:
+    given = arguments(node)
+    return given.get("alpha", 1) == 1 and given.get("beta", 1) == 1
+
+
+def serving(ends: Iterable[fx.Node], graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that serve nothing but some consumers, last ones first: these themselves, what they alone
+    need, and what checks that.
+    """
+    found = dict.fromkeys(ends)
+    for node in reversed(graph.nodes):
+        needed = [user for user in node.users if user.target is not _CHECK]
+        if node not in found and needed and all(user in found for user in needed):
+            found |= dict.fromkeys([*node.users, node])
+    return [node for node in reversed(graph.nodes) if node in found]
+
+
+def _leaves_nothing(group: Group, program: Program) -> bool:
+    """Whether nothing but vectors is left unused where the consumers of a group give zero, and nothing goes
+    that does more than compute.
+    """
+    members = (*group.producers, *group.consumers)
+    whole = {member.name for member in members if len(member.indices) == member.size}
+    for node in serving({use.node for use in group.uses}, program.module.graph):
+        if node.op == "get_attr":
+            name = target_name(node)
+            held = attribute(program.module, name)
+            origin = program.parts[name].source if name in program.parts else name
+            if isinstance(held, nn.Parameter) and held.dim() > 1 and origin not in whole:
+                return False
+        elif node.op != "call_function" or not goes_with_a_block(node):
+            return False
+    return True
+
+
+def goes_with_a_block(node: fx.Node) -> bool:
+    """Whether nothing but its result is lost with a call that serves a block."""
+    return node.target is _CHECK or is_pure(node)
+
+
+def _value(node: fx.Node) -> Tensor | None:
+    found = node.meta.get("val")
+    return found if isinstance(found, Tensor) and found.is_floating_point() else None
+
+
+def _alike(node: fx.Node, other: fx.Node) -> bool:
+    first, second = _value(node), _value(other)
+    return (
+        first is not None
+        and second is not None
+        and first.dtype == second.dtype
+        and same_sizes(first.shape, second.shape)
+    )
+
+
+__all__ = ["BIASES", "DEPTH", "beside", "goes_with_a_block", "laid_out", "let_blocks_go", "serving"]

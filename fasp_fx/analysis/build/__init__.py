@@ -1,1 +1,0 @@
-"""From channel numbers to coupled groups (mechanism of :mod:`fasp_fx.analysis`)."""

@@ -1,0 +1,87 @@
+"""Tensors as bytes, as digests, by the memory they share, and without any."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+#: whole numbers of 32 bits that are hashed into one of 64
+_WIDTH = 2048
+#: of so many bytes at a time: what stays in the cache of a core, and what keeps an accelerator at work
+_BYTES, _BYTES_ACCELERATED = 2**19, 2**26
+#: one odd number for each of the numbers that are hashed into one, the same everywhere
+_KEYS = np.frombuffer(hashlib.shake_256(b"fasp_fx").digest(8 * _WIDTH), dtype="<i8") | 1
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of names, shapes and all values, the same on any device; of tensors without values, of names
+    and shapes alone.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.numel() and tensor.device.type != "meta":
+            for hashes in _hashed(bytes_of(tensor)):
+                digest.update(hashes.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The values of a tensor as bytes, shape ``[bytes]``; a view where they lie one after another."""
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    return tensor.resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8)
+
+
+def _hashed(values: Tensor) -> Iterator[Tensor]:
+    """A number of 64 bits for each run of bytes of a fixed length, some runs at a time, shape ``[runs]``.
+
+    It is the sum of products with odd keys, modulo 2⁶⁴. Whole numbers are added up to the same in any order,
+    so that neither device nor threads matter, and much faster than a cryptographic digest of all bytes.
+    """
+    run = 4 * _WIDTH
+    size = min(_BYTES if values.device.type == "cpu" else _BYTES_ACCELERATED, -(-len(values) // run) * run)
+    keys = torch.from_numpy(_KEYS.copy()).to(values.device)
+    held = torch.empty(size, dtype=torch.uint8, device=values.device)
+    for chunk in values.split(size):
+        own = held[: -(-len(chunk) // run) * run]
+        own[: len(chunk)].copy_(chunk)
+        own[len(chunk) :].zero_()
+        # Numbers of 32 bits: whichever of their bits differ, the product with an odd number of 64 bits does.
+        numbers = own.view(torch.int32).view(-1, _WIDTH).to(torch.int64)
+        yield numbers.mul_(keys).sum(1)
+
+
+def digest_of(batches: Iterable[Iterable[Any]]) -> str:
+    """What tells calibration data from others: types, shapes and values."""
+    digest = hashlib.sha256()
+    for leaf in (leaf for batch in batches for leaf in batch):
+        digest.update(repr((leaf.dtype, tuple(leaf.shape)) if isinstance(leaf, Tensor) else leaf).encode())
+        if isinstance(leaf, Tensor):
+            digest.update(bytes_of(leaf.detach().cpu()).numpy())
+    return digest.hexdigest()
+
+
+def storage_of(value: object) -> object:
+    """What tells whether two tensors share memory, also where they hold no values; for anything else,
+    something that is equal to nothing.
+    """
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return object()
+    return value.untyped_storage()._cdata
+
+
+def without_values(tensor: Tensor) -> Tensor:
+    """A tensor of the same kind on the meta device."""
+    empty = tensor.detach().to("meta")
+    return (
+        nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    )

@@ -1,0 +1,454 @@
+"""Run batches forward and back through a graph, and show scores what they asked for at every consumer's
+input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..analysis.channels import Product, Use
+from ..base._device import device_of
+from ..base._tolerable import tolerable
+from ..base.compat import pytree
+from ..capturing._fx import results
+from ..capturing._program import Program
+from ..capturing._runner import Runner
+from ..errors import CalibrationError, first_line
+from ._consumers import Consumer, Consumers, counting
+from ._marks import Marks
+from ._matrices import ConsumerMatrices, states_before, token_dims
+from ._pieces import Piece, ran, returned
+from ._products import EFFECT
+from ._ranks import Ranks
+from .losses import Loss, Outputs, Padding, evaluated, next_token
+from .statistics import PADDING, InputGradients, MakeStatistic
+
+#: tokens for each column of a consumer from which its Gram matrix says enough to predict losses
+ENOUGH = 2.5
+
+
+def observe_batches(
+    consumers: Consumers,
+    batches: Sequence[Piece],
+    wanted: Mapping[str, MakeStatistic],
+    loss: Loss | None,
+    marks: Marks,
+    progress: Callable[[float], None],
+    at_least: int,
+    ranks: Ranks,
+    enough: float = ENOUGH,
+) -> None:
+    """Show every consumer the dense model's activations, and where a loss is given, its gradients with
+    respect to them.
+
+    The gradient of no weight is computed. What autograd keeps of one batch has to fit the device
+    (:func:`~fasp_fx.calibration._pieces.in_pieces`).
+
+    Args:
+        wanted: what to observe beside the Gram matrix.
+        loss: what gradients are of; ``None``: none are taken.
+        marks: which tokens are padding.
+        at_least: so many batches are run, and more where a consumer saw few tokens for its columns, or all
+            gradients were zero, if there are.
+        ranks: the processes that share them: each runs its own, and in the end all have the sums.
+        enough: tokens for each column that a consumer is to see.
+
+    Raises:
+        CalibrationError: the batches do not run forward or back, the loss fails or does not depend on the
+            consumers, or something is not finite.
+    """
+    program = consumers.analysis.program
+    if isinstance(loss, Outputs):
+        _settle(program, batches, loss, marks, at_least)
+    terms = 0
+    failure: CalibrationError | None = None
+    for index, piece in enumerate(batches):
+        if index % ranks.size == ranks.rank and failure is None:
+            try:
+                terms += _observe_one(consumers, piece, index, wanted, loss, marks)
+                if index == ranks.rank:  # what is wrong with a loss shows in the first batch
+                    _check_gradients(consumers)
+            except CalibrationError as error:
+                failure = error
+        done = False
+        if index + 1 >= at_least:
+            ranks.check_all(failure)
+            done = _saw_enough(consumers, ranks, enough) and not (
+                loss is not None and _vanished(consumers, ranks)
+            )
+        progress(1.0 if done else min(index + 1, at_least) / max(at_least, index + 2))
+        if done:
+            break
+    ranks.check_all(failure)
+    for consumer in consumers.by_key.values() if ranks.size > 1 else ():
+        consumer.prepare(wanted, device_of(program.module))  # where no batch was of this process
+        assert consumer.grams is not None
+        ranks.add_up(consumer.grams, consumer.seen)
+    if ranks.size > 1:
+        for product in consumers.products.all:
+            operands = range(len(product.operands))
+            consumers.products.add_up(product, operands if loss is None else [*operands, EFFECT], ranks)
+    terms = round(ranks.total(terms))
+    consumers.products.terms = terms
+    _check(consumers, loss is not None)
+    for consumer in consumers.by_key.values():
+        for statistic in _gradients(consumer):
+            statistic.terms = terms
+
+
+def _observe_one(
+    consumers: Consumers,
+    piece: Piece,
+    index: int,
+    wanted: Mapping[str, MakeStatistic],
+    loss: Loss | None,
+    marks: Marks,
+) -> int:
+    """Show one piece to the consumers; how many terms the loss has."""
+    with torch.inference_mode(False), torch.set_grad_enabled(loss is not None):
+        run = _Run(consumers, _own(piece), index, wanted, marks, loss is not None)
+        run.advance(len(run.nodes) - 1)
+        if loss is None:
+            return 0
+        found = _terms(consumers.analysis.program, run, piece, loss, marks, index)
+        return run.back(found) if found.numel() else 0
+
+
+def _saw_enough(consumers: Consumers, ranks: Ranks, enough: float) -> bool:
+    """Whether all consumers whose tokens are not routed saw enough of them for their columns, in all
+    processes together.
+    """
+    steady = [
+        consumer for consumer in consumers.by_key.values() if all(use.route is None for use in consumer.uses)
+    ]
+    seen = [
+        [gram.tokens for gram in consumer.grams] if consumer.grams else [0] * consumer.blocks
+        for consumer in steady
+    ]
+    totals = ranks.add(
+        torch.tensor([tokens for of_blocks in seen for tokens in of_blocks], dtype=torch.float64)
+    ).tolist()
+    wanted = [
+        enough * (consumer.matrices.columns.shape[1] + consumer.beside)
+        for consumer, of_blocks in zip(steady, seen, strict=True)
+        for _ in of_blocks
+    ]
+    return all(tokens >= least for tokens, least in zip(totals, wanted, strict=True))
+
+
+class _Run(Runner):
+    """One batch on its way, with a view of the activation at each consumer through which its gradient can be
+    told from that of other readers.
+    """
+
+    def __init__(
+        self,
+        consumers: Consumers,
+        piece: Piece,
+        number: int,
+        wanted: Mapping[str, MakeStatistic],
+        marks: Marks,
+        back: bool,
+    ) -> None:
+        super().__init__(consumers.analysis.program, [piece.inputs], numbers=[piece.batch])
+        self.consumers, self.number, self.wanted, self.marks, self.is_back = (
+            consumers,
+            number,
+            wanted,
+            marks,
+            back,
+        )
+        self.leaves: list[Tensor] = []
+        self._products: dict[fx.Node, list[Product]] = {}
+        for product in consumers.products.all:
+            self._products.setdefault(product.node, []).append(product)
+        self._uses: dict[fx.Node, list[tuple[Consumer, Use]]] = {}
+        for consumer in consumers.by_key.values():
+            for use in consumer.uses:
+                self._uses.setdefault(use.node, []).append((consumer, use))
+
+    def _load(self, argument: fx.Node, number: int) -> Any:
+        value = super()._load(argument, number)
+        return value.detach() if argument.op == "get_attr" and isinstance(value, Tensor) else value
+
+    def _execute(self, node: fx.Node, number: int) -> Any:
+        uses, products = self._uses.get(node, []), self._products.get(node, [])
+        held = self._memory[number]
+        read = [*(use.activation for _, use in uses), *(product.operands[0] for product in products)]
+        kept = {activation: held[activation] for activation in read if activation in held}
+        probes = (
+            {activation: self._probe(value) for activation, value in kept.items()} if self.is_back else {}
+        )
+        held.update(probes)
+        try:
+            output = super()._execute(node, number)
+        finally:
+            held.update(kept)
+        for consumer, use in uses:
+            if use.recurrence is None:
+                activation = self._load(use.activation, number)
+            else:
+                activation = states_before(
+                    self._load(use.recurrence.start, number), output[0], use.recurrence.steps
+                )
+            alone = sum(other.activation is use.activation for _, other in uses) == 1
+            probe = probes.get(use.activation) if alone and use.recurrence is None and _told(use) else None
+            self._see(consumer, use, activation.detach(), probe, output)
+        for product in products:
+            self._see_product(product, probes.get(product.operands[0]), number)
+        return output
+
+    def _see_product(self, product: Product, probe: Tensor | None, number: int) -> None:
+        seen = self.consumers.products
+        for operand, node in enumerate(product.operands):
+            seen.see(product, operand, self._load(node, number), self.marks, self.number)
+        if probe is not None and probe.requires_grad:
+            value = probe.detach()
+            probe.register_hook(
+                lambda gradient: seen.see_effect(product, value, gradient.detach(), self.marks, self.number)
+            )
+
+    def _probe(self, value: Tensor) -> Tensor:
+        if not value.is_floating_point() and not value.is_complex():
+            return value
+        if value.requires_grad:
+            return value.view_as(value)
+        leaf = value.detach().requires_grad_(True)
+        self.leaves.append(leaf)
+        return leaf
+
+    def _see(
+        self, consumer: Consumer, use: Use, activation: Tensor, probe: Tensor | None, output: Any
+    ) -> None:
+        matrices = ConsumerMatrices(use, self.consumers.analysis.walk.values)
+        ends = None if use.route is None else self._load(use.route, 0)
+        dims = token_dims(activation.dim(), use.activation_layout)
+        own = (
+            self.marks.of(self.number, use.activation, activation, dims)
+            if ends is None
+            else self.marks.routed(self.number, use.activation, ends)
+        )
+        told_apart = probe is not None and probe.requires_grad
+        consumer.prepare(self.wanted, activation.device)
+        tally = _Tally()
+        consumer.see(
+            tally.of(matrices.tokens(activation, own, ends)),
+            lambda statistic: not (statistic.needs_gradient and told_apart),
+        )
+        seen = consumer.seen
+        if not self.is_back:
+            return
+        if probe is not None and told_apart:
+
+            def told(gradient: Tensor) -> None:
+                pieces = zip(
+                    matrices.tokens(activation, own, ends),
+                    matrices.tokens(gradient.detach(), own, ends),
+                    strict=True,
+                )
+                for (block, tokens, kinds), (_, gradients, _) in pieces:
+                    for statistic in seen[block].values():
+                        if statistic.needs_gradient:
+                            # Copies: what it does to them in place is its own business, not autograd's.
+                            statistic.update(tokens.clone(), gradients.clone(), counting(kinds, tokens))
+
+            probe.register_hook(told)
+            return
+        result = output[0] if isinstance(output, (tuple, list)) else output
+        if isinstance(result, Tensor) and result.requires_grad:
+
+            def at_output(gradient: Tensor) -> None:
+                counted = self.marks.without_padding(self.number, use.node, gradient)
+                for block in seen:
+                    for statistic in block.values():
+                        if isinstance(statistic, InputGradients):
+                            statistic.update_output(counted, tally.part_of(gradient.numel()))
+
+            result.register_hook(at_output)
+
+    def back(self, terms: Tensor) -> int:
+        """Take the gradients; how many terms the loss has."""
+        if not terms.requires_grad or not self.leaves:
+            raise CalibrationError(
+                "the loss does not depend on the input of any weight that can be pruned; pass another loss=,"
+                " or loss=None"
+            )
+        try:
+            torch.autograd.backward(terms.sum(), inputs=self.leaves)
+        except tolerable(RuntimeError) as error:
+            raise CalibrationError(
+                f"the model cannot be run backwards on calibration batch {self.numbers[0]}:"
+                f" {first_line(error)}; pass loss=None"
+            ) from error
+        self.leaves.clear()
+        return terms.numel()
+
+
+class _Tally:
+    """Counts tokens on their way, and those of them that are no padding."""
+
+    def __init__(self) -> None:
+        self._tokens, self._counting = 0, 0
+
+    def of(self, pieces: Iterable[tuple[int, Tensor, Tensor]]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The pieces as they are."""
+        for block, tokens, kinds in pieces:
+            self._tokens += len(kinds)
+            self._counting += int((kinds != PADDING).count_nonzero())
+            yield block, tokens, kinds
+
+    def part_of(self, number: int) -> int:
+        """How many of so many elements of an output are of tokens that count; each token gives as many."""
+        return number * self._counting // max(self._tokens, 1)
+
+
+def _told(use: Use) -> bool:
+    """Whether the gradient with respect to a use's activation is laid out as its tokens are: no position is
+    read twice, and each block reads its own.
+    """
+    layout = use.activation_layout
+    return all(window.size == 1 for window in layout.windows) and (
+        len(use.columns) == 1 or bool(layout.blocks) or use.route is not None
+    )
+
+
+def _own(piece: Piece) -> Piece:
+    """The piece with tensors that autograd may keep, which it may not of those made in inference mode."""
+    return replace(
+        piece,
+        inputs=[
+            leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+            for leaf in piece.inputs
+        ],
+    )
+
+
+def padding_of(program: Program, leaves: list[Any], marks: Marks, index: int) -> Padding:
+    """What is padding in each of these outputs of a piece."""
+    pairs = zip(results(program.module.graph), leaves, strict=True)
+    found = {
+        id(leaf): marks.of_output(index, node, leaf)
+        for place, (node, leaf) in enumerate(pairs)
+        if place not in program.state_outputs and isinstance(node, fx.Node) and isinstance(leaf, Tensor)
+    }
+    return lambda leaf: found.get(id(leaf))
+
+
+def _settle(program: Program, pieces: Sequence[Piece], loss: Outputs, marks: Marks, at_least: int) -> None:
+    """Run the first pieces forward until it is known how large the outputs are: of one image alone, a number
+    may come out as almost nothing.
+    """
+    for index, piece in enumerate(pieces):
+        leaves = ran(program, piece)
+        enough = loss.settle(
+            called(program, leaves, piece.inputs)[0], padding_of(program, leaves, marks, index)
+        )
+        if enough or (index + 1 >= at_least and loss.has_size):
+            return
+
+
+def _terms(program: Program, run: Runner, piece: Piece, loss: Loss, marks: Marks, index: int) -> Tensor:
+    """The terms of the loss on one batch; none where a loss of ours finds nothing to predict."""
+    leaves = returned(program, run)
+    outputs, inputs = called(program, leaves, piece.inputs)
+    if isinstance(loss, Outputs):
+        loss.begin(piece.first, piece.rows)
+    try:
+        terms = evaluated(loss, outputs, inputs, padding_of(program, leaves, marks, index))
+    except CalibrationError:
+        raise
+    except tolerable(Exception) as error:  # a loss of the user's raises what it likes
+        raise CalibrationError(
+            f"the loss fails on calibration batch {piece.batch}: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if (
+        not isinstance(terms, Tensor)
+        or not terms.is_floating_point()
+        or not (terms.numel() or loss is next_token)
+    ):
+        found = (
+            f"a tensor of {terms.dtype} of shape {tuple(terms.shape)}"
+            if isinstance(terms, Tensor)
+            else f"a {type(terms).__name__}"
+        )
+        raise CalibrationError(
+            f"the loss returned {found}; it must return floating-point terms, or their sum as a tensor"
+        )
+    if not bool(torch.isfinite(terms.detach()).all()):
+        raise CalibrationError(
+            f"the loss is not finite on calibration batch {piece.batch}; check the batches and the model's"
+            " dtype"
+        )
+    return terms
+
+
+def called(program: Program, leaves: list[Any], batch: list[Any]) -> tuple[Any, dict[str, Any]]:
+    """What the model returned in its own structure, without caches, and the arguments of the call by name."""
+    shown = [None if index in program.state_outputs else leaf for index, leaf in enumerate(leaves)]
+    info: Any = getattr(program.module.graph._codegen, "pytree_info", None)
+    if info is None or info.out_spec is None or info.in_spec is None:
+        return shown, {node.name: value for node, value in zip(program.placeholders(), batch, strict=True)}
+    args, kwargs = pytree.tree_unflatten(batch, info.in_spec)
+    return pytree.tree_unflatten(shown, info.out_spec), {
+        **dict(zip(program.signature.given(), args, strict=False)),
+        **kwargs,
+    }
+
+
+def _gradients(consumer: Consumer) -> list[InputGradients]:
+    return [
+        statistic
+        for seen in consumer.seen
+        for statistic in seen.values()
+        if isinstance(statistic, InputGradients)
+    ]
+
+
+def _vanished(consumers: Consumers, ranks: Ranks) -> bool:
+    """Whether gradients were asked for, and all of them were zero, in all processes."""
+    found = [
+        statistic.diagonal() for consumer in consumers.by_key.values() for statistic in _gradients(consumer)
+    ] + consumers.products.effects()
+    asked, told = ranks.total(bool(found)), ranks.total(any(bool((squares > 0).any()) for squares in found))
+    return bool(asked) and not told
+
+
+def _check(consumers: Consumers, back: bool) -> None:
+    for consumer in consumers.by_key.values():
+        if not consumer.sees_finite():
+            raise CalibrationError(
+                f"what is seen at '{consumer.weight}' is not finite on the calibration data; check the"
+                " batches and the model's dtype"
+            )
+    _check_gradients(consumers)
+    if not _finite(consumers.products.effects()):
+        raise CalibrationError(
+            "what is seen of queries and keys is not finite on the calibration data; check the batches and"
+            " the model's dtype"
+        )
+    if back and _vanished(consumers, Ranks()):
+        raise CalibrationError(
+            "the gradients of the loss vanish at every weight that can be pruned; pass another loss=, or"
+            " loss=None"
+        )
+
+
+def _check_gradients(consumers: Consumers) -> None:
+    for consumer in consumers.by_key.values():
+        if not _finite(statistic.diagonal() for statistic in _gradients(consumer)):
+            raise CalibrationError(
+                f"the gradients of the loss are not finite at '{consumer.weight}'; check the batches and the"
+                " model's dtype, or pass another loss=, or loss=None"
+            )
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+__all__ = ["called", "observe_batches", "padding_of"]

@@ -1,0 +1,332 @@
+"""What each calibration token is for: to fit a restoration, to judge it, or, as padding, for nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..capturing._program import Program
+from ..capturing._sizes import same_sizes
+from ..errors import ArgumentError, CalibrationError
+from ..patterns import RESHAPES
+from .statistics import FITTED, HELD, PADDING
+
+#: one in so many sequences is held out, and where there are fewer, this part of each
+_ONE_IN = 4
+
+
+class Marks:
+    """Marks of the tokens of every batch, as tensors that broadcast to an activation.
+
+    Tokens of one sequence resemble each other, so whole sequences are held out: every fourth, counted through
+    all batches. Of fewer than four, the last quarter of each is. A sequence is one index of the first
+    dimension of the first input.
+
+    Args:
+        program: the program that the batches are for.
+        batches: its flat inputs.
+        padding_mask: name of an input ``[batch, tokens]``, zero where a token is padding; ``None``: every
+            token counts.
+        hold_out: whether to hold out any.
+
+    Attributes:
+        unmatched: nodes whose tokens could not be matched with the mask, so that padding among them counts.
+
+    Raises:
+        ArgumentError, CalibrationError: there is no such mask, or it does not fit.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        batches: Sequence[Sequence[Any]],
+        padding_mask: str | None = None,
+        hold_out: bool = True,
+    ) -> None:
+        self.hold_out, self._name = hold_out, padding_mask
+        self.unmatched: dict[fx.Node, None] = {}
+        nodes = program.placeholders()
+        self._reference = next((i for i, node in enumerate(nodes) if _rank(node) > 0), None)
+        self._shape: tuple[Any, ...] = (
+            tuple(nodes[self._reference].meta["val"].shape) if self._reference is not None else ()
+        )
+        sizes = [batch[self._reference].shape[0] if self._reference is not None else 1 for batch in batches]
+        self._picked = _picked(program, self._shape)
+        self._batches = batches
+        self._sizes, self._firsts = sizes, [0, *accumulate(sizes)]
+        self._many_batches = len(sizes) >= _ONE_IN
+        self._masks = (
+            [_mask(nodes, batch, padding_mask, self._reference, index) for index, batch in enumerate(batches)]
+            if padding_mask is not None
+            else None
+        )
+
+    def of(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> Tensor:
+        """Marks of one batch's activation, with as many dimensions, of its size or 1.
+
+        Args:
+            index: the batch.
+            node: the node that the activation is the value of.
+            dims: the dimensions along which tokens lie.
+        """
+        marks = torch.full([1] * activation.dim(), FITTED, dtype=torch.uint8, device=activation.device)
+        if self.hold_out:
+            dim, held = self._held(index, node, activation, dims)
+            marks = torch.where(_along(held.to(activation.device), dim, activation.dim()), HELD, marks)
+        padding = self._padding(index, node, activation, dims)
+        return marks if padding is None else torch.where(padding, PADDING, marks)
+
+    def of_output(self, index: int, node: fx.Node, output: Tensor) -> Tensor | None:
+        """Which tokens of an output are padding, ``[batch, tokens]``; ``None`` where its first two dimensions
+        are not those of the mask, or of the tokens in it that an input asks for by their positions.
+        """
+        recorded = node.meta.get("val")
+        if self._masks is None or not isinstance(recorded, Tensor):
+            return None
+        mask = self._masks[index]
+        if recorded.dim() > 1 and _same(recorded.shape[0], self._shape[0]):
+            picked = self._picked.get(str(recorded.shape[1]))
+            if picked is not None:
+                mask = mask[:, self._batches[index][picked].to(mask.device)]
+            if output.shape[:2] == mask.shape and (
+                picked is not None or _same(recorded.shape[1], self._shape[1])
+            ):
+                return mask
+        tokens = _symbols(self._shape[1])
+        varies = output.shape[:2] == mask.shape and bool(_symbols(recorded.shape[1]))
+        if varies or any(tokens and tokens <= _symbols(size) for size in recorded.shape):
+            self.unmatched[node] = None  # there are tokens, and they lie otherwise
+        return None
+
+    def without_padding(self, index: int, node: fx.Node, output: Tensor) -> Tensor:
+        """What lies at an output, with zeros where it is known to be padding."""
+        padding = self._padding(index, node, output, list(range(output.dim())))
+        return output if padding is None else output.masked_fill(padding, 0)
+
+    def routed(self, index: int, node: fx.Node, ends: Tensor) -> Tensor:
+        """Marks of tokens that were sorted by the block they go to, ``[tokens]``: of each block the last
+        quarter is held out, or every fourth batch.
+        """
+        if self._masks is not None:
+            self.unmatched[node] = None
+        sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+        parts = [
+            torch.full((size,), self._batch_held(index)) if self._many_batches else _last(size)
+            for size in sizes
+        ]
+        held = torch.cat(parts).to(ends.device) & self.hold_out
+        return torch.where(held, HELD, FITTED).to(torch.uint8)
+
+    def remark(self) -> str:
+        """What to say of the nodes whose padding could not be told."""
+        names = [node.name for node in self.unmatched]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return (
+            f"'{self._name}' could not be matched with the tokens of '{names[0]}'{more}, so that all of them"
+            " count in scores and repairs, padding included"
+        )
+
+    def _batch_held(self, index: int) -> bool:
+        """Whether all of a batch is held out, where its tokens cannot be told apart."""
+        return index % _ONE_IN == _ONE_IN - 1 if self._many_batches else 0 < index == len(self._sizes) - 1
+
+    def _lying(self, axis: int, length: int, node: fx.Node, activation: Tensor, dims: list[int]) -> list[int]:
+        """Those of some dimensions that are as long as an axis of the first input, in this batch and as
+        captured.
+        """
+        recorded = _recorded(node)
+        return [
+            dim for dim in dims if activation.shape[dim] == length and _same(recorded[dim], self._shape[axis])
+        ]
+
+    def _held(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> tuple[int, Tensor]:
+        """A dimension, and which of its positions are held out."""
+        if not dims:
+            return 0, torch.tensor([self._batch_held(index)])
+        size, first, total = self._sizes[index], self._firsts[index], self._firsts[-1]
+        own = self._lying(0, size, node, activation, dims)
+        batch = own[0] if own else dims[0]
+        along = activation.shape[batch]
+        longer = next((dim for dim in dims if dim != batch and activation.shape[dim] > 1), None)
+        # Sequences, or all their tokens one after the other; of each the first, where they take turns.
+        inner = False if own or size == 1 else _takes_turns(node, batch, self._shape[0])
+        if size and along % size == 0 and inner is not None:
+            each = along // size
+            number = torch.arange(along)
+            number = first + (number % size if inner else number // max(each, 1))
+            if total >= _ONE_IN:
+                return batch, number % _ONE_IN == _ONE_IN - 1
+            if each > 1:
+                return batch, _last(each).repeat_interleave(size) if inner else _last(each).repeat(size)
+            if longer is None:
+                return batch, (number == total - 1) & (total > 1)
+        elif self._many_batches:
+            return batch, torch.full((along,), self._batch_held(index))
+        dim = batch if longer is None else longer
+        return dim, _last(activation.shape[dim])
+
+    def _padding(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> Tensor | None:
+        """Which positions are padding, or ``None`` where all count."""
+        if self._masks is None:
+            return None
+        mask = self._masks[index].to(activation.device)
+        batches, found = (
+            self._lying(axis, length, node, activation, dims) for axis, length in enumerate(mask.shape)
+        )
+        if batches:
+            rest = [dim for dim in dims if dim != batches[0]]
+            found = [dim for dim in found if dim != batches[0]]
+            # Which is which, nobody can tell where both are as long.
+            if len(found) == 1 and len(batches) == 1:
+                padding = mask if batches[0] < found[0] else mask.T
+                return padding.reshape(
+                    [
+                        activation.shape[dim] if dim in (batches[0], found[0]) else 1
+                        for dim in range(activation.dim())
+                    ]
+                )
+            if not rest:  # one token a sequence
+                return None
+        elif (
+            len(dims) == 1
+            and activation.shape[dims[0]] == mask.numel()
+            and _symbols(self._shape[0]) | _symbols(self._shape[1]) <= _symbols(_recorded(node)[dims[0]])
+            and (inner := _takes_turns(node, dims[0], self._shape[0])) is not None
+        ):
+            # All tokens one after the other, of each sequence or of each place in all of them.
+            return _along((mask.T if inner else mask).reshape(-1), dims[0], activation.dim())
+        self.unmatched[node] = None
+        return None
+
+
+def _picked(program: Program, shape: Sequence[Any]) -> dict[str, int]:
+    """Sizes that are those of an input's, by whose numbers the graph picks tokens; the number of that input
+    for each.
+
+    Args:
+        shape: of the first input, as captured: ``[batch, tokens, …]``.
+    """
+    found: dict[str, int] = {}
+    for number, node in enumerate(program.placeholders()):
+        if len(shape) < 2 or len(_recorded(node)) != 1 or not _symbols(_recorded(node)[0]):
+            continue
+        for user in node.users:
+            picks = (user.target is torch.ops.aten.index.Tensor and user.args[1] == [None, node]) or (
+                user.target is torch.ops.aten.index_select.default and user.args[1:] == (1, node)
+            )
+            source = user.args[0] if picks else None
+            if isinstance(source, fx.Node) and _same(_recorded(source)[1], shape[1]):
+                found[str(_recorded(node)[0])] = number
+    return found
+
+
+def _mask(nodes: list[fx.Node], batch: Sequence[Any], name: str, reference: int | None, index: int) -> Tensor:
+    """Where a batch is padding, ``[batch, tokens]``."""
+    inputs = {node.name: leaf for node, leaf in zip(nodes, batch, strict=True)}
+    if name not in inputs:
+        raise ArgumentError(
+            f"padding_mask='{name}' is no input of the model as it was captured; its inputs are"
+            f" {', '.join(map(repr, inputs))}"
+        )
+    mask = inputs[name]
+    first = batch[reference] if reference is not None else None
+    if (
+        not isinstance(mask, Tensor)
+        or mask.dim() != 2
+        or first is None
+        or first.dim() < 2
+        or mask.shape != first.shape[:2]
+    ):
+        raise CalibrationError(
+            f"calibration batch {index}: padding_mask='{name}' is {_said(mask)}, but the first input is"
+            f" {_said(first)}; a mask of padding has one value for each token of it, [batch, tokens]"
+        )
+    padding = mask == 0
+    if bool(padding.all()):
+        raise CalibrationError(
+            f"calibration batch {index}: '{name}' marks every token as padding; leave the batch out, or give"
+            " it tokens"
+        )
+    return padding
+
+
+def _last(size: int) -> Tensor:
+    """The last quarter of so many positions, but never all."""
+    return torch.arange(size) >= max(size - max(size // _ONE_IN, 1), 1)
+
+
+def _along(values: Tensor, dim: int, rank: int) -> Tensor:
+    return values.reshape([-1 if other == dim else 1 for other in range(rank)])
+
+
+def _same(size: Any, wanted: Any) -> bool:
+    """Whether a recorded size is that of the tokens: the same number, or one that grows with it (a cache may
+    stand before them).
+    """
+    if isinstance(wanted, int) or isinstance(size, int):
+        return isinstance(wanted, int) and isinstance(size, int) and size == wanted
+    return bool(_symbols(wanted) <= _symbols(size))
+
+
+def _takes_turns(node: fx.Node, dim: int, batch: Any) -> bool | None:
+    """Whether positions that lie one after the other along a dimension are of one sequence after another,
+    ``True``, or all of one sequence first, ``False``. ``None`` where that is not known.
+
+    A reshape has made one dimension of several, of which the batch was the last or the first; what lies
+    between it and the node leaves the dimension as long as it is.
+
+    Args:
+        batch: how many sequences there are, as captured.
+    """
+    if dim != 0:
+        return None
+    seen, reached = {node}, [node]
+    while reached:
+        node = reached.pop()
+        size = _recorded(node)[0]
+        for source in node.all_input_nodes if node.op == "call_function" else ():
+            shape = _recorded(source)
+            if source in seen or source.op == "get_attr" or not shape:
+                continue
+            if same_sizes(shape[:1], [size]):
+                seen.add(source)
+                reached.append(source)
+                continue
+            if str(node.target) not in RESHAPES:
+                continue
+            merged = next(
+                (n for n in range(2, len(shape) + 1) if same_sizes([math.prod(shape[:n])], [size])), 0
+            )
+            own = [place for place in range(merged) if _same(shape[place], batch)]
+            if own in ([0], [merged - 1]):
+                return own == [merged - 1]
+            return None
+    return None
+
+
+def _recorded(node: fx.Node) -> Any:
+    """The shape that was captured of what a node gives, or of the first of several tensors."""
+    value = node.meta.get("val")
+    value = value[0] if isinstance(value, (tuple, list)) and value else value
+    return value.shape if isinstance(value, Tensor) else ()
+
+
+def _symbols(size: Any) -> set[Any]:
+    return set() if isinstance(size, int) else set(size.node.expr.free_symbols)
+
+
+def _rank(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else 0
+
+
+def _said(value: Any) -> str:
+    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+__all__ = ["Marks"]

@@ -1,0 +1,296 @@
+"""Read a consumer as matrices: the weight as ``[blocks, rows, columns]``, its input as tokens by columns for
+every block.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from ..analysis._analysis import Analysis
+from ..analysis.channels import Layout, Use, run_on_numbers
+from ..base.compat import pytree
+from ..capturing._fx import arguments, attribute, way_from_weight, written_names
+from ..patterns import BIASES, CASTS
+
+
+class ConsumerMatrices:
+    """One use of a weight, read as one matrix per block (one block unless the weight is stacked or a
+    convolution grouped).
+
+    A convolution's columns are its input channels times the positions of its window; its tokens are the
+    positions of its output.
+
+    Args:
+        use: the use.
+        values: the values of the analysis, by node.
+    """
+
+    def __init__(self, use: Use, values: dict[fx.Node, Any]) -> None:
+        self.use, self.values = use, values
+        self._moves = [node for node in way_from_weight(use.operand)[1:] if str(node.target) not in CASTS]
+
+    @property
+    def columns(self) -> np.ndarray:
+        """Channel numbers, shape ``[blocks, columns, axes]``."""
+        return self.use.columns
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Uses with equal keys read the same weight in the same way."""
+        moves = tuple((str(node.target), str(node.args[1:]), str(node.kwargs)) for node in self._moves)
+        return self.use.weight, self.use.columns.tobytes(), self.use.weight_layout, moves
+
+    def moved(self, tensor: Tensor) -> Tensor:
+        """A tensor like the weight as it reaches the use: sliced, transposed and so on as the weight is."""
+        for node in self._moves:
+            if node.target is operator.getitem:
+                tensor = tensor[node.args[1]]  # type: ignore[index]
+            else:
+                tensor = run_on_numbers(node, tensor, self.values)
+        return tensor
+
+    def read(self, weight: Tensor) -> Tensor:
+        """The weight as ``[blocks, rows, columns]``."""
+        operand = _divided(self.moved(weight), self.use.weight_layout)
+        order = _order(operand.dim(), self.use.weight_layout)
+        blocks, columns = self.use.columns.shape[:2]
+        return operand.permute(order).reshape(blocks, -1, columns)
+
+    def rows(self, weight: Tensor) -> int:
+        """How many rows the blocks of a weight have together."""
+        return self.moved(weight).numel() // self.use.columns.shape[1]
+
+    def write(self, matrices: Tensor, like: Tensor) -> Tensor:
+        """The inverse of :meth:`read`: the weight ``like`` with these matrices in it; of a stack, the others
+        stay as they are.
+        """
+        moved = self.moved(like)
+        operand = _divided(moved, self.use.weight_layout)
+        order = _order(operand.dim(), self.use.weight_layout)
+        laid = (
+            matrices.reshape([operand.shape[dim] for dim in order])
+            .permute([order.index(dim) for dim in range(len(order))])
+            .reshape(moved.shape)
+        )
+        if not self._moves:
+            return laid.contiguous()
+        places = self.moved(torch.arange(like.numel(), device=like.device).reshape(like.shape)).reshape(-1)
+        flat = like.clone(memory_format=torch.contiguous_format).reshape(-1)
+        flat[places] = laid.reshape(-1)
+        return flat.reshape(like.shape)
+
+    def tokens(
+        self, activation: Tensor, marks: Tensor, ends: Tensor | None
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The input's tokens for each block, piece by piece: (block, ``[tokens, columns]``, their marks
+        ``[tokens]``).
+
+        Args:
+            activation: the value of the use's activation.
+            marks: what each position is for (:mod:`fasp_fx.statistics`), with as many dimensions as the
+                activation, of its size or 1; of a routed use ``[tokens]``.
+            ends: for a routed use, where each block's tokens end.
+        """
+        layout = self.use.activation_layout
+        blocks, columns = self.use.columns.shape[:2]
+        if ends is not None:
+            flat = activation.movedim(layout.columns[0], -1).reshape(-1, columns)
+            start = 0
+            for block, end in enumerate(ends.tolist()):
+                yield block, flat[start:end], marks[start:end]
+                start = end
+            return
+        # Windows overlap, so that their tokens are many times the input: one sample at a time.
+        whole = (
+            not layout.windows
+            or any(split[0] == 0 for split in layout.splits)
+            or 0 in (*layout.blocks, *layout.columns, *(w.dim for w in layout.windows))
+        )
+        marks = marks.expand(activation.shape)
+        for piece, own in (
+            [(activation, marks)] if whole else zip(activation.split(1), marks.split(1), strict=True)
+        ):
+            matrix = _laid(_divided(piece, layout), layout)
+            # A token is read along all its columns, and along a window: one position there stands for all, or
+            # the most of them.
+            first = _divided(own, layout)
+            for dim in layout.columns:
+                first = first.narrow(dim, 0, 1)
+            kinds = _laid(first, layout).amax(-1)
+            yield from zip(
+                range(blocks), matrix.expand(blocks, -1, -1), kinds.expand(blocks, -1), strict=True
+            )
+
+
+def states_before(start: Tensor, states: Tensor, steps: int) -> Tensor:
+    """What a recurrent weight is contracted with: the states of the step before, of the first step ``start``;
+    steps lie along dimension ``steps``.
+    """
+    first = start.movedim(0, steps).expand(states.narrow(steps, 0, 1).shape)
+    return torch.cat([first, states.narrow(steps, 0, states.shape[steps] - 1)], steps)
+
+
+def token_dims(rank: int, layout: Layout) -> list[int]:
+    """The dimensions of an operand along which tokens lie, and neither blocks nor columns."""
+    origin = list(range(rank))
+    for dim, _ in layout.splits:
+        origin.insert(dim, origin[dim])
+    taken = {origin[dim] for dim in (*layout.blocks, *layout.columns)}
+    return [dim for dim in range(rank) if dim not in taken]
+
+
+def _laid(operand: Tensor, layout: Layout) -> Tensor:
+    """A divided operand as ``[blocks, tokens, columns]``; columns include the positions of windows."""
+    for window in layout.windows:
+        operand = torch.nn.functional.pad(
+            operand, [*([0, 0] * (operand.dim() - 1 - window.dim)), *window.padding]
+        )
+        operand = operand.unfold(window.dim, (window.size - 1) * window.dilation + 1, window.stride)[
+            ..., :: window.dilation
+        ]
+    rank = operand.dim() - len(layout.windows)
+    rest = [dim for dim in range(rank) if dim not in (*layout.blocks, *layout.columns)]
+    laid = operand.permute([*layout.blocks, *rest, *layout.columns, *range(rank, operand.dim())])
+    first, last = len(layout.blocks), len(layout.blocks) + len(rest)
+    return laid.reshape(
+        math.prod(laid.shape[:first]), math.prod(laid.shape[first:last]), math.prod(laid.shape[last:])
+    )
+
+
+def _divided(tensor: Tensor, layout: Layout) -> Tensor:
+    for dim, first in layout.splits:
+        tensor = tensor.unflatten(dim, (first, -1))
+    return tensor
+
+
+def _order(rank: int, layout: Layout) -> list[int]:
+    rows = [dim for dim in range(rank) if dim not in (*layout.blocks, *layout.columns)]
+    return [*layout.blocks, *rows, *layout.columns]
+
+
+def read_otherwise(analysis: Analysis, matrices: ConsumerMatrices) -> str | None:
+    """Why a repair of a weight for one reading would change more than this reading, or ``None``.
+
+    A repair minimises the error of a weight as the consumer of one kind of input. It would also change what
+    the same entries compute as a producer, as an embedding, or as a consumer read in another way (a
+    transposed tied weight).
+    """
+    weight = matrices.use.weight
+    uses = [use for use in analysis.walk.facts.uses if use.weight == weight]
+    canonical = analysis.program.canonical()
+    names = [
+        node
+        for node in analysis.program.module.graph.find_nodes(op="get_attr")
+        if canonical.get(str(node.target)) == weight
+    ]
+    inside = {*names, *(node for use in uses for node in way_from_weight(use.operand))}
+    for node in inside:
+        for user in node.users:
+            if (
+                user not in inside
+                and _computes(user)
+                and not any(
+                    use.node is user and use.operand is node and use.activation is not node for use in uses
+                )
+            ):
+                return f"it is also read by '{user.name}' ({user.target}), which a repair would change"
+    others = [
+        other
+        for other in (ConsumerMatrices(use, analysis.walk.values) for use in uses)
+        if other.key != matrices.key
+    ]
+    if not others:
+        return None
+    shape = attribute(analysis.program.module, weight).shape
+    own = _places(matrices, shape)
+    for other in others:
+        if np.intersect1d(own, _places(other, shape)).size:
+            return (
+                f"'{other.use.node.name}' reads the same entries in another way, which a repair would change"
+            )
+    return None
+
+
+def _computes(node: fx.Node) -> bool:
+    """Whether a node gives a tensor, or is the output; others look at sizes and types alone."""
+    leaves: Iterable[object] = pytree.tree_leaves(node.meta.get("val"))
+    return node.op == "output" or "val" not in node.meta or any(isinstance(leaf, Tensor) for leaf in leaves)
+
+
+def _places(matrices: ConsumerMatrices, shape: torch.Size) -> np.ndarray:
+    """Which entries of a weight are read."""
+    return np.unique(matrices.moved(torch.arange(shape.numel()).reshape(shape)).numpy())
+
+
+#: the part of the means that is not taken for granted
+STAYING = 1e-3
+
+
+def bias_of(analysis: Analysis, uses: Sequence[Use], matrices: ConsumerMatrices) -> str | None:
+    """The parameter that is added to every token of a consumer's output and read nowhere else, by its
+    canonical name.
+
+    Args:
+        uses: those of the consumer.
+        matrices: the weight as matrices, whose rows are the bias' entries, block after block.
+    """
+    use = uses[0]
+    names = BIASES.get(str(use.node.target))
+    if len(uses) > 1 or names is None or use.route is not None or use.recurrence is not None:
+        return None
+    given = arguments(use.node)
+    weight, bias = (given.get(name) for name in names)
+    name = read_alone(analysis, bias, use.node)
+    if (
+        weight is not use.operand
+        or name is None
+        or any(given.get(name, 1) != 1 for name in ("alpha", "beta"))
+    ):
+        return None
+    held, own = (attribute(analysis.program.module, read) for read in (name, use.weight))
+    return name if held.dtype == own.dtype and len(held) == matrices.rows(own) else None
+
+
+def read_alone(analysis: Analysis, bias: object, node: fx.Node) -> str | None:
+    """The canonical name of a parameter of one dimension that one node alone reads, once, and nothing writes
+    into; ``None`` if it is none.
+    """
+    if not isinstance(bias, fx.Node) or bias.op != "get_attr":
+        return None
+    module, canonical = analysis.program.module, analysis.program.canonical()
+    name, held = canonical.get(str(bias.target), ""), attribute(module, str(bias.target))
+    if not isinstance(held, nn.Parameter) or held.dim() != 1 or name in written_names(module.graph):
+        return None
+    same = [
+        other for other in module.graph.find_nodes(op="get_attr") if canonical.get(str(other.target)) == name
+    ]
+    return name if [user for other in same for user in other.users] == [node] else None
+
+
+def with_ones(tokens: Tensor) -> Tensor:
+    """Tokens ``[tokens, columns]`` and a one behind each, which the intercept is the weight of."""
+    return torch.cat([tokens, tokens.new_ones((len(tokens), 1))], 1)
+
+
+def centred(gram: Tensor, columns: int) -> Tensor:
+    """The Gram matrix ``[columns, columns]`` of columns without their means: what is left of them where an
+    intercept takes the means over.
+
+    A thousandth of the means stays, as if the ones were damped: of few tokens a mean says little, and all
+    columns may be constant.
+
+    Args:
+        gram: that of the columns, followed by the ones.
+    """
+    own, sums = gram[:columns, :columns], gram[:columns, columns]
+    return own - torch.outer(sums, sums) / (gram[columns, columns].clamp_min(1.0) * (1 + STAYING))
+
+
+__all__ = ["bias_of", "centred", "read_alone", "read_otherwise", "with_ones"]

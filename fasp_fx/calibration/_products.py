@@ -1,0 +1,462 @@
+"""Channels contracted between two activations: how much their product or the loss would lose without some,
+and what is left of the product.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from ..analysis._analysis import Analysis
+from ..analysis.channels import NONE, Product, Repeating, Slot, repeating
+from ..analysis.groups import Group
+from ..base._device import device_of
+from ..base.compat import OpOverload, pytree
+from ..capturing._fx import arguments as arguments_of
+from ..capturing._fx import attribute, written_names
+from ..capturing._runner import Runner
+from ..patterns import BIASES, CASTS, lookup
+from ._marks import Marks
+from ._matrices import read_alone
+from ._ranks import Ranks
+from .scoring import ByColumns, Columns
+from .statistics import PADDING, precise
+
+#: what is seen of a product besides its operands, 0 and 1
+EFFECT = "effect"
+
+
+class ObservedProducts:
+    """What is seen of the operands of products, channel by channel.
+
+    Channel i adds the matrix q_i k_iᵀ to the product of queries and keys, whose Frobenius norm is ‖q_i‖₂
+    ‖k_i‖₂: that is its score, where ‖q_i‖₂ runs over all that a channel set holds of an operand (every head
+    and layer that shares one table of rotations, say). Several products are added.
+
+    Where a loss is run back, h_ti is its gradient with respect to the query's channel i at token t, so that
+    to first order the loss falls by q_ti h_ti without it. The mean of the squares over the loss' terms is the
+    curvature by Fisher's information, and half of it what the channel costs: the unit of the costs of
+    consumers (:class:`fasp_fx.obs.OBS`).
+
+    Args:
+        groups: those that can be pruned; products decide those of them that no weight reads.
+
+    Attributes:
+        terms: of how many terms the loss was the sum.
+    """
+
+    def __init__(self, analysis: Analysis, groups: list[Group]) -> None:
+        self.analysis = analysis
+        self.of_group = {
+            group.name: [
+                product
+                for product in analysis.walk.facts.products
+                if np.isin(analysis.labels[product.numbers], group.sets).any()
+            ]
+            for group in groups
+            if not group.uses
+        }
+        #: sums of squares of a product's operands, 0 and 1, and of the effects of the first, along each axis
+        self._sums: dict[tuple[int, int | str, int], Tensor] = {}
+        self.terms = 0
+
+    @property
+    def all(self) -> list[Product]:
+        """The products of all groups, each once."""
+        return list(dict.fromkeys(product for found in self.of_group.values() for product in found))
+
+    def of(self, group: Group) -> list[Product]:
+        """The products that decide a group: those of one without consumers."""
+        return self.of_group.get(group.name, [])
+
+    def observe(self, runner: Runner, marks: Marks, products: list[Product], ranks: Ranks) -> None:
+        """Add the squares of the operands of products about to be executed, without padding, over the batches
+        of all processes.
+        """
+        for product in products:
+            for operand, node in enumerate(product.operands):
+                for number, batch in zip(runner.numbers, runner.read(node), strict=True):
+                    self.see(product, operand, batch, marks, number)
+            self.add_up(product, range(len(product.operands)), ranks, runner.device)
+
+    def see(self, product: Product, what: int | str, value: Tensor, marks: Marks, number: int) -> None:
+        """Add the squares of one operand of a product, or of its effects, in one batch, without padding."""
+        squares = value.detach().abs().to(torch.float32).square()
+        for index, lying in enumerate(self._lying(product, what)):
+            counts = marks.of(number, _operand(product, what), value, tokens_of(lying)) != PADDING
+            more = lying.summed((squares * counts).to(precise(value.device)))
+            key = id(product), what, index
+            self._sums[key] = self._sums[key] + more if key in self._sums else more
+
+    def see_effect(
+        self, product: Product, value: Tensor, gradient: Tensor, marks: Marks, number: int
+    ) -> None:
+        """Add the squares of what the loss loses with each channel of a product's first operand, in one
+        batch.
+
+        Args:
+            value: the operand.
+            gradient: of the loss with respect to it.
+        """
+        effect = (value.detach() * gradient.conj()).real if value.is_complex() else value.detach() * gradient
+        self.see(product, EFFECT, effect, marks, number)
+
+    def add_up(
+        self, product: Product, seen: Iterable[int | str], ranks: Ranks, device: torch.device | None = None
+    ) -> None:
+        """Add what other processes have seen of operands or effects; this one may have seen none.
+
+        Args:
+            device: where the program runs; ``None``: where it is.
+        """
+        device = device or device_of(self.analysis.program.module)
+        for what in seen:
+            for index, lying in enumerate(self._lying(product, what)):
+                nothing = torch.zeros(lying.numbers.shape, dtype=precise(device), device=device)
+                ranks.add(self._sums.setdefault((id(product), what, index), nothing))
+
+    def effects(self) -> list[Tensor]:
+        """The sums of the squared effects."""
+        return [value for (_, what, _), value in self._sums.items() if what == EFFECT]
+
+    def forget(self, effects: bool = True) -> None:
+        """Keep nothing of what was seen, or nothing but effects on the loss."""
+        self._sums = {key: value for key, value in self._sums.items() if key[1] == EFFECT and not effects}
+
+    def costs(self, group: Group) -> np.ndarray | None:
+        """What each channel set of a group costs by its effects on the loss, in the order of ``group.sets``;
+        ``None`` where no loss was run back.
+        """
+        products = self.of(group)
+        if not products or not all((id(product), EFFECT, 0) in self._sums for product in products):
+            return None
+        total: np.ndarray = np.sum([self._by_set(group, product, EFFECT) for product in products], 0)
+        return 0.5 * total / max(self.terms, 1)
+
+    def scores(self, group: Group) -> np.ndarray:
+        """One value for each channel set of a group, in the order of ``group.sets``."""
+        total = np.zeros(group.size)
+        for product in self.of(group):
+            energies = [self._by_set(group, product, operand) for operand in range(len(product.operands))]
+            total += np.prod(np.sqrt(energies), 0)
+        return total
+
+    def _by_set(self, group: Group, product: Product, what: int | str) -> np.ndarray:
+        """What was seen of a product, added up for the channel sets of a group."""
+        total = np.zeros(group.size)
+        for index, lying in enumerate(self._lying(product, what)):
+            seen = self._sums[id(product), what, index].cpu().numpy().reshape(-1)
+            _add(total, group, self.analysis, lying.numbers.reshape(-1).numpy(), seen)
+        return total
+
+    def cut(self, runner: Runner, products: list[Product], gone: np.ndarray) -> None:
+        """Take removed channels out of products about to be executed: zeros in the first operand."""
+        kept = torch.from_numpy(~np.append(gone, False))  # the last entry serves NONE (-1)
+        for product in products:
+            for lying in self._lying(product, 0):
+                runner.change(product.operands[0], partial(_staying, kept, lying))
+
+    def _lying(self, product: Product, what: int | str) -> list[Repeating]:
+        """How the channels that the product sums over lie along an operand."""
+        return lying_along(self.analysis, product, 0 if what == EFFECT else int(what))
+
+
+def _operand(product: Product, what: int | str) -> fx.Node:
+    return product.operands[0 if what == EFFECT else int(what)]
+
+
+def _staying(kept: Tensor, lying: Repeating, value: Tensor) -> Tensor:
+    """An operand with zeros where nothing stays."""
+    return value * kept[lying.at(value.shape)].to(value)
+
+
+def lying_along(analysis: Analysis, product: Product, operand: int) -> list[Repeating]:
+    """How the channels that a product sums over lie along one of its operands."""
+    node = product.operands[operand]
+    axes = [
+        axis.numbers
+        for axis in analysis.walk.values[node].axes
+        if np.isin(axis.numbers.numpy(), product.numbers).any()
+    ]
+    # A node that a pass has written may have none: nothing is known then of sizes that vary.
+    recorded = node.meta.get("val")
+    found = [repeating(numbers, numbers.shape if recorded is None else recorded.shape) for numbers in axes]
+    return [lying for lying in found if lying is not None]  # the analysis leaves others whole
+
+
+def tokens_of(lying: Repeating) -> list[int]:
+    """The dimensions along which tokens lie."""
+    return [
+        dim
+        for dim, (size, varies) in enumerate(zip(lying.numbers.shape, lying.varies, strict=True))
+        if size == 1 or varies
+    ]
+
+
+def row_scores(analysis: Analysis, group: Group, score: ByColumns, within: str) -> np.ndarray:
+    """Without data, one value for each channel set: the score of the producers' rows, added up.
+
+    Args:
+        within: the path of the submodule that was captured, if it was none of the whole model.
+    """
+    total = np.zeros(group.size)
+    for slot in group.slots:
+        weight = attribute(analysis.program.module, slot.name) if slot.kind == "weight" else None
+        if isinstance(weight, Tensor) and weight.dim() > 1 and weight.is_floating_point():
+            for block, (numbers, piece) in enumerate(_blocks(slot, weight.detach())):
+                rows = piece.movedim(slot.dim, -1).reshape(-1, piece.shape[slot.dim])
+                _add(
+                    total,
+                    group,
+                    analysis,
+                    numbers,
+                    score.values(
+                        Columns(rows, None, None, name=f"{within}, {slot.name}, {slot.dim}, {block}")
+                    ),
+                )
+    return total
+
+
+def _blocks(slot: Slot, weight: Tensor) -> list[tuple[np.ndarray, Tensor]]:
+    numbers = slot.numbers().numpy()
+    if slot.block_dim is None:
+        return [(numbers, weight)]
+    return list(zip(numbers, weight.chunk(slot.blocks, slot.block_dim), strict=True))
+
+
+def _add(
+    total: np.ndarray, group: Group, analysis: Analysis, numbers: np.ndarray, values: np.ndarray
+) -> None:
+    sets = sets_in(group, analysis.labels, numbers)
+    np.add.at(total, sets[sets >= 0], values[sets >= 0])
+
+
+def sets_in(group: Group, labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """For channel numbers of any shape, which of a group's channel sets each belongs to, counted in the order
+    of ``group.sets``; -1 where none.
+
+    Args:
+        labels: the channel set of each channel number.
+    """
+    sets = np.where(numbers >= 0, labels[np.maximum(numbers, 0)], -1)
+    member = np.isin(sets, group.sets)
+    order = np.argsort(group.sets)
+    found = np.full(numbers.shape, -1)
+    found[member] = order[np.searchsorted(group.sets[order], sets[member])]
+    return found
+
+
+#: products whose operands are ``[..., tokens, channels]``, and, where the second is ``[..., channels,
+#: tokens]``, that it is
+FORMS = {
+    "aten.scaled_dot_product_attention.default": False,
+    "aten.matmul.default": True,
+    "aten.bmm.default": True,
+}
+_SUMS = ("aten.add.Tensor", "aten.sub.Tensor", "aten.cat.default", "aten.stack.default", "aten.neg.default")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rows of a weight that become the channels of a product's first operand.
+
+    Attributes:
+        weight, dim: its canonical name, and the dimension that its rows lie along.
+        bias: what is added to its rows, and to nothing else.
+        rows: for each block (a head) the row of each channel, shape ``[blocks, channels]``; one block where
+            all heads share the rows.
+        lying: the numbers of the first operand's channels.
+        numbers: the same, shape ``[blocks, channels]``, for every block.
+        mixes: whether rows may be added to each other (nothing but movement lies between); otherwise each is
+            only multiplied.
+    """
+
+    weight: str
+    dim: int
+    bias: str | None
+    rows: Tensor
+    lying: Repeating
+    numbers: np.ndarray
+    mixes: bool
+
+
+def place_of(analysis: Analysis, product: Product) -> Place | str:
+    """Where the repair of a product can be written, or why nowhere."""
+    query, key = product.operands
+    if str(product.node.target) not in FORMS or query is key:
+        return "it is no product of queries and keys of a form that is known"
+    axes, others = lying_along(analysis, product, 0), lying_along(analysis, product, 1)
+    last = query.meta["val"].dim() - 1 if "val" in query.meta else -1
+    if (
+        len(axes) != 1
+        or len(others) != 1
+        or axes[0].numbers.dim() != last + 1
+        or last < 2
+        or axes[0].numbers.shape[-2] != 1
+        or axes[0].varies[last]
+    ):
+        return "its channels do not lie along the last dimension of the queries"
+    if not _meet(query.meta["val"], key.meta["val"]):
+        return "its queries and keys have heads that do not meet one by one"
+    numbers = axes[0].numbers.reshape(-1, axes[0].numbers.shape[-1]).numpy()
+    if (numbers == NONE).any():
+        return "some of its channels are none"
+    before, otherwise = _ancestors(query), _ancestors(key)
+    for node in [
+        node
+        for node in analysis.program.module.graph.find_nodes(op="get_attr")
+        if node in before and node not in otherwise
+    ][::-1]:
+        found = _place(analysis, product, node, axes[0], numbers)
+        if found is not None:
+            return found
+    return "no weight leads to its queries alone, by steps that are linear in its rows"
+
+
+def _meet(query: Tensor, key: Tensor) -> bool:
+    """Whether each head of queries meets one of keys, the same number of them each, or a single one of either
+    meets all.
+    """
+    if query.dim() != key.dim() or any(
+        str(a) != str(b) for a, b in zip(query.shape[:-3], key.shape[:-3], strict=True)
+    ):
+        return False
+    heads, own = query.shape[-3], key.shape[-3]
+    if isinstance(heads, int) and isinstance(own, int):
+        return heads == 1 or heads % own == 0
+    return str(heads) == str(own)
+
+
+def _place(
+    analysis: Analysis, product: Product, node: fx.Node, lying: Repeating, numbers: np.ndarray
+) -> Place | None:
+    """The place that a weight offers, if it does."""
+    canonical, module = analysis.program.canonical(), analysis.program.module
+    name = canonical.get(str(node.target), "")
+    weight = attribute(module, str(node.target))
+    same = [
+        other for other in module.graph.find_nodes(op="get_attr") if canonical.get(str(other.target)) == name
+    ]
+    if (
+        not isinstance(weight, nn.Parameter)
+        or not weight.is_floating_point()
+        or same != [node]
+        or name in written_names(module.graph)
+    ):
+        return None
+    way = _way(analysis, product, node, name)
+    if way is None:
+        return None
+    bias, moves = way
+    for dim in range(weight.dim()):
+        slot = analysis.numbering.get(name, dim)
+        if slot is None or slot.block_dim is not None:
+            continue
+        rows = numbers - slot.base
+        if ((rows >= 0) & (rows < slot.size)).all():
+            return Place(name, dim, bias, torch.from_numpy(rows), lying, numbers, moves)
+        own = analysis.labels[slot.base : slot.base + slot.size]
+        if slot.size == numbers.shape[1] and (analysis.labels[numbers] == own).all() and bias is None:
+            return Place(name, dim, None, torch.arange(slot.size)[None], lying, numbers, False)
+    return None
+
+
+def _way(analysis: Analysis, product: Product, weight: fx.Node, name: str) -> tuple[str | None, bool] | None:
+    """What a weight's rows go through on their way to a product: the bias that joins them, and whether all
+    else is movement; ``None`` where they go elsewhere, or are not merely moved, multiplied by what does not
+    depend on them, and added to one another."""
+    query = product.operands[0]
+    before = _ancestors(query)
+    uses = {use.node: use for use in analysis.walk.facts.uses if use.weight == name}
+    reached, bias, moves = {weight}, None, True
+    for node in analysis.program.module.graph.nodes:
+        if node in reached or not any(read in reached for read in node.all_input_nodes):
+            continue
+        if node is product.node and not any(
+            read in reached and read is not query for read in node.all_input_nodes
+        ):
+            continue
+        if node not in before:
+            if (
+                node.users
+                or node.op == "output"
+                or not isinstance(node.target, OpOverload)
+                or node.target._schema.returns
+            ):
+                return None
+            continue  # an assertion
+        if node in uses:
+            use, given = uses[node], arguments_of(node)
+            names = BIASES.get(str(node.target))
+            if use.activation in reached or use.route is not None or use.recurrence is not None:
+                return None
+            added = (
+                given.get(names[1])
+                if names
+                else next(
+                    (given[key] for key in ("bias", "self") if given.get(key) not in (None, use.activation)),
+                    None,
+                )
+            )
+            if added is not None:
+                bias = read_alone(analysis, added, node)
+                if bias is None or any(given.get(key, 1) != 1 for key in ("alpha", "beta")):
+                    return None
+        elif not _is_movement(node, reached):
+            moves = False
+            if not _is_linear(node, reached):
+                return None
+        reached.add(node)
+    return (bias, moves) if query in reached else None
+
+
+def _is_movement(node: fx.Node, reached: set[fx.Node]) -> bool:
+    """Whether a node only moves or casts what has been reached."""
+    if str(node.target) in CASTS:
+        return True
+    if node.target is operator.getitem:
+        return True
+    rule = lookup(node.target)
+    if rule is None or rule.moves != "self":
+        return False
+    return all(read not in reached or read is arguments_of(node)["self"] for read in node.all_input_nodes)
+
+
+def _is_linear(node: fx.Node, reached: set[fx.Node]) -> bool:
+    """Whether a node multiplies what has been reached by what has not, or adds things reached."""
+    read, target = [argument in reached for argument in _tensors(node)], str(node.target)
+    if target == "aten.mul.Tensor":
+        return sum(read) == 1
+    if target == "aten.div.Tensor":
+        return read[0] and sum(read) == 1
+    if target in ("aten.mul.Scalar", "aten.div.Scalar"):
+        return True
+    return (
+        target in _SUMS
+        and all(read)
+        and len(read) == (len(node.args[0]) if isinstance(node.args[0], (list, tuple)) else len(node.args))
+    )
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a node is given, in order, as often as it is."""
+    return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node)]
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it depends on."""
+    found, pending = {node}, [node]
+    while pending:
+        before = set(pending.pop().all_input_nodes) - found
+        found |= before
+        pending += before
+    return found
+
+
+__all__ = ["FORMS", "Place", "place_of", "sets_in"]

@@ -1,0 +1,272 @@
+"""Processes that share the calibration batches: each runs some of them, and what they see is added up."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..base._tensors import digest_of
+from ..base._tolerable import tolerable
+from ..base._undisturbed import aside
+from ..base._version import __version__
+from ..errors import ArgumentError, CalibrationError, RankError, first_line
+from .statistics import SplitGram, Statistic
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_CURRENT: ContextVar[Ranks | None] = ContextVar("fasp_fx_ranks", default=None)
+
+
+def ended_together(function: Callable[P, T]) -> Callable[P, T]:
+    """Have what a process raises end a function in all processes of its keyword ``group``: that process
+    raises its own error, and the others a :class:`RankError` that says which it was and what it raised.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        group: Any = kwargs.get("group")
+        if group is None or _CURRENT.get() is not None:
+            return function(*args, **kwargs)
+        ranks = Ranks(group)
+        token = _CURRENT.set(ranks)
+        try:
+            ranks.with_all(lambda: None)
+            found = function(*args, **kwargs)
+        except BaseException as error:
+            if not ranks.parted:
+                with contextlib.suppress(RankError):
+                    ranks.meet(error)
+            raise
+        finally:
+            _CURRENT.reset(token)
+        ranks.with_all(lambda: None)
+        return found
+
+    return run
+
+
+class Ranks:
+    """The processes of a group; without one, this process alone.
+
+    All of them do the same work but for the batches, and so decide alike. Every method is called by all of
+    them, in the same order. They meet before whatever they do together, so that one that has failed tells the
+    others there.
+
+    Args:
+        group: of ``torch.distributed``; ``None``: this process works alone.
+
+    Attributes:
+        rank: the number of this process.
+        size: how many there are.
+        parted: whether the processes cannot be told of a failure any more: they have been, or one is gone, or
+            this one has left them in the middle of what they do together.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise ArgumentError(
+                f"group is a {type(group).__name__}; pass a process group of torch.distributed, such as"
+                " dist.group.WORLD once it is made, or leave it out"
+            )
+        self._group = group
+        self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self.parted = False
+        if self.rank < 0:
+            raise ArgumentError(
+                "this process is not of the group that was given; call with it in the processes that are"
+            )
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None) -> Ranks:
+        """Those that :func:`ended_together` has made of a group."""
+        return _CURRENT.get() or cls(group)
+
+    def own(self, count: int) -> range:
+        """Which of so many batches this process runs.
+
+        Raises:
+            CalibrationError: there are fewer than processes.
+        """
+        if count < self.size:
+            raise CalibrationError(
+                f"{count} calibration batches are too few for {self.size} processes, each of which runs some;"
+                " give more, or start fewer"
+            )
+        return range(self.rank, count, self.size)
+
+    def check_alike(
+        self, fingerprint: Callable[[], str], batches: Iterable[Iterable[Any]], options: Mapping[str, Any]
+    ) -> None:
+        """Refuse to work together on different things.
+
+        Args:
+            fingerprint: makes that of the model, which takes reading all of it.
+
+        Raises:
+            ArgumentError: another process has another model, other batches, options or releases.
+        """
+        if self.size == 1:
+            return
+        plain = {name: value for name, value in options.items() if not callable(value)}
+        own = {"model": fingerprint(), "calibration data": digest_of(batches), "options": repr(plain)}
+        own |= {"release of fasp_fx": __version__, "release of torch": torch.__version__}
+        for rank, other in enumerate(self._gathered(own)):
+            for what, value in own.items():
+                if other[what] != value:
+                    raise ArgumentError(
+                        f"process {rank} was given other {what} than process {self.rank}; all processes are"
+                        " given the same, and divide it"
+                    )
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum of the tensors of all processes, which takes the place of this one's."""
+        if self.size > 1:
+            self.with_all(lambda: dist.all_reduce(tensor, group=self._group))
+        return tensor
+
+    def add_up(self, grams: Sequence[SplitGram], seen: Sequence[dict[str, Statistic]] = ()) -> None:
+        """Add up what the processes have seen.
+
+        Raises:
+            ArgumentError: a statistic cannot be added up.
+        """
+        if self.size == 1:
+            return
+        for gram in grams:
+            gram.reduce(self.add)
+        for by_name in seen:
+            for name, statistic in sorted(by_name.items()):
+                reduce = getattr(statistic, "reduce", None)
+                if reduce is None:
+                    raise ArgumentError(
+                        f"the statistic '{name}' cannot be added up over processes; give"
+                        f" {type(statistic).__name__} a method reduce(add)"
+                    )
+                reduce(self.add)
+
+    def once(self, grams: Sequence[SplitGram], seen: Sequence[dict[str, Statistic]] = ()) -> None:
+        """Before more is added to sums over all processes: let the first process alone hold them."""
+        sums: list[Any] = [*grams, *(statistic for by_name in seen for statistic in by_name.values())]
+        for one in sums if self.rank else ():
+            one.reduce(torch.zeros_like)
+
+    def total(self, number: float) -> float:
+        """The sum of the numbers of all processes."""
+        return float(self.add(torch.tensor(float(number), dtype=torch.float64))) if self.size > 1 else number
+
+    def first(self, value: T) -> T:
+        """What the first process has."""
+        found: T = self.share(0, value)
+        return found
+
+    def check_all(self, error: CalibrationError | None) -> None:
+        """Raise if any process has failed, in all of them.
+
+        Raises:
+            CalibrationError: of this process, or else of the first that failed.
+        """
+        failures = self._gathered(None if error is None else str(error))
+        if error is not None:
+            raise error
+        failed = next((failure for failure in failures if failure is not None), None)
+        if failed is not None:
+            raise CalibrationError(failed)
+
+    def share(self, owner: int, value: Any) -> Any:
+        """What the owner has made; what others give does not count."""
+        if self.size == 1:
+            return value
+        held = [value]
+        self.with_all(lambda: dist.broadcast_object_list(held, group=self._group, group_src=owner))
+        return held[0]
+
+    def _gathered(self, value: Any) -> list[Any]:
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        self.with_all(lambda: dist.all_gather_object(found, value, group=self._group))
+        return found
+
+    def with_all(self, work: Callable[[], Any]) -> None:
+        """Do what all processes do at once, unless one of them has failed.
+
+        Raises:
+            RankError: another process has failed, or is gone.
+        """
+        interrupt = self.meet()
+        with self._connected():
+            work()
+        if interrupt is not None:
+            raise interrupt
+
+    def meet(self, error: BaseException | None = None) -> BaseException | None:
+        """Wait for all processes, and tell them what this one has raised, if it has.
+
+        Returns:
+            An interrupt of this process that came while it waited: the others go on with what they do
+                together, and so has this one to, before it raises that.
+
+        Raises:
+            RankError: another process has failed, or is gone.
+        """
+        if self.size == 1:
+            return None
+        came, interrupt = torch.zeros(self.size, dtype=torch.int64, device="cpu"), None
+        came[self.rank] = 1 if error is None else 2
+        with self._connected():
+            try:
+                dist.all_reduce(came, group=self._group)
+            except KeyboardInterrupt as error_here:
+                if not bool(came.all()):
+                    raise
+                interrupt = error_here
+            if not bool((came > 1).any()):
+                return interrupt
+            said: list[Any] = [None] * self.size
+            own = None if error is None else f"{type(error).__name__}: {first_line(error)}"
+            dist.all_gather_object(said, own, group=self._group)
+        self.parted = True
+        if error is not None:
+            return None
+        if interrupt is not None:
+            raise interrupt
+        failed = next(rank for rank, text in enumerate(said) if text is not None)
+        raise RankError(
+            f"process {failed} of {self.size} has failed ({said[failed]}), so that process {self.rank} stops;"
+            " start all of them again once that is mended"
+        )
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Turn what a backend says of a process that is gone into one error.
+
+        Raises:
+            ArgumentError: the group is for accelerators alone.
+        """
+        try:
+            with aside():  # the others may be threads of this process
+                yield
+        except tolerable(RuntimeError) as error:
+            self.parted = True
+            if "no backend" in str(error).lower():  # counts lie on the CPU
+                raise ArgumentError(
+                    "the group does not serve the CPU; make it with"
+                    ' dist.init_process_group("cpu:gloo,cuda:nccl")'
+                ) from error
+            raise RankError(
+                f"process {self.rank} of {self.size} lost the others: {first_line(error)}; start all of them"
+                " again"
+            ) from error
+        except BaseException:
+            self.parted = True
+            raise
+
+
+__all__ = ["Ranks", "ended_together"]

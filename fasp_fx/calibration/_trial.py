@@ -1,0 +1,399 @@
+"""Try what an allocation costs: run the model as if it was pruned by it, with the weights of consumers
+replaced.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..allocation._limits import check_counts
+from ..allocation._search import Trial
+from ..analysis.groups import Group
+from ..base._device import float32_products
+from ..base._offload import keep
+from ..base._undisturbed import drawing_alike
+from ..base.compare import unfilled
+from ..capturing._runner import Runner
+from ..errors import ArgumentError
+from ._consumers import Consumer, Consumers
+from ._gradients import called, padding_of
+from ._marks import Marks
+from ._matrices import read_otherwise
+from ._pieces import Piece, returned
+from ._ranks import Ranks
+from .losses import (
+    Loss,
+    Outputs,
+    Padding,
+    evaluated,
+    next_token,
+    number_outputs,
+    predictions,
+    without_padding,
+)
+from .obs import DAMPING
+from .restoration import damped
+from .scoring import Order
+from .statistics import SplitGram
+
+#: repaired weights are kept of so many times the elements of all consumers
+_KEPT = 2
+
+
+class ServedTrial(Trial):
+    """A trial that serves budgets of fewer groups than the model has.
+
+    Args:
+        count: sequences.
+        description: of what a candidate is judged by.
+        groups: those of the model.
+
+    Attributes:
+        notes: what came of the search, for the report.
+    """
+
+    def __init__(self, count: int, description: str, groups: Sequence[Group]) -> None:
+        self.count, self._description, self.notes = count, description, list[str]()
+        self.serve(groups, list, lambda fraction: None)
+
+    def serve(
+        self,
+        groups: Sequence[Group],
+        spread: Callable[[Sequence[int]], Sequence[int]],
+        advance: Callable[[float], None],
+    ) -> None:
+        """Try allocations of a budget that has fewer groups than the model, or groups that stand for others.
+
+        Args:
+            groups: those of the budget.
+            spread: what all groups lose, of what those of the budget lose.
+            advance: called with the fraction of the search done.
+        """
+        self._groups, self._spread, self._advance = groups, spread, advance
+
+    def taken(self, lost: Sequence[int], sequences: Sequence[int]) -> Sequence[int]:
+        """What all groups lose; arguments as for :meth:`losses`.
+
+        Raises:
+            ArgumentError: there is no such sequence, or what is to be lost cannot be.
+        """
+        if bad := [number for number in sequences if number not in range(self.count)]:
+            raise ArgumentError(f"there is no sequence {bad[0]!r}; there are {self.count}, from 0 on")
+        return self._spread(check_counts(lost, self._groups))
+
+    def progress(self, fraction: float) -> None:
+        self._advance(fraction)
+
+    def note(self, before: float, after: float, tried: int) -> None:
+        sequences = f"{self.count} sequence{'s' if self.count > 1 else ''}"
+        self.notes.append(
+            f"search: {self._description} on {sequences} went from {before:.4g} to {after:.4g};"
+            f" {tried} candidates were tried"
+        )
+
+
+class ModelTrial(ServedTrial):
+    """Runs the dense model with the weights of consumers as an allocation would leave them.
+
+    Of each group the first channel sets of its order go. Every consumer is repaired in closed form on what
+    was seen of the dense model, with the ridge that predicted losses count on (:mod:`fasp_fx.obs`); channels
+    of products of activations stay.
+
+    Args:
+        consumers: with the Gram matrices of the dense model's activations, which stay with this.
+        orders: of the groups that have one, by name.
+        pieces: calibration sequences, some of which are taken, evenly.
+        marks: which tokens of the pieces are padding.
+        loss: what a candidate is judged by (:mod:`fasp_fx.calibration._trial`).
+        most: how many sequences are taken at most.
+        repairs: whether consumers are repaired; otherwise the removed columns are zero.
+        precision: of products of float32 while a candidate runs.
+        ranks: the processes that share the sequences.
+    """
+
+    def __init__(
+        self,
+        consumers: Consumers,
+        orders: Mapping[str, Order],
+        pieces: Sequence[Piece],
+        marks: Marks,
+        loss: Loss | None,
+        most: int,
+        repairs: bool,
+        precision: str,
+        ranks: Ranks,
+    ) -> None:
+        self.analysis, self.ranks, self.fitness = consumers.analysis, ranks, fitness_of(loss)
+        self._consumers, self._marks, self._precision = consumers, marks, precision
+        self._orders = {name: ranks.first(order.sets) for name, order in orders.items()}
+        count = min(most, len(pieces))
+        self._places = [index * len(pieces) // count for index in range(count)]
+        self._pieces = [pieces[place] for place in self._places]
+        self._by_weight: dict[str, list[Consumer]] = {}
+        for consumer in consumers.by_key.values():
+            self._by_weight.setdefault(consumer.weight, []).append(consumer)
+        self._touching = {
+            name: [
+                index
+                for index, group in enumerate(self.analysis.chosen)
+                if not set(own).isdisjoint(consumers.of_group[group.name])
+            ]
+            for name, own in self._by_weight.items()
+        }
+        self._grams = {
+            consumer: consumer.grams
+            for consumer in consumers.by_key.values()
+            if repairs and self._is_repaired(consumer)
+        }
+        self._made: OrderedDict[tuple[str, tuple[int, ...]], Tensor] = OrderedDict()
+        self._room = _KEPT * sum(consumers.weight(own[0]).numel() for own in self._by_weight.values())
+        self._dense: dict[int, Any] | None = None
+        super().__init__(min(most, len(pieces)), self.fitness.description, self.analysis.chosen)
+
+    def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
+        """The loss on each of some of the sequences taken, in all processes.
+
+        Raises:
+            ArgumentError: there is no such sequence, or what is to be lost cannot be.
+        """
+        weights = self._weights(self.taken(lost, sequences))
+        if self._dense is None:
+            self._dense = self._remembered()
+        found = torch.zeros(len(sequences), dtype=torch.float64)
+        for place, number in enumerate(sequences):
+            if number % self.ranks.size == self.ranks.rank:
+                value = self.fitness.loss(self._dense[number], *self._run(number, weights))
+                found[place] = value if math.isfinite(value) else math.inf
+        return self.ranks.first(self.ranks.add(found).tolist())
+
+    def _remembered(self) -> dict[int, Any]:
+        """What is kept of the dense model's outputs, by sequence."""
+        own = list(range(self.ranks.rank, self.count, self.ranks.size))
+        found = {
+            number: self.fitness.remember(*self._run(number, {}))
+            for number in own or [0]  # a process that has none finds out what outputs there are
+        }
+        self.fitness.settle(list(found.values()), len(own), self.ranks.add)
+        return found
+
+    def _run(self, number: int, weights: Mapping[str, Tensor]) -> tuple[Any, Any, Any]:
+        """What the model returns for a sequence with these weights, the arguments of the call, and which
+        tokens are padding.
+        """
+        piece, program = self._pieces[number], self.analysis.program
+        with torch.no_grad(), drawing_alike(program.weights().values()), float32_products(self._precision):
+            run = Runner(program, [piece.inputs], numbers=[piece.batch])
+            run.overrides |= weights
+            run.advance(len(run.nodes) - 1)
+            leaves = returned(program, run)
+        return *called(program, leaves, piece.inputs), padding_of(
+            program, leaves, self._marks, self._places[number]
+        )
+
+    def _weights(self, lost: Sequence[int]) -> dict[str, Tensor]:
+        """The weights that are not as in the dense model."""
+        found = {}
+        for name, touching in self._touching.items():
+            levels = tuple(lost[index] for index in touching)
+            if any(levels):
+                found[name] = self._weight(name, levels)
+        return found
+
+    def _weight(self, name: str, levels: tuple[int, ...]) -> Tensor:
+        """A weight once the groups that it is a consumer of have lost so much."""
+        key = (name, levels)
+        if key not in self._made:
+            self._made[key] = keep(self._repaired(name, levels))
+            while len(self._made) > 1 and sum(weight.numel() for weight in self._made.values()) > self._room:
+                self._made.popitem(last=False)
+        self._made.move_to_end(key)
+        return self._made[key]
+
+    @torch.no_grad()
+    def _repaired(self, name: str, levels: tuple[int, ...]) -> Tensor:
+        labels = self.analysis.labels
+        removed = np.zeros(int(labels.max(initial=-1)) + 1, dtype=bool)
+        for index, count in zip(self._touching[name], levels, strict=True):
+            group = self.analysis.chosen[index]
+            if count:
+                removed[group.sets[self._orders[group.name][:, :count].reshape(-1)]] = True
+        gone = removed[labels]
+        weight = self._consumers.weight(self._by_weight[name][0])
+        for consumer in self._by_weight[name]:
+            kept = torch.from_numpy(~consumer.gone(gone)).to(weight.device)
+            whole = torch.from_numpy(~consumer.blocks_gone(gone)).to(weight.device)
+            grams: Sequence[SplitGram | None] = self._grams.get(consumer) or [None] * len(kept)
+            matrices = torch.stack(
+                [_cut(*block) for block in zip(consumer.matrices.read(weight), kept, grams, strict=True)]
+            )
+            weight = consumer.matrices.write(matrices * whole[:, None, None], weight)
+        return weight
+
+    def _is_repaired(self, consumer: Consumer) -> bool:
+        """Whether the calibration would repair it."""
+        return (
+            not self._consumers.weight(consumer).is_complex()
+            and read_otherwise(self.analysis, consumer.matrices) is None
+        )
+
+
+def _cut(matrix: Tensor, kept: Tensor, gram: SplitGram | None) -> Tensor:
+    """One block of a consumer without the columns that go, ``[rows, columns]``."""
+    if gram is None or bool(kept.all()):
+        return matrix * kept
+    return damped(matrix, gram.symmetric()[: len(kept), : len(kept)], kept.nonzero()[:, 0], DAMPING)
+
+
+#: so many of the dense model's most likely tokens are told apart
+LIKELIEST = 64
+#: logits of so many tokens that count are looked at together
+_AT_ONCE = 256
+
+
+class Fitness(ABC):
+    """Compares outputs on one sequence with those that the dense model gave.
+
+    Attributes:
+        description: what it is, for the report.
+    """
+
+    description: str
+
+    def remember(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Any:
+        """What is kept of the dense model's outputs."""
+        return None
+
+    def settle(self, remembered: Sequence[Any], own: int, add: Callable[[Tensor], Tensor]) -> None:  # noqa: B027 (most need not)
+        """Look at all that is kept, before anything is compared.
+
+        Args:
+            own: how many of them count here, the first ones; the others do in other processes.
+            add: what a sum becomes over all processes.
+        """
+
+    @abstractmethod
+    def loss(self, remembered: Any, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> float:
+        """How far the outputs are from those that were kept."""
+
+
+class Divergence(Fitness):
+    """The mean over tokens of KL(dense ‖ pruned) of the next token, where the tokens that the dense model
+    thinks less likely count as one outcome.
+
+    What is left of a divergence when outcomes are put together is never more than the whole (the
+    data-processing inequality), and zero where the two agree.
+
+    Args:
+        likeliest: how many tokens are told apart.
+    """
+
+    description = "the KL divergence from the dense model's next tokens"
+
+    def __init__(self, likeliest: int = LIKELIEST) -> None:
+        self.likeliest = likeliest
+
+    def remember(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens ``[tokens, likeliest]``, and the logarithms of their probabilities and of that
+        of the others, ``[tokens, likeliest + 1]``.
+        """
+        chosen, held = [], []
+        for logits in _pieces(outputs, inputs, padding):
+            chosen.append(logits.topk(min(self.likeliest, logits.shape[1])).indices)
+            held.append(_coarse(logits, chosen[-1]))
+        return keep(torch.cat(chosen).to(torch.int32)), keep(torch.cat(held))
+
+    def loss(self, remembered: Any, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> float:
+        total, tokens = 0.0, 0
+        chosen, dense = remembered
+        for logits, own, expected in zip(
+            _pieces(outputs, inputs, padding), chosen.split(_AT_ONCE), dense.split(_AT_ONCE), strict=True
+        ):
+            likely = expected.exp()
+            terms = torch.where(likely > 0, likely * (expected - _coarse(logits, own.long())), 0.0)
+            total, tokens = total + float(terms.sum(dtype=torch.float32).double()), tokens + len(logits)
+        return total / max(tokens, 1)
+
+
+class Error(Fitness):
+    """Half the mean squared error of all floating-point outputs, each relative to its mean square over all
+    sequences, without fillings.
+    """
+
+    description = "half the squared error of the outputs, relative to their mean square"
+
+    def remember(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> list[Tensor]:
+        return [keep(values.clone()) for values in _values(outputs, padding)]
+
+    def settle(self, remembered: Sequence[Any], own: int, add: Callable[[Tensor], Tensor]) -> None:
+        sums = torch.zeros(len(remembered[0]), 2, dtype=torch.float64)
+        for outputs in remembered[:own]:
+            counted = [unfilled(leaf, leaf) for leaf in outputs]
+            sums += torch.tensor(
+                [[float(leaf.double().square().sum()), leaf.numel()] for leaf in counted], dtype=torch.float64
+            )
+        sums = add(sums)
+        self._squares = (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()
+
+    def loss(self, remembered: Any, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> float:
+        total, count = 0.0, 0
+        for dense, values, square in zip(remembered, _values(outputs, padding), self._squares, strict=True):
+            if square > 0:  # what is zero throughout has no size
+                counted, wanted = unfilled(values, dense), unfilled(dense, dense)
+                total += float((counted.double() - wanted.double()).square().sum()) / square
+                count += counted.numel()
+        return total / max(count, 1) / 2
+
+
+class Terms(Fitness):
+    """The mean of the terms of a loss of the caller's, which needs nothing of the dense model.
+
+    Args:
+        loss: the caller's.
+    """
+
+    description = "the loss that was given"
+
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
+
+    def loss(self, remembered: Any, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> float:
+        return float(evaluated(self._loss, outputs, inputs, padding).double().mean())
+
+
+def fitness_of(loss: Loss | None) -> Fitness:
+    """What a loss is searched by; ``None``: none was given."""
+    if loss is None or isinstance(loss, Outputs):
+        return Error()
+    return Divergence() if loss is next_token else Terms(loss)
+
+
+def _pieces(outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Iterable[Tensor]:
+    """The logits of tokens that count, ``[tokens, vocabulary]``, so many of these at a time."""
+    logits, _, counts = predictions(outputs, inputs, padding)
+    for own in counts.to(logits.device).flatten().nonzero().flatten().split(_AT_ONCE):
+        yield logits.flatten(0, 1)[own].float()
+
+
+def _coarse(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Logarithms of the probabilities of some tokens, and of that of all others together, ``[tokens, chosen +
+    1]``.
+    """
+    whole = logits.logsumexp(1, keepdim=True)
+    others = logits.scatter(1, chosen, -torch.inf).logsumexp(1, keepdim=True)
+    return torch.cat([logits.gather(1, chosen), others], 1) - whole
+
+
+def _values(outputs: Any, padding: Padding) -> list[Tensor]:
+    """What counts of each floating-point output."""
+    return [without_padding(leaf.detach(), padding(leaf))[0] for leaf in number_outputs(outputs)]
+
+
+__all__ = ["Divergence", "Error", "Fitness", "ModelTrial", "ServedTrial", "Terms", "fitness_of"]

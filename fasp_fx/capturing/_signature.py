@@ -1,0 +1,307 @@
+"""The caller's calling convention, bound back around a captured graph.
+
+Exporters drop arguments that hold no tensors and flatten the rest; a pruned module must still be called like
+the original.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+
+from ..base._tolerable import tolerable
+from ..base.compat import PyTreeCodeGen, PyTreeInfo, pytree
+from ..errors import ArgumentError, CallError, CaptureError
+from ._constants import PLAIN, alike, check_outline, outline_of
+
+#: defaults that generated code spells out; others must stay the same object, by which an argument left out is
+#: recognised
+_LITERAL = (type(None), bool)
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+
+
+def has_tensor(value: Any) -> bool:
+    """Whether a (possibly nested) argument holds a tensor."""
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a (possibly nested) argument holds nothing but plain data."""
+    return all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(value))
+
+
+@dataclass(frozen=True)
+class CallSignature:
+    """The parameters of the caller's ``forward``, and which of them were captured.
+
+    Attributes:
+        parameters: the signature of ``forward``, without ``self``. An argument that was given a constant at
+            capture has it for its default, so that leaving it out means what the program does; where the
+            caller is a model's own code, which means its own default by that, all defaults are as they were.
+        captured: names of the arguments that the graph takes.
+        constants: the arguments given at capture that hold no tensor; they are part of the program.
+        outlines: for captured arguments that are lists or dicts, what they are built of.
+    """
+
+    parameters: inspect.Signature
+    captured: tuple[str, ...]
+    constants: dict[str, Any]
+    outlines: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], own_defaults: bool = False
+    ) -> CallSignature:
+        """The signature of ``forward`` as seen by this example call.
+
+        Args:
+            own_defaults: leave the defaults of ``forward`` as they are.
+
+        Raises:
+            ArgumentError: the example inputs do not fit the signature.
+            CaptureError: ``forward`` has no signature (a traced module), or an argument named ``self``.
+        """
+        try:
+            signature = inspect.signature(forward)
+        except ValueError as error:  # a compiled method of TorchScript
+            raise CaptureError(
+                f"the model's forward has no signature ({error}); pass the Python module it was made of"
+            ) from error
+        if "self" in signature.parameters:  # the pruned module's forward has a self of its own
+            raise CaptureError("forward has an argument named 'self'; rename it")
+        given = _bind(signature, args, kwargs)
+        captured = tuple(name for name, value in given.items() if has_tensor(value))
+        constants = {name: _kept(value) for name, value in given.items() if name not in captured}
+        if not captured:
+            raise ArgumentError(
+                "the example inputs hold no tensor; pass at least one tensor in args or kwargs"
+            )
+        outlines = {
+            name: outline_of(given[name])
+            for name in captured
+            if isinstance(given[name], (Mapping, list, tuple))
+        }
+        if not own_defaults:
+            signature = signature.replace(
+                parameters=[
+                    _with_default(parameter, constants) for parameter in signature.parameters.values()
+                ]
+            )
+        return CallSignature(signature, captured, constants, outlines)
+
+    def graph_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The captured arguments of one call, by name.
+
+        Raises:
+            CallError: an argument was not captured, is missing, or differs from the constant seen at capture.
+        """
+        try:
+            given = _bind(self.parameters, args, kwargs)
+        except ArgumentError as error:
+            raise CallError(str(error)) from error
+        left_out = {
+            name: self._default(name)
+            for name in self.constants
+            if name not in given and name in self.parameters.parameters
+        }
+        for name, value in [*given.items(), *left_out.items()]:
+            if name not in self.captured:
+                check_constant(name, value, self.constants.get(name, self._default(name)))
+        missing = [name for name in self.captured if name not in given]
+        if missing:
+            refuse_missing(missing[0])
+        for name, outline in self.outlines.items():
+            check_outline(name, given[name], outline)
+        return {name: given[name] for name in self.captured}
+
+    def given(self) -> list[str]:
+        """The arguments given at capture, in the order of the parameters."""
+        return [name for name, _ in self._kinds()]
+
+    def by_position(self) -> list[str]:
+        """The arguments that cannot all be passed by name: up to the last that is positional-only or one of
+        ``*args``.
+        """
+        kinds = self._kinds()
+        last = max((index for index, (_, kind) in enumerate(kinds) if kind in _POSITIONAL), default=-1)
+        return [name for name, _ in kinds[: last + 1]]
+
+    def variadic(self) -> list[str]:
+        """The arguments that are part of ``*args``."""
+        return [name for name, kind in self._kinds() if kind is inspect.Parameter.VAR_POSITIONAL]
+
+    def _kinds(self) -> list[tuple[str, Any]]:
+        known = [*self.captured, *self.constants]
+        found: list[tuple[str, Any]] = []
+        for name, parameter in self.parameters.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                count = sum(
+                    other.rpartition("_")[0] == name and other.rpartition("_")[2].isdigit() for other in known
+                )
+                found += [(f"{name}_{index}", parameter.kind) for index in range(count)]
+            elif name in known:
+                found.append((name, parameter.kind))
+        return found + [(name, inspect.Parameter.VAR_KEYWORD) for name in known if name not in dict(found)]
+
+    def _default(self, name: str) -> Any:
+        parameter = self.parameters.parameters.get(name)
+        return (
+            None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+        )
+
+
+def _with_default(parameter: inspect.Parameter, constants: Mapping[str, Any]) -> inspect.Parameter:
+    """A parameter that takes the constant seen at capture where it is left out."""
+    has_default = parameter.default is not inspect.Parameter.empty and parameter.name in constants
+    return parameter.replace(default=constants[parameter.name]) if has_default else parameter
+
+
+def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(f"the inputs do not fit the model's forward{signature}: {error}") from error
+    given: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            given.update({f"{name}_{index}": item for index, item in enumerate(value)})
+        else:
+            given[name] = value
+    return given
+
+
+def refuse_missing(name: str) -> NoReturn:
+    """Refuse a call that lacks an argument the program was captured with."""
+    raise CallError(
+        f"argument '{name}' is missing: the program was captured with it; pass it, or capture without it"
+    )
+
+
+def refuse_count(name: str, found: int, expected: int) -> NoReturn:
+    """Refuse a call with another number of ``*args`` than the program was captured with."""
+    raise CallError(
+        f"'*{name}' holds {found} arguments, but the program was captured with {expected}; capture it with"
+        " the number you need"
+    )
+
+
+def check_constant(name: str, value: Any, expected: Any) -> None:
+    """Refuse a value that differs from the one the program was captured with."""
+    if isinstance(value, torch.Tensor) or not alike(value, expected):
+        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+        raise CallError(
+            f"argument '{name}' is {shown}, but the program was captured with {expected!r}; capture it with"
+            " the value you need"
+        )
+
+
+def _kept(value: Any) -> Any:
+    """A constant as it is now: a copy, since the caller may change what is inside of it; itself, where it
+    cannot be copied.
+    """
+    try:
+        return copy.deepcopy(value)
+    except tolerable(Exception):  # a class of the caller's raises what it likes
+        return value
+
+
+class _Call:
+    """What generated code refers to: fx keys globals by value, so that constants must hide behind one object.
+
+    Attributes:
+        defaults: those of ``forward``, which generated code cannot spell out.
+    """
+
+    def __init__(self, signature: CallSignature, spec: pytree.TreeSpec) -> None:
+        parameters = signature.parameters.parameters.values()
+        self.defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+        self.captured, self.constants, self.outlines = (
+            signature.captured,
+            signature.constants,
+            signature.outlines,
+        )
+        self.expected = {**self.defaults, **signature.constants}
+        self.rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), "")
+        self.variadic = signature.variadic()
+        self.by_position = signature.given()[: spec.child(0).num_children]
+        self.keywords = spec.child(1).context or []
+
+    def inputs(
+        self, named: dict[str, Any], rest: tuple[Any, ...], extra: dict[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments of a call as the graph takes them, by position and by name.
+
+        Raises:
+            CallError: an argument was not captured, is missing, or differs from the constant seen at capture.
+        """
+        if len(rest) != len(self.variadic):
+            refuse_count(self.rest, len(rest), len(self.variadic))
+        given = {**named, **dict(zip(self.variadic, rest)), **extra}
+        for name in self.captured:
+            if given.get(name) is None:
+                refuse_missing(name)
+        for name, value in given.items():
+            if name not in self.captured:
+                check_constant(name, value, self.expected.get(name))
+        for name, outline in self.outlines.items():
+            check_outline(name, given[name], outline)
+        given.update(self.constants)
+        return [given[name] for name in self.by_position], {key: given[key] for key in self.keywords}
+
+
+class _Code(str):
+    """Text that a signature shows as it is."""
+
+    __repr__ = str.__str__
+
+
+class CallerCodeGen(PyTreeCodeGen):
+    """Generates a ``forward`` with the caller's signature that refuses what was not captured."""
+
+    def __init__(self, signature: CallSignature, pytree_info: PyTreeInfo) -> None:
+        super().__init__(pytree_info)
+        self.signature, self.call = signature, _Call(signature, pytree_info.in_spec)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallerCodeGen:
+        return CallerCodeGen(self.signature, self.pytree_info)  # neither ever changes
+
+    def additional_globals(self) -> list[tuple[str, Any]]:
+        return [*super().additional_globals(), ("_call", self.call)]
+
+    def _head(self) -> str:
+        """The parameters of ``forward`` as code."""
+        parameters = [
+            parameter.replace(
+                annotation=inspect.Parameter.empty,
+                default=parameter.default
+                if isinstance(parameter.default, _LITERAL) or parameter.name not in self.call.defaults
+                else _Code(f"_call.defaults[{parameter.name!r}]"),
+            )
+            for parameter in self.signature.parameters.parameters.values()
+        ]
+        kinds = {parameter.kind for parameter in parameters} & {inspect.Parameter.POSITIONAL_ONLY}
+        own = inspect.Parameter("self", *(kinds or {inspect.Parameter.POSITIONAL_OR_KEYWORD}))
+        return str(inspect.Signature([own, *parameters]))
+
+    def gen_fn_def(
+        self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False
+    ) -> str:
+        kinds = {name: p.kind for name, p in self.signature.parameters.parameters.items()}
+        by_kind = {kind: name for name, kind in kinds.items()}
+        rest = by_kind.get(inspect.Parameter.VAR_POSITIONAL)
+        extra = by_kind.get(inspect.Parameter.VAR_KEYWORD)
+        named = ", ".join(f"{name!r}: {name}" for name in kinds if name not in (rest, extra))
+        names = ", ".join(var.split(":")[0].split("#")[0].strip() for var in free_vars)
+        return (
+            f"def forward{self._head()}{maybe_return_annotation}:\n"
+            f"    _name, _value = _call.inputs({{{named}}}, {rest or '()'}, {extra or '{}'})\n"
+            f"    {names}, = fx_pytree.tree_flatten_spec((_name, _value), self._in_spec)\n"
+        )

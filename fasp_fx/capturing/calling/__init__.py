@@ -1,1 +1,0 @@
-"""The caller's calling convention around a captured graph."""
