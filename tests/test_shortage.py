@@ -290,7 +290,7 @@ def _caught_from(run: Callable[[], Any]) -> Exception:
     "place",
     [
         "capturing._runner.execute",
-        "calibration.observe._gradients.evaluated",
+        "calibration._gradients.evaluated",
         "passes._run._verified",
         "pruning.check._check.finish",
         "pruning.check._compare.run",
