@@ -256,7 +256,7 @@ def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
         (0, StoreError("no space is left"), Journal, "commit", {"checkpoint": folder / "run"}),
         (1, KeyboardInterrupt(), Runner, "_execute", {"quality": "balanced"}),
         (0, SystemExit(3), Observer, "_choose", {}),
-        (1, Own("mine"), _captured, "program_of", {}),
+        (1, Own("mine"), _captured, "check_given", {}),
         (0, CalibrationError("one batch"), Runner, "advance", {"quality": "fast"}),
         (1, Own("late"), _subject, "rewrite", {}),
         (0, Own("dry"), _subject, "analyze_for", {}),

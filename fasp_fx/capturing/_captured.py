@@ -52,6 +52,10 @@ class Captured:
             )
         return self.programs[""]
 
+    def device(self) -> torch.device:
+        """Where it was captured."""
+        return next(iter(self.programs.values())).device()
+
     def checked(self) -> Program:
         """The program, if its weights are what they were.
 
@@ -110,40 +114,14 @@ def _captured(
     return compared(program, model, args, kwargs, partial(capture_program, doubles=False, **options))
 
 
-def program_of(
-    model: Model | Captured,
+def check_given(
+    captured_on: torch.device,
     args: Any,
     kwargs: dict[str, Any] | None,
     *,
     state: tuple[str, ...],
     dynamic_shapes: Any,
     device: torch.device | str | None,
-    run: bool = True,
-) -> Program:
-    """The program of a model, which is captured unless it was.
-
-    Args:
-        run: compare what is captured now with the model on the example inputs, which runs both.
-
-    Raises:
-        ArgumentError: a captured model with what it was captured with already, or with weights that changed.
-    """
-    if not isinstance(model, Captured):
-        return _captured(
-            model, args, kwargs, run=run, state=state, dynamic_shapes=dynamic_shapes, device=device
-        )
-    program = model.checked()
-    check_given(args, kwargs, state, dynamic_shapes, device, program.device())
-    return program
-
-
-def check_given(
-    args: Any,
-    kwargs: dict[str, Any] | None,
-    state: tuple[str, ...],
-    dynamic_shapes: Any,
-    device: torch.device | str | None,
-    captured_on: torch.device,
 ) -> None:
     """Refuse to say of a captured model what its capture was told.
 
@@ -180,4 +158,4 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-__all__ = ["Captured", "Model", "capture_whole", "check_given", "program_of"]
+__all__ = ["Captured", "Model", "capture_whole", "check_given"]

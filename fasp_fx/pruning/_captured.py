@@ -8,7 +8,7 @@ import torch
 
 from ..base._tolerable import tolerable
 from ..base._undisturbed import in_usual_modes, one_at_a_time
-from ..capturing._captured import Captured, Model, capture_whole, check_given, program_of
+from ..capturing._captured import Captured, Model, capture_whole, check_given
 from ..errors import CaptureError
 from ._subject import Subject, Whole
 from .config import PruningConfig
@@ -44,47 +44,48 @@ def capture(
         ArgumentError: the inputs do not fit the model.
         CaptureError: the model is in training mode, or neither it nor any of its submodules can be captured.
     """
-    try:
-        return capture_whole(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device)
-    except tolerable(CaptureError) as error:
-        check_parts_help(error, model, dynamic_shapes, state=state)
-        return capture_parts(error, model, args, kwargs, device)
+    return _captured(model, args, kwargs, {}, state=state, dynamic_shapes=dynamic_shapes, device=device)
 
 
 def subject_of(
     model: Model | Captured,
     args: Any,
     kwargs: dict[str, Any] | None,
-    *,
-    state: tuple[str, ...],
-    dynamic_shapes: Any,
-    device: torch.device | str | None = None,
-    run: bool = True,
     config: PruningConfig | None = None,
+    run: bool = True,
+    **how: Any,
 ) -> Subject:
     """A model to be pruned, which is captured unless it was.
 
     Args:
-        run: compare what is captured now with the model on the example inputs, which runs both.
         config: what is asked for.
+        run: compare what is captured now with the model on the example inputs, which runs both.
+        how: the keywords of :func:`capture`.
 
     Raises:
         ArgumentError: a captured model with what it was captured with already, or with weights that changed;
             or an option that speaks of the whole of a model that is captured in parts.
     """
     whole = {} if config is None else {"padding_mask": config.padding_mask, "loss": _whole_loss(config)}
-    if isinstance(model, CapturedParts):
-        check_given(args, kwargs, state, dynamic_shapes, device, model.device())
-        check_parts_help(model.error, model.model, None, **whole)
-        return InParts(model, is_own=False)
+    is_given = isinstance(model, Captured)
+    if isinstance(model, Captured):
+        check_given(model.device(), args, kwargs, **how)
+    captured = model if isinstance(model, Captured) else _captured(model, args, kwargs, whole, run=run, **how)
+    if not isinstance(captured, CapturedParts):
+        return Whole(captured.checked(), how["device"])
+    check_parts_help(captured.error, captured.model, None, **whole)
+    return InParts(captured, is_own=not is_given)
+
+
+def _captured(
+    model: Model, args: Any, kwargs: dict[str, Any] | None, whole: dict[str, Any], **how: Any
+) -> Captured:
+    """A model as one program, or else in parts, where nothing speaks of the whole of it."""
     try:
-        program = program_of(
-            model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device, run=run
-        )
+        return capture_whole(model, args, kwargs, **how)
     except tolerable(CaptureError) as error:
-        check_parts_help(error, model, dynamic_shapes, state=state, **whole)
-        return InParts(capture_parts(error, model, args, kwargs, device), is_own=True)
-    return Whole(program, device)
+        check_parts_help(error, model, how["dynamic_shapes"], state=how["state"], **whole)
+        return capture_parts(error, model, args, kwargs, how["device"])
 
 
 def _whole_loss(config: PruningConfig) -> Any:

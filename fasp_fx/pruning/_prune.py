@@ -61,8 +61,8 @@ def analyze(
         ArgumentError, CaptureError: see :func:`fasp_fx.capture`.
     """
     config = PruningConfig(granularity=granularity, include=include)
-    subject = subject_of(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, run=False)
-    return subject.analyze(config)
+    how: dict[str, Any] = {"state": state, "dynamic_shapes": dynamic_shapes, "device": None}
+    return subject_of(model, args, kwargs, run=False, **how).analyze(config)
 
 
 @one_at_a_time
@@ -126,7 +126,7 @@ def prune(
         check_calibration(calibration)
     ranks, clock = Ranks.of(group), Timings()
     subject = subject_of(
-        model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device, config=config
+        model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device
     )
     for path, decision in decide(
         subject,
@@ -186,7 +186,7 @@ def measure(
     asked = measuring_config(PruningConfig.of(config, options))
     check_calibration(calibration)
     subject = subject_of(
-        model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device, config=asked
+        model, args, kwargs, asked, state=state, dynamic_shapes=dynamic_shapes, device=device
     )
     return measure_subject(subject, asked, calibration, ranks=Ranks.of(group), progress=progress)
 
@@ -226,7 +226,7 @@ def apply(
     config = restoring_config(PruningConfig.of(config, options), plan, calibration is not None)
     clock = Timings()
     subject = subject_of(
-        model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device, config=config
+        model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device
     )
     for path, decision in replay(subject, plan, config, calibration, progress=progress, clock=clock):
         subject.put(path, decision, None, clock)

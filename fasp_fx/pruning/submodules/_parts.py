@@ -73,10 +73,6 @@ class CapturedParts(Captured):
     parts: tuple[Part, ...]
     left: Mapping[str, str]
 
-    def device(self) -> torch.device:
-        """Where the parts are."""
-        return self.parts[0].program.device()
-
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedParts:
         return self  # it holds weights of its own, which nothing changes
 
