@@ -8,16 +8,10 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .allocation.costs import CostCurve, Costs
-from .analysis._analysis import Analysis
-from .analysis.groups import Group
-from .analysis.plan import ParameterSlice, PruningPlan
 from .base._after_import import after_import
-from .base._offload import keep_weights, offload
 from .base._version import __version__ as __version__
-from .capturing._captured import Captured
 from .errors import (
     ArgumentError,
     BudgetError,
@@ -41,16 +35,42 @@ from .errors import (
     VerificationError,
     VerificationWarning,
 )
-from .interop.compile._backend import backend
-from .interop.page import to_html
-from .pruning._captured import capture
-from .pruning._prune import analyze, apply, measure, plan_from_sets, prune
-from .pruning._result import Result
-from .pruning.config import PruningConfig
-from .pruning.report import Report
-from .pruning.saving.store import READERS, load
-from .training.recovery import distil
 
+if TYPE_CHECKING:
+    from .allocation.costs import CostCurve, Costs
+    from .analysis._analysis import Analysis
+    from .analysis.groups import Group
+    from .analysis.plan import ParameterSlice, PruningPlan
+    from .base._offload import keep_weights, offload
+    from .capturing._captured import Captured
+    from .interop.compile._backend import backend
+    from .interop.page import to_html
+    from .pruning._captured import capture
+    from .pruning._prune import analyze, apply, measure, plan_from_sets, prune
+    from .pruning._result import Result
+    from .pruning.config import PruningConfig
+    from .pruning.report import Report
+    from .pruning.saving.store import load
+    from .training.recovery import distil
+
+#: where public names are defined, which are imported when they are used: that takes longer than torch itself
+_HOMES = {
+    **dict.fromkeys(("CostCurve", "Costs"), "allocation.costs"),
+    "Analysis": "analysis._analysis",
+    "Group": "analysis.groups",
+    **dict.fromkeys(("ParameterSlice", "PruningPlan"), "analysis.plan"),
+    **dict.fromkeys(("keep_weights", "offload"), "base._offload"),
+    "Captured": "capturing._captured",
+    "backend": "interop.compile._backend",
+    "to_html": "interop.page",
+    "capture": "pruning._captured",
+    **dict.fromkeys(("analyze", "apply", "measure", "plan_from_sets", "prune"), "pruning._prune"),
+    "Result": "pruning._result",
+    "PruningConfig": "pruning.config",
+    "Report": "pruning.report",
+    "load": "pruning.saving.store",
+    "distil": "training.recovery",
+}
 #: public modules by the names they are known by, where these are not the names of rooms
 _FACES = {
     "budgets": "allocation.budgets",
@@ -74,11 +94,23 @@ _FACES = {
 }
 
 
+
+
+def _module(place: str) -> Any:
+    """A module of the library; that which loads saves is told who reads those of rooms above it."""
+    module: Any = import_module(f"fasp_fx.{place}")
+    if place == _FACES["store"]:
+        module.READERS |= {"hf": _read_pruned, "plain": _read_pruned}
+    return module
+
+
 class _Face(ModuleType):
     """What ``from fasp_fx.budgets import Macs`` finds: the module of that name, imported when it is used."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(import_module(f"fasp_fx.{_FACES[self.__name__.rpartition('.')[2]]}"), name)
+        if name.startswith("__") and name != "__all__":  # whoever looks through all modules imports none
+            raise AttributeError(name)
+        return getattr(_module(_FACES[self.__name__.rpartition(".")[2]]), name)
 
 
 sys.modules.update({f"fasp_fx.{name}": _Face(f"fasp_fx.{name}") for name in _FACES})
@@ -90,15 +122,20 @@ def _read_pruned(folder: Any, device: Any) -> Any:
     return read_pruned(folder, device)
 
 
-READERS |= {"hf": _read_pruned, "plain": _read_pruned}
 # Importing transformers takes a second: its Auto classes are told of pruned models once they are there.
 after_import("transformers.models.auto.configuration_auto", lambda: import_module("fasp_fx.hf._config"))
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("cli", "hf", "testing") or name in _FACES:
-        return import_module(f"fasp_fx.{_FACES.get(name, name)}")
+    if name in _HOMES:
+        return getattr(_module(_HOMES[name]), name)
+    if name in ("cli", "hf", "passes", "patterns", "testing") or name in _FACES:
+        return _module(_FACES.get(name, name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_FACES, "cli", "hf", "testing"]
 
 
 __all__ = [
