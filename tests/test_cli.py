@@ -25,7 +25,7 @@ from fasp_fx.cli import _models, _prune
 from fasp_fx.cli._app import app
 from fasp_fx.cli._text import Texts
 from fasp_fx.errors import ArgumentError
-from fasp_fx.hf._plain_folder import read_plain
+from fasp_fx.hf._folder import read_plain
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -196,7 +196,7 @@ def load_pruned(folder: Path, device: torch.device) -> Pruned:
         ArgumentError: there is no tokenizer with it.
     """
     from ..hf import Pruned, PrunedForCausalLM
-    from ..hf._plain_folder import read_plain
+    from ..hf._folder import read_plain
 
     source = Source(str(folder))
     kind = kind_of(folder) if (folder / MANIFEST).is_file() else "none"

@@ -271,7 +271,7 @@ BAD_USES: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "more positions than there are": (
         lambda model: pruned("gpt2").model.generate(_ids(1, 129), max_new_tokens=2),
-        "table of 128 positions",
+        "outside of the model's tables",
     ),
     "another dtype": (lambda model: copy.deepcopy(model).half(), "float16"),
     "another attention": (
