@@ -315,17 +315,9 @@ def _check_loaded(model: Any, info: dict[str, Any], where: str) -> None:
     Args:
         info: what transformers says of the loading.
     """
-    from ..hf._offloaded import refuse_left_out
+    from ..hf._offloaded import refuse_incomplete
 
-    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
-        found = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(kind) or ())
-        if found:
-            rest = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise ArgumentError(
-                f"'{where}' lacks the weights {', '.join(found[:3])}{rest}, or holds them in another size:"
-                " they would be made up; give the complete model"
-            )
-    refuse_left_out(model, info, where)
+    refuse_incomplete(model, info, where)
     quantised = getattr(model.config, "quantization_config", None) is not None
     if quantised and getattr(model, "hf_quantizer", None) is None:
         raise ArgumentError(

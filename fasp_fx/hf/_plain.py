@@ -23,6 +23,7 @@ from ..analysis.groups import PRUNABLE
 from ..base._device import device_of
 from ..base._tolerable import tolerable
 from ..base.compare import distance, tolerance
+from ..calibration.losses import output_tensors
 from ..calibration.observe._calibration import calibration_calls, check_calibration
 from ..calibration.observe._ranks import ended_together
 from ..errors import ArgumentError, CaptureError, VerificationError, first_line
@@ -264,16 +265,6 @@ def _built(
     model: PreTrainedModel, experiments: Experiments, assignment: Assignment, weights: dict[str, Tensor]
 ) -> PreTrainedModel:
     """A model of the caller's class with a smaller config and the smaller weights."""
-    shapes = experiments.build(assignment)
-    if isinstance(shapes, str):
-        raise _NotBuiltError(f"refused, {shapes}")
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    wrong = [name for name in sorted(parameters) if shapes.get(name) != tuple(weights[name].shape)]
-    if wrong:
-        raise _NotBuiltError(
-            f"'{wrong[0]}' would have the shape {shapes.get(wrong[0])}, the pruned one has"
-            f" {tuple(weights[wrong[0]].shape)}"
-        )
     config: PreTrainedConfig = type(model.config).from_dict(experiments.without_idle_pins(assignment))
     config._name_or_path = ""
     if hasattr(config, "quantization_config"):
@@ -316,10 +307,7 @@ def _compared_on(model: PreTrainedModel, example: Mapping[str, Any], device: tor
 def _outputs(module: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     """The floating-point outputs of a call."""
     with torch.no_grad():
-        output = module(**inputs)
-    listed = output.values() if isinstance(output, Mapping) else output
-    values = [output] if isinstance(output, Tensor) else list(listed)
-    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+        return [leaf for leaf in output_tensors(module(**inputs)) if leaf.is_floating_point()]
 
 
 def _deviation(found: list[Tensor], expected: list[Tensor]) -> float:

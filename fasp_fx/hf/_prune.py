@@ -46,7 +46,7 @@ from ._folder import KIND, loading, read_plain, save
 from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
 from ._model import Parts, PrunedModel, StoredProgram
 from ._plain import prune_plain
-from ._stages import CausalStages, Seq2SeqStages, Stage, stages_of
+from ._stages import CausalStages, Seq2SeqStages, stages_of
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,14 @@ def capture(model: Any, *, device: torch.device | str | None = None) -> Captured
     """
     check_default_device()
     stages = stages_of(model)
-    stage = stages.planned()
-    captured = captured_for(stage, device)
-    convention = convention_of(stages, captured.program)
-    others = {other.name: captured_for(other, device) for other in stages.served()}
-    return CapturedModel(model, {stage.name: captured, **others}, stages, convention)
+    programs: dict[str, Captured] = {}
+    for stage in stages.programs():
+        with without_stack_traces():  # which lines of the model made the nodes, nobody sees
+            programs[stage.name] = capture_whole(
+                stage.model, (), dict(stage.example), state=stage.state, device=device
+            )
+    convention = convention_of(stages, next(iter(programs.values())).program)
+    return CapturedModel(model, programs, stages, convention)
 
 
 @one_at_a_time
@@ -337,11 +340,19 @@ def _finished(
     """
     model, (name, program) = captured.model, captured.planned()
     planned, served = Planned(program, subject.analyses[""], decision), captured.served(asked)
-    results, plan, report = (
-        _together(model, planned, served, config, clock) if served else _alone(name, planned, config, clock)
-    )
-    programs = {name: _stored(result.module) for name, result in results.items()}
-    constants = {name: _constants(result.module) for name, result in results.items()}
+    if served:
+        results, plan, report = _together(model, planned, served, config, clock)
+    else:  # the one program serves all of generation
+        result = rewrite(planned.program, planned.analysis, planned.decision, config, clock)
+        results, plan, report = {name: result}, result.plan, result.report
+    programs: dict[str, StoredProgram] = {}
+    constants: dict[str, dict[str, Tensor]] = {}
+    for name, result in results.items():
+        origin = cast(PrunedModule, result.module).fasp_fx_origin
+        programs[name] = StoredProgram(origin, FlatProgram.of_graph(*origin.body()))
+        stored = result.module.state_dict().keys()
+        buffers = result.module.named_buffers(remove_duplicate=False)
+        constants[name] = {name: value.detach() for name, value in buffers if name not in stored}
     parts = Parts(programs, one_set(model, results), constants, plan, report)
     made = _model(model, parts, captured.convention)
     check_served(made, captured.stages)
@@ -371,14 +382,6 @@ def _mask(stages: CausalStages | Seq2SeqStages) -> str | None:
     return "attention_mask" if "attention_mask" in stages.accepts else None
 
 
-def _alone(
-    name: str, planned: Planned, config: PruningConfig | None, clock: Timings
-) -> tuple[dict[str, Result], PruningPlan, Report]:
-    """The one program that serves all of generation, smaller."""
-    result = rewrite(planned.program, planned.analysis, planned.decision, config, clock)
-    return {name: result}, result.plan, result.report
-
-
 def _together(
     model: nn.Module, planned: Planned, served: list[Served], config: PruningConfig | None, clock: Timings
 ) -> tuple[dict[str, Result], PruningPlan, Report]:
@@ -404,22 +407,6 @@ def _together(
     return results, plan, replace(report, notes=notes, cache=cache)
 
 
-def _stored(module: nn.Module) -> StoredProgram:
-    assert isinstance(module, PrunedModule)
-    origin = module.fasp_fx_origin
-    return StoredProgram(origin, FlatProgram.of_graph(*origin.body()))
-
-
-def _constants(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are not in the state dict, constants among them."""
-    stored = module.state_dict().keys()
-    return {
-        name: value.detach().clone()
-        for name, value in module.named_buffers(remove_duplicate=False)
-        if name not in stored
-    }
-
-
 def _model(original: Any, parts: Parts, convention: Mapping[str, Any]) -> PrunedModel:
     config = original.config
     kind: Any = PrunedForSeq2SeqLM if config.is_encoder_decoder else PrunedForCausalLM
@@ -437,12 +424,6 @@ def _model(original: Any, parts: Parts, convention: Mapping[str, Any]) -> Pruned
     made.generation_config = copy.deepcopy(original.generation_config)
     made.name_or_path = original.name_or_path
     return cast(PrunedModel, made)
-
-
-def captured_for(stage: Stage, device: torch.device | str | None) -> Captured:
-    """The program of a stage, captured; which lines of the model made its nodes, nobody sees."""
-    with without_stack_traces():
-        return capture_whole(stage.model, (), dict(stage.example), state=stage.state, device=device)
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,8 @@ class Stage:
 
 @dataclass
 class Stages:
-    """The programs of one model.
-
-    Attributes:
-        planned: the program that calibration runs, and that the plan is made for.
-        served: the programs that generation runs; ``planned`` may be one of them.
+    """The programs of one model: first the one that calibration runs, and that the plan is made for, which
+    may be one of those that generation runs.
     """
 
     model: Any
@@ -132,12 +129,9 @@ class CausalStages(Stages):
         wanted = ("input_ids", "attention_mask", "position_ids")
         return {name: value for name, value in whole.items() if name in wanted}
 
-    def planned(self) -> Stage:
+    def programs(self) -> list[Stage]:
         """The program that is calibrated and served."""
-        return Stage("decode", self.model, {**self.arguments(), "use_cache": True})
-
-    def served(self) -> list[Stage]:
-        return []
+        return [Stage("decode", self.model, {**self.arguments(), "use_cache": True})]
 
     def batches(self, calibration: Any, caches: dict[str, tuple[int, int]]) -> Iterator[dict[str, Any]]:
         """Calibration batches as the program takes them: a whole text after an empty cache.
@@ -186,22 +180,19 @@ class Seq2SeqStages(Stages):
         shown = {name: given[name] for name in wanted if name in given}
         return {"input_ids": self.tokens(given["attention_mask"].shape[1], batch), **shown}
 
-    def _source(self) -> dict[str, Any]:
-        return {"input_ids": self.tokens(SOURCE), "attention_mask": self.ones(BATCH, SOURCE)}
-
-    def planned(self) -> Stage:
-        """Both parts together, without a cache."""
+    def programs(self) -> list[Stage]:
+        """Both parts together, without a cache, which calibration runs, and those that generation runs."""
+        source = {"input_ids": self.tokens(SOURCE), "attention_mask": self.ones(BATCH, SOURCE)}
         decoded = {"decoder_input_ids": self.tokens(NEW, seed=1), "use_cache": False}
-        return Stage("whole", self.model, {**self._source(), **decoded})
-
-    def served(self) -> list[Stage]:
         # A shallow copy: the same modules under the same names.
         alone = copy.copy(self.model)
         alone.forward = _encoding(self.model)
         state = ("encoder_outputs", "encoder_last_hidden_state")
         calls = {"first": self.arguments(past=0), "decode": self.arguments()}
-        return [Stage("encode", alone, self._source(), ("last_hidden_state",))] + [
-            Stage(name, self.model, {**call, "use_cache": True}, state) for name, call in calls.items()
+        return [
+            Stage("whole", self.model, {**source, **decoded}),
+            Stage("encode", alone, source, ("last_hidden_state",)),
+            *(Stage(name, self.model, {**call, "use_cache": True}, state) for name, call in calls.items()),
         ]
 
     def batches(self, calibration: Any, caches: dict[str, tuple[int, int]]) -> Iterator[dict[str, Any]]:
@@ -291,6 +282,3 @@ def _calls(calibration: Any, known: set[str]) -> Iterator[tuple[Tensor, dict[str
                 " hold token numbers [batch, tokens]"
             )
         yield ids, {name: value for name, value in given.items() if value is not None}
-
-
-__all__ = ["CausalStages", "Seq2SeqStages", "Stage", "pruned_already", "stages_of"]
