@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,14 +20,12 @@ from ..base.offload._scratch import Scratch
 from ..errors import ArgumentError, FaspError, StoreError, first_line
 from ..storage._config_json import LAYERS, layer_counts
 from ..storage._folder import MANIFEST, is_save, kind_of
-from ._paths import check_path
+from ._options import check_path
 
 if TYPE_CHECKING:
     from ..hf import Pruned
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: the analysis numbers every channel; the largest vocabularies have a million tokens
-WIDTH = 2**24
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _CAUSAL = "give a causal language model: anything that AutoModelForCausalLM loads"
 
@@ -172,14 +170,7 @@ def load_empty(source: Source) -> nn.Module:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config).eval()
 
-    empty = _load(f"'{source}'", _CAUSAL, build)
-    for name, tensor in empty.named_parameters():
-        if max(tensor.shape, default=0) > WIDTH:
-            raise ArgumentError(
-                f"by its configuration the weight '{name}' of '{source}' has the shape {list(tensor.shape)},"
-                f" and at most {WIDTH} are served; correct it"
-            )
-    return empty
+    return _load(f"'{source}'", _CAUSAL, build)
 
 
 def is_saved(model: str) -> bool:
@@ -195,20 +186,14 @@ def load_pruned(folder: Path, device: torch.device) -> Pruned:
         StoreError: a file is missing, damaged or of another version, or the folder is no pruned model.
         ArgumentError: there is no tokenizer with it.
     """
-    from ..hf import Pruned, PrunedForCausalLM
-    from ..hf._folder import read_plain
+    from ..hf._prune import read_pruned
 
-    source = Source(str(folder))
-    kind = kind_of(folder) if (folder / MANIFEST).is_file() else "none"
-    if kind == "plain":
-        plan, report = read_plain(folder)
-        return Pruned(load_model(source, device=device), plan, report, load_tokenizer(source))
-    if kind != "hf":
+    if not (folder / MANIFEST).is_file() or kind_of(folder) not in ("hf", "plain"):
         raise StoreError(
             f"'{folder}' holds no pruned language model; give a folder that `fasp-fx prune` wrote"
         )
-    model = PrunedForCausalLM.from_pretrained(folder, device_map=device)
-    return Pruned(model, model.plan, model.report, load_tokenizer(source))
+    found = read_pruned(folder, device)
+    return replace(found, tokenizer=found.tokenizer or load_tokenizer(Source(str(folder))))
 
 
 def find_device(name: str | None) -> torch.device:
@@ -340,4 +325,3 @@ def _check_values(model: Any, where: str) -> None:
                     f"the weight '{name}' of '{where}' holds values that are not finite, or not once they are"
                     f" squared ({top:g}); give an undamaged model"
                 )
-

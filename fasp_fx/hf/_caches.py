@@ -118,4 +118,3 @@ def _place(cache: Any, name: str) -> tuple[Any, int, str]:
     return (cache if part is None else getattr(cache, part)), int(path[-2]), path[-1]
 
 
-__all__ = ["check", "fresh", "read", "write"]

@@ -368,4 +368,3 @@ def smaller_weights(model: nn.Module, result: Result) -> dict[str, Tensor]:
     return found
 
 
-__all__ = ["Plain", "plain_config", "prune_plain"]
