@@ -24,11 +24,8 @@ from ...capturing import in_training
 from ...errors import ArgumentError, TrainingMemoryError, first_line
 from ...pruning._result import Result
 from ...pruning.report import Recovery
-from ._config import DistillationConfig, DistillationOptions
-from ._kept import Checkpoint, Lessons
-from ._matching import Divergence, Match, SquaredError
-from ._trained import Trained
-from ._training import Training, split
+from ._config import DistillationConfig, DistillationOptions, Divergence, Match, SquaredError
+from ._training import Checkpoint, Lessons, Trained, Training, split
 
 if TYPE_CHECKING:
     from ...hf import Pruned
@@ -218,6 +215,3 @@ def _run(
         "trained parameters": trained,
         "data": digest_of([*leaves, str(spec)] for leaves, spec in given),
     }
-
-
-__all__ = ["distil"]
