@@ -316,7 +316,7 @@ CLIP = 1.0
 #: a held-out loss of so many times that before the first step means that the training diverges
 DIVERGED = 2.0
 #: below this no loss is worth training on, whatever is divided by it
-_NOTHING = 1e-12
+_LEAST = 1e-12
 
 
 def split(count: int, fraction: float) -> tuple[list[int], list[int]]:
@@ -478,7 +478,7 @@ class Training:
         if len(curve) < 2:
             return None
         losses, step = [point.held_out for point in curve], curve[-1].step
-        if not math.isfinite(losses[-1]) or losses[-1] > DIVERGED * max(losses[0], _NOTHING):
+        if not math.isfinite(losses[-1]) or losses[-1] > DIVERGED * max(losses[0], _LEAST):
             return (
                 f"the training diverged: the held-out loss rose from {losses[0]:.3g} to {losses[-1]:.3g}; a"
                 " smaller learning_rate= may help"
