@@ -13,11 +13,6 @@ from transformers.cache_utils import DynamicLayer
 from ..errors import ArgumentError
 
 
-def fresh(encoder_decoder: bool) -> Cache:
-    """An empty cache that holds every token of every layer."""
-    return EncoderDecoderCache(DynamicCache(), DynamicCache()) if encoder_decoder else DynamicCache()
-
-
 def holds_states(config: Any) -> bool:
     """Whether the cache that transformers makes for a model has layers that sum up the tokens seen in states,
     as Mamba's have.
@@ -28,12 +23,14 @@ def holds_states(config: Any) -> bool:
     )
 
 
-def check(cache: Any, encoder_decoder: bool) -> None:
-    """Refuse a cache of another kind than :func:`fresh` makes.
+def opened(cache: Any, encoder_decoder: bool) -> Any:
+    """The caller's cache, or without one an empty cache that holds every token of every layer.
 
     Raises:
-        ArgumentError: names the kind.
+        ArgumentError: it is of another kind; names the kind.
     """
+    if cache is None:
+        return EncoderDecoderCache(DynamicCache(), DynamicCache()) if encoder_decoder else DynamicCache()
     expected = EncoderDecoderCache if encoder_decoder else DynamicCache
     if not isinstance(cache, expected):
         raise ArgumentError(
@@ -56,6 +53,7 @@ def check(cache: Any, encoder_decoder: bool) -> None:
                     f"cache has a layer of the kind {type(layer).__name__}; a pruned model keeps every token"
                     " of every layer: make it as DynamicCache(), without a config"
                 )
+    return cache
 
 
 def read(cache: Cache, sizes: Mapping[str, tuple[int, int]], batch: int, like: Tensor) -> dict[str, Tensor]:
@@ -116,5 +114,3 @@ def _place(cache: Any, name: str) -> tuple[Any, int, str]:
     path = name.split(".")
     part = {"self": "self_attention_cache", "cross": "cross_attention_cache"}.get(path[1])
     return (cache if part is None else getattr(cache, part)), int(path[-2]), path[-1]
-
-

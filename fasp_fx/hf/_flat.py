@@ -8,7 +8,7 @@ import itertools
 import linecache
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -114,10 +114,10 @@ class FlatProgram:
             )
         self._function = None
 
-    def width(self, name: str) -> int:
-        """The last dimension of an input, which no call changes."""
-        placeholder = self.graph.find_nodes(op="placeholder")[self.inputs.index(name)]
-        return int(placeholder.meta["val"].shape[-1])
+    def shapes(self) -> dict[str, tuple[Any, ...]]:
+        """The shape of each input."""
+        placeholders = self.graph.find_nodes(op="placeholder")
+        return {name: _shape(node) for node, name in zip(placeholders, self.inputs, strict=True)}
 
     def cache_sizes(self) -> dict[str, tuple[int, int]]:
         """Heads and width of each cache tensor that the program takes, ``[batch, heads, length, width]``.
@@ -126,9 +126,8 @@ class FlatProgram:
             CaptureError: a cache of another layout.
         """
         found = {}
-        for node, name in zip(self.graph.find_nodes(op="placeholder"), self.inputs, strict=True):
+        for name, shape in self.shapes().items():
             if name.startswith("cache."):
-                shape = tuple(node.meta["val"].shape)
                 if len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
                     raise CaptureError(
                         f"{name} was captured as {list(shape)}; only caches [batch, heads, length, width] of"
@@ -146,8 +145,8 @@ class FlatProgram:
         """
         sizes = {
             (name, dim): size
-            for node, name in zip(self.graph.find_nodes(op="placeholder"), self.inputs, strict=True)
-            for dim, size in enumerate(node.meta["val"].shape)
+            for name, shape in self.shapes().items()
+            for dim, size in enumerate(shape)
             if not isinstance(size, int)
         }
         most = {place: upper for place, size in sizes.items() if (upper := upper_bound(size)) is not None}
@@ -161,24 +160,15 @@ class FlatProgram:
         return found + [Bound((place,), most[place]) for place in most if str(sizes[place]) not in joint]
 
     def __getstate__(self) -> dict[str, Any]:
-        refuse_pickling()
+        raise ArgumentError(
+            "a pruned model that generates cannot be pickled, since its programs hold symbols; write it with"
+            " save_pretrained()"
+        )
 
     def __deepcopy__(self, memo: Any) -> FlatProgram:
         copied = self.rewritten(copy_graph(self.graph))
         memo[id(self)] = copied
         return copied
-
-
-def refuse_pickling() -> NoReturn:
-    """Say what to do instead.
-
-    Raises:
-        ArgumentError: always.
-    """
-    raise ArgumentError(
-        "a pruned model that generates cannot be pickled, since its programs hold symbols; write it with"
-        " save_pretrained()"
-    )
 
 
 def _is_of_tokens(name: str) -> bool:

@@ -124,8 +124,6 @@ class PrunedForCausalLM(SavedModel):
 
 def _kept(logits_to_keep: int | Tensor, new: int, device: torch.device) -> Tensor:
     if isinstance(logits_to_keep, Tensor):
-        if logits_to_keep.dtype == torch.bool and logits_to_keep.shape == (new,):
-            return logits_to_keep.nonzero()[:, 0]
         if logits_to_keep.dim() != 1 or logits_to_keep.dtype not in (torch.int32, torch.int64):
             raise ArgumentError(_misread(logits_to_keep, new))
         if bool(((logits_to_keep < -new) | (logits_to_keep >= new)).any()):
@@ -268,7 +266,7 @@ class PrunedForSeq2SeqLM(SavedModel):
             ArgumentError: there are none, or not those of this model for so many sequences.
         """
         hidden = outputs[0] if isinstance(outputs, (tuple, list, Mapping)) and len(outputs) else None
-        like, width = self._like(), self._programs["first"].width("encoder_outputs.last_hidden_state")
+        like, width = self._like(), self._programs["first"].shapes()["encoder_outputs.last_hidden_state"][-1]
         if (
             not isinstance(hidden, Tensor)
             or hidden.dim() != 3

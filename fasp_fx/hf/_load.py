@@ -4,6 +4,7 @@ and loaded as transformers' are.
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +28,8 @@ from ._flat import FlatProgram
 from ._folder import FILES, KIND, save_into
 from ._model import Parts, PrunedModel, StoredProgram
 
-#: fields of a configuration that say where a model came from, or are options of their own
-_OF_THE_FOLDER = {
-    *("_name_or_path", "transformers_version", "architectures", "attn_implementation"),
-    *("_attn_implementation", "dtype", "torch_dtype"),
-}
-#: fields that say what the programs are
-_OF_THE_PROGRAMS = {
-    *("original", "positions", "loss", "labels_moved", "fasp_fx_version", "is_encoder_decoder", "model_type"),
-}
+#: fields of a configuration that say what the programs are
+_OF_THE_PROGRAMS = ("original", "positions", "loss", "labels_moved", "fasp_fx_version", "is_encoder_decoder")
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 #: arguments of transformers' loaders that change nothing here
 _WITHOUT_EFFECT = {
@@ -85,8 +79,7 @@ def load(
     folder = _folder(where, hub) / subfolder
     verify(folder, KIND, FILES)
     device = _device(device_map)
-    found = _config(folder, kind)
-    _override(found, config)
+    found = _overridden(_config(folder, kind), config)
     wanted = dtype if dtype is not None else torch_dtype
     wanted = getattr(torch, wanted, wanted) if isinstance(wanted, str) else wanted
     if wanted not in (None, "auto", found.dtype):
@@ -163,24 +156,23 @@ def _config(folder: Path, kind: type[PrunedModel]) -> PrunedConfig:
     return config
 
 
-def _override(found: PrunedConfig, given: Any) -> None:
-    """Take over what the caller has changed of the configuration, as transformers does.
+def _overridden(found: PrunedConfig, given: Any) -> PrunedConfig:
+    """The configuration as the caller has changed it, as transformers takes it.
 
     Raises:
         ArgumentError: a change speaks of the programs, which are what they are.
     """
     if not isinstance(given, PrunedConfig):
-        return
-    stored = found.to_dict()
-    for name, value in given.to_dict().items():
-        if name in _OF_THE_FOLDER or stored.get(name) == value:
-            continue
-        if name in _OF_THE_PROGRAMS:
-            raise ArgumentError(
-                f"'{name}' of the configuration cannot be changed: it describes the pruned programs; leave it"
-                " as it was saved"
-            )
-        setattr(found, name, value)
+        return found
+    changed = [name for name in _OF_THE_PROGRAMS if getattr(given, name) != getattr(found, name)]
+    if changed:
+        raise ArgumentError(
+            f"'{changed[0]}' of the configuration cannot be changed: it describes the pruned programs; leave"
+            " it as it was saved"
+        )
+    made = copy.deepcopy(given)
+    made.dtype = found.dtype
+    return made
 
 
 def _device(device_map: Any) -> torch.device:

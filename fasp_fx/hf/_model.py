@@ -165,10 +165,7 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
 
     def _opened(self, cache: Any) -> Any:
         """The caller's cache, or an empty one."""
-        if cache is None:
-            return _caches.fresh(self.config.is_encoder_decoder)
-        _caches.check(cache, self.config.is_encoder_decoder)
-        return cache
+        return _caches.opened(cache, self.config.is_encoder_decoder)
 
     def _extended(self, cache: Any, given: bool, found: dict[str, Tensor], use_cache: bool | None) -> Any:
         """Write what a program returned into the cache; ``None`` if the output shall not hold it."""
@@ -210,10 +207,9 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
             )
         given = model_kwargs.get(CACHE)
         if given is not None:
-            _caches.check(given, self.config.is_encoder_decoder)
-            given._is_user_defined = True
+            self._opened(given)._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs[CACHE] = _caches.fresh(self.config.is_encoder_decoder)
+            model_kwargs[CACHE] = self._opened(None)
             if generation_config.is_assistant:
                 model_kwargs[CACHE].activate_past_recording()
 

@@ -366,5 +366,3 @@ def smaller_weights(model: nn.Module, result: Result) -> dict[str, Tensor]:
         else:
             found[name] = tensor.detach().clone()
     return found
-
-

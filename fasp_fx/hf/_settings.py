@@ -163,9 +163,8 @@ class KnobSearch:
             if isinstance(lost, str) or not _touches(lost, units):
                 continue
             also = sorted(name for name, _ in lost.keys() - self._within)
-            missed = sorted(name for name, _ in units.keys() - lost.keys())
-            fault = f"leaves {missed[0]} as it is" if missed else "changes some of it by another amount"
-            remarks.append(f"{written(path)} {f'changes {also[0]} as well' if also else fault}")
+            fault = f"changes {also[0]} as well" if also else "changes a part of it alone"
+            remarks.append(f"{written(path)} {fault}")
         (name, dim), *_ = units
         nothing = f"none that is a multiple of {group.width} changes dimension {dim} of {name}"
         return f"no field of {self.experiments.name} can say it: {'; '.join(remarks[:3]) or nothing}"

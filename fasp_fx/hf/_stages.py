@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..base._tolerable import tolerable
 from ..base.compat._transformers import CACHE
+from ..calibration.observe._calibration import calibration_calls
 from ..capturing._unchanged import rewound
 from ..errors import ArgumentError, CalibrationError, CaptureError, first_line
 from . import _caches
 from ._arguments import check_outputs
-from ._caches import fresh, holds_states
+from ._caches import holds_states, opened
 from ._model import PrunedModel
 
 #: example sizes: sequences, source tokens, tokens that are already cached, new tokens; all different, and
@@ -112,7 +112,7 @@ class CausalStages(Stages):
         mask = self.ones(batch, past + new)
         mask[0, :padding] = 0
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = fresh(encoder_decoder=False)
+        cache = opened(None, False)
         if past:
             given = self.optional(attention_mask=mask[:, :past], position_ids=positions[:, :past])
             cache = self.run({"input_ids": self.tokens(past, batch), CACHE: cache, **given})[CACHE]
@@ -144,7 +144,7 @@ class CausalStages(Stages):
             mask = self.mask(ids, given)
             positions = given.get("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
             kept = torch.arange(ids.shape[1], device=ids.device)
-            cache, like = fresh(False), torch.empty(0, dtype=self.model.dtype, device=ids.device)
+            cache, like = opened(None, False), torch.empty(0, dtype=self.model.dtype, device=ids.device)
             _caches.write(cache, _caches.read(cache, caches, len(ids), like))
             extra = self.optional(attention_mask=mask, position_ids=positions, logits_to_keep=kept)
             yield {"input_ids": ids, **extra, CACHE: cache, "use_cache": True}
@@ -163,7 +163,7 @@ class Seq2SeqStages(Stages):
         mask[0, source - padding :] = 0
         with torch.no_grad(), rewound(self.model):
             encoded = _encoding(self.model)(self.tokens(source, batch), mask)
-        cache = fresh(encoder_decoder=True)
+        cache = opened(None, True)
         common = {"encoder_outputs": encoded, "attention_mask": mask}
         if past:
             shown = self.optional(decoder_attention_mask=self.ones(batch, past))
@@ -256,18 +256,8 @@ def pruned_already(name: str) -> ArgumentError:
 
 def _calls(calibration: Any, known: set[str]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Each batch as its token numbers and other arguments."""
-    if isinstance(calibration, (Tensor, dict, str, BatchEncoding)) or not isinstance(calibration, Iterable):
-        raise CalibrationError(
-            f"calibration is a single {type(calibration).__name__}; pass an iterable of batches, for example"
-            " [batch]"
-        )
-    for index, batch in enumerate(calibration):
-        if not isinstance(batch, (Tensor, dict, BatchEncoding)):
-            raise CalibrationError(
-                f"calibration batch {index} is a {type(batch).__name__}; a batch is a tensor of token numbers"
-                " or a dict with 'input_ids'"
-            )
-        given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    for index, (args, named) in enumerate(calibration_calls(calibration)):
+        given = {**named, "input_ids": args[0]} if len(args) == 1 else named
         given.pop("labels", None)
         unknown = sorted(set(given) - known)
         if unknown or not isinstance(given.get("input_ids"), Tensor):
