@@ -18,7 +18,7 @@ from ..base._tolerable import tolerable
 from ..base.offload._context import keep_weights
 from ..base.offload._scratch import Scratch
 from ..errors import ArgumentError, FaspError, StoreError, first_line
-from ..storage._config_json import LAYERS, layer_counts
+from ..storage._config_json import LAYERS
 from ..storage._folder import MANIFEST, is_save, kind_of
 from ._options import check_path
 
@@ -131,7 +131,6 @@ def load_model(
         _check_loaded(model, info, str(source))
         if scratch is not None:
             keep_weights(model, scratch)
-    _check_layers(model.config.to_dict(), str(source))
     _check_values(model, str(source))
     return model.eval().to(device)
 
@@ -162,11 +161,13 @@ def load_empty(source: Source) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from ..hf._config import check_layers
+
     def build() -> nn.Module:
         if source.config is not None:  # some classes make lists as long as this says
-            _check_layers(json.loads(source.config.read_text(encoding="utf-8")), str(source))
+            check_layers(json.loads(source.config.read_text(encoding="utf-8")), LAYERS, 1)
         config = AutoConfig.from_pretrained(source.where, **source.options)
-        _check_layers(config.to_dict(), str(source))
+        check_layers(config.to_dict(), LAYERS, 1)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config).eval()
 
@@ -268,16 +269,6 @@ def _load(what: str, remedy: str, load: Callable[[], T]) -> T:
         raise ArgumentError(f"{what} needs a package that is not installed: {first_line(error)}") from error
     except tolerable(Exception) as error:  # loaders raise whatever the files make them trip over
         raise ArgumentError(f"{what} cannot be loaded: {first_line(error)}; {remedy}") from error
-
-
-def _check_layers(config: Any, where: str) -> None:
-    """Refuse a configuration that asks for no layer or for too many."""
-    for name, value in layer_counts(config):
-        if not 1 <= value <= LAYERS:
-            raise ArgumentError(
-                f"the configuration of '{where}' says \"{name}\": {str(value)[:40]}, and a model has 1 to"
-                f" {LAYERS} layers; correct it"
-            )
 
 
 def _check_weights_fit(empty: nn.Module, folder: Path) -> None:

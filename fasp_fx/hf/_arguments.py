@@ -74,8 +74,8 @@ def refuse(arguments: dict[str, Any], known: tuple[str, ...] = ()) -> None:
             )
 
 
-def check_tokens(name: str, ids: Any) -> None:
-    """Refuse anything but token numbers ``[batch, tokens]``.
+def checked_tokens(name: str, ids: Any) -> Tensor:
+    """Token numbers ``[batch, tokens]``; anything else is refused.
 
     Raises:
         ArgumentError: names the argument.
@@ -84,6 +84,7 @@ def check_tokens(name: str, ids: Any) -> None:
         raise ArgumentError(
             f"{name} is {shown(ids)}; pass token numbers [batch, tokens], torch.int64, at least one token"
         )
+    return ids
 
 
 def check_numbers(name: str, numbers: Any) -> None:
@@ -123,8 +124,9 @@ def mask_of(name: str, mask: Tensor | None, batch: int, length: int, like: Tenso
     return mask.to(torch.long)
 
 
-def loss_of(way: str | None, logits: Tensor, labels: Tensor, items: Any) -> Tensor:
-    """The loss; a label that is no token of the vocabulary is refused where the device says so.
+def loss_of(way: str | None, logits: Tensor, labels: Tensor | None, items: Any) -> Tensor | None:
+    """The loss, if there are labels; a label that is no token of the vocabulary is refused where the device
+    says so.
 
     Args:
         way: a key of :data:`LOSSES`; ``None``: the original has a loss of its own.
@@ -134,6 +136,8 @@ def loss_of(way: str | None, logits: Tensor, labels: Tensor, items: Any) -> Tens
     Raises:
         ArgumentError: a label is neither a token number nor -100, or labels are not served.
     """
+    if labels is None:
+        return None
     if way is None:
         raise ArgumentError(
             "labels are not served: the original model has a loss of its own, or none; leave them out and"

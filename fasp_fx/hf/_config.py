@@ -105,17 +105,18 @@ def original_of(config: PrunedConfig) -> PreTrainedConfig:
         return cast(PreTrainedConfig, held[1])
 
 
-def check_layers(data: Any, most: int) -> None:
-    """Refuse a configuration of more layers than ``most``: transformers makes lists as long as that.
+def check_layers(data: Any, most: int, least: int = 0) -> None:
+    """Refuse a configuration of more layers than ``most``, or of fewer than ``least``: transformers makes
+    lists as long as that.
 
     Raises:
         StoreError: says how many.
     """
     for name, value in layer_counts(data):
-        if not 0 <= value <= most:
+        if not least <= value <= most:
             raise StoreError(
-                f'config.json says "{name}": {str(value)[:40]}, and the model has at most {most} layers; save'
-                " the model again"
+                f'config.json says "{name}": {str(value)[:40]}, and a model like this has {least} to {most}'
+                " layers; correct it, or save the model again"
             )
 
 

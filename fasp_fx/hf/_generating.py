@@ -16,7 +16,7 @@ from ._arguments import (
     POSITIONS,
     check_numbers,
     check_outputs,
-    check_tokens,
+    checked_tokens,
     loss_of,
     mask_of,
     refuse,
@@ -64,8 +64,7 @@ class PrunedForCausalLM(SavedModel):
         cache = past_key_values if cache is None else cache
         refuse(kwargs, known=("num_items_in_batch",))
         check_outputs(self.config)
-        check_tokens("input_ids", input_ids)
-        assert input_ids is not None
+        input_ids = checked_tokens("input_ids", input_ids)
         batch, new = input_ids.shape
         given, cache = cache is not None, self._opened(cache)
         values = self._cached("decode", cache, batch)
@@ -85,9 +84,7 @@ class PrunedForCausalLM(SavedModel):
         found = self._run("decode", values, one=new == 1)
         whole = inside or (isinstance(logits_to_keep, int) and kept.numel() == new)
         logits = found["logits"] if whole else found["logits"].index_select(1, kept)
-        loss = None
-        if labels is not None:
-            loss = loss_of(self.config.loss, logits, labels, kwargs.get("num_items_in_batch"))
+        loss = loss_of(self.config.loss, logits, labels, kwargs.get("num_items_in_batch"))
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, **{CACHE: self._extended(cache, given, found, use_cache)}
         )
@@ -160,8 +157,7 @@ class Encoder(nn.Module):
     ) -> Any:
         """Hidden states ``[batch, source, width]`` of token numbers ``[batch, source]``."""
         refuse(kwargs)
-        check_tokens("input_ids", input_ids)
-        assert input_ids is not None
+        input_ids = checked_tokens("input_ids", input_ids)
         (model,) = vars(self)["_model"]
         mask = mask_of("attention_mask", attention_mask, input_ids.shape[0], input_ids.shape[1], input_ids)
         output = BaseModelOutput(
@@ -219,8 +215,7 @@ class PrunedForSeq2SeqLM(SavedModel):
             encoder_outputs = self.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self._moved_on(labels)
-        check_tokens("decoder_input_ids", decoder_input_ids)
-        assert decoder_input_ids is not None
+        decoder_input_ids = checked_tokens("decoder_input_ids", decoder_input_ids)
         batch, new = decoder_input_ids.shape
         hidden = self._hidden(encoder_outputs, batch)
         given, cache = cache is not None, self._opened(cache)
@@ -250,9 +245,7 @@ class PrunedForSeq2SeqLM(SavedModel):
             "decoder_attention_mask", decoder_attention_mask, batch, past + new, decoder_input_ids
         )
         found = self._run(program, values, one=new == 1)
-        loss = None
-        if labels is not None:
-            loss = loss_of(self.config.loss, found["logits"], labels, kwargs.get("num_items_in_batch"))
+        loss = loss_of(self.config.loss, found["logits"], labels, kwargs.get("num_items_in_batch"))
         cache = self._extended(cache, given, found, use_cache)
         output = Seq2SeqLMOutput(
             loss=loss, logits=found["logits"], encoder_last_hidden_state=hidden, **{CACHE: cache}
@@ -288,7 +281,7 @@ class PrunedForSeq2SeqLM(SavedModel):
         """Labels behind the token that begins an output, as inputs of the decoder; what the loss leaves out
         becomes padding.
         """
-        check_tokens("labels", labels)
+        checked_tokens("labels", labels)
         if self.config.labels_moved is None:
             raise ArgumentError(
                 "the original model makes the decoder's tokens of labels in a way of its own, or not at all;"
