@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..base._tolerable import tolerable
 from ..base.compare import deviation, tolerance
-from ..base.compat import pytree
 from ..base.compat._transformers import CACHE
 from ..capturing._program import Program
 from ..capturing._unchanged import rewound
@@ -21,9 +20,11 @@ from ..errors import CaptureError
 from . import _caches
 from ._arguments import LEFT_OUT, LOSSES, MOVES, POSITIONS
 from ._flat import FlatProgram
-from ._stages import CausalStages, Seq2SeqStages
+from ._stages import SOURCE, CausalStages, Seq2SeqStages
 
 AnyStages = CausalStages | Seq2SeqStages
+#: what a call with a whole text is given
+_TEXT = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids", "decoder_attention_mask")
 #: sequences, new tokens, cached tokens, tokens of padding
 _SIZES = ((2, 3, 5, 2), (1, 4, 0, 0), (3, 4, 0, 2), (1, 1, 1, 0), (2, 1, 4, 1), (1, 1, 0, 0), (2, 2, 3, 0))
 
@@ -125,9 +126,7 @@ def _shown(output: Tensor, arguments: dict[str, Any]) -> Tensor:
 def _check_captured(stages: CausalStages, program: Program, flat: FlatProgram) -> None:
     """Hold a captured decoder against its model; errors as for :func:`convention_of`."""
     device = program.device()
-    inputs = zip(flat.graph.find_nodes(op="placeholder"), flat.inputs, strict=True)
-    recorded = next(node.meta["val"] for node, name in inputs if name.startswith("cache."))
-    like = torch.empty(0, dtype=recorded.dtype, device=recorded.device)
+    like = torch.empty(0, dtype=stages.model.dtype, device=stages.model.device)
     for batch, new, past, padding in _SIZES:
         arguments = stages.arguments(batch=batch, new=new, past=past, padding=padding)
         values = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
@@ -157,10 +156,10 @@ def check_served(model: Any, stages: AnyStages) -> None:
         CaptureError: they differ; names the size.
     """
     for batch, padding in ((1, 0), (3, 2)):
-        whole = stages.text(batch, 6, padding)
-        whole = pytree.tree_map(
-            lambda leaf: leaf.to(model.device) if isinstance(leaf, Tensor) else leaf, whole
-        )
+        given = stages.arguments(batch=batch, new=6, past=0, padding=padding)
+        whole = {name: given[name].to(model.device) for name in _TEXT if name in given}
+        if isinstance(stages, Seq2SeqStages):
+            whole["input_ids"] = stages.tokens(SOURCE, batch).to(model.device)
         with torch.no_grad(), rewound(model):
             expected = model(**whole, use_cache=False).logits
             cache, found = None, []

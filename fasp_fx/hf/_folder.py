@@ -135,7 +135,7 @@ def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dic
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)
     if state_dict is None:
         return own
-    found: dict[int, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for name, tensor in own.items():
         given = state_dict.get(name)
         if given is None or given.shape != tensor.shape or given.dtype != tensor.dtype:
@@ -144,11 +144,9 @@ def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dic
                 f"'{name}' of state_dict is {shown}, the programs need {tensor.dtype} {list(tensor.shape)};"
                 " pass the model's own state_dict()"
             )
-        made = given.detach()
-        if isinstance(tensor, nn.Parameter):
-            made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-        found.setdefault(id(tensor), made)
-    return {name: found[id(tensor)] for name, tensor in own.items()}
+        is_parameter = isinstance(tensor, nn.Parameter)
+        found[name] = nn.Parameter(given.detach(), tensor.requires_grad) if is_parameter else given
+    return found
 
 
 def _tell(folder: Path, model: Any, plan: PruningPlan, report: Report) -> None:

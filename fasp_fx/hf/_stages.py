@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..base._tolerable import tolerable
@@ -19,7 +20,7 @@ from ..capturing._unchanged import rewound
 from ..errors import ArgumentError, CalibrationError, CaptureError, first_line
 from . import _caches
 from ._arguments import check_outputs
-from ._caches import holds_states, opened
+from ._caches import opened
 from ._model import PrunedModel
 
 #: example sizes: sequences, source tokens, tokens that are already cached, new tokens; all different, and
@@ -55,7 +56,8 @@ class Stages:
                 f"{type(self.model).__name__}.forward takes no '{CACHE}' of keys and values, so it cannot be"
                 " served step by step; use fasp_fx.prune"
             )
-        if holds_states(self.model.config):
+        config = self.model.config.get_text_config(decoder=True)
+        if any(hasattr(layer, "conv_states") for layer in DynamicCache(config=config).layers):
             raise CaptureError(
                 f"{type(self.model).__name__} generates from states (of a convolution, of a recurrence) in"
                 " the place of the tokens seen, and fasp_fx.hf serves caches of keys and values only; use"
@@ -111,23 +113,18 @@ class CausalStages(Stages):
         """
         mask = self.ones(batch, past + new)
         mask[0, :padding] = 0
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = opened(None, False)
         if past:
-            given = self.optional(attention_mask=mask[:, :past], position_ids=positions[:, :past])
-            cache = self.run({"input_ids": self.tokens(past, batch), CACHE: cache, **given})[CACHE]
-        given = self.optional(
-            attention_mask=mask,
-            position_ids=positions[:, past:].contiguous(),
-            logits_to_keep=torch.arange(new, device=mask.device),
-        )
-        return {"input_ids": self.tokens(new, batch, seed=1), **given, CACHE: cache}
+            cache = self.run(self._call(self.tokens(past, batch), mask[:, :past], cache))[CACHE]
+        return self._call(self.tokens(new, batch, seed=1), mask, cache)
 
-    def text(self, batch: int, count: int, padding: int) -> dict[str, Any]:
-        """Arguments of a call with a whole text."""
-        whole = self.arguments(batch=batch, new=count, past=0, padding=padding)
-        wanted = ("input_ids", "attention_mask", "position_ids")
-        return {name: value for name, value in whole.items() if name in wanted}
+    def _call(self, ids: Tensor, mask: Tensor, cache: Any, positions: Tensor | None = None) -> dict[str, Any]:
+        """Arguments of a call with these tokens after those in a cache; the mask is over both."""
+        if positions is None:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :].contiguous()
+        kept = torch.arange(ids.shape[1], device=ids.device)
+        given = self.optional(attention_mask=mask, position_ids=positions, logits_to_keep=kept)
+        return {"input_ids": ids, **given, CACHE: cache}
 
     def programs(self) -> list[Stage]:
         """The program that is calibrated and served."""
@@ -141,13 +138,10 @@ class CausalStages(Stages):
         """
         known = {"input_ids", "attention_mask", "use_cache", *self.optional(position_ids=None)}
         for ids, given in _calls(calibration, known):
-            mask = self.mask(ids, given)
-            positions = given.get("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
-            kept = torch.arange(ids.shape[1], device=ids.device)
             cache, like = opened(None, False), torch.empty(0, dtype=self.model.dtype, device=ids.device)
             _caches.write(cache, _caches.read(cache, caches, len(ids), like))
-            extra = self.optional(attention_mask=mask, position_ids=positions, logits_to_keep=kept)
-            yield {"input_ids": ids, **extra, CACHE: cache, "use_cache": True}
+            call = self._call(ids, self.mask(ids, given), cache, given.get("position_ids"))
+            yield {**call, "use_cache": True}
 
 
 class Seq2SeqStages(Stages):
@@ -172,13 +166,6 @@ class Seq2SeqStages(Stages):
             )[CACHE]
         shown = self.optional(decoder_attention_mask=self.ones(batch, past + new))
         return {"decoder_input_ids": self.tokens(new, batch, seed=1), **common, **shown, CACHE: cache}
-
-    def text(self, batch: int, count: int, padding: int) -> dict[str, Any]:
-        """Arguments of a call with a whole source and output."""
-        given = self.arguments(batch=batch, new=count, past=0, padding=padding)
-        wanted = ("attention_mask", "decoder_input_ids", "decoder_attention_mask")
-        shown = {name: given[name] for name in wanted if name in given}
-        return {"input_ids": self.tokens(given["attention_mask"].shape[1], batch), **shown}
 
     def programs(self) -> list[Stage]:
         """Both parts together, without a cache, which calibration runs, and those that generation runs."""
