@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..base._version import __version__
 from ..errors import ArgumentError
+from ..pruning.config import PruningConfig
 from ..training.recovery import DistillationConfig
 from . import _models
 from ._console import CAPTURING, USAGE, Stages, console, groups_json, groups_table, say, session, table
@@ -34,9 +35,6 @@ app = typer.Typer(
 )
 
 MODEL = "A model folder, a hub id or a .gguf file; anything AutoModelForCausalLM loads."
-#: what torch takes for a seed
-SEEDS = {"min": 0, "max": 2**63 - 1}
-
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Out = Annotated[Path, option("The folder to write; it must not exist yet.", more=False)]
 Device = Annotated[
@@ -61,6 +59,20 @@ Length = Annotated[
     option("Tokens per chunk. Default: 1024 of a file, 256 of 'self'.", min=2),
 ]
 EvalBatches = Annotated[int, option("Chunks of text to measure perplexity on. Default: 8.", min=1)]
+Text = Annotated[
+    Path | None,
+    option(
+        "Measure perplexity on this text file; chunks that calibrate or train are left out. By default, what"
+        " these leave of their own.",
+        metavar="FILE",
+        more=False,
+    ),
+]
+Seed = Annotated[
+    int,
+    # torch takes no other for a seed
+    option("Seed of the model's text, and of the order of training. Default: 0.", min=0, max=2**63 - 1),
+]
 Json = Annotated[bool, option("Print JSON.", "--json", more=False)]
 
 
@@ -92,15 +104,7 @@ def prune(
             more=False,
         ),
     ] = "self",
-    text: Annotated[
-        Path | None,
-        option(
-            "Measure perplexity on this text file; chunks that calibrated are left out. By default, what"
-            " calibration leaves of its own.",
-            metavar="FILE",
-            more=False,
-        ),
-    ] = None,
+    text: Text = None,
     recover: Annotated[
         int,
         option(
@@ -142,7 +146,7 @@ def prune(
     ] = None,
     length: Length = None,
     eval_batches: EvalBatches = 8,
-    seed: Annotated[int, option("Seed of the text that the model writes. Default: 0.", **SEEDS)] = 0,
+    seed: Seed = 0,
     dtype: Dtype = "auto",
     checkpoint: Checkpoint = None,
     stream: Annotated[
@@ -242,15 +246,7 @@ def recover(
             more=False,
         ),
     ] = "self",
-    text: Annotated[
-        Path | None,
-        option(
-            "Measure perplexity on this text file; chunks that train are left out. By default, what training"
-            " leaves of --data.",
-            metavar="FILE",
-            more=False,
-        ),
-    ] = None,
+    text: Text = None,
     epochs: Annotated[
         int, option("How often the text is trained on. Default: 2.", min=1, more=False)
     ] = DistillationConfig.epochs,
@@ -281,10 +277,7 @@ def recover(
     checkpoint: Checkpoint = None,
     device: Device = None,
     overwrite: Overwrite = False,
-    seed: Annotated[
-        int,
-        option("Seed of the model's text, and of the order of the chunks. Default: 0.", **SEEDS),
-    ] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Train a pruned language model towards the dense one it was made of.
 
@@ -372,7 +365,9 @@ def inspect(
         empty = _models.load_empty(_models.Source.of(model))
         stages.begin(CAPTURING)
         example = {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False}
-        analysis = analyze(empty, (), example, granularity=granularity or ("channel",), include=include or ())
+        analysis = analyze(
+            empty, (), example, granularity=granularity or PruningConfig.granularity, include=include or ()
+        )
         stages.end()
         if html is not None:
             write_page(analysis, model, html)

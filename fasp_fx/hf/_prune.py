@@ -157,7 +157,7 @@ def capture(model: Any, *, device: torch.device | str | None = None) -> Captured
 def analyze(
     model: Any,
     *,
-    granularity: Iterable[str] = ("channel",),
+    granularity: Iterable[str] = PruningConfig.granularity,
     include: Iterable[str] = (),
     device: torch.device | str | None = None,
 ) -> Analysis:
