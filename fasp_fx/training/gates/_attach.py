@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any, Unpack
+from unittest import mock
 
 import numpy as np
 import torch
@@ -186,7 +187,7 @@ def _check_effect(gates: Gates, model: nn.Module) -> None:
         gone = [_every_second(group) & (group.name in names) for group in target.groups]
         masked = masked_program(target.analysis, target.decision(gone))
         args, kwargs = target.program.call()
-        with gates.closed(gone):
+        with mock.patch.object(gates, "closed", gone):
             found, _ = called(masked, model, args, kwargs)
         return trouble_with(masked, found, args, kwargs)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -312,7 +310,8 @@ class Gates(nn.Module):
         self.places: list[tuple[nn.Module, str, list[str]]] = []
         self._depth = 0  # of the calls of the model and its parts that run within one another
         self._known: tuple[list[np.ndarray], list[np.ndarray]] | None = None
-        self._closed: list[np.ndarray] | None = None
+        #: gates that are closed in evaluation mode whatever the scores say, for each group ``[sets]``
+        self.closed: list[np.ndarray] | None = None
         if not kind.is_exact:
             self.expected()  # what it raises is raised before anything is trained
         self.draw()
@@ -325,17 +324,6 @@ class Gates(nn.Module):
                 # Methods: a copy of the model has those of its own gates.
                 module.register_forward_pre_hook(self._enter)
                 module.register_forward_hook(self._leave, always_call=True)
-
-    @contextmanager
-    def closed(self, gone: list[np.ndarray]) -> Iterator[None]:
-        """Inside, these gates are closed in evaluation mode, whatever the scores say; for each group, of
-        shape ``[sets]``.
-        """
-        self._closed = gone
-        try:
-            yield
-        finally:
-            self._closed = None
 
     def __getstate__(self) -> dict[str, Any]:
         # No backward leads from a copy to the scores of these.
@@ -535,8 +523,8 @@ class Gates(nn.Module):
 
     def _gone(self) -> list[np.ndarray]:
         """Which channel sets the plan removes, for each group; worked out anew where chances have changed."""
-        if self._closed is not None:
-            return self._closed
+        if self.closed is not None:
+            return self.closed
         with torch.no_grad():
             chances = [own.double().cpu().numpy() for own in self._chances()]
         # By their values: a checkpoint may put other tensors in, and what writes into data is not counted.
