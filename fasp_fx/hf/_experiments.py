@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..base._tolerable import tolerable
+from ..base._undisturbed import for_a_while
 from ..errors import ArgumentError, first_line
 
 #: where a value stands in a config: keys of nested configs, positions of lists
@@ -192,17 +193,18 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers from remarking on configs that are only tried, and from drawing bars."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    with (
+        for_a_while(logging.get_verbosity, logging.set_verbosity),
+        for_a_while(logging.is_progress_bar_enabled, _draw_bars),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        logging.set_verbosity(logging.CRITICAL)
+        _draw_bars(False)
+        yield
+
+
+def _draw_bars(wanted: bool) -> None:
+    (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
 
 
 def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

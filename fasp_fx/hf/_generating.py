@@ -111,33 +111,22 @@ class PrunedForCausalLM(SavedModel):
             return torch.arange(past, past + new, device=ids.device).expand(batch, new)
         return POSITIONS[self.config.positions](mask.long())[:, past:]
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As transformers' own; positions are left out where the original model takes none."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        if self.config.positions is None:
-            inputs.pop("position_ids", None)
-        return inputs
 
-
-def _kept(logits_to_keep: int | Tensor, new: int, device: torch.device) -> Tensor:
-    if isinstance(logits_to_keep, Tensor):
-        if logits_to_keep.dim() != 1 or logits_to_keep.dtype not in (torch.int32, torch.int64):
-            raise ArgumentError(_misread(logits_to_keep, new))
-        if bool(((logits_to_keep < -new) | (logits_to_keep >= new)).any()):
-            raise ArgumentError(f"{_misread(logits_to_keep, new)}; one of them lies outside")
+def _kept(logits_to_keep: Any, new: int, device: torch.device) -> Tensor:
+    """The positions whose logits are wanted, among the new ones."""
+    if isinstance(logits_to_keep, int) and logits_to_keep >= 0:
+        return torch.arange(max(new - logits_to_keep, 0) if logits_to_keep else 0, new, device=device)
+    if (
+        isinstance(logits_to_keep, Tensor)
+        and logits_to_keep.dim() == 1
+        and logits_to_keep.dtype in (torch.int32, torch.int64)
+        and not bool(((logits_to_keep < -new) | (logits_to_keep >= new)).any())
+    ):
         return torch.where(logits_to_keep < 0, logits_to_keep + new, logits_to_keep)
-    if not isinstance(logits_to_keep, int):
-        raise ArgumentError(_misread(logits_to_keep, new))
-    if logits_to_keep < 0:
-        raise ArgumentError(f"logits_to_keep is {logits_to_keep}; pass how many last positions, 0 for all")
-    return torch.arange(max(new - logits_to_keep, 0) if logits_to_keep else 0, new, device=device)
-
-
-def _misread(logits_to_keep: object, new: int) -> str:
-    """Written only when raised: text with a size in it would fix that size for a compiler."""
-    return (
-        f"logits_to_keep is {shown(logits_to_keep)}; pass how many last positions, or positions [count] among"
-        f" the {new} new ones, for all sequences alike"
+    given = logits_to_keep if isinstance(logits_to_keep, int) else shown(logits_to_keep)
+    raise ArgumentError(
+        f"logits_to_keep is {given}; pass how many last positions, 0 for all, or positions [count] among the"
+        f" {new} new ones, for all sequences alike, of which none lies outside"
     )
 
 

@@ -47,63 +47,6 @@ class _Stored:
     constants: dict[str, str]
 
 
-def load(
-    kind: type[PrunedModel],
-    where: Any,
-    *,
-    config: Any = None,
-    dtype: Any = None,
-    torch_dtype: Any = None,
-    device_map: Any = None,
-    **options: Any,
-) -> Any:
-    """Read a model; see :meth:`PrunedModel.from_pretrained`.
-
-    Raises:
-        StoreError: a file is missing, damaged or of another version.
-        ArgumentError: an argument cannot be honoured.
-    """
-    hub = {name: value for name in _HUB if (value := options.pop(name, None)) is not None}
-    subfolder = options.pop("subfolder", "") or ""
-    for name, value in options.items():
-        if value is not None and name not in _WITHOUT_EFFECT:
-            raise ArgumentError(
-                f"argument '{name}' is not served when a pruned model is loaded; leave it out"
-            )
-    asked = getattr(config, "_attn_implementation", None)  # where the Auto classes put it
-    if asked not in (None, "sdpa"):  # what a pruned model says of itself
-        raise ArgumentError(
-            f"attn_implementation={asked!r} cannot be had: the programs fix attention; choose it for the"
-            " dense model and prune it again"
-        )
-    folder = _folder(where, hub) / subfolder
-    verify(folder, KIND, FILES)
-    device = _device(device_map)
-    found = _overridden(_config(folder, kind), config)
-    wanted = dtype if dtype is not None else torch_dtype
-    wanted = getattr(torch, wanted, wanted) if isinstance(wanted, str) else wanted
-    if wanted not in (None, "auto", found.dtype):
-        raise ArgumentError(
-            f"dtype={wanted} cannot be had: the programs were captured in {found.dtype}; load the dense model"
-            " in that dtype and prune it again"
-        )
-    parts = _parts(folder, device)
-    if set(parts.programs) != kind.program_names:
-        raise StoreError(
-            f"programs.json holds the programs {sorted(parts.programs)!r:.200}, not"
-            f" {sorted(kind.program_names)}; save the model again"
-        )
-    with parsing("programs.json or config.json"):
-        model = kind(found, parts)
-    generation = folder / "generation_config.json"
-    if os.path.lexists(generation):
-        with parsing("generation_config.json"):
-            read_text(generation)
-            model.generation_config = model.generation_config_class.from_pretrained(folder)
-    model.name_or_path = str(where)
-    return model
-
-
 def _parts(folder: Path, device: torch.device) -> Parts:
     programs = parse(dict[str, _Stored], read_text(folder / "programs.json"), "programs.json")
     weights = read_tensors(folder / "model.safetensors", device)
@@ -223,7 +166,16 @@ class SavedModel(PrunedModel):
             )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        config: Any = None,
+        dtype: Any = None,
+        torch_dtype: Any = None,
+        device_map: Any = None,
+        **options: Any,
+    ) -> Any:
         """Load a folder that ``save_pretrained`` wrote, or a repository on the hub that holds one.
 
         Args:
@@ -235,4 +187,42 @@ class SavedModel(PrunedModel):
             StoreError: a file is missing, damaged or of another version.
             ArgumentError: an argument cannot be honoured.
         """
-        return load(cls, pretrained_model_name_or_path, **kwargs)
+        hub = {name: value for name in _HUB if (value := options.pop(name, None)) is not None}
+        subfolder = options.pop("subfolder", "") or ""
+        for name, value in options.items():
+            if value is not None and name not in _WITHOUT_EFFECT:
+                raise ArgumentError(
+                    f"argument '{name}' is not served when a pruned model is loaded; leave it out"
+                )
+        asked = getattr(config, "_attn_implementation", None)  # where the Auto classes put it
+        if asked not in (None, "sdpa"):  # what a pruned model says of itself
+            raise ArgumentError(
+                f"attn_implementation={asked!r} cannot be had: the programs fix attention; choose it for the"
+                " dense model and prune it again"
+            )
+        folder = _folder(pretrained_model_name_or_path, hub) / subfolder
+        verify(folder, KIND, FILES)
+        device = _device(device_map)
+        found = _overridden(_config(folder, cls), config)
+        wanted = dtype if dtype is not None else torch_dtype
+        wanted = getattr(torch, wanted, wanted) if isinstance(wanted, str) else wanted
+        if wanted not in (None, "auto", found.dtype):
+            raise ArgumentError(
+                f"dtype={wanted} cannot be had: the programs were captured in {found.dtype}; load the dense"
+                " model in that dtype and prune it again"
+            )
+        parts = _parts(folder, device)
+        if set(parts.programs) != cls.program_names:
+            raise StoreError(
+                f"programs.json holds the programs {sorted(parts.programs)!r:.200}, not"
+                f" {sorted(cls.program_names)}; save the model again"
+            )
+        with parsing("programs.json or config.json"):
+            model = cls(found, parts)
+        generation = folder / "generation_config.json"
+        if os.path.lexists(generation):
+            with parsing("generation_config.json"):
+                read_text(generation)
+                model.generation_config = model.generation_config_class.from_pretrained(folder)
+        model.name_or_path = str(pretrained_model_name_or_path)
+        return model

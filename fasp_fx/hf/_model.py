@@ -136,10 +136,14 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         self.eval()
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As transformers' own, without what ``generate`` hands on to the loop around the model."""
+        """As transformers' own, without what ``generate`` hands on to the loop around the model, and without
+        positions where the original model takes none.
+        """
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if self.config.positions is None:
+            inputs.pop("position_ids", None)
         return inputs
 
     def _run(self, name: str, values: dict[str, Tensor], one: bool = False) -> dict[str, Tensor]:
