@@ -60,7 +60,6 @@ def prune_plain(
     *,
     calibration: Iterable[Any] | None = None,
     config: PruningConfig | None = None,
-    example: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[float], None] | None = None,
     on_analysis: Callable[[Analysis], None] | None = None,
@@ -83,8 +82,6 @@ def prune_plain(
             and neurons carry the rest; ``("head",)``: heads only; not given: neurons, and as few heads as it
             takes where neurons alone cannot reach the
             sparsity. ``round_to`` is for channels; whole heads are not rounded.
-        example: keyword arguments to capture with; ``None``: the first calibration batch, or some tokens,
-            without a cache.
 
     Raises:
         ArgumentError: the model is not one of transformers', or its config does not describe it or what the
@@ -99,7 +96,7 @@ def prune_plain(
     assert isinstance(model, PreTrainedModel)
     if asked.needs_data:
         check_calibration(calibration)
-    calibration, example = _batches(model, calibration, example)
+    calibration, example = _batches(model, calibration)
     mask = example.get("attention_mask")
     masked = isinstance(mask, Tensor) and mask.dim() == 2
     try:
@@ -184,9 +181,9 @@ def plain_config(
 
 
 def _batches(
-    model: PreTrainedModel, calibration: Iterable[Any] | None, example: Mapping[str, Any] | None
+    model: PreTrainedModel, calibration: Iterable[Any] | None
 ) -> tuple[Iterable[Any] | None, dict[str, Any]]:
-    """The calibration data, and keyword arguments like its first batch.
+    """The calibration data, and keyword arguments like its first batch to capture with, without a cache.
 
     Batches of a decoder get the positions that ``generate`` gives its tokens, which are counted from the
     first one that the mask shows.
@@ -195,20 +192,18 @@ def _batches(
     if calibration is None:
         tokens = torch.zeros(_EXAMPLE, dtype=torch.long, device=device_of(model))
         decoded = {"decoder_input_ids": tokens} if encodes else {}
-        return None, dict(example or {"input_ids": tokens, **decoded, "use_cache": False})
+        return None, {"input_ids": tokens, **decoded, "use_cache": False}
     check_calibration(calibration)
     batches = iter(calibration)
     takes = "position_ids" in inspect.signature(model.forward).parameters
     if takes and model.can_generate() and not encodes:
         batches = map(_with_positions, batches)
-    if example is not None:
-        return batches, dict(example)
     first = list(itertools.islice(batches, 1))
     args, kwargs = next(calibration_calls(first))
     if len(args) > 1:
         raise ArgumentError(
             "a calibration batch for a plain checkpoint is a tensor of tokens or a dict of keyword arguments,"
-            " not a tuple; or pass example="
+            " not a tuple"
         )
     named = {"input_ids": args[0]} if args else kwargs
     return itertools.chain(first, batches), {**named, "use_cache": False}

@@ -309,16 +309,12 @@ class Settings:
         """
         choices: list[list[Assignment]] = []
         for rivals in self._rivals:
-            steps = self._turned(rivals[0])
+            name, times = next(iter(rivals[0].groups.items()))  # rivals take the same from the same groups
+            steps = self.losses.get(name, 0) // times
             fitting = [knob for knob in rivals if steps in knob.possible()]
             choices.append([knob.lowered(steps) for knob in fitting] if steps else [{}])
         for chosen in product(*choices):
             yield {path: value for assignment in chosen for path, value in assignment.items()}
-
-    def _turned(self, knob: ConfigKnob) -> int:
-        """How far a knob was lowered; rivals take the same from the same groups."""
-        name, times = next(iter(knob.groups.items()))
-        return self.losses.get(name, 0) // times
 
     def _with_heads(
         self,
