@@ -133,8 +133,8 @@ def _shards(folder: Path) -> list[Path]:
             raise ValueError(f"{INDEX} names files of other folders")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArgumentError(
-            f"'{folder}' has no {SINGLE}, and no {INDEX} to go by: {first_line(error)}; give a complete"
-            " checkpoint with weights in safetensors files"
+            f"'{folder}' has no {SINGLE}, and its {INDEX} is no index of shards: {first_line(error)}; give a"
+            " complete checkpoint with weights in safetensors files"
         ) from error
     return [folder / name for name in names]
 
