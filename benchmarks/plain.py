@@ -14,8 +14,8 @@ import torch
 from _protocol import EVALUATION, arguments, chunks, smollm2
 from fasp_fx.evaluation import perplexity
 
+from fasp_fx.hf._folder import save
 from fasp_fx.hf._plain import Plain, prune_plain
-from fasp_fx.hf._plain_folder import save_plain
 from fasp_fx.testing._stranger import run_without_fasp_fx
 
 #: a program that knows nothing of this one
@@ -40,7 +40,7 @@ print(json.dumps({"perplexity": math.exp(mean), "parameters": model.num_paramete
 def elsewhere(pruned: Plain, tokenizer: Any, data: torch.Tensor, device: str) -> dict[str, Any]:
     """Perplexity and parameters of the plain checkpoint, in a new process."""
     with tempfile.TemporaryDirectory() as above:
-        folder = save_plain(
+        folder = save(
             pruned.model, tokenizer, pruned.result.plan, pruned.report, pathlib.Path(above) / "plain"
         )
         torch.save(data.cpu(), folder / "chunks.pt")

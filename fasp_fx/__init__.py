@@ -117,7 +117,7 @@ sys.modules.update({f"fasp_fx.{name}": _Face(f"fasp_fx.{name}") for name in _FAC
 
 
 def _read_pruned(folder: Any, device: Any) -> Any:
-    from .hf._read import read_pruned
+    from .hf._prune import read_pruned
 
     return read_pruned(folder, device)
 

@@ -438,8 +438,7 @@ def test_orders_to_the_terminal_are_shown_and_not_sent(tmp_path: Path) -> None:
 
 
 def test_names_in_tables_are_shown_as_they_are() -> None:
-    from fasp_fx.cli._console import console
-    from fasp_fx.cli._tables import table
+    from fasp_fx.cli._console import console, table
 
     shown_on = console()
     with shown_on.capture() as said:

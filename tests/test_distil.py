@@ -119,7 +119,7 @@ def test_gradients_of_a_divergence_are_those_of_its_formula_in_blocks_of_any_siz
     dense, other = (torch.randn(2, 3, vocabulary, generator=generator) * 3 for _ in range(2))
     own, plain = other.clone().requires_grad_(), other.clone().requires_grad_()
     match = Divergence(top_k)
-    with mock.patch("fasp_fx.training.recovery._matching._rows", return_value=rows):
+    with mock.patch("fasp_fx.training.recovery._config._rows", return_value=rows):
         kept = match.targets(dense)
         terms = match.terms(own, kept, {})
         terms.square().sum().backward()

@@ -19,7 +19,7 @@ from fasp_fx.calibration._needed import live_bytes
 from fasp_fx.calibration._visit import Observer
 from fasp_fx.capturing._runner import Runner
 from fasp_fx.cli._app import app
-from fasp_fx.cli._forecast import Forecast, forecast
+from fasp_fx.cli._prune import Forecast, forecast
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
+from torch import Tensor
 
 from ..base._version import __version__
 from ..errors import ArgumentError
+from ..pruning.config import PruningConfig
 from ..training.recovery import DistillationConfig
-from . import _models, _tables
-from ._console import CAPTURING, USAGE, console, say, session
-from ._options import named_as_options, option, read_options, with_pruning_options
-from ._paths import check_path
-from ._text import Texts
+from . import _models
+from ._console import CAPTURING, USAGE, Stages, console, groups_json, groups_table, say, session, table
+from ._options import check_path, check_text, named_as_options, option, read_options, with_pruning_options
+from ._text import Texts, read_chunks
+from .evaluation import perplexity, task_manager, tasks
 
 app = typer.Typer(
     name="fasp-fx",
@@ -30,9 +35,6 @@ app = typer.Typer(
 )
 
 MODEL = "A model folder, a hub id or a .gguf file; anything AutoModelForCausalLM loads."
-#: what torch takes for a seed
-SEEDS = {"min": 0, "max": 2**63 - 1}
-
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Out = Annotated[Path, option("The folder to write; it must not exist yet.", more=False)]
 Device = Annotated[
@@ -56,8 +58,20 @@ Length = Annotated[
     int | None,
     option("Tokens per chunk. Default: 1024 of a file, 256 of 'self'.", min=2),
 ]
-EvalBatches = Annotated[
-    int, option("Chunks of text to measure perplexity on. Default: 8.", min=1)
+EvalBatches = Annotated[int, option("Chunks of text to measure perplexity on. Default: 8.", min=1)]
+Text = Annotated[
+    Path | None,
+    option(
+        "Measure perplexity on this text file; chunks that calibrate or train are left out. By default, what"
+        " these leave of their own.",
+        metavar="FILE",
+        more=False,
+    ),
+]
+Seed = Annotated[
+    int,
+    # torch takes no other for a seed
+    option("Seed of the model's text, and of the order of training. Default: 0.", min=0, max=2**63 - 1),
 ]
 Json = Annotated[bool, option("Print JSON.", "--json", more=False)]
 
@@ -90,15 +104,7 @@ def prune(
             more=False,
         ),
     ] = "self",
-    text: Annotated[
-        Path | None,
-        option(
-            "Measure perplexity on this text file; chunks that calibrated are left out. By default, what"
-            " calibration leaves of its own.",
-            metavar="FILE",
-            more=False,
-        ),
-    ] = None,
+    text: Text = None,
     recover: Annotated[
         int,
         option(
@@ -140,7 +146,7 @@ def prune(
     ] = None,
     length: Length = None,
     eval_batches: EvalBatches = 8,
-    seed: Annotated[int, option("Seed of the text that the model writes. Default: 0.", **SEEDS)] = 0,
+    seed: Seed = 0,
     dtype: Dtype = "auto",
     checkpoint: Checkpoint = None,
     stream: Annotated[
@@ -240,15 +246,7 @@ def recover(
             more=False,
         ),
     ] = "self",
-    text: Annotated[
-        Path | None,
-        option(
-            "Measure perplexity on this text file; chunks that train are left out. By default, what training"
-            " leaves of --data.",
-            metavar="FILE",
-            more=False,
-        ),
-    ] = None,
+    text: Text = None,
     epochs: Annotated[
         int, option("How often the text is trained on. Default: 2.", min=1, more=False)
     ] = DistillationConfig.epochs,
@@ -279,10 +277,7 @@ def recover(
     checkpoint: Checkpoint = None,
     device: Device = None,
     overwrite: Overwrite = False,
-    seed: Annotated[
-        int,
-        option("Seed of the model's text, and of the order of the chunks. Default: 0.", **SEEDS),
-    ] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Train a pruned language model towards the dense one it was made of.
 
@@ -294,14 +289,14 @@ def recover(
     Example: `fasp-fx recover small --dense model.gguf --data wiki.txt --batches 96 --out better`
     """
     with session() as stages:
-        from . import _recover
+        from . import _prune
 
         texts = _texts(data, batches, batches, text, eval_batches, length, seed, "training")
         with named_as_options(DistillationConfig):
             config = DistillationConfig(
                 epochs=epochs, learning_rate=learning_rate, train=train, rank=rank, seed=seed
             )
-        _recover.run(folder, dense, out, texts, config, checkpoint, device, overwrite, stages)
+        _prune.recover_and_save(folder, dense, out, texts, config, checkpoint, device, overwrite, stages)
 
 
 @app.command()
@@ -371,15 +366,15 @@ def inspect(
         stages.begin(CAPTURING)
         example = {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False}
         analysis = analyze(
-            empty, (), example, granularity=granularity or ("channel",), include=include or ()
+            empty, (), example, granularity=granularity or PruningConfig.granularity, include=include or ()
         )
         stages.end()
         if html is not None:
             write_page(analysis, model, html)
         if as_json:
-            say(json.dumps(_tables.groups_json(model, analysis)))
+            say(json.dumps(groups_json(model, analysis)))
             return
-        console().print(_tables.groups_table(analysis, every=every))
+        console().print(groups_table(analysis, every=every))
         for line in (
             f"at most {analysis.max_sparsity:.1%} of the linear weights of {counted(analysis.include)} can be"
             " removed",
@@ -435,8 +430,129 @@ def evaluate(
     Example: `fasp-fx eval model.gguf small --text wiki.txt --chunks 100:140 --task arc_challenge --limit 200`
     """
     with session() as stages:
-        from . import _eval
-
-        _eval.run(
+        evaluate_models(
             models, text, task or (), length, chunks, limit, batch_size, as_json, device, dtype, stages
         )
+
+
+def evaluate_models(
+    models: Sequence[str],
+    text: Path | None,
+    task: Sequence[str],
+    length: int,
+    chunks: str | None,
+    limit: int | None,
+    batch_size: int,
+    as_json: bool,
+    device: str | None,
+    dtype: str,
+    stages: Stages,
+) -> None:
+    """Do what the command says, as its help describes it.
+
+    Raises:
+        FaspError: it cannot be met.
+    """
+    if text is None and not task:
+        raise ArgumentError(
+            "there is nothing to measure; give a text file with --text, or a task with --task"
+        )
+    check_text("--text", text)
+    for name in task:
+        check_path("--task", name)
+    chosen = read_range(chunks)
+    for index, model in enumerate(models):
+        if model in models[:index]:
+            raise ArgumentError(f"the model '{model}' is named twice; name each once")
+        if not _models.is_saved(model):
+            _models.Source.of(model)
+        elif dtype != "auto":
+            raise ArgumentError(
+                "--dtype does not apply to a pruned model: it was chosen when the model was pruned"
+            )
+    _models.quieten()
+    where = _models.find_device(device)
+    if task:
+        stages.begin("reading the tasks")
+        task_manager(tuple(task))
+    entries: list[dict[str, Any]] = []
+    texts: list[Tensor] = []
+    for model in models:  # one is in memory at a time
+        stages.begin(f"loading {model}")
+        if _models.is_saved(model):
+            pruned = _models.load_pruned(Path(model), where)
+            module, tokenizer = pruned.model, pruned.tokenizer
+        else:
+            source = _models.Source.of(model)
+            tokenizer = _models.load_tokenizer(source)
+            module = _models.load_model(source, dtype=dtype, device=where)
+        entry: dict[str, Any] = {"model": model}
+        if text is not None:
+            stages.begin("reading the text")
+            tokens = read_chunks(text, tokenizer, length)
+            numbers = range(len(tokens))[chosen]
+            if not numbers:
+                raise ArgumentError(
+                    f"the range {chunks} holds none of the {len(tokens)} chunks of the text; chunks are 0 to"
+                    f" {len(tokens) - 1}"
+                )
+            texts.append(tokens[chosen])
+            _models.check_length(module, length)
+            _models.check_tokens(module, tokens, f"'{text}'")
+            stages.begin(f"measuring perplexity of {model} on {len(numbers)} chunks", measured=True)
+            entry["perplexity"] = perplexity(module, texts[-1], progress=stages.update)
+            entry["chunks"] = [numbers.start, numbers.stop]
+        if task:
+            stages.begin(f"scoring the tasks of {model}")
+            stages.end()  # lm-eval shows its own progress
+            scores = tasks(module, tokenizer, task, limit=limit, batch_size=batch_size)
+            entry["tasks"] = [asdict(score) for score in scores]
+        entries.append(entry)
+    stages.end()
+    different = "the models cut the text into different tokens, so their perplexities cannot be compared"
+    notes = [] if all(torch.equal(one, texts[0]) for one in texts) else [different]
+    if as_json:
+        source_of = None if text is None else {"file": str(text), "length": length}
+        data = {"text": source_of, "limit": limit, "models": entries, "notes": notes}
+        # What is infinite or no number becomes nothing, since JSON cannot say it.
+        typer.echo(json.dumps(json.loads(json.dumps(data), parse_constant=lambda name: None)))
+        return
+    rows = _rows(entries, "" if text is None else f"of {text.name}", length)
+    if len(models) == 1:
+        for what, value, _ in rows:
+            say(what.replace(" on ", f" {value} on ", 1))
+    else:
+        names = [Path(model).name or model for model in models]
+        shown = [model if names.count(name) > 1 else name for model, name in zip(models, names)]
+        console().print(table(["", *shown, "change" if len(models) == 2 else "first to last"], rows))
+    for note in notes:
+        say(f"note: {note}")
+
+
+def read_range(text: str | None) -> slice:
+    """``"a:b"``, ``"a:"``, ``":b"`` or ``None`` as the chunks to choose.
+
+    Raises:
+        ArgumentError: it does not parse.
+    """
+    found = re.fullmatch(r"(-?\d*):(-?\d*)", ":" if text is None else text)
+    if found is None or "-" in found.groups():
+        raise ArgumentError(f"'{text}' is not a range of chunks; write first:last+1, for example 100:140")
+    return slice(*(int(end) if end else None for end in found.groups()))
+
+
+def _rows(entries: Sequence[dict[str, Any]], of: str, length: int) -> Iterator[list[str]]:
+    """What was measured on what, its value for each model, and how the last differs from the first."""
+    if "chunks" in entries[0]:
+        first, stop = entries[0]["chunks"]
+        values = [entry["perplexity"] for entry in entries]
+        what = f"perplexity on chunks {first} to {stop - 1} {of} ({stop - first} x {length} tokens)"
+        yield [what, *(f"{value:.4f}" for value in values), f"{values[-1] / values[0] - 1:+.1%}"]
+    for scores in zip(*(entry.get("tasks", ()) for entry in entries), strict=True):
+        one = scores[0]
+        errors = (f" ± {score['stderr']:.4f}" if score["stderr"] is not None else "" for score in scores)
+        yield [
+            f"{one['task']} {one['metric']} on {one['examples']} examples",
+            *(f"{score['value']:.4f}{error}" for score, error in zip(scores, errors)),
+            f"{scores[-1]['value'] - one['value']:+.4f}",
+        ]

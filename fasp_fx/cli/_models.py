@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,16 +18,14 @@ from ..base._offload import keep_weights
 from ..base._scratch import Scratch
 from ..base._tolerable import tolerable
 from ..errors import ArgumentError, FaspError, StoreError, first_line
-from ..storage._config_json import LAYERS, layer_counts
+from ..storage._config_json import LAYERS
 from ..storage._folder import MANIFEST, is_save, kind_of
-from ._paths import check_path
+from ._options import check_path
 
 if TYPE_CHECKING:
     from ..hf import Pruned
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: the analysis numbers every channel; the largest vocabularies have a million tokens
-WIDTH = 2**24
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _CAUSAL = "give a causal language model: anything that AutoModelForCausalLM loads"
 
@@ -133,7 +131,6 @@ def load_model(
         _check_loaded(model, info, str(source))
         if scratch is not None:
             keep_weights(model, scratch)
-    _check_layers(model.config.to_dict(), str(source))
     _check_values(model, str(source))
     return model.eval().to(device)
 
@@ -164,22 +161,17 @@ def load_empty(source: Source) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from ..hf._config import check_layers
+
     def build() -> nn.Module:
         if source.config is not None:  # some classes make lists as long as this says
-            _check_layers(json.loads(source.config.read_text(encoding="utf-8")), str(source))
+            check_layers(json.loads(source.config.read_text(encoding="utf-8")), LAYERS, 1)
         config = AutoConfig.from_pretrained(source.where, **source.options)
-        _check_layers(config.to_dict(), str(source))
+        check_layers(config.to_dict(), LAYERS, 1)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config).eval()
 
-    empty = _load(f"'{source}'", _CAUSAL, build)
-    for name, tensor in empty.named_parameters():
-        if max(tensor.shape, default=0) > WIDTH:
-            raise ArgumentError(
-                f"by its configuration the weight '{name}' of '{source}' has the shape {list(tensor.shape)},"
-                f" and at most {WIDTH} are served; correct it"
-            )
-    return empty
+    return _load(f"'{source}'", _CAUSAL, build)
 
 
 def is_saved(model: str) -> bool:
@@ -195,20 +187,14 @@ def load_pruned(folder: Path, device: torch.device) -> Pruned:
         StoreError: a file is missing, damaged or of another version, or the folder is no pruned model.
         ArgumentError: there is no tokenizer with it.
     """
-    from ..hf import Pruned, PrunedForCausalLM
-    from ..hf._plain_folder import read_plain
+    from ..hf._prune import read_pruned
 
-    source = Source(str(folder))
-    kind = kind_of(folder) if (folder / MANIFEST).is_file() else "none"
-    if kind == "plain":
-        plan, report = read_plain(folder)
-        return Pruned(load_model(source, device=device), plan, report, load_tokenizer(source))
-    if kind != "hf":
+    if not (folder / MANIFEST).is_file() or kind_of(folder) not in ("hf", "plain"):
         raise StoreError(
             f"'{folder}' holds no pruned language model; give a folder that `fasp-fx prune` wrote"
         )
-    model = PrunedForCausalLM.from_pretrained(folder, device_map=device)
-    return Pruned(model, model.plan, model.report, load_tokenizer(source))
+    found = read_pruned(folder, device)
+    return replace(found, tokenizer=found.tokenizer or load_tokenizer(Source(str(folder))))
 
 
 def find_device(name: str | None) -> torch.device:
@@ -285,16 +271,6 @@ def _load(what: str, remedy: str, load: Callable[[], T]) -> T:
         raise ArgumentError(f"{what} cannot be loaded: {first_line(error)}; {remedy}") from error
 
 
-def _check_layers(config: Any, where: str) -> None:
-    """Refuse a configuration that asks for no layer or for too many."""
-    for name, value in layer_counts(config):
-        if not 1 <= value <= LAYERS:
-            raise ArgumentError(
-                f"the configuration of '{where}' says \"{name}\": {str(value)[:40]}, and a model has 1 to"
-                f" {LAYERS} layers; correct it"
-            )
-
-
 def _check_weights_fit(empty: nn.Module, folder: Path) -> None:
     """Refuse a model of more weights than the files in its folder have bits: they would be made up, and not
     fit into memory.
@@ -315,17 +291,9 @@ def _check_loaded(model: Any, info: dict[str, Any], where: str) -> None:
     Args:
         info: what transformers says of the loading.
     """
-    from ..hf._offloaded import refuse_left_out
+    from ..hf._offloaded import refuse_incomplete
 
-    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
-        found = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(kind) or ())
-        if found:
-            rest = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise ArgumentError(
-                f"'{where}' lacks the weights {', '.join(found[:3])}{rest}, or holds them in another size:"
-                " they would be made up; give the complete model"
-            )
-    refuse_left_out(model, info, where)
+    refuse_incomplete(model, info, where)
     quantised = getattr(model.config, "quantization_config", None) is not None
     if quantised and getattr(model, "hf_quantizer", None) is None:
         raise ArgumentError(
@@ -348,4 +316,3 @@ def _check_values(model: Any, where: str) -> None:
                     f"the weight '{name}' of '{where}' holds values that are not finite, or not once they are"
                     f" squared ({top:g}); give an undamaged model"
                 )
-

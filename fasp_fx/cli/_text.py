@@ -15,7 +15,7 @@ from ..base._device import device_of, multiplies_bfloat16, products_in_bfloat16
 from ..errors import CalibrationError
 from ._console import Stages
 from ._models import check_tokens, vocabulary
-from ._paths import check_text
+from ._options import check_text
 
 SAMPLED_TOGETHER = 64
 
@@ -258,8 +258,5 @@ def sample(
             prompt = torch.full((min(SAMPLED_TOGETHER, count - first), 1), start, device=device)
             check_output(model, prompt[0])  # sampling from what is no distribution fails in words of its own
             own = LogitsProcessorList([Draw()])
-            texts.append(
-                model.generate(prompt, attention_mask=torch.ones_like(prompt), logits_processor=own)
-            )
+            texts.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), logits_processor=own))
     return torch.cat(texts)
-

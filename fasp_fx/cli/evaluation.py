@@ -26,9 +26,7 @@ from ..base._tolerable import tolerable
 from ..errors import ArgumentError, first_line
 
 
-def perplexity(
-    model: nn.Module, chunks: Tensor, *, progress: Callable[[float], None] | None = None
-) -> float:
+def perplexity(model: nn.Module, chunks: Tensor, *, progress: Callable[[float], None] | None = None) -> float:
     """Mean cross-entropy over the ``length - 1`` predictions of each chunk, exponentiated.
 
     Args:

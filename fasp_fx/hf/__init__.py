@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any
 from ._config import PrunedConfig, on_first_use
 
 if TYPE_CHECKING:
-    from ._causal import PrunedForCausalLM
+    from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
     from ._offloaded import load_offloaded
     from ._prune import CapturedModel, Pruned, analyze, apply, capture, measure, prune
-    from ._seq2seq import PrunedForSeq2SeqLM
 
 _HOMES = {
     **dict.fromkeys(
         ("CapturedModel", "Pruned", "analyze", "apply", "capture", "measure", "prune"), "._prune"
     ),
-    "PrunedForCausalLM": "._causal",
-    "PrunedForSeq2SeqLM": "._seq2seq",
+    "PrunedForCausalLM": "._generating",
+    "PrunedForSeq2SeqLM": "._generating",
     "load_offloaded": "._offloaded",
 }
 
@@ -33,8 +32,7 @@ def _register_models() -> None:
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    from ._causal import PrunedForCausalLM
-    from ._seq2seq import PrunedForSeq2SeqLM
+    from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
 
     AutoModelForCausalLM.register(PrunedConfig, PrunedForCausalLM, exist_ok=True)
     AutoModelForSeq2SeqLM.register(PrunedConfig, PrunedForSeq2SeqLM, exist_ok=True)

@@ -13,27 +13,14 @@ from transformers.cache_utils import DynamicLayer
 from ..errors import ArgumentError
 
 
-def fresh(encoder_decoder: bool) -> Cache:
-    """An empty cache that holds every token of every layer."""
-    return EncoderDecoderCache(DynamicCache(), DynamicCache()) if encoder_decoder else DynamicCache()
-
-
-def holds_states(config: Any) -> bool:
-    """Whether the cache that transformers makes for a model has layers that sum up the tokens seen in states,
-    as Mamba's have.
-    """
-    return any(
-        hasattr(layer, "conv_states")
-        for layer in DynamicCache(config=config.get_text_config(decoder=True)).layers
-    )
-
-
-def check(cache: Any, encoder_decoder: bool) -> None:
-    """Refuse a cache of another kind than :func:`fresh` makes.
+def opened(cache: Any, encoder_decoder: bool) -> Any:
+    """The caller's cache, or without one an empty cache that holds every token of every layer.
 
     Raises:
-        ArgumentError: names the kind.
+        ArgumentError: it is of another kind; names the kind.
     """
+    if cache is None:
+        return EncoderDecoderCache(DynamicCache(), DynamicCache()) if encoder_decoder else DynamicCache()
     expected = EncoderDecoderCache if encoder_decoder else DynamicCache
     if not isinstance(cache, expected):
         raise ArgumentError(
@@ -56,6 +43,7 @@ def check(cache: Any, encoder_decoder: bool) -> None:
                     f"cache has a layer of the kind {type(layer).__name__}; a pruned model keeps every token"
                     " of every layer: make it as DynamicCache(), without a config"
                 )
+    return cache
 
 
 def read(cache: Cache, sizes: Mapping[str, tuple[int, int]], batch: int, like: Tensor) -> dict[str, Tensor]:
@@ -70,7 +58,6 @@ def read(cache: Cache, sizes: Mapping[str, tuple[int, int]], batch: int, like: T
         ArgumentError: the cache holds another number of sequences or heads, another width, dtype or device.
     """
     found: dict[str, Tensor] = {}
-    first: dict[str, str] = {}  # by the part of the cache, which grows as one
     for name, (heads, width) in sizes.items():
         part, number, kind = _place(cache, name)
         layer = part.layers[number] if number < len(part.layers) else None
@@ -89,12 +76,6 @@ def read(cache: Cache, sizes: Mapping[str, tuple[int, int]], batch: int, like: T
                 " has written itself"
             )
         found[name] = held
-        other = first.setdefault(name.rsplit(".", 2)[0], name)
-        if held.shape[2] != found[other].shape[2]:
-            raise ArgumentError(
-                f"{name} of the cache holds {held.shape[2]} tokens and {other} {found[other].shape[2]}; every"
-                " layer must hold the same: give the model a cache that it has written itself"
-            )
     return found
 
 
@@ -116,6 +97,3 @@ def _place(cache: Any, name: str) -> tuple[Any, int, str]:
     path = name.split(".")
     part = {"self": "self_attention_cache", "cross": "cross_attention_cache"}.get(path[1])
     return (cache if part is None else getattr(cache, part)), int(path[-2]), path[-1]
-
-
-__all__ = ["check", "fresh", "read", "write"]

@@ -36,13 +36,10 @@ class PrunedConfig(PreTrainedConfig):
         positions: how positions follow where a caller gives none: ``"count"``, one after the other,
             ``"mask"``, counting tokens that the attention mask shows, ``"mask and hidden"``, where those
             hidden stand one before the first, or ``None`` where the model takes none.
-        position_limit: the rows of the model's table of positions, or ``None`` where it has no table.
         loss: how labels are predicted: ``"next"``, each from the logits before it, ``"same"``, from those at
             its place, or ``None`` where the original has a loss of its own.
         labels_moved: how an encoder-decoder makes tokens of labels: behind its token for the ``"start"``, or
             behind the ``"last"`` of them.
-        counts_items: whether the original divides that loss by ``num_items_in_batch`` where it is given.
-        packs: whether the original takes positions that begin again for another text in the same row.
     """
 
     #: what ``original`` reads as, with the text that it was made of: no field, which would be saved
@@ -53,11 +50,8 @@ class PrunedConfig(PreTrainedConfig):
 
     original: dict[str, Any] | None = None
     positions: str | None = None
-    position_limit: int | None = None
     loss: str | None = None
     labels_moved: str | None = None
-    counts_items: bool = True
-    packs: bool = False
     fasp_fx_version: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -111,17 +105,18 @@ def original_of(config: PrunedConfig) -> PreTrainedConfig:
         return cast(PreTrainedConfig, held[1])
 
 
-def check_layers(data: Any, most: int) -> None:
-    """Refuse a configuration of more layers than ``most``: transformers makes lists as long as that.
+def check_layers(data: Any, most: int, least: int = 0) -> None:
+    """Refuse a configuration of more layers than ``most``, or of fewer than ``least``: transformers makes
+    lists as long as that.
 
     Raises:
         StoreError: says how many.
     """
     for name, value in layer_counts(data):
-        if not 0 <= value <= most:
+        if not least <= value <= most:
             raise StoreError(
-                f'config.json says "{name}": {str(value)[:40]}, and the model has at most {most} layers; save'
-                " the model again"
+                f'config.json says "{name}": {str(value)[:40]}, and a model like this has {least} to {most}'
+                " layers; correct it, or save the model again"
             )
 
 
@@ -131,5 +126,3 @@ def on_first_use(call: Callable[[], None]) -> None:
 
 
 AutoConfig.register(PrunedConfig.model_type, PrunedConfig, exist_ok=True)
-
-__all__ = ["PrunedConfig", "check_layers", "on_first_use", "original_of"]

@@ -1,63 +1,46 @@
-"""How a generating model reads what it is called with beside its tokens (positions, labels, packed texts),
-by experiment, never by its name; and whether programs compute what the model does at sizes that a capture
-takes for special: one token, an empty cache, padding.
+"""How a generating model reads what it is called with beside its tokens (positions, labels), by experiment,
+never by its name; and whether programs compute what the model does at sizes that a capture takes for special:
+one token, an empty cache, padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..base._tolerable import tolerable
 from ..base.compare import deviation, tolerance
-from ..base.compat import pytree
 from ..base.compat._transformers import CACHE
 from ..capturing._program import Program
 from ..capturing._unchanged import rewound
 from ..errors import CaptureError
 from . import _caches
+from ._arguments import LEFT_OUT, LOSSES, MOVES, POSITIONS
 from ._flat import FlatProgram
-from ._labels import LEFT_OUT, LOSSES, MOVES, POSITIONS
-from ._stages import CausalStages, Seq2SeqStages
+from ._stages import SOURCE, CausalStages, Seq2SeqStages
 
 AnyStages = CausalStages | Seq2SeqStages
+#: what a call with a whole text is given
+_TEXT = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids", "decoder_attention_mask")
 #: sequences, new tokens, cached tokens, tokens of padding
 _SIZES = ((2, 3, 5, 2), (1, 4, 0, 0), (3, 4, 0, 2), (1, 1, 1, 0), (2, 1, 4, 1), (1, 1, 0, 0), (2, 2, 3, 0))
 
 
-@dataclass(frozen=True)
-class CallConvention:
-    """How a model reads what it is called with; see :class:`fasp_fx.hf.PrunedConfig`, which keeps it."""
-
-    positions: str | None = None
-    position_limit: int | None = None
-    loss: str | None = None
-    labels_moved: str | None = None
-    counts_items: bool = True
-    packs: bool = False
-
-
-def convention_of(stages: AnyStages, program: Program) -> CallConvention:
+def convention_of(stages: AnyStages, program: Program) -> dict[str, Any]:
     """Check that a captured decoder computes what its model does, and find how the model reads what it is
-    called with.
+    called with: fields of :class:`fasp_fx.hf.PrunedConfig`.
 
     Raises:
         CaptureError: at some size the program computes something else than the model; names the size.
     """
-    loss, moved = _loss_of_labels(stages)
-    items = _counts_items(stages, loss)
     if not isinstance(stages, CausalStages):
-        return CallConvention(loss=loss, labels_moved=moved, counts_items=items)
+        return _labels(stages)
     flat = FlatProgram.of(program.module)
     _check_captured(stages, program, flat)
-    if "position_ids" not in flat.inputs:
-        return CallConvention(loss=loss, counts_items=items)
-    limit = _table(flat)
-    return CallConvention(_counting(stages), limit, loss, None, items, _keeps_texts_apart(stages))
+    return _labels(stages) | ({"positions": _counting(stages)} if "position_ids" in flat.inputs else {})
 
 
 # --- what the model does
@@ -76,58 +59,36 @@ def _far(found: Tensor, expected: Tensor) -> bool:
     return deviation(found.to(expected.dtype), expected) > tolerance("two ways", expected.dtype)
 
 
-def _loss_of_labels(stages: AnyStages) -> tuple[str | None, str | None]:
+def _labels(stages: AnyStages) -> dict[str, Any]:
     """The key of :data:`LOSSES`, and for an encoder-decoder of :data:`MOVES`, by which a model reads labels;
-    ``None`` where it reads them in another way.
+    nothing where it reads them in another way.
     """
     decoder = isinstance(stages, CausalStages)
     labels, source = stages.tokens(6, 2, seed=7), {"input_ids": stages.tokens(6, 2)}
-    if "labels" in stages.accepts and decoder and (plain := _called(stages, source)) is not None:
+    if "labels" not in stages.accepts:
+        return {}
+    if decoder and (plain := _called(stages, source)) is not None:
         labels = plain.logits.argmax(-1)  # the likeliest ones, so that each way gives a loss of its own
     labels[0, 4:] = LEFT_OUT
-    given: Any = _called(stages, {**source, "labels": labels}) if "labels" in stages.accepts else None
+    given = _called(stages, {**source, "labels": labels})
     expected = getattr(given, "loss", None)
     if not isinstance(expected, Tensor) or given.logits.shape[:2] != labels.shape:
-        return None, None
-    found = {name: LOSSES[name](given.logits, labels, None) for name in (LOSSES if decoder else ("same",))}
-    nearest = min(found, key=lambda name: float((found[name] - expected).abs()))
-    short = torch.finfo(given.logits.dtype).bits < 32  # a model may round its loss
-    far = _far(found[nearest], expected.to(given.logits.dtype) if short else expected.float())
-    loss = None if far else nearest
-    padding = getattr(stages.model.config, "pad_token_id", None)
-    if decoder or padding is None:
-        return loss if decoder else None, None
+        return {}
+    short = given.logits.dtype.itemsize < 4  # a model may round its loss
+    expected = expected.to(given.logits.dtype if short else torch.float32)
+    ways = LOSSES if decoder else ("same",)
+    losses = [way for way in ways if not _far(LOSSES[way](given.logits, labels, None), expected)]
+    found: dict[str, Any] = {"loss": losses[0] if losses else None}
+    if decoder:
+        return found
     start = getattr(stages.model.config, "decoder_start_token_id", None)
-    for name, move in MOVES.items():
-        moved = _called(stages, {**source, "decoder_input_ids": move(labels, start, padding)})
+    padding: Any = getattr(stages.model.config, "pad_token_id", None)
+    for name, move in MOVES.items() if padding is not None else ():
+        read = move(labels, start, padding)
+        moved = _called(stages, {**source, "decoder_input_ids": read})
         if moved is not None and not _far(moved.logits, given.logits):
-            return loss, name
-    return None, None
-
-
-def _counts_items(stages: AnyStages, loss: str | None) -> bool:
-    """Whether a model divides the loss of labels by ``num_items_in_batch``, rather than ignore it as some do
-    that take any argument.
-    """
-    if loss is None:
-        return True
-    source = {"input_ids": stages.tokens(6, 2), "labels": stages.tokens(6, 2, seed=7)}
-    alone = _called(stages, source)
-    counted = _called(stages, {**source, "num_items_in_batch": torch.tensor(1000)})
-    if alone is None or getattr(counted, "loss", None) is None:
-        return True
-    return _far(counted.loss.detach(), alone.loss.detach())
-
-
-def _keeps_texts_apart(stages: CausalStages) -> bool:
-    """Whether a model takes positions that begin again, given without a mask, for several texts
-    in one row.
-    """
-    ids = stages.tokens(6, 1)
-    packed = {"input_ids": ids, "position_ids": torch.arange(6, device=ids.device)[None] % 3}
-    apart = _called(stages, packed)
-    together = _called(stages, packed | stages.optional(attention_mask=torch.ones_like(ids)))
-    return apart is not None and together is not None and _far(apart.logits, together.logits)
+            return found | {"labels_moved": name}
+    return {}
 
 
 def _counting(stages: CausalStages) -> str:
@@ -151,28 +112,6 @@ def _counting(stages: CausalStages) -> str:
     return min(fitting, key=fitting.__getitem__)
 
 
-def _table(flat: FlatProgram) -> int | None:
-    """The number of positions that the tables looked up by position can take: rows, less what the model adds
-    to a position.
-    """
-    source = flat.graph.find_nodes(op="placeholder")[flat.inputs.index("position_ids")]
-    limits = []
-    for node in flat.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
-        steps: list[fx.Node] = []  # between the positions and the lookup, each with one input
-        place: Any = node.args[1]
-        while place is not source and place.op == "call_function" and len(place.all_input_nodes) == 1:
-            steps.append(place)
-            (place,) = place.all_input_nodes
-        if place is source:
-            first: Any = torch.zeros((1, 1), dtype=torch.long)
-            for step in reversed(steps):
-                target: Any = step.target
-                args: Any = fx.map_arg(step.args, lambda _, value=first: value)  # type: ignore[misc]
-                first = target(*args, **step.kwargs)
-            limits.append(node.args[0].meta["val"].shape[0] - int(first))
-    return min(limits, default=None)
-
-
 # --- what programs do
 
 
@@ -187,9 +126,7 @@ def _shown(output: Tensor, arguments: dict[str, Any]) -> Tensor:
 def _check_captured(stages: CausalStages, program: Program, flat: FlatProgram) -> None:
     """Hold a captured decoder against its model; errors as for :func:`convention_of`."""
     device = program.device()
-    inputs = zip(flat.graph.find_nodes(op="placeholder"), flat.inputs, strict=True)
-    recorded = next(node.meta["val"] for node, name in inputs if name.startswith("cache."))
-    like = torch.empty(0, dtype=recorded.dtype, device=recorded.device)
+    like = torch.empty(0, dtype=stages.model.dtype, device=stages.model.device)
     for batch, new, past, padding in _SIZES:
         arguments = stages.arguments(batch=batch, new=new, past=past, padding=padding)
         values = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
@@ -219,10 +156,10 @@ def check_served(model: Any, stages: AnyStages) -> None:
         CaptureError: they differ; names the size.
     """
     for batch, padding in ((1, 0), (3, 2)):
-        whole = stages.text(batch, 6, padding)
-        whole = pytree.tree_map(
-            lambda leaf: leaf.to(model.device) if isinstance(leaf, Tensor) else leaf, whole
-        )
+        given = stages.arguments(batch=batch, new=6, past=0, padding=padding)
+        whole = {name: given[name].to(model.device) for name in _TEXT if name in given}
+        if isinstance(stages, Seq2SeqStages):
+            whole["input_ids"] = stages.tokens(SOURCE, batch).to(model.device)
         with torch.no_grad(), rewound(model):
             expected = model(**whole, use_cache=False).logits
             cache, found = None, []
@@ -245,6 +182,3 @@ def _pieces(whole: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for start, end in ((0, 3), (3, 4), (4, 6)):
         parts = {name: whole[name][:, start:end] for name in new & whole.keys()}
         yield {**whole, **parts, **({mask: whole[mask][:, :end]} if mask in whole else {})}
-
-
-__all__ = ["CallConvention", "check_served", "convention_of"]

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..base._tolerable import tolerable
+from ..base._undisturbed import for_a_while
 from ..errors import ArgumentError, first_line
 
 #: where a value stands in a config: keys of nested configs, positions of lists
@@ -27,6 +28,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 #: longer lists hold no sizes of layers
 _LONGEST = 512
+#: fields that classes ask a config for which need not have them
+_ASKED = ("head_dim",)
 #: values tried for a field that is not set
 _PROBES = (16, 8)
 
@@ -47,9 +50,8 @@ class Experiments:
         model: the model; its config must build a model of the same shapes.
 
     Attributes:
-        base: the config as a dictionary, with fields that were not set pinned to the values that leave every
-            shape as it is.
-        pins: those fields and values.
+        base: the config as a dictionary.
+        pins: sizes that are not set, with the values that leave every shape as it is.
         shapes: of the parameters and buffers that the class makes of the config, under all their names.
 
     Raises:
@@ -66,8 +68,8 @@ class Experiments:
         self._class: Any = type(model)
         self._config = config
         self.base: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+        self.pins: dict[Path, int] = {}
         self._found: dict[str, Shapes | str] = {}
-        self._absent: list[Path] = []
         found = self.build({})
         if isinstance(found, str):
             raise ArgumentError(
@@ -75,28 +77,21 @@ class Experiments:
                 " needs that"
             )
         self.shapes = found
-        undescribed = "the config does not describe the model:"
         for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
             own, built = tuple(parameter.shape), found.get(name, "has no such weight")
             if own != built:
                 raise ArgumentError(
-                    f"{undescribed} '{name}' has the shape {own}, a model built from the config {built}; a"
-                    " plain checkpoint needs a model of its config's sizes"
+                    f"the config does not describe the model: '{name}' has the shape {own}, a model built"
+                    f" from the config {built}; a plain checkpoint needs a model of its config's sizes"
                 )
-        if untied := sorted(map(sorted, _ties(model) - _ties(self._made({})))):
-            raise ArgumentError(
-                f"{undescribed} {' and '.join(map(repr, untied[0]))} are one weight, which a model built from"
-                " the config holds twice; set tie_word_embeddings=True where that says it, or prune without"
-                " plain"
-            )
-        self._absent = self._missing()
-        unset = [path for path, value in _leaves(self.base) if value is None] + self._absent
-        sizes = {path: self._effective(path) for path in unset}
-        self.pins = {path: size for path, size in sizes.items() if size is not None}
-        if self.build(self.pins) != self.shapes:
-            self.pins = {}  # each changes nothing, but all together do
-        self.base = self.changed(self.pins)
-        self._found.clear()
+        inner = [(name,) for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)]
+        values = {(*place, name): None for place in ((), *inner) for name in _ASKED} | dict(
+            _leaves(self.base)
+        )
+        sizes = {path: self._effective(path) for path, value in values.items() if value is None}
+        pins = {path: size for path, size in sizes.items() if size is not None}
+        if self.build(pins) == self.shapes:  # each changes nothing, but all together may
+            self.pins = pins
 
     @property
     def name(self) -> str:
@@ -107,37 +102,45 @@ class Experiments:
         """The integers of the config that may be sizes: positive ones, those in nested configs and lists
         included.
         """
-        return {path: value for path, value in _leaves(self.base) if type(value) is int and value > 0}
+        return {
+            path: value
+            for path, value in _leaves(self._changed(self.pins))
+            if type(value) is int and value > 0
+        }
 
-    def changed(self, assignment: Assignment) -> dict[str, Any]:
-        """The base config with other values in some places; ``None`` takes a field away that the config does
-        not have by itself.
-        """
+    def _changed(self, values: Assignment) -> dict[str, Any]:
+        """The config as a dictionary, with other values in some places."""
         made = copy.deepcopy(self.base)
-        for path, value in assignment.items():
-            _put(made, path, value, drop=value is None and path in self._absent)
+        for path, value in values.items():
+            held: Any = made
+            for step in path[:-1]:
+                held = held[step]
+            held[path[-1]] = value
         return made
 
-    def config(self, assignment: Assignment) -> PreTrainedConfig:
-        """The config of an assignment, as it will come back from a file."""
-        first = type(self._config).from_dict(self.changed(assignment))
+    def config(self, values: Assignment) -> PreTrainedConfig:
+        """The config with other values in some places, as it will come back from a file."""
+        first = type(self._config).from_dict(self._changed(values))
         return type(self._config).from_dict(json.loads(first.to_json_string()))
 
-    def build(self, assignment: Assignment) -> Shapes | str:
-        """The shapes that the class gives its parameters and buffers, or why it cannot be built."""
-        key = repr(sorted(assignment.items(), key=repr))
+    def build(self, assignment: Assignment, pins: Assignment | None = None) -> Shapes | str:
+        """The shapes that the class gives its parameters and buffers, or why it cannot be built.
+
+        Args:
+            pins: fields that are not set and get a value all the same; ``None``: all that can be sizes.
+        """
+        values = {**(self.pins if pins is None else pins), **assignment}
+        key = repr(sorted(values.items(), key=repr))
         if key not in self._found:
             with quiet(), torch.random.fork_rng(devices=[]):
                 try:
-                    self._found[key] = _shapes(self._made(assignment))
+                    config = self.config(values)
+                    with torch.device("meta"):
+                        made = self._class(config)
+                    self._found[key] = {name: tuple(tensor.shape) for name, tensor in named_tensors(made)}
                 except tolerable(Exception) as error:  # a class raises what it likes about sizes
                     self._found[key] = first_line(error)
         return self._found[key]
-
-    def _made(self, assignment: Assignment) -> nn.Module:
-        """The class at other sizes, on the meta device."""
-        with torch.device("meta"):
-            return self._class(self.config(assignment))
 
     def losses(self, assignment: Assignment) -> dict[tuple[str, int], int] | str:
         """By how much each dimension of each parameter and buffer shrinks, where it does; or why that cannot
@@ -159,11 +162,12 @@ class Experiments:
 
     def without_idle_pins(self, assignment: Assignment) -> dict[str, Any]:
         """The config of an assignment as a dictionary, without the pins that change nothing."""
-        wanted = self.build(assignment)
+        wanted, pins = self.build(assignment), dict(self.pins)
         for path in self.pins:
-            if path not in assignment and self.build({**assignment, path: None}) == wanted:
-                assignment = {**assignment, path: None}
-        return self.config(assignment).to_dict()
+            fewer = {other: value for other, value in pins.items() if other != path}
+            if self.build(assignment, fewer) == wanted:
+                pins = fewer
+        return self.config({**pins, **assignment}).to_dict()
 
     def _effective(self, path: Path) -> int | None:
         """The value of a field that is not set, at which all shapes are as they are without it; ``None`` if
@@ -180,59 +184,27 @@ class Experiments:
                 return value if value > 0 and self.build({path: value}) == self.shapes else None
         return None
 
-    def _missing(self) -> list[Path]:
-        """Fields that the class asks for and the config does not have, noted by a copy of the config."""
-        asked: dict[Path, None] = {}
-        config = self.config({})
-        inner = {name: value for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)}
-        for place, own in [((), config), *(((name,), value) for name, value in inner.items())]:
-            _note(own, place, asked)
-        with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
-            self._class(config)
-        return list(asked)
 
-
-def _note(config: Any, place: Path, asked: dict[Path, None]) -> None:
-    """Let a config note what it is asked for in vain, under the place where it stands."""
-    kind: Any = type(config)
-    if hasattr(kind, "__getattr__"):
-        return
-
-    def absent(owner: Any, name: str) -> Any:
-        if owner is config and not name.startswith("_") and name.isidentifier():
-            asked[(*place, name)] = None
-        raise AttributeError(f"'{kind.__name__}' object has no attribute '{name}'")
-
-    config.__class__ = type(kind.__name__, (kind,), {"__getattr__": absent, "__module__": kind.__module__})
-
-
-def _ties(model: nn.Module) -> set[frozenset[str]]:
-    """The names of each weight that has several."""
-    names: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), set()).add(name)
-    return {frozenset(own) for own in names.values() if len(own) > 1}
-
-
-def _shapes(model: nn.Module) -> Shapes:
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: tuple(tensor.shape) for name, tensor in named}
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers of a model under all their names."""
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers from remarking on configs that are only tried, and from drawing bars."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    with (
+        for_a_while(logging.get_verbosity, logging.set_verbosity),
+        for_a_while(logging.is_progress_bar_enabled, _draw_bars),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        logging.set_verbosity(logging.CRITICAL)
+        _draw_bars(False)
+        yield
+
+
+def _draw_bars(wanted: bool) -> None:
+    (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
 
 
 def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -245,12 +217,3 @@ def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
                 yield from _leaves(inner, (*path, index))
     else:
         yield path, value
-
-
-def _put(held: Any, path: Path, value: Any, drop: bool) -> None:
-    for step in path[:-1]:
-        held = held.setdefault(step, {}) if isinstance(held, dict) else held[step]
-    if drop:
-        held.pop(path[-1], None)
-    else:
-        held[path[-1]] = copy.deepcopy(value)  # a list may be changed by the next assignment

@@ -1,5 +1,5 @@
 """A captured program as one Python function of flat, named tensors over a tree of weights that several
-programs share.
+programs share, and its rewrites for speed: no checks inside, plain products for one token.
 """
 
 from __future__ import annotations
@@ -8,17 +8,20 @@ import itertools
 import linecache
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
+from torch.nn import functional
 
+from ..base._stamps import stamp
 from ..base.compat import pytree
 from ..base.compat._transformers import CACHE
 from ..capturing import lower_bound, upper_bound
 from ..capturing._program import copy_graph
 from ..errors import ArgumentError, CaptureError
+from ..patterns import RESHAPES
 
 _numbers = itertools.count()
 
@@ -111,10 +114,10 @@ class FlatProgram:
             )
         self._function = None
 
-    def width(self, name: str) -> int:
-        """The last dimension of an input, which no call changes."""
-        placeholder = self.graph.find_nodes(op="placeholder")[self.inputs.index(name)]
-        return int(placeholder.meta["val"].shape[-1])
+    def shapes(self) -> dict[str, tuple[Any, ...]]:
+        """The shape of each input."""
+        placeholders = self.graph.find_nodes(op="placeholder")
+        return {name: _shape(node) for node, name in zip(placeholders, self.inputs, strict=True)}
 
     def cache_sizes(self) -> dict[str, tuple[int, int]]:
         """Heads and width of each cache tensor that the program takes, ``[batch, heads, length, width]``.
@@ -123,9 +126,8 @@ class FlatProgram:
             CaptureError: a cache of another layout.
         """
         found = {}
-        for node, name in zip(self.graph.find_nodes(op="placeholder"), self.inputs, strict=True):
+        for name, shape in self.shapes().items():
             if name.startswith("cache."):
-                shape = tuple(node.meta["val"].shape)
                 if len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
                     raise CaptureError(
                         f"{name} was captured as {list(shape)}; only caches [batch, heads, length, width] of"
@@ -143,8 +145,8 @@ class FlatProgram:
         """
         sizes = {
             (name, dim): size
-            for node, name in zip(self.graph.find_nodes(op="placeholder"), self.inputs, strict=True)
-            for dim, size in enumerate(node.meta["val"].shape)
+            for name, shape in self.shapes().items()
+            for dim, size in enumerate(shape)
             if not isinstance(size, int)
         }
         most = {place: upper for place, size in sizes.items() if (upper := upper_bound(size)) is not None}
@@ -158,24 +160,15 @@ class FlatProgram:
         return found + [Bound((place,), most[place]) for place in most if str(sizes[place]) not in joint]
 
     def __getstate__(self) -> dict[str, Any]:
-        refuse_pickling()
+        raise ArgumentError(
+            "a pruned model that generates cannot be pickled, since its programs hold symbols; write it with"
+            " save_pretrained()"
+        )
 
     def __deepcopy__(self, memo: Any) -> FlatProgram:
         copied = self.rewritten(copy_graph(self.graph))
         memo[id(self)] = copied
         return copied
-
-
-def refuse_pickling() -> NoReturn:
-    """Say what to do instead.
-
-    Raises:
-        ArgumentError: always.
-    """
-    raise ArgumentError(
-        "a pruned model that generates cannot be pickled, since its programs hold symbols; write it with"
-        " save_pretrained()"
-    )
 
 
 def _is_of_tokens(name: str) -> bool:
@@ -226,3 +219,138 @@ def _compile(graph: fx.Graph) -> Callable[..., Any]:
     exec(compile(code.src, name, "exec"), names)
     made: Callable[..., Any] = names["forward"]
     return made
+
+
+aten = torch.ops.aten
+_ATTENTION = aten.scaled_dot_product_attention.default
+_CHECKS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range_for_size.default,
+    aten.sym_constrain_range.default,
+}
+_WHOLE = 1 << 62
+
+
+def without_checks(graph: fx.Graph) -> None:
+    """Drop the assertions of the capture, whose place the model's own checks take, and slices that take
+    everything.
+    """
+    for node in list(graph.nodes):
+        if node.op == "call_module" or node.target in _CHECKS:
+            graph.erase_node(node)
+        elif node.target is aten.slice.Tensor and _takes_all(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _takes_all(node: fx.Node) -> bool:
+    given: list[Any] = [*node.args[2:], *[None, None, 1][len(node.args) - 2 :]]
+    start, end, step = given
+    return start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end >= _WHOLE))
+
+
+def grouped(graph: fx.Graph) -> None:
+    """Let attention read each key and value head once, where the model repeats it for the query heads that
+    share it.
+    """
+    for node in graph.find_nodes(op="call_function", target=_ATTENTION):
+        padding: Any = node.args[2] if _pads_width(node.args[2]) else None
+        key, times = _repeated(node.args[1])
+        value, same = _repeated(node.args[2] if padding is None else padding.args[0])
+        if times == 1 or same != times or node.kwargs.get("enable_gqa"):
+            continue
+        if padding is not None:
+            with graph.inserting_before(node):
+                value = stamp(
+                    graph.call_function(padding.target, (value, *padding.args[1:]), dict(padding.kwargs)),
+                    "grouped",
+                    node,
+                )
+        node.args = (node.args[0], key, value, *node.args[3:])
+        node.update_kwarg("enable_gqa", True)
+        stamp(node, "grouped")
+    graph.eliminate_dead_code()
+
+
+def _pads_width(node: Any) -> bool:
+    """Whether a node adds columns at the end of the last dimension, and nothing else."""
+    if node.target is not aten.constant_pad_nd.default:
+        return False
+    borders = node.args[1]
+    return len(borders) == 2 and bool(borders[0] == 0)
+
+
+def _repeated(node: Any) -> tuple[Any, int]:
+    """What is repeated and how often, if the node is ``[b, heads, l, d]`` repeated along a new dimension
+    after the heads; else itself and 1.
+    """
+    inner = node
+    for targets in (RESHAPES, {"aten.clone.default"}):
+        inner = inner.args[0] if str(inner.target) in targets else inner
+    opened: Any = inner.args[0] if inner.target is aten.expand.default else inner
+    if opened is inner or opened.target is not aten.unsqueeze.default or opened.args[1] != 2:
+        return node, 1
+    before, after = _shape(opened.args[0]), _shape(node)
+    fixed = all(isinstance(size, int) for size in (*before[1::2], *after[1::2]))
+    if not fixed or len(before) != 4 or len(after) != 4 or before[3] != after[3] or after[1] % before[1]:
+        return node, 1
+    return opened.args[0], int(after[1] // before[1])
+
+
+def _shape(node: Any) -> tuple[Any, ...]:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def one_token(graph: fx.Graph) -> None:
+    """Write out attention as it is for a query of one token (:func:`_attend`)."""
+    for node in list(graph.find_nodes(op="call_function", target=_ATTENTION)):
+        names = ("query", "key", "value", "mask", "dropout_p", "is_causal")
+        named = dict(zip(names, node.args)) | {
+            "mask" if name == "attn_mask" else name: value for name, value in node.kwargs.items()
+        }
+        if named.pop("dropout_p", 0.0) or named.pop("is_causal", False):
+            continue
+        named.pop("enable_gqa", None)
+        cut = _cut_after(node) if _pads_width(node.args[2]) else None
+        if cut is not None:
+            named["value"] = named["value"].args[0]
+        with graph.inserting_before(node):
+            made = stamp(graph.call_function(_attend, (), named), "one_token", node)
+        for replaced in (node,) if cut is None else (cut, node):
+            replaced.replace_all_uses_with(made)
+            graph.erase_node(replaced)
+    graph.eliminate_dead_code()
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Attention of a query of one token. The heads that share keys make one matrix product, where the fused
+    kernel reads the keys once per head, and values may be narrower than keys.
+    """
+    four = query.dim() == 4
+    if not four or (mask is not None and (mask.dim() != 4 or mask.shape[1] not in (1, query.shape[1]))):
+        return functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=four)
+    heads, shared, width = query.shape[1], key.shape[1], query.shape[3]
+    rows = query.reshape(-1, shared, heads // shared, width)
+    scores = (rows * (width**-0.5 if scale is None else scale)) @ key.transpose(2, 3)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros((), dtype=query.dtype, device=query.device).where(mask, -torch.inf)
+        if mask.shape[1] > 1:
+            mask = mask.unflatten(1, (shared, -1)).squeeze(3)
+        scores = scores + mask
+    return (aten._safe_softmax(scores, -1) @ value).reshape(-1, heads, 1, value.shape[3])
+
+
+def _cut_after(node: fx.Node) -> fx.Node | None:
+    """The slice that takes the padding of the values off the result, if that is all that reads it."""
+    value: Any = node.args[2]
+    width = _shape(value.args[0])[-1:]
+    users = list(node.users)
+    if len(users) == 1 and users[0].target is aten.slice.Tensor and users[0].args[1:] == (3, 0, *width):
+        return users[0]
+    return None

@@ -4,20 +4,90 @@ around them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from ..analysis.plan import PruningPlan
 from ..base.compat._transformers import CACHE
+from ..capturing._program import copy_graph
 from ..errors import ArgumentError
+from ..passes._pruned_module import Origin
+from ..pruning.report import Report
+from ..storage._graph_json import program_to_json
 from . import _caches
 from ._config import PrunedConfig
-from ._held import Parts, adopt_constants, place, served, step
+from ._flat import FlatProgram, grouped, one_token, without_checks
 
-#: what ``generate`` is given for stop strings and assistants, and passes to the model with all else
-_OF_THE_LOOP = ("tokenizer", "assistant_tokenizer")
+CONSTANTS = "_constants"
+
+
+class StoredProgram:
+    """One program: as it is written to disk, and as it runs, with its weights under the model's names.
+
+    Args:
+        made: the program as it is written, or what it is made of when it is first written.
+    """
+
+    def __init__(self, made: Mapping[str, Any] | Origin, flat: FlatProgram) -> None:
+        self.flat, self._made = flat, made
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """The program as JSON.
+
+        Raises:
+            StoreError: it holds something that cannot be stored; names it.
+        """
+        if isinstance(self._made, Origin):
+            self._made = program_to_json(self._made.program)
+        return self._made
+
+    def __deepcopy__(self, memo: Any) -> StoredProgram:
+        return self  # nobody changes it
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a pruned model is made of.
+
+    Attributes:
+        programs: by name.
+        weights: parameters and persistent buffers by the names of the original model; tied ones are one
+            object.
+        constants: for each program, its constants and other buffers by the names in its graph.
+        plan: what was removed.
+        report: what it cost.
+    """
+
+    programs: Mapping[str, StoredProgram]
+    weights: Mapping[str, Tensor]
+    constants: Mapping[str, Mapping[str, Tensor]]
+    plan: PruningPlan
+    report: Report
+
+
+class Branch(nn.Module):
+    """A part of the tree of weights; nothing is computed by it."""
+
+    main_input_name = "input_ids"  # generate() asks an encoder for it
+
+
+def place(root: nn.Module, name: str, tensor: Tensor, *, persistent: bool) -> None:
+    """Put a parameter or buffer where its dotted name says, making the modules on the way."""
+    path, _, leaf = name.rpartition(".")
+    owner = root
+    for part in path.split(".") if path else ():
+        if part not in owner._modules:
+            owner.add_module(part, Branch())
+        owner = owner._modules[part]  # type: ignore[assignment]
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor, persistent=persistent)
 
 
 class PrunedModel(PreTrainedModel, GenerationMixin):
@@ -43,21 +113,37 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         self.plan, self.report = parts.plan, parts.report
         for name, tensor in parts.weights.items():
             place(self, name, tensor, persistent=True)
-        self._written = {name: program.written for name, program in parts.programs.items()}
-        self._constant_names = adopt_constants(self, parts)
-        self._programs = {
-            name: served(program.flat, self._constant_names[name]) for name, program in parts.programs.items()
-        }
-        self._steps = {name: step(program) for name, program in self._programs.items()}
+        self._stored = parts.programs
+        self._constant_names: dict[str, dict[str, str]] = {}
+        self._programs: dict[str, FlatProgram] = {}
+        self._steps: dict[str, FlatProgram] = {}  # the forms for a query of one token
+        for program, stored in parts.programs.items():
+            names = {name: f"{CONSTANTS}.{program}{i}" for i, name in enumerate(parts.constants[program])}
+            for name, tensor in parts.constants[program].items():  # outside of the state dict
+                place(self, names[name], tensor.clone(), persistent=False)
+            graph = copy_graph(stored.flat.graph)
+            for node in graph.find_nodes(op="get_attr"):
+                node.target = names.get(str(node.target), node.target)
+            without_checks(graph)
+            grouped(graph)
+            self._constant_names[program] = names
+            self._programs[program] = stored.flat.rewritten(graph)
+            step = copy_graph(graph)
+            one_token(step)
+            self._steps[program] = stored.flat.rewritten(step)
         self._cache_sizes = {name: program.cache_sizes() for name, program in self._programs.items()}
         self._bounds = {name: program.bounds() for name, program in self._programs.items()}
         self.eval()
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As transformers' own, without what ``generate`` hands on to the loop around the model."""
-        for name in _OF_THE_LOOP:
+        """As transformers' own, without what ``generate`` hands on to the loop around the model, and without
+        positions where the original model takes none.
+        """
+        for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if self.config.positions is None:
+            inputs.pop("position_ids", None)
         return inputs
 
     def _run(self, name: str, values: dict[str, Tensor], one: bool = False) -> dict[str, Tensor]:
@@ -83,10 +169,7 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
 
     def _opened(self, cache: Any) -> Any:
         """The caller's cache, or an empty one."""
-        if cache is None:
-            return _caches.fresh(self.config.is_encoder_decoder)
-        _caches.check(cache, self.config.is_encoder_decoder)
-        return cache
+        return _caches.opened(cache, self.config.is_encoder_decoder)
 
     def _extended(self, cache: Any, given: bool, found: dict[str, Tensor], use_cache: bool | None) -> Any:
         """Write what a program returned into the cache; ``None`` if the output shall not hold it."""
@@ -128,10 +211,9 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
             )
         given = model_kwargs.get(CACHE)
         if given is not None:
-            _caches.check(given, self.config.is_encoder_decoder)
-            given._is_user_defined = True
+            self._opened(given)._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs[CACHE] = _caches.fresh(self.config.is_encoder_decoder)
+            model_kwargs[CACHE] = self._opened(None)
             if generation_config.is_assistant:
                 model_kwargs[CACHE].activate_past_recording()
 
@@ -167,6 +249,3 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
             "the vocabulary of a pruned model is fixed by its programs; resize the embeddings of the dense"
             " model and prune it again"
         )
-
-
-__all__ = ["PrunedModel"]

@@ -76,13 +76,7 @@ def load_offloaded(
     model, info = _loaded(
         folder, lambda: type(empty).from_pretrained(None, output_loading_info=True, **options)
     )
-    for what in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if info.get(what):
-            raise ArgumentError(
-                f"'{folder}' does not hold all of the model: {what.replace('_', ' ')}:"
-                f" {sorted(map(str, info[what]))[0]}; give a complete checkpoint"
-            )
-    refuse_left_out(model, info, str(folder))
+    refuse_incomplete(model, info, str(folder))
     keep_weights(model, scratch)  # what transformers had to convert
     model.name_or_path = model.config._name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
@@ -132,25 +126,22 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def _shards(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    index = folder / INDEX
-    if not index.is_file():
-        raise ArgumentError(
-            f"'{folder}' has no {SINGLE} and no {INDEX}; give a checkpoint with weights in safetensors files"
-        )
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        index = json.loads((folder / INDEX).read_text("utf-8"))
+        names = sorted(set(index["weight_map"].values()))
         if not all(Path(name).name == name for name in names):
-            raise ValueError("it names files of other folders")
+            raise ValueError(f"{INDEX} names files of other folders")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArgumentError(
-            f"'{index}' is no index of shards: {first_line(error)}; give a complete checkpoint"
+            f"'{folder}' has no {SINGLE}, and its {INDEX} is no index of shards: {first_line(error)}; give a"
+            " complete checkpoint with weights in safetensors files"
         ) from error
     return [folder / name for name in names]
 
 
-def refuse_left_out(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
-    """Refuse a model that has fewer layers than its files: by the names of the others' weights, its
-    configuration says too small a number.
+def refuse_incomplete(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
+    """Refuse a model with weights made up, or with fewer layers than its files: by the names of the others'
+    weights, its configuration says too small a number.
 
     Other weights may be left out: a model of one kind can be loaded of a checkpoint that holds more.
 
@@ -158,8 +149,16 @@ def refuse_left_out(model: nn.Module, info: Mapping[str, Any], where: str) -> No
         info: what transformers says of the loading.
 
     Raises:
-        ArgumentError: names a weight that would be left out.
+        ArgumentError: names a weight that would be made up or left out.
     """
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(kind) or ())
+        if found:
+            rest = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise ArgumentError(
+                f"'{where}' lacks the weights {', '.join(found[:3])}{rest}, or holds them in another size:"
+                " they would be made up; give the complete model"
+            )
     known = {_NUMBER.sub(".", name) for name, _ in model.named_parameters(remove_duplicate=False)}
     beyond = sorted(
         name
@@ -171,6 +170,3 @@ def refuse_left_out(model: nn.Module, info: Mapping[str, Any], where: str) -> No
             f"'{where}' holds weights of more layers than its configuration says ({beyond[0]}), which would"
             " be left out; correct the configuration"
         )
-
-
-__all__ = ["load_offloaded", "refuse_left_out"]

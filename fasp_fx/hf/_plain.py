@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..allocation import CostAllocation
 from ..allocation._allocation import TrialAllocation
 from ..analysis._analysis import Analysis
 from ..analysis.groups import PRUNABLE
@@ -24,6 +25,7 @@ from ..base._tolerable import tolerable
 from ..base.compare import distance, tolerance
 from ..calibration._calibration import calibration_calls, check_calibration
 from ..calibration._ranks import ended_together
+from ..calibration.losses import output_tensors
 from ..errors import ArgumentError, CaptureError, VerificationError, first_line
 from ..pruning._prune import prune
 from ..pruning._result import Result
@@ -31,7 +33,7 @@ from ..pruning.config import PruningConfig, PruningOptions
 from ..pruning.eager._copy import FusedWeights
 from ..pruning.report import Report
 from ._experiments import Assignment, Experiments, Path, quiet, written
-from ._settings import Settings, settings_of
+from ._settings import CostSettings, Settings
 
 #: tokens of an example where there is no calibration data to take one from
 _EXAMPLE = (2, 8)
@@ -58,7 +60,6 @@ def prune_plain(
     *,
     calibration: Iterable[Any] | None = None,
     config: PruningConfig | None = None,
-    example: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[float], None] | None = None,
     on_analysis: Callable[[Analysis], None] | None = None,
@@ -76,13 +77,11 @@ def prune_plain(
         model: a transformers model in evaluation mode; it is left as it was.
         calibration, device, progress, on_analysis, group, checkpoint: as for :func:`fasp_fx.prune`.
         config, options: as for :func:`fasp_fx.prune`, without ``include`` and ``exclude``, with one sparsity
-            and no padding mask. An allocation sees one group for each field (for each layer, where the class
-            takes values by layer). ``granularity=("channel",)``: neurons only; ``("channel", "head")``: whole
-            heads lose the same fraction, to the nearest head, and neurons carry the rest; ``("head",)``:
-            heads only; not given: neurons, and as few heads as it takes where neurons alone cannot reach the
+            and no padding mask. An allocation sees one group for each field. ``granularity=("channel",)``:
+            neurons only; ``("channel", "head")``: whole heads lose the same fraction, to the nearest head,
+            and neurons carry the rest; ``("head",)``: heads only; not given: neurons, and as few heads as it
+            takes where neurons alone cannot reach the
             sparsity. ``round_to`` is for channels; whole heads are not rounded.
-        example: keyword arguments to capture with; ``None``: the first calibration batch, or some tokens,
-            without a cache.
 
     Raises:
         ArgumentError: the model is not one of transformers', or its config does not describe it or what the
@@ -97,15 +96,14 @@ def prune_plain(
     assert isinstance(model, PreTrainedModel)
     if asked.needs_data:
         check_calibration(calibration)
-        calibration = _positioned(model, calibration)
-    if example is None:
-        calibration, example = _example(model, calibration)
-    masked = isinstance(example.get("attention_mask"), Tensor) and example["attention_mask"].dim() == 2
+    calibration, example = _batches(model, calibration)
+    mask = example.get("attention_mask")
+    masked = isinstance(mask, Tensor) and mask.dim() == 2
     try:
         result = prune(
             model,
             (),
-            dict(example),
+            example,
             calibration=calibration,
             config=replace(own, padding_mask="attention_mask" if masked else None),
             device=device,
@@ -142,53 +140,73 @@ def plain_config(
     Raises:
         ArgumentError: see :func:`prune_plain`.
     """
-    vain = {name: getattr(asked, name) for name in ("include", "exclude", "padding_mask")}
-    refused = [
-        (f"{name}={value!r} cannot be had in a plain checkpoint: its config does not say it;", value)
-        for name, value in vain.items()
-    ] + [
+    vain = [name for name in ("include", "exclude", "padding_mask") if getattr(asked, name)]
+    for applies, message in (
         (
+            vain,
+            f"{vain[0] if vain else ''}= cannot be had in a plain checkpoint: its config does not say it;",
+        ),
+        (
+            asked.budgets,
             f"budget={asked.budget!r} cannot be kept by a plain checkpoint, whose steps are coarse; give"
             " sparsity=, or",
-            asked.budgets,
         ),
         (
-            "a plain checkpoint has one sparsity: its config does not say which layers lose more;",
             isinstance(asked.sparsity, Mapping),
+            "a plain checkpoint has one sparsity: its config does not say which layers lose more;",
         ),
         (
+            isinstance(asked.allocator, TrialAllocation),
             f"allocation={asked.allocation!r}: a search needs a model that is captured whole and groups that"
             " go one by one, which the fields of a config do not; use 'global', or",
-            isinstance(asked.allocator, TrialAllocation),
         ),
         (
-            f"a plain checkpoint is made of a transformers model, not of a {type(model).__name__};",
             not isinstance(model, PreTrainedModel),
+            f"a plain checkpoint is made of a transformers model, not of a {type(model).__name__};",
         ),
-    ]
-    for message, applies in refused:
+    ):
         if applies:
             raise ArgumentError(f"{message} prune it without plain")
     experiments = Experiments(model)
-    settings = settings_of(experiments, heads_asked, asked.allocator, by_layer=not asked.uniform_layers)
+    kind = CostSettings if isinstance(asked.allocator, CostAllocation) else Settings
+    settings = kind(experiments, heads_asked, asked.allocator)
     own = replace(
         asked,
         allocation=settings,
-        uniform_layers=False,  # the settings see to it
+        uniform_layers=False,  # one number for all layers is what a config says by itself
         loss="next-token" if asked.loss == "auto" and cast(Any, model).can_generate() else asked.loss,
         granularity=asked.granularity if heads_asked else ("channel", "head"),
     )
     return experiments, settings, own
 
 
-def _positioned(model: PreTrainedModel, calibration: Iterable[Any] | None) -> Iterable[Any] | None:
-    """Batches of a decoder with the positions that ``generate`` gives its tokens, which are counted from the
+def _batches(
+    model: PreTrainedModel, calibration: Iterable[Any] | None
+) -> tuple[Iterable[Any] | None, dict[str, Any]]:
+    """The calibration data, and keyword arguments like its first batch to capture with, without a cache.
+
+    Batches of a decoder get the positions that ``generate`` gives its tokens, which are counted from the
     first one that the mask shows.
     """
+    encodes = model.config.is_encoder_decoder
+    if calibration is None:
+        tokens = torch.zeros(_EXAMPLE, dtype=torch.long, device=device_of(model))
+        decoded = {"decoder_input_ids": tokens} if encodes else {}
+        return None, {"input_ids": tokens, **decoded, "use_cache": False}
+    check_calibration(calibration)
+    batches = iter(calibration)
     takes = "position_ids" in inspect.signature(model.forward).parameters
-    if calibration is None or not takes or not model.can_generate() or model.config.is_encoder_decoder:
-        return calibration
-    return map(_with_positions, calibration)
+    if takes and model.can_generate() and not encodes:
+        batches = map(_with_positions, batches)
+    first = list(itertools.islice(batches, 1))
+    args, kwargs = next(calibration_calls(first))
+    if len(args) > 1:
+        raise ArgumentError(
+            "a calibration batch for a plain checkpoint is a tensor of tokens or a dict of keyword arguments,"
+            " not a tuple"
+        )
+    named = {"input_ids": args[0]} if args else kwargs
+    return itertools.chain(first, batches), {**named, "use_cache": False}
 
 
 def _with_positions(batch: Any) -> Any:
@@ -196,27 +214,6 @@ def _with_positions(batch: Any) -> Any:
     if not isinstance(mask, Tensor) or mask.dim() != 2 or batch.get("position_ids") is not None:
         return batch
     return {**batch, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
-
-
-def _example(
-    model: PreTrainedModel, calibration: Iterable[Any] | None
-) -> tuple[Iterable[Any] | None, dict[str, Any]]:
-    """The calibration data, and keyword arguments like its first batch."""
-    if calibration is None:
-        tokens = torch.zeros(_EXAMPLE, dtype=torch.long, device=device_of(model))
-        decoded = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
-        return None, {"input_ids": tokens, **decoded, "use_cache": False}
-    check_calibration(calibration)
-    batches = iter(calibration)
-    first = list(itertools.islice(batches, 1))
-    args, kwargs = next(calibration_calls(first))
-    if len(args) > 1:
-        raise ArgumentError(
-            "a calibration batch for a plain checkpoint is a tensor of tokens or a dict of keyword arguments,"
-            " not a tuple; or pass example="
-        )
-    named = {"input_ids": args[0]} if args else kwargs
-    return itertools.chain(first, batches), {**named, "use_cache": False}
 
 
 def _first_equal(
@@ -235,32 +232,24 @@ def _first_equal(
     for assignment in settings.assignments():
         try:
             smaller = _built(model, experiments, assignment, weights)
-            deviation = _deviation(_run(smaller, inputs), expected)
+            deviation = _deviation(_outputs(smaller, inputs), expected)
+        except _NotBuiltError as error:
+            fault = str(error)
+        except tolerable(Exception) as error:  # some kernels take widths of whole 16 bytes alone
+            fault = (
+                f"it does not run: {first_line(error)}; widths that are multiples of 8 or 16 (round_to=) may"
+                " be served"
+            )
+        else:
             if deviation <= most:
                 made: Any = smaller
                 return made.to(device_of(model)), assignment
-            failures.append(f"{_said(assignment)}: its outputs differ by {deviation:.1e}")
-        except _NotBuiltError as error:
-            failures.append(f"{_said(assignment)}: {error}")
+            fault = f"its outputs differ by {deviation:.1e}"
+        failures.append(f"{_said(assignment)}: {fault}")
     raise VerificationError(
         f"{type(model).__name__} built from a smaller config is not the pruned program"
         f" ({'; '.join(failures)}); nothing is returned; prune it without plain"
     )
-
-
-def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """The outputs of a model that was built.
-
-    Raises:
-        _NotBuiltError: it does not run; some kernels take widths of whole 16 bytes alone.
-    """
-    try:
-        return _outputs(model, inputs)
-    except tolerable(Exception) as error:
-        raise _NotBuiltError(
-            f"it does not run: {first_line(error)}; widths that are multiples of 8 or 16 (round_to=) may be"
-            " served"
-        ) from error
 
 
 class _NotBuiltError(Exception):
@@ -271,16 +260,6 @@ def _built(
     model: PreTrainedModel, experiments: Experiments, assignment: Assignment, weights: dict[str, Tensor]
 ) -> PreTrainedModel:
     """A model of the caller's class with a smaller config and the smaller weights."""
-    shapes = experiments.build(assignment)
-    if isinstance(shapes, str):
-        raise _NotBuiltError(f"refused, {shapes}")
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    wrong = [name for name in sorted(parameters) if shapes.get(name) != tuple(weights[name].shape)]
-    if wrong:
-        raise _NotBuiltError(
-            f"'{wrong[0]}' would have the shape {shapes.get(wrong[0])}, the pruned one has"
-            f" {tuple(weights[wrong[0]].shape)}"
-        )
     config: PreTrainedConfig = type(model.config).from_dict(experiments.without_idle_pins(assignment))
     config._name_or_path = ""
     if hasattr(config, "quantization_config"):
@@ -323,10 +302,7 @@ def _compared_on(model: PreTrainedModel, example: Mapping[str, Any], device: tor
 def _outputs(module: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     """The floating-point outputs of a call."""
     with torch.no_grad():
-        output = module(**inputs)
-    listed = output.values() if isinstance(output, Mapping) else output
-    values = [output] if isinstance(output, Tensor) else list(listed)
-    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+        return [leaf for leaf in output_tensors(module(**inputs)) if leaf.is_floating_point()]
 
 
 def _deviation(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -385,6 +361,3 @@ def smaller_weights(model: nn.Module, result: Result) -> dict[str, Tensor]:
         else:
             found[name] = tensor.detach().clone()
     return found
-
-
-__all__ = ["Plain", "plain_config", "prune_plain"]

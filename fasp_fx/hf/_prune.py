@@ -3,41 +3,49 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, Unpack, cast
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor, nn
 
 from ..allocation.costs import Costs
 from ..analysis import plan as plans
 from ..analysis._analysis import Analysis
-from ..analysis.plan import PruningPlan
-from ..base._options import check_callable, path_of
+from ..analysis.plan import PlannedGroup, PruningPlan
+from ..base._options import check_callable
 from ..base._undisturbed import check_default_device, in_usual_modes, one_at_a_time
 from ..base._version import __version__
+from ..base._warn import warn
+from ..base.compat import without_stack_traces
 from ..calibration._calibration import check_calibration
 from ..calibration._ranks import Ranks, ended_together
-from ..calibration._visit import Decision
-from ..capturing._captured import Captured
+from ..calibration._visit import Decision, decided
+from ..capturing._captured import Captured, capture_whole
 from ..capturing._program import Program
-from ..errors import ArgumentError
+from ..errors import ArgumentError, PlanError, StoreError, VerificationError, VerificationWarning
 from ..passes._pruned_module import PrunedModule
 from ..pruning._deciding import decide, measure_subject, measuring_config, replay, restoring_config
 from ..pruning._result import Result
-from ..pruning._rewriting import Timings, make_plan, rewrite
+from ..pruning._rewriting import Timings, analyze_for, make_plan, rewrite
 from ..pruning._subject import Whole
+from ..pruning.check import UnsoundError, restricted
 from ..pruning.config import PruningConfig, PruningOptions
 from ..pruning.report import Report, make_report, notes_of, said_whole
-from ._config import PrunedConfig
-from ._convention import CallConvention, check_served, convention_of
+from ..storage._config_json import LAYERS
+from ..storage._folder import kind_of, parsing, read_json
+from ._config import PrunedConfig, check_layers
+from ._convention import check_served, convention_of
 from ._flat import FlatProgram
-from ._held import Parts, StoredProgram, Written
-from ._model import PrunedModel
-from ._programs import Planned, Served, captured_for, carry_out_in_all, one_set, served_by
+from ._folder import KIND, loading, read_plain, save
+from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
+from ._model import Parts, PrunedModel, StoredProgram
+from ._plain import prune_plain
 from ._stages import CausalStages, Seq2SeqStages, stages_of
 
 
@@ -66,14 +74,7 @@ class Pruned:
 
     def loading(self, folder: str | Path) -> list[str]:
         """Lines of Python that load the model from the folder it was saved in."""
-        from ._card import loading as loading_pruned
-        from ._plain_folder import loading
-
-        return (
-            loading_pruned(self.model, str(folder))
-            if isinstance(self.model, PrunedModel)
-            else loading(self.model, str(folder))
-        )
+        return loading(self.model, str(folder))
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write model and tokenizer to a new folder, whole or not at all.
@@ -88,12 +89,7 @@ class Pruned:
         Raises:
             StoreError: the path is taken or cannot be written.
         """
-        from ._folder import save
-        from ._plain_folder import save_plain
-
-        if not isinstance(self.model, PrunedModel):
-            return save_plain(self.model, self.tokenizer, self.plan, self.report, folder, overwrite=overwrite)
-        return save(self.model, path_of(folder, "folder"), self.tokenizer, overwrite=overwrite)
+        return save(self.model, self.tokenizer, self.plan, self.report, folder, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ class CapturedModel:
     model: Any
     programs: Mapping[str, Captured]
     stages: CausalStages | Seq2SeqStages = field(repr=False)
-    convention: CallConvention = field(repr=False)
+    convention: Mapping[str, Any] = field(repr=False)
 
     def planned(self) -> tuple[str, Program]:
         """The program that plans are made for, and its name.
@@ -146,11 +142,14 @@ def capture(model: Any, *, device: torch.device | str | None = None) -> Captured
     """
     check_default_device()
     stages = stages_of(model)
-    stage = stages.planned()
-    captured = captured_for(stage, device)
-    convention = convention_of(stages, captured.program)
-    others = {other.name: captured_for(other, device) for other in stages.served()}
-    return CapturedModel(model, {stage.name: captured, **others}, stages, convention)
+    programs: dict[str, Captured] = {}
+    for stage in stages.programs():
+        with without_stack_traces():  # which lines of the model made the nodes, nobody sees
+            programs[stage.name] = capture_whole(
+                stage.model, (), dict(stage.example), state=stage.state, device=device
+            )
+    convention = convention_of(stages, next(iter(programs.values())).program)
+    return CapturedModel(model, programs, stages, convention)
 
 
 @one_at_a_time
@@ -158,7 +157,7 @@ def capture(model: Any, *, device: torch.device | str | None = None) -> Captured
 def analyze(
     model: Any,
     *,
-    granularity: Iterable[str] = ("channel",),
+    granularity: Iterable[str] = PruningConfig.granularity,
     include: Iterable[str] = (),
     device: torch.device | str | None = None,
 ) -> Analysis:
@@ -288,8 +287,6 @@ def prune(
             " calibration="
         )
     if plain:
-        from ._plain import prune_plain
-
         if costs is not None:
             raise ArgumentError(
                 "a plain checkpoint measures its own costs, field by field of its config; leave costs= out"
@@ -343,11 +340,19 @@ def _finished(
     """
     model, (name, program) = captured.model, captured.planned()
     planned, served = Planned(program, subject.analyses[""], decision), captured.served(asked)
-    results, plan, report = (
-        _together(model, planned, served, config, clock) if served else _alone(name, planned, config, clock)
-    )
-    programs = {name: _stored(result.module) for name, result in results.items()}
-    constants = {name: _constants(result.module) for name, result in results.items()}
+    if served:
+        results, plan, report = _together(model, planned, served, config, clock)
+    else:  # the one program serves all of generation
+        result = rewrite(planned.program, planned.analysis, planned.decision, config, clock)
+        results, plan, report = {name: result}, result.plan, result.report
+    programs: dict[str, StoredProgram] = {}
+    constants: dict[str, dict[str, Tensor]] = {}
+    for name, result in results.items():
+        origin = cast(PrunedModule, result.module).fasp_fx_origin
+        programs[name] = StoredProgram(origin, FlatProgram.of_graph(*origin.body()))
+        stored = result.module.state_dict().keys()
+        buffers = result.module.named_buffers(remove_duplicate=False)
+        constants[name] = {name: value.detach() for name, value in buffers if name not in stored}
     parts = Parts(programs, one_set(model, results), constants, plan, report)
     made = _model(model, parts, captured.convention)
     check_served(made, captured.stages)
@@ -377,14 +382,6 @@ def _mask(stages: CausalStages | Seq2SeqStages) -> str | None:
     return "attention_mask" if "attention_mask" in stages.accepts else None
 
 
-def _alone(
-    name: str, planned: Planned, config: PruningConfig | None, clock: Timings
-) -> tuple[dict[str, Result], PruningPlan, Report]:
-    """The one program that serves all of generation, smaller."""
-    result = rewrite(planned.program, planned.analysis, planned.decision, config, clock)
-    return {name: result}, result.plan, result.report
-
-
 def _together(
     model: nn.Module, planned: Planned, served: list[Served], config: PruningConfig | None, clock: Timings
 ) -> tuple[dict[str, Result], PruningPlan, Report]:
@@ -410,32 +407,13 @@ def _together(
     return results, plan, replace(report, notes=notes, cache=cache)
 
 
-def _stored(module: nn.Module) -> StoredProgram:
-    assert isinstance(module, PrunedModule)
-    origin = module.fasp_fx_origin
-    return StoredProgram(Written(origin), FlatProgram.of_graph(*origin.body()))
-
-
-def _constants(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are not in the state dict, constants among them."""
-    stored = module.state_dict().keys()
-    return {
-        name: value.detach().clone()
-        for name, value in module.named_buffers(remove_duplicate=False)
-        if name not in stored
-    }
-
-
-def _model(original: Any, parts: Parts, convention: CallConvention) -> PrunedModel:
-    from ._causal import PrunedForCausalLM
-    from ._seq2seq import PrunedForSeq2SeqLM
-
+def _model(original: Any, parts: Parts, convention: Mapping[str, Any]) -> PrunedModel:
     config = original.config
     kind: Any = PrunedForSeq2SeqLM if config.is_encoder_decoder else PrunedForCausalLM
     made = kind(
         PrunedConfig(
-            original=_plain(config.to_dict()),
-            **asdict(convention),
+            original=json.loads(config.to_json_string(use_diff=False)),
+            **convention,
             fasp_fx_version=__version__,
             is_encoder_decoder=bool(config.is_encoder_decoder),
             architectures=[kind.__name__],
@@ -448,13 +426,168 @@ def _model(original: Any, parts: Parts, convention: CallConvention) -> PrunedMod
     return cast(PrunedModel, made)
 
 
-def _plain(value: Any) -> Any:
-    """A configuration as JSON takes it."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+@dataclass(frozen=True)
+class Planned:
+    """The program that a plan is made for, and what was decided for it."""
+
+    program: Program
+    analysis: Analysis
+    decision: Decision
 
 
-__all__ = ["CapturedModel", "Pruned", "analyze", "apply", "capture", "measure", "prune"]
+@dataclass(frozen=True)
+class Served:
+    """One more program of the model, in which the plan is carried out."""
+
+    name: str
+    program: Program
+    analysis: Analysis
+
+
+def served_by(name: str, program: Program, asked: PruningConfig | PruningPlan) -> Served:
+    """One more program, analysed; it holds the weights that it reads and no others."""
+    program = program.copy()
+    for node in program.module.graph.find_nodes(op="get_attr"):
+        if not node.users:  # weights of the other programs
+            program.module.graph.erase_node(node)
+    program = program.copy()  # holds what the graph looks up, and nothing else
+    return Served(name, program, analyze_for(program, asked))
+
+
+def carry_out_in_all(
+    others: list[Served], planned: Planned
+) -> tuple[Decision, dict[str, Result], dict[str, str]]:
+    """Carry a plan out in every program; a group that one of them cannot lose stays whole in all, since they
+    share their weights.
+
+    Returns:
+        What really went, the results by name, and the groups left whole with what was seen.
+
+    Raises:
+        VerificationError: nothing that was planned can go.
+    """
+    left: dict[str, str] = {}
+    while True:
+        plan = make_plan(planned.program, planned.analysis, planned.decision)
+        results: dict[str, Result] = {}
+        try:
+            for other in others:
+                results[other.name] = _carried_out(other, plan, planned)
+        except UnsoundError as error:
+            faulty = _same_groups(error.left, other, plan, planned)
+            kept = [
+                group for group in decided(planned.analysis, planned.decision) if group.name not in faulty
+            ]
+            if not faulty or not kept:
+                raise VerificationError(
+                    f"the program '{other.name}' of the model cannot lose what the plan removes: {error}"
+                ) from error
+            left |= {name: f"in the program '{other.name}' {seen}" for name, seen in faulty.items()}
+            planned = replace(planned, decision=restricted(planned.analysis, planned.decision, kept))
+            continue
+        for name, seen in left.items():
+            warn(said_whole(name, seen), VerificationWarning)
+        return planned.decision, results, left
+
+
+def _carried_out(other: Served, plan: PruningPlan, planned: Planned) -> Result:
+    """Take out of one more program what the plan says, with the same repaired weights.
+
+    Raises:
+        UnsoundError: the program is not exact without all of it.
+    """
+    try:
+        gone = plans.gone_of(plan, other.analysis, partial=True)
+    except PlanError as error:
+        raise PlanError(
+            f"the program '{other.name}' of the model cannot lose what the plan removes: {error}"
+        ) from error
+    canonical, names = planned.program.canonical(), other.analysis.program.aliases()
+    weights = {}
+    for own, aliases in names.items():
+        same = {canonical.get(alias, alias) for alias in aliases} & planned.decision.weights.keys()
+        if same:
+            weights[own] = planned.decision.weights[same.pop()]
+    return rewrite(other.program, other.analysis, Decision(gone, weights), whole=True)
+
+
+def _same_groups(
+    faulty: Mapping[str, str], other: Served, plan: PruningPlan, planned: Planned
+) -> dict[str, str]:
+    """The groups of the plan that share a channel with groups of another program, given by name with what was
+    seen of them.
+    """
+    canonical = planned.program.canonical()
+
+    def channels(group: PlannedGroup) -> set[tuple[str, int, int, int]]:
+        parts = [*group.producers, *group.consumers]
+        return {
+            (canonical.get(p.name, p.name), p.dim, block, index)
+            for p in parts
+            for block, indices in enumerate(p.by_block())
+            for index in indices
+        }
+
+    gone = plans.gone_of(plan, other.analysis, partial=True)
+    theirs = plans.planned(
+        [group for group in other.analysis.groups if group.name in faulty], gone, other.analysis
+    )
+    seen = {channel: faulty[group.name] for group in theirs for channel in channels(group)}
+    return {
+        group.name: seen[next(iter(both))] for group in plan.groups if (both := channels(group) & seen.keys())
+    }
+
+
+def one_set(model: nn.Module, results: dict[str, Result]) -> dict[str, Tensor]:
+    """The weights of all programs, one tensor for all names that were tied in the original model.
+
+    Raises:
+        PlanError: two programs would need different weights of one name.
+    """
+    ties: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        ties.setdefault(id(parameter), []).append(name)
+    tied = {name: names for names in ties.values() for name in names}
+    found: dict[str, Tensor] = {}
+    for program, result in results.items():
+        for name, tensor in result.module.state_dict(keep_vars=True).items():
+            if name not in found:
+                made = tensor.detach()
+                if isinstance(tensor, nn.Parameter):
+                    made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+                found |= dict.fromkeys(tied.get(name, [name]), made)
+            elif not torch.equal(found[name], tensor):
+                raise PlanError(
+                    f"the program '{program}' needs another '{name}' than those before it; such a model"
+                    " cannot be served"
+                )
+    order = {name: index for index, name in enumerate(dict(model.state_dict()))}
+    return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
+
+
+def read_pruned(folder: Path, device: torch.device | None) -> Pruned:
+    """A pruned model as :func:`fasp_fx.hf.prune` returned it, from a folder of either kind, with its
+    tokenizer if there is one.
+
+    Raises:
+        StoreError: a file is missing, damaged or of another version.
+    """
+    tokenizer = None
+    if (folder / "tokenizer_config.json").is_file():
+        with parsing("tokenizer_config.json"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if kind_of(folder) == KIND:
+        with parsing("config.json"):
+            config = PrunedConfig.from_pretrained(folder)
+        kind = PrunedForSeq2SeqLM if config.is_encoder_decoder else PrunedForCausalLM
+        model = kind.from_pretrained(folder, device_map=device)
+        return Pruned(model, model.plan, model.report, tokenizer)
+    plan, report = read_plain(folder)
+    with parsing("config.json"):
+        check_layers(read_json(folder / "config.json"), LAYERS)  # it may be anybody's
+        names = transformers.AutoConfig.from_pretrained(folder).architectures or ["none"]
+        found: Any = getattr(transformers, names[0], None)
+        if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+            raise StoreError(f"config.json names the class {names[0]!r:.80}, which transformers has not")
+        model = found.from_pretrained(folder, dtype="auto", device_map=device)
+    return Pruned(model, plan, report, tokenizer)

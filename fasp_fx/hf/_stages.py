@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding
+from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..base._tolerable import tolerable
 from ..base.compat._transformers import CACHE
+from ..calibration._calibration import calibration_calls
 from ..capturing._unchanged import rewound
 from ..errors import ArgumentError, CalibrationError, CaptureError, first_line
 from . import _caches
 from ._arguments import check_outputs
-from ._caches import fresh, holds_states
+from ._caches import opened
 from ._model import PrunedModel
 
 #: example sizes: sequences, source tokens, tokens that are already cached, new tokens; all different, and
@@ -41,11 +42,8 @@ class Stage:
 
 @dataclass
 class Stages:
-    """The programs of one model.
-
-    Attributes:
-        planned: the program that calibration runs, and that the plan is made for.
-        served: the programs that generation runs; ``planned`` may be one of them.
+    """The programs of one model: first the one that calibration runs, and that the plan is made for, which
+    may be one of those that generation runs.
     """
 
     model: Any
@@ -58,7 +56,8 @@ class Stages:
                 f"{type(self.model).__name__}.forward takes no '{CACHE}' of keys and values, so it cannot be"
                 " served step by step; use fasp_fx.prune"
             )
-        if holds_states(self.model.config):
+        config = self.model.config.get_text_config(decoder=True)
+        if any(hasattr(layer, "conv_states") for layer in DynamicCache(config=config).layers):
             raise CaptureError(
                 f"{type(self.model).__name__} generates from states (of a convolution, of a recurrence) in"
                 " the place of the tokens seen, and fasp_fx.hf serves caches of keys and values only; use"
@@ -114,30 +113,22 @@ class CausalStages(Stages):
         """
         mask = self.ones(batch, past + new)
         mask[0, :padding] = 0
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = fresh(encoder_decoder=False)
+        cache = opened(None, False)
         if past:
-            given = self.optional(attention_mask=mask[:, :past], position_ids=positions[:, :past])
-            cache = self.run({"input_ids": self.tokens(past, batch), CACHE: cache, **given})[CACHE]
-        given = self.optional(
-            attention_mask=mask,
-            position_ids=positions[:, past:].contiguous(),
-            logits_to_keep=torch.arange(new, device=mask.device),
-        )
-        return {"input_ids": self.tokens(new, batch, seed=1), **given, CACHE: cache}
+            cache = self.run(self._call(self.tokens(past, batch), mask[:, :past], cache))[CACHE]
+        return self._call(self.tokens(new, batch, seed=1), mask, cache)
 
-    def text(self, batch: int, count: int, padding: int) -> dict[str, Any]:
-        """Arguments of a call with a whole text."""
-        whole = self.arguments(batch=batch, new=count, past=0, padding=padding)
-        wanted = ("input_ids", "attention_mask", "position_ids")
-        return {name: value for name, value in whole.items() if name in wanted}
+    def _call(self, ids: Tensor, mask: Tensor, cache: Any, positions: Tensor | None = None) -> dict[str, Any]:
+        """Arguments of a call with these tokens after those in a cache; the mask is over both."""
+        if positions is None:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :].contiguous()
+        kept = torch.arange(ids.shape[1], device=ids.device)
+        given = self.optional(attention_mask=mask, position_ids=positions, logits_to_keep=kept)
+        return {"input_ids": ids, **given, CACHE: cache}
 
-    def planned(self) -> Stage:
+    def programs(self) -> list[Stage]:
         """The program that is calibrated and served."""
-        return Stage("decode", self.model, {**self.arguments(), "use_cache": True})
-
-    def served(self) -> list[Stage]:
-        return []
+        return [Stage("decode", self.model, {**self.arguments(), "use_cache": True})]
 
     def batches(self, calibration: Any, caches: dict[str, tuple[int, int]]) -> Iterator[dict[str, Any]]:
         """Calibration batches as the program takes them: a whole text after an empty cache.
@@ -147,13 +138,10 @@ class CausalStages(Stages):
         """
         known = {"input_ids", "attention_mask", "use_cache", *self.optional(position_ids=None)}
         for ids, given in _calls(calibration, known):
-            mask = self.mask(ids, given)
-            positions = given.get("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
-            kept = torch.arange(ids.shape[1], device=ids.device)
-            cache, like = fresh(False), torch.empty(0, dtype=self.model.dtype, device=ids.device)
+            cache, like = opened(None, False), torch.empty(0, dtype=self.model.dtype, device=ids.device)
             _caches.write(cache, _caches.read(cache, caches, len(ids), like))
-            extra = self.optional(attention_mask=mask, position_ids=positions, logits_to_keep=kept)
-            yield {"input_ids": ids, **extra, CACHE: cache, "use_cache": True}
+            call = self._call(ids, self.mask(ids, given), cache, given.get("position_ids"))
+            yield {**call, "use_cache": True}
 
 
 class Seq2SeqStages(Stages):
@@ -169,7 +157,7 @@ class Seq2SeqStages(Stages):
         mask[0, source - padding :] = 0
         with torch.no_grad(), rewound(self.model):
             encoded = _encoding(self.model)(self.tokens(source, batch), mask)
-        cache = fresh(encoder_decoder=True)
+        cache = opened(None, True)
         common = {"encoder_outputs": encoded, "attention_mask": mask}
         if past:
             shown = self.optional(decoder_attention_mask=self.ones(batch, past))
@@ -179,29 +167,19 @@ class Seq2SeqStages(Stages):
         shown = self.optional(decoder_attention_mask=self.ones(batch, past + new))
         return {"decoder_input_ids": self.tokens(new, batch, seed=1), **common, **shown, CACHE: cache}
 
-    def text(self, batch: int, count: int, padding: int) -> dict[str, Any]:
-        """Arguments of a call with a whole source and output."""
-        given = self.arguments(batch=batch, new=count, past=0, padding=padding)
-        wanted = ("attention_mask", "decoder_input_ids", "decoder_attention_mask")
-        shown = {name: given[name] for name in wanted if name in given}
-        return {"input_ids": self.tokens(given["attention_mask"].shape[1], batch), **shown}
-
-    def _source(self) -> dict[str, Any]:
-        return {"input_ids": self.tokens(SOURCE), "attention_mask": self.ones(BATCH, SOURCE)}
-
-    def planned(self) -> Stage:
-        """Both parts together, without a cache."""
+    def programs(self) -> list[Stage]:
+        """Both parts together, without a cache, which calibration runs, and those that generation runs."""
+        source = {"input_ids": self.tokens(SOURCE), "attention_mask": self.ones(BATCH, SOURCE)}
         decoded = {"decoder_input_ids": self.tokens(NEW, seed=1), "use_cache": False}
-        return Stage("whole", self.model, {**self._source(), **decoded})
-
-    def served(self) -> list[Stage]:
         # A shallow copy: the same modules under the same names.
         alone = copy.copy(self.model)
         alone.forward = _encoding(self.model)
         state = ("encoder_outputs", "encoder_last_hidden_state")
         calls = {"first": self.arguments(past=0), "decode": self.arguments()}
-        return [Stage("encode", alone, self._source(), ("last_hidden_state",))] + [
-            Stage(name, self.model, {**call, "use_cache": True}, state) for name, call in calls.items()
+        return [
+            Stage("whole", self.model, {**source, **decoded}),
+            Stage("encode", alone, source, ("last_hidden_state",)),
+            *(Stage(name, self.model, {**call, "use_cache": True}, state) for name, call in calls.items()),
         ]
 
     def batches(self, calibration: Any, caches: dict[str, tuple[int, int]]) -> Iterator[dict[str, Any]]:
@@ -265,18 +243,8 @@ def pruned_already(name: str) -> ArgumentError:
 
 def _calls(calibration: Any, known: set[str]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Each batch as its token numbers and other arguments."""
-    if isinstance(calibration, (Tensor, dict, str, BatchEncoding)) or not isinstance(calibration, Iterable):
-        raise CalibrationError(
-            f"calibration is a single {type(calibration).__name__}; pass an iterable of batches, for example"
-            " [batch]"
-        )
-    for index, batch in enumerate(calibration):
-        if not isinstance(batch, (Tensor, dict, BatchEncoding)):
-            raise CalibrationError(
-                f"calibration batch {index} is a {type(batch).__name__}; a batch is a tensor of token numbers"
-                " or a dict with 'input_ids'"
-            )
-        given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    for index, (args, named) in enumerate(calibration_calls(calibration)):
+        given = {**named, "input_ids": args[0]} if len(args) == 1 else named
         given.pop("labels", None)
         unknown = sorted(set(given) - known)
         if unknown or not isinstance(given.get("input_ids"), Tensor):
@@ -291,6 +259,3 @@ def _calls(calibration: Any, known: set[str]) -> Iterator[tuple[Tensor, dict[str
                 " hold token numbers [batch, tokens]"
             )
         yield ids, {name: value for name, value in given.items() if value is not None}
-
-
-__all__ = ["CausalStages", "Seq2SeqStages", "Stage", "pruned_already", "stages_of"]

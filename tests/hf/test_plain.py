@@ -236,13 +236,6 @@ def _other_width() -> Any:
     return model
 
 
-def _tied_by_hand() -> Any:
-    model = copy.deepcopy(dense("llama"))
-    model.config.tie_word_embeddings = False
-    model.lm_head.weight = model.model.embed_tokens.weight
-    return model
-
-
 class Branches(LlamaForCausalLM):
     """Cannot be captured."""
 
@@ -263,12 +256,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str
         {},
         fasp_fx.ArgumentError,
         r"'model.decoder.layers.0.fc1.bias' has the shape \(100,\), a model built from the config \(64,\)",
-    ),
-    "a head tied by hand": (
-        _tied_by_hand,
-        {},
-        fasp_fx.ArgumentError,
-        r"'lm_head.weight' and 'model.embed_tokens.weight' are one weight",
     ),
     "what cannot be captured, naming no option that nobody gave": (
         lambda: Branches(copy.deepcopy(dense("llama").config)).eval(),

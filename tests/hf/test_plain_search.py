@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers as hf
 from fasp_fx.groups import Group, Member
-from plain_models import SMALL, gemma3n, mixtral, qwen2
+from plain_models import gemma3n, mixtral, qwen2
 from torch import nn
 from zoo import ZOO
 
 from fasp_fx.hf._experiments import Experiments, written
-from fasp_fx.hf._knobs import ConfigKnob, KnobSearch
+from fasp_fx.hf._settings import ConfigKnob, KnobSearch
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -78,11 +76,9 @@ def _heads(model: nn.Module, layer: int, heads: int) -> Group:
     return _group(model, heads, rows, (f"{stem}.o_proj.weight", 1), "head")
 
 
-def _found(
-    model: nn.Module, groups: list[Group], by_layer: bool = False
-) -> tuple[list[tuple[str, set[str]]], dict[str, str]]:
-    search = KnobSearch(Experiments(model), groups, by_layer)
-    knobs = [knob for family in search.families for knob in family.per_layer or family.shared]
+def _found(model: nn.Module, groups: list[Group]) -> tuple[list[tuple[str, set[str]]], dict[str, str]]:
+    search = KnobSearch(Experiments(model), groups)
+    knobs = [knob for rivals in search.rivals for knob in rivals]
     return [(str(knob), set(knob.groups)) for knob in knobs], search.inexpressible
 
 
@@ -106,7 +102,7 @@ def test_a_field_that_the_config_lacks_is_pinned() -> None:
     experiments = Experiments(model)
     assert {written(path): value for path, value in experiments.pins.items()} == {"head_dim": 8}
     search = KnobSearch(experiments, [_heads(model, layer, 2) for layer in range(2)])
-    (knob,) = search.families[0].shared
+    ((knob,),) = search.rivals
     assert knob.lowered(1) == {("num_attention_heads",): 2, ("num_key_value_heads",): 1}
     assert experiments.without_idle_pins(knob.lowered(1))["head_dim"] == 8
     assert "head_dim" not in {
@@ -159,29 +155,6 @@ def test_stacked_experts_shrink_together() -> None:
     ]
     found, _ = _found(model, groups)
     assert found == [("intermediate_size=48", {groups[0].name, groups[1].name})]
-
-
-class ByLayer(hf.LlamaForCausalLM):
-    """Reads the widths of its feed-forward layers from a list, where there is one."""
-
-    def __init__(self, config: Any) -> None:
-        widths = getattr(config, "widths", None) or config.intermediate_size
-        super().__init__(config)
-        for layer, block in enumerate(self.model.layers):
-            width = widths[layer] if isinstance(widths, (list, tuple)) else widths
-            block.mlp.gate_proj, block.mlp.up_proj = (
-                nn.Linear(config.hidden_size, width, bias=False) for _ in range(2)
-            )
-            block.mlp.down_proj = nn.Linear(width, config.hidden_size, bias=False)
-
-
-@pytest.mark.parametrize("frozen", [False, True], ids=["asked for", "one layer cannot be pruned"])
-def test_a_list_in_place_of_a_number(frozen: bool) -> None:
-    """Values by layer are looked for when they are asked for, and when one number for all says too much."""
-    model = _meta(lambda: ByLayer(hf.LlamaConfig(**SMALL, intermediate_size=64, widths=64)))
-    groups = [_feed(model, layer) for layer in range(1 if frozen else 2)]
-    found, _ = _found(model, groups, by_layer=not frozen)
-    assert found == [(f"widths[{layer}]=64", {group.name}) for layer, group in enumerate(groups)]
 
 
 def test_a_knob_lowers_its_fields_in_proportion() -> None:

@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 import fasp_fx
 from fasp_fx import hf
 from fasp_fx.cli._app import app
-from fasp_fx.cli._recover import training_steps
+from fasp_fx.cli._prune import training_steps
 from fasp_fx.errors import ArgumentError
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

@@ -1,6 +1,6 @@
 """A report to look at: one page of HTML, CSS and JavaScript that needs no network and loads from a file.
 
-Data (here), layout (:mod:`._graph`, :mod:`._layer`) and drawing (``page.html``, ``page.css``, ``*.js``) are
+Data (here), layout (:mod:`._graph`) and drawing (``page.html``, ``page.css``, ``*.js``) are
 apart. Names of the model reach the page only as JSON and are shown only as text; the page's content security
 policy lets no script run but its own, and no request go out.
 """
@@ -23,8 +23,7 @@ from ...analysis.groups import PRUNABLE
 from ...base._atomic import new_file
 from ...base._version import __version__
 from ...pruning.report import COUNTED, Line, Report, line_of, notes_of, weight_size
-from ._graph import lay_out
-from ._layer import star
+from ._graph import lay_out, star
 
 SCRIPTS = ("dom.js", "tips.js", "summary.js", "graph.js", "charts.js", "table.js")
 MARK = '<meta name="generator" content="fasp_fx report">'

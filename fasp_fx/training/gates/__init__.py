@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 from ._attach import attach
-from ._gates import Gates
-from ._kinds import HardConcrete, Kind, Projected
+from ._gates import Gates, HardConcrete, Kind, Projected
 
 __all__ = ["Gates", "HardConcrete", "Kind", "Projected", "attach"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any, Unpack
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,9 +25,7 @@ from ...pruning._prune import analyze
 from ...pruning.check._check import largest_passing_subset
 from ...pruning.check._reference import masked_program
 from ...pruning.config import PruningConfig, PruningOptions
-from ._gates import Gates
-from ._kinds import HardConcrete, Kind
-from ._target import Target, Threshold
+from ._gates import Gates, HardConcrete, Kind, Target, Threshold
 
 #: the options that gates can say something of
 _SAID = ("sparsity", "budget", "granularity", "include", "exclude", "round_to", "uniform_layers")
@@ -108,7 +107,7 @@ def attach(
     orders = [list(module._parameters) for module, _, _ in places]  # as they stand before any is replaced
     try:
         for (module, name, own), order in zip(places, orders, strict=True):
-            scaled = Scaled(gates, own, getattr(module, name).device, holds=not gates.places)
+            scaled = Scaled(gates, own, getattr(module, name), holds=not gates.places)
             parametrize.register_parametrization(module, name, scaled)
             module.parametrizations.train(model.training)  # type: ignore[union-attr]
             gates.places.append((module, name, order))
@@ -188,7 +187,7 @@ def _check_effect(gates: Gates, model: nn.Module) -> None:
         gone = [_every_second(group) & (group.name in names) for group in target.groups]
         masked = masked_program(target.analysis, target.decision(gone))
         args, kwargs = target.program.call()
-        with gates.closed(gone):
+        with mock.patch.object(gates, "closed", gone):
             found, _ = called(masked, model, args, kwargs)
         return trouble_with(masked, found, args, kwargs)
 
@@ -217,7 +216,7 @@ class Scaled(nn.Module):
         gates: all gates.
         places: for each group that takes columns of the weight along, its number, and the member that says
             which.
-        device: that of the weight.
+        weight: the weight as it is.
         holds: whether the gates are a part of the model by this. A submodule of their own would be called by
             a model that calls all it has in turn.
     """
@@ -225,31 +224,24 @@ class Scaled(nn.Module):
     #: what a capture refuses a model by, though it be a part that the gates themselves are not in
     is_fasp_fx_gates = True
 
-    def __init__(
-        self, gates: Gates, places: list[tuple[int, Member]], device: torch.device, holds: bool
-    ) -> None:
+    def __init__(self, gates: Gates, places: list[tuple[int, Member]], weight: Tensor, holds: bool) -> None:
         super().__init__()
         self._gates = (gates,)  # in a tuple: no part of this module
         if holds:
             self.gates = gates
-        self._places = places
+        self._numbers = [number for number, _ in places]
         for index, (_, member) in enumerate(places):
-            for what in ("indices", "sets"):
-                held = torch.tensor(getattr(member, what), device=device)
-                self.register_buffer(f"{what}_{index}", held, persistent=False)
+            sets = torch.full((member.size,), -1)  # the channel set of each column, the last one for none
+            sets[torch.tensor(member.indices)] = torch.tensor(member.sets)
+            if member.block_dim is None:
+                laid = sets.reshape([-1 if dim == member.dim else 1 for dim in range(weight.dim())])
+            else:
+                blocks = sets.reshape(member.blocks, -1)
+                laid = laid_by_block(blocks, member.dim, member.block_dim, weight.shape)
+            self.register_buffer(f"sets_{index}", laid.to(weight.device), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        for index, (number, member) in enumerate(self._places):
+        for index, number in enumerate(self._numbers):
             drawn: Tensor = self._gates[0].drawn(number).to(weight)
-            indices, sets = (getattr(self, f"{what}_{index}") for what in ("indices", "sets"))
-            factors = drawn.new_ones(member.size).index_put((indices,), drawn[sets])
-            if member.block_dim is None:
-                laid = factors.reshape([-1 if dim == member.dim else 1 for dim in range(weight.dim())])
-            else:
-                blocks = factors.reshape(member.blocks, -1)
-                laid = laid_by_block(blocks, member.dim, member.block_dim, weight.shape)
-            weight = weight * laid
+            weight = weight * torch.cat([drawn, drawn.new_ones(1)])[getattr(self, f"sets_{index}")]
         return weight
-
-
-__all__ = ["attach"]

@@ -1,10 +1,10 @@
-"""The gates of a model."""
+"""The gates of a model: kinds of them, what they stand for, and the module that holds them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,15 +12,263 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ...allocation import Budget, CostAllocation, check_reach, deepest_loss
+from ...allocation.costs import CostCurve, Costs
 from ...analysis import plan as plans
+from ...analysis._analysis import Analysis
+from ...analysis.groups import Group, by_block
 from ...analysis.plan import PruningPlan
 from ...analysis.resources import InProducts
 from ...base._options import is_number
 from ...base.compat import is_backward
-from ...errors import ArgumentError
+from ...calibration._visit import Decision
+from ...capturing._program import Program
+from ...errors import ArgumentError, SparsityError
+from ...pruning._allocating import allocate, budget_for, check_request, counted
+from ...pruning._method import Method
 from ...pruning._rewriting import make_plan
-from ._kinds import Kind
-from ._target import Target
+from ...pruning.config import PruningConfig
+
+#: how far a concrete variable is stretched beyond 0 and 1 before it is cut off there
+_LOW, _HIGH = -0.1, 1.1
+_EDGE = 1e-6
+
+
+class Kind(ABC):
+    """How gates are drawn from scores. Derive from it for one of your own.
+
+    Attributes:
+        start: the score that every gate begins with.
+    """
+
+    start: float
+
+    @abstractmethod
+    def draw(self, scores: Tensor, stays: Tensor) -> Tensor:
+        """The gates of a group for one training step, shape ``[sets]``.
+
+        Args:
+            scores: what is learned, shape ``[sets]``.
+            stays: which channel sets the plan of these scores keeps.
+        """
+
+    def draw_coarse(self, scores: Tensor, coarse: Tensor, stays: Tensor) -> Tensor:
+        """The gates of a group that has one of its own as a whole, shape ``[sets]``: the product of the two.
+
+        Args:
+            scores: of its channel sets, shape ``[sets]``.
+            coarse: of the group, without dimensions.
+            stays: which channel sets the plan of these scores keeps.
+        """
+        return self.draw(scores, stays) * self.draw(coarse, stays.any())
+
+    @abstractmethod
+    def chances(self, scores: Tensor) -> Tensor:
+        """How probable it is that each gate is open: the lower, the sooner its channel set goes."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether what is drawn meets the budget by itself, so that no penalty is wanted."""
+        return False
+
+
+def _check(**values: float) -> None:
+    for name, value in values.items():
+        if not is_number(value) or not math.isfinite(value) or not value > 0:
+            raise ArgumentError(f"{name}={value!r} is not a positive number")
+
+
+@dataclass(frozen=True)
+class HardConcrete(Kind):
+    """Stretched and cut binary concrete variables (Louizos et al., arXiv 1712.01312), as in FLOP (1910.04732)
+    and CoFi (2204.00408).
+
+    With u drawn evenly from (0, 1), ``z = clamp(1.2 σ((ln u − ln(1 − u) + a)/β) − 0.1, 0, 1)`` for the score
+    a; a gate is open with the chance ``σ(a − β ln(0.1/1.1))``. A Lagrangian brings the expected size to the
+    budget (:meth:`fasp_fx.gates.Gates.penalty`).
+
+    Args:
+        temperature: β.
+        start: the score that every gate begins with; 2.5 means that nearly all are open.
+
+    Raises:
+        ArgumentError: one of them is not a positive number.
+    """
+
+    temperature: float = 2 / 3
+    start: float = 2.5
+
+    def __post_init__(self) -> None:
+        _check(temperature=self.temperature, start=self.start)
+
+    def draw(self, scores: Tensor, stays: Tensor) -> Tensor:
+        u = torch.rand_like(scores).clamp(_EDGE, 1 - _EDGE)
+        concrete = torch.sigmoid((u.log() - (1 - u).log() + scores) / self.temperature)
+        return (concrete * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+
+    def chances(self, scores: Tensor) -> Tensor:
+        return torch.sigmoid(scores - self.temperature * math.log(-_LOW / _HIGH))
+
+
+@dataclass(frozen=True)
+class Projected(Kind):
+    """Hard masks that meet the budget in every step, with gradients that pass straight through (GRASPrune,
+    arXiv 2604.19398; DDP, 2603.08065).
+
+    Forward, the channel sets that the plan of the scores keeps have the gate 1 and all others 0; backward, a
+    gate is ``σ(a/τ)`` for the score a.
+
+    Args:
+        temperature: τ.
+        start: the score that every gate begins with.
+
+    Raises:
+        ArgumentError: one of them is not a positive number.
+    """
+
+    temperature: float = 1.5
+    start: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(temperature=self.temperature, start=self.start)
+
+    def draw(self, scores: Tensor, stays: Tensor) -> Tensor:
+        return _straight_through(self.chances(scores), stays)
+
+    def draw_coarse(self, scores: Tensor, coarse: Tensor, stays: Tensor) -> Tensor:
+        # Of a product of two masks neither has a gradient where both are zero, and no block would come back.
+        return _straight_through(self.chances(scores) * self.chances(coarse), stays)
+
+    def chances(self, scores: Tensor) -> Tensor:
+        return torch.sigmoid(scores / self.temperature)
+
+    @property
+    def is_exact(self) -> bool:
+        return True
+
+
+def _straight_through(soft: Tensor, stays: Tensor) -> Tensor:
+    """A mask whose gradient is that of soft gates."""
+    return stays.to(soft) + soft - soft.detach()
+
+
+#: stands for the chance of what has no gate, so that it goes last
+_CLOSED = 1e6
+#: by how much the last of a group's gates counts more than the first, so that of equal ones the same part
+#: goes from every group
+_TIE = 1e-9
+
+
+class Threshold(CostAllocation):
+    """Closes the gates with the least chances to be open, as many as meet the budget best (GRASPrune, arXiv
+    2604.19398; CoFi, 2204.00408).
+
+    Of layers that lose alike the mean of the chances counts: a gate is held against one threshold, however
+    many layers its place stands for.
+    """
+
+    averages = True
+
+    def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
+        """Channel sets lost per block of each group; arguments and errors as for
+        :class:`fasp_fx.allocation.Global`.
+        """
+        check_reach(budget, round_to)
+        chances = []
+        for group in budget.groups:
+            own = np.diff(costs[group.name].losses)[: deepest_loss(group)]
+            chances.append(own + _TIE * (np.arange(len(own)) + 1) / group.width)
+        thresholds = np.unique(np.concatenate([np.zeros(1), *chances]))
+
+        def lost(place: int) -> list[int]:
+            counts = (int(np.searchsorted(own, thresholds[place], "right")) for own in chances)
+            stay = (
+                -(-(group.width - count) // group.step(round_to)) * group.step(round_to)
+                for group, count in zip(budget.groups, counts, strict=True)
+            )
+            return [
+                group.width - min(kept, group.width) for group, kept in zip(budget.groups, stay, strict=True)
+            ]
+
+        low, high = 0, len(thresholds) - 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if budget.over(lost(middle)) > 0 else (low, middle)
+        return budget.closest([lost(low), lost(high)])
+
+
+class Target:
+    """What is asked of the gates of a model, which no training changes and all copies share.
+
+    Args:
+        program: the model as it was captured without gates.
+        groups: those that have gates.
+        config: what is asked for.
+
+    Raises:
+        SparsityError, BudgetError: it is out of reach.
+    """
+
+    def __init__(
+        self, program: Program, analysis: Analysis, groups: list[Group], config: PruningConfig
+    ) -> None:
+        self.program, self.analysis, self.groups = program, analysis, groups
+        self._method = Method.of(config)
+        self.budget = budget_for(config, analysis.chosen, lambda cap: counted(analysis, cap))
+        none = self._costs([np.zeros(group.size) for group in groups])
+        check_request(self._method, self.budget, analysis.groups, none)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Target:
+        return self
+
+    def gone(self, chances: list[np.ndarray]) -> list[np.ndarray]:
+        """Which channel sets go, ``[sets]`` for each group.
+
+        Args:
+            chances: how probable it is that each stays, ``[sets]`` for each group.
+
+        Raises:
+            ArgumentError: they are none, as where training has made scores NaN; names the group.
+            SparsityError: the groups that have gates cannot meet the budget.
+        """
+        for group, own in zip(self.groups, chances, strict=True):
+            if own.shape != (group.size,) or not ((own >= 0) & (own <= 1)).all():
+                raise ArgumentError(
+                    f"the chances of the gates of '{group.name}' are not {group.size} numbers from 0 to 1;"
+                    " training has made their scores NaN, which a lower learning rate may prevent, or"
+                    " chances() of your kind= is wrong"
+                )
+        counts, _ = allocate(self._method, self.budget, self.analysis.groups, self._costs(chances))
+        lost = {group.name: count for group, count in zip(self.budget.groups, counts, strict=True)}
+        if beyond := [
+            name for name in lost if lost[name] and name not in {group.name for group in self.groups}
+        ]:
+            raise SparsityError(
+                f"the groups that have gates do not reach the budget; '{beyond[0]}' has none; ask for less"
+            )
+        found = []
+        for group, own in zip(self.groups, chances, strict=True):
+            members = np.stack(by_block(group.block_of))
+            order = np.take_along_axis(members, np.argsort(own[members], 1, kind="stable"), 1)
+            found.append(np.isin(np.arange(group.size), order[:, : lost[group.name]]))
+        return found
+
+    def decision(self, gone: list[np.ndarray]) -> Decision:
+        """What is removed where these channel sets go, ``[sets]`` for each group."""
+        labels = self.analysis.labels
+        sets = np.concatenate([group.sets[own] for group, own in zip(self.groups, gone, strict=True)])
+        return Decision(np.isin(labels, sets))
+
+    def _costs(self, chances: list[np.ndarray]) -> Costs:
+        """Chances in the place of costs, the least first."""
+        curves = {
+            group.name: CostCurve(np.arange(group.width + 1) * _CLOSED) for group in self.analysis.chosen
+        }
+        for group, own in zip(self.groups, chances, strict=True):
+            rows = np.sort(own[np.stack(by_block(group.block_of))], 1)
+            curves[group.name] = CostCurve(np.concatenate([[0.0], np.cumsum(rows.mean(0))]))
+        return Costs(curves, "")
+
 
 _MARK = "parametrizations."
 
@@ -62,7 +310,8 @@ class Gates(nn.Module):
         self.places: list[tuple[nn.Module, str, list[str]]] = []
         self._depth = 0  # of the calls of the model and its parts that run within one another
         self._known: tuple[list[np.ndarray], list[np.ndarray]] | None = None
-        self._closed: list[np.ndarray] | None = None
+        #: gates that are closed in evaluation mode whatever the scores say, for each group ``[sets]``
+        self.closed: list[np.ndarray] | None = None
         if not kind.is_exact:
             self.expected()  # what it raises is raised before anything is trained
         self.draw()
@@ -75,17 +324,6 @@ class Gates(nn.Module):
                 # Methods: a copy of the model has those of its own gates.
                 module.register_forward_pre_hook(self._enter)
                 module.register_forward_hook(self._leave, always_call=True)
-
-    @contextmanager
-    def closed(self, gone: list[np.ndarray]) -> Iterator[None]:
-        """Inside, these gates are closed in evaluation mode, whatever the scores say; for each group, of
-        shape ``[sets]``.
-        """
-        self._closed = gone
-        try:
-            yield
-        finally:
-            self._closed = None
 
     def __getstate__(self) -> dict[str, Any]:
         # No backward leads from a copy to the scores of these.
@@ -285,8 +523,8 @@ class Gates(nn.Module):
 
     def _gone(self) -> list[np.ndarray]:
         """Which channel sets the plan removes, for each group; worked out anew where chances have changed."""
-        if self._closed is not None:
-            return self._closed
+        if self.closed is not None:
+            return self.closed
         with torch.no_grad():
             chances = [own.double().cpu().numpy() for own in self._chances()]
         # By their values: a checkpoint may put other tensors in, and what writes into data is not counted.
@@ -296,6 +534,3 @@ class Gates(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.names)} groups, {sum(map(len, self.scores))} gates, {self._kind}"
-
-
-__all__ = ["Gates"]

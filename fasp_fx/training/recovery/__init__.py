@@ -7,8 +7,7 @@ do best on batches held out of the training, and never returns worse ones than i
 
 from __future__ import annotations
 
-from ._config import DistillationConfig, DistillationOptions
+from ._config import DistillationConfig, DistillationOptions, Divergence, Match, SquaredError
 from ._distil import distil
-from ._matching import Divergence, Match, SquaredError
 
 __all__ = ["DistillationConfig", "DistillationOptions", "Divergence", "Match", "SquaredError", "distil"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
@@ -24,11 +24,8 @@ from ...capturing import in_training
 from ...errors import ArgumentError, TrainingMemoryError, first_line
 from ...pruning._result import Result
 from ...pruning.report import Recovery
-from ._config import DistillationConfig, DistillationOptions
-from ._kept import Checkpoint, Lessons
-from ._matching import Divergence, Match, SquaredError
-from ._trained import Trained
-from ._training import Training, split
+from ._config import DistillationConfig, DistillationOptions, Divergence, Match, SquaredError
+from ._training import Checkpoint, Lessons, Trained, Training, split
 
 if TYPE_CHECKING:
     from ...hf import Pruned
@@ -101,21 +98,24 @@ def distil(
     from accelerate import Accelerator
 
     accelerator = Accelerator(device_placement=False)
-    with (
-        _told_of_memory(),
-        tempfile.TemporaryDirectory(prefix="fasp_fx-", ignore_cleanup_errors=True) as temporary,
-    ):
-        trained = Trained(pruned, asked.train, asked.rank, asked.seed)
-        kept, lessons = None, Lessons(Path(temporary), calls, match)
-        with contextlib.nullcontext() if folder is None else accelerator.main_process_first():
-            if folder is not None:
-                kept = Checkpoint(folder, _run(asked, result, pruned, [*trained.leaves], calls))
-                lessons = replace(lessons, folder=kept.targets)
-            coarse = training if asked.precision == "bfloat16" else ()
-            lessons.write(dense, coarse, lambda fraction: advance(share * fraction))
-        state, note = Training(trained, lessons, training, held_out, asked, accelerator, kept).run(
-            lambda fraction: advance(share + (1 - share) * fraction)
-        )
+    try:
+        with tempfile.TemporaryDirectory(prefix="fasp_fx-", ignore_cleanup_errors=True) as temporary:
+            trained = Trained(pruned, asked.train, asked.rank, asked.seed)
+            kept, lessons = None, Lessons(Path(temporary), calls, match)
+            with contextlib.nullcontext() if folder is None else accelerator.main_process_first():
+                if folder is not None:
+                    kept = Checkpoint(folder, _run(asked, result, pruned, [*trained.leaves], calls))
+                    lessons = replace(lessons, folder=kept.targets)
+                coarse = training if asked.precision == "bfloat16" else ()
+                lessons.write(dense, coarse, lambda fraction: advance(share * fraction))
+            state, note = Training(trained, lessons, training, held_out, asked, accelerator, kept).run(
+                lambda fraction: advance(share + (1 - share) * fraction)
+            )
+    except short_of_memory() as error:
+        raise TrainingMemoryError(
+            f"the memory is too little for the dense model and the training of the pruned one:"
+            f" {first_line(error)}; give smaller batches with accumulate=, or train='low-rank' or 'vectors'"
+        ) from error
     recovery = Recovery(
         "distillation",
         _CRITERIA.get(type(match), type(match).__name__),
@@ -126,18 +126,6 @@ def distil(
         () if note is None else (note,),
     )
     return cast(R, result.with_report(recovery=recovery))
-
-
-@contextlib.contextmanager
-def _told_of_memory() -> Iterator[None]:
-    """What a device says of memory that is short, as an error of ours."""
-    try:
-        yield
-    except short_of_memory() as error:
-        raise TrainingMemoryError(
-            f"the memory is too little for the dense model and the training of the pruned one:"
-            f" {first_line(error)}; give smaller batches with accumulate=, or train='low-rank' or 'vectors'"
-        ) from error
 
 
 def _called(result: Any) -> tuple[nn.Module, dict[str, Any], bool]:
@@ -218,6 +206,3 @@ def _run(
         "trained parameters": trained,
         "data": digest_of([*leaves, str(spec)] for leaves, spec in given),
     }
-
-
-__all__ = ["distil"]

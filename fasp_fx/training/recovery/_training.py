@@ -1,37 +1,322 @@
 """The loop: steps of AdamW towards the dense model's outputs, judged by batches that are held out, the best
-state kept.
+state kept; which numbers of a module it trains, and what it keeps on disk.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
+from ...base._atomic import new_file
 from ...base._device import device_of, products_in_bfloat16
+from ...base._tolerable import short_of_memory, tolerable
 from ...base._undisturbed import drawing_alike, seed_of
+from ...base.compat import pytree
 from ...capturing._attention import ToldOfCausality
-from ...errors import ArgumentError
+from ...capturing._unchanged import copied, rewound
+from ...errors import ArgumentError, CalibrationError, StoreError, first_line
 from ...pruning.report import CurvePoint
-from ._config import DistillationConfig
-from ._kept import Checkpoint, Lessons, State
-from ._trained import Trained
+from ...storage._run_folder import claim
+from ._config import DistillationConfig, Match, Part, targets_of, terms_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+_NOTHING = {
+    "all": "parameter that requires a gradient",
+    "vectors": "parameter of one dimension that requires a gradient, such as a bias",
+    "low-rank": "weight that requires a gradient and has both sides larger than rank={rank}",
+}
+
+
+class Trained:
+    """A module as an optimiser sees it; called like the module.
+
+    What is learned lies beside the module, in float32 or finer (weights of 16 bits are too coarse for small
+    steps), and takes the places of its weights in each call. So the module's own weights, and what they hold
+    in ``.grad``, stay as they are until :meth:`write`; and its buffers (running averages, counters) always:
+    each call begins with what they hold, as each of the dense model's does.
+
+    Args:
+        student: the module.
+        train: ``"all"``, ``"vectors"``: a copy of each parameter, or of those of one dimension;
+            ``"low-rank"``: the two factors of what is added to each other one, of which the left one begins
+            with zeros (LoRA, arXiv 2106.09685). A weight whose sides are not larger than the rank gets none.
+        rank: columns of the left factor.
+        seed: of the right one.
+
+    Attributes:
+        leaves: what the optimiser changes, by name.
+
+    Raises:
+        ArgumentError: there is nothing of that kind to train.
+    """
+
+    def __init__(self, student: nn.Module, train: Part, rank: int, seed: int) -> None:
+        self.student = student
+        self.leaves: dict[str, Tensor] = {}
+        self._weights: dict[str, tuple[nn.Parameter, list[Tensor]]] = {}
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in student.named_parameters():
+            if not (weight.requires_grad and weight.is_floating_point() and weight.numel()):
+                continue
+            learned = _learned(weight, train, rank, generator)
+            if learned:
+                self._weights[name] = (weight, [leaf.requires_grad_() for leaf in learned.values()])
+                self.leaves.update({name + suffix: leaf for suffix, leaf in learned.items()})
+        if not self.leaves:
+            raise ArgumentError(
+                f"train='{train}' finds no {_NOTHING[train].format(rank=rank)} in the pruned model; call"
+                " requires_grad_() on it, or use another train= or rank="
+            )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns with what is learned in the places of its weights."""
+        held = {name: weight.detach() for name, weight in self.student.named_parameters()}
+        held |= {name: buffer.clone() for name, buffer in self.student.named_buffers()}
+        held |= {name: _DenseGradient.apply(_now(*learned)) for name, learned in self._weights.items()}
+        return functional_call(self.student, held, args, kwargs)
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of what the optimiser changes, by name, on the CPU."""
+        return {name: leaf.detach().to("cpu", copy=True) for name, leaf in self.leaves.items()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go back to a state."""
+        for name, leaf in self.leaves.items():
+            leaf.copy_(state[name])
+
+    @torch.no_grad()
+    def write(self, state: dict[str, Tensor]) -> None:
+        """Put a state into the module's own weights."""
+        self.load(state)
+        for weight, learned in self._weights.values():
+            weight.copy_(_now(weight, learned))
+
+
+def _learned(weight: Tensor, train: Part, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """What is learned of a weight, by the ends of its names; nothing where the part does not hold it."""
+    like: dict[str, Any] = {"device": weight.device, "dtype": _wide(weight)}
+    if train != "low-rank":
+        return {"": weight.detach().to(**like, copy=True)} if train == "all" or weight.dim() <= 1 else {}
+    rows, columns = (weight.shape[0], weight[0].numel()) if weight.dim() > 1 else (0, 0)
+    if min(rows, columns) <= rank:
+        return {}
+    right = torch.randn(rank, columns, generator=generator) / rank**0.5
+    return {".left": torch.zeros(rows, rank, **like), ".right": right.to(**like)}
+
+
+def _now(weight: Tensor, learned: list[Tensor]) -> Tensor:
+    """A weight with what was learned of it, in its dtype."""
+    if len(learned) == 1:
+        return learned[0].to(weight.dtype)
+    left, right = learned
+    added = (left @ right).reshape(weight.shape)
+    return (weight.detach().to(_wide(weight)) + added).to(weight.dtype)
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    """What the products for a weight are computed in, which is never coarser than the weight."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+class _DenseGradient(torch.autograd.Function):
+    """A weight as it is; its gradient, which ``nn.Embedding(sparse=True)`` makes sparse, is dense."""
+
+    @staticmethod
+    def forward(context: Any, weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+@dataclass
+class State:
+    """Everything that the rest of a training depends on.
+
+    Attributes:
+        curve: what the evaluations so far came to.
+        best: what is trained, by name, as it was at the best evaluation.
+        current: the same as it is now; empty before the first step.
+        optimizer: the optimiser's ``state_dict``.
+        step: steps taken.
+        seconds: spent on training and evaluating so far.
+    """
+
+    curve: list[CurvePoint]
+    best: dict[str, Tensor]
+    current: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    seconds: float = 0.0
+
+
+class Checkpoint:
+    """A folder of one run: what it is of, the dense model's outputs, and the newest state.
+
+    Args:
+        folder: the folder, made if missing.
+        run: what the run is of; equal for runs that give the same result.
+
+    Raises:
+        StoreError: the folder holds another run or something else, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
+        claim(folder, "distil", run)
+        self.targets = folder / "dense"
+        self._file = folder / "state.pt"
+
+    def save(self, state: State) -> None:
+        """Write a state in the place of the one before.
+
+        Raises:
+            StoreError: it cannot be written; the one before is as it was.
+        """
+        _save(self._file, vars(state) | {"curve": [astuple(point) for point in state.curve]})
+
+    def newest(self) -> State | None:
+        """The newest state, or ``None`` if none was saved.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        if not self._file.exists():
+            return None
+        held = _load(self._file, "cpu")
+        return State(**held | {"curve": [CurvePoint(*point) for point in held["curve"]]})
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """The batches, and what the loss keeps of what the dense model returns for them, one file for each.
+
+    Attributes:
+        folder: where the files are.
+        calls: positional and keyword arguments of each batch.
+        match: the loss.
+    """
+
+    folder: Path
+    calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+    match: Match
+
+    @torch.no_grad()
+    def write(self, model: nn.Module, coarse: Collection[int], progress: Callable[[float], None]) -> None:
+        """Run the dense model on the batches whose files are not there yet, with products in bfloat16 for
+        those whose numbers are in ``coarse``. What it writes into its buffers is put back after each.
+
+        Raises:
+            ArgumentError: the loss does not compare what the model returns.
+            CalibrationError: the model does not take a batch, nothing of it counts, or the loss of the
+                model's outputs, against themselves, is not finite.
+            StoreError: the disk is full or cannot be written to, or a file that is there is damaged.
+        """
+        device = device_of(model)
+        for index in range(len(self.calls)):
+            if self._file(index).exists():
+                _load(self._file(index), "cpu")
+            else:
+                with rewound(model), products_in_bfloat16(device, index in coarse):
+                    outputs = self.outputs(model, index, device)
+                targets = targets_of(self.match, outputs)
+                found = terms_of(self.match, outputs, targets, self.named(model, index, device), index)
+                if not bool(found.isfinite().all()):
+                    raise CalibrationError(
+                        f"loss={type(self.match).__name__} of what the dense model returns for batch {index},"
+                        " against itself, is not finite; check the batch, the model's dtype and the loss"
+                    )
+                _save(self._file(index), {name: tensor.clone() for name, tensor in targets.items()})
+            progress((index + 1) / len(self.calls))
+
+    def outputs(self, model: Callable[..., Any], index: int, device: torch.device) -> Any:
+        """What a model returns for a batch.
+
+        Raises:
+            CalibrationError: the model does not take it.
+        """
+        args, kwargs = self._on(index, device)
+        try:
+            return model(*args, **kwargs)
+        except tolerable(Exception) as error:  # a model raises what it likes
+            raise CalibrationError(
+                f"the {'dense' if isinstance(model, nn.Module) else 'pruned'} model does not take batch"
+                f" {index}: {type(error).__name__}: {first_line(error)}"
+            ) from error
+
+    def terms(self, model: nn.Module, outputs: Any, index: int, device: torch.device) -> Tensor:
+        """The terms of the loss of what the pruned model returned for a batch.
+
+        Raises:
+            StoreError: what was kept for the batch is damaged.
+        """
+        inputs = self.named(model, index, device)
+        return terms_of(self.match, outputs, _load(self._file(index), device), inputs, index)
+
+    def named(self, model: nn.Module, index: int, device: torch.device) -> Mapping[str, Any]:
+        """The arguments of a batch by their names in the model's forward."""
+        args, kwargs = self._on(index, device)
+        return dict(zip(inspect.signature(model.forward).parameters, args)) | kwargs
+
+    def _on(self, index: int, device: torch.device) -> Any:
+        """The arguments of a batch on a device, in tensors that a model may write into."""
+        return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), copied(self.calls[index]))
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"{index}.pt"
+
+
+def _save(file: Path, value: dict[str, Any]) -> None:
+    """Write a dict of tensors and plain values to a file, whole or not at all.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    with new_file(file, replaceable=lambda _: True) as made:
+        try:
+            torch.save(value, made)
+        except short_of_memory():
+            raise
+        except RuntimeError as error:  # what torch raises for a full disk
+            raise OSError(first_line(error)) from error
+
+
+def _load(file: Path, device: torch.device | str) -> dict[str, Any]:
+    """What :func:`_save` wrote.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    try:
+        found: dict[str, Any] = torch.load(file, weights_only=True, map_location=device)
+    except tolerable(Exception) as error:  # readers raise whatever a file makes them trip over
+        raise StoreError(
+            f"'{file}' is damaged: {first_line(error)}; remove it, and the same call makes it anew"
+        ) from error
+    return found
+
 
 #: the largest norm of all gradients of a step together; longer ones are shortened to it
 CLIP = 1.0
 #: a held-out loss of so many times that before the first step means that the training diverges
 DIVERGED = 2.0
 #: below this no loss is worth training on, whatever is divided by it
-_NOTHING = 1e-12
+_LEAST = 1e-12
 
 
 def split(count: int, fraction: float) -> tuple[list[int], list[int]]:
@@ -193,7 +478,7 @@ class Training:
         if len(curve) < 2:
             return None
         losses, step = [point.held_out for point in curve], curve[-1].step
-        if not math.isfinite(losses[-1]) or losses[-1] > DIVERGED * max(losses[0], _NOTHING):
+        if not math.isfinite(losses[-1]) or losses[-1] > DIVERGED * max(losses[0], _LEAST):
             return (
                 f"the training diverged: the held-out loss rose from {losses[0]:.3g} to {losses[-1]:.3g}; a"
                 " smaller learning_rate= may help"
@@ -211,6 +496,3 @@ def _height(step: int, steps: int, warmup: float) -> float:
     """The fraction of the highest learning rate for a step: up along a line, and down along another."""
     rising = warmup * steps
     return min(1.0, (step + 1) / rising if rising else 1.0, (steps - step) / max(steps - rising, 1.0))
-
-
-__all__ = ["Training", "split"]

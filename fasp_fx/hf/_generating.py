@@ -1,18 +1,133 @@
-"""Pruned encoder-decoders."""
+"""The two kinds of pruned models that generate: decoders, and encoder-decoders."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
 from ..base.compat._transformers import CACHE
 from ..errors import ArgumentError
-from ._arguments import check_outputs, check_tokens, loss_of, mask_of, refuse, shown
-from ._labels import MOVES
-from ._saved import SavedModel
+from ._arguments import (
+    MOVES,
+    POSITIONS,
+    check_numbers,
+    check_outputs,
+    checked_tokens,
+    loss_of,
+    mask_of,
+    refuse,
+    shown,
+)
+from ._load import SavedModel
+
+
+class PrunedForCausalLM(SavedModel):
+    """A pruned decoder that generates as its original does."""
+
+    program_names = frozenset({"decode"})
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits of the next tokens.
+
+        Args:
+            input_ids: token numbers ``[batch, new]``.
+            attention_mask: ``[batch, cached + new]``, zero where a token is padding; ``None``: no padding.
+            position_ids: ``[batch, new]``; ``None``: as the original model counts.
+            cache: a ``DynamicCache`` of this model, extended in place; ``None``: an empty one.
+            labels: ``[batch, new]``; the loss is the original's (of predicting each from the tokens before
+                it, as a rule), -100 is left out.
+            use_cache: whether the output holds the cache; ``None``: as the configuration says.
+            logits_to_keep: logits of so many last positions, 0 for all, or of the positions in a tensor
+                ``[count]``.
+            past_key_values: the cache, by its name in transformers until 5.23.
+
+        Raises:
+            ArgumentError: an argument has the wrong shape or is not served, a position lies outside of the
+                model's table, or positions begin again and no mask says that the tokens are of one text.
+        """
+        cache = past_key_values if cache is None else cache
+        refuse(kwargs, known=("num_items_in_batch",))
+        check_outputs(self.config)
+        input_ids = checked_tokens("input_ids", input_ids)
+        batch, new = input_ids.shape
+        given, cache = cache is not None, self._opened(cache)
+        values = self._cached("decode", cache, batch)
+        past = next(iter(values.values())).shape[2] if values else 0
+        values["input_ids"] = input_ids
+        values["attention_mask"] = mask_of("attention_mask", attention_mask, batch, past + new, input_ids)
+        if self.config.positions is not None:
+            values["position_ids"] = self._positions(
+                position_ids, attention_mask, batch, new, past, input_ids
+            )
+        elif position_ids is not None:
+            raise ArgumentError("position_ids: the original model takes none; leave them out")
+        inside = "logits_to_keep" in self._programs["decode"].inputs
+        kept = _kept(logits_to_keep, new, input_ids.device)
+        if inside:
+            values["logits_to_keep"] = kept
+        found = self._run("decode", values, one=new == 1)
+        whole = inside or (isinstance(logits_to_keep, int) and kept.numel() == new)
+        logits = found["logits"] if whole else found["logits"].index_select(1, kept)
+        loss = loss_of(self.config.loss, logits, labels, kwargs.get("num_items_in_batch"))
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, **{CACHE: self._extended(cache, given, found, use_cache)}
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _positions(
+        self, given: Tensor | None, mask: Tensor | None, batch: int, new: int, past: int, ids: Tensor
+    ) -> Tensor:
+        if given is not None:
+            check_numbers("position_ids", given)
+            if given.shape not in ((batch, new), (1, new)):
+                raise ArgumentError(
+                    f"position_ids have the shape {list(given.shape)}; give one for each new token: [{batch},"
+                    f" {new}]"
+                )
+            if mask is None and not past and bool((given.diff(dim=1) != 1).any()):
+                raise ArgumentError(
+                    "position_ids begin again, and no attention_mask is given: many models keep such texts"
+                    " apart, and the program of a pruned one does not; give each text a row of its own, or an"
+                    " attention_mask where they are one text"
+                )
+            return given.expand(batch, new)
+        if mask is None:
+            return torch.arange(past, past + new, device=ids.device).expand(batch, new)
+        return POSITIONS[self.config.positions](mask.long())[:, past:]
+
+
+def _kept(logits_to_keep: Any, new: int, device: torch.device) -> Tensor:
+    """The positions whose logits are wanted, among the new ones."""
+    if isinstance(logits_to_keep, int) and logits_to_keep >= 0:
+        return torch.arange(max(new - logits_to_keep, 0) if logits_to_keep else 0, new, device=device)
+    if (
+        isinstance(logits_to_keep, Tensor)
+        and logits_to_keep.dim() == 1
+        and logits_to_keep.dtype in (torch.int32, torch.int64)
+        and not bool(((logits_to_keep < -new) | (logits_to_keep >= new)).any())
+    ):
+        return torch.where(logits_to_keep < 0, logits_to_keep + new, logits_to_keep)
+    given = logits_to_keep if isinstance(logits_to_keep, int) else shown(logits_to_keep)
+    raise ArgumentError(
+        f"logits_to_keep is {given}; pass how many last positions, 0 for all, or positions [count] among the"
+        f" {new} new ones, for all sequences alike, of which none lies outside"
+    )
 
 
 class Encoder(nn.Module):
@@ -31,8 +146,7 @@ class Encoder(nn.Module):
     ) -> Any:
         """Hidden states ``[batch, source, width]`` of token numbers ``[batch, source]``."""
         refuse(kwargs)
-        check_tokens("input_ids", input_ids)
-        assert input_ids is not None
+        input_ids = checked_tokens("input_ids", input_ids)
         (model,) = vars(self)["_model"]
         mask = mask_of("attention_mask", attention_mask, input_ids.shape[0], input_ids.shape[1], input_ids)
         output = BaseModelOutput(
@@ -90,16 +204,11 @@ class PrunedForSeq2SeqLM(SavedModel):
             encoder_outputs = self.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self._moved_on(labels)
-        check_tokens("decoder_input_ids", decoder_input_ids)
-        assert decoder_input_ids is not None
+        decoder_input_ids = checked_tokens("decoder_input_ids", decoder_input_ids)
         batch, new = decoder_input_ids.shape
         hidden = self._hidden(encoder_outputs, batch)
         given, cache = cache is not None, self._opened(cache)
         known = bool(cache.is_updated) and all(cache.is_updated.values())
-        if not known and cache.get_seq_length():
-            raise ArgumentError(
-                "the cache holds tokens of the output, but nothing of the source; begin with an empty one"
-            )
         source = cache.cross_attention_cache.get_seq_length()
         if known and source != hidden.shape[1]:
             raise ArgumentError(
@@ -121,10 +230,7 @@ class PrunedForSeq2SeqLM(SavedModel):
             "decoder_attention_mask", decoder_attention_mask, batch, past + new, decoder_input_ids
         )
         found = self._run(program, values, one=new == 1)
-        loss = None
-        if labels is not None:
-            items = kwargs.get("num_items_in_batch") if self.config.counts_items else None
-            loss = loss_of(self.config.loss, found["logits"], labels, items)
+        loss = loss_of(self.config.loss, found["logits"], labels, kwargs.get("num_items_in_batch"))
         cache = self._extended(cache, given, found, use_cache)
         output = Seq2SeqLMOutput(
             loss=loss, logits=found["logits"], encoder_last_hidden_state=hidden, **{CACHE: cache}
@@ -138,7 +244,7 @@ class PrunedForSeq2SeqLM(SavedModel):
             ArgumentError: there are none, or not those of this model for so many sequences.
         """
         hidden = outputs[0] if isinstance(outputs, (tuple, list, Mapping)) and len(outputs) else None
-        like, width = self._like(), self._programs["first"].width("encoder_outputs.last_hidden_state")
+        like, width = self._like(), self._programs["first"].shapes()["encoder_outputs.last_hidden_state"][-1]
         if (
             not isinstance(hidden, Tensor)
             or hidden.dim() != 3
@@ -160,7 +266,7 @@ class PrunedForSeq2SeqLM(SavedModel):
         """Labels behind the token that begins an output, as inputs of the decoder; what the loss leaves out
         becomes padding.
         """
-        check_tokens("labels", labels)
+        checked_tokens("labels", labels)
         if self.config.labels_moved is None:
             raise ArgumentError(
                 "the original model makes the decoder's tokens of labels in a way of its own, or not at all;"
@@ -173,6 +279,3 @@ class PrunedForSeq2SeqLM(SavedModel):
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """What a data collator puts in front of the decoder."""
         return self._moved_on(labels)
-
-
-__all__ = ["Encoder", "PrunedForSeq2SeqLM"]
