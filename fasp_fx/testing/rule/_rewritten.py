@@ -8,6 +8,7 @@ prunable must be mask-exact once the rewriter has adapted every argument.
 
 from __future__ import annotations
 
+import math
 import operator as operators
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +28,8 @@ from fasp_fx.patterns import Rule
 
 from .._sets import draw_sets
 from ..oracle import Masked, error, floats
-from ._calls import Call
+from ._calls import Call, Draw
 from ._claims import Lie
-from ._draw import Draw
 from ._samples import STEPS
 
 _ATEN = torch.ops.aten
@@ -127,23 +127,17 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
         node = graph.call_function(operators.getitem, (node, which))
     if result.is_complex():
         node = graph.call_function(_ATEN.abs.default, (node,))
-    if not result.is_floating_point():
+    if result.dtype != torch.float64:
         node = graph.call_function(_ATEN._to_copy.default, (node,), {"dtype": torch.float64})
     if result.dim():
-        if blocks is None:
-            dim = draw.integer(0, result.dim() - 1)
-            columns = result.shape[dim]
-            node = graph.call_function(_ATEN.transpose.int, (node, dim, -1))
-        else:
-            laid = _last(blocks, result.dim())
-            columns = result.shape[blocks[0]] * result.shape[blocks[1]]
-            node = graph.call_function(_ATEN.permute.default, (node, laid))
-            node = graph.call_function(
-                _ATEN.reshape.default, (node, [*(result.shape[dim] for dim in laid[:-2]), columns])
-            )
-        root.register_parameter("consumer", nn.Parameter(draw.tensor([columns, 2], "real").to(torch.float64)))
-        if result.is_floating_point() and result.dtype != torch.float64:
-            node = graph.call_function(_ATEN._to_copy.default, (node,), {"dtype": torch.float64})
+        dims = (draw.integer(-result.dim(), -1),) if blocks is None else blocks
+        laid = _last(dims, result.dim())
+        columns = math.prod(result.shape[dim] for dim in dims)
+        node = graph.call_function(_ATEN.permute.default, (node, laid))
+        if len(dims) > 1:
+            shape = [*(result.shape[dim] for dim in laid[: -len(dims)]), columns]
+            node = graph.call_function(_ATEN.reshape.default, (node, shape))
+        root.register_parameter("consumer", nn.Parameter(draw.tensor([columns, 2], "real")))
         node = graph.call_function(_ATEN.matmul.default, (node, graph.get_attr("consumer")))
     graph.output((node,))
     example = (torch.zeros((), dtype=torch.float64),)
@@ -192,8 +186,8 @@ def _in_blocks(rule: Rule, call: Call) -> bool:
     )
 
 
-def _last(dims: tuple[int, int], rank: int) -> list[int]:
-    """All dimensions, these two (counted from the right) last."""
+def _last(dims: tuple[int, ...], rank: int) -> list[int]:
+    """All dimensions, these (counted from the right) last."""
     last = [dim + rank for dim in dims]
     return [*(dim for dim in range(rank) if dim not in last), *last]
 

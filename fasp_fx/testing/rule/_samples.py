@@ -8,11 +8,12 @@ called by its schema.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from ._draw import Draw
+from ._calls import Draw
 
 Sample = Callable[[Draw], dict[str, Any]]
 
@@ -62,12 +63,9 @@ def _resized(shape: list[int], dim: int, size: int) -> list[int]:
     return [size if at == dim % len(shape) else old for at, old in enumerate(shape)]
 
 
-def _view(argument: str) -> Sample:
-    def sample(draw: Draw) -> dict[str, Any]:
-        shape, other = _regrouped(draw)
-        return {"self": draw.tensor(shape), argument: other}
-
-    return sample
+def _view(draw: Draw, argument: str) -> dict[str, Any]:
+    shape, other = _regrouped(draw)
+    return {"self": draw.tensor(shape), argument: other}
 
 
 def _thin(draw: Draw, most: int) -> list[int]:
@@ -100,13 +98,10 @@ def _movedim(draw: Draw, shape: list[int]) -> dict[str, Any]:
     return {name: draw.order(range(len(shape)))[:many] for name in ("source", "destination")}
 
 
-def _squeeze(several: bool) -> Sample:
-    def sample(draw: Draw) -> dict[str, Any]:
-        shape = _thin(draw, 4)
-        dim = draw.some(range(len(shape)), least=1) if several else draw.dim(len(shape))
-        return {"self": draw.tensor(shape), "dim": dim}
-
-    return sample
+def _squeeze(draw: Draw, several: bool) -> dict[str, Any]:
+    shape = _thin(draw, 4)
+    dim = draw.some(range(len(shape)), least=1) if several else draw.dim(len(shape))
+    return {"self": draw.tensor(shape), "dim": dim}
 
 
 def _unflatten(draw: Draw) -> dict[str, Any]:
@@ -139,14 +134,11 @@ _gather = _along(
 _select = _along(4, lambda draw, shape, dim: {"index": draw.integer(-shape[dim], shape[dim] - 1)})
 
 
-def _scatter(value: str | None) -> Sample:
-    def sample(draw: Draw) -> dict[str, Any]:
-        found = _gather(draw)
-        index = found["index"][tuple(slice(0, size) for size in found["self"].shape)]
-        source = {"value": draw.float()} if value is None else {value: draw.tensor(list(index.shape))}
-        return {**found, "index": index, **source}
-
-    return sample
+def _scatter(draw: Draw, value: str | None) -> dict[str, Any]:
+    found = _gather(draw)
+    index = found["index"][tuple(slice(0, size) for size in found["self"].shape)]
+    source = {"value": draw.float()} if value is None else {value: draw.tensor(list(index.shape))}
+    return {**found, "index": index, **source}
 
 
 def _index_put(draw: Draw, shape: list[int]) -> dict[str, Any]:
@@ -210,16 +202,13 @@ def _roll(draw: Draw, shape: list[int]) -> dict[str, Any]:
     return {"shifts": [draw.integer(-2, 2) for _ in dims], "dims": dims}
 
 
-def _pixels(up: bool) -> Sample:
-    def sample(draw: Draw) -> dict[str, Any]:
-        factor = draw.integer(1, 2)
-        if up:
-            shape = [*draw.shape(most=1), factor**2 * draw.integer(1, 2), draw.size(), draw.size()]
-            return {"self": draw.tensor(shape), "upscale_factor": factor}
-        shape = [draw.size(), draw.size(), factor * draw.integer(1, 2), factor * draw.integer(1, 2)]
-        return {"self": draw.tensor(shape), "downscale_factor": factor}
-
-    return sample
+def _pixels(draw: Draw, up: bool) -> dict[str, Any]:
+    factor = draw.integer(1, 2)
+    if up:
+        shape = [*draw.shape(most=1), factor**2 * draw.integer(1, 2), draw.size(), draw.size()]
+        return {"self": draw.tensor(shape), "upscale_factor": factor}
+    shape = [draw.size(), draw.size(), factor * draw.integer(1, 2), factor * draw.integer(1, 2)]
+    return {"self": draw.tensor(shape), "downscale_factor": factor}
 
 
 def _channel_shuffle(draw: Draw) -> dict[str, Any]:
@@ -244,16 +233,13 @@ def _attention(draw: Draw) -> dict[str, Any]:
     return {**arguments, "enable_gqa": shared, "scale": draw.float()}
 
 
-def _upsample(name: str, rank: int, integers: bool) -> Sample:
-    def sample(draw: Draw) -> dict[str, Any]:
-        source = {name: draw.tensor([draw.size() for _ in range(2 + rank)], "real")}
-        sizes = [draw.integer(1, 5) for _ in range(rank)]
-        if not integers and draw.flag():
-            factors = [draw.choice([0.5, 1.5, 2.0]) for _ in range(rank)]
-            return {**source, "output_size": None, "scale_factors": factors, "align_corners": False}
-        return {**source, "output_size": sizes, "scale_factors": None, "align_corners": draw.flag()}
-
-    return sample
+def _upsample(draw: Draw, name: str, rank: int, integers: bool) -> dict[str, Any]:
+    source = {name: draw.tensor([draw.size() for _ in range(2 + rank)], "real")}
+    sizes = [draw.integer(1, 5) for _ in range(rank)]
+    if not integers and draw.flag():
+        factors = [draw.choice([0.5, 1.5, 2.0]) for _ in range(rank)]
+        return {**source, "output_size": None, "scale_factors": factors, "align_corners": False}
+    return {**source, "output_size": sizes, "scale_factors": None, "align_corners": draw.flag()}
 
 
 def _batch_statistics(draw: Draw) -> dict[str, Any]:
@@ -286,17 +272,14 @@ _RESAMPLERS = {
 _EXACT = {f"nearest_exact{rank}d": rank for rank in (1, 2, 3)} | {"bilinear2d_aa": 2, "bicubic2d_aa": 2}
 
 
-def _fft(kind: str) -> Sample:
-    def sample(draw: Draw) -> dict[str, Any]:
-        shape = [draw.size() for _ in range(draw.integer(1, 3))]
-        dims = draw.some(range(len(shape)), least=1)
-        values = draw.tensor(shape, "real" if kind == "r2c" else "complex")
-        found = {"self": values, "dim": dims, "normalization": draw.integer(0, 2)}
-        if kind == "c2r":
-            return {**found, "last_dim_size": 2 * (shape[dims[-1]] - 1) or 1}
-        return {**found, "onesided" if kind == "r2c" else "forward": draw.flag()}
-
-    return sample
+def _fft(draw: Draw, kind: str) -> dict[str, Any]:
+    shape = [draw.size() for _ in range(draw.integer(1, 3))]
+    dims = draw.some(range(len(shape)), least=1)
+    values = draw.tensor(shape, "real" if kind == "r2c" else "complex")
+    found = {"self": values, "dim": dims, "normalization": draw.integer(0, 2)}
+    if kind == "c2r":
+        return {**found, "last_dim_size": 2 * (shape[dims[-1]] - 1) or 1}
+    return {**found, "onesided" if kind == "r2c" else "forward": draw.flag()}
 
 
 def _grid(draw: Draw) -> dict[str, Any]:
@@ -307,73 +290,62 @@ def _grid(draw: Draw) -> dict[str, Any]:
     return {"input": draw.tensor([n, c, draw.size(), draw.size()], "real"), "grid": grid, **kinds}
 
 
-def _grouped(name: str, weight: str) -> Sample:
-    def sample(draw: Draw) -> dict[str, Any]:
-        experts, k, n = draw.integer(2, 3), draw.size(), draw.size()
-        counts = [draw.integer(1, 3) for _ in range(experts)]
-        offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
-        # the kernel takes no float64, and rows of whole multiples of 16 bytes
-        return {
-            name: draw.tensor([sum(counts), 4 * k], "real").float(),
-            weight: draw.tensor([experts, 4 * k, 4 * n], "real").float(),
-            "offs": offsets,
-        }
-
-    return sample
+def _grouped(draw: Draw, name: str, weight: str) -> dict[str, Any]:
+    experts, k, n = draw.integer(2, 3), draw.size(), draw.size()
+    counts = [draw.integer(1, 3) for _ in range(experts)]
+    offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
+    # the kernel takes no float64, and rows of whole multiples of 16 bytes
+    return {
+        name: draw.tensor([sum(counts), 4 * k], "real").float(),
+        weight: draw.tensor([experts, 4 * k, 4 * n], "real").float(),
+        "offs": offsets,
+    }
 
 
-def _recurrent(gates: int, listed: bool) -> Sample:
+def _recurrent(draw: Draw, gates: int, listed: bool) -> dict[str, Any]:
     """One layer in one direction, with or without biases and (an LSTM) projections."""
-
-    def sample(draw: Draw) -> dict[str, Any]:
-        steps, batch, width, hidden = (draw.size() for _ in range(4))
-        second, biases = draw.flag(), draw.flag()
-        projected = draw.integer(1, hidden - 1) if listed and hidden > 1 and draw.flag(0.4) else None
-        own = projected or hidden
-        params = [draw.tensor([gates * hidden, width], "real"), draw.tensor([gates * hidden, own], "real")]
-        params += [draw.tensor([gates * hidden], "real") for _ in range(2 * biases)]
-        params += [draw.tensor([own, hidden], "real")] if projected else []
-        states = [draw.tensor([1, batch, size], "real") for size in ((own, hidden) if listed else (hidden,))]
-        return {
-            "input": draw.tensor([batch, steps, width] if second else [steps, batch, width], "real"),
-            "hx": states if listed else states[0],
-            "params": params,
-            **{
-                "has_biases": biases,
-                "num_layers": 1,
-                "dropout": 0.0,
-                "train": False,
-                "bidirectional": False,
-                "batch_first": second,
-            },
-        }
-
-    return sample
+    steps, batch, width, hidden = (draw.size() for _ in range(4))
+    second, biases = draw.flag(), draw.flag()
+    projected = draw.integer(1, hidden - 1) if listed and hidden > 1 and draw.flag(0.4) else None
+    own = projected or hidden
+    params = [draw.tensor([gates * hidden, width], "real"), draw.tensor([gates * hidden, own], "real")]
+    params += [draw.tensor([gates * hidden], "real") for _ in range(2 * biases)]
+    params += [draw.tensor([own, hidden], "real")] if projected else []
+    states = [draw.tensor([1, batch, size], "real") for size in ((own, hidden) if listed else (hidden,))]
+    return {
+        "input": draw.tensor([batch, steps, width] if second else [steps, batch, width], "real"),
+        "hx": states if listed else states[0],
+        "params": params,
+        **{
+            "has_biases": biases,
+            "num_layers": 1,
+            "dropout": 0.0,
+            "train": False,
+            "bidirectional": False,
+            "batch_first": second,
+        },
+    }
 
 
-def _tallied(count: str, last: str | None) -> Sample:
-    def sample(draw: Draw) -> dict[str, Any]:
-        many = draw.integer(2, 5)
-        numbers = torch.randint(0, many, (draw.size(), draw.size()), generator=draw.generator)
-        return (
-            {"self": numbers, count: many}
-            if last is None
-            else {"self": numbers.double(), count: many, "min": 0, last: many - 1}
-        )
-
-    return sample
+def _tallied(draw: Draw, count: str, last: str | None) -> dict[str, Any]:
+    many = draw.integer(2, 5)
+    numbers = torch.randint(0, many, (draw.size(), draw.size()), generator=draw.generator)
+    return (
+        {"self": numbers, count: many}
+        if last is None
+        else {"self": numbers.double(), count: many, "min": 0, last: many - 1}
+    )
 
 
 SAMPLES: dict[str, Sample] = {
-    "aten.lstm.input": _recurrent(4, True),
-    "aten.gru.input": _recurrent(3, False),
-    **{f"aten.rnn_{kind}.input": _recurrent(1, False) for kind in ("tanh", "relu")},
-    "aten.histc.default": _tallied("bins", "max"),
-    "aten.one_hot.default": _tallied("num_classes", None),
-    "aten.view.default": _view("size"),
-    "aten._unsafe_view.default": _view("size"),
-    "aten.reshape.default": _view("shape"),
-    "aten._reshape_copy.default": _view("size"),
+    "aten.lstm.input": partial(_recurrent, gates=4, listed=True),
+    "aten.gru.input": partial(_recurrent, gates=3, listed=False),
+    **{f"aten.rnn_{kind}.input": partial(_recurrent, gates=1, listed=False) for kind in ("tanh", "relu")},
+    "aten.histc.default": partial(_tallied, count="bins", last="max"),
+    "aten.one_hot.default": partial(_tallied, count="num_classes", last=None),
+    "aten.view.default": partial(_view, argument="size"),
+    "aten._unsafe_view.default": partial(_view, argument="size"),
+    "aten.reshape.default": partial(_view, argument="shape"),
     "aten.expand.default": _expand,
     "aten.broadcast_to.default": _broadcast,
     "aten.repeat.default": _of(
@@ -418,18 +390,18 @@ SAMPLES: dict[str, Sample] = {
     **{f"aten.{name}.default": _of(2, lambda draw, shape: {}) for name in ("t", "numpy_T")},
     "aten.mT.default": lambda draw: {"self": draw.tensor([*draw.shape(most=2), draw.size()])},
     "aten.movedim.intlist": _of(4, _movedim),
-    "aten.squeeze.dim": _squeeze(False),
-    "aten.squeeze.dims": _squeeze(True),
+    "aten.squeeze.dim": partial(_squeeze, several=False),
+    "aten.squeeze.dims": partial(_squeeze, several=True),
     "aten.unsqueeze.default": _of(3, lambda draw, shape: {"dim": draw.integer(-len(shape) - 1, len(shape))}),
     "aten.unflatten.int": _unflatten,
     "aten.index.Tensor": _of(4, _index),
     "aten.index_select.default": _index_select,
     "aten.gather.default": _gather,
-    "aten.scatter.src": _scatter("src"),
-    "aten.scatter.value": _scatter(None),
-    "aten.scatter_add.default": _scatter("src"),
+    "aten.scatter.src": partial(_scatter, value="src"),
+    "aten.scatter.value": partial(_scatter, value=None),
+    "aten.scatter_add.default": partial(_scatter, value="src"),
     "aten.scatter_reduce.two": lambda draw: {
-        **_scatter("src")(draw),
+        **_scatter(draw, "src"),
         "reduce": draw.choice(["sum", "prod", "mean", "amax", "amin"]),
         "include_self": draw.flag(),
     },
@@ -459,8 +431,8 @@ SAMPLES: dict[str, Sample] = {
     "aten.constant_pad_nd.default": _pad,
     "aten.pad.default": _pad_mode,
     "aten.roll.default": _of(3, _roll),
-    "aten.pixel_shuffle.default": _pixels(up=True),
-    "aten.pixel_unshuffle.default": _pixels(up=False),
+    "aten.pixel_shuffle.default": partial(_pixels, up=True),
+    "aten.pixel_unshuffle.default": partial(_pixels, up=False),
     "aten.channel_shuffle.default": _channel_shuffle,
     "aten.scaled_dot_product_attention.default": _attention,
     "aten.fake_quantize_per_tensor_affine.default": lambda draw: {
@@ -472,21 +444,27 @@ SAMPLES: dict[str, Sample] = {
     "aten._weight_norm_interface.default": _weight_norm,
     "aten.any.dim": _any,
     "aten.all.dim": _any,
-    "aten._grouped_mm.default": _grouped("self", "mat2"),
-    "transformers.grouped_mm_fallback.default": _grouped("input", "weight"),
-    **{f"aten._fft_{kind}.default": _fft(kind) for kind in ("r2c", "c2r", "c2c")},
+    "aten._grouped_mm.default": partial(_grouped, name="self", weight="mat2"),
+    "transformers.grouped_mm_fallback.default": partial(_grouped, name="input", weight="weight"),
+    **{f"aten._fft_{kind}.default": partial(_fft, kind=kind) for kind in ("r2c", "c2r", "c2c")},
     **{
-        f"aten.{kind}{name}.vec": _upsample("input", rank, False)
+        f"aten.{kind}{name}.vec": partial(_upsample, name="input", rank=rank, integers=False)
         for name, rank in _RESAMPLERS.items()
         for kind in ("upsample_", "_upsample_")
     },
     **{
-        f"aten.{kind}{name}.default": _upsample("self", rank, True)
+        f"aten.{kind}{name}.default": partial(_upsample, name="self", rank=rank, integers=True)
         for name, rank in _RESAMPLERS.items()
         for kind in ("upsample_", "_upsample_")
     },
-    **{f"aten._upsample_{name}.vec": _upsample("input", rank, False) for name, rank in _EXACT.items()},
-    **{f"aten._upsample_{name}.default": _upsample("self", rank, True) for name, rank in _EXACT.items()},
+    **{
+        f"aten._upsample_{name}.vec": partial(_upsample, name="input", rank=rank, integers=False)
+        for name, rank in _EXACT.items()
+    },
+    **{
+        f"aten._upsample_{name}.default": partial(_upsample, name="self", rank=rank, integers=True)
+        for name, rank in _EXACT.items()
+    },
 }
 
 #: arguments that a captured program has at one value only

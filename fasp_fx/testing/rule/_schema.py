@@ -13,8 +13,7 @@ import torch
 from fasp_fx.patterns import Alternative, Rule
 
 from ...base.compat import OpOverload
-from ._calls import Call
-from ._draw import Draw
+from ._calls import Call, Draw
 
 #: arguments that hold positions rather than values
 _INDICES = {"index", "indices"}
