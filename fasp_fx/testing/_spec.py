@@ -69,6 +69,10 @@ class Shape:
         """The dimension that holds the channels."""
         return 1 if self.layout == "image" else -1
 
+    def kind_of(self, layer: str) -> Any:
+        """Torch's layer of this name for as many dimensions as there are sizes, vectors counting as one."""
+        return getattr(nn, f"{layer}{max(len(self.sizes), 1)}d")
+
     def wide(self, channels: int) -> Shape:
         """The same shape with another number of channels."""
         return replace(self, channels=channels)
@@ -121,11 +125,11 @@ class Block(Spec):
 
 
 class Assembled(nn.Module):
-    """Parameters and modules by name, and a function of this module and a tensor that computes with them."""
+    """Parameters, buffers and modules by name, and a function of this module and a tensor that computes with
+    them.
+    """
 
-    def __init__(
-        self, function: Callable[[Any, Tensor], Tensor], **parts: nn.Module | nn.Parameter | None
-    ) -> None:
+    def __init__(self, function: Callable[[Any, Tensor], Tensor], **parts: nn.Module | Tensor | None) -> None:
         super().__init__()
         self.function = function
         for name, part in parts.items():

@@ -19,7 +19,7 @@ from fasp_fx.patterns import Rule
 from ...base.compat import OpOverload, silent_fake_tensors
 from .._verdict import TALLY, CheckFailed
 from ._calls import KINDS, Call, Draw, repeatable
-from ._claims import Lie, Modesty, lies
+from ._claims import Lie, Trials, lies
 from ._clauses import creates, looked, moves, routed, tallies
 from ._reading import Mismatch, Unspoken, read
 from ._rewritten import rewritten
@@ -152,8 +152,7 @@ def check_rule(
         if found is None:
             raise RuleError(f"there is no rule for {operator}; pass one, or register it first")
         verdict = _Check(operator, found, seed, samples, programs).run(examples)
-    TALLY.rules += 1
-    TALLY.examples += verdict.examples
+    TALLY.update(rules=1, examples=verdict.examples)
     return verdict
 
 
@@ -182,7 +181,7 @@ class _Check:
     ) -> None:
         self.operator, self.rule, self.seed, self.programs = operator, rule, seed, programs
         self.given = [self._named(args, kwargs) for args, kwargs in samples] if samples is not None else None
-        self.modesty, self.missing = Modesty(), Modesty()
+        self.trials, self.missing = Trials(list), Trials(list)
         self.misfit: Lie | None = None
         self.refused: list[str] = []
         self.tried = self.pruned = 0
@@ -203,7 +202,7 @@ class _Check:
             worst = self._try(index, most=2 + (3 * index) // max(examples, 1))
             if worst is not None:
                 return self._verdict(TOO_MUCH, self._smaller(worst))
-        needless, missing = self.modesty.needless(_LEAST), self.missing.needless(_LEAST)
+        needless, missing = _needless(self.trials), _needless(self.missing)
         kind = TOO_LITTLE if needless or missing or self.misfit else RIGHT
         return self._verdict(kind, self.misfit, needless, missing)
 
@@ -211,11 +210,9 @@ class _Check:
         """``check`` says that nothing comes back that could carry channels."""
         kinds = [str(result.type) for result in self.operator._schema.returns]
         returned = ", ".join(kind for kind in kinds if "Tensor" in kind)
-        self.tried = 1
-        if not returned:
-            return self._verdict(RIGHT, None)
-        claim = "the operator returns nothing that carries channels"
-        return self._verdict(TOO_MUCH, Lie(Call(self.operator, {}), claim, f"it returns {returned}"))
+        self.tried, claim = 1, "the operator returns nothing that carries channels"
+        lie = Lie(Call(self.operator, {}), claim, f"it returns {returned}") if returned else None
+        return self._verdict(RIGHT if lie is None else TOO_MUCH, lie)
 
     def _verdict(
         self, kind: str, lie: Lie | None, needless: tuple[str, ...] = (), missing: tuple[str, ...] = ()
@@ -278,7 +275,7 @@ class _Check:
 
     def _claims(self, call: Call, results: list[Tensor], draw: Draw) -> Lie | None:
         if self.rule.moves:
-            return moves(self.rule, call, draw, self.modesty)
+            return moves(self.rule, call, draw, self.trials)
         if self.rule.creates:
             return creates(call, results)
         if self.rule.tallies:
@@ -295,7 +292,7 @@ class _Check:
                 self.misfit = Lie(call, claim, f"{problem}; the rule is not used for such a call")
             return None
         return (
-            next(lies(reading, results, draw, self.modesty), None)
+            next(filter(None, lies(reading, results, draw, self.trials)), None)
             or routed(self.rule, call, draw)
             or looked(self.rule, call, draw, self.missing)
         )
@@ -339,3 +336,8 @@ class _Check:
                 " some as samples=[(args, kwargs), …]"
             )
         return found
+
+
+def _needless(trials: Trials) -> tuple[str, ...]:
+    """The clauses that were tried often and never needed."""
+    return tuple(clause for clause, found in trials.items() if len(found) >= _LEAST and not any(found))

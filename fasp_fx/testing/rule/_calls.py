@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from ...base.compat import OpOverload
+from ...base.compat import OpOverload, pytree
+from .._case import copied
 
 T = TypeVar("T")
 
@@ -43,20 +44,16 @@ class Call:
             Exception: whatever the operator raises.
         """
         with torch.no_grad():
-            found = self.operator(**{name: _fresh(value) for name, value in self.arguments.items()})
+            found = self.operator(**copied(dict(self.arguments)))
         return tensors(found)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor arguments; those of a list are named ``name.index``, as rules name them."""
-        found: dict[str, Tensor] = {}
+        found: dict[str, Any] = {}
         for name, value in self.arguments.items():
-            if isinstance(value, Tensor):
-                found[name] = value
-            elif isinstance(value, (list, tuple)):
-                found |= {
-                    f"{name}.{index}": item for index, item in enumerate(value) if isinstance(item, Tensor)
-                }
-        return found
+            listed = isinstance(value, (list, tuple))
+            found |= {f"{name}.{at}": item for at, item in enumerate(value)} if listed else {name: value}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -85,15 +82,6 @@ class Call:
         )
 
 
-def _fresh(value: Any) -> Any:
-    """Arguments of their own for every run, so that an operator that writes into one does not change the
-    next.
-    """
-    if isinstance(value, Tensor):
-        return value.clone()
-    return [_fresh(item) for item in value] if isinstance(value, list) else value
-
-
 def _spell(value: Any) -> str:
     if isinstance(value, Tensor):
         kind = "" if value.is_floating_point() else f" {str(value.dtype).removeprefix('torch.')}"
@@ -105,9 +93,7 @@ def _spell(value: Any) -> str:
 
 def tensors(found: Any) -> list[Tensor]:
     """The tensors of an operator's result."""
-    if isinstance(found, Tensor):
-        return [found]
-    return [item for item in found if isinstance(item, Tensor)] if isinstance(found, (list, tuple)) else []
+    return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
 
 
 def same(first: Tensor, second: Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from fasp_fx.errors import first_line
 
 from ._calls import Call, Draw, close, same
 from ._reading import Reading, Spelled
-from ._samples import STEPS
 
 
 @dataclass(frozen=True)
@@ -41,27 +40,12 @@ class Lie:
         return (*self.call.size, not self.direct)
 
 
-@dataclass
-class Modesty:
-    """For each clause that makes no claim: of every trial, whether the operator would not have kept the
-    claim.
-    """
-
-    trials: defaultdict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
-
-    def note(self, clause: str, needed: bool) -> None:
-        """One more trial."""
-        self.trials[clause].append(needed)
-
-    def needless(self, least: int) -> tuple[str, ...]:
-        """The clauses that were tried often and never needed."""
-        return tuple(
-            clause for clause, needed in self.trials.items() if len(needed) >= least and not any(needed)
-        )
+#: for each clause that makes no claim: of every trial, whether the operator would not have kept the claim
+Trials = defaultdict[str, list[bool]]
 
 
-def lies(reading: Reading, results: list[Tensor], draw: Draw, modesty: Modesty) -> Iterator[Lie]:
-    """Hold every claim of a rule on one call against the operator."""
+def lies(reading: Reading, results: list[Tensor], draw: Draw, trials: Trials) -> Iterator[Lie | None]:
+    """Hold every claim of a rule on one call against the operator; ``None`` for each that it keeps."""
     kept = reading.kept()
     for letter in reading.sizes:
         gone = [] if letter in reading.repeats else _positions(reading, letter, draw)
@@ -70,22 +54,20 @@ def lies(reading: Reading, results: list[Tensor], draw: Draw, modesty: Modesty) 
         if letter in reading.special:
             clause = reading.special[letter]
             if not clause.startswith("!"):
-                modesty.note(clause, _needed(reading, results, letter, gone, draw))
+                trials[clause].append(_needed(reading, results, letter, gone, draw))
         elif letter in kept:
-            lie = _kept(reading, results, letter, gone, draw)
-            if lie is not None:
-                yield lie
+            yield _kept(reading, results, letter, gone, draw)
         elif len([name for name in reading.operands if letter in reading.operands[name].letters]) > 1:
-            yield from _contracted(reading, letter, gone)
+            yield _contracted(reading, letter, gone)
 
 
 def _positions(reading: Reading, letter: str, draw: Draw) -> list[int]:
     """Some positions of a letter, not all; whole blocks where another letter is repeated to its size."""
-    block, step = reading.blocks(letter), STEPS.get(str(reading.call.operator), 1)
+    block = reading.blocks(letter)
     count = reading.sizes[letter] // block
-    if count < 2 * step:
+    if count < 2:
         return []
-    chosen = draw.order(range(count))[: step * draw.integer(1, count // step - 1)]
+    chosen = draw.order(range(count))[: draw.integer(1, count - 1)]
     return [position * block + offset for position in sorted(chosen) for offset in range(block)]
 
 
@@ -127,7 +109,7 @@ def _smaller(reading: Reading, letter: str, gone: list[int], claim: str) -> list
         return Lie(reading.call, claim, fact)
 
 
-def _contracted(reading: Reading, letter: str, gone: list[int]) -> Iterator[Lie]:
+def _contracted(reading: Reading, letter: str, gone: list[int]) -> Lie | None:
     holders = reading.holders(letter)
     claim = (
         f"letter {letter!r} is contracted: to take positions out of {' and '.join(holders)} is to put zeros"
@@ -135,15 +117,14 @@ def _contracted(reading: Reading, letter: str, gone: list[int]) -> Iterator[Lie]
     )
     found = _smaller(reading, letter, gone, claim)
     if isinstance(found, Lie):
-        yield found
-        return
+        return found
     for operand in holders:
         masked = zeroed(reading, operand, letter, gone).run()
         for index, (after, expected) in enumerate(zip(found, masked, strict=True)):
             if reading.results[index] is not None and not same(after, expected):
                 what = f"zeros at positions {gone} of '{operand}' give another result {index}"
-                yield Lie(reading.call, claim, f"{what} than taking them out")
-                return
+                return Lie(reading.call, claim, f"{what} than taking them out")
+    return None
 
 
 def _needed(reading: Reading, results: list[Tensor], letter: str, gone: list[int], draw: Draw) -> bool:

@@ -21,7 +21,7 @@ from fasp_fx.errors import first_line
 from fasp_fx.patterns import ORDINALS, Clause, Rule
 
 from ._calls import Call, Draw, same
-from ._claims import Lie, Modesty, left
+from ._claims import Lie, Trials, left
 
 #: elements are numbered from here, so that constants such as padding are told from them
 _FIRST = 1000
@@ -31,7 +31,7 @@ _FIRST = 1000
 # does not depend on the values
 
 
-def moves(rule: Rule, call: Call, draw: Draw, modesty: Modesty) -> Lie | None:
+def moves(rule: Rule, call: Call, draw: Draw, trials: Trials) -> Lie | None:
     """Hold a moving rule against the operator on one call."""
     assert rule.moves is not None
     claim = f"the operator only moves elements of '{rule.moves}'"
@@ -64,7 +64,7 @@ def moves(rule: Rule, call: Call, draw: Draw, modesty: Modesty) -> Lie | None:
         for clause in rule.all("freeze"):
             needed = _needed(call, rule.moves, source, clause.words[0], moved, draw)
             if needed is not None:
-                modesty.note(str(clause), needed)
+                trials[str(clause)].append(needed)
     return None
 
 
@@ -127,7 +127,7 @@ def _distinct(shape: torch.Size, draw: Draw) -> Tensor:
     return order.reshape(shape).to(torch.float64) / shape.numel() + 0.5
 
 
-def looked(rule: Rule, call: Call, draw: Draw, missing: Modesty) -> Lie | None:
+def looked(rule: Rule, call: Call, draw: Draw, missing: Trials) -> Lie | None:
     """Hold the clauses of a rule against the operator on one call, and note in ``missing`` the clauses that
     it could have had.
     """
@@ -136,7 +136,7 @@ def looked(rule: Rule, call: Call, draw: Draw, missing: Modesty) -> Lie | None:
         fact = _without_unnamed(rule, clause, call, draw)
         if clause not in stated:
             if fact is not None:
-                missing.note(str(clause), needed=bool(fact))
+                missing[str(clause)].append(bool(fact))
         elif fact:
             return Lie(call, str(clause), fact)
     return None

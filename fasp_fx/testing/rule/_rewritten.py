@@ -26,11 +26,10 @@ from fasp_fx.errors import FaspError, first_line
 from fasp_fx.passes import RemoveChannels, verify
 from fasp_fx.patterns import Rule
 
-from .._sets import draw_sets
+from .._case import draw_sets
 from ..oracle import Masked, error, floats
 from ._calls import Call, Draw
 from ._claims import Lie
-from ._samples import STEPS
 
 _ATEN = torch.ops.aten
 CLAIM = "what the rule makes prunable can be removed"
@@ -49,7 +48,7 @@ class Outcome:
 
 def rewritten(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Outcome:
     """Prune a program around one call."""
-    program = one_operator(rule, call, results, draw) if str(call.operator) not in STEPS else None
+    program = one_operator(rule, call, results, draw)
     if program is None:
         return Outcome()
     inputs = [torch.tensor(value, dtype=torch.float64) for value in (0.0, 0.37)]
@@ -101,9 +100,8 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
     root, graph = nn.Module(), fx.Graph()
     x = graph.placeholder("x")
     x.meta["val"] = torch.zeros((), dtype=torch.float64)
-    operands = [name for name, tensor in call.tensors().items() if _varies(name, tensor)]
-    creates = bool(rule.creates)
-    if not operands and not creates:
+    operands = [name for name, tensor in call.tensors().items() if _varies(tensor)]
+    if not operands and not rule.creates:
         return None
     free = _in_blocks(rule, call)
     blocks = _blocks(rule, call, result.dim(), draw) if free else None
@@ -117,7 +115,7 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
     first = [argument.name for argument in call.operator._schema.arguments if not argument.kwarg_only]
     args = tuple(arguments.pop(name) for name in first)
     node: Any = graph.call_function(call.operator, args, arguments)
-    if creates:  # what is created meets an activation; what memory happens to hold is not compared
+    if rule.creates:  # what is created meets an activation; what memory happens to hold is not compared
         if "empty" in str(call.operator):
             node = graph.call_function(_ATEN.zeros_like.default, (node,))
         values = draw.tensor(list(result.shape), "real")
@@ -145,7 +143,7 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
     return Program(fx.GraphModule(root, graph), signature, (example, {}))
 
 
-def _varies(name: str, tensor: Tensor) -> bool:
+def _varies(tensor: Tensor) -> bool:
     """Whether a tensor holds numbers of the model, rather than positions."""
     return tensor.is_floating_point() and tensor.dim() > 0
 
@@ -210,36 +208,30 @@ def _operand(
     ones are taken away there.
     """
     attribute = "operand_" + name.replace(".", "_")
-    if not _varies(name, tensor):
+    if not _varies(tensor):
         root.register_buffer(attribute, tensor)
         return graph.get_attr(attribute)
-    stored = tensor.clone()
-    steps: list[tuple[Any, list[int] | None]] = []
-    rank = tensor.dim()
+    stored, node, rank = tensor.clone(), graph.get_attr(attribute), tensor.dim()
     if rank > 1 and draw.flag(0.6):
         alike = blocks is not None and -min(blocks) <= rank and draw.flag(0.7)
         merged = alike or draw.flag(0.7)
-        laid = (
-            _last(blocks, rank)
-            if alike and blocks is not None
-            else draw.order(range(rank))
-            if not merged or draw.flag(0.3)
-            else list(range(rank))
-        )
+        if alike and blocks is not None:
+            laid = _last(blocks, rank)
+        else:
+            laid = list(range(rank)) if merged and not draw.flag(0.3) else draw.order(range(rank))
         laid = sorted(laid) if merged and not free else laid
         stored = stored.permute(laid).contiguous()
         if merged:
             dim, shape = rank - 2 if alike else draw.integer(0, rank - 2), list(stored.shape)
             stored = stored.flatten(dim, dim + 1)
-            steps.append((_ATEN.view.default, shape))
+            node = graph.call_function(_ATEN.view.default, (node, shape))
         if laid != sorted(laid):
-            steps.append((_ATEN.permute.default, [laid.index(dim) for dim in range(rank)]))
-            steps.append((_ATEN.clone.default, None))  # some kernels take no such strides
+            back = [laid.index(dim) for dim in range(rank)]
+            node = graph.call_function(_ATEN.permute.default, (node, back))
+            # some kernels take no such strides
+            whole: dict[str, Any] = {"memory_format": torch.contiguous_format}
+            node = graph.call_function(_ATEN.clone.default, (node,), whole)
     root.register_parameter(attribute, nn.Parameter(stored))
-    node = graph.get_attr(attribute)
-    for operator, argument in steps:
-        options: dict[str, Any] = {"memory_format": torch.contiguous_format} if argument is None else {}
-        node = graph.call_function(operator, (node,) if argument is None else (node, argument), options)
     return graph.call_function(_ATEN.add.Tensor, (node, x)) if moving else node
 
 

@@ -35,27 +35,21 @@ def _regrouped(draw: Draw) -> tuple[list[int], list[int]]:
     return shape, other
 
 
-def _of(most: int, more: Callable[[Draw, list[int]], dict[str, Any]], kind: str | None = None) -> Sample:
+def _of(
+    most: int, more: Callable[[Draw, list[int]], dict[str, Any]], draw: Draw, kind: str | None = None
+) -> dict[str, Any]:
     """A tensor of at most so many dimensions, and what goes with its shape."""
-
-    def sample(draw: Draw) -> dict[str, Any]:
-        shape = draw.shape(most=most)
-        return {"self": draw.tensor(shape, kind), **more(draw, shape)}
-
-    return sample
+    shape = draw.shape(most=most)
+    return {"self": draw.tensor(shape, kind), **more(draw, shape)}
 
 
 def _along(
-    most: int, more: Callable[[Draw, list[int], int], dict[str, Any]], kind: str | None = None
-) -> Sample:
+    most: int, more: Callable[[Draw, list[int], int], dict[str, Any]], draw: Draw, kind: str | None = None
+) -> dict[str, Any]:
     """A tensor, one of its dimensions, and what goes with both."""
-
-    def sample(draw: Draw) -> dict[str, Any]:
-        shape = draw.shape(most=most)
-        dim = draw.dim(len(shape))
-        return {"self": draw.tensor(shape, kind), "dim": dim, **more(draw, shape, dim)}
-
-    return sample
+    shape = draw.shape(most=most)
+    dim = draw.dim(len(shape))
+    return {"self": draw.tensor(shape, kind), "dim": dim, **more(draw, shape, dim)}
 
 
 def _resized(shape: list[int], dim: int, size: int) -> list[int]:
@@ -104,17 +98,6 @@ def _squeeze(draw: Draw, several: bool) -> dict[str, Any]:
     return {"self": draw.tensor(shape), "dim": dim}
 
 
-def _unflatten(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape(most=3)
-    dim = draw.integer(0, len(shape) - 1)
-    first, second = draw.integer(1, 3), draw.integer(1, 3)
-    return {
-        "self": draw.tensor(_resized(shape, dim, first * second)),
-        "dim": draw.choice([dim, dim - len(shape)]),
-        "sizes": [draw.choice([first, -1]), second],
-    }
-
-
 def _index(draw: Draw, shape: list[int]) -> dict[str, Any]:
     dims = draw.some(range(len(shape)), least=1)
     many = draw.integer(1, 3)
@@ -122,16 +105,17 @@ def _index(draw: Draw, shape: list[int]) -> dict[str, Any]:
     return {"indices": indices}
 
 
-_index_select = _along(
-    4, lambda draw, shape, dim: {"index": draw.tensor([draw.integer(1, 4)], "index", shape[dim])}
+_index_select = partial(
+    _along, 4, lambda draw, shape, dim: {"index": draw.tensor([draw.integer(1, 4)], "index", shape[dim])}
 )
-_gather = _along(
+_gather = partial(
+    _along,
     3,
     lambda draw, shape, dim: {
         "index": draw.tensor(_resized(shape, dim, draw.integer(1, 4)), "index", shape[dim])
     },
 )
-_select = _along(4, lambda draw, shape, dim: {"index": draw.integer(-shape[dim], shape[dim] - 1)})
+_select = partial(_along, 4, lambda draw, shape, dim: {"index": draw.integer(-shape[dim], shape[dim] - 1)})
 
 
 def _scatter(draw: Draw, value: str | None) -> dict[str, Any]:
@@ -181,7 +165,8 @@ def _stack(draw: Draw) -> dict[str, Any]:
     return {"tensors": tensors, "dim": draw.integer(-len(shape) - 1, len(shape))}
 
 
-_pad = _of(
+_pad = partial(
+    _of,
     3,
     lambda draw, shape: {
         "pad": [draw.choice([0, 0, 1, 2, -1]) for _ in range(2 * draw.integer(1, len(shape)))]
@@ -202,20 +187,6 @@ def _roll(draw: Draw, shape: list[int]) -> dict[str, Any]:
     return {"shifts": [draw.integer(-2, 2) for _ in dims], "dims": dims}
 
 
-def _pixels(draw: Draw, up: bool) -> dict[str, Any]:
-    factor = draw.integer(1, 2)
-    if up:
-        shape = [*draw.shape(most=1), factor**2 * draw.integer(1, 2), draw.size(), draw.size()]
-        return {"self": draw.tensor(shape), "upscale_factor": factor}
-    shape = [draw.size(), draw.size(), factor * draw.integer(1, 2), factor * draw.integer(1, 2)]
-    return {"self": draw.tensor(shape), "downscale_factor": factor}
-
-
-def _channel_shuffle(draw: Draw) -> dict[str, Any]:
-    groups = draw.integer(1, 3)
-    return {"self": draw.tensor([draw.size(), groups * draw.integer(1, 3), draw.size()]), "groups": groups}
-
-
 def _attention(draw: Draw) -> dict[str, Any]:
     """The scale is written out, as a pass does before anything is removed; left out, it would follow the
     width of the heads.
@@ -229,7 +200,8 @@ def _attention(draw: Draw) -> dict[str, Any]:
     found = {"query": [*lead, *heads, q, d], "key": [*lead, *own, k, d], "value": [*lead, *own, k, c]}
     arguments: dict[str, Any] = {name: draw.tensor(shape, "real") for name, shape in found.items()}
     if draw.flag():
-        arguments["attn_mask"] = draw.tensor([*heads, q, k] if draw.flag() else [q, k], "real")
+        mask = draw.tensor([*heads, q, k] if draw.flag() else [q, k], "real")
+        arguments |= {"attn_mask": mask, "is_causal": False}  # both together are refused by some kernels
     return {**arguments, "enable_gqa": shared, "scale": draw.float()}
 
 
@@ -257,7 +229,7 @@ def _weight_norm(draw: Draw) -> dict[str, Any]:
     return {"v": draw.tensor(shape, "real"), "g": norm, "dim": dim}
 
 
-_any = _along(3, lambda draw, shape, dim: {"keepdim": draw.flag()}, "bool")
+_any = partial(_along, 3, lambda draw, shape, dim: {"keepdim": draw.flag()}, kind="bool")
 
 
 _RESAMPLERS = {
@@ -290,14 +262,14 @@ def _grid(draw: Draw) -> dict[str, Any]:
     return {"input": draw.tensor([n, c, draw.size(), draw.size()], "real"), "grid": grid, **kinds}
 
 
-def _grouped(draw: Draw, name: str, weight: str) -> dict[str, Any]:
+def _grouped(draw: Draw) -> dict[str, Any]:
     experts, k, n = draw.integer(2, 3), draw.size(), draw.size()
     counts = [draw.integer(1, 3) for _ in range(experts)]
     offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
-    # the kernel takes no float64, and rows of whole multiples of 16 bytes
+    # as the kernel that it stands for takes them: no float64, and rows of whole multiples of 16 bytes
     return {
-        name: draw.tensor([sum(counts), 4 * k], "real").float(),
-        weight: draw.tensor([experts, 4 * k, 4 * n], "real").float(),
+        "input": draw.tensor([sum(counts), 4 * k], "real").float(),
+        "weight": draw.tensor([experts, 4 * k, 4 * n], "real").float(),
         "offs": offsets,
     }
 
@@ -348,15 +320,18 @@ SAMPLES: dict[str, Sample] = {
     "aten.reshape.default": partial(_view, argument="shape"),
     "aten.expand.default": _expand,
     "aten.broadcast_to.default": _broadcast,
-    "aten.repeat.default": _of(
+    "aten.repeat.default": partial(
+        _of,
         3,
         lambda draw, shape: {"repeats": [draw.integer(1, 2) for _ in range(len(shape) + draw.integer(0, 1))]},
     ),
-    "aten.repeat_interleave.self_int": _of(
+    "aten.repeat_interleave.self_int": partial(
+        _of,
         3,
         lambda draw, shape: {"repeats": draw.integer(1, 3), "dim": draw.choice([None, draw.dim(len(shape))])},
     ),
-    "aten.slice.Tensor": _along(
+    "aten.slice.Tensor": partial(
+        _along,
         4,
         lambda draw, shape, dim: {
             "start": draw.choice([None, draw.integer(-shape[dim], shape[dim] - 1)]),
@@ -365,36 +340,33 @@ SAMPLES: dict[str, Sample] = {
         },
     ),
     "aten.select.int": _select,
+    "aten.split_with_sizes.default": partial(
+        _along, 4, lambda draw, shape, dim: {"split_sizes": _parts(draw, shape[dim])}
+    ),
     **{
-        operator: _along(4, lambda draw, shape, dim, name=name: {name: _parts(draw, shape[dim])})  # type: ignore[misc]
-        for operator, name in (
-            ("aten.split_with_sizes.default", "split_sizes"),
-            ("aten.split.sizes", "split_size"),
-        )
-    },
-    **{
-        operator: _along(4, lambda draw, shape, dim, name=name: {name: draw.integer(1, 3)})  # type: ignore[misc]
+        operator: partial(_along, 4, lambda draw, shape, dim, name=name: {name: draw.integer(1, 3)})  # type: ignore[misc]
         for operator, name in (
             ("aten.split.Tensor", "split_size"),
             ("aten.unsafe_split.Tensor", "split_size"),
             ("aten.chunk.default", "chunks"),
-            ("aten.tensor_split.sections", "sections"),
         )
     },
-    "aten.permute.default": _of(
+    "aten.permute.default": partial(
+        _of,
         4,
         lambda draw, shape: {
             "dims": [dim - len(shape) if draw.flag(0.3) else dim for dim in draw.order(range(len(shape)))]
         },
     ),
-    **{f"aten.{name}.default": _of(2, lambda draw, shape: {}) for name in ("t", "numpy_T")},
+    **{f"aten.{name}.default": partial(_of, 2, lambda draw, shape: {}) for name in ("t", "numpy_T")},
     "aten.mT.default": lambda draw: {"self": draw.tensor([*draw.shape(most=2), draw.size()])},
-    "aten.movedim.intlist": _of(4, _movedim),
+    "aten.movedim.intlist": partial(_of, 4, _movedim),
     "aten.squeeze.dim": partial(_squeeze, several=False),
     "aten.squeeze.dims": partial(_squeeze, several=True),
-    "aten.unsqueeze.default": _of(3, lambda draw, shape: {"dim": draw.integer(-len(shape) - 1, len(shape))}),
-    "aten.unflatten.int": _unflatten,
-    "aten.index.Tensor": _of(4, _index),
+    "aten.unsqueeze.default": partial(
+        _of, 3, lambda draw, shape: {"dim": draw.integer(-len(shape) - 1, len(shape))}
+    ),
+    "aten.index.Tensor": partial(_of, 4, _index),
     "aten.index_select.default": _index_select,
     "aten.gather.default": _gather,
     "aten.scatter.src": partial(_scatter, value="src"),
@@ -405,64 +377,54 @@ SAMPLES: dict[str, Sample] = {
         "reduce": draw.choice(["sum", "prod", "mean", "amax", "amin"]),
         "include_self": draw.flag(),
     },
-    "aten.index_put.default": _of(3, _index_put),
+    "aten.index_put.default": partial(_of, 3, _index_put),
     "aten.index_add.default": _index_add,
     "aten.index_copy.default": _index_add,
-    "aten.masked_scatter.default": _of(
-        3, lambda draw, shape: {"mask": draw.tensor(shape, "bool"), "source": draw.tensor(shape)}
+    "aten.masked_scatter.default": partial(
+        _of, 3, lambda draw, shape: {"mask": draw.tensor(shape, "bool"), "source": draw.tensor(shape)}
     ),
-    "aten.slice_scatter.default": _along(3, _slice_scatter),
+    "aten.slice_scatter.default": partial(_along, 3, _slice_scatter),
     "aten.select_scatter.default": _select_scatter,
     "aten.view_as_complex.default": lambda draw: {"self": draw.tensor([*draw.shape(most=2), 2], "real")},
-    "aten.view_as_real.default": _of(3, lambda draw, shape: {}, "complex"),
+    "aten.view_as_real.default": partial(_of, 3, lambda draw, shape: {}, kind="complex"),
     **{
         f"aten.{name}": lambda draw: {"size": draw.shape()}
         for name in ("zeros.default", "ones.default", "empty.memory_format")
     },
     "aten.full.default": lambda draw: {"size": draw.shape(), "fill_value": draw.float()},
     **{
-        f"aten.{name}.default": _of(2, lambda draw, shape: {"size": draw.shape()})
+        f"aten.{name}.default": partial(_of, 2, lambda draw, shape: {"size": draw.shape()})
         for name in ("new_empty", "new_zeros", "new_ones")
     },
-    "aten.new_full.default": _of(2, lambda draw, shape: {"size": draw.shape(), "fill_value": draw.float()}),
-    "aten.to.device": _of(4, lambda draw, shape: {"device": torch.device("cpu"), "dtype": torch.float64}),
+    "aten.new_full.default": partial(
+        _of, 2, lambda draw, shape: {"size": draw.shape(), "fill_value": draw.float()}
+    ),
+    "aten.to.device": partial(
+        _of, 4, lambda draw, shape: {"device": torch.device("cpu"), "dtype": torch.float64}
+    ),
     "aten.cat.default": _cat,
     "aten.stack.default": _stack,
     "aten.constant_pad_nd.default": _pad,
     "aten.pad.default": _pad_mode,
-    "aten.roll.default": _of(3, _roll),
-    "aten.pixel_shuffle.default": partial(_pixels, up=True),
-    "aten.pixel_unshuffle.default": partial(_pixels, up=False),
-    "aten.channel_shuffle.default": _channel_shuffle,
+    "aten.roll.default": partial(_of, 3, _roll),
     "aten.scaled_dot_product_attention.default": _attention,
-    "aten.fake_quantize_per_tensor_affine.default": lambda draw: {
-        **{"input": draw.tensor(draw.shape(most=3)), "scale": draw.float()},
-        **{"zero_point": 0, "quant_min": -8, "quant_max": 7},
-    },
     "aten.grid_sampler.default": _grid,
     "aten._native_batch_norm_legit.no_stats": _batch_statistics,
     "aten._weight_norm_interface.default": _weight_norm,
     "aten.any.dim": _any,
     "aten.all.dim": _any,
-    "aten._grouped_mm.default": partial(_grouped, name="self", weight="mat2"),
-    "transformers.grouped_mm_fallback.default": partial(_grouped, name="input", weight="weight"),
+    "transformers.grouped_mm_fallback.default": _grouped,
     **{f"aten._fft_{kind}.default": partial(_fft, kind=kind) for kind in ("r2c", "c2r", "c2c")},
     **{
-        f"aten.{kind}{name}.vec": partial(_upsample, name="input", rank=rank, integers=False)
+        f"aten.upsample_{name}.vec": partial(_upsample, name="input", rank=rank, integers=False)
         for name, rank in _RESAMPLERS.items()
-        for kind in ("upsample_", "_upsample_")
     },
     **{
-        f"aten.{kind}{name}.default": partial(_upsample, name="self", rank=rank, integers=True)
+        f"aten.upsample_{name}.default": partial(_upsample, name="self", rank=rank, integers=True)
         for name, rank in _RESAMPLERS.items()
-        for kind in ("upsample_", "_upsample_")
     },
     **{
         f"aten._upsample_{name}.vec": partial(_upsample, name="input", rank=rank, integers=False)
-        for name, rank in _EXACT.items()
-    },
-    **{
-        f"aten._upsample_{name}.default": partial(_upsample, name="self", rank=rank, integers=True)
         for name, rank in _EXACT.items()
     },
 }
@@ -478,10 +440,5 @@ FIXED: dict[str, dict[str, Any]] = {
     },
     "aten.group_norm.default": {"cudnn_enabled": False},
     "aten.dropout.default": {"train": False},
-    "aten.native_dropout.default": {"train": False},
     "aten.rrelu.default": {"training": False},
-    "aten.rrelu_with_noise.default": {"training": False},
 }
-
-#: operators whose kernels take only sizes that are multiples of this
-STEPS: dict[str, int] = {"aten._grouped_mm.default": 4}
