@@ -15,12 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import fasp_fx
-from fasp_fx.capturing import capture
-from fasp_fx.capturing._program import Program
+from fasp_fx.capturing._captured import Captured, capture_whole
 from fasp_fx.errors import CaptureError, EagerError, NothingPrunableError, SparsityError
-from fasp_fx.pruning._deciding import decide
-from fasp_fx.pruning._rewriting import Timings, analyze_for
-from fasp_fx.pruning._subject import Whole
 from fasp_fx.testing.oracle import Masked, error, floats
 
 from . import Entry
@@ -61,17 +57,19 @@ def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
         record["parameters"] = record["parameters_before"] = _parameters(model)
     with _stage(record, "warm up"), centring(model):
         _call(model, entry, entry.batches[0])
-    program = _analyse(model, entry, record)
+    captured = _analyse(model, entry, record)
+    program = None if captured is None else captured.program
     if analyze_only:
         if not record["captured"]:
             raise CaptureError(record["not_captured"])
         return
     with _stage(record, "prune"):
-        result = (
-            _prune(program, DRAWN, record["requested"])
-            if program is not None
-            else _prune_in_parts(model, entry, record)
-        )
+        if captured is None:
+            result = _prune_in_parts(model, entry, record)
+        elif most := record["requested"]:
+            result = fasp_fx.prune(captured, config=replace(DRAWN, sparsity=most))
+        else:
+            result = None
     if result is None:
         record |= {"error": "nothing to prune", "stage": None}
         return
@@ -105,18 +103,19 @@ def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
     }
 
 
-def _analyse(model: nn.Module, entry: Entry, record: Record) -> Program | None:
+def _analyse(model: nn.Module, entry: Entry, record: Record) -> Captured | None:
     """Capture and analysis, timed; ``None`` if the model cannot be captured as a whole."""
     args, kwargs = entry.inputs(entry.batches[0])
     try:
         with _stage(record, "capture"):
-            program = capture(model, args, kwargs)
+            captured = capture_whole(model, args, kwargs)
     except CaptureError as refusal:
         record["not_captured"] = str(refusal)[:1000]
         return None
+    program = captured.program
     record["captured"], record["notes"] = True, list(program.notes)
     with _stage(record, "analysis"):
-        analysis = analyze_for(program, fasp_fx.PruningConfig())
+        analysis = fasp_fx.analyze(captured)
     record |= shares(program, analysis)
     record |= {
         "without_rule": analysis.without_rule,
@@ -125,20 +124,7 @@ def _analyse(model: nn.Module, entry: Entry, record: Record) -> Program | None:
         "parameters_before": _parameters(program.module),
         "stage": None,
     }
-    return program
-
-
-def _prune(program: Program, config: fasp_fx.PruningConfig, most: float) -> Any:
-    """What :func:`fasp_fx.prune` makes of the program, which is captured already, or of as much as it can
-    lose; ``None`` if nothing can be pruned.
-    """
-    if most == 0:
-        return None
-    config = replace(config, sparsity=min(config.sparsity, most))
-    subject, clock = Whole(program), Timings()
-    for path, decision in decide(subject, config, None):
-        subject.put(path, decision, config, clock)
-    return subject.result(config, clock)
+    return captured
 
 
 def _prune_in_parts(model: nn.Module, entry: Entry, record: Record) -> Any:

@@ -4,8 +4,10 @@ torch.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -238,10 +240,7 @@ def join(parts: Sequence[Tensor], how: str, dim: int) -> Tensor:
     """Put parts together along the channels."""
     if how == "cat":
         return torch.cat(list(parts), dim=dim)
-    joined = parts[0]
-    for part in parts[1:]:
-        joined = joined + part if how == "add" else joined * part
-    return joined
+    return reduce(operator.add if how == "add" else operator.mul, parts)
 
 
 def joined(parts: Sequence[Shape], how: str) -> Shape | str:

@@ -41,11 +41,11 @@ class Spec:
                 raise ArgumentError(f"{field.name}={value!r} must be at least 1")
 
     def __repr__(self) -> str:
-        shown = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.default is MISSING or value != field.default:
-                shown.append(f"{field.name}={value!r}")
+        shown = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if field.default is MISSING or getattr(self, field.name) != field.default
+        ]
         return f"{type(self).__name__}({', '.join(shown)})"
 
 

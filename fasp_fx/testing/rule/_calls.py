@@ -98,9 +98,8 @@ def tensors(found: Any) -> list[Tensor]:
 
 def same(first: Tensor, second: Tensor) -> bool:
     """Equal up to rounding, where both are numbers; shapes must agree."""
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    return bool(close(first, second).all())
+    alike = first.shape == second.shape and first.dtype == second.dtype
+    return alike and bool(close(first, second).all())
 
 
 def close(first: Tensor, second: Tensor) -> Tensor:
