@@ -62,7 +62,7 @@ def language(options: argparse.Namespace) -> Subject:
 
 
 def encoder(options: argparse.Namespace) -> Subject:
-    model, calibration, _, data, dense = sentences.subject(options)
+    model, calibration, data, dense = sentences.subject(options)
     measure: Measure = lambda module: {"cosine": sentences.cosine(module, dense, data)}  # noqa: E731
     return model, dict(data[0]), calibration, measure, {"padding_mask": "attention_mask"}
 

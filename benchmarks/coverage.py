@@ -12,6 +12,7 @@ crashes, hangs or runs out of memory is recorded as such, and the next model get
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib
 import json
@@ -23,6 +24,7 @@ import signal
 import sys
 import time
 import warnings
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from typing import Any
 
 ZOOS = ("transformers", "torchvision", "timm")
@@ -81,29 +83,44 @@ def _read(path: pathlib.Path) -> dict[str, Record]:
 
 def _run(options: argparse.Namespace, out: pathlib.Path) -> None:
     signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))  # so that the worker ends too
-    done = (
-        set() if options.redo else {name for name, record in _read(out).items() if _is_done(record, options)}
-    )
-    worker = Worker(options)
+    done = set() if options.redo else {n for n, record in _read(out).items() if _is_done(record, options)}
+    worker = _worker(options)
     try:
         wanted = [
             model
-            for model in worker.models
-            if (not options.only or model["name"] in options.only or model["kind"] in options.only)
-            and model["name"] not in done
+            for model in worker.submit(_models, options.zoo).result()
+            if (not options.only or {*model.values()} & {*options.only}) and model["name"] not in done
         ]
-        for index, model in enumerate(wanted):
-            if worker.measured >= MODELS_PER_WORKER:
-                worker.stop()
-                worker = Worker(options)
-            record = worker.measure(model)
+        for index, model in enumerate(wanted, 1):
+            start = time.monotonic()
+            try:
+                record = worker.submit(_record, options, model["name"]).result(options.timeout)
+            except (TimeoutError, BrokenExecutor) as problem:
+                spent = time.monotonic() - start
+                record = {**model, "captured": False, "ok": False, "stage": "worker"}
+                record["error"] = f"no answer in {spent:.0f} s: {type(problem).__name__}"
+                record["seconds"] = {"worker": round(spent, 1)}
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-            print(f"{index + 1}/{len(wanted)} {_line(record)}", flush=True)
-            if not worker.alive():
-                worker = Worker(options)
+            print(f"{index}/{len(wanted)} {_line(record)}", flush=True)
+            if record.get("stage") == "worker" or index % MODELS_PER_WORKER == 0:
+                _end(worker)
+                worker = _worker(options)
     finally:
-        worker.stop()
+        _end(worker)
+
+
+def _worker(options: argparse.Namespace) -> ProcessPoolExecutor:
+    """A process that measures models, started when it is first asked."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, context, initializer=_settle, initargs=(options.memory,))
+
+
+def _end(worker: ProcessPoolExecutor) -> None:
+    """End a process, whatever it is at."""
+    for process in list((worker._processes or {}).values()):
+        process.kill()
+    worker.shutdown()
 
 
 def _is_done(record: Record, options: argparse.Namespace) -> bool:
@@ -124,74 +141,40 @@ def _line(record: Record) -> str:
     return f"{record['name']}: ok={record['ok']} {reached} {mask} [{seconds}] {trouble}"
 
 
-class Worker:
-    """A process that measures models; started once, replaced when it dies."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self._pipe, other = multiprocessing.Pipe()
-        self._process = multiprocessing.get_context("spawn").Process(
-            target=_serve, args=(other, options), daemon=True
-        )
-        self._process.start()
-        other.close()
-        self._timeout, self.measured = options.timeout, 0
-        self.models: list[dict[str, str]] = self._receive(300) or []
-        if not self.models:
-            raise SystemExit("the worker does not start")
-
-    def measure(self, model: dict[str, str]) -> Record:
-        """The record of one model, or that there is none."""
-        self._pipe.send(model["name"])
-        self.measured += 1
-        start = time.monotonic()
-        answer = self._receive(self._timeout)
-        if answer is not None:
-            return answer
-        spent = time.monotonic() - start
-        self.stop()
-        error = f"no answer in {spent:.0f} s, exit status {self._process.exitcode}"
-        failed: Record = {"captured": False, "ok": False, "stage": "worker", "error": error}
-        return {**model, **failed, "seconds": {"worker": round(spent, 1)}}
-
-    def alive(self) -> bool:
-        """Whether it can measure another model."""
-        return self._process.is_alive()
-
-    def stop(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.join()
-
-    def _receive(self, seconds: float) -> Any:
-        try:
-            return self._pipe.recv() if self._pipe.poll(seconds) else None
-        except (EOFError, ConnectionError):
-            return None
-
-
 # --- the worker
 
 
-def _serve(pipe: Any, options: argparse.Namespace) -> None:
-    """Answer each name with one record; what models print goes nowhere."""
+def _settle(memory: float) -> None:
+    """What models print goes nowhere, and their memory has an end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    limit = int(options.memory * 2**30)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30),) * 2)
     warnings.simplefilter("ignore")
     import torch
     from transformers.utils import logging
-    from zoos._measure import measure
 
     logging.set_verbosity_error()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    entries = {entry.name: entry for entry in importlib.import_module(f"zoos._{options.zoo}").entries()}
-    pipe.send([{"name": entry.name, "kind": entry.kind} for entry in entries.values()])
-    while True:
-        pipe.send(measure(entries[pipe.recv()], options.analyze_only))
-        torch._dynamo.reset()
-        gc.collect()
+
+
+@functools.cache
+def _entries(zoo: str) -> dict[str, Any]:
+    return {entry.name: entry for entry in importlib.import_module(f"zoos._{zoo}").entries()}
+
+
+def _models(zoo: str) -> list[dict[str, str]]:
+    return [{"name": entry.name, "kind": entry.kind} for entry in _entries(zoo).values()]
+
+
+def _record(options: argparse.Namespace, name: str) -> Record:
+    import torch
+    from zoos._measure import measure
+
+    found = measure(_entries(options.zoo)[name], options.analyze_only)
+    torch._dynamo.reset()
+    gc.collect()
+    return found
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from fasp_fx.evaluation import perplexity
 
 from fasp_fx.hf._folder import save
 from fasp_fx.hf._plain import Plain, prune_plain
-from fasp_fx.testing._stranger import run_without_fasp_fx
+from fasp_fx.testing._alone import run_without_fasp_fx
 
 #: a program that knows nothing of this one
 STRANGER = """

@@ -43,7 +43,7 @@ def main() -> None:
     warnings.simplefilter("ignore", fasp_fx.CalibrationWarning)
     print("| | mean cosine | rank correlation | parameters | sparsity |\n|---|---|---|---|---|", flush=True)
     for count in options.calibration:
-        model, calibration, _, data, dense = subject(
+        model, calibration, data, dense = subject(
             options, count, options.sentences, options.batch, options.padded
         )
         masks = [batch["attention_mask"] for batch in calibration]
@@ -70,9 +70,9 @@ def main() -> None:
 
 def subject(
     options: Any, calibrating: int = 512, measured: int = 1000, size: int = 32, pads: bool = False
-) -> tuple[nn.Module, list[Batch], list[Batch], list[Batch], Tensor]:
-    """The encoder, batches that calibrate, others of the same half to train on, batches that are measured,
-    and the dense model's embeddings of these.
+) -> tuple[nn.Module, list[Batch], list[Batch], Tensor]:
+    """The encoder, batches that calibrate, batches that are measured, and the dense model's embeddings of
+    these.
     """
     model, tokenizer = minilm(options.device)
     text = sentences(options.text)
@@ -81,8 +81,7 @@ def subject(
     batches = (padded if pads else unpadded)(
         tokenizer, spread(text[:half], calibrating), size, options.device
     )
-    others = padded(tokenizer, spread(text[:half], min(3840, half)), size, options.device)
-    return model, batches, others, data, embed(model, data)
+    return model, batches, data, embed(model, data)
 
 
 def minilm(device: str) -> tuple[nn.Module, Any]:

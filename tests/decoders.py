@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import randomise
 
-from fasp_fx.testing._large import AttentionModule
-from fasp_fx.testing.specs import Attention
+from fasp_fx.testing.specs import Attention, Shape
 
 VOCABULARY = 11
 
@@ -57,7 +56,7 @@ class Block(nn.Module):
         self.norm_attention, self.norm_ffn = nn.LayerNorm(spec.hidden), nn.LayerNorm(spec.hidden)
         heads = (spec.kv_heads, spec.repeat, spec.head_dim)
         attention = Attention(*heads, spec.bias, spec.projection, spec.positions, spec.attention)
-        self.attention, self.ffn = AttentionModule(attention, spec.hidden), FeedForward(spec)
+        self.attention, self.ffn = attention.module(Shape("sequence", spec.hidden)), FeedForward(spec)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm_attention(x))

@@ -31,9 +31,8 @@ from fasp_fx.passes import Prune
 from fasp_fx.passes._pruned_module import finish
 from fasp_fx.pruning._rewriting import make_plan
 from fasp_fx.testing import build, example, programs
-from fasp_fx.testing._case import Case
+from fasp_fx.testing._case import Case, draw_sets
 from fasp_fx.testing._odd import Odd
-from fasp_fx.testing._sets import draw_sets
 from fasp_fx.testing.oracle import Masked, error, floats
 from fasp_fx.testing.specs import Net
 

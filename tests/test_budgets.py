@@ -37,7 +37,7 @@ from fasp_fx.hf._stages import stages_of
 from fasp_fx.passes import Prune
 from fasp_fx.pruning._rewriting import make_plan
 from fasp_fx.testing import build, example, programs
-from fasp_fx.testing._sets import draw_sets
+from fasp_fx.testing._case import draw_sets
 from fasp_fx.testing.specs import Net
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

@@ -23,7 +23,7 @@ import fasp_fx
 from fasp_fx import Result
 from fasp_fx.errors import EagerError, PlanError
 from fasp_fx.testing import check_program
-from fasp_fx.testing._sets import draw_part
+from fasp_fx.testing._case import draw_part
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -29,7 +29,7 @@ from fasp_fx.errors import VerificationError
 from fasp_fx.passes import Prune, split_fused
 from fasp_fx.passes.remove_channels import recipes_of
 from fasp_fx.testing import build, example, programs
-from fasp_fx.testing._sets import draw_sets
+from fasp_fx.testing._case import draw_sets
 from fasp_fx.testing.specs import Net
 
 WIDTH = 8

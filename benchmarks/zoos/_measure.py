@@ -5,25 +5,22 @@ from __future__ import annotations
 import math
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fasp_fx
-from fasp_fx.capturing import capture
-from fasp_fx.capturing._program import Program
+from fasp_fx.capturing._captured import Captured, capture_whole
 from fasp_fx.errors import CaptureError, EagerError, NothingPrunableError, SparsityError
-from fasp_fx.pruning._deciding import decide
-from fasp_fx.pruning._rewriting import Timings, analyze_for
-from fasp_fx.pruning._subject import Whole
 from fasp_fx.testing.oracle import Masked, error, floats
 
-from ._entry import Entry
-from ._shares import shares
+from . import Entry
+from ._table import STATUSES
 from ._weights import centring, randomise
 
 SPARSITY = 0.30
@@ -60,17 +57,19 @@ def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
         record["parameters"] = record["parameters_before"] = _parameters(model)
     with _stage(record, "warm up"), centring(model):
         _call(model, entry, entry.batches[0])
-    program = _analyse(model, entry, record)
+    captured = _analyse(model, entry, record)
+    program = None if captured is None else captured.program
     if analyze_only:
         if not record["captured"]:
             raise CaptureError(record["not_captured"])
         return
     with _stage(record, "prune"):
-        result = (
-            _prune(program, DRAWN, record["requested"])
-            if program is not None
-            else _prune_in_parts(model, entry, record)
-        )
+        if captured is None:
+            result = _prune_in_parts(model, entry, record)
+        elif most := record["requested"]:
+            result = fasp_fx.prune(captured, config=replace(DRAWN, sparsity=most))
+        else:
+            result = None
     if result is None:
         record |= {"error": "nothing to prune", "stage": None}
         return
@@ -104,18 +103,19 @@ def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
     }
 
 
-def _analyse(model: nn.Module, entry: Entry, record: Record) -> Program | None:
+def _analyse(model: nn.Module, entry: Entry, record: Record) -> Captured | None:
     """Capture and analysis, timed; ``None`` if the model cannot be captured as a whole."""
     args, kwargs = entry.inputs(entry.batches[0])
     try:
         with _stage(record, "capture"):
-            program = capture(model, args, kwargs)
+            captured = capture_whole(model, args, kwargs)
     except CaptureError as refusal:
         record["not_captured"] = str(refusal)[:1000]
         return None
+    program = captured.program
     record["captured"], record["notes"] = True, list(program.notes)
     with _stage(record, "analysis"):
-        analysis = analyze_for(program, fasp_fx.PruningConfig())
+        analysis = fasp_fx.analyze(captured)
     record |= shares(program, analysis)
     record |= {
         "without_rule": analysis.without_rule,
@@ -124,20 +124,7 @@ def _analyse(model: nn.Module, entry: Entry, record: Record) -> Program | None:
         "parameters_before": _parameters(program.module),
         "stage": None,
     }
-    return program
-
-
-def _prune(program: Program, config: fasp_fx.PruningConfig, most: float) -> Any:
-    """What :func:`fasp_fx.prune` makes of the program, which is captured already, or of as much as it can
-    lose; ``None`` if nothing can be pruned.
-    """
-    if most == 0:
-        return None
-    config = replace(config, sparsity=min(config.sparsity, most))
-    subject, clock = Whole(program), Timings()
-    for path, decision in decide(subject, config, None):
-        subject.put(path, decision, config, clock)
-    return subject.result(config, clock)
+    return captured
 
 
 def _prune_in_parts(model: nn.Module, entry: Entry, record: Record) -> Any:
@@ -190,3 +177,78 @@ def _batch_is_dynamic(program: Any) -> bool:
     first = [value.shape[0] for value in tensors if isinstance(value, Tensor) and value.dim()]
     # A symbol that the capture settled is one still.
     return all(isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None for size in first)
+
+
+# --- what the analysis says of the weights of linear and convolution operators, as shares of their elements.
+# Which weights those are is found in the captured graph by the operators' names, whether the library has a
+# rule for them or not
+
+#: linear and convolution operators, whose weight is their second argument, and others, where it may be any
+_SECOND = {
+    *("linear", "conv1d", "conv2d", "conv3d", "convolution", "_convolution"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+}
+_ANY = {
+    *("matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "einsum", "bilinear", "_trilinear"),
+    *("_grouped_mm", "grouped_mm", "grouped_mm_fallback", "lstm", "gru", "rnn_tanh", "rnn_relu"),
+    "deform_conv2d",
+}
+#: operators that pick from a stacked weight with an index that is computed
+_PICKS = ("index", "index_select", "gather")
+
+
+def operator_weights(program: Any) -> dict[str, int]:
+    """Elements of each weight that a linear or convolution operator takes, by canonical name."""
+    names, tensors = program.canonical(), program.weights()
+    held: dict[fx.Node, frozenset[str]] = {}
+    found: dict[str, int] = {}
+    for node in program.module.graph.nodes:
+        if node.op == "get_attr":
+            name = str(node.target)
+            weight = isinstance(tensors.get(name), nn.Parameter) and tensors[name].dim() >= 2
+            held[node] = frozenset([names[name]]) if weight else frozenset()
+        elif node.op == "call_function":
+            inputs = node.all_input_nodes
+            schema = getattr(node.target, "_schema", None)
+            operator = getattr(node.target, "__name__", str(node.target)) if schema is None else schema.name
+            operator = operator.split("::")[-1]
+            if operator in _SECOND | _ANY:
+                for argument in inputs if operator in _ANY else node.args[1:2]:
+                    found |= {name: tensors[name].numel() for name in held.get(argument, ())}
+            elif inputs and all(source in held for source in inputs):
+                held[node] = frozenset().union(*(held[source] for source in inputs))
+            elif operator in _PICKS and inputs and held.get(inputs[0]):
+                held[node] = frozenset(name for name in held[inputs[0]] if tensors[name].dim() >= 3)
+    return found
+
+
+def shares(program: Any, analysis: Any) -> dict[str, Any]:
+    """The number of elements of operator weights, their shares by status, and the reasons that freeze the
+    most.
+    """
+    weights, names = operator_weights(program), program.canonical()
+    best: dict[str, int] = dict.fromkeys(weights, len(STATUSES) - 1)
+    frozen: Counter[str] = Counter()
+    for group in analysis.groups:
+        status = STATUSES.index(_status(group.status, group.reason))
+        for member in (*group.producers, *group.consumers):
+            name = names.get(member.name, member.name)
+            if name in best:
+                best[name] = min(best[name], status)
+                if group.status == "frozen":
+                    frozen[group.reason] += round(weights[name] * len(member.indices) / member.size)
+    total = sum(weights.values())
+    counted: Counter[str] = Counter()
+    for name, status in best.items():
+        counted[STATUSES[status]] += weights[name]
+    return {
+        "weights": total,
+        "shares": {status: counted[status] / total if total else 0.0 for status in STATUSES},
+        "reasons": [[reason, count] for reason, count in frozen.most_common(3)],
+    }
+
+
+def _status(status: str, reason: str) -> str:
+    if status != "frozen":
+        return status
+    return "no rule" if "no rule" in reason else "layout" if reason.startswith("layout") else "other"

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ._shares import STATUSES
-
 Record = dict[str, Any]
+
+#: in the order of precedence: a weight counts for the first status of the groups that touch it
+STATUSES = ("prunable", "exempt", "approximate", "no rule", "layout", "other")
 
 Cell = Callable[[Record], Any]
 #: the columns, by what they show of a record; a float is a percentage
@@ -76,31 +77,28 @@ def summary(records: dict[str, Record]) -> list[str]:
     parts = [record for record in everything if record.get("parts")]
     analysed = [record for record in captured if "shares" in record]
     weights = sum(record["weights"] for record in analysed)
+    none = [record for record in everything if record.get("copy")]
+    tried = sum("copy" in record for record in everything)
+    enough = [record for record in captured if record.get("sparsity", 0.0) >= 0.2]
     lines = [
         f"* {len(captured)} of {len(everything)} captured",
         f"* {len(pruned)} pruned, {sum(record['ok'] is True for record in pruned)} of them exact",
-    ]
-    lines.append(
         f"* {len(parts)} of the other {len(everything) - len(captured)} pruned in parts,"
-        f" {sum(record['ok'] is True for record in parts)} of them exact"
-    )
-    none = [record for record in everything if record.get("copy")]
-    tried = sum("copy" in record for record in everything)
-    lines.append(f"* copies of their own class: of {tried - len(none)} of {tried} pruned models")
-    if captured:
-        enough = [record for record in captured if record.get("sparsity", 0.0) >= 0.2]
-        lines.append(f"* {len(enough)} of {len(captured)} lose 20 % or more of the counted weights")
-    if weights:
-        for title, count in (
-            ("weights of linear and convolution operators", False),
-            ("each model once", True),
-        ):
-            parts = dict.fromkeys(STATUSES, 0.0)
-            for record in analysed:
-                part = 1 / len(analysed) if count else record["weights"] / weights
-                parts = {status: share + part * record["shares"][status] for status, share in parts.items()}
-            shown = ", ".join(f"{_shown(share)} % {status}" for status, share in parts.items())
-            lines.append(f"* {title}: {shown}")
+        f" {sum(record['ok'] is True for record in parts)} of them exact",
+        f"* copies of their own class: of {tried - len(none)} of {tried} pruned models",
+        f"* {len(enough)} of {len(captured)} lose 20 % or more of the counted weights",
+    ]
+    for title, by_model in (
+        ("weights of linear and convolution operators", False),
+        ("each model once", True),
+    ):
+        counted = {
+            status: sum(r["shares"][status] * (1 if by_model else r["weights"]) for r in analysed)
+            / ((len(analysed) if by_model else weights) or 1)
+            for status in STATUSES
+        }
+        shown = ", ".join(f"{_shown(share)} % {status}" for status, share in counted.items())
+        lines.append(f"* {title}: {shown}")
     deep = [record for record in analysed if record["layers"] >= 100]
     slow = [record["name"] for record in deep if record["seconds"]["analysis"] > record["seconds"]["capture"]]
     lines.append(

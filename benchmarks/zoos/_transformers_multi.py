@@ -1,12 +1,12 @@
-"""Multimodal models and time series: model class → what differs from the small defaults of ``_shrink``, and
-the inputs.
+"""Multimodal models and time series: model class → what differs from the small defaults of
+``_transformers``, and the inputs.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ._entry import Draw, ids, image, noise, ones, rows
+from . import Draw, ids, image, noise, ones, rows
 from ._transformers_text import BOXES, TEXT, sharing
 
 TEXT_IMAGE: dict[str, Draw] = {"input_ids": ids(), "pixel_values": image(32)}

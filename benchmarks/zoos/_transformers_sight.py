@@ -1,4 +1,4 @@
-"""Vision and audio models: model class → what differs from the small defaults of ``_shrink``, and
+"""Vision and audio models: model class → what differs from the small defaults of ``_transformers``, and
 the inputs.
 """
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._entry import Draw, ids, image, noise
+from . import Draw, ids, image, noise
 from ._transformers_text import sharing
 
 IMAGE: dict[str, Draw] = {"pixel_values": image(32)}

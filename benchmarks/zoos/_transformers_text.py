@@ -1,10 +1,12 @@
-"""Language models: model class → what differs from the small defaults of ``_shrink``, and the inputs."""
+"""Language models: model class → what differs from the small defaults of ``_transformers``, and
+the inputs.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ._entry import Draw, ids, ones, rows
+from . import Draw, ids, ones, rows
 
 TEXT: dict[str, Draw] = {"input_ids": ids()}
 #: one box of a page per token

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fasp_fx.errors import FaspError
 
-from ._build import build, example
+from ._net import build, example
 from ._verdict import Broken, CheckFailed, ProgramVerdict
 from .oracle import Masked
 from .program import INVARIANTS, check_program, program_test
@@ -38,24 +38,6 @@ if TYPE_CHECKING:
         splitting,
         tied,
     )
-
-_STRATEGIES = (
-    "attention_nets",
-    "chains",
-    "concatenating",
-    "convolutional",
-    "decoders",
-    "experts",
-    "gated",
-    "mixing",
-    "multi_input",
-    "multi_output",
-    "odd_nets",
-    "programs",
-    "residual",
-    "splitting",
-    "tied",
-)
 
 __all__ = [
     "INVARIANTS",
@@ -96,7 +78,7 @@ class MissingExtraError(FaspError, ImportError):
 
 def __getattr__(name: str) -> Any:
     """Strategies are imported when they are asked for: only they need hypothesis."""
-    if name not in _STRATEGIES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         from . import strategies

@@ -1,19 +1,132 @@
-"""Invariants 9 and 10: ties stay, and the result is a model of its own."""
+"""Invariants 3, 6, 9 and 10: the caller's signature, recorded shapes, ties that stay, and a result that is a
+model of its own.
+"""
 
 from __future__ import annotations
 
 import copy
+import inspect
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 
 from ..base._tolerable import tolerable
 from ..base.compat import pytree
-from ._case import Case
-from ._in_a_row import rewinding, with_own
+from ._case import Case, alike, rewinding, with_own
+from ._exact import call_result, refused, shapes
 from ._verdict import Skipped, Violation, hold
 from .oracle import error, floats, tensors_of
+
+
+def signature(case: Case) -> None:
+    """Names, kinds and defaults of the arguments, the structure of the output, and dynamic dimensions are
+    those of the caller's model.
+    """
+    dense = case.run(case.dense, (case.args, case.kwargs))
+    found = case.run(case.result.module, (case.args, case.kwargs))
+    hold(
+        pytree.tree_structure(found) == pytree.tree_structure(dense),
+        f"the output is {pytree.tree_structure(found)} instead of {pytree.tree_structure(dense)}",
+    )
+    if isinstance(case.model, nn.Module):
+        before, after = inspect.signature(case.model.forward), inspect.signature(case.result.module.forward)
+        hold(_outline(before) == _outline(after), f"forward{after} instead of forward{before}")
+        _by_keyword(case, before, found)
+        _constants_are_refused(case, before)
+    for call in case.calls:
+        given, expected = call_result(case, case.result, call), case.run(case.dense, call)
+        if given is not None:
+            for a, b in zip(pytree.tree_leaves(given), pytree.tree_leaves(expected), strict=True):
+                hold(
+                    not isinstance(a, Tensor) or a.dtype == b.dtype,
+                    f"on inputs {shapes(call)} an output has type {getattr(a, 'dtype', type(a))}",
+                )
+
+
+def _outline(found: inspect.Signature) -> list[tuple[str, Any, bool]]:
+    return [(p.name, p.kind, p.default is not inspect.Parameter.empty) for p in found.parameters.values()]
+
+
+def _by_keyword(case: Case, given: inspect.Signature, expected: Any) -> None:
+    kinds = {name: parameter.kind for name, parameter in given.parameters.items()}
+    unnamed = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL}
+    if unnamed & set(kinds.values()):
+        return
+    keywords: dict[str, Any] = {}
+    for name, value in given.bind(*case.args, **case.kwargs).arguments.items():
+        keywords |= value if kinds[name] is inspect.Parameter.VAR_KEYWORD else {name: value}
+    found = case.run(case.result.module, ((), keywords))
+    hold(
+        error(found, expected) == 0.0, f"called by keyword ({', '.join(keywords)}) it computes something else"
+    )
+
+
+def _constants_are_refused(case: Case, given: inspect.Signature) -> None:
+    """An argument without tensors is part of the program: another value has to be refused, never ignored."""
+    for name, value in case.kwargs.items():
+        default = given.parameters[name].default if name in given.parameters else None
+        if not isinstance(value, bool) or default is not inspect.Parameter.empty:
+            continue
+        refused(
+            partial(case.run, case.result.module, (case.args, {**case.kwargs, name: not value})),
+            TypeError,
+            f"'{name}={not value}' is accepted, though the program was captured with {value}",
+        )
+
+
+def recorded_shapes(case: Case) -> None:
+    """The shape recorded at every node is the one that is executed."""
+    program: ExportedProgram = case.result.program
+    own = iter(pytree.tree_leaves(case.captured.flat_inputs(case.args, case.kwargs)))
+    held = {**program.constants, **program.state_dict}
+    inputs = [
+        next(own) if spec.kind == InputKind.USER_INPUT else held[str(spec.target)]
+        for spec in program.graph_signature.input_specs
+    ]
+    runner = _Runner(program)
+    with torch.no_grad():
+        runner.run(*inputs)
+    hold(runner.checked > 0, "no node of the program records a shape")
+
+
+class _Runner(fx.Interpreter):
+    """Runs an exported program and holds every result against the recorded one."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__(program.graph_module)
+        self.sizes: dict[Any, int] = {}
+        self.checked = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        found = super().run_node(n)
+        recorded = n.meta.get("val") if n.op != "output" else None
+        leaves = () if recorded is None else zip(*map(pytree.tree_leaves, (recorded, found)), strict=True)
+        for expected, actual in leaves:
+            if isinstance(expected, Tensor):
+                self._compare(n, expected, actual)
+        return found
+
+    def _compare(self, node: fx.Node, recorded: Tensor, found: Tensor) -> None:
+        sizes = zip(recorded.shape, found.shape, strict=True)
+        expected = [self._size(node, size, actual) for size, actual in sizes], recorded.dtype
+        actual = list(found.shape), found.dtype
+        hold(expected == actual, f"node '{node.name}' ({node.target}) records {expected} and has {actual}")
+        self.checked += 1
+
+    def _size(self, node: fx.Node, recorded: int | torch.SymInt, actual: int) -> int:
+        if not isinstance(recorded, torch.SymInt):
+            return recorded
+        if node.op == "placeholder" and recorded.node.expr.is_Symbol:
+            self.sizes.setdefault(recorded.node.expr, actual)
+        value = recorded.node.expr.xreplace(self.sizes)
+        return int(value) if isinstance(value, int) or value.is_number else actual
 
 
 def ties_stay(case: Case) -> None:
@@ -67,7 +180,7 @@ def alone(case: Case) -> None:
         hold(wrong <= case.tolerance, f"{how} it computes something else")
     for name, tensor in tensors_of(case.dense).items():
         hold(
-            torch.equal(tensor.detach().nan_to_num(), case.before[name].nan_to_num()),
+            alike(tensor, case.before[name]),
             f"'{name}' of the caller's model changed",
         )
 
@@ -129,3 +242,18 @@ def _copies(case: Case, module: nn.Module, expected: Any) -> None:
         raise Violation(f"in {other} it does not run: {problem}") from problem
     as_before = [leaf.to(own) for leaf in floats(found)]
     hold(error(as_before, floats(expected)) <= 1e-3, f"in {other} it computes something else")
+
+
+def run_without_fasp_fx(script: str, *arguments: str, folder: Path) -> str:
+    """What a script prints in a new process that cannot import fasp_fx.
+
+    Args:
+        script: Python code; finds ``arguments`` in ``sys.argv[1:]``.
+        folder: where it works.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; its error stream is that of this process.
+    """
+    without = "import sys\nsys.modules['fasp_fx'] = None\n"  # what Python refuses to import
+    command = [sys.executable, "-I", "-c", without + script, *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=folder).stdout

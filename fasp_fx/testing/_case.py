@@ -1,10 +1,11 @@
 """One model under check: its analysis, a plan drawn for it, the pruned result and the calls they are compared
-on, each made once.
+on, each made once. How what may remember its calls is called, and which channel sets go, drawn at random.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,8 +24,6 @@ from fasp_fx.errors import NothingPrunableError
 from fasp_fx.pruning._rewriting import make_plan
 
 from ..base.compat import pytree
-from ._in_a_row import in_a_row, remembers
-from ._sets import draw_sets
 from ._verdict import Skipped
 from .oracle import Masked, callable_of, tensors_of
 
@@ -107,14 +106,9 @@ class Case:
         return self.once.program
 
     @cached_property
-    def empty(self) -> PruningPlan:
-        """The plan that removes nothing."""
-        return PruningPlan(program_fingerprint(self.captured), (), 0.0, **self.choice)
-
-    @cached_property
     def untouched(self) -> fasp_fx.Result:
         """The result of removing nothing."""
-        return self.apply(self.empty)
+        return self.apply(PruningPlan(program_fingerprint(self.captured), (), 0.0, **self.choice))
 
     @cached_property
     def plan(self) -> PruningPlan:
@@ -124,24 +118,26 @@ class Case:
             Skipped: nothing of the model can be pruned.
         """
         if self.sparsity is not None:
-            return self._pruned.plan
+            return self.result.plan
         chosen = draw_sets(self.analysis, self.random)
         if not chosen.any():
             raise Skipped("nothing of this model can be pruned")
         return self.plan_of(chosen)
 
     @cached_property
-    def _pruned(self) -> fasp_fx.Result:
+    def result(self) -> fasp_fx.Result:
+        """The pruned model.
+
+        Raises:
+            Skipped: nothing of the model can be pruned.
+        """
+        if self.sparsity is None:
+            return self.apply(self.plan)
         options = {"score": "random", "restore": None, **self.prune_options}
         try:
             return fasp_fx.prune(self.once, sparsity=self.sparsity, **options)
         except NothingPrunableError as error:
             raise Skipped(str(error)) from error
-
-    @cached_property
-    def result(self) -> fasp_fx.Result:
-        """The pruned model."""
-        return self._pruned if self.sparsity is not None else self.apply(self.plan)
 
     @cached_property
     def masked(self) -> Masked:
@@ -222,3 +218,97 @@ def _resize(call: Call, changes: dict[int, tuple[int, int]]) -> Call:
         return leaf
 
     return pytree.tree_map(change, call)
+
+
+# --- calls of what may remember them: several in a row, and without a trace of them afterwards
+
+
+@contextmanager
+def rewinding(module: nn.Module) -> Iterator[None]:
+    """Afterwards the buffers of a module hold what they held before."""
+    held = [(buffer, copied(buffer.detach())) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in held:
+                if not alike(buffer, before):
+                    # A write of the same is a write to those who count them.
+                    buffer.copy_(before)
+
+
+def in_a_row(called: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], times: int) -> Any:
+    """The outputs of one call, or a list of those of several calls in a row.
+
+    Args:
+        called: a module, or what holds one as its ``module``.
+        times: how often; with 1 the module is taken to remember nothing.
+    """
+    if times == 1:
+        return with_own(called, args, kwargs)
+    module = called if isinstance(called, nn.Module) else getattr(called, "module", None)
+    assert isinstance(module, nn.Module), f"{called!r} has no buffers to rewind"
+    with rewinding(module):
+        return [copied(with_own(called, args, kwargs)) for _ in range(times)]
+
+
+def remembers(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call leaves anything in the buffers of a module; it is rewound."""
+    before = copied(list(module.buffers()))
+    with rewinding(module):
+        with_own(module, args, kwargs)
+        return not all(map(alike, before, module.buffers()))
+
+
+def alike(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors hold the same, NaN included."""
+    return torch.equal(first.detach().nan_to_num(), second.detach().nan_to_num())
+
+
+def with_own(called: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call with copies of the inputs returns: a model may write into them."""
+    own_args, own_kwargs = copied((args, kwargs))
+    return called(*own_args, **own_kwargs)
+
+
+def copied(value: Any) -> Any:
+    """Inputs, or outputs, that the next call cannot write into."""
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
+
+
+# --- which channel sets go
+
+
+def draw_sets(analysis: Analysis, random: np.random.Generator) -> np.ndarray:
+    """Of every block of each group that is pruned a random number of channel sets, the same in all its
+    blocks, and at least one in all.
+
+    Every other block that may go as a whole does. Shape ``[sets]``, boolean.
+    """
+    chosen = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
+    groups = [group for group in analysis.chosen if group.width > max(group.needed, 1)]
+    sure = int(random.integers(len(groups))) if groups else -1
+    for index, group in enumerate(groups):
+        count = int(random.integers(1 if index == sure else 0, group.width - group.needed + 1))
+        if not group.needed and random.integers(2):
+            count = group.width
+        for block in np.unique(group.block_of):
+            chosen[random.choice(group.sets[group.block_of == block], count, replace=False)] = True
+    return chosen
+
+
+def draw_part(analysis: Analysis, chosen: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Some of the chosen channel sets, at least one, and the same number from every block of a group."""
+    part = np.zeros_like(chosen)
+    losing = [group for group in analysis.groups if chosen[group.sets].any()]
+    sure = int(random.integers(len(losing))) if losing else -1
+    for index, group in enumerate(losing):
+        blocks = [
+            group.sets[(group.block_of == block) & chosen[group.sets]] for block in np.unique(group.block_of)
+        ]
+        count = int(random.integers(1 if index == sure else 0, len(blocks[0]) + 1))
+        if count == group.width - 1 and len(blocks[0]) == group.width:
+            count = group.width  # a dimension of one channel is none that a second step could take it from
+        for own in blocks:
+            part[random.choice(own, count, replace=False)] = True
+    return part

@@ -4,8 +4,10 @@ torch.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -62,26 +64,17 @@ class Activation(Block):
         return _ACTIVATIONS[self.kind](shape.channels)
 
 
-class PlainRMSNorm(nn.Module):
-    """RMS norm as most model code writes it: pow, mean, rsqrt, mul."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
-
-
 _NORMS: dict[str, Any] = {
-    "layer": lambda block, channels, spatial: nn.LayerNorm(channels),
-    "rms": lambda block, channels, spatial: nn.RMSNorm(channels),
-    "plain_rms": lambda block, channels, spatial: PlainRMSNorm(channels),
-    "batch": lambda block, channels, spatial: (nn.BatchNorm2d if spatial == 2 else nn.BatchNorm1d)(channels),
-    "group": lambda block, channels, spatial: nn.GroupNorm(block.groups, channels),
-    "instance": lambda block, channels, spatial: (nn.InstanceNorm2d if spatial == 2 else nn.InstanceNorm1d)(
-        channels, affine=True
+    "layer": lambda block, shape: nn.LayerNorm(shape.channels),
+    "rms": lambda block, shape: nn.RMSNorm(shape.channels),
+    # as most model code writes it: pow, mean, rsqrt, mul
+    "plain_rms": lambda block, shape: Assembled(
+        lambda m, x: m.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
+        weight=nn.Parameter(torch.ones(shape.channels)),
     ),
+    "batch": lambda block, shape: shape.kind_of("BatchNorm")(shape.channels),
+    "group": lambda block, shape: nn.GroupNorm(block.groups, shape.channels),
+    "instance": lambda block, shape: shape.kind_of("InstanceNorm")(shape.channels, affine=True),
 }
 
 
@@ -107,7 +100,7 @@ class Norm(Block):
         return self.divided(shape, self.groups, "groups") if self.kind == "group" else shape
 
     def module(self, shape: Shape) -> nn.Module:
-        return _NORMS[self.kind](self, shape.channels, len(shape.sizes))
+        return _NORMS[self.kind](self, shape)
 
 
 @dataclass(frozen=True, repr=False)
@@ -187,27 +180,11 @@ class Gated(Block):
         return Assembled(_GATES[self.form], **parts)
 
 
-class TiedLayers(nn.Module):
-    """One weight used twice."""
-
-    def __init__(self, form: str, channels: int, width: int) -> None:
-        super().__init__()
-        self.form = form
-        if form == "repeat":
-            self.again, self.out = nn.Linear(channels, channels), nn.Linear(channels, width)
-        else:
-            self.up = nn.Linear(channels, width)
-        if form == "pair":
-            self.down, self.up_again = nn.Linear(width, width), nn.Linear(channels, width)
-            self.down_again = nn.Linear(width, width)
-            self.up_again.weight, self.down_again.weight = self.up.weight, self.down.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.form == "repeat":
-            return self.out(torch.relu(self.again(torch.tanh(self.again(x)))))
-        if self.form == "transpose":
-            return F.linear(torch.tanh(self.up(x)), self.up.weight.t())
-        return self.down(torch.relu(self.up(x))) + self.down_again(torch.tanh(self.up_again(x)))
+_TIED: dict[str, Any] = {
+    "repeat": lambda m, x: m.out(torch.relu(m.again(torch.tanh(m.again(x))))),
+    "pair": lambda m, x: m.down(torch.relu(m.up(x))) + m.down_again(torch.tanh(m.up_again(x))),
+    "transpose": lambda m, x: F.linear(torch.tanh(m.up(x)), m.up.weight.t()),
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -222,13 +199,23 @@ class Tied(Block):
     width: int
     form: str = "repeat"
     layouts = ROWS
-    choices: ClassVar = {"form": ("repeat", "pair", "transpose")}
+    choices: ClassVar = {"form": tuple(_TIED)}
 
     def behind(self, shape: Shape) -> Shape:
         return shape if self.form == "transpose" else shape.wide(self.width)
 
     def module(self, shape: Shape) -> nn.Module:
-        return TiedLayers(self.form, shape.channels, self.width)
+        channels, width = shape.channels, self.width
+        if self.form == "repeat":
+            parts = {"again": nn.Linear(channels, channels), "out": nn.Linear(channels, width)}
+        else:
+            parts = {"up": nn.Linear(channels, width)}
+        if self.form == "pair":
+            parts |= {"down": nn.Linear(width, width), "up_again": nn.Linear(channels, width)}
+            parts["down_again"] = nn.Linear(width, width)
+            for name in ("up", "down"):
+                parts[f"{name}_again"].weight = parts[name].weight
+        return Assembled(_TIED[self.form], **parts)
 
 
 @dataclass(frozen=True, repr=False)
@@ -253,10 +240,7 @@ def join(parts: Sequence[Tensor], how: str, dim: int) -> Tensor:
     """Put parts together along the channels."""
     if how == "cat":
         return torch.cat(list(parts), dim=dim)
-    joined = parts[0]
-    for part in parts[1:]:
-        joined = joined + part if how == "add" else joined * part
-    return joined
+    return reduce(operator.add if how == "add" else operator.mul, parts)
 
 
 def joined(parts: Sequence[Shape], how: str) -> Shape | str:
@@ -297,7 +281,7 @@ def _projection(shape: Shape, channels: int) -> nn.Module | None:
     if channels == shape.channels:
         return None
     if shape.layout == "image":
-        return (nn.Conv2d if len(shape.sizes) == 2 else nn.Conv1d)(shape.channels, channels, 1, bias=False)
+        return shape.kind_of("Conv")(shape.channels, channels, 1, bias=False)
     return nn.Linear(shape.channels, channels, bias=False)
 
 

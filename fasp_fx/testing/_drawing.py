@@ -13,23 +13,38 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from ._channels import (
+from ._spec import after
+from .specs import (
+    Across,
     Activation,
+    Attention,
+    Block,
     Branches,
+    Collapse,
+    Conv,
+    Experts,
+    Foreign,
+    Fused,
     Gated,
     Linear,
     MixTokens,
     Move,
     Norm,
+    Odd,
+    Pick,
+    Pool,
+    Regroup,
+    Remember,
     Residual,
+    Resize,
+    Reuse,
     Scale,
+    Shape,
+    Sized,
     Split,
+    SqueezeExcite,
     Tied,
 )
-from ._images import Collapse, Conv, Pool, Resize, SqueezeExcite
-from ._large import Attention, Experts
-from ._odd import Across, Foreign, Fused, Odd, Pick, Regroup, Remember, Reuse, Sized
-from ._spec import Block, Shape, after
 
 #: widths, in the order in which they shrink; with one channel nothing can be removed
 WIDTHS = (2, 3, 4, 6, 8, 1)

@@ -1,25 +1,26 @@
-"""Invariants 1, 2 and 4: what is computed, that nothing happens where nothing is removed, and that the plan
-tells the truth.
+"""Invariants 1, 2, 4, 5 and 7: what is computed, that nothing happens where nothing is removed, that the plan
+tells the truth, and that an operator nobody has seen freezes what it touches.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fasp_fx
 from fasp_fx.analysis.plan import PruningPlan
+from fasp_fx.errors import NothingPrunableError
 
 from ..base._tolerable import tolerable
 from ..base.compat import pytree
-from ._case import Call, Case
-from ._sets import draw_part
-from ._verdict import Violation, hold
-from .oracle import callable_of, error, kept, tensors_of
+from ._case import Call, Case, draw_part
+from ._verdict import Skipped, Violation, hold
+from .oracle import Masked, callable_of, error, kept, tensors_of
 
 
 def mask_exact(case: Case) -> None:
@@ -100,9 +101,9 @@ def plan_is_true(case: Case) -> None:
     hold(read == case.plan, "the plan does not survive JSON")
     again = case.apply(read)
     hold(same_weights(again, case.result), "replaying the plan gives other weights")
-    _refused(lambda: case.apply(case.plan, case.result.module), "the plan was applied to its own result")
-    other = _nudged(case.dense)
-    _refused(lambda: case.apply(case.plan, other), "the plan was applied to another model")
+    for other, what in ((case.result.module, "its own result"), (_nudged(case.dense), "another model")):
+        applied = partial(case.apply, case.plan, other)
+        refused(applied, fasp_fx.PlanError, f"the plan was applied to {what}")
 
 
 def _partition(case: Case) -> None:
@@ -171,10 +172,11 @@ def same_weights(first: fasp_fx.Result, second: fasp_fx.Result) -> bool:
     )
 
 
-def _refused(call: Callable[[], object], message: str) -> None:
+def refused(call: Callable[[], object], kind: type[Exception], message: str) -> None:
+    """Raise :class:`Violation` unless a call ends in this error."""
     try:
         call()
-    except fasp_fx.PlanError:
+    except kind:
         return
     raise Violation(message)
 
@@ -207,3 +209,76 @@ def two_steps(case: Case) -> None:
             error(found, expected) <= case.tolerance,
             f"two steps compute something else than one: {error(found, expected):.2e}",
         )
+
+
+#: the shapes that the operator sees while somebody listens
+_seen: list[tuple[int, ...]] = []
+
+
+@torch.library.custom_op("fasp_fx_testing::opaque", mutates_args=())
+def opaque(x: Tensor) -> Tensor:
+    """Mixes the last dimension in a way that no rule describes, and notes the shapes it sees.
+
+    The strides stay, since a view behind it may depend on them.
+    """
+    _seen.append(tuple(x.shape))
+    return torch.empty_like(x).copy_(x + 0.5 * x.flip(-1)) if x.dim() else x.clone()
+
+
+@opaque.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def unseen_operator(case: Case) -> None:
+    """With an operator without a rule put between two nodes, pruning is still mask-exact and every tensor the
+    operator sees keeps its shape.
+    """
+    program = case.captured.copy()
+    module: fx.GraphModule = program.module
+    nodes = [node for node in module.graph.nodes if _carries(node)]
+    if not nodes:
+        raise Skipped("no node of the graph has a floating-point activation")
+    for index in sorted({int(case.random.integers(len(nodes))) for _ in range(2)}):
+        with module.graph.inserting_after(nodes[index]):
+            added = module.graph.call_function(torch.ops.fasp_fx_testing.opaque.default, (nodes[index],))
+        nodes[index].replace_all_uses_with(added, delete_user_cb=lambda user, own=added: user is not own)
+    module.recompile()
+    inputs = tuple(program.flat_inputs(case.args, case.kwargs))
+    try:
+        analysis = fasp_fx.analyze(module, inputs)
+    except tolerable(Exception) as problem:
+        raise Violation(f"the analysis fails: {type(problem).__name__}: {problem}") from problem
+    most = analysis.max_sparsity
+    try:
+        result = fasp_fx.prune(module, inputs, sparsity=max(0.7 * most, 1e-6), score="random", restore=None)
+    except (NothingPrunableError, fasp_fx.SparsityError):
+        return
+    _seen.clear()
+    case.run(module, (inputs, {}))
+    before = list(_seen)
+    _seen.clear()
+    found = case.run(result.module, (inputs, {}))
+    hold(before == _seen, f"the operator saw {before} in the dense program and sees {_seen}")
+    wrong = error(found, case.run(Masked(module, result.plan), (inputs, {})))
+    hold(
+        wrong <= case.tolerance,
+        f"behind an unseen operator the error against the masked dense model is {wrong:.2e};"
+        f" plan:\n{result.plan}",
+    )
+
+
+def _carries(node: fx.Node) -> bool:
+    """Whether a node gives an activation, which depends on an input."""
+    value = node.meta.get("val")
+    real = isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
+    return node.op == "call_function" and real and _depends(node, set())
+
+
+def _depends(node: fx.Node, seen: set[fx.Node]) -> bool:
+    """Whether a node depends on an input of the graph."""
+    if node.op == "placeholder":
+        return True
+    fresh = [source for source in node.all_input_nodes if source not in seen]
+    seen.update(fresh)
+    return any(_depends(source, seen) for source in fresh)

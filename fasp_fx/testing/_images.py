@@ -42,13 +42,11 @@ class Conv(Block):
         return Shape("image", self.channels, tuple(sizes))
 
     def module(self, shape: Shape) -> nn.Module:
-        two = len(shape.sizes) == 2
         given = (shape.channels, self.channels, self.kernel, self.stride, self.kernel // 2)
         groups = shape.channels if self.depthwise else self.groups
         if self.transposed:
-            kind = nn.ConvTranspose2d if two else nn.ConvTranspose1d
-            return kind(*given, self.stride - 1, groups, self.bias)
-        return (nn.Conv2d if two else nn.Conv1d)(*given, groups=groups, bias=self.bias)
+            return shape.kind_of("ConvTranspose")(*given, self.stride - 1, groups, self.bias)
+        return shape.kind_of("Conv")(*given, groups=groups, bias=self.bias)
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,12 +64,9 @@ class Pool(Block):
         return replace(shape, sizes=sizes)
 
     def module(self, shape: Shape) -> nn.Module:
-        two, less = len(shape.sizes) == 2, tuple(size - 1 for size in shape.sizes)
         if self.kind == "adaptive":
-            return nn.AdaptiveAvgPool2d(less) if two else nn.AdaptiveAvgPool1d(less[0])
-        if self.kind == "max":
-            return nn.MaxPool2d(2) if two else nn.MaxPool1d(2)
-        return nn.AvgPool2d(2) if two else nn.AvgPool1d(2)
+            return shape.kind_of("AdaptiveAvgPool")(tuple(size - 1 for size in shape.sizes))
+        return shape.kind_of("MaxPool" if self.kind == "max" else "AvgPool")(2)
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,7 +77,7 @@ class SqueezeExcite(Block):
     layouts = _IMAGE
 
     def module(self, shape: Shape) -> nn.Module:
-        kind = nn.Conv2d if len(shape.sizes) == 2 else nn.Conv1d
+        kind = shape.kind_of("Conv")
         dims = tuple(range(2, 2 + len(shape.sizes)))
         return Assembled(
             lambda m, x: x * torch.sigmoid(m.expand(torch.relu(m.reduce(x.mean(dims, keepdim=True))))),

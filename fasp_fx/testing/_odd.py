@@ -101,33 +101,6 @@ class Regroup(Odd):
         return Assembled(lambda m, x: _REGROUPED[self.kind](x, self.blocks, m.scale), scale=scale)
 
 
-class Remembering(nn.Module):
-    """A buffer that every call writes."""
-
-    def __init__(self, block: Remember, channels: int) -> None:
-        super().__init__()
-        self.kind, self.blocks = block.kind, block.blocks
-        order = torch.arange(block.blocks if block.kind == "blocks" else channels).flip(0)
-        self.register_buffer("order", order)
-        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
-        self.register_buffer("trace", torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        order, calls, trace = self.get_buffer("order"), self.get_buffer("calls"), self.get_buffer("trace")
-        if self.kind == "counter":
-            found = x * (1 + 0.5 * calls)
-            calls.add_(1)
-            return found
-        if self.kind == "trace":
-            found = x + trace
-            trace.copy_(x.detach().mean(tuple(range(x.dim() - 1))))
-            return found
-        in_blocks = self.kind == "blocks"
-        found = x.unflatten(-1, (self.blocks, -1))[..., order, :].flatten(-2) if in_blocks else x[..., order]
-        order.copy_(order.roll(1))
-        return x + found if self.kind == "beside" else found
-
-
 @dataclass(frozen=True, repr=False)
 class Remember(Odd):
     """A buffer that every call writes.
@@ -143,7 +116,27 @@ class Remember(Odd):
     in_blocks = ("blocks",)
 
     def module(self, shape: Shape) -> nn.Module:
-        return Remembering(self, shape.channels)
+        order = torch.arange(self.blocks if self.kind == "blocks" else shape.channels).flip(0)
+        calls, trace = torch.zeros((), dtype=torch.long), torch.zeros(shape.channels)
+        buffers = {"order": order, "calls": calls, "trace": trace}
+        return Assembled(self.remembered, **{name: nn.Buffer(buffer) for name, buffer in buffers.items()})
+
+    def remembered(self, m: Any, x: Tensor) -> Tensor:
+        """What is made of a tensor and of the buffers, which this writes."""
+        if self.kind == "counter":
+            found = x * (1 + 0.5 * m.calls)
+            m.calls.add_(1)
+            return found
+        if self.kind == "trace":
+            found = x + m.trace
+            m.trace.copy_(x.detach().mean(tuple(range(x.dim() - 1))))
+            return found
+        if self.kind == "blocks":
+            found = x.unflatten(-1, (self.blocks, -1))[..., m.order, :].flatten(-2)
+        else:
+            found = x[..., m.order]
+        m.order.copy_(m.order.roll(1))
+        return x + found if self.kind == "beside" else found
 
 
 # --- operators that no rule describes, one for each form that a return can have. All mix the last dimension,
@@ -371,41 +364,6 @@ _LAID_OUT: dict[str, Callable[[Tensor, int], Tensor]] = {
 }
 
 
-class FusedAttention(nn.Module):
-    """Attention whose queries, keys and values are parts of one product; what it returns has the shape of
-    what it is given.
-    """
-
-    def __init__(self, block: Fused, channels: int) -> None:
-        super().__init__()
-        self.kind, self.heads, self.width = block.kind, block.heads, block.width
-        self.qkv = nn.Linear(channels, 3 * block.heads * block.width)
-        self.out = nn.Linear(block.heads * block.width, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, _ = x.shape
-        windows = (tokens + _WINDOW - 1) // _WINDOW
-        if self.kind in ("windows", "batch", "across"):
-            x = F.pad(x, (0, 0, 0, windows * _WINDOW - tokens))
-        q, k, v = self.parts(_LAID_OUT[self.kind](self.qkv(x), windows))
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2)
-        if self.kind in ("windows", "batch"):
-            mixed = mixed.reshape(batch, windows * _WINDOW, self.heads * self.width)
-        found = self.out(mixed)
-        if self.kind in ("cut", "half"):  # nothing comes of what was cut off
-            found = F.pad(found, (0, 0, 0, tokens))
-        return found[:, :tokens] if self.kind in ("windows", "batch", "across", "cut", "half") else found
-
-    def parts(self, fused: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values, each ``[batch, …, heads, tokens, width]``."""
-        if self.kind == "stacked":
-            return fused.unflatten(-1, (3, self.heads, self.width)).permute(2, 0, 3, 1, 4).unbind(0)
-        apart = fused.unflatten(-1, (self.heads, 3, self.width))
-        if self.kind == "turned":  # tokens come first
-            return apart.permute(3, 1, 2, 0, 4).unbind(0)
-        return apart.transpose(-4, -3).unbind(-2)
-
-
 @dataclass(frozen=True, repr=False)
 class Fused(Odd):
     """Attention of ``heads`` of ``width`` channels, with queries, keys and values in one weight, whose tokens
@@ -424,4 +382,30 @@ class Fused(Odd):
     choices: ClassVar = {"kind": tuple(_LAID_OUT)}
 
     def module(self, shape: Shape) -> nn.Module:
-        return FusedAttention(self, shape.channels)
+        inner = self.heads * self.width
+        qkv, out = nn.Linear(shape.channels, 3 * inner), nn.Linear(inner, shape.channels)
+        return Assembled(self.attended, qkv=qkv, out=out)
+
+    def attended(self, m: Any, x: Tensor) -> Tensor:
+        """Attention over a sequence; what it returns has the shape of what it is given."""
+        batch, tokens, _ = x.shape
+        windows = (tokens + _WINDOW - 1) // _WINDOW
+        if self.kind in ("windows", "batch", "across"):
+            x = F.pad(x, (0, 0, 0, windows * _WINDOW - tokens))
+        q, k, v = self.parts(_LAID_OUT[self.kind](m.qkv(x), windows))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2)
+        if self.kind in ("windows", "batch"):
+            mixed = mixed.reshape(batch, windows * _WINDOW, self.heads * self.width)
+        found = m.out(mixed)
+        if self.kind in ("cut", "half"):  # nothing comes of what was cut off
+            found = F.pad(found, (0, 0, 0, tokens))
+        return found[:, :tokens] if self.kind in ("windows", "batch", "across", "cut", "half") else found
+
+    def parts(self, fused: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each ``[batch, …, heads, tokens, width]``."""
+        if self.kind == "stacked":
+            return fused.unflatten(-1, (3, self.heads, self.width)).permute(2, 0, 3, 1, 4).unbind(0)
+        apart = fused.unflatten(-1, (self.heads, 3, self.width))
+        if self.kind == "turned":  # tokens come first
+            return apart.permute(3, 1, 2, 0, 4).unbind(0)
+        return apart.transpose(-4, -3).unbind(-2)

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import fasp_fx
 
-from ._case import Case
-from ._in_a_row import with_own
+from ._case import Case, with_own
 from ._verdict import Skipped, hold
-from .oracle import tensors_of
+from .oracle import kept, tensors_of
 
 
 def restored(case: Case) -> None:
@@ -27,8 +27,7 @@ def restored(case: Case) -> None:
     if sparsity <= 0:
         raise Skipped("nothing of this model can be pruned")
     names = list(inspect.signature(case.dense.forward).parameters)
-    named = {**dict(zip(names, case.args, strict=False)), **case.kwargs}
-    batch = named if case.kwargs else case.args
+    batch = {**dict(zip(names, case.args)), **case.kwargs} if case.kwargs else case.args
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = fasp_fx.prune(
@@ -83,22 +82,21 @@ def _tied_to(case: Case, name: str, consumers: set[str]) -> bool:
 def _closer(case: Case, found: fasp_fx.Result, cut: dict[str, Tensor], repaired: dict[str, Tensor]) -> None:
     inputs, first = _linear_inputs(case), _read_first(case, found)
     dense = tensors_of(case.reference)
-    for part in (part for group in found.plan.groups for part in group.consumers):
+    consumers = [part for group in found.plan.groups for part in group.consumers]
+    for part in consumers:
         owner = part.name.rpartition(".")[0]
         if owner not in inputs or part.name != f"{owner}.weight" or part.name not in cut.keys() & first:
             continue  # no linear layer, or a pass has split it
         weight, left = dense[part.name].detach().double(), cut[part.name].detach().double()
         if part.dim != 1 or part.block_dim is not None or not left.numel() or len(left) != len(weight):
             continue  # it loses rows as well
-        keep = torch.ones(weight.shape[1], dtype=torch.bool)
-        for group in found.plan.groups:
-            for own in (own for own in group.consumers if (own.name, own.dim) == (part.name, 1)):
-                keep[list(own.removed)] = False
+        alike = [p for p in consumers if (p.name, p.dim) == (part.name, 1)]
+        keep = torch.stack([kept(weight, own)[0] for own in alike]).all(0)
         x, bias = inputs[owner], f"{owner}.bias"
         raised = (repaired[bias].double() - cut[bias].double()).detach() if bias in cut else 0.0
-        wanted, kept = x @ weight.t(), x[:, keep]
-        before = (kept @ left.t() - wanted).norm()
-        after = (kept @ repaired[part.name].detach().double().t() + raised - wanted).norm()
+        wanted, fewer = x @ weight.t(), x[:, keep]
+        before = (fewer @ left.t() - wanted).norm()
+        after = (fewer @ repaired[part.name].detach().double().t() + raised - wanted).norm()
         hold(
             bool(after <= before * (1 + 1e-3) + 1e-9),
             f"restoring '{part.name}' moves its output away from the dense one: {float(before):.3e} to"
@@ -122,25 +120,21 @@ def _read_first(case: Case, found: fasp_fx.Result) -> set[str]:
 
 def _linear_inputs(case: Case) -> dict[str, Tensor]:
     """What each linear layer that is used once is given, as a matrix."""
-    seen: dict[str, list[Tensor]] = {}
-    handles = []
-    for name, module in case.dense.named_modules():
+    seen: dict[nn.Module, list[Tensor]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
         if isinstance(module, nn.Linear):
+            seen.setdefault(module, []).append(args[0].detach().double().reshape(-1, args[0].shape[-1]))
 
-            def hook(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                seen.setdefault(name, []).append(args[0].detach().double().reshape(-1, args[0].shape[-1]))
-
-            handles.append(module.register_forward_pre_hook(hook))
+    handle = register_module_forward_pre_hook(note)
     try:
         with torch.no_grad():  # one call, where what remembers takes two
             with_own(case.dense, case.args, case.kwargs)
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     parameters = [parameter for _, parameter in case.dense.named_parameters(remove_duplicate=False)]
-    weights = dict(case.dense.named_modules())
     return {
-        name: found[0]
-        for name, found in seen.items()
-        if len(found) == 1 and sum(p is weights[name].weight for p in parameters) == 1
+        name: seen[module][0]
+        for name, module in case.dense.named_modules()
+        if len(seen.get(module, ())) == 1 and sum(p is module.weight for p in parameters) == 1
     }

@@ -41,11 +41,11 @@ class Spec:
                 raise ArgumentError(f"{field.name}={value!r} must be at least 1")
 
     def __repr__(self) -> str:
-        shown = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.default is MISSING or value != field.default:
-                shown.append(f"{field.name}={value!r}")
+        shown = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if field.default is MISSING or getattr(self, field.name) != field.default
+        ]
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
@@ -68,6 +68,10 @@ class Shape:
     def channel_dim(self) -> int:
         """The dimension that holds the channels."""
         return 1 if self.layout == "image" else -1
+
+    def kind_of(self, layer: str) -> Any:
+        """Torch's layer of this name for as many dimensions as there are sizes, vectors counting as one."""
+        return getattr(nn, f"{layer}{max(len(self.sizes), 1)}d")
 
     def wide(self, channels: int) -> Shape:
         """The same shape with another number of channels."""
@@ -121,11 +125,11 @@ class Block(Spec):
 
 
 class Assembled(nn.Module):
-    """Parameters and modules by name, and a function of this module and a tensor that computes with them."""
+    """Parameters, buffers and modules by name, and a function of this module and a tensor that computes with
+    them.
+    """
 
-    def __init__(
-        self, function: Callable[[Any, Tensor], Tensor], **parts: nn.Module | nn.Parameter | None
-    ) -> None:
+    def __init__(self, function: Callable[[Any, Tensor], Tensor], **parts: nn.Module | Tensor | None) -> None:
         super().__init__()
         self.function = function
         for name, part in parts.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from fasp_fx.errors import FaspError
@@ -86,19 +87,5 @@ def hold(condition: bool, message: str) -> None:
         raise Violation(message)
 
 
-@dataclass
-class Tally:
-    """Counts of this process."""
-
-    programs: int = 0
-    rules: int = 0
-    examples: int = 0
-
-    def __str__(self) -> str:
-        return (
-            f"fasp_fx.testing: {self.programs:,} programs and {self.examples:,} examples of {self.rules:,}"
-            " rules were tried"
-        )
-
-
-TALLY = Tally()
+#: how many programs, rules and examples of rules were tried in this process
+TALLY: Counter[str] = Counter()

@@ -55,8 +55,9 @@ class Masked:
                     why = (
                         "it computes it in every call; mask a result from which next to nothing was removed,"
                         " which holds it folded"
+                        if plan.folds
+                        else "the plan is for another model"
                     )
-                    why = why if plan.folds else "the plan is for another model"
                     raise ArgumentError(
                         f"the plan names '{part.name}', which this model does not hold: {why}"
                     )
@@ -69,56 +70,36 @@ class Masked:
                 whole.setdefault(id(tensor), (tensor, tensor.detach().clone()))
                 tensor.mul_(kept(tensor, part).to(tensor.dtype))
         routers: dict[int, tuple[Tensor, list[int]]] = {}
-        for part in (
-            part
-            for group in plan.groups
-            if group.granularity == "expert"
-            for part in group.producers
-            if part.dim == 0
-        ):
-            routers.setdefault(id(tensors[part.name]), (tensors[part.name], []))[1].extend(part.by_block()[0])
-        self._unchosen = _Unchosen(list(routers.values()))
-        self._lookups = _WholeLookups(
-            {} if plan.include else {key: original for key, (_, original) in whole.items()}
-        )
+        for part in (p for group in plan.groups if group.granularity == "expert" for p in group.producers):
+            if part.dim == 0 and tensors[part.name].dim() == 2:
+                weight = tensors[part.name]
+                routers.setdefault(id(weight), (weight, []))[1].extend(part.by_block()[0])
+        self._beside = _Beside({} if plan.include else whole, list(routers.values()))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # what a model compiles for itself (flex attention, say) cannot be compiled under a mode
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), self._lookups, self._unchosen:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), self._beside:
             return self.module(*args, **kwargs)
 
 
-class _WholeLookups(TorchDispatchMode):
-    """Lookups in a zeroed weight find the weight as it was."""
+class _Beside(TorchDispatchMode):
+    """Lookups in a zeroed weight find the weight as it was; products with the rows of a router give -inf for
+    the experts that are gone (a weight is known by itself or turned).
+    """
 
     supports_higher_order_operators = True
 
-    def __init__(self, whole: dict[int, Tensor]) -> None:
+    def __init__(
+        self, whole: dict[int, tuple[Tensor, Tensor]], routers: list[tuple[Tensor, list[int]]]
+    ) -> None:
         super().__init__()
-        self.whole = whole
+        self.whole, self.routers = whole, routers
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _LOOKUPS and id(args[0]) in self.whole:
-            args = (self.whole[id(args[0])], *args[1:])
-        return func(*args, **(kwargs or {}))
-
-
-class _Unchosen(TorchDispatchMode):
-    """Products with the rows of a router give -inf for the experts that are gone; a weight is known by itself
-    or turned.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self, routers: list[tuple[Tensor, list[int]]]) -> None:
-        super().__init__()
-        self.routers = [item for item in routers if item[0].dim() == 2]
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+            args = (self.whole[id(args[0])][1], *args[1:])
         result = func(*args, **(kwargs or {}))
         for weight, gone in self.routers if func in _PRODUCTS else ():
             if any(
@@ -132,18 +113,12 @@ class _Unchosen(TorchDispatchMode):
 def kept(tensor: Tensor, part: ParameterSlice) -> Tensor:
     """Which elements of a parameter one slice leaves: boolean, of the parameter's shape."""
     mask = torch.ones(tensor.shape, dtype=torch.bool, device=tensor.device)
-    if part.block_dim is None:
-        return mask.index_fill_(part.dim, _indices(part.removed, tensor), False)
-    step = tensor.shape[part.block_dim] // len(part.removed)
-    for block, removed in enumerate(part.removed):
-        mask.narrow(part.block_dim, block * step, step).index_fill_(
-            part.dim, _indices(removed, tensor), False
-        )
+    blocks = part.by_block()
+    step = 0 if part.block_dim is None else tensor.shape[part.block_dim] // len(blocks)
+    for block, removed in enumerate(blocks):
+        own = mask if part.block_dim is None else mask.narrow(part.block_dim, block * step, step)
+        own.index_fill_(part.dim, torch.tensor(removed, dtype=torch.long, device=tensor.device), False)
     return mask
-
-
-def _indices(removed: Any, tensor: Tensor) -> Tensor:
-    return torch.tensor(removed, dtype=torch.long, device=tensor.device)
 
 
 def callable_of(model: nn.Module | ExportedProgram) -> nn.Module:
@@ -176,8 +151,7 @@ def error(found: Any, expected: Any) -> float:
     or truths differ, or infinities and NaN do not stand at the same places.
     """
     worst = 0.0
-    pairs = list(zip(_tensors(found), _tensors(expected), strict=True))
-    for a, b in pairs:
+    for a, b in zip(_tensors(found), _tensors(expected), strict=True):
         if a.shape != b.shape or a.is_complex() != b.is_complex():
             return float("inf")
         if a.is_complex():
@@ -190,7 +164,7 @@ def error(found: Any, expected: Any) -> float:
         if not bool(((a == b) | (a.isnan() & b.isnan()))[odd].all()):
             return float("inf")
         finite = torch.isfinite(b)
-        difference = (a - b)[finite].abs().max() if bool(finite.any()) else torch.zeros(())
-        scale = b[finite].abs().max() if bool(finite.any()) else torch.ones(())
-        worst = max(worst, float(difference / scale) if scale > 0 else float(difference))
+        if bool(finite.any()):
+            difference, scale = float((a - b)[finite].abs().max()), float(b[finite].abs().max())
+            worst = max(worst, difference / scale if scale > 0 else difference)
     return worst

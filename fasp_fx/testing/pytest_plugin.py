@@ -25,22 +25,21 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of pytest-xdist hands its counts to the process that started it."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
-        output[_KEY] = [TALLY.programs, TALLY.rules, TALLY.examples]
+        output[_KEY] = dict(TALLY)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Add up what the workers did."""
-    programs, rules, examples = getattr(node, "workeroutput", {}).get(_KEY, (0, 0, 0))
-    TALLY.programs += programs
-    TALLY.rules += rules
-    TALLY.examples += examples
+    TALLY.update(getattr(node, "workeroutput", {}).get(_KEY, {}))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say how many programs and examples were tried, and with which seed."""
-    if TALLY.programs or TALLY.examples:
+    if TALLY["programs"] or TALLY["examples"]:
         seed = getattr(terminalreporter.config.option, "hypothesis_seed", None)
         terminalreporter.write_line(
-            f"{TALLY} (hypothesis seed {seed if seed is not None else 'fixed by the profile'})"
+            f"fasp_fx.testing: {TALLY['programs']:,} programs and {TALLY['examples']:,} examples of"
+            f" {TALLY['rules']:,} rules were tried"
+            f" (hypothesis seed {seed if seed is not None else 'fixed by the profile'})"
         )

@@ -13,11 +13,25 @@ from hypothesis import strategies as st
 
 from fasp_fx.errors import ArgumentError
 
-from ._channels import Activation, Branches, Gated, Linear, Norm, Residual
 from ._drawing import DRAWERS, WIDEST, Limits, attention, dense, fits, more
-from ._images import Collapse
-from ._net import Images, Net, Sequences, Source, Tokens, Vectors
-from ._spec import Block, Shape, after
+from ._spec import after
+from .specs import (
+    Activation,
+    Block,
+    Branches,
+    Collapse,
+    Gated,
+    Images,
+    Linear,
+    Net,
+    Norm,
+    Residual,
+    Sequences,
+    Shape,
+    Source,
+    Tokens,
+    Vectors,
+)
 
 ALL = tuple(DRAWERS)
 _PLAIN = ("Dense", "Activation", "Scale", "Norm", "Move")

@@ -29,7 +29,7 @@ from fasp_fx.hf import _plain as plain_module
 from fasp_fx.hf import prune
 from fasp_fx.hf._experiments import Experiments
 from fasp_fx.hf._settings import Settings
-from fasp_fx.testing._stranger import run_without_fasp_fx
+from fasp_fx.testing._alone import run_without_fasp_fx
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -6,6 +6,7 @@ operator itself; such calls are drawn anew.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ import torch
 from fasp_fx.patterns import Alternative, Rule
 
 from ...base.compat import OpOverload
-from ._calls import Call
-from ._draw import Draw
+from ._calls import Call, Draw
 
 #: arguments that hold positions rather than values
 _INDICES = {"index", "indices"}
@@ -26,6 +26,12 @@ _DIMS = {
 }
 
 
+#: arguments that are numbers, or say yes or no, by type
+_NUMBERS: dict[str, Callable[[Draw], Any]] = {
+    "bool": Draw.flag,
+    "float": Draw.float,
+    **dict.fromkeys(("number", "Scalar"), lambda draw: draw.choice([draw.float(), 2, -1, 3])),
+}
 #: types of arguments that say how, rather than what, is computed
 _SETTINGS = ("ScalarType", "Layout", "Device", "MemoryFormat", "Generator")
 
@@ -46,7 +52,7 @@ def lettered(operator: OpOverload, rule: Rule, draw: Draw) -> Call:
             given[operand.name] = None
             continue
         shape = shapes.of(operand.dims, broadcast=several and draw.flag(0.4))
-        given[operand.name] = _tensor(operand.name, shape, draw, 2)
+        given[operand.name] = _tensor(operand.name, shape, draw)
     for clause in rule.clauses:
         if clause.keyword == "factor":
             given[clause.words[1]] = shapes.size(clause.words[0])
@@ -86,13 +92,12 @@ def _complete(
     for argument in operator._schema.arguments:
         if argument.name in arguments:
             continue
-        if argument.has_default_value() and (not made_up or draw.flag(0.4)):
-            value = argument.default_value
-            if not made_up and isinstance(value, bool) and draw.flag(_OTHERWISE):
-                value = not value
-            arguments[argument.name] = value
-        else:
-            arguments[argument.name] = _value(argument, shape, draw)
+        value = argument.default_value
+        if not argument.has_default_value() or (made_up and not draw.flag(0.4)):
+            value = _value(argument, shape, draw)
+        elif not made_up and isinstance(value, bool) and draw.flag(_OTHERWISE):
+            value = not value
+        arguments[argument.name] = value
     return {argument.name: arguments[argument.name] for argument in operator._schema.arguments}
 
 
@@ -102,31 +107,25 @@ def _value(argument: Any, shape: list[int], draw: Draw) -> Any:
     if "Tensor" in kind:
         if "Optional" in str(argument.type) and draw.flag(0.3):
             return None
-        return [draw.tensor(shape)] if "List" in kind else _tensor(name, shape, draw, 2)
+        return [draw.tensor(shape)] if "List" in kind else _tensor(name, shape, draw)
     default: Any = torch.float64 if "ScalarType" in real else None
     default = argument.default_value if argument.has_default_value() else default
     if any(word in real for word in _SETTINGS) or kind in ("Device", "Generator"):
         return default
     if "Optional" in str(argument.type) and draw.flag(0.4):
         return None
-    if kind == "bool":
-        return draw.flag()
     if kind == "str":
         return default or ""
-    if kind == "float":
-        return draw.float()
-    if kind in ("number", "Scalar"):
-        return draw.choice([draw.float(), 2, -1, 3])
+    if kind in _NUMBERS:
+        return _NUMBERS[kind](draw)
     if "List" in kind:
         return _list(argument, kind, name, shape, draw)
     return draw.dim(len(shape)) if name in _DIMS else draw.integer(0, 3)
 
 
 def _list(argument: Any, kind: str, name: str, shape: list[int], draw: Draw) -> list[Any]:
-    if "float" in kind:
-        return [draw.float() for _ in range(argument.N or 1)]
-    if "bool" in kind:
-        return [draw.flag() for _ in range(argument.N or 1)]
+    if (one := kind.removeprefix("List[").removesuffix("]")) in ("float", "bool"):
+        return [_NUMBERS[one](draw) for _ in range(argument.N or 1)]
     if name in _DIMS:
         dims = draw.some(range(len(shape)), least=1)
         return [dim - len(shape) if draw.flag() else dim for dim in dims]
@@ -136,9 +135,9 @@ def _list(argument: Any, kind: str, name: str, shape: list[int], draw: Draw) -> 
     ]
 
 
-def _tensor(name: str, shape: list[int], draw: Draw, below: int) -> torch.Tensor:
+def _tensor(name: str, shape: list[int], draw: Draw) -> torch.Tensor:
     if name in _INDICES:
-        return draw.tensor(shape, "index", below)
+        return draw.tensor(shape, "index")
     if name in _MASKS and (name != "attn_mask" or draw.flag()):
         return draw.tensor(shape, "bool")
     return draw.tensor(shape, "unit" if name in _VARIANCES else None)

@@ -8,20 +8,19 @@ positions of it out of both is to put zeros in either. Of a letter under ``mix``
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fasp_fx.base._tolerable import tolerable
 from fasp_fx.errors import first_line
 
-from ._calls import Call, close, same
-from ._deleting import without, without_positions, zeroed
-from ._draw import Draw
+from ._calls import Call, Draw, close, same
 from ._reading import Reading, Spelled
-from ._samples import STEPS
 
 
 @dataclass(frozen=True)
@@ -41,53 +40,34 @@ class Lie:
         return (*self.call.size, not self.direct)
 
 
-@dataclass
-class Modesty:
-    """For each clause that makes no claim: how often it was tried, and how often the operator would not have
-    kept the claim.
-    """
-
-    tried: dict[str, int] = field(default_factory=dict)
-    needed: dict[str, int] = field(default_factory=dict)
-
-    def note(self, clause: str, needed: bool) -> None:
-        """One more trial."""
-        self.tried[clause] = self.tried.get(clause, 0) + 1
-        self.needed[clause] = self.needed.get(clause, 0) + needed
-
-    def needless(self, least: int) -> list[str]:
-        """The clauses that were tried often and never needed."""
-        return [clause for clause, count in self.tried.items() if count >= least and not self.needed[clause]]
+#: for each clause that makes no claim: of every trial, whether the operator would not have kept the claim
+Trials = defaultdict[str, list[bool]]
 
 
-def lies(reading: Reading, results: list[Tensor], draw: Draw, modesty: Modesty) -> Iterator[Lie]:
-    """Hold every claim of a rule on one call against the operator."""
+def lies(reading: Reading, results: list[Tensor], draw: Draw, trials: Trials) -> Iterator[Lie | None]:
+    """Hold every claim of a rule on one call against the operator; ``None`` for each that it keeps."""
     kept = reading.kept()
-    for letter, size in reading.sizes.items():
-        if size < 2 or letter in reading.repeats:
-            continue
-        gone = _positions(reading, letter, draw)
+    for letter in reading.sizes:
+        gone = [] if letter in reading.repeats else _positions(reading, letter, draw)
         if not gone:
             continue
         if letter in reading.special:
             clause = reading.special[letter]
             if not clause.startswith("!"):
-                modesty.note(clause, _needed(reading, results, letter, gone, draw))
+                trials[clause].append(_needed(reading, results, letter, gone, draw))
         elif letter in kept:
-            lie = _kept(reading, results, letter, gone, draw)
-            if lie is not None:
-                yield lie
+            yield _kept(reading, results, letter, gone, draw)
         elif len([name for name in reading.operands if letter in reading.operands[name].letters]) > 1:
-            yield from _contracted(reading, letter, gone)
+            yield _contracted(reading, letter, gone)
 
 
 def _positions(reading: Reading, letter: str, draw: Draw) -> list[int]:
     """Some positions of a letter, not all; whole blocks where another letter is repeated to its size."""
-    block, step = reading.blocks(letter), STEPS.get(str(reading.call.operator), 1)
+    block = reading.blocks(letter)
     count = reading.sizes[letter] // block
-    if count < 2 * step:
+    if count < 2:
         return []
-    chosen = draw.order(range(count))[: step * draw.integer(1, count // step - 1)]
+    chosen = draw.order(range(count))[: draw.integer(1, count - 1)]
     return [position * block + offset for position in sorted(chosen) for offset in range(block)]
 
 
@@ -108,7 +88,7 @@ def _kept(reading: Reading, results: list[Tensor], letter: str, gone: list[int],
         if spelled is None:
             continue
         expected = without_positions(reading, spelled, before, letter, gone)
-        if after.shape == expected.shape and same(after, expected):
+        if same(after, expected):
             continue
         fact = f"shape {tuple(after.shape)} instead of {tuple(expected.shape)}"
         if after.shape == expected.shape:
@@ -129,7 +109,7 @@ def _smaller(reading: Reading, letter: str, gone: list[int], claim: str) -> list
         return Lie(reading.call, claim, fact)
 
 
-def _contracted(reading: Reading, letter: str, gone: list[int]) -> Iterator[Lie]:
+def _contracted(reading: Reading, letter: str, gone: list[int]) -> Lie | None:
     holders = reading.holders(letter)
     claim = (
         f"letter {letter!r} is contracted: to take positions out of {' and '.join(holders)} is to put zeros"
@@ -137,15 +117,14 @@ def _contracted(reading: Reading, letter: str, gone: list[int]) -> Iterator[Lie]
     )
     found = _smaller(reading, letter, gone, claim)
     if isinstance(found, Lie):
-        yield found
-        return
+        return found
     for operand in holders:
         masked = zeroed(reading, operand, letter, gone).run()
         for index, (after, expected) in enumerate(zip(found, masked, strict=True)):
             if reading.results[index] is not None and not same(after, expected):
                 what = f"zeros at positions {gone} of '{operand}' give another result {index}"
-                yield Lie(reading.call, claim, f"{what} than taking them out")
-                return
+                return Lie(reading.call, claim, f"{what} than taking them out")
+    return None
 
 
 def _needed(reading: Reading, results: list[Tensor], letter: str, gone: list[int], draw: Draw) -> bool:
@@ -210,18 +189,6 @@ def _influence(reading: Reading, results: list[Tensor], letter: str, draw: Draw)
     return ""
 
 
-def creates(call: Call, results: list[Tensor]) -> Lie | None:
-    """Hold a creating rule against the operator on one call: the elements of the result are all alike, so
-    that any of them can go. What memory happens to hold (``empty``) says nothing.
-    """
-    for index, result in enumerate(() if "empty" in str(call.operator) else results):
-        flat = result.reshape(-1)
-        if flat.numel() and not same(flat, flat[:1].expand_as(flat)):
-            fact = f"result {index} holds {flat[0].item()} and {flat[flat != flat[0]][0].item()}"
-            return Lie(call, "the elements of the result are all alike", fact)
-    return None
-
-
 def _name(letter: str) -> str:
     return f"dimension {-1 - int(letter[1:])} of '...'" if letter.startswith(".") else f"letter {letter!r}"
 
@@ -229,3 +196,65 @@ def _name(letter: str) -> str:
 def _at(tensor: Tensor, where: tuple[int, ...]) -> str:
     value = tensor[where]
     return f"{float(value):.6g}" if tensor.is_floating_point() else str(value.item())
+
+
+# --- positions out of a call: of operands that have them, and of arguments that speak of their number
+
+
+def without(reading: Reading, letter: str, gone: list[int]) -> Call:
+    """The call after these positions of a letter went."""
+    given = reading.call.tensors()
+    changed: dict[str, object] = {}
+    for name, spelled in reading.operands.items():
+        cut = without_positions(reading, spelled, given[name], letter, gone)
+        columns = (reading.recurs[letter],) if letter in reading.recurs else ()
+        for dim, letters in enumerate(spelled.dims):
+            cut = cut.index_select(dim, left(cut.shape[dim], gone)) if letters == columns else cut
+        changed[name] = cut
+    rest = reading.sizes[letter] - len(gone)
+    changed |= {argument: rest for factor, argument in reading.factors.items() if factor == letter}
+    for argument, run in reading.runs.items():
+        if letter in run:
+            changed[argument] = [rest if other == letter else reading.sizes[other] for other in run]
+    return reading.call.with_(**changed)
+
+
+def zeroed(reading: Reading, operand: str, letter: str, gone: list[int]) -> Call:
+    """The call with these positions of one operand multiplied by zero."""
+    tensor, spelled = reading.call.tensors()[operand], reading.operands[operand]
+    unfolded = spelled.unfold(tensor, reading.sizes).clone()
+    positions = torch.tensor(_own(reading, spelled, letter, gone)[1])
+    unfolded.index_fill_(spelled.letters.index(letter), positions, 0)
+    return reading.call.with_(**{operand: spelled.fold(unfolded)})
+
+
+def without_positions(
+    reading: Reading, spelled: Spelled, tensor: Tensor, letter: str, gone: list[int]
+) -> Tensor:
+    """An operand or a result without these positions."""
+    letter, gone = _own(reading, spelled, letter, gone)
+    if letter not in spelled.letters or not gone:
+        return tensor
+    unfolded = spelled.unfold(tensor, reading.sizes)
+    dim = spelled.letters.index(letter)
+    if unfolded.shape[dim] != reading.sizes[letter]:
+        return tensor  # one position for all
+    return spelled.fold(unfolded.index_select(dim, left(unfolded.shape[dim], gone)))
+
+
+def left(size: int, gone: list[int]) -> Tensor:
+    """The positions that are left."""
+    return torch.tensor([index for index in range(size) if index not in set(gone)], dtype=torch.long)
+
+
+def _own(reading: Reading, spelled: Spelled, letter: str, gone: list[int]) -> tuple[str, list[int]]:
+    """The letter under which a tensor has these positions, and the positions: a letter that is repeated has
+    one for each block.
+    """
+    if letter in spelled.letters:
+        return letter, gone
+    for few, many in reading.repeats.items():
+        if many == letter and few in spelled.letters:
+            times = reading.sizes[letter] // reading.sizes[few]
+            return few, sorted({position // times for position in gone})
+    return letter, []

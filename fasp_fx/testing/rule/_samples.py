@@ -8,11 +8,12 @@ called by its schema.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from ._draw import Draw
+from ._calls import Draw
 
 Sample = Callable[[Draw], dict[str, Any]]
 
@@ -34,27 +35,21 @@ def _regrouped(draw: Draw) -> tuple[list[int], list[int]]:
     return shape, other
 
 
-def _of(most: int, more: Callable[[Draw, list[int]], dict[str, Any]], kind: str | None = None) -> Sample:
+def _of(
+    most: int, more: Callable[[Draw, list[int]], dict[str, Any]], draw: Draw, kind: str | None = None
+) -> dict[str, Any]:
     """A tensor of at most so many dimensions, and what goes with its shape."""
-
-    def sample(draw: Draw) -> dict[str, Any]:
-        shape = draw.shape(most=most)
-        return {"self": draw.tensor(shape, kind), **more(draw, shape)}
-
-    return sample
+    shape = draw.shape(most=most)
+    return {"self": draw.tensor(shape, kind), **more(draw, shape)}
 
 
 def _along(
-    most: int, more: Callable[[Draw, list[int], int], dict[str, Any]], kind: str | None = None
-) -> Sample:
+    most: int, more: Callable[[Draw, list[int], int], dict[str, Any]], draw: Draw, kind: str | None = None
+) -> dict[str, Any]:
     """A tensor, one of its dimensions, and what goes with both."""
-
-    def sample(draw: Draw) -> dict[str, Any]:
-        shape = draw.shape(most=most)
-        dim = draw.dim(len(shape))
-        return {"self": draw.tensor(shape, kind), "dim": dim, **more(draw, shape, dim)}
-
-    return sample
+    shape = draw.shape(most=most)
+    dim = draw.dim(len(shape))
+    return {"self": draw.tensor(shape, kind), "dim": dim, **more(draw, shape, dim)}
 
 
 def _resized(shape: list[int], dim: int, size: int) -> list[int]:
@@ -62,12 +57,9 @@ def _resized(shape: list[int], dim: int, size: int) -> list[int]:
     return [size if at == dim % len(shape) else old for at, old in enumerate(shape)]
 
 
-def _view(argument: str) -> Sample:
-    def sample(draw: Draw) -> dict[str, Any]:
-        shape, other = _regrouped(draw)
-        return {"self": draw.tensor(shape), argument: other}
-
-    return sample
+def _view(draw: Draw, argument: str) -> dict[str, Any]:
+    shape, other = _regrouped(draw)
+    return {"self": draw.tensor(shape), argument: other}
 
 
 def _thin(draw: Draw, most: int) -> list[int]:
@@ -100,24 +92,10 @@ def _movedim(draw: Draw, shape: list[int]) -> dict[str, Any]:
     return {name: draw.order(range(len(shape)))[:many] for name in ("source", "destination")}
 
 
-def _squeeze(several: bool) -> Sample:
-    def sample(draw: Draw) -> dict[str, Any]:
-        shape = _thin(draw, 4)
-        dim = draw.some(range(len(shape)), least=1) if several else draw.dim(len(shape))
-        return {"self": draw.tensor(shape), "dim": dim}
-
-    return sample
-
-
-def _unflatten(draw: Draw) -> dict[str, Any]:
-    shape = draw.shape(most=3)
-    dim = draw.integer(0, len(shape) - 1)
-    first, second = draw.integer(1, 3), draw.integer(1, 3)
-    return {
-        "self": draw.tensor(_resized(shape, dim, first * second)),
-        "dim": draw.choice([dim, dim - len(shape)]),
-        "sizes": [draw.choice([first, -1]), second],
-    }
+def _squeeze(draw: Draw, several: bool) -> dict[str, Any]:
+    shape = _thin(draw, 4)
+    dim = draw.some(range(len(shape)), least=1) if several else draw.dim(len(shape))
+    return {"self": draw.tensor(shape), "dim": dim}
 
 
 def _index(draw: Draw, shape: list[int]) -> dict[str, Any]:
@@ -127,26 +105,24 @@ def _index(draw: Draw, shape: list[int]) -> dict[str, Any]:
     return {"indices": indices}
 
 
-_index_select = _along(
-    4, lambda draw, shape, dim: {"index": draw.tensor([draw.integer(1, 4)], "index", shape[dim])}
+_index_select = partial(
+    _along, 4, lambda draw, shape, dim: {"index": draw.tensor([draw.integer(1, 4)], "index", shape[dim])}
 )
-_gather = _along(
+_gather = partial(
+    _along,
     3,
     lambda draw, shape, dim: {
         "index": draw.tensor(_resized(shape, dim, draw.integer(1, 4)), "index", shape[dim])
     },
 )
-_select = _along(4, lambda draw, shape, dim: {"index": draw.integer(-shape[dim], shape[dim] - 1)})
+_select = partial(_along, 4, lambda draw, shape, dim: {"index": draw.integer(-shape[dim], shape[dim] - 1)})
 
 
-def _scatter(value: str | None) -> Sample:
-    def sample(draw: Draw) -> dict[str, Any]:
-        found = _gather(draw)
-        index = found["index"][tuple(slice(0, size) for size in found["self"].shape)]
-        source = {"value": draw.float()} if value is None else {value: draw.tensor(list(index.shape))}
-        return {**found, "index": index, **source}
-
-    return sample
+def _scatter(draw: Draw, value: str | None) -> dict[str, Any]:
+    found = _gather(draw)
+    index = found["index"][tuple(slice(0, size) for size in found["self"].shape)]
+    source = {"value": draw.float()} if value is None else {value: draw.tensor(list(index.shape))}
+    return {**found, "index": index, **source}
 
 
 def _index_put(draw: Draw, shape: list[int]) -> dict[str, Any]:
@@ -189,7 +165,8 @@ def _stack(draw: Draw) -> dict[str, Any]:
     return {"tensors": tensors, "dim": draw.integer(-len(shape) - 1, len(shape))}
 
 
-_pad = _of(
+_pad = partial(
+    _of,
     3,
     lambda draw, shape: {
         "pad": [draw.choice([0, 0, 1, 2, -1]) for _ in range(2 * draw.integer(1, len(shape)))]
@@ -210,23 +187,6 @@ def _roll(draw: Draw, shape: list[int]) -> dict[str, Any]:
     return {"shifts": [draw.integer(-2, 2) for _ in dims], "dims": dims}
 
 
-def _pixels(up: bool) -> Sample:
-    def sample(draw: Draw) -> dict[str, Any]:
-        factor = draw.integer(1, 2)
-        if up:
-            shape = [*draw.shape(most=1), factor**2 * draw.integer(1, 2), draw.size(), draw.size()]
-            return {"self": draw.tensor(shape), "upscale_factor": factor}
-        shape = [draw.size(), draw.size(), factor * draw.integer(1, 2), factor * draw.integer(1, 2)]
-        return {"self": draw.tensor(shape), "downscale_factor": factor}
-
-    return sample
-
-
-def _channel_shuffle(draw: Draw) -> dict[str, Any]:
-    groups = draw.integer(1, 3)
-    return {"self": draw.tensor([draw.size(), groups * draw.integer(1, 3), draw.size()]), "groups": groups}
-
-
 def _attention(draw: Draw) -> dict[str, Any]:
     """The scale is written out, as a pass does before anything is removed; left out, it would follow the
     width of the heads.
@@ -240,20 +200,18 @@ def _attention(draw: Draw) -> dict[str, Any]:
     found = {"query": [*lead, *heads, q, d], "key": [*lead, *own, k, d], "value": [*lead, *own, k, c]}
     arguments: dict[str, Any] = {name: draw.tensor(shape, "real") for name, shape in found.items()}
     if draw.flag():
-        arguments["attn_mask"] = draw.tensor([*heads, q, k] if draw.flag() else [q, k], "real")
+        mask = draw.tensor([*heads, q, k] if draw.flag() else [q, k], "real")
+        arguments |= {"attn_mask": mask, "is_causal": False}  # both together are refused by some kernels
     return {**arguments, "enable_gqa": shared, "scale": draw.float()}
 
 
-def _upsample(name: str, rank: int, integers: bool) -> Sample:
-    def sample(draw: Draw) -> dict[str, Any]:
-        source = {name: draw.tensor([draw.size() for _ in range(2 + rank)], "real")}
-        sizes = [draw.integer(1, 5) for _ in range(rank)]
-        if not integers and draw.flag():
-            factors = [draw.choice([0.5, 1.5, 2.0]) for _ in range(rank)]
-            return {**source, "output_size": None, "scale_factors": factors, "align_corners": False}
-        return {**source, "output_size": sizes, "scale_factors": None, "align_corners": draw.flag()}
-
-    return sample
+def _upsample(draw: Draw, name: str, rank: int, integers: bool) -> dict[str, Any]:
+    source = {name: draw.tensor([draw.size() for _ in range(2 + rank)], "real")}
+    sizes = [draw.integer(1, 5) for _ in range(rank)]
+    if not integers and draw.flag():
+        factors = [draw.choice([0.5, 1.5, 2.0]) for _ in range(rank)]
+        return {**source, "output_size": None, "scale_factors": factors, "align_corners": False}
+    return {**source, "output_size": sizes, "scale_factors": None, "align_corners": draw.flag()}
 
 
 def _batch_statistics(draw: Draw) -> dict[str, Any]:
@@ -271,7 +229,7 @@ def _weight_norm(draw: Draw) -> dict[str, Any]:
     return {"v": draw.tensor(shape, "real"), "g": norm, "dim": dim}
 
 
-_any = _along(3, lambda draw, shape, dim: {"keepdim": draw.flag()}, "bool")
+_any = partial(_along, 3, lambda draw, shape, dim: {"keepdim": draw.flag()}, kind="bool")
 
 
 _RESAMPLERS = {
@@ -286,17 +244,14 @@ _RESAMPLERS = {
 _EXACT = {f"nearest_exact{rank}d": rank for rank in (1, 2, 3)} | {"bilinear2d_aa": 2, "bicubic2d_aa": 2}
 
 
-def _fft(kind: str) -> Sample:
-    def sample(draw: Draw) -> dict[str, Any]:
-        shape = [draw.size() for _ in range(draw.integer(1, 3))]
-        dims = draw.some(range(len(shape)), least=1)
-        values = draw.tensor(shape, "real" if kind == "r2c" else "complex")
-        found = {"self": values, "dim": dims, "normalization": draw.integer(0, 2)}
-        if kind == "c2r":
-            return {**found, "last_dim_size": 2 * (shape[dims[-1]] - 1) or 1}
-        return {**found, "onesided" if kind == "r2c" else "forward": draw.flag()}
-
-    return sample
+def _fft(draw: Draw, kind: str) -> dict[str, Any]:
+    shape = [draw.size() for _ in range(draw.integer(1, 3))]
+    dims = draw.some(range(len(shape)), least=1)
+    values = draw.tensor(shape, "real" if kind == "r2c" else "complex")
+    found = {"self": values, "dim": dims, "normalization": draw.integer(0, 2)}
+    if kind == "c2r":
+        return {**found, "last_dim_size": 2 * (shape[dims[-1]] - 1) or 1}
+    return {**found, "onesided" if kind == "r2c" else "forward": draw.flag()}
 
 
 def _grid(draw: Draw) -> dict[str, Any]:
@@ -307,84 +262,76 @@ def _grid(draw: Draw) -> dict[str, Any]:
     return {"input": draw.tensor([n, c, draw.size(), draw.size()], "real"), "grid": grid, **kinds}
 
 
-def _grouped(name: str, weight: str) -> Sample:
-    def sample(draw: Draw) -> dict[str, Any]:
-        experts, k, n = draw.integer(2, 3), draw.size(), draw.size()
-        counts = [draw.integer(1, 3) for _ in range(experts)]
-        offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
-        # the kernel takes no float64, and rows of whole multiples of 16 bytes
-        return {
-            name: draw.tensor([sum(counts), 4 * k], "real").float(),
-            weight: draw.tensor([experts, 4 * k, 4 * n], "real").float(),
-            "offs": offsets,
-        }
-
-    return sample
+def _grouped(draw: Draw) -> dict[str, Any]:
+    experts, k, n = draw.integer(2, 3), draw.size(), draw.size()
+    counts = [draw.integer(1, 3) for _ in range(experts)]
+    offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
+    # as the kernel that it stands for takes them: no float64, and rows of whole multiples of 16 bytes
+    return {
+        "input": draw.tensor([sum(counts), 4 * k], "real").float(),
+        "weight": draw.tensor([experts, 4 * k, 4 * n], "real").float(),
+        "offs": offsets,
+    }
 
 
-def _recurrent(gates: int, listed: bool) -> Sample:
+def _recurrent(draw: Draw, gates: int, listed: bool) -> dict[str, Any]:
     """One layer in one direction, with or without biases and (an LSTM) projections."""
-
-    def sample(draw: Draw) -> dict[str, Any]:
-        steps, batch, width, hidden = (draw.size() for _ in range(4))
-        second, biases = draw.flag(), draw.flag()
-        projected = draw.integer(1, hidden - 1) if listed and hidden > 1 and draw.flag(0.4) else None
-        own = projected or hidden
-        params = [draw.tensor([gates * hidden, width], "real"), draw.tensor([gates * hidden, own], "real")]
-        params += [draw.tensor([gates * hidden], "real") for _ in range(2 * biases)]
-        params += [draw.tensor([own, hidden], "real")] if projected else []
-        states = [draw.tensor([1, batch, size], "real") for size in ((own, hidden) if listed else (hidden,))]
-        return {
-            "input": draw.tensor([batch, steps, width] if second else [steps, batch, width], "real"),
-            "hx": states if listed else states[0],
-            "params": params,
-            **{
-                "has_biases": biases,
-                "num_layers": 1,
-                "dropout": 0.0,
-                "train": False,
-                "bidirectional": False,
-                "batch_first": second,
-            },
-        }
-
-    return sample
+    steps, batch, width, hidden = (draw.size() for _ in range(4))
+    second, biases = draw.flag(), draw.flag()
+    projected = draw.integer(1, hidden - 1) if listed and hidden > 1 and draw.flag(0.4) else None
+    own = projected or hidden
+    params = [draw.tensor([gates * hidden, width], "real"), draw.tensor([gates * hidden, own], "real")]
+    params += [draw.tensor([gates * hidden], "real") for _ in range(2 * biases)]
+    params += [draw.tensor([own, hidden], "real")] if projected else []
+    states = [draw.tensor([1, batch, size], "real") for size in ((own, hidden) if listed else (hidden,))]
+    return {
+        "input": draw.tensor([batch, steps, width] if second else [steps, batch, width], "real"),
+        "hx": states if listed else states[0],
+        "params": params,
+        **{
+            "has_biases": biases,
+            "num_layers": 1,
+            "dropout": 0.0,
+            "train": False,
+            "bidirectional": False,
+            "batch_first": second,
+        },
+    }
 
 
-def _tallied(count: str, last: str | None) -> Sample:
-    def sample(draw: Draw) -> dict[str, Any]:
-        many = draw.integer(2, 5)
-        numbers = torch.randint(0, many, (draw.size(), draw.size()), generator=draw.generator)
-        return (
-            {"self": numbers, count: many}
-            if last is None
-            else {"self": numbers.double(), count: many, "min": 0, last: many - 1}
-        )
-
-    return sample
+def _tallied(draw: Draw, count: str, last: str | None) -> dict[str, Any]:
+    many = draw.integer(2, 5)
+    numbers = torch.randint(0, many, (draw.size(), draw.size()), generator=draw.generator)
+    return (
+        {"self": numbers, count: many}
+        if last is None
+        else {"self": numbers.double(), count: many, "min": 0, last: many - 1}
+    )
 
 
 SAMPLES: dict[str, Sample] = {
-    "aten.lstm.input": _recurrent(4, True),
-    "aten.gru.input": _recurrent(3, False),
-    **{f"aten.rnn_{kind}.input": _recurrent(1, False) for kind in ("tanh", "relu")},
-    "aten.histc.default": _tallied("bins", "max"),
-    "aten.one_hot.default": _tallied("num_classes", None),
-    "aten.view.default": _view("size"),
-    "aten._unsafe_view.default": _view("size"),
-    "aten.reshape.default": _view("shape"),
-    "aten._reshape_copy.default": _view("size"),
+    "aten.lstm.input": partial(_recurrent, gates=4, listed=True),
+    "aten.gru.input": partial(_recurrent, gates=3, listed=False),
+    **{f"aten.rnn_{kind}.input": partial(_recurrent, gates=1, listed=False) for kind in ("tanh", "relu")},
+    "aten.histc.default": partial(_tallied, count="bins", last="max"),
+    "aten.one_hot.default": partial(_tallied, count="num_classes", last=None),
+    "aten.view.default": partial(_view, argument="size"),
+    "aten._unsafe_view.default": partial(_view, argument="size"),
+    "aten.reshape.default": partial(_view, argument="shape"),
     "aten.expand.default": _expand,
     "aten.broadcast_to.default": _broadcast,
-    "aten.repeat.default": _of(
+    "aten.repeat.default": partial(
+        _of,
         3,
         lambda draw, shape: {"repeats": [draw.integer(1, 2) for _ in range(len(shape) + draw.integer(0, 1))]},
     ),
-    "aten.repeat_interleave.self_int": _of(
+    "aten.repeat_interleave.self_int": partial(
+        _of,
         3,
         lambda draw, shape: {"repeats": draw.integer(1, 3), "dim": draw.choice([None, draw.dim(len(shape))])},
     ),
-    "aten.slice.Tensor": _along(
+    "aten.slice.Tensor": partial(
+        _along,
         4,
         lambda draw, shape, dim: {
             "start": draw.choice([None, draw.integer(-shape[dim], shape[dim] - 1)]),
@@ -393,100 +340,93 @@ SAMPLES: dict[str, Sample] = {
         },
     ),
     "aten.select.int": _select,
+    "aten.split_with_sizes.default": partial(
+        _along, 4, lambda draw, shape, dim: {"split_sizes": _parts(draw, shape[dim])}
+    ),
     **{
-        operator: _along(4, lambda draw, shape, dim, name=name: {name: _parts(draw, shape[dim])})  # type: ignore[misc]
-        for operator, name in (
-            ("aten.split_with_sizes.default", "split_sizes"),
-            ("aten.split.sizes", "split_size"),
-        )
-    },
-    **{
-        operator: _along(4, lambda draw, shape, dim, name=name: {name: draw.integer(1, 3)})  # type: ignore[misc]
+        operator: partial(_along, 4, lambda draw, shape, dim, name=name: {name: draw.integer(1, 3)})  # type: ignore[misc]
         for operator, name in (
             ("aten.split.Tensor", "split_size"),
             ("aten.unsafe_split.Tensor", "split_size"),
             ("aten.chunk.default", "chunks"),
-            ("aten.tensor_split.sections", "sections"),
         )
     },
-    "aten.permute.default": _of(
+    "aten.permute.default": partial(
+        _of,
         4,
         lambda draw, shape: {
             "dims": [dim - len(shape) if draw.flag(0.3) else dim for dim in draw.order(range(len(shape)))]
         },
     ),
-    **{f"aten.{name}.default": _of(2, lambda draw, shape: {}) for name in ("t", "numpy_T")},
+    **{f"aten.{name}.default": partial(_of, 2, lambda draw, shape: {}) for name in ("t", "numpy_T")},
     "aten.mT.default": lambda draw: {"self": draw.tensor([*draw.shape(most=2), draw.size()])},
-    "aten.movedim.intlist": _of(4, _movedim),
-    "aten.squeeze.dim": _squeeze(False),
-    "aten.squeeze.dims": _squeeze(True),
-    "aten.unsqueeze.default": _of(3, lambda draw, shape: {"dim": draw.integer(-len(shape) - 1, len(shape))}),
-    "aten.unflatten.int": _unflatten,
-    "aten.index.Tensor": _of(4, _index),
+    "aten.movedim.intlist": partial(_of, 4, _movedim),
+    "aten.squeeze.dim": partial(_squeeze, several=False),
+    "aten.squeeze.dims": partial(_squeeze, several=True),
+    "aten.unsqueeze.default": partial(
+        _of, 3, lambda draw, shape: {"dim": draw.integer(-len(shape) - 1, len(shape))}
+    ),
+    "aten.index.Tensor": partial(_of, 4, _index),
     "aten.index_select.default": _index_select,
     "aten.gather.default": _gather,
-    "aten.scatter.src": _scatter("src"),
-    "aten.scatter.value": _scatter(None),
-    "aten.scatter_add.default": _scatter("src"),
+    "aten.scatter.src": partial(_scatter, value="src"),
+    "aten.scatter.value": partial(_scatter, value=None),
+    "aten.scatter_add.default": partial(_scatter, value="src"),
     "aten.scatter_reduce.two": lambda draw: {
-        **_scatter("src")(draw),
+        **_scatter(draw, "src"),
         "reduce": draw.choice(["sum", "prod", "mean", "amax", "amin"]),
         "include_self": draw.flag(),
     },
-    "aten.index_put.default": _of(3, _index_put),
+    "aten.index_put.default": partial(_of, 3, _index_put),
     "aten.index_add.default": _index_add,
     "aten.index_copy.default": _index_add,
-    "aten.masked_scatter.default": _of(
-        3, lambda draw, shape: {"mask": draw.tensor(shape, "bool"), "source": draw.tensor(shape)}
+    "aten.masked_scatter.default": partial(
+        _of, 3, lambda draw, shape: {"mask": draw.tensor(shape, "bool"), "source": draw.tensor(shape)}
     ),
-    "aten.slice_scatter.default": _along(3, _slice_scatter),
+    "aten.slice_scatter.default": partial(_along, 3, _slice_scatter),
     "aten.select_scatter.default": _select_scatter,
     "aten.view_as_complex.default": lambda draw: {"self": draw.tensor([*draw.shape(most=2), 2], "real")},
-    "aten.view_as_real.default": _of(3, lambda draw, shape: {}, "complex"),
+    "aten.view_as_real.default": partial(_of, 3, lambda draw, shape: {}, kind="complex"),
     **{
         f"aten.{name}": lambda draw: {"size": draw.shape()}
         for name in ("zeros.default", "ones.default", "empty.memory_format")
     },
     "aten.full.default": lambda draw: {"size": draw.shape(), "fill_value": draw.float()},
     **{
-        f"aten.{name}.default": _of(2, lambda draw, shape: {"size": draw.shape()})
+        f"aten.{name}.default": partial(_of, 2, lambda draw, shape: {"size": draw.shape()})
         for name in ("new_empty", "new_zeros", "new_ones")
     },
-    "aten.new_full.default": _of(2, lambda draw, shape: {"size": draw.shape(), "fill_value": draw.float()}),
-    "aten.to.device": _of(4, lambda draw, shape: {"device": torch.device("cpu"), "dtype": torch.float64}),
+    "aten.new_full.default": partial(
+        _of, 2, lambda draw, shape: {"size": draw.shape(), "fill_value": draw.float()}
+    ),
+    "aten.to.device": partial(
+        _of, 4, lambda draw, shape: {"device": torch.device("cpu"), "dtype": torch.float64}
+    ),
     "aten.cat.default": _cat,
     "aten.stack.default": _stack,
     "aten.constant_pad_nd.default": _pad,
     "aten.pad.default": _pad_mode,
-    "aten.roll.default": _of(3, _roll),
-    "aten.pixel_shuffle.default": _pixels(up=True),
-    "aten.pixel_unshuffle.default": _pixels(up=False),
-    "aten.channel_shuffle.default": _channel_shuffle,
+    "aten.roll.default": partial(_of, 3, _roll),
     "aten.scaled_dot_product_attention.default": _attention,
-    "aten.fake_quantize_per_tensor_affine.default": lambda draw: {
-        **{"input": draw.tensor(draw.shape(most=3)), "scale": draw.float()},
-        **{"zero_point": 0, "quant_min": -8, "quant_max": 7},
-    },
     "aten.grid_sampler.default": _grid,
     "aten._native_batch_norm_legit.no_stats": _batch_statistics,
     "aten._weight_norm_interface.default": _weight_norm,
     "aten.any.dim": _any,
     "aten.all.dim": _any,
-    "aten._grouped_mm.default": _grouped("self", "mat2"),
-    "transformers.grouped_mm_fallback.default": _grouped("input", "weight"),
-    **{f"aten._fft_{kind}.default": _fft(kind) for kind in ("r2c", "c2r", "c2c")},
+    "transformers.grouped_mm_fallback.default": _grouped,
+    **{f"aten._fft_{kind}.default": partial(_fft, kind=kind) for kind in ("r2c", "c2r", "c2c")},
     **{
-        f"aten.{kind}{name}.vec": _upsample("input", rank, False)
+        f"aten.upsample_{name}.vec": partial(_upsample, name="input", rank=rank, integers=False)
         for name, rank in _RESAMPLERS.items()
-        for kind in ("upsample_", "_upsample_")
     },
     **{
-        f"aten.{kind}{name}.default": _upsample("self", rank, True)
+        f"aten.upsample_{name}.default": partial(_upsample, name="self", rank=rank, integers=True)
         for name, rank in _RESAMPLERS.items()
-        for kind in ("upsample_", "_upsample_")
     },
-    **{f"aten._upsample_{name}.vec": _upsample("input", rank, False) for name, rank in _EXACT.items()},
-    **{f"aten._upsample_{name}.default": _upsample("self", rank, True) for name, rank in _EXACT.items()},
+    **{
+        f"aten._upsample_{name}.vec": partial(_upsample, name="input", rank=rank, integers=False)
+        for name, rank in _EXACT.items()
+    },
 }
 
 #: arguments that a captured program has at one value only
@@ -500,10 +440,5 @@ FIXED: dict[str, dict[str, Any]] = {
     },
     "aten.group_norm.default": {"cudnn_enabled": False},
     "aten.dropout.default": {"train": False},
-    "aten.native_dropout.default": {"train": False},
     "aten.rrelu.default": {"training": False},
-    "aten.rrelu_with_noise.default": {"training": False},
 }
-
-#: operators whose kernels take only sizes that are multiples of this
-STEPS: dict[str, int] = {"aten._grouped_mm.default": 4}

@@ -8,6 +8,7 @@ prunable must be mask-exact once the rewriter has adapted every argument.
 
 from __future__ import annotations
 
+import math
 import operator as operators
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +26,10 @@ from fasp_fx.errors import FaspError, first_line
 from fasp_fx.passes import RemoveChannels, verify
 from fasp_fx.patterns import Rule
 
-from .._sets import draw_sets
+from .._case import draw_sets
 from ..oracle import Masked, error, floats
-from ._calls import Call
+from ._calls import Call, Draw
 from ._claims import Lie
-from ._draw import Draw
-from ._samples import STEPS
 
 _ATEN = torch.ops.aten
 CLAIM = "what the rule makes prunable can be removed"
@@ -49,7 +48,7 @@ class Outcome:
 
 def rewritten(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Outcome:
     """Prune a program around one call."""
-    program = one_operator(rule, call, results, draw) if str(call.operator) not in STEPS else None
+    program = one_operator(rule, call, results, draw)
     if program is None:
         return Outcome()
     inputs = [torch.tensor(value, dtype=torch.float64) for value in (0.0, 0.37)]
@@ -101,9 +100,8 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
     root, graph = nn.Module(), fx.Graph()
     x = graph.placeholder("x")
     x.meta["val"] = torch.zeros((), dtype=torch.float64)
-    operands = [name for name, tensor in call.tensors().items() if _varies(name, tensor)]
-    creates = bool(rule.creates)
-    if not operands and not creates:
+    operands = [name for name, tensor in call.tensors().items() if _varies(tensor)]
+    if not operands and not rule.creates:
         return None
     free = _in_blocks(rule, call)
     blocks = _blocks(rule, call, result.dim(), draw) if free else None
@@ -117,7 +115,7 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
     first = [argument.name for argument in call.operator._schema.arguments if not argument.kwarg_only]
     args = tuple(arguments.pop(name) for name in first)
     node: Any = graph.call_function(call.operator, args, arguments)
-    if creates:  # what is created meets an activation; what memory happens to hold is not compared
+    if rule.creates:  # what is created meets an activation; what memory happens to hold is not compared
         if "empty" in str(call.operator):
             node = graph.call_function(_ATEN.zeros_like.default, (node,))
         values = draw.tensor(list(result.shape), "real")
@@ -127,23 +125,17 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
         node = graph.call_function(operators.getitem, (node, which))
     if result.is_complex():
         node = graph.call_function(_ATEN.abs.default, (node,))
-    if not result.is_floating_point():
+    if result.dtype != torch.float64:
         node = graph.call_function(_ATEN._to_copy.default, (node,), {"dtype": torch.float64})
     if result.dim():
-        if blocks is None:
-            dim = draw.integer(0, result.dim() - 1)
-            columns = result.shape[dim]
-            node = graph.call_function(_ATEN.transpose.int, (node, dim, -1))
-        else:
-            laid = _last(blocks, result.dim())
-            columns = result.shape[blocks[0]] * result.shape[blocks[1]]
-            node = graph.call_function(_ATEN.permute.default, (node, laid))
-            node = graph.call_function(
-                _ATEN.reshape.default, (node, [*(result.shape[dim] for dim in laid[:-2]), columns])
-            )
-        root.register_parameter("consumer", nn.Parameter(draw.tensor([columns, 2], "real").to(torch.float64)))
-        if result.is_floating_point() and result.dtype != torch.float64:
-            node = graph.call_function(_ATEN._to_copy.default, (node,), {"dtype": torch.float64})
+        dims = (draw.integer(-result.dim(), -1),) if blocks is None else blocks
+        laid = _last(dims, result.dim())
+        columns = math.prod(result.shape[dim] for dim in dims)
+        node = graph.call_function(_ATEN.permute.default, (node, laid))
+        if len(dims) > 1:
+            shape = [*(result.shape[dim] for dim in laid[: -len(dims)]), columns]
+            node = graph.call_function(_ATEN.reshape.default, (node, shape))
+        root.register_parameter("consumer", nn.Parameter(draw.tensor([columns, 2], "real")))
         node = graph.call_function(_ATEN.matmul.default, (node, graph.get_attr("consumer")))
     graph.output((node,))
     example = (torch.zeros((), dtype=torch.float64),)
@@ -151,7 +143,7 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
     return Program(fx.GraphModule(root, graph), signature, (example, {}))
 
 
-def _varies(name: str, tensor: Tensor) -> bool:
+def _varies(tensor: Tensor) -> bool:
     """Whether a tensor holds numbers of the model, rather than positions."""
     return tensor.is_floating_point() and tensor.dim() > 0
 
@@ -192,8 +184,8 @@ def _in_blocks(rule: Rule, call: Call) -> bool:
     )
 
 
-def _last(dims: tuple[int, int], rank: int) -> list[int]:
-    """All dimensions, these two (counted from the right) last."""
+def _last(dims: tuple[int, ...], rank: int) -> list[int]:
+    """All dimensions, these (counted from the right) last."""
     last = [dim + rank for dim in dims]
     return [*(dim for dim in range(rank) if dim not in last), *last]
 
@@ -216,36 +208,30 @@ def _operand(
     ones are taken away there.
     """
     attribute = "operand_" + name.replace(".", "_")
-    if not _varies(name, tensor):
+    if not _varies(tensor):
         root.register_buffer(attribute, tensor)
         return graph.get_attr(attribute)
-    stored = tensor.clone()
-    steps: list[tuple[Any, list[int] | None]] = []
-    rank = tensor.dim()
+    stored, node, rank = tensor.clone(), graph.get_attr(attribute), tensor.dim()
     if rank > 1 and draw.flag(0.6):
         alike = blocks is not None and -min(blocks) <= rank and draw.flag(0.7)
         merged = alike or draw.flag(0.7)
-        laid = (
-            _last(blocks, rank)
-            if alike and blocks is not None
-            else draw.order(range(rank))
-            if not merged or draw.flag(0.3)
-            else list(range(rank))
-        )
+        if alike and blocks is not None:
+            laid = _last(blocks, rank)
+        else:
+            laid = list(range(rank)) if merged and not draw.flag(0.3) else draw.order(range(rank))
         laid = sorted(laid) if merged and not free else laid
         stored = stored.permute(laid).contiguous()
         if merged:
             dim, shape = rank - 2 if alike else draw.integer(0, rank - 2), list(stored.shape)
             stored = stored.flatten(dim, dim + 1)
-            steps.append((_ATEN.view.default, shape))
+            node = graph.call_function(_ATEN.view.default, (node, shape))
         if laid != sorted(laid):
-            steps.append((_ATEN.permute.default, [laid.index(dim) for dim in range(rank)]))
-            steps.append((_ATEN.clone.default, None))  # some kernels take no such strides
+            back = [laid.index(dim) for dim in range(rank)]
+            node = graph.call_function(_ATEN.permute.default, (node, back))
+            # some kernels take no such strides
+            whole: dict[str, Any] = {"memory_format": torch.contiguous_format}
+            node = graph.call_function(_ATEN.clone.default, (node,), whole)
     root.register_parameter(attribute, nn.Parameter(stored))
-    node = graph.get_attr(attribute)
-    for operator, argument in steps:
-        options: dict[str, Any] = {"memory_format": torch.contiguous_format} if argument is None else {}
-        node = graph.call_function(operator, (node,) if argument is None else (node, argument), options)
     return graph.call_function(_ATEN.add.Tensor, (node, x)) if moving else node
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -27,31 +27,26 @@ class Unspoken(Mismatch):
 
 @dataclass(frozen=True)
 class Spelled:
-    """A tensor with one dimension for each letter; ``merged`` lists how many letters each real dimension is
-    made of.
-    """
+    """A tensor by the letters that each of its dimensions is made of."""
 
-    letters: tuple[str, ...]
-    merged: tuple[int, ...]
+    dims: tuple[tuple[str, ...], ...]
 
-    def dims(self) -> list[tuple[str, ...]]:
-        """The letters of each real dimension."""
-        ends = itertools.accumulate(self.merged)
-        return [self.letters[end - count : end] for count, end in zip(self.merged, ends)]
+    @property
+    def letters(self) -> tuple[str, ...]:
+        """All letters in order."""
+        return tuple(itertools.chain(*self.dims))
 
     def unfold(self, tensor: Tensor, sizes: dict[str, int]) -> Tensor:
         """The tensor with one dimension for each letter."""
         shape: list[int] = []
-        for dim, letters in enumerate(self.dims()):
-            shape += [tensor.shape[dim]] if len(letters) == 1 else [sizes[letter] for letter in letters]
+        for size, letters in zip(tensor.shape, self.dims):
+            shape += [size] if len(letters) == 1 else [sizes[letter] for letter in letters]
         return tensor.reshape(shape)
 
     def fold(self, tensor: Tensor) -> Tensor:
         """Back to the real dimensions."""
-        ends = itertools.accumulate(self.merged)
-        return tensor.reshape(
-            [math.prod(tensor.shape[end - count : end]) for count, end in zip(self.merged, ends)]
-        )
+        sizes = iter(tensor.shape)
+        return tensor.reshape([math.prod(itertools.islice(sizes, len(letters))) for letters in self.dims])
 
 
 @dataclass
@@ -80,7 +75,6 @@ class Reading:
     runs: dict[str, list[str]] = field(default_factory=dict)
     repeats: dict[str, str] = field(default_factory=dict)
     recurs: dict[str, str] = field(default_factory=dict)
-    keepdim: bool = False
 
     def kept(self) -> set[str]:
         """Letters that a result has."""
@@ -125,8 +119,7 @@ def read(rule: Rule, call: Call, results: list[Tensor]) -> Reading:
         (sum(letter.startswith(".") for letter in spelled.letters) for spelled in reading.operands.values()),
         default=0,
     )
-    first = next(iter(reading.operands.values()), Spelled((), ()))
-    _read_clauses(rule, call, reading, runs, first)
+    _read_clauses(rule, call, reading, runs, next(iter(reading.operands.values()), Spelled(())))
     _solve_sizes(reading, given)
     if len(alternative.results) != len(results):
         raise Mismatch(
@@ -134,7 +127,12 @@ def read(rule: Rule, call: Call, results: list[Tensor]) -> Reading:
         )
     for index, (dims, result) in enumerate(zip(alternative.results, results, strict=True)):
         rank = _fixed(dims, runs) + (dots if "..." in dims else 0)
-        spelled = _without(_spell(dims, rank, runs), set() if reading.keepdim else reading.reduced)
+        spelled = _spell(dims, rank, runs)
+        if not call.arguments.get("keepdim", False):
+            left = (
+                letters for letters in spelled.dims if len(letters) > 1 or letters[0] not in reading.reduced
+            )
+            spelled = Spelled(tuple(left))
         _note_added(reading, spelled, result)
         # Of such a result the rule says nothing.
         silent = all(_free(reading, letter) for letter in spelled.letters)
@@ -147,13 +145,8 @@ def read(rule: Rule, call: Call, results: list[Tensor]) -> Reading:
 def _choose(rule: Rule, call: Call) -> Alternative:
     given = call.tensors()
     for alternative in rule.alternatives[:-1]:
-        if (
-            alternative.condition
-            and alternative.condition not in given
-            and not call.arguments.get(alternative.condition)
-        ):
-            continue
-        if all(
+        condition = alternative.condition
+        if (not condition or condition in given or call.arguments.get(condition)) and all(
             operand.name not in given or _takes(operand.dims, given[operand.name].dim())
             for operand in alternative.operands
         ):
@@ -196,17 +189,10 @@ def _spell(dims: tuple[Any, ...], rank: int, runs: dict[str, int], right: bool =
         real = real[len(real) - rank :]
     if len(real) != rank:
         raise Mismatch(f"[{' '.join(map(str, dims))}] does not spell {rank} dimensions")
-    return Spelled(tuple(letter for letters in real for letter in letters), tuple(map(len, real)))
-
-
-def _without(spelled: Spelled, gone: set[str]) -> Spelled:
-    """Without dimensions of single letters."""
-    left = [letters for letters in spelled.dims() if len(letters) > 1 or letters[0] not in gone]
-    return Spelled(tuple(itertools.chain(*left)), tuple(map(len, left)))
+    return Spelled(tuple(real))
 
 
 def _read_clauses(rule: Rule, call: Call, reading: Reading, runs: dict[str, int], first: Spelled) -> None:
-    reading.keepdim = bool(call.arguments.get("keepdim", False))
     for clause in rule.clauses:
         words = clause.words
         if not clause.holds(call.arguments):
@@ -241,9 +227,12 @@ def _place(reading: Reading, clause: str, letter: str) -> None:
     """What is placed among the positions of the first operand has others than that."""
     reading.special[letter] = clause
     for name in list(reading.operands)[1:]:
-        spelled, own = reading.operands[name], f"{letter} of {name}"
-        reading.operands[name] = replace(
-            spelled, letters=tuple(own if other == letter else other for other in spelled.letters)
+        own = f"{letter} of {name}"
+        reading.operands[name] = Spelled(
+            tuple(
+                tuple(own if other == letter else other for other in letters)
+                for letters in reading.operands[name].dims
+            )
         )
         reading.special[own] = clause
     given = reading.call.tensors()
@@ -285,7 +274,7 @@ def _solve_sizes(reading: Reading, given: dict[str, Tensor]) -> None:
         reading.sizes[letter] = int(reading.call.arguments[argument])
     pending: list[tuple[tuple[str, ...], int]] = []
     for name, spelled in reading.operands.items():
-        for letters, size in zip(spelled.dims(), given[name].shape, strict=True):
+        for letters, size in zip(spelled.dims, given[name].shape, strict=True):
             if len(letters) > 1:
                 pending.append((letters, size))
                 continue
@@ -307,7 +296,7 @@ def _note_added(reading: Reading, spelled: Spelled, result: Tensor) -> None:
     """Letters of a result that no operand has are dimensions which the operator adds; nothing is claimed of
     them.
     """
-    for letters, size in zip(spelled.dims(), result.shape):
+    for letters, size in zip(spelled.dims, result.shape):
         if len(letters) == 1 and letters[0] not in reading.sizes:
             reading.special[letters[0]] = "!added"
             reading.sizes[letters[0]] = size
@@ -319,9 +308,9 @@ def _free(reading: Reading, letter: str) -> bool:
 
 
 def _fits(reading: Reading, spelled: Spelled, result: Tensor, index: int) -> None:
-    if len(spelled.merged) != result.dim():
-        raise Mismatch(f"result {index} has {result.dim()} dimensions, the rule spells {len(spelled.merged)}")
-    for dim, letters in enumerate(spelled.dims()):
+    if len(spelled.dims) != result.dim():
+        raise Mismatch(f"result {index} has {result.dim()} dimensions, the rule spells {len(spelled.dims)}")
+    for dim, letters in enumerate(spelled.dims):
         expected = math.prod(1 if letter in reading.reduced else reading.sizes[letter] for letter in letters)
         if expected != result.shape[dim] and not any(_free(reading, letter) for letter in letters):
             raise Mismatch(

@@ -1,5 +1,6 @@
-"""What clauses claim of operators around a router: what is never chosen, named or counted may as well not be
-there.
+"""What rules and clauses without letters claim of one call, held against the operator: that it only moves
+elements, that it creates them all alike, and, around a router, that what is never chosen, named or counted
+may as well not be there.
 
 ``look`` speaks of integers that name positions, ``choose`` and ``add`` of scores, ``pass`` of integers that
 come back, ``tally`` of integers that are counted. Integers of which a rule says nothing are held against
@@ -19,9 +20,105 @@ from fasp_fx.base._tolerable import tolerable
 from fasp_fx.errors import first_line
 from fasp_fx.patterns import ORDINALS, Clause, Rule
 
-from ._calls import Call, same
-from ._claims import Lie, Modesty
-from ._draw import Draw
+from ._calls import Call, Draw, same
+from ._claims import Lie, Trials, left
+
+#: elements are numbered from here, so that constants such as padding are told from them
+_FIRST = 1000
+
+
+# --- ``move x``: every element of the result is one of ``x``, or the same whatever ``x`` holds; and which one
+# does not depend on the values
+
+
+def moves(rule: Rule, call: Call, draw: Draw, trials: Trials) -> Lie | None:
+    """Hold a moving rule against the operator on one call."""
+    assert rule.moves is not None
+    claim = f"the operator only moves elements of '{rule.moves}'"
+    source = call.arguments[rule.moves]
+    values = torch.cat([item.reshape(-1) for item in ([source] if isinstance(source, Tensor) else source)])
+    total = values.numel()
+    numbers = torch.arange(total) + _FIRST
+    other = torch.randperm(total, generator=draw.generator) + _FIRST + 3 * total
+    try:
+        moved = _filled(call, rule.moves, numbers).run()
+    except tolerable(Exception) as problem:
+        fact = f"it does not take integers, on which it has to be run: {first_line(problem)}"
+        return Lie(call, claim, fact)
+    again = _filled(call, rule.moves, other).run()
+    for index, (first, second, real) in enumerate(zip(moved, again, call.run(), strict=True)):
+        if first.shape != second.shape:
+            return Lie(call, claim, f"the shape of result {index} depends on the values")
+        flat, flat_other = first.reshape(-1).long(), second.reshape(-1).long()
+        inside = (flat >= _FIRST) & (flat < _FIRST + total)
+        came_from = flat[inside] - _FIRST
+        wrong = flat_other != flat
+        wrong[inside] &= flat_other[inside] != other[came_from]
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            return Lie(call, claim, f"element {at} of result {index} is no element of '{rule.moves}'")
+        if bool((real.reshape(-1)[inside] != values[came_from].to(real.dtype)).any()):
+            fact = f"result {index} holds other elements of '{rule.moves}' than it does for integers"
+            return Lie(call, claim, fact)
+    if isinstance(source, Tensor):
+        for clause in rule.all("freeze"):
+            needed = _needed(call, rule.moves, source, clause.words[0], moved, draw)
+            if needed is not None:
+                trials[str(clause)].append(needed)
+    return None
+
+
+def _filled(call: Call, name: str, numbers: Tensor) -> Call:
+    """The call with these numbers, one after another, in an argument."""
+    source = call.arguments[name]
+    if isinstance(source, Tensor):
+        return call.with_(**{name: numbers.reshape(source.shape)})
+    parts = zip(numbers.split([item.numel() for item in source]), source, strict=True)
+    return call.with_(**{name: [part.reshape(item.shape) for part, item in parts]})
+
+
+def _needed(
+    call: Call, name: str, source: Tensor, argument: str, moved: list[Tensor], draw: Draw
+) -> bool | None:
+    """Whether taking positions along a frozen dimension out of the source, arguments unchanged, is not taking
+    them out of the result.
+    """
+    value = call.arguments.get(argument)
+    if isinstance(value, (list, tuple)):
+        dims = [dim for dim, index in enumerate(value) if index is not None]
+    else:
+        dims = [] if value is None else [int(value)]
+    dims = [dim for dim in dims if source.shape[dim] > 1]
+    if not dims:
+        return None
+    dim = draw.choice(dims)
+    left = torch.tensor(draw.some(range(source.shape[dim]), least=1)[: source.shape[dim] - 1])
+    numbers = torch.arange(_FIRST, _FIRST + source.numel()).reshape(source.shape)
+    kept = numbers.index_select(dim, left)
+    try:
+        found = call.with_(**{name: kept}).run()
+    except tolerable(Exception):
+        return True
+    return any(
+        after.dim() != before.dim()
+        or not torch.equal(after.reshape(-1), before[torch.isin(before, kept)].reshape(-1))
+        for before, after in zip(moved, found, strict=True)
+    )
+
+
+def creates(call: Call, results: list[Tensor]) -> Lie | None:
+    """Hold a creating rule against the operator on one call: the elements of the result are all alike, so
+    that any of them can go. What memory happens to hold (``empty``) says nothing.
+    """
+    for index, result in enumerate(() if "empty" in str(call.operator) else results):
+        flat = result.reshape(-1)
+        if flat.numel() and not same(flat, flat[:1].expand_as(flat)):
+            fact = f"result {index} holds {flat[0].item()} and {flat[flat != flat[0]][0].item()}"
+            return Lie(call, "the elements of the result are all alike", fact)
+    return None
+
+
+# --- what a router chooses, names and counts
 
 
 def _distinct(shape: torch.Size, draw: Draw) -> Tensor:
@@ -30,24 +127,18 @@ def _distinct(shape: torch.Size, draw: Draw) -> Tensor:
     return order.reshape(shape).to(torch.float64) / shape.numel() + 0.5
 
 
-def _others(size: int, gone: int) -> Tensor:
-    return torch.tensor([at for at in range(size) if at != gone])
-
-
-def looked(rule: Rule, call: Call, draw: Draw, missing: Modesty) -> Lie | None:
+def looked(rule: Rule, call: Call, draw: Draw, missing: Trials) -> Lie | None:
     """Hold the clauses of a rule against the operator on one call, and note in ``missing`` the clauses that
     it could have had.
     """
     stated = rule.all("look")
-    for clause in stated:
+    for clause in dict.fromkeys([*stated, *_possible(rule, call)]):
         fact = _without_unnamed(rule, clause, call, draw)
-        if fact:
-            return Lie(call, str(clause), fact)
-    for clause in _possible(rule, call):
         if clause not in stated:
-            fact = _without_unnamed(rule, clause, call, draw)
             if fact is not None:
-                missing.note(str(clause), needed=bool(fact))
+                missing[str(clause)].append(bool(fact))
+        elif fact:
+            return Lie(call, str(clause), fact)
     return None
 
 
@@ -87,7 +178,7 @@ def _without_unnamed(rule: Rule, clause: Clause, call: Call, draw: Draw) -> str 
         )
     gone = draw.integer(0, size - 1)
     names = torch.where(names == gone, (gone + 1) % size, names)
-    distinct, left = _distinct(shape, draw), _others(size, gone)
+    distinct, others = _distinct(shape, draw), left(size, [gone])
     whole = call.with_(**{name: distinct, index: names})
     try:
         before = whole.run()
@@ -95,26 +186,13 @@ def _without_unnamed(rule: Rule, clause: Clause, call: Call, draw: Draw) -> str 
         return None
     try:
         after = whole.with_(
-            **{name: distinct.index_select(dim, left), index: names - (names > gone).to(names.dtype)}
+            **{name: distinct.index_select(dim, others), index: names - (names > gone).to(names.dtype)}
         ).run()
     except tolerable(Exception) as problem:
         return f"without position {gone}, which no integer names, the operator refuses: {first_line(problem)}"
     if all(same(a, b) for a, b in zip(before, after, strict=True)):
         return ""
     return f"without position {gone}, which no integer names, the result is another one"
-
-
-def routed(rule: Rule, call: Call, draw: Draw) -> Lie | None:
-    """Hold these clauses against the operator on one call."""
-    for clause in rule.clauses:
-        lie = None
-        if clause.keyword in ("choose", "add"):
-            lie = _without_unchosen(rule, clause, call, draw)
-        elif clause.keyword == "pass":
-            lie = _passed(clause, call)
-        if lie is not None:
-            return lie
-    return None
 
 
 def _without_unchosen(rule: Rule, clause: Clause, call: Call, draw: Draw) -> Lie | None:
@@ -128,10 +206,10 @@ def _without_unchosen(rule: Rule, clause: Clause, call: Call, draw: Draw) -> Lie
     if "sorted" in plain:  # unsorted, the order of what is chosen is nobody's promise
         plain["sorted"] = True
     distinct, gone = _distinct(shape, draw), draw.integer(0, shape[dim] - 1)
-    left, least = _others(shape[dim], gone), float("-inf") if clause.keyword == "choose" else 0.0
+    others, least = left(shape[dim], [gone]), float("-inf") if clause.keyword == "choose" else 0.0
     silent = distinct.index_fill(dim, torch.tensor([gone]), least)
     call = Call(call.operator, {**plain, name: silent})
-    smaller = call.with_(**{name: distinct.index_select(dim, left)})
+    smaller = call.with_(**{name: distinct.index_select(dim, others)})
     try:
         before, after = call.run(), smaller.run()
     except tolerable(Exception):  # more are asked for than are left
@@ -142,13 +220,13 @@ def _without_unchosen(rule: Rule, clause: Clause, call: Call, draw: Draw) -> Lie
         if index == named:
             expected = whole - (whole > gone).to(whole.dtype)
         elif whole.dim() == len(shape) and whole.shape != part.shape:
-            expected = whole.index_select(dim, left)
+            expected = whole.index_select(dim, others)
         if not same(expected, part) or (index == named and bool((whole == gone).any())):
             return Lie(call, str(clause), f"result {index} is another one without position {gone}")
     return None
 
 
-def _passed(clause: Clause, call: Call) -> Lie | None:
+def _passed(rule: Rule, clause: Clause, call: Call, draw: Draw) -> Lie | None:
     """The integers of an argument come back in one of the results."""
     source = call.arguments[clause.words[0]]
     numbers = torch.arange(source.numel()).reshape(source.shape)
@@ -161,6 +239,15 @@ def _passed(clause: Clause, call: Call) -> Lie | None:
     ):
         return None
     return Lie(call, str(clause), "other integers come back")
+
+
+_ROUTED = {"choose": _without_unchosen, "add": _without_unchosen, "pass": _passed}
+
+
+def routed(rule: Rule, call: Call, draw: Draw) -> Lie | None:
+    """Hold these clauses against the operator on one call."""
+    stated = (clause for clause in rule.clauses if clause.keyword in _ROUTED)
+    return next(filter(None, (_ROUTED[clause.keyword](rule, clause, call, draw) for clause in stated)), None)
 
 
 def tallies(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Lie | None:
@@ -182,6 +269,6 @@ def tallies(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Lie | 
     if fewer.get("max") == fewer.get("min", call.arguments.get("min", 0)):
         return None  # one number alone: the operator would look for the range itself
     whole, part = call.with_(**{str(rule.tallies): others}).run()[0], call.with_(**fewer).run()[0]
-    if same(whole.index_select(-1, _others(counted, gone)), part):
+    if same(whole.index_select(-1, left(counted, [gone])), part):
         return None
     return Lie(call, f"tally {rule.tallies}", f"without number {gone} the result is another one")

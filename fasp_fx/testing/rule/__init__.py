@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+from unittest import mock
 
 from torch import Tensor
 
@@ -15,17 +16,15 @@ from fasp_fx.base._tolerable import tolerable
 from fasp_fx.errors import ArgumentError, RuleError
 from fasp_fx.patterns import Rule
 
-from ..base.compat import OpOverload, silent_fake_tensors
-from ._verdict import TALLY, CheckFailed
-from .rules._calls import Call, repeatable
-from .rules._claims import Lie, Modesty, creates, lies
-from .rules._draw import KINDS, Draw
-from .rules._moved import moves
-from .rules._reading import Mismatch, Unspoken, read
-from .rules._rewritten import rewritten
-from .rules._routing import looked, routed, tallies
-from .rules._samples import FIXED, SAMPLES
-from .rules._schema import filled, lettered, moving
+from ...base.compat import OpOverload, silent_fake_tensors
+from .._verdict import TALLY, CheckFailed
+from ._calls import KINDS, Call, Draw, repeatable
+from ._claims import Lie, Trials, lies
+from ._clauses import creates, looked, moves, routed, tallies
+from ._reading import Mismatch, Unspoken, read
+from ._rewritten import rewritten
+from ._samples import FIXED, SAMPLES
+from ._schema import filled, lettered, moving
 
 RIGHT, TOO_MUCH, TOO_LITTLE = "right", "claims too much", "claims too little"
 
@@ -146,10 +145,14 @@ def check_rule(
         )
     if examples < 1:
         raise ArgumentError(f"examples={examples} must be at least 1")
-    with _in_force(operator, rule) as found, _quiet():
+    # Calls that an operator refuses are drawn anew; torch need not speak of them.
+    with mock.patch.dict(patterns._registry._USER), silent_fake_tensors(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = patterns.lookup(operator) if rule is None else patterns.register(operator, str(rule))
+        if found is None:
+            raise RuleError(f"there is no rule for {operator}; pass one, or register it first")
         verdict = _Check(operator, found, seed, samples, programs).run(examples)
-    TALLY.rules += 1
-    TALLY.examples += verdict.examples
+    TALLY.update(rules=1, examples=verdict.examples)
     return verdict
 
 
@@ -165,33 +168,6 @@ def assert_rule(operator: OpOverload, rule: str | Rule | None = None, **options:
     return verdict
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Calls that an operator refuses are drawn anew; torch need not speak of them."""
-    with silent_fake_tensors(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextmanager
-def _in_force(operator: OpOverload, rule: str | Rule | None) -> Iterator[Rule]:
-    """Inside, this is the operator's rule."""
-    before = patterns.lookup(operator)
-    if rule is None:
-        if before is None:
-            raise RuleError(f"there is no rule for {operator}; pass one, or register it first")
-        yield before
-        return
-    users = patterns._registry._USER
-    registered = users.get(operator)
-    try:
-        yield patterns.register(operator, str(rule))
-    finally:
-        patterns.unregister(operator)
-        if registered is not None:
-            patterns.register(operator, str(registered))
-
-
 class _Check:
     """One rule held against one operator."""
 
@@ -205,8 +181,7 @@ class _Check:
     ) -> None:
         self.operator, self.rule, self.seed, self.programs = operator, rule, seed, programs
         self.given = [self._named(args, kwargs) for args, kwargs in samples] if samples is not None else None
-        self.kinds: list[str] = []
-        self.modesty, self.missing = Modesty(), Modesty()
+        self.trials, self.missing = Trials(list), Trials(list)
         self.misfit: Lie | None = None
         self.refused: list[str] = []
         self.tried = self.pruned = 0
@@ -227,7 +202,7 @@ class _Check:
             worst = self._try(index, most=2 + (3 * index) // max(examples, 1))
             if worst is not None:
                 return self._verdict(TOO_MUCH, self._smaller(worst))
-        needless, missing = tuple(self.modesty.needless(_LEAST)), tuple(self.missing.needless(_LEAST))
+        needless, missing = _needless(self.trials), _needless(self.missing)
         kind = TOO_LITTLE if needless or missing or self.misfit else RIGHT
         return self._verdict(kind, self.misfit, needless, missing)
 
@@ -235,11 +210,9 @@ class _Check:
         """``check`` says that nothing comes back that could carry channels."""
         kinds = [str(result.type) for result in self.operator._schema.returns]
         returned = ", ".join(kind for kind in kinds if "Tensor" in kind)
-        self.tried = 1
-        if not returned:
-            return self._verdict(RIGHT, None)
-        claim = "the operator returns nothing that carries channels"
-        return self._verdict(TOO_MUCH, Lie(Call(self.operator, {}), claim, f"it returns {returned}"))
+        self.tried, claim = 1, "the operator returns nothing that carries channels"
+        lie = Lie(Call(self.operator, {}), claim, f"it returns {returned}") if returned else None
+        return self._verdict(RIGHT if lie is None else TOO_MUCH, lie)
 
     def _verdict(
         self, kind: str, lie: Lie | None, needless: tuple[str, ...] = (), missing: tuple[str, ...] = ()
@@ -302,7 +275,7 @@ class _Check:
 
     def _claims(self, call: Call, results: list[Tensor], draw: Draw) -> Lie | None:
         if self.rule.moves:
-            return moves(self.rule, call, draw, self.modesty)
+            return moves(self.rule, call, draw, self.trials)
         if self.rule.creates:
             return creates(call, results)
         if self.rule.tallies:
@@ -319,21 +292,15 @@ class _Check:
                 self.misfit = Lie(call, claim, f"{problem}; the rule is not used for such a call")
             return None
         return (
-            next(lies(reading, results, draw, self.modesty), None)
+            next(filter(None, lies(reading, results, draw, self.trials)), None)
             or routed(self.rule, call, draw)
             or looked(self.rule, call, draw, self.missing)
         )
 
     def _draw(self, draw: Draw, index: int, patience: int) -> Call | None:
         """A call that the operator takes, and to which it gives the same result twice."""
-        if not self.kinds:
-            self.kinds = self._usable()
         draw.kind = self.kinds[index % len(self.kinds)]
-        for _ in range(patience):
-            call = self._made_up(draw)
-            if call is not None:
-                return call
-        return None
+        return next(filter(None, (self._made_up(draw) for _ in range(patience))), None)
 
     def _made_up(self, draw: Draw) -> Call | None:
         name = str(self.operator)
@@ -353,7 +320,8 @@ class _Check:
         except tolerable(Exception):
             return None
 
-    def _usable(self) -> list[str]:
+    @cached_property
+    def kinds(self) -> list[str]:
         """The kinds of numbers that the operator takes."""
         found = []
         for number, kind in enumerate(KINDS):
@@ -368,3 +336,8 @@ class _Check:
                 " some as samples=[(args, kwargs), …]"
             )
         return found
+
+
+def _needless(trials: Trials) -> tuple[str, ...]:
+    """The clauses that were tried often and never needed."""
+    return tuple(clause for clause, found in trials.items() if len(found) >= _LEAST and not any(found))

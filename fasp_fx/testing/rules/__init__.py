@@ -1,1 +1,0 @@
-"""Hold a rule against the operator it describes (private parts of :mod:`fasp_fx.testing.rule`)."""
