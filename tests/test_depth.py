@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from zoo import ZOO
 
 import fasp_fx
 from fasp_fx import Result
-from fasp_fx.errors import PlanError
+from fasp_fx.errors import EagerError, PlanError
 from fasp_fx.testing import check_program
 from fasp_fx.testing._sets import draw_part
 
@@ -77,8 +78,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        for block in self.blocks:
-            x = block(x)
+        for part in self.blocks:
+            x = part(x)
         found: Tensor = self.last(x)
         return found
 
@@ -90,10 +91,6 @@ KINDS = st.lists(
 
 def numbers(samples: int, tokens: int, seed: int = 1) -> Tensor:
     return torch.randn(samples, tokens, 5, generator=torch.Generator().manual_seed(seed))
-
-
-def parameters_of(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @settings(max_examples=max(EXAMPLES // 2, 4))
@@ -395,11 +392,11 @@ def test_what_stands_for_a_block_computes_and_lies_in_memory_as_it_did(name: str
     result = pruned(model, {"x": x}, *names, restore=None)
     assert len(result.plan.groups) == len(names)
     oracle = zeroed(model, result.plan)
-    for given in (x,) if x.dim() < 3 or name.startswith("no batch") else (x, torch.cat([x, x])):
+    for inputs in (x,) if name.startswith("no batch") else (x, torch.cat([x, x])):
         torch.manual_seed(1)
-        expected = oracle(given)
+        expected = oracle(inputs)
         torch.manual_seed(1)
-        found = result.module(given)
+        found = result.module(inputs)
         assert error(found, expected) < TOLERANCE
     if name == "convolutions, 0":
         with pytest.raises(EagerError, match="no copy of <made>"):
