@@ -474,7 +474,7 @@ def test_approximate_groups_go_and_their_deviation_is_noted(form: Any) -> None:
     else:
         assert found > 0.01
         (note,) = [note for note in result.report.notes if "approximate groups were asked for" in note]
-        assert "'down.weight'" in note
+        assert "'down.weight" in note
         assert "of its largest value" in note
 
 
