@@ -314,7 +314,9 @@ TEXTS = ({"input_ids": ids(2, 7)}, {"input_ids": ids(3, 9)})
 COPIES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, Any], dict[str, Any]]] = {
     "vectors": (mlp, ROWS, {}),
     "brain floats": (
-        lambda: nn.Sequential(nn.Linear(8, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU()).bfloat16(),
+        lambda: nn.Sequential(
+            nn.Linear(8, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.Linear(64, 3)
+        ).bfloat16(),
         (drawn(3, 8).bfloat16(), drawn(7, 8).bfloat16()),
         {},
     ),
