@@ -160,9 +160,9 @@ def test_missing_calibration_is_found_before_the_capture() -> None:
         raise AssertionError("this was captured")
 
     for options in ({}, {"score": "magnitude"}, {"restore": None}):
-        for given, said in ((None, "no calibration data"), (X, "calibration is a single Tensor")):
+        for data, said in ((None, "no calibration data"), (X, "calibration is a single Tensor")):
             with pytest.raises(fasp_fx.CalibrationError, match=said):
-                fasp_fx.prune(made(unseen), (X,), calibration=given, **options)
+                fasp_fx.prune(made(unseen), (X,), calibration=data, **options)
 
 
 @pytest.mark.parametrize(
