@@ -5,9 +5,11 @@ along it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from models import made, parameter
 from randomly import Between, hold, inputs, sets_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,45 +44,15 @@ def test_heads_that_only_move_lose_other_channels_each() -> None:
     assert sets_of(analysis, "first.weight") == [("prunable", 12, 3)]
 
 
-class RolledHeads(nn.Module):
+def test_values_rolled_over_heads() -> None:
     """Attention in which each head takes the values of another."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.out = (
-            nn.Linear(8, 12),
-            nn.Linear(8, 12),
-            nn.Linear(8, 12),
-            nn.Linear(12, 8),
-        )
+    def forward(m: Any, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (3, 4)).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        return m.out(F.scaled_dot_product_attention(q, k, v.roll(1, 1)).transpose(1, 2).flatten(2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            layer(x).view(x.shape[0], x.shape[1], 3, 4).transpose(1, 2) for layer in (self.q, self.k, self.v)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v.roll(1, 1))
-        return self.out(mixed.transpose(1, 2).reshape(x.shape[0], x.shape[1], 12))
-
-
-def test_values_rolled_over_heads() -> None:
-    assert sets_of(hold(RolledHeads(), inputs()), "v.weight") == [("prunable", 4, 1)]
-
-
-class Stacked(nn.Module):
-    """A stack of weights, with a running sum over what they give; ``letters`` says along which dimension of
-    the input they lie.
-    """
-
-    def __init__(self, count: int, letters: tuple[str, str, str], dim: int) -> None:
-        super().__init__()
-        self.into, self.out = nn.Parameter(torch.randn(count, 8, 12)), nn.Parameter(torch.randn(count, 12, 5))
-        self.head, self.letters, self.dim = nn.Linear(5, 4), letters, dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.relu(torch.einsum(f"{self.letters[0]},edf->{self.letters[1]}", x, self.into)).cumsum(
-            self.dim
-        )
-        return self.head(torch.einsum(f"{self.letters[1]},efo->{self.letters[2]}", hidden, self.out))
+    model = made(forward, **{name: nn.Linear(8, 12) for name in "qkv"}, out=nn.Linear(12, 8))
+    assert sets_of(hold(model, inputs()), "v.weight") == [("prunable", 4, 1)]
 
 
 @pytest.mark.parametrize(
@@ -91,5 +63,13 @@ class Stacked(nn.Module):
     ],
 )
 def test_running_sums(letters: tuple[str, str, str], sizes: tuple[tuple[int, int], ...]) -> None:
-    analysis = hold(Stacked(3 if "t" in letters[0] else 6, letters, 1), inputs(sizes))
+    """Over what a stack of weights gives; the letters say along which dimension of the input they lie."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        hidden = F.relu(torch.einsum(f"{letters[0]},edf->{letters[1]}", x, m.into)).cumsum(1)
+        return m.head(torch.einsum(f"{letters[1]},efo->{letters[2]}", hidden, m.out))
+
+    count = 3 if "t" in letters[0] else 6
+    weights = {"into": parameter(count, 8, 12), "out": parameter(count, 12, 5)}
+    analysis = hold(made(forward, **weights, head=nn.Linear(5, 4)), inputs(sizes))
     assert ("prunable", 12, 1) in sets_of(analysis, "into", 2)

@@ -5,10 +5,12 @@ channels, and cuts by a size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from oracle import TOLERANCE, error, zeroed
+from models import made
+from oracle import assert_exact
 from randomly import Between, hold, inputs, sets_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,16 +93,43 @@ def test_reshapes_that_hold_at_every_size_leave_channels_free(name: str) -> None
     assert sets_of(analysis, "first.weight") == [("prunable", 12, 1)]
 
 
-class Patches(nn.Module):
-    """Channels in front of time, two steps of which become one."""
+def _crosswise(h: Tensor) -> Tensor:
+    time = h.shape[1]
+    turned = h.view(h.shape[0], time, 3, 4).view(h.shape[0], 3, time, 4).transpose(1, 2)
+    return F.relu(turned).reshape(h.shape[0], time, 12)
 
-    def __init__(self, merge: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down, self.merge = nn.Conv1d(4, 24, 1).double(), nn.Conv1d(48, 3, 1).double(), merge
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.merge(torch.relu(self.up(x))))
+def _beside(m: Any, x: Tensor) -> Tensor:
+    return m.last(F.relu(m.second(torch.cat([x, F.relu(m.first(x))], -1))))
+
+
+def _looked_up(m: Any, x: Tensor) -> Tensor:
+    """Channels in an order that a table gives for each length."""
+    hidden = F.relu(m.first(x))
+    return m.last(F.relu(m.second(hidden + hidden[..., m.orders[x.shape[1] - 1]])))
+
+
+def layered(forward: Callable[..., Any], width: int, **held: Any) -> nn.Module:
+    layers = {"first": nn.Linear(8, 12), "second": nn.Linear(width, 5), "last": nn.Linear(5, 4)}
+    return made(forward, **layers, **held)
+
+
+ORDERS = torch.stack(
+    [torch.randperm(12, generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: Between(_crosswise), ("prunable", 4, 1)),
+        (lambda: layered(_beside, 20), ("prunable", 12, 1)),
+        (lambda: layered(_looked_up, 12, orders=ORDERS), ("frozen", 12, 1)),
+    ],
+    ids=["blocks that a size deals out", "an input beside channels", "indices that a size picks"],
+)
+def test_channels_beside_sizes(make: Callable[[], nn.Module], expected: tuple[str, int, int]) -> None:
+    assert sets_of(hold(make(), inputs()), "first.weight") == [expected]
 
 
 @pytest.mark.parametrize(
@@ -114,57 +143,10 @@ class Patches(nn.Module):
     ids=["view", "unflatten", "parts first", "pixel_unshuffle"],
 )
 def test_steps_that_are_merged_leave_the_channels_before_them_free(merge: Callable[[Tensor], Tensor]) -> None:
-    """How often two steps fit into the length is no business of the channels'."""
-    model, x = Patches(merge).eval(), torch.randn(2, 4, 8).double()
+    """Two steps in time become one; how often they fit into the length is no business of the channels'."""
+    torch.manual_seed(0)
+    layers = {"up": nn.Conv1d(4, 24, 1), "down": nn.Conv1d(48, 3, 1)}
+    model = made(lambda m, x: m.down(merge(torch.relu(m.up(x)))), **layers).double()
+    x = torch.randn(2, 4, 8).double()
     result = fasp_fx.prune(model, (x,), sparsity=0.3, score="random", restore=None)
-    assert result.plan.groups
-    assert not [note for note in result.report.notes if "whole" in note]
-    for size in (4, 8, 14, 40):
-        other = torch.randn(3, 4, size).double()
-        with torch.no_grad():
-            assert error(result.module(other), zeroed(model, result.plan)(other)) <= TOLERANCE
-
-
-def test_blocks_that_a_size_deals_out_lose_the_same_channels() -> None:
-    def crosswise(h: Tensor) -> Tensor:
-        time = h.shape[1]
-        return (
-            F.relu(h.view(h.shape[0], time, 3, 4).view(h.shape[0], 3, time, 4))
-            .transpose(1, 2)
-            .reshape(h.shape[0], time, 12)
-        )
-
-    analysis = hold(Between(crosswise), inputs())
-    assert sets_of(analysis, "first.weight") == [("prunable", 4, 1)]
-
-
-def test_an_input_beside_channels_has_a_settled_width() -> None:
-    class Beside(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second, self.last = nn.Linear(8, 12), nn.Linear(20, 5), nn.Linear(5, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(F.relu(self.second(torch.cat([x, F.relu(self.first(x))], -1))))
-
-    assert sets_of(hold(Beside(), inputs()), "first.weight") == [("prunable", 12, 1)]
-
-
-class Lookup(nn.Module):
-    """Channels in an order that a table gives for each length."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(8, 12), nn.Linear(12, 5), nn.Linear(5, 4)
-        generator = torch.Generator().manual_seed(0)
-        self.register_buffer(
-            "orders", torch.stack([torch.randperm(12, generator=generator) for _ in range(20)])
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.relu(self.first(x))
-        return self.last(F.relu(self.second(hidden + hidden[..., self.orders[x.shape[1] - 1]])))
-
-
-def test_indices_that_a_size_picks_are_no_constants() -> None:
-    assert ("frozen", 12, 1) in sets_of(hold(Lookup(), inputs()), "first.weight")
+    assert_exact(model, result, *((torch.randn(3, 4, size).double(),) for size in (4, 8, 14, 40)))
