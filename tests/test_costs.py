@@ -21,6 +21,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import block, made, wide
 from torch import Tensor, nn
+from zoo import TwoLayers
 
 import fasp_fx
 from fasp_fx.allocation import Budget, Global, Target, deepest_loss
@@ -189,6 +190,44 @@ def test_a_model_that_compares_samples_is_measured_on_whole_batches(loss: Any, s
     model, batches = wide(forward, 8, 16), [torch.randn(64, 8) for _ in range(4)]
     result = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.3, loss=loss)
     assert any(f"predicted rise of {said}" in note for note in result.report.notes)
+
+
+def test_a_callable_decides() -> None:
+    seen: list[tuple[int, float, int]] = []
+
+    def allocate(budget: Budget, round_to: int) -> list[int]:
+        seen.append((budget.groups[0].width, budget.over([0]), round_to))
+        return [7 for _ in budget.groups]
+
+    result = fasp_fx.prune(
+        TwoLayers().eval(),
+        (torch.randn(2, 12),),
+        allocation=allocate,
+        sparsity=0.4,
+        round_to=2,
+        score="magnitude",
+        restore=None,
+    )
+    assert seen == [(20, 0.4, 2)] * len(seen)
+    assert result.plan.groups[0].removed_sets == 7
+    assert result.report.notes == (
+        "the allocation leaves a width that is no multiple of round_to=2 in 'second.weight'",
+    )
+
+
+@pytest.mark.parametrize(("lost", "is_told"), [(2, True), (6, False), (8, False), (14, True)])
+def test_a_sparsity_that_is_missed_by_more_than_a_step_is_told(lost: int, is_told: bool) -> None:
+    result = fasp_fx.prune(
+        TwoLayers().eval(),
+        (torch.randn(2, 12),),
+        allocation=lambda budget, round_to: [lost],
+        sparsity=0.4,
+        round_to=2,
+        score="magnitude",
+        restore=None,
+    )
+    told = f"the allocation takes {lost / 20:.1%} of the prunable weights, where 40.0% was asked for"
+    assert (told in result.report.notes) == is_told
 
 
 # Bad input.
