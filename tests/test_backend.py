@@ -259,7 +259,9 @@ COMPOSITES: dict[str, tuple[Callable[[Any, Tensor], Tensor], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", COMPOSITES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "cells")) for name in COMPOSITES]
+)
 def test_composites_are_taken_apart_as_by_the_capture(name: str) -> None:
     model = randomise(between(*COMPOSITES[name]), std=0.5)
     x, other = (torch.randn(batch, 5, 5, generator=torch.Generator().manual_seed(batch)) for batch in (2, 3))

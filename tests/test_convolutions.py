@@ -97,7 +97,7 @@ def test_mask_exact(name: str) -> None:
     )
     with one_capture():
         most = fasp_fx.analyze(model, (example,)).max_sparsity
-        for share in (0.4, 0.8, 1.0):
+        for share in (0.4, 1.0):
             result = fasp_fx.prune(model, (example,), sparsity=share * most, score="random", restore=None)
             assert_exact(model, result, (unseen,))
 

@@ -375,7 +375,7 @@ def test_curves_are_of_the_score_that_a_key_says() -> None:
 
 
 @given(programs(), st.integers(0, 1000))
-@settings(max_examples=15 if PROFILE == "slow" else 6, deadline=None)
+@settings(max_examples=15 if PROFILE == "slow" else 3, deadline=None)
 @pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 def test_whatever_is_drawn_is_chosen_by_predicted_losses(net: Net, number: int) -> None:
     """Warnings are errors here: nothing that was chosen may have to stay whole."""

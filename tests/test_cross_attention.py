@@ -68,7 +68,9 @@ def _inputs(seed: int, batch: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 5, 6, generator=generator), torch.randn(batch, 7, 6, generator=generator)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [*list(MODELS)[:-1], pytest.param("decoder, norm first", marks=pytest.mark.slow)]
+)
 def test_cross_attention_is_pruned_exactly(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, inputs, unseen = MODELS[name](), _inputs(0), _inputs(1, batch=3)
@@ -84,6 +86,8 @@ def test_cross_attention_is_pruned_exactly(name: str, tmp_path: Path) -> None:
             assert_exact(model, result, unseen, producers=dense_norms)
         narrower = {name for name, tensor in result.module.named_parameters() if "in_proj" in name}
         assert narrower, f"{option}: the projections stand as they are"
+    if name != "decoder":
+        return
     parts = [part for group in result.plan.groups for part in (*group.producers, *group.consumers)]
     assert {part.name for part in parts} <= set(dict(model.named_parameters())), "the packed weight is named"
     again = fasp_fx.apply(captured, fasp_fx.PruningPlan.from_json(result.plan.to_json()))

@@ -17,6 +17,7 @@ from test_distil import (
     assert_weights,
     batches,
     branching,
+    net,
     pruned,
     relative_error,
     told,
@@ -29,6 +30,12 @@ import fasp_fx
 from fasp_fx.errors import ArgumentError, CalibrationError, StoreError, TrainingMemoryError
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
+
+
+@pytest.fixture(scope="module")
+def made() -> Made:
+    dense, data = net(), batches()
+    return dense, data, pruned(dense, data)
 
 
 class Stop(Exception):

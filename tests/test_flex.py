@@ -42,7 +42,7 @@ class Attention(nn.Module):
     """Grouped-query attention with one of the usual functions.
 
     Args:
-        score: ``None``, ``"same"`` (scores as they are), ``"cap"`` (every head alike) or ``"bias"`` (a table
+        score: ``None``, ``"cap"`` (every head alike) or ``"bias"`` (a table
             of relative positions for each head).
         mask: ``None``, or what is masked.
         mask_heads: whether the block mask has an entry for each head.
@@ -71,7 +71,7 @@ class Attention(nn.Module):
             return lambda score, batch, head, query, key: score + self.bias[head, query - key + 32]
         if self.score == "cap":
             return lambda score, batch, head, query, key: 3.0 * torch.tanh(score / 3.0) + 0.1 * (query - key)
-        return (lambda score, batch, head, query, key: score) if self.score == "same" else None
+        return None
 
     def forward(self, x: Tensor) -> Any:
         batch, length, _ = x.shape
@@ -94,7 +94,6 @@ class Attention(nn.Module):
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": Attention,
-    "same scores": lambda: Attention("same"),
     "capped": lambda: Attention("cap"),
     "bias by head": lambda: Attention("bias"),
     "causal": lambda: Attention(mask=causal),
@@ -167,8 +166,7 @@ def test_value_channels_are_prunable_and_heads_where_they_are_alike(name: str) -
         ("plain", "channel"),
         ("bias by head", "channel"),
         ("capped and causal", "channel"),
-        pytest.param("a block mask for each head", "channel", marks=pytest.mark.slow),
-        ("same scores", "head"),
+        ("plain", "head"),
         ("capped and causal", "head"),
     ],
 )
@@ -245,7 +243,8 @@ def test_narrower_values_compile_and_a_backend_leaves_them_whole() -> None:
 # --- transformers
 
 
-@pytest.mark.parametrize("granularity", ["channel", pytest.param("head", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", ["channel", "head"])
 def test_llama(granularity: str) -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}

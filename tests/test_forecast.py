@@ -121,11 +121,11 @@ def test_in_files_the_weights_take_no_memory() -> None:
 
 @pytest.mark.parametrize(
     ("options", "code"),
-    [("", 0), ("--length 4096", 2), ("--sparsity 0.99", 2), ("--plain --sparsity 0.95", 2)],
+    [("", 0), ("--length 4096", 2), ("--plain --sparsity 0.95", 2)],
 )
 def test_dry_run_loads_no_weight_and_writes_nothing(tmp_path: Path, options: str, code: int) -> None:
     """And refuses what pruning would."""
-    make_model(tmp_path / "model")
+    make_model(tmp_path / "model", layers=1)
     (tmp_path / "model" / "model.safetensors").write_bytes(b"not to be read" * 10_000)
     before = sorted(tmp_path.rglob("*"))
     where = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--dry-run"]
