@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import EXAMPLES
@@ -23,7 +22,6 @@ import fasp_fx
 from fasp_fx import Result
 from fasp_fx.errors import EagerError, PlanError
 from fasp_fx.testing import check_program
-from fasp_fx.testing._sets import draw_part
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -267,19 +265,6 @@ def test_attention_that_fills_a_cache_keeps_a_head() -> None:
 def test_every_invariant_holds(seed: int) -> None:
     kinds: list[Any] = [(FeedForward, True, False), (Attention, True, True)][seed:]
     check_program(Residual(kinds, seed).eval(), (numbers(2, 3),), seed=seed, **DEPTH)
-
-
-def test_no_step_leaves_a_single_channel_of_a_block_that_goes() -> None:
-    """It lies along no dimension of channels any more, so that no second step could take it."""
-    x = numbers(2, 3)
-    analysis = fasp_fx.analyze(Residual([(FeedForward, True, False)], 0).eval(), (x,), **DEPTH)
-    (group,) = analysis.chosen
-    whole = np.zeros(int(analysis.labels.max()) + 1, dtype=bool)
-    whole[group.sets] = True
-    parts = [draw_part(analysis, whole, np.random.default_rng(seed)) for seed in range(100)]
-    left = {group.width - int(part.sum()) for part in parts}
-    assert 1 not in left
-    assert {0, 2} <= left
 
 
 def convolutions() -> nn.Module:

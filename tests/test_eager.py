@@ -91,79 +91,62 @@ def apart(found: Callable[..., Any], expected: Callable[..., Any], x: Any) -> fl
 # --- models
 
 
-class Attention(nn.Module):
+def _view(m: Any, made: Tensor, x: Tensor) -> Tensor:
+    return made.view(*made.shape[:2], m.num_heads, -1).transpose(1, 2)
+
+
+def _divided(m: Any, made: Tensor, x: Tensor) -> Tensor:
+    return m.divide(made)
+
+
+def _configured(m: Any, made: Tensor, x: Tensor) -> Tensor:
+    return made.view(*made.shape[:2], m.config.heads, -1).transpose(1, 2)
+
+
+def _fixed(m: Any, made: Tensor, x: Tensor) -> Tensor:
+    """One width for queries and values."""
+    return made.view(*made.shape[:2], m.num_heads, 8).transpose(1, 2)
+
+
+def _derived(m: Any, made: Tensor, x: Tensor) -> Tensor:
+    """As in torchvision's Swin: the width of a head is that of the input over the number of heads."""
+    return made.view(*made.shape[:2], m.num_heads, x.shape[-1] // m.num_heads).transpose(1, 2)
+
+
+def attention(
+    heads: Callable[..., Tensor] = _view, count: int = 4, inner: int = 32, **held: Any
+) -> nn.Module:
     """Its views go wrong in silence where the number of heads is not that of the channels."""
 
-    def __init__(self, width: int = 32, heads: int = 4, inner: int | None = None) -> None:
-        super().__init__()
-        self.num_heads, self.inner = heads, width if inner is None else inner
-        self.q, self.k, self.v = (nn.Linear(width, self.inner) for _ in range(3))
-        self.o = nn.Linear(self.inner, width)
+    def forward(m: Any, x: Tensor) -> Tensor:
+        mixed = F.scaled_dot_product_attention(*(heads(m, part(x), x) for part in (m.q, m.k, m.v)))
+        return m.o(mixed.transpose(1, 2).reshape(*x.shape[:2], m.inner))
 
-    def heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mixed = F.scaled_dot_product_attention(*(self.heads(layer(x)) for layer in (self.q, self.k, self.v)))
-        return self.o(mixed.transpose(1, 2).reshape(*x.shape[:2], self.inner))
+    layers = {name: nn.Linear(32, inner) for name in "qkv"}
+    held = held or {"num_heads": count}
+    return made(forward, **layers, o=nn.Linear(inner, 32), inner=inner, **held)
 
 
-class Block(nn.Module):
-    def __init__(self, width: int = 32, heads: int = 4, inner: int | None = None, neurons: int = 64) -> None:
-        super().__init__()
-        self.norm, self.attention = nn.LayerNorm(width), Attention(width, heads, inner)
-        layers = nn.Linear(width, neurons), nn.GELU(), nn.Dropout(0.5), nn.Linear(neurons, width)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), *layers)
+def divided() -> nn.Module:
+    """A module has the size, and no weight."""
+    divide = made(lambda m, x: x.view(*x.shape[:2], m.parts, -1).transpose(1, 2), parts=4)
+    return attention(_divided, divide=divide)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm(x))
-        return x + self.mlp(x)
+
+def residual(count: int = 4, inner: int = 32, neurons: int = 64) -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = x + m.attention(m.norm(x))
+        return x + m.mlp(x)
+
+    layers = nn.LayerNorm(32), nn.Linear(32, neurons), nn.GELU(), nn.Dropout(0.5), nn.Linear(neurons, 32)
+    own = attention(count=count, inner=inner)
+    return made(forward, norm=nn.LayerNorm(32), attention=own, mlp=nn.Sequential(*layers))
 
 
 @dataclass(frozen=True)
 class Config:
     heads: int = 4
     layers: int = 2
-
-
-class Configured(Attention):
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = Config()
-        del self.num_heads
-
-    def heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.config.heads, -1).transpose(1, 2)
-
-
-class Divided(Attention):
-    """A module has the size, and no weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        del self.num_heads
-        self.divide = made(lambda m, x: x.view(*x.shape[:2], m.parts, -1).transpose(1, 2), parts=4)
-
-    def heads(self, x: Tensor) -> Tensor:
-        return self.divide(x)
-
-
-class Fixed(Attention):
-    """The dense views need one width for queries and values."""
-
-    def heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.num_heads, 8).transpose(1, 2)
-
-
-class Derived(Attention):
-    """As in torchvision's Swin: the width of a head is that of the input over the number of heads."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.width = x.shape[-1] // self.num_heads
-        return super().forward(x)
-
-    def heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.num_heads, self.width).transpose(1, 2)
 
 
 def mlp() -> nn.Module:
@@ -332,9 +315,13 @@ COPIES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, Any], dict[str, Any]
         (drawn(2, 5, 8), drawn(3, 3, 8)),
         {},
     ),
-    "a module without weights": (lambda: nn.Sequential(Divided(), nn.LayerNorm(32)), SEQUENCE, HEADS),
+    "a module without weights": (lambda: nn.Sequential(divided(), nn.LayerNorm(32)), SEQUENCE, HEADS),
     "a list": (parts, SEQUENCE, HEADS),
-    "a configuration": (lambda: nn.Sequential(Configured(), Configured()), SEQUENCE, HEADS),
+    "a configuration": (
+        lambda: nn.Sequential(*(attention(_configured, config=Config()) for _ in range(2))),
+        SEQUENCE,
+        HEADS,
+    ),
     "torch's encoder layer": (
         encoder,
         (drawn(2, 5, 32),) * 2,
@@ -382,7 +369,7 @@ def test_sizes_are_found_wherever_a_class_has_them(name: str, tmp_path: Path) ->
 
 def test_whole_heads_equal_blocks_pruned_by_hand(tmp_path: Path) -> None:
     """Every block loses another number of heads."""
-    model, x = randomise(nn.Sequential(*(Block() for _ in range(2)))), torch.randn(2, 5, 32)
+    model, x = randomise(nn.Sequential(*(residual() for _ in range(2)))), torch.randn(2, 5, 32)
     captured = fasp_fx.capture(model, (x,))
     lost = {
         "0.attention.o.weight": [1],
@@ -391,14 +378,14 @@ def test_whole_heads_equal_blocks_pruned_by_hand(tmp_path: Path) -> None:
     }
     plan = fasp_fx.plan_from_sets(captured, lost, **HEADS)
     result = fasp_fx.apply(captured, plan)
-    by_hand = nn.Sequential(Block(32, 3, 24, 57), Block(32, 1, 8)).eval()
+    by_hand = nn.Sequential(residual(3, 24, 57), residual(1, 8)).eval()
     by_hand.load_state_dict(
         {name: without(plan, name, tensor) for name, tensor in model.state_dict().items()}
     )
     for made_by in (result, fasp_fx.load(result.save(tmp_path / "out"))):
         small = made_by.eager(model)
-        assert [block.attention.num_heads for block in small] == [3, 1]
-        assert [block.attention.inner for block in small] == [24, 8]
+        assert [each.attention.num_heads for each in small] == [3, 1]
+        assert [each.attention.inner for each in small] == [24, 8]
         assert str(small) == str(by_hand)
         for tokens in (5, 9):
             assert apart(small, by_hand, torch.randn(3, tokens, 32)) < TOLERANCE
@@ -454,13 +441,13 @@ NORMS = nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weigh
 #: models, an example, options and what is said
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], str]] = {
     "heads of two widths": (
-        Fixed,
+        lambda: attention(_fixed),
         SEQUENCE[0],
         {},
-        r"of Fixed .*RuntimeError: shape .* use result.module, or prune whole heads .*'o.weight'",
+        r"of <made> .*RuntimeError: shape .* use result.module, or prune whole heads .*'o.weight'",
     ),
     "heads of a language model": (bert, TEXTS[0], {}, r"\(BertSelfAttention\) fails.*prune whole heads"),
-    "narrower heads, an implicit scale": (Attention, SEQUENCE[0], EXEMPT, "scaled_dot_product_attention"),
+    "narrower heads, an implicit scale": (attention, SEQUENCE[0], EXEMPT, "scaled_dot_product_attention"),
     "heads of torch's encoder layer": (
         encoder,
         SEQUENCE[0],
@@ -519,7 +506,7 @@ def test_a_copy_that_would_be_wrong_is_refused(name: str) -> None:
 
 
 def test_heads_whose_width_follows_from_the_input_are_named() -> None:
-    layers = Derived(), nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 4)
+    layers = attention(_derived), nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 4)
     model, x = randomise(nn.Sequential(*layers)), torch.randn(2, 5, 32)
     with pytest.raises(
         EagerError, match=r"keep the group '0\.o\.weight' and its like by exclude="
