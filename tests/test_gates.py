@@ -25,7 +25,8 @@ X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 
 def half() -> nn.Module:
     """A hidden layer of which one half says nothing of the output."""
-    model = randomise(wide(lambda self, x: self.down(self.up(x).tanh()), hidden=16))
+    layers = {"up": nn.Linear(6, 16), "down": nn.Linear(16, 3)}
+    model = randomise(made(lambda m, x: m.down(m.up(x).tanh()), **layers))
     with torch.no_grad():
         model.down.weight[:, ::2] = 0  # type: ignore[index, operator, union-attr]
     return model
