@@ -239,29 +239,6 @@ def test_little_passes_where_there_is_no_higher_precision(
     assert (found.equal, found.alone) == (equal, True)
 
 
-def test_groups_whose_masked_program_does_not_run_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two groups of six are at fault together, and the dense program runs with both of them masked alone."""
-    model = Blocks(*[same] * 6).eval()
-    faulty = {"down.1.weight", "down.4.weight"}
-    original = _check.Checker._on
-
-    def on(net: Any, inputs: Any, reference: Any, made: Any) -> Any:
-        weights = made[0].weights()
-        lost = {name for name in faulty if len(weights[name.replace("down", "up")]) < 12}
-        if lost == faulty:
-            return _check._Fault("something is wrong", deviation=1.0)
-        if lost == {"down.1.weight"}:
-            raise _compare.ReferenceFailedError("an index is out of range")
-        return original(net, inputs, reference, made)
-
-    monkeypatch.setattr(_check.Checker, "_on", on)
-    with pytest.warns(
-        fasp_fx.VerificationWarning, match="'down.1.weight' stays whole.*an index is out of range"
-    ):
-        result = _pruned(model)
-    assert {line.name for line in result.report.lines if "whole" in line.reason} == {"down.1.weight"}
-
-
 class Opaque(nn.Module):
     """Two parts that can be captured, in a model that cannot."""
 
