@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -36,54 +36,44 @@ def spaced() -> nn.Module:
     return made(lambda m, x: m.norm(m.drop(x)) * 0.7, drop=nn.Dropout(0.1), norm=norm)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, bias: bool, gain: bool) -> None:
-        super().__init__()
-        self.norm, self.gain = nn.LayerNorm(WIDTH), spaced() if gain else nn.Identity()
-        self.gate, self.up, self.down = (
-            nn.Linear(WIDTH, 20),
-            nn.Linear(WIDTH, 20),
-            nn.Linear(20, WIDTH, bias=bias),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        found: Tensor = x + self.gain(self.down(F.silu(self.gate(y)) * self.up(y)))
-        return found
+def beside(gain: bool) -> dict[str, nn.Module]:
+    return {"norm": nn.LayerNorm(WIDTH), "gain": spaced() if gain else nn.Identity()}
 
 
-class Attention(nn.Module):
-    def __init__(self, bias: bool, gain: bool) -> None:
-        super().__init__()
-        self.norm, self.gain = nn.LayerNorm(WIDTH), spaced() if gain else nn.Identity()
-        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.out = nn.Linear(WIDTH, WIDTH, bias=bias)
+def feed_forward(bias: bool, gain: bool) -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.norm(x)
+        return x + m.gain(m.down(F.silu(m.gate(y)) * m.up(y)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y, size = self.norm(x), (*x.shape[:2], 3, 4)
-        parts = (project(y).view(size).transpose(1, 2) for project in (self.query, self.key, self.value))
+    layers = {"gate": nn.Linear(WIDTH, 20), "up": nn.Linear(WIDTH, 20)}
+    return made(forward, **beside(gain), **layers, down=nn.Linear(20, WIDTH, bias=bias))
+
+
+def attention(bias: bool, gain: bool) -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.norm(x)
+        parts = (project(y).unflatten(-1, (3, 4)).transpose(1, 2) for project in (m.query, m.key, m.value))
         mixed = F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(x.shape)
-        found: Tensor = self.gain(self.out(mixed)) + x
-        return found
+        return m.gain(m.out(mixed)) + x
+
+    layers = {name: nn.Linear(WIDTH, WIDTH) for name in ("query", "key", "value")}
+    return made(forward, **beside(gain), **layers, out=nn.Linear(WIDTH, WIDTH, bias=bias))
 
 
-class Residual(nn.Module):
-    def __init__(self, kinds: list[tuple[type[nn.Module], bool, bool]], seed: int) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.first, self.last = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 4)
-        self.blocks = nn.ModuleList(kind(bias, gain) for kind, bias, gain in kinds)
+Kind = tuple[Callable[[bool, bool], nn.Module], bool, bool]
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for part in self.blocks:
-            x = part(x)
-        found: Tensor = self.last(x)
-        return found
+
+def residual(kinds: Sequence[Kind], seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    blocks = nn.Sequential(*(kind(bias, gain) for kind, bias, gain in kinds))
+    first, last = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 4)
+    return made(lambda m, x: m.last(m.blocks(m.first(x))), first=first, last=last, blocks=blocks)
 
 
 KINDS = st.lists(
-    st.tuples(st.sampled_from([FeedForward, Attention]), st.booleans(), st.booleans()), min_size=1, max_size=4
+    st.tuples(st.sampled_from([feed_forward, attention]), st.booleans(), st.booleans()),
+    min_size=1,
+    max_size=4,
 )
 
 
@@ -96,7 +86,7 @@ def numbers(samples: int, tokens: int, seed: int = 1) -> Tensor:
 def test_whatever_blocks_go_the_result_is_the_masked_dense_model(
     kinds: list[Any], seed: int, data: st.DataObject
 ) -> None:
-    model = Residual(kinds, seed).eval()
+    model = residual(kinds, seed)
     captured = fasp_fx.capture(model, (numbers(2, 3),))
     groups = fasp_fx.analyze(captured, **DEPTH).chosen
     assert [group.needed for group in groups] == [0] * len(kinds)
@@ -110,7 +100,7 @@ def test_whatever_blocks_go_the_result_is_the_masked_dense_model(
         assert error(result.module(x), oracle(x)) < TOLERANCE
     kept = [kind for (kind, *_), group in zip(kinds, groups) if lost[group.name] < group.width]
     products = result.module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
-    assert len(products) == 2 + sum(3 if kind is FeedForward else 4 for kind in kept)
+    assert len(products) == 2 + sum(3 if kind is feed_forward else 4 for kind in kept)
     left = {name for name, parameter in result.module.named_parameters() if parameter.numel()}
     for group in groups:
         if lost[group.name] >= group.width:
@@ -161,7 +151,7 @@ def test_a_layer_of_a_transformer_goes_as_a_whole(name: str) -> None:
 
 
 def test_the_bias_of_what_goes_makes_up_for_its_mean() -> None:
-    model, x = Residual([(FeedForward, True, False), (FeedForward, True, False)], 0).eval(), numbers(64, 5)
+    model, x = residual([(feed_forward, True, False), (feed_forward, True, False)]), numbers(64, 5)
     masked, repaired = (
         pruned(model, {"x": x}, "blocks.0", restore=restore) for restore in (None, "least-squares")
     )
@@ -170,7 +160,7 @@ def test_the_bias_of_what_goes_makes_up_for_its_mean() -> None:
 
 
 def test_the_allocation_takes_the_block_that_does_nothing_and_leaves_it_where_not_asked() -> None:
-    model, x = Residual([(FeedForward, True, False)] * 3, 0).eval(), numbers(64, 5)
+    model, x = residual([(feed_forward, True, False)] * 3), numbers(64, 5)
     with torch.no_grad():
         model.blocks[1].down.weight.mul_(1e-4)  # type: ignore[union-attr, operator]
     for include, least in (((), 1), (("depth",), 0)):
@@ -181,7 +171,7 @@ def test_the_allocation_takes_the_block_that_does_nothing_and_leaves_it_where_no
 
 
 def test_results_are_saved_compiled_trained_and_exported(tmp_path: Any) -> None:
-    model, x = Residual([(FeedForward, False, False), (Attention, True, True)], 0).eval(), numbers(2, 3)
+    model, x = residual([(feed_forward, False, False), (attention, True, True)]), numbers(2, 3)
     result = pruned(model, {"x": x}, "blocks.0", "blocks.1", restore=None)
     expected = result.module(x)
     assert error(fasp_fx.load(result.save(tmp_path / "out")).module(x), expected) < 1e-6
@@ -263,8 +253,8 @@ def test_attention_that_fills_a_cache_keeps_a_head() -> None:
 
 @pytest.mark.parametrize("seed", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_every_invariant_holds(seed: int) -> None:
-    kinds: list[Any] = [(FeedForward, True, False), (Attention, True, True)][seed:]
-    check_program(Residual(kinds, seed).eval(), (numbers(2, 3),), seed=seed, **DEPTH)
+    kinds: list[Any] = [(feed_forward, True, False), (attention, True, True)][seed:]
+    check_program(residual(kinds, seed), (numbers(2, 3),), seed=seed, **DEPTH)
 
 
 def convolutions() -> nn.Module:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import test_folded_heads as folded
 import torch
 from models import made
 from oracle import TOLERANCE, error, zeroed
@@ -76,14 +77,26 @@ def drawn(samples: int, seed: int = 0) -> Tensor:
     return torch.randn(samples, 7, 6, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("score", ["fasp", "magnitude"])
-def test_the_channel_whose_product_is_least_goes_first(score: Any) -> None:
-    model, x = heads(), drawn(4)
-    result = fasp_fx.prune(model, (x,), calibration=[x], include=("exempt",), sparsity=0.2, score=score)
+TWO = [drawn(5), drawn(5, 1), drawn(3)]
+BESIDE = [folded.drawn(size, 7) for size in (5, 5, 3)]
+
+
+@pytest.mark.parametrize(
+    ("make", "batches", "score"),
+    [(heads, TWO, "fasp"), (heads, TWO, "magnitude"), (folded.outside, BESIDE, "fasp")],
+)
+def test_the_channel_whose_product_is_least_goes_first(make: Any, batches: list[Tensor], score: Any) -> None:
+    """By the norms over all sequences, whichever way heads lie beside them."""
+    model = make()
+    asked: dict[str, Any] = {"include": ("exempt",), "sparsity": 0.2, "quality": "fast", "score": score}
+    result = fasp_fx.prune(model, (batches[0],), calibration=batches, **asked)
     (group,) = [group for group in result.plan.groups if not group.consumers]
     removed = next(part.removed for part in group.producers if part.name == "q.weight")
     with torch.no_grad():
-        q, k = (part(x).reshape(-1, 2, 6).norm(dim=0) for part in (model.q, model.k))
+        q, k = (
+            torch.cat([part(x).flatten(0, 1) for x in batches]).reshape(-1, 2, 6).norm(dim=0)
+            for part in (model.q, model.k)
+        )
         rows = (part.weight.norm(dim=1).reshape(2, 6) for part in (model.q, model.k))
         worth = q * k if score == "fasp" else sum(rows)
     count = len(removed) // 2
@@ -91,7 +104,7 @@ def test_the_channel_whose_product_is_least_goes_first(score: Any) -> None:
     assert set(removed) == {
         head * 6 + int(channel) for head in range(2) for channel in worth[head].argsort()[:count]
     }
-    assert result.module.get_parameter("q.weight").shape == (12 - 2 * count, 6)
+    assert result.module.get_parameter("q.weight").shape[0] == 12 - 2 * count
 
 
 @pytest.mark.parametrize("unbound", [True, False])

@@ -89,30 +89,6 @@ def test_exempt_channels_are_exact_at_every_batch_size(name: str, samples: int) 
     assert_exact(model, result, *((drawn(size, 7),) for size in (1, 2, 5, 8)), producers=True)
 
 
-def test_the_channel_whose_product_is_least_goes_first() -> None:
-    """By the norms over all sequences, whichever way heads lie beside them."""
-    model, data = outside(), [drawn(size, 7) for size in (5, 5, 3)]
-    asked: dict[str, Any] = {"include": ("exempt",), "sparsity": 0.2, "quality": "fast"}
-    result = fasp_fx.prune(model, (data[0],), calibration=data, **asked)
-    (rows,) = [
-        part.removed
-        for group in result.plan.groups
-        if not group.consumers
-        for part in group.producers
-        if part.name == "q.weight"
-    ]
-    with torch.no_grad():
-        q, k = (
-            torch.cat([part(x).flatten(0, 1) for x in data]).reshape(-1, 2, 6).norm(dim=0)
-            for part in (model.q, model.k)
-        )
-    count = len(rows) // 2
-    assert count
-    assert set(rows) == {
-        head * 6 + int(channel) for head in range(2) for channel in (q * k)[head].argsort()[:count]
-    }
-
-
 def test_a_wrong_rule_is_seen_beside_exempt_channels() -> None:
     """The check by running masks them at sizes that are not those of the analysis, and sees what else is
     wrong there.
