@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from models import made as model_of
 from models import wide
+from test_disk_full import room_for
 from test_distil import (
     Made,
     Squared,
@@ -153,25 +153,15 @@ def test_outputs_of_the_dense_model_that_are_not_whole_are_refused_before_any_st
     fasp_fx.distil(run, dense, data, checkpoint=tmp_path / "run", epochs=3)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="files have no largest size there")
 @pytest.mark.parametrize(("most", "rows"), [(1500, 200), (3000, 16)], ids=["dense outputs", "state"])
 def test_a_full_disk_is_said_and_the_weights_are_as_before(
     made: Made, most: int, rows: int, tmp_path: Path
 ) -> None:
-    import resource
-    import signal
-
     dense, data, result = made
     data = [x.repeat(rows // 16, 1) for x in data]
-    run, limits = copy.deepcopy(result), resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
-    try:
-        with pytest.raises(StoreError, match=r"cannot be written.*free space"):
-            fasp_fx.distil(run, dense, data, checkpoint=tmp_path / "run", epochs=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    run = copy.deepcopy(result)
+    with room_for(most), pytest.raises(StoreError, match=r"cannot be written.*free space"):
+        fasp_fx.distil(run, dense, data, checkpoint=tmp_path / "run", epochs=1)
     assert_weights(run, weights_of(result))
     assert not list((tmp_path / "run").glob("**/*.partial"))
     assert len(list((tmp_path / "run").glob("dense/*"))) == (0 if rows > 16 else len(data))

@@ -285,12 +285,7 @@ def test_plans_are_of_the_scores_as_they_are(way: str) -> None:
         gates.scores[0].data = values
     least = sorted(values.argsort()[:8].tolist())
     assert gates.plan().groups[0].consumers[0].removed == tuple(least)
-    with torch.no_grad():
-        found = model(X)
     agrees(model, X, gates)
-    kept = [index for index in range(16) if index not in least]
-    expected = model.up(X).tanh()[:, kept] @ model.down.weight[:, kept].T + model.down.bias  # type: ignore[operator, union-attr, index]
-    torch.testing.assert_close(found, expected)
 
 
 def shut() -> nn.Module:
@@ -374,13 +369,7 @@ def test_gates_without_effect_are_refused() -> None:
     assert torch.equal(model(X), expected)
     gates = attach(model, (X,), sparsity=0.2, exclude=("b.weight",))
     spread(gates)
-    (group,) = gates.plan().groups
-    with torch.no_grad():
-        hidden = model.c(nn.functional.linear(model.a(X).relu(), model.weights[0]).relu()).relu()  # type: ignore[operator, union-attr, index]
-        hidden[:, list(group.consumers[0].removed)] = 0
-        found = model(X)
-    gates.detach()
-    torch.testing.assert_close(found, model.d(hidden))  # type: ignore[operator, union-attr]
+    agrees(model, X, gates)
 
 
 def test_gates_that_are_broken_off_leave_nothing() -> None:
