@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fasp_fx
+from fasp_fx.errors import StoreError
 
 CHUNK = 4
 
@@ -73,3 +74,19 @@ def test_what_fills_its_chunks_is_pruned_exactly_and_saved(
             for one in (result, again)
         ]
         assert copies[0] == copies[1], "captured again it copies no more"
+
+
+@pytest.mark.slow
+def test_sizes_that_are_too_long_to_be_stored_are_refused_in_words(tmp_path: Path) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        """Sizes are computed of sizes, time and again."""
+        size = x.shape[1]
+        for number in range(7):
+            size = (size * size + 3) // (size + number + 2) + 1
+        return m.down(F.pad(m.up(x), (0, 0, 0, size)))
+
+    x = torch.randn(2, 7, 6)
+    result = fasp_fx.prune(wide(forward, hidden=8), (x,), score="random", restore=None, sparsity=0.2)
+    with pytest.raises(StoreError, match="too long to be stored"):
+        result.save(tmp_path / "out")
+    assert not list(tmp_path.iterdir())

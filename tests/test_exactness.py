@@ -265,6 +265,16 @@ def test_parts_are_held() -> None:
     assert error(result.module(Y), masked(Y)) < 1e-5
 
 
+def test_a_plan_is_held_too() -> None:
+    model = Blocks(reverse, same).eval()
+    captured = fasp_fx.capture(model, (X,))
+    plan = fasp_fx.plan_from_sets(captured, {f"down.{index}.weight": range(3) for index in range(2)})
+    with pytest.warns(fasp_fx.VerificationWarning, match="'down.0.weight'"):
+        result = fasp_fx.apply(captured, plan)
+    assert {group.name for group in result.plan.groups} == {"down.1.weight"}
+    _exact(model, result, X, Y)
+
+
 def counting() -> nn.Module:
     """Moves its channels round by the number of calls so far."""
 
