@@ -297,7 +297,7 @@ def test_one_capture_serves_many_prunings() -> None:
     assert list(map(str, fasp_fx.analyze(captured).groups)) == list(
         map(str, fasp_fx.analyze(model, (X,)).groups)
     )
-    for sparsity in (0.1, 0.3, 0.5):
+    for sparsity in (0.1, 0.5):
         once = fasp_fx.prune(captured, calibration=[many], sparsity=sparsity)
         anew = fasp_fx.prune(model, (X,), calibration=[many], sparsity=sparsity)
         assert once.plan == anew.plan
@@ -334,7 +334,7 @@ def test_what_a_capture_holds_is_not_given_again(option: str, value: Any) -> Non
 # --- plans from channel sets
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(seed=st.integers(0, 99))
 def test_a_plan_from_sets_removes_their_indices(seed: int) -> None:
     model = build(SPEC)
