@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -563,20 +564,10 @@ def test_what_a_model_remembers_is_left_alone() -> None:
 
 
 def test_hooks_methods_and_unused_submodules_come_along() -> None:
-    class Method(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down, self.spare = nn.Linear(8, 32), nn.Linear(32, 8), nn.Linear(32, 32)
-            self.gain = nn.Parameter(torch.rand(8) + 1)
-            self.change = self.scaled
-
-        def scaled(self, found: Tensor) -> Tensor:
-            return found * self.gain
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.change(block(self, x))
-
-    model, x, calls = Method(), torch.randn(3, 8), []
+    held = {"gain": nn.Parameter(torch.rand(8) + 1), "spare": nn.Linear(32, 32)}
+    model: Any = wide(lambda m, x: m.change(block(m, x)), 8, 32, **held)
+    model.change = MethodType(lambda m, found: found * m.gain, model)
+    x, calls = torch.randn(3, 8), []
     result = pruned(model, x)
     model.up.register_forward_hook(lambda module, args, output: calls.append(module))
     small = result.eager(model)
