@@ -129,6 +129,7 @@ def shown(analysis: fasp_fx.Analysis) -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_captured_alike_whether_torch_keeps_fake_results_or_not() -> None:
     """Its cache cannot compare the sizes of a block mask's table, and is left out once it has failed."""
     graphs = []
