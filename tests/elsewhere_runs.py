@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers as hf
 from elsewhere import register
+from models import made, wide
 from quick import capture_quickly
 from torch import Tensor, nn
 from whole_products import compute_in_full
@@ -24,31 +25,22 @@ import fasp_fx
 from fasp_fx.capturing._runner import Runner
 
 
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.lstm, self.down = nn.Linear(6, 24), nn.LSTM(24, 16, batch_first=True), nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.down(self.lstm(self.up(x).relu())[0])
-        return found
+def recurrent() -> nn.Module:
+    layers = {"up": nn.Linear(6, 24), "lstm": nn.LSTM(24, 16, batch_first=True), "down": nn.Linear(16, 3)}
+    return made(lambda m, x: m.down(m.lstm(m.up(x).relu())[0]), **layers)
 
 
-class Counting(nn.Module):
+def counting() -> nn.Module:
     """Writes into a buffer, makes tensors where the capture ran, and reads a view of one that it wrote to."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
-        self.register_buffer("calls", torch.zeros(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        h = self.up(x + torch.arange(8, device=x.device)).relu()
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.calls += 1
+        h = m.up(x + torch.arange(8, device=x.device)).relu()
         rest = torch.zeros(8, 8, device=x.device)
-        rest[2:4] += self.calls[0]
-        made: Tensor = self.down(h) * rest.sum(0) + torch.ones(8)
-        return made
+        rest[2:4] += m.calls[0]
+        return m.down(h) * rest.sum(0) + torch.ones(8)
+
+    return wide(forward, 8, 32, calls=torch.zeros(3))
 
 
 def convolutions() -> nn.Module:
@@ -93,8 +85,8 @@ def texts() -> list[Any]:
 
 #: model, batches, options
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]], dict[str, Any]]] = {
-    "recurrent": (Recurrent, drawn(4, 7, 6), {}),
-    "counting": (Counting, drawn(50, 8), {}),
+    "recurrent": (recurrent, drawn(4, 7, 6), {}),
+    "counting": (counting, drawn(50, 8), {}),
     "convolutions": (convolutions, drawn(8, 3, 12, 12), {"drift": 0.5}),
     "experts": (mixtral, texts, {"granularity": ("channel", "expert")}),
     "products": (ZOO["llama_gqa"].build, texts, {"include": ("exempt",), "drift": 0.5}),
@@ -146,7 +138,7 @@ def ran_on(device: torch.device | None) -> Iterator[set[Any]]:
 def refusals(folder: Path, elsewhere: torch.device) -> dict[str, str]:
     """What is said of that which needs all weights on the device, or more memory than it has."""
     x = torch.randn(16, 8)
-    captured = fasp_fx.capture(Counting().eval(), (x,))
+    captured = fasp_fx.capture(counting(), (x,))
     found = {}
 
     def full(self: Runner, node: Any, number: int) -> Any:
@@ -172,7 +164,7 @@ def refusals(folder: Path, elsewhere: torch.device) -> dict[str, str]:
 def divided(folder: Path, elsewhere: torch.device) -> dict[str, Any]:
     """What differs between batches that a device has too little memory for, and those that fit."""
     x = torch.randn(20, 8)
-    captured = fasp_fx.capture(Counting().eval(), (x,))
+    captured = fasp_fx.capture(counting(), (x,))
     original, refused, results = Runner._execute, [], []
 
     def short(self: Runner, node: Any, number: int) -> Any:

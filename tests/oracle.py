@@ -117,6 +117,24 @@ def error(found: Any, expected: Any) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
+def assert_exact(
+    model: nn.Module,
+    result: Any,
+    *calls: tuple[Any, ...],
+    producers: bool = False,
+    tolerance: float = TOLERANCE,
+) -> None:
+    """Hold a result against the dense model with zeros in the columns that go, on each call's arguments; the
+    zeros must show, or nothing was tested.
+    """
+    reference = zeroed(model, result.plan, producers)
+    with torch.no_grad():
+        for call in calls:
+            dense, expected, found = model(*call), reference(*call), result.module(*call)
+            assert error(expected, dense) > 100 * tolerance, "what goes cannot be seen"
+            assert error(found, expected) <= tolerance
+
+
 def assert_mask_exact(
     model: nn.Module, result: Any, call: Callable[[Any], Any], tolerance: float = TOLERANCE
 ) -> float:

@@ -54,7 +54,7 @@ def inputs(sizes: Sequence[tuple[int, ...]] = SIZES, width: int = 8) -> list[tup
     return [(torch.randn(*size, width, generator=generator, dtype=torch.float64),) for size in sizes]
 
 
-def hold(model: nn.Module, calls: Sequence[tuple[Any, ...]], seeds: int = 3, times: int = 1) -> Analysis:
+def hold(model: nn.Module, calls: Sequence[tuple[Any, ...]], seeds: int = 2, times: int = 1) -> Analysis:
     """Prune by random choices, a few channels and nearly all in turn; each program equals the masked dense
     module.
 

@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.distributed as dist
+from models import block, made
 from quick import capture_quickly
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -51,31 +52,22 @@ class Twice(nn.Module):
         return (self.query(x) @ self.key(x).transpose(1, 2)).softmax(-1) @ x
 
 
-class Parts(nn.Module):
+def parts() -> nn.Module:
     """Cannot be captured as a whole."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = (
-            nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 12)) for _ in range(2)
-        )
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.first(x)
+        return m.second(x) if x.sum().item() > -1e9 else x
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        found: Tensor = self.second(x) if x.sum().item() > -1e9 else x
-        return found
+    torch.manual_seed(0)
+    first, second = (nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 12)) for _ in range(2))
+    return made(forward, first=first, second=second)
 
 
-class Rectified(nn.Module):
+def rectified() -> nn.Module:
     """Gives zero, and no gradient, for zeros."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(12, 24, bias=False), nn.Linear(24, 12, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.down(torch.relu(self.up(x))))
+    layers = {"up": nn.Linear(12, 24, bias=False), "down": nn.Linear(24, 12, bias=False)}
+    return made(lambda m, x: torch.relu(block(m, x)), **layers)
 
 
 def late() -> list[Tensor]:
@@ -134,7 +126,7 @@ def cases(group: dist.ProcessGroup | None) -> dict[str, tuple[Any, dict[str, Ten
         result = fasp_fx.prune(captured, calibration=numbers(), sparsity=0.3, group=group, **options)  # type: ignore[arg-type]
         found[f"used twice, {sorted(options)}"] = (result.plan, result.module.state_dict())
     torch.manual_seed(0)
-    result = fasp_fx.prune(Rectified().eval(), (numbers()[0],), calibration=late(), sparsity=0.3, group=group)
+    result = fasp_fx.prune(rectified(), (numbers()[0],), calibration=late(), sparsity=0.3, group=group)
     found["no gradient at first"] = (result.plan, result.module.state_dict())
     return found
 
@@ -162,11 +154,11 @@ def refusals(group: dist.ProcessGroup, rank: int) -> None:
     refused(CalibrationError, "too few for", calibration=numbers()[:1])
     refused(ArgumentError, "other options", sparsity=0.3 + 0.1 * rank)
     refused(ArgumentError, "other calibration data", calibration=numbers()[rank:])
-    parts = Parts().eval()
+    model = parts()
     with torch.no_grad():
-        next(parts.parameters()).mul_(1 + rank)
+        next(model.parameters()).mul_(1 + rank)
     with pytest.raises(ArgumentError, match="other model"):
-        fasp_fx.prune(parts, (numbers()[0],), calibration=numbers(), sparsity=0.3, group=group)
+        fasp_fx.prune(model, (numbers()[0],), calibration=numbers(), sparsity=0.3, group=group)
     broken = numbers()
     broken[-1][:] = 1e30  # of one process alone; what it sees is not finite
     for quality in ("fast", "balanced"):

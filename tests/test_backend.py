@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import Spec, build, tokens
+from models import made, parameter
 from oracle import TOLERANCE, error
 from torch import Tensor, fx, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -53,31 +54,23 @@ class Spy:
         return module
 
 
-class Perceptron(nn.Module):
+def hidden(divided: bool = False) -> nn.Module:
     """Two hidden layers; ``divided`` breaks the graph between the first and the second."""
 
-    def __init__(self, divided: bool = False) -> None:
-        super().__init__()
-        self.first, self.second, self.third, self.last = (
-            nn.Linear(6, 16),
-            nn.Linear(16, 16),
-            nn.Linear(16, 16),
-            nn.Linear(16, 4),
-        )
-        self.divided = divided
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.first(x))
-        x = self.second(x)
-        if self.divided:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.second(torch.relu(m.first(x)))
+        if divided:
             torch._dynamo.graph_break()
-        return self.last(torch.relu(self.third(x)))
+        return m.last(torch.relu(m.third(x)))
+
+    sizes = {"first": (6, 16), "second": (16, 16), "third": (16, 16), "last": (16, 4)}
+    return made(forward, **{name: nn.Linear(*size) for name, size in sizes.items()})
 
 
 @pytest.fixture(scope="module")
 def perceptron() -> tuple[nn.Module, Tensor, fasp_fx.PruningPlan]:
     torch.manual_seed(0)
-    model, example = Perceptron().eval(), torch.randn(5, 6)
+    model, example = hidden(), torch.randn(5, 6)
     return model, example, plan_for(model, example, sparsity=0.3)
 
 
@@ -89,49 +82,44 @@ def masked_exact(model: nn.Module, compiled: Any, plan: fasp_fx.PruningPlan, *in
             assert error(masked(x), model(x)) > 100 * TOLERANCE
 
 
-def test_smaller_graphs_at_several_sizes(perceptron: Any) -> None:
+def test_smaller_graphs_at_several_sizes_without_a_warning(perceptron: Any) -> None:
     model, example, plan = perceptron
     spy = Spy()
     compiled = compiled_by(model, plan, spy)
-    masked_exact(model, compiled, plan, example, torch.randn(7, 6), torch.randn(9, 6))
+    with warnings.catch_warnings(action="error", category=fasp_fx.PartialPlanWarning):
+        masked_exact(model, compiled, plan, example, torch.randn(7, 6), torch.randn(9, 6))
     assert len(spy.weights) == 2, "one graph for the first size, one for all"
     assert all(size < sum(p.numel() for p in model.parameters()) for size in spy.weights)
+    torch._dynamo.reset()
+    masked_exact(model, compiled_by(model, plan, "inductor"), plan, example)
+
+
+def tied() -> nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return randomise(LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, vocab_size=48, **sizes)))
+
+
+def logits(model: nn.Module) -> nn.Module:
+    return made(lambda m, ids: m.model(input_ids=ids, use_cache=False).logits, model=model)
+
+
+FUSED = Spec(hidden=8, kv_heads=2, repeat=1, head_dim=6, ffn=12, bias=True, projection="interleaved")
 
 
 @pytest.mark.parametrize(
-    "spec",
-    [SPEC, Spec(hidden=8, kv_heads=2, repeat=1, head_dim=6, ffn=12, bias=True, projection="interleaved")],
-    ids=["rope", "interleaved"],
+    ("make", "inner"),
+    [
+        (lambda: build(SPEC), "eager"),
+        (lambda: build(FUSED), "aot_eager"),
+        (lambda: logits(tied()), "eager"),
+    ],
+    ids=["rope", "interleaved", "tied weights"],
 )
-def test_decoders(spec: Spec) -> None:
+def test_decoders(make: Callable[[], nn.Module], inner: str) -> None:
     """With one fused projection the plan splits a weight, and the slices are those of its parts."""
-    model = build(spec)
+    model = make()
     plan = plan_for(model, tokens(2, 4))
-    masked_exact(
-        model, torch.compile(model, backend=fasp_fx.backend(plan, inner="aot_eager")), plan, tokens(2, 4)
-    )
-
-
-def test_a_transformer_with_tied_weights() -> None:
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "vocab_size": 48,
-    }
-    model = randomise(LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **sizes)))
-    calls = [{"input_ids": torch.randint(0, 48, size), "use_cache": False} for size in ((2, 7), (3, 9))]
-    plan = fasp_fx.prune(model, (), calls[0], score="magnitude", restore=None, sparsity=0.2).plan
-    compiled, masked = compiled_by(model, plan), Masked(model, plan)
-    with torch.no_grad():
-        for inputs in calls:
-            assert error(compiled(**inputs).logits, masked(**inputs).logits) <= TOLERANCE
-
-
-def test_inductor(perceptron: Any) -> None:
-    model, example, plan = perceptron
-    masked_exact(model, torch.compile(model, backend=fasp_fx.backend(plan)), plan, example)
+    masked_exact(model, compiled_by(model, plan, inner), plan, tokens(2, 4), tokens(3, 5))
 
 
 def test_changed_weights_are_seen(perceptron: Any) -> None:
@@ -159,40 +147,17 @@ def test_gradients_reach_the_full_weights(perceptron: Any, inner: str) -> None:
     masked = Masked(reference, plan).module
     masked(example).square().sum().backward()
     removed = plan.slices()
-    for (name, parameter), expected in zip(model.named_parameters(), masked.parameters(), strict=True):
-        mask = torch.ones_like(parameter)
+    for (name, own), expected in zip(model.named_parameters(), masked.parameters(), strict=True):
+        mask = torch.ones_like(own)
         for (other, dim), gone in removed.items():
             if other == name:
                 mask.index_fill_(dim, torch.tensor(sorted(index for _, index in gone)), 0)
-        assert error(parameter.grad, expected.grad * mask) <= TOLERANCE, name
-
-
-def test_regions_without_gradients() -> None:
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.gate, self.down = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(16, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                gate = torch.sigmoid(self.gate(x))
-            return self.down(self.up(x) * gate)
-
-    torch.manual_seed(0)
-    model, example = Gated().eval(), torch.randn(3, 6)
-    plan = plan_for(model, example)
-    compiled_by(model, plan)(example).sum().backward()
-    assert model.gate.weight.grad is None
-    masked = Masked(model, plan).module
-    masked.zero_grad()
-    masked(example).sum().backward()
-    assert error(model.down.bias.grad, masked.down.bias.grad) <= TOLERANCE
-    assert error(model.up.bias.grad.sum(), masked.up.bias.grad.sum()) <= TOLERANCE
+        assert error(own.grad, expected.grad * mask) <= TOLERANCE, name
 
 
 def test_graph_breaks_leave_divided_groups_whole(perceptron: Any) -> None:
     model, example, plan = perceptron
-    divided = Perceptron(divided=True).eval()
+    divided = hidden(divided=True)
     divided.load_state_dict(model.state_dict())
     compiled = compiled_by(divided, plan)
     with pytest.warns(fasp_fx.PartialPlanWarning, match="in another graph"), torch.no_grad():
@@ -207,6 +172,45 @@ def test_graph_breaks_leave_divided_groups_whole(perceptron: Any) -> None:
     assert error(found, Masked(model, part)(example)) <= TOLERANCE
 
 
+def test_writes_leave_the_graph_whole() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    example = torch.randn(2, 3, 8, 8)
+    plan = plan_for(model, example)
+    model.train()
+    expected = copy.deepcopy(model)(example)
+    with pytest.warns(fasp_fx.PartialPlanWarning, match="writes into"):
+        assert error(compiled_by(model, plan)(example), expected) <= 1e-6
+
+
+def test_refusals(perceptron: Any) -> None:
+    model, example, plan = perceptron
+    result, other = fasp_fx.apply(model, plan, (example,)), hidden()
+    lacking = hidden()
+    lacking.second, lacking.third = nn.Linear(16, 4), nn.Linear(4, 16)
+    for compiled, said in (
+        (compiled_by(other, plan), "another model"),
+        (compiled_by(result.module, result.plan), "already applied"),
+        (compiled_by(lacking, plan, check=False), "its shape is"),
+    ):
+        with pytest.raises(fasp_fx.PlanError, match=said):
+            compiled(example)
+        torch._dynamo.reset()
+    masked_exact(other, compiled_by(other, plan, check=False), plan, example)
+    with pytest.raises(fasp_fx.ArgumentError, match="list_backends"):
+        fasp_fx.backend(plan, inner="nowhere")
+    with pytest.raises(fasp_fx.ArgumentError, match="PruningPlan"):
+        fasp_fx.backend("plan.json")  # type: ignore[arg-type]
+    recurrent = made(
+        lambda m, x: m.out(m.cells(x)[0]), cells=nn.LSTM(8, 24, batch_first=True), out=nn.Linear(24, 5)
+    )
+    plan = plan_for(recurrent, torch.randn(2, 6, 8))
+    with pytest.warns(fasp_fx.PartialPlanWarning, match="allow_rnn"):
+        fasp_fx.backend(plan)
+    with torch._dynamo.config.patch(allow_rnn=True), warnings.catch_warnings(action="error"):
+        fasp_fx.backend(plan)
+
+
 def test_a_model_inside_another(perceptron: Any) -> None:
     model, example, plan = perceptron
     outer = nn.Sequential(model, nn.Tanh())
@@ -218,85 +222,18 @@ def test_a_model_inside_another(perceptron: Any) -> None:
         assert error(compiled(example), torch.tanh(Masked(model, plan)(example))) <= TOLERANCE
 
 
-def test_a_function_that_calls_the_model(perceptron: Any) -> None:
-    model, example, plan = perceptron
-    compiled = compiled_by(lambda x: model(x) * 2, plan)
-    with torch.no_grad():
-        assert error(compiled(example), 2 * Masked(model, plan)(example)) <= TOLERANCE
-
-
-def test_writes_leave_the_graph_whole() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
-    example = torch.randn(2, 3, 8, 8)
-    plan = plan_for(model, example)
-    compiled = compiled_by(model, plan)
-    masked_exact(model, compiled, plan, example)
-    other = copy.deepcopy(model).train()
-    expected = copy.deepcopy(other)(example)
-    with pytest.warns(fasp_fx.PartialPlanWarning, match="writes into"):
-        assert error(compiled_by(other, plan)(example), expected) <= 1e-6
-
-
-def test_refusals(perceptron: Any) -> None:
-    model, example, plan = perceptron
-    other = Perceptron().eval()
-    with pytest.raises(fasp_fx.PlanError, match="another model"):
-        compiled_by(other, plan)(example)
-    torch._dynamo.reset()
-    masked_exact(
-        other, torch.compile(other, backend=fasp_fx.backend(plan, inner="eager", check=False)), plan, example
-    )
-    torch._dynamo.reset()
-    result = fasp_fx.apply(model, plan, (example,))
-    with pytest.raises(fasp_fx.PlanError, match="already applied"):
-        torch.compile(result.module, backend=fasp_fx.backend(result.plan, inner="eager"))(example)
-    with pytest.raises(fasp_fx.ArgumentError, match="list_backends"):
-        fasp_fx.backend(plan, inner="nowhere")
-    with pytest.raises(fasp_fx.ArgumentError, match="PruningPlan"):
-        fasp_fx.backend("plan.json")  # type: ignore[arg-type]
-
-
-def test_no_warning_for_a_whole_graph(perceptron: Any) -> None:
-    model, example, plan = perceptron
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("error", fasp_fx.PartialPlanWarning)
-        compiled_by(model, plan)(example)
-
-
-class Remembering(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cells, self.out = nn.LSTM(8, 24, batch_first=True), nn.Linear(24, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(self.cells(x)[0])
-
-
-def test_recurrent_layers_that_dynamo_does_not_trace() -> None:
-    torch.manual_seed(0)
-    model, x = Remembering().eval(), torch.randn(2, 6, 8)
-    plan = fasp_fx.prune(model, (x,), sparsity=0.4, score="random", restore=None).plan
-    with pytest.warns(fasp_fx.PartialPlanWarning, match="allow_rnn"):
-        fasp_fx.backend(plan)
-    with torch._dynamo.config.patch(allow_rnn=True), warnings.catch_warnings():
-        warnings.simplefilter("error", fasp_fx.PartialPlanWarning)
-        fasp_fx.backend(plan)
-
-
-class Between(nn.Module):
+def between(step: Callable[[Any, Tensor], Tensor], width: int = 12) -> nn.Module:
     """``step`` between two layers, of which the second takes ``width`` channels."""
-
-    def __init__(self, step: Callable[[Any, Tensor], Tensor], width: int = 12) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(5, 12), nn.Linear(width, 3)
-        self.weight, self.stack = nn.Parameter(torch.zeros(12, 12)), nn.Parameter(torch.zeros(2, 12, 12))
-        self.cell, self.layer = nn.GRUCell(12, 12), nn.LSTM(12, 6, 2, bidirectional=True, batch_first=True)
-        self.gated = nn.GRU(12, 6, bidirectional=True, batch_first=True)
-        self.step = step
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.step(self, self.up(x)))
+    return made(
+        lambda m, x: m.down(step(m, m.up(x))),
+        up=nn.Linear(5, 12),
+        down=nn.Linear(width, 3),
+        weight=parameter(12, 12),
+        stack=parameter(2, 12, 12),
+        cell=nn.GRUCell(12, 12),
+        layer=nn.LSTM(12, 6, 2, bidirectional=True, batch_first=True),
+        gated=nn.GRU(12, 6, bidirectional=True, batch_first=True),
+    )
 
 
 def _cells(model: Any, x: Tensor) -> Tensor:
@@ -324,9 +261,11 @@ COMPOSITES: dict[str, tuple[Callable[[Any, Tensor], Tensor], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", COMPOSITES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "cells")) for name in COMPOSITES]
+)
 def test_composites_are_taken_apart_as_by_the_capture(name: str) -> None:
-    model = randomise(Between(*COMPOSITES[name]), std=0.5)
+    model = randomise(between(*COMPOSITES[name]), std=0.5)
     x, other = (torch.randn(batch, 5, 5, generator=torch.Generator().manual_seed(batch)) for batch in (2, 3))
     plan, spy = plan_for(model, x), Spy()
     with torch._dynamo.config.patch(allow_rnn=True):
@@ -338,15 +277,6 @@ def test_composites_are_taken_apart_as_by_the_capture(name: str) -> None:
         < spy.weights[0] - x.numel()
         < sum(p.numel() for name, p in model.named_parameters() if name.split(".")[0] in read)
     )
-
-
-def test_pixels_shuffled() -> None:
-    model = randomise(
-        nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(4, 2, 1))
-    )
-    x = torch.randn(2, 3, 4, 4)
-    plan = plan_for(model, x)
-    masked_exact(model, compiled_by(model, plan), plan, x)
 
 
 def test_what_dynamo_alone_does_not_show_stays_whole() -> None:
@@ -372,36 +302,43 @@ def test_what_dynamo_alone_does_not_show_stays_whole() -> None:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def test_a_model_of_other_sizes_is_refused_as_that(perceptron: Any) -> None:
-    _, example, plan = perceptron
-    other = Perceptron()
-    other.second, other.third = nn.Linear(16, 4), nn.Linear(4, 16)
-    with pytest.raises(fasp_fx.PlanError, match="its shape is"):
-        torch.compile(other.eval(), backend=fasp_fx.backend(plan, inner="eager", check=False))(example)
+def held(scaled: bool) -> nn.Module:
+    """Floats that modules hold, or of the call."""
+
+    def floats(m: Any, x: Tensor) -> Tensor:
+        x = m.leaky(m.batch(m.first(m.layer(x))))
+        return m.last(torch.relu(m.second(x)))
+
+    def forward(m: Any, x: Tensor, scale: float = 1.0) -> Tensor:
+        return floats(m, x) * scale
+
+    return made(
+        forward if scaled else floats,
+        first=nn.Linear(6, 16),
+        second=nn.Linear(16, 16),
+        last=nn.Linear(16, 4),
+        batch=nn.BatchNorm1d(16),
+        layer=nn.LayerNorm(6, eps=0.3),
+        leaky=nn.LeakyReLU(0.1),
+    )
 
 
-class Held(nn.Module):
-    """Floats that modules hold."""
+def patches() -> nn.Module:
+    """Attention over as many tokens as there are patches in an image, in a fused projection."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 4)
-        self.batch, self.layer, self.leaky = nn.BatchNorm1d(16), nn.LayerNorm(6, eps=0.3), nn.LeakyReLU(0.1)
+    def forward(m: Any, images: Tensor) -> Tensor:
+        x = m.patch(images).flatten(2).transpose(1, 2)
+        q, k, v = m.qkv(x).reshape(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        x = m.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return m.down(torch.relu(m.up(x)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.leaky(self.batch(self.first(self.layer(x))))
-        return self.last(torch.relu(self.second(x)))
-
-
-class Scaled(Held):
-    """A float of the call."""
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        return super().forward(x) * scale
+    sizes = {"qkv": (8, 48), "out": (16, 8), "up": (8, 20), "down": (20, 8)}
+    layers = {name: nn.Linear(*size) for name, size in sizes.items()}
+    return made(forward, patch=nn.Conv2d(3, 8, 4, 4), **layers)
 
 
 def test_floats_of_modules_are_constants_at_dynamic_sizes() -> None:
-    model, x, other = randomise(Held()), torch.randn(5, 6), torch.randn(9, 6)
+    model, x, other = randomise(held(scaled=False)), torch.randn(5, 6), torch.randn(9, 6)
     plan, spy = plan_for(model, x), Spy()
     compiled = torch.compile(model, backend=fasp_fx.backend(plan, inner=spy), dynamic=True)
     masked_exact(model, compiled, plan, x, other)
@@ -412,23 +349,8 @@ def test_floats_of_modules_are_constants_at_dynamic_sizes() -> None:
     assert len(spy.weights) == 2, "one graph for each value"
 
 
-class Patches(nn.Module):
-    """Attention over as many tokens as there are patches in an image, in a fused projection."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch, self.qkv, self.out = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 48), nn.Linear(16, 8)
-        self.up, self.down = nn.Linear(8, 20), nn.Linear(20, 8)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.patch(images).flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
-        x = self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return self.down(torch.relu(self.up(x)))
-
-
 def test_a_group_that_dynamic_sizes_hide_stays_whole() -> None:
-    model, images = randomise(Patches()), torch.randn(2, 3, 8, 8)
+    model, images = randomise(patches()), torch.randn(2, 3, 8, 8)
     plan = plan_for(model, images)
     (hidden,) = [group for group in plan.groups if group.name == "out.weight"]
     rest = fasp_fx.PruningPlan(
@@ -443,7 +365,7 @@ def test_a_group_that_dynamic_sizes_hide_stays_whole() -> None:
 
 
 def test_a_float_of_the_call_leaves_the_graph_whole() -> None:
-    model, x = randomise(Scaled()), torch.randn(5, 6)
+    model, x = randomise(held(scaled=True)), torch.randn(5, 6)
     plan = plan_for(model, x)
     compiled = compiled_by(model, plan, dynamic=True)
     with (

@@ -41,47 +41,48 @@ def test_a_plan_is_for_its_model_alone(pruned: tuple[nn.Module, fasp_fx.Result])
         fasp_fx.apply(result.module, result.plan, (X,))
 
 
+def consuming(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda group: replace(group, consumers=tuple(map(change, group.consumers)))
+
+
+def emptied(group: Any) -> Any:
+    """Nothing of it is left."""
+    own, read = (
+        tuple(replace(part, removed=tuple(range(24))) for part in parts)
+        for parts in (group.producers, group.consumers)
+    )
+    return replace(group, producers=own, consumers=read)
+
+
+FROZEN = (fasp_fx.ParameterSlice("down.weight", 0, (1,)), fasp_fx.ParameterSlice("down.bias", 0, (1,)))
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda part: replace(part, name="unheard"), "'unheard'.*another model"),
-        (lambda part: replace(part, removed=(999,)), "999.*another model"),
-        (lambda part: replace(part, removed=(-1,)), "-1"),
-        (lambda part: replace(part, removed=part.removed[1:]), "cuts through a channel set"),
-        (lambda part: replace(part, dim=5), "dimension 5"),
-        (lambda part: replace(part, dim=0), r"index \d+ along dimension 0 of 'down\.weight'.*another model"),
+        (consuming(lambda part: replace(part, name="unheard")), "'unheard'.*another model"),
+        (consuming(lambda part: replace(part, removed=(999,))), "999.*another model"),
+        (consuming(lambda part: replace(part, removed=(-1,))), "-1"),
+        (consuming(lambda part: replace(part, removed=part.removed[1:])), "cuts through a channel set"),
+        (consuming(lambda part: replace(part, dim=5)), "dimension 5"),
+        (
+            consuming(lambda part: replace(part, dim=0)),
+            r"index \d+ along dimension 0 of 'down\.weight'.*another model",
+        ),
+        (emptied, "keep one"),
+        (
+            lambda group: replace(group, producers=FROZEN, consumers=()),
+            r"down\.\w+.*cannot be pruned",
+        ),
     ],
 )
 def test_a_plan_that_asks_for_the_impossible(
     pruned: tuple[nn.Module, fasp_fx.Result], change: Callable[[Any], Any], match: str
 ) -> None:
     model, result = pruned
-    group = result.plan.groups[0]
-    plan = replace(result.plan, groups=(replace(group, consumers=tuple(map(change, group.consumers))),))
+    plan = replace(result.plan, groups=(change(result.plan.groups[0]),))
     with untouched(model), pytest.raises(fasp_fx.PlanError, match=match):
         fasp_fx.apply(model, plan, (X,))
-
-
-def test_a_plan_for_channels_that_cannot_go(pruned: tuple[nn.Module, fasp_fx.Result]) -> None:
-    model, result = pruned
-    parts = (fasp_fx.ParameterSlice("down.weight", 0, (1,)), fasp_fx.ParameterSlice("down.bias", 0, (1,)))
-    plan = replace(result.plan, groups=(replace(result.plan.groups[0], producers=parts, consumers=()),))
-    with untouched(model), pytest.raises(fasp_fx.PlanError, match=r"down\.\w+.*cannot be pruned"):
-        fasp_fx.apply(model, plan, (X,))
-
-
-def test_a_plan_that_leaves_nothing(pruned: tuple[nn.Module, fasp_fx.Result]) -> None:
-    model, result = pruned
-    group = result.plan.groups[0]
-    everything = tuple(range(24))
-    producers = tuple(replace(part, removed=everything) for part in group.producers)
-    whole = replace(
-        group,
-        producers=producers,
-        consumers=tuple(replace(part, removed=everything) for part in group.consumers),
-    )
-    with pytest.raises(fasp_fx.PlanError, match="keep one"):
-        fasp_fx.apply(model, replace(result.plan, groups=(whole,)), (X,))
 
 
 def damaged(text: str) -> dict[str, str]:
@@ -117,14 +118,6 @@ def test_a_damaged_plan(pruned: tuple[nn.Module, fasp_fx.Result], kind: str) -> 
         fasp_fx.PruningPlan.from_json(damaged(text)[kind])
 
 
-def test_order_of_plans_of_different_models(pruned: tuple[nn.Module, fasp_fx.Result]) -> None:
-    plan = pruned[1].plan
-    with pytest.raises(fasp_fx.PlanError, match="different models"):
-        plan.after(replace(plan, fingerprint="other"))
-    with pytest.raises(fasp_fx.PlanError, match="never applied"):
-        plan.after(replace(plan, result=None))
-
-
 # --- calls of the result
 
 
@@ -135,8 +128,12 @@ def test_order_of_plans_of_different_models(pruned: tuple[nn.Module, fasp_fx.Res
 def test_wrong_calls_of_a_result(
     pruned: tuple[nn.Module, fasp_fx.Result], args: Any, kwargs: dict[str, Any], match: str
 ) -> None:
+    plan = pruned[1].plan
     with pytest.raises(TypeError, match=match):
         pruned[1].module(*args, **kwargs)
+    for other, said in (({"fingerprint": "other"}, "different models"), ({"result": None}, "never applied")):
+        with pytest.raises(fasp_fx.PlanError, match=said):
+            plan.after(replace(plan, **other))
 
 
 def test_an_argument_of_the_model_that_was_left_out_at_capture() -> None:

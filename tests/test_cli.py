@@ -25,7 +25,7 @@ from fasp_fx.cli import _models, _prune
 from fasp_fx.cli._app import app
 from fasp_fx.cli._text import Texts
 from fasp_fx.errors import ArgumentError
-from fasp_fx.hf._folder import read_plain
+from fasp_fx.hf._plain_folder import read_plain
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -130,19 +130,6 @@ def test_prune_from_file(from_file: tuple[Path, Result], folder: Path) -> None:
     assert [measured.dense, measured.pruned] == pytest.approx(expected, rel=1e-4)
 
 
-def test_prune_with_the_weights_in_files(
-    from_file: tuple[Path, Result], prune: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fasp_fx.base._scratch.SMALLEST", 1)
-    _done(*prune, "--out", tmp_path / "out", "--stream", "--scratch", tmp_path / "scratch")
-    found, expected = (
-        AutoModelForCausalLM.from_pretrained(where) for where in (tmp_path / "out", from_file[0])
-    )
-    assert found.plan == expected.plan
-    assert all(torch.equal(found.get_parameter(name), held) for name, held in expected.named_parameters())
-    assert [path.name for path in tmp_path.iterdir()] == ["out"], "the folder made for the files goes"
-
-
 def test_a_model_that_does_not_fit_is_kept_in_files_by_itself(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,9 +220,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_options_are_those_of_python(
-    options: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_options_are_those_of_python(options: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[PruningConfig] = []
 
     def run(model: str, out: Path, config: Any, options: Any, *rest: Any, **more: Any) -> None:
@@ -249,10 +234,8 @@ def test_options_are_those_of_python(
 # --- inspect
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"granularity": ("head", "channel"), "include": ("exempt", "approximate")}]
-)
-def test_inspect_says_what_the_analysis_says(folder: Path, options: dict[str, tuple[str, ...]]) -> None:
+def test_inspect_says_what_the_analysis_says(folder: Path) -> None:
+    options = {"granularity": ("head", "channel"), "include": ("exempt", "approximate")}
     chosen = [text for name, values in options.items() for value in values for text in (f"--{name}", value)]
     found = json.loads(_done("inspect", folder / "model", "--json", *chosen))
     example = {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False}
@@ -364,7 +347,7 @@ def test_a_result_is_kept_when_measuring_is_interrupted(
     model = AutoModelForCausalLM.from_pretrained(from_file[0])
     pruned = fasp_fx.hf.Pruned(model, model.plan, model.report)
     monkeypatch.setattr("fasp_fx.cli._prune.prune", lambda *args, **options: pruned)
-    monkeypatch.setattr("fasp_fx.cli._prune.latency", _interrupt)
+    monkeypatch.setattr("fasp_fx.cli._recover.latency", _interrupt)
     done = _invoke(*prune, "--out", tmp_path / "out", "--html", tmp_path / "page.html")
     assert done.exit_code == 130
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").report == pruned.report
@@ -384,12 +367,9 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(
 # --- help
 
 
-@pytest.mark.parametrize("command", ["prune", "recover", "inspect", "eval"])
-def test_help_has_an_example(command: str) -> None:
-    assert "Example:" in _done(command, "--help")
-
-
-def test_ten_options_come_first() -> None:
+def test_help_has_an_example_and_ten_options_come_first() -> None:
+    for command in ("prune", "recover", "inspect", "eval"):
+        assert "Example:" in _done(command, "--help")
     common, more = _done("prune", "--help").split("─ Options ─")[1].split("─ More ─")
     options = [set(re.findall(r"│ (?:\* )?(--[a-z-]+) ", part)) for part in (common, more)]
     assert len(options[0]) == 10 + len(["--help"])

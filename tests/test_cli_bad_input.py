@@ -181,13 +181,6 @@ def test_usage(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argu
     assert not list(tmp_path.iterdir())
 
 
-def test_without_arguments_there_is_help() -> None:
-    done = invoke()
-    assert done.exit_code == 2
-    assert "Usage" in done.stdout
-    assert all(command in done.stdout for command in ("prune", "inspect", "eval"))
-
-
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize(
     "command",

@@ -19,6 +19,7 @@ from fasp_fx.config import PruningOptions
 from fasp_fx.report import Report
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import made
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,27 +34,22 @@ SPEC = Spec(
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
 
-class Layers(nn.Module):
+def layers() -> nn.Module:
     """Three hidden layers of their own width, one under another's name."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({"up": nn.Linear(6, 10), "down": nn.Linear(10, 6)}) for _ in range(3)
-        )
-        self.head = nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = x + layer["down"](F.relu(layer["up"](x)))  # type: ignore[index]
-        found: Tensor = self.head(x)
-        return found
+            x = x + layer["down"](F.relu(layer["up"](x)))
+        return self.head(x)
+
+    torch.manual_seed(0)
+    parts = ({"up": nn.Linear(6, 10), "down": nn.Linear(10, 6)} for _ in range(3))
+    return made(forward, layers=nn.ModuleList(map(nn.ModuleDict, parts)), head=nn.Linear(6, 2))
 
 
 def widths(**options: Any) -> list[int]:
     """What is left of the hidden layers."""
-    result = fasp_fx.prune(Layers().eval(), (X,), score="magnitude", restore=None, **options)
+    result = fasp_fx.prune(layers(), (X,), score="magnitude", restore=None, **options)
     assert torch.isfinite(result.module(X)).all()
     return [result.module.get_parameter(f"layers.{index}.up.weight").shape[0] for index in range(3)]
 
@@ -82,6 +78,25 @@ def test_a_configuration_survives_json(config: fasp_fx.PruningConfig) -> None:
     assert Report.from_json(report.to_json()) == report
 
 
+def test_a_result_says_what_was_asked_for_and_keeps_it(tmp_path: Path) -> None:
+    fractions = {"*": 0.3}
+    config = fasp_fx.PruningConfig(sparsity=fractions, score="magnitude", restore=None)
+    fractions["*"] = 9
+    assert config.sparsity == {"*": 0.3}, "it does not follow what it was made of"
+    model = layers()
+    result = fasp_fx.prune(model, (X,), config=config, round_to=2)
+    assert result.config == dataclasses.replace(config, round_to=2)
+    assert fasp_fx.prune(model, (X,), config=result.config).plan == result.plan
+    assert fasp_fx.apply(model, result.plan, (X,)).config is None
+    assert fasp_fx.load(result.save(tmp_path / "saved")).config == result.config
+    own = fasp_fx.prune(model, (X,), calibration=[X], score=fasp_fx.scoring.magnitude, restore=None)
+    assert own.config is not None
+    assert own.report.requested == 0.2
+    assert fasp_fx.load(own.save(tmp_path / "own")).config is None  # no file holds a function
+    with pytest.raises(fasp_fx.ArgumentError, match="is a function, which cannot be stored"):
+        own.config.to_json()
+
+
 def test_options_have_one_declaration() -> None:
     """Their texts are those of the documentation, too."""
     for field in dataclasses.fields(fasp_fx.PruningConfig):
@@ -97,35 +112,6 @@ def test_keywords_are_the_fields() -> None:
         assert options.annotation == "Unpack[PruningOptions]"
         # No default but those of the configuration.
         assert not set(fields) & set(inspect.signature(function).parameters)
-
-
-def test_a_result_says_what_was_asked_for() -> None:
-    config = fasp_fx.PruningConfig(sparsity=0.3, score="magnitude", restore=None)
-    result = fasp_fx.prune(Layers().eval(), (X,), config=config, round_to=2)
-    assert result.config == dataclasses.replace(config, round_to=2)
-    assert result.report.requested == 0.3
-    again = fasp_fx.prune(Layers().eval(), (X,), config=result.config)
-    assert again.plan == result.plan
-    assert fasp_fx.apply(Layers().eval(), result.plan, (X,)).config is None
-
-
-@given(config=CONFIGS)
-def test_a_report_keeps_what_was_asked_for(config: fasp_fx.PruningConfig) -> None:
-    report = Report(0.1, 0.1, (2, 1), (8, 4), (), config=config)
-    assert Report.from_json(report.to_json()) == report
-
-
-def test_what_was_asked_for_is_saved(tmp_path: Path) -> None:
-    config = fasp_fx.PruningConfig(sparsity={"*": 0.3}, score="magnitude", restore=None)
-    model = Layers().eval()
-    fasp_fx.prune(model, (X,), config=config).save(tmp_path / "saved")
-    assert fasp_fx.load(tmp_path / "saved").config == config
-    own = fasp_fx.prune(
-        model, (X,), calibration=[X], sparsity=0.3, score=fasp_fx.scoring.magnitude, restore=None
-    )
-    assert own.config is not None
-    own.save(tmp_path / "own")
-    assert fasp_fx.load(tmp_path / "own").config is None  # no file holds a function
 
 
 CONFIG = {"format": DOCUMENT, "kind": "config"}
@@ -166,19 +152,17 @@ def test_a_report_with_a_damaged_configuration_is_refused(config: object) -> Non
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     kinds = (fasp_fx.ArgumentError, fasp_fx.NothingPrunableError)
     with pytest.raises(kinds, match=message):
-        fasp_fx.prune(Layers().eval(), (X,), **{"score": "magnitude", "restore": None, **options})
+        fasp_fx.prune(layers(), (X,), **{"score": "magnitude", "restore": None, **options})
 
 
-@pytest.mark.parametrize("options", [{}, {"score": "magnitude"}, {"restore": None}])
-def test_missing_calibration_is_found_before_the_capture(options: dict[str, Any]) -> None:
-    class Unseen(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            raise AssertionError("this was captured")
+def test_missing_calibration_is_found_before_the_capture() -> None:
+    def unseen(m: Any, x: Tensor) -> Tensor:
+        raise AssertionError("this was captured")
 
-    with pytest.raises(fasp_fx.CalibrationError, match="no calibration data"):
-        fasp_fx.prune(Unseen().eval(), (X,), **options)
-    with pytest.raises(fasp_fx.CalibrationError, match="calibration is a single Tensor"):
-        fasp_fx.prune(Unseen().eval(), (X,), calibration=X, **options)
+    for options in ({}, {"score": "magnitude"}, {"restore": None}):
+        for data, said in ((None, "no calibration data"), (X, "calibration is a single Tensor")):
+            with pytest.raises(fasp_fx.CalibrationError, match=said):
+                fasp_fx.prune(made(unseen), (X,), calibration=data, **options)
 
 
 @pytest.mark.parametrize(
@@ -191,16 +175,15 @@ def test_missing_calibration_is_found_before_the_capture(options: dict[str, Any]
         (json.dumps({**CONFIG, "kind": "plan"}), "the kind 'plan'"),
         (json.dumps({**CONFIG, "sparsity": 2}), "is not in"),
         (json.dumps({**CONFIG, "taste": 2}), "the option 'taste' is not known"),
+        *(
+            (given, r"the config is damaged.*PruningConfig\.to_json\(\)")
+            for given in ({}, None, Path("config.json"))
+        ),
     ],
 )
-def test_other_configurations_are_refused(text: str, message: str) -> None:
+def test_other_configurations_are_refused(text: Any, message: str) -> None:
     with pytest.raises(fasp_fx.ArgumentError, match=message):
         fasp_fx.PruningConfig.from_json(text)
-
-
-def test_functions_are_not_written() -> None:
-    with pytest.raises(fasp_fx.ArgumentError, match="is a function, which cannot be stored"):
-        fasp_fx.PruningConfig(score=lambda columns: columns.weight.sum(0)).to_json()
 
 
 # --- by name
@@ -215,19 +198,18 @@ def test_excluded_groups_stay_whole_and_the_others_carry_the_sparsity() -> None:
         widths(sparsity=0.7, exclude=("layers.[12]",))
 
 
-class Joined(nn.Module):
+def joined() -> nn.Module:
     """A weight reads what two others give."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right, self.down = nn.Linear(6, 10), nn.Linear(6, 12), nn.Linear(22, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.cat([torch.relu(self.left(x)), torch.tanh(self.right(x))], -1))
+    return made(
+        lambda m, x: m.down(torch.cat([torch.relu(m.left(x)), torch.tanh(m.right(x))], -1)),
+        left=nn.Linear(6, 10),
+        right=nn.Linear(6, 12),
+        down=nn.Linear(22, 4),
+    )
 
 
 def test_groups_that_one_weight_reads_are_told_apart_by_their_names() -> None:
-    model, x = Joined().eval(), torch.randn(3, 6)
+    model, x = joined(), torch.randn(3, 6)
     names = {group.producers[0].name: group.name for group in fasp_fx.analyze(model, (x,)).select("prunable")}
     assert sorted(names.values()) == ["down.weight", "down.weight#2"]
     asked = {"score": "random", "restore": None}
@@ -243,22 +225,19 @@ def test_groups_that_one_weight_reads_are_told_apart_by_their_names() -> None:
     assert [group.name for group in only.plan.groups] == ["down.weight#2"]
 
 
-class OtherNames(nn.Module):
+def other_names() -> nn.Module:
     """A weight under two names, one computed of others, and a layer that stands at two places."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.again = nn.Linear(6, 10), nn.Linear(8, 10)
-        self.enc, self.dec = nn.Linear(10, 8, bias=False), nn.Linear(10, 8)
-        self.dec.weight = self.enc.weight
-        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 12))
-        self.twice = nn.Linear(12, 6)
-        self.other = self.twice
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = F.relu(m.dec(F.relu(m.again(F.relu(m.enc(F.relu(m.up(x))))))))
+        return m.twice(F.relu(m.normed(x)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.dec(F.relu(self.again(F.relu(self.enc(F.relu(self.up(x))))))))
-        found: Tensor = self.twice(F.relu(self.normed(x)))
-        return found
+    torch.manual_seed(0)
+    enc, dec, last = nn.Linear(10, 8, bias=False), nn.Linear(10, 8), nn.Linear(12, 6)
+    dec.weight = enc.weight
+    held = {"up": nn.Linear(6, 10), "again": nn.Linear(8, 10), "enc": enc, "dec": dec}
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 12))
+    return made(forward, **held, normed=normed, twice=last, other=last)
 
 
 @pytest.mark.parametrize(
@@ -273,8 +252,7 @@ class OtherNames(nn.Module):
     ],
 )
 def test_a_weight_goes_by_each_of_its_names(second: str, first: str, shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    model = OtherNames().eval()
+    model = other_names()
 
     def shapes(**options: Any) -> dict[str, tuple[int, ...]]:
         pruned = fasp_fx.prune(model, (X,), score="magnitude", restore=None, **options).module
@@ -286,31 +264,19 @@ def test_a_weight_goes_by_each_of_its_names(second: str, first: str, shape: tupl
 
 
 def test_a_part_goes_by_each_of_its_places() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.free, self.first = Layers(), Layers()
-            self.second = nn.ModuleDict({"inner": self.first})
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = F.pad(m.free(x), (0, 4))
+        return m.second["inner"](x) if x.sum() < 1e6 else m.first(x)
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = F.pad(self.free(x), (0, 4))
-            found: Tensor = self.second["inner"](x) if x.sum() < 1e6 else self.first(x)
-            return found
-
+    first = layers()
+    model = made(forward, free=layers(), first=first, second=nn.ModuleDict({"inner": first}))
     asked: dict[str, Any] = {"score": "magnitude", "restore": None, "sparsity": 0.3}
-    result = fasp_fx.prune(Twice().eval(), (X,), exclude=("second", "free.layers.0"), **asked)
+    result = fasp_fx.prune(model, (X,), exclude=("second", "free.layers.0"), **asked)
     shapes = {name: tuple(tensor.shape) for name, tensor in result.module.named_parameters()}
     assert shapes["first.layers.0.up.weight"] == shapes["free.layers.0.up.weight"] == (10, 6)
     assert shapes["free.layers.1.up.weight"][0] < 10
     with pytest.raises(fasp_fx.ArgumentError, match="'third' matches no group, and no weight"):
-        fasp_fx.prune(Twice().eval(), (X,), exclude=("third",), **asked)
-
-
-def test_a_configuration_does_not_follow_what_it_was_made_of() -> None:
-    fractions = {"2": 0.3}
-    config = fasp_fx.PruningConfig(sparsity=fractions)
-    fractions["2"] = 9
-    assert config.sparsity == {"2": 0.3}
+        fasp_fx.prune(model, (X,), exclude=("third",), **asked)
 
 
 def test_a_fraction_for_each_pattern() -> None:
@@ -325,13 +291,13 @@ def test_a_fraction_for_each_pattern() -> None:
 
 
 def test_one_capture_serves_many_prunings() -> None:
-    model = Layers().eval()
+    model = layers()
     captured, many = fasp_fx.capture(model, (X,)), torch.randn(400, 6)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert list(map(str, fasp_fx.analyze(captured).groups)) == list(
         map(str, fasp_fx.analyze(model, (X,)).groups)
     )
-    for sparsity in (0.1, 0.3, 0.5):
+    for sparsity in (0.1, 0.5):
         once = fasp_fx.prune(captured, calibration=[many], sparsity=sparsity)
         anew = fasp_fx.prune(model, (X,), calibration=[many], sparsity=sparsity)
         assert once.plan == anew.plan
@@ -343,7 +309,7 @@ def test_one_capture_serves_many_prunings() -> None:
 
 
 def test_a_captured_model_that_changed_is_refused() -> None:
-    model = Layers().eval()
+    model = layers()
     captured = fasp_fx.capture(model, (X,))
     with torch.no_grad():
         model.head.weight.mul_(2)
@@ -362,21 +328,13 @@ def test_a_captured_model_that_changed_is_refused() -> None:
 )
 def test_what_a_capture_holds_is_not_given_again(option: str, value: Any) -> None:
     with pytest.raises(fasp_fx.ArgumentError, match=f"a captured model holds what {option}= says already"):
-        fasp_fx.analyze(fasp_fx.capture(Layers().eval(), (X,)), **{option: value})
+        fasp_fx.analyze(fasp_fx.capture(layers(), (X,)), **{option: value})
 
 
 # --- plans from channel sets
 
 
-def test_every_index_says_its_channel_set() -> None:
-    captured = fasp_fx.capture(Layers().eval(), (X,))
-    for group in fasp_fx.analyze(captured).groups:
-        for member in (*group.producers, *group.consumers):
-            assert len(member.sets) == len(member.indices)
-            assert set(member.sets) <= set(range(group.size))
-
-
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(seed=st.integers(0, 99))
 def test_a_plan_from_sets_removes_their_indices(seed: int) -> None:
     model = build(SPEC)
@@ -398,6 +356,7 @@ def test_a_plan_from_sets_removes_their_indices(seed: int) -> None:
     lost = plan.slices()
     for group in analysis.select("prunable"):
         for member in (*group.producers, *group.consumers):
+            assert set(member.sets) <= set(range(group.size))
             wanted = {index for index, own in zip(member.indices, member.sets) if own in removed[group.name]}
             assert {index for _, index in lost.get((member.name, member.dim), frozenset())} == wanted
     if plan.groups:
@@ -405,61 +364,48 @@ def test_a_plan_from_sets_removes_their_indices(seed: int) -> None:
         assert result.plan.slices() == lost
 
 
-@pytest.mark.parametrize(
-    ("removed", "message"),
-    [
-        (
-            {"layers.0.down.wieght": [1]},
-            "'layers.0.down.wieght' is no group that can be pruned; did you mean 'layers.0.down.weight'",
-        ),
-        ({"layers.0.down.weight": [10]}, "has the channel sets 0 to 9, not 10"),
-        ({"layers.0.down.weight": [-1]}, "has the channel sets 0 to 9, not -1"),
-        ({"layers.0.down.weight": range(10)}, "keeps at least 1 of the 10 channel sets"),
-        ({"layers.0.down.weight": torch.arange(10) < 3}, "of a mask, mask.nonzero"),
-        ({"layers.0.down.weight": [True, False]}, "of a mask, mask.nonzero"),
-        ({"layers.0.down.weight": 3}, "loses 3, which is no list"),
-        ({"layers.0.down.weight": [10**30]}, "a number of 31 digits"),
-        ({3: [1]}, "'3' is no group"),
-    ],
-)
-def test_sets_that_cannot_go(removed: dict[str, Any], message: str) -> None:
-    with pytest.raises(fasp_fx.PlanError, match=message):
-        fasp_fx.plan_from_sets(fasp_fx.capture(Layers().eval(), (X,)), removed)
+DOWN = "layers.0.down.weight"
+#: sets by the names of groups, of three layers or (by the status of a group) of a decoder
+SETS: list[tuple[dict[Any, Any], str]] = [
+    (
+        {"layers.0.down.wieght": [1]},
+        "'layers.0.down.wieght' is no group that can be pruned; did you mean 'layers.0.down.weight'",
+    ),
+    ({DOWN: [10]}, "has the channel sets 0 to 9, not 10"),
+    ({DOWN: [-1]}, "has the channel sets 0 to 9, not -1"),
+    ({DOWN: range(10)}, "keeps at least 1 of the 10 channel sets"),
+    ({DOWN: torch.arange(10) < 3}, "of a mask, mask.nonzero"),
+    ({DOWN: [True, False]}, "of a mask, mask.nonzero"),
+    ({DOWN: 3}, "loses 3, which is no list"),
+    ({DOWN: [10**30]}, "a number of 31 digits"),
+    ({3: [1]}, "'3' is no group"),
+    ([1], "removed is a list"),  # type: ignore[list-item]
+    ({"frozen": [0]}, r"cannot be pruned: aten\.embedding"),
+    ({"exempt": [0]}, r"is exempt \(.*\); pass include=\('exempt',\)"),
+    ({"blocks": [0]}, r"blocks of '.*' must lose equally many channel sets, not 1, 0"),
+]
 
 
-def test_sets_of_what_is_no_capture_and_no_mapping() -> None:
-    model: Any = Layers().eval()
-    with pytest.raises(fasp_fx.ArgumentError, match="captured is a Layers"):
-        fasp_fx.plan_from_sets(model, {})
-    nothing: Any = [1]
-    with pytest.raises(fasp_fx.ArgumentError, match="removed is a list"):
-        fasp_fx.plan_from_sets(fasp_fx.capture(model, (X,)), nothing)
+@pytest.mark.parametrize(("removed", "message"), SETS)
+def test_sets_that_cannot_go(removed: Any, message: str) -> None:
+    captured = fasp_fx.capture(layers(), (X,))
+    if set(removed) & {"frozen", "exempt", "blocks"}:
+        captured = fasp_fx.capture(build(SPEC), (tokens(2, 4),))
+        groups = {group.status: group.name for group in reversed(fasp_fx.analyze(captured).groups)}
+        groups["blocks"] = next(
+            group.name for group in fasp_fx.analyze(captured).select("prunable") if group.blocks > 1
+        )
+        removed = {groups[status]: sets for status, sets in removed.items()}
+    with pytest.raises(fasp_fx.FaspError, match=message):
+        fasp_fx.plan_from_sets(captured, removed)
 
 
-def test_blocks_lose_equally_many() -> None:
-    captured = fasp_fx.capture(build(SPEC), (tokens(2, 4),))
-    values, *_ = [group for group in fasp_fx.analyze(captured).select("prunable") if group.blocks > 1]
-    with pytest.raises(
-        fasp_fx.PlanError, match=r"blocks of '.*' must lose equally many channel sets, not 1, 0"
-    ):
-        fasp_fx.plan_from_sets(captured, {values.name: [0]})
-
-
-def test_groups_that_were_not_asked_for_are_named_with_what_asks_for_them() -> None:
-    captured = fasp_fx.capture(build(SPEC), (tokens(2, 4),))
-    groups = {group.status: group.name for group in reversed(fasp_fx.analyze(captured).groups)}
-    with pytest.raises(fasp_fx.PlanError, match=r"cannot be pruned: aten\.embedding"):
-        fasp_fx.plan_from_sets(captured, {groups["frozen"]: [0]})
-    with pytest.raises(fasp_fx.PlanError, match=r"is exempt \(.*\); pass include=\('exempt',\)"):
-        fasp_fx.plan_from_sets(captured, {groups["exempt"]: [0]})
-    narrow = [
-        group
-        for group in fasp_fx.analyze(captured, granularity=("head",)).groups
-        if group.granularity == "channel"
-    ]
-    neurons = next(group.name for group in narrow if group.status == "prunable")
+def test_sets_of_another_granularity_or_of_no_capture() -> None:
+    captured, heads = fasp_fx.capture(layers(), (X,)), ("head",)
     with pytest.raises(fasp_fx.PlanError, match="loses channels, which granularity= does not name"):
-        fasp_fx.plan_from_sets(captured, {neurons: [0]}, granularity=("head",))
+        fasp_fx.plan_from_sets(captured, {DOWN: [0]}, granularity=heads)
+    with pytest.raises(fasp_fx.ArgumentError, match="captured is a <made>"):
+        fasp_fx.plan_from_sets(layers(), {})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -482,14 +428,6 @@ def test_groups_that_were_not_asked_for_are_named_with_what_asks_for_them() -> N
 def test_values_of_other_types_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(fasp_fx.FaspError, match=says):
         fasp_fx.PruningConfig(**options)
-
-
-@pytest.mark.parametrize("given", [{}, None, Path("config.json")])
-def test_what_is_no_text_is_refused(given: Any) -> None:
-    with pytest.raises(fasp_fx.ArgumentError, match=r"the config is damaged.*PruningConfig\.to_json\(\)"):
-        fasp_fx.PruningConfig.from_json(given)
-    with pytest.raises(fasp_fx.PlanError, match="the plan is damaged"):
-        fasp_fx.PruningPlan.from_json(given)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,19 @@
-"""The same on a GPU, where there is one."""
+"""The same on a GPU, where there is one; and what torch makes by default somewhere else does not get into the
+library's own random numbers.
+"""
 
 from __future__ import annotations
 
+import ast
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from decoders import Spec, build, tokens
+from fasp_fx.restoration import SKETCHED, _sketch
+from fasp_fx.scoring import Columns, Random
 from fasp_fx.statistics import Gram
 from oracle import TOLERANCE, error, masked, removed_columns
 
@@ -18,9 +24,15 @@ SPEC = Spec(
 )
 BATCHES = [tokens(4, 9, seed=seed) for seed in range(4)]
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+SOURCES = Path(fasp_fx.__file__).parent
 
 
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    return pytest.mark.cuda(skip(test))
+
+
+@on_gpu
 def test_gram_matrices_agree_to_rounding() -> None:
     x = torch.randn(4, 128, 700, generator=torch.Generator().manual_seed(0))
     here, there = Gram(700, torch.device("cpu")), Gram(700, torch.device("cuda"))
@@ -29,6 +41,7 @@ def test_gram_matrices_agree_to_rounding() -> None:
     torch.testing.assert_close(there.symmetric().cpu(), here.symmetric(), rtol=1e-4, atol=1e-2)
 
 
+@on_gpu
 def test_prune_on_the_device_is_mask_exact() -> None:
     model, example = (
         build(Spec(layers=2, hidden=16, kv_heads=2, repeat=2, head_dim=8, ffn=32), 0).cuda(),
@@ -41,6 +54,7 @@ def test_prune_on_the_device_is_mask_exact() -> None:
     assert error(result.module(example), expected) <= TOLERANCE
 
 
+@on_gpu
 def test_activations_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     model, example = (
         build(Spec(layers=2, hidden=16, kv_heads=2, head_dim=8, ffn=32), 0).cuda(),
@@ -58,6 +72,7 @@ def test_activations_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
     assert max(moved, default=0) <= 256, "something larger than the hashes of weights went to the host"
 
 
+@on_gpu
 @pytest.mark.parametrize("moved", [True, False], ids=["model on the device", "device argument"])
 def test_restored_results_agree(moved: bool) -> None:
     model = build(SPEC)
@@ -75,6 +90,7 @@ def test_restored_results_agree(moved: bool) -> None:
     assert error(found.module(unseen.cuda()).cpu(), expected.module(unseen)) < 1e-2
 
 
+@on_gpu
 def test_weights_in_files_and_batches_on_the_device(tmp_path: Path) -> None:
     model = build(SPEC)
     expected = fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3, quality="fast")
@@ -86,3 +102,27 @@ def test_weights_in_files_and_batches_on_the_device(tmp_path: Path) -> None:
     assert found.plan.slices() == expected.plan.slices()
     unseen = tokens(3, 6)
     assert error(found.module(unseen), expected.module(unseen)) < 1e-2
+
+
+def test_draws_are_the_same_whatever_the_default_device_is() -> None:
+    rows = torch.ones(SKETCHED + 3, 2)
+    columns = Columns(torch.ones(2, 5), None, None, name="a")
+    expected = _sketch(rows), Random(1)(columns)
+    with torch.device("meta"):
+        found = _sketch(rows), Random(1)(columns)
+    for own, other in zip(found, expected, strict=True):
+        assert own.device.type == "cpu"
+        assert torch.equal(own, other)
+
+
+def test_every_draw_from_a_generator_says_where() -> None:
+    """A generator of the CPU does not draw on another device."""
+    silent = []
+    for file in SOURCES.rglob("*.py"):
+        if file.relative_to(SOURCES).parts[0] in ("testing", "training"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            given = {keyword.arg for keyword in node.keywords} if isinstance(node, ast.Call) else set()
+            if "generator" in given and "device" not in given:
+                silent.append(f"{file.relative_to(SOURCES)}:{node.lineno}")
+    assert not silent

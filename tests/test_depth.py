@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import EXAMPLES
-from fasp_fx.gates import attach
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import block, made, parameter, wide
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +22,6 @@ import fasp_fx
 from fasp_fx import Result
 from fasp_fx.errors import EagerError, PlanError
 from fasp_fx.testing import check_program
-from fasp_fx.testing._case import draw_part
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -31,67 +29,51 @@ WIDTH = 12
 DEPTH: dict[str, Any] = {"include": ("depth",), "granularity": ("channel", "head")}
 
 
-class Gain(nn.Module):
+def spaced() -> nn.Module:
     """What often stands between a block and the sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.drop, self.norm = nn.Dropout(0.1), nn.LayerNorm(WIDTH)
-        nn.init.normal_(self.norm.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.norm(self.drop(x)) * 0.7
-        return found
+    norm = nn.LayerNorm(WIDTH)
+    nn.init.normal_(norm.bias)
+    return made(lambda m, x: m.norm(m.drop(x)) * 0.7, drop=nn.Dropout(0.1), norm=norm)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, bias: bool, gain: bool) -> None:
-        super().__init__()
-        self.norm, self.gain = nn.LayerNorm(WIDTH), Gain() if gain else nn.Identity()
-        self.gate, self.up, self.down = (
-            nn.Linear(WIDTH, 20),
-            nn.Linear(WIDTH, 20),
-            nn.Linear(20, WIDTH, bias=bias),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        found: Tensor = x + self.gain(self.down(F.silu(self.gate(y)) * self.up(y)))
-        return found
+def beside(gain: bool) -> dict[str, nn.Module]:
+    return {"norm": nn.LayerNorm(WIDTH), "gain": spaced() if gain else nn.Identity()}
 
 
-class Attention(nn.Module):
-    def __init__(self, bias: bool, gain: bool) -> None:
-        super().__init__()
-        self.norm, self.gain = nn.LayerNorm(WIDTH), Gain() if gain else nn.Identity()
-        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.out = nn.Linear(WIDTH, WIDTH, bias=bias)
+def feed_forward(bias: bool, gain: bool) -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.norm(x)
+        return x + m.gain(m.down(F.silu(m.gate(y)) * m.up(y)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y, size = self.norm(x), (*x.shape[:2], 3, 4)
-        parts = (project(y).view(size).transpose(1, 2) for project in (self.query, self.key, self.value))
+    layers = {"gate": nn.Linear(WIDTH, 20), "up": nn.Linear(WIDTH, 20)}
+    return made(forward, **beside(gain), **layers, down=nn.Linear(20, WIDTH, bias=bias))
+
+
+def attention(bias: bool, gain: bool) -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.norm(x)
+        parts = (project(y).unflatten(-1, (3, 4)).transpose(1, 2) for project in (m.query, m.key, m.value))
         mixed = F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(x.shape)
-        found: Tensor = self.gain(self.out(mixed)) + x
-        return found
+        return m.gain(m.out(mixed)) + x
+
+    layers = {name: nn.Linear(WIDTH, WIDTH) for name in ("query", "key", "value")}
+    return made(forward, **beside(gain), **layers, out=nn.Linear(WIDTH, WIDTH, bias=bias))
 
 
-class Residual(nn.Module):
-    def __init__(self, kinds: list[tuple[type[nn.Module], bool, bool]], seed: int) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.first, self.last = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 4)
-        self.blocks = nn.ModuleList(kind(bias, gain) for kind, bias, gain in kinds)
+Kind = tuple[Callable[[bool, bool], nn.Module], bool, bool]
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for block in self.blocks:
-            x = block(x)
-        found: Tensor = self.last(x)
-        return found
+
+def residual(kinds: Sequence[Kind], seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    blocks = nn.Sequential(*(kind(bias, gain) for kind, bias, gain in kinds))
+    first, last = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 4)
+    return made(lambda m, x: m.last(m.blocks(m.first(x))), first=first, last=last, blocks=blocks)
 
 
 KINDS = st.lists(
-    st.tuples(st.sampled_from([FeedForward, Attention]), st.booleans(), st.booleans()), min_size=1, max_size=4
+    st.tuples(st.sampled_from([feed_forward, attention]), st.booleans(), st.booleans()),
+    min_size=1,
+    max_size=4,
 )
 
 
@@ -99,16 +81,12 @@ def numbers(samples: int, tokens: int, seed: int = 1) -> Tensor:
     return torch.randn(samples, tokens, 5, generator=torch.Generator().manual_seed(seed))
 
 
-def parameters_of(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 @settings(max_examples=max(EXAMPLES // 2, 4))
 @given(KINDS, st.integers(0, 1 << 16), st.data())
 def test_whatever_blocks_go_the_result_is_the_masked_dense_model(
     kinds: list[Any], seed: int, data: st.DataObject
 ) -> None:
-    model = Residual(kinds, seed).eval()
+    model = residual(kinds, seed)
     captured = fasp_fx.capture(model, (numbers(2, 3),))
     groups = fasp_fx.analyze(captured, **DEPTH).chosen
     assert [group.needed for group in groups] == [0] * len(kinds)
@@ -122,7 +100,7 @@ def test_whatever_blocks_go_the_result_is_the_masked_dense_model(
         assert error(result.module(x), oracle(x)) < TOLERANCE
     kept = [kind for (kind, *_), group in zip(kinds, groups) if lost[group.name] < group.width]
     products = result.module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
-    assert len(products) == 2 + sum(3 if kind is FeedForward else 4 for kind in kept)
+    assert len(products) == 2 + sum(3 if kind is feed_forward else 4 for kind in kept)
     left = {name for name, parameter in result.module.named_parameters() if parameter.numel()}
     for group in groups:
         if lost[group.name] >= group.width:
@@ -151,7 +129,7 @@ def pruned(model: nn.Module, example: dict[str, Any], *names: str, **options: An
     )
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "opt", "bert", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "gemma2"])
 def test_a_layer_of_a_transformer_goes_as_a_whole(name: str) -> None:
     entry = ZOO[name]
     model = entry.build()
@@ -172,44 +150,8 @@ def test_a_layer_of_a_transformer_goes_as_a_whole(name: str) -> None:
     assert all(parameter.dim() == 1 for parameter in left.values() if parameter.numel())
 
 
-class Convolutions(nn.Module):
-    """A residual network with batch norms, one of which stands between a block and the sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Conv2d(3, 8, 3)
-        self.inner = nn.ModuleList(nn.Conv2d(8, 12, 3, padding=1, bias=bias) for bias in (True, False))
-        self.outer = nn.ModuleList(nn.Conv2d(12, 8, 3, padding=1, bias=bias) for bias in (True, False))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in (12, 8, 12, 8))
-        for norm in self.norms:
-            for tensor in (norm.running_mean, norm.bias):
-                assert isinstance(tensor, Tensor)
-                nn.init.normal_(tensor)
-        self.last = nn.Conv2d(8, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for index, (inner, outer) in enumerate(zip(self.inner, self.outer, strict=True)):
-            hidden = torch.relu(self.norms[2 * index](inner(x)))
-            x = torch.relu(self.norms[2 * index + 1](outer(hidden)) + x)
-        found: Tensor = self.last(x)
-        return found
-
-
-@pytest.mark.parametrize("block", [0, 1])
-def test_a_block_of_a_convolutional_network(block: int) -> None:
-    model, images = Convolutions().eval(), torch.randn(2, 3, 9, 9)
-    result = pruned(model, {"x": images}, f"outer.{block}", restore=None)
-    oracle = zeroed(model, result.plan)
-    assert error(result.module(torch.cat([images] * 2)), oracle(torch.cat([images] * 2))) < TOLERANCE
-    assert len(result.module.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)) == 4
-    with pytest.raises(EagerError, match="no copy of Convolutions"):
-        result.eager(model)
-
-
 def test_the_bias_of_what_goes_makes_up_for_its_mean() -> None:
-    model, x = Residual([(FeedForward, True, False), (FeedForward, True, False)], 0).eval(), numbers(64, 5)
+    model, x = residual([(feed_forward, True, False), (feed_forward, True, False)]), numbers(64, 5)
     masked, repaired = (
         pruned(model, {"x": x}, "blocks.0", restore=restore) for restore in (None, "least-squares")
     )
@@ -218,7 +160,7 @@ def test_the_bias_of_what_goes_makes_up_for_its_mean() -> None:
 
 
 def test_the_allocation_takes_the_block_that_does_nothing_and_leaves_it_where_not_asked() -> None:
-    model, x = Residual([(FeedForward, True, False)] * 3, 0).eval(), numbers(64, 5)
+    model, x = residual([(feed_forward, True, False)] * 3), numbers(64, 5)
     with torch.no_grad():
         model.blocks[1].down.weight.mul_(1e-4)  # type: ignore[union-attr, operator]
     for include, least in (((), 1), (("depth",), 0)):
@@ -229,7 +171,7 @@ def test_the_allocation_takes_the_block_that_does_nothing_and_leaves_it_where_no
 
 
 def test_results_are_saved_compiled_trained_and_exported(tmp_path: Any) -> None:
-    model, x = Residual([(FeedForward, False, False), (Attention, True, True)], 0).eval(), numbers(2, 3)
+    model, x = residual([(feed_forward, False, False), (attention, True, True)]), numbers(2, 3)
     result = pruned(model, {"x": x}, "blocks.0", "blocks.1", restore=None)
     expected = result.module(x)
     assert error(fasp_fx.load(result.save(tmp_path / "out")).module(x), expected) < 1e-6
@@ -246,20 +188,7 @@ def test_results_are_saved_compiled_trained_and_exported(tmp_path: Any) -> None:
     assert error(again.module(x), expected) < 1e-6
 
 
-class Ways(nn.Module):
-    """Blocks that no identity can stand for."""
-
-    def __init__(self, form: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH)
-        self.other, self.mix = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.table, self.form = nn.Parameter(torch.randn(20, 20)), form
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.form(self, x, torch.relu(self.up(x)))
-
-
+#: blocks that no identity can stand for
 WAYS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "added to nothing": lambda m, x, hidden: m.other(m.down(hidden)),
     "read elsewhere as well": (lambda m, x, hidden: (lambda made: m.other(x + made) * made)(m.down(hidden))),
@@ -275,36 +204,16 @@ WAYS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_where_no_identity_can_stay_something_of_the_block_does(way: str) -> None:
-    model, x = Ways(WAYS[way]).eval(), torch.randn(4, 3, WIDTH)
+    square = (WIDTH, WIDTH)
+    layers = {"other": nn.Linear(*square), "mix": nn.Linear(*square), "table": parameter(20, 20)}
+    model = wide(lambda m, x: WAYS[way](m, x, torch.relu(m.up(x))), WIDTH, 20, **layers)
+    x = torch.randn(4, 3, WIDTH)
     captured = fasp_fx.capture(model, (x,))
     groups = fasp_fx.analyze(captured, include=("depth",)).chosen
     assert all(group.needed for group in groups)
     for group in groups:
         with pytest.raises(PlanError, match="keeps at least 1"):
             fasp_fx.plan_from_sets(captured, {group.name: range(group.size)}, include=("depth",))
-
-
-def test_budgets_count_what_goes_with_a_block() -> None:
-    model, x = Residual([(FeedForward, True, False)] * 3, 0).eval(), numbers(64, 5)
-    budget = fasp_fx.budgets.Parameters(0.45)
-    result = fasp_fx.prune(model, (x,), calibration=[x], budget=budget, include=("depth",))
-    whole = parameters_of(model)
-    assert parameters_of(result.module) <= 0.45 * whole
-    widths = [result.module.get_parameter(f"blocks.{index}.down.weight").shape[1] for index in range(3)]
-    assert result.report.budgets[0].used == parameters_of(result.module)
-    assert np.sum(widths) < 30
-
-
-def test_every_flow_takes_it() -> None:
-    """Search and the drift run behind a block that went."""
-    model, x = Residual([(FeedForward, True, False)] * 2, 0).eval(), numbers(32, 5)
-    with torch.no_grad():
-        model.blocks[0].down.weight.mul_(1e-4)  # type: ignore[union-attr, operator]
-    ways: list[dict[str, Any]] = [{"quality": "best"}, {"allocation": "search"}]
-    for options in itertools.chain(ways):
-        result = fasp_fx.prune(model, (x,), calibration=[x] * 3, sparsity=0.5, include=("depth",), **options)
-        assert result.module.get_parameter("blocks.0.down.weight").shape[1] == 0
-        assert error(result.module(x), model(x)) < 0.05
 
 
 def test_a_model_that_generates(tmp_path: Any) -> None:
@@ -342,166 +251,132 @@ def test_attention_that_fills_a_cache_keeps_a_head() -> None:
         )
 
 
-def test_with_the_weights_in_files(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasp_fx.base._scratch.SMALLEST", 0)
-    model, x = Residual([(FeedForward, True, False)] * 2, 0).eval(), numbers(32, 5)
-    expected = pruned(model, {"x": x}, "blocks.0")
-    with fasp_fx.offload(tmp_path):
-        found = pruned(model, {"x": x}, "blocks.0")
-        assert torch.equal(found.module(x), expected.module(x))
-
-
-def test_gates_that_close_all_of_a_block() -> None:
-    model, x = Residual([(FeedForward, True, False)] * 2, 0).eval(), numbers(32, 5)
-    gates = attach(model, (x,), sparsity=0.6, include=("depth",))
-    with torch.no_grad():
-        for index, scores in enumerate(gates.scores):
-            scores.copy_(torch.randn(scores.shape) + (8.0 if index else -8.0))
-    plan = gates.plan()
-    gates.detach()
-    result = fasp_fx.apply(model, plan, (x,))
-    assert error(result.module(x), zeroed(model, plan)(x)) < TOLERANCE
-    assert result.module.get_parameter("blocks.0.down.weight").shape[1] == 0
-
-
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_every_invariant_holds(seed: int) -> None:
-    kinds: list[Any] = [(FeedForward, True, False), (Attention, True, True), (FeedForward, False, True)]
-    check_program(Residual(kinds, seed).eval(), (numbers(2, 3),), seed=seed, **DEPTH)
+    kinds: list[Any] = [(feed_forward, True, False), (attention, True, True)][seed:]
+    check_program(residual(kinds, seed), (numbers(2, 3),), seed=seed, **DEPTH)
 
 
-def test_no_step_leaves_a_single_channel_of_a_block_that_goes() -> None:
-    """It lies along no dimension of channels any more, so that no second step could take it."""
-    x = numbers(2, 3)
-    analysis = fasp_fx.analyze(Residual([(FeedForward, True, False)], 0).eval(), (x,), **DEPTH)
-    (group,) = analysis.chosen
-    whole = np.zeros(int(analysis.labels.max()) + 1, dtype=bool)
-    whole[group.sets] = True
-    parts = [draw_part(analysis, whole, np.random.default_rng(seed)) for seed in range(100)]
-    left = {group.width - int(part.sum()) for part in parts}
-    assert 1 not in left
-    assert {0, 2} <= left
+def convolutions() -> nn.Module:
+    """A residual network with batch norms, one of which stands between a block and the sum."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.first(x)
+        for index, (inner, outer) in enumerate(zip(m.inner, m.outer, strict=True)):
+            hidden = torch.relu(m.norms[2 * index](inner(x)))
+            x = torch.relu(m.norms[2 * index + 1](outer(hidden)) + x)
+        return m.last(x)
+
+    norms = nn.ModuleList(nn.BatchNorm2d(width) for width in (12, 8, 12, 8))
+    for norm in norms:
+        nn.init.normal_(norm.running_mean)  # type: ignore[arg-type]
+        nn.init.normal_(norm.bias)
+    inner, outer = (
+        nn.ModuleList(nn.Conv2d(*size, 3, padding=1, bias=bias) for bias in (True, False))
+        for size in ((8, 12), (12, 8))
+    )
+    first, last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+    return made(forward, first=first, inner=inner, outer=outer, norms=norms, last=last)
 
 
-class Served(nn.Module):
+def served() -> nn.Module:
     """Two blocks that read the same, which is made with random numbers, and have biases that are computed."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.ups, self.downs = (
-            nn.ModuleList(nn.Linear(*sizes) for _ in range(2)) for sizes in ((WIDTH, 20), (20, WIDTH))
-        )
-        self.last = nn.Linear(WIDTH, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Tensor:
         both = torch.tanh(x) + torch.rand_like(x)
-        for up, down in zip(self.ups, self.downs, strict=True):
+        for up, down in zip(m.ups, m.downs, strict=True):
             x = x + F.linear(torch.relu(up(both)), down.weight, 2 * down.bias + x.mean((0, 1)))
-        found: Tensor = self.last(x + torch.rand_like(x))
-        return found
+        return m.last(x + torch.rand_like(x))
+
+    ups, downs = (nn.ModuleList(nn.Linear(*sizes) for _ in range(2)) for sizes in ((WIDTH, 20), (20, WIDTH)))
+    return made(forward, ups=ups, downs=downs, last=nn.Linear(WIDTH, 4))
 
 
-@pytest.mark.parametrize("names", [("downs.0",), ("downs.1",), ("downs.0", "downs.1")])
-def test_random_numbers_and_what_a_bias_is_computed_of_stay(names: tuple[str, ...]) -> None:
-    model, x = Served().eval(), torch.randn(4, 3, WIDTH)
-    result = pruned(model, {"x": x}, *names, restore=None)
-    assert len(result.plan.groups) == len(names)
-    torch.manual_seed(1)
-    expected = zeroed(model, result.plan)(x)
-    torch.manual_seed(1)
-    assert error(result.module(x), expected) < TOLERANCE
-
-
-class Again(nn.Module):
+def again() -> nn.Module:
     """What the block is added to meets it once more before the sum that all ends in."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Tensor:
         x = torch.tanh(x)
-        y = self.down(torch.relu(self.up(x)))
+        y = block(m, x)
         return (x + y) * y + x
 
-
-def test_a_block_that_is_read_twice_before_its_sum() -> None:
-    model, x = Again().eval(), torch.randn(4, 3, WIDTH)
-    result = pruned(model, {"x": x}, "down", restore=None)
-    assert error(result.module(x), zeroed(model, result.plan)(x)) < TOLERANCE
-    assert not result.module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    return wide(forward, WIDTH, 20, down=nn.Linear(20, WIDTH, bias=False))
 
 
-class Unbatched(nn.Module):
+def unbatched(dims: int) -> nn.Module:
     """Convolutions of one image, whose first dimension is that of the channels."""
 
-    def __init__(self, dims: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-        self.first, self.inner, self.outer = kind(3, 8, 1), kind(8, 12, 3, padding=1), kind(12, 8, 1)
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.first(x)
+        return x + m.outer(torch.relu(m.inner(x)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        found: Tensor = x + self.outer(torch.relu(self.inner(x)))
-        return found
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    return made(forward, first=kind(3, 8, 1), inner=kind(8, 12, 3, padding=1), outer=kind(12, 8, 1))
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
-def test_the_bias_of_a_convolution_without_a_batch_lies_along_its_channels(dims: int) -> None:
-    model, x = Unbatched(dims).eval(), torch.randn(3, *[8] * dims)
-    result = pruned(model, {"x": x}, "outer", restore=None)
-    assert len(result.plan.groups) == 1
-    assert error(result.module(x), zeroed(model, result.plan)(x)) < TOLERANCE
-
-
-class Layouts(nn.Module):
+def laid(bias: bool, expanded: bool) -> nn.Module:
     """A view of a sum of values of which only the block lies in memory as the view has it."""
 
-    def __init__(self, bias: bool, expanded: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH, bias=bias)
-        self.first, self.expanded = nn.Linear(WIDTH, WIDTH), expanded
+    def forward(m: Any, x: Tensor) -> Tensor:
+        start = m.first(x.transpose(0, 1)).transpose(0, 1)
+        if expanded:
+            start = m.first(x)[:, :1].expand(x.shape)
+        return (block(m, x) + start).view(-1, WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
-        start = self.first(x.transpose(0, 1)).transpose(0, 1)
-        if self.expanded:
-            start = self.first(x)[:, :1].expand(x.shape)
-        found: Tensor = (self.down(torch.relu(self.up(x))) + start).view(-1, WIDTH)
-        return found
+    return wide(forward, WIDTH, 20, down=nn.Linear(20, WIDTH, bias=bias), first=nn.Linear(WIDTH, WIDTH))
 
 
-@pytest.mark.parametrize(("bias", "expanded"), itertools.product([False, True], repeat=2))
-def test_what_stands_for_a_block_lies_in_memory_as_it_did(bias: bool, expanded: bool) -> None:
-    model, x = Layouts(bias, expanded).eval(), torch.randn(4, 3, WIDTH)
-    result = pruned(model, {"x": x}, "down", restore=None)
-    for inputs in (x, torch.randn(5, 3, WIDTH)):
-        assert error(result.module(inputs), zeroed(model, result.plan)(inputs)) < TOLERANCE
-
-
-class Handed(nn.Module):
+def handed() -> nn.Module:
     """Outputs that the caller may write into."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH, bias=False)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.view(-1, WIDTH)
-        x = x + self.down(torch.relu(self.up(x)))
+        x = x + block(m, x)
         y = torch.tanh(x)
-        return y, (y + self.down(torch.relu(self.up(y)))).view(-1)
+        return y, (y + block(m, y)).view(-1)
+
+    return wide(forward, WIDTH, 20, down=nn.Linear(20, WIDTH, bias=False))
 
 
-def test_outputs_share_no_memory_with_each_other_or_an_input() -> None:
-    model, x = Handed().eval(), torch.randn(4, 3, WIDTH)
-    result = pruned(model, {"x": x}, "down", restore=None)
-    assert error(result.module(x)[1], zeroed(model, result.plan)(x)[1]) < TOLERANCE
-    first, second = result.module(x)
-    kept = first.clone()
-    second.zero_()
-    assert torch.equal(first, kept)
+ROWS, IMAGES = torch.randn(4, 3, WIDTH), torch.randn(2, 3, 9, 9)
+#: models, what they are called with, and the blocks that go
+GONE: dict[str, tuple[Callable[[], nn.Module], Tensor, tuple[str, ...]]] = {
+    **{f"convolutions, {at}": (convolutions, IMAGES, (f"outer.{at}",)) for at in (0, 1)},
+    **{
+        f"random numbers, {names}": (served, ROWS, names)
+        for names in (("downs.0",), ("downs.1",), ("downs.0", "downs.1"))
+    },
+    "read twice before its sum": (again, ROWS, ("down",)),
+    **{
+        f"no batch, {dims}d": (lambda dims=dims: unbatched(dims), torch.randn(3, *[8] * dims), ("outer",))
+        for dims in (1, 2, 3)
+    },
+    **{
+        f"laid out, {held}": (lambda held=held: laid(*held), ROWS, ("down",))
+        for held in itertools.product([False, True], repeat=2)
+    },
+    "handed out": (handed, ROWS, ("down",)),
+}
+
+
+@pytest.mark.parametrize("name", GONE)
+def test_what_stands_for_a_block_computes_and_lies_in_memory_as_it_did(name: str) -> None:
+    torch.manual_seed(0)
+    make, x, names = GONE[name]
+    model = make()
+    result = pruned(model, {"x": x}, *names, restore=None)
+    assert len(result.plan.groups) == len(names)
+    oracle = zeroed(model, result.plan)
+    for inputs in (x,) if name.startswith("no batch") else (x, torch.cat([x, x])):
+        torch.manual_seed(1)
+        expected = oracle(inputs)
+        torch.manual_seed(1)
+        found = result.module(inputs)
+        assert error(found, expected) < TOLERANCE
+    if name == "convolutions, 0":
+        with pytest.raises(EagerError, match="no copy of <made>"):
+            result.eager(model)
+    if name == "handed out":  # they share no memory
+        kept = found[0].clone()
+        found[1].zero_()
+        assert torch.equal(found[0], kept)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import block, wide
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import fasp_fx
 from fasp_fx.base.compare import deviation, distance
@@ -51,23 +51,13 @@ def test_rounding_of_what_should_be_zero_is_none() -> None:
     assert deviation(torch.tensor([3.0, 0.1]), torch.tensor([3.0, 0.0])) > 0.01
 
 
-class Masked(nn.Module):
-    """Scores of which some are masked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.last(F.relu(self.first(x))).masked_fill(mask, -1e9)
-
-
 def test_the_check_sees_what_is_wrong_beside_masked_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight is spoilt after everything was decided, which the run on the example has to notice."""
     from fasp_fx.pruning.check import _check
 
     torch.manual_seed(0)
-    model, mask = Masked().eval(), torch.zeros(2, 4, dtype=torch.bool)
+    model = wide(lambda m, x, mask: block(m, x).masked_fill(mask, -1e9), down=nn.Linear(24, 4))
+    mask = torch.zeros(2, 4, dtype=torch.bool)
     mask[0, 0] = True
     finish = _check.finish
 
@@ -80,7 +70,7 @@ def test_the_check_sees_what_is_wrong_beside_masked_scores(monkeypatch: pytest.M
 
     monkeypatch.setattr(_check, "finish", spoilt)
     with pytest.raises(fasp_fx.FaspError, match="differ"):
-        fasp_fx.prune(model, (torch.randn(2, 5), mask), score="magnitude", restore=None, sparsity=0.3)
+        fasp_fx.prune(model, (torch.randn(2, 6), mask), score="magnitude", restore=None, sparsity=0.3)
 
 
 def test_an_entry_that_differs_alone_is_held_against_the_others() -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from models import made as model_of
+from models import wide
+from test_disk_full import room_for
 from test_distil import (
-    Branching,
+    Made,
     Squared,
     assert_weights,
     batches,
+    branching,
     net,
     pruned,
     relative_error,
@@ -30,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
 @pytest.fixture(scope="module")
-def made() -> tuple[nn.Module, list[Tensor], fasp_fx.Result]:
+def made() -> Made:
     dense, data = net(), batches()
     return dense, data, pruned(dense, data)
 
@@ -53,9 +56,7 @@ def interrupted(
 
 
 @pytest.mark.parametrize(("at", "train"), [(0.0, "all"), (0.5, "low-rank"), (0.9, "all")])
-def test_interrupted_it_goes_on_to_the_same_end(
-    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], at: float, train: Any, tmp_path: Path
-) -> None:
+def test_interrupted_it_goes_on_to_the_same_end(made: Made, at: float, train: Any, tmp_path: Path) -> None:
     dense, data, result = made
     options: dict[str, Any] = {
         "learning_rate": 3e-3,
@@ -79,7 +80,7 @@ def test_interrupted_it_goes_on_to_the_same_end(
 
 
 def test_interrupted_without_a_checkpoint_it_leaves_the_best_so_far(
-    made: tuple[nn.Module, list[Tensor], fasp_fx.Result],
+    made: Made,
 ) -> None:
     dense, data, _ = made
     result = pruned(dense, data, restore=None)  # which leaves something to learn
@@ -89,9 +90,7 @@ def test_interrupted_without_a_checkpoint_it_leaves_the_best_so_far(
     assert relative_error(broken.module, dense, held_out) < relative_error(result.module, dense, held_out)
 
 
-def test_a_checkpoint_is_that_of_the_parameters_it_trains(
-    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], tmp_path: Path
-) -> None:
+def test_a_checkpoint_is_that_of_the_parameters_it_trains(made: Made, tmp_path: Path) -> None:
     dense, data, result = made
     options: dict[str, Any] = {"epochs": 2, "learning_rate": 3e-3}
 
@@ -110,20 +109,14 @@ def test_a_checkpoint_is_that_of_the_parameters_it_trains(
     assert changed == {"0.weight"}
 
 
-class Drawing(nn.Module):
+def drawing() -> nn.Module:
     """Has a dropout that is always on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(6, 24), nn.Linear(24, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.dropout(torch.relu(self.up(x)), 0.2, training=True))
+    torch.manual_seed(0)
+    return wide(lambda self, x: self.down(F.dropout(torch.relu(self.up(x)), 0.2, training=True)))
 
 
 def test_what_a_model_draws_does_not_depend_on_the_caller_or_an_interruption(tmp_path: Path) -> None:
-    dense, data = Drawing().eval(), batches()
+    dense, data = drawing(), batches()
     result = pruned(dense, data, restore=None)
     options: dict[str, Any] = {"learning_rate": 3e-3, "epochs": 4, "precision": "weights"}
     found = []
@@ -147,7 +140,7 @@ def test_what_a_model_draws_does_not_depend_on_the_caller_or_an_interruption(tmp
 
 
 def test_outputs_of_the_dense_model_that_are_not_whole_are_refused_before_any_step(
-    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], tmp_path: Path
+    made: Made, tmp_path: Path
 ) -> None:
     dense, data, result = made
     run = copy.deepcopy(result)
@@ -160,34 +153,22 @@ def test_outputs_of_the_dense_model_that_are_not_whole_are_refused_before_any_st
     fasp_fx.distil(run, dense, data, checkpoint=tmp_path / "run", epochs=3)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="files have no largest size there")
 @pytest.mark.parametrize(("most", "rows"), [(1500, 200), (3000, 16)], ids=["dense outputs", "state"])
 def test_a_full_disk_is_said_and_the_weights_are_as_before(
-    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], most: int, rows: int, tmp_path: Path
+    made: Made, most: int, rows: int, tmp_path: Path
 ) -> None:
-    import resource
-    import signal
-
     dense, data, result = made
     data = [x.repeat(rows // 16, 1) for x in data]
-    run, limits = copy.deepcopy(result), resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
-    try:
-        with pytest.raises(StoreError, match=r"cannot be written.*free space"):
-            fasp_fx.distil(run, dense, data, checkpoint=tmp_path / "run", epochs=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    run = copy.deepcopy(result)
+    with room_for(most), pytest.raises(StoreError, match=r"cannot be written.*free space"):
+        fasp_fx.distil(run, dense, data, checkpoint=tmp_path / "run", epochs=1)
     assert_weights(run, weights_of(result))
     assert not list((tmp_path / "run").glob("**/*.partial"))
     assert len(list((tmp_path / "run").glob("dense/*"))) == (0 if rows > 16 else len(data))
     fasp_fx.distil(run, dense, data, checkpoint=tmp_path / "run", epochs=1)
 
 
-def test_checkpoints_of_other_runs_and_other_folders_are_refused(
-    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], tmp_path: Path
-) -> None:
+def test_checkpoints_of_other_runs_and_other_folders_are_refused(made: Made, tmp_path: Path) -> None:
     dense, data, result = made
     run = tmp_path / "run"
     fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=run, epochs=1)
@@ -210,9 +191,7 @@ def test_checkpoints_of_other_runs_and_other_folders_are_refused(
         fasp_fx.distil(copy.deepcopy(result), dense, data, checkpoint=run, epochs=1)
 
 
-def test_losses_of_ones_own_are_told_apart_by_their_keys(
-    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], tmp_path: Path
-) -> None:
+def test_losses_of_ones_own_are_told_apart_by_their_keys(made: Made, tmp_path: Path) -> None:
     dense, data, result = made
     options: dict[str, Any] = {"checkpoint": tmp_path / "run", "epochs": 1, "loss": Squared()}
     with pytest.raises(ArgumentError, match=r"this one is of your own.* key="):
@@ -224,15 +203,11 @@ def test_losses_of_ones_own_are_told_apart_by_their_keys(
         fasp_fx.distil(copy.deepcopy(result), dense, data, key="cubes", **options)
 
 
-class Times(Branching):
-    """Takes a number that is no tensor, outside of what is captured."""
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        return super().forward(x) * scale
-
-
 def test_numbers_among_the_arguments_belong_to_the_data(tmp_path: Path) -> None:
-    dense, data = Times().eval(), batches(4)
+    model = branching()
+    # takes a number that is no tensor, outside of what is captured
+    dense = model_of(lambda self, x, scale=1.0: self.inner(x) * scale, inner=model)
+    data = batches(4)
     result = pruned(dense, data)
     options: dict[str, Any] = {"checkpoint": tmp_path / "run", "epochs": 1}
     fasp_fx.distil(copy.deepcopy(result), dense, [(x, 2.0) for x in data], **options)
@@ -241,7 +216,7 @@ def test_numbers_among_the_arguments_belong_to_the_data(tmp_path: Path) -> None:
 
 
 def test_a_device_that_runs_out_and_a_batch_that_the_pruned_model_does_not_take(
-    made: tuple[nn.Module, list[Tensor], fasp_fx.Result], monkeypatch: pytest.MonkeyPatch
+    made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense, data, result = made
 

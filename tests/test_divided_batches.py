@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import wide
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,18 +17,15 @@ from fasp_fx.capturing._runner import Runner
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
-class Rows(nn.Module):
+def rows(together: bool) -> nn.Module:
     """Sees each row of a table alone, or all of them together."""
 
-    def __init__(self, together: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down, self.together = nn.Linear(8, 24), nn.Linear(24, 8), together
+    def forward(m: Any, x: Tensor) -> Tensor:
+        hidden = torch.relu(m.up(x))
+        return m.down(hidden - hidden.mean(0) if together else hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.relu(self.up(x))
-        found: Tensor = self.down(hidden - hidden.mean(0) if self.together else hidden)
-        return found
+    torch.manual_seed(0)
+    return wide(forward, size=8)
 
 
 class Memory:
@@ -71,7 +69,7 @@ def alike(found: fasp_fx.Result, expected: fasp_fx.Result) -> bool:
 
 
 def test_rows_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, whole = Rows(together=False).eval(), tables(40, 13, 10)
+    model, whole = rows(together=False), tables(40, 13, 10)
     expected = pruned(model, [part for table in whole for part in table.split(10)])
     with monkeypatch.context() as patch:
         memory = Memory(10, patch)
@@ -88,7 +86,7 @@ def test_sequences_are_divided_and_masks_with_them(monkeypatch: pytest.MonkeyPat
         vocab_size=40,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
     )
@@ -109,22 +107,19 @@ def test_sequences_are_divided_and_masks_with_them(monkeypatch: pytest.MonkeyPat
     assert alike(found, expected)
 
 
-def test_what_sees_all_rows_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        Memory(10, patch)
-        with pytest.raises(torch.OutOfMemoryError, match="tried to allocate"):
-            pruned(Rows(together=True).eval(), tables(40))
-
-
-def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        Memory(0, patch)
-        with pytest.raises(torch.OutOfMemoryError, match="tried to allocate"):
-            pruned(Rows(together=False).eval(), tables(40))
+@pytest.mark.parametrize(
+    ("together", "most"), [(True, 10), (False, 0)], ids=["sees all rows", "nothing fits"]
+)
+def test_what_cannot_be_divided_ends_in_the_shortage(
+    together: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Memory(most, monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError, match="tried to allocate"):
+        pruned(rows(together), tables(40))
 
 
 def test_a_run_that_is_kept_goes_on_divided(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    model, whole = Rows(together=False).eval(), tables(40, 13)
+    model, whole = rows(together=False), tables(40, 13)
     expected = pruned(model, [part for table in whole for part in table.split(20)])
     with monkeypatch.context() as patch:
         Memory(20, patch)

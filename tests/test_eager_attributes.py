@@ -29,7 +29,7 @@ TORN = ("half", "halves")
 #: what reads the caller's model, and what an exporter does not assume the same of in every capture: strides
 REFUSED = ("held", "strided")
 #: modules that are drawn
-COUNT = 500 if PROFILE == "slow" else 24
+COUNT = 500 if PROFILE == "slow" else 12
 
 
 def _widths() -> dict[str, Callable[[Any, Tensor], Tensor]]:

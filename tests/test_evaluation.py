@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import questions
 import torch
+from models import made
 from tiny_llama import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import CausalLMOutput
@@ -46,23 +47,18 @@ def _eval(folder: Path, *options: str | Path) -> Result:
     return CliRunner().invoke(app, ["eval", str(folder / "model"), *map(str, options), "--device", "cpu"])
 
 
-class Logits(torch.nn.Module):
+def logits(m: Any, input_ids: torch.Tensor, use_cache: bool) -> CausalLMOutput:
     """Called as a pruned program is; nothing else of transformers."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> CausalLMOutput:
-        assert not use_cache
-        return CausalLMOutput(logits=self.model(input_ids=input_ids).logits)
+    assert not use_cache
+    return CausalLMOutput(logits=m.model(input_ids=input_ids).logits)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_scores_are_those_computed_by_hand(folder: Path, model: Any, tokenizer: Any, wrapped: bool) -> None:
     right = questions.by_hand(lambda ids: model(input_ids=ids).logits, tokenizer)
     assert len({tuple(answers) for answers in right.values()}) == 3  # the three metrics are told apart
-    given = Logits(model) if wrapped else model.train()
+    given = made(logits, model=model) if wrapped else model
+    given.train()
     model.model.layers[0].eval()
     modes, state = [module.training for module in given.modules()], torch.get_rng_state()
     scores = evaluation.tasks(given, tokenizer, [str(folder / "own.yaml")], batch_size=3)
@@ -127,15 +123,11 @@ def test_missing_harness_names_the_extra(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_perplexity_is_that_of_evaluation_mode() -> None:
-    class Noisy(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.dropout = torch.nn.Embedding(16, 16), torch.nn.Dropout(0.5)
-
-        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> CausalLMOutput:
-            return CausalLMOutput(logits=self.dropout(self.table(input_ids)))
-
-    model, chunks = Noisy().eval(), torch.randint(0, 16, (2, 9))
+    layers = {"table": torch.nn.Embedding(16, 16), "dropout": torch.nn.Dropout(0.5)}
+    model = made(
+        lambda m, input_ids, use_cache: CausalLMOutput(logits=m.dropout(m.table(input_ids))), **layers
+    )
+    chunks = torch.randint(0, 16, (2, 9))
     expected = evaluation.perplexity(model, chunks)
     assert evaluation.perplexity(model.train(), chunks) == expected
     assert model.training

@@ -5,10 +5,12 @@ channels, and cuts by a size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from oracle import TOLERANCE, error, zeroed
+from models import made, parameter
+from oracle import assert_exact
 from randomly import Between, hold, inputs, sets_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,16 +93,43 @@ def test_reshapes_that_hold_at_every_size_leave_channels_free(name: str) -> None
     assert sets_of(analysis, "first.weight") == [("prunable", 12, 1)]
 
 
-class Patches(nn.Module):
-    """Channels in front of time, two steps of which become one."""
+def _crosswise(h: Tensor) -> Tensor:
+    time = h.shape[1]
+    turned = h.view(h.shape[0], time, 3, 4).view(h.shape[0], 3, time, 4).transpose(1, 2)
+    return F.relu(turned).reshape(h.shape[0], time, 12)
 
-    def __init__(self, merge: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down, self.merge = nn.Conv1d(4, 24, 1).double(), nn.Conv1d(48, 3, 1).double(), merge
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.merge(torch.relu(self.up(x))))
+def _beside(m: Any, x: Tensor) -> Tensor:
+    return m.last(F.relu(m.second(torch.cat([x, F.relu(m.first(x))], -1))))
+
+
+def _looked_up(m: Any, x: Tensor) -> Tensor:
+    """Channels in an order that a table gives for each length."""
+    hidden = F.relu(m.first(x))
+    return m.last(F.relu(m.second(hidden + hidden[..., m.orders[x.shape[1] - 1]])))
+
+
+def layered(forward: Callable[..., Any], width: int, **held: Any) -> nn.Module:
+    layers = {"first": nn.Linear(8, 12), "second": nn.Linear(width, 5), "last": nn.Linear(5, 4)}
+    return made(forward, **layers, **held)
+
+
+ORDERS = torch.stack(
+    [torch.randperm(12, generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: Between(_crosswise), ("prunable", 4, 1)),
+        (lambda: layered(_beside, 20), ("prunable", 12, 1)),
+        (lambda: layered(_looked_up, 12, orders=ORDERS), ("frozen", 12, 1)),
+    ],
+    ids=["blocks that a size deals out", "an input beside channels", "indices that a size picks"],
+)
+def test_channels_beside_sizes(make: Callable[[], nn.Module], expected: tuple[str, int, int]) -> None:
+    assert sets_of(hold(make(), inputs()), "first.weight") == [expected]
 
 
 @pytest.mark.parametrize(
@@ -114,57 +143,71 @@ class Patches(nn.Module):
     ids=["view", "unflatten", "parts first", "pixel_unshuffle"],
 )
 def test_steps_that_are_merged_leave_the_channels_before_them_free(merge: Callable[[Tensor], Tensor]) -> None:
-    """How often two steps fit into the length is no business of the channels'."""
-    model, x = Patches(merge).eval(), torch.randn(2, 4, 8).double()
+    """Two steps in time become one; how often they fit into the length is no business of the channels'."""
+    torch.manual_seed(0)
+    layers = {"up": nn.Conv1d(4, 24, 1), "down": nn.Conv1d(48, 3, 1)}
+    model = made(lambda m, x: m.down(merge(torch.relu(m.up(x)))), **layers).double()
+    x = torch.randn(2, 4, 8).double()
     result = fasp_fx.prune(model, (x,), sparsity=0.3, score="random", restore=None)
-    assert result.plan.groups
-    assert not [note for note in result.report.notes if "whole" in note]
-    for size in (4, 8, 14, 40):
-        other = torch.randn(3, 4, size).double()
-        with torch.no_grad():
-            assert error(result.module(other), zeroed(model, result.plan)(other)) <= TOLERANCE
+    assert_exact(model, result, *((torch.randn(3, 4, size).double(),) for size in (4, 8, 14, 40)))
 
 
-def test_blocks_that_a_size_deals_out_lose_the_same_channels() -> None:
-    def crosswise(h: Tensor) -> Tensor:
-        time = h.shape[1]
-        return (
-            F.relu(h.view(h.shape[0], time, 3, 4).view(h.shape[0], 3, time, 4))
-            .transpose(1, 2)
-            .reshape(h.shape[0], time, 12)
-        )
+# --- blocks
 
-    analysis = hold(Between(crosswise), inputs())
-    assert sets_of(analysis, "first.weight") == [("prunable", 4, 1)]
-
-
-def test_an_input_beside_channels_has_a_settled_width() -> None:
-    class Beside(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second, self.last = nn.Linear(8, 12), nn.Linear(20, 5), nn.Linear(5, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(F.relu(self.second(torch.cat([x, F.relu(self.first(x))], -1))))
-
-    assert sets_of(hold(Beside(), inputs()), "first.weight") == [("prunable", 12, 1)]
+ALONG_HEADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "roll": lambda h: torch.roll(h, 1, -2),
+    "cumsum": lambda h: h.cumsum(-2),
+    "cumprod": lambda h: h.cumprod(-2),
+    "cummax": lambda h: h.cummax(-2)[0],
+    "logcumsumexp": lambda h: h.logcumsumexp(-2),
+    "sort": lambda h: h.sort(-2)[0],
+    "argsort": lambda h: h.argsort(-2).to(h.dtype),
+    "fourier": lambda h: torch.fft.fft(h, dim=-2).abs(),
+    "flipped sum": lambda h: h.flip(-2).cumsum(-2).flip(-2),
+    "softmax": lambda h: h.softmax(-2),
+    "centred": lambda h: h - h.mean(-2, keepdim=True),
+}
 
 
-class Lookup(nn.Module):
-    """Channels in an order that a table gives for each length."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(8, 12), nn.Linear(12, 5), nn.Linear(5, 4)
-        generator = torch.Generator().manual_seed(0)
-        self.register_buffer(
-            "orders", torch.stack([torch.randperm(12, generator=generator) for _ in range(20)])
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.relu(self.first(x))
-        return self.last(F.relu(self.second(hidden + hidden[..., self.orders[x.shape[1] - 1]])))
+@pytest.mark.parametrize("name", ALONG_HEADS)
+def test_heads_lose_the_same_channels_where_an_operator_goes_across_them(name: str) -> None:
+    analysis = hold(Between(lambda h: ALONG_HEADS[name](h.unflatten(-1, (3, 4))).flatten(-2)), inputs())
+    assert sets_of(analysis, "first.weight") == [("prunable", 4, 1)], (
+        "four channels, of all three heads at once"
+    )
 
 
-def test_indices_that_a_size_picks_are_no_constants() -> None:
-    assert ("frozen", 12, 1) in sets_of(hold(Lookup(), inputs()), "first.weight")
+def test_heads_that_only_move_lose_other_channels_each() -> None:
+    analysis = hold(Between(lambda h: h.unflatten(-1, (3, 4)).flip(-2).flatten(-2)), inputs())
+    assert sets_of(analysis, "first.weight") == [("prunable", 12, 3)]
+
+
+def test_values_rolled_over_heads() -> None:
+    """Attention in which each head takes the values of another."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (3, 4)).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        return m.out(F.scaled_dot_product_attention(q, k, v.roll(1, 1)).transpose(1, 2).flatten(2))
+
+    model = made(forward, **{name: nn.Linear(8, 12) for name in "qkv"}, out=nn.Linear(12, 8))
+    assert sets_of(hold(model, inputs()), "v.weight") == [("prunable", 4, 1)]
+
+
+@pytest.mark.parametrize(
+    ("letters", "sizes"),
+    [
+        pytest.param(("btd", "betf", "bto"), ((2, 6), (3, 7)), id="over stacked experts"),
+        pytest.param(("bed", "bef", "beo"), ((2, 6), (3, 6)), id="over positions with a weight of their own"),
+    ],
+)
+def test_running_sums(letters: tuple[str, str, str], sizes: tuple[tuple[int, int], ...]) -> None:
+    """Over what a stack of weights gives; the letters say along which dimension of the input they lie."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        hidden = F.relu(torch.einsum(f"{letters[0]},edf->{letters[1]}", x, m.into)).cumsum(1)
+        return m.head(torch.einsum(f"{letters[1]},efo->{letters[2]}", hidden, m.out))
+
+    count = 3 if "t" in letters[0] else 6
+    weights = {"into": parameter(count, 8, 12), "out": parameter(count, 12, 5)}
+    analysis = hold(made(forward, **weights, head=nn.Linear(5, 4)), inputs(sizes))
+    assert ("prunable", 12, 1) in sets_of(analysis, "into", 2)

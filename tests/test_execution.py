@@ -1,7 +1,14 @@
-"""Operators executed while analysing: equal calls once, different ones never mistaken for one another."""
+"""Operators executed while analysing: equal calls once, different ones never mistaken for one another; and
+distinct numbers without sorting, against numpy.
+"""
 
+from __future__ import annotations
+
+import numpy as np
 import torch
-from fasp_fx.channels import Execution
+from fasp_fx.channels import Execution, are_among, counted, distinct, ranked
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -52,3 +59,27 @@ def test_layouts_differ_by_strides_and_types():
     assert execution.like(torch.empty(4, 4)) is not execution.like(torch.empty(4, 4).t())
     assert execution.like(torch.empty(4, 4)) is not execution.like(torch.empty(4, 4, dtype=torch.float64))
     assert execution.like(torch.empty(3, 2).t()).stride() == (1, 2)
+
+
+NUMBERS = st.lists(st.integers(-1, 40) | st.integers(10**6, 10**12), max_size=30)
+
+
+@given(NUMBERS | NUMBERS.map(lambda numbers: sorted(set(numbers))))
+def test_as_numpy_finds_them(numbers: list[int]) -> None:
+    array = np.array(numbers, dtype=np.int64)
+    expected, places = np.unique(array, return_inverse=True)
+    np.testing.assert_array_equal(distinct(array), expected)
+    expected, times = np.unique(array, return_counts=True)
+    for found, own in zip(counted(array), (expected, times), strict=True):
+        np.testing.assert_array_equal(found, own)
+    found, ranks = ranked(array)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(ranks, places)
+    np.testing.assert_array_equal(array, numbers)
+
+
+@given(NUMBERS, NUMBERS)
+def test_whether_all_are_among_others(numbers: list[int], others: list[int]) -> None:
+    for kept in (numbers, [*others, *others[:3]]):
+        held, among = (np.array(side, dtype=np.int64) for side in (kept, others))
+        assert are_among(held, among) == bool(np.isin(held, among).all())

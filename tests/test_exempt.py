@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import test_folded_heads as folded
 import torch
-from captures import one_capture
+from models import made
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +24,6 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
     [
         ("llama_gqa", ("exempt",)),
         pytest.param("gpt2", ("exempt",), marks=pytest.mark.slow),
-        pytest.param("opt", ("exempt",), marks=pytest.mark.slow),
         pytest.param("qwen3", ("exempt", "approximate"), marks=pytest.mark.slow),
     ],
 )
@@ -30,14 +31,7 @@ def test_query_and_key_channels_when_asked(name: str, include: tuple[str, ...]) 
     entry = ZOO[name]
     model = entry.build()
     options: dict[str, Any] = {"include": include, "score": "random", "restore": None}
-    with one_capture():
-        usual = fasp_fx.analyze(model, (), entry.example())
-        analysis = fasp_fx.analyze(model, (), entry.example(), include=include)
-        result = fasp_fx.prune(model, (), entry.example(), sparsity=0.4, **options)
-        replayed = fasp_fx.apply(
-            model, fasp_fx.PruningPlan.from_json(result.plan.to_json()), (), entry.example()
-        )
-    assert analysis.max_sparsity > usual.max_sparsity
+    result = fasp_fx.prune(model, (), entry.example(), sparsity=0.4, **options)
     assert result.plan.sparsity == pytest.approx(0.4, abs=0.06)
     queries = ("q_proj", "k_proj", "c_attn")
     lost = [
@@ -53,7 +47,6 @@ def test_query_and_key_channels_when_asked(name: str, include: tuple[str, ...]) 
         )
         assert error(found, expected) <= TOLERANCE
         assert error(expected, dense) > 100 * TOLERANCE
-        assert torch.equal(replayed.module(**entry.example(3)).logits, found)
     for group in lost if name == "llama_gqa" else ():  # what the rotation turns into each other goes together
         rows = {
             part.name: {row % 16 for row in part.removed}
@@ -68,79 +61,80 @@ def test_query_and_key_channels_when_asked(name: str, include: tuple[str, ...]) 
         )
 
 
-class Heads(nn.Module):
-    """Attention of two heads, its scale left implicit; or with normalised queries."""
+def heads(form: Callable[[Any, Tensor, Tensor], Any] = lambda m, q, x: q, shown: bool = False) -> nn.Module:
+    """Attention of two heads, its scale left implicit; ``form`` stands at the queries."""
 
-    def __init__(self, normalised: bool = False) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.out, self.normalised = (
-            nn.Linear(6, 12),
-            nn.Linear(6, 12),
-            nn.Linear(6, 12),
-            nn.Linear(12, 5),
-            normalised,
+    def forward(m: Any, x: Tensor) -> Any:
+        q, k, v = (part(x).unflatten(-1, (2, 6)).transpose(1, 2) for part in (m.q, m.k, m.v))
+        found = m.out(F.scaled_dot_product_attention(form(m, q, x), k, v).transpose(1, 2).flatten(2))
+        return (found, m.k(x)) if shown else found
+
+    layers = {name: nn.Linear(6, 12) for name in "qkv"}
+    return randomise(made(forward, **layers, out=nn.Linear(12, 5)), std=0.7)
+
+
+def drawn(samples: int, seed: int = 0) -> Tensor:
+    return torch.randn(samples, 7, 6, generator=torch.Generator().manual_seed(seed))
+
+
+TWO = [drawn(5), drawn(5, 1), drawn(3)]
+BESIDE = [folded.drawn(size, 7) for size in (5, 5, 3)]
+
+
+@pytest.mark.parametrize(
+    ("make", "batches", "score"),
+    [(heads, TWO, "fasp"), (heads, TWO, "magnitude"), (folded.outside, BESIDE, "fasp")],
+)
+def test_the_channel_whose_product_is_least_goes_first(make: Any, batches: list[Tensor], score: Any) -> None:
+    """By the norms over all sequences, whichever way heads lie beside them."""
+    model = make()
+    asked: dict[str, Any] = {"include": ("exempt",), "sparsity": 0.2, "quality": "fast", "score": score}
+    result = fasp_fx.prune(model, (batches[0],), calibration=batches, **asked)
+    (group,) = [group for group in result.plan.groups if not group.consumers]
+    removed = next(part.removed for part in group.producers if part.name == "q.weight")
+    with torch.no_grad():
+        q, k = (
+            torch.cat([part(x).flatten(0, 1) for x in batches]).reshape(-1, 2, 6).norm(dim=0)
+            for part in (model.q, model.k)
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part(x).unflatten(-1, (2, 6)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        q = F.normalize(q, dim=-1) if self.normalised else q
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-def test_the_channel_whose_product_is_least_goes_first() -> None:
-    model = randomise(Heads(), std=0.7)
-    x = torch.randn(4, 7, 6, generator=torch.Generator().manual_seed(0))
-    with one_capture():
-        for score in ("fasp", "magnitude"):
-            result = fasp_fx.prune(
-                model, (x,), calibration=[x], include=("exempt",), sparsity=0.2, score=score
-            )
-            (group,) = [group for group in result.plan.groups if not group.consumers]
-            removed = next(part.removed for part in group.producers if part.name == "q.weight")
-            with torch.no_grad():
-                q, k = (part(x).reshape(-1, 2, 6).norm(dim=0) for part in (model.q, model.k))
-                rows = (part.weight.norm(dim=1).reshape(2, 6) for part in (model.q, model.k))
-                worth = q * k if score == "fasp" else sum(rows)
-            count = len(removed) // 2
-            expected = {
-                head * 6 + int(channel) for head in range(2) for channel in worth[head].argsort()[:count]
-            }
-            assert count
-            assert set(removed) == expected
-    assert result.module.get_parameter("q.weight").shape == (12 - 2 * count, 6)
-
-
-class TakenApart(nn.Module):
-    """A fused projection whose parts are taken out by ``unbind``, or by their numbers."""
-
-    def __init__(self, unbound: bool) -> None:
-        super().__init__()
-        self.qkv, self.out, self.unbound = nn.Linear(6, 36), nn.Linear(12, 6), unbound
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = self.qkv(x).reshape(*x.shape[:2], 3, 2, 6).permute(2, 0, 3, 1, 4)
-        q, k, v = parts.unbind(0) if self.unbound else (parts[0], parts[1], parts[2])
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        rows = (part.weight.norm(dim=1).reshape(2, 6) for part in (model.q, model.k))
+        worth = q * k if score == "fasp" else sum(rows)
+    count = len(removed) // 2
+    assert count
+    assert set(removed) == {
+        head * 6 + int(channel) for head in range(2) for channel in worth[head].argsort()[:count]
+    }
+    assert result.module.get_parameter("q.weight").shape[0] == 12 - 2 * count
 
 
 @pytest.mark.parametrize("unbound", [True, False])
 def test_tokens_are_found_at_parts_of_a_fused_projection(unbound: bool) -> None:
     """What splitting writes is recorded as what a capture does, so that calibration tells tokens apart."""
-    model = randomise(TakenApart(unbound), std=0.7)
-    batches = [torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
-    with one_capture():
-        result = fasp_fx.prune(
-            model, (batches[0],), calibration=batches, include=("exempt",), sparsity=0.3, restore=None
-        )
-        graph = fasp_fx.analyze(model, (batches[0],), include=("exempt",)).program.module.graph
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        parts = m.qkv(x).reshape(*x.shape[:2], 3, 2, 6).permute(2, 0, 3, 1, 4)
+        q, k, v = parts.unbind(0) if unbound else (parts[0], parts[1], parts[2])
+        return m.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    model = randomise(made(forward, qkv=nn.Linear(6, 36), out=nn.Linear(12, 6)), std=0.7)
+    batches = [drawn(2, seed) for seed in range(4)]
+    asked = {"include": ("exempt",), "sparsity": 0.3, "restore": None}
+    result = fasp_fx.prune(model, (batches[0],), calibration=batches, **asked)
     assert any(not group.consumers for group in result.plan.groups)
-    assert any("fasp_fx_pass" in node.meta for node in graph.nodes)
-    assert all("val" in node.meta for node in graph.nodes if node.op != "output")
     with torch.no_grad():
-        found, expected = (
-            called(batches[1]) for called in (result.module, zeroed(model, result.plan, producers=True))
-        )
-    assert error(found, expected) <= TOLERANCE
+        masked = zeroed(model, result.plan, producers=True)
+        assert error(result.module(batches[1]), masked(batches[1])) <= TOLERANCE
+
+
+def test_a_norm_between_makes_them_approximate_and_what_is_also_returned_stays() -> None:
+    x = drawn(4)
+    normalised = heads(lambda m, q, x: F.normalize(q, dim=-1))
+    for model, status in ((normalised, "approximate"), (heads(shown=True), "frozen")):
+        analysis = fasp_fx.analyze(model, (x,), include=("exempt",))
+        (group,) = [group for group in analysis.groups if "k.weight" in {one.name for one in group.producers}]
+        assert group.status == status
+        assert group.name not in {one.name for one in analysis.chosen}
+    assert "reaches output 1" in group.reason
 
 
 def squared(outputs: Any, inputs: Any) -> Tensor:
@@ -157,8 +151,8 @@ def test_queries_and_keys_cost_what_the_loss_loses_with_them() -> None:
     """By autograd on the dense model: q_c times the gradient with respect to q_c, squared, summed over
     tokens, half of the mean over terms.
     """
-    model = randomise(Heads(), std=0.7)
-    batches = [torch.randn(4, 7, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    model = heads()
+    batches = [drawn(4, seed) for seed in range(3)]
     costs = fasp_fx.measure(model, (batches[0],), calibration=batches, loss=squared, include=("exempt",))
     total, terms = torch.zeros(12, dtype=torch.float64), 0
     for x in batches:
@@ -180,7 +174,7 @@ def test_queries_and_keys_cost_what_the_loss_loses_with_them() -> None:
 
 
 def test_without_a_loss_they_cost_their_part_of_the_product() -> None:
-    model, x = randomise(Heads(), std=0.7), torch.randn(40, 7, 6, generator=torch.Generator().manual_seed(0))
+    model, x = heads(), drawn(40)
     costs = fasp_fx.measure(model, (x[:4],), calibration=[x], loss=None, include=("exempt",))
     with torch.no_grad():
         q, k = (part(x).double().reshape(-1, 2, 6).norm(dim=0) for part in (model.q, model.k))
@@ -190,18 +184,16 @@ def test_without_a_loss_they_cost_their_part_of_the_product() -> None:
     assert found[1:] == pytest.approx(cheapest.sum(0).cumsum(0).numpy()[: len(found) - 1], rel=1e-4)
 
 
-@pytest.mark.parametrize("quality", ["fast", "balanced"])
-def test_all_groups_compete_where_costs_are_measured(quality: Any) -> None:
-    model = randomise(Heads(), std=0.7)
+def test_all_groups_compete_where_costs_are_measured() -> None:
+    model = heads()
     with torch.no_grad():  # half of the keys' channels give nothing
         model.k.weight.reshape(2, 6, 6)[:, ::2] = 0
         model.k.bias.reshape(2, 6)[:, ::2] = 0
-    batches = [torch.randn(16, 7, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+    batches = [drawn(16, seed) for seed in range(8)]
     options: dict[str, Any] = {
         "calibration": batches,
         "include": ("exempt",),
         "sparsity": 0.2,
-        "quality": quality,
         "allocation": "global",
     }
     result = fasp_fx.prune(model, (batches[0],), **options)
@@ -216,31 +208,3 @@ def test_all_groups_compete_where_costs_are_measured(quality: Any) -> None:
     assert {row % 6 % 2 for row in rows if row % 6 < 6} == {0}, (
         "a channel whose keys are zero costs nothing and goes first"
     )
-
-
-def test_a_norm_between_makes_them_approximate() -> None:
-    x = torch.randn(4, 7, 6)
-    model = randomise(Heads(normalised=True), std=0.7)
-    with one_capture():
-        assert not any(
-            "q.weight" in group.name for group in fasp_fx.analyze(model, (x,), include=("exempt",)).chosen
-        )
-        assert any(group.status == "exempt" for group in fasp_fx.analyze(model, (x,)).groups)
-
-
-class Shown(Heads):
-    """The same, with its keys returned as well."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return super().forward(x), self.k(x)
-
-
-def test_what_is_also_returned_stays() -> None:
-    analysis = fasp_fx.analyze(randomise(Shown()), (torch.randn(4, 7, 6),), include=("exempt",))
-    group = next(
-        group
-        for group in analysis.groups
-        if any(member.name == "k.weight" and member.dim == 0 for member in group.producers)
-    )
-    assert group.status == "frozen"
-    assert "reaches output 1" in group.reason

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from captures import one_capture
+from models import made, parameter
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 from zoo import VOCABULARY, randomise
@@ -94,9 +95,6 @@ def test_experts_and_their_neurons_in_one_plan(name: str, monkeypatch: pytest.Mo
             "restore": None,
         }
         result = fasp_fx.prune(model, (), _tokens(2, 7), **options)
-        replayed = fasp_fx.apply(
-            model, fasp_fx.PruningPlan.from_json(result.plan.to_json()), (), _tokens(2, 7)
-        )
     (experts,) = _experts(result.plan)
     (neurons,) = [
         g
@@ -122,7 +120,6 @@ def test_experts_and_their_neurons_in_one_plan(name: str, monkeypatch: pytest.Mo
         found, dense = result.module(**_tokens(3, 9)).logits, model(**_tokens(3, 9)).logits
         assert error(found, expected) <= TOLERANCE
         assert error(expected, dense) > 100 * TOLERANCE
-        assert torch.equal(replayed.module(**_tokens(3, 9)).logits, found)
 
 
 def test_the_expert_that_gives_least_goes_and_as_many_stay_as_a_token_needs(
@@ -156,33 +153,23 @@ def test_the_expert_that_gives_least_goes_and_as_many_stay_as_a_token_needs(
         assert error(result.module(**_tokens(3, 9)).logits, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("form", "granularity"), [("bmm", ("expert", "channel")), pytest.param("einsum", ("expert",), marks=SLOW)]
-)
-def test_every_invariant_of_experts_that_all_take_part(form: str, granularity: tuple[str, ...]) -> None:
-    net = Net((Linear(6), Experts(5, 4, "dense", form), Linear(3)))
-    check_program(
-        build(net),
-        example(net),
-        granularity=granularity,
-        invariants=("mask-exact", "nothing", "plan", "steps"),
-    )
+def test_every_invariant_of_experts_that_all_take_part() -> None:
+    net = Net((Linear(6), Experts(5, 4, "dense", "bmm"), Linear(3)))
+    wanted = ("mask-exact", "nothing", "plan", "steps")
+    check_program(build(net), example(net), granularity=("expert", "channel"), invariants=wanted)
 
 
-class Routed(nn.Module):
+def routed(spoil: Callable[[Tensor], Tensor]) -> nn.Module:
     """Experts weighed by a softmax, of which the forward makes something else as well."""
 
-    def __init__(self, spoil: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.first, self.router, self.spoil = nn.Linear(6, 8), nn.Linear(8, 4), spoil
-        self.up, self.down = nn.Parameter(torch.empty(4, 8, 5)), nn.Parameter(torch.empty(4, 5, 6))
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.first(x)
+        gates = spoil(m.router(h).softmax(-1))
+        given = torch.bmm(torch.bmm(h.expand(4, -1, -1), m.up).relu(), m.down)
+        return (given * gates.T[:, :, None]).sum(0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.first(x)
-        gates = self.spoil(self.router(h).softmax(-1))
-        return (
-            torch.bmm(torch.bmm(h.expand(4, -1, -1), self.up).relu(), self.down) * gates.T[:, :, None]
-        ).sum(0)
+    weights = {"up": parameter(4, 8, 5), "down": parameter(4, 5, 6)}
+    return made(forward, first=nn.Linear(6, 8), router=nn.Linear(8, 4), **weights)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +208,7 @@ class Routed(nn.Module):
     ],
 )
 def test_what_a_router_may_do(spoil: Callable[[Tensor], Tensor], prunable: bool, reason: str) -> None:
-    model = randomise(Routed(spoil), std=0.5)
+    model = randomise(routed(spoil), std=0.5)
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     analysis = fasp_fx.analyze(model, (x,), granularity=("expert",))
     assert bool(analysis.chosen) == prunable
@@ -242,44 +229,26 @@ def test_what_a_router_may_do(spoil: Callable[[Tensor], Tensor], prunable: bool,
         assert error(found, model(x)) <= TOLERANCE
 
 
-class Slots(nn.Module):
+def test_experts_compete_only_where_a_softmax_is_over_them() -> None:
     """A soft mixture: every expert computes on slots, which are means of all tokens by one softmax of the
     logits, over tokens; by another, over all slots, their results are handed back.
     """
 
-    def __init__(self, experts: int = 4) -> None:
-        super().__init__()
-        self.phi = nn.Parameter(torch.randn(8, experts, 2))
-        self.up, self.bias = (
-            nn.Parameter(torch.randn(experts, 8, 12)),
-            nn.Parameter(torch.randn(experts, 1, 12)),
-        )
-        self.down = nn.Parameter(torch.randn(experts, 12, 8))
-        self.gone: tuple[int, ...] = ()
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits = torch.einsum("bnd,des->bnes", x, self.phi)
+    def forward(m: Any, x: Tensor) -> Tensor:
+        logits = torch.einsum("bnd,des->bnes", x, m.phi)
         competing = logits.clone()
-        for expert in self.gone:
+        for expert in m.gone:
             competing[:, :, expert] = -math.inf
         slots = torch.einsum("bnes,bnd->besd", logits.softmax(1), x)
-        hidden = torch.relu(torch.einsum("besd,edh->besh", slots, self.up) + self.bias)
-        given = torch.einsum("besh,ehd->besd", hidden, self.down)
+        hidden = torch.relu(torch.einsum("besd,edh->besh", slots, m.up) + m.bias)
+        given = torch.einsum("besh,ehd->besd", hidden, m.down)
         return torch.einsum("bnes,besd->bnd", competing.flatten(2).softmax(-1).view_as(logits), given)
 
-
-def test_experts_compete_only_where_a_softmax_is_over_them() -> None:
     torch.manual_seed(0)
-    model, x = Slots().eval(), torch.randn(2, 5, 8)
-    result = fasp_fx.prune(
-        model,
-        (x,),
-        granularity=("expert",),
-        include=("exempt",),
-        sparsity=0.5,
-        score="magnitude",
-        restore=None,
-    )
+    weights = {"up": parameter(4, 8, 12), "bias": parameter(4, 1, 12), "down": parameter(4, 12, 8)}
+    model, x = made(forward, phi=parameter(8, 4, 2), gone=(), **weights), torch.randn(2, 5, 8)
+    asked: dict[str, Any] = {"granularity": ("expert",), "include": ("exempt",), "sparsity": 0.5}
+    result = fasp_fx.prune(model, (x,), score="magnitude", restore=None, **asked)
     (group,) = result.plan.groups
     gone = next(part.removed for part in group.producers if part.name == "phi")
     assert len(gone) == 2

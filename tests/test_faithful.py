@@ -229,9 +229,8 @@ def tabled(remember: Callable[[int], Tensor], asks: bool) -> nn.Module:
     return layers(forward, embed=nn.Embedding(4, 6, max_norm=0.1))
 
 
-@pytest.mark.parametrize("samples", [1, 5])
 @pytest.mark.parametrize("asks", [False, True], ids=["captured", "refused"])
-@pytest.mark.parametrize("remember", [table, looked_up, kept])
+@pytest.mark.parametrize(("remember", "samples"), [(table, 1), (table, 5), (looked_up, 5), (kept, 1)])
 def test_what_functions_remember_has_values_after_a_capture(
     remember: Callable[[int], Tensor], asks: bool, samples: int
 ) -> None:

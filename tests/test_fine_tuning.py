@@ -123,21 +123,6 @@ def trained_in_place(once: fasp_fx.Result) -> Iterator[fasp_fx.Result]:
             weight.copy_(weights[name])
 
 
-def test_what_was_trained_is_saved(trained_in_place: fasp_fx.Result, tmp_path: Path) -> None:
-    result, ids = trained_in_place, _batch(9)
-    before = result.module(input_ids=ids).logits.detach()
-    optimizer = torch.optim.SGD(result.module.parameters(), lr=RATE)
-    losses = [_step(result.module.train(), ids, optimizer) for _ in range(STEPS)]
-    assert losses == sorted(losses, reverse=True)
-    expected = result.module(input_ids=ids).logits
-    assert not torch.equal(before, expected)
-    result.save(tmp_path / "tuned")
-    loaded = fasp_fx.load(tmp_path / "tuned").module
-    assert torch.equal(loaded(input_ids=ids).logits, expected)
-    _assert_same(loaded, result.module, 0.0)
-    torch.testing.assert_close(result.program.module()(input_ids=ids).logits, expected)
-
-
 def test_accelerate(pruned: nn.Module, accelerator: Callable[..., Accelerator], tmp_path: Path) -> None:
     alone = copy.deepcopy(pruned)
     expected = _train(alone)

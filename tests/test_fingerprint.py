@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from fasp_fx.plan import fingerprint
+from models import wide
 from torch import Tensor, nn
 
 import fasp_fx
 from fasp_fx.base import _tensors as _fingerprint
-from fasp_fx.errors import ArgumentError, PlanError, StoreError
+from fasp_fx.errors import ArgumentError, StoreError
 
 DATA = [torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 WIDTH = 2048
@@ -109,23 +110,25 @@ def test_other_layouts_and_quantized_tensors() -> None:
     assert fingerprint({"a": made[0]}) != fingerprint({"a": made[1]})
 
 
-class Normed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.norm, self.down = nn.Linear(8, 24), nn.BatchNorm1d(24), nn.Linear(24, 8)
+def normed() -> nn.Module:
+    """With statistics, and a table that is as long as the longest call so far, and not saved."""
+    model = wide(
+        lambda m, x: m.down(torch.relu(m.norm(m.up(x)))) + m.table[: x.shape[0], None],
+        size=8,
+        norm=nn.BatchNorm1d(24),
+    )
+    model.register_buffer("table", torch.arange(16.0), persistent=False)
+    return model
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.norm(self.up(x))))
 
-
-def with_other_statistics(model: Normed) -> Normed:
+def with_other_statistics(model: nn.Module) -> nn.Module:
     other = copy.deepcopy(model)
     other.norm.running_mean.add_(torch.linspace(-1, 1, 24))
     return other
 
 
 def test_a_checkpoint_and_costs_are_of_the_buffers_too(tmp_path: Path) -> None:
-    model = Normed().eval()
+    model = normed()
     other = with_other_statistics(model)
     options = {"calibration": DATA, "sparsity": 0.3, "quality": "fast", "allocation": "global"}
     fasp_fx.prune(model, (DATA[0],), checkpoint=tmp_path / "run", **options)
@@ -138,7 +141,7 @@ def test_a_checkpoint_and_costs_are_of_the_buffers_too(tmp_path: Path) -> None:
 
 
 def test_a_teacher_has_the_buffers_of_the_model_that_was_pruned(tmp_path: Path) -> None:
-    model = Normed().eval()
+    model = normed()
     other = with_other_statistics(model)
     result = fasp_fx.prune(model, (DATA[0],), calibration=DATA, sparsity=0.3, quality="fast")
     result.save(tmp_path / "saved")
@@ -148,95 +151,5 @@ def test_a_teacher_has_the_buffers_of_the_model_that_was_pruned(tmp_path: Path) 
     # What to remove does not depend on the statistics; counters that no forward reads are nobody's business.
     assert fasp_fx.apply(other, result.plan, (DATA[0],)).plan.groups == result.plan.groups
     model.norm.num_batches_tracked += 1
-    fasp_fx.distil(result, model, DATA, epochs=1)
-
-
-class Scaled(nn.Module):
-    """What a parametrization makes of a weight, by a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.rand(24, 1))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.scale
-
-
-def test_a_checkpoint_is_of_buffers_that_weights_are_computed_of(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 8))
-    nn.utils.parametrize.register_parametrization(model[0], "weight", Scaled())
-    options = {"calibration": DATA, "sparsity": 0.3, "quality": "fast", "checkpoint": tmp_path / "run"}
-    fasp_fx.prune(model.eval(), (DATA[0],), **options)
-    fasp_fx.prune(model, (DATA[0],), **options)
-    model[0].parametrizations.weight[0].scale.mul_(torch.rand(24, 1))  # type: ignore[union-attr]
-    with pytest.raises(StoreError, match="model differ"):
-        fasp_fx.prune(model, (DATA[0],), **options)
-
-
-class Counting(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return self.down(torch.relu(self.up(x))) + 0 * self.calls
-
-
-def test_a_buffer_that_a_forward_writes_into_may_go_on(tmp_path: Path) -> None:
-    model = Counting().eval()
-    options = {"calibration": DATA, "sparsity": 0.3, "quality": "fast", "checkpoint": tmp_path / "run"}
-    first = fasp_fx.prune(model, (DATA[0],), **options)
-    model(DATA[0])
-    assert fasp_fx.prune(model, (DATA[0],), **options).plan == first.plan
-    fasp_fx.distil(first, model, DATA, epochs=1)
-
-
-class Growing(nn.Module):
-    """Keeps a table that is as long as the longest call so far, and not saved."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
-        self.register_buffer("table", torch.arange(16.0), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.up(x))) + self.table[: x.shape[0], None]
-
-
-def test_a_teacher_may_have_grown_what_it_does_not_save() -> None:
-    model = Growing().eval()
-    result = fasp_fx.prune(model, (DATA[0],), sparsity=0.3, score="magnitude", restore=None)
     model.table = torch.arange(64.0)
     fasp_fx.distil(result, model, DATA, epochs=1)
-
-
-class Branching(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = Normed(), Normed()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        return self.second(y * 0 if float(y.detach().sum()) > 1e9 else y)
-
-
-@pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")  # of few tokens, which depend on the run
-def test_parts_know_their_buffers() -> None:
-    model = Branching().eval()
-    other = copy.deepcopy(model)
-    other.second = with_other_statistics(model.second)
-    result = fasp_fx.prune(model, (DATA[0],), calibration=DATA, sparsity=0.3, quality="fast")
-    with pytest.raises(ArgumentError, match=r"buffer 'second\.norm\.running_mean'"):
-        fasp_fx.distil(result, other, DATA, epochs=1)
-
-
-def test_a_few_columns_between_others_are_seen() -> None:
-    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        other[2].weight[:, 3:5] *= -6
-    plan = fasp_fx.prune(model, (DATA[0],), sparsity=0.2, score="magnitude", restore=None).plan
-    with pytest.raises(PlanError, match="another model"):
-        fasp_fx.apply(other, plan, (DATA[0],))

@@ -4,7 +4,6 @@ heads apart.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 from captures import one_capture
 from models import made
-from oracle import TOLERANCE, assert_mask_exact, error, zeroed
+from oracle import TOLERANCE, assert_mask_exact, error
 from saved import forge
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
@@ -23,7 +22,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fasp_fx
 from fasp_fx.capturing import capture as capture_program
 from fasp_fx.patterns import argument_names, lookup, register, unregister
-from fasp_fx.testing import INVARIANTS, check_program
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -44,7 +42,7 @@ class Attention(nn.Module):
     """Grouped-query attention with one of the usual functions.
 
     Args:
-        score: ``None``, ``"same"`` (scores as they are), ``"cap"`` (every head alike) or ``"bias"`` (a table
+        score: ``None``, ``"cap"`` (every head alike) or ``"bias"`` (a table
             of relative positions for each head).
         mask: ``None``, or what is masked.
         mask_heads: whether the block mask has an entry for each head.
@@ -73,7 +71,7 @@ class Attention(nn.Module):
             return lambda score, batch, head, query, key: score + self.bias[head, query - key + 32]
         if self.score == "cap":
             return lambda score, batch, head, query, key: 3.0 * torch.tanh(score / 3.0) + 0.1 * (query - key)
-        return (lambda score, batch, head, query, key: score) if self.score == "same" else None
+        return None
 
     def forward(self, x: Tensor) -> Any:
         batch, length, _ = x.shape
@@ -96,7 +94,6 @@ class Attention(nn.Module):
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": Attention,
-    "same scores": lambda: Attention("same"),
     "capped": lambda: Attention("cap"),
     "bias by head": lambda: Attention("bias"),
     "causal": lambda: Attention(mask=causal),
@@ -132,6 +129,7 @@ def shown(analysis: fasp_fx.Analysis) -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_captured_alike_whether_torch_keeps_fake_results_or_not() -> None:
     """Its cache cannot compare the sizes of a block mask's table, and is left out once it has failed."""
     graphs = []
@@ -169,8 +167,7 @@ def test_value_channels_are_prunable_and_heads_where_they_are_alike(name: str) -
         ("plain", "channel"),
         ("bias by head", "channel"),
         ("capped and causal", "channel"),
-        pytest.param("a block mask for each head", "channel", marks=pytest.mark.slow),
-        ("same scores", "head"),
+        ("plain", "head"),
         ("capped and causal", "head"),
     ],
 )
@@ -192,19 +189,6 @@ def test_narrower_values_and_fewer_heads_are_mask_exact(name: str, granularity: 
             assert torch.equal(loaded(given), result.module(given))
 
 
-def test_query_and_key_channels_when_asked() -> None:
-    model, x = built("capped and causal"), example()
-    result = fasp_fx.prune(model, (x,), include=("exempt",), sparsity=0.4, score="random", restore=None)
-    assert any(part.name == "q.weight" for group in result.plan.groups for part in group.producers)
-    (node,) = result.program.graph.find_nodes(op="call_function", target=OPERATOR)
-    assert node.args[0].meta["val"].shape[-1] < WIDTH
-    assert node.args[5] == pytest.approx(1 / math.sqrt(WIDTH)), "the scale is that of the dense head"
-    with torch.no_grad():
-        expected = zeroed(model, result.plan, producers=True)(x)
-        assert error(result.module(x), expected) <= TOLERANCE
-        assert error(model(x), expected) > 100 * TOLERANCE
-
-
 def test_what_attention_returns_besides() -> None:
     """The log-sum-exp depends on no value channel; being an output, it holds on to the heads."""
     torch.manual_seed(0)
@@ -221,20 +205,6 @@ def test_what_attention_returns_besides() -> None:
     assert group.status == "frozen"
     assert group.reason is not None
     assert "reaches output" in group.reason
-
-
-@pytest.mark.parametrize(
-    ("name", "granularity"),
-    [("bias by head", "channel"), pytest.param("capped and causal", "head", marks=pytest.mark.slow)],
-)
-def test_every_invariant(name: str, granularity: str) -> None:
-    torch.manual_seed(0)
-    # its rule is held below, and it has no ties
-    wanted = [invariant for invariant in INVARIANTS if invariant not in ("rules", "ties")]
-    verdict = check_program(built(name), (example(),), granularity=(granularity,), invariants=wanted)
-    assert {"mask-exact", "nothing", "signature", "plan", "steps", "shapes", "unseen", "alone"} <= set(
-        verdict.checked
-    )
 
 
 def turned(self: Any, x: Tensor) -> Tensor:
@@ -254,74 +224,45 @@ def turned(self: Any, x: Tensor) -> Tensor:
     return self.out(attended.transpose(1, 2).reshape(batch, length, -1))
 
 
-@pytest.fixture(scope="module")
-def turned_result() -> tuple[nn.Module, fasp_fx.Result]:
+def test_narrower_values_compile_and_a_backend_leaves_them_whole() -> None:
+    """Inductor's kernel takes values narrower than queries, so nothing need be padded."""
     torch.manual_seed(0)
     sizes = {"q": (12, HEADS * WIDTH), "k": (12, SHARED * WIDTH), "v": (12, SHARED * WIDTH)}
     layers = {name: nn.Linear(*size) for name, size in {**sizes, "out": (HEADS * WIDTH, 12)}.items()}
     model = made(turned, bias=torch.randn(HEADS, 64), **layers)
-    return model, fasp_fx.prune(model, (example(),), sparsity=0.2, score="random", restore=None)
-
-
-def test_narrower_values_compile(turned_result: tuple[nn.Module, fasp_fx.Result]) -> None:
-    """Inductor's kernel takes values narrower than queries, so nothing need be padded."""
-    _, result = turned_result
+    result = fasp_fx.prune(model, (example(),), sparsity=0.2, score="random", restore=None)
     pads = torch.ops.aten.constant_pad_nd.default
     assert not result.program.graph.find_nodes(op="call_function", target=pads)
+    compiled = torch.compile(model, backend=fasp_fx.backend(result.plan, inner="aot_eager"))
+    with torch.no_grad(), pytest.warns(fasp_fx.errors.PartialPlanWarning, match="calls flex_attention"):
+        assert error(compiled(example()), model(example())) <= TOLERANCE
     with torch.no_grad():
         compiled = torch.compile(result.module, fullgraph=True)(example())
         assert error(compiled, result.module(example())) <= TOLERANCE
 
 
-def test_a_plan_as_a_backend_leaves_it_whole_and_says_so(
-    turned_result: tuple[nn.Module, fasp_fx.Result],
-) -> None:
-    model, result = turned_result
-    compiled = torch.compile(model, backend=fasp_fx.backend(result.plan, inner="aot_eager"))
-    with torch.no_grad(), pytest.warns(fasp_fx.errors.PartialPlanWarning, match="calls flex_attention"):
-        found = compiled(example())
-    with torch.no_grad():
-        assert error(found, model(example())) <= TOLERANCE
-
-
 # --- transformers
 
 
-def llama() -> nn.Module:
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", ["channel", "head"])
+def test_llama(granularity: str) -> None:
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    return LlamaForCausalLM(
-        LlamaConfig(**sizes, initializer_range=0.2, attn_implementation="flex_attention")
-    ).eval()
-
-
-@pytest.mark.parametrize("granularity", ["channel", pytest.param("head", marks=pytest.mark.slow)])
-def test_llama(granularity: str, tmp_path: Path) -> None:
-    model = llama()
-    ids = torch.randint(0, 50, (2, 10))
-    options: dict[str, Any] = {
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "flex_attention"}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2)).eval()
+    inputs = {"input_ids": torch.randint(0, 50, (2, 10)), "use_cache": False}
+    asked: dict[str, Any] = {
         "granularity": tuple({granularity, "channel"}),
         "score": "random",
         "restore": None,
     }
-    result = fasp_fx.prune(model, (), {"input_ids": ids, "use_cache": False}, sparsity=0.4, **options)
-    (attention,) = [
-        group
-        for group in result.plan.groups
-        if group.consumers[0].name == "model.layers.0.self_attn.o_proj.weight"
-    ]
+    result = fasp_fx.prune(model, (), inputs, sparsity=0.4, **asked)
+    (attention,) = [group for group in result.plan.groups if "o_proj" in group.consumers[0].name]
     producers = {part.name.split(".")[-2] for part in attention.producers}
-    assert producers >= ({"q_proj", "k_proj", "v_proj"} if granularity == "head" else {"v_proj"})
-    assert (attention.granularity, "q_proj" in producers) == (granularity, granularity == "head")
+    assert attention.granularity == granularity
+    assert ("v_proj" in producers, "q_proj" in producers) == (True, granularity == "head")
     assert OPERATOR in {node.target for node in result.program.graph.nodes}
-    loaded = fasp_fx.load(result.save(tmp_path / "out")).module
     for shape in ((2, 10), (3, 7)):
         given = torch.randint(0, 50, shape)
         with torch.compiler.set_stance("force_eager"):
@@ -329,8 +270,6 @@ def test_llama(granularity: str, tmp_path: Path) -> None:
             assert_mask_exact(
                 model, result, lambda module, given=given: module(input_ids=given, use_cache=False)["logits"]
             )
-        with torch.no_grad():
-            assert torch.equal(loaded(input_ids=given)["logits"], result.module(input_ids=given)["logits"])
 
 
 # --- the rule
@@ -446,9 +385,3 @@ def test_forged_saves_are_refused(name: str, saved_attention: fasp_fx.Result, tm
     forge(folder, "graph.json", change)
     with pytest.raises(fasp_fx.StoreError, match=message):
         fasp_fx.load(folder)
-
-
-def test_saving_leaves_the_program_as_it_is(saved_attention: fasp_fx.Result, tmp_path: Path) -> None:
-    before = copy.copy([str(node.args) for node in saved_attention.program.graph.nodes])
-    saved_attention.save(tmp_path / "out")
-    assert [str(node.args) for node in saved_attention.program.graph.nodes] == before

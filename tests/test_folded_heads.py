@@ -4,16 +4,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from captures import one_capture
 from fasp_fx.channels import repeating
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import TOLERANCE, error, zeroed
+from models import made
+from oracle import assert_exact
 from torch import Tensor, nn
 
 import fasp_fx
@@ -22,119 +23,71 @@ import fasp_fx.patterns
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
-class Attended(nn.Module):
+def attended(inside: Callable[[Tensor], Tensor] = torch.relu, **options: Any) -> nn.Module:
     """Attention between two layers."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.into, self.attention, self.up, self.out = (
-            nn.Linear(8, 12),
-            nn.MultiheadAttention(12, 3, batch_first=True, **options),
-            nn.Linear(12, 16),
-            nn.Linear(16, 8),
-        )
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.into(x)
+        return m.out(inside(m.up(m.attention(h, h.relu(), h)[0])))
 
-    def inside(self, h: Tensor) -> Tensor:
-        return h.relu()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.into(x)
-        h = self.attention(h, h.relu(), h)[0]
-        y: Tensor = self.out(self.inside(self.up(h)))
-        return y
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(12, 3, batch_first=True, **options)
+    sizes = {"into": (8, 12), "up": (12, 16), "out": (16, 8)}
+    return made(forward, attention=attention, **{name: nn.Linear(*size) for name, size in sizes.items()})
 
 
-class Outside(nn.Module):
+def outside() -> nn.Module:
     """Heads before the batch, ``aabb``, in a dimension of their own."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.q, self.k, self.v, self.out = (
-            nn.Linear(6, 12),
-            nn.Linear(6, 12),
-            nn.Linear(6, 12),
-            nn.Linear(12, 5),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Tensor:
         q, k, v = (
-            part(x).unflatten(-1, (2, 6)).permute(2, 0, 1, 3).flatten(0, 1)
-            for part in (self.q, self.k, self.v)
+            part(x).unflatten(-1, (2, 6)).permute(2, 0, 1, 3).flatten(0, 1) for part in (m.q, m.k, m.v)
         )
         h = (q @ k.transpose(-1, -2) / 3).softmax(-1) @ v
-        y: Tensor = self.out(h.unflatten(0, (2, -1)).permute(1, 2, 0, 3).flatten(2))
-        return y
+        return m.out(h.unflatten(0, (2, -1)).permute(1, 2, 0, 3).flatten(2))
+
+    torch.manual_seed(0)
+    return made(forward, **{name: nn.Linear(8, 12) for name in "qkv"}, out=nn.Linear(12, 5))
 
 
-class Squared(nn.Module):
+def squared() -> nn.Module:
     """Channels that are multiplied with one another, in both dimensions of the result."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.b, self.down = nn.Conv1d(4, 8, 1), nn.Conv1d(8, 8, 1), nn.Conv1d(8, 3, 1)
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.up(x.transpose(1, 2))
+        return m.down(torch.tanh(h @ h.transpose(1, 2)) @ torch.relu(m.b(h)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.up(x)
-        y: Tensor = self.down(torch.tanh(h @ h.transpose(1, 2)) @ torch.relu(self.b(h)))
-        return y
+    torch.manual_seed(0)
+    sizes = {"up": (8, 8), "b": (8, 8), "down": (8, 3)}
+    return made(forward, **{name: nn.Conv1d(*size, 1) for name, size in sizes.items()})
 
 
-@pytest.mark.parametrize("make", [Attended, Outside])
-@pytest.mark.parametrize("quality", ["fast", "balanced"])
-def test_exempt_channels_are_exact_at_every_batch_size(make: Any, quality: Any) -> None:
-    model = make().eval()
-    width = 8 if make is Attended else 6
-    data = [
-        torch.randn(size, 5, width, generator=torch.Generator().manual_seed(size))
-        for size in (4, 4, 4, 4, 4, 3, 1)
-    ]
-    with one_capture():
-        for example in (data[0], torch.randn(1, 5, width)):
-            result = fasp_fx.prune(
-                model,
-                (example,),
-                calibration=data,
-                include=("exempt",),
-                sparsity=0.3,
-                quality=quality,
-                allocation="uniform",
-            )
-            assert any(not group.consumers for group in result.plan.groups)
-            assert not [note for note in result.report.notes if "not run" in note or "whole" in note]
-            result = fasp_fx.apply(model, result.plan, (example,))
-            for size in (1, 2, 5, 8):
-                x = torch.randn(size, 7, width)
-                with torch.no_grad():
-                    assert error(result.module(x), zeroed(model, result.plan, producers=True)(x)) <= TOLERANCE
+def drawn(samples: int, tokens: int = 5) -> Tensor:
+    return torch.randn(samples, tokens, 8, generator=torch.Generator().manual_seed(samples))
 
 
-def test_the_channel_whose_product_is_least_goes_first() -> None:
-    """By the norms over all sequences, whichever way heads lie beside them."""
-    model = Outside().eval()
-    data = [torch.randn(size, 7, 6, generator=torch.Generator().manual_seed(size)) for size in (5, 5, 3)]
-    result = fasp_fx.prune(
-        model, (data[0],), calibration=data, include=("exempt",), sparsity=0.2, quality="fast"
-    )
-    (rows,) = [
-        part.removed
-        for group in result.plan.groups
-        if not group.consumers
-        for part in group.producers
-        if part.name == "q.weight"
-    ]
-    with torch.no_grad():
-        q, k = (
-            torch.cat([part(x).flatten(0, 1) for x in data]).reshape(-1, 2, 6).norm(dim=0)
-            for part in (model.q, model.k)
-        )
-    count = len(rows) // 2
-    assert count
-    assert set(rows) == {
-        head * 6 + int(channel) for head in range(2) for channel in (q * k)[head].argsort()[:count]
-    }
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "inside of the batch": attended,
+    "before the batch": outside,
+    "a row behind the keys": lambda: attended(add_bias_kv=True, add_zero_attn=True),
+    "both dimensions of a product": squared,
+}
+
+
+@pytest.mark.parametrize("samples", [4, 1])
+@pytest.mark.parametrize("name", MODELS)
+def test_exempt_channels_are_exact_at_every_batch_size(name: str, samples: int) -> None:
+    model, data = MODELS[name](), [drawn(size) for size in (4, 4, 4, 4, 3, 1)]
+    captured = fasp_fx.capture(model, (drawn(samples),))
+    asked: dict[str, Any] = {"include": ("exempt",), "sparsity": 0.3, "allocation": "uniform"}
+    result = fasp_fx.prune(captured, calibration=data, **asked)
+    assert not [note for note in result.report.notes if "not run" in note or "whole" in note]
+    assert result.plan.groups
+    if name == "both dimensions of a product":
+        return
+    assert name == "a row behind the keys" or any(not group.consumers for group in result.plan.groups)
+    result = fasp_fx.apply(captured, result.plan)
+    assert_exact(model, result, *((drawn(size, 7),) for size in (1, 2, 5, 8)), producers=True)
 
 
 def test_a_wrong_rule_is_seen_beside_exempt_channels() -> None:
@@ -146,44 +99,19 @@ def test_a_wrong_rule_is_seen_beside_exempt_channels() -> None:
     def turned(self: Tensor) -> Tensor:
         return self.roll(1, -1)
 
-    @turned.register_fake
-    def _(self: Tensor) -> Tensor:
-        return torch.empty_like(self)
-
-    class Turned(Attended):
-        def inside(self, h: Tensor) -> Tensor:
-            return torch.ops.fasp_fx_tests.turned(h).relu()  # type: ignore[no-any-return]
-
+    turned.register_fake(torch.empty_like)
     operator = torch.ops.fasp_fx_tests.turned.default
     fasp_fx.patterns.register(operator, "self[...] -> [...]")
     try:
         for size in (2, 4):
-            x = torch.randn(size, 5, 8)
+            model = attended(lambda h: turned(h).relu())
             with pytest.warns(fasp_fx.VerificationWarning, match=r"'out\.weight' stays whole"):
                 result = fasp_fx.prune(
-                    Turned().eval(), (x,), include=("exempt",), sparsity=0.3, score="random", restore=None
+                    model, (drawn(size),), include=("exempt",), sparsity=0.3, score="random", restore=None
                 )
             assert any(not group.consumers for group in result.plan.groups)
     finally:
         fasp_fx.patterns.unregister(operator)
-
-
-def test_both_dimensions_of_a_product_are_masked() -> None:
-    model, x = Squared().eval(), torch.randn(2, 4, 9)
-    result = fasp_fx.prune(model, (x,), include=("exempt",), sparsity=0.3, score="random", restore=None)
-    assert result.plan.groups
-    assert not [note for note in result.report.notes if "whole" in note]
-
-
-def test_a_row_behind_the_keys_loses_the_same_channels() -> None:
-    model = Attended(add_bias_kv=True, add_zero_attn=True).eval()
-    data = [torch.randn(size, 5, 8) for size in (4, 4, 4, 3)]
-    result = fasp_fx.prune(model, (data[0],), calibration=data, include=("exempt",), sparsity=0.3)
-    result = fasp_fx.apply(model, result.plan, (data[0],))
-    for size in (1, 3, 6):
-        x = torch.randn(size, 7, 8)
-        with torch.no_grad():
-            assert error(result.module(x), zeroed(model, result.plan, producers=True)(x)) <= TOLERANCE
 
 
 @given(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fasp_fx.budgets import Parameters
 from fasp_fx.config import PruningConfig
+from models import made
 from tiny_llama import make_model
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -88,19 +89,14 @@ def test_what_is_live_is_what_a_runner_holds() -> None:
     assert max(held) < max(_live_when_run(program, x, returns=True)), "what is returned is not kept"
 
 
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.lstm, self.down = nn.Linear(6, 12), nn.LSTM(12, 8, batch_first=True), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.down(self.lstm(self.up(x))[0])
-        return found
+def recurrent() -> nn.Module:
+    layers = {"up": nn.Linear(6, 12), "lstm": nn.LSTM(12, 8, batch_first=True), "down": nn.Linear(8, 3)}
+    return made(lambda m, x: m.down(m.lstm(m.up(x))[0]), **layers)
 
 
 @pytest.mark.parametrize(
     "model",
-    [Recurrent(), nn.Sequential(nn.LayerNorm(6)), nn.Sequential(nn.Conv1d(5, 6, 3), nn.ReLU())],
+    [recurrent(), nn.Sequential(nn.LayerNorm(6)), nn.Sequential(nn.Conv1d(5, 6, 3), nn.ReLU())],
     ids=["lstm", "norm", "one"],
 )
 def test_other_models_have_a_forecast(model: nn.Module) -> None:
@@ -121,11 +117,11 @@ def test_in_files_the_weights_take_no_memory() -> None:
 
 @pytest.mark.parametrize(
     ("options", "code"),
-    [("", 0), ("--length 4096", 2), ("--sparsity 0.99", 2), ("--plain --sparsity 0.95", 2)],
+    [("", 0), ("--length 4096", 2), ("--plain --sparsity 0.95", 2)],
 )
 def test_dry_run_loads_no_weight_and_writes_nothing(tmp_path: Path, options: str, code: int) -> None:
     """And refuses what pruning would."""
-    make_model(tmp_path / "model")
+    make_model(tmp_path / "model", layers=1)
     (tmp_path / "model" / "model.safetensors").write_bytes(b"not to be read" * 10_000)
     before = sorted(tmp_path.rglob("*"))
     where = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--dry-run"]

@@ -5,9 +5,11 @@ cuts, or an order of tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from models import block, parameter, wide
 from randomly import hold, inputs, sets_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,124 +51,97 @@ TORN: dict[str, Callable[[Tensor], Parts]] = {
 WHOLE: dict[str, Callable[[Tensor], Parts]] = {"whole": _unbound, "heads last": _heads_last}
 
 
-class Fused(nn.Module):
+def fused(
+    layout: Callable[[Tensor], Parts] = _unbound, more: Callable[..., Any] = lambda m, x: (), **held: Any
+) -> nn.Module:
     """Attention over what a layout makes of a fused projection, beside two layers that nothing keeps from
-    being pruned.
+    being pruned; ``more`` is returned as well.
     """
 
-    def __init__(self, layout: Callable[[Tensor], Parts]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layout = layout
-        self.qkv, self.out = nn.Linear(8, 48), nn.Linear(16, 8)
-        self.up, self.down = nn.Linear(8, 20), nn.Linear(20, 8)
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+        mixed = F.scaled_dot_product_attention(*layout(m.project(m, x))).transpose(-3, -2).flatten(-2)
+        return m.out(mixed if mixed.dim() == 3 else mixed.flatten(1, 2)), block(m, x), *more(m, x)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        attended = F.scaled_dot_product_attention(*self.layout(self.qkv(x))).transpose(-3, -2).flatten(-2)
-        return self.out(attended), self.down(torch.relu(self.up(x)))
+    torch.manual_seed(0)
+    layers = {"qkv": nn.Linear(8, 48), "out": nn.Linear(16, 8)}
+    return wide(forward, 8, 20, **{"project": lambda m, x: m.qkv(x), **layers, **held})
 
 
-class Placed(Fused):
-    """So many tokens, each with a vector of its own, by which tokens are numbered as channels are."""
-
-    def __init__(self, layout: Callable[[Tensor], Parts]) -> None:
-        super().__init__(layout)
-        self.places = nn.Parameter(torch.randn(9, 8))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(x + self.places)
-
-
-class Padded(Fused):
+def _padded(m: Any, x: Tensor) -> Tensor:
     """Windows of 64 tokens, of which the example fills not one."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        padded = self.qkv(F.pad(x, (0, 0, 0, -x.shape[1] % 64)))
-        attended = (
-            F.scaled_dot_product_attention(*_unbound(padded.view(x.shape[0], -1, 64, 48)))
-            .transpose(-3, -2)
-            .flatten(-2)
-        )
-        return self.out(attended.flatten(1, 2)[:, : x.shape[1]]), self.down(torch.relu(self.up(x)))
+    return m.qkv(F.pad(x, (0, 0, 0, -x.shape[1] % 64)))
 
 
-class Lifted(Fused):
-    """All rows are lifted by one number."""
-
-    def __init__(self) -> None:
-        super().__init__(_unbound)
-        self.lift = nn.Parameter(torch.ones(1))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        attended = F.scaled_dot_product_attention(*_unbound(self.qkv(x) + self.lift)).transpose(-3, -2)
-        return self.out(attended.flatten(-2)), self.down(torch.relu(self.up(x)))
-
-
-class Shared(Fused):
-    """The rows' bias is another layer's as well."""
-
-    def __init__(self) -> None:
-        super().__init__(_unbound)
-        self.weight, self.second = nn.Parameter(torch.randn(48, 8)), nn.Linear(48, 8)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return *super().forward(x), self.second(F.linear(x, self.weight, self.qkv.bias))
-
-
-class Twice(Fused):
+def _turned(m: Any, x: Tensor) -> Tensor:
     """The weight is turned once, and met twice."""
-
-    def __init__(self) -> None:
-        super().__init__(_unbound)
-        self.weight, self.second = nn.Parameter(torch.randn(48, 8)), nn.Linear(48, 8)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        turned = self.weight.t()
-        attended = F.scaled_dot_product_attention(*_unbound(x @ turned)).transpose(-3, -2).flatten(-2)
-        return self.out(attended), self.down(torch.relu(self.up(x))), self.second(torch.relu(x @ turned))
+    return x @ m.weight.t()
 
 
-class Deciding(Fused):
-    """Beside a graph that the model's own graph looks up."""
-
-    def __init__(self) -> None:
-        super().__init__(_unbound)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return *super().forward(x), torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+def _rows() -> dict[str, Any]:
+    return {"weight": parameter(48, 8), "second": nn.Linear(48, 8)}
 
 
-@pytest.mark.parametrize("layout", TORN)
-def test_tokens_that_do_not_stay_in_their_places_keep_a_weight_together(layout: str) -> None:
-    analysis = hold(Fused(TORN[layout]), inputs([(2, 9), (3, 6), (1, 24)]))
-    assert ("prunable", 20, 1) in sets_of(analysis, "up.weight"), "the rest is pruned all the same"
+FEW, MANY = [(2, 9), (3, 6), (1, 24)], [(2, 9), (2, 63), (2, 65), (1, 130)]
+#: models that keep a weight together: tokens do not stay in their places, or what it is made of is not for
+#: these rows alone, so that tied weights would not stay tied, or a plan would name two weights by one name
+TOGETHER: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, int]]]] = {
+    **{name: (lambda layout=layout: fused(layout), FEW) for name, layout in TORN.items()},
+    "windows longer than the example": (
+        lambda: fused(lambda made: _unbound(made.view(made.shape[0], -1, 64, 48)), project=_padded),
+        MANY,
+    ),
+    "lifted by one number": (
+        lambda: fused(project=lambda m, x: m.qkv(x) + m.lift, lift=nn.Parameter(torch.ones(1))),
+        FEW,
+    ),
+    "a bias shared": (
+        lambda: fused(more=lambda m, x: (m.second(F.linear(x, m.weight, m.qkv.bias)),), **_rows()),
+        FEW,
+    ),
+    "a weight met twice": (
+        lambda: fused(project=_turned, more=lambda m, x: (m.second(torch.relu(_turned(m, x))),), **_rows()),
+        FEW,
+    ),
+}
 
 
-def test_windows_longer_than_the_example() -> None:
-    analysis = hold(Padded(_unbound), inputs([(2, 9), (2, 63), (2, 65), (1, 130)]))
+def _placed(m: Any, x: Tensor) -> Tensor:
+    """So many tokens, each with a vector of its own, by which tokens are numbered as channels are."""
+    return m.qkv(x + m.places)
+
+
+def _decided(m: Any, x: Tensor) -> tuple[Tensor]:
+    """A graph that the model's own graph looks up."""
+    return (torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)),)
+
+
+APART: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, int]]]] = {
+    **{name: (lambda layout=layout: fused(layout), FEW) for name, layout in WHOLE.items()},
+    **{
+        f"{name}, placed": (
+            lambda layout=layout: fused(layout, project=_placed, places=parameter(9, 8)),
+            [(2, 9), (3, 9), (1, 9)],
+        )
+        for name, layout in WHOLE.items()
+    },
+    "beside a graph": (lambda: fused(more=_decided), FEW),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_a_weight_stays_together_and_the_rest_is_pruned_all_the_same(name: str) -> None:
+    make, sizes = TOGETHER[name]
+    analysis = hold(make(), inputs(sizes))
+    assert name in TORN or not analysis.program.parts
     assert ("prunable", 20, 1) in sets_of(analysis, "up.weight")
 
 
-@pytest.mark.parametrize("kind", [Fused, Placed])
-@pytest.mark.parametrize("layout", WHOLE)
-def test_a_weight_whose_tokens_stay_is_taken_apart(layout: str, kind: type[Fused]) -> None:
-    sizes = [(2, 9), (3, 9), (1, 9)] if kind is Placed else [(2, 9), (3, 6), (1, 24)]
-    analysis = hold(kind(WHOLE[layout]), inputs(sizes))
+@pytest.mark.parametrize("name", APART)
+def test_a_weight_whose_tokens_stay_is_taken_apart(name: str) -> None:
+    make, sizes = APART[name]
+    analysis = hold(make(), inputs(sizes))
     assert len(analysis.program.parts) == 6
     assert ("prunable", 16, 2) in sets_of(analysis, "out.weight", 1)
-
-
-@pytest.mark.parametrize("module", [Lifted, Shared, Twice])
-def test_what_is_not_for_these_rows_alone_keeps_a_weight_together(module: type[Fused]) -> None:
-    """Apart, tied weights would not stay tied, and a plan would name two weights by one name."""
-    analysis = hold(module(), inputs([(2, 9), (3, 6)]))
-    assert not analysis.program.parts
-    assert ("prunable", 20, 1) in sets_of(analysis, "up.weight"), "the rest is pruned all the same"
-
-
-def test_a_weight_is_taken_apart_beside_a_graph_that_is_looked_up() -> None:
-    analysis = hold(Deciding(), inputs([(2, 9), (3, 6)]))
-    assert len(analysis.program.parts) == 6
 
 
 @pytest.mark.parametrize("layout", ["windows", "all but the last"])
@@ -174,6 +149,6 @@ def test_the_net_sees_a_weight_that_is_taken_apart_wrongly(
     layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_split, "_holds_at_every_size", lambda node, label, size: True)
-    model, batches = Fused(TORN[layout]).double().eval(), inputs([(2, 9)])
+    model, batches = fused(TORN[layout]).double(), inputs([(2, 9)])
     with pytest.raises(fasp_fx.VerificationError):
         fasp_fx.prune(model, batches[0], sparsity=0.3, score="random", restore=None)
