@@ -172,7 +172,7 @@ class Broken:
     """A tokenizer that cannot be saved."""
 
     def save_pretrained(self, folder: str) -> None:
-        raise ValueError("no vocabulary")
+        raise OSError("no vocabulary")
 
 
 @pytest.mark.parametrize("kind", ["plain", "hf"])
