@@ -168,15 +168,16 @@ def test_results_of_every_kind_replace_only_their_like(kind: str, tmp_path: Path
     assert list(tmp_path.iterdir()) == [out]
 
 
-class Broken:
-    """A tokenizer that cannot be saved."""
+@pytest.mark.parametrize(("kind", "error"), [("plain", OSError), ("plain", ValueError), ("hf", OSError)])
+def test_nothing_half_written_is_left_of_models_of_transformers(
+    kind: str, error: type[Exception], tmp_path: Path
+) -> None:
+    class Broken:
+        """A tokenizer that cannot be saved."""
 
-    def save_pretrained(self, folder: str) -> None:
-        raise OSError("no vocabulary")
+        def save_pretrained(self, folder: str) -> None:
+            raise error("no vocabulary")
 
-
-@pytest.mark.parametrize("kind", ["plain", "hf"])
-def test_nothing_half_written_is_left_of_models_of_transformers(kind: str, tmp_path: Path) -> None:
     with pytest.raises(fasp_fx.StoreError, match="no vocabulary"):
         replace(kept(kind), tokenizer=Broken()).save_pretrained(tmp_path / "deep" / "out")
     assert not list(tmp_path.iterdir())
