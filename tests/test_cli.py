@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from fasp_fx.hf._plain_folder import read_plain
 from tiny_llama import make_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,7 +26,6 @@ from fasp_fx.cli import _models, _prune
 from fasp_fx.cli._app import app
 from fasp_fx.cli._text import Texts
 from fasp_fx.errors import ArgumentError
-from fasp_fx.hf._plain_folder import read_plain
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -30,7 +30,7 @@ import fasp_fx.passes._verify
 import fasp_fx.passes.remove_channels
 from fasp_fx.cli._console import session
 from fasp_fx.pruning.check import _check, _compare, _run
-from fasp_fx.pruning.check._bisect import largest_passing_subset
+from fasp_fx.pruning.check._check import largest_passing_subset
 from fasp_fx.testing import Masked
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

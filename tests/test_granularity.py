@@ -47,7 +47,7 @@ def _tokens(batch: int, length: int) -> Tensor:
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Any]]]] = {
     **{
         name: (ZOO[name].build, lambda batch, name=name: ZOO[name].example(batch))
-        for name in ("llama_gqa", "gpt2", "bert")
+        for name in ("llama_gqa", "bert")
     },
     "vit": (
         lambda: randomise(_vit()),
@@ -71,7 +71,7 @@ def _main(output: Any) -> Tensor:
     return output["logits"] if "logits" in output else output["last_hidden_state"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama_gqa", "bert", "vit", pytest.param("t5", marks=pytest.mark.slow)])
 def test_whole_heads_are_mask_exact(name: str) -> None:
     build, inputs = MODELS[name]
     model = build()
@@ -115,21 +115,7 @@ def test_a_key_value_head_takes_its_query_heads_along() -> None:
     assert not analysis.select("exempt"), "no row of W_Q or W_K is left to exempt"
 
 
-def test_widths_are_rounded_and_numbers_of_heads_are_not() -> None:
-    entry = ZOO["gpt2"]
-    model = entry.build()
-    asked: dict[str, Any] = {"score": "random", "restore": None, "sparsity": 0.2, "round_to": 16}
-    with one_capture():
-        for granularity in (("head",), ("head", "channel")):
-            plan = fasp_fx.prune(model, (), entry.example(), granularity=granularity, **asked).plan
-            heads = [group for group in plan.groups if group.granularity == "head"]
-            assert heads, "a model of fewer heads than the width is rounded to loses some all the same"
-            for group in plan.groups:
-                if group.granularity == "channel":
-                    assert (group.size - group.removed_sets) // group.blocks % 16 == 0
-
-
-def test_heads_and_channels_in_one_plan() -> None:
+def test_heads_and_channels_in_one_plan_of_which_widths_alone_are_rounded() -> None:
     entry = ZOO["gpt2"]
     model = entry.build()
     with one_capture():
@@ -139,25 +125,25 @@ def test_heads_and_channels_in_one_plan() -> None:
             entry.example(),
             granularity=("head", "channel"),
             sparsity=0.3,
+            round_to=16,
             score="random",
             restore=None,
         )
-        replayed = fasp_fx.apply(
-            model, fasp_fx.PruningPlan.from_json(result.plan.to_json()), (), entry.example()
-        )
-    names = {part.name.rsplit(".", 2)[-2] for group in result.plan.groups for part in group.consumers}
-    assert names == {"c_proj"}
-    assert {group.size for group in result.plan.groups} == {4, 256}
-    assert result.plan.granularity == ("channel", "head")
+        plan = fasp_fx.PruningPlan.from_json(result.plan.to_json())
+        replayed = fasp_fx.apply(model, plan, (), entry.example())
+    assert plan.granularity == ("channel", "head")
+    assert {(group.granularity, group.size) for group in plan.groups} == {("head", 4), ("channel", 256)}
+    widths = [g.size - g.removed_sets for g in plan.groups if g.granularity == "channel"]
+    assert not any(width % 16 for width in widths)
     with torch.no_grad():
-        expected = zeroed(model, result.plan)(**entry.example(3))
-        assert error(result.module(**entry.example(3)), expected) <= TOLERANCE
-        assert torch.equal(
-            replayed.module(**entry.example(3)).logits, result.module(**entry.example(3)).logits
-        )
+        found, again = (one.module(**entry.example(3)) for one in (result, replayed))
+        assert error(found, zeroed(model, plan)(**entry.example(3))) <= TOLERANCE
+    assert torch.equal(again.logits, found.logits)
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "opt", "gemma2"])
+@pytest.mark.parametrize(
+    "name", ["llama_gqa", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "gemma2"))]
+)
 def test_the_residual_stream_when_asked(name: str) -> None:
     """Layer norms and norms by mean squares go on to divide by the dense count."""
     entry = ZOO[name]
@@ -193,32 +179,6 @@ def test_fused_norms_keep_the_dense_count(norm: nn.Module) -> None:
         assert error(expected, model(x)) > 100 * TOLERANCE
 
 
-def test_included_groups_are_restored() -> None:
-    entry = ZOO["llama_gqa"]
-    model, batches = entry.build(), [entry.inputs(8, 16, seed) for seed in range(4)]
-    errors = []
-    with one_capture():
-        for restore in (None, "least-squares"):
-            result = fasp_fx.prune(
-                model,
-                (),
-                entry.example(),
-                calibration=batches,
-                include=("approximate",),
-                sparsity=0.15,
-                restore=restore,
-            )
-            with torch.no_grad():
-                dense = model(**batches[0]).logits
-                errors.append(
-                    float(
-                        (result.module(**entry.example(8, 16) | batches[0]).logits - dense).norm()
-                        / dense.norm()
-                    )
-                )
-    assert errors[1] < errors[0]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -240,37 +200,29 @@ def test_a_model_without_heads_says_so() -> None:
         )
 
 
-class Normed(nn.Module):
-    """A norm by mean squares, with the eps that torch takes where none is given."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.up, self.norm, self.down = nn.Linear(8, 32), nn.RMSNorm(32, eps=None), nn.Linear(32, 4)
-        randomise(self, std=1e-3)  # so small that an eps shows
-        self.to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.norm(self.up(x)))
+def _normed(dtype: torch.dtype) -> nn.Module:
+    """A norm by mean squares, with the eps that torch takes where none is given, and values so small that it
+    shows.
+    """
+    layers = (nn.Linear(8, 32), nn.RMSNorm(32, eps=None), nn.Linear(32, 4))
+    return randomise(nn.Sequential(*layers), std=1e-3).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_eps_that_is_not_given_is_that_of_the_type_that_is_computed_in(dtype: torch.dtype) -> None:
-    model, x = Normed(dtype).eval(), torch.randn(64, 8).to(dtype)
+    model, x = _normed(dtype), torch.randn(64, 8).to(dtype)
     result = fasp_fx.prune(
-        model, (x,), include=("approximate",), sparsity={"down.weight": 0.5}, score="random", restore=None
+        model, (x,), include=("approximate",), sparsity={"2.weight": 0.5}, score="random", restore=None
     )
-    masked = copy.deepcopy(model)
-    with torch.no_grad():
-        for part in (part for group in result.plan.groups for part in group.producers):
-            masked.get_parameter(part.name).index_fill_(part.dim, torch.tensor(part.removed), 0)
+    masked = zeroed(model, result.plan, producers=True)
     assert error(result.module(x).float(), masked(x).float()) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def test_the_dense_count_is_kept_once() -> None:
-    model, x = Normed(torch.float32).eval(), torch.randn(4, 8)
+    model, x = _normed(torch.float32), torch.randn(4, 8)
     options = {
         "include": ("approximate",),
-        "sparsity": {"down.weight": 0.5},
+        "sparsity": {"2.weight": 0.5},
         "score": "random",
         "restore": None,
     }
@@ -278,9 +230,9 @@ def test_the_dense_count_is_kept_once() -> None:
     counted = fasp_fx.passes.KeepDenseCount(plan)(torch.export.export(model, (x,)))
     with pytest.raises(fasp_fx.VerificationError, match="already"):
         fasp_fx.passes.Prune(plan)(counted)
-    other = Normed(torch.float32).eval()
+    other = _normed(torch.float32)
     with torch.no_grad():
-        other.up.weight.mul_(2)
+        other.get_parameter("0.weight").mul_(2)
     with pytest.raises(Exception, match="KeepDenseCount") as told:
         PassManager([fasp_fx.passes.KeepDenseCount(plan)])(
             torch.export.export(other, (x,)).module(check_guards=False)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from deciding import decide
+from fasp_fx.config import PruningConfig
+from models import block, made, parameter, wide
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fasp_fx
+from fasp_fx.calibration._visit import decided
+from fasp_fx.pruning.check import restricted
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -17,19 +24,14 @@ def data(width: int, count: int = 8, rows: int = 64) -> list[Tensor]:
     return [torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) for seed in range(count)]
 
 
-class Constants(nn.Module):
+def _constants(bias: bool = True) -> Any:
     """A hidden layer of which every second neuron is the same, and not zero, whatever comes in."""
-
-    def __init__(self, bias: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 4, bias=bias)
-        with torch.no_grad():
-            self.up.weight[::2] = 0
-            self.up.bias[::2] = torch.rand(6) + 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x).relu())
+    torch.manual_seed(0)
+    model: Any = wide(block, hidden=12, down=nn.Linear(12, 4, bias=bias))
+    with torch.no_grad():
+        model.up.weight[::2] = 0
+        model.up.bias[::2] = torch.rand(6) + 1
+    return model
 
 
 def outputs_off(result: Any, model: nn.Module, x: Tensor) -> float:
@@ -41,7 +43,7 @@ def outputs_off(result: Any, model: nn.Module, x: Tensor) -> float:
 def test_what_is_constant_goes_at_no_cost_where_there_is_a_bias() -> None:
     batches = data(6)
     for quality in ("balanced", "best"):
-        model = Constants().eval()
+        model = _constants()
         result = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.33, quality=quality)  # type: ignore[arg-type]
         assert len(result.plan.groups[0].consumers[0].removed) == 4
         assert set(result.plan.groups[0].consumers[0].removed) <= set(range(0, 12, 2))
@@ -49,91 +51,77 @@ def test_what_is_constant_goes_at_no_cost_where_there_is_a_bias() -> None:
 
 
 def test_without_a_bias_something_is_lost() -> None:
-    model, batches = Constants(bias=False).eval(), data(6)
+    model, batches = _constants(bias=False), data(6)
     result = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.5)
     assert outputs_off(result, model, torch.randn(50, 6)) > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["conv", "grouped", "addmm"])
-def test_every_operator_that_adds_a_bias(kind: str) -> None:
+def _convolved(groups: int) -> nn.Module:
+    down = nn.Conv1d(8, 4, 3, padding=1, groups=groups)
+    return made(lambda self, x: self.down(torch.sigmoid(self.up(x))), up=nn.Conv1d(3, 8, 1), down=down)
+
+
+def _multiplied() -> nn.Module:
+    return made(
+        lambda self, x: torch.addmm(self.bias, torch.sigmoid(self.up(x)), self.weight),
+        up=nn.Linear(3, 8),
+        weight=parameter(8, 4),
+        bias=parameter(4),
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "groups"),
+    [(lambda: _convolved(1), 1), (lambda: _convolved(2), 2), (_multiplied, 1)],
+    ids=["conv", "grouped", "addmm"],
+)
+def test_every_operator_that_adds_a_bias(make: Callable[[], nn.Module], groups: int) -> None:
     """The output of the repaired consumer is as near to the dense one's as a least-squares solve
     brings it.
     """
-
-    class Conv(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            groups = 2 if kind == "grouped" else 1
-            self.up, self.down = nn.Conv1d(3, 8, 1), nn.Conv1d(8, 4, 3, padding=1, groups=groups)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.down(torch.sigmoid(self.up(x)))
-
-    class Addmm(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.up = nn.Linear(3, 8)
-            self.weight, self.bias = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.addmm(self.bias, torch.sigmoid(self.up(x)), self.weight)
-
-    model = (Addmm() if kind == "addmm" else Conv()).eval()
-    x = torch.randn(2000, 3) if kind == "addmm" else torch.randn(400, 3, 10)
-    found = fasp_fx.prune(model, (x[:4],), calibration=list(x.chunk(8)), sparsity=0.3)
+    torch.manual_seed(0)
+    model = make()
+    convolves = hasattr(model, "down")
+    x = torch.randn(400, 3, 10) if convolves else torch.randn(2000, 3)
+    found = fasp_fx.prune(model, (x[:4],), calibration=list(x.chunk(8)), sparsity=0.3).module
+    up = [found.get_parameter(f"up.{name}") for name in ("weight", "bias")]
     with torch.no_grad():
-        hidden = torch.sigmoid(
-            (nn.functional.linear if kind == "addmm" else nn.functional.conv1d)(
-                x, *(found.module.get_parameter(f"up.{name}") for name in ("weight", "bias"))
-            )
+        hidden = torch.sigmoid(F.conv1d(x, *up) if convolves else F.linear(x, *up))
+        seen = F.unfold(hidden[:, :, None], (1, 3), padding=(0, 1)) if convolves else hidden
+        parts = (  # [positions, columns] of each group
+            part.movedim(1, -1).flatten(0, -2).double().chunk(groups, -1)
+            for part in (seen, model(x), found(x))
         )
-        if kind != "addmm":
-            # [positions, columns].
-            hidden = (
-                nn.functional.unfold(hidden[:, :, None], (1, 3), padding=(0, 1)).movedim(1, -1).flatten(0, 1)
-            )
-        dense, pruned = (
-            module(x) if kind == "addmm" else module(x).movedim(1, -1).flatten(0, 1)
-            for module in (model, found.module)
+    assert seen.shape[1] < (24 if convolves else 8)
+    for own, target, got in zip(*parts, strict=True):
+        beside, off = torch.cat([own, own.new_ones(len(own), 1)], 1), (got - target).norm()
+        least, without = (
+            (basis @ torch.linalg.lstsq(basis, target).solution - target).norm() for basis in (beside, own)
         )
-        assert hidden.shape[1] < (8 if kind == "addmm" else 24)
-        groups = 2 if kind == "grouped" else 1
-        for own, target, got in zip(
-            *(tensor.double().chunk(groups, -1) for tensor in (hidden, dense, pruned)), strict=True
-        ):
-            beside = torch.cat([own, own.new_ones(len(own), 1)], 1)
-            least, without = (
-                (basis @ torch.linalg.lstsq(basis, target).solution - target).norm()
-                for basis in (beside, own)
-            )
-            assert (got - target).norm() < 1.05 * least + 1e-3 * target.norm()
-            assert kind != "conv" or (got - target).norm() < without, (
-                "the bias brings nothing that can be seen"
-            )
+        assert off < 1.05 * least + 1e-3 * target.norm()
+        if convolves and groups == 1:
+            assert off < without, "the bias brings nothing that can be seen"
 
 
-class Shared(nn.Module):
+def _shared() -> nn.Module:
     """Two consumers that add one bias, and one that scales its own."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.middle = nn.Linear(6, 12), nn.Linear(6, 12)
-        self.first, self.second = nn.Parameter(torch.randn(6, 12)), nn.Parameter(torch.randn(6, 12))
-        self.third = nn.Parameter(torch.randn(12, 6))
-        self.both, self.scaled = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
-        self.last = nn.Linear(6, 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x + nn.functional.linear(torch.sigmoid(self.up(x)), self.first, self.both)
-        h = h + nn.functional.linear(torch.sigmoid(self.middle(h)), self.second, self.both)
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = x + F.linear(torch.sigmoid(self.up(x)), self.first, self.both)
+        h = h + F.linear(torch.sigmoid(self.middle(h)), self.second, self.both)
         return torch.addmm(self.scaled, torch.sigmoid(self.last(h)), self.third, beta=0.5)
+
+    torch.manual_seed(0)
+    shapes = {"first": (6, 12), "second": (6, 12), "third": (12, 6), "both": (6,), "scaled": (6,)}
+    return made(
+        forward,
+        **{name: nn.Linear(6, 12) for name in ("up", "middle", "last")},
+        **{name: parameter(*shape) for name, shape in shapes.items()},
+    )
 
 
 def test_a_bias_that_is_read_elsewhere_or_scaled_stays_as_it_is() -> None:
-    model, batches = Shared().eval(), data(6)
+    model, batches = _shared(), data(6)
     result = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.4)
     assert {group.consumers[0].name for group in result.plan.groups} == {"first", "second", "third"}
     for name in ("both", "scaled"):
@@ -141,20 +129,15 @@ def test_a_bias_that_is_read_elsewhere_or_scaled_stays_as_it_is() -> None:
 
 
 def test_without_restoration_biases_stay_as_they_are() -> None:
-    model, batches = Constants().eval(), data(6)
+    model, batches = _constants(), data(6)
     result = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.5, restore=None)
     assert torch.equal(result.module.get_parameter("down.bias"), model.down.bias)
 
 
 def test_a_group_that_stays_whole_after_all_keeps_its_bias() -> None:
-    from deciding import decide
-    from fasp_fx.config import PruningConfig
-
-    from fasp_fx.calibration._visit import decided
-    from fasp_fx.pruning.check import restricted
 
     batches = data(6)
-    program = fasp_fx.capture(Constants().eval(), (batches[0],)).program
+    program = fasp_fx.capture(_constants(), (batches[0],)).program
     config = PruningConfig(sparsity=0.5)
     analysis, decision = decide(program, config, batches)
     assert decision.weights.keys() == {"down.weight", "down.bias"}

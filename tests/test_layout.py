@@ -362,17 +362,6 @@ def test_mixing_of_positions(
         assert_mask_exact(model, result, lambda called: called(unseen))
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_rows_dealt_out_in_turn_lose_the_same_places(seed: int) -> None:
-    """Other places in each row would leave them in another order than the columns that read them."""
-    torch.manual_seed(seed)
-    model, x = build(CASES["shuffled"]), torch.randn(4, 6)
-    result = fasp_fx.prune(model, (x,), sparsity=0.4, score="random", restore=None)
-    for part in result.plan.groups[0].producers:
-        assert part.removed == tuple(sorted({index % 4 + row for index in part.removed for row in (0, 4)}))
-    assert_mask_exact(model, result, lambda module: module(x))
-
-
 def parted(function: Callable[[Tensor], Tensor], more: int = 0) -> nn.Module:
     """Twelve channels, of which two go another way than the rest."""
 

@@ -37,7 +37,7 @@ def image(argument: str, name: str) -> nn.Module:
 @pytest.mark.parametrize("names", [("x", "x"), ("weight", "weight"), ("x", "conv2d"), ("x", "self")], ids=str)
 def test_an_argument_or_node_called_like_a_parameter(names: tuple[str, str]) -> None:
     model = image(*names)
-    check_program(model, (IMAGE,), invariants=("mask-exact", "nothing", "signature", "steps"))
+    check_program(model, (IMAGE,), invariants=("mask-exact", "signature"))
     if "self" not in names:  # torch itself cannot run an exported program with such a parameter
         assert fasp_fx.analyze(torch.export.export(model, (IMAGE,))).select("prunable")
 
@@ -98,7 +98,7 @@ def test_parts_of_a_split_weight_take_names_that_are_free(name: str) -> None:
     names = {own for own, _ in model.named_modules()} | model.state_dict().keys()
     assert plan.splits
     assert not names & {part.name for part in plan.splits}
-    check_program(model, (x,), invariants=("mask-exact", "plan", "steps"), sparsity=0.1)
+    check_program(model, (x,), invariants=("mask-exact",), sparsity=0.1)
 
 
 @pytest.mark.parametrize("name", ["graph", "code", "meta", "_graph", "range_constraints"])

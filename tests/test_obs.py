@@ -9,14 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fasp_fx.losses import Outputs
 from fasp_fx.obs import OBS, Elimination, greedy
 from fasp_fx.scoring import Columns, GroupColumns
+from fasp_fx.statistics import InputGradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import made, parameter
 from torch import Tensor, nn
 
 import fasp_fx
+from fasp_fx.calibration._consumers import Consumers
+from fasp_fx.calibration._gradients import observe_batches
+from fasp_fx.calibration._marks import Marks
 from fasp_fx.calibration._order import _column_costs
+from fasp_fx.calibration._pieces import whole_batches
+from fasp_fx.calibration._ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -147,21 +155,13 @@ def test_what_is_not_finite_is_named() -> None:
         Elimination(columns, 0, torch.eye(3), DAMPING)
 
 
-class Mixed(nn.Module):
+def _mixed() -> nn.Module:
     """A value that two consumers read, beside a residual path."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.left, self.right, self.head = (
-            nn.Linear(6, 10),
-            nn.Linear(10, 6),
-            nn.Linear(10, 6),
-            nn.Linear(6, 4),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.relu(self.up(x))
-        return self.head(x + torch.tanh(self.left(h)) * self.right(h))
+    sizes = {"up": (6, 10), "left": (10, 6), "right": (10, 6), "head": (6, 4)}
+    return made(
+        lambda self, x: self.head(x + torch.tanh(self.left(h := torch.relu(self.up(x)))) * self.right(h)),
+        **{name: nn.Linear(*size) for name, size in sizes.items()},
+    )
 
 
 def squares(outputs: Any, inputs: Any) -> Tensor:
@@ -170,8 +170,6 @@ def squares(outputs: Any, inputs: Any) -> Tensor:
 
 
 def test_what_is_drawn_for_outputs_has_nothing_in_common() -> None:
-    from fasp_fx.losses import Outputs
-
     def drawn(seed: int, first: int, rows: int = 4, said: int = 4) -> list[Tensor]:
         loss, ones = Outputs(seed), torch.ones(rows, 500)
         loss.settle([ones, ones])
@@ -198,16 +196,8 @@ def test_what_is_drawn_for_outputs_has_nothing_in_common() -> None:
 
 
 def test_gradients_are_those_at_each_consumer_alone() -> None:
-    from fasp_fx.statistics import InputGradients
-
-    from fasp_fx.calibration._consumers import Consumers
-    from fasp_fx.calibration._gradients import observe_batches
-    from fasp_fx.calibration._marks import Marks
-    from fasp_fx.calibration._pieces import whole_batches
-    from fasp_fx.calibration._ranks import Ranks
-
     torch.manual_seed(0)
-    model = Mixed().eval()
+    model = _mixed()
     batches = [torch.randn(5, 3, 6) for _ in range(2)]
     analysis = fasp_fx.analyze(model, (batches[0],))
     consumers = Consumers(analysis, repaired=False)
@@ -255,7 +245,7 @@ def test_gradients_are_those_at_each_consumer_alone() -> None:
 
 
 def test_no_gradient_of_a_weight_is_taken() -> None:
-    model = Mixed().eval()
+    model = _mixed()
     fasp_fx.prune(
         model,
         (torch.randn(5, 6),),
@@ -290,19 +280,14 @@ def test_predicted_losses_come_true_where_the_loss_is_quadratic() -> None:
 
 def test_columns_that_name_a_channel_twice() -> None:
     """A weight contracted with one activation along two dimensions: column (i, i) goes with channel i."""
-
-    class Squared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Linear(5, 8), nn.Linear(4, 3)
-            self.form = nn.Parameter(torch.randn(8, 8, 4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.up(x).tanh()
-            return self.down(torch.einsum("bi,bj,ijk->bk", h, h, self.form))
-
     torch.manual_seed(0)
-    model, data = Squared().eval(), [torch.randn(64, 5) for _ in range(2)]
+    model = made(
+        lambda self, x: self.down(torch.einsum("bi,bj,ijk->bk", h := self.up(x).tanh(), h, self.form)),
+        up=nn.Linear(5, 8),
+        down=nn.Linear(4, 3),
+        form=parameter(8, 8, 4),
+    )
+    data = [torch.randn(64, 5) for _ in range(2)]
     result = fasp_fx.prune(model, (data[0],), calibration=data, sparsity=0.3)
     (group,) = (group for group in result.plan.groups if group.size == 8)
     costs = fasp_fx.measure(model, (data[0],), calibration=data)

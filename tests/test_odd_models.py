@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from models import block, made, parameter, stack, wide
-from oracle import masked, zeroed
+from oracle import masked, removed_columns, zeroed
 from refusal import BATCH, Vectors, X
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -75,16 +75,6 @@ def _prune(
         )
 
 
-def _columns(plan: Any) -> dict[str, set[int]]:
-    """The columns that each module's weight loses; a parametrised weight is that of its module."""
-    found: dict[str, set[int]] = {}
-    for part in (part for group in plan.groups for part in group.consumers):
-        owner, parametrised, _ = part.name.partition(".parametrizations.")
-        module = owner if parametrised else part.name.rpartition(".")[0]
-        found.setdefault(f"{module}.weight", set()).update(part.removed)
-    return found
-
-
 def _leaves(output: Any) -> list[Any]:
     return [
         torch.view_as_real(leaf) if isinstance(leaf, Tensor) and leaf.is_complex() else leaf
@@ -109,16 +99,18 @@ def _differ(found: Any, dense: Any) -> bool:
 
 
 def _exact(
-    model: nn.Module, *calls: tuple[Any, ...], args: tuple[Any, ...] = (X,), calibration: Any = None
+    model: nn.Module, *calls: tuple[Any, ...], args: tuple[Any, ...] | None = None, **options: Any
 ) -> fasp_fx.Result:
-    """Prune and compare several calls in a row: outputs, effects on the arguments, and buffers."""
-    result = _prune(model, args, calibration)
-    columns = _columns(result.plan)
-    assert any(columns.values())
-    dense, reference = copy.deepcopy(model), copy.deepcopy(model)
+    """Prune and compare several calls in a row with the dense model whose consumers' removed columns are
+    zero: outputs, effects on the arguments, and buffers.
+    """
+    calls = calls or (args or (X,),)
+    result = _prune(model, args or calls[0], **options)
+    assert result.plan.groups
+    dense, reference = copy.deepcopy(model), zeroed(model, result.plan)
     differs = False
-    with torch.no_grad(), masked(reference, columns):
-        for call in calls or (args,):
+    with torch.no_grad():
+        for call in calls:
             mine, theirs = copy.deepcopy(call), copy.deepcopy(call)
             expected = reference(*theirs)
             _assert_same(result.module(*mine), expected)
@@ -298,9 +290,6 @@ ODD: dict[str, Odd] = {
             lambda m: m.register_state_dict_post_hook(lambda *given: None),
         )
     ),
-    "weight norm of columns": Odd(
-        lambda: _with(Vectors(), lambda m: parametrizations.weight_norm(m.down, dim=1)), reason="aten."
-    ),
     "orthogonal": Odd(lambda: _with(Vectors(), lambda m: parametrizations.orthogonal(m.up)), reason="aten."),
     "weights masked in a hook": Odd(
         lambda: _run(_with(Vectors(), lambda m: prune.random_unstructured(m.up, "weight", 0.3))),
@@ -438,11 +427,6 @@ def _filter(weight: Tensor) -> nn.Module:
 IN_PARTS: dict[str, Callable[[], nn.Module]] = {
     "coo": lambda: _filter(torch.eye(6).to_sparse()),
     "csr": lambda: _filter(torch.eye(6).to_sparse_csr()),
-    "quantised module": lambda: stack(
-        Vectors(),
-        nn.ReLU(),
-        torch.ao.quantization.quantize_dynamic(Vectors(), {nn.Linear}, dtype=torch.qint8),
-    ),
     "quantised buffer": lambda: wide(
         lambda self, x: block(self, x) @ self.table.dequantize(),
         table=torch.quantize_per_tensor(torch.eye(6), 0.1, 0, torch.qint8),
@@ -455,7 +439,7 @@ def test_weights_that_are_no_plain_tensors_are_left_whole(name: str) -> None:
     model = IN_PARTS[name]()
     with contextlib.suppress(fasp_fx.CaptureError):
         result = _prune(model)
-        with torch.no_grad(), masked(model, _columns(result.plan)):
+        with torch.no_grad(), masked(model, removed_columns(result.plan, model)):
             _assert_same(result.module(X), model(X))
 
 
@@ -530,7 +514,7 @@ def test_forward_of_the_instance() -> None:
     model = Vectors().eval()
     model.forward = lambda x: 3 * Vectors.forward(model, x)
     result = _prune(model)
-    with torch.no_grad(), masked(model, _columns(result.plan)):
+    with torch.no_grad(), masked(model, removed_columns(result.plan, model)):
         _assert_same(result.module(X), model(X))
 
 
@@ -628,18 +612,6 @@ def test_a_dtype_that_the_program_asserts_is_asked_for(make: Callable[[Tensor], 
 
 
 # --- weights that no module multiplies, and parts of a dimension
-
-
-def _zeroed(model: nn.Module, *calls: tuple[Any, ...], **options: Any) -> fasp_fx.Result:
-    """Prune and compare with the dense model whose consumers' removed columns are zero."""
-    result = _prune(model, calls[0], **options)
-    assert result.plan.groups
-    reference = zeroed(model, result.plan)
-    with torch.no_grad():
-        for call in calls:
-            _assert_same(result.module(*call), reference(*call))
-        assert any(_differ(reference(*call), model(*call)) for call in calls)
-    return result
 
 
 def _splines(*widths: int, points: int = 5) -> nn.Module:
@@ -795,7 +767,7 @@ WEIGHTS: dict[str, Cut] = {
 def test_weights_that_no_module_multiplies(name: str) -> None:
     make, calls, names, options = WEIGHTS[name]
     model, given = make(), [(torch.randn(*shape),) for shape in calls]
-    result = _zeroed(model, *given, **options)
+    result = _exact(model, *given, **options)
     parts = [part for group in result.plan.groups for part in (*group.producers, *group.consumers)]
     assert {part.name for part in parts} >= names
     if name.startswith("heads"):  # one channel is left of each
@@ -824,7 +796,7 @@ def test_a_part_of_which_one_channel_or_none_is_left(by: str, left: int) -> None
     model = wide(forward)
     with torch.no_grad():
         model.down.weight[:, left:3] *= 0.2
-    result = _zeroed(model, (X,), (torch.randn(7, 6),), score="magnitude", sparsity=(3 - left) / 24)
+    result = _exact(model, (X,), (torch.randn(7, 6),), score="magnitude", sparsity=(3 - left) / 24)
     assert [part.removed for group in result.plan.groups for part in group.consumers] == [
         tuple(range(left, 3))
     ]
@@ -834,8 +806,36 @@ def test_a_part_of_which_one_channel_or_none_is_left(by: str, left: int) -> None
 def test_a_depthwise_convolution_with_several_outputs_for_each_channel(again: bool) -> None:
     after = [nn.Conv1d(18, 6, 1, groups=6), nn.Conv1d(6, 2, 1)] if again else [nn.Conv1d(18, 2, 1)]
     model = stack(nn.Conv1d(4, 6, 1), nn.Conv1d(6, 18, 3, padding=1, groups=6), nn.ReLU(), *after)
-    result = _zeroed(model, (torch.randn(2, 4, 8),), (torch.randn(3, 4, 8),))
+    result = _exact(model, (torch.randn(2, 4, 8),), (torch.randn(3, 4, 8),))
     removed = {part.name: part.removed for group in result.plan.groups for part in group.producers}
     assert removed["1.weight"] == tuple(
         3 * channel + output for channel in removed["0.weight"] for output in range(3)
     )
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize(
+    "sparse",
+    [
+        lambda model, out: model.edges,
+        lambda model, out: out.to_sparse(),
+        lambda model, out: out.to_sparse_csr(),
+    ],
+    ids=["buffer", "coo", "csr"],
+)
+def test_sparse_outputs(sparse: Callable[[Any, Tensor], Tensor]) -> None:
+    """A buffer, or the output, which no exporter takes."""
+    torch.manual_seed(0)
+    edges = torch.eye(3).to_sparse()
+    model = made(lambda self, x: ((out := self.block(x)), sparse(self, out)), block=Vectors(), edges=edges)
+    result: Any = fasp_fx.prune(model, (X,), score="random", restore=None, sparsity=0.3)
+    with torch.no_grad():
+        found, expected = result.module(X), zeroed(model, result.plan)(X)
+    assert found[1].layout == expected[1].layout != torch.strided
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.to_dense(), b.to_dense())
+
+
+def test_a_sparse_output_with_no_dense_part_before_it_is_refused_in_words() -> None:
+    with pytest.raises(fasp_fx.CaptureError, match=r"_to_sparse.*No submodule can be pruned by itself"):
+        fasp_fx.prune(wide(lambda self, x: block(self, x).to_sparse()), (X,), score="magnitude", restore=None)

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from elsewhere_runs import CASES
+from models import block, wide
 from tiny_llama import make_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
@@ -40,23 +41,20 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 BATCHES = [torch.arange(64).reshape(2, 32) * step % 97 for step in (3, 5, 7)]
 
 
-class Model(nn.Module):
+def _model() -> Any:
     """Wide enough for its weights to be kept in files, two of them one, and a buffer that calls
     write into.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.up, self.down = nn.Embedding(97, 256), nn.Linear(256, 640), nn.Linear(640, 256)
-        self.head = nn.Linear(256, 97, bias=False)
-        self.head.weight = self.table.weight
-        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
-
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self: Any, tokens: Tensor) -> Tensor:
         self.calls += 1
-        hidden: Tensor = self.table(tokens)
-        return self.head(hidden + self.down(torch.relu(self.up(hidden))))
+        hidden = self.table(tokens)
+        return self.head(hidden + block(self, hidden))
+
+    torch.manual_seed(0)
+    table, head = nn.Embedding(97, 256), nn.Linear(256, 97, bias=False)
+    head.weight = table.weight
+    return wide(forward, 256, 640, table=table, head=head, calls=torch.zeros((), dtype=torch.long))
 
 
 def _prune(model: nn.Module) -> fasp_fx.Result:
@@ -65,10 +63,10 @@ def _prune(model: nn.Module) -> fasp_fx.Result:
 
 @pytest.mark.parametrize("smallest", [SMALLEST, 1])
 def test_the_result_is_that_of_memory(tmp_path: Path, smallest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = _prune(Model().eval())
+    expected = _prune(_model())
     monkeypatch.setattr("fasp_fx.base._scratch.SMALLEST", smallest)
     with offload(tmp_path, resident=1) as scratch:  # so that everything is released again and again
-        model = Model().eval()
+        model = _model()
         keep_weights(model, scratch)
         assert model.head.weight is model.table.weight
         found = _prune(model)
@@ -119,31 +117,25 @@ def _views() -> dict[str, Any]:
 
 
 def test_values_are_kept_as_they_lie(tmp_path: Path) -> None:
-    values = _views()
-    with offload(tmp_path) as scratch:
-        found = keep_values(values)
+    values, held = _views(), torch.zeros(SMALLEST)
+    values |= {"held": held[3:], "recorded": torch.zeros(SMALLEST, requires_grad=True)}
+    with offload(tmp_path / "made" / "deep") as scratch:
+        assert current() is scratch
+        found = keep_values(values, addresses([held]))
         again = keep_values(found)
+    assert not list(tmp_path.iterdir()), "what was made goes when it is empty"
     assert all(again[name] is found[name] for name in ("view", "whole", "small")), "once is enough"
     for name in ("view", "whole", "expanded", "halves"):
         assert torch.equal(found[name], values[name])
         assert found[name].stride() == values[name].stride()
         assert scratch._lies_within(found[name].untyped_storage())
-    assert found["small"] is values["small"]
+    assert all(found[name] is values[name] for name in ("small", "held", "recorded"))
     assert found["list"][1] == 3
     found["whole"].fill_(-7)
     assert bool((found["view"] == -7).all() and (found["list"][0] == -7).all()), "they share memory again"
     assert not bool((values["whole"] == -7).any())
-
-
-def test_values_that_stay(tmp_path: Path) -> None:
-    held, recorded = torch.zeros(SMALLEST), torch.zeros(SMALLEST, requires_grad=True)
-    values = {"held": held[3:], "recorded": recorded, "made": torch.zeros(SMALLEST)}
-    with offload(tmp_path):
-        found = keep_values(values, addresses([held]))
-    assert found["held"] is values["held"]
-    assert found["recorded"] is recorded
-    assert found["made"] is not values["made"]
-    assert keep_values(values)["made"] is values["made"], "outside nothing is kept"
+    assert current() is None
+    assert keep_values(values)["whole"] is keep(values["whole"]) is values["whole"], "outside nothing is kept"
 
 
 @torch.no_grad()
@@ -193,22 +185,21 @@ def test_a_tensor_is_kept_once_and_a_view_of_one_anew(tmp_path: Path) -> None:
 
 
 def test_zeros_are_in_files_and_of_their_own(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
     with offload(tmp_path) as scratch:
-        made = [zeros((300, 300), torch.float64, torch.device("cpu")) for _ in range(2)]
+        first, second = (zeros((300, 300), torch.float64, cpu) for _ in range(2))
         assert len(scratch) == 1
-        assert not any(bool(one.any()) for one in made)
-        made[0].fill_(7.0)
-        assert not bool(made[1].any())
-        del made
-        assert not bool(zeros((300, 300), torch.float32, torch.device("cpu")).any())
-        assert zeros((3,), torch.float32, torch.device("cpu")).tolist() == [0.0] * 3
+        first.fill_(7.0)
+        assert not bool(second.any())
+        del first, second
+        assert not bool(zeros((300, 300), torch.float32, cpu).any())
         assert zeros((3,), torch.float32, torch.device("meta")).is_meta
-    assert zeros((3,), torch.float64, torch.device("cpu")).dtype == torch.float64
+    assert zeros((3,), torch.float64, cpu).tolist() == [0.0] * 3
 
 
 def test_a_model_stays_what_it_is(tmp_path: Path) -> None:
     """Optimisers, views of buffers and weights that share memory go on."""
-    model = Model()
+    model = _model()
     model.register_buffer("trace", torch.zeros(SMALLEST))
     model.register_buffer("part", model.trace[:8])
     model.up.weight.grad = torch.ones_like(model.up.weight)
@@ -230,41 +221,6 @@ def test_a_model_stays_what_it_is(tmp_path: Path) -> None:
         keep_weights(model, None)  # type: ignore[arg-type]
 
 
-def test_folders_that_were_made_go_when_they_are_empty(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    with offload(tmp_path / "mine" / "deep" / "scratch"):
-        assert (tmp_path / "mine" / "deep" / "scratch").is_dir()
-    assert not list((tmp_path / "mine").iterdir())
-
-
-def test_several_threads_keep_weights(tmp_path: Path) -> None:
-    scratch, interval = Scratch(tmp_path), sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            kept = list(
-                pool.map(lambda number: scratch.keep(torch.full((SMALLEST // 4,), float(number))), range(400))
-            )
-    finally:
-        sys.setswitchinterval(interval)
-    assert all(bool((tensor == number).all()) for number, tensor in enumerate(kept))
-
-
-@pytest.mark.parametrize("folder", [5, b"x", "", "a\0b"], ids=repr)
-def test_a_folder_that_is_none(folder: object) -> None:
-    with pytest.raises(ArgumentError, match="is no path"), offload(folder):  # type: ignore[arg-type]
-        raise AssertionError("not entered")
-
-
-def test_nothing_is_kept_outside(tmp_path: Path) -> None:
-    tensor = torch.ones(SMALLEST)
-    with offload(tmp_path) as scratch:
-        assert current() is scratch
-        assert keep(tensor) is not tensor
-    assert current() is None
-    assert keep(tensor) is tensor
-
-
 def test_little_is_in_memory(tmp_path: Path) -> None:
     """Several times what may be in memory is read, all of it again and again."""
     before = mapped_bytes()
@@ -273,7 +229,7 @@ def test_little_is_in_memory(tmp_path: Path) -> None:
     resident, highest = 2**26, 0
     with offload(tmp_path, resident=resident) as scratch:
         tensors = [scratch.keep(torch.full((2**22,), float(index))) for index in range(32)]
-        for tensor in tensors * 3:
+        for tensor in tensors * 2:
             tensor.sum()
             time.sleep(0.02)  # the watch looks from time to time
             highest = max(highest, (mapped_bytes() or 0) - before)
@@ -281,15 +237,17 @@ def test_little_is_in_memory(tmp_path: Path) -> None:
     assert highest < 2 * resident
 
 
-@pytest.mark.parametrize("resident", [0, -1, 1.5, True, "1GiB"])
-def test_an_amount_that_is_none(resident: object) -> None:
-    with pytest.raises(ArgumentError, match="resident="), offload(resident=resident):  # type: ignore[arg-type]
-        raise AssertionError("not entered")
-
-
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(OffloadError, match="give another folder"), offload(tmp_path / "file"):
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        *(({"folder": folder}, "is no path") for folder in (5, b"x", "", "a\0b")),
+        *(({"resident": resident}, "resident=") for resident in (0, -1, 1.5, True, "1GiB")),
+        ({"folder": __file__}, "give another folder"),
+    ],
+    ids=str,
+)
+def test_what_no_offload_can_be_of(options: dict[str, Any], says: str) -> None:
+    with pytest.raises((ArgumentError, OffloadError), match=says), offload(**options):
         raise AssertionError("not entered")
 
 
@@ -299,7 +257,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with offload(tmp_path), pytest.raises(OffloadError, match=r"bytes of weights do not fit .*No space left"):
-        _prune(Model().eval())
+        _prune(_model())
     assert not list(tmp_path.iterdir())
 
 
@@ -377,14 +335,9 @@ def test_the_dtype_is_that_of_transformers(tmp_path: Path) -> None:
     assert {torch.float32, torch.bfloat16} <= kinds
 
 
-NO_OPTIONS: dict[str, dict[str, Any]] = {
-    "int8": {"dtype": torch.int8},
-    "text": {"dtype": "bfloat16"},
-    "no scratch": {"scratch": None},
-}
-
-
-@pytest.mark.parametrize("options", NO_OPTIONS.values(), ids=list(NO_OPTIONS))
+@pytest.mark.parametrize(
+    "options", [{"dtype": torch.int8}, {"dtype": "bfloat16"}, {"scratch": None}], ids=str
+)
 def test_options_that_are_none(checkpoint: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     with offload(tmp_path) as scratch, pytest.raises(ArgumentError):
         fasp_fx.hf.load_offloaded(checkpoint, **{"scratch": scratch, **options})
@@ -427,7 +380,7 @@ def _wider(folder: Path) -> None:
         (_indexed('{"weight_map": {"x": "../elsewhere.safetensors"}}'), "files of other folders"),
         (lambda folder: (folder / "config.json").unlink(), "cannot be loaded"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
-        (_wider, "in another size|cannot be loaded"),
+        (_wider, "mismatched keys|cannot be loaded"),
     ],
     ids=[
         "missing",
@@ -459,3 +412,52 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode != 0
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process prints that knows the device."""
+    script = Path(__file__).with_name("elsewhere_runs.py")
+    done = subprocess.run(
+        [sys.executable, script, tmp_path_factory.mktemp("scratch")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return said
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_batches_on_a_device_decide_and_repair_as_on_the_cpu(found: dict[str, Any], name: str) -> None:
+    seen = found["runs"][name]
+    assert seen["plan"]
+    assert seen["differing"] == []
+    assert seen["devices"] == ["cpu"]
+    assert seen["nodes"] > 3, "they ran there"
+    assert seen["repaired"] > 0
+
+
+def test_what_a_device_does_not_serve_is_refused(found: dict[str, Any]) -> None:
+    said = found["refusals"]
+    assert said["costs"].startswith("ArgumentError: gradients are taken where the weights are")
+    assert said["memory"].startswith("OffloadError: 'elsewhere:0' has too little memory")
+    assert "tried to allocate 3.00 GiB; it takes some 0.00 GiB" in said["memory"]
+
+
+def test_batches_that_do_not_fit_the_device_are_divided(found: dict[str, Any]) -> None:
+    seen = found["divided"]
+    assert seen["refused"] == 1
+    assert seen["plan"]
+    assert seen["differing"] == []
+    assert seen["notes"] == ["memory was too short for the calibration batches, which were divided into 2"]
+
+
+def test_a_device_that_is_none(tmp_path: Path) -> None:
+    with (
+        pytest.raises(fasp_fx.errors.ArgumentError, match="'moon' cannot be used"),
+        fasp_fx.offload(tmp_path / "new", device="moon"),
+    ):
+        pass
+    assert not (tmp_path / "new").exists()

@@ -24,29 +24,32 @@ EMBEDDING = "aten.embedding.default cannot lose positions along this dimension"
 HOSTILE = "</script><img src=x onerror='window.hacked=1'><b>@@data@@&lt;\u2028"
 
 
+def _layer(number: int) -> tuple[Line, Line]:
+    """The values and the neurons of a layer."""
+    at = f"model.layers.{number}"
+    values = Line(f"{at}.attn.o.weight", "prunable", 192, 192 - 3 * (number * 7 % 40), 3, "")
+    errors = 0.01 * (number * 13 % 30), 0.001 * number, 0.02, 0.002 * number
+    neurons = Line(f"{at}.mlp.down.weight", "prunable", 1536, 1536 - 16 * (number * 11 % 50), 1, "", *errors)
+    both = (f"{at}.mlp.gate.weight", 0), (f"{at}.mlp.up.weight", 0)
+    return (
+        replace(values, producers=((f"{at}.attn.v.weight", 0),), consumers=((f"{at}.attn.o.weight", 1),)),
+        replace(neurons, producers=both, consumers=((f"{at}.mlp.down.weight", 1),)),
+    )
+
+
 def decoder(layers: int = LAYERS) -> Report:
     """The report of a Llama: two prunable groups for each layer, a stream through all of them, query and key
     rows, and the vocabulary.
     """
-    written, read, turned = [("model.embed.weight", 1)], [("model.embed.weight", 1)], []
-    own: list[Line] = []
-    for number in range(layers):
-        at = f"model.layers.{number}"
-        written += [(f"{at}.attn.o.weight", 0), (f"{at}.mlp.down.weight", 0), (f"{at}.norm.weight", 0)]
-        read += [(f"{at}.attn.{name}.weight", 1) for name in "qkv"] + [
-            (f"{at}.mlp.{name}.weight", 1) for name in ("gate", "up")
-        ]
-        turned += [(f"{at}.attn.{name}.weight", 0) for name in "qk"]
-        values = Line(f"{at}.attn.o.weight", "prunable", 192, 192 - 3 * (number * 7 % 40), 3, "")
-        errors = 0.01 * (number * 13 % 30), 0.001 * number, 0.02, 0.002 * number
-        neurons = Line(
-            f"{at}.mlp.down.weight", "prunable", 1536, 1536 - 16 * (number * 11 % 50), 1, "", *errors
-        )
-        own.append(
-            replace(values, producers=((f"{at}.attn.v.weight", 0),), consumers=((f"{at}.attn.o.weight", 1),))
-        )
-        both = (f"{at}.mlp.gate.weight", 0), (f"{at}.mlp.up.weight", 0)
-        own.append(replace(neurons, producers=both, consumers=((f"{at}.mlp.down.weight", 1),)))
+    parts = {
+        "written": ("attn.o", "mlp.down", "norm"),
+        "read": ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up"),
+        "turned": ("attn.q", "attn.k"),
+    }
+    names = {
+        role: [f"model.layers.{number}.{part}.weight" for number in range(layers) for part in own]
+        for role, own in parts.items()
+    }
     stream = Line(
         "model.embed.weight",
         "approximate",
@@ -54,33 +57,27 @@ def decoder(layers: int = LAYERS) -> Report:
         576,
         1,
         "mixed by aten.mean.dim",
-        producers=tuple(written),
-        consumers=tuple(read),
+        producers=(("model.embed.weight", 1), *((name, 0) for name in names["written"])),
+        consumers=(("model.embed.weight", 1), *((name, 1) for name in names["read"])),
     )
     words = Line(
         "model.embed.weight#2", "frozen", 49152, 49152, 1, EMBEDDING, producers=(("model.embed.weight", 0),)
     )
-    query = Line(
-        "model.layers.0.attn.q.weight",
-        "exempt",
-        32,
-        32,
-        1,
-        "contracted between two activations",
-        producers=tuple(turned),
-    )
+    turned = tuple((name, 0) for name in names["turned"])
+    why = "contracted between two activations"
+    query = Line("model.layers.0.attn.q.weight", "exempt", 32, 32, 1, why, producers=turned)
     figures = (
         Figure("milliseconds for one chunk", 81.24, 69.06, 1),
         Figure("perplexity on chunks 4 to 6 of wiki.txt", 17.5, 22.871, 3),
     )
-    seconds = {"capture": 6.25, "calibration": 48.3}
+    own = [line for number in range(layers) for line in _layer(number)]
     return Report(
         0.2001,
         0.2,
         (134_515_008, 113_281_344),
         (269_030_016, 226_562_688),
         (stream, *own, words, query),
-        seconds,
+        {"capture": 6.25, "calibration": 48.3},
         ("a note",),
         figures,
         {"my.op": 3},
@@ -175,26 +172,6 @@ def test_a_bias_goes_with_its_weight_and_circles_are_drawn() -> None:
     places = [(item.x, item.y) for item in (*layer.nodes, *layer.hubs)]
     # Nothing lies on anything.
     assert all(a[0] != b[0] or abs(a[1] - b[1]) >= 1 for i, a in enumerate(places) for b in places[:i])
-
-
-def test_equal_experts_share_a_place() -> None:
-    lines = tuple(
-        Line(
-            f"h.0.e.{n}.down.weight",
-            "prunable",
-            8,
-            8 - n,
-            1,
-            "",
-            producers=((f"h.0.e.{n}.up.weight", 0),),
-            consumers=((f"h.0.e.{n}.down.weight", 1),),
-        )
-        for n in range(5)
-    )
-    (layer,) = lay_out(lines).rows[0].layers
-    assert [hub.groups for hub in layer.hubs] == [[0, 1, 2, 3, 4]]
-    assert [node.label for node in layer.nodes] == ["e.*.up", "e.*.down"]
-    assert sorted(layer.nodes[0].parameters) == [f"h.0.e.{n}.up.weight" for n in range(5)]
 
 
 def test_layers_are_alike_only_if_all_about_them_is() -> None:
@@ -341,93 +318,77 @@ def test_layers_open_one_by_one(show: Open) -> None:
     )
     for name in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down", "norm"):
         assert any(f"model.layers.7.{name}.weight" in label for label in labels)
-    tab.click("text=show as one")
-    assert tab.locator(".row").count() == 2
-    tab.click("#open-all")
-    assert tab.locator(".is-opened").count() == LAYERS
-    tab.click("#close-all")
-    assert tab.locator(".row").count() == 2
+    for button, kind, count in (("text=show as one", "row", 2), ("#open-all", "is-opened", LAYERS)):
+        tab.click(button)
+        assert tab.locator(f".{kind}").count() == count
 
 
 def test_reasons_show_on_hover_and_focus(show: Open) -> None:
     tab = show(decoder())
-    tip = tab.locator("#tip")
-    frozen = tab.locator(".hub.st-frozen")
+    tip, frozen = tab.locator("#tip"), tab.locator(".hub.st-frozen")
     frozen.hover()
     assert EMBEDDING in tip.inner_text()
     tab.mouse.move(0, 0)
     assert tip.is_hidden()
-    frozen.focus()
-    assert EMBEDDING in tip.inner_text()
-    assert frozen.get_attribute("aria-describedby") == "tip"
-    tab.keyboard.press("Escape")
-    assert tip.is_hidden()
-    tab.locator(".node", has_text="attn.q").focus()
-    assert "contracted between two activations" in tip.inner_text()
-    tab.locator(".chip.st-approximate").focus()
-    assert "mixed by aten.mean.dim" in tip.inner_text()
-    tab.locator(".hub", has_text="1536").focus()
-    assert "on tokens held out: cut 2.00e-2, restored 5.80e-2" in tip.inner_text()
+    for place, said in (
+        (frozen, EMBEDDING),
+        (tab.locator(".node", has_text="attn.q"), "contracted between two activations"),
+        (tab.locator(".chip.st-approximate"), "mixed by aten.mean.dim"),
+        (tab.locator(".hub", has_text="1536"), "on tokens held out: cut 2.00e-2, restored 5.80e-2"),
+    ):
+        place.focus()
+        assert said in tip.inner_text()
+        tab.keyboard.press("Escape")
+        assert tip.is_hidden()
     assert frozen.locator(".cross").count() == 1  # a shape of its own beside the colour
 
 
-def test_the_table_sorts(show: Open) -> None:
+def test_the_table_sorts_and_filters(show: Open) -> None:
     report = decoder()
-    tab = show(report)
-    assert _order(tab) == list(range(len(report.lines)))
+    tab, lines = show(report), report.lines
+    assert _order(tab) == list(range(len(lines)))
     after = tab.locator("th", has=tab.get_by_role("button", name="After", exact=True))
     after.locator("button").click()
-    assert _order(tab) == sorted(range(len(report.lines)), key=lambda index: report.lines[index].after)
-    assert after.get_attribute("aria-sort") == "ascending"
-    tab.keyboard.press("Enter")
-    assert _order(tab) == sorted(range(len(report.lines)), key=lambda index: -report.lines[index].after)
-    assert after.get_attribute("aria-sort") == "descending"
+    for way, sign in (("ascending", 1), ("descending", -1)):
+        assert _order(tab) == sorted(range(len(lines)), key=lambda index: sign * lines[index].after)
+        assert after.get_attribute("aria-sort") == way
+        tab.keyboard.press("Enter")
     for _ in range(2):  # what was not measured stays last in both directions
         tab.get_by_role("button", name="Error cut").click()
-        known = [report.lines[index].error_cut for index in _order(tab)]
-        assert known[LAYERS:] == [None] * (len(report.lines) - LAYERS)
+        known = [lines[index].error_cut for index in _order(tab)]
+        assert known[LAYERS:] == [None] * (len(lines) - LAYERS)
     assert known[:LAYERS] == sorted(known[:LAYERS], reverse=True)
-    assert after.get_attribute("aria-sort") == "none"
     tab.get_by_role("button", name="Group", exact=True).click()
-    names = [report.lines[index].name for index in _order(tab)]
+    names = [lines[index].name for index in _order(tab)]
     assert names.index("model.layers.2.mlp.down.weight") < names.index("model.layers.10.mlp.down.weight")
-
-
-def test_the_table_filters(show: Open) -> None:
-    report = decoder()
-    tab = show(report)
-    tab.fill("#filter", "Layers.4. DOWN")
-    assert [report.lines[index].name for index in _order(tab)] == [
-        "model.embed.weight",
-        "model.layers.4.mlp.down.weight",
-    ]
-    assert tab.inner_text("#count") == f"2 of {len(report.lines)} groups"
-    tab.fill("#filter", "frozen")
-    assert [report.lines[index].status for index in _order(tab)] == ["frozen"]
-    tab.fill("#filter", "nothing like it")
-    assert _order(tab) == []
+    for text, found in (
+        ("Layers.4. DOWN", ["model.embed.weight", "model.layers.4.mlp.down.weight"]),
+        ("frozen", ["model.embed.weight#2"]),
+        ("nothing like it", []),
+    ):
+        tab.fill("#filter", text)
+        assert [lines[index].name for index in _order(tab)] == found
+        assert tab.inner_text("#count") == f"{len(found)} of {len(lines)} groups"
 
 
 def test_the_chart_has_a_bar_for_each_layer(show: Open) -> None:
     report = decoder()
     tab = show(report)
-    charts = tab.eval_on_selector_all(
-        ".plot svg[role=group]",
-        """charts => charts.map(chart => [...chart.querySelectorAll('.bar')].map(bar => [
+    bars = tab.eval_on_selector_all(
+        ".plot svg[role=group] .bar",
+        """bars => bars.map(bar => [
             Number(bar.dataset.bar), Number(bar.querySelector('.was').getAttribute('height')),
-            Number(bar.querySelector('.is').getAttribute('height'))]))""",
+            Number(bar.querySelector('.is').getAttribute('height'))])""",
     )
-    assert [len(chart) for chart in charts] == [LAYERS, LAYERS]
-    for index, was, now in charts[0] + charts[1]:
+    assert len(bars) == 2 * LAYERS
+    for index, was, now in bars:
         assert now / was == pytest.approx(report.lines[index].after / report.lines[index].before)
-    bar = tab.locator('.bar[data-bar="4"]')
-    bar.hover()
-    text = tab.locator("#tip").inner_text()
-    assert "Layer 1" in text
-    assert "1,536 → 1,360 channels (11.5 % removed)" in text
     tab.locator('.bar[data-bar="2"]').focus()
     tab.keyboard.press("ArrowRight")
     assert tab.evaluate("document.activeElement.dataset.bar") == "4"
+    text = tab.locator("#tip").inner_text()
+    assert "Layer 1" in text
+    assert "1,536 → 1,360 channels (11.5 % removed)" in text
 
 
 def test_hostile_names_stay_text(show: Open) -> None:

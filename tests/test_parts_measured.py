@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import block, made, wide
 from torch import Tensor, nn
 
 import fasp_fx
@@ -14,39 +15,31 @@ from fasp_fx.errors import CalibrationWarning
 DATA = [torch.randn(64, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 
 
-class Part(nn.Module):
-    """A block whose outputs are whole numbers, through which nothing runs back, if ``rounds``."""
+def _part(rounds: bool = False) -> nn.Module:
+    """A block whose outputs are whole numbers, through which nothing runs back, if it ``rounds``."""
 
-    def __init__(self, rounds: bool = False) -> None:
-        super().__init__()
-        self.up, self.down, self.rounds = nn.Linear(16, 32), nn.Linear(32, 16), rounds
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = x + block(self, x)
+        return torch.round(y * 16).int().float() / 16 if rounds else y
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x + self.down(torch.relu(self.up(x)))
-        return torch.round(y * 16).int().float() / 16 if self.rounds else y
-
-
-class Parts(nn.Module):
-    def __init__(self, first: bool, second: bool) -> None:
-        super().__init__()
-        self.first, self.second, self.third = Part(first), Part(second), Part()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        x = self.second(x * 0 if float(x.detach().sum()) > 1e9 else x)
-        return self.third(x * 0 if float(x.detach().sum()) > 1e9 else x)
+    return wide(forward, size=16, hidden=32)
 
 
 def parts(first: bool, second: bool) -> nn.Module:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        for part in (self.first, self.second, self.third):
+            x = part(x * 0 if float(x.detach().sum()) > 1e9 else x)
+        return x
+
     torch.manual_seed(1)
-    return Parts(first, second).eval()
+    return made(forward, first=_part(first), second=_part(second), third=_part())
 
 
 def lost(result: Any) -> dict[str, int]:
     return {group.name: group.removed_sets for group in result.plan.groups}
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_all_parts_are_measured_without_gradients_once_one_has_none(first: bool) -> None:
     model = parts(first, not first)
     with pytest.warns(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fasp_fx.scoring import Columns
+from refusal import Vectors
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,14 +30,9 @@ def _as_before() -> Iterator[None]:
     assert (torch.get_float32_matmul_precision(), [backend.fp32_precision for backend in OWN]) == before
 
 
-class Watched(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.up(x)))
+def watched() -> nn.Module:
+    torch.manual_seed(0)
+    return Vectors(8).eval()
 
 
 def precisions(**options: Any) -> dict[str, set[str]]:
@@ -52,7 +48,7 @@ def precisions(**options: Any) -> dict[str, set[str]]:
         return columns.weight.square().sum(0)
 
     result = fasp_fx.prune(
-        Watched().eval(),
+        watched(),
         (BATCHES[0],),
         calibration=BATCHES,
         sparsity=0.3,
@@ -98,11 +94,11 @@ def test_an_error_leaves_nothing_changed(rounding: Callable[[bool], None]) -> No
         raise RuntimeError("no loss")
 
     with pytest.raises(fasp_fx.errors.CalibrationError, match="no loss"):
-        fasp_fx.prune(Watched().eval(), (BATCHES[0],), calibration=BATCHES, sparsity=0.3, loss=fails)
+        fasp_fx.prune(watched(), (BATCHES[0],), calibration=BATCHES, sparsity=0.3, loss=fails)
 
 
 def test_rounded_products_choose_nearly_the_same(rounding: Callable[[bool], None]) -> None:
-    model, results = Watched().eval(), []
+    model, results = watched(), []
     for able in (False, True):
         rounding(able)
         results.append(fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3))
@@ -162,7 +158,7 @@ def _masks(length: int) -> dict[str, tuple[Tensor, bool]]:
     return found
 
 
-@pytest.mark.parametrize("length", [5, 1500])
+@pytest.mark.parametrize("length", [5, pytest.param(1500, marks=pytest.mark.slow)])
 def test_attention_is_told_of_causal_masks(length: int) -> None:
     """What a kernel is told is what the mask says: the results are those with the mask."""
     torch.manual_seed(0)

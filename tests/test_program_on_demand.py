@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from models import made
+from torch import nn
 from torch.export import ExportedProgram
 
 import fasp_fx
@@ -29,16 +30,14 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 24), nn.GELU(), nn.Linear(24, 5)).eval()
 
 
-class Named(nn.Module):
+def _named() -> nn.Module:
     """Its parts are called like what a result keeps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.origin, self.signature, self.program = nn.Linear(6, 24), nn.Linear(24, 20), nn.Linear(20, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.program(torch.relu(self.signature(torch.relu(self.origin(x)))))
-        return y
+    return made(
+        lambda self, x: self.program(torch.relu(self.signature(torch.relu(self.origin(x))))),
+        origin=nn.Linear(6, 24),
+        signature=nn.Linear(24, 20),
+        program=nn.Linear(20, 5),
+    )
 
 
 @pytest.fixture
@@ -101,7 +100,7 @@ def test_it_computes_what_the_module_does_now() -> None:
 
 def test_parts_may_be_called_like_what_a_result_keeps() -> None:
     x = torch.randn(3, 6)
-    result = fasp_fx.prune(Named().eval(), (x,), **CHOICE)
+    result = fasp_fx.prune(_named(), (x,), **CHOICE)
     assert result.plan.groups
     torch.testing.assert_close(result.program.module()(x), result.module(x), rtol=0, atol=0)
 
@@ -126,17 +125,18 @@ def test_what_is_assumed_of_the_sizes_later_is_none_of_its_guards() -> None:
     assert len(result.module(torch.randn(20, 6))) == 20
 
 
-class Images(nn.Module):
+def _images() -> nn.Module:
     """Convolutions over images of any size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32)
-        self.second, self.last = nn.Conv2d(32, 32, 3, padding=1), nn.Linear(32, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.last(self.second(self.norm(self.first(x)).relu()).relu().mean((2, 3)))
-        return y
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 5),
+    ).eval()
 
 
 def switches() -> tuple[bool, ...]:
@@ -150,7 +150,7 @@ def test_convolutions_are_not_traced_again(asked: list[str], free: tuple[int, ..
     before, shapes = switches(), (dict.fromkeys(free, torch.export.Dim.AUTO),)
     torch.set_float32_matmul_precision("high")
     try:
-        result = fasp_fx.prune(Images().eval(), (torch.randn(2, 3, 16, 16),), dynamic_shapes=shapes, **CHOICE)
+        result = fasp_fx.prune(_images(), (torch.randn(2, 3, 16, 16),), dynamic_shapes=shapes, **CHOICE)
         assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"  # type: ignore[attr-defined]
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from models import made
 from randomly import Between, hold, inputs, sets_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,27 +81,17 @@ def test_a_number_of_channels_read_in_the_graph_keeps_them() -> None:
     assert sets_of(fasp_fx.analyze(exported), "first.weight") == [("frozen", 12, 1)]
 
 
-class Turning(nn.Module):
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_written_buffer_is_no_constant(beside: bool) -> None:
     """Channels in an order that changes with every call."""
 
-    def __init__(self, beside: bool) -> None:
-        super().__init__()
-        self.first, self.second, self.last, self.beside = (
-            nn.Linear(8, 12),
-            nn.Linear(12, 5),
-            nn.Linear(5, 4),
-            beside,
-        )
-        self.register_buffer("order", torch.randperm(12, generator=torch.Generator().manual_seed(0)))
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         hidden = F.relu(self.first(x))
         moved = hidden[..., self.order]
         self.order.copy_(self.order.roll(1))
-        return self.last(F.relu(self.second(hidden + moved if self.beside else moved)))
+        return self.last(F.relu(self.second(hidden + moved if beside else moved)))
 
-
-@pytest.mark.parametrize("beside", [False, True])
-def test_a_written_buffer_is_no_constant(beside: bool) -> None:
-    analysis = hold(Turning(beside), inputs(), times=2)
+    layers = {"first": nn.Linear(8, 12), "second": nn.Linear(12, 5), "last": nn.Linear(5, 4)}
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    analysis = hold(made(forward, **layers, order=order), inputs(), times=2)
     assert ("frozen", 12, 1) in sets_of(analysis, "first.weight")

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers as hf
 from conftest import EXAMPLES, PROFILE
 from fasp_fx.channels import Numbering
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
+from models import made
 from torch import Tensor, nn
-from torch.nn import functional as F
-from zoo import VOCABULARY, ZOO, randomise
+from zoo import ZOO, randomise
 
 from fasp_fx.analysis import Analysis, analyze_program
 from fasp_fx.capturing import capture
@@ -36,32 +35,16 @@ WIDTH = 8
 _INCLUDED = ((), ("exempt",), ("approximate", "depth"))
 
 
-class Convolutions(nn.Module):
+def _convolutions() -> nn.Module:
     """A convolution in groups, each with channels of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.grouped, self.last = (
-            nn.Conv2d(3, 12, 3),
-            nn.Conv2d(12, 16, 3, groups=4),
-            nn.Conv2d(16, 5, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.last(F.relu(self.grouped(F.relu(self.first(x)))))
-        return found
+    layers = (nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 16, 3, groups=4), nn.ReLU(), nn.Conv2d(16, 5, 1))
+    return nn.Sequential(*layers)
 
 
-class Cross(nn.Module):
+def _cross() -> nn.Module:
     """PyTorch's attention of one sequence to another, which takes ranges of rows of one matrix apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        found: Tensor = x + self.attention(x, y, y, need_weights=False)[0]
-        return found
+    attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+    return made(lambda self, x, y: x + self.attention(x, y, y, need_weights=False)[0], attention=attention)
 
 
 @dataclass(frozen=True)
@@ -79,37 +62,18 @@ def _zoo(name: str, *shows: str, **options: Any) -> Architecture:
     return Architecture(ZOO[name].make, ZOO[name].example(), frozenset(shows), **options)
 
 
-def _mixtral() -> nn.Module:
-    return hf.MixtralForCausalLM(
-        hf.MixtralConfig(
-            hidden_size=16,
-            intermediate_size=12,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            vocab_size=VOCABULARY,
-            num_experts_per_tok=2,
-            num_local_experts=4,
-        )
-    )
-
-
 #: removals of each architecture
 SEEDS = 3 if PROFILE == "slow" else 1
 
 ARCHITECTURES = {
-    "fused": _zoo("bloom", "part", "several"),
     "grouped query": _zoo("llama_gqa", "copy", include=("exempt",)),
     "tied": _zoo("llama_mha", "tied", include=("approximate",)),
     "depth": _zoo("opt", "empty", granularity=("channel", "head"), include=("depth",)),
     "cross": Architecture(
-        Cross, {"x": torch.zeros(2, 3, WIDTH), "y": torch.zeros(2, 5, WIDTH)}, frozenset(["part"])
-    ),
-    "experts": Architecture(
-        _mixtral, ZOO["llama_gqa"].example(), frozenset(["several"]), ("channel", "expert")
+        _cross, {"x": torch.zeros(2, 3, WIDTH), "y": torch.zeros(2, 5, WIDTH)}, frozenset(["part"])
     ),
     "convolutions": Architecture(
-        Convolutions, {"x": torch.zeros(2, 3, 8, 8)}, frozenset(["blocks", "several"])
+        _convolutions, {"input": torch.zeros(2, 3, 8, 8)}, frozenset(["blocks", "several"])
     ),
 }
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import fasp_fx
-from fasp_fx import RuleError
+from fasp_fx import RuleError, patterns
 from fasp_fx.analysis.channels._letters import Relation
 from fasp_fx.patterns import lookup, parse, register, unregister
+from fasp_fx.patterns.composites import parse_expression
 
 
 def test_what_a_rule_says() -> None:
@@ -81,3 +84,80 @@ def test_what_goes_wrong_within_a_rule_is_no_reason_to_freeze(
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
     with pytest.raises(expected, match=text):
         fasp_fx.analyze(model, (torch.randn(2, 4),))
+
+
+VALID = {
+    "linear": ("input[... i],weight[o i],bias[o]->[... o]", "input[... i], weight[o i], bias[o] -> [... o]"),
+    "run_of_dimensions": (
+        "x[... n*], w[n*] -> [... n*]; mix n*; shape s=n*",
+        "x[... n*], w[n*] -> [... n*]; mix n*; shape s=n*",
+    ),
+    "alternatives": (
+        "a[m k], b[k n] -> [m n] | a[k], b[k] -> []",
+        "a[m k], b[k n] -> [m n] | a[k], b[k] -> []",
+    ),
+    "condition": ("a[x] -> [x] if flag | a[y] -> [y]", "a[x] -> [x] if flag | a[y] -> [y]"),
+    "move": ("move self;shape size", "move self; shape size"),
+    "span": ("move self; span dim start end", "move self; span dim start end"),
+    "argument": ("self[...] -> [...]; reduce @dim", "self[...] -> [...]; reduce @dim"),
+    "several_results": ("self[a b] -> [a], [b]", "self[a b] -> [a], [b]"),
+    "check": ("check", "check"),
+    "tensor_of_a_list": ("ws.0[a b] -> [a] if ws.1; only count 1", "ws.0[a b] -> [a] if ws.1; only count 1"),
+    "recurrence": ("x[t i], w[(g h) i], u[(g h) k] -> [t h]; gates g 4; recur k h s second", None),
+}
+
+INVALID = {
+    "empty": ("", 0),
+    "no_result": ("x[a]", 4),
+    "open_bracket": ("x[a -> [a]", 4),
+    "letter_twice": ("x[a a] -> [a]", 4),
+    "letter_from_nowhere": ("x[a] -> [b]", 11),
+    "unknown_clause": ("x[a] -> [a]; melt a", 13),
+    "too_few_words": ("move self; span dim start", 25),
+    "stray_character": ("x[a] -> [a] ?", 12),
+    "argument_where_none_goes": ("move self; shape @size", 18),
+    "left_over": ("move self self", 10),
+    "no_number": ("x[(g h)] -> [h]; gates g four", 29),
+    "nothing_created": ("create", 6),
+    "no_size_of_brackets": ("x[... (g c)] -> [... c]", 23),
+    "size_of_what_is_in_no_brackets": ("x[... c] -> [... c]; factor c n", 31),
+    "size_of_what_is_moved": ("move x; factor c n", 18),
+    "letter_of_a_list": ("x[a.0] -> [a]", 2),
+}
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_valid_rules_print_normalised(name: str) -> None:
+    text, printed = VALID[name][0], VALID[name][1] or VALID[name][0]
+    rule = patterns.parse(text)
+    assert str(rule) == printed
+    assert patterns.parse(printed) == rule
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_rules_show_the_place(name: str) -> None:
+    text, column = INVALID[name]
+    with pytest.raises(fasp_fx.RuleError) as caught:
+        patterns.parse(text)
+    lines = str(caught.value).splitlines()
+    assert lines[1].strip() == text.strip()
+    assert lines[2].endswith("^")
+    assert lines[2].index("^") - 2 == column
+
+
+def test_every_built_in_rule_fits_its_operator() -> None:
+    import torch
+    import transformers.integrations.moe  # noqa: F401 (registers operators)
+
+    for name, text in patterns.builtin().items():
+        operator: Any = torch.ops
+        for part in name.split("."):  # a higher-order operator has no overloads
+            operator = getattr(operator, part)
+        assert patterns.parse(text).names() <= patterns.argument_names(operator).keys(), f"{name}: {text}"
+        assert patterns.lookup(operator) is not None
+
+
+@pytest.mark.parametrize("text", ["mul(x", "mul(x))", "", "~"])
+def test_invalid_patterns_show_themselves(text: str) -> None:
+    with pytest.raises(fasp_fx.RuleError, match="pattern does not parse"):
+        parse_expression(text)

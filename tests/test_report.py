@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from fasp_fx.report import COLUMNS, Figure, Line, Report
-from torch import Tensor, nn
+from models import block, made, wide
+from torch import nn
 from zoo import randomise
 
 import fasp_fx
@@ -17,22 +18,16 @@ import fasp_fx
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
-class Normed(nn.Module):
+def _normed() -> nn.Module:
     """A stream through a norm, and neurons beside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.into, self.norm, self.up, self.down, self.out = (
-            nn.Linear(4, 16),
-            nn.LayerNorm(16),
-            nn.Linear(16, 20),
-            nn.Linear(20, 16),
-            nn.Linear(16, 3),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        stream = self.into(x)
-        return self.out(stream + self.down(self.up(self.norm(stream)).relu()))
+    return wide(
+        lambda self, x: self.out((stream := self.into(x)) + block(self, self.norm(stream))),
+        size=16,
+        hidden=20,
+        into=nn.Linear(4, 16),
+        norm=nn.LayerNorm(16),
+        out=nn.Linear(16, 3),
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,7 +40,7 @@ class Normed(nn.Module):
 def test_sparsity_is_a_fraction_of_what_the_report_says(
     include: tuple[str, ...], says: str, counted: tuple[str, ...]
 ) -> None:
-    model = randomise(Normed())
+    model = randomise(_normed())
     result = fasp_fx.prune(
         model, (torch.randn(3, 4),), score="random", restore=None, sparsity=0.3, include=include
     )
@@ -103,14 +98,25 @@ def test_a_damaged_report_is_refused(field: str, value: Any) -> None:
         Report.from_json(json.dumps({**json.loads(REPORT.to_json()), field: value}))
 
 
-class Decides(nn.Module):
-    """What it computes depends on a value."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.sin() if bool(x.sum() > 0) else x
-
-
 def test_a_capture_that_fails_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    model = made(lambda self, x: x.sin() if bool(x.sum() > 0) else x)
     with pytest.raises(fasp_fx.CaptureError):
-        fasp_fx.analyze(Decides().eval(), (torch.ones(3, 4),))
+        fasp_fx.analyze(model, (torch.ones(3, 4),))
     assert capfd.readouterr() == ("", "")
+
+
+def test_one_short_line() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 4)).eval()
+    data = [torch.randn(64, 16) for _ in range(4)]
+    captured = fasp_fx.capture(model, (data[0],))
+    costs = fasp_fx.measure(captured, calibration=data)
+    result = fasp_fx.prune(captured, calibration=data, sparsity=0.5)
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, result.module))
+    sparsity = f"{result.report.sparsity:.4f}"
+    assert repr(captured) == "Captured(programs={'': Program(6 weights, inputs=['input'])})"
+    assert repr(fasp_fx.analyze(captured)) == "Analysis(2 frozen, 2 prunable)"
+    assert repr(costs) == f"Costs(2 curves, score={costs.score!r})"
+    assert repr(result) == f"Result(sparsity={sparsity}, parameters={before:,} -> {after:,})"
+    assert repr(result.report) == f"Report(sparsity={sparsity}, parameters={before:,} -> {after:,})"
+    assert repr(result.plan) == f"PruningPlan(2 groups, sparsity={sparsity})"

@@ -10,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fasp_fx.quantise import linear_weights, quantise, weight_bytes
+from models import made
 from oracle import error, zeroed
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -48,25 +50,21 @@ class Pruned:
             assert error(self.call(function, inputs), self.call(self.result.module, inputs)) <= tolerance
 
 
-class Residual(nn.Module):
+def _residual() -> nn.Module:
     """A convolution net with a residual block."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.inner, self.outer, self.head = (
-            nn.Conv2d(8, 16, 3, padding=1),
-            nn.Conv2d(16, 8, 3, padding=1),
-            nn.Linear(8, 5),
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self: Any, images: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.stem(images)))
-        x = torch.relu(x + self.outer(torch.relu(self.inner(x))))
-        return self.head(x.mean((2, 3)))
+        return self.head(torch.relu(x + self.outer(torch.relu(self.inner(x)))).mean((2, 3)))
+
+    sizes = {"stem": (3, 8), "inner": (8, 16), "outer": (16, 8)}
+    convolutions = {name: nn.Conv2d(*size, 3, padding=1) for name, size in sizes.items()}
+    return randomise(made(forward, norm=nn.BatchNorm2d(8), head=nn.Linear(8, 5), **convolutions))
 
 
+@cache
 def _llama() -> Pruned:
+    torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -76,38 +74,34 @@ def _llama() -> Pruned:
         vocab_size=48,
         max_position_embeddings=32,
     )
-    model = randomise(LlamaForCausalLM(config))
     calls = tuple({"input_ids": torch.randint(0, 48, size)} for size in ((2, 7), (3, 11)))
-    result = fasp_fx.prune(
-        model, (), {**calls[0], "use_cache": False}, score="magnitude", restore=None, sparsity=0.2
-    )
+    example, model = {**calls[0], "use_cache": False}, randomise(LlamaForCausalLM(config))
+    result = fasp_fx.prune(model, (), example, score="magnitude", restore=None, sparsity=0.2)
     return Pruned(result, calls, keyword=True)
 
 
+@cache
 def _images() -> Pruned:
+    torch.manual_seed(0)
     calls = tuple({"images": torch.randn(count, 3, 8, 8)} for count in (2, 5))
-    result = fasp_fx.prune(
-        randomise(Residual()), (calls[0]["images"],), score="magnitude", restore=None, sparsity=0.3
-    )
+    result = fasp_fx.prune(_residual(), (calls[0]["images"],), score="magnitude", restore=None, sparsity=0.3)
     return Pruned(result, calls, keyword=False)
 
 
-@pytest.fixture(scope="module", params=[_llama, _images], ids=["llama", "images"])
+@pytest.fixture(params=[_llama, _images], ids=["llama", "images"])
 def pruned(request: pytest.FixtureRequest) -> Pruned:
-    torch.manual_seed(0)
     return request.param()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(params=[pytest.param(_llama, marks=pytest.mark.slow), _images], ids=["llama", "images"])
+def dear(request: pytest.FixtureRequest) -> Pruned:
+    """For routes that take long."""
+    return request.param()
+
+
+@pytest.fixture
 def images() -> Pruned:
-    torch.manual_seed(0)
     return _images()
-
-
-@pytest.fixture(scope="module")
-def llama() -> Pruned:
-    torch.manual_seed(0)
-    return _llama()
 
 
 def test_the_program_is_called_like_the_model(pruned: Pruned) -> None:
@@ -128,64 +122,54 @@ class Taken(nn.Module):
         self.out = nn.Linear(16, 6)
 
     def forward(self, projected: Tensor) -> Tensor:
-        batch, tokens, _ = projected.shape
-        query, key, value = projected.view(batch, tokens, 3, 4, 4).permute(2, 0, 3, 1, 4)
+        query, key, value = projected.unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
         attended = (query @ key.transpose(-1, -2)).softmax(-1) @ value
-        return self.out(attended.transpose(1, 2).reshape(batch, tokens, 16))
+        return self.out(attended.transpose(1, 2).flatten(2))
 
 
-class Fused(nn.Module):
+def _fused() -> nn.Module:
     """Two blocks whose fused projections are taken apart by another module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = (
-            nn.Sequential(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 48)), Taken()) for _ in range(2)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(x + self.first(x))
+    first, second = (
+        nn.Sequential(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 48)), Taken()) for _ in range(2)
+    )
+    return made(lambda self, x: x + self.second(x + self.first(x)), first=first, second=second)
 
 
-class Attending(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.up, self.layer, self.down = nn.Linear(6, 16), layer, nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        if isinstance(self.layer, nn.MultiheadAttention):
-            return self.down(x + self.layer(x, x, x, need_weights=False)[0])
-        return self.down(self.layer(x))
+def _around(layer: nn.Module, call: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    return made(
+        lambda self, x: self.down(call(self.layer, self.up(x))),
+        up=nn.Linear(6, 16),
+        layer=layer,
+        down=nn.Linear(16, 3),
+    )
 
 
-class Start(nn.Module):
-    """Initial states, which a module of their own makes."""
+def _recurring(kind: type[nn.RNNBase]) -> nn.Module:
+    """With initial states, which are made before anything else."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.zeros(2, x.shape[0], 8, dtype=x.dtype)
-
-
-class Recurring(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
-        super().__init__()
-        self.start, self.up, self.down = Start(), nn.Linear(6, 16), nn.Linear(16, 3)
-        self.layer = kind(16, 8, bidirectional=True, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         state = self.start(x)
-        x = self.up(x).tanh()
-        return self.down(self.layer(x, (state, state) if isinstance(self.layer, nn.LSTM) else state)[0])
+        return self.down(self.layer(self.up(x).tanh(), (state, state) if kind is nn.LSTM else state)[0])
+
+    return made(
+        forward,
+        start=made(lambda self, x: torch.zeros(2, x.shape[0], 8, dtype=x.dtype)),
+        up=nn.Linear(6, 16),
+        down=nn.Linear(16, 3),
+        layer=kind(16, 8, bidirectional=True, batch_first=True),
+    )
 
 
 @pytest.mark.parametrize(
     "build",
     [
-        Fused,
-        lambda: Attending(nn.MultiheadAttention(16, 4, batch_first=True)),
-        lambda: Attending(nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)),
-        lambda: Recurring(nn.LSTM),
-        lambda: Recurring(nn.GRU),
+        _fused,
+        lambda: _around(
+            nn.MultiheadAttention(16, 4, batch_first=True), lambda layer, x: x + layer(x, x, x)[0]
+        ),
+        lambda: _around(nn.TransformerEncoderLayer(16, 4, 24, batch_first=True), lambda layer, x: layer(x)),
+        lambda: _recurring(nn.LSTM),
+        lambda: _recurring(nn.GRU),
     ],
     ids=["fused", "attention", "encoder", "LSTM", "GRU"],
 )
@@ -202,7 +186,7 @@ def test_unflatten_what_the_library_wrote(build: Callable[[], nn.Module]) -> Non
 
 
 def _gated(dynamic_shapes: Any = None) -> tuple[fasp_fx.Result, nn.Module]:
-    model = randomise(Recurring(nn.GRU))
+    model = randomise(_recurring(nn.GRU))
     result = fasp_fx.prune(
         model,
         (_steps(2, 5),),
@@ -284,16 +268,16 @@ def test_export_save_and_load(pruned: Pruned, tmp_path: Path) -> None:
     )
 
 
-def test_onnx(pruned: Pruned, tmp_path: Path) -> None:
+def test_onnx(dear: Pruned, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    torch.onnx.export(pruned.result.program, dynamo=True, verbose=False).save(tmp_path / "program.onnx")
+    torch.onnx.export(dear.result.program, dynamo=True, verbose=False).save(tmp_path / "program.onnx")
     session = runtime.InferenceSession(tmp_path / "program.onnx", providers=["CPUExecutionProvider"])
     (name,) = (given.name for given in session.get_inputs())
-    for inputs in pruned.calls:
+    for inputs in dear.calls:
         (values,) = inputs.values()
         found = [torch.from_numpy(value) for value in session.run(None, {name: values.numpy()})]
-        assert error(found, pruned.call(pruned.result.module, inputs)) <= CLOSE
+        assert error(found, dear.call(dear.result.module, inputs)) <= CLOSE
 
 
 def test_weight_only_quantisation(pruned: Pruned) -> None:
@@ -319,41 +303,26 @@ def test_quantisation_refuses(images: Pruned, monkeypatch: pytest.MonkeyPatch) -
     torchao = pytest.importorskip("torchao.quantization")
     module = copy.deepcopy(images.result.module)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    with pytest.raises(fasp_fx.ArgumentError, match=r"does not quantise 'head\.weight'"):
-        quantise(module, torchao.Int4WeightOnlyConfig(group_size=128))
+    for given, config, says in (
+        (module, torchao.Int4WeightOnlyConfig(group_size=128), r"does not quantise 'head\.weight'"),
+        (nn.Linear(2, 2), torchao.Int8WeightOnlyConfig(), "graph module of a result"),
+    ):
+        with pytest.raises(fasp_fx.ArgumentError, match=says):
+            quantise(given, config)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
-    with pytest.raises(fasp_fx.ArgumentError, match="graph module of a result"):
-        quantise(nn.Linear(2, 2), torchao.Int8WeightOnlyConfig())  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(fasp_fx.ArgumentError, match=r"fasp_fx\[quantise\]"):
         quantise(module, None)
 
 
-def _compiled(pruned: Pruned) -> None:
+def test_compile(dear: Pruned) -> None:
     torch._dynamo.reset()
-    pruned.hold(torch.compile(pruned.result.module, dynamic=True))
+    dear.hold(torch.compile(dear.result.module, dynamic=True))
 
 
-def _packaged(pruned: Pruned, folder: Path) -> None:
+@pytest.mark.slow
+def test_ahead_of_time(dear: Pruned, tmp_path: Path) -> None:
     path = torch._inductor.aoti_compile_and_package(
-        pruned.result.program, package_path=str(folder / "program.pt2")
+        dear.result.program, package_path=str(tmp_path / "program.pt2")
     )
-    pruned.hold(torch._inductor.aoti_load_package(path))
-
-
-def test_compile(images: Pruned) -> None:
-    _compiled(images)
-
-
-def test_ahead_of_time(images: Pruned, tmp_path: Path) -> None:
-    _packaged(images, tmp_path)
-
-
-@pytest.mark.slow
-def test_compile_a_transformer(llama: Pruned) -> None:
-    _compiled(llama)
-
-
-@pytest.mark.slow
-def test_ahead_of_time_a_transformer(llama: Pruned, tmp_path: Path) -> None:
-    _packaged(llama, tmp_path)
+    dear.hold(torch._inductor.aoti_load_package(path))

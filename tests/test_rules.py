@@ -4,11 +4,15 @@ library what they do.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from models import block, made, parameter
 from oracle import assert_mask_exact
+from refusal import Vectors
 from torch import Tensor, nn
 from zoo import randomise
 
@@ -16,6 +20,9 @@ import fasp_fx
 from fasp_fx.patterns import register, unregister
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
+
+
+OPS = torch.ops.fasp_fx_tests
 
 
 @torch.library.custom_op("fasp_fx_tests::wave", mutates_args=())
@@ -49,54 +56,57 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(half), x.new_empty(half)
 
 
-class Waves(nn.Module):
-    """Two feed-forward blocks, the first with an operator of its own in the middle."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
-        self.scale = nn.Parameter(torch.ones(12))
-        self.second_up, self.second_down = nn.Linear(8, 10), nn.Linear(10, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.down(torch.ops.fasp_fx_tests.wave(self.up(x), self.scale))
-        return x + self.second_down(self.second_up(x).relu())
+def _beside(forward: Callable[..., Tensor], **held: Any) -> nn.Module:
+    """A feed-forward block with something of its own, before another one."""
+    return randomise(
+        made(
+            lambda self, x: (x := x + forward(self, x)) + block(self.second, x),
+            up=nn.Linear(8, 12),
+            **held,
+            second=Vectors(8),
+        )
+    )
 
 
-class Projects(nn.Module):
+def _waves() -> nn.Module:
+    """An operator of its own in the middle."""
+    return _beside(
+        lambda self, x: self.down(OPS.wave(self.up(x), self.scale)),
+        down=nn.Linear(12, 8),
+        scale=nn.Parameter(torch.ones(12)),
+    )
+
+
+def _projects() -> nn.Module:
     """The consumer itself is an operator nobody has seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.matrix = nn.Linear(8, 12), nn.Parameter(torch.ones(12, 8))
-        self.second_up, self.second_down = nn.Linear(8, 10), nn.Linear(10, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + torch.ops.fasp_fx_tests.project(self.up(x).relu(), self.matrix)
-        return x + self.second_down(self.second_up(x).relu())
+    return _beside(lambda self, x: OPS.project(self.up(x).relu(), self.matrix), matrix=parameter(12, 8))
 
 
-class Halves(nn.Module):
+def _halves() -> nn.Module:
     """An operator with two results."""
+    return _beside(
+        lambda self, x: self.down(torch.mul(*OPS.halves(self.up(x)))),
+        down=nn.Linear(6, 8),
+    )
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(8, 12), nn.Linear(6, 8)
-        self.second_up, self.second_down = nn.Linear(8, 10), nn.Linear(10, 8)
 
-    def forward(self, x: Tensor) -> Tensor:
-        first, second = torch.ops.fasp_fx_tests.halves(self.up(x))
-        x = x + self.down(first * second)
-        return x + self.second_down(self.second_up(x).relu())
+def _between(function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Linear layers with anything between the first and the second."""
+    layers = (nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 4))
+    return randomise(
+        made(
+            lambda self, x: self.down(function(self.up(x))), up=nn.Linear(8, 12), down=nn.Sequential(*layers)
+        )
+    )
 
 
 @pytest.fixture
 def taught() -> Iterator[None]:
-    register(torch.ops.fasp_fx_tests.wave.default, "x[... c], weight[c] -> [... c]")
-    register(torch.ops.fasp_fx_tests.project.default, "x[... i], matrix[i o] -> [... o]")
-    yield
-    for operator in (torch.ops.fasp_fx_tests.wave.default, torch.ops.fasp_fx_tests.project.default):
-        unregister(operator)
+    with (
+        ruled(OPS.wave.default, "x[... c], weight[c] -> [... c]"),
+        ruled(OPS.project.default, "x[... i], matrix[i o] -> [... o]"),
+    ):
+        yield
 
 
 def data(batch: int) -> Tensor:
@@ -107,15 +117,31 @@ def consumed(analysis: fasp_fx.Analysis) -> set[str]:
     return {member.name for group in analysis.select("prunable") for member in group.consumers}
 
 
-@pytest.mark.parametrize(("kind", "operator"), [(Waves, "wave"), (Projects, "project"), (Halves, "halves")])
-def test_an_unknown_operator_freezes_and_is_named(kind: type[nn.Module], operator: str) -> None:
-    model = randomise(kind())
-    analysis = fasp_fx.analyze(model, (data(3),))
-    assert consumed(analysis) == {"second_down.weight"}
-    assert analysis.without_rule == {f"fasp_fx_tests.{operator}.default": 1}
-    (group,) = [g for g in analysis.groups if any(m.name == "up.bias" for m in g.producers)]
+def frozen(analysis: fasp_fx.Analysis) -> str:
+    """Why the channels of the first layer stay."""
+    (group,) = [g for g in analysis.groups if any(member.name == "up.bias" for member in g.producers)]
     assert group.status == "frozen"
-    assert f"fasp_fx_tests.{operator}.default" in group.reason
+    return group.reason
+
+
+@contextlib.contextmanager
+def ruled(operator: Any, text: str) -> Iterator[None]:
+    register(operator, text)
+    try:
+        yield
+    finally:
+        unregister(operator)
+
+
+@pytest.mark.parametrize(
+    ("make", "operator"), [(_waves, "wave"), (_projects, "project"), (_halves, "halves")]
+)
+def test_an_unknown_operator_freezes_and_is_named(make: Callable[[], nn.Module], operator: str) -> None:
+    model = make()
+    analysis = fasp_fx.analyze(model, (data(3),))
+    assert consumed(analysis) == {"second.down.weight"}
+    assert analysis.without_rule == {f"fasp_fx_tests.{operator}.default": 1}
+    assert f"fasp_fx_tests.{operator}.default" in frozen(analysis)
     result = fasp_fx.prune(model, (data(3),), sparsity=0.5, score="random", restore=None)
     assert f"torch.ops.fasp_fx_tests.{operator}.default" in str(result.report)
     assert result.module.up.weight.shape == (12, 8)
@@ -142,51 +168,31 @@ def _(x: list[Tensor]) -> Tensor:
     return torch.empty_like(x[0])
 
 
-class Computes(nn.Module):
-    """An operator of one tensor, or of a list of two, that computes what it returns."""
-
-    def __init__(self, listed: bool) -> None:
-        super().__init__()
-        self.up, self.down, self.listed = nn.Linear(8, 12), nn.Linear(12, 8), listed
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        found = (
-            torch.ops.fasp_fx_tests.total([x, x.tanh()]) if self.listed else torch.ops.fasp_fx_tests.sums(x)
-        )
-        return self.down(found)
-
-
-@pytest.mark.parametrize("listed", [False, True])
-def test_what_computes_freezes_though_its_rule_says_that_it_moves(listed: bool) -> None:
-    operator = torch.ops.fasp_fx_tests.total.default if listed else torch.ops.fasp_fx_tests.sums.default
-    register(operator, "move x")
-    try:
-        groups = fasp_fx.analyze(randomise(Computes(listed)), (data(3),)).groups
-    finally:
-        unregister(operator)
-    (group,) = [group for group in groups if any(m.name == "up.bias" for m in group.producers)]
-    assert group.status == "frozen"
-    assert "computes other elements of those that it is said to move" in group.reason
-
-
-def test_what_is_spelled_with_too_few_letters_freezes_and_says_so() -> None:
-    operator = torch.ops.fasp_fx_tests.wave.default
-    register(operator, "x[c], weight[c] -> [c]")
-    try:
-        groups = fasp_fx.analyze(randomise(Waves()), (data(3),)).groups
-    finally:
-        unregister(operator)
-    (group,) = [group for group in groups if any(m.name == "up.bias" for m in group.producers)]
-    assert group.status == "frozen"
-    assert "its rule does not speak of ('x' has 2 dimensions)" in group.reason
+@pytest.mark.parametrize(
+    ("make", "operator", "rule", "says"),
+    [
+        (
+            lambda: _between(lambda x: OPS.total([x, x.tanh()])),
+            "total",
+            "move x",
+            "computes other elements of those that it is said to move",
+        ),
+        (lambda: _between(OPS.sums), "sums", "move x", "computes other elements of those"),
+        (_waves, "wave", "x[c], weight[c] -> [c]", "its rule does not speak of ('x' has 2 dimensions)"),
+    ],
+)
+def test_what_a_rule_says_wrongly_freezes_and_is_said(
+    make: Callable[[], nn.Module], operator: str, rule: str, says: str
+) -> None:
+    with ruled(getattr(OPS, operator).default, rule):
+        assert says in frozen(fasp_fx.analyze(make(), (data(3),)))
 
 
 @pytest.mark.usefixtures("taught")
 def test_one_line_makes_it_prunable() -> None:
-    model = randomise(Waves())
+    model = _waves()
     analysis = fasp_fx.analyze(model, (data(3),))
-    assert consumed(analysis) == {"down.weight", "second_down.weight"}
+    assert consumed(analysis) == {"down.weight", "second.down.weight"}
     assert not analysis.without_rule
     (group,) = [g for g in analysis.select("prunable") if g.name == "down.weight"]
     assert {m.name for m in group.producers} == {"up.weight", "up.bias", "scale"}
@@ -198,8 +204,8 @@ def test_one_line_makes_it_prunable() -> None:
 
 @pytest.mark.usefixtures("taught")
 def test_a_contraction_is_taught_too() -> None:
-    model = randomise(Projects())
-    assert consumed(fasp_fx.analyze(model, (data(3),))) == {"matrix", "second_down.weight"}
+    model = _projects()
+    assert consumed(fasp_fx.analyze(model, (data(3),))) == {"matrix", "second.down.weight"}
     with pytest.warns(fasp_fx.CalibrationWarning, match=r"cannot be run backwards.*as is done now"):
         # The operator has no gradient.
         result = fasp_fx.prune(model, (data(40),), calibration=[data(40)], sparsity=0.4)
@@ -216,20 +222,15 @@ def test_a_contraction_is_taught_too() -> None:
 
 @pytest.mark.usefixtures("taught")
 def test_rules_are_forgotten() -> None:
-    unregister(torch.ops.fasp_fx_tests.wave.default)
-    assert consumed(fasp_fx.analyze(randomise(Waves()), (data(3),))) == {"second_down.weight"}
+    unregister(OPS.wave.default)
+    assert consumed(fasp_fx.analyze(_waves(), (data(3),))) == {"second.down.weight"}
 
 
 def test_nothing_prunable_says_why() -> None:
-    class Only(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down, self.scale = nn.Linear(8, 12), nn.Linear(12, 8), nn.Parameter(torch.ones(12))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.down(torch.ops.fasp_fx_tests.wave(self.up(x), self.scale))
-
-    model = randomise(Only())
+    scale = torch.ones(12)
+    model = made(
+        lambda self, x: self.down(OPS.wave(self.up(x), scale)), up=nn.Linear(8, 12), down=nn.Linear(12, 8)
+    )
     with pytest.raises(fasp_fx.NothingPrunableError, match=r"fasp_fx_tests\.wave"):
         fasp_fx.prune(model, (data(3),), score="random", restore=None)
 
@@ -239,34 +240,22 @@ def turn_(x: Tensor) -> None:
     x.copy_(x.flip(-1))
 
 
-class Between(nn.Module):
-    """A feed-forward block with anything in the middle."""
-
-    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.up, self.mid, self.down = nn.Linear(8, 12), nn.Linear(12, 10), nn.Linear(10, 4)
-        self.between = between
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.mid(self.between(self.up(x))).relu())
-
-
 def test_the_line_that_would_teach_an_operator_can_be_run() -> None:
-    result = fasp_fx.prune(randomise(Waves()), (data(3),), sparsity=0.5, score="random", restore=None)
+    result = fasp_fx.prune(_waves(), (data(3),), sparsity=0.5, score="random", restore=None)
     (note,) = result.report.notes
     line = note.partition("if it is pointwise, ")[2].removesuffix(" teaches it")
     exec(line, {"torch": torch, "fasp_fx": fasp_fx})
     try:
-        assert not fasp_fx.analyze(Waves().eval(), (data(3),)).without_rule
+        assert not fasp_fx.analyze(_waves(), (data(3),)).without_rule
     finally:
-        unregister(torch.ops.fasp_fx_tests.wave.default)
+        unregister(OPS.wave.default)
 
 
 def test_no_line_teaches_a_higher_order_operator() -> None:
     def choose(x: Tensor) -> Tensor:
         return torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
 
-    result = fasp_fx.prune(Between(choose).eval(), (data(3),), sparsity=0.5, score="random", restore=None)
+    result = fasp_fx.prune(_between(choose), (data(3),), sparsity=0.5, score="random", restore=None)
     (note,) = result.report.notes
     assert note.startswith("cond has no rule")
     assert "register" not in note
@@ -290,7 +279,6 @@ def _turned(x: Tensor) -> Tensor:
     ids=["written", "tallied"],
 )
 def test_what_freezes_is_called_by_its_name(between: Callable[[Tensor], Tensor], reason: str) -> None:
-    analysis = fasp_fx.analyze(Between(between).eval(), (data(3),))
+    analysis = fasp_fx.analyze(_between(between), (data(3),))
     assert not analysis.without_rule
-    (group,) = [group for group in analysis.groups if any(m.name == "up.bias" for m in group.producers)]
-    assert group.reason.startswith(reason)
+    assert frozen(analysis).startswith(reason)

@@ -90,18 +90,10 @@ def test_what_differs_is_captured_anew(captured: list[nn.Module]) -> None:
     assert not torch.equal(doubled[0], doubled[1])
 
 
-def test_what_surrounds_a_call_is_part_of_it(captured: list[nn.Module]) -> None:
+def test_what_a_holder_does_to_a_capture_is_none_of_the_next(captured: list[nn.Module]) -> None:
     models = [Scaled(9.0) for _ in range(2)]
     with equal_captures():
         one = fasp_fx.capture(models[0], (X,))
-        one.program.module.graph.erase_node(one.program.module.graph.output_node())  # its holder's business
-        handle = nn.modules.module.register_module_forward_hook(
-            lambda module, args, output: 2 * output if isinstance(module, nn.Linear) else None
-        )
-        try:
-            hooked = fasp_fx.capture(models[1], (X,))
-            assert hooked.program.module(X).allclose(models[1](X))
-        finally:
-            handle.remove()
+        one.program.module.graph.erase_node(one.program.module.graph.output_node())
         assert fasp_fx.capture(models[1], (X,)).program.module(X).allclose(models[1](X))
-    assert captured == models
+    assert captured == models[:1]

@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import typer
+from models import made
 from safetensors import SafetensorError
 from shortages import RAISED, Outcome, says_so, tried
 from torch import Tensor, nn
@@ -140,23 +141,16 @@ def test_what_a_handler_of_a_signal_raises_is_not_tolerated(handler: Any, wrap: 
         signal.signal(signal.SIGALRM, before)
 
 
-class Net(nn.Module):
-    """Two coupled groups; ``asks`` decides by its values, so that it is captured in parts."""
+def net(asks: bool = False) -> nn.Module:
+    """Two coupled groups; if it ``asks``, it decides by its values, so that it is captured in parts."""
 
-    def __init__(self, asks: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = (
-            nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(2)
-        )
-        self.asks = asks
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         x = self.first(x)
-        if self.asks and x.sum() > 1e6:
-            x = -x
-        found: Tensor = self.second(x)
-        return found
+        return self.second(-x if asks and x.sum() > 1e6 else x)
+
+    torch.manual_seed(0)
+    first, second = (nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(2))
+    return made(forward, first=first, second=second)
 
 
 def batches() -> list[Tensor]:
@@ -165,7 +159,7 @@ def batches() -> list[Tensor]:
 
 @cache
 def captured() -> fasp_fx.Captured:
-    return fasp_fx.capture(Net().eval(), (batches()[0],))
+    return fasp_fx.capture(net(), (batches()[0],))
 
 
 @cache
@@ -180,7 +174,7 @@ def made_before() -> None:
 
 
 def _capture(folder: Path) -> Any:
-    return fasp_fx.capture(Net().eval(), (batches()[0],))
+    return fasp_fx.capture(net(), (batches()[0],))
 
 
 def _prune(folder: Path) -> Any:
@@ -198,14 +192,14 @@ def _resume(folder: Path) -> Any:
         mock.patch.multiple(_scratch, SMALLEST=1, FILE_BYTES=2**12),
         fasp_fx.offload(folder / "weights") as scratch,
     ):
-        fasp_fx.keep_weights(Net(), scratch)
+        fasp_fx.keep_weights(net(), scratch)
         return fasp_fx.prune(
             captured(), calibration=batches(), sparsity=0.3, quality="fast", checkpoint=folder / "run"
         )
 
 
 def _in_parts(folder: Path) -> Any:
-    return fasp_fx.prune(Net(asks=True).eval(), (batches()[0],), calibration=batches(), sparsity=0.3)
+    return fasp_fx.prune(net(asks=True), (batches()[0],), calibration=batches(), sparsity=0.3)
 
 
 #: what is run, with how many allocations and how many places on the disk at least

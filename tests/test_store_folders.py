@@ -5,13 +5,16 @@ once is read for ever.
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from saved import GOLDEN, MAKERS, outputs
+from saved import GOLDEN, MAKERS, forked, outputs
 
 import fasp_fx
 from fasp_fx.base import _atomic
@@ -120,28 +123,64 @@ def test_a_failed_swap_keeps_the_earlier_save(
     assert list(saved.parent.iterdir()) == [saved]
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "empty", "link", "extra", "of another kind"])
+def _of_another_kind(mine: Path, saved: Path) -> None:
+    manifest = shutil.copytree(saved, mine) / storage.MANIFEST
+    manifest.write_text(manifest.read_text().replace('"whole"', '"hf"'))
+
+
+#: what stands where a result shall be saved, beside a save
+TAKEN: dict[str, Callable[[Path, Path], object]] = {
+    "file": lambda mine, saved: mine.write_text("mine"),
+    "empty": lambda mine, saved: mine.mkdir(),
+    "folder": lambda mine, saved: (mine / "deep").mkdir(parents=True),
+    "link": lambda mine, saved: mine.symlink_to(saved),
+    "extra": lambda mine, saved: (shutil.copytree(saved, mine) / "notes.txt").write_text("mine"),
+    "of another kind": _of_another_kind,
+}
+
+
+@pytest.mark.parametrize("kind", TAKEN)
 def test_overwrite_never_replaces_anything_else(result: fasp_fx.Result, saved: Path, kind: str) -> None:
-    target = saved.parent / "mine"
-    if kind == "file":
-        target.write_text("mine")
-    elif kind == "link":
-        target.symlink_to(saved)
-    elif kind in ("extra", "of another kind"):
-        target = saved
-        manifest = saved / storage.MANIFEST
-        manifest.write_text(manifest.read_text().replace('"whole"', '"hf"'))
-        if kind == "extra":
-            manifest.write_text(manifest.read_text().replace('"hf"', '"whole"'))
-            (saved / "notes.txt").write_text("mine")
-    else:
-        target.mkdir()
-        if kind == "folder":
-            (target / "notes.txt").write_text("mine")
+    TAKEN[kind](saved.parent / "mine", saved)
     before = sorted(saved.parent.rglob("*"))
     with pytest.raises(fasp_fx.StoreError, match="not a folder that save"):
-        result.save(target, overwrite=True)
+        result.save(saved.parent / "mine", overwrite=True)
     assert sorted(saved.parent.rglob("*")) == before
+
+
+def kept(kind: str) -> Any:
+    """A result of a kind, read."""
+    return fasp_fx.load(GOLDEN / kind, model=forked() if kind == "parts" else None)
+
+
+@pytest.mark.parametrize("kind", ["parts", "plain", "hf"])
+def test_results_of_every_kind_replace_only_their_like(kind: str, tmp_path: Path) -> None:
+    held = kept(kind)
+    save = held.save_pretrained if isinstance(held, fasp_fx.hf.Pruned) else held.save
+    out = save(tmp_path / "out")
+    with pytest.raises(fasp_fx.StoreError, match="exists"):
+        save(out)
+    save(out, overwrite=True)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(fasp_fx.StoreError, match="not a folder that save"):
+        save(out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(("kind", "error"), [("plain", OSError), ("plain", ValueError), ("hf", OSError)])
+def test_nothing_half_written_is_left_of_models_of_transformers(
+    kind: str, error: type[Exception], tmp_path: Path
+) -> None:
+    class Broken:
+        """A tokenizer that cannot be saved."""
+
+        def save_pretrained(self, folder: str) -> None:
+            raise error("no vocabulary")
+
+    with pytest.raises(fasp_fx.StoreError, match="no vocabulary"):
+        replace(kept(kind), tokenizer=Broken()).save_pretrained(tmp_path / "deep" / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_where_it_is_saved(result: fasp_fx.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

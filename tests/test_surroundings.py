@@ -56,22 +56,14 @@ def test_modes_of_the_caller_change_nothing(
         assert all(parameter.grad is not None for parameter in found.module.parameters())
 
 
-def test_what_is_loaded_in_inference_mode_can_be_trained(tmp_path: Any) -> None:
-    fasp_fx.prune(net(), (X[0],), **OPTIONS).save(tmp_path / "small")
+def test_what_is_loaded_or_distilled_in_inference_mode_can_be_trained(tmp_path: Any) -> None:
+    result, dense = fasp_fx.prune(net(), (X[0],), **OPTIONS), net()
+    result.save(tmp_path / "small")
     with torch.inference_mode():
         loaded = fasp_fx.load(tmp_path / "small")
-    loaded.module(X[0]).sum().backward()
-
-
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_distillation_takes_gradients_by_itself(
-    mode: Callable[[], contextlib.AbstractContextManager[Any]],
-) -> None:
-    result = fasp_fx.prune(net(), (X[0],), **OPTIONS)
-    dense = net()
-    with mode():
         fasp_fx.distil(result, dense, [x.clone() for x in X], epochs=1)
-    assert result.module(X[0]).requires_grad
+    for found in (loaded, result):
+        found.module(X[0]).sum().backward()
 
 
 def test_data_that_an_encoder_made_leads_no_gradient_back() -> None:
@@ -86,23 +78,6 @@ def test_data_that_an_encoder_made_leads_no_gradient_back() -> None:
     fasp_fx.distil(found, net(), [leaf, *X], epochs=1)
     assert encoder.weight.grad is None
     assert leaf.grad is None
-
-
-def test_costs_are_the_same_where_one_of_two_inputs_requires_gradients() -> None:
-    torch.manual_seed(0)
-    model = made(
-        lambda self, a, b: self.out(torch.relu(self.a(a) + self.b(b))),
-        a=nn.Linear(8, 16),
-        b=nn.Linear(8, 16),
-        out=nn.Linear(16, 4),
-    )
-    pairs = [(x, x.flip(0)) for x in X]
-    leaves = [(a, b.clone().requires_grad_(True)) for a, b in pairs]
-    found, expected = (
-        {name: curve.losses.tolist() for name, curve in costs.items()}
-        for costs in (fasp_fx.measure(model, pairs[0], calibration=data) for data in (leaves, pairs))
-    )
-    assert found == expected
 
 
 def test_threads_take_turns() -> None:
@@ -140,8 +115,7 @@ def drawing() -> nn.Module:
     return made(lambda self, x: self.net(nn.functional.dropout(x, 0.3, training=True)), net=net())
 
 
-@pytest.mark.parametrize("make", [net, drawing])
-@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize(("make", "rounded"), [(net, True), (drawing, False)])
 def test_others_work_while_one_tells_how_far_it_is(
     make: Callable[[], nn.Module], rounded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

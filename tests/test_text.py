@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from fasp_fx.evaluation import latency, perplexity
+from fasp_fx.evaluation import perplexity
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -113,12 +113,6 @@ def test_perplexity_weighs_tokens_alike(model: LlamaForCausalLM) -> None:
             .gather(-1, chunks[:, 1:, None])
         )
     assert perplexity(model, chunks) == pytest.approx(math.exp(-float(losses.mean())), rel=1e-5)
-
-
-def test_latency_is_one_figure_a_model() -> None:
-    seconds = latency([_Uniform(), _Uniform()], torch.zeros(1, 8, dtype=torch.long), repeats=3)
-    assert len(seconds) == 2
-    assert all(value > 0 for value in seconds)
 
 
 def test_ranges_of_chunks() -> None:

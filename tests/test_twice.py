@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import made, parameter
 from oracle import error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,100 +20,76 @@ from fasp_fx.testing.oracle import Masked
 pytestmark = pytest.mark.usefixtures("no_files", "shared_captures")
 
 
-class LowRank(nn.Module):
+def _low_rank() -> nn.Module:
     """A weight that is a product of two, and is folded."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.u, self.v, self.up = (
-            nn.Parameter(torch.randn(8, 28) * 0.4),
-            nn.Parameter(torch.randn(28, 32) * 0.4),
-            nn.Linear(8, 32),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.gelu(self.up(x)), self.u @ self.v)
+    return made(
+        lambda self, x: F.linear(F.gelu(self.up(x)), self.u @ self.v),
+        u=parameter(8, 28, scale=0.4),
+        v=parameter(28, 32, scale=0.4),
+        up=nn.Linear(8, 32),
+    )
 
 
-class Heads(nn.Module):
+def _heads(fused: bool = True) -> nn.Module:
     """Queries, keys and values of one product (of low rank), head by head: split, and values padded to the
     width of the queries.
     """
 
-    def __init__(self, fused: bool = True) -> None:
-        super().__init__()
-        self.u, self.v, self.out = (
-            nn.Parameter(torch.randn(96, 32) * 0.3),
-            nn.Parameter(torch.randn(32, 32) * 0.3),
-            nn.Linear(32, 32),
-        )
-        self.fused = fused
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            F.linear(x, self.u @ self.v if self.fused else self.u)
-            .view(*x.shape[:2], 4, 3, 8)
-            .permute(3, 0, 2, 1, 4)
-        )
+    def forward(self: Any, x: Tensor) -> Tensor:
+        projected = F.linear(x, self.u @ self.v if fused else self.u)
+        q, k, v = projected.view(*x.shape[:2], 4, 3, 8).permute(3, 0, 2, 1, 4)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
+    return made(
+        forward, u=parameter(96, 32, scale=0.3), v=parameter(32, 32, scale=0.3), out=nn.Linear(32, 32)
+    )
 
-class Image(nn.Module):
+
+def _image() -> nn.Module:
     """Convolutions, one of them depthwise, flattened into a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = (
-            parametrizations.weight_norm(nn.Conv2d(3, 12, 3, padding=1)),
-            nn.BatchNorm2d(12),
-        )
-        self.each, self.last, self.out = (
-            nn.Conv2d(12, 12, 3, padding=1, groups=12),
-            nn.Conv2d(12, 16, 1),
-            nn.Linear(16 * 16, 5),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.relu(self.each(F.relu(self.norm(self.first(x)))))
-        return self.out(F.max_pool2d(F.relu(self.last(hidden)), 2).flatten(1))
+    return nn.Sequential(
+        parametrizations.weight_norm(nn.Conv2d(3, 12, 3, padding=1)),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, 3, padding=1, groups=12),
+        nn.ReLU(),
+        nn.Conv2d(12, 16, 1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(1),
+        nn.Linear(16 * 16, 5),
+    )
 
 
-class Steps(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.out = (
-            nn.LSTM(5, 12, num_layers=2, batch_first=True, bidirectional=True),
-            nn.Linear(24, 3),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.layer(x)[0])
+def _steps() -> nn.Module:
+    return made(
+        lambda self, x: self.out(self.layer(x)[0]),
+        layer=nn.LSTM(5, 12, num_layers=2, batch_first=True, bidirectional=True),
+        out=nn.Linear(24, 3),
+    )
 
 
-class Gated(nn.Module):
+def _gated() -> nn.Module:
     """Gates and what they gate are every other row of one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(8, 48), nn.Linear(24, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(x)
-        return self.down(F.silu(hidden[..., ::2]) * hidden[..., 1::2])
+    return made(
+        lambda self, x: self.down(F.silu((hidden := self.up(x))[..., ::2]) * hidden[..., 1::2]),
+        up=nn.Linear(8, 48),
+        down=nn.Linear(24, 8),
+    )
 
 
 CASES: dict[str, tuple[Any, Tensor, Tensor, dict[str, Any]]] = {
-    "low rank": (LowRank, torch.randn(3, 8), torch.randn(7, 8), {}),
-    "heads of low rank": (Heads, torch.randn(2, 5, 32), torch.randn(1, 9, 32), {}),
+    "low rank": (_low_rank, torch.randn(3, 8), torch.randn(7, 8), {}),
+    "heads of low rank": (_heads, torch.randn(2, 5, 32), torch.randn(1, 9, 32), {}),
     "heads, queries too": (
-        lambda: Heads(fused=False),
+        lambda: _heads(fused=False),
         torch.randn(2, 5, 32),
         torch.randn(3, 4, 32),
         {"include": ("exempt",)},
     ),
-    "image": (Image, torch.randn(2, 3, 8, 8), torch.randn(5, 3, 8, 8), {}),
-    "recurrent": (Steps, torch.randn(2, 4, 5), torch.randn(3, 7, 5), {}),
-    "gated": (Gated, torch.randn(3, 8), torch.randn(6, 8), {}),
+    "image": (_image, torch.randn(2, 3, 8, 8), torch.randn(5, 3, 8, 8), {}),
+    "recurrent": (_steps, torch.randn(2, 4, 5), torch.randn(3, 7, 5), {}),
+    "gated": (_gated, torch.randn(3, 8), torch.randn(6, 8), {}),
 }
 
 
@@ -139,7 +116,7 @@ def test_a_result_is_pruned_again(name: str) -> None:
 
 
 def test_the_oracle_says_that_a_folded_weight_is_not_in_the_dense_model() -> None:
-    model = LowRank().eval()
+    model = _low_rank()
     plan = fasp_fx.prune(model, (torch.randn(3, 8),), score="magnitude", restore=None, sparsity=0.2).plan
     with pytest.raises(
         fasp_fx.ArgumentError, match="'v_folded', which this model does not hold: it computes it"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from models import made
 from refusal import Vectors, X
 from torch import Tensor, nn
 
@@ -15,28 +17,18 @@ import fasp_fx
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
-class Traced(nn.Module):
+def _ending(end: Callable[[Tensor], Tensor]) -> nn.Module:
+    return made(lambda self, x: end(self.inner(x)), inner=Vectors())
+
+
+def _traced() -> nn.Module:
     """Does something else while it is traced."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Vectors()
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.inner(x)
-        return found if torch.compiler.is_exporting() else found + 1
+    return _ending(lambda found: found if torch.compiler.is_exporting() else found + 1)
 
 
-class Forked(nn.Module):
+def _forked() -> nn.Module:
     """Is taken in parts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Vectors()
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.inner(x)
-        return found if found.sum() > 1e6 else found + 1
+    return _ending(lambda found: found if found.sum() > 1e6 else found + 1)
 
 
 def places(call: Any, *args: Any, **options: Any) -> set[str]:
@@ -54,10 +46,10 @@ def places(call: Any, *args: Any, **options: Any) -> set[str]:
 @pytest.mark.parametrize("call", [fasp_fx.capture, fasp_fx.prune], ids=lambda call: call.__name__)
 def test_a_capture_that_differs(call: Any) -> None:
     options = {"score": "magnitude", "restore": None} if call is fasp_fx.prune else {}
-    assert places(call, Traced().eval(), (X,), **options) == {__file__}
+    assert places(call, _traced(), (X,), **options) == {__file__}
 
 
-@pytest.mark.parametrize("model", [Vectors(), Forked()], ids=["whole", "in parts"])
+@pytest.mark.parametrize("model", [Vectors(), _forked()], ids=["whole", "in parts"])
 def test_too_little_data(model: nn.Module) -> None:
     assert places(fasp_fx.prune, model.eval(), (X,), calibration=[X[:1]], sparsity=0.3) == {__file__}
 
@@ -68,11 +60,11 @@ def test_options_of_a_whole_model_are_refused_where_it_is_taken_in_parts() -> No
         with pytest.raises(
             fasp_fx.ArgumentError, match=f"{name}=.* needs a model that is captured as a whole; leave it out"
         ):
-            fasp_fx.prune(Forked().eval(), (X,), score="magnitude", restore=None, **options)  # type: ignore[arg-type]
+            fasp_fx.prune(_forked(), (X,), score="magnitude", restore=None, **options)  # type: ignore[arg-type]
     with pytest.raises(fasp_fx.ArgumentError, match=r"state=.* needs a model that is captured as a whole"):
-        fasp_fx.analyze(Forked().eval(), (X,), state=("past",))
+        fasp_fx.analyze(_forked(), (X,), state=("past",))
     with pytest.raises(fasp_fx.CaptureError, match="captured in parts has no single program"):
-        _ = fasp_fx.capture(Forked().eval(), (X,)).program
+        _ = fasp_fx.capture(_forked(), (X,)).program
     with pytest.raises(fasp_fx.CaptureError, match="training mode") as caught:
-        fasp_fx.analyze(Forked(), (X,), state=("past",))
+        fasp_fx.analyze(_forked().train(), (X,), state=("past",))
     assert not isinstance(caught.value, fasp_fx.ExportError)

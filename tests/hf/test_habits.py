@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from fasp_fx.hf._labels import MOVES, POSITIONS
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from zoo import randomise
 
 import fasp_fx
 from fasp_fx import hf
 from fasp_fx.base.compat._transformers import CACHE
-from fasp_fx.hf._arguments import MOVES, POSITIONS
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -67,73 +67,51 @@ def made(kind: str, config: Any) -> Any:
     return randomise(getattr(transformers, kind)(config), std=0.2).eval()
 
 
-def test_labels_are_moved_on_as_the_model_does() -> None:
-    model = made(
+IDS, LABELS = tokens(2, 9), tokens(2, 5, 1)
+LABELS[0, 4:] = -100
+MASK = torch.arange(9) >= torch.tensor([[4], [0]])
+OPT = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48} | SIZES
+#: the class and the configuration of a model, and what it is called with
+HABITS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "labels that are moved on": (
         "MBartForConditionalGeneration",
-        transformers.MBartConfig(**BART, encoder_ffn_dim=48, decoder_start_token_id=2),
-    )
-    pruned = nearly_whole(model).model
-    ids, labels = tokens(2, 9), tokens(2, 5, 1)
-    labels[0, 4:] = -100
-    with torch.no_grad():
-        found, expected = (called(input_ids=ids, labels=labels) for called in (pruned, model))
-    assert pruned.config.labels_moved == "last"
-    assert torch.allclose(found.logits, expected.logits, atol=1e-4)
-    assert torch.allclose(found.loss, expected.loss, atol=1e-4)
-    assert torch.equal(
-        pruned.prepare_decoder_input_ids_from_labels(labels),
-        model.prepare_decoder_input_ids_from_labels(labels),
-    )
-
-
-def test_a_loss_at_its_place_and_weights_that_no_program_reads(tmp_path: Path) -> None:
-    model = made("BartForCausalLM", transformers.BartConfig(**BART, encoder_ffn_dim=48))
-    result = nearly_whole(model)
-    ids = tokens(2, 9)
-    with torch.no_grad():
-        found, expected = (
-            called(input_ids=ids, labels=ids, use_cache=False) for called in (result.model, model)
-        )
-    assert torch.allclose(found.loss, expected.loss, atol=1e-4)
-    result.save_pretrained(tmp_path / "saved")
-    with torch.no_grad():
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(
-            input_ids=ids, labels=ids, use_cache=False
-        )
-    assert torch.equal(loaded.loss, found.loss)
-
-
-def test_hidden_tokens_have_the_positions_that_the_model_gives_them(tmp_path: Path) -> None:
-    model = made(
+        lambda: transformers.MBartConfig(**BART, encoder_ffn_dim=48, decoder_start_token_id=2),
+        {"input_ids": IDS, "labels": LABELS},
+    ),
+    "a loss at its place, and weights that no program reads": (
+        "BartForCausalLM",
+        lambda: transformers.BartConfig(**BART, encoder_ffn_dim=48),
+        {"input_ids": IDS, "labels": IDS, "use_cache": False},
+    ),
+    "positions of hidden tokens": (
         "OPTForCausalLM",
-        transformers.OPTConfig(
-            **SIZES,
-            hidden_size=32,
-            word_embed_proj_dim=32,
-            ffn_dim=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-        ),
-    )
+        lambda: transformers.OPTConfig(**OPT, num_hidden_layers=1, num_attention_heads=4),
+        {"input_ids": IDS, "attention_mask": MASK.long(), "labels": IDS.masked_fill(~MASK, -100)},
+    ),
+    "a loss that is divided": (
+        "LlamaForCausalLM",
+        lambda: transformers.LlamaConfig(**LLAMA),
+        {"input_ids": IDS, "labels": IDS, "num_items_in_batch": torch.tensor(1000), "use_cache": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HABITS)
+def test_a_pruned_model_does_as_the_model_does(name: str, tmp_path: Path) -> None:
+    kind, config, given = HABITS[name]
+    model = made(kind, config())
     result = nearly_whole(model)
-    pruned = result.model
-    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
-    mask[0, :4] = 0
     with torch.no_grad():
-        found, expected = (
-            called(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
-            for called in (pruned, model)
-        )
+        found, expected = (called(**given) for called in (result.model, model))
     assert torch.allclose(found.logits, expected.logits, atol=1e-4)
     assert torch.allclose(found.loss, expected.loss, atol=1e-4)
-    result.save_pretrained(tmp_path / "saved")
+    reader = AutoModelForSeq2SeqLM if "Conditional" in kind else AutoModelForCausalLM
+    loaded = reader.from_pretrained(result.save_pretrained(tmp_path / "saved"))
     with torch.no_grad():
-        assert torch.equal(
-            AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(
-                input_ids=ids, attention_mask=mask
-            ).logits,
-            found.logits,
-        )
+        assert torch.equal(loaded(**given).loss, found.loss)
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        moved = (one.prepare_decoder_input_ids_from_labels(LABELS) for one in (result.model, model))
+        assert torch.equal(*moved)
 
 
 def test_packed_texts_are_refused_where_the_model_keeps_them_apart() -> None:
@@ -207,13 +185,3 @@ def test_ways_to_count_and_to_move_on() -> None:
     labels = torch.tensor([[5, 6, 7, -100], [5, 6, 7, 8]])
     assert MOVES["start"](labels, 9, 1).tolist() == [[9, 5, 6, 7], [9, 5, 6, 7]]
     assert MOVES["last"](labels, None, 1).tolist() == [[7, 5, 6, 7], [8, 5, 6, 7]]
-
-
-def test_a_loss_is_divided_as_the_model_divides_it() -> None:
-    model = made("LlamaForCausalLM", transformers.LlamaConfig(**LLAMA))
-    pruned = nearly_whole(model).model
-    ids = tokens(2, 9)
-    given = {"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(1000), "use_cache": False}
-    with torch.no_grad():
-        found, expected = pruned(**given).loss, model(**given).loss
-    assert torch.allclose(found, expected, atol=1e-6)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from fasp_fx.hf._plain_folder import read_plain, save_plain
 from fasp_fx.report import Line
 from saved import GOLDEN
 
 import fasp_fx
 from fasp_fx import PruningPlan, Report
-from fasp_fx.hf._folder import read_plain, save
 from fasp_fx.storage._folder import is_save
 
 PLAN = PruningPlan("0" * 64, (), 0.25)
@@ -28,19 +28,14 @@ def model() -> Any:
 
 
 class Tokenizer:
-    """Writes one file, or fails."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
+    """Writes one file."""
 
     def save_pretrained(self, folder: str) -> None:
-        if self.error is not None:
-            raise self.error
         (Path(folder) / "vocab.txt").write_text("a b c", encoding="utf-8")
 
 
 def test_the_folder_holds_all_of_it(model: Any, tmp_path: Path) -> None:
-    folder = save(model, Tokenizer(), PLAN, REPORT, tmp_path / "out")
+    folder = save_plain(model, Tokenizer(), PLAN, REPORT, tmp_path / "out")
     theirs = {"config.json", "generation_config.json", "model.safetensors", "vocab.txt"}
     ours = {"plan.json", "report.json", "README.md", "manifest.json"}
     assert {file.name for file in folder.iterdir()} == theirs | ours
@@ -66,22 +61,3 @@ def test_what_was_trained_since_is_still_read(model: Any, tmp_path: Path) -> Non
         again.lm_head.weight.fill_(0.5)
     again.save_pretrained(folder)
     assert (fasp_fx.load(folder).model.lm_head.weight == 0.5).all()
-
-
-@pytest.mark.parametrize("error", [OSError("no space left"), ValueError("no vocabulary")])
-def test_nothing_half_written_is_left(error: Exception, model: Any, tmp_path: Path) -> None:
-    with pytest.raises(fasp_fx.StoreError, match=str(error)):
-        save(model, Tokenizer(error), PLAN, REPORT, tmp_path / "deep" / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_only_an_earlier_plain_checkpoint_is_replaced(model: Any, tmp_path: Path) -> None:
-    folder = save(model, None, PLAN, REPORT, tmp_path / "out")
-    with pytest.raises(fasp_fx.StoreError, match="exists"):
-        save(model, None, PLAN, REPORT, folder)
-    save(model, Tokenizer(), PLAN, REPORT, folder, overwrite=True)
-    (folder / "notes.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(fasp_fx.StoreError, match="not a folder that save"):
-        save(model, None, PLAN, REPORT, folder, overwrite=True)
-    assert (folder / "notes.txt").is_file()
-    assert (folder / "vocab.txt").is_file()

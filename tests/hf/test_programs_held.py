@@ -69,14 +69,3 @@ def test_nothing_left_in_any_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
         match="of the model cannot lose what the plan removes: what was decided cannot be removed",
     ):
         hf.prune(dense("t5"), **OPTIONS)
-
-
-def test_one_program_leaves_a_group_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = dense("llama_gqa")
-    weight = "model.layers.0.mlp.down_proj.weight"
-    _fault_in(monkeypatch, weight, lambda program: True)
-    with pytest.warns(fasp_fx.VerificationWarning, match=f"'{weight}' stays whole"):
-        made = hf.prune(model, **OPTIONS)
-    assert weight not in {group.name for group in made.plan.groups}
-    assert made.plan.groups
-    assert made.model.get_parameter(weight).shape == model.get_parameter(weight).shape

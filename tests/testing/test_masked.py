@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from fasp_fx.plan import ParameterSlice, PlannedGroup, PruningPlan
-from torch import Tensor, nn
+from models import made
+from torch import nn
 from torch.nn import functional as F
 
 from fasp_fx.testing import Masked
@@ -26,23 +29,16 @@ def test_columns_of_a_consumer_are_zero_and_the_model_is_untouched() -> None:
     assert all(torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True))
 
 
-class Tied(nn.Module):
-    """Embedding and head share a weight, whose columns the head consumes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        embedded = self.embed(tokens)
-        return self.head(torch.tanh(embedded)) + embedded.sum(-1, keepdim=True)
-
-
 def test_a_lookup_finds_the_whole_weight() -> None:
+    """Embedding and head share a weight, whose columns the head consumes."""
     torch.manual_seed(0)
-    model, tokens = Tied(), torch.arange(6).reshape(2, 3)
-    weight = model.embed.weight
+    model: Any = made(
+        lambda self, tokens: self.head((found := self.embed(tokens)).tanh()) + found.sum(-1, keepdim=True),
+        embed=nn.Embedding(7, 4),
+        head=nn.Linear(4, 7, bias=False),
+    )
+    weight = model.head.weight = model.embed.weight
+    tokens = torch.arange(6).reshape(2, 3)
     masked = Masked(model, plan(ParameterSlice("embed.weight", 1, (1,))))
     embedded = F.embedding(tokens, weight)
     expected = F.linear(torch.tanh(embedded) * torch.tensor([1.0, 0, 1, 1]), weight) + embedded.sum(
