@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from fasp_fx.hf._plain_folder import read_plain
 from tiny_llama import make_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,6 +25,7 @@ from fasp_fx.cli import _models, _prune
 from fasp_fx.cli._app import app
 from fasp_fx.cli._text import Texts
 from fasp_fx.errors import ArgumentError
+from fasp_fx.hf._folder import read_plain
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -347,7 +347,7 @@ def test_a_result_is_kept_when_measuring_is_interrupted(
     model = AutoModelForCausalLM.from_pretrained(from_file[0])
     pruned = fasp_fx.hf.Pruned(model, model.plan, model.report)
     monkeypatch.setattr("fasp_fx.cli._prune.prune", lambda *args, **options: pruned)
-    monkeypatch.setattr("fasp_fx.cli._recover.latency", _interrupt)
+    monkeypatch.setattr("fasp_fx.cli._prune.latency", _interrupt)
     done = _invoke(*prune, "--out", tmp_path / "out", "--html", tmp_path / "page.html")
     assert done.exit_code == 130
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").report == pruned.report

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from fasp_fx.hf._labels import MOVES, POSITIONS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from zoo import randomise
@@ -18,6 +17,7 @@ from zoo import randomise
 import fasp_fx
 from fasp_fx import hf
 from fasp_fx.base.compat._transformers import CACHE
+from fasp_fx.hf._arguments import MOVES, POSITIONS
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from fasp_fx.hf._plain_folder import read_plain, save_plain
 from fasp_fx.report import Line
 from saved import GOLDEN
 
 import fasp_fx
 from fasp_fx import PruningPlan, Report
+from fasp_fx.hf._folder import read_plain, save
 from fasp_fx.storage._folder import is_save
 
 PLAN = PruningPlan("0" * 64, (), 0.25)
@@ -35,7 +35,7 @@ class Tokenizer:
 
 
 def test_the_folder_holds_all_of_it(model: Any, tmp_path: Path) -> None:
-    folder = save_plain(model, Tokenizer(), PLAN, REPORT, tmp_path / "out")
+    folder = save(model, Tokenizer(), PLAN, REPORT, tmp_path / "out")
     theirs = {"config.json", "generation_config.json", "model.safetensors", "vocab.txt"}
     ours = {"plan.json", "report.json", "README.md", "manifest.json"}
     assert {file.name for file in folder.iterdir()} == theirs | ours
