@@ -210,7 +210,7 @@ def test_a_changed_configuration_is_the_models(folder: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(folder, config=model.config, device_map="cpu")
     for made in (model, again):
         assert (made.config.use_cache, made.config.pad_token_id) == (False, 7)
-        assert (made.dtype, made(tokens)[CACHE]) == (torch.float64, None)
+        assert (made.dtype, made(tokens).get(CACHE)) == (torch.float64, None)
     asked = AutoModelForCausalLM.from_pretrained(folder, output_hidden_states=True, dtype=torch.float64)
     with pytest.raises(fasp_fx.ArgumentError, match="hidden_states"):
         asked(tokens)
