@@ -343,6 +343,7 @@ def test_options_that_are_none(checkpoint: Path, tmp_path: Path, options: dict[s
         fasp_fx.hf.load_offloaded(checkpoint, **{"scratch": scratch, **options})
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_pruned_as_in_memory(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -323,6 +323,7 @@ def test_layers_open_one_by_one(show: Open) -> None:
         assert tab.locator(f".{kind}").count() == count
 
 
+@pytest.mark.slow
 def test_reasons_show_on_hover_and_focus(show: Open) -> None:
     tab = show(decoder())
     tip, frozen = tab.locator("#tip"), tab.locator(".hub.st-frozen")
@@ -343,6 +344,7 @@ def test_reasons_show_on_hover_and_focus(show: Open) -> None:
     assert frozen.locator(".cross").count() == 1  # a shape of its own beside the colour
 
 
+@pytest.mark.slow
 def test_the_table_sorts_and_filters(show: Open) -> None:
     report = decoder()
     tab, lines = show(report), report.lines
@@ -371,6 +373,7 @@ def test_the_table_sorts_and_filters(show: Open) -> None:
         assert tab.inner_text("#count") == f"{len(found)} of {len(lines)} groups"
 
 
+@pytest.mark.slow
 def test_the_chart_has_a_bar_for_each_layer(show: Open) -> None:
     report = decoder()
     tab = show(report)
@@ -424,6 +427,7 @@ def test_hostile_names_stay_text(show: Open) -> None:
     assert file.inner_text("#table").count("onerror='window.hacked=1'") >= 6
 
 
+@pytest.mark.slow
 def test_nothing_removed_and_no_groups(show: Open, zoo_analysis: Callable[[str], fasp_fx.Analysis]) -> None:
     tab = show(Report(0.0, None, (0, 0), (0, 0), ()))
     assert tab.inner_text("#count") == "0 of 0 groups"

@@ -99,6 +99,7 @@ def _written(module: nn.Module, folder: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_pickles_are_read_in_another_process(module: nn.Module, tmp_path: Path) -> None:
     """One process for all, as each would take seconds to begin; the first pickle finds it without fasp_fx."""
     made = {

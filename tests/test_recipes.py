@@ -136,6 +136,7 @@ def test_a_model_on_the_meta_device(name: str) -> None:
     assert own.shows <= shown
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES)
 @given(net=programs(), seed=st.integers(0, 999), include=st.sampled_from(_INCLUDED))
 def test_models_drawn_at_random(net: Net, seed: int, include: tuple[str, ...]) -> None:

@@ -180,6 +180,7 @@ def test_guards_between_inputs_are_kept(tmp_path: Path) -> None:
         loaded.module(torch.randn(6, 4), {"left": torch.randn(3, 4), "sum": torch.randn(8, 4)})
 
 
+@pytest.mark.slow
 def test_loading_in_a_fresh_process(llama: fasp_fx.Result, tmp_path: Path) -> None:
     folder = llama.save(tmp_path / "out")
     code = (

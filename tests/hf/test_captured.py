@@ -19,6 +19,7 @@ def captured() -> hf.CapturedModel:
     return hf.capture(ZOO["llama_gqa"].build())
 
 
+@pytest.mark.slow
 def test_prunings_share_a_capture_and_its_costs(captured: hf.CapturedModel) -> None:
     model = ZOO["llama_gqa"].build()
     costs = hf.measure(captured, calibration=TOKENS)

@@ -107,6 +107,7 @@ def test_weights_are_stored_once(tmp_path: Path) -> None:
     assert torch.equal(Case(1, 1).run(loaded, "gpt2"), Case(1, 1).run(result.model, "gpt2"))
 
 
+@pytest.mark.slow
 def test_in_a_new_process() -> None:
     folder = str(GOLDEN / "hf")
     code = (

@@ -358,6 +358,7 @@ def test_a_cache_of_another_source_is_refused(bart: tuple[Any, hf.Pruned]) -> No
         model(input_ids=_ids(), labels=_ids()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     torch.__version__ < "2.13", reason="torch does not export angles that the length of the text decides"
 )

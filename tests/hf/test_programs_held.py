@@ -38,6 +38,7 @@ def _takes_a_cache(program: Any) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_a_group_that_one_program_cannot_lose_stays_whole_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = "decoder.block.0.layer.2.DenseReluDense.wo.weight"
     beside = "decoder.block.0.layer.0.SelfAttention.o.weight"

@@ -181,6 +181,7 @@ ODD: Options = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count", "options"),
     [
