@@ -209,6 +209,10 @@ class PrunedForSeq2SeqLM(SavedModel):
         hidden = self._hidden(encoder_outputs, batch)
         given, cache = cache is not None, self._opened(cache)
         known = bool(cache.is_updated) and all(cache.is_updated.values())
+        if not known and cache.get_seq_length():
+            raise ArgumentError(
+                "the cache holds tokens of the output, but nothing of the source; begin with an empty one"
+            )
         source = cache.cross_attention_cache.get_seq_length()
         if known and source != hidden.shape[1]:
             raise ArgumentError(

@@ -21,6 +21,7 @@ from transformers import (
     DogeConfig,
     DogeForCausalLM,
     DynamicCache,
+    EncoderDecoderCache,
     GPTNeoConfig,
     MambaConfig,
     MambaForCausalLM,
@@ -354,6 +355,9 @@ def test_a_cache_of_another_source_is_refused(bart: tuple[Any, hf.Pruned]) -> No
     cache = model(input_ids=_ids(), decoder_input_ids=_ids(2, 3))[CACHE]
     with pytest.raises(fasp_fx.ArgumentError, match="7 tokens of the source, encoder_outputs 4"):
         model(input_ids=_ids(2, 4), decoder_input_ids=_ids(2, 1), cache=cache)
+    alone = EncoderDecoderCache(cache.self_attention_cache, DynamicCache())
+    with pytest.raises(fasp_fx.ArgumentError, match="nothing of the source"):
+        model(input_ids=_ids(), decoder_input_ids=_ids(2, 1), cache=alone)
     with pytest.raises(fasp_fx.ArgumentError, match="labels is"):
         model(input_ids=_ids(), labels=_ids()[0])
 
