@@ -306,6 +306,7 @@ def _shape(node: Any) -> tuple[Any, ...]:
 
 def one_token(graph: fx.Graph) -> None:
     """Write out attention as it is for a query of one token (:func:`_attend`)."""
+    biases: dict[fx.Node, fx.Node] = {}
     for node in list(graph.find_nodes(op="call_function", target=_ATTENTION)):
         names = ("query", "key", "value", "mask", "dropout_p", "is_causal")
         named = dict(zip(names, node.args)) | {
@@ -317,7 +318,13 @@ def one_token(graph: fx.Graph) -> None:
         cut = _cut_after(node) if _pads_width(node.args[2]) else None
         if cut is not None:
             named["value"] = named["value"].args[0]
+        mask = named.pop("mask", None)
         with graph.inserting_before(node):
+            if isinstance(mask, fx.Node):
+                if mask not in biases:  # written before the first layer, it serves all
+                    added = graph.call_function(_bias, (mask, named["query"]))
+                    biases[mask] = stamp(added, "one_token", node)
+                named["bias"] = biases[mask]
             made = stamp(graph.call_function(_attend, (), named), "one_token", node)
         for replaced in (node,) if cut is None else (cut, node):
             replaced.replace_all_uses_with(made)
@@ -325,24 +332,27 @@ def one_token(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
+def _bias(mask: Tensor, query: Tensor) -> Tensor:
+    """A mask of attention as what is added to the scores."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros((), dtype=query.dtype, device=query.device).where(mask, -torch.inf)
+
+
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """Attention of a query of one token. The heads that share keys make one matrix product, where the fused
     kernel reads the keys once per head, and values may be narrower than keys.
     """
     four = query.dim() == 4
-    if not four or (mask is not None and (mask.dim() != 4 or mask.shape[1] not in (1, query.shape[1]))):
-        return functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=four)
+    if not four or (bias is not None and (bias.dim() != 4 or bias.shape[1] not in (1, query.shape[1]))):
+        return functional.scaled_dot_product_attention(query, key, value, bias, scale=scale, enable_gqa=four)
     heads, shared, width = query.shape[1], key.shape[1], query.shape[3]
     rows = query.reshape(-1, shared, heads // shared, width)
     scores = (rows * (width**-0.5 if scale is None else scale)) @ key.transpose(2, 3)
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros((), dtype=query.dtype, device=query.device).where(mask, -torch.inf)
-        if mask.shape[1] > 1:
-            mask = mask.unflatten(1, (shared, -1)).squeeze(3)
-        scores = scores + mask
+    if bias is not None:
+        scores = scores + (bias if bias.shape[1] == 1 else bias.unflatten(1, (shared, -1)).squeeze(3))
     return (aten._safe_softmax(scores, -1) @ value).reshape(-1, heads, 1, value.shape[3])
 
 
