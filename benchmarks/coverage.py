@@ -1,8 +1,9 @@
 """Coverage of model zoos: what is captured, prunable, frozen and why, how exact the pruned models are, and
 how long it takes.
 
-    python benchmarks/coverage.py transformers|torchvision|timm [--only NAME ...] [--out FILE.jsonl] [--redo |
-    --redo-failed] [--analyze-only] python benchmarks/coverage.py transformers --table
+    python benchmarks/coverage.py transformers|torchvision|timm [--only NAME ...] [--out FILE.jsonl]
+        [--redo-failed]
+    python benchmarks/coverage.py transformers --table
 
 Each model's record is appended to the file as soon as it is known; models that are in it already are skipped,
 so an interrupted run goes on where it stopped. A worker process measures one model after the other; one that
@@ -53,9 +54,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=pathlib.Path, help="records, one JSON object a line (default: coverage-ZOO.jsonl)"
     )
-    parser.add_argument("--redo", action="store_true", help="measure again what the file holds already")
     parser.add_argument("--redo-failed", action="store_true", help="measure again what failed")
-    parser.add_argument("--analyze-only", action="store_true", help="capture and analyse, without pruning")
     parser.add_argument(
         "--table", action="store_true", help="print the table of the records in the file, and a summary"
     )
@@ -83,7 +82,8 @@ def _read(path: pathlib.Path) -> dict[str, Record]:
 
 def _run(options: argparse.Namespace, out: pathlib.Path) -> None:
     signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))  # so that the worker ends too
-    done = set() if options.redo else {n for n, record in _read(out).items() if _is_done(record, options)}
+    again = (None, True) if options.redo_failed else (None, True, False)
+    done = {n for n, record in _read(out).items() if record["ok"] in again}
     worker = _worker(options)
     try:
         wanted = [
@@ -121,16 +121,6 @@ def _end(worker: ProcessPoolExecutor) -> None:
     for process in list((worker._processes or {}).values()):
         process.kill()
     worker.shutdown()
-
-
-def _is_done(record: Record, options: argparse.Namespace) -> bool:
-    """Whether a record answers what is asked for; one of an analysis alone does not say how exact a pruned
-    model is.
-    """
-    failed = record["ok"] is False
-    return not (failed and options.redo_failed) and (
-        options.analyze_only or not record.get("only_analysed", False)
-    )
 
 
 def _line(record: Record) -> str:
@@ -171,7 +161,7 @@ def _record(options: argparse.Namespace, name: str) -> Record:
     import torch
     from zoos._measure import measure
 
-    found = measure(_entries(options.zoo)[name], options.analyze_only)
+    found = measure(_entries(options.zoo)[name])
     torch._dynamo.reset()
     gc.collect()
     return found

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import pathlib
+import subprocess
+import sys
 import tempfile
 import time
 from typing import Any
@@ -16,11 +18,11 @@ from fasp_fx.evaluation import perplexity
 
 from fasp_fx.hf._folder import save
 from fasp_fx.hf._plain import Plain, prune_plain
-from fasp_fx.testing._alone import run_without_fasp_fx
 
 #: a program that knows nothing of this one
 STRANGER = """
 import json, math, sys
+sys.modules["fasp_fx"] = None
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -44,9 +46,9 @@ def elsewhere(pruned: Plain, tokenizer: Any, data: torch.Tensor, device: str) ->
             pruned.model, tokenizer, pruned.result.plan, pruned.report, pathlib.Path(above) / "plain"
         )
         torch.save(data.cpu(), folder / "chunks.pt")
-        printed = run_without_fasp_fx(STRANGER, str(folder), device, folder=pathlib.Path(above))
-        found: dict[str, Any] = json.loads(printed.splitlines()[-1])
-        return found
+        command = [sys.executable, "-I", "-c", STRANGER, str(folder), device]
+        printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=above).stdout
+        return dict(json.loads(printed.splitlines()[-1]))
 
 
 def main() -> None:

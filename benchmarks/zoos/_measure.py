@@ -20,7 +20,7 @@ from fasp_fx.errors import CaptureError, EagerError, NothingPrunableError, Spars
 from fasp_fx.testing.oracle import Masked, error, floats
 
 from . import Entry
-from ._table import STATUSES
+from ._table import STATUSES, Record
 from ._weights import centring, randomise
 
 SPARSITY = 0.30
@@ -30,17 +30,14 @@ LESS = (0.2, 0.1, 0.05, 0.02)
 DRAWN = fasp_fx.PruningConfig(sparsity=SPARSITY, score="random", restore=None)
 TOLERANCE, TOLERANCE_DOUBLE = 1e-3, 1e-6
 
-Record = dict[str, Any]
-
-
-def measure(entry: Entry, analyze_only: bool = False) -> Record:
+def measure(entry: Entry) -> Record:
     """Build, run, capture, analyse, prune and compare; what fails is recorded with its stage and
     its message.
     """
     record: Record = {"name": entry.name, "kind": entry.kind, "captured": False, "ok": None, "seconds": {}}
-    record |= {"tolerance": TOLERANCE_DOUBLE if entry.double else TOLERANCE, "only_analysed": analyze_only}
+    record["tolerance"] = TOLERANCE_DOUBLE if entry.double else TOLERANCE
     try:
-        _measure(entry, analyze_only, record)
+        _measure(entry, record)
     except Exception as failure:
         record |= {"ok": False, "error": f"{type(failure).__name__}: {failure}"[:2000]}
         record["where"] = [
@@ -50,7 +47,7 @@ def measure(entry: Entry, analyze_only: bool = False) -> Record:
     return record
 
 
-def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
+def _measure(entry: Entry, record: Record) -> None:
     with _stage(record, "build"):
         model = randomise(entry.make())
         record["layers"] = sum(any(True for _ in m.parameters(recurse=False)) for m in model.modules())
@@ -59,10 +56,6 @@ def _measure(entry: Entry, analyze_only: bool, record: Record) -> None:
         _call(model, entry, entry.batches[0])
     captured = _analyse(model, entry, record)
     program = None if captured is None else captured.program
-    if analyze_only:
-        if not record["captured"]:
-            raise CaptureError(record["not_captured"])
-        return
     with _stage(record, "prune"):
         if captured is None:
             result = _prune_in_parts(model, entry, record)

@@ -62,7 +62,7 @@ def verdict(record: Record) -> str:
         )
         return f"exact{parts}{'' if record.get('visible', True) else ', invisible'}"
     if record["ok"] is None:
-        return record.get("error") or "analysed"
+        return record.get("error")
     if record.get("error"):
         message = " ".join(str(record["error"]).split()).replace("|", "\\|")
         return f"{record['stage']}: {message[:120]}"
@@ -79,14 +79,12 @@ def summary(records: dict[str, Record]) -> list[str]:
     weights = sum(record["weights"] for record in analysed)
     none = [record for record in everything if record.get("copy")]
     tried = sum("copy" in record for record in everything)
-    enough = [record for record in captured if record.get("sparsity", 0.0) >= 0.2]
     lines = [
         f"* {len(captured)} of {len(everything)} captured",
         f"* {len(pruned)} pruned, {sum(record['ok'] is True for record in pruned)} of them exact",
         f"* {len(parts)} of the other {len(everything) - len(captured)} pruned in parts,"
         f" {sum(record['ok'] is True for record in parts)} of them exact",
         f"* copies of their own class: of {tried - len(none)} of {tried} pruned models",
-        f"* {len(enough)} of {len(captured)} lose 20 % or more of the counted weights",
     ]
     for title, by_model in (
         ("weights of linear and convolution operators", False),
@@ -99,12 +97,6 @@ def summary(records: dict[str, Record]) -> list[str]:
         }
         shown = ", ".join(f"{_shown(share)} % {status}" for status, share in counted.items())
         lines.append(f"* {title}: {shown}")
-    deep = [record for record in analysed if record["layers"] >= 100]
-    slow = [record["name"] for record in deep if record["seconds"]["analysis"] > record["seconds"]["capture"]]
-    lines.append(
-        f"* {len(deep)} models of 100 or more layers; analysis slower than capture:"
-        f" {', '.join(slow) or 'none'}"
-    )
     for title, chosen in (
         (
             "neither captured nor pruned in parts",

@@ -6,10 +6,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -242,18 +239,3 @@ def _copies(case: Case, module: nn.Module, expected: Any) -> None:
         raise Violation(f"in {other} it does not run: {problem}") from problem
     as_before = [leaf.to(own) for leaf in floats(found)]
     hold(error(as_before, floats(expected)) <= 1e-3, f"in {other} it computes something else")
-
-
-def run_without_fasp_fx(script: str, *arguments: str, folder: Path) -> str:
-    """What a script prints in a new process that cannot import fasp_fx.
-
-    Args:
-        script: Python code; finds ``arguments`` in ``sys.argv[1:]``.
-        folder: where it works.
-
-    Raises:
-        subprocess.CalledProcessError: it failed; its error stream is that of this process.
-    """
-    without = "import sys\nsys.modules['fasp_fx'] = None\n"  # what Python refuses to import
-    command = [sys.executable, "-I", "-c", without + script, *arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=folder).stdout

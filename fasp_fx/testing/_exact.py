@@ -5,7 +5,7 @@ tells the truth, and that an operator nobody has seen freezes what it touches.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -236,7 +236,7 @@ def unseen_operator(case: Case) -> None:
     """
     program = case.captured.copy()
     module: fx.GraphModule = program.module
-    nodes = [node for node in module.graph.nodes if _carries(node)]
+    nodes = [node for node, given in _activations(module.graph) if given.dim() > 1]
     if not nodes:
         raise Skipped("no node of the graph has a floating-point activation")
     for index in sorted({int(case.random.integers(len(nodes))) for _ in range(2)}):
@@ -268,17 +268,12 @@ def unseen_operator(case: Case) -> None:
     )
 
 
-def _carries(node: fx.Node) -> bool:
-    """Whether a node gives an activation, which depends on an input."""
-    value = node.meta.get("val")
-    real = isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
-    return node.op == "call_function" and real and _depends(node, set())
-
-
-def _depends(node: fx.Node, seen: set[fx.Node]) -> bool:
-    """Whether a node depends on an input of the graph."""
-    if node.op == "placeholder":
-        return True
-    fresh = [source for source in node.all_input_nodes if source not in seen]
-    seen.update(fresh)
-    return any(_depends(source, seen) for source in fresh)
+def _activations(graph: fx.Graph) -> Iterator[tuple[fx.Node, Tensor]]:
+    """The floating-point results of operators that depend on an input."""
+    fed: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or not fed.isdisjoint(node.all_input_nodes):
+            fed.add(node)
+            value = node.meta.get("val")
+            if node.op == "call_function" and isinstance(value, Tensor) and value.is_floating_point():
+                yield node, value

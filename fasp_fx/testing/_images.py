@@ -16,7 +16,7 @@ _IMAGE: tuple[Layout, ...] = ("image",)
 
 @dataclass(frozen=True, repr=False)
 class Conv(Block):
-    """A convolution to ``channels`` channels, padded to keep the sizes (with ``stride`` 2: to halve them).
+    """A convolution to ``channels`` channels, with an odd kernel, padded to keep the sizes (with ``stride`` 2: to halve them).
 
     ``depthwise``: as many groups as input channels, of which ``channels`` is a multiple. ``transposed`` with
     ``stride`` 2 doubles the sizes.
@@ -36,8 +36,6 @@ class Conv(Block):
         if shape.channels % groups or self.channels % groups:
             both = f"{shape.channels} and {self.channels} channels"
             raise self.refuse(shape, f"{both} do not both divide into {groups} groups")
-        if self.kernel % 2 == 0:
-            raise self.refuse(shape, "an even kernel does not keep the sizes")
         sizes = (size * self.stride if self.transposed else -(-size // self.stride) for size in shape.sizes)
         return Shape("image", self.channels, tuple(sizes))
 

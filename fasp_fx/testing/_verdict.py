@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 from fasp_fx.errors import FaspError
@@ -85,7 +84,3 @@ def hold(condition: bool, message: str) -> None:
     """Raise :class:`Violation` unless the condition holds."""
     if not condition:
         raise Violation(message)
-
-
-#: how many programs, rules and examples of rules were tried in this process
-TALLY: Counter[str] = Counter()

@@ -17,7 +17,7 @@ from fasp_fx.errors import ArgumentError, CaptureError
 from ..base.compat import OpOverload
 from . import _alone, _exact, _restored
 from ._case import Call, Case
-from ._verdict import TALLY, Broken, CheckFailed, ProgramVerdict, Skipped, Violation, hold
+from ._verdict import Broken, CheckFailed, ProgramVerdict, Skipped, Violation, hold
 from .oracle import callable_of
 from .rule import RuleVerdict, check_rule
 
@@ -123,7 +123,6 @@ def check_program(
             raise
         except tolerable(Exception) as problem:
             broken.append(Broken(name, f"{type(problem).__name__}: {problem}"))
-    TALLY["programs"] += 1
     plan = case.__dict__.get("plan")
     verdict = ProgramVerdict(
         type(model).__name__,

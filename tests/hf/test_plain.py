@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,6 @@ from fasp_fx.hf import _plain as plain_module
 from fasp_fx.hf import prune
 from fasp_fx.hf._experiments import Experiments
 from fasp_fx.hf._settings import Settings
-from fasp_fx.testing._alone import run_without_fasp_fx
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -39,6 +40,7 @@ UNREPAIRED: dict[str, Any] = {"plain": True, "score": "random", "restore": None}
 
 STRANGER = """
 import json, sys
+sys.modules["fasp_fx"] = None
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -78,7 +80,8 @@ def elsewhere(folders: Path) -> dict[str, torch.Tensor]:
     """Their logits in a process that cannot import fasp_fx; some are loaded by accelerate."""
     torch.save(tokens(), folders / "tokens.pt")
     options = {name: {"device_map": "cpu"} if name in ("llama", "opt") else {} for name in NAMES}
-    run_without_fasp_fx(STRANGER, str(folders), json.dumps(options), folder=folders)
+    command = [sys.executable, "-I", "-c", STRANGER, str(folders), json.dumps(options)]
+    subprocess.run(command, check=True, cwd=folders)
     return torch.load(folders / "found.pt")
 
 

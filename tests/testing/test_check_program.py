@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
 from typing import Any
 
 import pytest
@@ -29,7 +28,6 @@ from fasp_fx.testing.specs import (
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
-pytest_plugins = ["pytester"]
 
 CHAIN = Net((Linear(6), Activation(), Linear(4)))
 
@@ -173,27 +171,3 @@ def test_what_cannot_be_checked_is_an_error_of_its_own() -> None:
 
 
 test_one_line = program_test(lambda: (build(CHAIN), example(CHAIN)), invariants=("mask-exact",))
-
-
-def test_the_fixture_and_the_last_line(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile("""
-        import torch
-        from torch import nn
-        from fasp_fx.testing import program_test
-
-        def model():
-            return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
-
-        test_prunes = program_test(lambda: (model(), (torch.randn(2, 4),)), invariants=("mask-exact",))
-
-        def test_with_the_fixture(fasp_fx_check):
-            assert fasp_fx_check(model(), (torch.randn(2, 4),), seed=3, invariants=("mask-exact",)).ok
-        """)
-    installed = any(
-        point.value == "fasp_fx.testing.pytest_plugin" for point in entry_points(group="pytest11")
-    )
-    found = pytester.runpytest_inprocess(
-        "-p", "no:cacheprovider", *(() if installed else ("-p", "fasp_fx.testing.pytest_plugin"))
-    )
-    found.assert_outcomes(passed=2)
-    found.stdout.fnmatch_lines(["fasp_fx.testing: * programs and * examples of * rules were tried*"])

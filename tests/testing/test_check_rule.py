@@ -17,7 +17,6 @@ from fasp_fx import patterns
 from fasp_fx.errors import ArgumentError, RuleError
 from fasp_fx.testing import CheckFailed, CounterExample, assert_rule, check_rule
 from fasp_fx.testing import rule as rule_module
-from fasp_fx.testing._verdict import TALLY
 
 SLOW = PROFILE == "slow"
 #: calls per rule; in the slow profile all rules together are held against more than 100,000
@@ -127,15 +126,12 @@ LOOKS = "self[...] -> [...]; window ...; look dim index"
 
 
 def test_positions_that_integers_name() -> None:
-    """Too much: the positions come back. Too little: what a router names would be frozen."""
+    """A rule that names positions which come back claims too much."""
     assert check_rule(ATEN.gather.default, examples=40).ok
     for op in (ATEN.scatter_add.default, ATEN.index_add.default, ATEN.index_copy.default):
         found = counter(op, LOOKS, examples=40)
         assert (found.claim, found.arguments["self"].numel()) == ("look dim index", 2)
         assert "which no integer names" in found.fact
-    verdict = check_rule(ATEN.gather.default, LOOKS.removesuffix("; look dim index"), examples=40)
-    assert (verdict.kind, verdict.missing, verdict.needless) == ("claims too little", ("look dim index",), ())
-    assert "the operator keeps 'look dim index'" in str(verdict)
 
 
 def test_integers_that_name_the_next_position() -> None:
@@ -233,10 +229,8 @@ def test_operators_of_the_users_own(taught: Any) -> None:
 
 
 def test_examples_are_counted() -> None:
-    before = TALLY["examples"]
     verdict = check_rule(ATEN.relu.default, examples=7)
     assert verdict.examples == 7
-    assert TALLY["examples"] == before + 7
     assert 0 < verdict.pruned <= 7
 
 

@@ -119,7 +119,6 @@ def test_other_lengths() -> None:
     [
         (lambda: Net((Conv(2),)), "takes image input"),
         (lambda: Net((Conv(3, groups=2),), (Images(2),)), "divide into 2 groups"),
-        (lambda: Net((Conv(2, 2),), (Images(2),)), "even kernel"),
         (lambda: Net((Norm("group", 2),), (Images(3),)), "do not divide"),
         (lambda: Net((Norm("instance"),), (Images(2, (1, 1)),)), "one position"),
         (lambda: Net((Activation("prelu"),), (Sequences(),)), "prelu"),

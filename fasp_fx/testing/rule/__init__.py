@@ -17,7 +17,7 @@ from fasp_fx.errors import ArgumentError, RuleError
 from fasp_fx.patterns import Rule
 
 from ...base.compat import OpOverload, silent_fake_tensors
-from .._verdict import TALLY, CheckFailed
+from .._verdict import CheckFailed
 from ._calls import KINDS, Call, Draw, repeatable
 from ._claims import Lie, Trials, lies
 from ._clauses import creates, looked, moves, routed, tallies
@@ -69,7 +69,6 @@ class RuleVerdict:
         pruned: in how many of them something was prunable, and was pruned and compared.
         counter: the smallest call that shows that it claims too much.
         needless: clauses that the operator does not need, if it claims too little.
-        missing: clauses ``look`` that the operator keeps and the rule lacks, if it claims too little.
         seed: what the calls were drawn with.
         refused: calls around which the library's verifier refused a pruned program that was right. That is no
             fault of the rule.
@@ -82,7 +81,6 @@ class RuleVerdict:
     pruned: int
     counter: CounterExample | None = None
     needless: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
     seed: int = 0
     refused: tuple[str, ...] = ()
 
@@ -98,12 +96,8 @@ class RuleVerdict:
         )
         if self.counter is not None:
             return f"{head}\n{self.counter}"
-        reasons = [
-            f"the operator {what} '{'; '.join(found)}'"
-            for what, found in (("does not need", self.needless), ("keeps", self.missing))
-            if found
-        ]
-        return f"{head}: {'; '.join(reasons)}" if reasons else head
+        needless = f": the operator does not need '{'; '.join(self.needless)}'" if self.needless else ""
+        return f"{head}{needless}"
 
 
 def check_rule(
@@ -151,9 +145,7 @@ def check_rule(
         found = patterns.lookup(operator) if rule is None else patterns.register(operator, str(rule))
         if found is None:
             raise RuleError(f"there is no rule for {operator}; pass one, or register it first")
-        verdict = _Check(operator, found, seed, samples, programs).run(examples)
-    TALLY.update(rules=1, examples=verdict.examples)
-    return verdict
+        return _Check(operator, found, seed, samples, programs).run(examples)
 
 
 def assert_rule(operator: OpOverload, rule: str | Rule | None = None, **options: Any) -> RuleVerdict:
@@ -181,7 +173,7 @@ class _Check:
     ) -> None:
         self.operator, self.rule, self.seed, self.programs = operator, rule, seed, programs
         self.given = [self._named(args, kwargs) for args, kwargs in samples] if samples is not None else None
-        self.trials, self.missing = Trials(list), Trials(list)
+        self.trials = Trials(list)
         self.misfit: Lie | None = None
         self.refused: list[str] = []
         self.tried = self.pruned = 0
@@ -202,9 +194,8 @@ class _Check:
             worst = self._try(index, most=2 + (3 * index) // max(examples, 1))
             if worst is not None:
                 return self._verdict(TOO_MUCH, self._smaller(worst))
-        needless, missing = _needless(self.trials), _needless(self.missing)
-        kind = TOO_LITTLE if needless or missing or self.misfit else RIGHT
-        return self._verdict(kind, self.misfit, needless, missing)
+        needless = _needless(self.trials)
+        return self._verdict(TOO_LITTLE if needless or self.misfit else RIGHT, self.misfit, needless)
 
     def _silent(self) -> RuleVerdict:
         """``check`` says that nothing comes back that could carry channels."""
@@ -214,9 +205,7 @@ class _Check:
         lie = Lie(Call(self.operator, {}), claim, f"it returns {returned}") if returned else None
         return self._verdict(RIGHT if lie is None else TOO_MUCH, lie)
 
-    def _verdict(
-        self, kind: str, lie: Lie | None, needless: tuple[str, ...] = (), missing: tuple[str, ...] = ()
-    ) -> RuleVerdict:
+    def _verdict(self, kind: str, lie: Lie | None, needless: tuple[str, ...] = ()) -> RuleVerdict:
         return RuleVerdict(
             str(self.operator),
             str(self.rule),
@@ -227,7 +216,6 @@ class _Check:
             if lie is None
             else CounterExample(str(lie.call), dict(lie.call.arguments), lie.claim, lie.fact),
             needless,
-            missing,
             self.seed,
             tuple(self.refused),
         )
@@ -294,7 +282,7 @@ class _Check:
         return (
             next(filter(None, lies(reading, results, draw, self.trials)), None)
             or routed(self.rule, call, draw)
-            or looked(self.rule, call, draw, self.missing)
+            or looked(self.rule, call, draw)
         )
 
     def _draw(self, draw: Draw, index: int, patience: int) -> Call | None:

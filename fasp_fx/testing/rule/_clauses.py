@@ -3,14 +3,11 @@ elements, that it creates them all alike, and, around a router, that what is nev
 may as well not be there.
 
 ``look`` speaks of integers that name positions, ``choose`` and ``add`` of scores, ``pass`` of integers that
-come back, ``tally`` of integers that are counted. Integers of which a rule says nothing are held against
-``look`` as well: where the operator always keeps it, the rule says too little, and what a router names would
-be frozen.
+come back, ``tally`` of integers that are counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -127,38 +124,17 @@ def _distinct(shape: torch.Size, draw: Draw) -> Tensor:
     return order.reshape(shape).to(torch.float64) / shape.numel() + 0.5
 
 
-def looked(rule: Rule, call: Call, draw: Draw, missing: Trials) -> Lie | None:
-    """Hold the clauses of a rule against the operator on one call, and note in ``missing`` the clauses that
-    it could have had.
-    """
-    stated = rule.all("look")
-    for clause in dict.fromkeys([*stated, *_possible(rule, call)]):
+def looked(rule: Rule, call: Call, draw: Draw) -> Lie | None:
+    """Hold the clauses ``look`` of a rule against the operator on one call."""
+    for clause in rule.all("look"):
         fact = _without_unnamed(rule, clause, call, draw)
-        if clause not in stated:
-            if fact is not None:
-                missing[str(clause)].append(bool(fact))
-        elif fact:
+        if fact is not None:
             return Lie(call, str(clause), fact)
     return None
 
 
-def _possible(rule: Rule, call: Call) -> Iterator[Clause]:
-    """Clauses for tensors of integers that the rule does not speak of."""
-    dims = [
-        argument.name
-        for argument in call.operator._schema.arguments
-        if str(argument.type) == "int" and argument.name in ("dim", "axis")
-    ]
-    spoken = {clause.words[0] for clause in rule.clauses if clause.keyword in ("pass", "ignore")}
-    spoken |= {operand.name for alternative in rule.alternatives for operand in alternative.operands}
-    for name, value in call.arguments.items():
-        if name not in spoken and isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64):
-            for dim in dims:
-                yield Clause("look", (dim, name))
-
-
 def _without_unnamed(rule: Rule, clause: Clause, call: Call, draw: Draw) -> str | None:
-    """What is wrong with the clause on this call: nothing (``""``), or ``None`` if the call does not show."""
+    """What is wrong with the clause on this call; ``None``: nothing, or the call does not show it."""
     name = rule.alternatives[0].operands[0].name
     (along, index), shape = clause.words, call.arguments[name].shape
     dim, names = call.arguments[along], call.arguments[index]
@@ -191,7 +167,7 @@ def _without_unnamed(rule: Rule, clause: Clause, call: Call, draw: Draw) -> str 
     except tolerable(Exception) as problem:
         return f"without position {gone}, which no integer names, the operator refuses: {first_line(problem)}"
     if all(same(a, b) for a, b in zip(before, after, strict=True)):
-        return ""
+        return None
     return f"without position {gone}, which no integer names, the result is another one"
 
 
