@@ -16,7 +16,8 @@ _IMAGE: tuple[Layout, ...] = ("image",)
 
 @dataclass(frozen=True, repr=False)
 class Conv(Block):
-    """A convolution to ``channels`` channels, with an odd kernel, padded to keep the sizes (with ``stride`` 2: to halve them).
+    """A convolution to ``channels`` channels with an odd kernel, padded to keep the sizes (with ``stride`` 2:
+    to halve them).
 
     ``depthwise``: as many groups as input channels, of which ``channels`` is a multiple. ``transposed`` with
     ``stride`` 2 doubles the sizes.
