@@ -1,8 +1,9 @@
 """What each score and allocation costs and brings, on SmolLM2-135M, MiniLM-L6, EfficientNet-Lite0 and a
 vision transformer. Resumes where it was stopped.
 
-SmolLM2: perplexity on chunks 100-139 after calibration on chunks 0-31, and accuracies of tasks where files
-are given. MiniLM: mean cosine of 1,000 sentences with the dense model's embeddings after calibration on 512
+SmolLM2: perplexity on chunks 100-139 after calibration on chunks 0-31.
+
+MiniLM: mean cosine of 1,000 sentences with the dense model's embeddings after calibration on 512
 others. EfficientNet: agreement with the dense network on 300 crops of photographs after calibration on 192
 crops of others. The vision transformer: trained on four fifths of scikit-learn's 1,797 handwritten digits,
 512 of which calibrate; accuracy on the last fifth, and agreement.
@@ -19,7 +20,7 @@ import sentences
 import torch
 import vision
 from _protocol import CALIBRATION, EVALUATION, Peak, Results, arguments, chunks, smollm2
-from fasp_fx.evaluation import perplexity, tasks
+from fasp_fx.evaluation import perplexity
 
 import fasp_fx
 
@@ -53,9 +54,8 @@ def language(options: argparse.Namespace) -> Subject:
     data = chunks(tokenizer, options.text, options.device)
 
     def measure(module: Any) -> dict[str, float]:
-        found = {"perplexity": perplexity(module, data[EVALUATION][: options.evaluation])}
-        scores = tasks(module, tokenizer, options.tasks, limit=options.limit) if options.tasks else ()
-        return found | {"cache": cached(module)} | {score.task: score.value for score in scores}
+        found = perplexity(module, data[EVALUATION][: options.evaluation])
+        return {"perplexity": found, "cache": cached(module)}
 
     batches = [{"input_ids": row[None]} for row in data[:CALIBRATION]]
     return model, {"input_ids": data[:1], "use_cache": False}, batches, measure, {"loss": "next-token"}
@@ -64,7 +64,7 @@ def language(options: argparse.Namespace) -> Subject:
 def encoder(options: argparse.Namespace) -> Subject:
     model, calibration, data, dense = sentences.subject(options)
     measure: Measure = lambda module: {"cosine": sentences.cosine(module, dense, data)}  # noqa: E731
-    return model, dict(data[0]), calibration, measure, {"padding_mask": "attention_mask"}
+    return model, dict(data[0]), calibration, measure, {}
 
 
 def photographs(options: argparse.Namespace, make: Callable[..., Any], name: str) -> Subject:
@@ -114,8 +114,6 @@ def parser(description: str | None, models: list[str]) -> argparse.ArgumentParse
     found.add_argument("--models", nargs="*", choices=list(MODELS), default=models)
     found.add_argument("--methods", nargs="*", default=list(METHODS), help=HOW)
     found.add_argument("--sparsity", type=float, nargs="*", default=[0.1, 0.2, 0.3, 0.5])
-    found.add_argument("--tasks", nargs="*", default=[], help="files of tasks to measure SmolLM2 on")
-    found.add_argument("--limit", type=int, help="examples of each task")
     return found
 
 
@@ -155,7 +153,7 @@ def main() -> None:
         runs = [(method, sparsity) for sparsity in options.sparsity for method in options.methods]
         for method, sparsity in [("dense", 0.0), *runs]:
             found = {"model": name, "method": method, "sparsity": sparsity}
-            found |= {"evaluation": options.evaluation, "tasks": sorted(map(str, options.tasks))}
+            found |= {"evaluation": options.evaluation}
             if results.has(found):
                 continue
             module = model

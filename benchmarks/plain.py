@@ -1,4 +1,4 @@
-"""Perplexity of SmolLM2-135M pruned to what its config can say: of the pruned program, and of the plain
+"""Perplexity of SmolLM2-135M pruned to what its config can say: of the model that was made, and of the plain
 checkpoint in a process without fasp_fx.
 """
 
@@ -16,8 +16,7 @@ import torch
 from _protocol import EVALUATION, arguments, chunks, smollm2
 from fasp_fx.evaluation import perplexity
 
-from fasp_fx.hf._folder import save
-from fasp_fx.hf._plain import Plain, prune_plain
+from fasp_fx.hf import Pruned, prune
 
 #: a program that knows nothing of this one
 STRANGER = """
@@ -39,12 +38,10 @@ print(json.dumps({"perplexity": math.exp(mean), "parameters": model.num_paramete
 """
 
 
-def elsewhere(pruned: Plain, tokenizer: Any, data: torch.Tensor, device: str) -> dict[str, Any]:
+def elsewhere(pruned: Pruned, data: torch.Tensor, device: str) -> dict[str, Any]:
     """Perplexity and parameters of the plain checkpoint, in a new process."""
     with tempfile.TemporaryDirectory() as above:
-        folder = save(
-            pruned.model, tokenizer, pruned.result.plan, pruned.report, pathlib.Path(above) / "plain"
-        )
+        folder = pruned.save_pretrained(pathlib.Path(above) / "plain")
         torch.save(data.cpu(), folder / "chunks.pt")
         command = [sys.executable, "-I", "-c", STRANGER, str(folder), device]
         printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=above).stdout
@@ -65,18 +62,20 @@ def main() -> None:
     )
     for label, granularity in (("neurons", ("channel",)), ("neurons and heads", ("channel", "head"))):
         start = time.perf_counter()
-        pruned = prune_plain(
+        pruned = prune(
             model,
+            tokenizer,
             calibration=batches,
+            plain=True,
             sparsity=options.sparsity,
             round_to=options.round_to,
             granularity=granularity,
         )
         spent = time.perf_counter() - start
-        found = elsewhere(pruned, tokenizer, measured, options.device)
-        here = perplexity(pruned.result.module, measured)
+        found = elsewhere(pruned, measured, options.device)
+        here = perplexity(pruned.model, measured)
         print(
-            f"{label:<22}program {here:.4f}   plain checkpoint {found['perplexity']:.4f}   sparsity"
+            f"{label:<22}model {here:.4f}   plain checkpoint {found['perplexity']:.4f}   sparsity"
             f" {pruned.report.sparsity:.4f}, parameters {found['parameters']:,}; {pruned.report.notes[0]};"
             f" {spent:.0f} s",
             flush=True,

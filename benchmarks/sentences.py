@@ -56,7 +56,6 @@ def main() -> None:
                 restore=restore,
                 calibration=calibration,
                 sparsity=options.sparsity,
-                padding_mask="attention_mask",
                 quality=options.quality,
             )
             found = embed(result.module, data)

@@ -45,8 +45,7 @@ if TYPE_CHECKING:
     from .capturing._captured import Captured
     from .interop.compile._backend import backend
     from .interop.page import to_html
-    from .pruning._captured import capture
-    from .pruning._prune import analyze, apply, measure, plan_from_sets, prune
+    from .pruning._prune import analyze, apply, capture, measure, plan_from_sets, prune
     from .pruning._result import Result
     from .pruning.config import PruningConfig
     from .pruning.report import Report
@@ -63,8 +62,7 @@ _HOMES = {
     "Captured": "capturing._captured",
     "backend": "interop.compile._backend",
     "to_html": "interop.page",
-    "capture": "pruning._captured",
-    **dict.fromkeys(("analyze", "apply", "measure", "plan_from_sets", "prune"), "pruning._prune"),
+    **dict.fromkeys(("analyze", "apply", "capture", "measure", "plan_from_sets", "prune"), "pruning._prune"),
     "Result": "pruning._result",
     "PruningConfig": "pruning.config",
     "Report": "pruning.report",

@@ -57,16 +57,7 @@ class VerificationError(FaspError):
 
 
 class EagerError(FaspError):
-    """No copy of the caller's module computes what the pruned program computes; nothing is returned.
-
-    Attributes:
-        group: the name of a group that the class cannot do without what it has lost of, where that can be
-            told: with it and its like in ``exclude=`` there may be a copy.
-    """
-
-    def __init__(self, message: str, group: str | None = None) -> None:
-        super().__init__(message)
-        self.group = group
+    """No copy of the caller's module computes what the pruned program computes; nothing is returned."""
 
 
 class StoreError(FaspError):

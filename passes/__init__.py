@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from fasp_fx.base._stamps import WRITTEN_BY, stamp
 
-from ._base import GraphPass, Pass
 from ._foreign import Foreign
-from ._pipeline import Pipeline, Prune
-from ._run import split_fused
-from ._unshare import share_again
+from ._pipeline import Pipeline, Prune, RestoreWeights, SplitFusedProducers
+from ._run import GraphPass, Pass, split_fused
 from ._verify import verify
 from .attention import PadValueHeads, PinAttentionScale
 from .dense_count import KeepDenseCount
 from .remove_channels import RemoveChannels
-from .restore_weights import RestoreWeights
 from .skip_blocks import SkipBlocks
-from .split_producers import SplitFusedProducers
 
 __all__ = [
     "WRITTEN_BY",
@@ -36,7 +32,6 @@ __all__ = [
     "RestoreWeights",
     "SkipBlocks",
     "SplitFusedProducers",
-    "share_again",
     "split_fused",
     "stamp",
     "verify",

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fasp_fx.analysis._analysis import Analysis
-from fasp_fx.analysis._walks import Pairs
-from fasp_fx.analysis.channels import Numbering, Walk
 from fasp_fx.base._stamps import WRITTEN_BY, stamp
 from fasp_fx.base._tolerable import tolerable
 from fasp_fx.base.compare import deviation, tolerance
@@ -33,7 +25,6 @@ from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_li
 from fasp_fx.passes._pruned_module import program_now
 
 from ._pruned_module import finish, own_storage
-from ._verify import hold, last_ones, meet, walk_strictly
 
 
 @dataclass(frozen=True)
@@ -50,12 +41,12 @@ class Foreign:
 
     Attributes:
         call: the pass.
-        exported: whether it takes an ``ExportedProgram``; ``None``: if its first parameter is annotated so.
+        exported: whether it takes an ``ExportedProgram``.
         title: its name; ``None``: its own.
     """
 
     call: Callable[[Any], Any]
-    exported: bool | None = None
+    exported: bool = False
     title: str | None = None
 
     def __post_init__(self) -> None:
@@ -73,8 +64,8 @@ class Foreign:
             call = call.func
         return self.title or getattr(call, "__name__", None) or type(call).__name__
 
-    def run(self, program: Program, analysis: Analysis, tolerated: float | None) -> tuple[Program, Analysis]:
-        """The rewritten program, and the analysis with the weights it brought.
+    def run(self, program: Program, tolerated: float | None) -> Program:
+        """The rewritten program, which needs an analysis of its own.
 
         Raises:
             VerificationError: the pass failed, or its program is not the one it was given; names the node.
@@ -82,30 +73,14 @@ class Foreign:
         is_compared = tolerated != 0 and not any(tensor.is_meta for tensor in program.weights().values())
         expected = _outputs(program) if is_compared else []
         try:
-            rewritten = self._on_exported(program) if self._takes_exported() else self._on_graph(program)
-            rewritten.numbers.update(
-                {name: numbers for name, numbers in program.numbers.items() if name in rewritten.weights()}
-            )
-            extended = extend(rewritten, analysis)
+            rewritten = self._on_exported(program) if self.exported else self._on_graph(program)
         except FaspError:
             raise
         except tolerable(Exception) as error:  # a graph that somebody else broke fails in any way
             raise VerificationError(f"{type(error).__name__}: {first_line(error)}") from error
         if is_compared:
             _same_values(expected, rewritten, tolerated)
-        return rewritten, extended
-
-    def _takes_exported(self) -> bool:
-        if self.exported is not None:
-            return self.exported
-        try:
-            first = next(iter(inspect.signature(self.call).parameters.values()), None)
-        except (TypeError, ValueError):
-            return False
-        return first is not None and (
-            first.annotation is ExportedProgram
-            or str(first.annotation).rpartition(".")[2] == "ExportedProgram"
-        )
+        return rewritten
 
     def _on_graph(self, program: Program) -> Program:
         copy = own_storage(program)  # a pass may write into weights
@@ -207,86 +182,3 @@ def _same_values(expected: list[Any], after: Program, tolerated: float | None) -
 
 def _described(value: Any) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
-def extend(program: Program, reference: Analysis) -> Analysis:
-    """The analysis with numbers for the weights of ``program`` that it does not know.
-
-    Raises:
-        VerificationError: the program does not do what its origin did; names the node.
-    """
-    numbering, walk = _walk(program, reference)
-    known = len(reference.labels) if reference.known is None else reference.known
-    extended = replace(
-        reference, numbering=numbering, labels=_labels(program, reference, numbering, walk), known=known
-    )
-    hold(walk, program, extended)
-    program.walked = (program.module.graph, extended, walk)
-    return extended
-
-
-def _walk(program: Program, reference: Analysis) -> tuple[Numbering, Walk]:
-    blocked: dict[tuple[str, int], tuple[int, int]] = {}
-    while True:
-        numbering = reference.numbering.open(blocked)
-        walk = walk_strictly(program, reference, numbering, grows=True)
-        missing = {
-            place: blocks for place, blocks in walk.facts.blocks.items() if place not in numbering.blocked
-        }
-        if not missing:
-            return numbering, walk
-        blocked |= missing
-
-
-def _labels(program: Program, reference: Analysis, numbering: Numbering, walk: Walk) -> np.ndarray:
-    """The channel set of every number: that of the known channels it meets, or a set of its own."""
-    old, sets = len(reference.labels), int(reference.labels.max(initial=-1)) + 1
-    vertex = np.concatenate([reference.labels, np.arange(sets, sets + numbering.total - old)])
-    last = last_ones(program, reference)
-    meet(
-        [
-            (a[both], b[both], node)
-            for a, b, node in walk.facts.pairs
-            if (both := (a < old) & (b < old)).any()
-        ],
-        vertex,
-        last,
-        numbering,
-    )
-    edges = []
-    for a, b, node in walk.facts.pairs:
-        ends = np.stack([vertex[a], vertex[b]])
-        free = (ends[0] != ends[1]) & ~np.isin(ends, last).any(0)
-        edges += [(*ends[:, free], node)] if free.any() else []
-    component = _components(edges, len(edges), sets + numbering.total - old)
-    first_set = np.full(int(component.max(initial=-1)) + 1, -1, dtype=np.int64)
-    joined = np.bincount(component[:sets], minlength=len(first_set)) > 1
-    if joined.any():
-        raise VerificationError(
-            f"node '{_joining(edges, component.size, sets).name}' brings together channels which were not"
-            " coupled before"
-        )
-    first_set[component[:sets]] = np.arange(sets)
-    fresh = np.unique(component[sets:][first_set[component[sets:]] < 0])
-    first_set[fresh] = sets + np.arange(len(fresh))
-    labels = np.concatenate([reference.labels, first_set[component[vertex[old:]]]])
-    labels.setflags(write=False)
-    return labels
-
-
-def _components(edges: Pairs, count: int, total: int) -> np.ndarray:
-    first = np.concatenate([np.zeros(0, dtype=np.int64), *(a for a, _, _ in edges[:count])])
-    second = np.concatenate([np.zeros(0, dtype=np.int64), *(b for _, b, _ in edges[:count])])
-    return connected_components(
-        coo_matrix((np.ones(len(first), dtype=np.int8), (first, second)), shape=(total, total)),
-        directed=False,
-    )[1].astype(np.int64)
-
-
-def _joining(edges: Pairs, total: int, sets: int) -> fx.Node:
-    """The first node in graph order that joins two known channel sets."""
-
-    def joined(count: int) -> bool:
-        return np.unique(_components(edges, count, total)[:sets]).size < sets
-
-    return edges[bisect.bisect_left(range(1, len(edges) + 1), True, key=joined)][2]

@@ -13,28 +13,20 @@ from fasp_fx.errors import VerificationError
 
 if TYPE_CHECKING:
     from fasp_fx.analysis._analysis import Analysis
-    from fasp_fx.capturing._program import Program
 
 
-def gone_from(removal: PruningPlan | np.ndarray, program: Program, analysis: Analysis) -> np.ndarray:
-    """For every channel number of the analysis, whether the removal takes it; weights that a foreign pass
-    brought go with the channels they met.
+def gone_from(removal: PruningPlan | np.ndarray, analysis: Analysis) -> np.ndarray:
+    """For every channel number of the analysis, whether the removal takes it.
 
     Raises:
-        VerificationError: channels of the program are gone already.
+        VerificationError: the removal is by channel numbers, which a foreign pass has changed.
         PlanError: the plan does not fit (see :func:`fasp_fx.plan.gone_of`).
     """
-    for name, numbers in program.numbers.items():
-        for dim, own in enumerate(numbers):
-            slot = analysis.numbering.get(name, dim)
-            if own is not None and slot is not None and own.numel() < slot.size:
-                raise VerificationError(
-                    f"channels of '{name}' are gone already; this pass comes before any removal, and a"
-                    " removal comes once"
-                )
-    gone = gone_of(removal, analysis) if isinstance(removal, PruningPlan) else removal
-    sets = analysis.labels[: len(gone)][gone]
-    return np.concatenate([gone, np.isin(analysis.labels[len(gone) :], sets)])
+    if isinstance(removal, PruningPlan):
+        return gone_of(removal, analysis)
+    if analysis.brought is not None:
+        raise VerificationError("channel numbers are others after a foreign pass; give a plan")
+    return removal
 
 
 class Kept:

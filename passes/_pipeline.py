@@ -10,15 +10,14 @@ from torch.export import ExportedProgram
 
 from fasp_fx.analysis._analysis import Analysis
 from fasp_fx.capturing._program import Program
-from fasp_fx.errors import ArgumentError
+from fasp_fx.errors import ArgumentError, VerificationError
 
-from ._base import Pass
 from ._foreign import Foreign
-from ._run import Step, run, run_exported
+from ._run import Pass, Step, run, run_exported
+from ._split import NAME, split
 from .attention import PadValueHeads, PinAttentionScale
 from .dense_count import KeepDenseCount
 from .remove_channels import RemoveChannels
-from .restore_weights import RestoreWeights
 from .skip_blocks import SkipBlocks
 
 if TYPE_CHECKING:
@@ -30,17 +29,16 @@ if TYPE_CHECKING:
 class Pipeline:
     """Runs passes in order and verifies the program after each. Its input stays as it was.
 
-    Our passes are held against the channel numbers of the analysis (:func:`~fasp_fx.passes.verify`). A
-    foreign pass is, too: every node executes, outputs keep their shapes, channels meet that met before, none
-    meets an operator without a rule that was free; weights it brought get numbers of their own, which go with
-    the channels they meet. What no analysis can see, such as another value, is seen on the example inputs:
-    each output stays within ``tolerance``. Nodes that a pass wrote, ours or foreign, carry its name in
-    ``node.meta["fasp_fx_pass"]``.
+    Our passes are held against the channel numbers of the analysis (:func:`~fasp_fx.passes.verify`). After a
+    foreign pass the program is analysed anew: weights it brought go with the channels they meet, and a plan
+    that does not fit any more is refused. What no analysis can see, such as another value, is seen on the
+    example inputs: each output stays within ``tolerance``. Nodes that a pass wrote, ours or foreign, carry
+    its name in ``node.meta["fasp_fx_pass"]``.
 
     Args:
         passes: our passes, ``PassBase`` instances, functions of a ``GraphModule`` (returning one, a
-            ``PassResult``, or ``None``) or of an ``ExportedProgram`` (recognised by the annotation of the
-            first parameter, or wrapped in ``Foreign(…, exported=True)``).
+            ``PassResult``, or ``None``), or functions of an ``ExportedProgram`` as ``Foreign(…,
+            exported=True)``.
         reference: the analysis of the program the pipeline starts from, where that is no exported program.
         tolerance: what a foreign pass may change of an output, as a fraction of its largest value; of
             integers and booleans, the fraction of them that may be others. ``None``: the square root of the
@@ -86,6 +84,55 @@ class Pipeline:
         return run(self.passes, program, self.reference, self.tolerance)
 
 
+class RestoreWeights(Pass):
+    """Precondition: the restored weights have the captured shapes; columns to be removed may hold anything.
+
+    Postcondition: the graph is unchanged; the named weights hold the given values, under all their names.
+
+    Args:
+        restored: new values by canonical name.
+    """
+
+    name = "restore_weights"
+
+    def __init__(self, restored: dict[str, Tensor]) -> None:
+        self.restored = restored
+
+    def rewrite(self, program: Program, analysis: Analysis) -> Program:
+        if not self.restored:
+            return program
+        program = program.with_own_weights()
+        aliases, weights = program.aliases(), program.weights()
+        for name, value in self.restored.items():
+            if name not in aliases or value.shape != weights[name].shape:
+                found = (
+                    f"has shape {tuple(weights[name].shape)} there"
+                    if name in weights
+                    else "is not a weight of the program"
+                )
+                raise VerificationError(
+                    f"the restored weight '{name}' of shape {tuple(value.shape)} {found}; restored weights"
+                    " have the dense shapes"
+                )
+            program.replace_weight(aliases[name], value)
+        return program
+
+
+class SplitFusedProducers(Pass):
+    """Precondition: the analysis is that of the program: no pass has run before.
+
+    Postcondition: the split weights are gone; their parts, named ``<weight>_0``, ``<weight>_1`` … where these
+    names are free, are recorded in ``program.parts``. A product whose parts cannot be told apart is left
+    alone, and its groups stay frozen.
+    """
+
+    name = NAME
+    renumbers = True
+
+    def rewrite(self, program: Program, analysis: Analysis) -> Program:
+        return split(program, analysis)
+
+
 class Prune(Pipeline):
     """Apply a plan: ``Prune(plan)(exported)`` is an exported program without the plan's channels.
 
@@ -118,4 +165,4 @@ class Prune(Pipeline):
         )
 
 
-__all__ = ["Pipeline", "Prune"]
+__all__ = ["Pipeline", "Prune", "RestoreWeights", "SplitFusedProducers"]

@@ -284,19 +284,16 @@ def own_storage(program: Program) -> Program:
     return program
 
 
-def finish(program: Program, trace: bool = False, before: fx.Graph | None = None) -> PrunedModule:
+def finish(program: Program, trace: bool = False) -> PrunedModule:
     """The module of a rewritten program. Its exported program is put together when it is asked for
     (``program_now``) where that can be, and traced at once where not: nothing else tells whether it can be.
 
     Args:
         trace: trace in any case, which gives nodes the names that the exporter would.
-        before: the graph of the capture that the program was made of, whose recorded values are up to date.
     """
     program = own_storage(program)
     assembly = (
-        None
-        if trace or program.facts is None
-        else ready(program.module, program.example, program.facts, before)
+        None if trace or program.facts is None else ready(program.module, program.example, program.facts)
     )
     if assembly is not None:
         made = wrap_graph(assembly, program.module, program.signature)

@@ -1,14 +1,20 @@
-"""Run steps one after another on a program, with the verifier after each."""
+"""What a pass is, and how passes run one after another, with the verifier after each: in a chain of exported
+programs, and in torch's own pass manager where they only touch the graph.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, overload
 
 import numpy as np
+from torch import fx
 from torch.export import ExportedProgram
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fasp_fx.analysis._analysis import Analysis, analyze_program
 from fasp_fx.analysis.plan import PruningPlan, check_fingerprint, program_fingerprint
@@ -16,30 +22,105 @@ from fasp_fx.base._tolerable import tolerable
 from fasp_fx.capturing import capture
 from fasp_fx.capturing._program import Program
 from fasp_fx.capturing._runner import record
+from fasp_fx.capturing._signature import CallSignature
 from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
 from fasp_fx.passes._pruned_module import program_now
 
-from . import _unshare
 from ._foreign import Foreign
 from ._pruned_module import finish
 from ._split import NAME, split
 from ._verify import verify
 
-if TYPE_CHECKING:
-    Removal = PruningPlan | np.ndarray | None
+Removal = PruningPlan | np.ndarray | None
 
 
-class Rewriting(Protocol):
-    """A step of our own; :class:`~fasp_fx.passes.Pass` says what its parts are."""
+class Pass(ABC):
+    """A rewrite of a program.
+
+    Called with an ``ExportedProgram`` it returns another, verified (see :class:`~fasp_fx.passes.Pipeline`),
+    and so stands in any chain of such functions.
+
+    Attributes:
+        name: appears in error messages and in ``node.meta["fasp_fx_pass"]`` of the nodes it wrote.
+        removal: what it removes: a plan, or for every channel number of the analysis whether it goes;
+            ``None`` if that is nothing to it.
+        renumbers: whether the rewritten program has weights of its own, so that what follows needs a new
+            analysis.
+    """
 
     name: str
-    removal: Removal
-    renumbers: bool
+    removal: Removal = None
+    renumbers: bool = False
 
-    def rewrite(self, program: Program, analysis: Analysis) -> Program: ...
+    @abstractmethod
+    def rewrite(self, program: Program, analysis: Analysis) -> Program:
+        """A new program, or the same object if there was nothing to do; its input stays as it was.
+
+        Args:
+            program: the program to rewrite.
+            analysis: of the program that the pipeline started from.
+        """
+
+    def __call__(self, exported: ExportedProgram) -> ExportedProgram:
+        """Rewrite and verify one exported program; the same object if there was nothing to do.
+
+        Raises:
+            VerificationError: names the pass and the node.
+            PlanError: the pass follows a plan for another model.
+        """
+        return run_exported([self], exported)
 
 
-Step = Rewriting | Foreign
+class GraphPass(Pass, PassBase):
+    """A pass that touches no weight: usable in ``torch.fx.passes.infra.pass_manager.PassManager`` as well.
+
+    There its precondition is a graph of ATen operators whose placeholders carry ``node.meta["val"]``, as
+    ``torch.export`` makes them.
+    """
+
+    @overload
+    def __call__(self, given: ExportedProgram) -> ExportedProgram: ...
+    @overload
+    def __call__(self, given: fx.GraphModule) -> PassResult: ...
+    def __call__(self, given: Any) -> Any:
+        """Rewrite an exported program, or a graph module into a ``PassResult``.
+
+        Raises:
+            VerificationError: names the pass and the node.
+        """
+        return (
+            Pass.__call__(self, given)
+            if isinstance(given, ExportedProgram)
+            else PassBase.__call__(self, given)
+        )
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        for node in graph_module.graph.nodes:
+            if node.op in ("call_module", "call_method"):
+                raise VerificationError(
+                    f"pass '{self.name}' failed: node '{node.name}' is a {node.op}; pass a graph of"
+                    " operators, as torch.export makes it"
+                )
+            if node.op == "placeholder" and "val" not in node.meta:
+                raise VerificationError(
+                    f"pass '{self.name}' failed: node '{node.name}' has no recorded value in"
+                    " node.meta['val']; export the model first"
+                )
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        program = Program(graph_module, CallSignature(inspect.Signature(), (), {}), ((), {}))
+        if isinstance(self.removal, PruningPlan):
+            check_fingerprint(self.removal, program_fingerprint(program))
+        try:
+            rewritten = self.rewrite(program, analysis_for(program, self.removal))
+        except tolerable(FaspError) as error:
+            raise VerificationError(f"pass '{self.name}' failed: {error}") from error
+        rewritten.module.recompile()
+        return PassResult(rewritten.module, rewritten is not program)
+
+
+#: what a pipeline runs
+Step = Pass | Foreign
 
 
 def run(
@@ -55,17 +136,23 @@ def run(
         VerificationError: a step failed, or left a program that does not compute what the analysis says;
             names the step and the node.
     """
-    stale = False
+    stale = is_cut = False
     for step in steps:
         with _named(step.name):
-            if stale:
-                analysis, stale = (
-                    analyze_program(program, None, analysis.granularity, analysis.include),
-                    False,
+            is_cut |= bool(program.numbers)
+            if is_cut and not isinstance(step, Foreign) and step.removal is not None:
+                raise VerificationError(
+                    "channels are gone already; this pass comes before any removal, and a removal comes once"
                 )
             if isinstance(step, Foreign):
-                program, analysis = step.run(program, analysis, tolerance)
+                rewritten = step.run(program, tolerance)
+                brought = rewritten.weights().keys() - program.weights().keys()
+                analysis = replace(analysis, brought=(analysis.brought or frozenset()) | brought)
+                program, stale = rewritten, True
                 continue
+            if stale:
+                fresh = analyze_program(program, None, analysis.granularity, analysis.include)
+                analysis, stale = replace(fresh, brought=analysis.brought), False
             rewritten = _verified(step.rewrite, program, analysis)
             if rewritten is not program and step.renumbers:
                 rewritten, stale = replace(rewritten, numbers={}), True
@@ -87,9 +174,7 @@ def run_exported(
     program = capture(exported, fold=plan is not None)  # without a plan, no weight becomes another
     if plan is not None:
         check_fingerprint(plan, program_fingerprint(program))
-    start = analysis_for(
-        program, plan, split=split_fused if plan is not None and (plan.splits or plan.copies) else None
-    )
+    start = analysis_for(program, plan, split=split_fused if plan is not None and plan.splits else None)
     rewritten = run(steps, start.program, start, tolerance)
     return exported if rewritten is start.program else program_now(finish(rewritten))
 
@@ -106,17 +191,13 @@ def analysis_for(
 
 
 def split_fused(program: Program, analysis: Analysis) -> Program | None:
-    """Part what stands in the way: tables that groups share which may be pruned, then fused producers;
-    ``None`` if there is nothing to do.
-    """
-    for name, step in ((_unshare.NAME, _unshare.unshare), (NAME, split)):
-        with _named(name):
-            rewritten = _verified(step, program, analysis)
-        if rewritten is not program:
-            with _named(name):
-                record(rewritten.module, program.module.graph)
-            return replace(rewritten, numbers={})
-    return None
+    """Split fused producers that stand in the way; ``None`` if there is nothing to do."""
+    with _named(NAME):
+        rewritten = _verified(split, program, analysis)
+        if rewritten is program:
+            return None
+        record(rewritten.module)
+    return replace(rewritten, numbers={})
 
 
 def _plan_of(steps: Sequence[Step]) -> PruningPlan | None:
@@ -157,4 +238,4 @@ def _named(name: str) -> Iterator[None]:
         raise VerificationError(f"pass '{name}' failed: {first_line(error)}") from error
 
 
-__all__ = ["Step", "analysis_for", "run", "run_exported", "split_fused"]
+__all__ = ["GraphPass", "Pass", "Step", "run", "run_exported", "split_fused"]

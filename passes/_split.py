@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.analysis.channels import Axis, Use, Value, distinct, marked, run_on_numbers
+from fasp_fx.analysis.channels import Axis, Use, Value, marked, run_on_numbers
 from fasp_fx.base._stamps import stamp
 from fasp_fx.base.compat import pytree
 from fasp_fx.capturing._fx import arguments, attribute, target_name
@@ -147,7 +147,7 @@ class _Splitter:
         rows = _rows(self.analysis.walk.values[root])
         if rows is None:
             return None
-        whole = distinct(rows.numbers.reshape(-1).numpy())
+        whole = np.unique(rows.numbers.reshape(-1).numpy())
         found: list[_Part] = []
         pending: list[tuple[fx.Node, list[Tensor]]] = [(root, labels)]
         while pending:
@@ -171,7 +171,7 @@ class _Splitter:
                     if len(own) != 1:
                         return None
                     ((axis, numbers),) = own
-                    if not np.array_equal(distinct(numbers), whole):
+                    if not np.array_equal(np.unique(numbers), whole):
                         part = _part(user, value, axis, [label for label in carried if label is not None])
                         if part is None:
                             return None
@@ -270,7 +270,7 @@ class _Splitter:
 
 def stuck_sets(analysis: Analysis) -> np.ndarray:
     """The channel sets that the conflicts of a layout concern."""
-    return distinct(np.concatenate([conflict.classes for conflict in analysis.conflicts]))
+    return np.unique(np.concatenate([conflict.classes for conflict in analysis.conflicts]))
 
 
 def _label(shape: tuple[int, ...], dim: int) -> Tensor:

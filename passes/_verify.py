@@ -36,7 +36,17 @@ def verify(program: Program, reference: Analysis) -> Walk:
     Raises:
         VerificationError: names the node and what differs.
     """
-    walk = walk_strictly(program, reference, reference.numbering)
+    before = reference.program
+    walk = Interpreter(
+        program.module,
+        reference.numbering,
+        program.canonical(),
+        before.state_inputs,
+        before.state_outputs,
+        overrides=program.numbers,
+        strict=True,
+        experts=reference.experts,
+    ).run(reference.walk.sizes.small)
     hold(walk, program, reference)
     program.walked = (program.module.graph, reference, walk)
     return walk
@@ -47,28 +57,9 @@ def walk_of(program: Program, reference: Analysis) -> Walk:
     graph, walked = program.module.graph, program.walked
     if walked is not None and walked[0] is graph and walked[1] is reference:
         return cast(Walk, walked[2])
-    if graph is reference.program.module.graph and reference.known is None:
+    if graph is reference.program.module.graph:
         return reference.walk
     return verify(program, reference)
-
-
-def walk_strictly(program: Program, reference: Analysis, numbering: Numbering, grows: bool = False) -> Walk:
-    """Interpret a rewritten program; ``grows``: weights that were not there before get numbers of their own,
-    else they are refused.
-    """
-    before = reference.program
-    return Interpreter(
-        program.module,
-        numbering,
-        program.canonical(),
-        before.state_inputs,
-        before.state_outputs,
-        overrides=program.numbers,
-        strict=True,
-        grows=grows,
-        experts=reference.experts,
-        execution=reference.walk.execution,
-    ).run(reference.walk.sizes.small)
 
 
 def hold(walk: Walk, program: Program, reference: Analysis) -> None:
@@ -77,7 +68,7 @@ def hold(walk: Walk, program: Program, reference: Analysis) -> None:
     Raises:
         VerificationError: names the node and what differs.
     """
-    labels, last = reference.labels, np.concatenate([last_ones(program, reference), reference.fresh()])
+    labels, last = reference.labels, last_ones(program, reference)
     last = np.union1d(last, _mistaken(walk.facts.pairs, labels, last))
     meet(walk.facts.pairs, labels, last, reference.numbering)
     known = reference.walk.facts

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasp_fx.base._stamps import stamp
 
-from ._base import GraphPass
+from ._run import GraphPass
 from ._verify import walk_of
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from fasp_fx.base._stamps import WRITTEN_BY, stamp
 from fasp_fx.capturing._fx import arguments
 from fasp_fx.errors import VerificationError
 
-from ._base import GraphPass
 from ._kept import Kept, gone_from
+from ._run import GraphPass
 from ._verify import walk_of
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class KeepDenseCount(GraphPass):
         self.removal: PruningPlan | np.ndarray = removal
 
     def rewrite(self, program: Program, analysis: Analysis) -> Program:
-        gone = gone_from(self.removal, program, analysis)
+        gone = gone_from(self.removal, analysis)
         kept, walk, removal = Kept(gone), walk_of(program, analysis), hashlib.sha256(gone).hexdigest()
         if any(_counted_for(node) == removal for node in program.module.graph.nodes):
             raise VerificationError(

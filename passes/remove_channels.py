@@ -19,8 +19,8 @@ from fasp_fx.capturing._recipes import Cut, Recipe
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import VIEWS, Clause, lookup
 
-from ._base import Pass
 from ._kept import Kept, gone_from
+from ._run import Pass
 from ._verify import walk_of
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class RemoveChannels(Pass):
         self.removal: PruningPlan | np.ndarray = removal
 
     def rewrite(self, program: Program, analysis: Analysis) -> Program:
-        gone = gone_from(self.removal, program, analysis)
+        gone = gone_from(self.removal, analysis)
         if not gone.any():
             return program
         walk, old = walk_of(program, analysis), program.module.graph
@@ -81,15 +81,11 @@ def recipes_of(numbering: Numbering, gone: np.ndarray, names: Container[str]) ->
 
 
 def _losing(numbering: Numbering, gone: np.ndarray, kind: str) -> list[Slot]:
-    """The dimensions of one kind that lose channels, without those of nodes that a foreign pass has
-    replaced.
-    """
+    """The dimensions of one kind that lose channels."""
     return [
         slot
         for slot in numbering.slots
-        if slot.kind == kind
-        and gone[slot.base : slot.base + slot.size].any()
-        and numbering.get(slot.name, slot.dim) is slot
+        if slot.kind == kind and gone[slot.base : slot.base + slot.size].any()
     ]
 
 

@@ -14,8 +14,8 @@ from fasp_fx.capturing._fx import arguments, results, viewed
 from fasp_fx.capturing._sizes import same_sizes
 from fasp_fx.errors import VerificationError
 
-from ._base import Pass
 from ._kept import gone_from
+from ._run import Pass
 
 if TYPE_CHECKING:
     from fasp_fx.analysis._analysis import Analysis
@@ -43,7 +43,7 @@ class SkipBlocks(Pass):
         self.removal: PruningPlan | np.ndarray = removal
 
     def rewrite(self, program: Program, analysis: Analysis) -> Program:
-        gone = gone_from(self.removal, program, analysis)
+        gone = gone_from(self.removal, analysis)
         kept = np.unique(analysis.labels[~gone])
         skipped = [
             group for group in analysis.groups if not group.needed and not np.isin(group.sets, kept).any()

@@ -31,7 +31,7 @@ _COMMON = {
 }
 settings.register_profile(
     "fast",
-    max_examples=15,
+    max_examples=10,
     derandomize=True,
     database=None,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],

@@ -94,7 +94,7 @@ def hold(net: Net, number: int, include: Sequence[str] = ()) -> collections.Coun
             break
         gone = chosen[analysis.labels]
         plan = make_plan(program, analysis, Decision(gone))
-        smaller = _AsCaptured(fasp_fx.passes.share_again(Prune(gone, {}, analysis)(analysis.program)))
+        smaller = _AsCaptured(Prune(gone, {}, analysis)(analysis.program))
         masked = Masked(case.reference, plan)
         count["prunings"] += 1
         for call, dense in calls:

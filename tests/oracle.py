@@ -73,9 +73,7 @@ def zeroed(model: nn.Module, plan: Any, producers: bool = False) -> nn.Module:
     """
     copied = copy.deepcopy(model)
     weights = dict(copied.named_parameters(remove_duplicate=False))
-    buffers = {name for name, _ in copied.named_buffers(remove_duplicate=False)} | {
-        made.name for made in plan.copies
-    }
+    buffers = {name for name, _ in copied.named_buffers(remove_duplicate=False)}
     with torch.no_grad():
         for part in (
             part

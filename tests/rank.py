@@ -224,16 +224,7 @@ def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
     from fasp_fx.calibration._journal import Journal
     from fasp_fx.calibration._visit import Observer
     from fasp_fx.capturing._runner import Runner
-    from fasp_fx.pruning import _captured, _subject
-
-    reduce, calls = dist.all_reduce, []
-
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        """Somebody interrupts the first process while it waits for the second, which comes."""
-        reduce(*args, **kwargs)
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+    from fasp_fx.pruning import _prune, _subject
 
     shortage = torch.OutOfMemoryError("no memory is left")
     places: list[tuple[int, BaseException, Any, str, dict[str, Any]]] = [
@@ -242,7 +233,7 @@ def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
         (0, StoreError("no space is left"), Journal, "commit", {"checkpoint": folder / "run"}),
         (1, KeyboardInterrupt(), Runner, "_execute", {"quality": "balanced"}),
         (0, SystemExit(3), Observer, "_choose", {}),
-        (1, Own("mine"), _captured, "check_given", {}),
+        (1, Own("mine"), _prune, "check_given", {}),
         (0, CalibrationError("one batch"), Runner, "advance", {"quality": "fast"}),
         (1, Own("late"), _subject, "rewrite", {}),
         (0, Own("dry"), _subject, "analyze_for", {}),
@@ -266,10 +257,6 @@ def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
                 patch.setattr(owner, name, Mock(side_effect=error))
             told(failed, type(error), str(error), **options)
     told(1, ArgumentError, "quality=", **({"quality": "none of these"} if rank == 1 else {}))
-    with pytest.MonkeyPatch.context() as patch:
-        if rank == 0:
-            patch.setattr(dist, "all_reduce", interrupted)
-        told(0, KeyboardInterrupt, "")
     found = fasp_fx.prune(captured, **common)
     alone = fasp_fx.prune(captured, **common | {"group": None})
     assert found.plan.groups == alone.plan.groups

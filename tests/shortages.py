@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import safetensors.torch
 import torch
@@ -107,31 +108,22 @@ _HOOKED: list[bool] = []
 
 @contextmanager
 def _full_disk(places: Places) -> Iterator[None]:
-    """Every file that is opened for writing, made, moved, or brought to the disk is such a place."""
+    """Every file that is opened for writing, made or moved is such a place."""
     if not _HOOKED:  # a hook cannot be taken away
         sys.addaudithook(_hook)
         _HOOKED.append(True)
-    originals = (safetensors.torch.serialize_file, os.posix_fallocate, os.fsync)
+    original = safetensors.torch.serialize_file  # which opens files without a word
 
     def serialize(*args: Any, **kwargs: Any) -> Any:
         places.take(lambda: SafetensorError(f"Error while serializing: I/O error: {_DISK} (os error 28)"))
-        return originals[0](*args, **kwargs)
+        return original(*args, **kwargs)
 
-    def allocate(*args: Any) -> None:
-        places.take()
-        originals[1](*args)
-
-    def sync(descriptor: int) -> None:
-        places.take()
-        originals[2](descriptor)
-
-    safetensors.torch.serialize_file, os.posix_fallocate, os.fsync = serialize, allocate, sync
     _WRITING.append(places)
     try:
-        yield
+        with mock.patch.object(safetensors.torch, "serialize_file", serialize):
+            yield
     finally:
         _WRITING.pop()
-        safetensors.torch.serialize_file, os.posix_fallocate, os.fsync = originals
 
 
 @contextmanager

@@ -186,12 +186,9 @@ def test_writes_leave_the_graph_whole() -> None:
 def test_refusals(perceptron: Any) -> None:
     model, example, plan = perceptron
     result, other = fasp_fx.apply(model, plan, (example,)), hidden()
-    lacking = hidden()
-    lacking.second, lacking.third = nn.Linear(16, 4), nn.Linear(4, 16)
     for compiled, said in (
         (compiled_by(other, plan), "another model"),
         (compiled_by(result.module, result.plan), "already applied"),
-        (compiled_by(lacking, plan, check=False), "its shape is"),
     ):
         with pytest.raises(fasp_fx.PlanError, match=said):
             compiled(example)
@@ -230,17 +227,9 @@ def between(step: Callable[[Any, Tensor], Tensor], width: int = 12) -> nn.Module
         down=nn.Linear(width, 3),
         weight=parameter(12, 12),
         stack=parameter(2, 12, 12),
-        cell=nn.GRUCell(12, 12),
         layer=nn.LSTM(12, 6, 2, bidirectional=True, batch_first=True),
         gated=nn.GRU(12, 6, bidirectional=True, batch_first=True),
     )
-
-
-def _cells(model: Any, x: Tensor) -> Tensor:
-    state = x.new_zeros(x.shape[0], 12)
-    for step in range(3):
-        state = model.cell(x[:, step], state)
-    return state
 
 
 def _shuffled(model: Any, x: Tensor) -> Tensor:
@@ -255,15 +244,12 @@ COMPOSITES: dict[str, tuple[Callable[[Any, Tensor], Tensor], int]] = {
     "tensordot": (lambda m, x: torch.tensordot(x.relu(), m.weight, ([2], [0])), 12),
     "channel shuffle": (_shuffled, 12),
     "spectrum": (lambda m, x: torch.fft.fft(x.tanh(), dim=1).real, 12),
-    "cells": (_cells, 12),
     "LSTM": (lambda m, x: m.layer(x.tanh())[0], 12),
     "GRU": (lambda m, x: m.gated(x.tanh())[0], 12),
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "cells")) for name in COMPOSITES]
-)
+@pytest.mark.parametrize("name", COMPOSITES)
 def test_composites_are_taken_apart_as_by_the_capture(name: str) -> None:
     model = randomise(between(*COMPOSITES[name]), std=0.5)
     x, other = (torch.randn(batch, 5, 5, generator=torch.Generator().manual_seed(batch)) for batch in (2, 3))
@@ -291,7 +277,7 @@ def test_what_dynamo_alone_does_not_show_stays_whole() -> None:
         plan.fingerprint, tuple(g for g in plan.groups if g not in inside), plan.sparsity
     )
     compiled = compiled_by(model, plan)
-    with pytest.warns(fasp_fx.PartialPlanWarning, match="no rule for .*set_fastpath_enabled"):
+    with pytest.warns(fasp_fx.PartialPlanWarning, match="stay whole: '3"):
         masked_exact(model, compiled, rest, x)
     torch._dynamo.reset()
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -323,20 +309,6 @@ def held(scaled: bool) -> nn.Module:
     )
 
 
-def patches() -> nn.Module:
-    """Attention over as many tokens as there are patches in an image, in a fused projection."""
-
-    def forward(m: Any, images: Tensor) -> Tensor:
-        x = m.patch(images).flatten(2).transpose(1, 2)
-        q, k, v = m.qkv(x).reshape(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
-        x = m.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return m.down(torch.relu(m.up(x)))
-
-    sizes = {"qkv": (8, 48), "out": (16, 8), "up": (8, 20), "down": (20, 8)}
-    layers = {name: nn.Linear(*size) for name, size in sizes.items()}
-    return made(forward, patch=nn.Conv2d(3, 8, 4, 4), **layers)
-
-
 def test_floats_of_modules_are_constants_at_dynamic_sizes() -> None:
     model, x, other = randomise(held(scaled=False)), torch.randn(5, 6), torch.randn(9, 6)
     plan, spy = plan_for(model, x), Spy()
@@ -347,21 +319,6 @@ def test_floats_of_modules_are_constants_at_dynamic_sizes() -> None:
     model.layer.eps, model.leaky.negative_slope = 0.9, 0.6
     masked_exact(model, compiled, plan, x, other)
     assert len(spy.weights) == 2, "one graph for each value"
-
-
-def test_a_group_that_dynamic_sizes_hide_stays_whole() -> None:
-    model, images = randomise(patches()), torch.randn(2, 3, 8, 8)
-    plan = plan_for(model, images)
-    (hidden,) = [group for group in plan.groups if group.name == "out.weight"]
-    rest = fasp_fx.PruningPlan(
-        plan.fingerprint, tuple(group for group in plan.groups if group is not hidden), plan.sparsity
-    )
-    compiled = compiled_by(model, plan, dynamic=True)
-    with (
-        torch._dynamo.config.patch(fake_tensor_cache_enabled=True),  # which compares sizes, as users have it
-        pytest.warns(fasp_fx.PartialPlanWarning, match=r"stay whole: 'out.weight': layout"),
-    ):
-        masked_exact(model, compiled, rest, images, torch.randn(3, 3, 12, 8))
 
 
 def test_a_float_of_the_call_leaves_the_graph_whole() -> None:

@@ -35,10 +35,10 @@ OPTIONS: dict[str, list[tuple[Any, type[fasp_fx.FaspError], str]]] = {
     ],
     "score": [
         ("tasty", A, "score="),
-        (lambda columns: torch.zeros(3), A, r"score returned shape \(3,\) for a consumer with 24 columns"),
+        (lambda columns: torch.zeros(3), A, r"score returned shape \(3,\); .* shape \(24,\)"),
         (lambda columns: torch.full((24,), float("nan")), fasp_fx.FaspError, "not finite"),
         *(
-            (lambda columns, value=value: value, A, "the score returned a .*one value per column")
+            (lambda columns, value=value: value, A, "the score returned a .*dense tensor of real")
             for value in (None, 1.0, [0.0] * 12)
         ),
     ],
@@ -55,7 +55,6 @@ OPTIONS: dict[str, list[tuple[Any, type[fasp_fx.FaspError], str]]] = {
     "granularity": [(("atom",), A, "granularity="), ("channel", A, "granularity=")],
     "include": [(("everything",), A, "include=")],
     "round_to": [(value, A, "round_to=") for value in (0, -8, 1.5, "a")],
-    "padding_mask": [("tokens", A, "padding_mask=")],
     "device": [
         ("nowhere", A, "device 'nowhere' cannot be used here"),
         ("meta", A, "device 'meta' cannot be used here"),
@@ -72,7 +71,7 @@ OPTIONS: dict[str, list[tuple[Any, type[fasp_fx.FaspError], str]]] = {
     ],
     "kwargs": [({"unheard": 1}, A, "unheard")],
     "checkpoint": [
-        ("a\0", fasp_fx.StoreError, "null character, which no path can; choose another checkpoint=")
+        ("a\0", fasp_fx.StoreError, "null character.*choose another checkpoint=")
     ],
     "calibration": [
         (value, C, said)
@@ -80,9 +79,9 @@ OPTIONS: dict[str, list[tuple[Any, type[fasp_fx.FaspError], str]]] = {
             (None, "no calibration data: pass calibration="),
             ([], "empty"),
             (iter(()), "empty"),
-            (BATCH, r"single Tensor; pass an iterable of batches"),
-            ({"x": BATCH}, r"single dict; pass an iterable"),
-            ("text", "single str"),
+            (BATCH, r"is a Tensor; pass an iterable of batches"),
+            ({"x": BATCH}, r"is a dict; pass an iterable"),
+            ("text", "is a str; pass an iterable"),
             (7, r"calibration is a int.*iterable"),
             (np.float64(7), r"calibration is a float64.*iterable"),
             ([3], "batch 0 is a int"),
@@ -223,7 +222,7 @@ def test_models_that_are_refused(name: str) -> None:
             fasp_fx.analyze(make(), (X,))
 
 
-def test_what_is_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_of_another_kind_is_refused(tmp_path: Path) -> None:
     result = fasp_fx.prune(Vectors().eval(), (X,), score="magnitude", restore=None)
     for model in (None, "model", torch.zeros(3)):
         with pytest.raises(A, match=r"model must be an nn\.Module"):
@@ -234,14 +233,9 @@ def test_what_is_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.
         fasp_fx.load(3)  # type: ignore[arg-type]
     with pytest.raises(A, match="is a NoneType; pass a path"):
         fasp_fx.Costs.load(None)  # type: ignore[arg-type]
-    for name, said in (("\udcff", "is not valid UTF-8"), ("a\0", "null character")):
+    for name, said in (("\udcff", "not valid UTF-8"), ("a\0", "null character")):
         with pytest.raises(fasp_fx.StoreError, match=said):
             result.save(f"{tmp_path}/{name}")
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    with pytest.raises(A, match="path='x' lies in the working folder, which is gone"):
-        result.save("x")
 
 
 @pytest.mark.parametrize("round_to", [1, 8])

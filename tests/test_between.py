@@ -1,5 +1,5 @@
 """What stands between a layer and the next one: expansions, tokens picked at run time, channels taken one of
-every few, grids, and dimensions of one position. Channels beside it are free, or stay for a reason.
+every few, and dimensions of one position. Channels beside it are free, or stay for a reason.
 
 The oracle zeroes columns of the consumer in a copy of the dense model.
 """
@@ -210,38 +210,6 @@ def test_a_mask_speaks_of_as_many_dimensions_as_it_has() -> None:
     groups = fasp_fx.analyze(wide(forward, 5, 8, mask=mask), (torch.randn(2, 4, 5),)).groups
     (group,) = [g for g in groups if "down.weight" in {part.name for part in g.consumers}]
     assert "aten.index.Tensor names positions along this dimension one by one" in group.reason
-
-
-# --- grids: channels that a reshape lays beside all of a grid of constants go, each with its whole run
-
-
-def on_a_grid(is_outer: bool) -> nn.Module:
-    """Two layers on radial basis functions of one grid, a buffer (FastKAN)."""
-
-    def expand(self: Any, x: Tensor) -> Tensor:
-        apart = x[..., None, :] - self.grid[:, None] if is_outer else x[..., None] - self.grid
-        return torch.exp(-(apart**2)).flatten(-2)
-
-    return made(
-        lambda self, x: self.third(expand(self, self.second(expand(self, self.first(x))))),
-        first=nn.Linear(6, 8),
-        second=nn.Linear(32, 5),
-        third=nn.Linear(20, 3),
-        grid=torch.linspace(-2, 2, 4),
-    )
-
-
-@pytest.mark.parametrize("is_outer", [False, True], ids=["inner grid", "outer grid"])
-def test_whole_runs_go(is_outer: bool) -> None:
-    model, x = randomise(on_a_grid(is_outer), std=0.4), torch.randn(7, 6)
-    groups = {"second.weight": 8, "third.weight": 5}
-    found = fasp_fx.analyze(model, (x,)).select("prunable")
-    assert {group.name: group.size for group in found} == groups
-    result = fasp_fx.prune(model, (x,), sparsity=0.4, score="magnitude", restore=None)
-    assert {group.name for group in result.plan.groups} == groups.keys()
-    for batch in (x, torch.randn(12, 6)):
-        assert error(result.module(batch), zeroed(model, result.plan)(batch)) < TOLERANCE
-    check_program(model, (x,), invariants=("mask-exact", "plan", "steps", "restored"))
 
 
 def test_a_gain_of_heads_is_no_product() -> None:

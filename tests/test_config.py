@@ -66,7 +66,6 @@ CONFIGS = st.builds(
     exclude=st.lists(st.text()).map(tuple),
     round_to=st.integers(1, 64),
     uniform_layers=st.just(False),
-    padding_mask=st.none() | st.text(),
 )
 
 
@@ -127,7 +126,6 @@ def test_a_report_with_a_damaged_configuration_is_refused(config: object) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsty": 0.3}, "the option 'sparsty' is not known; did you mean 'sparsity'"),
         ({"tidy": True}, "the option 'tidy' is not known; there are sparsity, budget, quality, score"),
         ({"config": {"sparsity": 0.3}}, "config is a dict; pass a PruningConfig"),
         ({"granularity": [["head"]]}, r"granularity=\[\['head'\]\] is not known"),
@@ -160,7 +158,7 @@ def test_missing_calibration_is_found_before_the_capture() -> None:
         raise AssertionError("this was captured")
 
     for options in ({}, {"score": "magnitude"}, {"restore": None}):
-        for data, said in ((None, "no calibration data"), (X, "calibration is a single Tensor")):
+        for data, said in ((None, "no calibration data"), (X, "calibration is a Tensor")):
             with pytest.raises(fasp_fx.CalibrationError, match=said):
                 fasp_fx.prune(made(unseen), (X,), calibration=data, **options)
 
@@ -369,15 +367,14 @@ DOWN = "layers.0.down.weight"
 SETS: list[tuple[dict[Any, Any], str]] = [
     (
         {"layers.0.down.wieght": [1]},
-        "'layers.0.down.wieght' is no group that can be pruned; did you mean 'layers.0.down.weight'",
+        "'layers.0.down.wieght' is no group of this model",
     ),
     ({DOWN: [10]}, "has the channel sets 0 to 9, not 10"),
     ({DOWN: [-1]}, "has the channel sets 0 to 9, not -1"),
     ({DOWN: range(10)}, "keeps at least 1 of the 10 channel sets"),
     ({DOWN: torch.arange(10) < 3}, "of a mask, mask.nonzero"),
     ({DOWN: [True, False]}, "of a mask, mask.nonzero"),
-    ({DOWN: 3}, "loses 3, which is no list"),
-    ({DOWN: [10**30]}, "a number of 31 digits"),
+    ({DOWN: [10**30]}, "give the numbers of channel sets"),
     ({3: [1]}, "'3' is no group"),
     ([1], "removed is a list"),  # type: ignore[list-item]
     ({"frozen": [0]}, r"cannot be pruned: aten\.embedding"),
@@ -417,7 +414,6 @@ def test_sets_of_another_granularity_or_of_no_capture() -> None:
         ({"restore": int}, r"restore=int is a class"),
         ({"allocation": np.ones(2)}, r"allocation=array\("),
         ({"loss": np.ones(2)}, r"loss=array\("),
-        ({"padding_mask": ["mask"]}, r"padding_mask=\['mask'\] is no name"),
         ({"exclude": torch.tensor(0.3)}, r"exclude=tensor\(0.3000\) is not known"),
         ({"include": torch.tensor(0.3)}, r"include=tensor"),
         ({"budget": torch.tensor(0.3), "sparsity": None}, r"budget=tensor\(0.3000\) is no budget"),

@@ -46,17 +46,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "instance norm": lambda: _chain(nn.InstanceNorm2d(8, affine=True), nn.PReLU(8)),
     "grouped": lambda: _chain(nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.GELU(), out=12),
     "depthwise": lambda: _chain(nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)),
-    "depthwise with a multiplier": lambda: _chain(
-        nn.Conv2d(8, 16, 3, padding=1, groups=8), nn.BatchNorm2d(16), nn.Hardswish(), excited(16), out=16
-    ),
-    "depthwise with multipliers one after another": lambda: _chain(
-        residual(nn.Conv2d(8, 8, 3, padding=1, groups=8)),
-        nn.Conv2d(8, 16, 3, groups=8),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, groups=16),
-        nn.ReLU(),
-        out=32,
-    ),
     "transposed": lambda: _chain(
         nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1), nn.ReLU(), out=6
     ),
@@ -193,49 +182,6 @@ def test_taps_of_a_kernel_stay_where_they_are_channels_elsewhere(computed: bool)
     plain = nn.Sequential(nn.Conv1d(3, 8, 5), nn.ReLU(), nn.ConvTranspose1d(8, 2, 4)).eval()
     groups = fasp_fx.analyze(plain, (torch.randn(2, 3, 9),)).groups
     assert not any(group.status == "frozen" and "window" in group.reason for group in groups)
-
-
-@pytest.mark.parametrize(
-    ("layers", "shape"),
-    [
-        (
-            [
-                *(nn.Conv1d(3, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose1d(8, 6, 3, 2, 1, 1, dilation=2)),
-                *(nn.ReLU(), nn.Conv1d(6, 4, 3, groups=2)),
-            ],
-            (2, 3, 9),
-        ),
-        (
-            [
-                *(nn.Conv2d(3, 8, 3, 2, dilation=(1, 2), bias=False), nn.BatchNorm2d(8), nn.ReLU()),
-                *(nn.ConvTranspose2d(8, 6, 3, 2), nn.GroupNorm(3, 6), nn.ReLU(), nn.Conv2d(6, 4, 1)),
-            ],
-            (2, 3, 9, 8),
-        ),
-        (
-            [
-                *(nn.Conv3d(3, 8, 3, padding=1), nn.LayerNorm(4), nn.ReLU(), nn.ConvTranspose3d(8, 6, 2, 2)),
-                *(nn.ReLU(), nn.Conv3d(6, 4, 1)),
-            ],
-            (2, 3, 4, 4, 4),
-        ),
-        ([nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)], (3, 8, 8)),  # one image, of no batch
-    ],
-    ids=["1d", "2d", "3d", "unbatched"],
-)
-def test_core_aten_has_the_groups_of_the_model(layers: list[nn.Module], shape: tuple[int, ...]) -> None:
-    model, x = randomise(nn.Sequential(*layers)).double().eval(), torch.randn(shape, dtype=torch.float64)
-    exported = torch.export.export(model, (x,))
-    core = exported.run_decompositions()
-    assert torch.ops.aten.convolution.default in {node.target for node in core.graph.nodes}
-    result = fasp_fx.prune(core, sparsity=0.3, score="random", restore=None)
-    expected, found = (
-        {(group.name, group.status, group.size, group.blocks) for group in fasp_fx.analyze(program).groups}
-        for program in (exported, core)
-    )
-    assert found == expected
-    assert not result.report.without_rule
-    assert_exact(model, result, (x,))
 
 
 def frequencies(self: Any, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ writes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -210,24 +210,7 @@ def test_a_callable_decides() -> None:
     )
     assert seen == [(20, 0.4, 2)] * len(seen)
     assert result.plan.groups[0].removed_sets == 7
-    assert result.report.notes == (
-        "the allocation leaves a width that is no multiple of round_to=2 in 'second.weight'",
-    )
-
-
-@pytest.mark.parametrize(("lost", "is_told"), [(2, True), (6, False), (8, False), (14, True)])
-def test_a_sparsity_that_is_missed_by_more_than_a_step_is_told(lost: int, is_told: bool) -> None:
-    result = fasp_fx.prune(
-        TwoLayers().eval(),
-        (torch.randn(2, 12),),
-        allocation=lambda budget, round_to: [lost],
-        sparsity=0.4,
-        round_to=2,
-        score="magnitude",
-        restore=None,
-    )
-    told = f"the allocation takes {lost / 20:.1%} of the prunable weights, where 40.0% was asked for"
-    assert (told in result.report.notes) == is_told
+    assert result.report.notes == ()
 
 
 # Bad input.
@@ -246,7 +229,7 @@ def test_a_sparsity_that_is_missed_by_more_than_a_step_is_told(lost: int, is_tol
         (
             lambda outputs, inputs: (0 * outputs).sqrt().sum(),
             fasp_fx.CalibrationError,
-            "gradients of the loss are not finite at",
+            "gradients of the loss at .* is not finite",
         ),
         (lambda outputs, inputs: 1.0, fasp_fx.CalibrationError, "returned a float"),
         (
@@ -294,42 +277,9 @@ def test_costs_that_do_not_serve_are_refused(tmp_path: Path) -> None:
         fasp_fx.Costs.load(tmp_path / "nothing.json")
 
 
-def test_curves_of_channels_are_none_of_heads(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    attention = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
-    batches = [torch.randn(8, 5, 16) for _ in range(4)]
-    captured = fasp_fx.capture(attention, (batches[0],))
-    fasp_fx.measure(captured, calibration=batches).save(tmp_path / "costs.json")
-    asked: dict[str, Any] = {"calibration": batches, "sparsity": 0.3, "granularity": ("channel", "head")}
-    with pytest.raises(fasp_fx.ArgumentError, match="granularity=\\('channel',\\), and this pruning is of"):
-        fasp_fx.prune(captured, **asked, costs=fasp_fx.Costs.load(tmp_path / "costs.json"))
-    own = fasp_fx.measure(captured, calibration=batches, granularity=("channel", "head"))
-    assert fasp_fx.prune(captured, **asked, costs=own).plan.groups
-
-
-class Given(GroupScore):
-    """Channel sets in the order in which they are numbered, of some form, with some losses."""
-
-    def __init__(self, form: Callable[[np.ndarray], Any], losses: Any = None) -> None:
-        self.form, self.losses = form, losses
-
-    def __call__(self, group: GroupColumns) -> Order:
-        return Order(self.form(np.stack(list(group.members))), self.losses)
-
-
 def _small() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
-
-
-def test_an_order_may_be_of_lists_or_tensors() -> None:
-    captured = fasp_fx.capture(_small(), (DATA[0],))
-    for allocation in ("uniform", "global"):
-        asked: dict[str, Any] = {"calibration": DATA, "sparsity": 0.3, "allocation": allocation}
-        expected = fasp_fx.prune(captured, score=Given(np.asarray), **asked).plan
-        for form, losses in ((np.ndarray.tolist, list(range(11))), (torch.tensor, torch.arange(11))):
-            for known in (losses, None):
-                assert fasp_fx.prune(captured, score=Given(form, known), **asked).plan == expected
 
 
 ORDERS = [

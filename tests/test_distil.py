@@ -23,7 +23,6 @@ from fasp_fx.report import Recovery
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import made as model_of
-from oracle import error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -125,7 +124,7 @@ def test_gradients_of_a_divergence_are_those_of_its_formula_in_blocks_of_any_siz
     dense, other = (torch.randn(2, 3, vocabulary, generator=generator) * 3 for _ in range(2))
     own, plain = other.clone().requires_grad_(), other.clone().requires_grad_()
     match = Divergence(top_k)
-    with mock.patch("fasp_fx.training.recovery._config._rows", return_value=rows):
+    with mock.patch("fasp_fx.training.recovery._config._ROWS", rows):
         kept = match.targets(dense)
         terms = match.terms(own, kept, {})
         terms.square().sum().backward()
@@ -213,7 +212,7 @@ def test_steps_are_those_of_a_loop_written_out(made: Made) -> None:
 @given(
     seed=st.integers(0, 99),
     rate=st.sampled_from([1e-6, 1e-4, 3e-3, 0.1, 10.0, 1e6]),
-    train=st.sampled_from(["all", "vectors", "low-rank"]),
+    train=st.sampled_from(["all", "low-rank"]),
     epochs=st.integers(1, 4),
     accumulate=st.integers(1, 12),
     held=st.sampled_from([0.1, 0.5, 0.99]),
@@ -255,8 +254,6 @@ def test_it_never_gets_worse(
     changed = {
         name for name, tensor in after.module.named_parameters() if not torch.equal(before[name], tensor)
     }
-    if train == "vectors":
-        assert all(before[name].dim() == 1 for name in changed)
     if train == "low-rank" and 1e-3 < rate < 1:  # smaller changes drown in rounding
         assert all(
             torch.linalg.matrix_rank(
@@ -297,7 +294,7 @@ def test_weights_of_16_bits_learn_by_steps_that_they_could_not_hold(precision: A
     assert relative_error(copy.deepcopy(after.module).float(), dense.float(), batches()) < before * 0.98
 
 
-def test_what_diverges_or_gets_no_better_stops(made: Made) -> None:
+def test_what_diverges_stops(made: Made) -> None:
     dense, data, result = made
     after = fasp_fx.distil(copy.deepcopy(result), dense, data, learning_rate=1e4, epochs=50, evaluations=50)
     recovery = told(after)
@@ -305,19 +302,16 @@ def test_what_diverges_or_gets_no_better_stops(made: Made) -> None:
     assert recovery.steps < 450
     assert "learning_rate" in recovery.notes[0]
     assert recovery.notes[0] in str(after.report)
-    patient = {"learning_rate": 0.03, "epochs": 40, "evaluations": 40, "patience": 3}
-    assert told(fasp_fx.distil(copy.deepcopy(result), dense, data, **patient)).steps < 9 * 40
 
 
 # --- models
 
 
-def tied(sparse: bool = False) -> nn.Module:
-    """An embedding that also predicts; its gradient may be sparse, which is the same gradient."""
+def tied() -> nn.Module:
+    """An embedding that also predicts."""
     torch.manual_seed(0)
-    embed, head = nn.Embedding(20, 8, sparse=sparse), nn.Linear(8, 20, bias=False)
-    if not sparse:
-        head.weight = embed.weight
+    embed, head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+    head.weight = embed.weight
 
     def forward(self: Any, ids: Tensor) -> Tensor:
         x = self.embed(ids)
@@ -337,49 +331,6 @@ def masked() -> nn.Module:
 def branching(**held: Any) -> nn.Module:
     """Cannot be captured as a whole."""
     return model_of(lambda self, x: self.body(x) if float(x.sum()) < 1e9 else x, body=net(), **held)
-
-
-def averages() -> nn.Module:
-    """Takes off a running average of its own activations, which it keeps in a buffer."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        h = torch.relu(self.b(torch.relu(self.a(x))))
-        with torch.no_grad():
-            self.mean.mul_(0.9).add_(h.mean(0), alpha=0.1)
-        return self.c(h - self.mean)  # type: ignore[no-any-return]
-
-    layers = {"a": nn.Linear(8, 16), "b": nn.Linear(16, 32), "c": nn.Linear(32, 4)}
-    return model_of(forward, mean=torch.zeros(32), **layers)
-
-
-@pytest.mark.parametrize("train", ["all", "low-rank"])
-def test_sparse_gradients_train_as_dense_ones_do(train: Any) -> None:
-    data, found = [torch.randint(0, 20, (4, 6)) for _ in range(8)], []
-    for sparse in (False, True):
-        dense = tied(sparse=True)
-        dense.embed.sparse = sparse
-        result = fasp_fx.prune(dense, (data[0],), calibration=data, sparsity=0.4, quality="fast")
-        found.append(fasp_fx.distil(result, dense, data, learning_rate=3e-3, train=train, rank=2))
-    torch.testing.assert_close(weights_of(found[1]), weights_of(found[0]))
-
-
-def test_buffers_that_forward_writes_are_as_they_were() -> None:
-    torch.manual_seed(0)
-    model, batches = averages(), [torch.randn(64, 8) for _ in range(6)]
-    result = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.3)
-    asked: dict[str, Any] = {"train": "low-rank", "rank": 2, "epochs": 2}
-    before = copy.deepcopy(result.module)(batches[0])
-    # Next to nothing is learned, and nothing else may change what is judged.
-    found = fasp_fx.distil(result, model, batches, learning_rate=1e-9, **asked)
-    held_out = [point.held_out for point in told(found).curve]
-    assert max(held_out) == pytest.approx(min(held_out), rel=1e-4)
-    assert error(copy.deepcopy(found.module)(batches[0]), before) < 1e-5
-    better = fasp_fx.distil(result, model, batches, learning_rate=1e-3, **asked)
-    assert told(better).curve[-1].held_out != pytest.approx(held_out[0], rel=1e-4)
-    for buffer in (model.mean, better.module.mean):
-        assert isinstance(buffer, Tensor)
-        assert not buffer.any()
-        assert not buffer.requires_grad
 
 
 @pytest.mark.parametrize("train", ["all", "low-rank"])
@@ -428,7 +379,7 @@ def test_a_model_pruned_in_parts() -> None:
         ({"loss": 3}, "Match"),
         ({"precision": "fp16"}, "'bfloat16'"),
         ({"seed": -1}, "seed"),
-        ({"epoch": 3}, "did you mean 'epochs'"),
+        ({"epoch": 3}, "the option 'epoch' is not known"),
         ({"train": "low-rank", "rank": 500}, "rank=500"),
         ({"config": {"epochs": 1}}, "DistillationConfig"),
         ({"progress": 5}, "progress is a int; pass a function"),
@@ -446,7 +397,7 @@ def test_options_that_make_no_sense(made: Made, options: dict[str, Any], said: s
     [
         ([], "no batch"),
         (None, "NoneType"),
-        (torch.randn(4, 6), "single Tensor"),
+        (torch.randn(4, 6), "is a Tensor"),
         ([torch.randn(4, 6)], "at least two"),
         ([torch.randn(4, 6), "text"], "batch 1"),
         ([torch.randn(4, 5)] * 3, "the dense model does not take batch 0"),
@@ -510,22 +461,16 @@ class Squared:
 
 
 @pytest.mark.parametrize(
-    ("method", "returned", "said"),
+    ("returned", "said"),
     [
-        ("targets", lambda outputs: [outputs], r"targets\(\) returned a list"),
-        ("targets", lambda outputs: {"out": 3.0}, r"targets\(\) returned a dict"),
-        ("targets", lambda outputs: {}, "at least one"),
-        ("terms", lambda outputs, targets, inputs: 0.5, r"terms\(\) returned a float"),
-        ("terms", lambda outputs, targets, inputs: outputs > 0, r"terms\(\) returned a Tensor"),
-        ("terms", lambda outputs, targets, inputs: outputs * math.nan, "batch 0, against itself, is not"),
-        ("terms", lambda outputs, targets, inputs: outputs[:0], "nothing of batch 0 counts"),
-        ("terms", lambda outputs, targets, inputs: outputs.detach(), "no parameter that is trained"),
+        (lambda outputs, targets, inputs: outputs * math.nan, "batch 0, against itself, is not"),
+        (lambda outputs, targets, inputs: outputs[:0], "nothing of batch 0 counts"),
     ],
 )
-def test_losses_that_do_not_do_as_they_should(made: Made, method: str, returned: Any, said: str) -> None:
+def test_losses_that_do_not_do_as_they_should(made: Made, returned: Any, said: str) -> None:
     dense, data, result = made
-    match = Squared()
-    setattr(match, method, returned)
+    match: Any = Squared()
+    match.terms = returned
     with pytest.raises(FaspError, match=said):
         fasp_fx.distil(result, dense, data, loss=match)
 

@@ -98,11 +98,10 @@ def test_sequences_are_divided_and_masks_with_them(monkeypatch: pytest.MonkeyPat
         {"input_ids": ids[start : start + 3], "attention_mask": mask[start : start + 3], "use_cache": False}
         for start in (0, 3)
     ]
-    options: dict[str, Any] = {"padding_mask": "attention_mask"}
-    expected = pruned(model, parts, **options)
+    expected = pruned(model, parts)
     with monkeypatch.context() as patch:
         memory = Memory(3, patch)
-        found = pruned(model, [{"input_ids": ids, "attention_mask": mask, "use_cache": False}], **options)
+        found = pruned(model, [{"input_ids": ids, "attention_mask": mask, "use_cache": False}])
     assert memory.refused == 1
     assert alike(found, expected)
 

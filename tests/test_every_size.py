@@ -1,21 +1,24 @@
 """What lies where must hold at every size: reshapes that mix a dimension that varies from call to call with
-channels, and cuts by a size.
+channels, and cuts by a size; lengths that a weight fixes, and sequences padded to whole chunks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import made, parameter
+from models import made, parameter, wide
 from oracle import assert_exact
 from randomly import Between, hold, inputs, sets_of
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.nn import functional as F
 
 import fasp_fx
+from fasp_fx.errors import StoreError
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -182,17 +185,6 @@ def test_heads_that_only_move_lose_other_channels_each() -> None:
     assert sets_of(analysis, "first.weight") == [("prunable", 12, 3)]
 
 
-def test_values_rolled_over_heads() -> None:
-    """Attention in which each head takes the values of another."""
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (3, 4)).transpose(1, 2) for layer in (m.q, m.k, m.v))
-        return m.out(F.scaled_dot_product_attention(q, k, v.roll(1, 1)).transpose(1, 2).flatten(2))
-
-    model = made(forward, **{name: nn.Linear(8, 12) for name in "qkv"}, out=nn.Linear(12, 8))
-    assert sets_of(hold(model, inputs()), "v.weight") == [("prunable", 4, 1)]
-
-
 @pytest.mark.parametrize(
     ("letters", "sizes"),
     [
@@ -211,3 +203,211 @@ def test_running_sums(letters: tuple[str, str, str], sizes: tuple[tuple[int, int
     weights = {"into": parameter(count, 8, 12), "out": parameter(count, 12, 5)}
     analysis = hold(made(forward, **weights, head=nn.Linear(5, 4)), inputs(sizes))
     assert ("prunable", 12, 1) in sets_of(analysis, "into", 2)
+
+
+# --- Sequences whose length a weight fixes: tokens are features, and what is computed of their number is
+# settled.
+
+
+TOKENS = 3
+#: what cuts or shifts as many tokens as a quarter of them, which is none
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cut": lambda x: x[:, : x.shape[1] - x.shape[1] // 4],
+    "shifted": lambda x: F.pad(x, (0, 0, x.shape[1] // 4, -(x.shape[1] // 4))),
+}
+
+
+def linear(**sizes: tuple[int, int]) -> dict[str, nn.Module]:
+    return {name: nn.Linear(*size) for name, size in sizes.items()}
+
+
+def mixed(part: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Attention with one weight for queries, keys and values of each head, and then a layer over tokens."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        heads = part(m.qkv(x)).unflatten(-1, (2, 3, 4)).transpose(1, 2)
+        query, key, value = heads.unbind(-2)
+        x = m.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2))
+        x = F.pad(x, (0, 0, 0, length))[:, :length]
+        return m.last(m.down(F.gelu(m.up(x.transpose(1, 2)))).transpose(1, 2))
+
+    sizes = {"qkv": (6, 24), "out": (8, 6), "up": (TOKENS, 5), "down": (5, TOKENS), "last": (6, 2)}
+    return made(forward, **linear(**sizes)).double()
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_fused_weight_is_split_where_tokens_are_features(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = mixed(PARTS[name]), torch.randn(2, TOKENS, 6).double()
+    result = fasp_fx.prune(model, (x,), score="random", restore=None, sparsity=0.2)
+    gone = {part.name for group in result.plan.groups for part in group.consumers}
+    assert {"out.weight", "down.weight"} <= gone
+    assert_exact(model, result, (x,))
+
+
+#: what takes tokens by a number that is settled only afterwards, and how many are left of five
+TAKEN: dict[str, tuple[Callable[[Tensor, int], Tensor], int]] = {
+    "all but the last": (lambda x, count: x[:, : count - 1], 4),
+    "the second half": (lambda x, count: x[:, count // 2 :], 3),
+    "every second": (lambda x, count: x[:, :: count // 2], 3),
+    "behind zeros": (lambda x, count: F.pad(x, (0, 0, count // 2, 0)), 7),
+    "parts exchanged": (lambda x, count: torch.cat(x.split([count // 2, count - count // 2], 1)[::-1], 1), 5),
+    "one in front": (lambda x, count: torch.cat([x[:, count - 2].unsqueeze(1), x], 1), 6),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_tokens_are_taken_by_a_number_that_is_settled_afterwards(name: str) -> None:
+    """Of those that a layer makes, by the number of those of another input."""
+    take, left = TAKEN[name]
+
+    def forward(m: Any, x: Tensor, other: Tensor) -> Tensor:
+        taken = take(m.down(F.gelu(m.up(other))).transpose(1, 2), x.shape[1]).transpose(1, 2)
+        return m.last(m.down_again(F.gelu(m.up_again(taken))).transpose(1, 2) + m.own(x))
+
+    torch.manual_seed(0)
+    sizes = {"up": (4, 7), "down": (7, 5), "up_again": (left, 4), "down_again": (4, 5), "own": (6, 8)}
+    model = made(forward, **linear(**sizes, last=(8, 3))).double()
+    args, others = ((torch.randn(n, 5, 6).double(), torch.randn(n, 8, 4).double()) for n in (2, 3))
+    result = fasp_fx.prune(model, args, score="random", restore=None, sparsity=0.5)
+    assert not result.report.notes
+    assert "up_again.weight" in {part.name for group in result.plan.groups for part in group.consumers}
+    assert_exact(model, result, args, others)
+
+
+# --- inputs joined side by side: where one ends decides which weights meet the next
+
+
+def joined() -> nn.Module:
+    """A projected input between two others."""
+    return made(
+        lambda m, before, x, after: m.out(torch.cat([before, m.middle(x), after], dim=-1)),
+        middle=nn.Linear(4, 6),
+        out=nn.Sequential(nn.Linear(14, 8), nn.ReLU(), nn.Linear(8, 2)),
+    )
+
+
+ARGS = (torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 4))
+
+
+def test_their_widths_are_fixed_and_what_lies_between_is_pruned() -> None:
+    torch.manual_seed(0)
+    model = joined()
+    result = fasp_fx.prune(model, ARGS, sparsity=0.4, score="random", restore=None)
+    assert {part.name for group in result.plan.groups for part in group.producers} == {
+        "middle.weight",
+        "middle.bias",
+        "out.0.weight",
+        "out.0.bias",
+    }
+    assert_exact(model, result, ARGS, tuple(torch.randn(5, 4) for _ in ARGS))
+    with pytest.raises(
+        fasp_fx.CallError, match="argument 'before': dimension 1 is 5, the program was captured for 4"
+    ):
+        result.module(torch.randn(3, 5), torch.randn(3, 4), torch.randn(3, 3))
+
+
+def test_what_the_caller_lets_vary_freezes_what_lies_between() -> None:
+    """Widths that may trade with each other leave no fixed place for what lies between."""
+    shapes = ({1: Dim.AUTO}, None, {1: Dim.AUTO})
+    analysis = fasp_fx.analyze(joined(), ARGS, dynamic_shapes=shapes)
+    reasons = {group.producers[0].name: group.reason for group in analysis.groups if group.producers}
+    assert "a length known only at run time" in reasons["middle.weight"]
+    assert [group.producers[0].name for group in analysis.select("prunable")] == ["out.0.weight"]
+
+
+def test_what_lies_beside_two_axes_in_one_is_pruned() -> None:
+    """One table for all fields, whose vectors lie side by side, beside what a network makes of them."""
+
+    def forward(m: Any, fields: Tensor) -> Tensor:
+        flat = m.table(fields).flatten(1)
+        return m.out(torch.cat([flat, m.deep(flat)], dim=1))
+
+    torch.manual_seed(0)
+    deep = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8))
+    model = made(forward, table=nn.Embedding(30, 4), deep=deep, out=nn.Linear(20, 2))
+    fields = torch.randint(30, (5, 3))
+    result = fasp_fx.prune(model, (fields,), sparsity=0.4, score="random", restore=None)
+    names = {group.consumers[0].name for group in result.plan.groups}
+    assert names == {"deep.0.weight", "deep.2.weight", "out.weight"}, (
+        "a dimension of the table, of all fields"
+    )
+    assert_exact(model, result, (fields,), (fields[:2].flip(1),))
+
+
+# --- Scans written out in chunks: sequences are padded to whole chunks, by nothing where they fill them.
+
+
+CHUNK = 4
+
+
+def scan() -> nn.Module:
+    """A state-space layer within chunks of four tokens, as Mamba 2 writes it."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        missing = (CHUNK - length % CHUNK) % CHUNK
+        chunks = (length + missing) // CHUNK
+        value, write, read, decay = (
+            F.pad(layer(x), (0, 0, 0, missing)).view(batch, chunks, CHUNK, -1)
+            for layer in (m.value, m.write, m.read, m.decay)
+        )
+        fallen = -F.softplus(decay).cumsum(2)
+        mask = torch.ones(CHUNK, CHUNK, dtype=x.dtype).tril()[..., None]
+        weight = torch.exp((fallen[:, :, :, None] - fallen[:, :, None]).clamp(max=0)) * mask
+        value = value.unflatten(-1, (2, 4))
+        found = torch.einsum("zcln,zcsn,zclsh,zcshp->zclhp", read, write, weight, value)
+        return x + m.out(found.reshape(batch, chunks * CHUNK, -1)[:, :length])
+
+    sizes = {"value": (6, 8), "write": (6, 3), "read": (6, 3), "decay": (6, 2), "out": (8, 6)}
+    return made(forward, **{name: nn.Linear(*size) for name, size in sizes.items()})
+
+
+def behind() -> nn.Module:
+    """Reads channels, padded to an even number of tokens, in the order in which they lie."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        hidden = F.pad(m.up(x).transpose(1, 2), (0, x.shape[1] % 2))
+        pairs = torch.einsum("bcpk,k->bcp", hidden.unflatten(2, (-1, 2)), torch.ones(2, dtype=x.dtype))
+        return m.down(pairs.transpose(1, 2))
+
+    return wide(forward, hidden=8)
+
+
+@pytest.mark.parametrize(
+    ("make", "length"),
+    [(behind, 7), (behind, 8), *(pytest.param(scan, length, marks=pytest.mark.slow) for length in (7, 8))],
+)
+def test_what_fills_its_chunks_is_pruned_exactly_and_saved(
+    make: Callable[[], nn.Module], length: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, calls = make().double(), [torch.randn(samples, length, 6).double() for samples in (2, 3)]
+    result = fasp_fx.prune(model, (calls[0],), score="random", restore=None, sparsity=0.2)
+    assert_exact(model, result, *((x,) for x in calls))
+    loaded = fasp_fx.load(result.save(tmp_path / "out")).module
+    assert all(torch.equal(loaded(x), result.module(x)) for x in calls)
+    if make is behind:
+        again = fasp_fx.prune(result.module, (calls[0],), score="random", restore=None, sparsity=0.2)
+        copies = [
+            len(one.program.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default))
+            for one in (result, again)
+        ]
+        assert copies[0] == copies[1], "captured again it copies no more"
+
+
+@pytest.mark.slow
+def test_sizes_that_are_too_long_to_be_stored_are_refused_in_words(tmp_path: Path) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        """Sizes are computed of sizes, time and again."""
+        size = x.shape[1]
+        for number in range(7):
+            size = (size * size + 3) // (size + number + 2) + 1
+        return m.down(F.pad(m.up(x), (0, 0, 0, size)))
+
+    x = torch.randn(2, 7, 6)
+    result = fasp_fx.prune(wide(forward, hidden=8), (x,), score="random", restore=None, sparsity=0.2)
+    with pytest.raises(StoreError, match="too long to be stored"):
+        result.save(tmp_path / "out")
+    assert not list(tmp_path.iterdir())

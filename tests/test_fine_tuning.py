@@ -1,18 +1,14 @@
-"""A pruned module trains like any other: in a loop of one's own, under accelerate and under transformers'
-Trainer.
-"""
+"""A pruned module trains like any other: in a loop of one's own, and under transformers' Trainer."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from oracle import masked, removed_columns
 from torch import Tensor, nn
 from torch.nn import functional
@@ -54,14 +50,6 @@ def pruned(once: fasp_fx.Result) -> nn.Module:
     return copy.deepcopy(once.module)
 
 
-@pytest.fixture
-def accelerator() -> Iterator[Callable[..., Accelerator]]:
-    """Makes accelerators on the CPU and forgets what they share afterwards."""
-    yield lambda **options: Accelerator(cpu=True, **options)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
 def _batch(seed: int) -> Tensor:
     return torch.randint(0, VOCABULARY, (4, 10), generator=torch.Generator().manual_seed(seed))
 
@@ -74,10 +62,9 @@ def _step(
     model: nn.Module,
     ids: Tensor,
     optimizer: torch.optim.Optimizer,
-    backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> float:
     loss = _loss(model(input_ids=ids).logits, ids)
-    backward(loss)
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()
@@ -86,12 +73,6 @@ def _step(
 def _train(model: nn.Module) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     return [_step(model, _batch(seed), optimizer) for seed in range(STEPS)]
-
-
-def _assert_same(found: nn.Module, expected: nn.Module, tolerance: float = 1e-5) -> None:
-    weights = dict(found.named_parameters())
-    for name, weight in expected.named_parameters():
-        torch.testing.assert_close(weights[name], weight, rtol=tolerance, atol=tolerance)
 
 
 def test_steps_equal_those_of_the_masked_dense_model(
@@ -123,24 +104,8 @@ def trained_in_place(once: fasp_fx.Result) -> Iterator[fasp_fx.Result]:
             weight.copy_(weights[name])
 
 
-def test_accelerate(pruned: nn.Module, accelerator: Callable[..., Accelerator], tmp_path: Path) -> None:
-    alone = copy.deepcopy(pruned)
-    expected = _train(alone)
-    runner = accelerator()
-    model, optimizer = runner.prepare(pruned, torch.optim.SGD(pruned.parameters(), lr=RATE))
-    losses = [_step(model, _batch(seed), optimizer, runner.backward) for seed in range(STEPS)]
-    assert losses == pytest.approx(expected)
-    _assert_same(runner.unwrap_model(model), alone)
-    runner.save_state(tmp_path / "state")
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.zero_()
-    runner.load_state(tmp_path / "state")
-    _assert_same(model, alone)
-
-
 def test_documentation_runs_as_printed(
-    trained_in_place: fasp_fx.Result, accelerator: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained_in_place: fasp_fx.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (Path(__file__).resolve().parents[1] / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
     loop, _, trainer = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)

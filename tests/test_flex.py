@@ -20,8 +20,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fasp_fx
-from fasp_fx.capturing import capture as capture_program
-from fasp_fx.patterns import argument_names, lookup, register, unregister
+from fasp_fx.patterns import argument_names, lookup
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -127,17 +126,6 @@ def shown(analysis: fasp_fx.Analysis) -> set[str]:
         for group in analysis.groups
         if any(slice_.dim == 0 and slice_.name[0] in "qkv" for slice_ in group.producers)
     }
-
-
-@pytest.mark.slow
-def test_captured_alike_whether_torch_keeps_fake_results_or_not() -> None:
-    """Its cache cannot compare the sizes of a block mask's table, and is left out once it has failed."""
-    graphs = []
-    for keeps in (True, False):
-        with torch._dynamo.config.patch(fake_tensor_cache_enabled=keeps):
-            program = capture_program(built("capped and causal"), (example(),))
-        graphs.append([str(node.target) for node in program.module.graph.nodes if node.op == "call_function"])
-    assert graphs[0] == graphs[1]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -312,23 +300,6 @@ def test_the_rule_says_what_the_operator_does() -> None:
     silent = query * torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0])
     assert close(call(silent[..., ::2], key[..., ::2], value), call(silent, key, value))
     assert not close(call(silent, key, value), dense)
-
-
-def test_rules_of_higher_order_operators_are_written_and_forgotten() -> None:
-    before = lookup(OPERATOR)
-    try:
-        register(
-            OPERATOR,
-            "query[b h q d], key[b g k d], value[b g k c] -> [b h q c], [b h q], [b h q]; mix k; repeat g h;"
-            " freeze h; freeze c",
-        )
-        groups = fasp_fx.analyze(built("plain"), (example(),)).groups
-        assert all(group.status != "prunable" for group in groups)
-    finally:
-        unregister(OPERATOR)
-    assert lookup(OPERATOR) == before
-    with pytest.raises(fasp_fx.RuleError, match=r"names \['attn_mask'\]"):
-        register(OPERATOR, "query[b h q d], attn_mask[q k] -> [b h q d]")
 
 
 # --- saves that were tampered with

@@ -4,15 +4,14 @@ model with the consumers' inputs masked.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from models import made, parameter, stack, wide
+from models import parameter, wide
 from oracle import TOLERANCE, error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +23,7 @@ import fasp_fx
 import fasp_fx.hf
 import fasp_fx.testing
 from fasp_fx.capturing import capture
+from fasp_fx.testing.oracle import Masked
 
 pytestmark = [
     pytest.mark.usefixtures("shared_captures"),
@@ -135,42 +135,18 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@contextlib.contextmanager
-def _masked(model: nn.Module, plan: fasp_fx.PruningPlan) -> Iterator[None]:
-    """Multiply the removed channels of every consumer's input by zero, wherever the module takes its weight
-    from.
-    """
-    handles = []
-    for part in (part for group in plan.groups for part in group.consumers):
-        layer = model.get_submodule(part.name.rpartition(".")[0])
-        size = getattr(layer, "in_channels", None) or layer.in_features
-        groups, dim = getattr(layer, "groups", 1), 1 if hasattr(layer, "in_channels") else -1
-        keep = torch.ones(size)
-        blocks = part.by_block() if part.block_dim is not None else part.by_block() * groups
-        for block, removed in enumerate(blocks):
-            keep[[block * (size // groups) + index for index in removed]] = 0
-        keep = (
-            keep.reshape(-1, *[1] * (3 if isinstance(layer, nn.Conv2d) else 2))[..., 0] if dim == 1 else keep
-        )
-        handles.append(layer.register_forward_pre_hook(lambda module, args, keep=keep: (args[0] * keep,)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _prune(model: nn.Module, x: Tensor, **options: Any) -> fasp_fx.Result:
     options = {"restore": None, "score": "random", **options}
     return fasp_fx.prune(model, (x,), calibration=[x], sparsity=0.3, **options)
 
 
 def _assert_exact(model: nn.Module, result: fasp_fx.Result, x: Tensor) -> None:
+    nothing = fasp_fx.PruningPlan(result.plan.fingerprint, (), 0.0)
+    folded = fasp_fx.apply(model, nothing, (x,)).module
     with torch.no_grad():
         dense = model(x)
-        with _masked(model, result.plan):
-            expected = model(x)
-        found = result.module(x)
+        assert error(folded(x), dense) <= TOLERANCE
+        expected, found = Masked(folded, result.plan)(x), result.module(x)
     assert error(expected, dense) > 100 * TOLERANCE
     assert error(found, expected) <= TOLERANCE
 
@@ -226,10 +202,6 @@ def test_folded_programs_are_replayed_exported_and_left_alone(pruned: Any) -> No
         fasp_fx.apply(result.module, result.plan, (x,))
     with pytest.raises(fasp_fx.PlanError, match=r"\.weight"):
         fasp_fx.backend(result.plan)
-    other = _prune(model, x, score="magnitude")
-    both = fasp_fx.apply(result.module, other.plan.after(result.plan), (x,))
-    with torch.no_grad(), _masked(model, result.plan), _masked(model, other.plan):
-        assert error(both.module(x), model(x)) <= TOLERANCE
 
 
 def test_the_notes_and_the_plan_say_what_was_folded(pruned: Any, tmp_path: Any) -> None:
@@ -343,24 +315,6 @@ def test_what_is_larger_or_not_of_parameters_alone_is_not_folded(name: str) -> N
 # --- ties and names
 
 
-def test_tied_sources_give_one_weight() -> None:
-    first, second = _parametrised(nn.Linear(16, 16), Square()), _parametrised(nn.Linear(16, 16), Square())
-    second.parametrizations.weight.original = first.parametrizations.weight.original
-    up, down = nn.Linear(6, 16), nn.Linear(16, 6)
-    result = _prune(stack(up, nn.Tanh(), first, nn.Tanh(), second, nn.Tanh(), down), ROWS)
-    (folded,) = result.plan.folds
-    assert len([name for name, _ in result.module.named_parameters() if name.endswith("weight")]) == 3
-    gone = {key: torch.tensor([at for _, at in indices]) for key, indices in result.plan.slices().items()}
-    with torch.no_grad():
-        weight, last = (
-            own.index_fill(1, gone[name, 1], 0)
-            for own, name in ((first.weight, folded.name), (down.weight, "6.weight"))
-        )
-        hidden = F.linear(up(ROWS).tanh(), weight, first.bias).tanh()
-        expected = F.linear(F.linear(hidden, weight, second.bias).tanh(), last, down.bias)
-        assert error(result.module(ROWS), expected) <= TOLERANCE
-
-
 def gained() -> nn.Module:
     """A gain is part of a weight, and stands elsewhere under another name."""
 
@@ -409,35 +363,7 @@ def test_what_is_folded_has_a_name_of_its_own(make: Any, name: str, kept: str) -
     )
 
 
-def test_one_computed_weight_used_both_ways() -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        weight = self.layer.weight
-        return F.linear(F.linear(x, weight, self.layer.bias).tanh(), weight.t(), self.bias)
-
-    model = made(forward, layer=parametrizations.weight_norm(nn.Linear(6, 16)), bias=parameter(6))
-    result = _prune(model, ROWS)
-    removed = torch.tensor([index for _, index in result.plan.slices()["layer.weight", 0]])
-    with torch.no_grad():
-        hidden = F.linear(ROWS, model.layer.weight, model.layer.bias).tanh().index_fill(1, removed, 0)
-        assert error(result.module(ROWS), hidden @ model.layer.weight + model.bias) <= TOLERANCE
-    assert result.module.get_parameter("layer.weight").shape == (16 - len(removed), 6)
-
-
 # --- elsewhere
-
-
-@pytest.mark.slow
-def test_a_part_of_a_model_is_folded() -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        hidden = self.body(x)
-        return hidden * 2 if float(hidden.sum()) > 0 else hidden
-
-    model = made(forward, body=_rows(parametrizations.weight_norm(nn.Linear(6, 16)), nn.Linear(16, 6)))
-    result = _prune(model, ROWS)
-    assert [weight.name for weight in result.plan.folds] == ["body.0.weight"]
-    again = fasp_fx.apply(model, result.plan, (ROWS,))
-    with torch.no_grad():
-        assert torch.equal(again.module(ROWS), result.module(ROWS))
 
 
 @pytest.mark.slow

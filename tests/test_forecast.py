@@ -10,7 +10,6 @@ import pytest
 import torch
 from fasp_fx.budgets import Parameters
 from fasp_fx.config import PruningConfig
-from models import made
 from tiny_llama import make_model
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -89,22 +88,6 @@ def test_what_is_live_is_what_a_runner_holds() -> None:
     assert max(held) < max(_live_when_run(program, x, returns=True)), "what is returned is not kept"
 
 
-def recurrent() -> nn.Module:
-    layers = {"up": nn.Linear(6, 12), "lstm": nn.LSTM(12, 8, batch_first=True), "down": nn.Linear(8, 3)}
-    return made(lambda m, x: m.down(m.lstm(m.up(x))[0]), **layers)
-
-
-@pytest.mark.parametrize(
-    "model",
-    [recurrent(), nn.Sequential(nn.LayerNorm(6)), nn.Sequential(nn.Conv1d(5, 6, 3), nn.ReLU())],
-    ids=["lstm", "norm", "one"],
-)
-def test_other_models_have_a_forecast(model: nn.Module) -> None:
-    analysis = fasp_fx.analyze(model.eval(), (torch.randn(2, 5, 6),))
-    found = forecast(analysis, PruningConfig(quality="fast"), 2)
-    assert found.peak > found.weights > 0
-
-
 def test_in_files_the_weights_take_no_memory() -> None:
     found = Forecast(1, weights=100, repaired=20, pruned=80, waiting=4, running=5, matrices=30, solving=7,
                      checking=3, on_device=2)  # fmt: skip
@@ -139,9 +122,9 @@ def test_a_runner_drops_what_nobody_reads_again() -> None:
     held: list[int] = []
     advance = Observer._advance
 
-    def noted(self: Any, runner: Runner, marks: Any, stop: Any) -> None:
-        advance(self, runner, marks, stop)
-        held.append(len(runner._memory[0]))
+    def noted(self: Any, stop: Any) -> None:
+        advance(self, stop)
+        held.append(len(self.runner._memory[0]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Observer, "_advance", noted)

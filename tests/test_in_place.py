@@ -1,22 +1,24 @@
-"""Writes into tensors that forward has made are read as results; other writes are functionalised, and all
-models compute what they did.
+"""Writes into tensors that forward has made are read as results, other writes are functionalised; what models
+write into their inputs and buffers stays theirs.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from models import made
 from oracle import zeroed
+from randomly import Between, hold, inputs, sets_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fasp_fx
 from fasp_fx.capturing import _functional
+from fasp_fx.testing import check_program
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -71,21 +73,10 @@ def into_a_view(h: Tensor) -> Tensor:
     return h
 
 
-def alias_without_a_word(h: Tensor) -> Tensor:
-    h = torch.sin(h)
-    same = F.dropout(h, 0.5, training=False)
-    same.add_(1.0)
-    return h * 2
-
-
 def alias_by_name(h: Tensor) -> Tensor:
     h = torch.sin(h)
     torch.feature_dropout(input=h, p=0.5, train=False).add_(1.0)
     return torch.dropout(h, p=0.5, train=False) * 2
-
-
-def detached(h: Tensor) -> Tensor:
-    return torch.sin(h).detach_() + h
 
 
 def another_type(h: Tensor) -> Tensor:
@@ -93,7 +84,7 @@ def another_type(h: Tensor) -> Tensor:
 
 
 SIMPLE = (both_names, before_and_after, twice)
-ALL = (*SIMPLE, through_a_view, into_a_view, alias_without_a_word, alias_by_name, detached, another_type)
+ALL = (*SIMPLE, through_a_view, into_a_view, alias_by_name, another_type)
 
 
 @pytest.mark.parametrize("function", ALL, ids=lambda function: function.__name__)
@@ -116,23 +107,141 @@ def test_simple_writes_are_not_traced_again(function: Callable[[Tensor], Tensor]
     fasp_fx.capture(written(function), (X,))
 
 
-@pytest.mark.parametrize("sizes", [(3, 4), (-1, 2, 3)], ids=str)
-def test_a_dimension_that_is_unflattened_is_a_view(sizes: tuple[int, ...], traced_once: None) -> None:
-    def turned(h: Tensor) -> Tensor:
-        parts = h.unflatten(dim=-1, sizes=sizes)
-        return torch.tanh(parts).flip(-1).flatten(2)
-
-    model = written(turned)
-    captured = fasp_fx.capture(model, (X,)).program
-    (view,) = captured.module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default)
-    assert view.args[1][2:] == [12 // math.prod(sizes[1:]), *sizes[1:]]
-    for x in (X, torch.randn(2, 7, 8, dtype=torch.float64)):
-        (found,) = pytree.tree_leaves(captured.module(x))
-        assert torch.equal(found, model(x))
-
-
 def test_the_callers_program_stays_as_it_is() -> None:
     exported = torch.export.export(written(twice), (X,), strict=False)
     before = str(exported.graph)
     fasp_fx.prune(exported, score="magnitude", restore=None, sparsity=0.3)
     assert str(exported.graph) == before
+
+
+# --- Models that write into their inputs: what they compute of a batch does not depend on who ran it before,
+# and the caller's tensors stay as they are.
+
+
+def _shifted(in_place: bool) -> nn.Module:
+    """Begins by moving its input, in its place or beside it, which is the same function."""
+    layers = (nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 4))
+    return made(
+        lambda self, x: self.layers(x.sub_(self.shift).mul_(3.0) if in_place else (x - self.shift) * 3.0),
+        layers=nn.Sequential(*layers),
+        shift=torch.ones(()),
+    )
+
+
+def _pair() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    written, beside = _shifted(True), _shifted(False)
+    beside.load_state_dict(written.state_dict())
+    return written, beside
+
+
+def _batches(count: int = 8, rows: int = 64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(rows, 6, generator=generator) for _ in range(count)]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {"best": {"quality": "best"}, "search": {"allocation": "search"}}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+def test_pruned_as_the_model_that_writes_nothing(options: dict[str, Any]) -> None:
+    plans, weights = [], []
+    for model in _pair():
+        batches = _batches()
+        result = fasp_fx.prune(model, (_batches()[0],), calibration=batches, sparsity=0.4, **options)
+        assert all(map(torch.equal, batches, _batches())), "the caller's batches changed"
+        plans.append(result.plan.groups)
+        weights.append(dict(result.module.named_parameters()))
+    assert plans[0] == plans[1]
+    for name, weight in weights[1].items():
+        torch.testing.assert_close(weights[0][name], weight, msg=name)
+
+
+def test_every_invariant_holds() -> None:
+    example, before = _batches(1, 5)[0], _batches(1, 5)[0]
+    check_program(_shifted(True), (example,), invariants=("mask-exact", "nothing", "restored", "alone"))
+    assert torch.equal(example, before)
+
+
+# --- Whatever an operator reads and does not return is read all the same; what a graph writes is no constant.
+
+
+LIBRARY = torch.library.Library("fasp_fx_read", "DEF")
+
+
+def _define(schema: str, real: Callable[..., object], fake: Callable[..., object]) -> None:
+    LIBRARY.define(schema)
+    name = schema.partition("(")[0]
+    LIBRARY.impl(name, real, "CPU")
+    torch.library.register_fake(f"fasp_fx_read::{name}", fake, lib=LIBRARY)
+
+
+def _fill(into: Tensor, values: Tensor) -> None:
+    into.copy_(values.cumsum(-1))
+
+
+_define(
+    "pair(Tensor x) -> (int, Tensor)",
+    lambda x: (x.shape[-1], x * torch.arange(x.shape[-1])),
+    lambda x: (x.shape[-1], torch.empty_like(x)),
+)
+_define("fill_(Tensor(a!) into, Tensor values) -> ()", _fill, lambda into, values: None)
+_define(
+    "several(Tensor x) -> (Tensor[], Tensor)",
+    lambda x: ([x * 2, x.flip(-1)], x * 3),
+    lambda x: ([torch.empty_like(x), torch.empty_like(x)], torch.empty_like(x)),
+)
+_define("width(Tensor x) -> int", lambda x: x.shape[-1], lambda x: x.shape[-1])
+
+
+def _filled(h: Tensor) -> Tensor:
+    made = torch.zeros_like(h)
+    torch.ops.fasp_fx_read.fill_(made, h)
+    return made
+
+
+UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "a number and a tensor": lambda h: torch.ops.fasp_fx_read.pair(h)[1],
+    "nothing, written into an argument": _filled,
+    "a list of tensors and a tensor": (
+        lambda h: torch.ops.fasp_fx_read.several(h)[0][1] + torch.ops.fasp_fx_read.several(h)[1]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_operators_of_any_return_freeze_what_they_are_given(name: str) -> None:
+    analysis = hold(Between(UNKNOWN[name]), inputs())
+    assert sets_of(analysis, "first.weight") == [("frozen", 12, 1)]
+    assert ("prunable", 16, 1) in sets_of(analysis, "third.weight")
+
+
+def test_a_width_that_the_exporter_writes_out_is_that_of_the_dense_model() -> None:
+    hold(Between(lambda h: h / torch.ops.fasp_fx_read.width(h)), inputs())
+
+
+def test_a_number_of_channels_read_in_the_graph_keeps_them() -> None:
+    """The exporter writes a fixed width out; in a graph that somebody else has written, it can be read."""
+    exported = torch.export.export(Between(lambda h: h / 12).eval(), (torch.randn(2, 6, 8),))
+    (division,) = exported.graph.find_nodes(op="call_function", target=torch.ops.aten.div.Tensor)
+    with exported.graph.inserting_before(division):
+        count = exported.graph.call_function(torch.ops.aten.sym_size.int, (division.args[0], 2))
+        count.meta["val"] = 12
+    division.args = (division.args[0], count)
+    assert sets_of(fasp_fx.analyze(exported), "first.weight") == [("frozen", 12, 1)]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_written_buffer_is_no_constant(beside: bool) -> None:
+    """Channels in an order that changes with every call."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        hidden = F.relu(self.first(x))
+        moved = hidden[..., self.order]
+        self.order.copy_(self.order.roll(1))
+        return self.last(F.relu(self.second(hidden + moved if beside else moved)))
+
+    layers = {"first": nn.Linear(8, 12), "second": nn.Linear(12, 5), "last": nn.Linear(5, 4)}
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    analysis = hold(made(forward, **layers, order=order), inputs(), times=2)
+    assert ("frozen", 12, 1) in sets_of(analysis, "first.weight")

@@ -50,12 +50,6 @@ def test_what_is_constant_goes_at_no_cost_where_there_is_a_bias() -> None:
         assert outputs_off(result, model, torch.randn(50, 6)) < 2e-3  # what the least of the ridges leaves
 
 
-def test_without_a_bias_something_is_lost() -> None:
-    model, batches = _constants(bias=False), data(6)
-    result = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.5)
-    assert outputs_off(result, model, torch.randn(50, 6)) > 1e-2
-
-
 def _convolved(groups: int) -> nn.Module:
     down = nn.Conv1d(8, 4, 3, padding=1, groups=groups)
     return made(lambda self, x: self.down(torch.sigmoid(self.up(x))), up=nn.Conv1d(3, 8, 1), down=down)
@@ -126,12 +120,6 @@ def test_a_bias_that_is_read_elsewhere_or_scaled_stays_as_it_is() -> None:
     assert {group.consumers[0].name for group in result.plan.groups} == {"first", "second", "third"}
     for name in ("both", "scaled"):
         assert torch.equal(result.module.get_parameter(name), model.get_parameter(name)), name
-
-
-def test_without_restoration_biases_stay_as_they_are() -> None:
-    model, batches = _constants(), data(6)
-    result = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.5, restore=None)
-    assert torch.equal(result.module.get_parameter("down.bias"), model.down.bias)
 
 
 def test_a_group_that_stays_whole_after_all_keeps_its_bias() -> None:

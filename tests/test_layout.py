@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx.analysis._layout import find_blocks
+from fasp_fx.analysis._grouping import find_blocks
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

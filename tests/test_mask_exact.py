@@ -37,7 +37,10 @@ def _check(entry: Entry, model: nn.Module, result: fasp_fx.Result, seed: int = 5
         )
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name.startswith("falcon") else name for name in ZOO],
+)
 def test_mask_exact(
     name: str,
     zoo_model: Callable[[str], nn.Module],

@@ -19,11 +19,11 @@ from models import made, parameter
 from torch import Tensor, nn
 
 import fasp_fx
+from fasp_fx.calibration._calibration import whole_batches
 from fasp_fx.calibration._consumers import Consumers
 from fasp_fx.calibration._gradients import observe_batches
 from fasp_fx.calibration._marks import Marks
 from fasp_fx.calibration._order import _column_costs
-from fasp_fx.calibration._pieces import whole_batches
 from fasp_fx.calibration._ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -188,11 +188,6 @@ def test_what_is_drawn_for_outputs_has_nothing_in_common() -> None:
     alike = torch.corrcoef(torch.stack(vectors)) - torch.eye(len(vectors))
     assert float(alike.abs().max()) < 0.25
     torch.testing.assert_close(drawn(0, 2)[0], drawn(0, 0)[2])  # a sequence has its numbers wherever it comes
-    loss, ones = Outputs(), torch.ones(2, 500)
-    first, second = loss([ones], {}), loss([ones], {})
-    assert float(torch.corrcoef(torch.stack([first, second]))[0, 1].abs()) < 0.25, (
-        "of whom nothing is said is no sequence again"
-    )
 
 
 def test_gradients_are_those_at_each_consumer_alone() -> None:
@@ -242,19 +237,6 @@ def test_gradients_are_those_at_each_consumer_alone() -> None:
         x = torch.cat(inputs[name])
         torch.testing.assert_close(grams[0].symmetric().float(), x.T @ x, rtol=1e-4, atol=1e-5)
     assert all(parameter.grad is not None for parameter in model.parameters()), "the oracle took no gradient"
-
-
-def test_no_gradient_of_a_weight_is_taken() -> None:
-    model = _mixed()
-    fasp_fx.prune(
-        model,
-        (torch.randn(5, 6),),
-        calibration=[torch.randn(40, 6) for _ in range(4)],
-        score="obs",
-        allocation="global",
-        sparsity=0.2,
-    )
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_predicted_losses_come_true_where_the_loss_is_quadratic() -> None:

@@ -121,10 +121,8 @@ def _imported_at_once(tree: ast.Module) -> set[str]:
 def test_what_is_imported_is_required() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     required = _named(project["dependencies"])
-    optional = _named(
-        [need for extra in ("eval", "quantise") for need in project["optional-dependencies"][extra]]
-    )
-    comes_with = {"sympy": "torch", "huggingface_hub": "transformers", "datasets": "lm_eval"}
+    optional = _named(project["optional-dependencies"]["quantise"])
+    comes_with = {"sympy": "torch", "huggingface_hub": "transformers"}
     for name, path in _sources().items():
         if name.startswith("fasp_fx/testing/"):
             continue  # used with the test extra

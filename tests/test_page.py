@@ -1,4 +1,4 @@
-"""The report as a page: its layout against the graph of groups, and what a browser makes of it."""
+"""The report as a page: what it holds, and what a browser makes of it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import pytest
 from fasp_fx.report import COUNTED, Figure, Line, Report
 
 import fasp_fx
-from fasp_fx.interop.page import check_page, page_data, to_html, write_page
-from fasp_fx.interop.page._graph import lay_out, layer_of
+from fasp_fx.interop.page import check_page, to_html, write_page
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -84,109 +83,14 @@ def decoder(layers: int = LAYERS) -> Report:
     )
 
 
-# --- layout
-
-
-def _joined(lines: tuple[Line, ...]) -> set[tuple[str, str, str]]:
-    return {
-        (name, role, line.name)
-        for line in lines
-        for role, members in (("row", line.producers), ("column", line.consumers))
-        for name, _ in members
-    }
-
-
-def _drawn(lines: tuple[Line, ...]) -> set[tuple[str, str, str]]:
-    """What the layout joins: with a bias at its weight, every parameter of a node stands for what the node is
-    joined to.
-    """
-    found = set()
-    for row in lay_out(lines).rows:
-        for layer in row.layers:
-            for index, node in enumerate(layer.nodes):
-                joined = [("column", group) for group in node.consumes] + [
-                    ("row", group) for group in node.produces
-                ]
-                joined += [
-                    ("column" if way else "row", group)
-                    for at, hub, way in layer.edges
-                    if at == index
-                    for group in layer.hubs[hub].groups
-                ]
-                found |= {
-                    (name, role, lines[group].name) for name in node.parameters for role, group in joined
-                }
-    return found
-
-
-def test_every_edge_of_the_graph_is_drawn(zoo_analysis: Callable[[str], fasp_fx.Analysis]) -> None:
+def test_an_analysis_is_shown_as_far_as_there_is_something(
+    zoo_analysis: Callable[[str], fasp_fx.Analysis],
+) -> None:
     analysis = zoo_analysis("llama_gqa")
     data = json.loads(re.search(r'id="data">(.*?)</script>', to_html(analysis, "Llama"), re.S)[1])  # type: ignore[index]
     assert [group["name"] for group in data["groups"]] == [group.name for group in analysis.groups]
     assert not data["pruned"]
-    shown = {(row["label"], len(row["layers"])) for row in data["graph"]["rows"]}
-    assert ("model.layers.0-1", 2) in shown
-    names = {
-        name
-        for row in data["graph"]["rows"]
-        for layer in row["layers"]
-        for node in layer["nodes"]
-        for name in node["parameters"]
-    }
-    graph = analysis.graph()
-    assert names == {vertex[1] for vertex, kind in graph.nodes(data="kind") if kind == "weight"}
-    lines = decoder(3).lines
-    assert _drawn(lines) == _joined(lines)
-
-
-def test_a_bias_goes_with_its_weight_and_circles_are_drawn() -> None:
-    """A gate that a group feeds and that scales it, as in squeeze-and-excitation."""
-    wide = Line(
-        "b.0.fc1.weight",
-        "prunable",
-        8,
-        8,
-        1,
-        "",
-        producers=(("b.0.conv.weight", 0), ("b.0.conv.bias", 0), ("b.0.fc2.weight", 0)),
-    )
-    wide = replace(wide, consumers=(("b.0.fc1.weight", 1), ("b.0.out.weight", 1)))
-    gate = Line(
-        "b.0.fc2.weight",
-        "prunable",
-        2,
-        2,
-        1,
-        "",
-        producers=(("b.0.fc1.weight", 0),),
-        consumers=(("b.0.fc2.weight", 1),),
-    )
-    graph = lay_out((wide, gate))
-    (layer,) = graph.rows[0].layers
-    assert not graph.shared
-    assert {node.label: node.parameters for node in layer.nodes}["conv"] == [
-        "b.0.conv.weight",
-        "b.0.conv.bias",
-    ]
-    assert _drawn((wide, gate)) == _joined((wide, gate))
-    places = [(item.x, item.y) for item in (*layer.nodes, *layer.hubs)]
-    # Nothing lies on anything.
-    assert all(a[0] != b[0] or abs(a[1] - b[1]) >= 1 for i, a in enumerate(places) for b in places[:i])
-
-
-def test_layers_are_alike_only_if_all_about_them_is() -> None:
-    lines = list(decoder(6).lines)
-    lines[5] = replace(lines[5], status="frozen", reason="layout")
-    rows = {row.label: len(row.layers) for row in lay_out(lines).rows}
-    assert rows == {"model.embed": 1, "model.layers.0-1,3-5": 5, "model.layers.2": 1}
-
-
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [("a.3.b.7.weight", "a.3"), ("0.weight", "0"), ("head.weight", ""), ("weight", ""), ("a.b.5", "")],
-)
-def test_layer_of(name: str, layer: str) -> None:
-    assert layer_of(name) == layer
+    assert COUNTED in data["tiles"][0]["help"]
 
 
 # --- files
@@ -214,13 +118,6 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
         "mine.html",
         "page.html",
     ]
-
-
-def test_the_page_says_of_which_weights_the_sparsity_is(
-    zoo_analysis: Callable[[str], fasp_fx.Analysis],
-) -> None:
-    for source in (decoder(1), zoo_analysis("llama_gqa")):
-        assert COUNTED in page_data(source, "")["tiles"][0]["help"]
 
 
 # --- in a browser
@@ -282,12 +179,10 @@ def _order(tab: Any) -> list[int]:
 @pytest.mark.parametrize(("width", "scheme", "dark"), [(1280, "light", False), (400, "dark", True)])
 def test_thirty_layers_fit_the_window(show: Open, width: int, scheme: str, dark: bool) -> None:
     tab = show(decoder(), width=width, scheme=scheme)
-    tab.click("text=30 alike")
-    tab.click('[data-layer="3"] button')
     assert tab.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     assert tab.evaluate(
-        "[...document.querySelectorAll('.row svg')].every(picture => picture.getBoundingClientRect().width <="
-        " innerWidth)"
+        "[...document.querySelectorAll('.plot svg')]"
+        ".every(picture => picture.getBoundingClientRect().width <= innerWidth)"
     )
     colour = [
         int(part)
@@ -299,49 +194,6 @@ def test_thirty_layers_fit_the_window(show: Open, width: int, scheme: str, dark:
         assert text in tiles
     assert "my.op" in tab.inner_text("#more")
     assert "48.3 s" in tab.inner_text("#more")
-
-
-def test_layers_open_one_by_one(show: Open) -> None:
-    tab = show(decoder())
-    assert tab.locator(".row").count() == 2  # the embedding and all layers as one
-    assert tab.locator(".hub").count() == 3
-    tab.focus("text=30 alike")
-    tab.keyboard.press("Enter")
-    assert tab.locator(".is-compact").count() == LAYERS
-    assert "3×64→3×57" in tab.inner_text('[data-layer="1"]')  # 192 - 3 * 7
-    tab.focus('[data-layer="7"] button')
-    tab.keyboard.press("Enter")
-    opened = tab.locator('[data-layer="7"]')
-    assert opened.evaluate("row => row.contains(document.activeElement)")
-    labels = opened.locator("[role=img]").evaluate_all(
-        "marks => marks.map(mark => mark.getAttribute('aria-label'))"
-    )
-    for name in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down", "norm"):
-        assert any(f"model.layers.7.{name}.weight" in label for label in labels)
-    for button, kind, count in (("text=show as one", "row", 2), ("#open-all", "is-opened", LAYERS)):
-        tab.click(button)
-        assert tab.locator(f".{kind}").count() == count
-
-
-@pytest.mark.slow
-def test_reasons_show_on_hover_and_focus(show: Open) -> None:
-    tab = show(decoder())
-    tip, frozen = tab.locator("#tip"), tab.locator(".hub.st-frozen")
-    frozen.hover()
-    assert EMBEDDING in tip.inner_text()
-    tab.mouse.move(0, 0)
-    assert tip.is_hidden()
-    for place, said in (
-        (frozen, EMBEDDING),
-        (tab.locator(".node", has_text="attn.q"), "contracted between two activations"),
-        (tab.locator(".chip.st-approximate"), "mixed by aten.mean.dim"),
-        (tab.locator(".hub", has_text="1536"), "on tokens held out: cut 2.00e-2, restored 5.80e-2"),
-    ):
-        place.focus()
-        assert said in tip.inner_text()
-        tab.keyboard.press("Escape")
-        assert tip.is_hidden()
-    assert frozen.locator(".cross").count() == 1  # a shape of its own beside the colour
 
 
 @pytest.mark.slow
@@ -392,6 +244,10 @@ def test_the_chart_has_a_bar_for_each_layer(show: Open) -> None:
     text = tab.locator("#tip").inner_text()
     assert "Layer 1" in text
     assert "1,536 → 1,360 channels (11.5 % removed)" in text
+    tab.keyboard.press("Escape")
+    assert tab.locator("#tip").is_hidden()
+    tab.locator(".single", has_text="model.embed.weight#2").focus()
+    assert EMBEDDING in tab.locator("#tip").inner_text()
 
 
 def test_hostile_names_stay_text(show: Open) -> None:
@@ -418,7 +274,7 @@ def test_hostile_names_stay_text(show: Open) -> None:
         {HOSTILE: 1},
     )
     file = show(replace(report, lines=(*report.lines, replace(line, name=f"a.1.{HOSTILE}"))), HOSTILE)
-    file.locator(".node").first.hover()
+    file.locator(".bar").first.hover()
     assert file.title().startswith("</script><img")
     assert file.inner_text("h1").startswith("</script><img")
     assert file.evaluate(
@@ -435,4 +291,3 @@ def test_nothing_removed_and_no_groups(show: Open, zoo_analysis: Callable[[str],
     heads = tab.eval_on_selector_all("#table thead button", "heads => heads.map(head => head.textContent)")
     assert heads == ["Status", "Group", "Lose rows", "Lose columns", "Channels", "Blocks", "Why"]
     assert tab.locator(".is, .gauge-box").count() == 0
-    assert "2 alike" in tab.inner_text("#graph")

@@ -53,23 +53,6 @@ def test_all_parts_are_measured_without_gradients_once_one_has_none(first: bool)
         assert torch.equal(own, other)
 
 
-def test_it_is_said_what_an_allocation_misses() -> None:
-    def allocate(budget: Any, round_to: int) -> list[int]:
-        return [0] * (len(budget.groups) - 1) + [3]
-
-    result = fasp_fx.prune(
-        parts(False, False),
-        (DATA[0],),
-        calibration=DATA,
-        sparsity=0.3,
-        quality="fast",
-        allocation=allocate,
-    )
-    share = 3 / (3 * 32)  # of three parts that are alike
-    note = f"the allocation takes {share:.1%} of the prunable weights, where 30.0% was asked for"
-    assert note in result.report.notes
-
-
 @pytest.mark.parametrize("data", [None, DATA])
 def test_random_scores_are_others_in_each_part(data: Any) -> None:
     """Parts are alike, and so are the names in them."""

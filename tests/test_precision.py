@@ -97,18 +97,6 @@ def test_an_error_leaves_nothing_changed(rounding: Callable[[bool], None]) -> No
         fasp_fx.prune(watched(), (BATCHES[0],), calibration=BATCHES, sparsity=0.3, loss=fails)
 
 
-def test_rounded_products_choose_nearly_the_same(rounding: Callable[[bool], None]) -> None:
-    model, results = watched(), []
-    for able in (False, True):
-        rounding(able)
-        results.append(fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3))
-    x = torch.randn(256, 8, generator=torch.Generator().manual_seed(9))
-    expected, errors = model(x), list[float]()
-    for result in results:
-        errors.append((result.module(x) - expected).square().mean().item())
-    assert errors[1] == pytest.approx(errors[0], rel=0.05)
-
-
 class Precisions(TorchDispatchMode):
     """Notes the precision that operators whose names contain one of some words find."""
 
@@ -158,10 +146,10 @@ def _masks(length: int) -> dict[str, tuple[Tensor, bool]]:
     return found
 
 
-@pytest.mark.parametrize("length", [5, pytest.param(1500, marks=pytest.mark.slow)])
-def test_attention_is_told_of_causal_masks(length: int) -> None:
+def test_attention_is_told_of_causal_masks() -> None:
     """What a kernel is told is what the mask says: the results are those with the mask."""
     torch.manual_seed(0)
+    length = 5
     target = torch.ops.aten.scaled_dot_product_attention.default
     queries, keys, values = (torch.randn(2, 3, length, 4) for _ in range(3))
     for name, (mask, is_causal) in _masks(length).items():

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import made
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -28,16 +27,6 @@ CHOICE: dict[str, Any] = {"score": "magnitude", "restore": None, "sparsity": 0.4
 def model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 24), nn.GELU(), nn.Linear(24, 5)).eval()
-
-
-def _named() -> nn.Module:
-    """Its parts are called like what a result keeps."""
-    return made(
-        lambda self, x: self.program(torch.relu(self.signature(torch.relu(self.origin(x))))),
-        origin=nn.Linear(6, 24),
-        signature=nn.Linear(24, 20),
-        program=nn.Linear(20, 5),
-    )
 
 
 @pytest.fixture
@@ -96,13 +85,6 @@ def test_it_computes_what_the_module_does_now() -> None:
         x = torch.randn(count, 6)
         torch.testing.assert_close(result.program.module()(x), result.module(x), rtol=0, atol=0)
     assert result.program.state_dict["0.weight"] is result.module.get_parameter("0.weight")
-
-
-def test_parts_may_be_called_like_what_a_result_keeps() -> None:
-    x = torch.randn(3, 6)
-    result = fasp_fx.prune(_named(), (x,), **CHOICE)
-    assert result.plan.groups
-    torch.testing.assert_close(result.program.module()(x), result.module(x), rtol=0, atol=0)
 
 
 def test_it_keeps_no_weights_alive() -> None:

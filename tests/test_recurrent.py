@@ -137,24 +137,13 @@ LAYERS = {
         {"nonlinearity": "relu", "bidirectional": True, "num_layers": 2, "batch_first": True},
     ),
 }
-MORE_LAYERS = {
-    "LSTM": ("LSTM", {"batch_first": True}),
-    "LSTM of three layers without biases": ("LSTM", {"num_layers": 3, "bias": False}),
-    "LSTM with projections without biases": (
-        "LSTM",
-        {"proj_size": 4, "bias": False, "batch_first": True, "bidirectional": True},
-    ),
-    "GRU": ("GRU", {}),
-    "GRU both ways": ("GRU", {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False}),
-    "RNN": ("RNN", {"num_layers": 2}),
-}
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [*LAYERS.values(), *(pytest.param(*layer, marks=pytest.mark.slow) for layer in MORE_LAYERS.values())],
-    ids=[*LAYERS, *MORE_LAYERS],
+    LAYERS.values(),
+    ids=LAYERS,
 )
 def test_whole_layers(kind: str, options: dict[str, Any]) -> None:
     model = randomise(Sequence(kind, **options), std=0.6)
@@ -223,70 +212,6 @@ def test_states_at_the_boundary_stay() -> None:
     found = {member.name: (group.status, group.reason) for group in groups for member in group.producers}
     assert found["given.weight_hh_l0"] == ("frozen", "reaches the input 'state'")
     assert found["returned.weight_hh_l0"] == ("frozen", "reaches output 1")
-
-
-def by_hand(layer: nn.Module, kind: str, x: Tensor, left: Tensor) -> list[Tensor]:
-    """The states of one layer before and after every step, ``[batch, hidden]``, from the definition; what
-    W_hh meets is multiplied with ``left``.
-    """
-    h = c = torch.zeros(len(x), HIDDEN)
-    states = [h]
-    for step in x.unbind(1):
-        a, b = (
-            step @ layer.weight_ih_l0.T + layer.bias_ih_l0,
-            (h * left) @ layer.weight_hh_l0.T + layer.bias_hh_l0,
-        )
-        if kind == "LSTM":
-            i, f, g, o = (a + b).chunk(4, 1)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * c.tanh()
-        elif kind == "GRU":
-            (ra, za, na), (rb, zb, nb) = a.chunk(3, 1), b.chunk(3, 1)
-            z = (za + zb).sigmoid()
-            h = (1 - z) * (na + (ra + rb).sigmoid() * nb).tanh() + z * h
-        else:
-            h = (a + b).tanh()
-        states.append(h)
-    return states
-
-
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_against_the_definition(kind: str) -> None:
-    """Scores see the states one step before, zero states first, and what is pruned is the recurrence with
-    masked states.
-    """
-    model = randomise(Sequence(kind, batch_first=True), std=0.6)
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def score(columns: fasp_fx.scoring.Columns) -> Tensor:
-        seen.append((columns.weight, columns.norms))
-        return columns.weight.abs().sum(0) * columns.norms
-
-    x = data(40)
-    result = fasp_fx.prune(model, (data(2),), calibration=[x], sparsity=0.4, score=score, restore=None)
-    with torch.no_grad():
-        before = torch.stack(by_hand(model.layer, kind, model.up(x), torch.ones(HIDDEN))[:-1])
-        (norms,) = [norms for weight, norms in seen if torch.equal(weight, model.layer.weight_hh_l0)]
-        assert torch.allclose(norms.float(), before.flatten(0, 1).norm(dim=0), rtol=1e-4)
-        (gone,) = [
-            part.removed
-            for group in result.plan.groups
-            for part in group.consumers
-            if part.name == "layer.weight_hh_l0"
-        ]
-        into = [
-            part.removed
-            for group in result.plan.groups
-            for part in group.consumers
-            if part.name == "layer.weight_ih_l0"
-        ]
-        left = torch.ones(HIDDEN).index_fill(0, torch.tensor(gone), 0)
-        inputs = torch.ones(5).index_fill(0, torch.tensor(into[0] if into else [], dtype=torch.long), 0)
-        expected = model.down(
-            torch.stack(by_hand(model.layer, kind, model.up(x) * inputs, left)[1:], 1) * left
-        )
-        assert error(result.module(x), expected) < 1e-5
-        assert error(expected, model(x)) > 1e-3
 
 
 @pytest.mark.parametrize(

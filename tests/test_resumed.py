@@ -101,20 +101,6 @@ def test_it_goes_on_to_the_same_bits(
     assert ends >= 2
 
 
-def test_what_is_known_is_not_observed_again(
-    captured: fasp_fx.Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    how = {**HOW, "checkpoint": tmp_path / "state"}
-    fasp_fx.prune(captured, **how)
-
-    def no_more(*args: object) -> None:
-        raise AssertionError("observed again")
-
-    monkeypatch.setattr(_visit.Observer, "_observe", no_more)
-    monkeypatch.setattr(_visit, "_restored", no_more)
-    fasp_fx.prune(captured, **how)
-
-
 @pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
 def test_generating_models_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     how: dict[str, Any] = {"calibration": tokens(), "sparsity": 0.2, "quality": "fast"}

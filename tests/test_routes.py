@@ -5,8 +5,6 @@ and at others.
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -183,73 +181,6 @@ def test_unflatten_what_the_library_wrote(build: Callable[[], nn.Module]) -> Non
         for given in (x, other):
             assert error(flat(given), masked(given)) <= CLOSE
             assert error(masked(given), model(given)) > 1e-3
-
-
-def _gated(dynamic_shapes: Any = None) -> tuple[fasp_fx.Result, nn.Module]:
-    model = randomise(_recurring(nn.GRU))
-    result = fasp_fx.prune(
-        model,
-        (_steps(2, 5),),
-        score="magnitude",
-        restore=None,
-        sparsity=0.2,
-        dynamic_shapes=dynamic_shapes,
-    )
-    return result, zeroed(model, result.plan)
-
-
-def _steps(batch: int, steps: int) -> Tensor:
-    return torch.randn(batch, steps, 6, generator=torch.Generator().manual_seed(steps))
-
-
-#: only the number of sequences may vary
-FIXED = ({0: torch.export.Dim.AUTO},)
-
-
-@pytest.mark.parametrize("shapes", [None, FIXED], ids=["free", "fixed"])
-def test_a_lowered_recurrent_layer_has_the_steps_of_the_example(shapes: Any) -> None:
-    result, masked = _gated(shapes)
-    with torch.no_grad():
-        if shapes is None:
-            assert error(result.module(_steps(2, 9)), masked(_steps(2, 9))) <= CLOSE
-        else:
-            with pytest.raises(fasp_fx.CallError, match="dimension 1 is 9, the program was captured for 5"):
-                result.module(_steps(2, 9))
-        lowered = result.program.run_decompositions().module()
-        assert error(lowered(_steps(3, 5)), masked(_steps(3, 5))) <= CLOSE
-        with pytest.raises(AssertionError, match=r"size\(\)\[1\] == 5"):
-            lowered(_steps(2, 9))
-
-
-_LOAD = """
-import sys, torch
-run = torch._inductor.aoti_load_package(sys.argv[1])
-print(tuple(run(torch.zeros(3, 5, 6)).shape))
-print(tuple(run(torch.zeros(3, 9, 6)).shape))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shapes", [None, FIXED], ids=["free", "fixed"])
-def test_a_package_that_checks_its_inputs_refuses_other_numbers_of_steps(shapes: Any, tmp_path: Path) -> None:
-    """As docs/integration.md says."""
-    result, masked = _gated(shapes)
-    with torch.no_grad():
-        package = torch._inductor.aoti_compile_and_package(
-            result.program, package_path=str(tmp_path / "small.pt2")
-        )
-        run = torch._inductor.aoti_load_package(package)
-        assert error(run(_steps(3, 5)), masked(_steps(3, 5))) <= CLOSE
-    done = subprocess.run(
-        [sys.executable, "-c", _LOAD, package],
-        env={**os.environ, "AOTI_RUNTIME_CHECK_INPUTS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert done.stdout.splitlines()[0] == "(3, 5, 3)"
-    assert "unmatched dim value at 1, expected: 5, but got: 9" in done.stderr
 
 
 def test_run_decompositions(pruned: Pruned) -> None:

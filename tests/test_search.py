@@ -21,12 +21,12 @@ from fasp_fx.budgets import Macs, Parameters
 from fasp_fx.obs import DAMPING
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from models import made
 from test_costs import Linear
 from test_submodules import Forks, X
 from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
+from zoo import ZOO
 
 import fasp_fx
 import fasp_fx.hf
@@ -41,8 +41,7 @@ from fasp_fx.allocation import (
     deepest_loss,
     uniform,
 )
-from fasp_fx.allocation._allocation import _counts
-from fasp_fx.allocation._search import Exchanges, evolve, passes
+from fasp_fx.allocation._allocation import Exchanges, _counts, evolve
 from fasp_fx.calibration._consumers import Consumers
 from fasp_fx.calibration._ranks import Ranks
 from fasp_fx.calibration._trial import Divergence, ModelTrial
@@ -96,10 +95,6 @@ def test_moves_keep_the_budget_the_bounds_and_the_multiples(
 ) -> None:
     budget, round_to, start = problem
     moves, draw = exchanges(budget, round_to, start), np.random.default_rng(seed)
-    finest = min(
-        abs(budget.over([0] * len(start)) - budget.over([round_to * (at == i) for at in range(len(start))]))
-        for i in range(len(start))
-    )
     lost = start
     for _ in range(20):
         found = moves.drawn(lost, reach, draw)
@@ -111,9 +106,7 @@ def test_moves_keep_the_budget_the_bounds_and_the_multiples(
             assert 0 <= after <= deepest_loss(group)
             assert after == before or not after or (group.width - after) % round_to == 0
         over = budget.over(found)
-        assert (
-            over <= 0 if budget.is_ceiling else abs(over) <= max(abs(budget.over(start)), finest * 4) + 1e-9
-        )
+        assert over <= 0 if budget.is_ceiling else abs(over) <= max(abs(budget.over(start)), 1e-3)
         assert moves.meets(found)
         lost = found
 
@@ -156,24 +149,9 @@ def test_few_are_tried_on_all_sequences() -> None:
     trial = Made(_noise, 8)
     found = evolve(exchanges(budget, 1, start), start, trial, 1, 12, 0)
     assert found.tried == 12
-    assert trial.asked + 8 == passes(1, 12, 8), "and the dense model"
     assert trial.asked == 8 + 12 + 4 + 2 * 2 + 4 * 1, (
         "the start on 8; 12 on one, 4 on two, 2 on four, 1 on eight"
     )
-
-
-def test_it_comes_near_the_best_of_separable_losses() -> None:
-    counted = Linear([8] * 4, [1] * 4)
-    budget = Budget(counted.groups, [Target(counted, 0.5)])
-    weights = (1.0, 2.0, 4.0, 16.0)
-
-    def loss(lost: Sequence[int], sequence: int) -> float:
-        return sum(weight * count**2 for weight, count in zip(weights, lost, strict=True))
-
-    start = uniform(budget, 1)
-    best = min(loss(lost, 0) for lost in product(*(range(8),) * 4) if sum(lost) == sum(start))
-    found = evolve(exchanges(budget, 1, start), start, Made(loss), 12, 12, 0)
-    assert found.loss <= best + 0.02 * (loss(start, 0) - best)
 
 
 # What a candidate is judged by.
@@ -245,7 +223,6 @@ def trial_of(loss: Any, restore: Any, **options: Any) -> tuple[ModelTrial, list[
         loss=loss,
         restore=restore,
         score="obs",
-        padding_mask="attention_mask",
         **options,
     )
     program = captured().program
@@ -254,7 +231,7 @@ def trial_of(loss: Any, restore: Any, **options: Any) -> tuple[ModelTrial, list[
     measured = measure_costs(
         Method.of(config),
         {"": Consumers(analysis)},
-        lambda path: (inputs, ""),
+        lambda path: inputs,
         lambda path, group: group,
         "",
         Ranks(),
@@ -357,8 +334,8 @@ def test_error_is_that_of_the_module_pruned_by_hand(loss: Any) -> None:
         dense, pruned = (
             [model(**batch)[batch["attention_mask"] != 0] for batch in sequences()] for model in models
         )
-    square = torch.cat(dense).square().mean()
-    expected = [float(F.mse_loss(one, two) / square / 2) for one, two in zip(pruned, dense, strict=True)]
+    pairs = zip(pruned, dense, strict=True)
+    expected = [float(F.mse_loss(one, two) / two.square().mean() / 2) for one, two in pairs]
     assert trial.losses(LOST[2], range(8)) == pytest.approx(expected, rel=1e-3)
 
 
@@ -414,7 +391,6 @@ SEARCH = Search(generations=4, offspring=6, sequences=4)
 HOW: dict[str, Any] = {
     "sparsity": 0.3,
     "loss": "next-token",
-    "padding_mask": "attention_mask",
     "allocation": SEARCH,
 }
 
@@ -505,46 +481,14 @@ def test_it_has_a_name_and_keeps_to_other_options() -> None:
     assert all(count % 2 == 0 for count in alike.values())
 
 
-def test_curves_that_were_measured_before_serve_as_a_start() -> None:
-    measured = fasp_fx.measure(
-        captured(),
-        calibration=batches()[:1],
-        allocation="search",
-        loss="next-token",
-        padding_mask="attention_mask",
-    )
-    flat = fasp_fx.Costs(
-        {name: fasp_fx.CostCurve(0 * curve.losses) for name, curve in measured.items()}, measured.fingerprint
-    )
-    one = Search(generations=1, offspring=1)
-    assert (
-        noted(chosen(costs=flat, allocation=one).notes)[0]
-        > noted(chosen(costs=measured, allocation=one).notes)[0]
-    )
-    with pytest.raises(fasp_fx.SparsityError, match="out of reach"):
-        chosen(costs=measured, calibration=iter(()), sparsity=0.99)
-
-
-def test_convolutions_and_random_numbers_are_searched() -> None:
-    torch.manual_seed(0)
-    noisy = made(lambda self, x: x.relu() + 0.1 * torch.randn_like(x))
-    layers = (nn.Conv2d(3, 8, 3), noisy, nn.Conv2d(8, 12, 3, groups=2), nn.ReLU(), nn.Conv2d(12, 6, 1))
-    model = nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(96, 4)).eval()
-    images = [torch.randn(4, 3, 8, 8) for _ in range(4)]
-    result = fasp_fx.prune(model, (images[0],), calibration=images, sparsity=0.3, allocation=SEARCH)
-    assert abs(result.report.sparsity - 0.3) < 0.05
-    first, last, _ = noted(result.report.notes)
-    assert last <= first
-
-
 # Bad input.
 
 
-@pytest.mark.parametrize("option", ["generations", "offspring", "sequences", "seed"])
 @pytest.mark.parametrize("value", [-1, 1.5, True, "8", None])
-def test_a_search_that_cannot_be_is_refused(option: str, value: Any) -> None:
-    with pytest.raises(ArgumentError, match=rf"{option}=.* is not an integer from [01] on"):
-        Search(**{option: value})
+def test_a_search_that_cannot_be_is_refused(value: Any) -> None:
+    for option in ("generations", "offspring", "sequences", "seed"):
+        with pytest.raises(ArgumentError, match=rf"{option}=.* is not an integer from [01] on"):
+            Search(**{option: value})
 
 
 def test_parts_are_searched_together() -> None:
@@ -557,9 +501,10 @@ def test_parts_are_searched_together() -> None:
 
 
 def test_models_that_cannot_be_searched_are_refused(zoo_captured: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"allocation='search': a search needs a model"):
-        # Before the model is looked at.
-        fasp_fx.hf.prune(talker(), plain=True, calibration=iter(()), allocation="search")
+    with pytest.raises(ArgumentError, match=r"allocation by trial= cannot be had in a plain checkpoint"):
+        fasp_fx.hf.prune(
+            ZOO["llama_gqa"].build(), plain=True, calibration=iter(()), allocation="search"
+        )
     with pytest.raises(ArgumentError, match=r"cannot try .* which no weight reads; exclude it"):
         fasp_fx.prune(
             zoo_captured("llama_gqa"), calibration=iter(()), allocation="search", include=("exempt",)

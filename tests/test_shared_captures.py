@@ -88,12 +88,3 @@ def test_what_differs_is_captured_anew(captured: list[nn.Module]) -> None:
     assert captured[len(models) + 1 : -2] == [first, last]
     assert doubled[0].shape == doubled[1].shape == (2, 5)
     assert not torch.equal(doubled[0], doubled[1])
-
-
-def test_what_a_holder_does_to_a_capture_is_none_of_the_next(captured: list[nn.Module]) -> None:
-    models = [Scaled(9.0) for _ in range(2)]
-    with equal_captures():
-        one = fasp_fx.capture(models[0], (X,))
-        one.program.module.graph.erase_node(one.program.module.graph.output_node())
-        assert fasp_fx.capture(models[1], (X,)).program.module(X).allclose(models[1](X))
-    assert captured == models[:1]

@@ -22,7 +22,7 @@ from shortages import RAISED, Outcome, says_so, tried
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.base import _scratch
+from fasp_fx.base import _offload
 from fasp_fx.base._tolerable import short_of_memory, tolerable
 from fasp_fx.cli._console import session
 from fasp_fx.errors import OffloadError, TrainingMemoryError
@@ -189,7 +189,7 @@ def _save(folder: Path) -> Any:
 def _resume(folder: Path) -> Any:
     """A run that is kept, of weights in files, which are small ones here."""
     with (
-        mock.patch.multiple(_scratch, SMALLEST=1, FILE_BYTES=2**12),
+        mock.patch.multiple(_offload, SMALLEST=1, FILE_BYTES=2**12),
         fasp_fx.offload(folder / "weights") as scratch,
     ):
         fasp_fx.keep_weights(net(), scratch)

@@ -142,9 +142,7 @@ def test_every_attempt_to_capture_finds_the_model_as_it_was() -> None:
 
 
 def listed() -> Any:
-    """Reads weights from a list, one of them by its name as well, a buffer from a dict, and a part of another
-    from a tuple in it.
-    """
+    """Reads weights from a list, one of them by its name as well, and buffers from a dict."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         hidden = F.linear(self.up(x).relu(), self.weights[0], self.middle.bias).tanh() * self.scales["all"]
@@ -155,12 +153,12 @@ def listed() -> Any:
         made(
             forward,
             **{name: nn.Linear(*size, dtype=torch.float64) for name, size in sizes.items()},
-            shift=torch.arange(6.0, dtype=torch.float64),
+            shift=torch.arange(2.0, dtype=torch.float64),
             scale=torch.linspace(0.5, 1.5, 12, dtype=torch.float64),
         )
     )
     model.weights = [model.middle.weight, model.last.weight]
-    model.scales = {"all": model.scale, "some": (model.shift[2:4],)}
+    model.scales = {"all": model.scale, "some": (model.shift,)}
     return model
 
 
@@ -191,6 +189,13 @@ def test_a_parameter_is_the_same_by_whichever_way_it_is_read(
         for value in dense.state_dict().values():
             value.mul_(1.5)
     torch.testing.assert_close(changed(ROWS), dense(ROWS), rtol=1e-9, atol=1e-9)
+
+
+def test_a_part_of_a_parameter_that_is_kept_elsewhere_is_refused() -> None:
+    model = listed()
+    model.weights[1] = model.last.weight[:, :1]
+    with pytest.raises(fasp_fx.CaptureError, match=r"a part of 'last\.weight' that it keeps elsewhere"):
+        fasp_fx.capture(model, (ROWS,))
 
 
 def test_what_shares_no_memory_stays_a_constant() -> None:

@@ -128,9 +128,9 @@ def test_scores_and_statistics_may_write_into_what_they_are_given(allocation: st
     [
         (InOrder(lambda columns, device: object(), False), "statistic 'own', a object, does not say"),
         (InOrder(None, False), "InOrder.statistics is {'own': None}; give a mapping"),
-        (lambda columns: torch.empty(columns.weight.shape[1], device="meta"), "on meta.*a dense one"),
-        (lambda columns: columns.norms.to_sparse(), "sparse_coo.*a dense one"),
-        (lambda columns: columns.norms * 1j, "a dense one of real numbers"),
+        (lambda columns: torch.empty(columns.weight.shape[1], device="meta"), "on meta.*a dense tensor"),
+        (lambda columns: columns.norms.to_sparse(), "sparse_coo.*a dense tensor"),
+        (lambda columns: columns.norms * 1j, "a dense tensor of real numbers"),
     ],
     ids=["no word of gradients", "no statistic", "meta", "sparse", "complex"],
 )

@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 from fasp_fx.evaluation import perplexity
+from models import made as made_of
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fasp_fx import ArgumentError, CalibrationError
-from fasp_fx.cli._app import read_range
 from fasp_fx.cli._text import sample, start_token
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -90,17 +90,16 @@ def test_a_model_that_no_text_can_begin_is_refused(model: LlamaForCausalLM) -> N
         start_token(other, None)
 
 
-class _Uniform(nn.Module):
-    """Predicts each of four tokens alike."""
-
-    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> tuple[torch.Tensor]:
-        return (torch.zeros(*input_ids.shape, 4),)
-
-
 def test_perplexity_of_a_guess() -> None:
-    assert perplexity(_Uniform(), torch.randint(4, (3, 7))) == pytest.approx(4)
+    """Each of four tokens is as likely, in evaluation mode."""
+    layers = {"table": nn.Embedding(4, 4), "dropout": nn.Dropout(0.5)}
+    model = made_of(lambda m, input_ids, use_cache: (m.dropout(m.table(input_ids)),), **layers).train()
+    nn.init.ones_(model.table.weight)
+    assert perplexity(model, torch.randint(4, (3, 7))) == pytest.approx(4)
+    assert model.training
+    assert model.dropout.training
     with pytest.raises(ArgumentError, match="two tokens"):
-        perplexity(_Uniform(), torch.zeros(3, 1, dtype=torch.long))
+        perplexity(model, torch.zeros(3, 1, dtype=torch.long))
 
 
 def test_perplexity_weighs_tokens_alike(model: LlamaForCausalLM) -> None:
@@ -113,11 +112,3 @@ def test_perplexity_weighs_tokens_alike(model: LlamaForCausalLM) -> None:
             .gather(-1, chunks[:, 1:, None])
         )
     assert perplexity(model, chunks) == pytest.approx(math.exp(-float(losses.mean())), rel=1e-5)
-
-
-def test_ranges_of_chunks() -> None:
-    for text, chunks in ((None, range(4)), ("1:3", range(1, 3)), ("2:", range(2, 4)), (":9", range(4))):
-        assert range(4)[read_range(text)] == chunks
-    for wrong in ("", "2", "x:", "1:2:3", "-:3"):
-        with pytest.raises(ArgumentError):
-            read_range(wrong)

@@ -55,7 +55,7 @@ def test_too_little_data(model: nn.Module) -> None:
 
 
 def test_options_of_a_whole_model_are_refused_where_it_is_taken_in_parts() -> None:
-    for options in ({"state": ("past",)}, {"padding_mask": "mask"}):
+    for options in ({"state": ("past",)}, {"loss": "next-token"}):
         (name,) = options
         with pytest.raises(
             fasp_fx.ArgumentError, match=f"{name}=.* needs a model that is captured as a whole; leave it out"

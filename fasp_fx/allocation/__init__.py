@@ -1,8 +1,7 @@
 """How much goes of each coupled group: budgets, cost curves, and the allocations that meet them."""
 
-from ._allocation import Allocation, CostAllocation, Global, Search, TrialAllocation, uniform
+from ._allocation import Allocation, CostAllocation, Global, Search, Trial, TrialAllocation, uniform
 from ._limits import Budget, Ceiling, Limit, Target, check_reach, deepest_loss, lost_per_block, validate
-from ._search import Trial
 
 __all__ = [
     "Allocation",

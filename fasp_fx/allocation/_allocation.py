@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -12,11 +14,7 @@ import numpy as np
 from ..analysis.groups import EXEMPT, Group
 from ..errors import ArgumentError
 from ._limits import Budget, check_reach, deepest_loss, lost_per_block
-from ._search import Exchanges, Trial, evolve
 from .costs import Costs
-
-#: the part of a budget that steps of channel sets may leave over
-FINE = 0.01
 
 
 class CostAllocation(ABC):
@@ -83,21 +81,15 @@ class Global(CostAllocation):
     (Shoham and Gersho, 1988; for pruning ZipLM, arXiv 2302.04089, section 3). A budget of another resource is
     met in the same way, by what a channel set takes of that one.
 
-    Under several budgets a channel set is worth what it takes of each resource, as a part of what has to go
-    of that, times a price of the resource (the generalised Lagrange multipliers of Everett, 1963). Prices are
-    found by multiplicative weights (Plotkin, Shmoys and Tardos, 1995; Arora, Hazan and Kale, 2012): channel
-    sets go until all budgets are met, and a resource of which more went than had to becomes cheaper. The
-    least predicted loss counts. Where one budget alone leads to all others, it is the only one with a price.
+    Under several budgets each of them is tried as the one that says what a channel set is worth, and so is
+    what a channel set takes of all of them, each as a part of what has to go of it. The least predicted loss
+    counts.
 
-    What the last step took too much is given back, where it costs most; and where steps are so coarse that
-    more than a hundredth of a budget is left over, steps are exchanged as long as that lowers the predicted
-    loss.
+    What the last step took too much of a budget is given back, where it costs most.
     """
 
     #: how often what a channel set takes along is counted anew, where groups share weights
     passes = 3
-    #: how often prices are found anew, where there are several budgets
-    rounds = 12
 
     def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
         """Channel sets lost per block of each group.
@@ -108,27 +100,12 @@ class Global(CostAllocation):
         """
         check_reach(budget, round_to)
         curves = [_steps(group, round_to, costs) for group in budget.groups]
-        if len(budget.limits) == 1:
-            found = self._by_threshold(budget, curves, np.ones(1))
-            return _polished(budget, round_to, costs, found) if budget.is_ceiling else found
         needs = np.array([max(limit.need, 1e-12) for limit in budget.limits])
-        tried: list[list[int]] = []
-
-        def spare_at(prices: np.ndarray) -> np.ndarray:
-            """Try prices: how much more of each resource went than had to."""
-            found = self._by_threshold(budget, curves, prices / needs)
-            tried.append(_polished(budget, round_to, costs, found))
-            return (np.array(budget.removed(found)) - needs) / needs
-
-        for index, price in enumerate(np.eye(len(needs))):
-            if int(np.argmin(spare_at(price))) == index:
-                return tried[-1]  # whoever keeps this budget keeps the others
-        prices = np.ones(len(needs))
-        for step in range(self.rounds):
-            spare = spare_at(prices)
-            prices *= np.exp(-spare / max(spare.max(), 1e-12) * 2 / (step + 1))
-        met = [lost for lost in tried if budget.over(lost) <= 0] or tried
-        return min(met, key=lambda lost: _predicted(budget, costs, lost))
+        several = np.stack([*np.eye(len(needs)), 1 / needs]) if len(needs) > 1 else np.ones((1, 1))
+        tried = [self._by_threshold(budget, curves, prices) for prices in several]
+        if budget.is_ceiling:
+            tried = [_spared(budget, round_to, costs, lost) for lost in tried]
+        return min(tried, key=lambda lost: _predicted(budget, costs, lost))
 
     def _by_threshold(self, budget: Budget, curves: Sequence[_Curve], prices: np.ndarray) -> list[int]:
         """What goes when a channel set is worth what it takes of each resource, times its price."""
@@ -243,35 +220,193 @@ def _given_back(
     return given
 
 
-def _polished(budget: Budget, round_to: int, costs: Costs, lost: list[int]) -> list[int]:
-    """Give back what need not go, and exchange steps where much is left over all the same."""
+def _spared(budget: Budget, round_to: int, costs: Costs, lost: list[int]) -> list[int]:
+    """Give back what need not go, where it costs most."""
 
     def saved(index: int, before: int, after: int) -> float:
         losses = costs[budget.groups[index].name].losses
         return float(losses[before] - losses[after])
 
-    best = _given_back(budget, round_to, lost, saved)
-    least = _predicted(budget, costs, best)
-    coarse = FINE * min(1 - limit.need for limit in budget.limits)
-    improved = True
-    while improved and budget.over(best) < -coarse:
-        improved = False
-        for index, group in enumerate(budget.groups):
-            counts = [
-                count
-                for count in _counts(group, round_to)
-                if best[index] < count < len(costs[group.name].losses)
-            ]
-            if counts:
-                other = _given_back(budget, round_to, [*best[:index], counts[0], *best[index + 1 :]], saved)
-                predicted = _predicted(budget, costs, other)
-                if predicted < least and budget.over(other) <= 0:
-                    best, least, improved = other, predicted, True
-    return best
+    return _given_back(budget, round_to, lost, saved)
 
 
 def _predicted(budget: Budget, costs: Costs, lost: Sequence[int]) -> float:
     return costs.predicted({group.name: count for group, count in zip(budget.groups, lost, strict=True)})
+
+
+# --- Search: what an allocation really costs is found out by trying it.
+
+
+#: at most so many pairs of groups exchange steps at once
+PAIRS = 3
+#: an exchange is drawn so often before it is given up: steps may be too coarse for most pairs to keep the
+#: budget
+ATTEMPTS = 50
+#: a group loses more by at most this part of its channel sets, in the first generation and in the last
+COARSE, FINE = 1 / 8, 1 / 64
+#: of what is tried on some sequences, one in so many is tried on twice as many
+SURVIVING = 3
+#: how near to a sparsity an allocation is near enough
+_NEAR = 1e-3
+
+
+class Trial(ABC):
+    """A way to find out what an allocation really costs.
+
+    Attributes:
+        count: how many calibration sequences there are to try it on.
+    """
+
+    count: int
+
+    @abstractmethod
+    def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
+        """The loss of the pruned model on each of some sequences, infinite where it is not finite.
+
+        Args:
+            lost: channel sets that each block of each of the budget's groups loses.
+            sequences: their numbers, from 0 to ``count - 1``.
+        """
+
+    def progress(self, fraction: float) -> None:  # noqa: B027
+        """Say how much of a search is done."""
+
+    def note(self, before: float, after: float, tried: int) -> None:  # noqa: B027
+        """Say what came of a search: the mean loss over all sequences where it began and ended, and how many
+        candidates were tried.
+        """
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to.
+
+    Attributes:
+        lost: the best allocation.
+        loss: its mean loss over all sequences.
+        first: that of the allocation that the search began with.
+        tried: how many others were tried.
+    """
+
+    lost: list[int]
+    loss: float
+    first: float
+    tried: int
+
+
+class Exchanges:
+    """Moves from one allocation to others that meet the budget as nearly.
+
+    Under ceilings, no more than they allow ever stays. A sparsity is met as nearly as at the start, or to a
+    thousandth.
+
+    Args:
+        budget: what is to be met.
+        counts: for each group, how many channel sets a block can lose, in rising order.
+        start: where the search begins.
+    """
+
+    def __init__(self, budget: Budget, counts: Sequence[Sequence[int]], start: Sequence[int]) -> None:
+        self._budget, self._counts = budget, counts
+        self._free = [index for index, own in enumerate(counts) if len(own) > 1]
+        self._slack = max(abs(budget.over(start)), _NEAR)
+
+    def drawn(self, lost: Sequence[int], reach: float, draw: np.random.Generator) -> list[int] | None:
+        """Another allocation, in which some pairs of groups have exchanged steps; ``None`` where none was
+        found.
+
+        Args:
+            reach: the largest part of its channel sets that a group loses more in one exchange; a single step
+                may always be exchanged.
+        """
+        for _ in range(ATTEMPTS if len(self._free) > 1 else 0):
+            found = list(lost)
+            for _ in range(int(draw.integers(1, PAIRS + 1))):
+                more, less = draw.choice(self._free, 2, replace=False).tolist()
+                found = self._exchanged(found, more, less, reach, draw)
+            if any(after < before for after, before in zip(found, lost, strict=True)) and self.meets(found):
+                return found
+        return None
+
+    def meets(self, lost: Sequence[int]) -> bool:
+        """Whether an allocation meets the budget as nearly as it has to."""
+        over = self._budget.over(lost)
+        return over <= 0 if self._budget.is_ceiling else abs(over) <= self._slack
+
+    def _exchanged(
+        self, lost: list[int], more: int, less: int, reach: float, draw: np.random.Generator
+    ) -> list[int]:
+        """One group loses more, and another less by as many steps as give the budget back."""
+        own, other = self._counts[more], self._counts[less]
+        step = int(draw.integers(1, max(round(reach * (len(own) - 1)), 1) + 1))
+        raised = _with(lost, more, own[min(bisect_left(own, lost[more]) + step, len(own) - 1)])
+        low, high = 0, bisect_left(other, lost[less])
+        while low < high:  # the least place at which enough goes
+            middle = (low + high) // 2
+            low, high = (
+                (middle + 1, high)
+                if self._budget.over(_with(raised, less, other[middle])) > 0
+                else (low, middle)
+            )
+        return self._budget.closest(_with(raised, less, other[place]) for place in (low, max(low - 1, 0)))
+
+
+def evolve(
+    exchanges: Exchanges, start: list[int], trial: Trial, generations: int, offspring: int, seed: int
+) -> Found:
+    """The best allocation found: in each generation some are drawn from the best so far, and take its place
+    only where one is better on all sequences.
+
+    Args:
+        start: where the search begins; what is found is never worse on all sequences.
+        trial: judges candidates.
+        generations, offspring: how many times how many are drawn.
+        seed: of what is drawn.
+    """
+    first = _mean(trial.losses(start, range(trial.count)))
+    found = Found(start, first, first, 0)
+    for generation in range(generations):
+        draw = np.random.default_rng((seed, generation))
+        reach = COARSE * (FINE / COARSE) ** (generation / max(generations - 1, 1))
+        drawn = [exchanges.drawn(found.lost, reach, draw) for _ in range(offspring)]
+        candidates = list(
+            dict.fromkeys(tuple(lost) for lost in drawn if lost is not None and lost != found.lost)
+        )
+        best, loss = _best(candidates, trial, draw)
+        if not loss < found.loss:
+            best, loss = tuple(found.lost), found.loss
+        found = Found(list(best), loss, first, found.tried + len(candidates))
+        trial.progress((generation + 1) / generations)
+    return found
+
+
+def _best(
+    candidates: Sequence[tuple[int, ...]], trial: Trial, draw: np.random.Generator
+) -> tuple[tuple[int, ...], float]:
+    """The candidate that did best, and its mean loss over all sequences: all are tried on one, the best of
+    them on two, and so on.
+    """
+    order = draw.permutation(trial.count).tolist()
+    alive, seen = list(candidates), {lost: list[float]() for lost in candidates}
+    tried, size = 0, 1
+    while alive:
+        for lost in alive:
+            seen[lost] += trial.losses(lost, order[tried:size])
+        alive.sort(key=lambda lost: _mean(seen[lost]))
+        if size == trial.count:
+            return alive[0], _mean(seen[alive[0]])
+        alive = alive[: -(-len(alive) // SURVIVING)]
+        tried, size = size, min(2 * size, trial.count)
+    return (), math.inf
+
+
+def _mean(losses: Sequence[float]) -> float:
+    """The mean, which does not depend on the order."""
+    return math.fsum(losses) / len(losses)
+
+
+def _with(lost: Sequence[int], index: int, count: int) -> list[int]:
+    return [*lost[:index], count, *lost[index + 1 :]]
 
 
 class TrialAllocation(CostAllocation):
@@ -319,11 +454,10 @@ class Search(TrialAllocation):
     The loss is, with ``loss="next-token"``, the mean over tokens of the Kullback-Leibler divergence KL(dense
     ‖ pruned) of the next token, over the 64 tokens that the dense model thinks most likely and all others as
     one; with ``"outputs"`` or without a loss, half the mean squared error of the outputs, relative to their
-    mean square; otherwise the mean of the terms of the caller's loss. Padding does not count; sequences count
-    alike.
+    mean square in the sequence; otherwise the mean of the terms of the caller's loss. Padding does not
+    count; sequences count alike.
 
-    Groups that no weight reads cannot be tried, and are refused. A model is searched that is captured whole;
-    plain checkpoints and models pruned by their submodules are not.
+    Groups that no weight reads cannot be tried, and are refused, and so are plain checkpoints.
 
     Args:
         generations: how many times candidates are drawn.

@@ -1,11 +1,12 @@
-"""How much of resources may stay, as an allocation sees it."""
+"""How much of resources may stay, as an allocation sees it, and of which groups."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -265,32 +266,6 @@ def check_counts(lost: Any, groups: Sequence[Group]) -> list[int]:
     return [int(sets) for sets in found]
 
 
-def departures(lost: Sequence[int], budget: Budget, round_to: int) -> list[str]:
-    """What of the request an allocation does not keep, in words: a sparsity that is missed by more than the
-    largest step, widths that are no multiples of ``round_to``.
-    """
-    found = []
-    uneven = [
-        group.name
-        for group, sets in zip(budget.groups, lost, strict=True)
-        if sets and (group.width - sets) % group.step(round_to)
-    ]
-    if uneven:
-        more = f" and {len(uneven) - 1} more" if len(uneven) > 1 else ""
-        found.append(
-            f"the allocation leaves a width that is no multiple of round_to={round_to} in '{uneven[0]}'{more}"
-        )
-    missed = budget.over(lost)
-    steps = [group.step(round_to) for group in budget.groups]
-    if not budget.is_ceiling and abs(missed) > (budget.effects(lost).max(1) * steps).max() + 1e-9:
-        asked = max(limit.need for limit in budget.limits)
-        found.append(
-            f"the allocation takes {asked - missed:.1%} of the prunable weights, where {asked:.1%} was asked"
-            " for"
-        )
-    return found
-
-
 def lost_per_block(width: int, fraction: float, round_to: int, needed: int = 1) -> int:
     """The removal nearest to ``fraction`` of a block that leaves a multiple of ``round_to``, and at least as
     many as are needed.
@@ -338,17 +313,126 @@ def check_reach(budget: Budget, round_to: int) -> None:
         raise BudgetError(f"the model meets the budget as it is: it has {said}; allow less")
 
 
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern names a weight, a module that holds it, or a group."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def held_by(group: Group) -> list[str]:
+    """The names that a group can be excluded by: its own, and all those of the weights that it takes rows or
+    columns from.
+    """
+    return [group.name, *(name for member in (*group.producers, *group.consumers) for name in member.names)]
+
+
+def read_by(group: Group) -> list[str]:
+    """The names that a group can be given a sparsity by: its own, and all those of the weights that lose
+    columns with it; of those that lose rows where none does.
+    """
+    return [group.name, *(name for member in group.consumers or group.producers for name in member.names)]
+
+
+def is_excluded(group: Group, patterns: Iterable[str]) -> bool:
+    """Whether a pattern names a group, or a weight that it takes rows or columns from."""
+    return any(matches(pattern, name) for pattern in patterns for name in held_by(group))
+
+
+def check_patterns(
+    option: str, patterns: Iterable[str], groups: Sequence[Group], names_of: Callable[[Group], list[str]]
+) -> None:
+    """Refuse patterns that name no group, nor a weight of any.
+
+    Args:
+        option: what the patterns were given as.
+        groups: all groups of a model, those that cannot be pruned among them.
+        names_of: the names of a group that count.
+
+    Raises:
+        ArgumentError: names the pattern.
+    """
+    for pattern in patterns:
+        if not any(matches(pattern, name) for group in groups for name in names_of(group)):
+            what = "that loses columns with a group" if names_of is read_by else "of a coupled group"
+            raise ArgumentError(
+                f"{option}: '{pattern}' matches no group, and no weight {what}; analyze(...).groups has their"
+                " names"
+            )
+
+
+def check_asked(
+    fractions: Mapping[str, float],
+    exclude: Iterable[str],
+    groups: Sequence[Group],
+    chosen: Sequence[Group],
+) -> None:
+    """Refuse to take from groups that stay whole.
+
+    Args:
+        fractions: what goes, by pattern.
+        exclude: patterns of what stays.
+        groups: all groups of a model.
+        chosen: those of them that can be pruned as asked.
+
+    Raises:
+        ArgumentError: a pattern asks for groups none of which is among those chosen, or all are excluded.
+    """
+    names = {group.name for group in chosen}
+    excluded = {group.name for group in groups if is_excluded(group, exclude)}
+    for pattern in fractions:
+        asked = [group for group in groups if any(matches(pattern, name) for name in read_by(group))]
+        can_go = [group for group in asked if group.name in names]
+        if asked and not can_go:
+            first = asked[0]
+            raise ArgumentError(
+                f"sparsity asks for {fractions[pattern]} of '{pattern}', which stays whole ('{first.name}' is"
+                f" {first.status} at the granularity '{first.granularity}'"
+                f"{first.reason and f': {first.reason}'}); leave it out"
+            )
+        if can_go and all(group.name in excluded for group in can_go):
+            raise ArgumentError(
+                f"sparsity asks for {fractions[pattern]} of '{pattern}', which exclude= leaves whole"
+                f" ({can_go[0].name!r}); leave one of the two out"
+            )
+
+
+def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: int) -> list[int]:
+    """Channel sets lost per block of each group: the fraction of the first pattern that matches it, nothing
+    if none does.
+    """
+
+    def fraction_of(group: Group) -> float:
+        return next(
+            (
+                fraction
+                for pattern, fraction in fractions.items()
+                if any(matches(pattern, name) for name in read_by(group))
+            ),
+            0.0,
+        )
+
+    fractions_of = [(group, fraction_of(group)) for group in budget.groups]
+    return [
+        lost_per_block(group.width, fraction, group.step(round_to), group.needed) if fraction else 0
+        for group, fraction in fractions_of
+    ]
+
+
 __all__ = [
     "Budget",
     "Ceiling",
     "Limit",
     "Target",
     "alike",
+    "check_asked",
     "check_counts",
+    "check_patterns",
     "check_reach",
     "deepest_loss",
-    "departures",
+    "held_by",
     "joined",
+    "lost_by_pattern",
     "lost_per_block",
+    "matches",
+    "read_by",
     "validate",
 ]

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ..analysis._analysis import Analysis
     from ..analysis.groups import Group
 
+
 @dataclass(frozen=True)
 class Cap(ABC):
     """How much of one resource may stay.
@@ -55,16 +56,11 @@ class Cap(ABC):
     per_call: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not is_number(self.amount) or self.amount <= 0:
+        is_one = self.amount == 1 and isinstance(self.amount, int)  # one alone, or all
+        if not is_number(self.amount) or self.amount <= 0 or is_one:
             raise ArgumentError(
-                f"{self} is no budget; give a share in (0, 1], such as 0.8, or how much may stay, such as"
-                " 100_000_000"
-            )
-
-        if self.amount == 1 and isinstance(self.amount, int):
-            raise ArgumentError(
-                f"{self} could be one alone or all; give 1.0 for all, a share below it, such as 0.8, or how"
-                " much may stay, such as 100_000_000"
+                f"{self} is no budget; give a share in (0, 1], such as 0.8, or 1.0 for all, or how much may"
+                " stay, such as 100_000_000"
             )
 
     def allowed(self, dense: float) -> float:
@@ -142,8 +138,8 @@ class Latency(Cap):
 
     Attributes:
         seconds: called with the width that is left of each block of each group that can lose channels, by the
-            group's name, and returns seconds. It is asked for some hundreds of combinations in one pruning:
-            look times up, rather than measure there. More width may never take less time than less of it.
+            group's name, and returns seconds. It is asked thousands of times in one pruning: look times up,
+            rather than measure there. More width may never take less time than less of it.
     """
 
     seconds: Callable[[Mapping[str, int]], float] = field(compare=False, repr=False)
@@ -170,22 +166,17 @@ class Microseconds(Resource):
     """
 
     def __init__(self, groups: Sequence[Group], seconds: Callable[[Mapping[str, int]], float]) -> None:
-        self._seconds, self._known = seconds, dict[tuple[int, ...], float]()
-        self.groups = list(groups)
+        self._seconds, self.groups = seconds, list(groups)
         super().__init__(groups, self.used([0] * len(groups)))
 
     def used(self, lost: Sequence[int]) -> float:
-        widths = tuple(
-            group.width - gone // group.blocks for group, gone in zip(self.groups, lost, strict=True)
-        )
-        if widths not in self._known:
-            found = self._seconds({group.name: left for group, left in zip(self.groups, widths, strict=True)})
-            if not is_number(found) or found < 0:
-                raise ArgumentError(
-                    f"seconds= of the latency returned {found!r:.80}; it must return a number from 0 on"
-                )
-            self._known[widths] = found * 1e6
-        return self._known[widths]
+        pairs = zip(self.groups, lost, strict=True)
+        found = self._seconds({group.name: group.width - gone // group.blocks for group, gone in pairs})
+        if not is_number(found) or found < 0:
+            raise ArgumentError(
+                f"seconds= of the latency returned {found!r:.80}; it must return a number from 0 on"
+            )
+        return found * 1e6
 
 
 #: every kind of budget that can be stored, by its name

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -15,16 +14,16 @@ import torch
 from torch import fx
 
 from ..base._undisturbed import without_collections
+from ..base.compat import pytree
 from ..capturing._fx import target_name
 from ..capturing._program import Program
 from ..errors import ArgumentError
 from ._build_groups import GroupBuilder, needed_experts
 from ._coupling import Coupling
 from ._depth import DEPTH, let_blocks_go
-from ._grouping import CODE, ChannelSets, group_sets
-from ._layout import find_blocks, torn_blocks
+from ._grouping import CODE, ChannelSets, find_blocks, group_sets, torn_blocks
 from ._walks import label_sets, walk_program
-from .channels import Axis, Execution, Value
+from .channels import Value
 from .groups import EXEMPT, FROZEN
 from .resources import Sparsity
 
@@ -76,17 +75,16 @@ def _settled(
     include: Iterable[str],
 ) -> Analysis:
     heads, experts, exempt = "head" in granularity, "expert" in granularity, EXEMPT in include
-    execution = Execution()
 
     def settled(program: Program, heads: bool) -> Analysis:
         return replace(
-            _analyze(program, heads, experts, exempt, execution),
+            _analyze(program, heads, experts, exempt),
             granularity=frozenset(granularity),
             include=frozenset(include),
         )
 
     analysis = settled(program, heads)
-    while split is not None and (analysis.conflicts or exempt):
+    while split is not None and analysis.conflicts:
         # Rows are told apart one by one.
         rewritten = split(program, settled(program, False) if heads else analysis)
         if rewritten is None:
@@ -98,30 +96,23 @@ def _settled(
     return analysis
 
 
-def _analyze(program: Program, heads: bool, experts: bool, exempt: bool, execution: Execution) -> Analysis:
-    numbering, walk = walk_program(program, heads, experts, execution)
-    while True:
-        labels = label_sets(numbering.total, walk.facts.pairs)
-        labels.setflags(write=False)
-        count = int(labels.max(initial=-1)) + 1
-        expert = needed_experts(labels, count, walk) if experts else np.zeros(count, dtype=np.int64)
-        found = ChannelSets.of(labels, expert, exempt, walk, program)
-        spared = np.full(count, not exempt) & (found.status == CODE[EXEMPT])
-        for slot, sets in torn_blocks(numbering, labels):
-            found.freeze(sets[~spared[sets]], f"they are whole blocks of {slot}, which keep equal counts")
-        group_of, keys = group_sets(found, numbering, walk)
-        block, conflicts = find_blocks(
-            list(walk.facts.boxes.values()),
-            labels,
-            np.where(found.status == CODE[FROZEN], -1, group_of),
-            walk.facts.needed.values(),
-        )
-        uneven = [pair for conflict in conflicts for pair in walk.facts.stacks.pop(conflict.node, ())]
-        if not uneven:
-            break
-        walk.facts.pairs += (
-            uneven  # a stack whose positions cannot lose equal counts loses the same channels of all
-        )
+def _analyze(program: Program, heads: bool, experts: bool, exempt: bool) -> Analysis:
+    numbering, walk = walk_program(program, heads, experts)
+    labels = label_sets(numbering.total, walk.facts.pairs)
+    labels.setflags(write=False)
+    count = int(labels.max(initial=-1)) + 1
+    expert = needed_experts(labels, count, walk) if experts else np.zeros(count, dtype=np.int64)
+    found = ChannelSets.of(labels, expert, exempt, walk, program)
+    spared = np.full(count, not exempt) & (found.status == CODE[EXEMPT])
+    for slot, sets in torn_blocks(numbering, labels):
+        found.freeze(sets[~spared[sets]], f"they are whole blocks of {slot}, which keep equal counts")
+    group_of, keys = group_sets(found, numbering, walk)
+    block, conflicts = find_blocks(
+        list(walk.facts.boxes.values()),
+        labels,
+        np.where(found.status == CODE[FROZEN], -1, group_of),
+        walk.facts.needed.values(),
+    )
     for conflict in conflicts:
         # An exempt group is not pruned unless asked; its status says more than its layout.
         found.freeze(
@@ -137,77 +128,50 @@ def _analyze(program: Program, heads: bool, experts: bool, exempt: bool, executi
 
 def coupling_path(analysis: Coupling, first: str, second: str) -> list[str]:
     """The nodes that couple channels of two weights (see :meth:`fasp_fx.Analysis.explain`)."""
-    starts, ends = _names_of(analysis, first), _names_of(analysis, second)
-    status = {int(chosen): CODE[group.status] for group in analysis.groups for chosen in group.sets}
-    shared = _sets_of(analysis, starts) & _sets_of(analysis, ends)
-    canonical = analysis.program.canonical()
-    for chosen in sorted(shared, key=lambda chosen: (status.get(chosen, len(CODE)), chosen)):
-        # What can be pruned says most.
-        graph = _carriers(analysis, chosen)
-        held = {node: canonical[target_name(node)] for node in graph if node.op == "get_attr"}
+    starts, ends = _nodes_of(analysis, first), _nodes_of(analysis, second)
+    # What can be pruned says most; the channel sets of a group go the same ways.
+    for group in sorted(analysis.groups, key=lambda group: CODE[group.status]):
+        names = {name for member in (*group.producers, *group.consumers) for name in member.names}
+        if not {first, second} <= names:
+            continue
+        graph = _carriers(analysis, int(group.sets[0]))
         paths = [
-            nx.shortest_path(graph, source, target)
-            for source in held
-            for target in held
-            if held[source] in starts and held[target] in ends and nx.has_path(graph, source, target)
+            nx.shortest_path(graph, start, end)
+            for start in starts
+            for end in ends
+            if {start, end} <= graph.nodes and nx.has_path(graph, start, end)
         ]
         if paths:
-            return [_describe(node) for node in min(paths, key=len)]
+            return [
+                str(node.target) if node.op == "get_attr" else f"{node.name} = {node.target}"
+                for node in min(paths, key=len)
+            ]
     return []
 
 
-def _names_of(analysis: Coupling, name: str) -> set[str]:
-    """The names under which the analysis knows a weight of the caller's: its own, or those of its parts."""
-    canonical = analysis.program.canonical()
-    found = (
-        {canonical[name]}
-        if name in canonical
-        else {new for new, part in analysis.program.parts.items() if part.source == name}
-    )
+def _nodes_of(analysis: Coupling, name: str) -> list[fx.Node]:
+    """The nodes that give a weight of the caller's, or its parts."""
+    program = analysis.program
+    canonical = program.canonical()
+    wanted = {canonical.get(name), *(new for new, part in program.parts.items() if part.source == name)}
+    held = program.module.graph.find_nodes(op="get_attr")
+    found = [node for node in held if canonical.get(target_name(node)) in wanted - {None}]
     if not found:
         raise ArgumentError(
-            f"'{name}' is not a weight of the model; names are those of model.named_parameters()"
+            f"'{name}' is not a weight that the model reads; names are those of model.named_parameters()"
         )
     return found
 
 
-def _sets_of(analysis: Coupling, names: set[str]) -> set[int]:
-    return {
-        int(s)
-        for slot in analysis.numbering.slots
-        if slot.name in names
-        for s in np.unique(analysis.labels[slot.base : slot.base + slot.size])
-    }
-
-
 def _carriers(analysis: Coupling, chosen: int) -> nx.Graph:
-    """The nodes whose tensors hold this channel set, and the contractions that consume it."""
+    """The nodes whose tensors hold this channel set, and those that read them."""
     graph = nx.Graph()
-    consumers = {use.node for use in analysis.walk.facts.uses}
-    holding = {
-        node
-        for node, value in analysis.walk.values.items()
-        if any(_holds(analysis, axis, chosen) for axis in _axes(value))
-    }
-    for node in analysis.walk.values:
-        for source in node.all_input_nodes:
-            if source in holding and (node in holding or node in consumers or node.op == "call_function"):
-                graph.add_edge(source, node)
+    for node, value in analysis.walk.values.items():
+        axes = [axis for item in pytree.tree_leaves(value) if isinstance(item, Value) for axis in item.axes]
+        held = [axis.numbers.reshape(-1).numpy() for axis in axes]
+        if any((analysis.labels[numbers[numbers >= 0]] == chosen).any() for numbers in held):
+            graph.add_edges_from((node, user) for user in node.users if user.op == "call_function")
     return graph
-
-
-def _holds(analysis: Coupling, axis: Axis, chosen: int) -> bool:
-    numbers = axis.numbers.reshape(-1).numpy()
-    return bool((analysis.labels[numbers[numbers >= 0]] == chosen).any())
-
-
-def _axes(value: Any) -> list[Axis]:
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [axis for item in values if isinstance(item, Value) for axis in item.axes]
-
-
-def _describe(node: fx.Node) -> str:
-    return f"{node.target}" if node.op == "get_attr" else f"{node.name} = {node.target}"
 
 
 __all__ = ["coupling_path"]

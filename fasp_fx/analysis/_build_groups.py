@@ -12,7 +12,7 @@ from torch import fx
 from ..capturing._fx import attribute
 from ..capturing._program import Program
 from ._grouping import LAYOUT, STATUS, ChannelSets, Keys
-from .channels import Numbering, Slot, Use, Walk, distinct, marked, ranked
+from .channels import Numbering, Slot, Use, Walk, marked
 from .groups import APPROXIMATE, EXEMPT, FROZEN, PRUNABLE, Group, Member
 
 
@@ -41,7 +41,7 @@ class GroupBuilder:
         self.produces = {index_of[slot] for _, slot in facts.produced if slot in index_of}
         computed = [numbers for numbers, slot in facts.produced if slot is None]
         if computed:
-            flat = distinct(np.concatenate(computed))
+            flat = np.unique(np.concatenate(computed))
             self.produces |= set(numbering.slot_ids(flat[flat >= 0]).tolist())
         self.consumes = {index_of[slot] for use in facts.uses for slot in use.slots}
         self.positions = {node: index for index, node in enumerate(program.module.graph.nodes)}
@@ -77,9 +77,9 @@ class GroupBuilder:
 
     def _of_one_size(self, members: np.ndarray) -> Iterator[np.ndarray]:
         """Blocks of unequal size are groups of their own."""
-        _, inverse = ranked(self.block[members])
+        _, inverse = np.unique(self.block[members], return_inverse=True)
         sizes = np.bincount(inverse)
-        for size in distinct(sizes):
+        for size in np.unique(sizes):
             yield members[sizes[inverse] == size]
 
     def _group(self, sets: np.ndarray, slot_ids: list[int], use_ids: list[int]) -> list[tuple[Any, Group]]:
@@ -95,7 +95,7 @@ class GroupBuilder:
         rows, columns = self._members(
             numbers, sets, slot_ids, {use.weight for use in uses} if experts else None
         )
-        blocks = len(distinct(self.block[sets]))
+        blocks = len(np.unique(self.block[sets]))
         size = len(sets) // blocks
         code, why = STATUS[int(found.status[sets[0]])], str(found.reason[sets[0]])
         if not uses and code in (PRUNABLE, APPROXIMATE) and not self.multiplied[sets].all():

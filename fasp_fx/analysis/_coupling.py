@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
-import networkx as nx
 import numpy as np
 
 from ..capturing._program import Program
-from ._layout import Conflict
+from ._grouping import Conflict
 from .channels import Numbering, Walk
 from .groups import PRUNABLE, Group
 
@@ -26,8 +25,7 @@ class Coupling:
         conflicts: tensors whose layout stands in the way (their groups are frozen with reason ``layout``).
         labels: the channel set of each channel number.
         granularity, include: as for :func:`fasp_fx.prune`.
-        known: how many of the channel numbers are those of ``program``, where a pass has brought weights with
-            numbers of their own; ``None``: all.
+        brought: weights that foreign passes have brought, of which no plan speaks; ``None``: none has run.
         experts: whether the numbers by which routers name experts were followed.
     """
 
@@ -39,7 +37,7 @@ class Coupling:
     walk: Walk
     granularity: frozenset[str] = frozenset({"channel"})
     include: frozenset[str] = frozenset()
-    known: int | None = None
+    brought: frozenset[str] | None = None
     experts: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -52,14 +50,6 @@ class Coupling:
         counts = Counter(group.status for group in self.groups)
         return (
             f"Analysis({', '.join(f'{count} {status}' for status, count in counts.items()) or 'no groups'})"
-        )
-
-    def fresh(self) -> np.ndarray:
-        """The channel sets that only weights brought by a pass have."""
-        return (
-            np.setdiff1d(self.labels[self.known :], self.labels[: self.known])
-            if self.known is not None
-            else np.zeros(0, dtype=np.int64)
         )
 
     @property
@@ -82,22 +72,6 @@ class Coupling:
         graph.
         """
         return {name: len(nodes) for name, nodes in sorted(self.walk.without_rule.items())}
-
-    def graph(self) -> nx.DiGraph:
-        """Weights and groups as a directed graph: producer → group → consumer; nodes carry ``kind`` and
-        ``status``.
-        """
-        graph = nx.DiGraph()
-        for group in self.groups:
-            vertex = ("group", group.name)
-            graph.add_node(vertex, kind="group", status=group.status, size=group.size, reason=group.reason)
-            for member in group.producers:
-                graph.add_node(("weight", member.name), kind="weight")
-                graph.add_edge(("weight", member.name), vertex, dim=member.dim)
-            for member in group.consumers:
-                graph.add_node(("weight", member.name), kind="weight")
-                graph.add_edge(vertex, ("weight", member.name), dim=member.dim)
-        return graph
 
 
 __all__ = ["Coupling"]

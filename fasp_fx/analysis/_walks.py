@@ -14,27 +14,21 @@ from torch import Tensor, fx
 
 from ..capturing._fx import attribute
 from ..capturing._program import Program
-from .channels import Execution, Interpreter, Numbering, Slot, Walk, distinct, marked
+from .channels import Interpreter, Numbering, Slot, Walk, marked
 
 #: channel numbers that are coupled, entry by entry, and the node that couples them
 Pairs = list[tuple[np.ndarray, np.ndarray, fx.Node]]
 
 
-def walk_program(
-    program: Program, heads: bool, experts: bool, execution: Execution | None = None
-) -> tuple[Numbering, Walk]:
+def walk_program(program: Program, heads: bool, experts: bool) -> tuple[Numbering, Walk]:
     """Interpret the program, again where a weight is better numbered block by block or some channels go
     together.
-
-    Args:
-        execution: what operators gave before; ``None``: nothing yet.
     """
     blocked = _cached_heads(program)
     stretched: set[tuple[str, int]] = set()
-    execution = execution or Execution()
     while True:
         numbering = Numbering(blocked, stretched)
-        walk = _interpret(program, numbering, heads, experts, execution)
+        walk = _interpret(program, numbering, heads, experts)
         if walk.facts.blocks.keys() <= blocked.keys() and walk.facts.stretched <= stretched:
             break
         blocked = {**walk.facts.blocks, **blocked}
@@ -45,10 +39,10 @@ def walk_program(
     before = -1
     while coupled and (sets := int(label_sets(numbering.total, coupled).max())) != before:
         # What goes together along one dimension may have to along the next.
-        walk, before = _walk_together(program, numbering, coupled, coupled, experts, execution), sets
+        walk, before = _walk_together(program, numbering, coupled, coupled, experts), sets
         coupled = coupled + _numbered(walk.facts.together)
     if coupled:
-        walk = _walk_together(program, numbering, coupled, walk.facts.pairs, experts, execution)
+        walk = _walk_together(program, numbering, coupled, walk.facts.pairs, experts)
     walk.facts.heads = in_heads
     return numbering, walk
 
@@ -103,15 +97,15 @@ def _same_elsewhere(coupled: Pairs, pairs: Pairs, total: int) -> Pairs:
     found = []
     for a, b, node in _numbered(pairs):
         span = int(b.max()) + 1
-        both = np.divmod(distinct(a * span + b), span)
-        one_to_one = all(len(distinct(side)) == len(side) for side in both)
+        both = np.divmod(np.unique(a * span + b), span)
+        one_to_one = all(len(np.unique(side)) == len(side) for side in both)
         if one_to_one and not np.array_equal(*both) and any(together[side].any() for side in both):
             found.append((both[0], both[1], node))
     return found
 
 
 def _walk_together(
-    program: Program, numbering: Numbering, coupled: Pairs, pairs: Pairs, experts: bool, execution: Execution
+    program: Program, numbering: Numbering, coupled: Pairs, pairs: Pairs, experts: bool
 ) -> Walk:
     """Interpret with one number for all channels that ``coupled`` puts together, and those that ``pairs``
     couples with them.
@@ -122,15 +116,13 @@ def _walk_together(
     first[labels[::-1]] = everyone[::-1]  # the lowest number of each set is written last
     speaking = np.where(within[labels], first[labels], everyone)
     numbering.representative = torch.from_numpy(speaking)
-    walk = _interpret(program, numbering, False, experts, execution)
+    walk = _interpret(program, numbering, False, experts)
     spoken_for = np.flatnonzero(speaking != everyone)
     walk.facts.pairs.append((spoken_for, speaking[spoken_for], coupled[0][2]))
     return walk
 
 
-def _interpret(
-    program: Program, numbering: Numbering, heads: bool, experts: bool, execution: Execution
-) -> Walk:
+def _interpret(program: Program, numbering: Numbering, heads: bool, experts: bool) -> Walk:
     return Interpreter(
         program.module,
         numbering,
@@ -139,7 +131,6 @@ def _interpret(
         program.state_outputs,
         heads=heads,
         experts=experts,
-        execution=execution,
     ).run()
 
 

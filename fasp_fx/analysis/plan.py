@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import fx, nn
 
 from ..base._json import Count, from_document, to_document
 from ..base._tensors import fingerprint as fingerprint
 from ..capturing._fx import attribute
-from ..capturing._program import CopiedBuffer, FoldedWeight, Program, SplitWeight
+from ..capturing._program import FoldedWeight, Program, SplitWeight
 from ..errors import ArgumentError, PlanError
 from .groups import Group, Member, ranges
 
@@ -75,6 +75,14 @@ class PlannedGroup:
 
 
 @dataclass(frozen=True)
+class CopiedBuffer:
+    """A buffer that holds what ``source`` holds, for a part of the model."""
+
+    name: str
+    source: str
+
+
+@dataclass(frozen=True)
 class FixedBuffer:
     """A buffer or constant that the model reads and does not write into, and the digest of what it held."""
 
@@ -95,8 +103,7 @@ class PruningPlan:
         granularity, include: as given to :func:`fasp_fx.prune`.
         folds: weights that the model computes from others, and that the result holds as parameters; the
             groups name them so.
-        copies: buffers made of one of the model's, for a part of the model each; the groups name them so.
-            Those left equal are one in the result.
+        copies: kept for plans that were saved while layers that shared a table each got a copy.
         fixed: what else the model read and did not write into when the plan was made. The plan serves also
             where it holds something else; the repairs of the result do not.
     """
@@ -220,14 +227,12 @@ class PruningPlan:
         left = sum(group.removed_sets for group in groups) / max(
             sum(group.removed_sets for group in self.groups), 1
         )
-        copies = tuple(copied for copied in self.copies if copied not in earlier.copies)
         return PruningPlan(
             earlier.result,
             tuple(groups),
             self.sparsity * left,
             granularity=self.granularity,
             include=self.include,
-            copies=copies,
         )
 
 
@@ -266,30 +271,9 @@ def running_fingerprint(program: Program) -> str:
     digest = hashlib.sha256(computed_fingerprint(program).encode())
     for name, module in program.module.named_modules():
         if isinstance(module, fx.GraphModule):
-            digest.update(f"{name} {_written(module.graph)}".encode())
+            code = re.sub(r"device\(type=.*?\)|cuda:\d+", "device", module.code)  # ranks have others
+            digest.update(f"{name} {code}".encode())
     return digest.hexdigest()
-
-
-def _written(graph: fx.Graph) -> list[str]:
-    place = {node: index for index, node in enumerate(graph.nodes)}
-    given = [
-        fx.node.map_aggregate((node.args, node.kwargs), lambda leaf: _shown(leaf, place))
-        for node in graph.nodes
-    ]
-    return [f"{node.op} {_target(node)} {own}" for node, own in zip(graph.nodes, given, strict=True)]
-
-
-def _shown(leaf: Any, place: Mapping[fx.Node, int]) -> str:
-    """An argument of a node, without what differs from process to process and from device to device."""
-    if isinstance(leaf, fx.Node):
-        return f"%{place[leaf]}"
-    known = leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype))
-    return repr(leaf) if known else type(leaf).__name__
-
-
-def _target(node: fx.Node) -> str:
-    target: Any = node.target
-    return target if isinstance(target, str) else str(getattr(target, "__qualname__", target))
 
 
 def fixed_of(program: Program) -> tuple[FixedBuffer, ...]:
@@ -405,13 +389,10 @@ def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> 
     for (name, dim), removed in plan.slices().items():
         place = (canonical.get(name, name), dim)
         wanted[place] = wanted.get(place, frozenset()) | removed
-    total = numbering.total if analysis.known is None else analysis.known
-    labels = analysis.labels[:total]
-    gone = np.zeros(total, dtype=bool)
+    labels, brought = analysis.labels, analysis.brought
+    gone = np.zeros(numbering.total, dtype=bool)
     known: dict[tuple[str, int], tuple[int, int]] = {}
     for slot in numbering.slots:
-        if slot.base >= total:
-            break  # of a weight that a pass has brought
         name, rows = program.origin(slot.name, slot.dim, slot.size)
         width = slot.size // slot.blocks
         known[(name, slot.dim)] = (
@@ -425,7 +406,7 @@ def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> 
             )
     for (name, dim), removed in wanted.items():
         blocks, size = known.get((name, dim), (0, 0))
-        if partial and not blocks:
+        if (partial or brought is not None) and not blocks:
             continue
         outside = [index for block, index in removed if not (0 <= index < size and 0 <= block < blocks)]
         if outside:
@@ -433,10 +414,15 @@ def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> 
                 f"the plan removes index {max(outside)} along dimension {dim} of '{name}', which the model"
                 " does not have; it is a plan for another model"
             )
-    # A plan names weights; inputs that hold state, and tensors that the graph makes, go with them.
-    weights = np.zeros(total, dtype=bool)
-    for slot in (slot for slot in numbering.slots if slot.base < total):
-        weights[slot.base : slot.base + slot.size] = slot.kind == "weight"
+    for entry in plan.groups if brought is not None else ():
+        if not any((part.name, part.dim) in known for part in (*entry.producers, *entry.consumers)):
+            raise PlanError(f"foreign passes have replaced all weights of the plan's group '{entry.name}'")
+    # A plan names weights; inputs that hold state, tensors that the graph makes, and weights that foreign
+    # passes have brought go with them.
+    weights = np.zeros(numbering.total, dtype=bool)
+    for slot in numbering.slots:
+        is_named = slot.kind == "weight" and slot.name not in (brought or ())
+        weights[slot.base : slot.base + slot.size] = is_named
     counted = np.bincount(labels, weights=gone & weights, minlength=int(labels.max(initial=-1)) + 1)
     whole = np.bincount(labels, weights=weights, minlength=len(counted))
     cut = (counted > 0) & (counted < whole)

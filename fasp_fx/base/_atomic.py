@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import secrets
 import shutil
@@ -15,27 +14,26 @@ from safetensors import SafetensorError
 
 from ..errors import StoreError
 
-_EXCHANGE, _NO_REPLACE = 2, 1
 #: what is raised where a disk is full, or a file cannot be written for another reason
 _UNWRITTEN = (OSError, SafetensorError)
-#: bytes by which the name of what is not yet whole is longer than the name it will take
-MARK = len("..0123456789ab.partial")
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
+def new_folder(
+    path: Path, *, overwrite: bool, replaceable: Callable[[Path], bool], keep: bool = True
+) -> Iterator[Path]:
     """Give a temporary sibling of ``path`` to fill; it takes the name ``path`` when the block ends, and is
     removed when the block raises.
 
     Args:
         path: the folder to make.
         overwrite: replace a folder of that name, if ``replaceable`` says that it may be.
+        keep: ``False`` leaves nothing behind: it only finds out whether the folder could be made.
 
     Raises:
         StoreError: the path is taken or cannot be written.
     """
-    refuse_null(path)
-    _refuse_foreign(path)
+    check_path(path)
     _refuse_taken(path, overwrite, replaceable)
 
     def put(temporary: Path) -> None:
@@ -44,33 +42,9 @@ def new_folder(path: Path, *, overwrite: bool, replaceable: Callable[[Path], boo
         _refuse_taken(path, overwrite, replaceable)
         _install(temporary, path)
 
-    with _sibling(path, put) as temporary:
+    with _sibling(path, put if keep else lambda _: None) as temporary:
         temporary.mkdir()
         yield temporary
-
-
-@contextlib.contextmanager
-def _sibling(path: Path, put: Callable[[Path], object]) -> Iterator[Path]:
-    """The name of a temporary sibling of a path, which ``put`` puts there when the block ends. If it raises,
-    nothing is left, nor of the folders made for it.
-    """
-    made = _make_parents(path.parent)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.partial"
-    try:
-        yield temporary
-        put(temporary)
-        if path.exists():
-            made.clear()
-            _sync(path.parent)
-    except _UNWRITTEN as error:
-        raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        for parent in reversed(made):
-            with contextlib.suppress(OSError):
-                parent.rmdir()
 
 
 @contextlib.contextmanager
@@ -86,7 +60,7 @@ def new_file(path: Path, *, replaceable: Callable[[Path], bool], keep: bool = Tr
     Raises:
         StoreError: the path is taken or cannot be written.
     """
-    refuse_null(path)
+    check_path(path)
     path = path.absolute()
 
     def put(temporary: Path) -> None:
@@ -104,37 +78,45 @@ def new_file(path: Path, *, replaceable: Callable[[Path], bool], keep: bool = Tr
         yield temporary
 
 
+@contextlib.contextmanager
+def _sibling(path: Path, put: Callable[[Path], object]) -> Iterator[Path]:
+    """The name of a temporary sibling of a path, which ``put`` puts there when the block ends. If it raises,
+    nothing is left, nor of the folders made for it.
+    """
+    missing = [folder for folder in path.parents if not folder.exists()]
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.partial"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        put(temporary)
+        _sync(path.parent)
+    except _UNWRITTEN as error:
+        raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        with contextlib.suppress(OSError):  # of those that hold something by now
+            for folder in missing:
+                folder.rmdir()
+
+
 def write_text(path: Path, text: str) -> None:
-    """Put text in the place of what a file holds, whole or not at all; a link to a file stays one, and so do
-    its permissions. What is no file (a pipe, a device) is written to.
+    """Put text in the place of what a file holds, whole or not at all.
 
     Args:
         path: of the file; missing folders are made.
 
     Raises:
-        StoreError: it is a folder or cannot be written; what was there stays.
+        StoreError: it is a link or no file, or cannot be written; what was there stays.
     """
-    refuse_null(path)
-    path = Path(os.path.realpath(path))
-    try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            path.write_text(text, encoding="utf-8")
-            return
-    except OSError as error:
-        raise StoreError(f"'{path}' cannot be written: {error}; choose another path") from error
     with new_file(path, replaceable=lambda file: True) as made:
-        if path.exists():
-            made.chmod(path.stat().st_mode & 0o777)
         made.write_text(text, encoding="utf-8")
 
 
-def is_partial(path: Path, name: str) -> bool:
-    """Whether a file is what was left of one of that name when a process was killed that wrote it."""
-    return path.name.startswith(f".{name}.") and path.name.endswith(".partial")
-
-
-def refuse_null(path: Path, option: str = "path") -> None:
-    """Refuse a path that no file can have.
+def check_path(path: Path, option: str = "path") -> None:
+    """Refuse a path that no file can have, or that is no Unicode text, in which safetensors writes and does
+    not read.
 
     Args:
         option: what the caller gave it as.
@@ -142,23 +124,12 @@ def refuse_null(path: Path, option: str = "path") -> None:
     Raises:
         StoreError: it is one.
     """
-    if "\0" in os.fspath(path):
-        raise StoreError(f"'{path}' holds a null character, which no path can; choose another {option}")
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Refuse a path that is no Unicode text, in which safetensors writes and does not read.
-
-    Raises:
-        StoreError: it is one.
-    """
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError as error:
+    name = os.fspath(path)
+    if "\0" in name or name != name.encode(errors="ignore").decode():
         raise StoreError(
-            f"{os.fspath(path)!r} is not valid UTF-8, so that what is saved there could not be loaded; choose"
-            " another path"
-        ) from error
+            f"{name!r} holds a null character, or is not valid UTF-8, so that what is saved there could not"
+            f" be loaded; choose another {option}"
+        )
 
 
 def _refuse_taken(path: Path, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
@@ -175,19 +146,6 @@ def _refuse_taken(path: Path, overwrite: bool, replaceable: Callable[[Path], boo
         )
 
 
-def _make_parents(folder: Path) -> list[Path]:
-    """Make missing folders; returns those made, outermost first."""
-    made: list[Path] = []
-    try:
-        for parent in [*reversed(folder.parents), folder]:
-            if not parent.exists():
-                parent.mkdir()
-                made.append(parent)
-    except OSError as error:
-        raise StoreError(f"the folder '{folder}' cannot be made: {error}; choose another path") from error
-    return made
-
-
 def _sync(path: Path) -> None:
     """Wait until a file's or folder's content is on disk."""
     if path.is_dir() and sys.platform == "win32":
@@ -200,13 +158,10 @@ def _sync(path: Path) -> None:
 
 
 def _install(temporary: Path, path: Path) -> None:
-    """Rename ``temporary`` to ``path``; what was at ``path`` is then at ``temporary``."""
-    taken = path.exists()
-    if _rename(temporary, path, _EXCHANGE if taken else _NO_REPLACE):
-        return
-    # Without an atomic exchange the old folder steps aside, and comes back if the new one cannot take its
-    # place.
-    if not taken:
+    """Rename ``temporary`` to ``path``. What was there steps aside, and comes back if the new folder cannot
+    take its place.
+    """
+    if not path.exists():
         temporary.rename(path)
         return
     aside = temporary.with_suffix(".old")
@@ -217,22 +172,3 @@ def _install(temporary: Path, path: Path) -> None:
         aside.rename(path)
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _rename(source: Path, target: Path, flags: int) -> bool:
-    """Linux's rename with flags; ``False`` where the system or the file system lacks it."""
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        call = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    if call(-100, os.fsencode(source), -100, os.fsencode(target), flags) == 0:
-        return True
-    number = ctypes.get_errno()
-    if os.strerror(number) and number in _UNSUPPORTED:
-        return False
-    raise OSError(number, os.strerror(number), str(target))
-
-
-_UNSUPPORTED = {38, 22, 95}  # no such call, flags not known to the file system, not supported

@@ -15,8 +15,6 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
-
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -188,19 +186,6 @@ def drawing_alike(values: Iterable[Any], seed: int = 0) -> Iterator[None]:
         if any(device.type == "mps" for device in devices):
             torch.mps.manual_seed(seed)
         yield
-
-
-def check_default_device() -> None:
-    """Refuse to make tensors where none has values.
-
-    Raises:
-        ArgumentError: the default device is ``meta``.
-    """
-    if torch.get_default_device().type == "meta":
-        raise ArgumentError(
-            "torch's default device is 'meta', where nothing has values; call this outside of"
-            " torch.device('meta')"
-        )
 
 
 # --- Random numbers that are the same each time, wherever and in whichever order they are drawn.

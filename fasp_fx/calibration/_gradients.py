@@ -4,8 +4,7 @@ input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,14 +18,14 @@ from ..capturing._fx import results
 from ..capturing._program import Program
 from ..capturing._runner import Runner
 from ..errors import CalibrationError, first_line
+from ._calibration import Piece, ran, returned
 from ._consumers import Consumer, Consumers, counting
 from ._marks import Marks
-from ._matrices import ConsumerMatrices, states_before, token_dims
-from ._pieces import Piece, ran, returned
+from ._matrices import ConsumerMatrices, states_before
 from ._products import EFFECT
 from ._ranks import Ranks
 from .losses import Loss, Outputs, Padding, evaluated, next_token
-from .statistics import PADDING, InputGradients, MakeStatistic
+from .statistics import InputGradients, MakeStatistic
 
 #: tokens for each column of a consumer from which its Gram matrix says enough to predict losses
 ENOUGH = 2.5
@@ -47,7 +46,7 @@ def observe_batches(
     respect to them.
 
     The gradient of no weight is computed. What autograd keeps of one batch has to fit the device
-    (:func:`~fasp_fx.calibration._pieces.in_pieces`).
+    (:func:`~fasp_fx.calibration._calibration.in_pieces`).
 
     Args:
         wanted: what to observe beside the Gram matrix.
@@ -71,8 +70,6 @@ def observe_batches(
         if index % ranks.size == ranks.rank and failure is None:
             try:
                 terms += _observe_one(consumers, piece, index, wanted, loss, marks)
-                if index == ranks.rank:  # what is wrong with a loss shows in the first batch
-                    _check_gradients(consumers)
             except CalibrationError as error:
                 failure = error
         done = False
@@ -111,7 +108,7 @@ def _observe_one(
 ) -> int:
     """Show one piece to the consumers; how many terms the loss has."""
     with torch.inference_mode(False), torch.set_grad_enabled(loss is not None):
-        run = _Run(consumers, _own(piece), index, wanted, marks, loss is not None)
+        run = _Run(consumers, piece, index, wanted, marks, loss is not None)
         run.advance(len(run.nodes) - 1)
         if loss is None:
             return 0
@@ -126,19 +123,9 @@ def _saw_enough(consumers: Consumers, ranks: Ranks, enough: float) -> bool:
     steady = [
         consumer for consumer in consumers.by_key.values() if all(use.route is None for use in consumer.uses)
     ]
-    seen = [
-        [gram.tokens for gram in consumer.grams] if consumer.grams else [0] * consumer.blocks
-        for consumer in steady
-    ]
-    totals = ranks.add(
-        torch.tensor([tokens for of_blocks in seen for tokens in of_blocks], dtype=torch.float64)
-    ).tolist()
-    wanted = [
-        enough * (consumer.matrices.columns.shape[1] + consumer.beside)
-        for consumer, of_blocks in zip(steady, seen, strict=True)
-        for _ in of_blocks
-    ]
-    return all(tokens >= least for tokens, least in zip(totals, wanted, strict=True))
+    seen = torch.tensor([consumer.grams[0].tokens if consumer.grams else 0 for consumer in steady])
+    columns = torch.tensor([consumer.matrices.columns.shape[1] for consumer in steady])
+    return bool((ranks.add(seen) >= enough * columns).all())
 
 
 class _Run(Runner):
@@ -155,7 +142,12 @@ class _Run(Runner):
         marks: Marks,
         back: bool,
     ) -> None:
-        super().__init__(consumers.analysis.program, [piece.inputs], numbers=[piece.batch])
+        # Autograd may not keep tensors that were made in inference mode.
+        inputs = [
+            leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+            for leaf in piece.inputs
+        ]
+        super().__init__(consumers.analysis.program, [inputs], numbers=[piece.batch])
         self.consumers, self.number, self.wanted, self.marks, self.is_back = (
             consumers,
             number,
@@ -227,17 +219,11 @@ class _Run(Runner):
     ) -> None:
         matrices = ConsumerMatrices(use, self.consumers.analysis.walk.values)
         ends = None if use.route is None else self._load(use.route, 0)
-        dims = token_dims(activation.dim(), use.activation_layout)
-        own = (
-            self.marks.of(self.number, use.activation, activation, dims)
-            if ends is None
-            else self.marks.routed(self.number, use.activation, ends)
-        )
+        own = self.marks.at(self.number, use, activation, ends)
         told_apart = probe is not None and probe.requires_grad
         consumer.prepare(self.wanted, activation.device)
-        tally = _Tally()
         consumer.see(
-            tally.of(matrices.tokens(activation, own, ends)),
+            matrices.tokens(activation, own, ends),
             lambda statistic: not (statistic.needs_gradient and told_apart),
         )
         seen = consumer.seen
@@ -263,11 +249,9 @@ class _Run(Runner):
         if isinstance(result, Tensor) and result.requires_grad:
 
             def at_output(gradient: Tensor) -> None:
-                counted = self.marks.without_padding(self.number, use.node, gradient)
-                for block in seen:
-                    for statistic in block.values():
-                        if isinstance(statistic, InputGradients):
-                            statistic.update_output(counted, tally.part_of(gradient.numel()))
+                counted, count = self.marks.without_padding(self.number, use.node, gradient)
+                for statistic in _gradients(consumer):
+                    statistic.update_output(counted, count)
 
             result.register_hook(at_output)
 
@@ -289,24 +273,6 @@ class _Run(Runner):
         return terms.numel()
 
 
-class _Tally:
-    """Counts tokens on their way, and those of them that are no padding."""
-
-    def __init__(self) -> None:
-        self._tokens, self._counting = 0, 0
-
-    def of(self, pieces: Iterable[tuple[int, Tensor, Tensor]]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The pieces as they are."""
-        for block, tokens, kinds in pieces:
-            self._tokens += len(kinds)
-            self._counting += int((kinds != PADDING).count_nonzero())
-            yield block, tokens, kinds
-
-    def part_of(self, number: int) -> int:
-        """How many of so many elements of an output are of tokens that count; each token gives as many."""
-        return number * self._counting // max(self._tokens, 1)
-
-
 def _told(use: Use) -> bool:
     """Whether the gradient with respect to a use's activation is laid out as its tokens are: no position is
     read twice, and each block reads its own.
@@ -314,17 +280,6 @@ def _told(use: Use) -> bool:
     layout = use.activation_layout
     return all(window.size == 1 for window in layout.windows) and (
         len(use.columns) == 1 or bool(layout.blocks) or use.route is not None
-    )
-
-
-def _own(piece: Piece) -> Piece:
-    """The piece with tensors that autograd may keep, which it may not of those made in inference mode."""
-    return replace(
-        piece,
-        inputs=[
-            leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
-            for leaf in piece.inputs
-        ],
     )
 
 
@@ -419,36 +374,25 @@ def _vanished(consumers: Consumers, ranks: Ranks) -> bool:
 
 
 def _check(consumers: Consumers, back: bool) -> None:
+    seen = [("queries and keys", consumers.products.effects())]
     for consumer in consumers.by_key.values():
-        if not consumer.sees_finite():
+        parts = [part.diagonal() for gram in consumer.grams or () for part in gram.parts]
+        gradients = [statistic.diagonal() for statistic in _gradients(consumer)]
+        seen += [
+            (f"'{consumer.weight}'", parts),
+            (f"the gradients of the loss at '{consumer.weight}'", gradients),
+        ]
+    for what, tensors in seen:
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             raise CalibrationError(
-                f"what is seen at '{consumer.weight}' is not finite on the calibration data; check the"
-                " batches and the model's dtype"
+                f"what is seen of {what} is not finite on the calibration data; check the batches and the"
+                " model's dtype, or pass another loss=, or loss=None"
             )
-    _check_gradients(consumers)
-    if not _finite(consumers.products.effects()):
-        raise CalibrationError(
-            "what is seen of queries and keys is not finite on the calibration data; check the batches and"
-            " the model's dtype"
-        )
     if back and _vanished(consumers, Ranks()):
         raise CalibrationError(
             "the gradients of the loss vanish at every weight that can be pruned; pass another loss=, or"
             " loss=None"
         )
-
-
-def _check_gradients(consumers: Consumers) -> None:
-    for consumer in consumers.by_key.values():
-        if not _finite(statistic.diagonal() for statistic in _gradients(consumer)):
-            raise CalibrationError(
-                f"the gradients of the loss are not finite at '{consumer.weight}'; check the batches and the"
-                " model's dtype, or pass another loss=, or loss=None"
-            )
-
-
-def _finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 __all__ = ["called", "observe_batches", "padding_of"]

@@ -18,11 +18,10 @@ from ..base._atomic import new_folder
 from ..base._json import Count
 from ..base._tensors import digest_of
 from ..errors import StoreError, first_line
-from ..storage._run_folder import claim, read_state
+from ..storage._folder import claim, read_state
 from .restoration import Restored
 
 _EVENTS, _WEIGHTS = "events.json", "weights.safetensors"
-_FIELDS = ("error_before", "error_after", "held_before", "held_after", "used", "strength")
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class _Events:
 
     after: Count
     removed: dict[str, list[Count]]
-    outcomes: dict[int, dict[str, float | bool | None]]
-    remarks: dict[str, Any]
+    outcomes: dict[int, dict[str, int | float | bool | None]]
+    unmatched: list[str]
 
 
 class Journal:
@@ -45,7 +44,7 @@ class Journal:
     Attributes:
         stops: of how many stops on the way through the graph it knows all.
         removed: channel sets that went, by group.
-        remarks: for the report, as they stood; see :meth:`commit`.
+        unmatched: nodes whose padding could not be told, by name.
 
     Raises:
         StoreError: the folder holds another run or something else, is damaged, or cannot be written.
@@ -56,7 +55,7 @@ class Journal:
         self._folder, self._run = folder, run
         self.stops = 0
         self.removed: dict[str, np.ndarray] = {}
-        self.remarks: dict[str, Any] = {}
+        self.unmatched: list[str] = []
         self._known: dict[int, tuple[Path, dict[str, Any]]] = {}
         self._new: dict[int, Restored] = {}
         self._new_removed: dict[str, list[int]] = {}
@@ -93,17 +92,17 @@ class Journal:
         """Keep in mind the outcome of a repair, until it is written."""
         self._new[number] = outcome
 
-    def commit(self, stops: int, remarks: Mapping[str, Any]) -> None:
+    def commit(self, stops: int, unmatched: list[str]) -> None:
         """Write what was noted: so many stops are done.
 
         Args:
-            remarks: what else the rest depends on, as JSON; takes the place of earlier ones.
+            unmatched: all nodes so far whose padding could not be told.
 
         Raises:
             StoreError: the folder cannot be written.
         """
         outcomes = {
-            number: {name: getattr(outcome, name) for name in _FIELDS}
+            number: {name: value for name, value in vars(outcome).items() if name != "weight"}
             for number, outcome in self._new.items()
         }
         with new_folder(
@@ -118,7 +117,7 @@ class Journal:
                 "after": self.stops,
                 "removed": self._new_removed,
                 "outcomes": outcomes,
-                "remarks": dict(remarks),
+                "unmatched": unmatched,
             }
             (made / _EVENTS).write_text(json.dumps(events), encoding="utf-8")
         self.stops, self._new, self._new_removed = stops, {}, {}
@@ -132,7 +131,7 @@ class Journal:
             group: np.array(removed, dtype=np.int64) for group, removed in events.removed.items()
         }
         self._known |= {number: (folder, outcome) for number, outcome in events.outcomes.items()}
-        self.remarks = events.remarks
+        self.unmatched = events.unmatched
 
 
 def open_journal(

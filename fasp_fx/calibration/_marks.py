@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..analysis.channels import Use
 from ..capturing._program import Program
 from ..capturing._sizes import same_sizes
-from ..errors import ArgumentError, CalibrationError
+from ..errors import CalibrationError
 from ..patterns import RESHAPES
+from ._matrices import token_dims
 from .statistics import FITTED, HELD, PADDING
 
+#: what tokenizers, and the models that they serve, call the mask of padding: 0 where a token is padding
+MASK = "attention_mask"
 #: one in so many sequences is held out, and where there are fewer, this part of each
 _ONE_IN = 4
 
@@ -24,34 +28,31 @@ class Marks:
     """Marks of the tokens of every batch, as tensors that broadcast to an activation.
 
     Tokens of one sequence resemble each other, so whole sequences are held out: every fourth, counted through
-    all batches. Of fewer than four, the last quarter of each is. A sequence is one index of the first
+    all batches. Of fewer than four, the last quarter of their tokens is. A sequence is one index of the first
     dimension of the first input.
 
     Args:
         program: the program that the batches are for.
         batches: its flat inputs.
-        padding_mask: name of an input ``[batch, tokens]``, zero where a token is padding; ``None``: every
-            token counts.
         hold_out: whether to hold out any.
 
     Attributes:
         unmatched: nodes whose tokens could not be matched with the mask, so that padding among them counts.
 
     Raises:
-        ArgumentError, CalibrationError: there is no such mask, or it does not fit.
+        CalibrationError: all of a batch is padding.
     """
 
     def __init__(
         self,
         program: Program,
         batches: Sequence[Sequence[Any]],
-        padding_mask: str | None = None,
         hold_out: bool = True,
     ) -> None:
-        self.hold_out, self._name = hold_out, padding_mask
+        self.hold_out = hold_out
         self.unmatched: dict[fx.Node, None] = {}
         nodes = program.placeholders()
-        self._reference = next((i for i, node in enumerate(nodes) if _rank(node) > 0), None)
+        self._reference = next((i for i, node in enumerate(nodes) if _recorded(node)), None)
         self._shape: tuple[Any, ...] = (
             tuple(nodes[self._reference].meta["val"].shape) if self._reference is not None else ()
         )
@@ -60,11 +61,7 @@ class Marks:
         self._batches = batches
         self._sizes, self._firsts = sizes, [0, *accumulate(sizes)]
         self._many_batches = len(sizes) >= _ONE_IN
-        self._masks = (
-            [_mask(nodes, batch, padding_mask, self._reference, index) for index, batch in enumerate(batches)]
-            if padding_mask is not None
-            else None
-        )
+        self._masks = _padding(nodes, batches, self._reference)
 
     def of(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> Tensor:
         """Marks of one batch's activation, with as many dimensions, of its size or 1.
@@ -103,10 +100,25 @@ class Marks:
             self.unmatched[node] = None  # there are tokens, and they lie otherwise
         return None
 
-    def without_padding(self, index: int, node: fx.Node, output: Tensor) -> Tensor:
-        """What lies at an output, with zeros where it is known to be padding."""
+    def at(self, index: int, use: Use, activation: Tensor, ends: Tensor | None) -> Tensor:
+        """Marks of what a use of a weight reads in one batch.
+
+        Args:
+            activation: what it reads.
+            ends: for a routed use, where each block's tokens end.
+        """
+        if ends is not None:
+            return self.routed(index, use.activation, ends)
+        return self.of(index, use.activation, activation, token_dims(activation.dim(), use.activation_layout))
+
+    def without_padding(self, index: int, node: fx.Node, output: Tensor) -> tuple[Tensor, int]:
+        """What lies at an output, with zeros where it is known to be padding, and how many elements are
+        not.
+        """
         padding = self._padding(index, node, output, list(range(output.dim())))
-        return output if padding is None else output.masked_fill(padding, 0)
+        if padding is None:
+            return output, output.numel()
+        return output.masked_fill(padding, 0), int((~padding.expand(output.shape)).sum())
 
     def routed(self, index: int, node: fx.Node, ends: Tensor) -> Tensor:
         """Marks of tokens that were sorted by the block they go to, ``[tokens]``: of each block the last
@@ -127,7 +139,7 @@ class Marks:
         names = [node.name for node in self.unmatched]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         return (
-            f"'{self._name}' could not be matched with the tokens of '{names[0]}'{more}, so that all of them"
+            f"'{MASK}' could not be matched with the tokens of '{names[0]}'{more}, so that all of them"
             " count in scores and repairs, padding included"
         )
 
@@ -148,26 +160,20 @@ class Marks:
         """A dimension, and which of its positions are held out."""
         if not dims:
             return 0, torch.tensor([self._batch_held(index)])
-        size, first, total = self._sizes[index], self._firsts[index], self._firsts[-1]
+        size, total = self._sizes[index], self._firsts[-1]
         own = self._lying(0, size, node, activation, dims)
         batch = own[0] if own else dims[0]
         along = activation.shape[batch]
-        longer = next((dim for dim in dims if dim != batch and activation.shape[dim] > 1), None)
-        # Sequences, or all their tokens one after the other; of each the first, where they take turns.
-        inner = False if own or size == 1 else _takes_turns(node, batch, self._shape[0])
-        if size and along % size == 0 and inner is not None:
-            each = along // size
-            number = torch.arange(along)
-            number = first + (number % size if inner else number // max(each, 1))
-            if total >= _ONE_IN:
-                return batch, number % _ONE_IN == _ONE_IN - 1
-            if each > 1:
-                return batch, _last(each).repeat_interleave(size) if inner else _last(each).repeat(size)
-            if longer is None:
-                return batch, (number == total - 1) & (total > 1)
-        elif self._many_batches:
-            return batch, torch.full((along,), self._batch_held(index))
-        dim = batch if longer is None else longer
+        if total >= _ONE_IN:
+            # Sequences, or all their tokens one after the other; of each the first, where they take turns.
+            inner = False if own or size == 1 else _takes_turns(node, batch, self._shape[0])
+            if size and along % size == 0 and inner is not None:
+                number = torch.arange(along)
+                number = number % size if inner else number // max(along // size, 1)
+                return batch, (self._firsts[index] + number) % _ONE_IN == _ONE_IN - 1
+            if self._many_batches:
+                return batch, torch.full((along,), self._batch_held(index))
+        dim = next((dim for dim in dims if dim != batch and activation.shape[dim] > 1), batch)
         return dim, _last(activation.shape[dim])
 
     def _padding(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> Tensor | None:
@@ -225,34 +231,26 @@ def _picked(program: Program, shape: Sequence[Any]) -> dict[str, int]:
     return found
 
 
-def _mask(nodes: list[fx.Node], batch: Sequence[Any], name: str, reference: int | None, index: int) -> Tensor:
-    """Where a batch is padding, ``[batch, tokens]``."""
-    inputs = {node.name: leaf for node, leaf in zip(nodes, batch, strict=True)}
-    if name not in inputs:
-        raise ArgumentError(
-            f"padding_mask='{name}' is no input of the model as it was captured; its inputs are"
-            f" {', '.join(map(repr, inputs))}"
-        )
-    mask = inputs[name]
-    first = batch[reference] if reference is not None else None
-    if (
-        not isinstance(mask, Tensor)
-        or mask.dim() != 2
-        or first is None
-        or first.dim() < 2
-        or mask.shape != first.shape[:2]
-    ):
-        raise CalibrationError(
-            f"calibration batch {index}: padding_mask='{name}' is {_said(mask)}, but the first input is"
-            f" {_said(first)}; a mask of padding has one value for each token of it, [batch, tokens]"
-        )
-    padding = mask == 0
-    if bool(padding.all()):
-        raise CalibrationError(
-            f"calibration batch {index}: '{name}' marks every token as padding; leave the batch out, or give"
-            " it tokens"
-        )
-    return padding
+def _padding(
+    nodes: list[fx.Node], batches: Sequence[Sequence[Any]], reference: int | None
+) -> list[Tensor] | None:
+    """Where each batch is padding, ``[batch, tokens]``; ``None`` where no input says it, by 0 and 1 for each
+    token of the first input.
+    """
+    at = next((index for index, node in enumerate(nodes) if node.name == MASK), None)
+    if at is None or reference is None:
+        return None
+    for mask, first in ((batch[at], batch[reference]) for batch in batches):
+        if mask.dim() != 2 or mask.shape != first.shape[:2] or not bool(((mask == 0) | (mask == 1)).all()):
+            return None
+    found = [batch[at] == 0 for batch in batches]
+    for index, padding in enumerate(found):
+        if bool(padding.all()):
+            raise CalibrationError(
+                f"calibration batch {index}: '{MASK}' marks every token as padding; leave the batch out, or"
+                " give it tokens"
+            )
+    return found
 
 
 def _last(size: int) -> Tensor:
@@ -319,14 +317,6 @@ def _recorded(node: fx.Node) -> Any:
 def _symbols(size: Any) -> set[Any]:
     return set() if isinstance(size, int) else set(size.node.expr.free_symbols)
 
-
-def _rank(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    return value.dim() if isinstance(value, Tensor) else 0
-
-
-def _said(value: Any) -> str:
-    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 __all__ = ["Marks"]

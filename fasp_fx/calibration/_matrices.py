@@ -195,7 +195,7 @@ def read_otherwise(analysis: Analysis, matrices: ConsumerMatrices) -> str | None
         for user in node.users:
             if (
                 user not in inside
-                and _computes(user)
+                and computes(user)
                 and not any(
                     use.node is user and use.operand is node and use.activation is not node for use in uses
                 )
@@ -218,7 +218,7 @@ def read_otherwise(analysis: Analysis, matrices: ConsumerMatrices) -> str | None
     return None
 
 
-def _computes(node: fx.Node) -> bool:
+def computes(node: fx.Node) -> bool:
     """Whether a node gives a tensor, or is the output; others look at sizes and types alone."""
     leaves: Iterable[object] = pytree.tree_leaves(node.meta.get("val"))
     return node.op == "output" or "val" not in node.meta or any(isinstance(leaf, Tensor) for leaf in leaves)
@@ -247,31 +247,28 @@ def bias_of(analysis: Analysis, uses: Sequence[Use], matrices: ConsumerMatrices)
         return None
     given = arguments(use.node)
     weight, bias = (given.get(name) for name in names)
-    name = read_alone(analysis, bias, use.node)
-    if (
-        weight is not use.operand
-        or name is None
-        or any(given.get(name, 1) != 1 for name in ("alpha", "beta"))
-    ):
+    found = own_parameter(analysis, bias)
+    is_scaled = any(given.get(name, 1) != 1 for name in ("alpha", "beta"))
+    if not isinstance(bias, fx.Node) or found is None or list(bias.users) != [use.node]:
         return None
-    held, own = (attribute(analysis.program.module, read) for read in (name, use.weight))
-    return name if held.dtype == own.dtype and len(held) == matrices.rows(own) else None
+    if weight is not use.operand or is_scaled:
+        return None
+    (name, held), own = found, attribute(analysis.program.module, use.weight)
+    return name if held.dtype == own.dtype and held.shape == (matrices.rows(own),) else None
 
 
-def read_alone(analysis: Analysis, bias: object, node: fx.Node) -> str | None:
-    """The canonical name of a parameter of one dimension that one node alone reads, once, and nothing writes
-    into; ``None`` if it is none.
+def own_parameter(analysis: Analysis, node: object) -> tuple[str, nn.Parameter] | None:
+    """The canonical name and the value of the parameter that a node gives, if no other node gives it and
+    nothing writes into it.
     """
-    if not isinstance(bias, fx.Node) or bias.op != "get_attr":
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
     module, canonical = analysis.program.module, analysis.program.canonical()
-    name, held = canonical.get(str(bias.target), ""), attribute(module, str(bias.target))
-    if not isinstance(held, nn.Parameter) or held.dim() != 1 or name in written_names(module.graph):
-        return None
-    same = [
-        other for other in module.graph.find_nodes(op="get_attr") if canonical.get(str(other.target)) == name
-    ]
-    return name if [user for other in same for user in other.users] == [node] else None
+    name, held = canonical.get(str(node.target), ""), attribute(module, str(node.target))
+    gets = module.graph.find_nodes(op="get_attr")
+    others = [other for other in gets if canonical.get(str(other.target)) == name and other is not node]
+    is_own = isinstance(held, nn.Parameter) and not others and name not in written_names(module.graph)
+    return (name, held) if is_own else None
 
 
 def with_ones(tokens: Tensor) -> Tensor:
@@ -293,4 +290,4 @@ def centred(gram: Tensor, columns: int) -> Tensor:
     return own - torch.outer(sums, sums) / (gram[columns, columns].clamp_min(1.0) * (1 + STAYING))
 
 
-__all__ = ["bias_of", "centred", "read_alone", "read_otherwise", "with_ones"]
+__all__ = ["bias_of", "centred", "computes", "own_parameter", "read_otherwise", "with_ones"]

@@ -27,7 +27,6 @@ def order_of(
     consumers: Consumers,
     group: Group,
     score: GroupScore,
-    products: ObservedProducts,
     observed: bool,
     deepest: int,
     weight_of: Callable[[Consumer], Tensor],
@@ -35,7 +34,7 @@ def order_of(
     """The order of one group.
 
     Args:
-        products: what was seen of products of activations, if anything was ``observed``.
+        observed: whether anything was, of consumers and products of activations.
         deepest: how many channel sets of a block may go at most.
         weight_of: what a consumer's weight is now.
 
@@ -44,7 +43,7 @@ def order_of(
             consumers.
         CalibrationError: a score is not finite.
     """
-    view = consumers.view(group, deepest, weight_of)
+    view, products = consumers.view(group, deepest, weight_of), consumers.products
     if isinstance(score, Planned):
         return score(view)
     if not view.consumers:
@@ -76,7 +75,7 @@ def checked(order: Order, view: GroupColumns) -> Order:
     sets, members = _array(order.sets), view.members
     if (
         sets is None
-        or not (np.issubdtype(sets.dtype, np.integer) or not sets.size)
+        or (sets.size and not np.issubdtype(sets.dtype, np.integer))
         or sets.ndim != 2
         or len(sets) != len(members)
         or sets.shape[1] < view.deepest
@@ -89,7 +88,6 @@ def checked(order: Order, view: GroupColumns) -> Order:
             f"the score's order for '{view.name}' is none of its channel sets: give for each of its"
             f" {len(members)} blocks at least {view.deepest} of the block's own, each once"
         )
-    sets = sets.astype(np.int64)
     losses = None if order.losses is None else _array(order.losses, np.float64)
     if order.losses is not None and (
         losses is None or losses.shape != (sets.shape[1] + 1,) or not np.isfinite(losses).all()
@@ -98,7 +96,7 @@ def checked(order: Order, view: GroupColumns) -> Order:
             f"the score's losses for '{view.name}' are not one finite number for each number of channel sets"
             f" from 0 to {sets.shape[1]}"
         )
-    return Order(sets, losses)
+    return Order(sets.astype(np.int64), losses)
 
 
 def _array(given: Any, dtype: type[np.float64] | None = None) -> np.ndarray | None:
@@ -149,9 +147,7 @@ def orders_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) 
     """
     found = {}
     for group in groups:
-        order = order_of(
-            consumers, group, score, consumers.products, True, deepest_loss(group), consumers.weight
-        )
+        order = order_of(consumers, group, score, True, deepest_loss(group), consumers.weight)
         if order.losses is None:
             view = consumers.view(group, order.sets.shape[1], consumers.weight)
             order = Order(

@@ -1,20 +1,18 @@
 """Repair queries for the channels that they lose together with keys, so that their products stay as nearly
 what they were as they can.
 
-The product of queries Q and keys K is ``Q Kᵀ``. Without the channels P it is ``Q_M K_Mᵀ``. Queries ``Q B`` in
-place of ``Q_M`` give the nearest product to it for ``B = C_K[:, M] C_K[M, M]⁻¹``, with ``C_K = KᵀK``: the
-least-squares restoration of FASP (arXiv 2501.09412, section 3), with Q for the weight and K for its inputs. B
-is a map of rows of W_Q and of its bias. Over several sequences no B is nearest for all: each sequence's C_K
-counts by the energy of the queries that meet it.
+The product of queries and keys is ``Q Kᵀ = Σ φ_f``, with ``φ_f = Q_f K_fᵀ`` the part that channel set f
+gives: the channels that a table of rotations turns into each other, or a single one. Without the sets P,
+``Σ_M φ_f`` is left. Factors β_f of the sets M give the product nearest to the whole one for
 
-Where a table of rotations lies between W_Q and the product, rows may only be multiplied, β_f for the set f of
-channels that are turned into each other. With ``φ_f = Q_f K_fᵀ``, the part of the product that f gives, and
-``H_fg = ⟨φ_f, φ_g⟩ = Σ (Q_fᵀ Q_g) ∘ (K_fᵀ K_g)``, the nearest product is that of ``β_M = H[M, M]⁻¹ H[M, :]
-1``: the same restoration again, with a row of ones for the weight and H for the Gram matrix. Where all heads
-share the rows (the gain of a norm of queries), their H are added.
+    ``β_M = H[M, M]⁻¹ H[M, :] 1``,   ``H_fg = ⟨φ_f, φ_g⟩ = Σ (Q_fᵀ Q_g) ∘ (K_fᵀ K_g)``,
 
-Whatever was solved is judged by the products themselves, head by head, and kept where they come nearer, over
-all tokens and over those held out.
+the least-squares restoration of FASP (arXiv 2501.09412, section 3), with a row of ones for the weight and H
+for the Gram matrix, whose errors are those of the products. Where heads share the rows that the factors are
+for (the gain of a norm of queries), their H are added.
+
+Rows of W_Q and of its bias, or the gain, are multiplied by the factors, which commute with all that lies
+between: rotations, movement, and what else the rows are multiplied by.
 
 A softmax does not see what is the same for all keys, so that keys of attention count without their mean over
 a sequence.
@@ -22,23 +20,38 @@ a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from ..analysis._analysis import Analysis
-from ..analysis.channels import Product
+from ..analysis.channels import NONE, Product, Repeating, Slot
 from ..base._offload import keep
+from ..base.compat import pytree
 from ..capturing._fx import attribute
 from ..capturing._runner import Runner
+from ..patterns import CASTS, lookup
 from ._marks import Marks
-from ._products import FORMS, Place, lying_along, tokens_of
+from ._matrices import ConsumerMatrices, bias_of, computes, own_parameter
+from ._products import lying_along, scaled, tokens_of
 from ._ranks import Ranks
-from .restoration import Restore, Restored, damped, together
-from .statistics import HELD, PADDING, precise
+from .restoration import Restored, ridge, together, without_values
+from .statistics import FITTED, HELD, PADDING, precise
+
+#: products whose operands are ``[..., tokens, channels]``, and, where the second is ``[..., channels,
+#: tokens]``, that it is
+FORMS = {
+    "aten.scaled_dot_product_attention.default": False,
+    "aten.matmul.default": True,
+    "aten.bmm.default": True,
+}
+_SUMS = ("aten.add.Tensor", "aten.sub.Tensor", "aten.cat.default", "aten.stack.default", "aten.neg.default")
 
 
 @dataclass(frozen=True)
@@ -47,244 +60,241 @@ class Mended:
 
     Attributes:
         weights: repaired weights and biases by their canonical names.
-        outcome: errors of the product, averaged over heads; its ``weight`` are the maps B, ``[blocks,
-            channels, channels]``, zero in removed columns.
+        outcome: errors of the product, averaged over blocks; its ``weight`` are the factors, ``[blocks, 1,
+            channel sets]``, zero for those that go.
     """
 
     weights: dict[str, Tensor]
     outcome: Restored
 
 
-class ProductEnergies:
-    """Sums over the calibration data that say how far apart products are, for one product whose repair has a
-    place.
+class QueryRepair:
+    """The repair of one product: what is seen of it, and the rows that bear the factors.
 
     Args:
         analysis: of the program.
         product: the product.
-        place: where its repair is written.
+        rows: of the weight that becomes the channels of the product's first operand.
+        bias: the name of what is added to these rows, and to nothing else; ``None``: nothing is.
     """
 
-    def __init__(self, analysis: Analysis, product: Product, place: Place) -> None:
-        self.analysis, self.product, self.place = analysis, product, place
-        self._keys = lying_along(analysis, product, 1)[0]
-        self._sums: dict[str, Tensor] = {}
+    def __init__(self, analysis: Analysis, product: Product, rows: Slot, bias: str | None) -> None:
+        self.analysis, self.product, self.rows, self.bias = analysis, product, rows, bias
+        self._queries, self._keys = (lying_along(analysis, product, operand)[0] for operand in (0, 1))
+        labels, heads = analysis.labels, list(np.unique(_heads(self._queries), axis=0))
+        if not np.isin(heads, rows.numbers()).all():  # heads share the rows
+            shared = np.unique(np.sort(labels[np.stack(heads)], 1), axis=0)
+            heads = [np.flatnonzero(np.isin(labels, own)) for own in shared]
+        #: the channel sets of each block: of a head, or of all that share rows
+        self._sets = [np.unique(labels[numbers]) for numbers in heads]
+        self._block, self._place = (torch.zeros(len(labels), dtype=torch.long) for _ in range(2))
+        for block, (numbers, own) in enumerate(zip(heads, self._sets, strict=True)):
+            self._block[numbers] = block
+            self._place[numbers] = torch.from_numpy(np.searchsorted(own, labels[numbers]))
+        self._sums: dict[int, Tensor] = {}
 
     def observe(self, runner: Runner, marks: Marks, ranks: Ranks) -> None:
-        """Add up the operands of the product, which is about to be executed."""
-        device = runner.device or attribute(self.analysis.program.module, self.place.weight).device
-        blocks, channels = self.place.numbers.shape
-        for name in ("queries", "fitted", "held"):
-            self._sums[name] = torch.zeros(blocks, channels, channels, dtype=precise(device), device=device)
-        for fitted, withheld, of_keys, of_blocks in self._matrices(runner, marks):
-            if self.place.mixes:
-                energies = [
-                    part.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] for part in (fitted, withheld)
-                ]
-                sums = {
-                    "queries": fitted + withheld,
-                    "fitted": of_keys * energies[0],
-                    "held": of_keys * energies[1],
-                }
-            else:
-                sums = {"queries": fitted + withheld, "fitted": fitted * of_keys, "held": withheld * of_keys}
-            for name, value in sums.items():
-                self._sums[name].index_add_(0, of_blocks, value.to(self._sums[name]))
-        for name in ("queries", "fitted", "held"):
-            ranks.add(self._sums[name])
-
-    def _matrices(self, runner: Runner, marks: Marks) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """For each batch the products with themselves of fitted queries, of those held out and of keys, a
-        matrix for each sequence and head, and its block.
-        """
+        """Add up H over the tokens to fit and over those held out; the product is about to be executed."""
+        device = runner.device or attribute(self.analysis.program.module, self.rows.name).device
+        width = max(map(len, self._sets))
+        for kind in (FITTED, HELD):
+            self._sums[kind] = torch.zeros(
+                len(self._sets), width, width, dtype=precise(device), device=device
+            )
         query, key = self.product.operands
         for number, queries, keys in zip(runner.numbers, runner.read(query), runner.read(key), strict=True):
-            marked = marks.of(number, query, queries, tokens_of(self.place.lying)).expand(queries.shape)[
-                ..., 0
-            ]
+            marked = marks.of(number, query, queries, tokens_of(self._queries)).expand(queries.shape)[..., :1]
             there = (marks.of(number, key, keys, tokens_of(self._keys)) != PADDING).expand(keys.shape)
-            if FORMS[str(self.product.node.target)]:
-                keys, there = keys.mT, there.mT
-            found = self._of_batch(queries, marked, keys, there[..., 0])
-            flat = [
-                value.expand(*queries.shape[:-2], *value.shape[-2:]).reshape(-1, *value.shape[-2:])
-                for value in found
-            ]
-            yield flat[0], flat[1], flat[2], self._blocks(queries).reshape(-1).to(queries.device)
+            of_keys = self._of_keys(keys, there, queries.shape[-3])
+            numbers = self._queries.at(queries.shape)[..., 0, :]
+            numbers = numbers.expand(*queries.shape[:-2], -1).flatten(0, -2)
+            block, place = (found[numbers].to(queries.device) for found in (self._block, self._place))
+            where = block[:, :1, None], place[:, :, None], place[:, None, :]
+            for kind, total in self._sums.items():
+                own = queries.to(of_keys).masked_fill(marked != kind, 0)
+                found = (own.mT @ own * of_keys).flatten(0, -3)
+                total.index_put_(where, found.to(total), accumulate=True)
+        for total in self._sums.values():
+            ranks.add(total)
 
-    def _of_batch(
-        self, queries: Tensor, marked: Tensor, keys: Tensor, there: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        exact = torch.promote_types(queries.dtype, torch.float32)
-        q, k = queries.detach().to(exact), keys.detach().to(exact)
-        held, padded = (marked == HELD)[..., None], (marked == PADDING)[..., None]
-        q, k = q.masked_fill(padded, 0), k.masked_fill(~there[..., None], 0)
-        if not FORMS[str(self.product.node.target)]:
-            k = (
-                k - k.sum(-2, keepdim=True) / there.sum(-1).clamp_min(1)[..., None, None].to(exact)
-            ).masked_fill(~there[..., None], 0)
-        of_keys = _like(k.mT @ k, q)
-        fitted, withheld = (part.mT @ part for part in (q.masked_fill(held, 0), q.masked_fill(~held, 0)))
-        return fitted, withheld, of_keys
-
-    def _blocks(self, queries: Tensor) -> Tensor:
-        """The block that each matrix of the queries is, shape of their leading dimensions."""
-        first = self.place.lying.at(queries.shape)[..., 0, 0]
-        order = np.argsort(self.place.numbers[:, 0])
-        blocks = order[np.searchsorted(self.place.numbers[order, 0], first.numpy())]
-        return torch.from_numpy(blocks).expand(queries.shape[:-2])
-
-    def solve(self, restore: Restore, gone: np.ndarray) -> Restored:
-        """The maps B and what they leave of the product, with the channel numbers ``gone`` removed.
-
-        Args:
-            restore: see :func:`fasp_fx.restoration.ridge`.
+    def _of_keys(self, keys: Tensor, there: Tensor, heads: int) -> Tensor:
+        """The products of keys with themselves, a matrix for each sequence and head of queries, or one for
+        all heads.
         """
-        sums = self._sums
-        if len(self.place.rows) < len(self.place.numbers):  # all heads share the rows
-            sums = {name: value.sum(0, keepdim=True) for name, value in sums.items()}
+        is_transposed = FORMS[str(self.product.node.target)]
+        if is_transposed:
+            keys, there = keys.mT, there.mT
+        there = there[..., :1]
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32)).masked_fill(~there, 0)
+        if not is_transposed:  # of attention
+            mean = keys.sum(-2, keepdim=True) / there.sum(-2, keepdim=True).clamp_min(1)
+            keys = (keys - mean).masked_fill(~there, 0)
+        found = keys.mT @ keys
+        own = found.shape[-3]
+        return found if own == 1 else found.repeat_interleave(heads // own, -3)
+
+    def solve(self, gone: np.ndarray) -> Restored:
+        """The factors, with the channel numbers ``gone`` removed."""
+        removed = np.unique(self.analysis.labels[gone])
         parts = []
-        for block in range(len(self.place.rows)):
-            kept = torch.from_numpy(~gone[self.place.numbers[block]])
-            solve = self._mixed if self.place.mixes else self._multiplied
-            parts.append(
-                solve(
-                    restore,
-                    {name: value[block] for name, value in sums.items()},
-                    kept,
-                    self.place.numbers[block],
-                )
-            )
+        for block, sets in enumerate(self._sets):
+            fitted, held = (total[block, : len(sets), : len(sets)] for total in self._sums.values())
+            kept = torch.from_numpy(np.flatnonzero(~np.isin(sets, removed))).to(fitted.device)
+            outcome = ridge(torch.ones_like(fitted[:1]), fitted.clone(), held.clone(), kept)
+            missing = self._sums[FITTED].shape[-1] - len(sets)
+            parts.append(replace(outcome, weight=nn.functional.pad(outcome.weight, (0, missing))))
         return together(parts)
 
-    def judged(
-        self, outcome: Restored, gone: np.ndarray, runner: Runner, marks: Marks, ranks: Ranks
-    ) -> Restored:
-        """The outcome by the products themselves: with the errors that they have, and with nothing repaired
-        in heads where they come no nearer.
+    def write(self, outcome: Restored, repaired: Mapping[str, Tensor]) -> Mended:
+        """Multiply the rows by the factors; those that go stay as they are, since their channels go with the
+        keys'.
 
         Args:
-            outcome: what was solved.
-            gone: removed channel numbers.
+            repaired: what weights have become already.
         """
-        maps = outcome.weight
-        kept = torch.from_numpy(~gone[self.place.numbers]).to(maps)
-        shared = len(maps) < len(kept)  # all heads share the rows
-        same = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device)
-        missing = {
-            "cut": same - torch.diag_embed(kept),
-            "repaired": same - (maps.expand(len(kept), -1, -1) if shared else maps),
-            "whole": same.expand(len(kept), -1, -1),
-        }
-        errors = {name: torch.zeros(2, len(kept), dtype=maps.dtype, device=maps.device) for name in missing}
-        for fitted, withheld, of_keys, of_blocks in self._matrices(runner, marks):
-            for name, change in missing.items():
-                own = change[of_blocks].to(of_keys)
-                left = own @ of_keys @ own.mT
-                for index, of_queries in enumerate((fitted, withheld)):
-                    errors[name][index].index_add_(0, of_blocks, (of_queries * left).sum((-2, -1)).to(maps))
-        for value in errors.values():
-            ranks.add(value)
-        if shared:
-            errors = {name: value.sum(1, keepdim=True) for name, value in errors.items()}
-        nearer = (errors["repaired"].sum(0) < errors["cut"].sum(0)) & (
-            errors["repaired"][1] < errors["cut"][1]
-        )
-        kept_maps = torch.diag_embed(kept[: len(maps)])
-        after = torch.where(nearer, errors["repaired"], errors["cut"])
-        total = errors["whole"].sum(0).clamp_min(torch.finfo(maps.dtype).tiny)
-        held = errors["whole"][1].clamp_min(torch.finfo(maps.dtype).tiny)
-        return Restored(
-            torch.where(nearer[:, None, None], maps, kept_maps),
-            float((errors["cut"].sum(0) / total).mean()),
-            float((after.sum(0) / total).mean()),
-            float((errors["cut"][1] / held).mean()),
-            float((after[1] / held).mean()),
-            bool(nearer.any()),
-            outcome.strength,
-        )
+        factors = self._by_number(outcome)[self.rows.numbers()]
+        weights = {}
+        for name, dim in ((self.rows.name, self.rows.dim), (self.bias, 0)):
+            if name is not None:
+                held = attribute(self.analysis.program.module, name)
+                value: Tensor = repaired.get(name, held).detach()
+                own = torch.where(factors != 0, factors, 1.0).reshape([-1] + [1] * (value.dim() - dim - 1))
+                weights[name] = keep((value * own.to(value.device)).to(value.dtype))
+        return Mended(weights, without_values(outcome))
 
     def carry(self, outcome: Restored, runner: Runner) -> None:
         """Give the product about to be executed the repaired queries, for all batches."""
-        maps = outcome.weight
+        runner.change(self.product.operands[0], partial(scaled, self._by_number(outcome), self._queries))
 
-        def changed(queries: Tensor) -> Tensor:
-            blocks = (
-                self._blocks(queries) if len(maps) > 1 else torch.zeros(queries.shape[:-2], dtype=torch.long)
-            )
-            # In memory as they lay: what is computed of them lies as they do, and a view may depend on it.
-            return torch.empty_like(queries).copy_(queries @ maps.to(queries)[blocks.to(queries.device)])
-
-        runner.change(self.product.operands[0], changed)
-
-    def _mixed(
-        self, restore: Restore, sums: dict[str, Tensor], kept: Tensor, numbers: np.ndarray
-    ) -> Restored:
-        values, vectors = torch.linalg.eigh(sums["queries"])
-        root = (
-            vectors * values.clamp_min(0).sqrt()
-        ).mT  # rootᵀ root are the queries' products with each other
-        left = kept.nonzero()[:, 0].to(root.device)
-        outcome = restore(root, sums["fitted"].clone(), sums["held"].clone(), left, False)
-        same = torch.eye(len(kept), dtype=root.dtype, device=root.device)
-        found = (
-            damped(same, sums["fitted"] + sums["held"], left, outcome.strength)
-            if outcome.used
-            else same * kept.to(same)
-        )
-        return replace(outcome, weight=found)
-
-    def _multiplied(
-        self, restore: Restore, sums: dict[str, Tensor], kept: Tensor, numbers: np.ndarray
-    ) -> Restored:
-        sets, member = np.unique(self.analysis.labels[numbers], return_inverse=True)
-        within = torch.zeros(
-            len(sets), len(numbers), dtype=sums["fitted"].dtype, device=sums["fitted"].device
-        )
-        within[torch.from_numpy(member), torch.arange(len(numbers))] = 1
-        fitted, held = (within @ sums[name] @ within.mT for name in ("fitted", "held"))
-        stay = (within @ kept.to(within) > 0).nonzero()[:, 0]
-        outcome = restore(torch.ones_like(fitted[:1]), fitted.clone(), held.clone(), stay, False)
-        return replace(outcome, weight=torch.diag(outcome.weight[0] @ within))
+    def _by_number(self, outcome: Restored) -> Tensor:
+        """The factor of each channel number of the product."""
+        factors = outcome.weight[:, 0].cpu()
+        return factors[self._block, self._place]
 
 
-def mend(place: Place, outcome: Restored, analysis: Analysis, repaired: dict[str, Tensor]) -> Mended:
-    """Write the maps of a repair into the weight that has a place for them.
+def _heads(lying: Repeating) -> np.ndarray:
+    """The numbers of an operand's channels, ``[heads, channels]``."""
+    return lying.numbers.reshape(-1, lying.numbers.shape[-1]).numpy()
+
+
+def repair_of(analysis: Analysis, products: Sequence[Product]) -> QueryRepair | str:
+    """The repair of the products that the channels of a group are summed over in, or why there is none."""
+    if len(products) != 1:
+        return f"{len(products)} products share its channels"
+    (product,) = products
+    query, key = product.operands
+    if str(product.node.target) not in FORMS or query is key:
+        return "it is no product of queries and keys of a form that is known"
+    axes, others = (lying_along(analysis, product, operand) for operand in (0, 1))
+    last = query.meta["val"].dim() - 1 if "val" in query.meta else -1
+    if (
+        len(axes) != 1
+        or len(others) != 1
+        or axes[0].numbers.dim() != last + 1
+        or last < 2
+        or axes[0].numbers.shape[-2] != 1
+        or axes[0].varies[last]
+    ):
+        return "its channels do not lie along the last dimension of the queries"
+    if not _meet(query.meta["val"].shape[:-2], key.meta["val"].shape[:-2]):
+        return "its queries and keys have heads that do not meet one by one"
+    numbers = _heads(axes[0])
+    if (numbers == NONE).any():
+        return "some of its channels are none"
+    sets = np.unique(analysis.labels[numbers])
+    for node in reversed(analysis.program.module.graph.find_nodes(op="get_attr")):
+        for slot in _rows(analysis, node, sets):
+            bias = _bias_on_the_way(analysis, product, node, slot.name)
+            if bias is not None:
+                return QueryRepair(analysis, product, slot, bias or None)
+    return "no weight leads to its queries alone, by steps that are linear in its rows"
+
+
+def _meet(queries: Sequence[Any], keys: Sequence[Any]) -> bool:
+    """Whether, by their leading sizes, each head of queries meets one of keys, the same number of them each,
+    or a single one all.
+    """
+    if len(queries) != len(keys) or list(map(str, queries[:-1])) != list(map(str, keys[:-1])):
+        return False
+    heads, own = queries[-1], keys[-1]
+    if isinstance(heads, int) and isinstance(own, int):
+        return heads % own == 0
+    return str(heads) == str(own)
+
+
+def _rows(analysis: Analysis, node: fx.Node, sets: np.ndarray) -> Iterator[Slot]:
+    """The dimensions of a weight along which there are rows of these channel sets, of all of them and no
+    others, where one node alone gives the weight and nothing writes into it.
+    """
+    name, weight = own_parameter(analysis, node) or ("", torch.empty(()))
+    for dim in range(weight.dim() if weight.is_floating_point() else 0):
+        slot = analysis.numbering.get(name, dim)
+        if slot is None or slot.block_dim is not None:
+            continue
+        if np.array_equal(np.unique(analysis.labels[slot.numbers()]), sets):
+            yield slot
+
+
+def _bias_on_the_way(analysis: Analysis, product: Product, weight: fx.Node, name: str) -> str | None:
+    """The name of the bias that joins a weight's rows on their way to a product's first operand, or an empty
+    one; ``None`` where they go elsewhere, or are not merely moved, multiplied by what does not depend on
+    them, and added to one another.
+    """
+    query = product.operands[0]
+    uses = {use.node: use for use in analysis.walk.facts.uses if use.weight == name}
+    before, reached, bias = _ancestors(query), {weight}, ""
+    for node in analysis.program.module.graph.nodes:
+        read = [source in reached for source in _tensors(node)]
+        if node in reached or not any(read) or (node not in before and not computes(node)):
+            continue
+        if node is product.node and read == [source is query for source in _tensors(node)]:
+            continue
+        if node not in before:
+            return None
+        if node in uses:
+            use = uses[node]
+            if use.activation in reached or use.route is not None or use.recurrence is not None:
+                return None
+            bias = bias_of(analysis, [use], ConsumerMatrices(use, analysis.walk.values)) or ""
+            if len(read) > 2 and not bias:
+                return None
+        elif not _is_linear(node, read):
+            return None
+        reached.add(node)
+    return bias if query in reached else None
+
+
+def _is_linear(node: fx.Node, read: Sequence[bool]) -> bool:
+    """Whether a node moves or casts what has been reached, multiplies it by what has not, or adds things
+    reached.
 
     Args:
-        repaired: what weights have become already.
+        read: of the tensors that it is given, which have been reached.
     """
-    weights = {}
-    for name, dim in ((place.weight, place.dim), (place.bias, 0)):
-        if name is not None:
-            before = repaired.get(name)
-            value = (attribute(analysis.program.module, name) if before is None else before).detach()
-            weights[name] = keep(
-                _mapped(value.movedim(dim, 0), place.rows, outcome.weight).movedim(0, dim).contiguous()
-            )
-    return Mended(weights, outcome)
+    target, rule = str(node.target), lookup(node.target)
+    if target in CASTS or node.target is operator.getitem or target in ("aten.mul.Scalar", "aten.div.Scalar"):
+        return True
+    if rule is not None and rule.moves == "self":
+        return read[0] and sum(read) == 1
+    if target in ("aten.mul.Tensor", "aten.div.Tensor"):
+        return sum(read) == 1 and (read[0] or target == "aten.mul.Tensor")
+    summands = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args
+    return target in _SUMS and all(read) and len(read) == len(summands)
 
 
-def _mapped(value: Tensor, rows: Tensor, maps: Tensor) -> Tensor:
-    """Rows ``r`` of every block become ``Bᵀ r``; those that go stay as they are, since their channels go with
-    the keys'.
-    """
-    made = value.clone()
-    for own, change in zip(rows.to(value.device), maps.to(value.device), strict=True):
-        kept = change.abs().sum(0) > 0
-        old = value[own].to(change.dtype).reshape(len(own), -1)
-        made[own[kept]] = (change[:, kept].mT @ old).reshape(-1, *value.shape[1:]).to(value.dtype)
-    return made
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a node is given, in order, as often as it is."""
+    return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node)]
 
 
-def _like(of_keys: Tensor, queries: Tensor) -> Tensor:
-    """Matrices of heads of keys, once for each head of queries that meets them; added up where one head of
-    queries meets them all.
-    """
-    heads, own = queries.shape[-3], of_keys.shape[-3]
-    if heads == 1 < own:
-        return of_keys.sum(-3, keepdim=True)
-    return of_keys if own in (1, heads) else of_keys.repeat_interleave(heads // own, -3)
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it depends on."""
+    found, pending = {node}, [node]
+    while pending:
+        before = set(pending.pop().all_input_nodes) - found
+        found |= before
+        pending += before
+    return found
 
 
-__all__ = ["Mended", "ProductEnergies", "mend"]
+__all__ = ["Mended", "QueryRepair", "repair_of"]

@@ -200,48 +200,33 @@ class Ranks:
         Raises:
             RankError: another process has failed, or is gone.
         """
-        interrupt = self.meet()
+        self.meet()
         with self._connected():
             work()
-        if interrupt is not None:
-            raise interrupt
 
-    def meet(self, error: BaseException | None = None) -> BaseException | None:
+    def meet(self, error: BaseException | None = None) -> None:
         """Wait for all processes, and tell them what this one has raised, if it has.
-
-        Returns:
-            An interrupt of this process that came while it waited: the others go on with what they do
-                together, and so has this one to, before it raises that.
 
         Raises:
             RankError: another process has failed, or is gone.
         """
         if self.size == 1:
-            return None
-        came, interrupt = torch.zeros(self.size, dtype=torch.int64, device="cpu"), None
-        came[self.rank] = 1 if error is None else 2
+            return
+        has_failed = torch.tensor(int(error is not None), device="cpu")
         with self._connected():
-            try:
-                dist.all_reduce(came, group=self._group)
-            except KeyboardInterrupt as error_here:
-                if not bool(came.all()):
-                    raise
-                interrupt = error_here
-            if not bool((came > 1).any()):
-                return interrupt
+            dist.all_reduce(has_failed, group=self._group)
+            if not bool(has_failed):
+                return
             said: list[Any] = [None] * self.size
             own = None if error is None else f"{type(error).__name__}: {first_line(error)}"
             dist.all_gather_object(said, own, group=self._group)
         self.parted = True
-        if error is not None:
-            return None
-        if interrupt is not None:
-            raise interrupt
-        failed = next(rank for rank, text in enumerate(said) if text is not None)
-        raise RankError(
-            f"process {failed} of {self.size} has failed ({said[failed]}), so that process {self.rank} stops;"
-            " start all of them again once that is mended"
-        )
+        if error is None:
+            failed = next(rank for rank, text in enumerate(said) if text is not None)
+            raise RankError(
+                f"process {failed} of {self.size} has failed ({said[failed]}), so that process {self.rank}"
+                " stops; start all of them again once that is mended"
+            )
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[None]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..allocation._allocation import Trial
 from ..allocation._limits import check_counts
-from ..allocation._search import Trial
 from ..analysis.groups import Group
 from ..base._device import float32_products
 from ..base._offload import keep
@@ -23,11 +22,11 @@ from ..base._undisturbed import drawing_alike
 from ..base.compare import unfilled
 from ..capturing._runner import Runner
 from ..errors import ArgumentError
+from ._calibration import Piece, returned
 from ._consumers import Consumer, Consumers
 from ._gradients import called, padding_of
 from ._marks import Marks
 from ._matrices import read_otherwise
-from ._pieces import Piece, returned
 from ._ranks import Ranks
 from .losses import (
     Loss,
@@ -153,9 +152,9 @@ class ModelTrial(ServedTrial):
             for consumer in consumers.by_key.values()
             if repairs and self._is_repaired(consumer)
         }
-        self._made: OrderedDict[tuple[str, tuple[int, ...]], Tensor] = OrderedDict()
+        self._made: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._room = _KEPT * sum(consumers.weight(own[0]).numel() for own in self._by_weight.values())
-        self._dense: dict[int, Any] | None = None
+        self._dense: dict[int, Any] = {}
         super().__init__(min(most, len(pieces)), self.fitness.description, self.analysis.chosen)
 
     def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
@@ -165,24 +164,14 @@ class ModelTrial(ServedTrial):
             ArgumentError: there is no such sequence, or what is to be lost cannot be.
         """
         weights = self._weights(self.taken(lost, sequences))
-        if self._dense is None:
-            self._dense = self._remembered()
         found = torch.zeros(len(sequences), dtype=torch.float64)
         for place, number in enumerate(sequences):
             if number % self.ranks.size == self.ranks.rank:
+                if number not in self._dense:
+                    self._dense[number] = self.fitness.remember(*self._run(number, {}))
                 value = self.fitness.loss(self._dense[number], *self._run(number, weights))
                 found[place] = value if math.isfinite(value) else math.inf
         return self.ranks.first(self.ranks.add(found).tolist())
-
-    def _remembered(self) -> dict[int, Any]:
-        """What is kept of the dense model's outputs, by sequence."""
-        own = list(range(self.ranks.rank, self.count, self.ranks.size))
-        found = {
-            number: self.fitness.remember(*self._run(number, {}))
-            for number in own or [0]  # a process that has none finds out what outputs there are
-        }
-        self.fitness.settle(list(found.values()), len(own), self.ranks.add)
-        return found
 
     def _run(self, number: int, weights: Mapping[str, Tensor]) -> tuple[Any, Any, Any]:
         """What the model returns for a sequence with these weights, the arguments of the call, and which
@@ -211,10 +200,10 @@ class ModelTrial(ServedTrial):
         """A weight once the groups that it is a consumer of have lost so much."""
         key = (name, levels)
         if key not in self._made:
-            self._made[key] = keep(self._repaired(name, levels))
-            while len(self._made) > 1 and sum(weight.numel() for weight in self._made.values()) > self._room:
-                self._made.popitem(last=False)
-        self._made.move_to_end(key)
+            made = keep(self._repaired(name, levels))
+            if made.numel() + sum(weight.numel() for weight in self._made.values()) > self._room:
+                self._made.clear()
+            self._made[key] = made
         return self._made[key]
 
     @torch.no_grad()
@@ -271,14 +260,6 @@ class Fitness(ABC):
         """What is kept of the dense model's outputs."""
         return None
 
-    def settle(self, remembered: Sequence[Any], own: int, add: Callable[[Tensor], Tensor]) -> None:  # noqa: B027 (most need not)
-        """Look at all that is kept, before anything is compared.
-
-        Args:
-            own: how many of them count here, the first ones; the others do in other processes.
-            add: what a sum becomes over all processes.
-        """
-
     @abstractmethod
     def loss(self, remembered: Any, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> float:
         """How far the outputs are from those that were kept."""
@@ -323,8 +304,8 @@ class Divergence(Fitness):
 
 
 class Error(Fitness):
-    """Half the mean squared error of all floating-point outputs, each relative to its mean square over all
-    sequences, without fillings.
+    """Half the mean squared error of all floating-point outputs, each relative to its mean square, without
+    fillings.
     """
 
     description = "half the squared error of the outputs, relative to their mean square"
@@ -332,22 +313,13 @@ class Error(Fitness):
     def remember(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> list[Tensor]:
         return [keep(values.clone()) for values in _values(outputs, padding)]
 
-    def settle(self, remembered: Sequence[Any], own: int, add: Callable[[Tensor], Tensor]) -> None:
-        sums = torch.zeros(len(remembered[0]), 2, dtype=torch.float64)
-        for outputs in remembered[:own]:
-            counted = [unfilled(leaf, leaf) for leaf in outputs]
-            sums += torch.tensor(
-                [[float(leaf.double().square().sum()), leaf.numel()] for leaf in counted], dtype=torch.float64
-            )
-        sums = add(sums)
-        self._squares = (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()
-
     def loss(self, remembered: Any, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> float:
         total, count = 0.0, 0
-        for dense, values, square in zip(remembered, _values(outputs, padding), self._squares, strict=True):
+        for dense, values in zip(remembered, _values(outputs, padding), strict=True):
+            counted, wanted = unfilled(values, dense).double(), unfilled(dense, dense).double()
+            square = float(wanted.square().sum()) / max(wanted.numel(), 1)
             if square > 0:  # what is zero throughout has no size
-                counted, wanted = unfilled(values, dense), unfilled(dense, dense)
-                total += float((counted.double() - wanted.double()).square().sum()) / square
+                total += float((counted - wanted).square().sum()) / square
                 count += counted.numel()
         return total / max(count, 1) / 2
 

@@ -21,14 +21,14 @@ from ..base._offload import keep
 from ..base._warn import warn
 from ..capturing._fx import attribute
 from ..capturing._runner import Runner
+from ..capturing._sizes import same_sizes
 from ..errors import CalibrationError, CalibrationWarning
+from ..patterns import CASTS, CHECKS, RESHAPES
 from ._consumers import Consumer, Consumers
-from ._drift import Drift
 from ._marks import Marks
-from ._matrices import ConsumerMatrices, read_otherwise, states_before, token_dims
+from ._matrices import ConsumerMatrices, read_otherwise, states_before
 from ._order import order_of
-from ._product_repair import Mended, ProductEnergies, mend
-from ._products import place_of
+from ._product_repair import Mended, QueryRepair, repair_of
 from ._ranks import Ranks
 from .restoration import Restore, Restored, left_alone, ridge, together, without_values
 from .scoring import GroupScore
@@ -39,12 +39,6 @@ if TYPE_CHECKING:
 
 #: tokens held out from which on they may choose any strength of the ridge
 _JUDGES = 8
-#: why a drift changes no repair, by how far it came
-_UNDRIFTED = (
-    "no layer that loses channels gives what is added, as it is, to a value that was computed before",
-    "nothing is removed before what the outputs of the layers that lose channels are added to",
-    "no layer whose output is added to a value that has changed is repaired",
-)
 
 
 @dataclass
@@ -74,6 +68,21 @@ def decided(analysis: Analysis, decision: Decision) -> list[Group]:
     return [group for group in analysis.chosen if decision.gone[np.isin(analysis.labels, group.sets)].any()]
 
 
+def without_data(consumers: Consumers, lost: Sequence[int], score: GroupScore) -> Decision:
+    """What goes where nothing is observed, by a score of weights alone.
+
+    Args:
+        lost: channel sets that each block of each chosen group loses.
+    """
+    analysis = consumers.analysis
+    decision = Decision(np.zeros(analysis.numbering.total, dtype=bool))
+    for group, count in zip(analysis.chosen, lost, strict=True):
+        if count:
+            order = order_of(consumers, group, score, False, count, consumers.weight)
+            decision.gone |= np.isin(analysis.labels, group.sets[order.first(count)])
+    return decision
+
+
 class Observer:
     """Decides all groups of one analysis.
 
@@ -82,11 +91,13 @@ class Observer:
         lost: channel sets that each block of each chosen group loses.
         score: the order in which they go.
         restore: repairs a consumer, or ``None``.
+        runner, marks: runs the batches, and tells what their tokens are for.
         precision: of products of float32 while batches run and are observed; scores and repairs are computed
             in full.
         ranks: the processes that share the batches.
         journal: what was decided before, and where that is written which is decided now; of the first process
             alone.
+        drift: what repairs make up for besides.
     """
 
     def __init__(
@@ -95,322 +106,229 @@ class Observer:
         lost: list[int],
         score: GroupScore,
         restore: Restore | None,
-        precision: str = "highest",
-        ranks: Ranks | None = None,
+        runner: Runner,
+        marks: Marks,
+        precision: str,
+        ranks: Ranks,
         journal: Journal | None = None,
+        drift: Drift | None = None,
     ) -> None:
-        self.ranks, self._journal = ranks or Ranks(), journal
-        analysis = consumers.analysis
-        self.analysis, self.consumers = analysis, consumers
-        self.score, self.restore, self.precision = score, restore, precision
-        self.groups = analysis.chosen
-        self.lost = lost
-        self.decision = Decision(np.zeros(analysis.numbering.total, dtype=bool))
-        self.products = consumers.products
-        self._observed = False
+        self.analysis, self.consumers, self.products = consumers.analysis, consumers, consumers.products
+        self.groups, self.lost, self.score, self.restore = self.analysis.chosen, lost, score, restore
+        self.runner, self.marks, self.precision, self.ranks = runner, marks, precision, ranks
+        self._journal, self._drift = journal, drift
+        self.decision = Decision(np.zeros(self.analysis.numbering.total, dtype=bool))
         self._repairs = 0
         self._known = False  # what is decided at this stop is in the journal
-        self._drift: Drift | None = None
-        self._drifted = 0  # how far a drift came, of what _UNDRIFTED says
-        self._marks: Marks | None = None
-        self._tokens: dict[
-            str, int
-        ] = {}  # the fewest that a block of a weight saw; of weights that may be repaired
         self._undecided = {group.name for group in self.groups}
-        self._energies = self._product_repairs() if restore is not None else {}
-        self._waiting = {
-            g.name: {use.node for use in g.uses} | {product.node for product in self.products.of(g)}
-            for g in self.groups
-        }
+        self._queries = self._product_repairs() if restore is not None else {}
 
-    def run(
-        self,
-        runner: Runner | None,
-        marks: Marks | None,
-        progress: Callable[[float], None],
-        drift: Drift | None = None,
-    ) -> Decision:
-        """Visit all consumers in graph order; without a runner and marks of its tokens nothing is observed.
-
-        Args:
-            drift: what repairs make up for besides.
+    def run(self, progress: Callable[[float], None]) -> Decision:
+        """Visit all consumers in graph order.
 
         Warns:
             CalibrationWarning: the data are too few to repair with; once for all consumers.
         """
-        self._observed, self._drift, self._marks = runner is not None, drift, marks
-        position = {node: index for index, node in enumerate(self.analysis.program.module.graph.nodes)}
-        stops = sorted(
-            {node for waiting in self._waiting.values() for node in waiting}, key=position.__getitem__
-        )
-        known = self._recall(marks)
-        for count, node in enumerate(stops):
+        place = self.runner.index
+        read = {
+            group.name: [place(use.node) for use in group.uses]
+            + [place(product.node) for product in self.products.of(group)]
+            for group in self.groups
+        }
+        stops = sorted({stop for own in read.values() for stop in own})
+        known = self._recall()
+        for count, stop in enumerate(stops):
             self._known = count < known
-            if runner is not None and marks is not None:
-                with float32_products(self.precision):
-                    self._advance(runner, marks, node)
-            for waiting in self._waiting.values():
-                waiting.discard(node)
+            with float32_products(self.precision):
+                self._advance(self.runner.nodes[stop])
             ready = [
                 group
                 for group in self.groups
-                if not self._waiting[group.name] and group.name in self._undecided
+                if group.name in self._undecided and max(read[group.name], default=-1) <= stop
             ]
             for group in ready:
-                self._choose(group, runner)
-            self._finish(ready, runner)
+                self._choose(group)
+            self._finish(ready)
             for group in ready:
-                self._mend(group, runner)
-            if runner is not None:
-                here = [
-                    product
-                    for group in ready
-                    if group.name not in self.decision.products
-                    for product in self.products.of(group)
-                    if product.node is node
-                ]
-                self.products.cut(runner, list(dict.fromkeys(here)), self.decision.gone)
+                self._mend(group, self.runner.nodes[stop])
             if not self._known:
-                self._record(count + 1, marks)
+                self._record(count + 1)
             progress((count + 1) / len(stops))
-        if marks is not None and marks.unmatched:
-            self.decision.notes.append(marks.remark())
-        if drift is not None and self._drifted < len(_UNDRIFTED):
+        if self.marks.unmatched:
+            self.decision.notes.append(self.marks.remark())
+        uses = (use for consumer in self.consumers.by_key.values() for use in consumer.uses)
+        if self._drift is not None and all(added_to(use) is None for use in uses):
             self.decision.notes.append(
-                f"a drift of {drift.part:g} was to be made up for, and changes no repair:"
-                f" {_UNDRIFTED[self._drifted]}"
+                f"a drift of {self._drift.part:g} was to be made up for, and changes no repair: no layer that"
+                " loses channels gives what is added, as it is, to a value that was computed before"
             )
-        self.decision.notes.extend(warn_of_few(self.decision.outcomes, self._tokens))
+        self.decision.notes.extend(warn_of_few(self.decision.outcomes))
         return self.decision
 
-    def _recall(self, marks: Marks | None) -> int:
+    def _recall(self) -> int:
         """Take up what the journal knows; of how many stops."""
-        known, remarks = self.ranks.first(
-            (0, {}) if self._journal is None else (self._journal.stops, self._journal.remarks)
+        known, unmatched = self.ranks.first(
+            (0, []) if self._journal is None else (self._journal.stops, self._journal.unmatched)
         )
-        self._tokens, self._drifted = dict(remarks.get("tokens", {})), remarks.get("drifted", 0)
-        names = {node.name: node for node in self.analysis.program.module.graph.nodes}
-        if marks is not None:
-            marks.unmatched |= {names[name]: None for name in remarks.get("unmatched", ()) if name in names}
+        names = {node.name: node for node in self.runner.nodes}
+        self.marks.unmatched |= {names[name]: None for name in unmatched if name in names}
         return known
 
-    def _record(self, stops: int, marks: Marks | None) -> None:
+    def _record(self, stops: int) -> None:
         """Write into the journal, where nothing that was seen is still waited with."""
-        if (
-            self._journal is not None
-            and marks is not None
-            and all(consumer.grams is None for consumer in self.consumers.by_key.values())
-        ):
-            unmatched = [node.name for node in marks.unmatched]
-            self._journal.commit(
-                stops, {"tokens": self._tokens, "drifted": self._drifted, "unmatched": unmatched}
-            )
+        seen = (consumer.grams for consumer in self.consumers.by_key.values())
+        if self._journal is not None and all(grams is None for grams in seen):
+            self._journal.commit(stops, [node.name for node in self.marks.unmatched])
 
-    def _advance(self, runner: Runner, marks: Marks, stop: fx.Node) -> None:
+    def _advance(self, stop: fx.Node) -> None:
         """Run the batches up to a node, and observe what it is about to read."""
-        for each in [runner] if self._drift is None else [runner, self._drift.dense]:
-            each.advance(runner.index(stop))
-        if not self._known:
-            self._observe(
-                runner,
-                marks,
-                [
-                    use
-                    for consumer in self.consumers.by_key.values()
-                    for use in consumer.uses
-                    if use.node is stop
-                ],
-            )
+        for each in [self.runner] if self._drift is None else [self.runner, self._drift.dense]:
+            each.advance(each.index(stop))
+        for consumer in self.consumers.by_key.values() if not self._known else ():
+            for use in consumer.uses:
+                if use.node is stop:
+                    self._observe(consumer, use)
         products = [
             product for group in self.groups for product in self.products.of(group) if product.node is stop
         ]
-        self.products.observe(runner, marks, list(dict.fromkeys(products)), self.ranks)
-        for energies in self._energies.values() if not self._known else ():
-            if energies.product.node is stop:
-                energies.observe(runner, marks, self.ranks)
+        self.products.observe(self.runner, self.marks, list(dict.fromkeys(products)), self.ranks)
+        for repair in self._queries.values() if not self._known else ():
+            if repair.product.node is stop:
+                repair.observe(self.runner, self.marks, self.ranks)
 
-    def _observe(self, runner: Runner, marks: Marks, uses: list[Use]) -> None:
-        for use in uses:
-            consumer = self.consumers.of(use)
-            matrices = ConsumerMatrices(use, self.analysis.walk.values)
-            ends = list(runner.read(use.route)) if use.route is not None else None
-            weight = self._weight(consumer)
-            changes = (
-                self._drift.at(use, runner) if self._drift is not None and len(consumer.uses) == 1 else None
+    def _observe(self, consumer: Consumer, use: Use) -> None:
+        runner = self.runner
+        matrices = ConsumerMatrices(use, self.analysis.walk.values)
+        ends = None if use.route is None else list(runner.read(use.route))
+        changes = None
+        if self._drift is not None and len(consumer.uses) == 1:
+            changes = self._drift.at(use, runner)
+        consumer.beside = 0 if changes is None else matrices.read(self._weight(consumer)).shape[1]
+        self.ranks.once(*consumer.sums())
+        for index, (batch, activation) in enumerate(zip(runner.numbers, _inputs(runner, use), strict=True)):
+            consumer.prepare(self.score.statistics, activation.device, precise(activation.device))
+            end = None if ends is None else ends[index]
+            # Statistics that need gradients were shown the dense model's before.
+            consumer.see(
+                matrices.tokens(activation, self.marks.at(batch, use, activation, end), end),
+                lambda statistic: not statistic.needs_gradient,
+                None if changes is None else next(changes),
             )
-            consumer.beside = 0 if changes is None else matrices.read(weight).shape[1]
-            self.ranks.once(*consumer.sums())
-            for index, (batch, activation) in enumerate(
-                zip(runner.numbers, _inputs(runner, use), strict=True)
-            ):
-                consumer.prepare(self.score.statistics, activation.device, precise(activation.device))
-                dims = token_dims(activation.dim(), use.activation_layout)
-                own = (
-                    marks.of(batch, use.activation, activation, dims)
-                    if ends is None
-                    else marks.routed(batch, use.activation, ends[index])
-                )
-                pieces = matrices.tokens(activation, own, None if ends is None else ends[index])
-                # Statistics that need gradients were shown the dense model's before.
-                consumer.see(
-                    pieces,
-                    lambda statistic: not statistic.needs_gradient,
-                    None if changes is None else next(changes),
-                )
-            self.ranks.add_up(*consumer.sums())
-            assert consumer.grams is not None
-            last = max(runner.index(other.node) for other in consumer.uses)
-            for gram in consumer.grams if runner.index(use.node) == last else ():
-                gram.round()
-            if not consumer.sees_finite():
-                raise CalibrationError(
-                    f"the input of '{use.weight}' is not finite on the calibration data; check the batches"
-                    " and the model's dtype"
-                )
-            self._tokens[use.weight] = min(
-                self._tokens.get(use.weight, 1 << 62), min(gram.tokens for gram in consumer.grams)
+        self.ranks.add_up(*consumer.sums())
+        assert consumer.grams is not None
+        last = max(runner.index(other.node) for other in consumer.uses)
+        for gram in consumer.grams if runner.index(use.node) == last else ():
+            gram.round()
+        if not consumer.sees_finite():
+            raise CalibrationError(
+                f"the input of '{use.weight}' is not finite on the calibration data; check the batches and"
+                " the model's dtype"
             )
 
-    def _product_repairs(self) -> dict[str, ProductEnergies]:
-        """What is to be seen of the products whose repair has a place, by the names of the groups that lose
-        channels there.
-        """
+    def _product_repairs(self) -> dict[str, QueryRepair]:
+        """The repairs of the products that groups lose channels of, by the groups' names."""
         found = {}
         for group, lost in zip(self.groups, self.lost, strict=True):
             products = self.products.of(group)
             if lost and products:
-                place = (
-                    place_of(self.analysis, products[0])
-                    if len(products) == 1
-                    else f"{len(products)} products share its channels"
-                )
-                if isinstance(place, str):
-                    self.decision.notes.append(f"'{group.name}' is not repaired: {place}")
+                repair = repair_of(self.analysis, products)
+                if isinstance(repair, str):
+                    self.decision.notes.append(f"'{group.name}' is not repaired: {repair}")
                 else:
-                    found[group.name] = ProductEnergies(self.analysis, products[0], place)
+                    found[group.name] = repair
         return found
 
-    def _mend(self, group: Group, runner: Runner | None) -> None:
-        """Repair the product that the channels of a group are summed over in."""
-        energies = self._energies.pop(group.name, None)
-        if energies is None or not self._observed or self.restore is None:
+    def _mend(self, group: Group, stop: fx.Node) -> None:
+        """Repair the product that the channels of a group are summed over in, or take them out of it where
+        it is about to be executed.
+        """
+        repair = self._queries.pop(group.name, None)
+        if repair is None:
+            products = [product for product in self.products.of(group) if product.node is stop]
+            self.products.cut(self.runner, products, self.decision.gone)
             return
-        gone = self.decision.gone
-        outcome = self._shared(lambda: energies.solve(ridge, gone))
-        if not self._known and runner is not None and self._marks is not None:
-            outcome = energies.judged(outcome, gone, runner, self._marks, self.ranks)
-            if self._journal is not None:
-                self._journal.note_restored(self._repairs - 1, outcome)
-        mended = mend(energies.place, outcome, self.analysis, self.decision.weights)
+        outcome = self._shared(lambda: repair.solve(self.decision.gone))
+        mended = repair.write(outcome, self.decision.weights)
         self.decision.weights |= mended.weights
-        self.decision.products[group.name] = Mended(mended.weights, without_values(outcome))
-        if runner is not None:
-            energies.carry(outcome, runner)
+        self.decision.products[group.name] = mended
+        repair.carry(outcome, self.runner)
 
-    def _weight(self, consumer: Consumer, runner: Runner | None = None) -> Tensor:
-        """What a consumer's weight is now, where the runner executes nodes."""
+    def _weight(self, consumer: Consumer) -> Tensor:
+        """What a consumer's weight is now."""
         held = self.decision.weights.get(consumer.weight)
-        found = held if held is not None else self.consumers.weight(consumer)
-        brought: Tensor = found if runner is None else runner.bring(found)
-        return brought
+        return held if held is not None else self.consumers.weight(consumer)
 
-    def _choose(self, group: Group, runner: Runner | None) -> None:
+    def _brought(self, consumer: Consumer) -> Tensor:
+        """The same where nodes are executed."""
+        found: Tensor = self.runner.bring(self._weight(consumer))
+        return found
+
+    def _choose(self, group: Group) -> None:
         self._undecided.discard(group.name)
         lost = self.lost[self.groups.index(group)]
         if not lost:
             return
-        removed = self.ranks.first(
-            self._journal.removed.get(group.name) if self._known and self._journal is not None else None
-        )
+        known = self._journal.removed.get(group.name) if self._known and self._journal is not None else None
+        removed = self.ranks.first(known)
         if removed is None:
-            order = order_of(
-                self.consumers,
-                group,
-                self.score,
-                self.products,
-                self._observed,
-                lost,
-                partial(self._weight, runner=runner),
-            )
-            removed = self.ranks.first(np.concatenate([sets[:lost] for sets in order.sets]))
+            order = order_of(self.consumers, group, self.score, True, lost, self._brought)
+            removed = self.ranks.first(order.first(lost))
             if self._journal is not None:
                 self._journal.note_removed(group.name, removed)
         self.decision.gone |= np.isin(self.analysis.labels, group.sets[removed])
 
-    def _finish(self, ready: list[Group], runner: Runner | None) -> None:
+    def _finish(self, ready: list[Group]) -> None:
         """Restore (or cut) the consumers all of whose groups are decided."""
-        for consumer in dict.fromkeys(c for group in ready for c in self.consumers.of_group[group.name]):
-            touching = [
-                group.name for group in self.groups if consumer in self.consumers.of_group[group.name]
-            ]
-            if any(name in self._undecided for name in touching):
+        of_group, gone = self.consumers.of_group, self.decision.gone
+        for consumer in dict.fromkeys(own for group in ready for own in of_group[group.name]):
+            if any(consumer in of_group[name] for name in self._undecided):
                 continue
-            gone = consumer.gone(self.decision.gone)
-            if gone.any() or consumer.blocks_gone(self.decision.gone).any():
-                self._repair(consumer, torch.from_numpy(~gone), runner)
+            if consumer.gone(gone).any() or consumer.blocks_gone(gone).any():
+                self._repair(consumer, torch.from_numpy(~consumer.gone(gone)))
             consumer.grams = None
 
-    def _repair(self, consumer: Consumer, kept: Tensor, runner: Runner | None) -> None:
-        weight = self._weight(consumer)
-        read = consumer.matrices.read(self._weight(consumer, runner))
+    def _repair(self, consumer: Consumer, kept: Tensor) -> None:
+        weight, read = self._weight(consumer), consumer.matrices.read(self._brought(consumer))
         kept = kept.to(read.device)
-        whole = torch.from_numpy(~consumer.blocks_gone(self.decision.gone)).to(weight.device)
         # The Gram matrix holds no imaginary part, which the solution for a complex weight would need.
-        if (
-            self.restore is not None
-            and (consumer.grams is not None or self._known)
-            and not weight.is_complex()
-            and not bool(kept.all())
-        ):
-            otherwise = read_otherwise(self.analysis, consumer.matrices)
-            restore = self.restore if otherwise is None else left_alone
-            if otherwise is not None:
-                self._tokens.pop(consumer.weight, None)
-                self.decision.notes.append(f"'{consumer.weight}' is not repaired, because {otherwise}")
-            if consumer.intercept is not None:
-                # A column of ones that stays, whose weight is added to the bias.
-                read, kept = (
-                    torch.cat([read, torch.zeros_like(read[:, :, :1])], 2),
-                    torch.cat([kept, torch.ones_like(kept[:, :1])], 1),
-                )
-            if self._drift is not None and consumer.beside:
-                # What is beside counts as columns of their own, which go.
-                own = torch.eye(consumer.beside, dtype=read.dtype, device=read.device)
-                read = torch.cat([read, self._drift.part * own.expand(len(read), -1, -1)], 2)
-            outcome = self._shared(
-                partial(_restored, restore, read, consumer.grams, kept, consumer.intercept is not None)
-            )
-            if consumer.beside:
-                drifts = any(bool(gram.norms()[-consumer.beside :].any()) for gram in consumer.grams or ())
-                self._drifted = max(self._drifted, 1 + drifts + (drifts and outcome.used))
-            if consumer.intercept is not None:
-                self._raise_bias(
-                    consumer.weight, consumer.intercept, outcome.weight[:, :, -1].reshape(-1), runner
-                )
-                outcome = replace(outcome, weight=outcome.weight[:, :, :-1])
+        if self.restore is None or weight.is_complex() or bool(kept.all()):
+            pruned = consumer.matrices.write((read * kept[:, None]).to(weight.device), weight)
+        else:
+            outcome = self._restored(consumer, self.restore, read, kept)
             self.decision.outcomes.setdefault(consumer.weight, []).append(without_values(outcome))
             pruned = keep(consumer.matrices.write(outcome.weight.to(weight.device), weight))
             self.decision.weights[consumer.weight] = pruned
-        else:
-            pruned = consumer.matrices.write((read * kept[:, None]).to(weight.device), weight)
-        if runner is not None:
-            if not bool(whole.all()):
-                # Tokens of an expert that goes were sent to it already: it gives them nothing, and no other
-                # takes its place.
-                pruned = consumer.matrices.write(
-                    consumer.matrices.read(pruned) * whole[:, None, None], weight
-                )
-            runner.overrides[consumer.weight] = keep(pruned)
+        whole = torch.from_numpy(~consumer.blocks_gone(self.decision.gone)).to(weight.device)
+        if not bool(whole.all()):
+            # Tokens of an expert that goes were sent to it already: it gives them nothing, and no other takes
+            # its place.
+            pruned = consumer.matrices.write(consumer.matrices.read(pruned) * whole[:, None, None], weight)
+        self.runner.overrides[consumer.weight] = keep(pruned)
 
-    def _raise_bias(self, weight: str, name: str, raised: Tensor, runner: Runner | None) -> None:
-        """Add to the bias of a repaired weight."""
-        if not bool(raised.any()):
-            return
-        bias: Tensor = attribute(self.analysis.program.module, name).detach()
-        self.decision.weights[name] = keep(bias + raised.to(bias))
-        self.decision.biases[weight] = name
-        if runner is not None:
-            runner.overrides[name] = self.decision.weights[name]
+    def _restored(self, consumer: Consumer, restore: Restore, read: Tensor, kept: Tensor) -> Restored:
+        """The repair of a consumer's matrices, whose bias is raised along."""
+        otherwise = read_otherwise(self.analysis, consumer.matrices)
+        if otherwise is not None:
+            restore = left_alone
+            self.decision.notes.append(f"'{consumer.weight}' is not repaired, because {otherwise}")
+        if consumer.intercept is not None:
+            # A column of ones that stays, whose weight is added to the bias.
+            read = torch.cat([read, torch.zeros_like(read[:, :, :1])], 2)
+            kept = torch.cat([kept, torch.ones_like(kept[:, :1])], 1)
+        if self._drift is not None and consumer.beside:
+            # What is beside counts as columns of their own, which go.
+            own = torch.eye(consumer.beside, dtype=read.dtype, device=read.device)
+            read = torch.cat([read, self._drift.part * own.expand(len(read), -1, -1)], 2)
+        has_ones = consumer.intercept is not None
+        outcome = self._shared(partial(_restored, restore, read, consumer.grams, kept, has_ones))
+        if consumer.intercept is None:
+            return outcome
+        if bool((raised := outcome.weight[:, :, -1].reshape(-1)).any()):
+            bias: Tensor = attribute(self.analysis.program.module, consumer.intercept).detach()
+            self.decision.weights[consumer.intercept] = keep(bias + raised.to(bias))
+            self.decision.biases[consumer.weight] = consumer.intercept
+            self.runner.overrides[consumer.intercept] = self.decision.weights[consumer.intercept]
+        return replace(outcome, weight=outcome.weight[:, :, :-1])
 
     def _shared(self, solve: Callable[[], Restored]) -> Restored:
         """The outcome of a repair, as the journal has it, or of the process whose turn it is."""
@@ -446,7 +364,8 @@ def _restored(
         more = {"least": len(own) / gram.fitted.tokens} if few and gram.fitted.tokens else {}
         outcome = restore(matrix, fitted, held, own, has_ones, **more)
         parts.append(replace(outcome, weight=outcome.weight[:, : len(left)]))
-    return together(parts)
+    seen = None if restore is left_alone else min(gram.tokens for gram in grams)
+    return replace(together(parts), tokens=seen)
 
 
 def _inputs(runner: Runner, use: Use) -> Iterator[Tensor]:
@@ -458,25 +377,28 @@ def _inputs(runner: Runner, use: Use) -> Iterator[Tensor]:
         yield states_before(start, results[0], use.recurrence.steps)
 
 
-#: the least part of the error on tokens held out that is worth calling a gain
-_GAIN = 0.02
 #: tokens for each column from which it is not the amount of data that limits a repair
 _ENOUGH = 10
 
 
-def warn_of_few(outcomes: Mapping[str, Sequence[Restored]], tokens: Mapping[str, int]) -> list[str]:
+def warn_of_few(outcomes: Mapping[str, Sequence[Restored]]) -> list[str]:
     """Warn where at least half of the consumers saw fewer tokens than they have columns, or few tokens and
-    gained nothing, or next to nothing; what was said.
+    were not repaired; what was said.
 
     Args:
         outcomes: of each consumer.
-        tokens: of those that could be repaired, the fewest calibration tokens that a block saw.
     """
-    columns = {name: found[0].weight.shape[-1] for name, found in outcomes.items() if name in tokens}
+    tokens = {
+        name: min(outcome.tokens for outcome in found if outcome.tokens is not None)
+        for name, found in outcomes.items()
+        if any(outcome.tokens is not None for outcome in found)
+    }
+    columns = {name: outcomes[name][0].weight.shape[-1] for name in tokens}
+    repaired = {name for name, found in outcomes.items() if any(outcome.used for outcome in found)}
     few = [
         name
         for name, count in columns.items()
-        if tokens[name] < count or (tokens[name] < _ENOUGH * count and not any(map(_gained, outcomes[name])))
+        if tokens[name] < count or (tokens[name] < _ENOUGH * count and name not in repaired)
     ]
     if not few or 2 * len(few) < len(columns):
         return []
@@ -492,10 +414,71 @@ def warn_of_few(outcomes: Mapping[str, Sequence[Restored]], tokens: Mapping[str,
     return [said]
 
 
-def _gained(outcome: Restored) -> bool:
-    if outcome.held_before is None or outcome.held_after is None:
-        return False
-    return outcome.held_before == 0 or outcome.held_after < (1 - _GAIN) * outcome.held_before
+class Drift:
+    """What earlier removals changed in the value that a consumer's output is added to.
+
+    Args:
+        dense: runs the dense model, on the same batches as the pruned one.
+        part: how much of it a repair is to make up for.
+    """
+
+    def __init__(self, dense: Runner, part: float) -> None:
+        self.dense, self.part = dense, part
+
+    def at(self, use: Use, pruned: Runner) -> Iterator[Tensor] | None:
+        """By how much the output of a consumer about to be executed would have to differ for the sum to be
+        the dense model's again, for each batch, ``[tokens, rows]``.
+
+        Returns:
+            Nothing where the output is added to nothing that is there.
+        """
+        beside = added_to(use)
+        if beside is None or pruned.index(beside) > pruned.index(use.node):
+            return None
+        rows = use.node.meta["val"].shape[-1]
+        pairs = zip(self.dense.read(beside), pruned.read(beside), strict=True)
+        return ((dense - found).reshape(-1, rows) for dense, found in pairs)
 
 
-__all__ = ["warn_of_few"]
+def added_to(use: Use) -> fx.Node | None:
+    """What a consumer's output is added to, if that is a computed value, and the output is laid out as the
+    tokens are: a product with the last dimension of its input, the rows in the last of its own, which is at
+    most reshaped and cast before.
+    """
+    layout, node = use.activation_layout, use.node
+    found, given = _floating(node), _floating(use.activation)
+    if (
+        use.route is not None
+        or use.recurrence is not None
+        or layout.windows
+        or layout.splits
+        or layout.blocks
+        or len(use.columns) != 1
+        or found is None
+        or given is None
+        or layout.columns != (given.dim() - 1,)
+        or not same_sizes(found.shape[:-1], given.shape[:-1])
+    ):
+        return None
+    end = node
+    while len(users := [user for user in end.users if str(user.target) not in CHECKS]) == 1:
+        (user,) = users
+        if user.target is torch.ops.aten.add.Tensor and not user.kwargs:
+            (beside, *_) = [argument for argument in user.args if argument is not end] or [end]
+            if not isinstance(beside, fx.Node) or beside.op != "call_function" or beside is end:
+                return None
+            added, own = _floating(beside), _floating(end)
+            fits = added is not None and own is not None and same_sizes(added.shape, own.shape)
+            return beside if fits else None
+        if str(user.target) not in RESHAPES | CASTS or _floating(user) is None:
+            return None
+        end = user
+    return None
+
+
+def _floating(node: fx.Node) -> Tensor | None:
+    found = node.meta.get("val")
+    return found if isinstance(found, Tensor) and found.is_floating_point() else None
+
+
+__all__ = ["Drift", "added_to", "warn_of_few"]

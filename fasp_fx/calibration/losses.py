@@ -16,6 +16,7 @@ from ..base._undisturbed import generator_of
 from ..base.compare import unfilled
 from ..base.compat import pytree
 from ..errors import ArgumentError, CalibrationError
+from .statistics import precise
 
 #: a loss maps what the model returned, and the arguments of the call by name, to its terms: one value for
 #: each prediction, or their sum
@@ -104,7 +105,7 @@ class Outputs:
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        self._first, self._rows, self._calls = 0, 0, 0
+        self._first, self._rows = 0, 0
         self._seen: dict[int, tuple[float, int]] = {}
 
     def settle(self, outputs: Any, padding: Padding = lambda leaf: None) -> bool:
@@ -114,22 +115,15 @@ class Outputs:
             padding: says of each output which tokens do not count.
 
         Raises:
-            CalibrationError: no output is a floating-point tensor, or one is too large to be squared.
+            CalibrationError: no output is a floating-point tensor.
         """
         for index, leaf in enumerate(number_outputs(outputs)):
             counted = without_padding(leaf.detach(), padding(leaf))[0]
             counted = unfilled(counted, counted)
-            mean, count = self._seen.get(index, (0.0, 0))
-            total = count + counted.numel()
-            self._seen[index] = (
-                (
-                    mean * (count / total) + _mean_square(counted) * (counted.numel() / total)
-                    if counted.numel()
-                    else mean
-                ),
-                total,
-            )
-        return all(count >= SETTLED and mean > 0 for mean, count in self._seen.values())
+            squares, count = self._seen.get(index, (0.0, 0))
+            more = float(counted.to(precise(counted.device)).square().sum())
+            self._seen[index] = squares + more, count + counted.numel()
+        return all(count >= SETTLED and squares > 0 for squares, count in self._seen.values())
 
     def begin(self, first: int, rows: int) -> None:
         """Say which sequences the next outputs are of: what is drawn for one does not depend on what comes
@@ -139,12 +133,12 @@ class Outputs:
             first: the number of the first.
             rows: how many there are.
         """
-        self._first, self._rows, self._calls = first, rows, 0
+        self._first, self._rows = first, rows
 
     @property
     def has_size(self) -> bool:
         """Whether any output was more than zero by now."""
-        return any(mean > 0 for mean, _ in self._seen.values())
+        return any(squares > 0 for squares, _ in self._seen.values())
 
     def __call__(
         self, outputs: Any, inputs: Mapping[str, Any], padding: Padding = lambda leaf: None
@@ -162,27 +156,24 @@ class Outputs:
         terms = []
         for index, leaf in enumerate(number_outputs(outputs)):
             counted, rows = without_padding(leaf, padding(leaf))
-            size = math.sqrt(self._seen.get(index, (0.0, 0))[0])
+            squares, count = self._seen.get(index, (0.0, 1))
+            size = math.sqrt(squares / max(count, 1))
             wide = counted if counted.dtype == torch.float64 else counted.float()
             found = wide / size * self._drawn(index, counted, rows) if size > 0 else wide * 0
             terms.append(unfilled(found, counted).flatten())
-        self._calls += 1  # whoever calls again without saying of what is given other numbers
-        self._rows = 0
         return torch.cat(terms)
 
     def _drawn(self, index: int, counted: Tensor, rows: list[int]) -> Tensor:
         """Numbers for one output, row by row, so that it does not matter how many rows come at a time, nor
         how far they are padded.
         """
-        alike = len(rows) == self._rows  # otherwise rows are no sequences, and counted in each piece anew
+        # Rows that are no sequences are counted in each piece anew.
+        alike = len(rows) == self._rows
         drawn = []
         for row, size in enumerate(rows):
-            place = (
-                (self.seed, index, self._first + row)
-                if alike
-                else (self.seed, index, self._first, row, self._calls)
-            )
-            drawn.append(torch.randn(size, generator=generator_of(*place), dtype=torch.float32, device="cpu"))
+            place = (self._first + row,) if alike else (self._first, row, 0)
+            generator = generator_of(self.seed, index, *place)
+            drawn.append(torch.randn(size, generator=generator, dtype=torch.float32, device="cpu"))
         return torch.cat(drawn).reshape(counted.shape).to(counted.device)
 
 
@@ -235,20 +226,6 @@ def without_padding(leaf: Tensor, padding: Tensor | None) -> tuple[Tensor, list[
         return leaf[counts], [count * each for count in counts.sum(1).tolist()]
     rows = leaf.shape[0] if leaf.dim() else 1
     return leaf, [leaf.numel() // rows] * rows
-
-
-def _mean_square(values: Tensor) -> float:
-    """The mean square, also of values whose squares their own type cannot hold."""
-    largest = float(values.abs().max())
-    if not 0 < largest < math.inf:
-        return largest
-    found = largest * largest * float((values / largest).float().square().mean())
-    if found == math.inf:
-        raise CalibrationError(
-            f"an output of the model is as large as {largest:.3g}, whose square cannot be held; pass another"
-            " loss=, or loss=None"
-        )
-    return found
 
 
 def token_mask(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | None:

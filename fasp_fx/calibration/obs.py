@@ -51,15 +51,14 @@ class OBS(GroupScore):
     statistics: ClassVar[Mapping[str, MakeStatistic]] = {"gradients": InputGradients}
 
     def __init__(self, damping: float = DAMPING, rounds: int = ROUNDS, shrinkage: float = SHRINKAGE) -> None:
-        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-            raise ArgumentError(f"rounds={rounds!r} is not a positive integer")
-        if not is_number(damping) or not damping > 0:
+        counts = isinstance(rounds, int) and rounds > 0
+        raises = is_number(damping) and damping > 0
+        shrinks = is_number(shrinkage) and 0 <= shrinkage <= 1
+        if not (counts and raises and shrinks):
             raise ArgumentError(
-                f"damping={damping!r} is not a positive number; 0.01 raises the diagonal by a hundredth of"
-                " its mean"
+                f"OBS(damping={damping!r}, rounds={rounds!r}, shrinkage={shrinkage!r}) cannot be: damping is"
+                " a positive number, rounds are a positive integer, and shrinkage is in [0, 1]"
             )
-        if not is_number(shrinkage) or not 0 <= shrinkage <= 1:
-            raise ArgumentError(f"shrinkage={shrinkage!r} is not in [0, 1]")
         self.damping, self.rounds, self.shrinkage = damping, rounds, shrinkage
 
     def __call__(self, group: GroupColumns) -> Order:
@@ -256,16 +255,16 @@ def resolve_score(score: Literal["fasp", "magnitude", "random", "obs"] | Score) 
         return score
     if isinstance(score, type):
         raise ArgumentError(f"score={score.__name__} is a class; make one: score={score.__name__}()")
-    if score == "obs":
-        return OBS()
+    named: dict[str, GroupScore] = {
+        "obs": OBS(),
+        "fasp": ByColumns(fasp),
+        "magnitude": ByColumns(magnitude, needs_data=False),
+        "random": ByColumns(Random(), needs_data=False),
+    }
     if callable(score):
         return ByColumns(score)
-    if score == "fasp":
-        return ByColumns(fasp)
-    if score == "magnitude":
-        return ByColumns(magnitude, needs_data=False)
-    if score == "random":
-        return ByColumns(Random(), needs_data=False)
+    if isinstance(score, str) and score in named:
+        return named[score]
     raise ArgumentError(
         f"score={score!r} is not known; use 'fasp', 'obs', 'magnitude', 'random', a callable from"
         " fasp_fx.scoring.Columns to a tensor, or a GroupScore"

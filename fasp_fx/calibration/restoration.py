@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..base._offload import keep
 from ..errors import ArgumentError
+from .scoring import dense_numbers
 from .statistics import precise
 
 #: strengths to choose from, relative to the mean of the Gram matrix's diagonal; beside them stands infinity,
@@ -38,6 +39,8 @@ class Restored:
         used: whether anything was repaired; otherwise ``weight`` holds the kept columns as they were.
         strength: δ relative to the mean of the Gram matrix's diagonal, infinite where nothing was repaired;
             of several blocks the least.
+        tokens: how many calibration tokens were seen, of several blocks the fewest; ``None`` where nothing
+            could be repaired, however many there are.
     """
 
     weight: Tensor
@@ -47,6 +50,7 @@ class Restored:
     held_after: float | None
     used: bool
     strength: float
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -155,32 +159,15 @@ def restored_by(restoration: Restoration) -> Restore:
         weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False
     ) -> Restored:
         # Copies: what it does to them in place is its own business.
-        found = restoration(
-            Problem(
-                weight.clone(), fitted.clone(), None if held is None else held.clone(), kept.clone(), has_ones
-            )
-        )
-        expected = (len(weight), len(kept))
-        if not isinstance(found, Tensor) or tuple(found.shape) != expected:
-            said = (
-                f"a tensor of shape {tuple(found.shape)}"
-                if isinstance(found, Tensor)
-                else f"a {type(found).__name__}"
-            )
-            raise ArgumentError(
-                f"restore= returned {said}; it must return the weight of the kept columns, shape {expected}"
-            )
-        if found.layout is not torch.strided or not found.is_floating_point() or found.device.type == "meta":
-            raise ArgumentError(
-                f"restore= returned a tensor of {found.dtype} ({found.layout}, on {found.device}); it must"
-                " return a dense one of real numbers"
-            )
+        own = None if held is None else held.clone()
+        found = restoration(Problem(weight.clone(), fitted.clone(), own, kept.clone(), has_ones))
+        found = dense_numbers("restore=", found, (len(weight), len(kept)))
         if not bool(torch.isfinite(found.to(weight)).all()):
             raise ArgumentError(
                 f"restore= returned a weight that is not finite as {weight.dtype}; return"
                 " problem.weight[:, problem.kept] where nothing can be solved"
             )
-        return _Solver(weight, fitted, held, kept, False).judged(found)
+        return _Solver(weight, fitted, held, kept, False).judged(found.to(weight), 0.0)
 
     return restore
 
@@ -210,36 +197,29 @@ class _Solver:
     """One consumer with its columns in the order [M, P], kept and removed, and Gram matrices scaled so that
     their mean diagonal over all tokens is one.
 
-    V = W_M + Z with Z = W_P G[P, M] (G[M, M] + δI)⁻¹, so that W − V is −Z on M and W_P on P.
+    V = W_M + Z with Z = W_P G[P, M] (G[M, M] + δI)⁻¹, so that W − V is −Z on M and W_P on P. Errors are
+    pairs: over all tokens, and over those held out.
     """
 
     def __init__(
         self, weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool
     ) -> None:
-        self.weight, self.kept, self.count = weight, kept, len(kept)
+        self.weight, self.kept, self.count, self.judges = weight, kept, len(kept), held is not None
         self.ones = _size_of_ones(fitted, int(kept[-1])) if has_ones else None
         removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         removed[kept] = False
         order = torch.cat([kept, removed.nonzero()[:, 0]])
-        inside, beside = self._ordered(fitted, order), None if held is None else self._ordered(held, order)
-        mean = float(inside.diagonal().mean()) + (
-            float(beside.diagonal().mean()) if beside is not None else 0.0
-        )
-        scale = mean if mean > 0 else 1.0
-        self.fitted, self.held = (
-            keep(inside.div_(scale)),
-            (None if beside is None else keep(beside.div_(scale))),
-        )
+        grams = [
+            self._ordered(gram, order)
+            for gram in (fitted, torch.zeros_like(fitted) if held is None else held)
+        ]
+        scale = sum(float(gram.diagonal().mean()) for gram in grams) or 1.0
+        self.fitted, self.held = (keep(gram.div_(scale)) for gram in grams)
         self.rows = weight[:, order].to(precise(weight.device))
-        rough = self.rows.to(torch.float32)  # for what is only divided by
-        totals, removed_errors = (
-            _energies(rough, *self._grams()),
-            [self._removed(self.rows, gram) for gram in self._grams()],
-        )
-        self.total = sum(totals)
-        self.before = self._relative(sum(removed_errors), self.total)
-        self.total_held = None if self.held is None else totals[1]
-        self.held_before = None if self.held is None else self._relative(removed_errors[1], self.total_held)
+        fitted_total, held_total = _energies(self.rows.to(torch.float32), self.fitted, self.held)
+        self.totals = fitted_total + held_total, held_total
+        fitted_error, held_error = (self._removed(self.rows, gram) for gram in (self.fitted, self.held))
+        self.before = self._relative(fitted_error + held_error, held_error)
 
     def _ordered(self, gram: Tensor, order: Tensor) -> Tensor:
         gram = gram[order[:, None], order]
@@ -248,37 +228,26 @@ class _Solver:
             gram[:, self.count - 1] *= self.ones
         return gram
 
-    def _written(self, stored: Tensor) -> Tensor:
-        """A weight of the kept columns among all columns."""
+    def judged(self, stored: Tensor, strength: float) -> Restored:
+        """A weight of the kept columns with the errors it makes."""
+        start, whole = self.rows[:, : self.count], self.fitted.to(self.rows.dtype) + self.held
+        after = self._relative(*self._errors(self.rows, stored.to(start.dtype) - start, whole, self.held))
+        return self._outcome(stored, after, strength)
+
+    def _outcome(self, stored: Tensor, after: tuple[float, float], strength: float) -> Restored:
         weight = torch.zeros_like(self.weight)
         weight[:, self.kept] = stored
         if self.ones is not None:
             weight[:, self.kept[-1]] *= self.ones
-        return weight
-
-    def judged(self, found: Tensor) -> Restored:
-        """A weight of the kept columns with the errors it makes."""
-        stored = found.to(self.weight)
-        added, both = (
-            stored.to(self.rows) - self.rows[:, : self.count],
-            (self.fitted if self.held is None else self.fitted + self.held),
-        )
-        after = self._relative(self._errors(self.rows, added, both.to(self.rows))[0], self.total)
-        held_after = (
-            None
-            if self.held is None
-            else self._relative(self._errors(self.rows, added, self.held.to(self.rows))[0], self.total_held)
-        )
-        return Restored(self._written(stored), self.before, after, self.held_before, held_after, True, 0.0)
-
-    def _grams(self) -> list[Tensor]:
-        return [self.fitted] if self.held is None else [self.fitted, self.held]
+        held_before, held_after = (pair[1] if self.judges else None for pair in (self.before, after))
+        used = not math.isinf(strength)
+        return Restored(weight, self.before[0], after[0], held_before, held_after, used, strength)
 
     def choose(self, smallest: float) -> tuple[float, float]:
         """The best strength, and by what factor its solution changes the error on the tokens held out;
         infinity and 1 where none from the smallest on is better than no repair.
         """
-        if self.held is None or not 0 < self.count < len(self.fitted):
+        if not self.judges or not 0 < self.count < len(self.fitted):
             return math.inf, 1.0
         # Strengths are compared in float32; what comes of the best is solved and judged anew.
         rows, fitted, held = (
@@ -301,41 +270,16 @@ class _Solver:
 
     def refit(self, strength: float, held_factor: float) -> Restored:
         """The solution on all tokens, if as it will be stored it is better than no repair."""
-        if self.held is None or self.held_before is None:
-            return self.unchanged()
-        whole = self.fitted.to(self.rows.dtype).add_(self.held)
-        added = self._solve(self.rows, whole, strength)
+        added = self._solve(self.rows, self.fitted.to(self.rows.dtype) + self.held, strength)
         if added is None:
             return self.unchanged()
-        start = self.rows[:, : self.count]
-        stored = (start + added).to(self.weight.dtype)
-        after, held_after = self._errors(self.rows, stored.to(start.dtype) - start, whole, self.held)
-        if not (
-            self._relative(after, self.total) < self.before
-            and self._relative(held_after, self.total_held) < self.held_before
-        ):
-            return self.unchanged()
-        return Restored(
-            self._written(stored),
-            self.before,
-            self._relative(after, self.total),
-            self.held_before,
-            self.held_before * held_factor,
-            True,
-            strength,
-        )
+        found = self.judged((self.rows[:, : self.count] + added).to(self.weight.dtype), strength)
+        better = found.error_after < self.before[0] and (found.held_after or 0.0) < self.before[1]
+        return replace(found, held_after=self.before[1] * held_factor) if better else self.unchanged()
 
     def unchanged(self) -> Restored:
         """The kept columns as they are."""
-        return Restored(
-            self._written(self.weight[:, self.kept]),
-            self.before,
-            self.before,
-            self.held_before,
-            self.held_before,
-            False,
-            math.inf,
-        )
+        return self._outcome(self.weight[:, self.kept], self.before, math.inf)
 
     def _solve(self, rows: Tensor, gram: Tensor, strength: float) -> Tensor | None:
         """Z for some rows of W; ``None`` if the system is singular to rounding."""
@@ -355,9 +299,11 @@ class _Solver:
         gone = rows[:, self.count :]
         return max(_sum(gone @ gram[self.count :, self.count :].to(gone.dtype), gone), 0.0)
 
-    @staticmethod
-    def _relative(error: float, total: float | None) -> float:
-        return error / total if total else 0.0
+    def _relative(self, *errors: float) -> tuple[float, float]:
+        whole, held = (
+            error / total if total else 0.0 for error, total in zip(errors, self.totals, strict=True)
+        )
+        return whole, held
 
 
 def _solve(inner: Tensor, across: Tensor, gone: Tensor, raised: Tensor | float) -> Tensor | None:

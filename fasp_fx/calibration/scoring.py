@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -79,6 +79,10 @@ class Order:
 
     sets: np.ndarray
     losses: np.ndarray | None = None
+
+    def first(self, count: int) -> np.ndarray:
+        """The channel sets that go where each block loses so many."""
+        return self.sets[:, :count].reshape(-1)
 
 
 class GroupScore(ABC):
@@ -154,23 +158,27 @@ class ByColumns(GroupScore):
         Raises:
             ArgumentError: the score returned no dense tensor of real numbers, or one of another shape.
         """
-        values = self.score(columns)
-        if not isinstance(values, Tensor):
-            raise ArgumentError(
-                f"the score returned a {type(values).__name__}; it must return a tensor with one value per"
-                " column"
-            )
-        if tuple(values.shape) != (columns.weight.shape[1],):
-            raise ArgumentError(
-                f"the score returned shape {tuple(values.shape)} for a consumer with"
-                f" {columns.weight.shape[1]} columns; it must return one value per column"
-            )
-        if values.layout is not torch.strided or values.is_meta or values.is_complex():
-            raise ArgumentError(
-                f"the score returned a tensor of {values.dtype} ({values.layout}, on {values.device}); it"
-                " must return a dense one of real numbers"
-            )
+        values = dense_numbers("the score", self.score(columns), (columns.weight.shape[1],))
         return values.detach().to("cpu", torch.float64).numpy()
+
+
+def dense_numbers(what: str, found: Any, shape: tuple[int, ...]) -> Tensor:
+    """What code of the user's returned, if it is a tensor of real numbers of a shape.
+
+    Raises:
+        ArgumentError: it is none; begins with ``what``.
+    """
+    if not isinstance(found, Tensor):
+        said = f"a {type(found).__name__}"
+    elif tuple(found.shape) != shape:
+        said = f"shape {tuple(found.shape)}"
+    elif found.layout is not torch.strided or found.is_meta or found.is_complex():
+        said = f"a tensor of {found.dtype} ({found.layout}, on {found.device})"
+    else:
+        return found
+    raise ArgumentError(
+        f"{what} returned {said}; it must return a dense tensor of real numbers, shape {shape}"
+    )
 
 
 def by_set(group: GroupColumns, values_of: Callable[[Columns], np.ndarray]) -> np.ndarray:

@@ -58,24 +58,15 @@ class Gram:
     as float32 can tell, so that it does not matter which process saw which batch.
 
     Args:
-        whole: otherwise the diagonal alone is added up.
         dtype: what products are added up in.
 
     Attributes:
-        matrix: the lower triangle of blocks; read the whole through :meth:`symmetric`. Of the diagonal alone,
-            shape ``[columns]``.
+        matrix: the lower triangle of blocks; read the whole through :meth:`symmetric`.
         tokens: the number of rows of X seen.
     """
 
-    def __init__(
-        self,
-        columns: int,
-        device: torch.device,
-        whole: bool = True,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        shape = (columns, columns) if whole else (columns,)
-        self.matrix = zeros(shape, dtype, device)
+    def __init__(self, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.matrix = zeros((columns, columns), dtype, device)
         self.tokens = 0
 
     def update(self, activation: Tensor, dim: int) -> None:
@@ -89,9 +80,6 @@ class Gram:
         if flat.is_complex():  # the real part of XᴴX, whose diagonal holds the norms
             flat = torch.cat([flat.real, flat.imag])
         flat = flat.to(torch.float32)
-        if self.matrix.dim() == 1:
-            self.matrix.add_(flat.square().sum(0))
-            return
         for start in range(0, flat.shape[1], _BLOCK):
             stop = min(start + _BLOCK, flat.shape[1])
             # A symmetric product needs only the blocks up to the diagonal: just over half of the work.
@@ -111,7 +99,7 @@ class Gram:
 
     def diagonal(self) -> Tensor:
         """Sums of squares by column, shape ``[columns]``."""
-        return self.matrix if self.matrix.dim() == 1 else self.matrix.diagonal()
+        return self.matrix.diagonal()
 
     def norms(self) -> Tensor:
         """‖X_j‖₂ per column, shape ``[columns]``, float64."""
@@ -206,8 +194,6 @@ class InputGradients:
     """
 
     needs_gradient: ClassVar[bool] = True
-    #: otherwise the diagonal alone is added up
-    whole: ClassVar[bool] = True
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self._gram: Gram | None = None
@@ -219,7 +205,7 @@ class InputGradients:
         if gradient is None:
             return
         if self._gram is None:
-            self._gram = Gram(self._columns, self._device, self.whole)
+            self._gram = Gram(self._columns, self._device)
         counts = weight > 0
         chosen = gradient if bool(counts.all()) else gradient[counts]
         self._gram.update(chosen, 1)
@@ -237,7 +223,7 @@ class InputGradients:
     def reduce(self, add: Add) -> None:
         """Add what other processes have seen; the number of terms is theirs already."""
         if _added(add, self._gram is not None) and self._gram is None:
-            self._gram = Gram(self._columns, self._device, self.whole)
+            self._gram = Gram(self._columns, self._device)
         if self._gram is not None:
             self._gram.reduce(add)
         self.squares = float(add(torch.tensor(self.squares, dtype=torch.float64)))
@@ -266,12 +252,6 @@ class InputGradients:
     def mean_square(self) -> float:
         """The mean square of the gradients at the output, for one term of the loss."""
         return self.squares / max(self.tokens * self.terms, 1)
-
-
-class SquaredInputGradients(InputGradients):
-    """The diagonal of what :class:`InputGradients` adds up, which takes no product of matrices."""
-
-    whole: ClassVar[bool] = False
 
 
 def _added(add: Add, number: int) -> int:

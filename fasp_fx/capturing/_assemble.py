@@ -179,7 +179,6 @@ def ready(
     module: fx.GraphModule,
     example: tuple[tuple[Any, ...], dict[str, Any]],
     facts: ExportFacts,
-    before: fx.Graph | None = None,
 ) -> Assembly | None:
     """What the exported program of a graph module is put together of, when somebody asks for it.
 
@@ -187,7 +186,6 @@ def ready(
         module: a graph module with its weights as attributes; what its nodes make is recorded in it.
         example: positional and keyword arguments as the graph takes them.
         facts: of the capture that the module was made of.
-        before: the graph of that capture, as for :func:`record`.
 
     Returns:
         ``None`` for a program that has to be traced: it writes into its inputs or weights, has regions of its
@@ -200,7 +198,7 @@ def ready(
         or not _looks_up_tensors(module)
     ):
         return None
-    if assumed(module.graph) != facts.assumed or not _recorded(module, before):
+    if assumed(module.graph) != facts.assumed or not _recorded(module):
         return None
     module.graph.eliminate_dead_code()
     return Assembly(module.graph, tuple(_weights(module, mode)), facts, example)
@@ -239,7 +237,7 @@ def _is_functional(node: fx.Node) -> bool:
     return not isinstance(node.target, HigherOrderOperator)
 
 
-def _recorded(module: fx.GraphModule, before: fx.Graph | None) -> bool:
+def _recorded(module: fx.GraphModule) -> bool:
     """Record what every node makes; whether that can be, without assuming anything new of the sizes."""
     environment = environment_of(module.graph)
     with (
@@ -249,7 +247,7 @@ def _recorded(module: fx.GraphModule, before: fx.Graph | None) -> bool:
         contextlib.nullcontext() if environment is None else refuse_new_guards(environment),
     ):
         try:
-            record(module, before)
+            record(module)
         except tolerable(VerificationError) as error:
             _log.info("the program is traced: %s", error)
             return False

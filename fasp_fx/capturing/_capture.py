@@ -232,28 +232,19 @@ def recapture(program: Program, exported: ExportedProgram) -> Program:
 # --- Which inputs and outputs of a program hold state, and may become narrower.
 
 
-def _leaves_in_state(spec: pytree.TreeSpec, state: tuple[str, ...], inside: bool = False) -> Iterator[bool]:
+def _leaves(
+    spec: pytree.TreeSpec, path: tuple[str | None, ...] = (), cached: bool = False
+) -> Iterator[tuple[tuple[str | None, ...], bool]]:
+    """The names on the way to each leaf of a structure, and whether it lies in a cache."""
     if spec.is_leaf():
-        yield inside
+        yield path, cached
         return
-    for index, name in enumerate(_child_names(spec)):
-        yield from _leaves_in_state(
-            spec.child(index), state, inside or is_cache(spec.type) or (name is not None and name in state)
-        )
-
-
-def _child_names(spec: pytree.TreeSpec) -> list[str | None]:
-    """What the children of a structure are called, where they have names."""
-    if not isinstance(spec.context, (list, tuple)) or len(spec.context) != spec.num_children:
-        return [None] * spec.num_children
-    return [name if isinstance(name, str) else None for name in spec.context]
-
-
-def _all_names(spec: pytree.TreeSpec) -> Iterator[str]:
-    if not spec.is_leaf():
-        yield from (name for name in _child_names(spec) if name is not None)
-        for child in spec.children():
-            yield from _all_names(child)
+    names: Any = spec.context
+    if not isinstance(names, (list, tuple)) or len(names) != spec.num_children:
+        names = [None] * spec.num_children
+    for name, child in zip(names, spec.children(), strict=True):
+        named = name if isinstance(name, str) else None
+        yield from _leaves(child, (*path, named), cached or is_cache(spec.type))
 
 
 def state_positions(
@@ -272,20 +263,25 @@ def state_positions(
         ArgumentError: nothing goes by one of the names.
     """
     given, returned = exported.call_spec.in_spec, exported.call_spec.out_spec
-    named = dict(zip(arguments, given.child(0).children(), strict=False))
-    known = {*named, *_all_names(given), *_all_names(returned)}
+    by_position = zip(arguments, given.child(0).children(), strict=False)
+    inputs = [leaf for name, spec in by_position for leaf in _leaves(spec, (name,))]
+    inputs += _leaves(given.child(1))
+    outputs = list(_leaves(returned))
+    known = {name for path, _ in (*inputs, *outputs) for name in path if name is not None}
     if unknown := [name for name in state if name not in known]:
         raise ArgumentError(
             f"state: no argument or output is called {unknown[0]!r}; there are"
             f" {', '.join(map(repr, sorted(known))) or 'none with a name'}"
         )
-    inputs = [
-        *(held for name, spec in named.items() for held in _leaves_in_state(spec, state, name in state)),
-        *_leaves_in_state(given.child(1), state),
-    ]
-    names = [node.name for node in module.graph.find_nodes(op="placeholder")]
-    outputs = list(_leaves_in_state(returned, state))
+    placeholders = module.graph.find_nodes(op="placeholder")
     return (
-        frozenset(name for name, held in zip(names, inputs, strict=True) if held),
-        frozenset(index for index, held in enumerate(outputs) if held),
+        frozenset(
+            node.name for node, leaf in zip(placeholders, inputs, strict=True) if _holds_state(leaf, state)
+        ),
+        frozenset(index for index, leaf in enumerate(outputs) if _holds_state(leaf, state)),
     )
+
+
+def _holds_state(leaf: tuple[tuple[str | None, ...], bool], state: tuple[str, ...]) -> bool:
+    path, cached = leaf
+    return cached or not set(path).isdisjoint(state)

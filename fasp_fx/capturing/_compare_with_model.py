@@ -53,23 +53,18 @@ def compared(
     captured once more, as it was given, by ``recapture``.
 
     Nothing is compared where there is nothing to call or to compare: exported programs, weights without
-    values, and a program on another device than its model. Nor is it where outputs depend on random numbers
-    that the model draws; the program draws others than the model, so that one is found out that seeds torch's
-    generator itself, which leaves no trace in a graph.
+    values, a program on another device than its model, and one that draws random numbers.
     """
-    if not isinstance(model, nn.Module) or _is_elsewhere(program, model):
+    drawn = any(map(draws, program.module.graph.nodes))
+    if not isinstance(model, nn.Module) or drawn or _is_elsewhere(program, model):
         return program
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
     expected, changed = called(program, model, args, kwargs)
-    if any(map(draws, program.module.graph.nodes)):
-        again, _ = called(program, model, args, kwargs, calls=2)
-        if _apart(again, expected, _allowed(program)):  # the model draws, too, or remembers
-            return program
     try:
         trouble = trouble_with(program, expected, args, kwargs)
     except tolerable(CalibrationError) as error:
         trouble = f"cannot be executed on the example inputs ({error})"
-    if trouble is not None and recapture is not None and _is_doubled(program, args, kwargs):
+    if trouble is not None and recapture is not None and program.doubled:
         with contextlib.suppress(CaptureError):  # then what there is will have to do
             return compared(recapture(model, args, kwargs), model, args, kwargs)
     if trouble is not None:
@@ -115,7 +110,7 @@ def called(
         for _ in range(calls):
             own_args, own_kwargs = copied((args, kwargs))
             expected = copied(pytree.tree_leaves(model(*own_args, **own_kwargs)))
-    return expected, changed.names(model)
+    return expected, changed
 
 
 def trouble_with(program: Program, expected: list[Any], args: Any, kwargs: dict[str, Any]) -> str | None:
@@ -126,15 +121,6 @@ def trouble_with(program: Program, expected: list[Any], args: Any, kwargs: dict[
     """
     worst = _difference(program, expected, args, kwargs)
     return f"{_OTHERWISE} on the example inputs (an output differs by {_shown(worst)})" if worst else None
-
-
-def _is_doubled(program: Program, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the program was captured on other shapes than those given."""
-    given, captured = program.flat_inputs(args, kwargs), pytree.tree_leaves(program.example)
-    return any(
-        isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape != other.shape
-        for one, other in zip(given, captured, strict=False)
-    )
 
 
 def _difference(program: Program, expected: list[Any], args: Any, kwargs: dict[str, Any]) -> float:

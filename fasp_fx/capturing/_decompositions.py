@@ -6,7 +6,6 @@ import contextlib
 import operator
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,81 +13,9 @@ from torch import Tensor, fx
 
 from ..base._stamps import stand_for
 from ..base.compat import OpOverload, traced_by
-from ..patterns import lookup
-from ._fx import arguments, set_argument
-
-# --- Layers of core ATen (``run_decompositions()``), written as the operators that models call, which have
-# the rules: both compute the same, by the same kernel.
-
+from ._fx import arguments
 
 _ATEN = torch.ops.aten
-_CONVOLUTIONS = {1: _ATEN.conv1d.default, 2: _ATEN.conv2d.default, 3: _ATEN.conv3d.default}
-_TRANSPOSED = {
-    1: _ATEN.conv_transpose1d.default,
-    2: _ATEN.conv_transpose2d.input,
-    3: _ATEN.conv_transpose3d.input,
-}
-
-
-def _convolution(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
-) -> Any:
-    rank = weight.dim() - 2
-    if rank not in _CONVOLUTIONS:
-        return NotImplemented
-    if transposed:
-        return _TRANSPOSED[rank](input, weight, bias, stride, padding, output_padding, groups, dilation)
-    return _CONVOLUTIONS[rank](input, weight, bias, stride, padding, dilation, groups)
-
-
-def _layer_norm(
-    input: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Any:
-    dims = list(range(input.dim() - len(normalized_shape), input.dim()))
-    return (
-        _ATEN.layer_norm.default(input, normalized_shape, weight, bias, eps),
-        *_moments(input, dims, eps),
-    )
-
-
-def _group_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    N: Any,
-    C: Any,
-    HxW: Any,
-    group: int,
-    eps: float,
-) -> Any:
-    mean, scale = _moments(_ATEN.view.default(input, [N, group, -1]), [2], eps)
-    return (
-        _ATEN.group_norm.default(input, group, weight, bias, eps),
-        _ATEN.view.default(mean, [N, group]),
-        _ATEN.view.default(scale, [N, group]),
-    )
-
-
-def _moments(input: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor]:
-    """What a norm returns for its derivative, which nothing in a forward pass uses."""
-    variance = _ATEN.var.correction(input, dims, correction=0, keepdim=True)
-    return _ATEN.mean.dim(input, dims, True), _ATEN.rsqrt.default(_ATEN.add.Scalar(variance, eps))
-
-
-#: for :meth:`torch.export.ExportedProgram.run_decompositions`
-CORE: dict[OpOverload, Callable[..., Any]] = {
-    _ATEN.convolution.default: _convolution,
-    _ATEN.native_layer_norm.default: _layer_norm,
-    _ATEN.native_group_norm.default: _group_norm,
-}
 
 
 # --- Assignments to a slice (``x[:, 1:] += y``), written as what they are to channels: a concatenation of
@@ -214,7 +141,7 @@ def any_number_of_steps() -> contextlib.AbstractContextManager[None]:
     return traced_by(_KERNELS)
 
 
-_OPERATORS = (_ATEN.lstm.input, _ATEN.gru.input, _ATEN.rnn_tanh.input, _ATEN.rnn_relu.input)
+_ZEROS = (_ATEN.zeros.default, _ATEN.new_zeros.default)
 
 
 def single_layers(graph: fx.Graph) -> None:
@@ -224,21 +151,13 @@ def single_layers(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if (
             node.op != "call_function"
-            or node.target not in _OPERATORS
+            or node.target not in _KERNELS
             or any(user.target is not operator.getitem for user in node.users)
         ):
             continue
         rewriter = _Rewriter(graph, node)
         if not rewriter.settled():
             rewriter.run()
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """The results of one layer in one direction."""
-
-    output: fx.Node
-    states: list[fx.Node]
 
 
 class _Rewriter:
@@ -257,11 +176,9 @@ class _Rewriter:
 
     def settled(self) -> bool:
         """Whether there is nothing to rewrite, as in a program captured before."""
-        own = [
-            state.target is not _ATEN.zeros.default and (len(state.users) == 1 or not _created(state))
-            for state in self.states
-        ]
-        return self.layers * self.directions == 1 and all(own)
+        shared = [state.target in _ZEROS and len(state.users) > 1 for state in self.states]
+        written = [state.target is _ATEN.zeros.default for state in self.states]
+        return self.layers * self.directions == 1 and not any((*shared, *written))
 
     def run(self) -> None:
         drops = self.given["dropout"] if self.given["train"] else 0.0
@@ -273,23 +190,24 @@ class _Rewriter:
                     for direction in range(self.directions)
                 ]
                 made += both
-                source = self._joined([one.output for one in both], 2, self.recorded[0])
+                source = self._joined([output for output, *_ in both], 2, self.recorded[0])
                 if drops and layer + 1 < self.layers:
                     source = self._call(self.recorded[0], _ATEN.dropout.default, source, drops, True)
             states = [
-                self._joined([one.states[index] for one in made], 0, self.recorded[1 + index])
-                for index in range(len(self.states))
+                self._joined([one[index] for one in made], 0, self.recorded[index])
+                for index in range(1, 1 + len(self.states))
             ]
         results = dict(enumerate([source, *states]))
         for user in list(self.node.users):
             user.replace_all_uses_with(results[arguments(user)["1"]])
             self.graph.erase_node(user)
         self.graph.erase_node(self.node)
-        for node in dict.fromkeys([*states, *(state for one in made for state in one.states), *self.states]):
+        for node in dict.fromkeys([*states, *(state for one in made for state in one[1:]), *self.states]):
             if not node.users and node.op == "call_function":
                 self.graph.erase_node(node)
 
-    def _layer(self, source: fx.Node, index: int, reverse: bool) -> _Layer:
+    def _layer(self, source: fx.Node, index: int, reverse: bool) -> list[fx.Node]:
+        """The output and the last states of one layer in one direction."""
         if reverse:
             source = self._call(source.meta.get("val"), _ATEN.flip.default, source, [self.steps])
         states = [
@@ -310,9 +228,9 @@ class _Rewriter:
         output, *after = [
             self._call(value, operator.getitem, node, number) for number, value in enumerate(values)
         ]
-        return _Layer(
-            self._call(values[0], _ATEN.flip.default, output, [self.steps]) if reverse else output, after
-        )
+        if reverse:
+            output = self._call(values[0], _ATEN.flip.default, output, [self.steps])
+        return [output, *after]
 
     def _state(self, state: fx.Node, recorded: Tensor, index: int) -> fx.Node:
         """The initial state of one layer and direction; what is merely zeros is made for it alone, so that no
@@ -320,21 +238,9 @@ class _Rewriter:
 
         Zeros are made like the input, so that they go with the module to another device or type.
         """
-        if state.target is _ATEN.zeros.default:
-            return self._call(
-                _first(recorded),
-                _ATEN.new_zeros.default,
-                self.given["input"],
-                [1, *arguments(state)["size"][1:]],
-            )
-        rule = lookup(state.target)
-        if rule is not None and rule.creates:
-            (name,) = (clause.words[0] for clause in rule.all("shape"))
-            own = self.graph.node_copy(state)
-            set_argument(own, name, [1, *arguments(state)[name][1:]])
-            own.meta = {**state.meta, "val": _first(recorded)}
-            stand_for(own, self.node)
-            return own
+        if state.target in _ZEROS:
+            size = [1, *arguments(state)["size"][1:]]
+            return self._call(_first(recorded), _ATEN.new_zeros.default, self.given["input"], size)
         if self.layers * self.directions == 1:
             return state
         return self._call(_first(recorded), _ATEN.slice.Tensor, state, 0, index, index + 1)
@@ -347,11 +253,6 @@ class _Rewriter:
         stand_for(node, self.node)
         node.meta["val"] = recorded
         return node
-
-
-def _created(state: fx.Node) -> bool:
-    rule = lookup(state.target)
-    return rule is not None and rule.creates
 
 
 def _first(states: Tensor) -> Tensor:

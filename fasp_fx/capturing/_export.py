@@ -10,7 +10,7 @@ import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 from unittest import mock
 
 import torch
@@ -40,7 +40,7 @@ from ._dynamic import (
     with_static,
 )
 from ._functional import functional, out_of_place
-from ._rewrites import as_views, as_weights, fixed_sizes, padded_in_order, settled_as_numbers
+from ._rewrites import as_weights, fixed_sizes, padded_in_order, settled_as_numbers
 from ._signature import CallerCodeGen, CallSignature, is_plain
 from ._transformers import export_transformers, is_transformers
 from ._unchanged import functions_called, run_once, unchanged
@@ -75,17 +75,16 @@ def export(
     meta = any(parameter.device.type == "meta" for parameter in model.parameters())
     if meta:
         given = pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, given)
-    attempts: list[tuple[str, dict[str, Any], Any]] = []
+    double = widened(given) if doubles and dynamic_shapes is None else None
+    wide = given if double is None else double
+    attempts: list[tuple[str, dict[str, Any], Any]] = [
+        *([("", double, free)] if double is not None else []),
+        ("", given, free),
+        ("only the first dimension of each input is dynamic", wide, first_dim),
+        ("the shapes of the inputs are fixed to those of the example", given, None),
+    ]
     if dynamic_shapes is not None:
-        attempts.append(("", given, dynamic_shapes))
-    else:
-        double = widened(given)
-        wide = double if doubles else None
-        if wide is not None:
-            attempts.append(("", wide, free))
-        attempts.append(("", given, free))
-        attempts.append(("only the first dimension of each input is dynamic", wide or given, first_dim))
-        attempts.append(("the shapes of the inputs are fixed to those of the example", given, None))
+        attempts = [("", given, dynamic_shapes)]
     failures: list[Exception] = []
     for note, inputs, shapes in attempts:
         try:
@@ -186,7 +185,7 @@ def _undisturbed(
     """
     with quiet(), torch.no_grad(), any_number_of_steps(), unchanged(model) as changed:
         exported = _export_once(model, signature, names, inputs, shapes)
-    return exported, changed.names(model)
+    return exported, changed
 
 
 def _by_position(model: nn.Module, signature: CallSignature, leading: int) -> list[str]:
@@ -208,29 +207,6 @@ def _by_position(model: nn.Module, signature: CallSignature, leading: int) -> li
     return max(must, first, key=len)
 
 
-_P = ParamSpec("_P")
-
-
-def _with_or_without_cache(make: Callable[_P, ExportedProgram]) -> Callable[_P, ExportedProgram]:
-    """Export; once more without torch's cache of fake results if that is what failed.
-
-    The cache compares sizes while operators are traced, and cannot do so for some products of three symbols
-    (the table of a block mask over dynamic lengths has such); the operators themselves trace well.
-    """
-
-    @functools.wraps(make)
-    def export_once(*args: _P.args, **kwargs: _P.kwargs) -> ExportedProgram:
-        try:
-            return make(*args, **kwargs)
-        except TypeError as error:
-            if not is_of_fake_cache(error):
-                raise
-        with without_fake_cache():
-            return make(*args, **kwargs)
-
-    return export_once
-
-
 def _arguments(
     signature: CallSignature, names: list[str], inputs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -239,7 +215,6 @@ def _arguments(
     return tuple(held.pop(name) for name in names), held
 
 
-@_with_or_without_cache
 def _export_once(
     model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any
 ) -> ExportedProgram:
@@ -256,10 +231,25 @@ def _export_once(
 
 
 def _rewritten(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
-    """What is traced, in operators that return what they compute and have rules, as far as that can be."""
+    """What is traced, in operators that return what they compute and have rules, as far as that can be; once
+    more without torch's cache of fake results if that is what failed.
+
+    The cache compares sizes while operators are traced, and cannot do so for some products of three symbols
+    (the table of a block mask over dynamic lengths has such); the operators themselves trace well.
+    """
+    try:
+        return _rewritten_once(trace)
+    except TypeError as error:
+        if not is_of_fake_cache(error):
+            raise
+    with without_fake_cache():
+        return _rewritten_once(trace)
+
+
+def _rewritten_once(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
     with compiled_when_called():
         exported = trace()
-    exported = out_of_place(as_views(as_weights(settled_as_numbers(exported))))
+    exported = out_of_place(as_weights(settled_as_numbers(exported)))
     return functional(padded_in_order(exported))
 
 
@@ -293,7 +283,6 @@ def _named(model: nn.Module, kwargs: dict[str, Any]) -> contextlib.AbstractConte
     return _calling(model, named)
 
 
-@_with_or_without_cache
 def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ExportedProgram:
     """Export a rewritten graph module; guards, ranges and recorded shapes are made anew."""
     args, kwargs = example

@@ -22,7 +22,7 @@ from ..base.compat import (
     is_transform,
 )
 from ..patterns import lookup
-from ._decompositions import ASSIGNMENTS, CORE
+from ._decompositions import ASSIGNMENTS
 from ._fx import remove_dropouts
 
 _log = logging.getLogger("fasp_fx")
@@ -71,7 +71,7 @@ def composites(graph: fx.Graph) -> set[OpOverload]:
 
 def _decompositions(graph: fx.Graph) -> Decompositions:
     """How to take apart the operators of a graph that have no rule: what they are made of may have one."""
-    known = {**torch.export.default_decompositions(), **CORE}
+    known = torch.export.default_decompositions()
     found: Decompositions = {}
     for operator in {
         node.target for node in graph.nodes if isinstance(node.target, OpOverload) and not _is_plain(node)
@@ -151,38 +151,22 @@ def _is_exported(target: Any) -> bool:
 # += offset``), and need no trace.
 
 
-_DETACH, _DETACHED = torch.ops.aten.detach_.default, torch.ops.aten.detach.default
-
-
 def out_of_place(exported: ExportedProgram) -> ExportedProgram:
     """Rewrite such writes in the program's own graph, which nobody else may hold."""
     if not any(map(_writes, exported.graph.nodes)):
         return exported
-    changed = remove_dropouts(exported.graph)
+    remove_dropouts(exported.graph)
     order = {node: index for index, node in enumerate(exported.graph.nodes)}
     for node in exported.graph.nodes:
-        if not _writes(node):
-            continue
-        if node.target == _DETACH:
-            node.target = _DETACHED
-            changed = True
-            continue
-        twin = _twin(node)
-        if (
-            twin is None
-            or not node.args
-            or not _is_unshared(node.args[0], node)
-            or not _keeps_type(node, twin)
-        ):
+        twin = _twin(node.target) if _writes(node) and node.args else None
+        if twin is None or not _is_unshared(node.args[0], node) or not _keeps_type(node, twin):
             continue
         written: Any = node.args[0]
         node.target = twin
         written.replace_all_uses_with(
             node, delete_user_cb=lambda user, after=order[node]: order[user] > after
         )
-        changed = True
-    if changed:
-        exported.graph_module.recompile()
+    exported.graph_module.recompile()
     return exported
 
 
@@ -192,60 +176,34 @@ def _writes(node: fx.Node) -> bool:
     )
 
 
-def _twin(node: fx.Node) -> OpOverload | None:
-    """The operator that returns what this one writes into its first argument, and takes the same
+def _twin(target: Any) -> OpOverload | None:
+    """The operator that returns what this one writes into its first argument alone, and takes the same
     arguments.
     """
-    target: Any = node.target
-    schema = target._schema
-    writes = [
-        argument
-        for argument in schema.arguments
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
     packet = getattr(getattr(torch.ops, target.namespace), target._opname.removesuffix("_"), None)
-    if (
-        len(writes) != 1
-        or writes[0] is not schema.arguments[0]
-        or not target._opname.endswith("_")
-        or packet is None
-    ):
-        return None
     twin = getattr(packet, target._overloadname, None)
     if not isinstance(twin, OpOverload) or _returns_alias(twin) or twin._schema.is_mutable:
         return None
-    same = [argument.name for argument in twin._schema.arguments] == [
-        argument.name for argument in schema.arguments
-    ]
-    return twin if same else None
+    own, others = ([argument.name for argument in one._schema.arguments] for one in (target, twin))
+    written = [argument.name for argument in target._schema.arguments if argument.is_write]
+    return twin if own == others and written == own[:1] else None
 
 
 def _is_unshared(written: Any, by: fx.Node) -> bool:
     """Whether a tensor was made by the graph, and nothing but its own node speaks of its storage."""
-    if (
-        not isinstance(written, fx.Node)
-        or written.op != "call_function"
-        or not isinstance(written.target, OpOverload)
-    ):
-        return False
-    if (
-        _returns_alias(written.target)
-        or written.target._schema.is_mutable
-        or not isinstance(written.meta.get("val"), Tensor)
-    ):
-        return False
-    return not any(_shares(user) for user in written.users if user is not by)
-
-
-def _shares(user: fx.Node) -> bool:
-    """Whether what a node makes may be a view of what it takes, or the node writes into that."""
-    if user.op == "output":
-        return False
     return (
-        not isinstance(user.target, OpOverload)
-        or _returns_alias(user.target)
-        or user.target._schema.is_mutable
+        isinstance(written, fx.Node)
+        and written.op == "call_function"
+        and isinstance(written.meta.get("val"), Tensor)
+        and not any(_shares(node) for node in (written, *written.users) if node is not by)
     )
+
+
+def _shares(node: fx.Node) -> bool:
+    """Whether what a node makes may be a view of what it takes, or the node writes into that."""
+    if node.op == "output":
+        return False
+    return not isinstance(node.target, OpOverload) or _returns_alias(node.target) or _writes(node)
 
 
 def _returns_alias(operator: OpOverload) -> bool:

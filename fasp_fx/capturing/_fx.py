@@ -141,20 +141,17 @@ _DROPOUTS = tuple(
 )
 
 
-def remove_dropouts(graph: fx.Graph) -> bool:
-    """Let what reads a dropout that is off read its input; whether there was one.
+def remove_dropouts(graph: fx.Graph) -> None:
+    """Let what reads a dropout that is off read its input.
 
     One that the graph returns stays: what is returned must be no input.
     """
-    found = False
     for operator in _DROPOUTS:
         for node in graph.find_nodes(op="call_function", target=operator):
             given = arguments(node)
             if given["train"] is False and not any(user.op == "output" for user in node.users):
                 node.replace_all_uses_with(given["input"])
                 graph.erase_node(node)
-                found = True
-    return found
 
 
 def remove_dead(graph: fx.Graph) -> None:

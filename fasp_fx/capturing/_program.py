@@ -47,16 +47,6 @@ class FoldedWeight:
         return f"'{self.name}' (of {', '.join(map(repr, self.sources))})"
 
 
-@dataclass(frozen=True)
-class CopiedBuffer:
-    """A buffer that holds what ``source`` holds, for a part of the model that is to lose other channels of it
-    than the rest.
-    """
-
-    name: str
-    source: str
-
-
 @dataclass
 class Program:
     """One model between capture and result.
@@ -77,8 +67,6 @@ class Program:
             all.
         folds: weights that the model computes from others and that the program holds as parameters.
         replaced: the caller's parameters and buffers that are gone with that, by name.
-        copies: buffers made for parts of the model that shared one (see the pass that gives each attention a
-            table of its own).
         doubled: whether the caller's example is one sample, which the capture has put twice into this one.
         walked: the graph, the analysis and the interpretation of the last verification.
         facts: what the capture's exported program knows besides graph and weights; ``None`` for a graph that
@@ -97,7 +85,6 @@ class Program:
     order: tuple[str, ...] = ()
     folds: tuple[FoldedWeight, ...] = ()
     replaced: dict[str, Tensor] = field(default_factory=dict)
-    copies: tuple[CopiedBuffer, ...] = ()
     doubled: bool = False
     walked: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
     facts: ExportFacts | None = field(default=None, repr=False, compare=False)
@@ -179,13 +166,11 @@ class Program:
         """The dotted name itself, or with a suffix if the program or the caller's model has something else by
         that name.
         """
-        owner, dot, leaf = wanted.rpartition(".")
-        inside = attribute(self.module, owner) if owner else self.module
-        taken = {part for name in self.order if (part := _within(name, owner)) is not None}
-        count, free = 1, leaf
-        while hasattr(inside, free) or free in taken:
-            count, free = count + 1, f"{leaf}_{count + 1}"
-        return f"{owner}{dot}{free}"
+        known = [*self.order, *self.weights(), *dict(self.module.named_modules())]
+        count, free = 1, wanted
+        while any(name == free or name.startswith(f"{free}.") for name in known):
+            count, free = count + 1, f"{wanted}_{count + 1}"
+        return free
 
     def replace_weight(self, names: list[str], value: Tensor) -> None:
         """Put one tensor under several names; a parameter stays one parameter, so that tied weights stay
@@ -228,7 +213,7 @@ class Program:
 
     def _over(self, graph: fx.Graph) -> Program:
         """The program with a graph for its own, and a module tree that can be changed."""
-        module = graph_module(_tree_copy(self.module), graph, self.module.meta, LazyGraphModule)
+        module = graph_module(self.module, graph, self.module.meta, LazyGraphModule)
         return replace(
             self,
             module=module,
@@ -263,13 +248,6 @@ class Program:
         """The device of the weights, or of the inputs if there are none."""
         tensors: Iterator[Any] = iter([*self.weights().values(), *pytree.tree_leaves(self.example)])
         return next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), torch.device("cpu"))
-
-
-def _within(name: str, owner: str) -> str | None:
-    """What ``owner`` calls the thing that ``name`` is or is part of, if it is inside."""
-    if owner and not name.startswith(f"{owner}."):
-        return None
-    return name.removeprefix(f"{owner}." if owner else "").partition(".")[0]
 
 
 def region(tensor: Tensor, name: str) -> tuple[Any, ...]:
@@ -316,26 +294,6 @@ def graph_module(
             if name not in source._buffers or name in source._non_persistent_buffers_set
         }
     return made
-
-
-def _tree_copy(module: nn.Module) -> nn.Module:
-    """The same tree of submodules holding the same tensors, so that attributes can be replaced without
-    touching the original.
-    """
-    copy = nn.Module()
-    for name, parameter in module._parameters.items():
-        copy.register_parameter(name, parameter)
-    for name, buffer in module._buffers.items():
-        copy.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
-    for name, child in module._modules.items():
-        copy.add_module(
-            name,
-            child if isinstance(child, fx.GraphModule) else _tree_copy(child) if child is not None else None,
-        )
-    for name, value in vars(module).items():
-        if isinstance(value, Tensor) or name.startswith(("_tensor_constant", "lifted_tensor")):
-            setattr(copy, name, value)
-    return copy
 
 
 def set_weight(module: nn.Module, name: str, value: Tensor) -> None:

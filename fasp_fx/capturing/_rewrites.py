@@ -6,19 +6,20 @@ from __future__ import annotations
 
 import copy
 import keyword
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, InputSpec
 
 from ..base._tensors import storage_of
 from ..base.compat import settled_by
 from ..errors import CaptureError
 from ._fx import arguments
+from ._program import region
 
 # --- Sizes that an exporter took to vary until the program said what they are: numbers, once it is known.
 #
@@ -78,77 +79,7 @@ def fixed_sizes(exported: ExportedProgram) -> Iterator[str]:
             yield f"the size {size} of dimension {dim} of '{node.name}' is fixed, because {why}"
 
 
-# --- Composite operators without a rule that are one view, written as that.
-#
-# Taking composites apart traces a graph once more, and models call this one often.
-
-
 _ATEN = torch.ops.aten
-
-
-def as_views(exported: ExportedProgram) -> ExportedProgram:
-    """Rewrite such calls in the program's own graph, which nobody else may hold."""
-    if not exported.graph.find_nodes(op="call_function", target=_UNFLATTEN):
-        return exported
-    #: what makes the sizes that vary, of those nodes that were passed
-    sizes: dict[Any, fx.Node | tuple[fx.Node, int]] = {}
-    for node in exported.graph.nodes:
-        if node.target == _UNFLATTEN:
-            _as_view(node, sizes)
-        _note(node, sizes)
-    exported.graph_module.recompile()
-    return exported
-
-
-_UNFLATTEN = _ATEN.unflatten.int
-
-
-def _note(node: fx.Node, sizes: dict[Any, fx.Node | tuple[fx.Node, int]]) -> None:
-    """Note the sizes that a node makes; one of an input, which is looked up, gives way to a node."""
-    value = node.meta.get("val")
-    if isinstance(value, torch.SymInt):
-        if isinstance(sizes.get(value.node.expr), (tuple, type(None))):
-            sizes[value.node.expr] = node
-    elif node.op == "placeholder" and isinstance(value, Tensor):
-        for dim, size in enumerate(value.shape):
-            if isinstance(size, torch.SymInt):
-                sizes.setdefault(size.node.expr, (node, dim))
-
-
-def _as_view(node: fx.Node, sizes: dict[Any, fx.Node | tuple[fx.Node, int]]) -> None:
-    """Let a call of ``unflatten`` be one of ``view``, where the sizes of the other dimensions are known.
-
-    They are looked up where an exporter does, not of the tensor itself, of which they would be one more use.
-    """
-    given = arguments(node)
-    source, parts = given["self"], list(given["sizes"])
-    before, after = source.meta.get("val"), node.meta.get("val")
-    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
-        return
-    dim = given["dim"] % before.dim()
-    others = [size for other, size in enumerate(before.shape) if other != dim]
-    if not all(isinstance(size, int) or size.node.expr in sizes for size in others):
-        return
-    parts = [
-        made if isinstance(part, int) and isinstance(made, int) else part
-        for part, made in zip(parts, after.shape[dim:])
-    ]
-    with node.graph.inserting_before(node):
-        made = [_made(size, sizes) for size in others]
-    node.target = _ATEN.view.default
-    node.args, node.kwargs = (source, [*made[:dim], *parts, *made[dim:]]), {}
-
-
-def _made(size: Any, sizes: dict[Any, fx.Node | tuple[fx.Node, int]]) -> Any:
-    """A size as an argument."""
-    if isinstance(size, int):
-        return size
-    found = sizes[size.node.expr]
-    if isinstance(found, tuple):
-        source, dim = found
-        found = sizes[size.node.expr] = source.graph.call_function(_ATEN.sym_size.int, (source, dim))
-        found.meta = {"val": size}
-    return found
 
 
 # --- Padding by an amount that varies, which may be none.
@@ -201,23 +132,32 @@ def _put_in_order(node: fx.Node) -> None:
 
 
 def as_weights(exported: ExportedProgram) -> ExportedProgram:
-    """A program that reads its parameters and buffers wherever it reads their memory; the same one if it does
-    already.
+    """A program that reads its parameters and buffers wherever it reads their memory as a whole; the same one
+    if it does already.
+
+    Raises:
+        CaptureError: it reads a part of a parameter as a constant; names it.
     """
     held = {**exported.constants, **exported.state_dict}
     specs = exported.graph_signature.input_specs
     weights = {
-        storage_of(held[str(spec.target)]): spec
+        _memory(held, spec): spec.arg.name
         for spec in reversed(specs)  # the first of several
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
     }
     found = {
-        spec.arg.name: (weights[memory], held[str(spec.target)])
+        spec.arg.name: weights[memory]
         for spec in specs
-        if spec.kind is InputKind.CONSTANT_TENSOR
-        and (memory := storage_of(held[str(spec.target)])) in weights
-        and _is_within(held[str(spec.target)], held[str(weights[memory].target)])
+        if spec.kind is InputKind.CONSTANT_TENSOR and (memory := _memory(held, spec)) in weights
     }
+    parameters = {storage_of(held[name]): name for name in exported.graph_signature.parameters}
+    for spec in specs:
+        storage = storage_of(held[str(spec.target)]) if spec.kind is InputKind.CONSTANT_TENSOR else None
+        if storage in parameters and spec.arg.name not in found:
+            raise CaptureError(
+                f"forward reads a part of '{parameters[storage]}' that it keeps elsewhere (a slice, say),"
+                " which would be a constant and not be trained; take the part of it in forward"
+            )
     if not found:
         return exported
     made = copy.copy(exported)
@@ -227,41 +167,16 @@ def as_weights(exported: ExportedProgram) -> ExportedProgram:
     kept = {str(spec.target) for spec in made._graph_signature.input_specs}
     made._constants = {name: value for name, value in exported.constants.items() if name in kept}
     nodes = {node.name: node for node in made.graph.find_nodes(op="placeholder")}
-    first = next(node for node in made.graph.nodes if node.op != "placeholder")
-    for name, (spec, constant) in found.items():
-        weight, node = nodes[spec.arg.name], nodes[name]
-        with made.graph.inserting_before(first):
-            node.replace_all_uses_with(_part_of(weight, held[str(spec.target)], constant, node.meta))
-        made.graph.erase_node(node)
+    for name, weight in found.items():
+        nodes[name].replace_all_uses_with(nodes[weight])
+        made.graph.erase_node(nodes[name])
     made.graph_module.recompile()
     return made
 
 
-def _part_of(weight: fx.Node, value: Tensor, constant: Tensor, meta: dict[str, Any]) -> fx.Node:
-    """A constant as what it is of a weight."""
-    if _layout(constant) == _layout(value):
-        return weight
-    node = weight.graph.call_function(
-        _ATEN.as_strided.default,
-        (weight, list(constant.shape), list(constant.stride()), constant.storage_offset()),
-    )
-    node.meta = {key: meta[key] for key in ("val",) if key in meta}
-    return node
-
-
-def _is_within(constant: Tensor, weight: Tensor) -> bool:
-    """Whether a tensor that shares a weight's memory can be read of the weight, in whatever memory it is."""
-    if constant.dtype != weight.dtype:
-        return False
-    whole = weight.is_contiguous() and weight.storage_offset() == 0
-    end = constant.storage_offset() + sum(
-        (size - 1) * step for size, step in zip(constant.shape, constant.stride(), strict=True)
-    )
-    return _layout(constant) == _layout(weight) or (whole and constant.numel() > 0 and end < weight.numel())
-
-
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+def _memory(held: Mapping[str, Any], spec: InputSpec) -> tuple[Any, ...]:
+    tensor = held[str(spec.target)]
+    return *region(tensor, str(spec.target)), tensor.dtype
 
 
 # --- Names of nodes that nothing else has.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -121,31 +121,6 @@ class Runner:
         """What is alive at the position, for each batch; the mappings are the caller's."""
         return [dict(memory) for memory in self._memory]
 
-    def again(
-        self,
-        number: int,
-        live: Mapping[fx.Node, Any],
-        start: int,
-        node: fx.Node,
-        stop: int,
-        overrides: dict[str, Tensor],
-    ) -> Any:
-        """The value of a node once everything from ``start`` to before ``stop`` was executed anew, for one
-        batch; nothing else of it stays.
-
-        Args:
-            number: which of the runner's batches.
-            live: what was alive at ``start``.
-            overrides: tensors to use for weights.
-        """
-        held = self._memory[number], self.overrides
-        self._memory[number], self.overrides = dict(live), overrides
-        try:
-            self._run(number, start, stop)
-            return self._memory[number][node]
-        finally:
-            self._memory[number], self.overrides = held
-
     def read(self, node: fx.Node) -> Iterator[Tensor]:
         """The value of a live node for each batch."""
         for number in range(len(self._memory)):
@@ -196,17 +171,11 @@ class Runner:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph without data; what is known to be made as before is not run.
+    """Runs a graph without data, and records what its nodes make."""
 
-    Args:
-        before: the nodes of the graph that it was made of, by name.
-    """
-
-    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode, before: dict[str, fx.Node]) -> None:
+    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(module)
-        self.mode, self.before = mode, before
-        #: nodes that make what those of their names made before
-        self.same: set[fx.Node] = set()
+        self.mode = mode
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -217,79 +186,19 @@ class _Recorder(fx.Interpreter):
         )
 
     def run_node(self, node: fx.Node) -> Any:
-        old = self.before.get(node.name)
-        known = None if old is None else old.meta.get("val")
-        if self._makes_the_same(node, old):
-            self.same.add(node)
-            node.meta["val"] = known
-            return known
         try:
             made = super().run_node(node)
         except tolerable(Exception) as error:
             raise VerificationError(
                 f"node '{node.name}' ({node.target}) does not execute: {first_line(error)}"
             ) from error
-        if _is_alike(made, known):
-            self.same.add(node)
-            made = known
         if node.op not in ("placeholder", "output"):
             node.meta["val"] = made
         return made
 
-    def _makes_the_same(self, node: fx.Node, old: fx.Node | None) -> bool:
-        """Whether a call is the one it was, of what makes the same as it did."""
-        if old is None or node.op != "call_function" or not self._is_here(old.meta.get("val")):
-            return False
-        return (
-            node.target is old.target
-            and self.same.issuperset(node.all_input_nodes)
-            and _by_name(node) == _by_name(old)
-        )
 
-    def _is_here(self, value: Any) -> bool:
-        """Whether a value was recorded, in the mode that this graph is run in."""
-        if isinstance(value, (list, tuple)):
-            return all(map(self._is_here, value))
-        return value is not None and (not isinstance(value, FakeTensor) or value.fake_mode is self.mode)
-
-
-def _by_name(node: fx.Node) -> Any:
-    """The arguments of a call, with names in the places of nodes."""
-    return fx.map_arg((node.args, dict(node.kwargs)), lambda given: f"%{given.name}")
-
-
-def _is_alike(made: Any, known: Any) -> bool:
-    """Whether two recorded values say the same, without assuming anything of their sizes."""
-    if isinstance(made, FakeTensor) and isinstance(known, FakeTensor):
-        return (
-            made.fake_mode is known.fake_mode
-            and (made.dtype, made.device, made.layout) == (known.dtype, known.device, known.layout)
-            and type(made) is type(known)
-            and made.requires_grad == known.requires_grad
-            and made.layout is torch.strided
-            and _sizes(made) == _sizes(known)
-        )
-    if isinstance(made, (list, tuple)) and isinstance(known, (list, tuple)):
-        return len(made) == len(known) and all(map(_is_alike, made, known))
-    if isinstance(made, (torch.SymInt, int)) and isinstance(known, (torch.SymInt, int)):
-        return _size(made) == _size(known)
-    return False
-
-
-def _sizes(value: Tensor) -> list[Any]:
-    return [_size(size) for size in (*value.shape, *value.stride(), value.storage_offset())]
-
-
-def _size(size: torch.SymInt | int) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
-
-
-def record(module: fx.GraphModule, before: fx.Graph | None = None) -> None:
+def record(module: fx.GraphModule) -> None:
     """Bring ``node.meta["val"]`` of every node up to date; placeholders keep theirs.
-
-    Args:
-        before: the graph that the module's was made of, whose values are up to date: what makes the same as
-            there is not run again.
 
     Raises:
         VerificationError: a node does not execute; names it.
@@ -298,7 +207,7 @@ def record(module: fx.GraphModule, before: fx.Graph | None = None) -> None:
     mode = next((value.fake_mode for value in given if isinstance(value, FakeTensor)), None)
     if mode is None:
         return
-    recorder = _Recorder(module, mode, {} if before is None else {node.name: node for node in before.nodes})
+    recorder = _Recorder(module, mode)
     recorder.extra_traceback = False
     # operators that are made of others take symbolic sizes only in Python
     with torch.no_grad(), mode, enable_python_dispatcher():

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from ..base._tolerable import tolerable
 from ..base.compat import PyTreeCodeGen, PyTreeInfo, pytree
 from ..errors import ArgumentError, CallError, CaptureError
-from ._constants import PLAIN, alike, check_outline, outline_of
 
+#: constants that exporters take as arguments
+PLAIN = (type(None), bool, int, float, str)
 #: defaults that generated code spells out; others must stay the same object, by which an argument left out is
 #: recognised
 _LITERAL = (type(None), bool)
@@ -104,19 +106,9 @@ class CallSignature:
             given = _bind(self.parameters, args, kwargs)
         except ArgumentError as error:
             raise CallError(str(error)) from error
-        left_out = {
-            name: self._default(name)
-            for name in self.constants
-            if name not in given and name in self.parameters.parameters
-        }
-        for name, value in [*given.items(), *left_out.items()]:
-            if name not in self.captured:
-                check_constant(name, value, self.constants.get(name, self._default(name)))
-        missing = [name for name in self.captured if name not in given]
-        if missing:
-            refuse_missing(missing[0])
-        for name, outline in self.outlines.items():
-            check_outline(name, given[name], outline)
+        defaults = self.defaults()
+        left_out = {name: defaults.get(name) for name in self.constants if name in self.parameters.parameters}
+        _check(self, {**defaults, **self.constants}, {**left_out, **given})
         return {name: given[name] for name in self.captured}
 
     def given(self) -> list[str]:
@@ -131,10 +123,6 @@ class CallSignature:
         last = max((index for index, (_, kind) in enumerate(kinds) if kind in _POSITIONAL), default=-1)
         return [name for name, _ in kinds[: last + 1]]
 
-    def variadic(self) -> list[str]:
-        """The arguments that are part of ``*args``."""
-        return [name for name, kind in self._kinds() if kind is inspect.Parameter.VAR_POSITIONAL]
-
     def _kinds(self) -> list[tuple[str, Any]]:
         known = [*self.captured, *self.constants]
         found: list[tuple[str, Any]] = []
@@ -148,11 +136,10 @@ class CallSignature:
                 found.append((name, parameter.kind))
         return found + [(name, inspect.Parameter.VAR_KEYWORD) for name in known if name not in dict(found)]
 
-    def _default(self, name: str) -> Any:
-        parameter = self.parameters.parameters.get(name)
-        return (
-            None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
-        )
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of the parameters."""
+        parameters = self.parameters.parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
 def _with_default(parameter: inspect.Parameter, constants: Mapping[str, Any]) -> inspect.Parameter:
@@ -178,29 +165,64 @@ def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str,
     return given
 
 
-def refuse_missing(name: str) -> NoReturn:
-    """Refuse a call that lacks an argument the program was captured with."""
-    raise CallError(
-        f"argument '{name}' is missing: the program was captured with it; pass it, or capture without it"
-    )
+# --- A call, held against that of the capture.
 
 
-def refuse_count(name: str, found: int, expected: int) -> NoReturn:
-    """Refuse a call with another number of ``*args`` than the program was captured with."""
-    raise CallError(
-        f"'*{name}' holds {found} arguments, but the program was captured with {expected}; capture it with"
-        " the number you need"
-    )
+def _check(signature: CallSignature, expected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse arguments that are not what was captured.
+
+    Args:
+        expected: the constants seen at capture, and the defaults of other arguments.
+
+    Raises:
+        CallError: one is missing, was not captured, or differs.
+    """
+    for name in signature.captured:
+        if given.get(name) is None:
+            raise CallError(
+                f"argument '{name}' is missing: the program was captured with it; pass it, or capture"
+                " without it"
+            )
+    for name, value in given.items():
+        if name not in signature.captured:
+            check_constant(name, value, expected.get(name))
+    for name, outline in signature.outlines.items():
+        check_outline(name, given[name], outline)
 
 
 def check_constant(name: str, value: Any, expected: Any) -> None:
     """Refuse a value that differs from the one the program was captured with."""
-    if isinstance(value, torch.Tensor) or not alike(value, expected):
-        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-        raise CallError(
-            f"argument '{name}' is {shown}, but the program was captured with {expected!r}; capture it with"
-            " the value you need"
+    if not _alike(value, expected):
+        raise _refusal(name, value, repr(expected))
+
+
+def _alike(value: Any, expected: Any) -> bool:
+    """Whether two constants are built alike of the same types, in the same order, and equal: what is no
+    number is like another such, and zeros have a sign.
+    """
+    if isinstance(expected, PLAIN):
+        return _equal(value, expected)
+    leaves, spec = pytree.tree_flatten(value)
+    others, other = pytree.tree_flatten(expected)
+    return spec == other and all(map(_equal, leaves, others))
+
+
+def _equal(value: Any, expected: Any) -> bool:
+    if value is expected:
+        return True
+    if type(value) is not type(expected):
+        return False
+    if isinstance(value, float):
+        return (math.isnan(value) and math.isnan(expected)) or (
+            value == expected and math.copysign(1.0, value) == math.copysign(1.0, expected)
         )
+    if type(value).__eq__ is object.__eq__ and hasattr(value, "__dict__"):  # by what it holds
+        return _alike(vars(value), vars(expected))
+    try:
+        found = value == expected
+        return bool(found.all() if hasattr(found, "all") else found)
+    except tolerable(ValueError, TypeError, RuntimeError):  # an object raises what it likes
+        return False
 
 
 def _kept(value: Any) -> Any:
@@ -213,6 +235,57 @@ def _kept(value: Any) -> Any:
         return value
 
 
+# --- The structure of a nested argument, to hold later calls against: lists and dicts of tensors and
+# constants.
+
+
+class HELD:
+    """Stands for a tensor, or for an object that knows its own tensors (a cache, say)."""
+
+
+def outline_of(value: Any) -> Any:
+    """The argument with :class:`HELD` in the place of what the graph takes; constants stay."""
+    if isinstance(value, Mapping):
+        return {key: outline_of(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [outline_of(item) for item in value]
+    return value if isinstance(value, PLAIN) else HELD
+
+
+def check_outline(name: str, value: Any, outline: Any) -> None:
+    """Refuse an argument that is built otherwise than the one seen at capture, or holds another constant.
+
+    Raises:
+        CallError: names the place inside the argument, what is there and what was captured.
+    """
+    if isinstance(outline, dict):
+        if not isinstance(value, Mapping) or value.keys() != outline.keys():
+            raise _refusal(name, value, f"a dict with the keys {list(outline)}")
+        for key, inside in outline.items():
+            check_outline(f"{name}[{key!r}]", value[key], inside)
+    elif isinstance(outline, list):
+        if not isinstance(value, (list, tuple)) or len(value) != len(outline):
+            raise _refusal(name, value, f"a list of {len(outline)}")
+        for index, (item, inside) in enumerate(zip(value, outline, strict=True)):
+            check_outline(f"{name}[{index}]", item, inside)
+    elif outline is HELD:
+        if isinstance(value, (Mapping, list, tuple, *PLAIN)):
+            raise _refusal(name, value, "a tensor")
+    elif not _equal(value, outline):
+        raise _refusal(name, value, repr(outline))
+
+
+def _refusal(name: str, value: Any, expected: str) -> CallError:
+    if isinstance(value, torch.Tensor):
+        shown = f"a tensor of shape {tuple(value.shape)}"
+    else:
+        shown = f"a dict with the keys {list(value)}" if isinstance(value, Mapping) else f"{value!r:.80}"
+    return CallError(
+        f"argument '{name}' is {shown}, but the program was captured with {expected}; capture it with what"
+        " you need"
+    )
+
+
 class _Call:
     """What generated code refers to: fx keys globals by value, so that constants must hide behind one object.
 
@@ -221,39 +294,26 @@ class _Call:
     """
 
     def __init__(self, signature: CallSignature, spec: pytree.TreeSpec) -> None:
-        parameters = signature.parameters.parameters.values()
-        self.defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-        self.captured, self.constants, self.outlines = (
-            signature.captured,
-            signature.constants,
-            signature.outlines,
-        )
+        self.signature, self.defaults = signature, signature.defaults()
         self.expected = {**self.defaults, **signature.constants}
-        self.rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), "")
-        self.variadic = signature.variadic()
         self.by_position = signature.given()[: spec.child(0).num_children]
         self.keywords = spec.child(1).context or []
 
     def inputs(
-        self, named: dict[str, Any], rest: tuple[Any, ...], extra: dict[str, Any]
+        self, given: dict[str, Any], rest: str, items: tuple[Any, ...]
     ) -> tuple[list[Any], dict[str, Any]]:
         """The arguments of a call as the graph takes them, by position and by name.
+
+        Args:
+            given: those with names.
+            rest, items: the name of ``*args``, and what it holds.
 
         Raises:
             CallError: an argument was not captured, is missing, or differs from the constant seen at capture.
         """
-        if len(rest) != len(self.variadic):
-            refuse_count(self.rest, len(rest), len(self.variadic))
-        given = {**named, **dict(zip(self.variadic, rest)), **extra}
-        for name in self.captured:
-            if given.get(name) is None:
-                refuse_missing(name)
-        for name, value in given.items():
-            if name not in self.captured:
-                check_constant(name, value, self.expected.get(name))
-        for name, outline in self.outlines.items():
-            check_outline(name, given[name], outline)
-        given.update(self.constants)
+        given.update({f"{rest}_{index}": item for index, item in enumerate(items)})
+        _check(self.signature, self.expected, given)
+        given.update(self.signature.constants)
         return [given[name] for name in self.by_position], {key: given[key] for key in self.keywords}
 
 
@@ -295,13 +355,14 @@ class CallerCodeGen(PyTreeCodeGen):
         self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False
     ) -> str:
         kinds = {name: p.kind for name, p in self.signature.parameters.parameters.items()}
-        by_kind = {kind: name for name, kind in kinds.items()}
+        by_kind = {kind: name for name, kind in kinds.items()}  # of those kinds there is one at most
         rest = by_kind.get(inspect.Parameter.VAR_POSITIONAL)
         extra = by_kind.get(inspect.Parameter.VAR_KEYWORD)
-        named = ", ".join(f"{name!r}: {name}" for name in kinds if name not in (rest, extra))
+        entries = [f"{name!r}: {name}" for name in kinds if name not in (rest, extra)]
+        named = ", ".join([*entries, *([f"**{extra}"] if extra else [])])
         names = ", ".join(var.split(":")[0].split("#")[0].strip() for var in free_vars)
         return (
             f"def forward{self._head()}{maybe_return_annotation}:\n"
-            f"    _name, _value = _call.inputs({{{named}}}, {rest or '()'}, {extra or '{}'})\n"
+            f"    _name, _value = _call.inputs({{{named}}}, {rest!r}, {rest or '()'})\n"
             f"    {names}, = fx_pytree.tree_flatten_spec((_name, _value), self._in_spec)\n"
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -58,18 +58,6 @@ class Size:
         )
 
 
-def _symints(value: Any) -> Iterator[torch.SymInt]:
-    if isinstance(value, torch.SymInt):
-        yield value
-    elif isinstance(value, torch.Tensor):
-        for size in value.shape:
-            if isinstance(size, torch.SymInt):
-                yield size
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _symints(item)
-
-
 def is_dynamic(size: object) -> TypeGuard[torch.SymInt]:
     """Whether a recorded size varies from call to call; a symbol that the capture has settled does not."""
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
@@ -98,7 +86,8 @@ class Sizes:
         for node in module.graph.nodes:
             recorded = node.meta.get("val")
             if node.op == "placeholder":
-                for size in _symints(recorded):
+                sizes = recorded.shape if isinstance(recorded, torch.Tensor) else (recorded,)
+                for size in (size for size in sizes if isinstance(size, torch.SymInt)):
                     self._assign(size)
             elif isinstance(recorded, torch.SymInt):
                 counted[id(recorded.node.shape_env)] = recorded.node.shape_env

@@ -70,19 +70,15 @@ def _told_to_parts(model: nn.Module, flags: dict[str, Any]) -> Iterator[None]:
         for name in ("use_cache", "output_attentions", "output_hidden_states")
         if flags.get(name) is not None
     }
-    before: list[tuple[Any, str, Any]] = []
-    try:
+    with contextlib.ExitStack() as stack:
         for config in configs.values():
             for name, value in asked.items():
                 # An encoder keeps no cache, whoever asks.
                 caches = name != "use_cache" or not value or getattr(config, "is_decoder", False)
                 if caches and hasattr(config, name):
-                    before.append((config, name, getattr(config, name)))
+                    stack.callback(setattr, config, name, getattr(config, name))
                     setattr(config, name, value)
         yield
-    finally:
-        for config, name, value in before:
-            setattr(config, name, value)
 
 
 def cached_dims(kwargs: dict[str, Any]) -> dict[str, Any]:

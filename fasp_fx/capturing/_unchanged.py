@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,50 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ..base._tensors import storage_of
 from ..base._undisturbed import drawing_alike
-from ..base.compat import OpOverload, TorchDispatchMode, pytree
-from ._signature import is_plain
+from ..base.compat import pytree
+from ._signature import PLAIN
 
-_CONTAINERS = (list, dict, set)
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
-
-
-class Changed(dict[nn.Module, set[str]]):
-    """The attributes of each module that its forward has set.
-
-    Left out are those of torch's own hooks, which compute a weight, and the lists in which torch's recurrent
-    modules keep their parameters: they are made anew where an exporter has put stand-ins for the parameters.
-    """
-
-    def note(self, module: nn.Module, names: set[str]) -> None:
-        """Add the changed attributes of one module."""
-        if isinstance(module, nn.RNNBase):
-            names = names - {"_flat_weights", "_flat_weight_refs"}
-        hooks = [hook for hook in module._forward_pre_hooks.values() if of_torch(hook)]
-        names = {
-            name
-            for name in names
-            if not any(
-                name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)) for hook in hooks
-            )
-        }
-        if names:
-            self[module] = names
-
-    def names(self, model: nn.Module) -> list[str]:
-        """The dotted names of the attributes."""
-        return [
-            f"{path}.{name}" if path else name
-            for path, module in model.named_modules()
-            for name in sorted(self.get(module, ()))
-        ]
+#: kinds of attributes that can be changed without being set
+_CONTAINERS = (list, dict, set, OrderedDict)
 
 
 def of_torch(hook: Any) -> bool:
@@ -66,115 +29,82 @@ def of_torch(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("torch.nn.utils.")
 
 
+def _set_by_torch(module: nn.Module) -> set[str]:
+    """Attributes that torch itself sets in forward: those of its own hooks, which compute a weight, and the
+    lists in which recurrent modules keep their parameters, made anew where an exporter has put stand-ins.
+    """
+    names = {"_flat_weights", "_flat_weight_refs"} if isinstance(module, nn.RNNBase) else set()
+    for hook in filter(of_torch, module._forward_pre_hooks.values()):
+        names |= {getattr(hook, "name", ""), getattr(hook, "_tensor_name", "")}
+    return names
+
+
 @contextlib.contextmanager
-def unchanged(model: Any) -> Iterator[Changed]:
-    """Put attributes and hooks of a model and its submodules back as they were, and the values of tensors
-    that are plain attributes.
+def unchanged(model: Any) -> Iterator[list[str]]:
+    """Put the attributes of a model and its submodules back as they were, with what is in their lists, dicts
+    and sets (buffers and hooks among them), and the values of tensors that are plain attributes.
 
     Afterwards, what is yielded names the attributes that had changed.
     """
     saved = []
-    for module in model.modules() if isinstance(model, nn.Module) else ():
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, torch.jit.ScriptModule):
             continue  # cannot be captured, and keeps its attributes elsewhere
-        own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        contents = {name: copy.copy(value) for name, value in own.items() if type(value) in _CONTAINERS}
+        held = dict(vars(module))
+        contents = {name: copy.copy(value) for name, value in held.items() if type(value) in _CONTAINERS}
+        own = {name: value for name, value in held.items() if not name.startswith("_")}
         values = _values(leaf for leaf in pytree.tree_leaves(own) if isinstance(leaf, Tensor))
-        hooks = {name: dict(vars(module)[name]) for name in _HOOKS if name in vars(module)}
-        saved.append((module, dict(vars(module)), dict(module._buffers), contents, values, hooks))
-    changed = Changed()
+        saved.append((path, module, held, contents, values))
+    changed: list[str] = []
     try:
         yield changed
     finally:
-        for module, attributes, buffers, contents, values, hooks in saved:
-            changed.note(module, _put_back(vars(module), attributes, contents))
+        for path, module, held, contents, values in saved:
+            now, before = vars(module), {**held, **contents}
+            names = {**held, **now}.keys() - vars(nn.Module()).keys() - _set_by_torch(module)
+            same = {name for name in names & now.keys() & held.keys() if _is_same(now[name], before[name])}
+            changed += [f"{path}.{name}" if path else name for name in sorted(names - same)]
+            now.clear()
+            now.update(held)
+            for name, content in contents.items():
+                value = held[name]
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(content)
             _write_back(values)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            for (
-                name,
-                held,
-            ) in hooks.items():  # some models hook themselves when they are first asked for hidden states
-                if vars(module)[name].keys() != held.keys():
-                    vars(module)[name].clear()
-                    vars(module)[name].update(held)
 
 
-def _put_back(own: dict[str, Any], attributes: dict[str, Any], contents: dict[str, Any]) -> set[str]:
-    """Restore attributes, and what is in the plain containers among them."""
-    changed = {name for name in own if name not in attributes}
-    for name in changed:
-        del own[name]
-    for name, value in attributes.items():
-        if name not in own or own[name] is not value:
-            if name not in own or not _same_plain(own[name], contents.get(name, value)):
-                changed.add(name)
-            own[name] = value
-    for name, content in contents.items():
-        value = attributes[name]
-        if len(value) != len(content) or any(a is not b for a, b in zip(_items(value), _items(content))):
-            changed.add(name)
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(content)
-    return changed
-
-
-def _same_plain(a: Any, b: Any) -> bool:
-    """Whether two constants are equal; exporters put back tuples, lists and dicts as equal copies."""
-    if type(a) is type(b) and type(a) in (tuple, list, dict):
-        return len(a) == len(b) and all(x is y or _same_plain(x, y) for x, y in zip(_items(a), _items(b)))
-    return is_plain(a) and type(a) is type(b) and a == b
-
-
-def _items(container: Any) -> list[Any]:
-    """What a container holds, a dict its keys first."""
-    return [*container, *container.values()] if isinstance(container, dict) else list(container)
+def _is_same(value: Any, before: Any) -> bool:
+    """Whether an attribute is what it was; exporters put back tuples, lists and dicts as equal copies."""
+    if type(value) is type(before) and isinstance(value, (tuple, list, dict)):
+        items, others = (
+            [*one, *one.values()] if isinstance(one, dict) else list(one) for one in (value, before)
+        )
+        return len(items) == len(others) and all(map(_is_same, items, others))
+    return value is before or (
+        type(value) is type(before) and isinstance(value, (set, *PLAIN)) and value == before
+    )
 
 
 @contextlib.contextmanager
-def rewound(model: nn.Module, written: Iterable[str] = ()) -> Iterator[Changed]:
+def rewound(model: nn.Module, written: Iterable[str] = ()) -> Iterator[list[str]]:
     """As :func:`unchanged`, and put back the values of buffers and the state of the random numbers, which
-    start from zero inside.
+    start from zero inside, and those of embeddings that are scaled as they are looked up (``max_norm``).
 
     Args:
         model: the module that runs inside.
-        written: the names of parameters that its forward writes into (an embedding with ``max_norm``, say),
-            whose values are put back too.
+        written: the names of other parameters that its forward writes into.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    values = _values([*model.buffers(), *(parameters[name] for name in written if name in parameters)])
+    lookups = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
+    scaled = [module.weight for module in lookups if module.max_norm is not None]
+    values = _values(
+        [*model.buffers(), *scaled, *(parameters[name] for name in written if name in parameters)]
+    )
     try:
         with unchanged(model) as changed, drawing_alike((*model.parameters(), *model.buffers())):
             yield changed
     finally:
         _write_back(values)
-
-
-class _PuttingBack(TorchDispatchMode):
-    """Afterwards, what operators have written into some tensors is as it was.
-
-    Args:
-        tensors: of which only those are copied that are written into.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._own, self._before = {storage_of(tensor): tensor for tensor in tensors}, dict[object, Tensor]()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        for argument, given in zip(func._schema.arguments if isinstance(func, OpOverload) else (), args):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and (key := storage_of(given)) in self._own and key not in self._before:
-                self._before[key] = self._own[key].detach().clone()
-        return func(*args, **(kwargs or {}))
-
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
-        _write_back([(self._own[key].detach(), value) for key, value in self._before.items()])
 
 
 def run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -183,12 +113,7 @@ def run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
     The model and the arguments stay as they are.
     """
-    with (
-        torch.no_grad(),
-        rewound(model),
-        torch.compiler.set_stance("force_eager"),  # what a model compiles is not compiled under a mode
-        _PuttingBack(model.parameters()),
-    ):
+    with torch.no_grad(), rewound(model), torch.compiler.set_stance("force_eager"):
         model(*copied(args), **copied(kwargs))
 
 

@@ -1,27 +1,28 @@
-"""The command line: ``fasp-fx prune | recover | inspect | eval``."""
+"""The command line: ``fasp-fx prune | recover | inspect | eval``. Options of ``prune`` that say how to prune
+are those of :class:`fasp_fx.PruningConfig`.
+"""
 
 from __future__ import annotations
 
-import json
+import inspect
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from torch import Tensor
 
+from ..allocation.budgets import KINDS
 from ..base._version import __version__
 from ..errors import ArgumentError
 from ..pruning.config import PruningConfig
 from ..training.recovery import DistillationConfig
 from . import _models
-from ._console import CAPTURING, USAGE, Stages, console, groups_json, groups_table, say, session, table
-from ._options import check_path, check_text, named_as_options, option, read_options, with_pruning_options
+from ._console import CAPTURING, USAGE, console, groups_table, say, session, table
 from ._text import Texts, read_chunks
-from .evaluation import perplexity, task_manager, tasks
+from .evaluation import perplexity
 
 app = typer.Typer(
     name="fasp-fx",
@@ -34,14 +35,30 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def option(text: str, *flags: str, more: bool = True, **settings: Any) -> Any:
+    """An option as typer wants it. Its text says the default.
+
+    Args:
+        more: it stands under a heading of its own, as what few people need does.
+    """
+    make: Any = typer.Option
+    heading = "More" if more else None
+    return make(*flags, help=text, show_default=False, rich_help_panel=heading, **settings)
+
+
+#: a file to read, which is looked for before anything else is done
+FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "metavar": "FILE"}
 MODEL = "A model folder, a hub id or a .gguf file; anything AutoModelForCausalLM loads."
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Out = Annotated[Path, option("The folder to write; it must not exist yet.", more=False)]
 Device = Annotated[
     str | None,
     option("Where to work, such as cpu or cuda:1. Default: the accelerator if there is one.", more=False),
 ]
-Dtype = Annotated[DtypeName, option("auto, the default: the dtype that the model was stored in.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    option("auto, the default: the dtype that the model was stored in."),
+]
 Html = Annotated[
     Path | None,
     option(
@@ -54,18 +71,15 @@ Checkpoint = Annotated[
     Path | None, option("Keep the state of the work here; the same command goes on from it.", metavar="DIR")
 ]
 Overwrite = Annotated[bool, option("Replace an earlier result at --out, and nothing else.", "--overwrite")]
-Length = Annotated[
-    int | None,
-    option("Tokens per chunk. Default: 1024 of a file, 256 of 'self'.", min=2),
-]
+Length = Annotated[int | None, option("Tokens per chunk. Default: 1024 of a file, 256 of 'self'.", min=2)]
 EvalBatches = Annotated[int, option("Chunks of text to measure perplexity on. Default: 8.", min=1)]
 Text = Annotated[
     Path | None,
     option(
         "Measure perplexity on this text file; chunks that calibrate or train are left out. By default, what"
         " these leave of their own.",
-        metavar="FILE",
         more=False,
+        **FILE,
     ),
 ]
 Seed = Annotated[
@@ -73,7 +87,79 @@ Seed = Annotated[
     # torch takes no other for a seed
     option("Seed of the model's text, and of the order of training. Default: 0.", min=0, max=2**63 - 1),
 ]
-Json = Annotated[bool, option("Print JSON.", "--json", more=False)]
+
+#: options of a pruning that stand among the first
+COMMON = ("sparsity", "quality")
+#: budgets that an option asks for, with what it may be given
+BUDGETS = {
+    "parameters": "of the parameters: 0.8, 80%, 100M",
+    "macs": "of the multiply-accumulates of a few tokens: 0.7",
+    "bytes": "of the weights' bytes: 400MB",
+    "cache_bytes": "of the cache's bytes per token of one sequence: 0.5",
+}
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|(?:[kmgt]i?)?b?)", re.IGNORECASE)
+
+
+def with_pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of a pruning in the place of its last parameter, ``**given``."""
+    kinds: dict[str, Any] = {}
+    for each in fields(PruningConfig):
+        form, text = each.metadata["form"], each.metadata["text"]
+        if form is not None:
+            kinds[each.name] = Annotated[form | None, option(text, more=each.name not in COMMON)]
+    for name, text in BUDGETS.items():
+        kinds[name] = Annotated[str | None, option(f"A budget: how much may stay {text}.", metavar="AMOUNT")]
+    made = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in kinds.items()
+    ]
+    *own, _ = inspect.signature(command, eval_str=True).parameters.values()
+    command.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
+    return command
+
+
+def read_options(file: Path | None, given: Mapping[str, Any]) -> tuple[PruningConfig | None, dict[str, Any]]:
+    """What was given of the options of a pruning.
+
+    Args:
+        file: a configuration as :meth:`fasp_fx.PruningConfig.to_json` writes it.
+        given: by the names of parameters; ``None`` or nothing in a list: not given.
+
+    Returns:
+        The configuration of the file, and the options that stand in the place of its own.
+
+    Raises:
+        FaspError: an option is out of range, or conflicts with another.
+    """
+    options = {name: value for name, value in given.items() if value not in (None, [])}
+    caps = {name.replace("_", "-"): options.pop(name) for name in BUDGETS if name in options}
+    if caps:
+        options["budget"] = tuple(KINDS[name](read_amount(f"--{name}", caps[name])) for name in caps)
+    if "restore" in options:
+        options["restore"] = "least-squares" if options["restore"] else None
+    config = None if file is None else PruningConfig.from_json(file.read_text(encoding="utf-8"))
+    PruningConfig.of(config, options)
+    return config, options
+
+
+def read_amount(option: str, text: str) -> float:
+    """An amount as people type it. A share in (0, 1], such as 0.8 or 80%, is a float; others are an int,
+    where K, M, G and T are powers of 1000, Ki, Mi … of 1024, and B says bytes.
+
+    Raises:
+        ArgumentError: the text is neither; names the option.
+    """
+    match = _AMOUNT.fullmatch(text.strip())
+    number, unit = match.groups() if match else ("0", "")
+    is_whole = unit not in ("", "%") or ("." not in number and not unit)
+    power = "bkmgt".find(unit[:1].lower()) if is_whole and unit else 0
+    value = float(number) * (1024 if "i" in unit.lower() else 1000) ** power / (100 if unit == "%" else 1)
+    if not value or (value < 1 if is_whole else value > 1):
+        raise ArgumentError(
+            f"{option} '{text:.40}' is no amount; give a share in (0, 1], such as 0.8 or 80%, or how much may"
+            " stay, such as 100M"
+        )
+    return int(value) if is_whole else value
 
 
 @app.callback(invoke_without_command=True)
@@ -132,8 +218,8 @@ def prune(
         option(
             "Options from a file, as PruningConfig.to_json() writes them; those given here stand in the place"
             " of its own.",
-            metavar="FILE.json",
             more=False,
+            **FILE,
         ),
     ] = None,
     device: Device = None,
@@ -207,8 +293,7 @@ def prune(
             html=html,
             checkpoint=checkpoint,
             dry_run=dry_run,
-            stream=stream,
-            scratch=scratch,
+            scratch=scratch or (out.absolute().parent if stream else None),
         )
 
 
@@ -254,12 +339,8 @@ def recover(
         float, option("The highest; it rises at first and falls to zero. Default: 3e-5.", more=False)
     ] = DistillationConfig.learning_rate,
     train: Annotated[
-        Literal["all", "vectors", "low-rank"],
-        option(
-            "all weights, the default; vectors: biases and gains of norms; low-rank: products of narrow"
-            " matrices.",
-            more=False,
-        ),
+        Literal["all", "low-rank"],
+        option("all weights, the default, or low-rank: products of narrow matrices.", more=False),
     ] = "all",
     rank: Annotated[
         int, option("Columns of the matrices of --train low-rank. Default: 16.", min=1)
@@ -292,25 +373,15 @@ def recover(
         from . import _prune
 
         texts = _texts(data, batches, batches, text, eval_batches, length, seed, "training")
-        with named_as_options(DistillationConfig):
-            config = DistillationConfig(
-                epochs=epochs, learning_rate=learning_rate, train=train, rank=rank, seed=seed
-            )
+        config = DistillationConfig(
+            epochs=epochs, learning_rate=learning_rate, train=train, rank=rank, seed=seed
+        )
         _prune.recover_and_save(folder, dense, out, texts, config, checkpoint, device, overwrite, stages)
 
 
-@app.command()
-def inspect(
+@app.command("inspect")
+def show_groups(
     model: Annotated[str, typer.Argument(help=f"{MODEL[:-1]}, or a folder that `fasp-fx prune` wrote.")],
-    as_json: Json = False,
-    every: Annotated[
-        bool,
-        option(
-            "One row for every group, with full names, instead of one for all identical layers.",
-            "--all",
-            more=False,
-        ),
-    ] = False,
     granularity: Annotated[
         list[str] | None,
         option("What goes as one: channel, the default, head or expert; may be given again.", more=False),
@@ -332,8 +403,7 @@ def inspect(
     shown.
 
     Of a folder that `prune` wrote, the report of that pruning is shown. With `--html FILE` the same goes to a
-    page with a graph of the groups, a chart of the widths and a table that sorts. With `--json` names,
-    dimensions and index ranges `[first, last + 1]` of every group are printed.
+    page with a graph of the groups, a chart of the widths and a table that sorts.
 
     Example: `fasp-fx inspect HuggingFaceTB/SmolLM2-135M`
     """
@@ -344,25 +414,18 @@ def inspect(
         from ..storage._folder import is_save, kind_of, read_text
 
         if html is not None:
-            check_path("--html", html)
             check_page(html)
-        asked = bool(granularity or include)  # a plain folder holds a model like any other
-        is_saved, folder = _models.is_saved(model), Path(model)
-        if is_saved and asked:
-            raise ArgumentError(
-                f"'{model}' was pruned already, so --granularity and --include change nothing in its report;"
-                " leave them out"
-            )
-        if is_saved or (not asked and is_save(folder, "plain")):
+        folder = Path(model)
+        if _models.is_saved(model) or is_save(folder, "plain"):
             kind_of(folder)  # which refuses another version
             report = Report.from_json(read_text(folder / "report.json"))
             if html is not None:
                 write_page(report, f"{folder.resolve().name}, {report.sparsity:.0%} removed", html)
-            say(report.to_json() if as_json else str(report), keep="\n")
+            say(str(report), keep="\n")
             return
         _models.quieten()
         stages.begin("reading the configuration")
-        empty = _models.load_empty(_models.Source.of(model))
+        empty = _models.load_empty(model)
         stages.begin(CAPTURING)
         example = {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False}
         analysis = analyze(
@@ -371,10 +434,7 @@ def inspect(
         stages.end()
         if html is not None:
             write_page(analysis, model, html)
-        if as_json:
-            say(json.dumps(groups_json(model, analysis)))
-            return
-        console().print(groups_table(analysis, every=every))
+        console().print(groups_table(analysis))
         for line in (
             f"at most {analysis.max_sparsity:.1%} of the linear weights of {counted(analysis.include)} can be"
             " removed",
@@ -393,102 +453,30 @@ def evaluate(
         list[str],
         typer.Argument(metavar="MODEL [OTHER ...]", help=f"{MODEL} Or what `fasp-fx prune` wrote."),
     ],
-    text: Annotated[
-        Path | None, option("Measure perplexity on this text file.", metavar="FILE", more=False)
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        option(
-            "A task of lm-eval, or a YAML file that describes one; may be given again.",
-            metavar="NAME|FILE.yaml",
-            more=False,
-        ),
-    ] = None,
+    text: Annotated[Path, option("The text file to measure on.", more=False, **FILE)],
     length: Annotated[int, option("Tokens per chunk of text. Default: 1024.", min=2, more=False)] = 1024,
     chunks: Annotated[
-        str | None,
+        str,
         option("Only chunks A to B - 1 of the text. Default: all.", metavar="A:B", more=False),
-    ] = None,
-    limit: Annotated[
-        int | None, option("Only so many examples of each task. Default: all.", min=1, more=False)
-    ] = None,
-    batch_size: Annotated[
-        int, option("Texts per call of the model in tasks. Default: 8.", min=1, more=False)
-    ] = 8,
-    as_json: Json = False,
+    ] = ":",
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Measure perplexity and zero-shot tasks of dense and pruned language models, side by side.
+    """Measure perplexity of dense and pruned language models, side by side.
 
-    Perplexity: the file is tokenised whole, without special tokens, and cut into consecutive chunks; each
-    chunk's predictions count alike.
+    The file is tokenised whole, without special tokens, and cut into consecutive chunks; each chunk's
+    predictions count alike.
 
-    Tasks run through EleutherAI's lm-evaluation-harness (`pip install "fasp_fx[eval]"`). Those it knows by
-    name take their data from the Hugging Face hub; a YAML file may describe one over files of your own.
-
-    Example: `fasp-fx eval model.gguf small --text wiki.txt --chunks 100:140 --task arc_challenge --limit 200`
+    Example: `fasp-fx eval model.gguf small --text wiki.txt --chunks 100:140`
     """
     with session() as stages:
-        evaluate_models(
-            models, text, task or (), length, chunks, limit, batch_size, as_json, device, dtype, stages
-        )
-
-
-def evaluate_models(
-    models: Sequence[str],
-    text: Path | None,
-    task: Sequence[str],
-    length: int,
-    chunks: str | None,
-    limit: int | None,
-    batch_size: int,
-    as_json: bool,
-    device: str | None,
-    dtype: str,
-    stages: Stages,
-) -> None:
-    """Do what the command says, as its help describes it.
-
-    Raises:
-        FaspError: it cannot be met.
-    """
-    if text is None and not task:
-        raise ArgumentError(
-            "there is nothing to measure; give a text file with --text, or a task with --task"
-        )
-    check_text("--text", text)
-    for name in task:
-        check_path("--task", name)
-    chosen = read_range(chunks)
-    for index, model in enumerate(models):
-        if model in models[:index]:
-            raise ArgumentError(f"the model '{model}' is named twice; name each once")
-        if not _models.is_saved(model):
-            _models.Source.of(model)
-        elif dtype != "auto":
-            raise ArgumentError(
-                "--dtype does not apply to a pruned model: it was chosen when the model was pruned"
-            )
-    _models.quieten()
-    where = _models.find_device(device)
-    if task:
-        stages.begin("reading the tasks")
-        task_manager(tuple(task))
-    entries: list[dict[str, Any]] = []
-    texts: list[Tensor] = []
-    for model in models:  # one is in memory at a time
-        stages.begin(f"loading {model}")
-        if _models.is_saved(model):
-            pruned = _models.load_pruned(Path(model), where)
-            module, tokenizer = pruned.model, pruned.tokenizer
-        else:
-            source = _models.Source.of(model)
-            tokenizer = _models.load_tokenizer(source)
-            module = _models.load_model(source, dtype=dtype, device=where)
-        entry: dict[str, Any] = {"model": model}
-        if text is not None:
-            stages.begin("reading the text")
+        chosen = read_range(chunks)
+        _models.quieten()
+        where = _models.find_device(device)
+        texts, values, what = [], [], ""
+        for model in models:  # one is in memory at a time
+            stages.begin(f"loading {model}")
+            module, tokenizer = _models.load_any(model, where, dtype)
             tokens = read_chunks(text, tokenizer, length)
             numbers = range(len(tokens))[chosen]
             if not numbers:
@@ -496,63 +484,27 @@ def evaluate_models(
                     f"the range {chunks} holds none of the {len(tokens)} chunks of the text; chunks are 0 to"
                     f" {len(tokens) - 1}"
                 )
-            texts.append(tokens[chosen])
             _models.check_length(module, length)
             _models.check_tokens(module, tokens, f"'{text}'")
             stages.begin(f"measuring perplexity of {model} on {len(numbers)} chunks", measured=True)
-            entry["perplexity"] = perplexity(module, texts[-1], progress=stages.update)
-            entry["chunks"] = [numbers.start, numbers.stop]
-        if task:
-            stages.begin(f"scoring the tasks of {model}")
-            stages.end()  # lm-eval shows its own progress
-            scores = tasks(module, tokenizer, task, limit=limit, batch_size=batch_size)
-            entry["tasks"] = [asdict(score) for score in scores]
-        entries.append(entry)
-    stages.end()
-    different = "the models cut the text into different tokens, so their perplexities cannot be compared"
-    notes = [] if all(torch.equal(one, texts[0]) for one in texts) else [different]
-    if as_json:
-        source_of = None if text is None else {"file": str(text), "length": length}
-        data = {"text": source_of, "limit": limit, "models": entries, "notes": notes}
-        # What is infinite or no number becomes nothing, since JSON cannot say it.
-        typer.echo(json.dumps(json.loads(json.dumps(data), parse_constant=lambda name: None)))
-        return
-    rows = _rows(entries, "" if text is None else f"of {text.name}", length)
-    if len(models) == 1:
-        for what, value, _ in rows:
-            say(what.replace(" on ", f" {value} on ", 1))
-    else:
-        names = [Path(model).name or model for model in models]
-        shown = [model if names.count(name) > 1 else name for model, name in zip(models, names)]
-        console().print(table(["", *shown, "change" if len(models) == 2 else "first to last"], rows))
-    for note in notes:
-        say(f"note: {note}")
+            values.append(perplexity(module, tokens[chosen], progress=stages.update))
+            texts.append(tokens[chosen])
+            size = f"({len(numbers)} x {length} tokens)"
+            what = f"perplexity on chunks {numbers[0]} to {numbers[-1]} of {text.name} {size}"
+        stages.end()
+        row = [what, *(f"{value:.4f}" for value in values), f"{values[-1] / values[0] - 1:+.1%}"]
+        console().print(table(["", *(Path(model).name for model in models), "first to last"], [row]))
+        if not all(torch.equal(one, texts[0]) for one in texts):
+            say("note: the models cut the text into different tokens, so their figures cannot be compared")
 
 
-def read_range(text: str | None) -> slice:
-    """``"a:b"``, ``"a:"``, ``":b"`` or ``None`` as the chunks to choose.
+def read_range(text: str) -> slice:
+    """``"a:b"``, ``"a:"`` or ``":b"`` as the chunks to choose.
 
     Raises:
         ArgumentError: it does not parse.
     """
-    found = re.fullmatch(r"(-?\d*):(-?\d*)", ":" if text is None else text)
-    if found is None or "-" in found.groups():
+    found = re.fullmatch(r"(\d*):(\d*)", text)
+    if found is None:
         raise ArgumentError(f"'{text}' is not a range of chunks; write first:last+1, for example 100:140")
     return slice(*(int(end) if end else None for end in found.groups()))
-
-
-def _rows(entries: Sequence[dict[str, Any]], of: str, length: int) -> Iterator[list[str]]:
-    """What was measured on what, its value for each model, and how the last differs from the first."""
-    if "chunks" in entries[0]:
-        first, stop = entries[0]["chunks"]
-        values = [entry["perplexity"] for entry in entries]
-        what = f"perplexity on chunks {first} to {stop - 1} {of} ({stop - first} x {length} tokens)"
-        yield [what, *(f"{value:.4f}" for value in values), f"{values[-1] / values[0] - 1:+.1%}"]
-    for scores in zip(*(entry.get("tasks", ()) for entry in entries), strict=True):
-        one = scores[0]
-        errors = (f" ± {score['stderr']:.4f}" if score["stderr"] is not None else "" for score in scores)
-        yield [
-            f"{one['task']} {one['metric']} on {one['examples']} examples",
-            *(f"{score['value']:.4f}{error}" for score, error in zip(scores, errors)),
-            f"{scores[-1]['value'] - one['value']:+.4f}",
-        ]

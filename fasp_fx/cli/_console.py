@@ -14,10 +14,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..analysis._analysis import Analysis
@@ -76,17 +75,16 @@ class Stages:
             measured: the stage will report the fraction done.
         """
         self.end()
-        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}", markup=False)]
-        if measured:
-            columns += [BarColumn(), TimeRemainingColumn()]
-        silent = not self.console.is_terminal
+        bar = (BarColumn(), TimeRemainingColumn()) if measured else ()
         self._progress = Progress(
-            *columns,
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            *bar,
             console=self.console,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
-            disable=silent,
+            disable=not self.console.is_terminal,
         )
         self._name, self._began = printable(name), time.perf_counter()
         self._progress.add_task(self._name, total=1.0 if measured else None)
@@ -198,77 +196,29 @@ def short(members: Sequence[Member]) -> str:
     """The layers of these weights by their last name: ``gate_proj, up_proj``."""
     weights = (member.name.removesuffix(".weight") for member in members)
     names = dict.fromkeys(found[0] if (found := _LAYER.search(name)) else name for name in weights)
-    return _listed([name for name in names if name.removesuffix(".bias") not in names.keys() - {name}], ", ")
+    named = [name for name in names if name.removesuffix(".bias") not in names.keys() - {name}]
+    return ", ".join([*named[:SHOWN], *(["…"] if len(named) > SHOWN else [])]) or "-"
 
 
-def _listed(names: Sequence[str], between: str) -> str:
-    rest = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
-    return between.join([*names[:SHOWN], *rest]) or "-"
-
-
-def channels(group: Group) -> str:
-    """The size of a group, with its blocks if it has several: ``3 x 64``."""
-    return f"{group.blocks} x {group.width}" if group.blocks > 1 else str(group.size)
-
-
-def summary(analysis: Analysis) -> list[str]:
-    """One line per kind of group, as in ``30 x prunable 1536 gate_proj, up_proj -> down_proj``."""
-    alike = kinds(analysis.groups)
-    rows = [(str(len(groups)), groups[0].status, channels(groups[0])) for groups in alike]
-    count, status, size = (max(map(len, column), default=0) for column in zip(*rows)) if rows else (0, 0, 0)
-    return [
-        f"{row[0]:>{count}} x {row[1]:<{status}} {row[2]:>{size}}  {short(one.producers)} ->"
-        f" {short(one.consumers)}" + (f"  ({one.reason})" if one.reason else "")
-        for row, (one, *_) in zip(rows, alike)
-    ]
-
-
-def groups_table(analysis: Analysis, *, every: bool) -> Table:
-    """All groups; those of the same kind in one row unless ``every`` is set."""
-
-    def row(group: Group) -> list[str]:
-        shown = [
-            _listed([*map(str, members)], "\n") if every else short(members)
-            for members in (group.producers, group.consumers)
-        ]
-        return [group.status, channels(group), *shown, group.reason]
-
-    headings = ["status", "channels", "lose rows", "lose columns", "why"]
-    title = f"{len(analysis.groups)} coupled groups"
-    if every:
-        return table(headings, map(row, analysis.groups), title=title, left=5)
-    rows = ([str(len(groups)), *row(groups[0])] for groups in kinds(analysis.groups))
-    return table(["groups", *headings], rows, title=title, left=6)
-
-
-def groups_json(model: str, analysis: Analysis) -> dict[str, Any]:
-    """Everything about the groups as plain data; index ranges are ``[first, last + 1]``."""
-    plain = ("name", "status", "granularity", "reason", "size", "blocks")
-    return {
-        "model": model,
-        "max_sparsity": analysis.max_sparsity,
-        "groups": [
-            {name: getattr(group, name) for name in plain}
-            | {
-                role: [_member(member) for member in getattr(group, role)]
-                for role in ("producers", "consumers")
-            }
-            for group in analysis.groups
-        ],
-        "operators_without_rule": dict(analysis.without_rule),
-        "notes": list(analysis.program.notes),
-    }
-
-
-def _member(member: Member) -> dict[str, Any]:
-    values = np.array(sorted(member.indices), dtype=np.int64)
-    runs = np.split(values, np.nonzero(np.diff(values) != 1)[0] + 1) if len(values) else []
-    return {
-        "name": member.name,
-        "dim": member.dim,
-        "size": member.size,
-        "ranges": [[int(run[0]), int(run[-1]) + 1] for run in runs],
-    }
+def groups_table(analysis: Analysis) -> Table:
+    """All groups; those of the same kind in one row."""
+    return table(
+        ["groups", "status", "channels", "lose rows", "lose columns", "why"],
+        (
+            [
+                str(len(alike)),
+                one.status,
+                f"{one.blocks} x {one.width}" if one.blocks > 1 else str(one.size),
+                short(one.producers),
+                short(one.consumers),
+                one.reason,
+            ]
+            for alike in kinds(analysis.groups)
+            for one in alike[:1]
+        ),
+        title=f"{len(analysis.groups)} coupled groups",
+        left=6,
+    )
 
 
 def figures_table(rows: Sequence[Figure]) -> Table:

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..allocation.budgets import CacheBytes
 from ..analysis._analysis import Analysis
 from ..base._offload import RESIDENT, offload
 from ..base._tolerable import tolerable
@@ -32,11 +31,10 @@ from ..pruning._prune import analyze
 from ..pruning.config import PruningConfig
 from ..pruning.report import Figure
 from ..pruning.report import counted as counted_weights
-from ..storage._run_folder import refuse_other
+from ..storage._folder import new_save, refuse_other
 from ..training.recovery import DistillationConfig, distil
 from . import _models
-from ._console import CAPTURING, Stages, console, figures_table, process, say, summary
-from ._options import check_target
+from ._console import CAPTURING, Stages, console, figures_table, groups_table, process, say
 from ._text import Texts
 from .evaluation import latency, perplexity
 
@@ -128,16 +126,15 @@ def forecast(
 
 
 def say_needs(
-    source: _models.Source,
+    model: str,
     config: PruningConfig,
     heads_asked: bool | None,
-    batches: int,
-    length: int,
+    texts: Texts,
     dtype: str,
     device: torch.device,
     stages: Stages,
 ) -> None:
-    """Say what it would take to prune a model on so many batches of one text of so many tokens.
+    """Say what it would take to prune a model on batches of one text each.
 
     Args:
         heads_asked: of a plain checkpoint, as for :func:`fasp_fx.hf._plain.plain_config`; ``None``: no plain
@@ -148,32 +145,25 @@ def say_needs(
         FaspError: the model cannot be analysed, or not be pruned as asked for.
     """
     stages.begin("reading the configuration")
-    empty = _models.load_empty(source)
-    _models.check_length(empty, length)
+    empty: Any = _models.load_empty(model)
+    _models.check_length(empty, texts.length)
     if heads_asked is not None:
         config = plain_config(empty, config, heads_asked)[2]
     stages.begin(CAPTURING)
-    example = {"input_ids": torch.zeros(1, length, dtype=torch.long), "use_cache": False}
+    example = {"input_ids": torch.zeros(1, texts.length, dtype=torch.long), "use_cache": False}
     analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
     budget = budget_for(config, analysis.chosen, lambda cap: counted(analysis, cap))
     check_request(Method.of(config), budget, analysis.groups)
-    found = forecast(analysis, config, batches, dtype=_models.dtype_of(empty, dtype))
+    kind = empty.dtype if dtype == "auto" else getattr(torch, dtype)
+    found = forecast(analysis, config, texts.batches if texts.used is None else len(texts.used), dtype=kind)
     stages.end()
     there, streamed = psutil.virtual_memory().available + found.base, found.streamed(RESIDENT)
     say(
         f"memory: {found.peak / _GIB:.1f} GiB at most, or {streamed / _GIB:.1f} GiB with --stream and"
         f" {found.disk / _GIB:.1f} GiB of disk; {there / _GIB:.1f} GiB can be had"
     )
-    say(
-        f"of that {found.weights / _GIB:.1f} GiB dense weights, {found.pruned / _GIB:.1f} pruned,"
-        f" {(found.waiting + found.running) / _GIB:.1f} activations, {found.matrices / _GIB:.1f} Gram"
-        f" matrices, {found.solving / _GIB:.1f} for the repair of one weight"
-    )
     if device.type != "cpu":
         say(f"with --stream, {found.on_device / _GIB:.1f} GiB of that on '{device}'")
-    if found.peak > there:
-        less = "not with --stream either: use fewer or shorter --batches"
-        say(f"it does not fit: {'pass --stream' if streamed <= there else less}")
 
 
 #: tokens of a step of training, and of each text of it, as far as whole chunks allow: for as many tokens,
@@ -217,13 +207,6 @@ def measure(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> tuple[F
     )
 
 
-def save(result: Pruned, out: Path, overwrite: bool, stages: Stages) -> None:
-    """Write a folder, whole or not at all."""
-    stages.begin("saving")
-    result.save_pretrained(out, overwrite=overwrite)
-    stages.end()
-
-
 def show(result: Pruned, out: Path) -> None:
     """Print what was saved in a folder: figures, notes, and how to load it."""
     report = result.report
@@ -244,6 +227,27 @@ def show(result: Pruned, out: Path) -> None:
         say(line)
 
 
+def check_target(out: Path, *, overwrite: bool, plain: bool) -> None:
+    """Refuse a folder that could not be written later.
+
+    Raises:
+        StoreError: something is there that must not be replaced, or the folder cannot be made.
+    """
+    with new_save(out.absolute(), "plain" if plain else "hf", overwrite=overwrite, keep=False):
+        pass
+
+
+@contextmanager
+def saving(out: Path, overwrite: bool, stages: Stages, made: list[Pruned]) -> Iterator[None]:
+    """Save the last that was made, whole or not at all, even if it could not be improved or measured."""
+    try:
+        yield
+    finally:
+        stages.begin("saving")
+        made[-1].save_pretrained(out, overwrite=overwrite)
+        stages.end()
+
+
 def recover_and_save(
     folder: str,
     dense: str,
@@ -260,36 +264,22 @@ def recover_and_save(
     Raises:
         FaspError: it cannot be met; nothing is written then but the checkpoint.
     """
-    texts.check("--data")
-    if _models.is_saved(dense):
-        raise ArgumentError(
-            f"--dense '{dense}' is a model that was pruned; give the dense one that it was made of"
-        )
-    plain = not _models.is_saved(folder)
-    check_target(out, overwrite=overwrite, plain=plain, checkpoint=checkpoint)
+    check_target(out, overwrite=overwrite, plain=not _models.is_saved(folder))
     _models.quieten()
     where = _models.find_device(device)
-    source = _models.Source.of(dense)
     stages.begin("loading the models and the text")
-    result = _models.load_pruned(Path(folder), where)
-    texts.read(result.tokenizer, least=2)
-    dtype = next(parameter.dtype for parameter in result.model.parameters() if parameter.is_floating_point())
-    teacher = _models.load_model(source, dtype=str(dtype).removeprefix("torch."), device=where)
-    _models.check_length(teacher, texts.length)
-    texts.check_against(teacher, result.tokenizer)
+    made = [_models.load_pruned(Path(folder), where)]
+    tokenizer, pruned = made[0].tokenizer, made[0].model
+    texts.read(tokenizer)
+    teacher = _models.load_model(dense, dtype=str(pruned.dtype).removeprefix("torch."), device=where)
+    texts.check_against(teacher)
     torch.manual_seed(texts.seed)
-    texts.write(teacher, result.tokenizer, stages)
+    texts.write(teacher, tokenizer, stages)
     assert texts.used is not None
-    result = recover(result, teacher, texts.used, stages, config=config, checkpoint=checkpoint)
-    try:
-        result = result.with_report(figures=measure(teacher, result, texts, stages))
-    finally:  # what was learned is kept even if it could not be measured
-        save(result, out, overwrite, stages)
-    show(result, out)
-
-
-#: the weights, what is repaired of them, and what is left of them
-_COPIES = 2.2
+    made.append(recover(made[0], teacher, texts.used, stages, config=config, checkpoint=checkpoint))
+    with saving(out, overwrite, stages, made):
+        made.append(made[-1].with_report(figures=measure(teacher, made[-1], texts, stages)))
+    show(made[-1], out)
 
 
 def run(
@@ -308,7 +298,6 @@ def run(
     html: Path | None,
     checkpoint: Path | None,
     dry_run: bool,
-    stream: bool,
     scratch: Path | None,
 ) -> None:
     """Do what the command says, as its help describes it.
@@ -317,146 +306,85 @@ def run(
         config, options: how to prune, as :func:`fasp_fx.prune` takes them.
         texts: what to calibrate and to measure on.
         epochs: of the training that follows.
+        scratch: where the weights are kept; ``None``: in memory.
 
     Raises:
         FaspError: it cannot be met; nothing is written then.
     """
-    whole = PruningConfig.of(config, options)
-    for met, conflict in (
-        (plain and whole.budgets, "a budget cannot go with --plain, whose steps are coarse; give --sparsity"),
-        (
-            plain and (whole.include or whole.exclude),
-            "--include and --exclude cannot go with --plain: no config says what is left of such groups;"
-            " leave one of them out",
-        ),
-        (
-            epochs and texts.batches < 2,
-            "--recover needs at least two --batches, of which one is held out",
-        ),
-        (
-            epochs and stream,
+    if epochs and scratch is not None:
+        raise ArgumentError(
             "--recover trains all weights at once, which --stream avoids to hold; run fasp-fx recover"
-            " afterwards, or leave one out",
-        ),
-        (
-            scratch is not None and not stream,
-            f"--scratch {scratch} says where --stream keeps the weights; pass --stream, or leave it out",
-        ),
-        (
-            dry_run and any(isinstance(cap, CacheBytes) for cap in whole.budgets),
-            "--cache-bytes is counted of the program that generates, which --dry-run does not make; give it"
-            " --sparsity or another budget",
-        ),
-    ):
-        if met:
-            raise ArgumentError(conflict)
-    texts.check("--calibration")
-    others = {"html": html, "checkpoint": checkpoint, "scratch": scratch}
-    check_target(out, overwrite=overwrite, plain=plain, **others)
+            " afterwards, or leave one out"
+        )
+    check_target(out, overwrite=overwrite, plain=plain)
     if checkpoint is not None:
         refuse_other(checkpoint, "--checkpoint")
-    if _models.is_saved(model):
-        raise pruned_already(f"'{model}'")
+        if out.absolute() in (checkpoint.absolute(), *checkpoint.absolute().parents):
+            raise ArgumentError(f"--checkpoint '{checkpoint}' lies in --out '{out}'; give another folder")
     if html is not None:
         check_page(html)
+    if _models.is_saved(model):
+        raise pruned_already(f"'{model}'")
     _models.quieten()
-    where, source = _models.find_device(_own_device(device)), _models.Source.of(model)
+    where = _models.find_device(_own_device(device))
     torch.manual_seed(texts.seed)
     if not dry_run or texts.file is not None:
         stages.begin("loading the tokenizer and the text")
-        tokenizer = _models.load_tokenizer(source)
-        texts.read(tokenizer, least=2 if epochs else 1)
+        tokenizer = _models.load_tokenizer(model)
+        texts.read(tokenizer)
+    whole = PruningConfig.of(config, options)
     if dry_run:
-        heads = "granularity" in options if plain else None
-        batches = texts.batches if texts.used is None else len(texts.used)
-        say_needs(source, whole, heads, batches, texts.length, dtype, where, stages)
+        heads = (config is not None or "granularity" in options) if plain else None
+        say_needs(model, whole, heads, texts, dtype, where, stages)
         return
-    stream = stream or (where.type == "cpu" and not epochs and _is_too_large(source, dtype, stages))
-    folder = scratch or out.absolute().parent
-    with offload(folder, device=where) if stream else nullcontext() as kept:
+    with offload(scratch, device=where) if scratch is not None else nullcontext() as kept:
         stages.begin("loading the model")
-        dense = _models.load_model(source, dtype=dtype, device="cpu" if stream else where, scratch=kept)
-        _models.check_length(dense, texts.length)
-        texts.check_against(dense, tokenizer)
+        home = where if kept is None else "cpu"
+        dense = _models.load_model(model, dtype=dtype, device=home, scratch=kept)
+        texts.check_against(dense)
+        if whole.needs_data:
+            texts.write(dense, tokenizer, stages)
+        chunks = texts.used if whole.needs_data else None
         with _together(where) as group:
-            shared: dict[str, Any] = {"group": group, "checkpoint": checkpoint, "config": config}
-            result = _pruned(dense, tokenizer, texts, stages, plain, whole.needs_data, **shared, **options)
+            shared: dict[str, Any] = {
+                "group": group,
+                "checkpoint": checkpoint,
+                "config": config,
+                "plain": plain,
+            }
+            made = [_pruned(dense, tokenizer, chunks, stages, **shared, **options)]
         if process("RANK", 0):  # all processes have the same
             return
-        try:
+        with saving(out, overwrite, stages, made):
             texts.write(dense, tokenizer, stages)
             if epochs:
                 assert texts.used is not None
-                result = recover(result, dense, texts.used, stages, epochs=epochs, seed=texts.seed)
-            result = result.with_report(figures=measure(dense, result, texts, stages))
-        finally:  # what was pruned is kept even if it could not be recovered or measured
-            save(result, out, overwrite, stages)
+                made.append(recover(made[0], dense, texts.used, stages, epochs=epochs, seed=texts.seed))
+            made.append(made[-1].with_report(figures=measure(dense, made[-1], texts, stages)))
     if html is not None:
-        write_page(result.report, f"{source}, {result.report.sparsity:.0%} removed", html)
-    show(result, out)
+        write_page(made[-1].report, f"{model}, {made[-1].report.sparsity:.0%} removed", html)
+    show(made[-1], out)
 
 
-def _pruned(
-    model: Any,
-    tokenizer: Any,
-    texts: Texts,
-    stages: Stages,
-    plain: bool,
-    needs_data: bool,
-    **options: Any,
-) -> Pruned:
+def _pruned(model: Any, tokenizer: Any, chunks: Tensor | None, stages: Stages, **options: Any) -> Pruned:
     """What :func:`fasp_fx.hf.prune` gives, with stages for what it does."""
-    analysed: list[Analysis] = []
-
-    def batches() -> Iterator[dict[str, Any]]:
-        is_written = texts.used is None  # only when the first batch is asked for
-        texts.write(model, tokenizer, stages)
-        if not analysed:  # the first is the example that the model is captured with
-            stages.begin(CAPTURING)
-        elif is_written:
-            begin_calibrating()
-        assert texts.used is not None
-        for chunk in texts.used:
-            yield {"input_ids": chunk[None].to(next(model.parameters()).device)}
-
-    def begin_calibrating() -> None:
-        assert texts.used is not None
-        stages.begin(f"calibrating on {len(texts.used)} x {texts.length} tokens", measured=True)
+    device = next(model.parameters()).device
+    batches = None if chunks is None else [{"input_ids": chunk[None].to(device)} for chunk in chunks]
 
     def show_groups(analysis: Analysis) -> None:
         stages.end()
-        for line in summary(analysis):
-            say(line)
-        analysed.append(analysis)
-        if texts.used is not None and needs_data:
-            begin_calibrating()
+        console().print(groups_table(analysis))
+        if chunks is not None:
+            stages.begin(f"calibrating on {len(chunks)} x {chunks.shape[1]} tokens", measured=True)
 
     def calibrated(fraction: float) -> None:
         stages.update(fraction)
         if fraction >= 1:
             stages.begin("rewriting the model")
 
-    stages.begin("trying out what the config can say" if plain else CAPTURING)
-    return prune(
-        model,
-        tokenizer,
-        calibration=batches(),
-        plain=plain,
-        progress=calibrated,
-        on_analysis=show_groups,
-        **options,
-    )
-
-
-def _is_too_large(source: _models.Source, dtype: str, stages: Stages) -> bool:
-    """Whether the weights have to be kept in files; says so."""
-    needed, there = _COPIES * _models.weight_bytes(source, dtype), psutil.virtual_memory().available
-    if needed > there:
-        stages.console.print(
-            f"the model takes some {needed / 2**30:.1f} GiB, of {there / 2**30:.1f} that can be had: its"
-            " weights are kept in files, as with --stream"
-        )
-    return needed > there
+    stages.begin(CAPTURING)
+    told: dict[str, Any] = {"progress": calibrated, "on_analysis": show_groups}
+    return prune(model, tokenizer, calibration=batches, **told, **options)
 
 
 def _own_device(name: str | None) -> str | None:

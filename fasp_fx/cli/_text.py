@@ -14,8 +14,7 @@ from torch import Tensor
 from ..base._device import device_of, multiplies_bfloat16, products_in_bfloat16
 from ..errors import CalibrationError
 from ._console import Stages
-from ._models import check_tokens, vocabulary
-from ._options import check_text
+from ._models import check_length, check_tokens
 
 SAMPLED_TOGETHER = 64
 
@@ -50,23 +49,8 @@ class Texts:
             f" ({self.eval_batches} x {self.length} tokens)"
         )
 
-    def check(self, option: str) -> None:
-        """Refuse files that cannot be read.
-
-        Args:
-            option: the one that gives the file to use.
-
-        Raises:
-            FaspError: says which option and why.
-        """
-        check_text(option, self.file, "give a text file, or 'self'")
-        check_text("--text", self.text)
-
-    def read(self, tokenizer: Any, least: int = 1) -> None:
+    def read(self, tokenizer: Any) -> None:
         """Read what comes from files.
-
-        Args:
-            least: how many chunks are needed to use.
 
         Raises:
             CalibrationError: a file does not hold enough.
@@ -78,11 +62,6 @@ class Texts:
             # least a quarter.
             spare = max(len(chunks) - self.batches, len(chunks) // 4) if self.text is None else 0
             self.used = chunks[: min(self.batches, len(chunks) - spare)]
-            if len(self.used) < least:
-                raise CalibrationError(
-                    f"'{self.file}' holds a single chunk of {self.length} tokens, and training holds one out;"
-                    " give more text, or a smaller --length"
-                )
             first = len(self.used)
             if spare:
                 self._measure_on(self.file, chunks, first)
@@ -103,16 +82,15 @@ class Texts:
             f" ({len(self.evaluation)} x {self.length} tokens)"
         )
 
-    def check_against(self, model: Any, tokenizer: Any) -> None:
+    def check_against(self, model: Any) -> None:
         """Refuse text that the model does not take, and a model that does not compute.
 
         Raises:
-            CalibrationError: says why.
+            FaspError: says why.
         """
+        check_length(model, self.length)
         for use, chunks in ((f"for {self.use}", self.used), ("to measure on", self.evaluation)):
-            if chunks is None:
-                check_output(model, torch.tensor([start_token(model, tokenizer)]))
-            else:
+            if chunks is not None:
                 check_tokens(model, chunks, f"the text {use}")
                 check_output(model, chunks[0])
 
@@ -177,12 +155,12 @@ def start_token(model: Any, tokenizer: Any) -> int:
     Raises:
         CalibrationError: neither model nor tokenizer names one that the model knows.
     """
-    size = vocabulary(model)
+    size = model.config.get_text_config().vocab_size
     holders = (tokenizer, getattr(model, "generation_config", None), getattr(model, "config", None))
     named = [getattr(holder, name, None) for holder in holders for name in ("bos_token_id", "eos_token_id")]
     firsts = [token[0] if isinstance(token, list | tuple) and token else token for token in named]
     for token in firsts:
-        if isinstance(token, int) and (size is None or 0 <= token < size):
+        if isinstance(token, int) and 0 <= token < size:
             return token
     raise CalibrationError(
         "no token that begins a text of this model is named, or none that the model knows, so it cannot write"

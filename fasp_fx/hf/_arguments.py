@@ -87,16 +87,6 @@ def checked_tokens(name: str, ids: Any) -> Tensor:
     return ids
 
 
-def check_numbers(name: str, numbers: Any) -> None:
-    """Refuse anything but a tensor of integers.
-
-    Raises:
-        ArgumentError: names the argument.
-    """
-    if not isinstance(numbers, Tensor) or numbers.dtype not in _NUMBERS:
-        raise ArgumentError(f"{name} is {shown(numbers)}; pass a tensor of integers, torch.int64")
-
-
 def shown(value: Any) -> str:
     """What was given, in few words."""
     if isinstance(value, Tensor):
@@ -112,14 +102,10 @@ def mask_of(name: str, mask: Tensor | None, batch: int, length: int, like: Tenso
     """
     if mask is None:
         return torch.ones((batch, length), dtype=torch.long, device=like.device)
-    if not isinstance(mask, Tensor):
+    if not isinstance(mask, Tensor) or mask.shape != (batch, length):
         raise ArgumentError(
-            f"{name} is {shown(mask)}; pass a tensor [{batch}, {length}], zero where a token is padding"
-        )
-    if mask.shape != (batch, length):
-        raise ArgumentError(
-            f"{name} has the shape {list(mask.shape)}; it must cover every token, cached ones included:"
-            f" [{batch}, {length}]"
+            f"{name} is {shown(mask)}; it must cover every token, cached ones included, zero where one is"
+            f" padding: [{batch}, {length}]"
         )
     return mask.to(torch.long)
 
@@ -143,11 +129,10 @@ def loss_of(way: str | None, logits: Tensor, labels: Tensor | None, items: Any) 
             "labels are not served: the original model has a loss of its own, or none; leave them out and"
             " compute it from the logits"
         )
-    check_numbers("labels", labels)
-    if labels.shape != logits.shape[:2]:
+    if not isinstance(labels, Tensor) or labels.shape != logits.shape[:2] or labels.is_floating_point():
         raise ArgumentError(
-            f"labels have the shape {list(labels.shape)}, the logits speak of {list(logits.shape[:2])}"
-            " tokens; give one label per token"
+            f"labels is {shown(labels)}, the logits speak of {list(logits.shape[:2])} tokens; give one token"
+            " number for each"
         )
     try:
         return LOSSES[way](logits, labels, items)

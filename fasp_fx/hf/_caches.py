@@ -22,27 +22,16 @@ def opened(cache: Any, encoder_decoder: bool) -> Any:
     if cache is None:
         return EncoderDecoderCache(DynamicCache(), DynamicCache()) if encoder_decoder else DynamicCache()
     expected = EncoderDecoderCache if encoder_decoder else DynamicCache
-    if not isinstance(cache, expected):
+    parts = [cache]
+    if isinstance(cache, EncoderDecoderCache):
+        parts = [cache.self_attention_cache, cache.cross_attention_cache]
+    kinds = [type(layer) for part in parts for layer in getattr(part, "layers", ())]
+    if not isinstance(cache, expected) or any(kind is not DynamicLayer for kind in kinds):
         raise ArgumentError(
-            f"cache is a {type(cache).__name__}; a pruned model takes a {expected.__name__}, or none to begin"
-            " with"
+            f"cache is a {type(cache).__name__} of {', '.join(sorted({kind.__name__ for kind in kinds}))}; a"
+            f" pruned model takes a {expected.__name__} that keeps every token of every layer: make it"
+            " without a config, or pass none to begin with"
         )
-    for part in (
-        (cache.self_attention_cache, cache.cross_attention_cache)
-        if isinstance(cache, EncoderDecoderCache)
-        else (cache,)
-    ):
-        if not isinstance(part, DynamicCache) or part.offloading:
-            raise ArgumentError(
-                f"cache holds a {type(part).__name__} that is static or offloaded; a pruned model takes"
-                " DynamicCache()"
-            )
-        for layer in part.layers:
-            if type(layer) is not DynamicLayer:
-                raise ArgumentError(
-                    f"cache has a layer of the kind {type(layer).__name__}; a pruned model keeps every token"
-                    " of every layer: make it as DynamicCache(), without a config"
-                )
     return cache
 
 

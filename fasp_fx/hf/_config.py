@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..errors import StoreError
-from ..storage._config_json import LAYERS, layer_counts
-from ..storage._folder import parsing
+from ..storage._folder import LAYERS, layer_counts, parsing
 
 #: what would let transformers build a cache that the programs do not take: theirs holds every token of every
 #: layer
@@ -42,7 +41,7 @@ class PrunedConfig(PreTrainedConfig):
             behind the ``"last"`` of them.
     """
 
-    #: what ``original`` reads as, with the text that it was made of: no field, which would be saved
+    #: what ``original`` reads as: no field, which would be saved
     __slots__ = ("_read",)
 
     model_type = "fasp_fx"
@@ -92,17 +91,16 @@ def original_of(config: PrunedConfig) -> PreTrainedConfig:
     Raises:
         StoreError: it cannot be made of what was stored.
     """
-    with parsing("config.json"):
-        check_layers(config.original, LAYERS)
-        text = json.dumps(config.original, sort_keys=True)
-        held: tuple[str, Any] = getattr(config, "_read", ("", None))
-        if held[0] != text:
-            data = json.loads(text)
-            kind = data.get("model_type")
+    held: PreTrainedConfig | None = getattr(config, "_read", None)
+    if held is None:
+        with parsing("config.json"):
+            check_layers(config.original, LAYERS)
+            data: dict[str, Any] = copy.deepcopy(config.original or {})
+            kind: Any = data.get("model_type")
             known: Any = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PreTrainedConfig  # noqa: SIM401 - get() of this mapping loads nothing
-            held = (text, known.from_dict(data))
-            object.__setattr__(config, "_read", held)
-        return cast(PreTrainedConfig, held[1])
+            held = known.from_dict(data)
+        object.__setattr__(config, "_read", held)
+    return held
 
 
 def check_layers(data: Any, most: int, least: int = 0) -> None:

@@ -1,5 +1,5 @@
-"""What a model's class makes of its config, found by building it: nothing is known beforehand about any
-field.
+"""Which fields of a config shrink which coupled groups, found by building the model's class at other sizes:
+nothing is known beforehand but how transformers name the numbers of heads.
 """
 
 from __future__ import annotations
@@ -8,14 +8,16 @@ import contextlib
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from ..analysis.groups import Group
 from ..base._tolerable import tolerable
 from ..base._undisturbed import for_a_while
 from ..errors import ArgumentError, first_line
@@ -25,13 +27,11 @@ Path = tuple[str | int, ...]
 #: values to put in places of a config
 Assignment = Mapping[Path, Any]
 Shapes = dict[str, tuple[int, ...]]
+#: by how much dimensions of parameters and buffers shrink
+Losses = dict[tuple[str, int], int]
 
 #: longer lists hold no sizes of layers
 _LONGEST = 512
-#: fields that classes ask a config for which need not have them
-_ASKED = ("head_dim",)
-#: values tried for a field that is not set
-_PROBES = (16, 8)
 
 
 def written(path: Path) -> str:
@@ -51,7 +51,7 @@ class Experiments:
 
     Attributes:
         base: the config as a dictionary.
-        pins: sizes that are not set, with the values that leave every shape as it is.
+        values: what stands at each place of it.
         shapes: of the parameters and buffers that the class makes of the config, under all their names.
 
     Raises:
@@ -59,16 +59,11 @@ class Experiments:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        config = getattr(model, "config", None)
-        if not isinstance(config, PreTrainedConfig):
-            raise ArgumentError(
-                f"a plain checkpoint needs a model with a transformers config; {type(model).__name__} has"
-                " none"
-            )
+        config: Any = getattr(model, "config", None)
         self._class: Any = type(model)
-        self._config = config
+        self._config: PreTrainedConfig = config
         self.base: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-        self.pins: dict[Path, int] = {}
+        self.values = dict(_leaves(self.base))
         self._found: dict[str, Shapes | str] = {}
         found = self.build({})
         if isinstance(found, str):
@@ -84,110 +79,184 @@ class Experiments:
                     f"the config does not describe the model: '{name}' has the shape {own}, a model built"
                     f" from the config {built}; a plain checkpoint needs a model of its config's sizes"
                 )
-        inner = [(name,) for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)]
-        values = {(*place, name): None for place in ((), *inner) for name in _ASKED} | dict(
-            _leaves(self.base)
-        )
-        sizes = {path: self._effective(path) for path, value in values.items() if value is None}
-        pins = {path: size for path, size in sizes.items() if size is not None}
-        if self.build(pins) == self.shapes:  # each changes nothing, but all together may
-            self.pins = pins
 
     @property
     def name(self) -> str:
         """The name of the config's class."""
         return type(self._config).__name__
 
-    def numbers(self) -> dict[Path, int]:
-        """The integers of the config that may be sizes: positive ones, those in nested configs and lists
-        included.
+    def heads(self) -> Iterator[tuple[dict[Path, int], dict[Path, int]]]:
+        """The fields that say how many heads there are, and the size of a head, which stays: of the config
+        and of each that is nested in it.
         """
-        return {
-            path: value
-            for path, value in _leaves(self._changed(self.pins))
-            if type(value) is int and value > 0
-        }
+        configs: dict[Path, PreTrainedConfig] = {(): self._config}
+        for name, value in vars(self._config).items():
+            if isinstance(value, PreTrainedConfig):
+                configs[(name,)] = value
+        for place, config in configs.items():
+            named = ("num_attention_heads", "num_key_value_heads")
+            paths = [(*place, config.attribute_map.get(name, name)) for name in named]
+            counts = {path: self.values[path] for path in paths if type(self.values.get(path)) is int}
+            width = getattr(config, "hidden_size", None)
+            if paths[0] in counts and isinstance(width, int):
+                size = getattr(config, "head_dim", None) or width // counts[paths[0]]
+                yield counts, {(*place, config.attribute_map.get("head_dim", "head_dim")): size}
 
-    def _changed(self, values: Assignment) -> dict[str, Any]:
-        """The config as a dictionary, with other values in some places."""
+    def config(self, values: Assignment) -> PreTrainedConfig:
+        """The config with other values in some places, as it will come back from a file."""
         made = copy.deepcopy(self.base)
         for path, value in values.items():
             held: Any = made
             for step in path[:-1]:
                 held = held[step]
             held[path[-1]] = value
-        return made
-
-    def config(self, values: Assignment) -> PreTrainedConfig:
-        """The config with other values in some places, as it will come back from a file."""
-        first = type(self._config).from_dict(self._changed(values))
+        first = type(self._config).from_dict(made)
         return type(self._config).from_dict(json.loads(first.to_json_string()))
 
-    def build(self, assignment: Assignment, pins: Assignment | None = None) -> Shapes | str:
-        """The shapes that the class gives its parameters and buffers, or why it cannot be built.
-
-        Args:
-            pins: fields that are not set and get a value all the same; ``None``: all that can be sizes.
-        """
-        values = {**(self.pins if pins is None else pins), **assignment}
-        key = repr(sorted(values.items(), key=repr))
+    def build(self, assignment: Assignment) -> Shapes | str:
+        """The shapes that the class gives its parameters and buffers, or why it cannot be built."""
+        key = repr(sorted(assignment.items(), key=repr))
         if key not in self._found:
             with quiet(), torch.random.fork_rng(devices=[]):
                 try:
-                    config = self.config(values)
+                    config = self.config(assignment)
                     with torch.device("meta"):
                         made = self._class(config)
-                    self._found[key] = {name: tuple(tensor.shape) for name, tensor in named_tensors(made)}
+                    named = (
+                        made.named_parameters(remove_duplicate=False),
+                        made.named_buffers(remove_duplicate=False),
+                    )
+                    self._found[key] = {name: tuple(own.shape) for part in named for name, own in part}
                 except tolerable(Exception) as error:  # a class raises what it likes about sizes
                     self._found[key] = first_line(error)
         return self._found[key]
 
-    def losses(self, assignment: Assignment) -> dict[tuple[str, int], int] | str:
-        """By how much each dimension of each parameter and buffer shrinks, where it does; or why that cannot
-        be said.
+    def losses(self, assignment: Assignment) -> Losses | None:
+        """By how much each dimension of each parameter and buffer shrinks, where it does; ``None`` where
+        that cannot be said.
         """
         found = self.build(assignment)
-        if isinstance(found, str):
-            return found
-        if other := sorted(found.keys() ^ self.shapes.keys()):
-            return f"the model has another set of weights, '{other[0]}' for one"
-        if odd := [name for name, shape in self.shapes.items() if len(found[name]) != len(shape)]:
-            return f"'{odd[0]}' has another number of dimensions"
+        if isinstance(found, str) or found.keys() != self.shapes.keys():
+            return None
+        pairs = {name: (shape, found[name]) for name, shape in self.shapes.items()}
+        if any(len(old) != len(new) for old, new in pairs.values()):
+            return None
         return {
-            (name, dim): old - new
-            for name, shape in self.shapes.items()
-            for dim, (old, new) in enumerate(zip(shape, found[name], strict=True))
-            if old != new
+            (name, dim): was - now
+            for name, (old, new) in pairs.items()
+            for dim, (was, now) in enumerate(zip(old, new, strict=True))
+            if was != now
         }
 
-    def without_idle_pins(self, assignment: Assignment) -> dict[str, Any]:
-        """The config of an assignment as a dictionary, without the pins that change nothing."""
-        wanted, pins = self.build(assignment), dict(self.pins)
-        for path in self.pins:
-            fewer = {other: value for other, value in pins.items() if other != path}
-            if self.build(assignment, fewer) == wanted:
-                pins = fewer
-        return self.config({**pins, **assignment}).to_dict()
 
-    def _effective(self, path: Path) -> int | None:
-        """The value of a field that is not set, at which all shapes are as they are without it; ``None`` if
-        it is no size.
-        """
-        found = [self.losses({path: probe}) for probe in _PROBES]
-        losses = [lost for lost in found if not isinstance(lost, str)]
-        if len(losses) < len(found):
-            return None
-        places = sorted({place for lost in losses for place in lost})
-        for first, second in ([lost.get(place, 0) for lost in losses] for place in places):
-            if first != second:  # the loss is linear in the field; where is it zero?
-                value = round(_PROBES[0] + first * (_PROBES[0] - _PROBES[1]) / (second - first))
-                return value if value > 0 and self.build({path: value}) == self.shapes else None
+@dataclass(frozen=True)
+class Knob:
+    """Fields that, lowered together in proportion, shrink some groups alike and nothing else.
+
+    Attributes:
+        fields: their places and present values, multiples of ``width``.
+        fixed: fields that have to be set along.
+        width: channel sets per block of each of the groups.
+        groups: the names of what it shrinks.
+        steps: how many channel sets each block can lose.
+        is_coarse: whether what it takes are whole heads.
+    """
+
+    fields: Assignment
+    fixed: Assignment
+    width: int
+    groups: frozenset[str]
+    steps: Sequence[int]
+    is_coarse: bool
+
+    def lowered(self, steps: int) -> dict[Path, Any]:
+        """The values of its fields when each block has lost so many channel sets."""
+        lower = {path: was * (self.width - steps) // self.width for path, was in self.fields.items()}
+        return lower | dict(self.fixed)
+
+    def reached(self, fraction: float) -> int:
+        """The most channel sets that each block can lose of a fraction of them."""
+        return max((steps for steps in self.steps if steps <= fraction * self.width + 1e-9), default=0)
+
+
+def find_knobs(experiments: Experiments, groups: Sequence[Group]) -> tuple[list[Knob], dict[str, str]]:
+    """What the fields of a config shrink.
+
+    Args:
+        groups: the groups that may be pruned; their members are named as in ``experiments.shapes``.
+
+    Returns:
+        Knobs, no group in two of them; and for each group that none shrinks, why.
+    """
+    units = {group.name: _units(group) for group in groups}
+    knobs: list[Knob] = []
+    whole: dict[str, str] = {}
+    for group in groups:
+        if any(group.name in knob.groups for knob in knobs):
+            continue
+        found = (_knob(experiments, units, group, *fields) for fields in _candidates(experiments, group))
+        knob = next((knob for knob in found if knob is not None), None)
+        if knob is None:
+            whole[group.name] = f"no field of {experiments.name} shrinks it and nothing else"
+        else:
+            knobs.append(knob)
+    return knobs, whole
+
+
+def _candidates(experiments: Experiments, group: Group) -> Iterator[tuple[Assignment, Assignment]]:
+    """Fields that may shrink a group, and those that have to be set along: numbers that are multiples of its
+    width, and fields that are not set, which then stand for it.
+    """
+    if group.granularity == "head":
+        yield from experiments.heads()
+        return
+    for path, value in experiments.values.items():
+        if type(value) is int and value > 0 and value % group.width == 0:
+            yield {path: value}, {}
+    for path, value in experiments.values.items():
+        if value is None:
+            yield {path: group.width}, {}
+
+
+def _knob(
+    experiments: Experiments,
+    units: Mapping[str, Losses],
+    group: Group,
+    fields: Assignment,
+    fixed: Assignment,
+) -> Knob | None:
+    """The knob of these fields, if at every step that can be built they shrink this group, others alike, and
+    nothing else.
+    """
+    if any(value % group.width for value in fields.values()):
         return None
+    coarse = group.granularity == "head"  # not every number of heads can be built
+    knob = Knob(fields, fixed, group.width, frozenset(), range(1, group.width), coarse)
+    shrunk: dict[int, frozenset[str]] = {}
+    for steps in knob.steps if coarse else (group.width // 2, 1):
+        lost = experiments.losses(knob.lowered(steps))
+        if lost is not None:
+            names = frozenset(name for name, own in units.items() if _lose(lost, own, steps))
+            if lost != {place: unit * steps for name in names for place, unit in units[name].items()}:
+                return None
+            shrunk[steps] = names
+    if len({*shrunk.values()}) != 1 or group.name not in names:
+        return None
+    return replace(knob, groups=names, steps=tuple(shrunk) if coarse else knob.steps)
 
 
-def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers of a model under all their names."""
-    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+def _lose(lost: Losses, units: Losses, steps: int) -> bool:
+    return all(lost.get(place) == unit * steps for place, unit in units.items())
+
+
+def _units(group: Group) -> Losses:
+    """By how much each dimension of each member shrinks for each channel set that every block of the group
+    loses.
+    """
+    return {
+        (member.name, member.dim): len(member.indices) // (group.width * member.blocks)
+        for member in (*group.producers, *group.consumers)
+    }
 
 
 @contextlib.contextmanager

@@ -11,26 +11,35 @@ it is.
 
 from __future__ import annotations
 
-import json
+import copy
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..analysis.plan import PruningPlan
+from ..base._device import check_device
+from ..base._json import parse
 from ..base._options import path_of
 from ..base._tolerable import tolerable
-from ..errors import FaspError, StoreError, first_line
+from ..errors import ArgumentError, FaspError, StoreError, first_line
 from ..pruning.report import Report
 from ..pruning.saving._folder import TOLD, read_told, write_told
-from ..storage._folder import MANIFEST, new_save, verify, write_json, write_manifest
-from ..storage._tensors import write_tensors
+from ..storage._folder import MANIFEST, new_save, parsing, read_text, verify, write_json, write_manifest
+from ..storage._graph_json import program_from_json
+from ..storage._tensors import read_tensors, write_tensors
+from ._arguments import LOSSES, MOVES, POSITIONS
+from ._config import PrunedConfig, check_layers, original_of
 from ._experiments import quiet
-from ._model import PrunedModel
+from ._flat import FlatProgram
+from ._model import Parts, PrunedModel, StoredProgram
 
 KIND, PLAIN = "hf", "plain"
 FILES = ("config.json", "model.safetensors", "constants.safetensors", "programs.json", *TOLD)
@@ -133,19 +142,17 @@ def _fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | N
 def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The weights to write, held against those that the programs need."""
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    if state_dict is None:
-        return own
+    given = own if state_dict is None else state_dict
     found: dict[str, Tensor] = {}
     for name, tensor in own.items():
-        given = state_dict.get(name)
-        if given is None or given.shape != tensor.shape or given.dtype != tensor.dtype:
-            shown = "missing" if given is None else f"{given.dtype} {list(given.shape)}"
+        value = given.get(name)
+        if value is None or (value.shape, value.dtype) != (tensor.shape, tensor.dtype):
             raise StoreError(
-                f"'{name}' of state_dict is {shown}, the programs need {tensor.dtype} {list(tensor.shape)};"
-                " pass the model's own state_dict()"
+                f"'{name}' of state_dict is missing, or not {tensor.dtype} {list(tensor.shape)} as the"
+                " programs need it; pass the model's own state_dict()"
             )
         is_parameter = isinstance(tensor, nn.Parameter)
-        found[name] = nn.Parameter(given.detach(), tensor.requires_grad) if is_parameter else given
+        found[name] = nn.Parameter(value.detach(), tensor.requires_grad) if is_parameter else value
     return found
 
 
@@ -153,31 +160,21 @@ def _tell(folder: Path, model: Any, plan: PruningPlan, report: Report) -> None:
     """Write what was removed and what it cost, as data and as a README.md for the hub."""
     write_told(folder, plan, report)
     plain = not isinstance(model, PrunedModel)
-    original = model.config.to_dict() if plain else model.config.original
-    kind = "/".join(original.get("architectures") or [str(original.get("model_type"))])
-    source = str(original.get("_name_or_path") or model.name_or_path or "")
-    encodes = model.config.is_encoder_decoder
-    header = {
-        "library_name": "transformers",
-        "tags": ["fasp_fx", "pruned"],
-        "pipeline_tag": "text2text-generation" if encodes else "text-generation",
-    }
-    if source.count("/") == 1 and not os.path.exists(source) and not source.startswith((".", "/", "~")):
-        header["base_model"] = source
-    rows = [("parameters", report.parameters), ("bytes of weights", report.bytes)]
-    if report.cache is not None:
-        rows.append(("bytes of cache per token of one sequence", report.cache))
-    changed = [line for line in report.lines if line.before != line.after]
+    kind = (
+        type(model).__name__ if plain else "/".join(model.config.original.get("architectures") or ["model"])
+    )
+    task = "text2text-generation" if model.config.is_encoder_decoder else "text-generation"
+    rows = [("parameters", *report.parameters), ("bytes of weights", *report.bytes)]
+    rows += [
+        (f"`{line.name}`", line.before, line.after) for line in report.lines if line.before != line.after
+    ]
     lines = [
-        "---",
-        *(f"{key}: {json.dumps(value)}" for key, value in header.items()),  # JSON is YAML
-        "---",
-        "",
+        *("---", "library_name: transformers", 'tags: ["fasp_fx", "pruned"]', f"pipeline_tag: {task}", "---"),
         f"# {kind}, pruned by {report.sparsity:.1%}",
         "",
         (
-            f"A {kind} from which fasp_fx removed {report.sparsity:.2%} of the weights of linear operators by"
-            " structured pruning ([FASP](https://arxiv.org/abs/2501.09412))."
+            f"fasp_fx removed {report.sparsity:.2%} of the weights of linear operators by structured pruning"
+            " ([FASP](https://arxiv.org/abs/2501.09412)); `plan.json` lists every index."
         ),
         "This is an ordinary checkpoint: nothing but transformers is needed to load it."
         if plain
@@ -187,10 +184,7 @@ def _tell(folder: Path, model: Any, plan: PruningPlan, report: Report) -> None:
         *(f"- {note}" for note in report.notes),
         "",
         *("| | dense | pruned |", "|---|---|---|"),
-        *(f"| {name} | {before:,} | {after:,} |" for name, (before, after) in rows),
-        *(f"| `{line.name}` | {line.before} | {line.after} |" for line in changed),
-        "",
-        "`plan.json` lists every index that was removed.",
+        *(f"| {name} | {before:,} | {after:,} |" for name, before, after in rows),
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
@@ -207,3 +201,189 @@ def loading(model: Any, folder: str) -> list[str]:
         f"from transformers import {loader}",
         f'model = {loader}.from_pretrained("{folder}")',
     ]
+
+
+#: fields of a configuration that say what the programs are
+_OF_THE_PROGRAMS = ("original", "positions", "loss", "labels_moved", "fasp_fx_version", "is_encoder_decoder")
+_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+#: arguments of transformers' loaders that change nothing here
+_WITHOUT_EFFECT = {
+    *("trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "adapter_kwargs", "_from_auto"),
+    *("_from_pipeline", "weights_only", "proxies", "use_kernels"),
+}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One of the programs in a file: as :mod:`fasp_fx.store` writes it, with the names of its constants."""
+
+    program: dict[str, Any]
+    example: list[Any]
+    constants: dict[str, str]
+
+
+def _parts(folder: Path, device: torch.device) -> Parts:
+    programs = parse(dict[str, _Stored], read_text(folder / "programs.json"), "programs.json")
+    weights = read_tensors(folder / "model.safetensors", device)
+    held = read_tensors(folder / "constants.safetensors", device)
+    constants: dict[str, dict[str, Tensor]] = {}
+    made: dict[str, StoredProgram] = {}
+    with parsing("programs.json"):
+        for name, stored in programs.items():
+            constants[name] = {inside: held[outside] for inside, outside in stored.constants.items()}
+            kept = {"program": stored.program, "example": stored.example}
+            module = program_from_json(kept, weights, constants[name], device).module(check_guards=False)
+            made[name] = StoredProgram(kept, FlatProgram.of(module))
+    return Parts(made, weights, constants, *read_told(folder))
+
+
+def _folder(where: Any, hub: dict[str, Any]) -> Path:
+    if os.path.isdir(where):
+        return Path(where)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(where), **hub))
+    except tolerable(Exception) as error:  # the hub's client raises what its transport does
+        raise StoreError(
+            f"'{where}' is neither a folder nor a repository that can be read: {first_line(error)}; give the"
+            " folder that save_pretrained wrote"
+        ) from error
+
+
+def _config(folder: Path, kind: type[PrunedModel]) -> PrunedConfig:
+    with parsing("config.json"):
+        config = PrunedConfig.from_pretrained(folder)
+    if not isinstance(config.original, dict):
+        raise StoreError(
+            "config.json does not hold the configuration of the model that was pruned; save the model again"
+        )
+    with parsing("config.json"), safetensors.safe_open(folder / "model.safetensors", "pt") as weights:
+        check_layers(config.original, len(weights.keys()))
+    original_of(config)
+    for name, ways in (("positions", POSITIONS), ("loss", LOSSES), ("labels_moved", MOVES)):
+        if getattr(config, name) not in (None, *ways):
+            raise StoreError(
+                f"config.json does not say how the model is called ({name}); save the model again"
+            )
+    named = config.architectures if isinstance(config.architectures, list) else []
+    (expected, *_) = [*named, None]
+    if kind.__name__ != expected:
+        auto = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
+        raise ArgumentError(f"'{folder}' holds a {expected}, not a {kind.__name__}; load it with {auto}")
+    return config
+
+
+def _overridden(found: PrunedConfig, given: Any) -> PrunedConfig:
+    """The configuration as the caller has changed it, as transformers takes it; what it says of the programs
+    stays as it was saved.
+    """
+    if not isinstance(given, PrunedConfig):
+        return found
+    made = copy.deepcopy(given)
+    for name in (*_OF_THE_PROGRAMS, "dtype"):
+        setattr(made, name, getattr(found, name))
+    return made
+
+
+def _device(device_map: Any) -> torch.device:
+    place = device_map[""] if isinstance(device_map, dict) and set(device_map) == {""} else device_map
+    if place is None:
+        return torch.get_default_device()
+    if place == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return check_device(place, values=False)
+
+
+class SavedModel(PrunedModel):
+    """A pruned model with a folder of its own format."""
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write the model as it is now to a folder, which may exist already, as transformers' models do.
+
+        The files are complete before the first of them takes its place. See
+        :meth:`fasp_fx.hf.Pruned.save_pretrained` for a folder that appears whole or not at all, with the
+        tokenizer.
+
+        Args:
+            state_dict: weights to write instead of the model's own, by the same names.
+
+        Raises:
+            StoreError: the folder cannot be written, or a weight no longer fits the program.
+        """
+        if is_main_process:
+            save_into(self, Path(save_directory), state_dict)
+        if push_to_hub:
+            raise ArgumentError(
+                "push_to_hub=True is not served; call save_pretrained(folder), then"
+                " huggingface_hub.upload_folder"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        config: Any = None,
+        dtype: Any = None,
+        torch_dtype: Any = None,
+        device_map: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Load a folder that ``save_pretrained`` wrote, or a repository on the hub that holds one.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or a hub id.
+            dtype: ``None``, ``"auto"`` or the dtype that the model was captured in; another one is refused.
+            device_map: ``None``, ``"auto"`` (the accelerator if there is one), a device, or ``{"": device}``.
+
+        Raises:
+            StoreError: a file is missing, damaged or of another version.
+            ArgumentError: an argument cannot be honoured.
+        """
+        hub = {name: value for name in _HUB if (value := options.pop(name, None)) is not None}
+        subfolder = options.pop("subfolder", "") or ""
+        for name, value in options.items():
+            if value is not None and name not in _WITHOUT_EFFECT:
+                raise ArgumentError(
+                    f"argument '{name}' is not served when a pruned model is loaded; leave it out"
+                )
+        asked = getattr(config, "_attn_implementation", None)  # where the Auto classes put it
+        if asked not in (None, "sdpa"):  # what a pruned model says of itself
+            raise ArgumentError(
+                f"attn_implementation={asked!r} cannot be had: the programs fix attention; choose it for the"
+                " dense model and prune it again"
+            )
+        folder = _folder(pretrained_model_name_or_path, hub) / subfolder
+        verify(folder, KIND, FILES)
+        device = _device(device_map)
+        found = _overridden(_config(folder, cls), config)
+        wanted = dtype if dtype is not None else torch_dtype
+        wanted = getattr(torch, wanted, wanted) if isinstance(wanted, str) else wanted
+        if wanted not in (None, "auto", found.dtype):
+            raise ArgumentError(
+                f"dtype={wanted} cannot be had: the programs were captured in {found.dtype}; load the dense"
+                " model in that dtype and prune it again"
+            )
+        parts = _parts(folder, device)
+        if set(parts.programs) != cls.program_names:
+            raise StoreError(
+                f"programs.json holds the programs {sorted(parts.programs)!r:.200}, not"
+                f" {sorted(cls.program_names)}; save the model again"
+            )
+        with parsing("programs.json or config.json"):
+            model = cls(found, parts)
+        generation = folder / "generation_config.json"
+        if os.path.lexists(generation):
+            with parsing("generation_config.json"):
+                read_text(generation)
+                model.generation_config = model.generation_config_class.from_pretrained(folder)
+        model.name_or_path = str(pretrained_model_name_or_path)
+        return model

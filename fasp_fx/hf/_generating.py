@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from ..errors import ArgumentError
 from ._arguments import (
     MOVES,
     POSITIONS,
-    check_numbers,
     check_outputs,
     checked_tokens,
     loss_of,
@@ -22,7 +20,7 @@ from ._arguments import (
     refuse,
     shown,
 )
-from ._load import SavedModel
+from ._folder import SavedModel
 
 
 class PrunedForCausalLM(SavedModel):
@@ -94,11 +92,9 @@ class PrunedForCausalLM(SavedModel):
         self, given: Tensor | None, mask: Tensor | None, batch: int, new: int, past: int, ids: Tensor
     ) -> Tensor:
         if given is not None:
-            check_numbers("position_ids", given)
-            if given.shape not in ((batch, new), (1, new)):
+            if not isinstance(given, Tensor) or given.shape not in ((batch, new), (1, new)):
                 raise ArgumentError(
-                    f"position_ids have the shape {list(given.shape)}; give one for each new token: [{batch},"
-                    f" {new}]"
+                    f"position_ids is {shown(given)}; give one for each new token: [{batch}, {new}]"
                 )
             if mask is None and not past and bool((given.diff(dim=1) != 1).any()):
                 raise ArgumentError(
@@ -112,22 +108,16 @@ class PrunedForCausalLM(SavedModel):
         return POSITIONS[self.config.positions](mask.long())[:, past:]
 
 
-def _kept(logits_to_keep: Any, new: int, device: torch.device) -> Tensor:
+def _kept(logits_to_keep: int | Tensor, new: int, device: torch.device) -> Tensor:
     """The positions whose logits are wanted, among the new ones."""
-    if isinstance(logits_to_keep, int) and logits_to_keep >= 0:
+    if isinstance(logits_to_keep, int):
         return torch.arange(max(new - logits_to_keep, 0) if logits_to_keep else 0, new, device=device)
-    if (
-        isinstance(logits_to_keep, Tensor)
-        and logits_to_keep.dim() == 1
-        and logits_to_keep.dtype in (torch.int32, torch.int64)
-        and not bool(((logits_to_keep < -new) | (logits_to_keep >= new)).any())
-    ):
-        return torch.where(logits_to_keep < 0, logits_to_keep + new, logits_to_keep)
-    given = logits_to_keep if isinstance(logits_to_keep, int) else shown(logits_to_keep)
-    raise ArgumentError(
-        f"logits_to_keep is {given}; pass how many last positions, 0 for all, or positions [count] among the"
-        f" {new} new ones, for all sequences alike, of which none lies outside"
-    )
+    if logits_to_keep.dim() != 1 or logits_to_keep.dtype == torch.bool:
+        raise ArgumentError(
+            f"logits_to_keep is {shown(logits_to_keep)}; pass how many last positions, 0 for all, or"
+            " positions [count], for all sequences alike"
+        )
+    return torch.where(logits_to_keep < 0, logits_to_keep + new, logits_to_keep)
 
 
 class Encoder(nn.Module):
@@ -247,22 +237,17 @@ class PrunedForSeq2SeqLM(SavedModel):
         Raises:
             ArgumentError: there are none, or not those of this model for so many sequences.
         """
-        hidden = outputs[0] if isinstance(outputs, (tuple, list, Mapping)) and len(outputs) else None
         like, width = self._like(), self._programs["first"].shapes()["encoder_outputs.last_hidden_state"][-1]
-        if (
-            not isinstance(hidden, Tensor)
-            or hidden.dim() != 3
-            or (hidden.shape[0], hidden.shape[2], hidden.dtype, hidden.device)
-            != (batch, width, like.dtype, like.device)
+        hidden = outputs if isinstance(outputs, Tensor) or not outputs else outputs[0]
+        if hidden is outputs or (*hidden.shape[::2], hidden.dtype, hidden.device) != (
+            batch,
+            width,
+            like.dtype,
+            like.device,
         ):
-            given = (
-                f"hold {shown(hidden)}"
-                if hidden is not None
-                else f"are {shown(outputs)}, without hidden states"
-            )
             raise ArgumentError(
-                f"encoder_outputs {given}; pass what get_encoder() returns for {batch} sequences:"
-                f" {like.dtype} [{batch}, source, {width}] on {like.device}"
+                f"encoder_outputs holds {shown(hidden)}; pass what get_encoder() returns for {batch}"
+                f" sequences: {like.dtype} [{batch}, source, {width}] on {like.device}"
             )
         return hidden
 

@@ -204,11 +204,6 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
                 f"cache_implementation={kind!r} is not served: the programs take a cache that grows; leave"
                 " it out"
             )
-        if generation_config.assistant_early_exit is not None:
-            raise ArgumentError(
-                "assistant_early_exit is not served: a program runs whole; leave it out, or pass another"
-                " model as assistant_model"
-            )
         given = model_kwargs.get(CACHE)
         if given is not None:
             self._opened(given)._is_user_defined = True
@@ -216,17 +211,6 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
             model_kwargs[CACHE] = self._opened(None)
             if generation_config.is_assistant:
                 model_kwargs[CACHE].activate_past_recording()
-
-    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """Not possible: the programs fix how attention is computed.
-
-        Raises:
-            ArgumentError: always.
-        """
-        raise ArgumentError(
-            "the attention of a pruned model is fixed by its programs; choose it for the dense model and"
-            " prune it again"
-        )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Not possible: it needs a cache in pages, which the programs do not take.
@@ -237,15 +221,4 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         raise ArgumentError(
             "continuous batching needs a paged cache, which a pruned model's programs do not take; call"
             " generate() on padded batches"
-        )
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Not possible: the programs fix the vocabulary.
-
-        Raises:
-            ArgumentError: always.
-        """
-        raise ArgumentError(
-            "the vocabulary of a pruned model is fixed by its programs; resize the embeddings of the dense"
-            " model and prune it again"
         )

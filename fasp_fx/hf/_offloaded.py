@@ -5,26 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import safetensors
 import torch
 from torch import Tensor, nn
 
-from ..base._offload import keep_weights
-from ..base._scratch import Scratch
+from ..base._offload import Scratch, keep_weights
 from ..base._tolerable import tolerable
 from ..base.compat._transformers import kept_in_float32
 from ..errors import ArgumentError, FaspError, first_line
 
-T = TypeVar("T")
 _NUMBER = re.compile(r"\.\d+\.")
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-#: bytes of a shard that are read before it is opened anew, which frees the memory that they took
-_AT_ONCE = 2**28
 
 
 def load_offloaded(
@@ -49,33 +45,25 @@ def load_offloaded(
     """
     import transformers
 
-    if not isinstance(scratch, Scratch):
-        raise ArgumentError(
-            f"scratch is a {type(scratch).__name__}; pass what `with fasp_fx.offload() as scratch` gives"
-        )
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ArgumentError(f"dtype={dtype!r} is no type of real numbers; pass torch.bfloat16, say")
     folder = Path(folder)
-    config = _loaded(folder, lambda: transformers.AutoConfig.from_pretrained(folder))
-    if getattr(config, "quantization_config", None) is not None:
-        raise ArgumentError(
-            f"the weights of '{folder}' are quantised, and would have to be expanded in memory; give the"
-            " checkpoint that was quantised"
-        )
-    with torch.device("meta"):
-        empty = _loaded(folder, lambda: (auto or transformers.AutoModelForCausalLM).from_config(config))
-    wanted = dtype or getattr(config, "dtype", None)
-    exact = kept_in_float32(empty)
     weights: dict[str, Tensor] = {}
-    for name, tensor in _tensors(folder):
-        real = tensor.is_floating_point()
-        wanted = wanted or (tensor.dtype if real else None)
-        kind = wanted if real and wanted and not any(part in name for part in exact) else tensor.dtype
-        weights[name] = scratch.empty(tensor.shape, kind).copy_(tensor)
-    options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": wanted or torch.float32}
-    model, info = _loaded(
-        folder, lambda: type(empty).from_pretrained(None, output_loading_info=True, **options)
-    )
+    with _loading(folder):
+        config = transformers.AutoConfig.from_pretrained(folder)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ArgumentError(
+                f"the weights of '{folder}' are quantised, and would have to be expanded in memory; give the"
+                " checkpoint that was quantised"
+            )
+        with torch.device("meta"):
+            empty = (auto or transformers.AutoModelForCausalLM).from_config(config)
+        wanted, exact = dtype or getattr(config, "dtype", None), kept_in_float32(empty)
+        for name, tensor in _tensors(folder):
+            real = tensor.is_floating_point()
+            wanted = wanted or (tensor.dtype if real else None)
+            kind = wanted if real and wanted and not any(part in name for part in exact) else tensor.dtype
+            weights[name] = scratch.empty(tensor.shape, kind).copy_(tensor)
+        options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": wanted or torch.float32}
+        model, info = type(empty).from_pretrained(None, output_loading_info=True, **options)
     refuse_incomplete(model, info, str(folder))
     keep_weights(model, scratch)  # what transformers had to convert
     model.name_or_path = model.config._name_or_path = str(folder)
@@ -86,57 +74,36 @@ def load_offloaded(
     return model.eval()
 
 
-def _loaded(folder: Path, load: Callable[[], T]) -> T:
-    """What transformers loads of a folder.
+@contextlib.contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """What transformers and safetensors raise at a folder is an error that names it.
 
     Raises:
-        ArgumentError: it cannot.
+        ArgumentError: it cannot be loaded.
     """
     try:
-        return load()
+        yield
     except FaspError:
         raise
-    except tolerable(Exception) as error:  # transformers raises what it likes
+    except tolerable(Exception) as error:  # they raise what they like
         raise ArgumentError(
-            f"'{folder}' cannot be loaded: {first_line(error)}; give a checkpoint as transformers writes it"
+            f"'{folder}' cannot be loaded: {first_line(error)}; give a complete checkpoint as transformers"
+            " writes it, with weights in safetensors files"
         ) from error
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of all shards by name, each of which is to be let go before the next."""
-    for shard in _shards(folder):
-        names: list[str] | None = None
-        while names is None or names:
-            try:
-                with safetensors.safe_open(shard, "pt") as opened:
-                    names = list(opened.keys()) if names is None else names
-                    read = 0
-                    while names and read < _AT_ONCE:
-                        name = names.pop(0)
-                        tensor = opened.get_tensor(name)
-                        read += tensor.nbytes
-                        yield name, tensor
-                        del tensor
-            except (OSError, safetensors.SafetensorError) as error:
-                raise ArgumentError(
-                    f"'{shard}' cannot be read: {first_line(error)}; give a complete checkpoint"
-                ) from error
-
-
-def _shards(folder: Path) -> list[Path]:
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    try:
+    shards = [folder / SINGLE]
+    if not shards[0].is_file():
         index = json.loads((folder / INDEX).read_text("utf-8"))
-        names = sorted(set(index["weight_map"].values()))
-        if not all(Path(name).name == name for name in names):
-            raise ValueError(f"{INDEX} names files of other folders")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ArgumentError(
-            f"'{folder}' has no {SINGLE}, and its {INDEX} is no index of shards: {first_line(error)}; give a"
-            " complete checkpoint with weights in safetensors files"
-        ) from error
-    return [folder / name for name in names]
+        shards = [folder / Path(name).name for name in sorted(set(index["weight_map"].values()))]
+    for shard in shards:
+        with safetensors.safe_open(shard, "pt") as opened:
+            names = list(opened.keys())
+        for name in names:
+            with safetensors.safe_open(shard, "pt") as opened:  # anew, which frees the memory of the last
+                yield name, opened.get_tensor(name)
 
 
 def refuse_incomplete(model: nn.Module, info: Mapping[str, Any], where: str) -> None:

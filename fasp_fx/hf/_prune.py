@@ -17,28 +17,25 @@ from torch import Tensor, nn
 from ..allocation.costs import Costs
 from ..analysis import plan as plans
 from ..analysis._analysis import Analysis
-from ..analysis.plan import PlannedGroup, PruningPlan
+from ..analysis.plan import PruningPlan
 from ..base._options import check_callable
-from ..base._undisturbed import check_default_device, in_usual_modes, one_at_a_time
+from ..base._undisturbed import in_usual_modes, one_at_a_time
 from ..base._version import __version__
-from ..base._warn import warn
 from ..base.compat import without_stack_traces
 from ..calibration._calibration import check_calibration
 from ..calibration._ranks import Ranks, ended_together
-from ..calibration._visit import Decision, decided
+from ..calibration._visit import Decision
 from ..capturing._captured import Captured, capture_whole
 from ..capturing._program import Program
-from ..errors import ArgumentError, PlanError, StoreError, VerificationError, VerificationWarning
+from ..errors import ArgumentError, PlanError, StoreError, VerificationError
 from ..passes._pruned_module import PrunedModule
 from ..pruning._deciding import decide, measure_subject, measuring_config, replay, restoring_config
 from ..pruning._result import Result
 from ..pruning._rewriting import Timings, analyze_for, make_plan, rewrite
-from ..pruning._subject import Whole
-from ..pruning.check import UnsoundError, restricted
+from ..pruning._subject import Subject
 from ..pruning.config import PruningConfig, PruningOptions
-from ..pruning.report import Report, make_report, notes_of, said_whole
-from ..storage._config_json import LAYERS
-from ..storage._folder import kind_of, parsing, read_json
+from ..pruning.report import Report, make_report, notes_of
+from ..storage._folder import LAYERS, kind_of, parsing, read_json
 from ._config import PrunedConfig, check_layers
 from ._convention import check_served, convention_of
 from ._flat import FlatProgram
@@ -140,7 +137,6 @@ def capture(model: Any, *, device: torch.device | str | None = None) -> Captured
         ArgumentError: the model does not generate.
         CaptureError: the model cannot be captured.
     """
-    check_default_device()
     stages = stages_of(model)
     programs: dict[str, Captured] = {}
     for stage in stages.programs():
@@ -168,7 +164,7 @@ def analyze(
         granularity, include: as for :func:`fasp_fx.prune`.
     """
     config = PruningConfig(granularity=granularity, include=include)
-    return Whole(_captured(model, device).planned()[1]).analyze(config)
+    return Subject({"": _captured(model, device).planned()[1]}).analyze(config)
 
 
 @one_at_a_time
@@ -187,13 +183,12 @@ def measure(
     """Predict what each coupled group of a generating model costs, as :func:`fasp_fx.measure`; arguments as
     for :func:`prune`.
     """
-    check_default_device()
     check_callable(progress=progress)
     check_calibration(calibration)
     captured = _captured(model, device)
-    asked = measuring_config(_asked(captured.stages, config, options))
+    asked = measuring_config(PruningConfig.of(config, options))
     return measure_subject(
-        Whole(captured.planned()[1], device),
+        Subject({"": captured.planned()[1]}, device),
         asked,
         captured.read(calibration),
         ranks=Ranks.of(group),
@@ -221,12 +216,10 @@ def apply(
         model, tokenizer, device, progress: as for :func:`prune`.
         plan, calibration, config, options: as for :func:`fasp_fx.apply`.
     """
-    check_default_device()
     check_callable(progress=progress)
     asked = restoring_config(PruningConfig.of(config, options), plan, calibration is not None)
     captured, clock = _captured(model, device), Timings()
-    asked = replace(asked, padding_mask=_mask(captured.stages))
-    subject = Whole(captured.planned()[1], device)
+    subject = Subject({"": captured.planned()[1]}, device)
     batches = captured.read(calibration)
     ((_, decision),) = replay(subject, plan, asked, batches, progress=progress, clock=clock)
     return _finished(captured, subject, decision, asked, None, clock, tokenizer)
@@ -279,7 +272,6 @@ def prune(
         PlanError: the plan cannot be carried out in one of the programs.
         FaspError: see :func:`fasp_fx.prune`.
     """
-    check_default_device()
     check_callable(progress=progress, on_analysis=on_analysis)
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise ArgumentError(
@@ -298,13 +290,14 @@ def prune(
             "group": group,
             "checkpoint": checkpoint,
         }
-        found = prune_plain(model, calibration=calibration, config=config, **shared, **options)
-        return Pruned(found.model, found.result.plan, found.report, tokenizer)
+        return Pruned(
+            *prune_plain(model, calibration=calibration, config=config, **shared, **options), tokenizer
+        )
     captured = _captured(model, device)
-    asked = _asked(captured.stages, config, options)
+    asked = PruningConfig.of(config, options)
     if asked.needs_data:
         check_calibration(calibration)
-    clock, subject = Timings(), Whole(captured.planned()[1], device)
+    clock, subject = Timings(), Subject({"": captured.planned()[1]}, device)
     ((_, decision),) = decide(
         subject,
         asked,
@@ -326,7 +319,7 @@ def _captured(model: Any, device: torch.device | str | None) -> CapturedModel:
 
 def _finished(
     captured: CapturedModel,
-    subject: Whole,
+    subject: Subject,
     decision: Decision,
     asked: PruningConfig,
     config: PruningConfig | None,
@@ -359,52 +352,26 @@ def _finished(
     return Pruned(made, plan, report, tokenizer)
 
 
-def _asked(
-    stages: CausalStages | Seq2SeqStages, config: PruningConfig | None, options: PruningOptions
-) -> PruningConfig:
-    """The options, with the padding mask of the batches.
-
-    Raises:
-        ArgumentError: one is not for models that generate.
-    """
-    asked = PruningConfig.of(config, options)
-    mask = _mask(stages)
-    if asked.padding_mask not in (None, mask):
-        raise ArgumentError(
-            f"padding_mask={asked.padding_mask!r} is not for fasp_fx.hf.prune, which takes the mask of the"
-            f" batches{'' if mask is None else f', {mask!r}'}; leave it out"
-        )
-    return replace(asked, padding_mask=mask)
-
-
-def _mask(stages: CausalStages | Seq2SeqStages) -> str | None:
-    """The padding mask of the batches."""
-    return "attention_mask" if "attention_mask" in stages.accepts else None
-
-
 def _together(
     model: nn.Module, planned: Planned, served: list[Served], config: PruningConfig | None, clock: Timings
 ) -> tuple[dict[str, Result], PruningPlan, Report]:
     """The programs that serve generation, smaller by one plan, and a report of all of them."""
-    program, analysis = planned.program, planned.analysis
-    decision, results, left = carry_out_in_all(served, planned)
-    weights = one_set(model, results)
+    program, analysis, decision = planned.program, planned.analysis, planned.decision
     plan = make_plan(program, analysis, decision)
-    plan = replace(
-        plan,
-        result=plans.fingerprint(
-            {name: tensor for name, tensor in weights.items() if isinstance(tensor, nn.Parameter)}
-        ),
-    )
-    report = make_report(analysis, plan, decision, program.parameters(), weights, config, clock.seconds, left)
+    results = {other.name: _carried_out(other, plan, planned) for other in served}
+    weights = one_set(model, results)
+    trained = {name: tensor for name, tensor in weights.items() if isinstance(tensor, nn.Parameter)}
+    plan = replace(plan, result=plans.fingerprint(trained))
+    report = make_report(analysis, plan, decision, program.parameters(), weights, config, clock.seconds)
     found_out = [
         note for other in served for note in results[other.name].report.notes[len(notes_of(other.analysis)) :]
     ]
-    notes = tuple(
-        dict.fromkeys([*report.notes, *found_out, *(said_whole(name, seen) for name, seen in left.items())])
-    )
     cache = next((found.report.cache for found in results.values() if found.report.cache is not None), None)
-    return results, plan, replace(report, notes=notes, cache=cache)
+    return (
+        results,
+        plan,
+        replace(report, notes=tuple(dict.fromkeys([*report.notes, *found_out])), cache=cache),
+    )
 
 
 def _model(original: Any, parts: Parts, convention: Mapping[str, Any]) -> PrunedModel:
@@ -454,88 +421,28 @@ def served_by(name: str, program: Program, asked: PruningConfig | PruningPlan) -
     return Served(name, program, analyze_for(program, asked))
 
 
-def carry_out_in_all(
-    others: list[Served], planned: Planned
-) -> tuple[Decision, dict[str, Result], dict[str, str]]:
-    """Carry a plan out in every program; a group that one of them cannot lose stays whole in all, since they
-    share their weights.
-
-    Returns:
-        What really went, the results by name, and the groups left whole with what was seen.
-
-    Raises:
-        VerificationError: nothing that was planned can go.
-    """
-    left: dict[str, str] = {}
-    while True:
-        plan = make_plan(planned.program, planned.analysis, planned.decision)
-        results: dict[str, Result] = {}
-        try:
-            for other in others:
-                results[other.name] = _carried_out(other, plan, planned)
-        except UnsoundError as error:
-            faulty = _same_groups(error.left, other, plan, planned)
-            kept = [
-                group for group in decided(planned.analysis, planned.decision) if group.name not in faulty
-            ]
-            if not faulty or not kept:
-                raise VerificationError(
-                    f"the program '{other.name}' of the model cannot lose what the plan removes: {error}"
-                ) from error
-            left |= {name: f"in the program '{other.name}' {seen}" for name, seen in faulty.items()}
-            planned = replace(planned, decision=restricted(planned.analysis, planned.decision, kept))
-            continue
-        for name, seen in left.items():
-            warn(said_whole(name, seen), VerificationWarning)
-        return planned.decision, results, left
-
-
 def _carried_out(other: Served, plan: PruningPlan, planned: Planned) -> Result:
     """Take out of one more program what the plan says, with the same repaired weights.
 
     Raises:
-        UnsoundError: the program is not exact without all of it.
+        PlanError: the program does not have what goes.
+        VerificationError: it is not exact without all of it.
     """
-    try:
-        gone = plans.gone_of(plan, other.analysis, partial=True)
-    except PlanError as error:
-        raise PlanError(
-            f"the program '{other.name}' of the model cannot lose what the plan removes: {error}"
-        ) from error
     canonical, names = planned.program.canonical(), other.analysis.program.aliases()
     weights = {}
     for own, aliases in names.items():
         same = {canonical.get(alias, alias) for alias in aliases} & planned.decision.weights.keys()
         if same:
             weights[own] = planned.decision.weights[same.pop()]
-    return rewrite(other.program, other.analysis, Decision(gone, weights), whole=True)
-
-
-def _same_groups(
-    faulty: Mapping[str, str], other: Served, plan: PruningPlan, planned: Planned
-) -> dict[str, str]:
-    """The groups of the plan that share a channel with groups of another program, given by name with what was
-    seen of them.
-    """
-    canonical = planned.program.canonical()
-
-    def channels(group: PlannedGroup) -> set[tuple[str, int, int, int]]:
-        parts = [*group.producers, *group.consumers]
-        return {
-            (canonical.get(p.name, p.name), p.dim, block, index)
-            for p in parts
-            for block, indices in enumerate(p.by_block())
-            for index in indices
-        }
-
-    gone = plans.gone_of(plan, other.analysis, partial=True)
-    theirs = plans.planned(
-        [group for group in other.analysis.groups if group.name in faulty], gone, other.analysis
-    )
-    seen = {channel: faulty[group.name] for group in theirs for channel in channels(group)}
-    return {
-        group.name: seen[next(iter(both))] for group in plan.groups if (both := channels(group) & seen.keys())
-    }
+    try:
+        gone = plans.gone_of(plan, other.analysis, partial=True)
+        return rewrite(other.program, other.analysis, Decision(gone, weights), whole=True)
+    except (PlanError, VerificationError) as error:
+        kind = PlanError if isinstance(error, PlanError) else VerificationError
+        raise kind(
+            f"the program '{other.name}' of the model cannot lose what the plan removes: {error}; leave that"
+            " whole with exclude=, or prune with fasp_fx.prune"
+        ) from error
 
 
 def one_set(model: nn.Module, results: dict[str, Result]) -> dict[str, Tensor]:

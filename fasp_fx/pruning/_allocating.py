@@ -6,14 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ..allocation._allocation import CostAllocation, TrialAllocation
-from ..allocation._limits import Budget, Ceiling, Target, alike, departures, joined, validate
-from ..allocation._selection import (
+from ..allocation._limits import (
+    Budget,
+    Ceiling,
+    Target,
+    alike,
     check_asked,
     check_patterns,
     held_by,
     is_excluded,
+    joined,
     lost_by_pattern,
     read_by,
+    validate,
 )
 from ..allocation.budgets import Cap
 from ..allocation.costs import Costs
@@ -106,8 +111,7 @@ def allocate(
         found = validate(allocation(kept, config.round_to, *given), kept)
     else:
         found = validate(allocation(kept, config.round_to), kept)
-    notes = departures(found, kept, config.round_to) if callable(config.allocation) else []
-    return kept.spread(found, budget), [*notes, *(trial.notes if trial is not None else ())]
+    return kept.spread(found, budget), list(trial.notes) if trial is not None else []
 
 
 def expected_sparsity(config: PruningConfig, analysis: Analysis) -> float:

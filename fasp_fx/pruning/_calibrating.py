@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,14 +12,12 @@ import torch
 from ..base._offload import computing
 from ..base._tolerable import short_of_memory
 from ..base._undisturbed import drawing_alike, in_turns
+from ..calibration._calibration import halved
 from ..calibration._consumers import Consumers
-from ..calibration._drift import Drift
 from ..calibration._journal import Journal
 from ..calibration._marks import Marks
-from ..calibration._needed import Needed
-from ..calibration._pieces import halved
 from ..calibration._ranks import Ranks
-from ..calibration._visit import Decision, Observer
+from ..calibration._visit import Decision, Drift, Observer, without_data
 from ..capturing._program import Program
 from ..capturing._runner import Runner
 from ..errors import OffloadError, first_line
@@ -54,7 +53,10 @@ def calibrate(
         if smaller is None and computing() is None:
             raise short
         if smaller is None:
-            raise _too_little(method, consumers, short) from short
+            raise OffloadError(
+                f"'{computing()}' has too little memory: {first_line(short)}; give smaller batches, or leave"
+                " out the device of offload()"
+            ) from short
         batches, divided = smaller, True
         journal = None if journal is None else journal.reopened()
     if divided and batches is not None:
@@ -86,33 +88,28 @@ def _calibrated(
     journal: Journal | None,
 ) -> Decision:
     program, drift, device = consumers.analysis.program, method.config.effective_drift, computing()
-    runner = dense = marks = None
-    if batches is not None:
-        own = ranks.own(len(batches))
-        given = [batches[index] for index in own]
-        runner, dense = (
-            Runner(program, given, numbers=own, returns=False, device=device) if wanted else None
-            for wanted in (True, drift)
-        )
-        marks = Marks(program, batches, method.config.padding_mask, hold_out=method.restore is not None)
+    if batches is None:
+        found = without_data(consumers, lost, method.score)
+        advance(1.0)
+        return found
+    own = ranks.own(len(batches))
+    given = [batches[index] for index in own]
+    running = partial(Runner, program, given, numbers=own, returns=False, device=device)
+    marks = Marks(program, batches, hold_out=method.restore is not None)
     drawn_on = [*program.weights().values(), torch.empty(0, device=device)]
     with torch.no_grad(), drawing_alike(drawn_on):
-        observer = Observer(
-            consumers, lost, method.score, method.restore, precision_of(program), ranks, journal
-        )
-        return observer.run(runner, marks, advance, None if dense is None else Drift(dense, drift))
-
-
-def _too_little(method: Method, consumers: Consumers, error: Exception) -> OffloadError:
-    """What to say where a device has too little memory beside weights in files: what it takes."""
-    kind = next(iter(consumers.analysis.program.parameters().values())).dtype
-    every = list(consumers.by_key.values())
-    taken = Needed(consumers.analysis, every, kind, method.config.target_sparsity or 0.0).on_device
-    return OffloadError(
-        f"'{computing()}' has too little memory: {first_line(error)}; it takes some"
-        f" {taken / 2**30:.2f} GiB with batches as large as the example; give smaller ones, or leave out"
-        " the device of offload()"
-    )
+        return Observer(
+            consumers,
+            lost,
+            method.score,
+            method.restore,
+            running(),
+            marks,
+            precision_of(program),
+            ranks,
+            journal,
+            Drift(running(), drift) if drift else None,
+        ).run(advance)
 
 
 __all__ = ["calibrate"]

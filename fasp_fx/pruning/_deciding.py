@@ -21,8 +21,8 @@ from ..calibration._order import Planned
 from ..calibration._ranks import Ranks
 from ..calibration._visit import Decision
 from ..errors import ArgumentError
-from ..storage._run_folder import claim, refuse_other
-from ._allocating import allocate, check_request
+from ..storage._folder import claim, refuse_other
+from ._allocating import allocate, budget_for, check_request
 from ._calibrating import calibrate
 from ._measuring import Measured, measure_costs
 from ._method import Method
@@ -35,7 +35,7 @@ PROGRESS_SHARE_MEASURING = 0.35
 #: the part of the rest that a search takes
 PROGRESS_SHARE_SEARCHING = 0.6
 #: the options that say how what stays is restored, and not what goes
-_RESTORING = ("restore", "drift", "padding_mask")
+_RESTORING = ("restore", "drift")
 
 
 def decide(
@@ -73,7 +73,7 @@ def decide(
             )
     clock.lap("capture")
     groups = subject.analyze(config).groups
-    budget = subject.budget(method)
+    budget = budget_for(config, subject.chosen(), subject.count)
     check_request(method, budget, groups, costs)
     clock.lap("analysis")
     for analysis in subject.analyses.values():
@@ -81,11 +81,8 @@ def decide(
             on_analysis(analysis)
     batches = subject.read(calibration) if config.needs_data else None
     ranks.check_alike(fingerprint, () if batches is None else subject.leaves(batches), vars(config))
-    consumers = {
-        path: Consumers(analysis, config.restore is not None, path)
-        for path, analysis in subject.analyses.items()
-    }
-    measured, done = Measured(method, costs), 0.0
+    consumers, done = _consumers(subject, config), 0.0
+    measured = Measured(method, costs)
     if batches is not None and method.needs_measuring:
         done = PROGRESS_SHARE_MEASURING
         measured = measure_costs(
@@ -99,10 +96,8 @@ def decide(
             costs,
         )
         clock.lap("measuring")
-    elif batches is not None:
-        measured = replace(measured, missed=subject.unreached(batches))
     start = done + PROGRESS_SHARE_SEARCHING * (1 - done) if method.runs_trials else done
-    budget = subject.reached(budget, measured.missed)
+    budget = subject.served(budget)
     lost, notes = allocate(
         measured.method,
         budget,
@@ -114,33 +109,40 @@ def decide(
     lost = budget.spread(lost)
     if method.runs_trials:
         clock.lap("searching")
-    notes += _remarks(measured, subject, config, lost)
+    subject.notes = [*notes, *_remarks(measured, subject, config, lost)]
     if folder is not None and "" not in consumers and not ranks.rank:
         claim(folder, "prune", {"parts": list(consumers)})
     for number, (path, share) in enumerate(subject.split(lost).items()):
-        begun = start + (1 - start) * number / len(consumers)
-        advance(begun)
-        if subject.leaves_whole(path, share, config, batches, measured.missed):
+
+        def advanced(fraction: float, done: int = number) -> None:
+            advance(start + (1 - start) * (done + fraction) / len(subject.analyses))
+
+        advanced(0.0)
+        if subject.leaves_whole(path, share):
             continue
-        inputs = None if batches is None else subject.inputs(path, batches)[0]
+        inputs = None if batches is None else subject.inputs(path, batches)
+        if inputs is not None and not inputs:
+            continue
         journal = None
         if folder is not None and inputs is not None and not ranks.rank:
             own = folder / f"part-{number}" if path else folder
             journal = _journal(own, consumers[path], config, share, inputs, ranks)
-        decision = calibrate(
-            measured.method,
-            consumers[path],
-            share,
-            inputs,
-            ranks,
-            lambda fraction, begun=begun: advance(begun + (1 - start) * fraction / len(consumers)),  # type: ignore[misc]
-            journal,
-        )
-        subject.take_notes(decision, notes)
+        decision = calibrate(measured.method, consumers[path], share, inputs, ranks, advanced, journal)
         clock.lap("calibration")
+        if not path:
+            decision.notes.extend(subject.notes)
         yield path, decision
     if "" not in consumers:  # the last parts may have stayed whole
         advance(1.0)
+
+
+def _consumers(subject: Subject, config: PruningConfig) -> dict[str, Consumers]:
+    """Those of the programs that the batches serve."""
+    return {
+        path: Consumers(analysis, config.restore is not None, path)
+        for path, analysis in subject.analyses.items()
+        if path not in subject.unserved
+    }
 
 
 def measuring_config(config: PruningConfig) -> PruningConfig:
@@ -166,12 +168,9 @@ def measure_subject(
     subject.analyze(config)
     batches, fingerprint = subject.read(calibration), subject.fingerprint()
     ranks.check_alike(lambda: fingerprint, subject.leaves(batches), vars(config))
-    consumers = {
-        path: Consumers(own, config.restore is not None, path) for path, own in subject.analyses.items()
-    }
     measured = measure_costs(
         Method.of(config, loss),
-        consumers,
+        _consumers(subject, config),
         lambda path: subject.inputs(path, batches),
         subject.within,
         fingerprint,
@@ -224,14 +223,14 @@ def replay(
     clock.lap("analysis")
     batches = None if calibration is None else subject.read(calibration)
     for number, (path, gone) in enumerate(removed.items()):
-        decision = Decision(gone)
-        if batches is not None:
+        decision, inputs = Decision(gone), [] if batches is None else subject.inputs(path, batches)
+        if inputs:
             planned = Planned(subject.analyses[path], gone)
             decision = calibrate(
                 Method.of(replace(config, score=planned)),
                 Consumers(subject.analyses[path], config.restore is not None, path),
                 planned.lost,
-                subject.inputs(path, batches)[0],
+                inputs,
                 Ranks(),
                 lambda fraction, done=number: advance((done + fraction) / len(removed)),  # type: ignore[misc]
             )
@@ -284,11 +283,7 @@ def _remarks(measured: Measured, subject: Subject, config: PruningConfig, lost: 
     """What there is to say of an allocation."""
     found = []
     if measured.costs is not None and measured.method.needs_costs:
-        names = [
-            subject.within(path, group).name
-            for path, analysis in subject.analyses.items()
-            for group in analysis.chosen
-        ]
+        names = [group.name for group in subject.chosen()]
         rise = measured.costs.predicted(dict(zip(names, lost, strict=True)))
         found.append(f"predicted rise of {measured.method.loss_description}: {rise:.3g}")
     if not any(lost):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,22 +17,22 @@ from ..base._offload import computing
 from ..base._tolerable import tolerable
 from ..base._undisturbed import drawing_alike, in_turns
 from ..base._warn import warn
+from ..calibration._calibration import Piece, in_pieces, whole_batches
 from ..calibration._consumers import Consumers
 from ..calibration._gradients import ENOUGH, observe_batches
 from ..calibration._marks import Marks
 from ..calibration._order import curves_of, orders_of
-from ..calibration._pieces import Piece, in_pieces, whole_batches
 from ..calibration._ranks import Ranks
 from ..calibration._trial import ModelTrial
 from ..calibration.losses import Outputs
-from ..calibration.statistics import InputGradients, SquaredInputGradients
+from ..calibration.statistics import InputGradients
 from ..capturing._fx import results
 from ..errors import ArgumentError, CalibrationError, CalibrationWarning
 from ._method import Method, precision_of
 from .config import MEASURED
 
-#: the graph inputs of the calibration batches of a program, or why there are none
-Inputs = Callable[[str], tuple[list[list[Any]], str]]
+#: the graph inputs of the calibration batches of a program
+Inputs = Callable[[str], list[list[Any]]]
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,11 @@ class Measured:
         method: without a loss where none could be differentiated.
         costs: the cost curves by the groups' names in the whole model, if the allocation wants them.
         trials: by program, what runs it as it would be pruned, if the allocation wants that.
-        missed: the programs that the batches do not serve, with the reasons.
     """
 
     method: Method
     costs: Costs | None = None
     trials: Mapping[str, ModelTrial] = field(default_factory=dict)
-    missed: Mapping[str, str] = field(default_factory=dict)
 
 
 def measure_costs(
@@ -80,135 +78,133 @@ def measure_costs(
     is_wanted = method.needs_costs and (costs is None or method.runs_trials)
     curves: dict[str, CostCurve] = {}
     trials: dict[str, ModelTrial] = {}
-    missed: dict[str, str] = {}
     for number, (path, own) in enumerate(consumers.items()):
-        batches, misfit = inputs(path)
-        if misfit:
-            missed[path] = misfit
-        elif is_wanted or (method.gradients and method.loss is not None):
+        if not is_wanted and (not method.gradients or method.loss is None):
+            break
 
-            def advanced(fraction: float, done: int = number) -> None:
-                advance((done + fraction) / len(consumers))
+        def advanced(fraction: float, done: int = number) -> None:
+            advance((done + fraction) / len(consumers))
 
-            program = _Measuring(method, own, is_wanted, ranks, path)
-            program.run(batches, advanced, part)
-            if program.method != method and curves:
-                for seen in consumers.values():
-                    seen.forget()
-                return measure_costs(
-                    program.method, consumers, inputs, within, fingerprint, ranks, advance, costs, part
-                )
-            method = program.method
-            if program.trial is not None:
-                trials[path] = program.trial
-            curves |= {
-                within(path, group).name: program.curves[group.name]
-                for group in own.analysis.chosen
-                if group.name in program.curves
-            }
+        by, found, trial = _measured(method, own, is_wanted, ranks, path, inputs(path), advanced, part)
+        if by != method and curves:
+            for seen in consumers.values():
+                seen.forget()
+            return measure_costs(by, consumers, inputs, within, fingerprint, ranks, advance, costs, part)
+        method = by
+        if trial is not None:
+            trials[path] = trial
+        curves |= {
+            within(path, group).name: found[group.name]
+            for group in own.analysis.chosen
+            if group.name in found
+        }
     if is_wanted and costs is None:
         costs = Costs(curves, fingerprint, method.score_name, method.config.granularity)
-    return Measured(method, costs, trials, missed)
+    return Measured(method, costs, trials)
 
 
-@dataclass
-class _Measuring:
-    """Measures one program; ``method`` has no loss afterwards where none could be differentiated."""
+def _measured(
+    method: Method,
+    consumers: Consumers,
+    is_wanted: bool,
+    ranks: Ranks,
+    path: str,
+    batches: list[list[Any]],
+    advance: Callable[[float], None],
+    part: int | None,
+) -> tuple[Method, Mapping[str, CostCurve], ModelTrial | None]:
+    """Measure one program.
 
-    method: Method
-    consumers: Consumers
-    is_wanted: bool
-    ranks: Ranks
-    path: str
-    curves: Mapping[str, CostCurve] = field(default_factory=dict)
+    Returns the method, without a loss where none could be differentiated, the curves, and what runs trials.
+    """
+    if computing() is not None:
+        raise ArgumentError(
+            "gradients are taken where the weights are, all of which their way back needs, and not on"
+            f" {computing()}; leave out the device of offload(), or use quality='fast'"
+        )
+    program, allocation = consumers.analysis.program, method.allocation
+    told = in_turns(advance)
+    part = part or MEASURED[method.config.quality] * (2 if method.is_of_columns else 1)
+    with drawing_alike(program.weights().values()), float32_products(precision_of(program)):
+        by, pieces, marks = _observed(method, consumers, is_wanted, ranks, path, batches, told, part)
+    curves: Mapping[str, CostCurve] = {}
     trial: ModelTrial | None = None
+    if is_wanted:
+        with torch.no_grad():
+            orders = orders_of(consumers, consumers.analysis.chosen, method.score)
+        curves = curves_of(orders)
+        if isinstance(allocation, TrialAllocation):
+            repairs, most = method.restore is not None, allocation.sequences
+            loss, precision = by.resolved_loss, precision_of(program)
+            trial = ModelTrial(consumers, orders, pieces, marks, loss, most, repairs, precision, ranks)
+    consumers.forget_activations()
+    return by, curves, trial
 
-    def run(self, batches: list[list[Any]], advance: Callable[[float], None], part: int | None) -> None:
-        method, program = self.method, self.consumers.analysis.program
-        if computing() is not None:
-            raise ArgumentError(
-                "gradients are taken where the weights are, all of which their way back needs, and not on"
-                f" {computing()}; leave out the device of offload(), or use quality='fast'"
+
+def _observed(
+    method: Method,
+    consumers: Consumers,
+    is_wanted: bool,
+    ranks: Ranks,
+    path: str,
+    batches: list[list[Any]],
+    advance: Callable[[float], None],
+    part: int,
+) -> tuple[Method, list[Piece], Marks]:
+    """Run one in ``part`` of the sequences; as they came where pieces of them do not serve, and only forward
+    where nothing else does.
+
+    Returns the method that serves, all sequences in the pieces that do, and which of their tokens are
+    padding.
+
+    A loss of the user's sees whole batches, whose sequences it may compare.
+
+    Raises:
+        CalibrationError: see :func:`observe_batches`.
+    """
+    program = consumers.analysis.program
+    for_costs = {"gradients": InputGradients, **method.score.statistics}
+    wanted = for_costs if is_wanted else method.gradients
+    # Refuses a mask that hides everything by the number of its batch.
+    Marks(program, batches, hold_out=False)
+    whole = whole_batches(program, batches)
+    pieces = whole if callable(method.loss) else in_pieces(program, whole)
+    attempts = [(pieces, method)]
+    if len(pieces) > len(whole):
+        attempts.append((whole, method))
+    if method.config.loss == "auto" and method.loss is not None:
+        attempts.append((whole, replace(method, loss=None)))
+    for number, (given, by) in enumerate(attempts):
+        try:
+            marks = Marks(program, [piece.inputs for piece in given], hold_out=False)
+            observe_batches(
+                consumers,
+                given,
+                wanted,
+                by.resolved_loss,
+                marks,
+                advance,
+                -(-len(given) // part),
+                ranks,
+                ENOUGH / 2 if method.is_of_columns else ENOUGH,
             )
-        usual = MEASURED[method.config.quality] * (2 if method.is_of_columns else 1)
-        with drawing_alike(program.weights().values()), float32_products(precision_of(program)):
-            pieces, marks = self._observe(batches, in_turns(advance), part or usual)
-        if self.is_wanted:
-            with torch.no_grad():
-                orders = orders_of(self.consumers, self.consumers.analysis.chosen, method.score)
-            self.curves = curves_of(orders)
-            if isinstance(method.allocation, TrialAllocation):
-                self.trial = ModelTrial(
-                    self.consumers,
-                    orders,
-                    pieces,
-                    marks,
-                    self.method.resolved_loss,
-                    method.allocation.sequences,
-                    method.restore is not None,
-                    precision_of(program),
-                    self.ranks,
-                )
-        self.consumers.forget_activations()
-
-    def _observe(
-        self, batches: list[list[Any]], advance: Callable[[float], None], part: int
-    ) -> tuple[list[Piece], Marks]:
-        """Run one in ``part`` of the sequences; as they came where pieces of them do not serve, and only
-        forward where nothing else does.
-
-        Returns all sequences in the pieces that serve, and which of their tokens are padding.
-
-        A loss of the user's sees whole batches, whose sequences it may compare.
-
-        Raises:
-            CalibrationError: see :func:`observe_batches`.
-        """
-        method, program = self.method, self.consumers.analysis.program
-        mask = method.config.padding_mask
-        gradients = SquaredInputGradients if method.is_of_columns else InputGradients
-        wanted = {"gradients": gradients, **method.score.statistics} if self.is_wanted else method.gradients
-        # Refuses a mask that does not fit by the number of its batch.
-        Marks(program, batches, mask, hold_out=False)
-        whole = whole_batches(program, batches)
-        pieces = whole if callable(method.loss) else in_pieces(program, whole)
-        attempts = [(pieces, method)]
-        if len(pieces) > len(whole):
-            attempts.append((whole, method))
-        if method.config.loss == "auto" and method.loss is not None:
-            attempts.append((whole, method.without_loss()))
-        for number, (given, by) in enumerate(attempts):
-            try:
-                marks = Marks(program, [piece.inputs for piece in given], mask, hold_out=False)
-                observe_batches(
-                    self.consumers,
-                    given,
-                    wanted,
-                    by.resolved_loss,
-                    marks,
-                    advance,
-                    -(-len(given) // part),
-                    self.ranks,
-                    ENOUGH / 2 if method.is_of_columns else ENOUGH,
-                )
-                break
-            except tolerable(CalibrationError) as error:
-                if number + 1 == len(attempts):
-                    raise
-                failure = error
-                self.consumers.forget()
-        if by.loss is None and method.loss is not None:
-            self.method = by
-            everywhere = f" in all parts of the model, since part '{self.path}' cannot" if self.path else ""
-            warn(
-                f"{failure}, as is done now{everywhere}: each consumer counts by the relative error of its"
-                " own output",
-                CalibrationWarning,
-            )
-        returned = (node for node in results(program.module.graph) if isinstance(node, fx.Node))
-        if isinstance(by.resolved_loss, Outputs) and any(node in marks.unmatched for node in returned):
-            warn(marks.remark(), CalibrationWarning)  # the loss counts them, which no report would say
-        return given, marks
+            break
+        except tolerable(CalibrationError) as error:
+            if number + 1 == len(attempts):
+                raise
+            failure = error
+            consumers.forget()
+    if by.loss is None and method.loss is not None:
+        everywhere = f" in all parts of the model, since part '{path}' cannot" if path else ""
+        warn(
+            f"{failure}, as is done now{everywhere}: each consumer counts by the relative error of its own"
+            " output",
+            CalibrationWarning,
+        )
+    returned = (node for node in results(program.module.graph) if isinstance(node, fx.Node))
+    if isinstance(by.resolved_loss, Outputs) and any(node in marks.unmatched for node in returned):
+        warn(marks.remark(), CalibrationWarning)  # the loss counts them, which no report would say
+    return by, given, marks
 
 
 __all__ = ["Inputs", "Measured", "measure_costs"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from ..allocation._allocation import Allocation, CostAllocation, TrialAllocation
@@ -45,10 +45,6 @@ class Method:
             auto if config.loss == "auto" else config.loss,
             None if config.restore is None else restore,
         )
-
-    def without_loss(self) -> Method:
-        """The same where no gradients can be taken."""
-        return replace(self, loss=None)
 
     @property
     def gradients(self) -> dict[str, MakeStatistic]:

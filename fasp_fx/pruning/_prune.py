@@ -1,11 +1,9 @@
-"""The main job, of a model or of what was captured of one: analyse it, measure it, prune it, carry a plan out
-on it.
+"""The main job: capture a model; and of a model, or of what was captured of one: analyse it, measure it,
+prune it, carry a plan out on it.
 """
 
 from __future__ import annotations
 
-import difflib
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Unpack
@@ -19,17 +17,52 @@ from ..analysis._analysis import Analysis
 from ..analysis.groups import FROZEN, PRUNABLE
 from ..analysis.plan import PruningPlan
 from ..base._options import check_callable
-from ..base._undisturbed import check_default_device, in_usual_modes, one_at_a_time
+from ..base._tolerable import tolerable
+from ..base._undisturbed import in_usual_modes, one_at_a_time
 from ..calibration._calibration import check_calibration
 from ..calibration._ranks import Ranks, ended_together
 from ..calibration._visit import Decision
-from ..capturing._captured import Captured, Model
-from ..errors import ArgumentError, PlanError
-from ._captured import subject_of
+from ..capturing._captured import Captured, Model, capture_whole, check_given
+from ..errors import ArgumentError, CaptureError, PlanError
 from ._deciding import decide, measure_subject, measuring_config, replay, restoring_config
 from ._result import Result
 from ._rewriting import Timings, analyze_for, make_plan
+from ._subject import Subject
 from .config import PruningConfig, PruningOptions
+from .submodules._parts import InParts
+from .submodules._submodules import CapturedParts, capture_parts, check_parts_help
+
+#: losses that make sense for a part of a model by itself
+_PARTIAL_LOSSES = ("auto", "outputs", None)
+
+
+@one_at_a_time
+@in_usual_modes
+def capture(
+    model: Model,
+    args: Any = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    state: tuple[str, ...] = (),
+    dynamic_shapes: Any = None,
+    device: torch.device | str | None = None,
+) -> Captured:
+    """Capture a model as it behaves on the example inputs, once for several prunings.
+
+    Args:
+        model: module in evaluation mode, graph module or exported program; it is not changed, and its weights
+            are shared. Of one that cannot be captured as a whole, a copy is kept, with a program for each of
+            the largest submodules that can (docs/submodules.md).
+        args, kwargs: example inputs.
+        state: names of arguments and outputs that hold state (a cache) and may become narrower.
+        dynamic_shapes: as for ``torch.export.export``; inferred if ``None``.
+        device: move the captured copy there; ``None`` leaves it where the model is.
+
+    Raises:
+        ArgumentError: the inputs do not fit the model.
+        CaptureError: the model is in training mode, or neither it nor any of its submodules can be captured.
+    """
+    return _captured(model, args, kwargs, {}, state=state, dynamic_shapes=dynamic_shapes, device=device)
 
 
 @one_at_a_time
@@ -62,7 +95,7 @@ def analyze(
     """
     config = PruningConfig(granularity=granularity, include=include)
     how: dict[str, Any] = {"state": state, "dynamic_shapes": dynamic_shapes, "device": None}
-    return subject_of(model, args, kwargs, run=False, **how).analyze(config)
+    return _subject_of(model, args, kwargs, run=False, **how).analyze(config)
 
 
 @one_at_a_time
@@ -119,13 +152,12 @@ def prune(
         RankError: another process of the group is gone.
         StoreError: the checkpoint is that of another run, or cannot be written.
     """
-    check_default_device()
     check_callable(progress=progress, on_analysis=on_analysis)
     config = PruningConfig.of(config, options)
     if config.needs_data:
         check_calibration(calibration)
     ranks, clock = Ranks.of(group), Timings()
-    subject = subject_of(
+    subject = _subject_of(
         model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device
     )
     for path, decision in decide(
@@ -170,8 +202,8 @@ def measure(
         model, args, kwargs, state, dynamic_shapes, device: as for :func:`fasp_fx.prune`.
         calibration: an iterable of batches; all of them are run, and what autograd keeps of one has to fit
             the device. Some thousand tokens do.
-        config, options: as for :func:`fasp_fx.prune`; ``score``, ``loss``, ``granularity``, ``include`` and
-            ``padding_mask`` count.
+        config, options: as for :func:`fasp_fx.prune`; ``score``, ``loss``, ``granularity`` and ``include``
+            count.
         progress: called with the fraction of the batches done.
         group: as for :func:`fasp_fx.prune`.
 
@@ -181,11 +213,10 @@ def measure(
             gradients vanish or are not finite.
         CaptureError: see :func:`fasp_fx.capture`.
     """
-    check_default_device()
     check_callable(progress=progress)
     asked = measuring_config(PruningConfig.of(config, options))
     check_calibration(calibration)
-    subject = subject_of(
+    subject = _subject_of(
         model, args, kwargs, asked, state=state, dynamic_shapes=dynamic_shapes, device=device
     )
     return measure_subject(subject, asked, calibration, ranks=Ranks.of(group), progress=progress)
@@ -213,19 +244,17 @@ def apply(
         model, args, kwargs, dynamic_shapes, state, device, progress: as for :func:`prune`.
         plan: says what goes.
         calibration: batches to restore on what stays; ``None``: it is left as it is.
-        config, options: how to restore: ``restore``, ``drift`` and ``padding_mask``
-            of :class:`fasp_fx.PruningConfig`.
+        config, options: how to restore: ``restore`` and ``drift`` of :class:`fasp_fx.PruningConfig`.
 
     Raises:
         ArgumentError: the plan is none, or an option says what goes or how to restore without data.
         PlanError: the plan is for another model (or for this one before it was pruned).
         CalibrationError: the calibration data does not fit.
     """
-    check_default_device()
     check_callable(progress=progress)
     config = restoring_config(PruningConfig.of(config, options), plan, calibration is not None)
     clock = Timings()
-    subject = subject_of(
+    subject = _subject_of(
         model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device
     )
     for path, decision in replay(subject, plan, config, calibration, progress=progress, clock=clock):
@@ -265,11 +294,14 @@ def plan_from_sets(
     for name, positions in removed.items():
         if name not in groups:
             raise PlanError(_why_not(str(name), analysis))
-        if not isinstance(positions, Iterable):
+        group = groups[name]
+        found = np.asarray([*positions] if isinstance(positions, Iterable) else positions)
+        if found.size and found.dtype.kind not in "iu":
             raise PlanError(
-                f"'{name}' loses {positions!r}, which is no list; give the numbers of channel sets"
+                f"'{name}' loses {positions!r:.80}; give the numbers of channel sets, counted from zero (of a"
+                " mask, mask.nonzero().flatten())"
             )
-        group, wanted = groups[name], np.unique(np.fromiter(map(_index, positions), dtype=np.int64))
+        wanted = np.unique(found.astype(np.int64))
         if len(wanted) and not (wanted[0] >= 0 and wanted[-1] < group.size):
             raise PlanError(
                 f"'{name}' has the channel sets 0 to {group.size - 1}, not"
@@ -296,9 +328,7 @@ def _why_not(name: str, analysis: Analysis) -> str:
     """Why a group is not among those that can be pruned."""
     known = next((group for group in analysis.groups if group.name == name), None)
     if known is None:
-        near = difflib.get_close_matches(name, [group.name for group in analysis.chosen], 1)
-        guess = f"; did you mean {near[0]!r}?" if near else ""
-        return f"'{name}' is no group that can be pruned{guess}; analyze(...).groups has their names"
+        return f"'{name}' is no group of this model; analyze(...).groups has their names"
     if known.status == FROZEN:
         return f"'{name}' cannot be pruned: {known.reason}"
     if known.status not in (PRUNABLE, *analysis.include):
@@ -306,19 +336,45 @@ def _why_not(name: str, analysis: Analysis) -> str:
     return f"'{name}' loses {known.granularity}s, which granularity= does not name; add {known.granularity!r}"
 
 
-def _index(position: object) -> int:
+def _subject_of(
+    model: Model | Captured,
+    args: Any,
+    kwargs: dict[str, Any] | None,
+    config: PruningConfig | None = None,
+    run: bool = True,
+    **how: Any,
+) -> Subject:
+    """A model to be pruned, which is captured unless it was.
+
+    Args:
+        config: what is asked for.
+        run: compare what is captured now with the model on the example inputs, which runs both.
+        how: the keywords of :func:`capture`.
+
+    Raises:
+        ArgumentError: a captured model with what it was captured with already, or with weights that changed;
+            or an option that speaks of the whole of a model that is captured in parts.
+    """
+    loss = None if config is None or config.loss in _PARTIAL_LOSSES else config.loss
+    is_given = isinstance(model, Captured)
+    if isinstance(model, Captured):
+        check_given(model.device(), args, kwargs, **how)
+    captured = model if isinstance(model, Captured) else _captured(model, args, kwargs, loss, run=run, **how)
+    if not isinstance(captured, CapturedParts):
+        return Subject({"": captured.checked()}, how["device"])
+    check_parts_help(captured.error, captured.model, None, loss=loss)
+    return InParts(captured, is_own=not is_given)
+
+
+def _captured(
+    model: Model, args: Any, kwargs: dict[str, Any] | None, loss: Any, **how: Any
+) -> Captured:
+    """A model as one program, or else in parts, where nothing speaks of the whole of it."""
     try:
-        if isinstance(position, bool | np.bool_) or getattr(position, "dtype", None) == torch.bool:
-            raise TypeError("a mask numbers nothing")
-        index = operator.index(position)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise PlanError(
-            f"{position!r} is the number of no channel set; give integers, counted from zero (of a mask,"
-            " mask.nonzero().flatten())"
-        ) from error
-    if abs(index) >= 2**63:
-        raise PlanError(f"a number of {len(str(abs(index)))} digits is that of no channel set")
-    return index
+        return capture_whole(model, args, kwargs, **how)
+    except tolerable(CaptureError) as error:
+        check_parts_help(error, model, how["dynamic_shapes"], state=how["state"], loss=loss)
+        return capture_parts(error, model, args, kwargs, how["device"])
 
 
-__all__ = ["analyze", "apply", "measure", "plan_from_sets", "prune"]
+__all__ = ["analyze", "apply", "capture", "measure", "plan_from_sets", "prune"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +14,8 @@ from torch.export import ExportedProgram
 from ..analysis.plan import PruningPlan
 from ..base._undisturbed import in_usual_modes, one_at_a_time
 from ..capturing._signature import CallSignature
-from ..passes._pruned_module import program_now
+from ..errors import CaptureError
+from ..passes._pruned_module import PrunedModule, program_now
 from .config import PruningConfig
 from .report import Report
 
@@ -23,15 +25,21 @@ class Result:
     """What :func:`fasp_fx.prune` returns.
 
     Attributes:
-        module: the smaller model behind the caller's signature; trains, moves, compiles and exports again.
+        module: the smaller model behind the caller's signature; trains, moves, compiles and exports again. Of
+            a model that cannot be captured as a whole, a copy with smaller parts in it.
         plan: what was removed.
         report: what it cost, and what was asked for.
+        parts: of such a model, the result of each captured submodule, by its path; plans and reports in them
+            use the names of the submodule.
+        left: for each submodule that stayed whole, why.
     """
 
     module: fx.GraphModule
     plan: PruningPlan
     report: Report
     signature: CallSignature = field(repr=False)
+    parts: Mapping[str, Result] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         before, after = self.report.parameters
@@ -44,8 +52,19 @@ class Result:
 
         Raises:
             StoreError: the module has lost a weight, or computes it from others; names it.
+            CaptureError: the model was pruned in parts.
         """
+        if self.is_in_parts:
+            raise CaptureError(
+                "a model pruned in parts has no single program; result.parts holds the result of each part,"
+                " with its program"
+            )
         return program_now(self.module)
+
+    @property
+    def is_in_parts(self) -> bool:
+        """Whether the model was not captured as a whole."""
+        return not isinstance(self.module, PrunedModule)
 
     @property
     def config(self) -> PruningConfig | None:
@@ -59,10 +78,16 @@ class Result:
         return found
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the result to a new folder (see :mod:`fasp_fx.store`)."""
+        """Write the result to a new folder (see :mod:`fasp_fx.store`). Of a model pruned in parts, the code
+        between them is not stored: :func:`fasp_fx.load` takes the dense model for it.
+
+        Raises:
+            StoreError: the path is taken or cannot be written, or the result holds something that cannot be
+                stored.
+        """
         from .saving._folder import save
 
-        return save(self.program, self.signature, self.plan, self.report, path, overwrite=overwrite)
+        return save(self, path, overwrite=overwrite)
 
     @one_at_a_time
     @in_usual_modes
@@ -83,8 +108,11 @@ class Result:
             EagerError: no copy is the program; says where they part, and what to do.
             PlanError: the model is not the one that the plan was made for.
         """
-        from .eager._make import eager
+        from .eager._make import eager, eager_in_parts
 
+        if self.is_in_parts:
+            parts = {path: (part.module, part.plan) for path, part in self.parts.items()}
+            return eager_in_parts(self.module, self.plan, parts, model)
         return eager(self.module, self.plan, model)
 
 

@@ -50,7 +50,6 @@ def make_plan(program: Program, analysis: Analysis, decision: Decision) -> Pruni
         granularity=tuple(sorted(analysis.granularity)),
         include=tuple(sorted(analysis.include)),
         folds=program.folds,
-        copies=analysis.program.copies if groups else (),
         fixed=plans.fixed_of(program),
     )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,90 +21,86 @@ from ..calibration._trial import ModelTrial, ServedTrial
 from ..calibration._visit import Decision
 from ..capturing._program import Program
 from ..errors import ArgumentError
-from ._allocating import budget_for, counted
-from ._method import Method
+from ._allocating import counted
 from ._result import Result
 from ._rewriting import Timings, analyze_for, rewrite
 from .config import PruningConfig
 
 
-class Subject(ABC):
-    """A model on its way to a smaller one.
+class Subject:
+    """A model on its way to a smaller one; captured as one program, unless a subclass says otherwise.
+
+    Args:
+        programs: what it was captured as, in the order in which the model runs them.
+        device: where batches are moved.
 
     Attributes:
-        programs: what it was captured as, in the order in which the model runs them.
         analyses: those of the programs that are pruned, once :meth:`analyze` was called.
+        unserved: the programs that the calibration batches do not serve, once :meth:`read` was called.
         notes: what there is to say of all programs together.
     """
 
-    def __init__(self, programs: Mapping[str, Program]) -> None:
-        self.programs = dict(programs)
+    def __init__(self, programs: Mapping[str, Program], device: torch.device | str | None = None) -> None:
+        self.programs, self._device = dict(programs), None if device is None else device_named(device)
         self.analyses: dict[str, Analysis] = {}
+        self.unserved: set[str] = set()
         self.notes: list[str] = []
 
-    @abstractmethod
     def analyze(self, asked: PruningConfig | PruningPlan) -> Analysis:
         """The groups of all programs, in the names of the model."""
+        self.analyses = {path: analyze_for(program, asked) for path, program in self.programs.items()}
+        return self.analyses[""]
 
-    @abstractmethod
     def within(self, path: str, group: Group) -> Group:
         """A group of a program in the names of the model."""
+        return group
 
-    @abstractmethod
     def fingerprint(self) -> str:
         """What tells the model, with its weights, from others."""
+        return plans.computed_fingerprint(self.programs[""])
 
-    @abstractmethod
     def count(self, cap: Cap | None) -> Resource:
         """What a budget counts, of all programs together; ``None``: what sparsity is a fraction of."""
+        return counted(self.analyses[""], cap)
 
-    @abstractmethod
     def read(self, calibration: Iterable[Any] | None) -> Any:
         """The calibration batches.
 
         Raises:
             CalibrationError: one does not fit.
         """
+        return read_batches(self.programs[""], calibration, self._device)
 
-    @abstractmethod
-    def leaves(self, batches: Any) -> Iterable[Iterable[Any]]:
+    def leaves(self, batches: Any) -> Any:
         """The tensors and constants of each batch."""
+        return batches
 
-    @abstractmethod
-    def inputs(self, path: str, batches: Any) -> tuple[list[list[Any]], str]:
-        """What the batches bring to the inputs of a program's graph, behind the programs that were put; and
-        why it is nothing, if it is.
+    def inputs(self, path: str, batches: Any) -> Any:
+        """What the batches bring to the inputs of a program's graph, behind the programs that were put; none
+        where the program has to stay as it is.
         """
+        return batches
 
-    @abstractmethod
     def removed_by(self, plan: PruningPlan) -> dict[str, np.ndarray]:
         """For each program that a plan takes anything from, whether each channel number goes.
 
         Raises:
             PlanError: the plan is for another model.
         """
+        plans.check_fingerprint(plan, plans.program_fingerprint(self.programs[""]))
+        return {"": plans.gone_of(plan, self.analyses[""])}
 
-    @abstractmethod
-    def put(self, path: str, decision: Decision, config: PruningConfig | None, clock: Timings) -> None:
-        """Carry out what was decided for a program, and put what comes of it into the program's place."""
-
-    @abstractmethod
-    def result(self, config: PruningConfig | None, clock: Timings) -> Result:
-        """The smaller model, once all programs were put."""
-
-    def unreached(self, batches: Any) -> dict[str, str]:
-        """The programs that the batches bring nothing to, with the reasons."""
-        return {}
-
-    def leaves_whole(
-        self, path: str, lost: list[int], config: PruningConfig, batches: Any, missed: Mapping[str, str]
-    ) -> bool:
-        """Whether a program stays as it is, which is noted then."""
+    def leaves_whole(self, path: str, lost: Sequence[int]) -> bool:
+        """Whether a program of which so much shall go stays as it is."""
         return False
 
-    def take_notes(self, decision: Decision, notes: Iterable[str]) -> None:
-        """Note what there is to say of all programs together."""
-        self.notes = list(notes)
+    def put(self, path: str, decision: Decision, config: PruningConfig | None, clock: Timings) -> None:
+        """Carry out what was decided for a program, and put what comes of it into the program's place."""
+        self._result = rewrite(self.programs[path], self.analyses[path], decision, config, clock)
+
+    def result(self, config: PruningConfig | None, clock: Timings) -> Result:
+        """The smaller model, once all programs were put."""
+        return self._result
 
     def check_weights(self) -> None:
         """Refuse weights without values.
@@ -121,19 +116,13 @@ class Subject(ABC):
                         " prune() needs them"
                     )
 
-    def budget(self, method: Method) -> Budget:
-        """How much of what was asked for may stay; without a limit where each pattern has its own sparsity.
-
-        Raises:
-            BudgetError: a resource cannot be counted.
-        """
-        return budget_for(method.config, list(self._chosen()), self.count)
-
-    def reached(self, budget: Budget, missed: Mapping[str, str]) -> Budget:
+    def served(self, budget: Budget) -> Budget:
         """The budget of the programs that the batches serve."""
-        if not missed:
+        if not self.unserved:
             return budget
-        return budget.only([path not in missed for path, own in self.analyses.items() for _ in own.chosen])
+        return budget.only(
+            [path not in self.unserved for path, own in self.analyses.items() for _ in own.chosen]
+        )
 
     def trial(self, trials: Mapping[str, ModelTrial]) -> ServedTrial | None:
         """What runs the programs as they would be pruned, if anything does."""
@@ -144,57 +133,9 @@ class Subject(ABC):
         left = iter(lost)
         return {path: [next(left) for _ in own.chosen] for path, own in self.analyses.items()}
 
-    def _chosen(self) -> Iterator[Group]:
-        for path, analysis in self.analyses.items():
-            yield from (self.within(path, group) for group in analysis.chosen)
+    def chosen(self) -> list[Group]:
+        """The groups that can be pruned of all programs, in the names of the model."""
+        return [self.within(path, group) for path, own in self.analyses.items() for group in own.chosen]
 
 
-class Whole(Subject):
-    """A model that was captured as one program.
-
-    Args:
-        device: where batches are moved.
-    """
-
-    def __init__(self, program: Program, device: torch.device | str | None = None) -> None:
-        super().__init__({"": program})
-        self.program, self._device = program, None if device is None else device_named(device)
-
-    def analyze(self, asked: PruningConfig | PruningPlan) -> Analysis:
-        analysis = analyze_for(self.program, asked)
-        self.analyses = {"": analysis}
-        return analysis
-
-    def within(self, path: str, group: Group) -> Group:
-        return group
-
-    def fingerprint(self) -> str:
-        return plans.computed_fingerprint(self.program)
-
-    def count(self, cap: Cap | None) -> Resource:
-        return counted(self.analyses[""], cap)
-
-    def read(self, calibration: Iterable[Any] | None) -> list[list[Any]]:
-        return read_batches(self.program, calibration, self._device)
-
-    def leaves(self, batches: list[list[Any]]) -> list[list[Any]]:
-        return batches
-
-    def inputs(self, path: str, batches: list[list[Any]]) -> tuple[list[list[Any]], str]:
-        return batches, ""
-
-    def removed_by(self, plan: PruningPlan) -> dict[str, np.ndarray]:
-        plans.check_fingerprint(plan, plans.program_fingerprint(self.program))
-        return {"": plans.gone_of(plan, self.analyses[""])}
-
-    def take_notes(self, decision: Decision, notes: Iterable[str]) -> None:
-        decision.notes.extend(notes)
-
-    def put(self, path: str, decision: Decision, config: PruningConfig | None, clock: Timings) -> None:
-        self._result = rewrite(self.program, self.analyses[""], decision, config, clock)
-
-    def result(self, config: PruningConfig | None, clock: Timings) -> Result:
-        return self._result
-
-
-__all__ = ["Subject", "Whole"]
+__all__ = ["Subject"]

@@ -118,7 +118,6 @@ class PruningOptions(TypedDict, total=False):
     exclude: Iterable[str]
     round_to: int
     uniform_layers: bool
-    padding_mask: str | None
     key: str | None
 
 
@@ -251,16 +250,6 @@ class PruningConfig:
         "Groups of one shape lose equally many channel sets, so that layers that are alike stay alike, as"
         " some runtimes need it.",
         form=bool,
-    )
-    padding_mask: str | None = _option(
-        None,
-        _where(
-            lambda value: isinstance(value, str | None),
-            "no name; pass that of an input, such as 'attention_mask'",
-        ),
-        'The name of the input ``[batch, tokens]`` (``"attention_mask"``, say) that is zero where a token of'
-        " the first input is padding; such tokens of the calibration data enter neither scores nor repairs."
-        " ``None``: every token counts.",
     )
     key: str | None = _option(
         None,

@@ -8,14 +8,14 @@ import contextlib
 import hashlib
 import json
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..base._atomic import new_folder
+from ..base._atomic import check_path, new_folder, write_text
 from ..base._json import Count, parse
 from ..base._tolerable import tolerable
 from ..base._version import __version__
@@ -26,6 +26,18 @@ MANIFEST = "manifest.json"
 #: the graph of a hundred layers takes some ten million bytes, the plan of the largest published model some
 #: thirty
 JSON_BYTES = 2**27
+
+#: far more than any published model has, far fewer than takes forever to build
+LAYERS = 4096
+_LAYER_NAMES = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "decoder_layers",
+)
 
 
 @dataclass(frozen=True)
@@ -46,16 +58,19 @@ class _Manifest:
 
 
 @contextlib.contextmanager
-def new_save(path: Path, kind: str, *, overwrite: bool) -> Iterator[Path]:
+def new_save(path: Path, kind: str, *, overwrite: bool, keep: bool = True) -> Iterator[Path]:
     """Give a folder to fill, which takes the name ``path``, with a manifest, when the block ends.
 
     Args:
         overwrite: replace an earlier save of that kind, and nothing else.
+        keep: ``False`` leaves nothing behind: it only finds out whether the folder could be made.
 
     Raises:
         StoreError: the path is taken or cannot be written.
     """
-    with new_folder(path, overwrite=overwrite, replaceable=lambda folder: is_save(folder, kind)) as folder:
+    with new_folder(
+        path, overwrite=overwrite, replaceable=lambda folder: is_save(folder, kind), keep=keep
+    ) as folder:
         yield folder
         write_manifest(folder, kind)
 
@@ -205,15 +220,98 @@ def parsing(name: str) -> Iterator[None]:
         ) from error
 
 
+def layer_counts(data: Any) -> Iterator[tuple[str, int]]:
+    """The numbers of layers in a configuration and those within it, by the names that configurations of
+    transformers give them.
+    """
+    if isinstance(data, dict):
+        for name, value in data.items():
+            if name in _LAYER_NAMES and type(value) is int:
+                yield name, value
+            yield from layer_counts(value)
+    elif isinstance(data, list):
+        for item in data:
+            yield from layer_counts(item)
+
+
+# --- Folders that keep the state of one run, so that the same call goes on from there.
+
+RUN = "run.json"
+RUN_FORMAT = "fasp_fx.run/1"
+
+
+def claim(folder: Path, kind: str, run: Mapping[str, Any]) -> None:
+    """Take a folder for a run, or go on with the run that it is of.
+
+    Args:
+        folder: made if missing.
+        kind: of the run.
+        run: what the run is of; equal for runs that give the same result.
+
+    Raises:
+        StoreError: the folder holds another run or something else, or cannot be written.
+    """
+    file, run = folder / RUN, {"format": RUN_FORMAT, "kind": kind, **run}
+    refuse_other(folder)
+    if not file.exists():
+        write_text(file, json.dumps(run))
+    found = read_state(dict[str, Any], file)
+    different = sorted(name for name in {*run, *found} if run.get(name) != found.get(name))
+    if different:
+        raise StoreError(
+            f"'{folder}' is the checkpoint of another run: {', '.join(different)} differ; choose another"
+            " checkpoint=, or remove the folder"
+        )
+
+
+def refuse_other(folder: Path, option: str = "checkpoint=") -> None:
+    """Refuse a folder that holds something else than the state of a run, and what is no folder.
+
+    Args:
+        option: what the caller gave it as.
+
+    Raises:
+        StoreError: it does, or cannot be read.
+    """
+    check_path(folder, option)
+    try:
+        # what a process that was killed did not finish writing is hidden
+        others = folder.exists() and [path for path in folder.iterdir() if not path.name.startswith(".")]
+        is_other = bool(others) and not (folder / RUN).is_file()
+    except OSError as error:
+        said = f"'{folder}' cannot be used: {first_line(error)}; choose another {option}"
+        raise StoreError(said) from error
+    if is_other:
+        raise StoreError(f"'{folder}' holds something that is no checkpoint; choose another {option}")
+
+
+def read_state(target: Any, file: Path) -> Any:
+    """What JSON in a file of such a folder holds, as a dataclass.
+
+    Raises:
+        StoreError: it holds something else.
+    """
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        raise StoreError(f"'{file}' cannot be read: {first_line(error)}; remove the folder") from error
+    return parse(target, text, f"'{file}'", "remove the folder that it is in")
+
+
 __all__ = [
     "FORMAT",
+    "LAYERS",
     "MANIFEST",
+    "claim",
     "is_save",
     "kind_of",
+    "layer_counts",
     "new_save",
     "parsing",
     "read_json",
+    "read_state",
     "read_text",
+    "refuse_other",
     "verify",
     "write_json",
     "write_manifest",

@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from ..base._json import ReadBy, parse
-from ..capturing._constants import HELD
-from ..capturing._signature import CallSignature
+from ..capturing._signature import HELD, CallSignature
 from ..errors import StoreError
 from ._folder import parsing
 from ._tensors import device_of

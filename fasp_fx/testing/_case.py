@@ -78,7 +78,7 @@ class Case:
 
         That the latter computes what the model does is a check of its own.
         """
-        own = {*tensors_of(self.dense), *(made.name for made in self.analysis.program.copies)}
+        own = {*tensors_of(self.dense)}
         cut = {
             member.name for group in self.analysis.chosen for member in (*group.producers, *group.consumers)
         }

@@ -5,6 +5,7 @@ tells the truth, and that an operator nobody has seen freezes what it touches.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -107,7 +108,7 @@ def plan_is_true(case: Case) -> None:
 
 
 def _partition(case: Case) -> None:
-    tensors = _with_copies(case.plan, tensors_of(case.reference))
+    tensors = tensors_of(case.reference)
     seen: dict[tuple[str, int], set[int]] = {}
     for group in case.analysis.groups:
         hold(
@@ -133,7 +134,7 @@ def _partition(case: Case) -> None:
 
 def _weights_are_slices(case: Case) -> None:
     """Every weight of the result is the model's without what the plan lists."""
-    tensors, found = _with_copies(case.plan, tensors_of(case.reference)), tensors_of(case.result.module)
+    tensors, found = tensors_of(case.reference), tensors_of(case.result.module)
     masks = {name: torch.ones(tensor.shape, dtype=torch.bool) for name, tensor in tensors.items()}
     for part in (part for group in case.plan.groups for part in (*group.producers, *group.consumers)):
         left = kept(tensors[part.name].detach().cpu(), part)
@@ -157,11 +158,6 @@ def _weights_are_slices(case: Case) -> None:
             torch.equal(source[mask].reshape(tensor.shape), tensor.detach().cpu()),
             f"'{name}' is not the model's without what the plan removes",
         )
-
-
-def _with_copies(plan: fasp_fx.PruningPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a model, and those that its result holds copies of, by the names of the copies."""
-    return tensors | {copied.name: tensors[copied.source].clone() for copied in plan.copies}
 
 
 def same_weights(first: fasp_fx.Result, second: fasp_fx.Result) -> bool:
@@ -236,13 +232,13 @@ def unseen_operator(case: Case) -> None:
     """
     program = case.captured.copy()
     module: fx.GraphModule = program.module
-    nodes = [node for node, given in _activations(module.graph) if given.dim() > 1]
+    nodes: list[fx.Node] = [node for node, given in _activations(module.graph) if given.dim() > 1]
     if not nodes:
         raise Skipped("no node of the graph has a floating-point activation")
     for index in sorted({int(case.random.integers(len(nodes))) for _ in range(2)}):
         with module.graph.inserting_after(nodes[index]):
             added = module.graph.call_function(torch.ops.fasp_fx_testing.opaque.default, (nodes[index],))
-        nodes[index].replace_all_uses_with(added, delete_user_cb=lambda user, own=added: user is not own)
+        nodes[index].replace_all_uses_with(added, partial(operator.is_not, added))
     module.recompile()
     inputs = tuple(program.flat_inputs(case.args, case.kwargs))
     try:

@@ -41,7 +41,6 @@ class Masked:
         self.module = copy.deepcopy(callable_of(model))
         tensors = tensors_of(self.module)
         named_alike = {fold.name for fold in plan.folds if fold.name in fold.sources}
-        copied = {made.name for made in plan.copies}
         whole: dict[int, tuple[Tensor, Tensor]] = {}
         with torch.no_grad():
             for part in (
@@ -49,8 +48,6 @@ class Masked:
                 for group in plan.groups
                 for part in (*group.consumers, *(group.producers if plan.include else ()))
             ):
-                if part.name in copied:
-                    continue  # of a table, whose channels only meet those of weights that are at zero
                 if part.name not in tensors:
                     why = (
                         "it computes it in every call; mask a result from which next to nothing was removed,"

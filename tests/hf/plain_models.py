@@ -113,7 +113,7 @@ MORE: dict[str, Case] = {
         {**NARROWER, "num_key_value_heads": (2, 2)},
     ),
     "qwen2": Case(qwen2, {**HEADS, "head_dim": (None, 8), **NARROWER}, 0.4, BOTH),
-    "phi3": Case(ZOO["phi3"].make, {"intermediate_size": (128, 96)}),
+    "phi3": Case(ZOO["phi3"].make, {"intermediate_size": (128, 80)}),
     "gemma3n": Case(gemma3n, {"intermediate_size": ([48, 64], [24, 40])}),
     "mixtral": Case(mixtral, {"intermediate_size": (48, 16)}, 0.5),
 }

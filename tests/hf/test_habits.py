@@ -17,7 +17,6 @@ from zoo import randomise
 import fasp_fx
 from fasp_fx import hf
 from fasp_fx.base.compat._transformers import CACHE
-from fasp_fx.hf._arguments import MOVES, POSITIONS
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -96,7 +95,9 @@ HABITS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", HABITS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(next(iter(HABITS)), marks=pytest.mark.slow), *list(HABITS)[1:]]
+)
 def test_a_pruned_model_does_as_the_model_does(name: str, tmp_path: Path) -> None:
     kind, config, given = HABITS[name]
     model = made(kind, config())
@@ -175,13 +176,3 @@ def test_outputs_of_routers_are_refused_with_the_remedy() -> None:
     )
     with pytest.raises(fasp_fx.ArgumentError, match="output_router_logits = False"):
         hf.prune(made("MixtralForCausalLM", config), sparsity=0.2, score="magnitude", restore=None)
-
-
-def test_ways_to_count_and_to_move_on() -> None:
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    assert POSITIONS["count"](mask).tolist() == [[0, 1, 2, 3, 4]] * 2
-    assert POSITIONS["mask"](mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
-    assert POSITIONS["mask and hidden"](mask).tolist() == [[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]]
-    labels = torch.tensor([[5, 6, 7, -100], [5, 6, 7, 8]])
-    assert MOVES["start"](labels, 9, 1).tolist() == [[9, 5, 6, 7], [9, 5, 6, 7]]
-    assert MOVES["last"](labels, None, 1).tolist() == [[7, 5, 6, 7], [8, 5, 6, 7]]

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from generators import dense, pruned
+from generators import dense
 
-import fasp_fx
 from fasp_fx import hf
 from fasp_fx.allocation import Search
 
@@ -50,19 +49,3 @@ def test_padding_chooses_nothing(loss: Any, allocation: Any, side: str) -> None:
     ]
     assert found[0].plan.groups == found[1].plan.groups
     assert found[0].report.notes == found[1].report.notes
-
-
-def test_a_mask_of_ones_own_is_refused_and_that_of_the_batches_is_not() -> None:
-    model, asked = dense("llama_gqa"), {"score": "magnitude", "restore": None}
-    for given in (
-        {"padding_mask": "mine"},
-        {"config": fasp_fx.PruningConfig(padding_mask="mine")},
-        {"config": fasp_fx.PruningConfig(padding_mask="input_ids"), "sparsity": 0.3},
-    ):
-        with pytest.raises(
-            fasp_fx.ArgumentError, match="takes the mask of the batches, 'attention_mask'; leave"
-        ):
-            hf.prune(model, **asked, **given)
-    first = pruned("llama_gqa")
-    assert first.report.config is not None
-    assert hf.prune(model, config=first.report.config).plan == first.plan

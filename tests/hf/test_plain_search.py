@@ -12,8 +12,7 @@ from plain_models import gemma3n, mixtral, qwen2
 from torch import nn
 from zoo import ZOO
 
-from fasp_fx.hf._experiments import Experiments, written
-from fasp_fx.hf._settings import ConfigKnob, KnobSearch
+from fasp_fx.hf._experiments import Experiments, find_knobs, written
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -37,7 +36,9 @@ def _group(
     rows: int = 0,
     blocks: int = 1,
 ) -> Group:
-    producing = tuple(_member(model, name, rows, blocks) for name in producers)
+    producing = tuple(
+        _member(model, name, rows if model.get_parameter(name).dim() > 1 else 0, blocks) for name in producers
+    )
     consuming = (_member(model, *consumer, blocks),)
     return Group(
         consumer[0],
@@ -56,13 +57,10 @@ def _group(
 def _feed(
     model: nn.Module,
     layer: int,
-    stem: str = "model.layers.{}.mlp",
-    up: tuple[str, ...] = ("gate_proj", "up_proj"),
-    down: str = "down_proj",
 ) -> Group:
-    stem = stem.format(layer)
-    rows = [f"{stem}.{name}.weight" for name in up]
-    return _group(model, model.get_parameter(rows[0]).shape[0], rows, (f"{stem}.{down}.weight", 1))
+    stem = f"model.layers.{layer}.mlp"
+    rows = [f"{stem}.gate_proj.weight", f"{stem}.up_proj.weight"]
+    return _group(model, model.get_parameter(rows[0]).shape[0], rows, (f"{stem}.down_proj.weight", 1))
 
 
 def _heads(model: nn.Module, layer: int, heads: int) -> Group:
@@ -77,9 +75,12 @@ def _heads(model: nn.Module, layer: int, heads: int) -> Group:
 
 
 def _found(model: nn.Module, groups: list[Group]) -> tuple[list[tuple[str, set[str]]], dict[str, str]]:
-    search = KnobSearch(Experiments(model), groups)
-    knobs = [knob for rivals in search.rivals for knob in rivals]
-    return [(str(knob), set(knob.groups)) for knob in knobs], search.inexpressible
+    """What each knob says when it is turned by one step, and what it shrinks."""
+    knobs, whole = find_knobs(Experiments(model), groups)
+    said = [
+        ", ".join(f"{written(path)}={value}" for path, value in knob.lowered(1).items()) for knob in knobs
+    ]
+    return [(text, set(knob.groups)) for text, knob in zip(said, knobs, strict=True)], whole
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "qwen3", "gemma2", "mistral"])
@@ -90,30 +91,30 @@ def test_heads_are_not_taken_for_smaller_heads(name: str) -> None:
     model = _meta(ZOO[name].make)
     groups = [_heads(model, layer, 2) for layer in range(2)] + [_feed(model, layer) for layer in range(2)]
     found, unsaid = _found(model, groups)
+    size = model.config.head_dim
     assert found == [
-        ("num_attention_heads=4, num_key_value_heads=2", {groups[0].name, groups[1].name}),
-        ("intermediate_size=128", {groups[2].name, groups[3].name}),
+        (f"num_attention_heads=2, num_key_value_heads=1, head_dim={size}", {groups[0].name, groups[1].name}),
+        ("intermediate_size=127", {groups[2].name, groups[3].name}),
     ]
     assert not unsaid
 
 
-def test_a_field_that_the_config_lacks_is_pinned() -> None:
+def test_a_field_that_the_config_lacks_is_set_along() -> None:
     model = _meta(qwen2)
-    experiments = Experiments(model)
-    assert {written(path): value for path, value in experiments.pins.items()} == {"head_dim": 8}
-    search = KnobSearch(experiments, [_heads(model, layer, 2) for layer in range(2)])
-    ((knob,),) = search.rivals
-    assert knob.lowered(1) == {("num_attention_heads",): 2, ("num_key_value_heads",): 1}
-    assert experiments.without_idle_pins(knob.lowered(1))["head_dim"] == 8
-    assert "head_dim" not in {
-        name for name, value in experiments.without_idle_pins({}).items() if value is not None
-    }
+    groups = [_heads(model, layer, 2) for layer in range(2)]
+    found, _ = _found(model, groups)
+    assert found == [
+        ("num_attention_heads=2, num_key_value_heads=1, head_dim=8", {group.name for group in groups})
+    ]
 
 
-def test_a_field_that_is_not_set_is_pinned() -> None:
-    assert {written(path): value for path, value in Experiments(_meta(ZOO["gpt2"].make)).pins.items()} == {
-        "n_inner": 256
-    }
+def test_a_field_that_is_not_set_is_found() -> None:
+    model = _meta(ZOO["gpt2"].make)
+    groups = [
+        _group(model, 256, [f"{stem}.c_fc.weight", f"{stem}.c_fc.bias"], (f"{stem}.c_proj.weight", 0), rows=1)
+        for stem in (f"transformer.h.{layer}.mlp" for layer in range(model.config.n_layer))
+    ]
+    assert _found(model, groups)[0] == [("n_inner=255", {group.name for group in groups})]
 
 
 def test_heads_without_a_field_for_their_size_cannot_be_said() -> None:
@@ -123,10 +124,7 @@ def test_heads_without_a_field_for_their_size_cannot_be_said() -> None:
     group = _group(model, 4, rows, (f"{stem.format(0)}.out_proj.weight", 1), "head")
     found, unsaid = _found(model, [group])
     assert not found
-    assert unsaid[group.name].startswith(
-        "no field of OPTConfig can say it: none that is a multiple of 4 changes dimension 0 of"
-        " model.decoder.layers.0"
-    )
+    assert unsaid == {group.name: "no field of OPTConfig shrinks it and nothing else"}
 
 
 def test_lists_are_fields_by_layer() -> None:
@@ -134,8 +132,8 @@ def test_lists_are_fields_by_layer() -> None:
     groups = [_feed(model, layer) for layer in range(2)]
     found, _ = _found(model, groups)
     assert found == [
-        ("intermediate_size[0]=48", {groups[0].name}),
-        ("intermediate_size[1]=64", {groups[1].name}),
+        ("intermediate_size[0]=47", {groups[0].name}),
+        ("intermediate_size[1]=63", {groups[1].name}),
     ]
 
 
@@ -154,11 +152,4 @@ def test_stacked_experts_shrink_together() -> None:
         for layer in range(2)
     ]
     found, _ = _found(model, groups)
-    assert found == [("intermediate_size=48", {groups[0].name, groups[1].name})]
-
-
-def test_a_knob_lowers_its_fields_in_proportion() -> None:
-    knob = ConfigKnob(((("heads",), 9), (("kv",), 3)), 3, {})
-    assert [knob.lowered(steps) for steps in range(3)] == [
-        {("heads",): 9 - 3 * steps, ("kv",): 3 - steps} for steps in range(3)
-    ]
+    assert found == [("intermediate_size=47", {groups[0].name, groups[1].name})]

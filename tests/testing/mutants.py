@@ -27,7 +27,6 @@ import fasp_fx.passes._kept
 import fasp_fx.passes._pruned_module
 import fasp_fx.passes.attention
 import fasp_fx.passes.remove_channels
-import fasp_fx.passes.restore_weights
 from fasp_fx import patterns
 from fasp_fx.passes import Prune
 from fasp_fx.passes._pruned_module import finish

@@ -2,8 +2,9 @@
 (:mod:`fasp_fx.testing._odd`).
 
 There is at least one for each class of them. To each belong a net on which it shows and the kinds of blocks
-among which drawing has to find another. Weights that are read in two ways have no fault of their own: what
-makes them right is that a weight has its channels once, whoever reads them ("a missed tie").
+among which drawing has to find another. Weights that are read in two ways, or one by one from a stack, have
+no fault of their own: what makes them right is that a weight has its channels once, whoever reads them ("a
+missed tie").
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from fasp_fx.testing.specs import (
     Linear,
     Net,
     Odd,
-    Pick,
     Regroup,
     Remember,
     Sequences,
@@ -82,12 +82,6 @@ SIZED = Mutant(
     _around(Sized("pad")),
     seed=1,
 )
-PICK = Mutant(
-    "what is taken of a stack loses what it likes",
-    attribute(_MOVES, "_stay_together", lambda _: lambda *_: None),
-    _around(Pick(4, "unbind")),
-    seed=1,
-)
 FUSED = Mutant(
     "tokens of a fused weight stay where they are at every size",
     attribute(_SPLIT, "_holds_at_every_size", lambda _: lambda node, label, size: True),
@@ -106,7 +100,6 @@ SHOWING_ON: dict[Mutant, tuple[type[Odd], tuple[str, ...]]] = {
     REMEMBER: (Remember, ("blocks",)),
     FOREIGN: (Foreign, ("number",)),
     SIZED: (Sized, ()),
-    PICK: (Pick, ("unbind", "one_by_one")),
     FUSED: (Fused, ("batch", "cut")),  # in others the small sizes of the analysis show it
     SHIFTED: (Fused, ("shifted",)),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from fasp_fx.plan import ParameterSlice, PlannedGroup, PruningPlan
 from models import made
@@ -58,14 +59,21 @@ def test_blocks_lose_their_own_positions() -> None:
     assert rows.tolist() == [[False, True], [False, True], [True, False], [True, False]]
 
 
-def test_errors() -> None:
-    a = torch.tensor([1.0, 2.0])
-    assert error(a, a) == 0
-    assert error(a, torch.tensor([1.0, 4.0])) == 0.5
-    assert error(a, torch.tensor([1.0])) == float("inf")
-    assert error(torch.tensor([1.0, float("nan")]), a) == float("inf")
-    assert error(torch.tensor([1.0, float("inf")]), torch.tensor([1.0, float("inf")])) == 0
-    assert error(torch.tensor([1.0, float("-inf")]), torch.tensor([1.0, float("inf")])) == float("inf")
-    assert error({"a": a, "n": torch.tensor(1)}, {"a": a, "n": torch.tensor(2)}) == float("inf")
-    assert error({"a": a, "n": torch.tensor(2)}, {"a": a, "n": torch.tensor(2)}) == 0
-    assert error(torch.tensor([1 + 1j]), torch.tensor([1 + 2j])) == 0.5
+A, INF = torch.tensor([1.0, 2.0]), float("inf")
+#: pairs of outputs, and how far they are apart
+APART: list[tuple[Any, Any, float]] = [
+    (A, A, 0),
+    (A, torch.tensor([1.0, 4.0]), 0.5),
+    (A, A[:1], INF),
+    (torch.tensor([1.0, float("nan")]), A, INF),
+    (torch.tensor([1.0, INF]), torch.tensor([1.0, INF]), 0),
+    (torch.tensor([1.0, -INF]), torch.tensor([1.0, INF]), INF),
+    ({"a": A, "n": torch.tensor(1)}, {"a": A, "n": torch.tensor(2)}, INF),
+    ({"a": A, "n": torch.tensor(2)}, {"a": A, "n": torch.tensor(2)}, 0),
+    (torch.tensor([1 + 1j]), torch.tensor([1 + 2j]), 0.5),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "apart"), APART)
+def test_errors(first: Any, second: Any, apart: float) -> None:
+    assert error(first, second) == apart

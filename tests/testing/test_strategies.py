@@ -263,7 +263,7 @@ def test_a_fifth_of_all_programs_is_odd_and_no_other_family_has_any() -> None:
     assert 0.1 <= sum(map(has(Odd), nets)) / len(nets) <= 0.3
     plain = [name for name in strategies.FAMILIES if name != "odd"]
     assert not any(map(has(Odd), (net for name in plain for net in drawn(name, 30))))
-    assert all(map(has(Odd), drawn("odd", 1200)))
+    assert all(map(has(Odd), drawn("odd", 300)))
 
 
 def test_kinds_and_bounds() -> None:

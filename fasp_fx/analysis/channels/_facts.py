@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor, fx
 
-from ._numbering import distinct
 from ._operands import NONE, Axis, DoesNotApplyError, Value
 
 
@@ -112,8 +111,7 @@ class Facts:
     into how many; ``heads`` pairs the channels that belong to one head, ``together`` those that would be free
     if they went together. ``chosen`` are numbers of positions that compete in a softmax or top-k, with how
     many of them are needed; ``stacked`` numbers of matrices in a stacked weight; ``stretched`` dimensions of
-    expanded tensors that meet channels. ``stacks`` pairs, for each node that takes one of a stack, the
-    channels at one place of all in it. ``needed`` are channels of which some must stay.
+    expanded tensors that meet channels. ``needed`` are channels of which some must stay.
     """
 
     pairs: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)
@@ -132,7 +130,6 @@ class Facts:
     chosen: list[tuple[np.ndarray, int]] = field(default_factory=list)
     stacked: list[np.ndarray] = field(default_factory=list)
     stretched: set[tuple[str, int]] = field(default_factory=set)
-    stacks: dict[fx.Node, list[tuple[np.ndarray, np.ndarray, fx.Node]]] = field(default_factory=dict)
     needed: dict[bytes, np.ndarray] = field(default_factory=dict)
 
     def couple(self, a: Tensor, b: Tensor, node: fx.Node) -> None:
@@ -147,7 +144,7 @@ class Facts:
         both = (first != NONE) & (second != NONE)
         alone = np.concatenate([first[~both & (first != NONE)], second[~both & (second != NONE)]])
         if alone.size:
-            self.frozen.append(Remark(distinct(alone), "meets a position that is not a channel", node))
+            self.frozen.append(Remark(np.unique(alone), "meets a position that is not a channel", node))
         first, second = first[both], second[both]
         differ = first != second
         if differ.any():
@@ -199,5 +196,5 @@ class Facts:
 
 def _channels(numbers: Tensor) -> np.ndarray:
     """The distinct channel numbers among some, in order."""
-    found = distinct(numbers.reshape(-1).numpy())
+    found = np.unique(numbers.reshape(-1).numpy())
     return found[found != NONE]

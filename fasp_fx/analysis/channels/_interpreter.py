@@ -23,6 +23,7 @@ from ...base.compat import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
+    FakeTensorMode,
     HigherOrderOperator,
     OpOverload,
     free_unbacked_symbols,
@@ -31,12 +32,11 @@ from ...base.compat import (
 )
 from ...capturing._fx import arguments, attribute, elements, results, target_name, written_names
 from ...capturing._sizes import Sizes, is_dynamic
-from ._execution import Execution
 from ._facts import Facts
 from ._letters import Relation, result_shapes_ok
 from ._moves import move
 from ._named import keep_numbered, name_results, picked, tallied
-from ._numbering import Numbering, Slot, distinct, laid_by_block
+from ._numbering import Numbering, Slot, laid_by_block
 from ._operands import Axis, DoesNotApplyError, Value, counted_by
 
 #: integer constants up to this many elements are known to the analysis as data (index tensors)
@@ -58,7 +58,6 @@ class Walk:
     executed: dict[fx.Node, Any] = field(default_factory=dict)
     facts: Facts = field(default_factory=Facts)
     without_rule: dict[str, list[fx.Node]] = field(default_factory=dict)
-    execution: Execution = field(default_factory=Execution)
 
 
 class _Degenerate(Exception):
@@ -77,11 +76,8 @@ class Interpreter:
         state: placeholders and output positions that may become narrower.
         overrides: for weights already rewritten, the original numbers along each dimension.
         strict: whatever does not execute, has no numbers or does not fit its rule is an error.
-        grows: weights without numbers get numbers of their own even so.
         heads: note which channels belong to one head, wherever two activations are contracted head by head.
         experts: follow the numbers by which a router names experts.
-        execution: of a walk through a program much like this one, so that its operators need not be executed
-            again.
     """
 
     def __init__(
@@ -94,20 +90,12 @@ class Interpreter:
         overrides: dict[str, list[Tensor | None]] | None = None,
         strict: bool = False,
         heads: bool = False,
-        grows: bool = False,
         experts: bool = False,
-        execution: Execution | None = None,
     ) -> None:
         self.module, self.numbering, self.canonical = module, numbering, canonical
         self.state_inputs, self.state_outputs = state_inputs, state_outputs
-        self.overrides, self.strict, self.heads, self.grows, self.experts = (
-            overrides or {},
-            strict,
-            heads,
-            grows,
-            experts,
-        )
-        self.execution = execution or Execution()
+        self.overrides, self.strict, self.heads, self.experts = overrides or {}, strict, heads, experts
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         #: weights whose content changes from call to call
         self.written = {canonical.get(name, name) for name in written_names(module.graph)}
 
@@ -141,10 +129,17 @@ class Interpreter:
             return self._run(small=False)
 
     def _run(self, small: bool) -> Walk:
-        walk = Walk(Sizes(self.module, small), execution=self.execution)
+        walk = Walk(Sizes(self.module, small))
         for node in self.module.graph.nodes:
             getattr(self, f"_{node.op}")(node, walk, small)
         return walk
+
+    def _like(self, tensor: Tensor) -> Tensor:
+        """A fake tensor of the same layout."""
+        with self.mode:
+            return torch.empty_strided(
+                tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
 
     # --- leaves
 
@@ -160,7 +155,7 @@ class Interpreter:
             )
             if given is None:
                 slot = self.numbering.get(name, dim)
-                if slot is None and self.strict and not self.grows:
+                if slot is None and self.strict:
                     raise VerificationError(
                         f"'{name}' has {shape[dim]} channels along dimension {dim} that were not there before"
                     )
@@ -194,12 +189,12 @@ class Interpreter:
 
     def _placeholder(self, node: fx.Node, walk: Walk, small: bool) -> None:
         recorded = node.meta.get("val")
-        with self.execution.mode:
+        with self.mode:
             executed = walk.sizes.concrete(recorded)
         if not isinstance(recorded, Tensor):
             walk.executed[node] = walk.values[node] = executed
             return
-        walk.executed[node] = executed = self.execution.like(executed)
+        walk.executed[node] = executed = self._like(executed)
         # Part of other dimensions' numbers.
         inside = {self.numbering.blocked.get((node.name, dim), (None, 1))[0] for dim in range(recorded.dim())}
         static = [
@@ -217,7 +212,7 @@ class Interpreter:
             return
         name = self.canonical.get(target_name(node), target_name(node))
         shape = tuple(tensor.shape)
-        walk.executed[node] = self.execution.like(tensor)
+        walk.executed[node] = self._like(tensor)
         data = None
         settled = (
             name not in self.written and tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
@@ -272,7 +267,12 @@ class Interpreter:
         try:
             if node.op != "call_function" or not callable(node.target):
                 raise NotImplementedError(f"{node.op} is not executed while analysing")
-            executed = self.execution.call(node.target, args, kwargs)
+            with self.mode:
+                if (
+                    isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+                ):  # writes into a copy
+                    args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+                executed = node.target(*args, **kwargs)
         except tolerable(Exception) as error:
             if not (
                 isinstance(error, _AT_RUN_TIME)
@@ -285,7 +285,7 @@ class Interpreter:
                     ) from error
                 if small and walk.sizes.assigned:
                     raise _Degenerate from error
-            with self.execution.mode:
+            with self.mode:
                 # Decided by data, or higher-order, say: the recorded shape serves.
                 executed = picked(node, walk.sizes.concrete(node.meta.get("val")), *args[:1])
         fits = all(0 not in shape for shape in _shapes(executed)) and walk.sizes.fit(
@@ -408,7 +408,7 @@ class Interpreter:
         """Whether some of these numbers are of channels of parameters; a weight that a pass has made anew is
         one.
         """
-        slots = {*self.numbering.slot_ids(distinct(numbers.reshape(-1).numpy())).tolist()} - {-1}
+        slots = {*self.numbering.slot_ids(np.unique(numbers.reshape(-1).numpy())).tolist()} - {-1}
         return any(self._is_parameter(self.numbering.slots[index]) for index in slots)
 
     def _is_parameter(self, slot: Slot) -> bool:

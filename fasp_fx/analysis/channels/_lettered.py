@@ -8,9 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from ...base.compat import pytree
-from ...capturing._fx import arguments
-from ...patterns import ORDINALS, Clause, Rule, lookup
+from ...patterns import ORDINALS, Clause, Rule
 from ._facts import Facts
 from ._numbering import Numbering
 from ._operands import (
@@ -164,7 +162,6 @@ class Lettered:
         ]
         self.experts = experts
         self.keepdim = bool(arguments.get("keepdim", False))
-        self._lift()
         self._activate()
 
     def _hold_factors(self, value: Value, letters: tuple[str, ...], nodes: dict[str, fx.Node | None]) -> None:
@@ -185,44 +182,6 @@ class Lettered:
         for index, operand in enumerate(self.operands):
             if operand.value.created and any(self.contracted(letter) for letter in operand.letters):
                 self.operands[index] = replace(operand, value=replace(operand.value, constant=False))
-
-    def _lift(self) -> None:
-        """Where one operand shrinks a factor that another holds only together with its partner, the partner's
-        positions go as one.
-        """
-        for index, operand in enumerate(self.operands):
-            for dim, _ in operand.splits:
-                first, second = operand.letters[dim], operand.letters[dim + 1]
-                leaders = [
-                    other
-                    for other in self.operands
-                    if other is not operand and first in other.letters and other.at(first)
-                ]
-                if operand.at(first) or not any(
-                    self._alone(other.letters[other.letters.index(first) + 1]) for other in leaders
-                ):
-                    continue
-                axes = []
-                for axis in operand.value.axes:
-                    if axis.dim == dim + 1 and axis.numbers.shape[dim] > 1 and second in self.kept:
-                        leader = axis.numbers.narrow(dim + 1, 0, 1)
-                        self.facts.couple(leader, axis.numbers, self.node)
-                        self.facts.want_together(axis.numbers, dim + 1, self.node)
-                        axis = Axis(leader, dim, axis.slot)
-                    axes.append(axis)
-                value = Value(operand.value.shape, tuple(axes), operand.value.constant, operand.value.origin)
-                self.operands[index] = replace(operand, value=value)
-
-    def _alone(self, partner: str) -> bool:
-        """Whether a factor's partner never had more than one position, as in a depthwise convolution."""
-        for operand in self.operands:
-            if partner in operand.letters and operand.value.origin is not None:
-                dim = operand.letters.index(partner)
-                return (
-                    self.numbering.get(operand.value.origin, dim - sum(at < dim for at, _ in operand.splits))
-                    is None
-                )
-        return True
 
     def _place(self, arguments: dict[str, Any], runs: dict[str, int]) -> set[str]:
         """Give positions that are placed letters of their own: they are others than those of the first
@@ -355,8 +314,8 @@ def index_dependent_letters(rule: Rule, given: dict[str, Any], target: object) -
     """The letters along which a call tells positions apart, each with the reason why none of them can go.
 
     A graph is told the number of a position; with another position gone it would be told another number. Only
-    where nothing that it gives depends on that number, and no table beside it has an entry for each position,
-    are all positions alike.
+    where it does not read that number, and no table beside it has an entry for each position, are all
+    positions alike.
     """
     found: dict[str, str] = {}
     for letter, name, ordinal in (clause.words for clause in rule.all("told")):
@@ -373,28 +332,6 @@ def _tells_apart(given: Any, place: int) -> str | None:
     graphs = [part for part in parts if isinstance(part, fx.GraphModule)]
     if not graphs:
         return "is no graph that could be read, so that it may tell positions along this dimension apart"
-    if any(_depends(graph.graph, place) for graph in graphs):
+    if any(graph.graph.find_nodes(op="placeholder")[place].users for graph in graphs):
         return "tells positions along this dimension apart"
     return None
-
-
-def _depends(graph: fx.Graph, place: int) -> bool:
-    """Whether anything that a graph gives, or any write of its, depends on the value of an input."""
-    reached = {graph.find_nodes(op="placeholder")[place]}
-    for node in graph.nodes:  # in topological order
-        if not reached.isdisjoint(_values_read(node)):
-            if node.op == "output" or node.is_impure():
-                return True
-            reached.add(node)
-    return False
-
-
-def _values_read(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values a node's result can depend on; of a tensor that one is made like
-    (``new_zeros``), only type and device are read.
-    """
-    rule = lookup(node.target)
-    if rule is None or not rule.creates:
-        return node.all_input_nodes
-    others = [value for name, value in arguments(node).items() if name != "self"]
-    return [leaf for leaf in pytree.tree_leaves(others) if isinstance(leaf, fx.Node)]

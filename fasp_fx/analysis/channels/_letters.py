@@ -24,7 +24,6 @@ from ._meeting import (
     why_no_consumer,
 )
 from ._named import look_up
-from ._numbering import distinct
 from ._operands import Axis, DoesNotApplyError, Operand, Value, align, join, singles
 from ._regroup import repeating
 
@@ -264,7 +263,7 @@ class Relation(Lettered):
                 self.node,
                 vanishing,
             )
-            numbers = distinct(np.concatenate([n.reshape(-1).numpy() for n in everything]))
+            numbers = np.unique(np.concatenate([n.reshape(-1).numpy() for n in everything]))
             operands = tuple(operand.node for operand in activations if operand.node is not None)
             self.facts.products.append(Product(self.node, operands, numbers[numbers >= 0]))
         elif len(weights) != 1 or len(activations) != 1:

@@ -21,7 +21,6 @@ from ...capturing._fx import arguments as arguments_of
 from ...capturing._sizes import Sizes, is_dynamic
 from ._facts import Facts
 from ._named import is_mask, lone_mask, look_up
-from ._numbering import are_among
 from ._operands import NONE, Axis, DoesNotApplyError, Value, collapse, smallest_step
 from ._regroup import Segment, regroup, segments, without_grids
 
@@ -278,30 +277,16 @@ def move(
         axes = [without_grids(*both, of_parameters, facts, node) for both in zip(axes, sources, strict=True)]
     stacked = _taken_along(others, source.shape, shapes[0]) if source.origin is not None else None
     if stacked is not None:
-        _stay_together(node, source, stacked, facts)
-        _want_positions(node, source, stacked, facts)
+        facts.boxes_of(source, node)  # a stack stays one tensor
     whole = (
         len(shapes) == 1
         and _numel(shapes[0]) == _numel(source.shape)
-        and not unknown
-        and _each_once(node, rule, source, others)
+        and not {"index", "indices"} & others.keys()  # these may take an element twice
     )
     origin = source.origin if stacked is not None or whole else None
     settled = source.data is not None and not (_decided_by_sizes(node, rule) and not _keeps_all(node))
     data = _outputs(_run(node.target, source.data, _rest(others))) if settled else [None] * len(shapes)
     return [Value(shape, tuple(axes[i]), source.constant, origin, data[i]) for i, shape in enumerate(shapes)]
-
-
-def _each_once(node: fx.Node, rule: Rule, source: Value, others: dict[str, Any]) -> bool:
-    """Whether an operator whose result is as large as its source takes every element once; one that takes
-    them by their indices may take some twice.
-    """
-    if source.origin is None or not rule.all("freeze"):
-        return True
-    (places,) = _outputs(
-        _run(node.target, torch.arange(_numel(source.shape)).reshape(source.shape), _rest(others))
-    )
-    return bool(places.unique().numel() == places.numel())
 
 
 def _taken_along(arguments: dict[str, Any], shape: tuple[int, ...], result: tuple[int, ...]) -> int | None:
@@ -311,49 +296,6 @@ def _taken_along(arguments: dict[str, Any], shape: tuple[int, ...], result: tupl
         return None
     dim %= len(shape)
     return dim if result == shape[:dim] + shape[dim + 1 :] else None
-
-
-def _stay_together(node: fx.Node, source: Value, dim: int, facts: Facts) -> None:
-    """A stack stays one tensor: what is numbered apart for each of its positions loses equal counts or, where
-    that cannot be, the same channels.
-    """
-    facts.boxes_of(source, node)
-    for axis in source.axes:
-        if axis.dim != dim and axis.numbers.shape[dim] > 1:
-            first = axis.numbers.narrow(dim, 0, 1).expand(axis.numbers.shape)
-            facts.stacks.setdefault(node, []).append(
-                (first.reshape(-1).numpy(), axis.numbers.reshape(-1).numpy(), node)
-            )
-
-
-def _want_positions(node: fx.Node, source: Value, dim: int, facts: Facts) -> None:
-    """Ask that a stack of weights of which nothing but each single one is taken be numbered apart for each of
-    them.
-    """
-    stack = node.all_input_nodes[0]
-    if stack.op != "get_attr" or not _all_taken(stack, dim, source.shape):
-        return
-    for axis in source.axes:
-        if axis.slot is not None and axis.dim != dim and axis.numbers.shape[dim] == 1:
-            facts.blocks.setdefault(axis.slot, (dim, source.shape[dim]))
-
-
-def _all_taken(stack: fx.Node, dim: int, shape: tuple[int, ...]) -> bool:
-    """Whether every position of a weight along a dimension is taken by itself, and no node takes anything
-    else of it.
-    """
-    taken: set[int] = set()
-    for user in stack.users:
-        given = arguments_of(user)
-        if "dim" not in given or int(given["dim"]) % len(shape) != dim:
-            return False
-        if user.target is torch.ops.aten.select.int and isinstance(given["index"], int):
-            taken.add(int(given["index"]) % shape[dim])
-        elif user.target is torch.ops.aten.unbind.int:
-            taken |= {int(arguments_of(item)["1"]) for item in user.users}
-        else:
-            return False
-    return len(taken) == shape[dim]
 
 
 def _parts_at_run_time(rule: Rule, arguments: dict[str, Any], shape: tuple[int, ...]) -> bool:
@@ -533,9 +475,9 @@ def _keep(
     """
     moved = collapse(moved)
     whole = moved.reshape(-1).numpy()
-    if not are_among(
+    if not np.isin(
         whole[whole != NONE], np.concatenate([own.numbers.reshape(-1).numpy() for own in given])
-    ):
+    ).all():
         raise DoesNotApplyError("it computes other elements of those that it is said to move")
     axis = Axis.of(moved, source.slot if source is not None else None)
     if axis is not None and (source is None or not _one_of_each(axis, source)):

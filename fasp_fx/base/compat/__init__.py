@@ -1,9 +1,8 @@
 """What the library uses of torch and transformers beyond their documented interfaces: every such name stands
 in this package and nowhere else.
 
-``tests/test_compat.py`` holds each name to what is expected of it, so that a release that moves one fails
-there, in words, and not in the midst of a model. The modules that import much (``_dynamo``, ``_serde``,
-``_transformers``) are imported where they are needed.
+``tests/test_compat.py`` holds those to what is expected of them that a release could change without a word.
+The modules that import much (``_dynamo``, ``_serde``, ``_transformers``) are imported where they are needed.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
 from torch.fx.graph import _PyTreeInfo as PyTreeInfo
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as PRESERVED
+from torch.fx.graph_module import _assign_attr as assign_attr
 from torch.fx.traceback import annotate as annotating
 from torch.fx.traceback import preserve_node_meta as annotated_nodes
 from torch.utils import _pytree as pytree
@@ -204,6 +204,7 @@ __all__ = [
     "TorchDispatchMode",
     "annotated_nodes",
     "annotating",
+    "assign_attr",
     "compile_graphs",
     "compiled_when_called",
     "composites_read_once",

@@ -9,12 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ...analysis._analysis import Analysis, analyze_program
-from ...analysis.groups import FROZEN
+from ...analysis._analysis import analyze_program
 from ...analysis.plan import PruningPlan, check_fingerprint, fingerprint, gone_of
 from ...base._tolerable import tolerable
 from ...base._warn import warn
@@ -96,9 +94,6 @@ def backend(
     return _Backend(plan, compiler, model, check).compile
 
 
-#: what torch takes an encoder layer for where no gradients flow; an exporter never sees it
-_ENCODER_LAYER = torch.ops.aten._transformer_encoder_layer_fwd.default
-
 #: names that torch gives the weights of its recurrent layers
 _OF_RECURRENT = re.compile(r"(^|\.)(weight|bias)_(ih|hh|hr)_l\d+")
 
@@ -108,8 +103,7 @@ class _Backend:
         self, plan: PruningPlan, inner: Callable[..., Any], model: nn.Module | None, check: bool
     ) -> None:
         self.plan, self.inner, self.model, self.check = plan, inner, model, check
-        copied = {made.name: made.source for made in plan.copies}
-        self.named = {copied.get(name, name) for name, _ in plan.slices()}
+        self.named = {name for name, _ in plan.slices()}
         self.checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def compile(self, module: fx.GraphModule, example: list[Any]) -> Compiled:
@@ -178,83 +172,35 @@ class _Backend:
         owner = fitting[0]
         if self.check and owner not in self.checked:
             check_fingerprint(self.plan, fingerprint(dict(owner.named_parameters(remove_duplicate=False))))
-        self._check_sizes(owner)
         self.checked.add(owner)
         return owner
 
-    def _check_sizes(self, owner: nn.Module) -> None:
-        """Refuse a model of another architecture, whose weights lack what the plan removes."""
-        tensors = tensors_of(owner)
-        for (name, dim), removed in self.plan.slices().items():
-            last = max((index for _, index in removed), default=-1)
-            shape = tensors[name].shape if name in tensors else None
-            if shape is not None and (dim >= len(shape) or last >= shape[dim]):
-                raise PlanError(
-                    f"the plan removes index {last} along dimension {dim} of '{name}', which the model does"
-                    f" not have: its shape is {list(shape)}; make a plan for this model"
-                )
-
-    def _analysis(self, program: Program) -> Analysis:
-        return analyze_program(
-            program,
-            split_fused if self.plan.splits or self.plan.copies else None,
-            self.plan.granularity,
-            self.plan.include,
-        )
-
     def _rewritten(self, program: Program) -> Program:
-        """The program without what of the plan can be done in it."""
-        present, plan = set(program.canonical()), self.plan
-        analysis = self._analysis(program)
-        try:
-            gone = gone_of(plan, analysis) if self.named <= present else None
-        except PlanError:
-            # The model is the plan's: dynamo's graph of it is not that of the capture.
-            gone = None
-        if gone is None:
-            plan, gone = self._part(analysis, present)
-        return Prune(gone, None, analysis)(analysis.program) if plan.groups else program
-
-    def _part(self, analysis: Analysis, present: set[str]) -> tuple[PruningPlan, np.ndarray]:
-        """What of the plan can be done in a graph that holds a part of the model, or in which not all can be
-        followed that the capture could.
+        """The program without what of the plan can be done in it: a graph can hold a part of the model, and
+        not all can be followed in dynamo's graph that could be in the capture's.
         """
+        divided = split_fused if self.plan.splits else None
+        analysis = analyze_program(program, divided, self.plan.granularity, self.plan.include)
+        present = set(program.canonical())
         groups, left = [], []
         for group in self.plan.groups:
             names = {part.name for part in (*group.producers, *group.consumers)}
-            if not names & present:
-                continue
-            if not names <= present:
-                left.append(f"'{group.name}': '{min(names - present)}' is in another graph")
-                continue
             try:
-                gone_of(replace(self.plan, groups=(group,)), analysis)
-                groups.append(group)
+                if names & present and not names <= present:
+                    raise PlanError(f"'{min(names - present)}' is in another graph")
+                if names <= present:
+                    gone_of(replace(self.plan, groups=(group,)), analysis)
+                    groups.append(group)
             except PlanError as error:
-                left.append(f"'{group.name}': {_why_not(analysis, names) or error}")
+                left.append(f"'{group.name}': {error}")
         if left:
-            why, remedy = "graph breaks divide the model", ""
-            if self.named <= present:
-                why = "dynamo's graph of the model is not that of the capture"
-            if analysis.program.module.graph.find_nodes(op="call_function", target=_ENCODER_LAYER):
-                remedy = (
-                    "; torch.backends.mha.set_fastpath_enabled(False), before compiling, keeps torch from"
-                    " taking whole encoder layers for one operator"
-                )
-            warn(f"{why}, and these groups stay whole: {'; '.join(left)}{remedy}", PartialPlanWarning)
-        plan = replace(self.plan, groups=tuple(groups))
-        return plan, gone_of(plan, analysis)
-
-
-def _why_not(analysis: Analysis, names: set[str]) -> str:
-    """What the analysis says of weights that it cannot prune; empty if it says nothing."""
-    reasons = {
-        group.reason
-        for group in analysis.groups
-        if group.status == FROZEN
-        and not names.isdisjoint(part.name for part in (*group.producers, *group.consumers))
-    }
-    return ", ".join(sorted(filter(None, reasons)))
+            warn(
+                "graph breaks divide the model, or dynamo's graph of it is not that of the capture, and these"
+                f" groups stay whole: {'; '.join(left)}",
+                PartialPlanWarning,
+            )
+        gone = gone_of(replace(self.plan, groups=tuple(groups)), analysis)
+        return Prune(gone, None, analysis)(analysis.program) if groups else program
 
 
 def _refuse(error: FaspError, *args: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...base._tolerable import tolerable
+from ...base.compat import assign_attr
 from ...base.compat._dynamo import (
     SET_GRAD,
     InstructionTranslator,
@@ -234,16 +235,7 @@ def as_program(
     root = nn.Module()
     for name, tensor in weights.values():
         for alias in aliases[name]:
-            path, _, leaf = alias.rpartition(".")
-            owner = root
-            for part in filter(None, path.split(".")):
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = getattr(owner, part)
-            if isinstance(tensor, nn.Parameter):
-                owner.register_parameter(leaf, tensor)
-            else:
-                owner.register_buffer(leaf, tensor)
+            assign_attr(tensor, root, alias)
     graph = traced.graph
     for position, node in enumerate(graph.find_nodes(op="placeholder")):
         if position in weights:

@@ -1,8 +1,8 @@
 """A report to look at: one page of HTML, CSS and JavaScript that needs no network and loads from a file.
 
-Data (here), layout (:mod:`._graph`) and drawing (``page.html``, ``page.css``, ``*.js``) are
-apart. Names of the model reach the page only as JSON and are shown only as text; the page's content security
-policy lets no script run but its own, and no request go out.
+Data (here) and drawing (``page.html``, ``page.css``, ``*.js``) are apart. Names of the model reach the page
+only as JSON and are shown only as text; the page's content security policy lets no script run but its own,
+and no request go out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import html
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,15 @@ from ...analysis.groups import PRUNABLE
 from ...base._atomic import new_file
 from ...base._version import __version__
 from ...pruning.report import COUNTED, Line, Report, line_of, notes_of, weight_size
-from ._graph import lay_out, star
 
-SCRIPTS = ("dom.js", "tips.js", "summary.js", "graph.js", "charts.js", "table.js")
+SCRIPTS = ("dom.js", "tips.js", "summary.js", "charts.js", "table.js")
 MARK = '<meta name="generator" content="fasp_fx report">'
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def to_html(source: Report | Analysis, title: str = "Model") -> str:
-    """Show a report or an analysis as one page of HTML that needs nothing else: graph of the groups, widths,
-    table and figures (docs/report.md).
+    """Show a report or an analysis as one page of HTML that needs nothing else: figures, widths by layer
+    and a table of the groups (docs/report.md).
 
     Args:
         source: what was pruned (``result.report``), or what could be (what :func:`fasp_fx.analyze` returned).
@@ -118,7 +116,6 @@ def page_data(source: Report | Analysis, title: str) -> dict[str, Any]:
         "notes": list(notes),
         "withoutRule": [[name, count] for name, count in source.without_rule.items()],
         "groups": [_group(line) for line in lines],
-        "graph": asdict(lay_out(lines)),
         "charts": _charts(lines),
     }
 
@@ -234,6 +231,11 @@ def _charts(lines: Sequence[Line]) -> list[dict[str, Any]]:
         }
         for name, status, found in (*several, *([("", "", single)] if single else []))
     ]
+
+
+def star(name: str) -> str:
+    """A name without its numbers: ``model.layers.*.mlp.up_proj.weight``."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def _numbers(name: str) -> str:

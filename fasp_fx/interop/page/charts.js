@@ -57,7 +57,7 @@ function singlesChart(chart) {
     const gauge = el("span", { class: data.pruned ? "gauge-box" : "" }, el("span"));
     gauge.firstChild.style.width = `${100 * (1 - removedShare(group))}%`;
     const row = el("div", { class: `single ${colour(group.status)}`, role: "img", "aria-label": `${group.name}: ${changed(group)}`, "data-bar": bar.group },
-      sign(group.status), el("span", { class: "single-name" }, bar.label), gauge, el("span", { class: "number" }, widths([group])));
+      sign(group.status), el("span", { class: "single-name" }, bar.label), gauge, el("span", { class: "number" }, widths(group)));
     return withTip(row, () => [group.name, changed(group), `${group.status}${group.reason ? `: ${group.reason}` : ""}`]);
   });
   roving(rows);

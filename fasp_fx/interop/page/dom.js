@@ -27,15 +27,9 @@ const percent = (share) => `${(100 * share).toFixed(1)} %`;
 // Channels of a group, with its blocks if it has several: 3×64.
 const width = (size, blocks) => (blocks > 1 ? `${blocks}×${Number((size / blocks).toFixed(2))}` : String(size));
 
-// One text for one group or for several that were alike before.
-function widths(groups) {
-  const before = width(groups[0].before, groups[0].blocks);
-  const left = groups.map((group) => group.after);
-  const [low, high] = [Math.min(...left), Math.max(...left)];
-  if (!data.pruned || (low === high && low === groups[0].before)) return before;
-  const blocks = groups[0].blocks;
-  const after = low === high ? width(low, blocks) : `${width(low, blocks)}–${blocks > 1 ? high / blocks : high}`;
-  return `${before}→${after}`;
+function widths(group) {
+  const before = width(group.before, group.blocks);
+  return data.pruned && group.after !== group.before ? `${before}→${width(group.after, group.blocks)}` : before;
 }
 
 // The sign of a status: a shape as well as a colour.

@@ -7,6 +7,7 @@ const members = (names) => {
   const rest = el("details", {}, el("summary", {}, `${count(names.length - 3)} more`), ...names.slice(3).map(line));
   return el("td", { class: "names" }, ...names.slice(0, 3).map(line), rest);
 };
+const error = (value) => (value === null ? "" : typeof value === "number" ? value.toExponential(2) : value);
 const numeric = (value, text) => el("td", { class: "number" }, value === null ? "" : text);
 const COLUMNS = [
   { name: "Status", value: (group) => Math.max(0, Object.keys(STATUSES).indexOf(group.status)), cell: (group) => el("td", { class: "status" }, sign(group.status), group.status) },

@@ -19,7 +19,7 @@ from ...base._warn import warn
 from ...calibration._visit import Decision, decided
 from ...capturing._program import Program
 from ...errors import CallError, VerificationError, VerificationWarning, first_line
-from ...passes import Prune, share_again
+from ...passes import Prune
 from ...passes._pruned_module import finish
 from ..report import said_whole
 from ._compare import Inputs, ReferenceFailedError, Seen, compare, inputs_for, takes
@@ -106,7 +106,7 @@ class Checker:
         groups = decided(self.analysis, self.decision)
         if not groups:  # the program stays as it was captured, fused producers included
             self.lap("passes")
-            module = finish(self.program, before=self.program.module.graph)
+            module = finish(self.program)
             self.lap("export")
             return Checked(self.decision, self.program, module)
         self._check_split()
@@ -172,14 +172,12 @@ class Checker:
     ) -> tuple[_Made | None, _Fault | None]:
         decision = restricted(self.analysis, self.decision, groups)
         try:
-            rewritten = share_again(
-                Prune(decision.gone, decision.weights, self.analysis)(self.analysis.program)
-            )
+            rewritten = Prune(decision.gone, decision.weights, self.analysis)(self.analysis.program)
         except tolerable(VerificationError) as error:
             return None, _Fault(str(error))
         lap("passes")
         try:
-            made = rewritten, finish(rewritten, before=self.program.module.graph)
+            made = rewritten, finish(rewritten)
         except tolerable(Exception) as error:  # an exporter raises what it likes
             return None, _Fault(
                 f"what is left of the program cannot be exported: {type(error).__name__}: {first_line(error)}"

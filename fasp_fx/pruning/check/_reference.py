@@ -139,14 +139,10 @@ class _Masking:
         is zero there.
         """
         masks: dict[str, Tensor] = {}
-        # What a copied table turns is at zero already, and the table that it was copied from serves groups
-        # that stay.
-        copied = {made.name for made in self.analysis.program.copies}
         for group in self.analysis.chosen:
             own = np.isin(self.analysis.labels, group.sets) & self.gone[:-1]
             for slot in group.slots if group.status == APPROXIMATE else ():
-                is_own = slot.kind == "weight" and slot.name not in copied
-                if is_own and own[slot.base : slot.base + slot.size].any():
+                if slot.kind == "weight" and own[slot.base : slot.base + slot.size].any():
                     shape = attribute(self.analysis.program.module, slot.name).shape
                     mask, name = _along(slot, shape, own), self.canonical[slot.name]
                     masks[name] = mask & masks.get(name, mask)

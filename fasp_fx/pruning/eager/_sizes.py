@@ -1,103 +1,19 @@
-"""The attributes of a module that are sizes: which there are, to write them, and what torch's own classes
-call the sizes of their weights.
+"""The attributes of modules that are sizes: what torch's own classes call those of their weights, and which
+integers of other classes arrive as sizes in a graph.
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
-#: longer tuples and lists hold no sizes, and others are no plain ones
-_LONGEST, _SEQUENCES = 16, (tuple, list, torch.Size)
-#: what every module has
-_COMMON = frozenset(vars(nn.Module()))
-
-
-@dataclass(frozen=True)
-class Size:
-    """Where an integer stands: in an attribute of a submodule (of a plain object there, if ``name`` has a
-    dot), at which position if that is a sequence.
-    """
-
-    path: str
-    name: str
-    position: int | None = None
-
-    def __str__(self) -> str:
-        at = "" if self.position is None else f"[{self.position}]"
-        return f"{self.path}.{self.name}{at}" if self.path else f"{self.name}{at}"
-
-
-Assignment = Mapping[Size, int]
-
-
-def sizes(module: nn.Module, path: str, shared: Set[int]) -> dict[Size, int]:
-    """The positive integers among the attributes of one module, and in the plain objects among these, such as
-    a configuration, whose names are dotted.
-
-    Args:
-        path: where the module is.
-        shared: the ids of objects that must not be changed.
-    """
-    own = {name: value for name, value in vars(module).items() if name not in _COMMON}
-    found = dict(_integers(own, path, ""))
-    for name, value in own.items():
-        if id(value) not in shared and _is_record(value):
-            found |= dict(_integers(_fields(value), path, f"{name}."))
-    return found
-
-
-def _integers(held: Mapping[str, object], path: str, start: str) -> Iterator[tuple[Size, int]]:
-    for name, value in held.items():
-        if not isinstance(name, str) or "." in name:
-            continue
-        items: Any = [(None, value)]
-        if isinstance(value, (tuple, list)) and type(value) in _SEQUENCES and len(value) <= _LONGEST:
-            items = enumerate(value)
-        for at, item in items:
-            if type(item) is int and item > 0:
-                yield Size(path, start + name, at), item
-
-
-def _is_record(value: object) -> bool:
-    """Whether a value is a dictionary, or an object of a class that somebody has written to hold data."""
-    return isinstance(value, dict) or (
-        hasattr(value, "__dict__")
-        and not callable(value)
-        and not isinstance(value, (torch.Tensor, enum.Enum))
-        and type(value).__module__.partition(".")[0] not in ("torch", "builtins")
-    )
-
-
-def _fields(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else vars(value)
-
-
-def write(module: nn.Module, assignment: Assignment) -> None:
-    """Set attributes of the submodules of a module; tuples and lists are made anew."""
-    for size, value in assignment.items():
-        held: dict[str, Any] = module.get_submodule(size.path).__dict__
-        *outer, name = size.name.split(".")
-        for step in outer:
-            held = _fields(held[step])
-        if size.position is None:
-            held[name] = value
-        else:
-            items = list(held[name])
-            items[size.position] = value
-            # torch.Size takes integers of no other class
-            held[name] = items if type(held[name]) is list else tuple(items)
-
-
-def is_within(path: str, outer: str) -> bool:
-    """Whether a path is that of a submodule or of one inside it."""
-    return not outer or path == outer or path.startswith(f"{outer}.")
-
+from ...analysis.plan import PruningPlan
+from ...base.compat import annotated_nodes, annotating, pytree
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -160,15 +76,127 @@ _SAID: tuple[tuple[Any, dict[str, Callable[[Any], Any]]], ...] = (
 )
 
 
-def write_said(model: nn.Module, copy: nn.Module) -> None:
+def say_sizes(model: nn.Module, copy: nn.Module) -> None:
     """Have the modules of torch's classes in a copy say the sizes of the weights that they have now, where
     those of the model do so.
     """
     for path, inner in model.named_modules():
+        own = copy.get_submodule(path)
         for kind, said in _SAID:
             for name, of in said.items() if isinstance(inner, kind) else ():
                 if getattr(inner, name) == of(inner) is not None:
-                    setattr(copy.get_submodule(path), name, of(copy.get_submodule(path)))
+                    setattr(own, name, of(own))
 
 
-__all__ = ["Assignment", "Size", "is_within", "sizes", "write", "write_said"]
+#: key of ``node.meta["custom"]``: the number of the call that a node was recorded in
+_CALL = "fasp_fx_call"
+
+
+class Tagged(int):
+    """An integer attribute that says which it is. What Python computes of it is a plain integer.
+
+    Attributes:
+        path, name: of the module, and of the attribute.
+    """
+
+    path: str
+    name: str
+
+
+def _plainly(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that computes with plain integers, since symbolic ones take no others."""
+    return lambda own, other: compute(int(own), int(other) if isinstance(other, Tagged) else other)
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "eq", "ne", "lt", "le", "gt", "ge"):
+    _compute = getattr(operator, _name)
+    setattr(Tagged, f"__{_name}__", _plainly(_compute))
+    setattr(Tagged, f"__r{_name}__", _plainly(lambda own, other, _compute=_compute: _compute(other, own)))
+Tagged.__hash__ = int.__hash__  # type: ignore[method-assign]  # which a class that compares has to say
+
+
+class Arrivals(TorchFunctionMode):
+    """Notes the integers that arrive at functions of torch, and has nodes say which call they are of.
+
+    Attributes:
+        calls: of each call that takes tagged integers, all integers among its arguments, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[list[int]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = args, kwargs or {}
+        arrived = [leaf for leaf in pytree.tree_leaves(given) if type(leaf) in (int, Tagged)]
+        if not any(isinstance(integer, Tagged) for integer in arrived):
+            return func(*args, **given[1])
+        self.calls.append(arrived)
+        args, kwargs = pytree.tree_map_only(Tagged, int, given)
+        with annotating({_CALL: len(self.calls) - 1}):
+            return func(*args, **kwargs)
+
+
+@contextmanager
+def tagged(model: nn.Module) -> Iterator[Arrivals]:
+    """Inside, the positive integers among the attributes of a model's modules are tagged; the caller puts
+    them back.
+    """
+    for path, inner in model.named_modules():
+        for name, value in list(vars(inner).items()):
+            if type(value) is int and value > 0:
+                integer = Tagged(value)
+                integer.path, integer.name = path, name
+                setattr(inner, name, integer)
+    with Arrivals() as arrivals, annotated_nodes():
+        yield arrivals
+
+
+#: attributes by the path of their module and their name
+Sizes = dict[tuple[str, str], int]
+
+
+def observed(dense: fx.Graph, pruned: fx.Graph, arrivals: Arrivals) -> tuple[Sizes, Sizes]:
+    """What the tagged attributes of a model have to be for its graph to become the pruned one: what stands
+    there in the places where they arrive; and those that arrive at nodes which the pruned graph has in parts.
+    """
+    after = {node.name: _integers(node) for node in pruned.nodes}
+    found, parted = Sizes(), Sizes()
+    for node in dense.nodes:
+        call = node.meta.get("custom", {}).get(_CALL)
+        own, its = _integers(node), after.get(node.name, [])
+        for integer in arrivals.calls[call] if call is not None else ():
+            if integer in own:
+                at = own.index(integer)
+                own[at] = None  # the next one of this value stands elsewhere
+                value = its[at] if len(its) == len(own) else None
+                if isinstance(integer, Tagged):
+                    (parted if value is None else found)[integer.path, integer.name] = value or int(integer)
+    return found, parted
+
+
+def left_of(value: int, path: str, model: nn.Module, copy: nn.Module, plan: PruningPlan) -> int:
+    """What is left of a size of a module: of as many rows or columns of a weight, or of as many channel sets
+    of a group or of a block of one.
+    """
+    weights = zip(model.get_submodule(path).parameters(), copy.get_submodule(path).parameters(), strict=True)
+    for dense, smaller in weights:
+        for before, after in zip(dense.shape, smaller.shape, strict=True):
+            if before == value != after:
+                return after
+    for group in plan.groups:
+        own = [part for part in group.producers if not path or part.name.startswith(f"{path}.")]
+        for blocks in (1, group.blocks):
+            if own and value * blocks == group.size:
+                return value - group.removed_sets // blocks
+    return value
+
+
+def _integers(node: fx.Node) -> list[int | None]:
+    """The integers among the arguments of a node; ``None`` in the places of others."""
+    return [leaf if type(leaf) is int else None for leaf in pytree.tree_leaves((node.args, node.kwargs))]
+
+
+__all__ = ["left_of", "observed", "say_sizes", "tagged"]

@@ -10,22 +10,19 @@ they are named, so load only what you would also run.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import fx, nn
 
 from ...base._device import check_device
 from ...base._json import parse
 from ...base._options import path_of
-from ...base._tensors import bytes_of
 from ...base._tolerable import tolerable
 from ...base._undisturbed import in_usual_modes, one_at_a_time
-from ...capturing._signature import CallSignature
 from ...errors import ArgumentError, StoreError, first_line
 from ...passes._pruned_module import wrap
 from ...storage._folder import kind_of, parsing, read_json, read_text, verify
@@ -33,9 +30,8 @@ from ...storage._graph_json import program_from_json
 from ...storage._signature_json import signature_from_json
 from ...storage._tensors import read_tensors
 from .._result import Result
-from ..submodules._result import PARTS, PARTS_FILES, PARTS_KIND, Layout, PartsResult, files_of, is_inside
 from ..submodules._stand_in import copied, dressed, put
-from ._folder import FILES, KIND, read_told
+from ._folder import FILES, KIND, PARTS, PARTS_FILES, PARTS_KIND, Layout, files_of, is_inside, read_told
 
 
 def _load_program(folder: Path, device: torch.device | None) -> Result:
@@ -104,7 +100,7 @@ def read_program(folder: Path, device: torch.device | None) -> Result:
         return Result(wrap(program, signature), plan, report, signature)
 
 
-def load_parts(folder: Path, model: nn.Module | None, device: torch.device | None) -> PartsResult:
+def load_parts(folder: Path, model: nn.Module | None, device: torch.device | None) -> Result:
     """Read a result of a model pruned in parts.
 
     Args:
@@ -123,96 +119,44 @@ def load_parts(folder: Path, model: nn.Module | None, device: torch.device | Non
         )
     verify(folder, PARTS_KIND, PARTS_FILES)
     layout = parse(Layout, read_text(folder / "parts.json"), "parts.json")
-    places = layout.parts
-    verify(folder, PARTS_KIND, files_of(len(places)))
-    signature = signature_from_json(read_text(folder / "signature.json"))
-    _check_code(model, signature, places)
+    verify(folder, PARTS_KIND, files_of(len(layout.parts)))
     try:
         made = copied(model).eval()
     except tolerable(Exception) as failure:
         raise StoreError(f"the model cannot be copied: {first_line(failure)}") from failure
-    target = device or next((tensor.device for tensor in (*made.parameters(), *made.buffers())), None)
-    made = made if device is None else made.to(device)
-    parts: dict[str, Result] = {}
-    for index, paths in enumerate(places):
+    held, parts = chain(made.parameters(), made.buffers()), dict[str, Result]()
+    target = device or next((tensor.device for tensor in held if tensor.device.type != "meta"), None)
+    for index, paths in enumerate(layout.parts):
         part = read_program(folder / PARTS / str(index), target)
-        with parsing(f"parts.json or {PARTS}/{index}"):
+        try:
             put(made, paths, dressed(part.module, made.get_submodule(paths[0])))
+        except AttributeError as error:
+            raise _another(model, f"has no submodule '{paths[0]}', which was pruned") from error
         parts[paths[0]] = part
-    _fill(made, read_tensors(folder / "rest.safetensors", target), list(chain(*places)))
-    return PartsResult(made, *read_told(folder), signature, parts, layout.left)
+    _fill(made, model, read_tensors(folder / "rest.safetensors", target), list(chain(*layout.parts)))
+    made = made if device is None else made.to(device)
+    signature = signature_from_json(read_text(folder / "signature.json"))
+    return Result(cast(fx.GraphModule, made), *read_told(folder), signature, parts, layout.left)
 
 
-def _check_code(model: nn.Module, signature: CallSignature, places: list[list[str]]) -> None:
-    """Refuse a model that the parts cannot have come from."""
-    own, pruned = list(inspect.signature(model.forward).parameters), list(signature.parameters.parameters)
-    if own != pruned:
-        raise StoreError(
-            f"forward of this {type(model).__name__} takes {own}, that of the pruned model {pruned}; give the"
-            " model that was pruned"
-        )
-    modules = dict(model.named_modules(remove_duplicate=False))
-    seen: set[str] = set()
-    for path in chain(*places):
-        if path in seen or is_inside(path, seen):
-            raise StoreError(
-                f"parts.json names '{path}' twice, or inside of another part; save the result again"
-            )
-        seen.add(path)
-        if path not in modules:
-            raise StoreError(
-                f"this {type(model).__name__} has no submodule '{path}', which was pruned; give the model"
-                " that was pruned"
-            )
-
-
-def _fill(model: nn.Module, rest: dict[str, Any], paths: list[str]) -> None:
-    """Give everything around the parts the weights that it had."""
-    _check_takes(model.state_dict(keep_vars=True), rest)
-    try:
-        missing, strange = model.load_state_dict(rest, strict=False)
-    except tolerable(RuntimeError) as error:  # sizes differ
-        raise StoreError(
-            f"the weights around the parts do not fit this {type(model).__name__}: {error}; give the model"
-            " that was pruned"
-        ) from error
-    stray = [*strange, *(name for name in missing if not is_inside(name, paths))]
-    if stray:
-        raise StoreError(
-            f"the weight '{stray[0]}' around the parts does not fit this {type(model).__name__}; give the"
-            " model that was pruned"
-        )
-
-
-def _check_takes(own: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Refuse a model whose weights cannot hold the values of those that were saved: loading casts them, and
-    writes two weights into one that is both without a word.
+def _fill(made: nn.Module, model: nn.Module, rest: dict[str, Any], inside: list[str]) -> None:
+    """Give everything around the parts the very weights that it had, whatever types and ties the model's
+    have.
     """
-    holders: dict[int, str] = {}
-    for name, tensor in rest.items():
-        held = own.get(name)
-        if not isinstance(held, Tensor) or not isinstance(tensor, Tensor):
-            continue
-        if held.device.type == "meta":
-            raise StoreError(
-                f"'{name}' of the model that was given is on the meta device; give a model with weights, of"
-                " whatever values"
-            )
-        if held.dtype != tensor.dtype:
-            raise StoreError(
-                f"'{name}' is {held.dtype} in the model that was given and {tensor.dtype} in the saved one;"
-                f" give model.to({tensor.dtype})"
-            )
-        other = holders.setdefault(id(held), name)
-        if other != name and not _alike(rest[other], tensor):
-            raise StoreError(
-                f"'{other}' and '{name}' are one weight in the model that was given and two in the saved one;"
-                " give the model that was pruned"
-            )
+    try:
+        missing, strange = made.load_state_dict(rest, strict=False, assign=True)
+    except tolerable(RuntimeError) as error:  # sizes differ
+        raise _another(model, f"has other weights around the parts: {error}") from error
+    stray = [*strange, *(name for name in missing if not is_inside(name, inside))]
+    if stray:
+        raise _another(model, f"has other weights around the parts, such as '{stray[0]}'")
+    empty = [name for name, tensor in made.named_buffers() if tensor.device.type == "meta"]
+    if empty:
+        raise _another(model, f"has no values for the buffer '{empty[0]}', which was not saved")
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(bytes_of(a), bytes_of(b))
+def _another(model: nn.Module, says: str) -> StoreError:
+    return StoreError(f"this {type(model).__name__} {says}; give the model that was pruned")
 
 
 __all__ = ["load", "save"]

@@ -2,23 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...base._device import device_named
+from ...base._tensors import storage_of
 from ...base._tolerable import tolerable
 from ...base.compat import pytree
-from ...calibration._calibration import _check_shape
 from ...capturing import capture as capture_program
+from ...capturing._captured import Captured
 from ...capturing._program import Program
-from ...capturing._unchanged import of_torch, rewound
-from ...errors import FaspError, first_line
+from ...capturing._signature import CallSignature, is_plain
+from ...capturing._transformers import is_transformers, register_caches
+from ...capturing._unchanged import copied as copied_values
+from ...capturing._unchanged import noting_reads, of_torch, rewound, said_of_reads
+from ...errors import ArgumentError, CaptureError, ExportError, FaspError, first_line
 from ...passes._pruned_module import finish
-from ._calls import Call, Seen, watching
-from ._stand_in import StandIn, replaced, same_output
+from ._stand_in import StandIn, copied, put, same_output
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device | None) -> Call:
+        """The same call with its tensors on a device."""
+        if device is None:
+            return self
+        return Call(*pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), (self.args, self.kwargs)))
+
+    def leaves(self) -> list[Any]:
+        """Tensors and constants, in order."""
+        return pytree.tree_leaves((self.args, self.kwargs))
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors, in order."""
+        return [leaf for leaf in self.leaves() if isinstance(leaf, Tensor)]
+
+    def size(self) -> int:
+        """The number of elements."""
+        return sum(tensor.numel() for tensor in self.tensors())
+
+    def run(self, module: nn.Module) -> Any:
+        """Call a module with copies of the arguments."""
+        with torch.no_grad():
+            return module(*copied_values(self.args), **copied_values(self.kwargs))
+
+
+@contextlib.contextmanager
+def watching(modules: Iterable[nn.Module], seen: Callable[[nn.Module, Call], None]) -> Iterator[None]:
+    """Report every call that one of ``modules`` gets inside, with copies of what it gets."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen(module, Call(copied_values(args), copied_values(kwargs)))
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass
@@ -42,22 +97,19 @@ class Part:
         return self.paths[0]
 
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+@dataclass
+class _Seen:
+    """The largest call of a module, and how many there were."""
 
-
-@dataclass(frozen=True)
-class _Refusal:
-    """Why a submodule stays whole; ``descend``: whether its own submodules may fare better."""
-
-    reason: str
-    descend: bool = True
+    largest: Call
+    count: int = 0
 
 
 class Search:
     """Top-down search for the largest submodules that can be captured.
 
     Args:
-        model: the model; as it was after every step.
+        model: the model; as it was afterwards.
         call: the example inputs.
 
     Attributes:
@@ -65,181 +117,113 @@ class Search:
     """
 
     def __init__(self, model: nn.Module, call: Call) -> None:
-        self.model, self.call = model, call
-        self.paths: dict[int, list[str]] = {}
-        for path, module in _walk(model):
-            self.paths.setdefault(id(module), []).append(path)
-        self.owners: dict[Any, list[tuple[int, str]]] = {}
-        for module in model.modules():
-            for name, tensor in (*module._parameters.items(), *module._buffers.items(), *_kept(module)):
-                if tensor is not None:
-                    self.owners.setdefault(_storage(tensor), []).append(
-                        (id(module), _join(self.paths[id(module)][0], name))
-                    )
-        self.left: dict[str, str] = {}
+        self.model, self.call, self.left = model, call, dict[str, str]()
+        self.paths: dict[nn.Module, list[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            self.paths.setdefault(module, []).append(path)
+        self.names: dict[object, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self.names.setdefault(storage_of(parameter), []).append(name)
 
     def run(self) -> list[Part]:
         """The parts, in the order in which the model calls them.
 
         Raises:
+            CaptureError: the model computes something else in each run.
             Exception: whatever the model raises on the example inputs.
         """
-        versions = [(buffer, _version(buffer)) for buffer in self.model.buffers()]
-        with rewound(self.model) as self.changed:
-            self.expected = self.call.run(self.model)
-            self.written = {_storage(buffer) for buffer, version in versions if _version(buffer) != version}
-        parts: list[Part] = []
-        visited: set[int] = set()
-        frontier = _children(self.model)
-        while frontier:
-            visited |= {id(module) for module in frontier}
-            seen = self._watch(frontier, parts)
-            following: list[nn.Module] = []
-            for module in frontier:
-                outcome = self._try(module, seen.get(id(module)))
-                if isinstance(outcome, Part):
-                    parts.append(outcome)
-                    continue
-                path = self.paths[id(module)][0]
-                # A single layer needs no reason of its own inside a module that has one.
-                if outcome.reason and not (
-                    _matrices(module) < 2 and any(_within(path, other) for other in self.left)
-                ):
-                    self.left[path] = outcome.reason
-                if outcome.descend:
-                    following += _children(module)
-            frontier = [module for module in dict.fromkeys(following) if id(module) not in visited]
-        return sorted(parts, key=lambda part: self.order.index(part.module))
-
-    def _watch(self, modules: list[nn.Module], parts: list[Part]) -> dict[int, Seen]:
-        """Run the model and note the calls of some modules, and the order in which these and the parts found
-        so far are called.
-        """
-        seen: dict[int, Seen] = {}
-        first: dict[nn.Module, None] = {}
-        candidates = [
-            module
-            for module in modules
-            if _matrices(module) > 1 and not isinstance(module, torch.jit.ScriptModule)
-        ]
+        seen: dict[nn.Module, _Seen] = {}
 
         def note(module: nn.Module, call: Call) -> None:
-            first.setdefault(module)
-            if module in candidates:
-                seen.setdefault(id(module), Seen()).add(call)
+            own = seen.setdefault(module, _Seen(call))
+            own.count += 1
+            if call.size() > own.largest.size():
+                own.largest = call
 
-        with rewound(self.model), watching([*candidates, *(part.module for part in parts)], note):
-            output = self.call.run(self.model)
-        self.reproducible = same_output(output, self.expected)
-        self.order = list(first)
-        return seen
+        candidates = [module for module in self.paths if module is not self.model and _is_candidate(module)]
+        versions = [(buffer, buffer._version) for buffer in self.model.buffers()]
+        with rewound(self.model) as self.changed, watching(candidates, note):
+            self.expected = self.call.run(self.model)
+            self.written = {storage_of(buffer) for buffer, before in versions if buffer._version != before}
+        with rewound(self.model):
+            if not same_output(self.call.run(self.model), self.expected):
+                raise CaptureError(
+                    f"{type(self.model).__name__} computes something else in each run, so that no graph in"
+                    " place of a submodule can be held against it; let what it draws (random, numpy) start"
+                    " from a seed in its forward"
+                )
+        parts: list[Part] = []
+        waiting = list(self.model.children())
+        for module in waiting:  # which grows
+            found = self._try(module, seen.get(module)) if _is_candidate(module) else None
+            if isinstance(found, Part):
+                parts.append(found)
+                continue
+            if found is not None:
+                self.left[self.paths[module][0]] = found
+            waiting += [child for child in module.children() if child not in waiting]
+        return sorted(parts, key=lambda part: list(seen).index(part.module))
 
-    def _try(self, module: nn.Module, seen: Seen | None) -> Part | _Refusal:
-        if isinstance(module, torch.jit.ScriptModule):
-            return _Refusal("a scripted module cannot be captured", descend=False)
-        if _matrices(module) < 2:
-            return _Refusal(
-                "one weight alone has nothing to be coupled with" if _matrices(module) else "", descend=False
-            )
-        if seen is None or seen.example is None:
-            return _Refusal(
-                "" if isinstance(module, _CONTAINERS) else "it is not called on the example inputs"
-            )
-        reason = (
-            self._wavering()
-            or self._attached(module)
-            or _observed(module)
-            or self._writes(module)
-            or _opaque(seen)
-        )
-        if reason:
-            return _Refusal(reason)
+    def _try(self, module: nn.Module, seen: _Seen | None) -> Part | str | None:
+        """The part that a submodule becomes, or why it stays whole."""
+        if seen is None:
+            return None if isinstance(module, _CONTAINERS) else "it is not called on the example inputs"
+        example = seen.largest
+        if reason := self._tied(module) or self._writes(module) or _hooked(module) or _opaque(example):
+            return reason
         try:
             with rewound(self.model):
                 # features come in many sizes
                 program = capture_program(
-                    module, seen.example.args, seen.example.kwargs, image_sizes=True, own_defaults=True
+                    module, example.args, example.kwargs, image_sizes=True, own_defaults=True
                 )
         except tolerable(Exception) as error:  # exporters raise what they like; then this module stays
-            return _Refusal(f"it cannot be captured: {first_line(error.__cause__ or error)}")
+            return f"it cannot be captured: {first_line(error.__cause__ or error)}"
         # What the rest of the model hands over and takes back keeps its width, caches too.
         program = replace(program, state_inputs=frozenset(), state_outputs=frozenset())
-        for call in seen.kinds.values():
-            misfit = why_unfit(program, call)
-            if misfit:
-                return _Refusal(f"one graph does not take all its calls: {misfit}")
-        paths = tuple(self.paths[id(module)])
-        difference = self._difference(program, module, paths, seen.example)
-        if difference:
-            return _Refusal(difference)
-        return Part(paths, module, program, seen.count)
+        part = Part(tuple(self.paths[module]), module, program, seen.count)
+        return self._difference(part, example) or part
 
-    def _attached(self, module: nn.Module) -> str | None:
-        """What of the module is also used outside of it."""
-        own = self.paths[id(module)]
-        inside = set()
-        for inner in module.modules():
-            inside.add(id(inner))
-            outside = [path for path in self.paths[id(inner)] if not any(_within(path, top) for top in own)]
-            if outside:
-                return f"its submodule '{self.paths[id(inner)][0]}' is also used as '{outside[0]}'"
-        for inner in module.modules():
-            for name, tensor in (*inner._parameters.items(), *inner._buffers.items()):
-                if tensor is None:
-                    continue
-                others = [other for owner, other in self.owners[_storage(tensor)] if owner not in inside]
-                if others and name in inner._parameters:
-                    return (
-                        f"its weight '{_join(self.paths[id(inner)][0], name)}' is tied to '{others[0]}'"
-                        " outside of it"
-                    )
-                if others and _storage(tensor) in self.written:
-                    return (
-                        f"its buffer '{_join(self.paths[id(inner)][0], name)}' is also '{others[0]}' outside"
-                        " of it, and written into"
-                    )
+    def _tied(self, module: nn.Module) -> str | None:
+        """Which weight of the module is also used outside of it."""
+        own = tuple(f"{path}." for path in self.paths[module])
+        for name, parameter in module.named_parameters(self.paths[module][0], remove_duplicate=False):
+            held = self.names.get(storage_of(parameter), [])
+            others = [other for other in held if not other.startswith(own)]
+            if others:
+                return f"its weight '{name}' is also '{others[0]}' outside of it"
         return None
 
-    def _wavering(self) -> str | None:
-        return (
-            None
-            if self.reproducible
-            else "the model computes something else in each run, so that no graph in its place can be held"
-            " against it; let what it draws (random, numpy) start from a seed in its forward"
-        )
-
     def _writes(self, module: nn.Module) -> str | None:
-        names = self.changed.names(module)
-        return (
-            f"its forward sets the attribute '{_join(self.paths[id(module)][0], names[0])}', which a graph"
-            " would not"
-            if names
-            else None
-        )
+        """What the module's forward leaves behind, which a graph would not, or others would not see."""
+        inside = {self.paths[inner][0] for inner in module.modules()}
+        if names := [name for name in self.changed if name.rpartition(".")[0] in inside]:
+            return f"its forward sets the attribute '{names[0]}'"
+        for name, buffer in module.named_buffers(self.paths[module][0]):
+            if storage_of(buffer) in self.written:
+                return f"its buffer '{name}' is written into"
+        return None
 
-    def _difference(
-        self, program: Program, module: nn.Module, paths: tuple[str, ...], example: Call
-    ) -> str | None:
-        """How the captured module differs from the original, called alone and in its place in the model."""
-        strangers: list[nn.Module] = []
+    def _difference(self, part: Part, example: Call) -> str | None:
+        """How a part's graph differs from the module, called alone and in its place in the model."""
+        module, strangers = part.module, list[nn.Module]()
         try:
-            captured = finish(program)
+            captured = finish(part.program)
             with rewound(self.model):
                 expected = example.run(module)
-            with rewound(self.model), rewound(captured):
+            with rewound(captured):
                 if not same_output(example.run(captured), expected):
                     return "its graph computes something else"
-            with (
-                replaced(self.model, paths, module, StandIn(module, captured)),
-                rewound(self.model),
-                watching(module.modules(), lambda inner, call: strangers.append(inner)),
-            ):
+            put(self.model, part.paths, StandIn(module, captured))
+            with rewound(self.model), watching(module.modules(), lambda inner, _: strangers.append(inner)):
                 found = self.call.run(self.model)
         except tolerable(Exception) as error:
             return (
                 f"the model does not run with a graph in its place: {type(error).__name__}:"
                 f" {first_line(error)}"
             )
+        finally:
+            put(self.model, part.paths, module)
         if strangers:
             return "it is also called through a reference outside of the module tree"
         if not same_output(found, self.expected):
@@ -247,107 +231,149 @@ class Search:
         return None
 
 
-def why_unfit(program: Program, call: Call) -> str | None:
-    """Why a captured program does not take a call, or ``None`` if it does; tensors need no data."""
-    try:
-        flat = program.flat_inputs(call.args, call.kwargs)
-        nodes = program.placeholders()
-        if len(flat) != len(nodes):
-            return f"a call brings {len(flat)} values, another {len(nodes)}"
-        for node, leaf, held in zip(nodes, flat, pytree.tree_leaves(program.example), strict=True):
-            expected = node.meta.get("val")
-            if isinstance(expected, Tensor) != isinstance(leaf, Tensor):
-                return (
-                    f"'{node.name}' is a {type(leaf).__name__} in one call and a {type(held).__name__} in"
-                    " another"
-                )
-            if isinstance(expected, Tensor):
-                if leaf.dtype != expected.dtype:
-                    return f"'{node.name}' is {leaf.dtype} in one call and {expected.dtype} in another"
-                _check_shape(leaf, expected, f"'{node.name}'")
-            elif leaf is not held and leaf != held:
-                return f"'{node.name}' is {leaf!r} in one call and {held!r} in another"
-    except tolerable(FaspError) as error:
-        return first_line(error)
-    return None
+def _is_candidate(module: nn.Module) -> bool:
+    """Whether there may be weights to be coupled with each other, in Python."""
+    matrices = sum(parameter.dim() > 1 for parameter in module.parameters())
+    return matrices > 1 and not isinstance(module, torch.jit.ScriptModule)
 
 
-def _opaque(seen: Seen) -> str | None:
-    hidden = next(
-        (
-            name
-            for call in (seen.example, *seen.kinds.values())
-            if call is not None and (name := call.opaque())
-        ),
-        None,
-    )
-    return f"it takes a {hidden}, which holds tensors that the exporter does not see" if hidden else None
-
-
-def _observed(module: nn.Module) -> str | None:
+def _hooked(module: nn.Module) -> str | None:
     """The hooks that somebody else put on a module or its submodules; a graph would run them once, at
     capture.
     """
     for path, inner in module.named_modules():
-        if isinstance(inner, torch.jit.ScriptModule):
-            continue  # cannot be captured anyway
-        hooks = (
-            *inner._forward_hooks.values(),
-            *inner._forward_pre_hooks.values(),
-            *inner._backward_hooks.values(),
-            *inner._backward_pre_hooks.values(),
-        )
+        hooks = chain(*(vars(inner).get(kind, {}).values() for kind in _HOOKS))
         if not all(map(of_torch, hooks)):
             where = f"its submodule '{path}'" if path else "it"
             return f"{where} has hooks, which a graph would not run"
     return None
 
 
-def _walk(
-    module: nn.Module, path: str = "", above: tuple[nn.Module, ...] = ()
-) -> Iterator[tuple[str, nn.Module]]:
-    """Every path to every module; a module that holds one above it is not entered again."""
-    yield path, module
-    for name, child in module._modules.items():
-        if child is not None and not any(child is other for other in (*above, module)):
-            yield from _walk(child, _join(path, name), (*above, module))
+def _opaque(call: Call) -> str | None:
+    """An argument that may hold tensors which neither the exporter nor the graph sees."""
+    for leaf in call.leaves():
+        if not isinstance(leaf, Tensor) and not is_plain(leaf):
+            return f"it takes a {type(leaf).__name__}, which is neither a tensor nor plain data"
+    return None
 
 
-def _children(module: nn.Module) -> list[nn.Module]:
-    return [child for child in dict.fromkeys(module._modules.values()) if child is not None]
+# --- A model as what was captured of it.
 
 
-def _matrices(module: nn.Module) -> int:
-    """The number of weights with rows and columns."""
-    return sum(parameter.dim() > 1 for parameter in module.parameters())
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CapturedParts(Captured):
+    """A model captured by its submodules.
+
+    Attributes:
+        model: a copy of the caller's, in which the parts stand.
+        call: the example inputs.
+        signature: how the caller's is called.
+        error: why it cannot be captured as a whole.
+        parts: what was captured, in the order in which the model calls it.
+        left: for each submodule that was not, why.
+    """
+
+    model: nn.Module
+    call: Call
+    signature: CallSignature
+    error: CaptureError
+    parts: tuple[Part, ...]
+    left: Mapping[str, str]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedParts:
+        return self  # it holds weights of its own, which nothing changes
+
+    def __repr__(self) -> str:
+        return f"CapturedParts({list(self.programs)}, left={dict(self.left)})"
 
 
-def _kept(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that are plain attributes of a module."""
-    for name, value in vars(module).items():
-        if isinstance(value, Tensor):
-            yield name, value
+def capture_parts(
+    error: CaptureError,
+    model: Any,
+    args: Any,
+    kwargs: dict[str, Any] | None,
+    device: torch.device | str | None,
+) -> CapturedParts:
+    """Capture the largest submodules of a model that can be.
 
+    Args:
+        error: why the model cannot be captured as a whole.
 
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written into, where that is counted."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def _storage(tensor: Tensor) -> Any:
+    Raises:
+        CaptureError: none of its submodules can be captured either.
+    """
+    call = Call(args if isinstance(args, tuple) else (args,), dict(kwargs or {}))
+    signature = CallSignature.of(model.forward, call.args, call.kwargs)
+    neither = f"{error} It cannot be pruned by its submodules either"
     try:
-        pointer = tensor.untyped_storage().data_ptr()
-    except tolerable(NotImplementedError, RuntimeError):  # sparse layouts have none
-        pointer = 0
-    return (tensor.device, pointer) if pointer else id(tensor)
+        copy = copied(model)
+    except tolerable(Exception) as failure:
+        raise CaptureError(f"{neither}, because it cannot be copied: {first_line(failure)}") from failure
+    for module in copy.modules():
+        if is_transformers(module):
+            register_caches(module)  # before calls are recorded, so that what they hold is copied
+    if device is not None:
+        target = device_named(device)
+        copy, call = copy.to(target), call.to(target)
+    search = Search(copy, call)
+    try:
+        # what a model compiles for itself would not be run
+        compiled = torch.compiler.set_stance("force_eager")
+        with rewound(model), rewound(copy), compiled, noting_reads(model, copy) as read:
+            call.run(copy)
+        if read:
+            raise CaptureError(f"{neither}: {said_of_reads(model, read)}.")
+        parts = tuple(search.run())
+    except FaspError:
+        raise
+    except tolerable(Exception) as failure:
+        raise CaptureError(
+            f"{neither}, because it does not run on the example inputs: {type(failure).__name__}:"
+            f" {first_line(failure)}"
+        ) from failure
+    if not parts:
+        raise nothing_left(error, search.left)
+    return CapturedParts(
+        programs={part.path: part.program for part in parts},
+        _versions={},
+        model=copy,
+        call=call,
+        signature=signature,
+        error=error,
+        parts=parts,
+        left=search.left,
+    )
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+def check_parts_help(error: CaptureError, model: Any, dynamic_shapes: Any, **options: object) -> None:
+    """Go on only where submodules can help: the exporter failed on the code of a model whose weights are
+    there, and no option speaks of the whole of it.
+
+    Raises:
+        CaptureError: ``error``, where they cannot, or with ``dynamic_shapes``.
+        ArgumentError: another option speaks of a model captured as a whole; names it.
+    """
+    if dynamic_shapes is not None or not isinstance(error, ExportError) or not isinstance(model, nn.Module):
+        raise error
+    for name, value in options.items():
+        if value:
+            shown = f"{name}=" if value is True else f"{name}={value!r}"
+            raise ArgumentError(
+                f"{shown} needs a model that is captured as a whole; leave it out to prune this one by its"
+                " submodules"
+            ) from error
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(nn.parameter.is_lazy(tensor) or tensor.device.type == "meta" for tensor in tensors):
+        raise error
 
 
-def _within(path: str, top: str) -> bool:
-    return path == top or path.startswith(f"{top}.")
+def nothing_left(error: CaptureError, left: Mapping[str, str]) -> CaptureError:
+    reasons = "; ".join(f"'{path}': {reason}" for path, reason in left.items())
+    found = CaptureError(
+        f"{error} No submodule can be pruned by itself either{f': {reasons}' if reasons else ''}."
+    )
+    found.__cause__ = error.__cause__
+    return found
 
 
-__all__ = ["Part", "Search", "why_unfit"]
+__all__ = ["Call", "CapturedParts", "Part", "Search", "capture_parts", "check_parts_help", "watching"]

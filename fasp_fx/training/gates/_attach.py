@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ...allocation._selection import is_excluded
+from ...allocation._limits import is_excluded
 from ...analysis.channels import laid_by_block
 from ...analysis.groups import Group, Member, by_block
 from ...base._options import is_number
@@ -42,7 +42,6 @@ def attach(
     config: PruningConfig | None = None,
     warmup: int = 100,
     rate: float = 0.03,
-    coarse: bool = False,
     dynamic_shapes: Any = None,
     **options: Unpack[PruningOptions],
 ) -> Gates:
@@ -63,9 +62,6 @@ def attach(
             ``round_to`` and ``uniform_layers`` of :class:`fasp_fx.PruningConfig`.
         warmup: over so many steps the budget that the penalty asks for grows from nothing.
         rate: how fast the multipliers of the penalty rise.
-        coarse: a gate besides for every group that may go as a whole (``include=("depth",)``, for attention
-            with ``granularity=("channel", "head")``), by which all of its own are multiplied (CoFi, arXiv
-            2204.00408, section 3.1): one number says whether a block is of use.
 
     Raises:
         ArgumentError: an option is out of range or has nothing to say here, the model has gates already, or
@@ -82,7 +78,6 @@ def attach(
     for name, value, fits, said in (
         ("warmup", warmup, type(warmup) is int and warmup >= 0, "a number of steps"),
         ("rate", rate, is_number(rate) and rate >= 0, "a number from 0 on"),
-        ("coarse", coarse, isinstance(coarse, bool), "True or False"),
         ("kind", kind, isinstance(kind, Kind | None), "one of gates; make one, such as Projected()"),
     ):
         if not fits:
@@ -97,13 +92,8 @@ def attach(
             "no group can have gates: weights that lose columns are computed from others or excluded, or none"
             " can be pruned"
         )
-    if coarse and all(group.needed for group in groups):
-        raise ArgumentError(
-            "coarse=True finds no group that may go as a whole; add 'depth' to include=, and for attention"
-            " 'head' to granularity="
-        )
     target = Target(captured.program, analysis, groups, asked)
-    gates = Gates(model, target, kind or HardConcrete(), warmup, rate, coarse)
+    gates = Gates(model, target, kind or HardConcrete(), warmup, rate)
     orders = [list(module._parameters) for module, _, _ in places]  # as they stand before any is replaced
     try:
         for (module, name, own), order in zip(places, orders, strict=True):
@@ -111,7 +101,7 @@ def attach(
             parametrize.register_parametrization(module, name, scaled)
             module.parametrizations.train(model.training)  # type: ignore[union-attr]
             gates.places.append((module, name, order))
-        gates.watch()
+        model.register_forward_pre_hook(gates.before_call)
         _check_effect(gates, model)
         gates.draw()  # weights may be read before the first call
     except BaseException:

@@ -19,7 +19,6 @@ from ...analysis._analysis import Analysis
 from ...analysis.groups import Group, by_block
 from ...analysis.plan import PruningPlan
 from ...analysis.resources import InProducts
-from ...base._options import is_number
 from ...base.compat import is_backward
 from ...calibration._visit import Decision
 from ...capturing._program import Program
@@ -52,16 +51,6 @@ class Kind(ABC):
             stays: which channel sets the plan of these scores keeps.
         """
 
-    def draw_coarse(self, scores: Tensor, coarse: Tensor, stays: Tensor) -> Tensor:
-        """The gates of a group that has one of its own as a whole, shape ``[sets]``: the product of the two.
-
-        Args:
-            scores: of its channel sets, shape ``[sets]``.
-            coarse: of the group, without dimensions.
-            stays: which channel sets the plan of these scores keeps.
-        """
-        return self.draw(scores, stays) * self.draw(coarse, stays.any())
-
     @abstractmethod
     def chances(self, scores: Tensor) -> Tensor:
         """How probable it is that each gate is open: the lower, the sooner its channel set goes."""
@@ -70,12 +59,6 @@ class Kind(ABC):
     def is_exact(self) -> bool:
         """Whether what is drawn meets the budget by itself, so that no penalty is wanted."""
         return False
-
-
-def _check(**values: float) -> None:
-    for name, value in values.items():
-        if not is_number(value) or not math.isfinite(value) or not value > 0:
-            raise ArgumentError(f"{name}={value!r} is not a positive number")
 
 
 @dataclass(frozen=True)
@@ -90,16 +73,10 @@ class HardConcrete(Kind):
     Args:
         temperature: β.
         start: the score that every gate begins with; 2.5 means that nearly all are open.
-
-    Raises:
-        ArgumentError: one of them is not a positive number.
     """
 
     temperature: float = 2 / 3
     start: float = 2.5
-
-    def __post_init__(self) -> None:
-        _check(temperature=self.temperature, start=self.start)
 
     def draw(self, scores: Tensor, stays: Tensor) -> Tensor:
         u = torch.rand_like(scores).clamp(_EDGE, 1 - _EDGE)
@@ -121,23 +98,14 @@ class Projected(Kind):
     Args:
         temperature: τ.
         start: the score that every gate begins with.
-
-    Raises:
-        ArgumentError: one of them is not a positive number.
     """
 
     temperature: float = 1.5
     start: float = 1.0
 
-    def __post_init__(self) -> None:
-        _check(temperature=self.temperature, start=self.start)
-
     def draw(self, scores: Tensor, stays: Tensor) -> Tensor:
-        return _straight_through(self.chances(scores), stays)
-
-    def draw_coarse(self, scores: Tensor, coarse: Tensor, stays: Tensor) -> Tensor:
-        # Of a product of two masks neither has a gradient where both are zero, and no block would come back.
-        return _straight_through(self.chances(scores) * self.chances(coarse), stays)
+        soft = self.chances(scores)
+        return stays.to(soft) + soft - soft.detach()
 
     def chances(self, scores: Tensor) -> Tensor:
         return torch.sigmoid(scores / self.temperature)
@@ -145,11 +113,6 @@ class Projected(Kind):
     @property
     def is_exact(self) -> bool:
         return True
-
-
-def _straight_through(soft: Tensor, stays: Tensor) -> Tensor:
-    """A mask whose gradient is that of soft gates."""
-    return stays.to(soft) + soft - soft.detach()
 
 
 #: stands for the chance of what has no gate, so that it goes last
@@ -282,7 +245,6 @@ class Gates(nn.Module):
 
     Attributes:
         scores: what is learned, for each group ``[sets]``.
-        coarse: what is learned of groups as a whole, ``[coarse gates]``; ``None`` where they have none.
         names: the groups' names, in the order of ``scores``.
     """
 
@@ -291,9 +253,7 @@ class Gates(nn.Module):
     #: what a capture refuses a model by
     is_fasp_fx_gates = True
 
-    def __init__(
-        self, model: nn.Module, target: Target, kind: Kind, warmup: int, rate: float, coarse: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, target: Target, kind: Kind, warmup: int, rate: float) -> None:
         super().__init__()
         start, device = float(kind.start), next(model.parameters()).device
         self._model = (model,)  # in a tuple: the model is no part of the gates
@@ -302,13 +262,9 @@ class Gates(nn.Module):
         self.scores = nn.ParameterList(
             nn.Parameter(torch.full((group.size,), start, device=device)) for group in target.groups
         )
-        whole = [number for number, group in enumerate(target.groups) if coarse and not group.needed]
-        self._coarse_of = {number: place for place, number in enumerate(whole)}
-        self.coarse = nn.Parameter(torch.full((len(whole),), start, device=device)) if whole else None
         self.register_buffer("multipliers", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.places: list[tuple[nn.Module, str, list[str]]] = []
-        self._depth = 0  # of the calls of the model and its parts that run within one another
         self._known: tuple[list[np.ndarray], list[np.ndarray]] | None = None
         #: gates that are closed in evaluation mode whatever the scores say, for each group ``[sets]``
         self.closed: list[np.ndarray] | None = None
@@ -316,36 +272,18 @@ class Gates(nn.Module):
             self.expected()  # what it raises is raised before anything is trained
         self.draw()
 
-    def watch(self) -> None:
-        """Draw anew whenever the model, or a part of it that has gates, is called from outside."""
-        gated = {id(module) for module, _, _ in self.places}
-        for module in self._model[0].modules():
-            if any(id(part) in gated for part in module.modules()):
-                # Methods: a copy of the model has those of its own gates.
-                module.register_forward_pre_hook(self._enter)
-                module.register_forward_hook(self._leave, always_call=True)
-
     def __getstate__(self) -> dict[str, Any]:
         # No backward leads from a copy to the scores of these.
-        drawn = [gates.detach() for gates in self._drawn]
-        return self.__dict__ | {"_drawn": drawn, "_known": None, "_depth": 0}
+        return self.__dict__ | {"_drawn": [gates.detach() for gates in self._drawn], "_known": None}
 
     @torch.compiler.disable
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        # Hooks are not told of KeyboardInterrupt, so that the depth is wrong where one broke a call off; none
-        # lies around a call of the whole model.
-        if self._depth == 0 or module is self._model[0]:
-            self._depth = 0
-            self.draw()
-        self._depth += 1
-
-    @torch.compiler.disable
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth = max(self._depth - 1, 0)  # a hook before those of the gates may have raised
+    def before_call(self, module: nn.Module, args: Any) -> None:
+        """A hook of the model: it draws anew. Bound, since a copy of the model has that of its own gates."""
+        self.draw()
 
     def draw(self) -> None:
-        """Draw all gates anew; every call of the model, or of a part of it, does so."""
-        self._is_trained = self._model[0].training
+        """Draw all gates anew: every call of the model does, and the first of a part of it after a step."""
+        self._is_trained: bool | None = self._model[0].training
         if self._is_trained and not self._kind.is_exact:
             stays = [torch.ones_like(scores, dtype=torch.bool) for scores in self.scores]
         else:
@@ -354,8 +292,8 @@ class Gates(nn.Module):
                 for gone, scores in zip(self._gone(), self.scores, strict=True)
             ]
         self._drawn = [
-            self._draw_one(number, own) if self._is_trained else own.to(self.scores[number])
-            for number, own in enumerate(stays)
+            self._kind.draw(scores, own) if self._is_trained else own.to(scores)
+            for scores, own in zip(self.scores, stays, strict=True)
         ]
 
     def drawn(self, number: int) -> Tensor:
@@ -374,25 +312,6 @@ class Gates(nn.Module):
             self.draw()
         return self._drawn[number]
 
-    def _draw_one(self, number: int, stays: Tensor) -> Tensor:
-        """Gates of a group by its number, drawn anew, of which these channel sets stay in the plan."""
-        coarse = self._coarse(number)
-        if coarse is None:
-            return self._kind.draw(self.scores[number], stays)
-        return self._kind.draw_coarse(self.scores[number], coarse, stays)
-
-    def _chances(self) -> list[Tensor]:
-        """How probable it is that each channel set stays: that its own gate and its group's are open."""
-        found = [self._kind.chances(scores) for scores in self.scores]
-        for number in self._coarse_of:
-            found[number] = found[number] * self._kind.chances(self._coarse(number))
-        return found
-
-    def _coarse(self, number: int) -> Any:
-        """The score of a group as a whole by its number, if it has one."""
-        held = self.coarse is not None and number in self._coarse_of
-        return self.coarse[self._coarse_of[number]] if held else None  # type: ignore[index]
-
     def expected(self) -> Tensor:
         """For each budget, the fraction of its resource that is expected to go, by the chances of the gates;
         with a gradient, shape ``[budgets]``.
@@ -400,7 +319,8 @@ class Gates(nn.Module):
         Raises:
             ArgumentError: a budget's resource cannot be counted in parts.
         """
-        lost = {name: (1 - own.double()).sum() for name, own in zip(self.names, self._chances(), strict=True)}
+        chances = map(self._kind.chances, self.scores)
+        lost = {name: (1 - own.double()).sum() for name, own in zip(self.names, chances, strict=True)}
         zero = torch.zeros((), dtype=torch.float64, device=self.scores[0].device)
         found = []
         for limit in self.target.budget.limits:
@@ -444,7 +364,7 @@ class Gates(nn.Module):
             short = self._short().to(self.multipliers)
             self.multipliers += self._rate * torch.stack([short, short.square()])
         self.steps += 1
-        self._depth = 0
+        self._is_trained = None  # what was drawn before is of other scores
 
     def plan(self) -> PruningPlan:
         """The plan that meets the budget with the least open gates.
@@ -458,27 +378,6 @@ class Gates(nn.Module):
         plan = make_plan(self.target.program, self.target.analysis, self.target.decision(self._gone()))
         # Buffers have gone on since the capture, as they do in training; who applies the plan sees them.
         return replace(plan, fingerprint=plans.fingerprint(self.original_parameters()), fixed=())
-
-    @torch.no_grad()
-    def prefer(self, plan: PruningPlan, by: float = 1.0) -> None:
-        """Begin with a plan: gates of the channel sets that it removes start lower by so much, all others
-        higher, and so do those of groups that it removes as a whole.
-
-        Raises:
-            ArgumentError: ``by`` is not a positive number.
-            PlanError: the plan is for another model.
-        """
-        if not is_number(by) or by <= 0:
-            raise ArgumentError(f"by={by!r} is not a positive number")
-        plans.check_fingerprint(plan, plans.fingerprint(self.original_parameters()))
-        analysis = self.target.analysis
-        gone = plans.gone_of(plan, analysis)
-        removed = np.unique(analysis.labels[: len(gone)][gone])
-        for number, (group, scores) in enumerate(zip(self.target.groups, self.scores, strict=True)):
-            closed = torch.from_numpy(np.isin(group.sets, removed)).to(scores.device)
-            scores.copy_(self._kind.start + by * torch.where(closed, -1.0, 1.0))
-            if (coarse := self._coarse(number)) is not None:
-                coarse.fill_(self._kind.start + (-by if closed.all() else by))
 
     def original_parameters(self) -> dict[str, Tensor]:
         """The model's own parameters by the names that they have without gates."""
@@ -506,11 +405,9 @@ class Gates(nn.Module):
                     f"'{name}' of a {type(module).__name__} has other parametrizations than when its gates"
                     " were put on; take off what came since, and nothing else"
                 )
-        for module in self._model[0].modules():
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
-                    del hooks[key]
-                    module._forward_hooks_always_called.pop(key, None)
+        hooks = self._model[0]._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+            del hooks[key]
         for module, name, _ in self.places:
             own = type(module)  # copies of the model share it, and taking a parametrization off changes it
             held = {key: value for key, value in vars(own).items() if key not in ("__dict__", "__weakref__")}
@@ -526,7 +423,7 @@ class Gates(nn.Module):
         if self.closed is not None:
             return self.closed
         with torch.no_grad():
-            chances = [own.double().cpu().numpy() for own in self._chances()]
+            chances = [self._kind.chances(scores).double().cpu().numpy() for scores in self.scores]
         # By their values: a checkpoint may put other tensors in, and what writes into data is not counted.
         if self._known is None or not all(map(np.array_equal, self._known[0], chances)):
             self._known = chances, self.target.gone(chances)

@@ -7,11 +7,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypedDict, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from ...base._options import configured, is_number
 from ...calibration.losses import output_tensors, token_mask
@@ -58,7 +59,7 @@ class Divergence:
         """The largest log-probabilities, float16, and where they are, int32: ``[..., top_k]`` each."""
         logits = _logits(outputs)
         places = logits.topk(min(self.top_k, logits.shape[-1]), -1).indices
-        values: Tensor = _LogProbabilities.apply(logits, places)
+        values: Tensor = _log_probabilities(logits, places)
         return {"log_probabilities": values.half(), "places": places.int()}
 
     def terms(self, outputs: Any, targets: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Tensor:
@@ -70,7 +71,7 @@ class Divergence:
                 f"the logits of the pruned model have the shape {list(logits.shape)}, and predictions of the"
                 f" dense model {list(dense.shape[:-1])}; give the model that was pruned"
             )
-        pruned: Tensor = _LogProbabilities.apply(logits, places)
+        pruned: Tensor = _log_probabilities(logits, places)
         likely = dense.exp()
         terms = (
             functional.kl_div(pruned, dense, log_target=True, reduction="none").where(likely > 0, 0.0).sum(-1)
@@ -84,49 +85,20 @@ class Divergence:
         return terms.flatten() if mask is None else terms[mask]
 
 
-class _LogProbabilities(torch.autograd.Function):
-    """``logits.float().log_softmax(-1).gather(-1, places)`` block by block, without a tensor of the size of
-    the logits but their gradient.
+#: how many predictions are looked at together
+_ROWS = 64
 
-    At vocabularies of 50,000 and more, memory for the whole softmax and its gradient takes longer to get than
-    the rest of a step takes.
+
+def _log_probabilities(logits: Tensor, places: Tensor) -> Tensor:
+    """``logits.float().log_softmax(-1).gather(-1, places)`` block by block, each computed anew for its
+    gradient: at vocabularies of 50,000 and more the whole takes more memory than the rest of a step.
     """
 
-    @staticmethod
-    def forward(context: Any, logits: Tensor, places: Tensor) -> Tensor:
-        total = torch.cat([rows.float().logsumexp(-1, keepdim=True) for rows in _blocks(logits)]).reshape(
-            *logits.shape[:-1], 1
-        )
-        context.save_for_backward(logits, total, places)
-        return logits.gather(-1, places).float() - total
+    def block(rows: Tensor, where: Tensor) -> Tensor:
+        return rows.float().log_softmax(-1).gather(-1, where)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, total, places = context.saved_tensors
-        found = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        parts = (
-            _blocks(found),
-            _blocks(logits),
-            total.flatten().split(_rows(logits)),
-            *(_blocks(part, _rows(logits)) for part in (places, gradient)),
-        )
-        for into, rows, sums, where, own in zip(*parts):
-            likely = (rows.float() - sums[:, None]).exp_().mul_(-own.sum(-1, keepdim=True))
-            into.copy_(likely.scatter_add_(-1, where, own))
-        return found, None
-
-
-def _rows(logits: Tensor) -> int:
-    """How many predictions are looked at together: on a CPU those that fit its nearest caches in float32 (a
-    quarter of a megabyte), by which it takes a third to a fifth of the time; elsewhere some 16 MB.
-    """
-    return max(1, 2 ** (16 if logits.device.type == "cpu" else 22) // logits.shape[-1])
-
-
-def _blocks(tensor: Tensor, rows: int | None = None) -> tuple[Tensor, ...]:
-    """``[..., width]`` as blocks ``[rows, width]``."""
-    return tensor.reshape(-1, tensor.shape[-1]).split(rows or _rows(tensor))
+    parts = zip(*(whole.flatten(0, -2).split(_ROWS) for whole in (logits, places)), strict=True)
+    return torch.cat([checkpoint(block, *part, use_reentrant=False) for part in parts]).reshape(places.shape)
 
 
 class SquaredError:
@@ -178,56 +150,27 @@ def _logits(outputs: Any) -> Tensor:
     return found
 
 
-def targets_of(match: Match, outputs: Any) -> dict[str, Tensor]:
-    """What a loss keeps of the dense model's outputs for a batch.
-
-    Raises:
-        ArgumentError: it returns something else than tensors by name.
-    """
-    found: Any = match.targets(outputs)
-    if not (
-        isinstance(found, Mapping) and found and all(isinstance(held, Tensor) for held in found.values())
-    ):
-        raise ArgumentError(
-            f"loss={type(match).__name__}: targets() returned a {type(found).__name__}; return a dict of"
-            " tensors by name, at least one"
-        )
-    return dict(found)
-
-
 def terms_of(
     match: Match, outputs: Any, targets: Mapping[str, Tensor], inputs: Mapping[str, Any], index: int
 ) -> Tensor:
-    """The terms of a loss for a batch, at least one, with gradients where these are taken.
+    """The terms of a loss for a batch, at least one.
 
     Args:
         index: the number of the batch.
 
     Raises:
-        ArgumentError: the loss returns something else than terms.
         CalibrationError: nothing of the batch counts.
     """
-    found: Any = match.terms(outputs, targets, inputs)
-    if not isinstance(found, Tensor) or not found.is_floating_point():
-        raise ArgumentError(
-            f"loss={type(match).__name__}: terms() returned a {type(found).__name__}; return a floating-point"
-            " tensor, of which the mean is taken"
-        )
+    found = match.terms(outputs, targets, inputs)
     if not found.numel():
         raise CalibrationError(
             f"nothing of batch {index} counts, as where its attention_mask hides every token; leave it out"
-        )
-    if torch.is_grad_enabled() and not found.requires_grad:
-        raise ArgumentError(
-            f"loss={type(match).__name__}: terms() for batch {index} leads to no parameter that is trained;"
-            " compute it from the outputs as they are given, and train parameters that take part in these"
         )
     return found
 
 
 #: which numbers are trained
-Part = Literal["all", "vectors", "low-rank"]
-PARTS: tuple[str, ...] = get_args(Part)
+Part = Literal["all", "low-rank"]
 
 _POSITIVE = (lambda value: type(value) is int and value > 0), "a positive integer"
 #: of each option: whether a value is one, and what it ought to be
@@ -237,7 +180,6 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": _POSITIVE,
     "top_k": _POSITIVE,
     "evaluations": _POSITIVE,
-    "patience": (lambda value: value is None or _POSITIVE[0](value), "a positive integer or None"),
     "seed": (lambda value: type(value) is int and 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1"),
     "learning_rate": (
         lambda value: is_number(value) and value > 0,
@@ -251,7 +193,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: is_number(value) and 0 < value < 1,
         "in (0, 1); it is the fraction of the batches that judges",
     ),
-    "train": (lambda value: value in PARTS, f"known; use one of {', '.join(map(repr, PARTS))}"),
+    "train": (lambda value: value in ("all", "low-rank"), "known; use 'all' or 'low-rank'"),
     "precision": (
         lambda value: value in ("auto", "weights", "bfloat16"),
         "known; use 'auto', 'weights' or 'bfloat16'",
@@ -278,7 +220,6 @@ class DistillationOptions(TypedDict, total=False):
     top_k: int
     held_out: float
     evaluations: int
-    patience: int | None
     precision: Literal["auto", "weights", "bfloat16"]
     seed: int
     key: str | None
@@ -296,10 +237,9 @@ class DistillationConfig:
             step moves every weight about as far, and most of that is noise.
         warmup: the fraction of all steps over which the learning rate rises.
         accumulate: batches whose gradients make one step. A step on some 1,000 tokens does well.
-        train: ``"all"``: every parameter that requires a gradient; ``"vectors"``: those of one dimension, the
-            biases and the gains of norms; ``"low-rank"``: a product of two matrices of ``rank`` columns is
-            learned for each other parameter and added to it (LoRA, arXiv 2106.09685), which takes little
-            memory for the optimiser.
+        train: ``"all"``: every parameter that requires a gradient; ``"low-rank"``: a product of two matrices
+            of ``rank`` columns is learned for each of two dimensions or more and added to it (LoRA, arXiv
+            2106.09685), which takes little memory for the optimiser.
         rank: of ``train="low-rank"``.
         loss: how far outputs are from the dense model's. ``"divergence"``: :class:`Divergence`, for logits;
             ``"outputs"``: :class:`SquaredError`; or a :class:`Match` of your own. ``"auto"``:
@@ -311,8 +251,6 @@ class DistillationConfig:
             best on it are kept.
         evaluations: how often the held-out batches are looked at, evenly over the steps; the last time after
             the last step.
-        patience: so many evaluations in a row that are not better than the best end the training. ``None``:
-            it goes on, since much is gained only when the learning rate falls.
         precision: ``"weights"``: compute in the dtype of the weights; ``"bfloat16"``: products of both models
             in bfloat16 by autocast while training; ``"auto"``: that where the device multiplies bfloat16 in
             hardware. Held-out batches are judged in the dtype of the weights, and weights of 16 bits trained
@@ -336,7 +274,6 @@ class DistillationConfig:
     top_k: int = 256
     held_out: float = 0.1
     evaluations: int = 4
-    patience: int | None = None
     precision: Literal["auto", "weights", "bfloat16"] = "auto"
     seed: int = 0
     key: str | None = None

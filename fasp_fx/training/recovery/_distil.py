@@ -114,7 +114,7 @@ def distil(
     except short_of_memory() as error:
         raise TrainingMemoryError(
             f"the memory is too little for the dense model and the training of the pruned one:"
-            f" {first_line(error)}; give smaller batches with accumulate=, or train='low-rank' or 'vectors'"
+            f" {first_line(error)}; give smaller batches with accumulate=, or train='low-rank'"
         ) from error
     recovery = Recovery(
         "distillation",

@@ -26,18 +26,11 @@ from ...capturing._attention import ToldOfCausality
 from ...capturing._unchanged import copied, rewound
 from ...errors import ArgumentError, CalibrationError, StoreError, first_line
 from ...pruning.report import CurvePoint
-from ...storage._run_folder import claim
-from ._config import DistillationConfig, Match, Part, targets_of, terms_of
+from ...storage._folder import claim
+from ._config import DistillationConfig, Match, Part, terms_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-_NOTHING = {
-    "all": "parameter that requires a gradient",
-    "vectors": "parameter of one dimension that requires a gradient, such as a bias",
-    "low-rank": "weight that requires a gradient and has both sides larger than rank={rank}",
-}
 
 
 class Trained:
@@ -50,9 +43,9 @@ class Trained:
 
     Args:
         student: the module.
-        train: ``"all"``, ``"vectors"``: a copy of each parameter, or of those of one dimension;
-            ``"low-rank"``: the two factors of what is added to each other one, of which the left one begins
-            with zeros (LoRA, arXiv 2106.09685). A weight whose sides are not larger than the rank gets none.
+        train: ``"all"``: a copy of each parameter; ``"low-rank"``: the two factors of what is added to each
+            matrix, of which the left one begins with zeros (LoRA, arXiv 2106.09685). A weight whose sides are
+            not larger than the rank gets none.
         rank: columns of the left factor.
         seed: of the right one.
 
@@ -76,8 +69,9 @@ class Trained:
                 self._weights[name] = (weight, [leaf.requires_grad_() for leaf in learned.values()])
                 self.leaves.update({name + suffix: leaf for suffix, leaf in learned.items()})
         if not self.leaves:
+            larger = f" and has both sides larger than rank={rank}" if train == "low-rank" else ""
             raise ArgumentError(
-                f"train='{train}' finds no {_NOTHING[train].format(rank=rank)} in the pruned model; call"
+                f"train='{train}' finds no weight that requires a gradient{larger} in the pruned model; call"
                 " requires_grad_() on it, or use another train= or rank="
             )
 
@@ -85,7 +79,7 @@ class Trained:
         """What the module returns with what is learned in the places of its weights."""
         held = {name: weight.detach() for name, weight in self.student.named_parameters()}
         held |= {name: buffer.clone() for name, buffer in self.student.named_buffers()}
-        held |= {name: _DenseGradient.apply(_now(*learned)) for name, learned in self._weights.items()}
+        held |= {name: _now(*learned) for name, learned in self._weights.items()}
         return functional_call(self.student, held, args, kwargs)
 
     def state(self) -> dict[str, Tensor]:
@@ -109,8 +103,8 @@ class Trained:
 def _learned(weight: Tensor, train: Part, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
     """What is learned of a weight, by the ends of its names; nothing where the part does not hold it."""
     like: dict[str, Any] = {"device": weight.device, "dtype": _wide(weight)}
-    if train != "low-rank":
-        return {"": weight.detach().to(**like, copy=True)} if train == "all" or weight.dim() <= 1 else {}
+    if train == "all":
+        return {"": weight.detach().to(**like, copy=True)}
     rows, columns = (weight.shape[0], weight[0].numel()) if weight.dim() > 1 else (0, 0)
     if min(rows, columns) <= rank:
         return {}
@@ -130,19 +124,6 @@ def _now(weight: Tensor, learned: list[Tensor]) -> Tensor:
 def _wide(weight: Tensor) -> torch.dtype:
     """What the products for a weight are computed in, which is never coarser than the weight."""
     return torch.promote_types(weight.dtype, torch.float32)
-
-
-class _DenseGradient(torch.autograd.Function):
-    """A weight as it is; its gradient, which ``nn.Embedding(sparse=True)`` makes sparse, is dense."""
-
-    @staticmethod
-    def forward(context: Any, weight: Tensor) -> Tensor:
-        return weight.view_as(weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(context: Any, gradient: Tensor) -> Tensor:
-        return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 @dataclass
@@ -234,7 +215,7 @@ class Lessons:
             else:
                 with rewound(model), products_in_bfloat16(device, index in coarse):
                     outputs = self.outputs(model, index, device)
-                targets = targets_of(self.match, outputs)
+                targets = self.match.targets(outputs)
                 found = terms_of(self.match, outputs, targets, self.named(model, index, device), index)
                 if not bool(found.isfinite().all()):
                     raise CalibrationError(
@@ -477,17 +458,11 @@ class Training:
         """Why the training ends here, if it does."""
         if len(curve) < 2:
             return None
-        losses, step = [point.held_out for point in curve], curve[-1].step
+        losses = [point.held_out for point in curve]
         if not math.isfinite(losses[-1]) or losses[-1] > DIVERGED * max(losses[0], _LEAST):
             return (
                 f"the training diverged: the held-out loss rose from {losses[0]:.3g} to {losses[-1]:.3g}; a"
                 " smaller learning_rate= may help"
-            )
-        since, patience = len(curve) - 1 - losses.index(min(losses)), self.config.patience
-        if patience is not None and since >= patience and step < self._steps:
-            return (
-                f"the held-out loss did not fall any more in {since} evaluations, so the training ended after"
-                f" step {step} of {self._steps}"
             )
         return None
 
