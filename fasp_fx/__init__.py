@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .analysis.plan import ParameterSlice, PruningPlan
     from .base._offload import keep_weights, offload
     from .capturing._captured import Captured
-    from .interop.compile._backend import backend
+    from .interop._backend import backend
     from .interop.page import to_html
     from .pruning._prune import analyze, apply, capture, measure, plan_from_sets, prune
     from .pruning._result import Result
@@ -60,7 +60,7 @@ _HOMES = {
     **dict.fromkeys(("ParameterSlice", "PruningPlan"), "analysis.plan"),
     **dict.fromkeys(("keep_weights", "offload"), "base._offload"),
     "Captured": "capturing._captured",
-    "backend": "interop.compile._backend",
+    "backend": "interop._backend",
     "to_html": "interop.page",
     **dict.fromkeys(("analyze", "apply", "capture", "measure", "plan_from_sets", "prune"), "pruning._prune"),
     "Result": "pruning._result",

@@ -41,7 +41,7 @@ from ..errors import (
 from ..pruning._prune import prune
 from ..pruning._result import Result
 from ..pruning.config import PruningConfig, PruningOptions
-from ..pruning.eager._make import fused_weights
+from ..pruning.eager import fused_weights
 from ..pruning.report import Report
 from ..pruning.submodules._parts import Joined
 from ._experiments import Assignment, Experiments, Knob, Path, find_knobs, quiet, written

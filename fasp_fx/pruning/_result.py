@@ -108,7 +108,7 @@ class Result:
             EagerError: no copy is the program; says where they part, and what to do.
             PlanError: the model is not the one that the plan was made for.
         """
-        from .eager._make import eager, eager_in_parts
+        from .eager import eager, eager_in_parts
 
         if self.is_in_parts:
             parts = {path: (part.module, part.plan) for path, part in self.parts.items()}

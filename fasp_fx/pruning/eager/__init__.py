@@ -1,1 +1,244 @@
-"""A copy of the caller's own module with the weights of a result, its sizes seen in its graph."""
+"""Make the caller's own module smaller by the plan of a result."""
+
+from __future__ import annotations
+
+import traceback
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ...analysis import plan as plans
+from ...analysis._analysis import analyze_program
+from ...analysis.plan import PruningPlan
+from ...base._tolerable import tolerable
+from ...base.compat import pytree
+from ...capturing import capture, recorded_shapes
+from ...capturing._compare_with_model import called, trouble_with
+from ...capturing._fx import attribute
+from ...capturing._program import Program, SplitWeight
+from ...capturing._unchanged import noting_reads, rewound, said_of_reads
+from ...errors import ArgumentError, EagerError, first_line
+from ...passes import split_fused
+from ...passes._pruned_module import PrunedModule, finish
+from ..submodules._stand_in import copied, put, whole_fingerprint
+from ._same import first_difference
+from ._sizes import left_of, observed, say_sizes, tagged
+
+
+def eager(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> nn.Module:
+    """See :meth:`fasp_fx.Result.eager`; ``pruned`` and ``plan`` are the result's."""
+    _check(pruned, plan, model)
+    made = _Copy(pruned, plan, model)
+    with rewound(model):
+        model.eval()
+        wrong = made.difference()
+        if wrong is not None:
+            made.set_sizes()
+            wrong = made.difference()
+        wrong = wrong or made.difference_called()
+    if wrong is not None:
+        raise EagerError(
+            f"no copy of {type(model).__name__} computes what the pruned program does: {wrong}; use"
+            ' result.module, prune whole heads (granularity=("channel", "head")), exclude= what is named'
+            " here, or see what a class cannot say in docs/eager.md"
+        )
+    for path, inner in model.named_modules():
+        made.module.get_submodule(path).training = inner.training
+    return made.module
+
+
+class _Copy:
+    """A copy of the caller's model that holds the weights of a result, and the program that it is to be.
+
+    Raises:
+        EagerError: the result holds no example inputs, on which the copy could be captured, or the model
+            cannot be copied.
+    """
+
+    def __init__(self, pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> None:
+        assert isinstance(pruned, PrunedModule)
+        self.pruned, self.plan, self.model = pruned, plan, model
+        origin = pruned.fasp_fx_origin
+        if origin.example is None:
+            raise EagerError(
+                "the program of the result holds no example inputs, on which a copy could be captured; use"
+                " result.module"
+            )
+        device = next((tensor.device for tensor in [*pruned.parameters(), *pruned.buffers()]), None)
+        example = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), origin.example)
+        self.program = Program(pruned, origin.signature, example)
+        #: what it computes, as it was captured and rewritten
+        self.graph = origin.body()[0]
+        self.module = copied_with(model, pruned, plan).eval()
+        say_sizes(model, self.module)
+
+    def set_sizes(self) -> None:
+        """Set the attributes that arrive as sizes in the model's graph to what the program has there."""
+        with rewound(self.model), tagged(self.model) as arrivals:
+            dense = self._captured(self.model).module.graph
+        found, parted = observed(dense, self.graph, arrivals)
+        for (path, name), value in parted.items():
+            found.setdefault((path, name), left_of(value, path, self.model, self.module, self.plan))
+        for (path, name), value in found.items():
+            setattr(self.module.get_submodule(path), name, value)
+        say_sizes(self.model, self.module)
+
+    def difference(self) -> str | None:
+        """Where the copy computes anything else than the program, if it does, in words."""
+        read: list[str] = []
+        try:
+            with noting_reads(self.model, self.module) as read:
+                found = self._captured(self.module)
+            if self.plan.splits:
+                options = self.plan.granularity, self.plan.include
+                found = analyze_program(found, split_fused, *options).program
+            wrong = first_difference(cast(PrunedModule, finish(found)), self.pruned)
+        except tolerable(Exception) as error:  # a module raises what it likes
+            wrong = self._failed(error.__cause__ or error)
+        return said_of_reads(self.model, read) if read else wrong
+
+    def difference_called(self) -> str | None:
+        """What is other where the copy is called instead of captured: a module can ask which it is."""
+        args, kwargs = self.program.call()
+        try:
+            found, _ = called(self.program, self.module, args, kwargs)
+        except tolerable(Exception) as error:  # as above
+            return self._failed(error)
+        trouble = trouble_with(self.program, found, args, kwargs)
+        return trouble and f"the pruned program {trouble}, which a copy computes when called"
+
+    def _captured(self, module: nn.Module) -> Program:
+        """A module of the caller's, captured as the program was."""
+        return capture(
+            module,
+            *self.program.call(),
+            dynamic_shapes=lambda args, kwargs: recorded_shapes(self.graph, (args, kwargs), settled=True),
+        )
+
+    def _failed(self, error: BaseException) -> str:
+        """What failed, in which submodule of the copy, in words."""
+        paths = {id(inner): path for path, inner in self.module.named_modules()}
+        running = [id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        path = next((paths[owner] for owner in reversed(running) if owner in paths), "")
+        where = f"'{path}' ({type(self.module.get_submodule(path)).__name__})" if path else "it"
+        return f"{where} fails: {type(error).__name__}: {first_line(error)}"
+
+
+def _check(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> None:
+    """Refuse a model that the plan was not made for. The plan was made for what the program holds, which
+    lacks what a capture leaves out.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be the nn.Module that was pruned, not {type(model).__name__}")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    known = {name for name, _ in pruned.named_parameters(remove_duplicate=False)}
+    known |= {split.source for split in plan.splits}
+    known |= {source for weight in plan.folds for source in weight.sources}
+    held = {name: tensor for name, tensor in parameters.items() if name in known}
+    if plans.fingerprint(held) != plan.fingerprint:
+        plans.check_fingerprint(plan, plans.fingerprint(parameters))
+
+
+def copied_with(model: nn.Module, pruned: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Copy a model with the weights that the module of a result has now; no storage is shared with either,
+    and all attributes but tensors are those of the model.
+
+    What the program does not use (a branch that was not captured, the count of batches of a norm) is as in
+    the model.
+
+    Raises:
+        EagerError: a weight cannot be had in the form that the model holds it in, or the model cannot be
+            copied.
+    """
+    held = dict(pruned.named_parameters(remove_duplicate=False))
+    try:
+        fused, module = fused_weights(plan, held), copied(model)
+    except tolerable(Exception) as error:  # a module copies itself as it likes
+        raise EagerError(
+            f"{type(model).__name__} cannot be copied with these weights ({type(error).__name__}:"
+            f" {first_line(error)}); use result.module, or prune whole heads"
+        ) from error
+    module.to(next((tensor.device for tensor in [*held.values(), *pruned.buffers()]), None))
+    smaller = dict(tensors(pruned)) | fused
+    for name, tensor in tensors(module):
+        if name in smaller:
+            tensor.data = smaller[name].detach().clone()
+    return module
+
+
+def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer by name, and every tensor that is a plain attribute; those held in several
+    places under each of their names.
+    """
+    for path, inner in module.named_modules(remove_duplicate=False):
+        if not isinstance(inner, torch.jit.ScriptModule):
+            for name, value in {**vars(inner), **inner._buffers, **inner._parameters}.items():
+                if isinstance(value, Tensor):
+                    yield f"{path}.{name}" if path else name, value
+
+
+def fused_weights(plan: PruningPlan, pruned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a model that a result holds in parts, put together again, each row where it stood among
+    those that stay.
+
+    Args:
+        plan: of the result.
+        pruned: the weights of the result.
+
+    Raises:
+        RuntimeError: the parts of one have lost different numbers of positions along another dimension.
+    """
+    splits: dict[str, list[SplitWeight]] = defaultdict(list)
+    for split in plan.splits:
+        splits[split.source].append(split)
+    slices = plan.slices() if splits else {}
+    made = {}
+    for name, own in splits.items():
+        dim = own[0].dim
+        removed = {index for _, index in slices.get((name, dim), ())}
+        rows = [row for split in own for row in split.rows if row not in removed]
+        parts = torch.cat([pruned[split.name].detach() for split in own], dim)
+        made[name] = parts.index_select(dim, torch.argsort(torch.tensor(rows, device=parts.device)))
+    return made
+
+
+def eager_in_parts(
+    pruned: nn.Module,
+    plan: PruningPlan,
+    parts: Mapping[str, tuple[nn.Module, PruningPlan]],
+    model: nn.Module,
+) -> nn.Module:
+    """A copy of a model that was pruned by its submodules: each part that was captured is a smaller copy of
+    the caller's, and what lies around the parts has the weights that ``result.module`` has now.
+
+    Raises:
+        EagerError: one of the parts has no such copy, or shares a weight with what is around it.
+        PlanError: the model is not the one that the plan was made for.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be the nn.Module that was pruned, not {type(model).__name__}")
+    plans.check_fingerprint(plan, whole_fingerprint(dict(model.named_parameters(remove_duplicate=False))))
+    named = list(pruned.named_modules(remove_duplicate=False))
+    places = {path: [place for place, inner in named if inner is part] for path, (part, _) in parts.items()}
+    holders: dict[int, str | None] = {}
+    made = copied(model)
+    for name, tensor in tensors(pruned):
+        holder = next(
+            (path for path, own in places.items() if any(name.startswith(f"{place}.") for place in own)), None
+        )
+        if holders.setdefault(id(tensor), holder) != holder:
+            raise EagerError(
+                f"'{name}' is shared between a part and what is around it, and each part is made by itself;"
+                " use result.module"
+            )
+        if holder is None:
+            attribute(made, name).data = tensor.detach().clone()
+    for path, (part, own_plan) in parts.items():
+        put(made, places[path], eager(part, own_plan, model.get_submodule(path)))
+    return made
+
+
+__all__ = ["eager", "eager_in_parts", "fused_weights"]

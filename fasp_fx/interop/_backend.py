@@ -12,16 +12,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from ...analysis._analysis import analyze_program
-from ...analysis.plan import PruningPlan, check_fingerprint, fingerprint, gone_of
-from ...base._tolerable import tolerable
-from ...base._warn import warn
-from ...base.compat import FakeTensorMode
-from ...base.compat._dynamo import TracingContext, lookup_backend, traces_recurrent
-from ...capturing._program import Program
-from ...capturing._recipes import Recipe
-from ...errors import ArgumentError, CaptureError, FaspError, PartialPlanWarning, PlanError, VerificationError
-from ...passes import Prune, split_fused
+from ..analysis._analysis import analyze_program
+from ..analysis.plan import PruningPlan, check_fingerprint, fingerprint, gone_of
+from ..base._tolerable import tolerable
+from ..base._warn import warn
+from ..base.compat import FakeTensorMode
+from ..base.compat._dynamo import TracingContext, lookup_backend, traces_recurrent
+from ..capturing._program import Program
+from ..capturing._recipes import Recipe
+from ..errors import ArgumentError, CaptureError, FaspError, PartialPlanWarning, PlanError, VerificationError
+from ..passes import Prune, split_fused
 from ._dynamo import as_program, holders, tensors_of, trace
 
 Compiled = Callable[..., Any]

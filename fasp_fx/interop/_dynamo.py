@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from ...base._tolerable import tolerable
-from ...base.compat import assign_attr
-from ...base.compat._dynamo import (
+from ..base._tolerable import tolerable
+from ..base.compat import assign_attr
+from ..base.compat._dynamo import (
     SET_GRAD,
     InstructionTranslator,
     TracingContext,
@@ -21,7 +21,7 @@ from ...base.compat._dynamo import (
     tracing,
     without_overrides,
 )
-from ...capturing import (
+from ..capturing import (
     Decompositions,
     any_number_of_steps,
     composites,
@@ -29,10 +29,10 @@ from ...capturing import (
     single_layers,
     taken_apart,
 )
-from ...capturing._attention import FLEX
-from ...capturing._program import Program, graph_module
-from ...capturing._signature import CallSignature
-from ...errors import CaptureError, first_line
+from ..capturing._attention import FLEX
+from ..capturing._program import Program, graph_module
+from ..capturing._signature import CallSignature
+from ..errors import CaptureError, first_line
 
 
 def holders(graph: fx.Graph) -> list[nn.Module]:
