@@ -403,7 +403,7 @@ def show_groups(
     shown.
 
     Of a folder that `prune` wrote, the report of that pruning is shown. With `--html FILE` the same goes to a
-    page with a graph of the groups, a chart of the widths and a table that sorts.
+    page with a chart of the widths and a table that sorts.
 
     Example: `fasp-fx inspect HuggingFaceTB/SmolLM2-135M`
     """
