@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -33,7 +34,6 @@ from fasp_fx.base._offload import (
     keep_weights,
     mapped_bytes,
     offload,
-    zeros,
 )
 from fasp_fx.capturing._runner import Runner
 from fasp_fx.errors import ArgumentError, OffloadError
@@ -133,21 +133,18 @@ def test_values_are_kept_as_they_lie(tmp_path: Path) -> None:
 def test_no_activation_waits_in_memory(tmp_path: Path) -> None:
     """Wherever a run stops, whatever is large lies in files, the batches and the weights excepted."""
     torch.manual_seed(0)
-    x = [torch.randn(64, 256) for _ in range(3)]
+    x = torch.randn(64, 256)
     model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256), nn.ReLU()).eval()
-    program = fasp_fx.capture(model, (x[0],)).program
+    program = fasp_fx.capture(model, (x,)).program
     with offload(tmp_path) as scratch:
-        runner = Runner(program, [[batch] for batch in x])
-        found = 0
+        runner = Runner(program, [[x]])
         for stop in range(1, len(runner.nodes)):
             runner.advance(stop)
-            for batch, live in zip(x, runner.live(), strict=True):
-                for value in live.values():
-                    large = value is not batch and value.numel() * value.element_size() >= SMALLEST
-                    assert not large or scratch._lies_within(value.untyped_storage())
-                    found += large
-        assert found
-        assert torch.equal(next(runner.read(runner.nodes[-2])), model(x[0]))
+            (live,) = runner.live()
+            large = [value for value in live.values() if value is not x and value.nbytes >= SMALLEST]
+            assert all(scratch._lies_within(value.untyped_storage()) for value in large)
+        assert large
+        assert torch.equal(next(runner.read(runner.nodes[-2])), model(x))
 
 
 STAYS: dict[str, Callable[[], Tensor]] = {
@@ -165,46 +162,18 @@ def test_what_stays_where_it_is(tmp_path: Path, make: Callable[[], Tensor]) -> N
     assert Scratch(tmp_path).keep(tensor) is tensor
 
 
-def test_a_tensor_is_kept_once_and_a_view_of_one_anew(tmp_path: Path) -> None:
-    scratch = Scratch(tmp_path)
-    held = scratch.keep(nn.Parameter(torch.ones(2, SMALLEST), requires_grad=False))
-    assert isinstance(held, nn.Parameter)
-    assert not held.requires_grad
-    assert scratch.keep(held) is held
-    row = held[0]
-    assert scratch.keep(row).data_ptr() != row.data_ptr()
-
-
-def test_zeros_are_in_files_and_of_their_own(tmp_path: Path) -> None:
-    cpu = torch.device("cpu")
-    with offload(tmp_path) as scratch:
-        first, second = (zeros((300, 300), torch.float64, cpu) for _ in range(2))
-        assert len(scratch) == 1
-        first.fill_(7.0)
-        assert not bool(second.any())
-        del first, second
-        assert not bool(zeros((300, 300), torch.float32, cpu).any())
-        assert zeros((3,), torch.float32, torch.device("meta")).is_meta
-    assert zeros((3,), torch.float64, cpu).tolist() == [0.0] * 3
-
-
 def test_a_model_stays_what_it_is(tmp_path: Path) -> None:
     """Optimisers, views of buffers and weights that share memory go on."""
     model = _model()
     model.register_buffer("trace", torch.zeros(SMALLEST))
     model.register_buffer("part", model.trace[:8])
     model.up.weight.grad = torch.ones_like(model.up.weight)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    before = model.up.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     scratch = Scratch(tmp_path)
     keep_weights(model, scratch)
     optimizer.step()
-    assert torch.equal(model.up.weight, before["up.weight"] - 0.5)
-    assert all(
-        torch.equal(parameter, before[name])
-        for name, parameter in model.named_parameters()
-        if name != "up.weight"
-    )
+    assert torch.equal(model.up.weight, before - 0.5)
     model.trace.add_(1)
     assert float(model.part.sum()) == 8
     assert len(scratch) == 1
@@ -319,36 +288,15 @@ def test_the_dtype_is_that_of_transformers(tmp_path: Path) -> None:
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
     with offload(tmp_path / "scratch") as scratch:
         found = fasp_fx.hf.load_offloaded(tmp_path / "model", scratch)
-    kinds = set()
     for name, tensor in expected.state_dict().items():
-        kinds.add(tensor.dtype)
         assert found.state_dict()[name].dtype == tensor.dtype, name
         assert torch.equal(found.state_dict()[name], tensor), name
-    assert {torch.float32, torch.bfloat16} <= kinds
+    assert {tensor.dtype for tensor in found.state_dict().values()} >= {torch.float32, torch.bfloat16}
 
 
-@pytest.mark.slow
-def test_a_checkpoint_is_pruned_as_in_memory(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = {"calibration": BATCHES, "sparsity": 0.2}
-    expected = fasp_fx.hf.prune(AutoModelForCausalLM.from_pretrained(checkpoint).eval(), **options)
-    monkeypatch.setattr("fasp_fx.base._offload.SMALLEST", 1)
-    with offload(tmp_path / "scratch", resident=2**20) as scratch:
-        found = fasp_fx.hf.prune(fasp_fx.hf.load_offloaded(checkpoint, scratch), **options)
-        found.save_pretrained(tmp_path / "out")
-    assert found.plan == expected.plan
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    for name, parameter in expected.model.named_parameters():
-        assert torch.equal(loaded.get_parameter(name), parameter)
-
-
-def _indexed(text: str) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        (folder / "model.safetensors").unlink()
-        (folder / "model.safetensors.index.json").write_text(text)
-
-    return damage
+def _badly_indexed(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("{")
 
 
 def _wider(folder: Path) -> None:
@@ -361,7 +309,7 @@ def _wider(folder: Path) -> None:
     [
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"nothing"), "cannot be loaded"),
-        (_indexed("{"), "cannot be loaded"),
+        (_badly_indexed, "cannot be loaded"),
         (lambda folder: (folder / "config.json").unlink(), "cannot be loaded"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
         (_wider, "mismatched keys|cannot be loaded"),
@@ -376,8 +324,6 @@ def _wider(folder: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint(checkpoint: Path, tmp_path: Path, damage: object, said: str) -> None:
-    import shutil
-
     folder = tmp_path / "model"
     shutil.copytree(checkpoint, folder)
     damage(folder)  # type: ignore[operator]

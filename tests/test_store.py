@@ -15,7 +15,6 @@ from models import block, wide
 from refusal import X
 from saved import Mode, Small, forge, small_result
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import fasp_fx
 from fasp_fx.pruning.saving import _folder as folders
@@ -27,31 +26,22 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("shape", [(2, 5), (3, 9), (7, 2)])
-def test_outputs_are_bit_equal_at_any_shape(
-    result: fasp_fx.Result, saved: Path, shape: tuple[int, int]
-) -> None:
+def test_outputs_plan_and_report_are_those_that_were_saved(result: fasp_fx.Result, saved: Path) -> None:
+    manifest = json.loads((saved / MANIFEST).read_text())
+    versions = (manifest["format"], manifest["torch"], manifest["fasp_fx"])
+    assert versions == (FORMAT, torch.__version__, fasp_fx.__version__)
+    assert {file.name for file in saved.iterdir()} == {*folders.FILES, MANIFEST}
+    assert len({file.stat().st_mode for file in saved.iterdir()}) == 1
     loaded = fasp_fx.load(saved)
+    assert (loaded.plan, loaded.report) == (result.plan, result.report)
     for file in saved.iterdir():
         file.write_bytes(b"")  # the files are not needed after loading
-    ids = torch.randint(0, 11, shape)
-    first, second = result.module(ids), loaded.module(ids)
-    assert torch.equal(first["logits"], second["logits"])
-    assert torch.equal(first["extra"][0], second["extra"][0])
-    assert first["extra"][1] == second["extra"][1] == 3
-
-
-def test_plan_report_and_files(result: fasp_fx.Result, saved: Path) -> None:
-    loaded = fasp_fx.load(saved)
-    assert loaded.plan == result.plan
-    assert loaded.report == result.report
-    assert str(loaded.report) == str(result.report)
-    assert {file.name for file in saved.iterdir()} == {*folders.FILES, MANIFEST}
-    manifest = json.loads((saved / MANIFEST).read_text())
-    assert manifest["format"] == FORMAT
-    assert manifest["torch"] == torch.__version__
-    assert manifest["fasp_fx"] == fasp_fx.__version__
-    assert len({file.stat().st_mode for file in saved.iterdir()}) == 1
+    for shape in ((2, 5), (3, 9), (7, 2)):
+        ids = torch.randint(0, 11, shape)
+        first, second = result.module(ids), loaded.module(ids)
+        assert torch.equal(first["logits"], second["logits"])
+        assert torch.equal(first["extra"][0], second["extra"][0])
+        assert first["extra"][1] == second["extra"][1] == 3
 
 
 def test_weights_keep_names_dtype_grad_ties_and_layout(result: fasp_fx.Result, saved: Path) -> None:
@@ -104,15 +94,13 @@ def test_a_constant_that_is_not_plain_data_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_loaded_result_trains_exports_prunes_and_saves_again(saved: Path, tmp_path: Path) -> None:
+def test_a_loaded_result_trains_exports_and_prunes(saved: Path) -> None:
     loaded = fasp_fx.load(saved)
     ids = torch.randint(0, 11, (3, 6))
     loaded.module(ids)["logits"].sum().backward()
     assert loaded.module.get_parameter("up.weight").grad is not None
     exported = torch.export.export(loaded.module, (ids,), strict=False)
     assert torch.equal(exported.module()(ids)["logits"], loaded.module(ids)["logits"])
-    again = fasp_fx.load(loaded.save(tmp_path / "again"))
-    assert torch.equal(again.module(ids)["logits"], loaded.module(ids)["logits"])
     smaller = fasp_fx.prune(
         loaded.module, (ids,), calibration=[(torch.randint(0, 11, (4, 16)),)], sparsity=0.3
     )
@@ -275,36 +263,6 @@ def test_what_is_put_in_the_place_of_tensors_is_refused(change: Any, says: str, 
         with pytest.raises(fasp_fx.StoreError, match=says):
             ask()
     assert not list(tmp_path.iterdir())
-
-
-# --- types of inputs and outputs
-
-
-def test_caches_as_inputs_and_outputs(tmp_path: Path) -> None:
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=50,
-    )
-
-    def call(past: int, new: int) -> dict[str, Any]:
-        torch.manual_seed(past)
-        cache = DynamicCache(config=config)
-        cache.update(torch.randn(2, 1, past, 8), torch.randn(2, 1, past, 8), 0)
-        mask = torch.ones(2, past + new, dtype=torch.long)
-        return {"input_ids": torch.randint(0, 50, (2, new)), "past_key_values": cache, "attention_mask": mask}
-
-    model = LlamaForCausalLM(config).eval()
-    options: dict[str, Any] = {"score": "random", "restore": None, "exclude": ("*.self_attn",)}
-    result = fasp_fx.prune(model, (), call(4, 3), **options)
-    loaded = fasp_fx.load(result.save(tmp_path / "out"))
-    first, second = result.module(**call(6, 2)), loaded.module(**call(6, 2))
-    assert torch.equal(first.logits, second.logits)
-    assert isinstance(second.past_key_values, DynamicCache)
-    assert second.past_key_values.layers[0].keys.shape[2] == 8
 
 
 Pair = namedtuple("Pair", ["left", "right"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from generators import Case, pruned
+from safetensors.torch import load_file
 from saved import GOLDEN
 from tiny_llama import make_model
 from transformers import (
@@ -92,12 +92,9 @@ def test_folder_is_one_of_transformers(folder: Path) -> None:
 
 
 def test_weights_are_stored_once(tmp_path: Path) -> None:
-    from safetensors import safe_open
-
     result = pruned("gpt2")
     result.save_pretrained(tmp_path / "out")
-    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as stored:
-        names = set(stored.keys())
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
     assert "transformer.wte.weight" in names
     assert "lm_head.weight" not in names  # tied
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -192,13 +189,6 @@ def test_damage_is_found(copied: Path, name: str) -> None:
         hf.PrunedForCausalLM.from_pretrained(copied)
 
 
-def test_another_version_is_refused(copied: Path) -> None:
-    manifest = json.loads((copied / "manifest.json").read_text())
-    (copied / "manifest.json").write_text(json.dumps({**manifest, "format": "fasp_fx/99"}))
-    with pytest.raises(fasp_fx.StoreError, match="fasp_fx/99"):
-        AutoModelForCausalLM.from_pretrained(copied)
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -234,17 +224,3 @@ def test_the_wrong_auto_class_is_told(folder: Path, tmp_path: Path) -> None:
         AutoModelForSeq2SeqLM.from_pretrained(folder)
     with pytest.raises(fasp_fx.StoreError, match="neither a folder nor a repository"):
         hf.PrunedForCausalLM.from_pretrained(tmp_path / "nowhere", local_files_only=True)
-
-
-@pytest.mark.slow
-def test_encoder_decoder_saved_trained_and_loaded(tmp_path: Path) -> None:
-    model = pruned("t5").model
-    pruned("t5").save_pretrained(tmp_path / "out")
-    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
-    for case in (Case(4, 1), Case(1, 3)):
-        assert torch.equal(case.run(loaded, "t5"), case.run(model, "t5"))
-    ids = Case(2, 1).inputs("t5")["input_ids"]
-    loss = loaded(input_ids=ids, labels=ids).loss
-    loss.backward()
-    assert all(parameter.grad is not None for parameter in loaded.parameters())
-    assert loaded.shared.weight is loaded.lm_head.weight

@@ -1,6 +1,4 @@
-"""Distillation of models that generate: decoders, encoder-decoders, plain checkpoints, and from the command
-line.
-"""
+"""Distillation of models that generate: decoders, plain checkpoints, and from the command line."""
 
 from __future__ import annotations
 
@@ -68,32 +66,6 @@ def test_a_decoder_learns_and_generates_and_is_saved(plain: bool, tmp_path: Path
         assert loaded.report.recovery == after.report.recovery
 
 
-def test_tokens_that_are_padding_teach_nothing() -> None:
-    teacher = dense("llama_gqa")
-    mask = torch.ones(2, 12, dtype=torch.long)
-    mask[0, :4] = 0
-    data, other = (
-        [{"input_ids": ids.where(mask != 0, filler), "attention_mask": mask} for ids in tokens(6)]
-        for filler in (0, 7)
-    )
-    result = pruned("llama_gqa")
-    models = [
-        fasp_fx.distil(copy.deepcopy(result), teacher, batches, learning_rate=1e-3).model
-        for batches in (data, other)
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
-
-
-@pytest.mark.slow
-def test_an_encoder_decoder() -> None:
-    teacher = dense("t5")
-    data = [{"input_ids": ids, "decoder_input_ids": ids[:, :5]} for ids in tokens(10)]
-    result = copy.deepcopy(pruned("t5"))
-    before = divergence(result.model, teacher, data[0])
-    after = fasp_fx.distil(result, teacher, data, learning_rate=1e-3, epochs=6, top_k=64)
-    assert divergence(after.model, teacher, data[0]) < 0.9 * before
-
-
 # --- the command line
 
 
@@ -112,33 +84,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("cli")
     make_model(made / "model")
     (made / "text.txt").write_text("Größe matters: a smaller model answers sooner. " * 12, encoding="utf-8")
-    for name, more in (("pruned", ()), ("plain", ("--plain",))):
-        text = made / "text.txt"
-        done = invoke(
-            "prune",
-            made / "model",
-            "--calibration",
-            text,
-            "--text",
-            text,
-            "--out",
-            made / name,
-            "--round-to",
-            "8",
-            *CHEAP,
-            *more,
-            *SMALL,
-        )
-        assert done.exit_code == 0, done.output
+    texts = ["--calibration", made / "text.txt", "--text", made / "text.txt"]
+    done = invoke(
+        "prune", made / "model", *texts, "--out", made / "pruned", "--round-to", "8", *CHEAP, *SMALL
+    )
+    assert done.exit_code == 0, done.output
     return made
 
 
-@pytest.mark.parametrize("kind", ["pruned", "plain"])
-def test_recover_what_was_pruned(folder: Path, kind: str, tmp_path: Path) -> None:
+def test_recover_what_was_pruned(folder: Path, tmp_path: Path) -> None:
     text = folder / "text.txt"
     command = [
         "recover",
-        folder / kind,
+        folder / "pruned",
         "--dense",
         folder / "model",
         "--data",
@@ -157,7 +115,7 @@ def test_recover_what_was_pruned(folder: Path, kind: str, tmp_path: Path) -> Non
     assert "perplexity on chunks 6 to 8 of text.txt" in done.stdout
     models = [
         AutoModelForCausalLM.from_pretrained(where).eval()
-        for where in (folder / kind, tmp_path / "out", folder / "model")
+        for where in (folder / "pruned", tmp_path / "out", folder / "model")
     ]
     assert type(models[0]) is type(models[1])
     ids = {"input_ids": torch.arange(2, 34)[None]}
@@ -218,7 +176,7 @@ def test_chunks_are_trained_on_as_short_texts(count: int, length: int) -> None:
     [
         ("model", "model", "out", "no pruned language model"),
         ("nowhere", "model", "out", "nowhere"),
-        ("pruned", "model", "plain", "exists"),
+        ("pruned", "model", "model", "exists"),
         ("pruned", "other", "out", "not the model that was pruned"),
     ],
 )
