@@ -88,13 +88,9 @@ def test_every_operator_that_adds_a_bias(make: Callable[[], nn.Module], groups: 
         )
     assert seen.shape[1] < (24 if convolves else 8)
     for own, target, got in zip(*parts, strict=True):
-        beside, off = torch.cat([own, own.new_ones(len(own), 1)], 1), (got - target).norm()
-        least, without = (
-            (basis @ torch.linalg.lstsq(basis, target).solution - target).norm() for basis in (beside, own)
-        )
-        assert off < 1.05 * least + 1e-3 * target.norm()
-        if convolves and groups == 1:
-            assert off < without, "the bias brings nothing that can be seen"
+        beside = torch.cat([own, own.new_ones(len(own), 1)], 1)
+        least = (beside @ torch.linalg.lstsq(beside, target).solution - target).norm()
+        assert (got - target).norm() < 1.05 * least + 1e-3 * target.norm()
 
 
 def _shared() -> nn.Module:

@@ -1,73 +1,21 @@
-"""Layouts: the blocks that keep tensors boxes, and small tricky modules with the groups that a person expects
-of each.
-"""
+"""Layouts: small tricky modules with the groups that a person expects of each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from models import made, wide
 from oracle import TOLERANCE, assert_mask_exact, error, zeroed
 from torch import Tensor, nn
-from torch.fx import Graph
 from torch.nn import functional as F
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx.analysis._grouping import find_blocks
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
-
-NODE = Graph().placeholder("x")
-
-
-def blocks_of(rows: list[list[int]], group_of: list[int]) -> tuple[list[int], list[list[int]]]:
-    """The blocks for one box whose numbers are channel sets, counted from 0, and the sets in conflict."""
-    block, conflicts = find_blocks([(np.array(rows), NODE)], np.arange(len(group_of)), np.array(group_of))
-    _, renamed = np.unique(block, return_inverse=True)
-    return renamed.tolist(), [np.unique(conflict.classes).tolist() for conflict in conflicts]
-
-
-#: rows of numbers of a box, the group of each number, the blocks, and numbers in conflict
-BOXES: dict[str, tuple[list[list[int]], list[int], list[int] | None, list[list[int]]]] = {
-    "rows are blocks": ([[0, 1], [2, 3]], [0, 0, 0, 0], [0, 0, 1, 1], []),
-    "a channel in all rows": ([[0, 1], [0, 1]], [0, 0], [0, 0], []),
-    "repeated heads": ([[0, 1], [0, 1], [2, 3], [2, 3]], [0, 0, 0, 0], [0, 0, 1, 1], []),
-    # as [heads, 3, d] viewed as rows: only the third row of each head may lose channels
-    "a row of other channels": ([[0, 1], [2, 3], [4, 5]], [-1, -1, -1, -1, 0, 0], None, [[4, 5]]),
-    "unequal sizes": ([[0, 1, 2], [3, 4, -1]], [0, 0, 0, 0, 0], None, [[0, 1, 2, 3, 4]]),
-    "two groups in one row": (
-        [[0, 1, 2, 3], [4, 5, 6, 7]],
-        [0, 0, 1, 1, 0, 0, 1, 1],
-        [0, 0, 1, 1, 2, 2, 3, 3],
-        [],
-    ),
-    "a group missing in one row": ([[0, 1], [0, 2]], [0, 1, 2], None, [[1, 2]]),
-    "unrelated groups": ([[0, 1], [2, 3]], [0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 2, 2], []),
-}
-
-
-@pytest.mark.parametrize("name", BOXES)
-def test_boxes_make_blocks_or_conflicts(name: str) -> None:
-    rows, group_of, blocks, conflicts = BOXES[name]
-    found, conflicting = blocks_of(rows, group_of)
-    assert conflicting == conflicts
-    assert blocks is None or [found.index(block) for block in found] == [blocks.index(b) for b in blocks]
-
-
-def test_what_is_needed_beside_others_is_a_block() -> None:
-    needed = [np.array([0, 1]), np.arange(6)]
-    block, conflicts = find_blocks([], np.arange(6), np.array([0, 0, 0, 0, 1, 1]), needed)
-    assert block[0] == block[1] != block[2] == block[3]
-    assert block[4] == block[5]
-    assert not conflicts
-
-
-# --- modules
 
 Side = dict[str, list[int] | None]
 
@@ -253,10 +201,6 @@ CASES: dict[str, Case] = {
         WHOLE,
         layers(narrow=(6, 1), wide=(1, 6)),
     ),
-    # the consumer's weight lies the other way round, and is no module's
-    "transposed": Case(
-        lambda self, x: self.up(x).relu() @ self.scale, [(UP, {"scale": None}, 1)], ones(8, 6)
-    ),
 }
 
 
@@ -307,14 +251,7 @@ def test_expected_groups(name: str) -> None:
         sparsity = share * analysis.max_sparsity
         result = fasp_fx.prune(model, (x,), sparsity=sparsity, score="random", restore=None)
         assert result.plan.groups
-        if name != "transposed":  # the oracle masks inputs of modules, and this consumer is none
-            assert_mask_exact(model, result, lambda called: called(seeded(1, 7, 6)))
-            continue
-        ((part,),) = (group.consumers for group in result.plan.groups)
-        mask = torch.ones(8).index_fill(0, torch.tensor(part.removed), 0)
-        with torch.no_grad():
-            assert error(result.module(x), (model.up(x).relu() * mask) @ model.scale) < TOLERANCE
-        assert result.module.scale.shape == (8 - len(part.removed), 6)
+        assert_mask_exact(model, result, lambda called: called(seeded(1, 7, 6)))
 
 
 def _mixes(self: Any, x: Tensor) -> Tensor:
@@ -362,27 +299,14 @@ def test_mixing_of_positions(
         assert_mask_exact(model, result, lambda called: called(unseen))
 
 
-def parted(function: Callable[[Tensor], Tensor], more: int = 0) -> nn.Module:
+def parted(function: Callable[[Tensor], Tensor]) -> nn.Module:
     """Twelve channels, of which two go another way than the rest."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         few, many = self.first(x).split([2, 10], 1)
         return self.last(torch.cat([function(few), many], 1))
 
-    return randomise(made(forward, first=nn.Conv1d(3, 12, 3), last=nn.Conv1d(12 + more, 3, 1)), std=0.5)
-
-
-def _first_removed(model: nn.Module, x: Tensor) -> tuple[fasp_fx.Result, set[int]]:
-    """The model without half of its weights, the first channels before others; and the rows that are gone."""
-    result = fasp_fx.prune(
-        model,
-        (x,),
-        calibration=[x],
-        sparsity=0.5,
-        score=lambda columns: torch.arange(columns.weight.shape[1], dtype=torch.float64),
-        restore=None,
-    )
-    return result, {row for group in result.plan.groups for part in group.producers for row in part.removed}
+    return randomise(made(forward, first=nn.Conv1d(3, 12, 3), last=nn.Conv1d(12, 3, 1)), std=0.5)
 
 
 REFUSE_NOTHING: dict[str, Callable[[Tensor], Tensor]] = {
@@ -399,13 +323,14 @@ def test_something_stays_of_what_an_operator_refuses_to_work_without(
     function: Callable[[Tensor], Tensor],
 ) -> None:
     model, x = parted(function), torch.randn(4, 3, 9)
-    result, removed = _first_removed(model, x)
+    result = fasp_fx.prune(
+        model,
+        (x,),
+        calibration=[x],
+        sparsity=0.5,
+        score=lambda columns: torch.arange(columns.weight.shape[1], dtype=torch.float64),  # first ones first
+        restore=None,
+    )
+    removed = {row for group in result.plan.groups for part in group.producers for row in part.removed}
     assert len(removed & {0, 1}) == 1
-    assert error(result.module(x), zeroed(model, result.plan)(x)) < TOLERANCE
-
-
-def test_nothing_is_repeated_as_often_as_it_was() -> None:
-    model, x = parted(lambda h: h.repeat(1, 2, 1), more=2), torch.randn(4, 3, 9)
-    result, removed = _first_removed(model, x)
-    assert {0, 1} < removed
     assert error(result.module(x), zeroed(model, result.plan)(x)) < TOLERANCE

@@ -49,10 +49,6 @@ def test_an_input_called_like_a_parameter_is_named_by_the_call() -> None:
         result.module(torch.randn(2, 3, 9, 9))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-
-
 def fused(name: str, taken: Any, before: Callable[[Any, Tensor], Tensor]) -> nn.Module:
     """Queries, keys and values of one weight, head by head; something else has the name of one of
     the parts.
@@ -60,7 +56,8 @@ def fused(name: str, taken: Any, before: Callable[[Any, Tensor], Tensor]) -> nn.
 
     def forward(self: Any, x: Tensor) -> Tensor:
         x = before(self.qkv, x)
-        return self.out(attend(*self.qkv(x).view(*x.shape[:2], 4, 3, 4).permute(3, 0, 2, 1, 4), x))
+        parts = self.qkv(x).view(*x.shape[:2], 4, 3, 4).permute(3, 0, 2, 1, 4)
+        return self.out(F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(x.shape))
 
     model: Any = made(forward, qkv=nn.Linear(16, 48), out=nn.Linear(16, 16))
     if type(taken) is Tensor:
@@ -70,24 +67,11 @@ def fused(name: str, taken: Any, before: Callable[[Any, Tensor], Tensor]) -> nn.
     return model.eval()  # type: ignore[no-any-return]
 
 
-def packed() -> nn.Module:
-    """One weight of which ranges are taken apart, and a submodule that has the name of one of them."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        of_q, of_kv = self.w.split([16, 32])
-        q = F.linear(self.w_0(x), of_q).view(*x.shape[:2], 4, 4).transpose(1, 2)
-        k, v = F.linear(x, of_kv).view(*x.shape[:2], 2, 4, 4).permute(2, 0, 3, 1, 4)
-        return self.out(attend(q, k, v, x))
-
-    return made(forward, w=parameter(48, 16, scale=0.3), w_0=nn.Linear(16, 16), out=nn.Linear(16, 16))
-
-
 SPLIT: dict[str, Callable[[], nn.Module]] = {
     "submodule": lambda: fused("weight_0", nn.Linear(16, 16), lambda qkv, x: qkv.weight_0(x)),
     "unused": lambda: fused("weight_0", nn.Linear(16, 16), lambda qkv, x: x),
     "parameter": lambda: fused("weight_1", parameter(16), lambda qkv, x: x + qkv.weight_1),
     "buffer": lambda: fused("bias_2", torch.randn(16), lambda qkv, x: x + qkv.bias_2),
-    "packed": packed,
 }
 
 

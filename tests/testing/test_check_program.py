@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import made
 from mutants import not_run
-from torch import Tensor, nn
+from torch import nn
 
 import fasp_fx
 from fasp_fx.errors import ArgumentError, CaptureError
@@ -32,19 +31,6 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 CHAIN = Net((Linear(6), Activation(), Linear(4)))
 
 
-class Optional(nn.Module):
-    """Keyword arguments, an optional input, a constant, a dict and an integer among the outputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor, *, shift: Tensor | None = None, scaled: bool = False) -> dict[str, Tensor]:
-        hidden = torch.relu(self.up(x if shift is None else x + shift))
-        found = self.down(hidden * 2 if scaled else hidden)
-        return {"logits": found, "best": found.argmax(-1)}
-
-
 def test_everything_holds_for_a_chain() -> None:
     verdict = check_program(build(CHAIN), example(CHAIN))
     assert verdict.ok
@@ -54,38 +40,6 @@ def test_everything_holds_for_a_chain() -> None:
     assert verdict.calls >= 2
     assert verdict.error < 1e-4 < verdict.seen
     assert "mask-exact" in str(verdict)
-
-
-def _slopes(self: Any, x: Tensor) -> Tensor:
-    """Attention whose forward makes a number for each head."""
-    q, k, v = self.qkv(x).unflatten(-1, (3, 3, 4)).permute(2, 0, 3, 1, 4)
-    scores = (q @ k.transpose(-1, -2)) * torch.tensor([0.5, 0.25, 0.125])[:, None, None]
-    return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-
-
-def test_a_tensor_that_forward_makes_loses_heads_as_well() -> None:
-    model, wanted = (
-        made(_slopes, qkv=nn.Linear(12, 36), out=nn.Linear(12, 5)),
-        ("mask-exact", "plan", "steps"),
-    )
-    x = torch.randn(2, 5, 12)
-    assert check_program(model, (x,), granularity=("head",), invariants=wanted).checked == wanted
-
-
-def test_keyword_arguments_and_other_calls() -> None:
-    model = Optional().eval()
-    others = [((torch.randn(7, 4),), {"shift": torch.randn(7, 4), "scaled": True})]
-    verdict = check_program(
-        model,
-        (torch.randn(3, 4),),
-        {"shift": torch.randn(3, 4), "scaled": True},
-        sparsity=0.4,
-        others=others,
-        invariants=("mask-exact", "signature", "nothing"),
-    )
-    assert verdict.ok
-    assert verdict.sparsity == pytest.approx(0.4, abs=0.15)
-    assert verdict.calls >= 3
 
 
 def test_the_seed_chooses_what_goes() -> None:
@@ -101,8 +55,6 @@ def test_what_has_nothing_to_prune_is_said() -> None:
     verdict = check_program(build(net), example(net), invariants=("mask-exact", "nothing"))
     assert verdict.checked == ("nothing",)
     assert dict(verdict.skipped)["mask-exact"] == "nothing of this model can be pruned"
-    with_sparsity = check_program(build(net), example(net), sparsity=0.3, invariants=("mask-exact",))
-    assert "no group of this model can be pruned" in dict(with_sparsity.skipped)["mask-exact"]
 
 
 #: rows of a fused projection that is a consumer too: restoration is held where the plan's names still are
