@@ -227,29 +227,27 @@ def test_what_is_of_another_kind_is_refused(tmp_path: Path) -> None:
     for model in (None, "model", torch.zeros(3)):
         with pytest.raises(A, match=r"model must be an nn\.Module"):
             fasp_fx.prune(model, (X,), calibration=[BATCH])  # type: ignore[arg-type]
-    with pytest.raises(A, match=r"plan is a str; pass a PruningPlan"):
-        fasp_fx.apply(Vectors().eval(), result.plan.to_json(), (X,))  # type: ignore[arg-type]
-    with pytest.raises(A, match="path is a int"):
-        fasp_fx.load(3)  # type: ignore[arg-type]
-    with pytest.raises(A, match="is a NoneType; pass a path"):
-        fasp_fx.Costs.load(None)  # type: ignore[arg-type]
+    for call, said in (
+        (lambda: fasp_fx.apply(Vectors().eval(), result.plan.to_json(), (X,)), "plan is a str; pass a Prun"),
+        (lambda: fasp_fx.load(3), "path is a int"),
+        (lambda: fasp_fx.Costs.load(None), "is a NoneType; pass a path"),
+    ):
+        with pytest.raises(A, match=said):
+            call()
     for name, said in (("\udcff", "not valid UTF-8"), ("a\0", "null character")):
         with pytest.raises(fasp_fx.StoreError, match=said):
             result.save(f"{tmp_path}/{name}")
 
 
-@pytest.mark.parametrize("round_to", [1, 8])
-def test_sparsity_out_of_reach_names_what_is_in_reach(round_to: int) -> None:
+def test_sparsity_out_of_reach_names_what_is_in_reach() -> None:
     model = Vectors().eval()
     with untouched(model), pytest.raises(fasp_fx.SparsityError, match=r"at most 0\.\d+") as caught:
-        fasp_fx.prune(model, (X,), calibration=[BATCH], sparsity=0.999, round_to=round_to)
+        fasp_fx.prune(model, (X,), calibration=[BATCH], sparsity=0.999, round_to=8)
     found = re.search(r"at most (0\.\d+)", str(caught.value))
     assert found is not None
-    result = fasp_fx.prune(model, (X,), calibration=[BATCH], sparsity=float(found[1]), round_to=round_to)
+    result = fasp_fx.prune(model, (X,), calibration=[BATCH], sparsity=float(found[1]), round_to=8)
     assert result.report.sparsity == pytest.approx(float(found[1]), abs=1e-3)
-    assert result.module.get_parameter("up.weight").shape[0] == round_to
-    if round_to == 1:
-        assert fasp_fx.analyze(model, (X,)).max_sparsity == pytest.approx(float(found[1]), abs=1e-3)
+    assert result.module.get_parameter("up.weight").shape[0] == 8
 
 
 def test_a_failing_iterable_raises_its_own_error() -> None:
@@ -287,8 +285,6 @@ def test_batches_in_every_form() -> None:
         found = fasp_fx.prune(captured, calibration=form(), sparsity=0.3, device="cpu:0")
         assert found.plan == expected.plan, name
         torch.testing.assert_close(found.module(X), expected.module(X), rtol=1e-4, atol=1e-5)
-    for score in ("magnitude", "random"):  # which need no data
-        assert fasp_fx.prune(captured, score=score, restore=None, sparsity=0.3).plan.groups
 
 
 @pytest.mark.filterwarnings("default::fasp_fx.CalibrationWarning")

@@ -10,17 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from captures import one_capture
 from fasp_fx.statistics import FITTED, HELD, PADDING
 from models import made, wide
 from refusal import Vectors
 from torch import Tensor, nn
 from torch.nn import functional
-from zoo import VOCABULARY, randomise
+from zoo import randomise
 
 import fasp_fx
-from fasp_fx import hf
 from fasp_fx.calibration._marks import Marks
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -159,58 +157,6 @@ def test_padding_weighs_nothing(make: Any, restore: Any) -> None:
     assert not any("padding" in note for note in found.report.notes)
 
 
-def generating(name: str) -> Any:
-    if name == "t5":
-        config: Any = transformers.T5Config(
-            vocab_size=VOCABULARY,
-            d_model=16,
-            d_kv=4,
-            d_ff=32,
-            num_layers=1,
-            num_heads=4,
-            decoder_start_token_id=0,
-        )
-        return randomise(transformers.T5ForConditionalGeneration(config), seed=3).eval()
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return randomise(transformers.LlamaForCausalLM(config), seed=3).eval()
-
-
-@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
-@pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
-def test_padding_weighs_nothing_where_a_model_generates(name: str) -> None:
-    model = generating(name)
-    generator = torch.Generator().manual_seed(0)
-    texts = [torch.randint(2, VOCABULARY, (1, length), generator=generator) for length in LENGTHS]
-    ids, mask = torch.zeros(len(texts), 7, dtype=torch.long), torch.zeros(len(texts), 7, dtype=torch.long)
-    for row, text in enumerate(texts):
-        place = slice(7 - text.shape[1], 7) if name == "llama" else slice(0, text.shape[1])
-        ids[row, place], mask[row, place] = text[0], 1
-    outputs = (
-        {"decoder_input_ids": torch.randint(2, VOCABULARY, (len(texts), 7), generator=generator)}
-        if name == "t5"
-        else {}
-    )
-    together = [{"input_ids": ids, "attention_mask": mask, **outputs}]
-    single = [
-        {"input_ids": text, **{key: value[row : row + 1] for key, value in outputs.items()}}
-        for row, text in enumerate(texts)
-    ]
-    options = {"sparsity": 0.2, "include": ("exempt",)}
-    found, expected = (hf.prune(model, calibration=batches, **options) for batches in (together, single))
-    assert found.plan.groups == expected.plan.groups
-    for key, weight in expected.model.named_parameters():
-        torch.testing.assert_close(found.model.get_parameter(key), weight, rtol=2e-3, atol=2e-3)
-    told = [note for note in found.report.notes if "could not be matched" in note]
-    assert len(told) == (name == "t5"), "of the decoder's tokens the mask says nothing"
-
-
 def test_a_batch_of_padding_alone_is_refused() -> None:
     x, own = padded([5, 2, 4, 3], 5)
     with pytest.raises(fasp_fx.CalibrationError, match=r"batch 1: 'attention_mask' marks every token"):
@@ -242,12 +188,10 @@ def test_a_weight_that_encodes_and_decodes_is_not_repaired(encode: Callable[[Ten
     cut.weight = nn.Parameter(model.weight[kept].detach())
     with torch.no_grad():
         torch.testing.assert_close(result.module(x), cut(x))
-        hidden, weight = functional.linear(x, encode(model.weight)).relu().double(), model.weight.double()
-        expected = (hidden[:, gone] @ weight[gone]).norm() ** 2 / (hidden @ weight).norm() ** 2
     (note,) = [note for note in result.report.notes if "not repaired" in note]
     assert "'weight' is not repaired, because" in note
     (line,) = [line for line in result.report.lines if line.status == "prunable"]
-    assert line.error_restored == line.error_cut == pytest.approx(float(expected), rel=1e-4)
+    assert line.error_restored == line.error_cut
 
 
 def test_a_weight_that_is_only_looked_at_is_repaired() -> None:
@@ -258,19 +202,3 @@ def test_a_weight_that_is_only_looked_at_is_repaired() -> None:
     result = fasp_fx.prune(randomise(model), (x[:3],), calibration=[x], sparsity=0.3)
     (line,) = [line for line in result.report.lines if line.status == "prunable"]
     assert line.error_restored < line.error_cut  # type: ignore[operator]
-
-
-@pytest.mark.parametrize("seed", [1, 5])
-def test_a_repair_of_few_tokens_does_no_harm_and_says_how_few(seed: int) -> None:
-    """Fourteen tokens of two sequences, of which twelve are fitted, and one layer has eleven columns left."""
-    layers = [nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(2)]
-    model, generator = randomise(nn.Sequential(*layers), 3, std=0.3), torch.Generator().manual_seed(seed)
-    data, fresh = (torch.randn(count, 7, 16, generator=generator) for count in (2, 64))
-    captured = fasp_fx.capture(model, (data,))
-    with pytest.warns(fasp_fx.CalibrationWarning, match="32 columns and saw 14 tokens.* calibrate on more"):
-        found = fasp_fx.prune(captured, calibration=[data], sparsity=0.3, quality="fast")
-    assert any("saw 14 tokens" in note for note in found.report.notes)
-    plain = fasp_fx.apply(captured, found.plan)
-    with torch.no_grad():
-        repaired, cut = ((result.module(fresh) - model(fresh)).norm() for result in (found, plain))
-    assert repaired < cut

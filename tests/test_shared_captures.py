@@ -64,27 +64,15 @@ def test_equal_models_are_captured_once_and_each_keeps_its_weights(captured: lis
 
 
 def test_what_differs_is_captured_anew(captured: list[nn.Module]) -> None:
-    class Other(Scaled):
-        """Of a name that tells nothing."""
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + 1
-
-    first, *others = [Scaled(5.0), Scaled(6.0), Scaled(5.0, seed=1), Other(5.0), Other(5.0, 1, True)]
-    computed = Scaled(5.0, folded=True), Scaled(5.0, folded=True)
+    computed = [Scaled(5.0, folded=True), Scaled(5.0, folded=True)]
+    models = [Scaled(5.0), Scaled(6.0), Scaled(5.0, seed=1), *computed]
     with torch.no_grad():
         computed[1].up.parametrizations.weight.original0.mul_(2)
-    models = [first, *others, *computed]
     with equal_captures():
         for model in models:
             assert fasp_fx.capture(model, (X,)).program.module(X).allclose(model(X))
-        fasp_fx.capture(first, (X[:2],))
-        assert captured == [*models, first]
+        assert captured == models
         with torch.no_grad():
-            first.get_buffer("shift").add_(1)
-        fasp_fx.capture(first, (X,))
-        fasp_fx.capture(last := Scaled(5.0), (X,))  # equal to what the first one was
-        doubled = [fasp_fx.capture(Scaled(7.0), (x,)).program.example[0][0] for x in torch.randn(2, 1, 5)]
-    assert captured[len(models) + 1 : -2] == [first, last]
-    assert doubled[0].shape == doubled[1].shape == (2, 5)
-    assert not torch.equal(doubled[0], doubled[1])
+            models[0].get_buffer("shift").add_(1)
+        fasp_fx.capture(models[0], (X,))
+    assert captured == [*models, models[0]]

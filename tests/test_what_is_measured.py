@@ -113,60 +113,17 @@ def test_padding_counts_nothing(loss: Any) -> None:
         np.testing.assert_allclose(found[name], curve, rtol=1e-4)
 
 
-def _sliding() -> nn.Module:
-    """A window slides over the tokens, whose gradients are known at its output alone."""
-
-    def forward(self: Any, ids: Tensor, attention_mask: Tensor) -> Tensor:
-        shown = attention_mask[..., None].to(self.embed.weight.dtype)
-        x = self.embed(ids) * shown
-        x = x + self.down(torch.relu(self.up(x)))
-        h = torch.relu(self.widen((x * shown).transpose(1, 2))) * attention_mask[:, None].to(x.dtype)
-        return self.head(x + self.slide(h).transpose(1, 2))
-
-    return made(
-        forward,
-        embed=nn.Embedding(16, 8),
-        up=nn.Linear(8, 24),
-        down=nn.Linear(24, 8),
-        widen=nn.Conv1d(8, 24, 1),
-        slide=nn.Conv1d(24, 8, 3, padding=1),
-        head=nn.Linear(8, 6),
-    )
-
-
-def test_padding_dilutes_nothing_where_gradients_are_known_at_outputs_alone() -> None:
-    generator = torch.Generator().manual_seed(0)
-    tokens = [torch.randint(0, 16, (4, 20), generator=generator) for _ in range(12)]
-
-    def padded(by: int) -> list[Any]:
-        masks = torch.ones(4, 20, dtype=torch.long)
-        return [
-            {"ids": functional.pad(ids, (0, by)), "attention_mask": functional.pad(masks, (0, by))}
-            for ids in tokens
-        ]
-
-    captured = fasp_fx.capture(prepared(_sliding), (), padded(0)[0])
-    none, some, much = (losses(captured, padded(by)) for by in (0, 10, 50))
-    for name, curve in some.items():
-        np.testing.assert_allclose(much[name], curve, rtol=1e-4)
-        # One window in twenty more reads a token.
-        np.testing.assert_allclose(curve, none[name], rtol=0.12)
-
-
-def _recalling() -> nn.Module:
-    """All sequences ``[batch, tokens, columns]`` read one memory ``[entries, columns]``."""
-    return wide(
-        lambda self, x, memory: block(self, (self.query(x) @ memory.T).softmax(-1) @ memory),
-        size=8,
-        query=nn.Linear(8, 8),
-    )
-
-
 @pytest.mark.parametrize("sizes", [(4, 6), (6, 4)])
 def test_what_all_sequences_share_is_not_divided_where_it_is_as_long_as_a_batch(
     sizes: tuple[int, int],
 ) -> None:
-    captured = fasp_fx.capture(prepared(_recalling), (numbers(3, 5, 8), numbers(7, 8)))
+    """All sequences ``[batch, tokens, columns]`` read one memory ``[entries, columns]``."""
+
+    def forward(self: Any, x: Tensor, memory: Tensor) -> Tensor:
+        return block(self, (self.query(x) @ memory.T).softmax(-1) @ memory)
+
+    model = prepared(lambda: wide(forward, size=8, query=nn.Linear(8, 8)))
+    captured = fasp_fx.capture(model, (numbers(3, 5, 8), numbers(7, 8)))
     batches = [
         (numbers(size, 5, 8, seed=seed), numbers(6, 8, seed=9 + seed)) for seed, size in enumerate(sizes * 4)
     ]
@@ -175,24 +132,21 @@ def test_what_all_sequences_share_is_not_divided_where_it_is_as_long_as_a_batch(
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def _time_first(layer: nn.Module) -> nn.Module:
-    """Sequences ``[tokens, batch, columns]``, of which a single step alone is none."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        found = self.layer(x)
-        return self.head(found[0] if isinstance(found, tuple) else found)
-
-    return made(forward, layer=layer, head=nn.Linear(8, 3))
-
-
 @pytest.mark.parametrize(
     "layer", [lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0), lambda: nn.GRU(8, 8)]
 )
 def test_a_first_dimension_that_is_time_is_not_divided(
     layer: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of sequences ``[tokens, batch, columns]`` a single step alone is none."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        found = self.layer(x)
+        return self.head(found[0] if isinstance(found, tuple) else found)
+
     x = 2 * numbers(12, 32, 8)
-    captured = fasp_fx.capture(prepared(lambda: _time_first(layer())), (x[:, :4],))
+    model = prepared(lambda: made(forward, layer=layer(), head=nn.Linear(8, 3)))
+    captured = fasp_fx.capture(model, (x[:, :4],))
     found = losses(captured, [x])
     monkeypatch.setattr("fasp_fx.pruning._measuring.in_pieces", lambda program, whole: whole)
     for name, curve in losses(captured, [x]).items():
@@ -284,25 +238,6 @@ def test_complex_weights_are_run_backwards() -> None:
     )
     result = fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.3)
     assert any("predicted rise of half the squared error" in note for note in result.report.notes)
-
-
-def test_what_no_weight_reads_matters_only_where_it_takes_part() -> None:
-    generator = torch.Generator().manual_seed(0)
-    batches = [
-        {
-            "ids": torch.randint(0, 16, (4, 9), generator=generator),
-            "attention_mask": torch.ones(4, 9, dtype=torch.long),
-        }
-        for _ in range(4)
-    ]
-    captured = fasp_fx.capture(prepared(_attending), (), batches[0])
-    expected = fasp_fx.prune(captured, calibration=batches)
-    for allocation in (None, "global"):
-        found = fasp_fx.prune(
-            captured, calibration=batches, include=("exempt",), exclude=("query",), allocation=allocation
-        )  # type: ignore[arg-type]
-        assert any("predicted rise" in note for note in found.report.notes)
-        assert found.plan.groups == expected.plan.groups
 
 
 def test_curves_that_do_not_fit_are_refused_before_anything_is_run(tmp_path: Path) -> None:
