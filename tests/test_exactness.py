@@ -4,36 +4,26 @@ whole.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import functools
-import importlib
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from captures import one_capture
-from fasp_fx.channels import Interpreter
 from models import made, wide
 from oracle import error
 from refusal import untouched
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import ZOO
 
 import fasp_fx
-import fasp_fx.passes._run
-import fasp_fx.passes._verify
 import fasp_fx.passes.remove_channels
-from fasp_fx.pruning.check import _compare, _run
+from fasp_fx.pruning.check import _compare
 from fasp_fx.pruning.check._check import largest_passing_subset
 from fasp_fx.testing import Masked
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
-splitting = importlib.import_module("fasp_fx.passes._split")
 MAGNITUDE: dict[str, Any] = {"score": "magnitude", "restore": None}
 
 
@@ -146,25 +136,16 @@ def test_a_good_group_survives_beside_bad_ones(options: dict[str, Any]) -> None:
     assert {"down.1.weight", "down.2.weight", "down.4.weight"} <= {group.name for group in result.plan.groups}
     assert not {"down.0.weight", "down.3.weight"} & {group.name for group in result.plan.groups}
     lines = {line.name: line for line in result.report.lines}
-    assert lines["down.0.weight"].after == lines["down.0.weight"].before
     assert lines["down.0.weight"].reason.startswith("left whole: on the example inputs")
-    assert lines["down.1.weight"].reason == ""
     assert sum("stays whole" in note for note in result.report.notes) == 2
     weights = dict(result.module.named_parameters())
     for name in ("down.0.weight", "down.3.weight"):
         slices = result.plan.slices().get((name, 0), ())
         rows = sorted(set(range(6)) - {index for _, index in slices})
         assert torch.equal(weights[name], model.get_parameter(name)[rows]), "a group left whole was repaired"
-    counted = [name for name in weights if name.endswith("weight")]
-    left = sum(weights[name].numel() for name in counted) / sum(
-        model.get_parameter(name).numel() for name in counted
-    )
-    assert result.report.sparsity == result.plan.sparsity == pytest.approx(1 - left)
     assert 0.1 < result.report.sparsity < 0.25
     if options is MAGNITUDE:
         _exact(model, result, X, Y)
-        again = fasp_fx.apply(model, fasp_fx.PruningPlan.from_json(result.plan.to_json()), (X,))
-        assert torch.equal(again.module(Y), result.module(Y))
 
 
 def test_nothing_left() -> None:
@@ -172,38 +153,6 @@ def test_nothing_left() -> None:
         fasp_fx.VerificationError, match="cannot be removed: on the example inputs an output differs"
     ):
         _pruned(Blocks(reverse).eval())
-
-
-@pytest.fixture
-def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtype | None, _compare.Seen]]:
-    """The comparisons that were made, and in which precision."""
-    seen: list[tuple[torch.dtype | None, _compare.Seen]] = []
-    original = _compare._compare
-
-    def watched(*args: Any) -> Any:
-        found = original(*args)
-        seen.append((args[-1], found))
-        return found
-
-    monkeypatch.setattr(_compare, "_compare", watched)
-    return seen
-
-
-@pytest.mark.parametrize(("by", "holds"), [(0.0, True), (0.1, False)])
-def test_an_operator_of_one_precision(by: float, holds: bool, compared: list[Any]) -> None:
-    """It rounds in a comparison in a higher precision as it always does, and nothing else there does."""
-    leaning = functools.partial(OPERATORS.lean.default, by=by)
-    model = Blocks(same, same, leaning, width=64).to(torch.bfloat16).eval()
-    x = torch.randn(4, 64, 6, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
-    with (
-        contextlib.nullcontext()
-        if holds
-        else pytest.warns(fasp_fx.VerificationWarning, match="'down.2.weight'")
-    ):
-        result = _pruned(model, x)
-    assert any(one.rounded for _, one in compared)
-    assert holds or max(one.deviation for _, one in compared) < 0.11, "it would show in any precision"
-    assert not any("alone" in note for note in result.report.notes)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +243,13 @@ def unbiased(*between: Any) -> nn.Module:
 
 
 def half(dtype: torch.dtype, *between: Any) -> tuple[Callable[[], nn.Module], tuple[Tensor, ...]]:
-    return lambda: Blocks(*between, width=64).to(dtype), (torch.randn(4, 64, 6).to(dtype),)
+    x = torch.randn(4, 64, 6, generator=torch.Generator().manual_seed(5))
+    return lambda: Blocks(*between, width=64).to(dtype), (x.to(dtype),)
+
+
+def leaning(by: float) -> Callable[[Tensor], Tensor]:
+    """An operator of one precision, which rounds in a comparison in a higher one as it always does."""
+    return functools.partial(OPERATORS.lean.default, by=by)
 
 
 def drops(x: Tensor) -> Tensor:
@@ -306,6 +261,11 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "writes into its input": (lambda: made(lambda m, x: m.blocks(x.mul_(0.5)), blocks=Blocks(same)), (X,)),
     "brain floats": half(torch.bfloat16, *[same] * 6),
     "half precision": half(torch.float16, *[same] * 6),
+    "an operator of one precision": half(torch.bfloat16, same, same, leaning(0.0)),
+    "amplified rounding": (
+        amplified,
+        (torch.randn(8, 40, 6, generator=torch.Generator().manual_seed(2)),),
+    ),
     "drops some of its input": (
         lambda: made(lambda m, x: m.blocks(drops(x)), blocks=Blocks(same)),
         (X,),
@@ -359,6 +319,7 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], str]] = {
         "'down.1.weight' stays whole",
     ),
     "in brain floats": (*half(torch.bfloat16, same, reverse, same), "'down.1.weight'"),
+    "in an operator of one precision": (*half(torch.bfloat16, same, same, leaning(0.1)), "'down.2.weight'"),
     "behind amplified rounding": (lambda: amplified(reverse), (X,), "'blocks.down.1.weight'"),
     "where outputs are not finite": (lambda: strange(reverse), (X,), "where it is not finite"),
 }
@@ -379,16 +340,6 @@ def test_what_is_wrong_stays_whole_and_the_rest_goes(name: str) -> None:
             assert error(result.module(X), masked(X)) < 1e-5
     if name == "at other sizes":
         _exact(model, result, X, Y)
-
-
-def test_amplified_rounding_is_no_fault(compared: list[Any]) -> None:
-    _pruned(amplified(), torch.randn(8, 40, 6, generator=torch.Generator().manual_seed(2)))
-    precise = [one.deviation for precision, one in compared if precision is torch.float64]
-    assert max(one.deviation for precision, one in compared if precision is None) > 1e-3, (
-        "rounding does not show, and nothing is tested"
-    )
-    assert precise
-    assert max(precise) < 1e-7
 
 
 def test_random_numbers_that_are_fewer_are_noted() -> None:
@@ -433,19 +384,6 @@ def test_approximate_groups_go_and_their_deviation_is_noted(form: Any) -> None:
         assert "of its largest value" in note
 
 
-def _unverified(program: Any, reference: Any) -> Any:
-    before = reference.program
-    walk = Interpreter(
-        program.module,
-        reference.numbering,
-        program.canonical(),
-        before.state_inputs,
-        before.state_outputs,
-        overrides=program.numbers,
-    )
-    return walk.run(small=False)
-
-
 def _cut_elsewhere(cut_weights: Any) -> Any:
     """Cuts the rows of one weight at the wrong places."""
 
@@ -458,88 +396,32 @@ def _cut_elsewhere(cut_weights: Any) -> Any:
     return wrong
 
 
-@pytest.mark.parametrize("verified", [True, False])
-def test_a_pass_that_cuts_the_wrong_rows(verified: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the verifier refuses the program or its outputs tell: the group is found, and the others go."""
+def test_a_pass_that_cuts_the_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verifier refuses the program: the group is found, and the others go."""
     monkeypatch.setattr(
         fasp_fx.passes.remove_channels,
         "_cut_weights",
         _cut_elsewhere(fasp_fx.passes.remove_channels._cut_weights),
     )
-    if not verified:
-        monkeypatch.setattr(fasp_fx.passes._run, "verify", _unverified)
-        monkeypatch.setattr(fasp_fx.passes._verify, "verify", _unverified)
     model = Blocks(same, same, same).eval()
     with pytest.warns(
-        fasp_fx.VerificationWarning, match="'down.1.weight' stays whole.*(remove_channels|an output differs)"
+        fasp_fx.VerificationWarning, match="'down.1.weight' stays whole.*remove_channels"
     ) as caught:
         result = _pruned(model)
     assert len(caught) == 1
-    assert ("remove_channels" in str(caught[0].message)) is verified
     assert {"down.0.weight", "down.2.weight"} <= {group.name for group in result.plan.groups}
     _exact(model, result, X, Y)
 
 
 def test_blame_takes_few_trials() -> None:
-    for bad in ({7}, {0, 63}, set(), {5, 6, 40}):
-        trials = 0
+    bad = {0, 40, 63}
+    trials: list[list[int]] = []
 
-        def fault(items: list[int], bad: set[int] = bad) -> str | None:
-            nonlocal trials
-            trials += 1
-            return f"{sorted(bad & set(items))}" if bad & set(items) else None
+    def fault(items: list[int]) -> str | None:
+        trials.append(items)
+        return "a fault" if bad & set(items) else None
 
-        kept, left = largest_passing_subset(list(range(64)), fault)
-        assert {item for item, _ in left} == bad
-        assert kept == [item for item in range(64) if item not in bad]
-        assert trials <= 1 + 2 * 6 * len(bad)
-
-
-def test_weights_are_widened_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model larger than the memory is not in memory as a whole because its check takes more precision."""
-    model = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(8)]).bfloat16().eval()
-    x = torch.randn(4, 16, dtype=torch.bfloat16)
-    program = fasp_fx.capture(model, (x,)).program
-    made: list[weakref.ref[Tensor]] = []
-    most, widen = 0, _run.widened
-
-    def counting(value: Any, precision: torch.dtype | None) -> Any:
-        nonlocal most
-        found = widen(value, precision)
-        if isinstance(found, Tensor) and found.shape == (16, 16):
-            made.append(weakref.ref(found))
-            most = max(most, sum(one() is not None for one in made))
-        return found
-
-    monkeypatch.setattr(_run, "widened", counting)
-    ran = _run.run(program.module, [x], 1, torch.float64)
-    assert (len(made), most) == (8, 1)
-    expected = copy.deepcopy(model).double()(x.double())
-    assert torch.equal(ran.outputs[0][0], expected)
-
-
-def _rows_elsewhere(add_part: Any) -> Any:
-    """Gives each part of a fused weight the right numbers and the wrong rows."""
-
-    def wrong(program: Any, analysis: Any, name: str, new: str, rows: Any, dim: int) -> None:
-        add_part(program, analysis, name, new, rows, dim)
-        with torch.no_grad():
-            part = program.weights()[new]
-            part.copy_(part.roll(1, 0))
-
-    return wrong
-
-
-def test_fused_weights_are_compared_whole(
-    zoo_model: Callable[[str], nn.Module], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The reference is the program as it was captured, so that a wrong split shows as well."""
-    entry, model = ZOO["bloom"], zoo_model("bloom")
-    with one_capture():
-        result = fasp_fx.prune(model, (), entry.example(), sparsity=0.2, **MAGNITUDE)
-        assert result.plan.splits
-        monkeypatch.setattr(splitting, "add_part", _rows_elsewhere(splitting.add_part))
-        with pytest.raises(
-            fasp_fx.VerificationError, match="fused weights were taken apart differs from the captured one"
-        ):
-            fasp_fx.prune(model, (), entry.example(), sparsity=0.2, **MAGNITUDE)
+    kept, left = largest_passing_subset(list(range(64)), fault)
+    assert {item for item, _ in left} == bad
+    assert kept == [item for item in range(64) if item not in bad]
+    assert len(trials) <= 1 + 2 * 6 * len(bad)
