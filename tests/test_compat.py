@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 
 from fasp_fx.base import compat as _compat
-from fasp_fx.base.compat import _transformers
 from fasp_fx.errors import VerificationError
 
 ATEN = torch.ops.aten
@@ -131,66 +130,3 @@ def test_a_program_takes_the_guards_of_another() -> None:
     assert len(program.module()(torch.ones(6, 3))) == 6
     with pytest.raises(AssertionError):
         program.module()(torch.ones(5, 3))
-
-
-def test_whether_autograd_runs_backward() -> None:
-    seen = []
-    x = torch.ones(2, requires_grad=True)
-    x.register_hook(lambda gradient: seen.append(_compat.is_backward()))
-    x.sum().backward()
-    assert seen == [True]
-    assert not _compat.is_backward()
-
-
-def test_operators_are_traced_by_a_function_of_ours() -> None:
-    def kernel(x: Tensor) -> Tensor:
-        return x.new_empty(7)
-
-    with (
-        _compat.traced_by({ATEN.relu.default: kernel}),
-        _compat.FakeTensorMode() as mode,
-        _compat.enable_python_dispatcher(),
-    ):
-        assert torch.relu(mode.from_tensor(torch.ones(2))).shape == (7,)
-    with _compat.FakeTensorMode() as mode, _compat.enable_python_dispatcher():
-        assert torch.relu(mode.from_tensor(torch.ones(2))).shape == (2,)
-
-
-def test_exporting_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    model = made(lambda self, x: x + 1 if x.sum() > 0 else x)
-    with _compat.silent_export(), pytest.raises(Exception, match="data-dependent"):
-        export(model, (torch.ones(3),), strict=False)
-    assert capsys.readouterr().out == ""
-
-
-def test_the_reader_of_gguf_files_draws_no_bar() -> None:
-    from transformers import modeling_gguf_pytorch_utils as reader
-
-    before = reader.tqdm
-    with _transformers.without_gguf_bar():
-        assert list(reader.tqdm([1, 2], desc="x")) == [1, 2]
-        assert reader.tqdm is not before
-    assert reader.tqdm is before
-
-
-def test_what_transformers_keep_in_float32() -> None:
-    """By the names of parts of weights, as classes list them."""
-    from transformers import DeepseekV3ForCausalLM, LlamaForCausalLM, T5ForConditionalGeneration
-
-    for kind, expected in (
-        (T5ForConditionalGeneration, {"wo"}),
-        (DeepseekV3ForCausalLM, {"e_score_correction_bias"}),
-        (LlamaForCausalLM, set()),
-    ):
-        with torch.device("meta"):
-            model = kind(kind.config_class(num_hidden_layers=1, num_layers=1))
-        assert _transformers.kept_in_float32(model) >= expected, kind
-
-
-def test_steps_of_a_transformation_are_told_from_operators() -> None:
-    model = made(lambda self, x: torch.func.vmap(lambda row: row.relu())(x))
-    program = export(model, (torch.ones(4, 3),), strict=False)
-    told = {node.name: _compat.is_transform(node.target) for node in program.graph.nodes}
-    assert sum(told.values()) >= 3
-    assert not told["relu"]
-    assert not _compat.is_transform(ATEN.relu.default)

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 import fasp_fx
 from fasp_fx.calibration._needed import live_bytes
-from fasp_fx.calibration._visit import Observer
 from fasp_fx.capturing._runner import Runner
 from fasp_fx.cli._app import app
 from fasp_fx.cli._prune import Forecast, forecast
@@ -113,21 +112,3 @@ def test_dry_run_loads_no_weight_and_writes_nothing(tmp_path: Path, options: str
     assert done.exit_code == code, done.output
     assert ("with --stream" in " ".join(done.stdout.split())) is (code == 0)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_runner_drops_what_nobody_reads_again() -> None:
-    """The results of every layer would otherwise be kept for all batches while these are observed."""
-    x = torch.randn(2, 5, 16)
-    captured = fasp_fx.capture(Model(layers=6).eval(), (x,))
-    held: list[int] = []
-    advance = Observer._advance
-
-    def noted(self: Any, stop: Any) -> None:
-        advance(self, stop)
-        held.append(len(self.runner._memory[0]))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Observer, "_advance", noted)
-        fasp_fx.prune(captured, calibration=[x], sparsity=0.3, quality="fast")
-    assert len(held) == 6
-    assert len(set(held[1:])) == 1, "as many values at the last layer as at the second"

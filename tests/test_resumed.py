@@ -101,22 +101,6 @@ def test_it_goes_on_to_the_same_bits(
     assert ends >= 2
 
 
-@pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning")
-def test_generating_models_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    how: dict[str, Any] = {"calibration": tokens(), "sparsity": 0.2, "quality": "fast"}
-    model = fasp_fx.hf.capture(llama())
-    expected = fasp_fx.hf.prune(model, **how)
-
-    def work() -> fasp_fx.hf.Pruned:
-        return fasp_fx.hf.prune(model, checkpoint=tmp_path / "state", **how)
-
-    assert _killed(work, 2, (_visit, "_restored"), monkeypatch)
-    found = work()
-    assert found.plan == expected.plan
-    for name, parameter in expected.model.named_parameters():
-        assert torch.equal(found.model.get_parameter(name), parameter)
-
-
 def _doubled() -> nn.Module:
     model = llama()
     with torch.no_grad():
