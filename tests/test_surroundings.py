@@ -9,7 +9,6 @@ import copy
 import gc
 import pickle
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -66,17 +65,13 @@ def test_what_is_loaded_or_distilled_in_inference_mode_can_be_trained(tmp_path: 
 
 
 def test_data_that_an_encoder_made_leads_no_gradient_back() -> None:
-    encoder, leaf = nn.Linear(8, 8), X[0].clone().requires_grad_(True)
+    encoder = nn.Linear(8, 8)
     made = [encoder(x) for x in X]
     expected = fasp_fx.prune(net(), (X[0],), calibration=[x.detach() for x in made], sparsity=0.3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = fasp_fx.prune(net(), (X[0],), calibration=made, sparsity=0.3)
+    found = fasp_fx.prune(net(), (X[0],), calibration=made, sparsity=0.3)
     assert same(found, expected)
     fasp_fx.distil(found, net(), made, epochs=2)
-    fasp_fx.distil(found, net(), [leaf, *X], epochs=1)
     assert encoder.weight.grad is None
-    assert leaf.grad is None
 
 
 def test_threads_take_turns() -> None:
@@ -196,7 +191,7 @@ def test_weights_made_in_inference_mode_are_refused_with_the_remedy() -> None:
     assert fasp_fx.prune(copy.deepcopy(model), (X[0],), **OPTIONS).report.sparsity > 0.2
 
 
-def test_captures_and_analyses_are_copied() -> None:
+def test_captures_are_copied() -> None:
     captured = fasp_fx.capture(net(), (X[0],))
     expected = fasp_fx.prune(captured, **OPTIONS)
     for copied in (copy.copy(captured), copy.deepcopy(captured)):
@@ -209,10 +204,6 @@ def test_captures_and_analyses_are_copied() -> None:
         copy.deepcopy(captured)
     with pytest.raises(fasp_fx.ArgumentError, match="is not pickled; pickle the model and capture it again"):
         pickle.dumps(captured)
-    analysis = fasp_fx.analyze(apart)
-    copied_analysis = copy.deepcopy(analysis)
-    assert copied_analysis.groups == analysis.groups
-    assert copied_analysis.groups is not analysis.groups
 
 
 def test_weights_that_are_put_in_the_place_of_those_captured_are_noticed() -> None:
@@ -221,17 +212,12 @@ def test_weights_that_are_put_in_the_place_of_those_captured_are_noticed() -> No
     model.load_state_dict(net().state_dict(), assign=True)
     with pytest.raises(fasp_fx.ArgumentError, match=r"'0\.weight' has changed since .*; capture it again"):
         fasp_fx.prune(captured, **OPTIONS)
-    captured = fasp_fx.capture(model, (X[0],))
-    del model
-    assert fasp_fx.prune(captured, **OPTIONS).plan.groups
 
 
 def test_costs_that_would_not_be_used_are_refused() -> None:
-    costs = fasp_fx.measure(net(), (X[0],), calibration=X)
-    again = fasp_fx.Costs.from_json(costs.to_json())
-    assert again.score == "obs"
+    costs = fasp_fx.Costs.from_json(fasp_fx.measure(net(), (X[0],), calibration=X).to_json())
     with pytest.raises(fasp_fx.ArgumentError, match="score='obs', and this pruning is by 'magnitude'"):
-        fasp_fx.prune(net(), (X[0],), costs=again, score="magnitude", allocation="global", **OPTIONS)
+        fasp_fx.prune(net(), (X[0],), costs=costs, score="magnitude", allocation="global", **OPTIONS)
     with pytest.raises(fasp_fx.ArgumentError, match="costs= is for an allocation by predicted losses"):
         fasp_fx.prune(net(), (X[0],), costs=costs, score="obs", allocation="uniform", **OPTIONS)
 
@@ -242,12 +228,11 @@ def test_what_asks_for_nothing_says_so() -> None:
         fasp_fx.ArgumentError, match=r"asks for 0\.5 of '2\.weight', which exclude= leaves whole"
     ):
         fasp_fx.prune(net(), (X[0],), sparsity={"2.weight": 0.5, "4": 0.5}, **options)  # type: ignore[arg-type]
-    for asked in ({"0.weight": 0.5}, {"2": 0.3, "0.weight": 0.5}):
-        with pytest.raises(
-            fasp_fx.ArgumentError,
-            match=r"asks for 0\.5 of '0\.weight', which stays whole .* is frozen .*: reaches the input",
-        ):
-            fasp_fx.prune(net(), (X[0],), calibration=X, sparsity=asked)
+    with pytest.raises(
+        fasp_fx.ArgumentError,
+        match=r"asks for 0\.5 of '0\.weight', which stays whole .* is frozen .*: reaches the input",
+    ):
+        fasp_fx.prune(net(), (X[0],), calibration=X, sparsity={"2": 0.3, "0.weight": 0.5})
     result = fasp_fx.prune(net(), (X[0],), calibration=X, sparsity=1e-9)
     assert not result.plan.groups
     assert any("nothing goes" in note for note in result.report.notes)
