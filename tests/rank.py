@@ -1,12 +1,9 @@
-"""One of several processes that prune together; ``python rank.py RANK SIZE FOLDER SCENARIO``
-(tests/test_ranks.py).
-"""
+"""What one of several processes that prune together does (tests/test_ranks.py)."""
 
 from __future__ import annotations
 
 import datetime
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -32,24 +29,6 @@ TOKENS = 100
 warnings.simplefilter("ignore")
 compute_in_full()
 capture_quickly()
-
-
-class Twice(nn.Module):
-    """Two layers that are used twice, and a product of activations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down, self.query, self.key = (
-            nn.Linear(12, 24),
-            nn.Linear(24, 12),
-            nn.Linear(12, 8),
-            nn.Linear(12, 8),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.down(torch.relu(self.up(x)))
-        x = x + self.down(torch.tanh(self.up(x)))
-        return (self.query(x) @ self.key(x).transpose(1, 2)).softmax(-1) @ x
 
 
 def parts() -> nn.Module:
@@ -91,8 +70,16 @@ def llama() -> nn.Module:
 
 
 def twice() -> nn.Module:
+    """Two layers that are used twice, and a product of activations."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = x + m.down(torch.relu(m.up(x)))
+        x = x + m.down(torch.tanh(m.up(x)))
+        return (m.query(x) @ m.key(x).transpose(1, 2)).softmax(-1) @ x
+
     torch.manual_seed(0)
-    return Twice().eval()
+    sizes = {"up": (12, 24), "down": (24, 12), "query": (12, 8), "key": (12, 8)}
+    return made(forward, **{name: nn.Linear(*size) for name, size in sizes.items()})
 
 
 def tokens(seed: int = 1) -> list[Tensor]:
@@ -281,7 +268,3 @@ def main(rank: int, size: int, folder: Path, scenario: str) -> None:
     refusals(group, rank)
     dist.destroy_process_group()
     command_line(rank, size, folder)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

@@ -149,12 +149,6 @@ def test_rounding_of_columns_that_hardly_vary_is_no_curvature(alive: int) -> Non
         assert (costs[alive:] == 0).all()
 
 
-def test_what_is_not_finite_is_named() -> None:
-    columns = Columns(torch.ones(2, 3), None, lambda: torch.full((3, 3), torch.nan), name="program, up, 0")
-    with pytest.raises(fasp_fx.CalibrationError, match="'program, up, 0' is not finite"):
-        Elimination(columns, 0, torch.eye(3), DAMPING)
-
-
 def _mixed() -> nn.Module:
     """A value that two consumers read, beside a residual path."""
     sizes = {"up": (6, 10), "left": (10, 6), "right": (10, 6), "head": (6, 4)}
@@ -206,37 +200,22 @@ def test_gradients_are_those_at_each_consumer_alone() -> None:
         at_least=2,
         ranks=Ranks(),
     )
-    gradients: dict[str, list[Tensor]] = {}
-    inputs: dict[str, list[Tensor]] = {}
-    for name in ("left", "right", "head"):
-        layer = model.get_submodule(name)
-
-        def keep(module: nn.Module, args: tuple[Tensor], output: Tensor, name: str = name) -> None:
-            inputs.setdefault(name, []).append(args[0].detach().flatten(0, 1))
-            output.register_hook(
-                lambda gradient: gradients.setdefault(name, []).append(gradient.flatten(0, 1))
-            )
-
-        layer.register_forward_hook(keep)
-    for x in batches:
-        squares(model(x.requires_grad_(True)), {}).sum().backward()
-    terms, tokens = 2 * 5 * 3, 2 * 5 * 3
+    x = torch.cat(batches).flatten(0, 1)
+    h = torch.relu(model.up(x))
+    left, right = model.left(h), model.right(h)
+    loss = squares(model.head(x + torch.tanh(left) * right), {}).sum()
+    gradients = dict(zip(("left", "right"), torch.autograd.grad(loss, (left, right)), strict=True))
     seen = {consumer.weight: consumer for consumer in consumers.by_key.values()}
     assert set(seen) == {"left.weight", "right.weight"}
-    for name in ("left", "right"):
-        weight, g = model.get_submodule(name).weight.detach(), torch.cat(gradients[name])  # type: ignore[union-attr,operator]
+    for name, g in gradients.items():
+        weight = model.get_submodule(name).weight.detach()  # type: ignore[union-attr,operator]
         statistic = seen[f"{name}.weight"].seen[0]["gradients"]
         assert isinstance(statistic, InputGradients)
         found = statistic.mean()
         assert found is not None
         torch.testing.assert_close(
-            found.float(), weight.T @ (g.T @ g) @ weight / tokens / terms, rtol=1e-4, atol=1e-7
+            found.float(), weight.T @ (g.T @ g) @ weight / len(x) ** 2, rtol=1e-4, atol=1e-7
         )
-        grams = seen[f"{name}.weight"].grams
-        assert grams is not None
-        x = torch.cat(inputs[name])
-        torch.testing.assert_close(grams[0].symmetric().float(), x.T @ x, rtol=1e-4, atol=1e-5)
-    assert all(parameter.grad is not None for parameter in model.parameters()), "the oracle took no gradient"
 
 
 def test_predicted_losses_come_true_where_the_loss_is_quadratic() -> None:

@@ -17,12 +17,12 @@ from odd_mutants import ODD, SHOWING_ON
 
 import fasp_fx
 from fasp_fx.errors import VerificationWarning
-from fasp_fx.testing import CheckFailed, _exact, build, check_program, example, odd_nets
+from fasp_fx.testing import CheckFailed, build, check_program, example, odd_nets
 from fasp_fx.testing._case import Case
 from fasp_fx.testing._exact import mask_exact
 from fasp_fx.testing._net import blocks_of
 from fasp_fx.testing._verdict import Violation
-from fasp_fx.testing.specs import Foreign, Linear, Net, Odd, Remember, Shape, Vectors
+from fasp_fx.testing.specs import Linear, Net, Odd, Remember, Vectors
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -108,25 +108,6 @@ def test_drawing_finds_the_fault(fault: Mutant) -> None:
     assert _check(net, number) is None, "without the fault the program is pruned exactly"
 
 
-@pytest.mark.parametrize("kind", ["blocks", "trace"])
-def test_what_remembers_is_called_twice(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-
-    times = []
-    run = _exact.Case.run
-
-    def noted(self: Any, called: Any, call: Any) -> Any:
-        times.append(self.times)
-        return run(self, called, call)
-
-    monkeypatch.setattr(_exact.Case, "run", noted)
-    net = Net((Linear(4), Remember(kind), Linear(4), Linear(2)), (Vectors(3),))
-    model = build(net)
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    assert check_program(model, example(net), invariants=("mask-exact", "nothing", "alone")).removed
-    assert set(times) == {2}
-    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
-
-
 def test_a_fault_that_shows_on_the_second_call_alone() -> None:
     """A pruned program whose first call is right and whose second is not is found out."""
     net = Net((Linear(4), Remember("counter"), Linear(2)), (Vectors(3),))
@@ -141,11 +122,3 @@ def test_a_fault_that_shows_on_the_second_call_alone() -> None:
     forgetful.register_forward_hook(forget)
     with pytest.raises(Violation, match="error against the masked dense model"):
         mask_exact(case)
-
-
-@pytest.mark.parametrize("kind", ["number", "pair", "several", "fill"])
-def test_foreign_operators_mix_channels(kind: str) -> None:
-    """Without one channel, others change: what were pruned in front of them would show."""
-    x = torch.tensor([[0.7, -0.2, 0.4, 1.1]])
-    operator = Foreign(kind).module(Shape("vector", 4))
-    assert not torch.allclose(operator(x[:, 1:]), operator(x)[:, 1:])

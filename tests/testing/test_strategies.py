@@ -87,11 +87,6 @@ def test_drawn_nets_print_build_and_run(name: str, data: st.DataObject) -> None:
     build(net)(*example(net))
 
 
-def test_programs_shrink_to_two_linear_layers() -> None:
-    assert minimal(testing.programs()) == TWO_LAYERS
-    assert minimal(testing.chains()) == TWO_LAYERS
-
-
 @pytest.mark.parametrize(
     ("strategy", "expected"),
     [
@@ -107,25 +102,44 @@ def test_programs_shrink_to_two_linear_layers() -> None:
         (strategies.multi_output, Net((Linear(2),), heads=((Linear(2),), (Linear(2),)))),
         (strategies.experts, Net((Linear(2), Experts(2), Linear(2)))),
         (strategies.odd_nets, Net((Linear(2), Across(), Linear(2)))),
+        (strategies.chains, TWO_LAYERS),
+        (strategies.programs, TWO_LAYERS),
     ],
 )
 def test_families_shrink_to_two_linear_layers_around_their_block(strategy: Any, expected: Net) -> None:
     assert minimal(strategy()) == expected
 
 
+WHAT_MATTERS = [
+    (has(Residual), Net((Linear(2), Residual((Linear(2),)), Linear(2)))),
+    (has(Activation, kind="gelu"), Net((Linear(2), Activation("gelu"), Linear(2)))),
+    (has(Linear, width=6), Net((Linear(2), Linear(6)))),
+    (lambda net: len(net.blocks) > 3, Net((Linear(2), Linear(2), Linear(2), Linear(2)))),
+    (lambda net: net.tied, Net((Linear(2), Linear(2)), (Tokens(),), tied=True)),
+    (lambda net: bool(net.heads), Net((Linear(2),), heads=((Linear(2),), (Linear(2),)))),
+]
+WHAT_IS_ODD = [
+    (has(Across, kind="sort"), Net((Linear(2), Across("sort"), Linear(2)))),
+    (has(Remember), Net((Linear(2), Remember(), Linear(2)))),
+    (has(Foreign), Net((Linear(2), Foreign("number"), Linear(2)))),
+    (has(Reuse), Net((Linear(2), Reuse(2), Linear(2)))),
+    (has(Pick), Net((Linear(2), Pick(2), Linear(2)))),
+    (has(Regroup), Net((Linear(2), Regroup(), Linear(2)), (Sequences(),))),
+    (has(Sized, kind="pad"), Net((Linear(2), Sized("pad"), Linear(2)), (Sequences(),))),
+    (has(Fused), Net((Linear(2), Fused(2), Linear(2)), (Sequences(),))),
+    (has(Fused, kind="windows"), Net((Linear(2), Fused(2, "windows"), Linear(2)), (Sequences(),))),
+]
+
+
 @pytest.mark.parametrize(
-    ("condition", "expected"),
+    ("strategy", "condition", "expected"),
     [
-        (has(Residual), Net((Linear(2), Residual((Linear(2),)), Linear(2)))),
-        (has(Activation, kind="gelu"), Net((Linear(2), Activation("gelu"), Linear(2)))),
-        (has(Linear, width=6), Net((Linear(2), Linear(6)))),
-        (lambda net: len(net.blocks) > 3, Net((Linear(2), Linear(2), Linear(2), Linear(2)))),
-        (lambda net: net.tied, Net((Linear(2), Linear(2)), (Tokens(),), tied=True)),
-        (lambda net: bool(net.heads), Net((Linear(2),), heads=((Linear(2),), (Linear(2),)))),
+        *[(strategies.programs, *case) for case in WHAT_MATTERS],
+        *[(strategies.odd_nets, *case) for case in WHAT_IS_ODD],
     ],
 )
-def test_programs_shrink_to_what_matters(condition: Callable[[Net], bool], expected: Net) -> None:
-    assert minimal(testing.programs(), condition) == expected
+def test_nets_shrink_to_what_matters(strategy: Any, condition: Callable[[Net], bool], expected: Net) -> None:
+    assert minimal(strategy(), condition) == expected
 
 
 @cache
@@ -238,26 +252,6 @@ def test_programs_reach_combinations(condition: Callable[[Net], bool]) -> None:
     assert reached("programs", PROGRAMS, condition)
 
 
-@pytest.mark.parametrize(
-    ("condition", "expected"),
-    [
-        (has(Across, kind="sort"), Net((Linear(2), Across("sort"), Linear(2)))),
-        (has(Remember), Net((Linear(2), Remember(), Linear(2)))),
-        (has(Foreign), Net((Linear(2), Foreign("number"), Linear(2)))),
-        (has(Reuse), Net((Linear(2), Reuse(2), Linear(2)))),
-        (has(Pick), Net((Linear(2), Pick(2), Linear(2)))),
-        (has(Regroup), Net((Linear(2), Regroup(), Linear(2)), (Sequences(),))),
-        (has(Sized, kind="pad"), Net((Linear(2), Sized("pad"), Linear(2)), (Sequences(),))),
-        (has(Fused), Net((Linear(2), Fused(2), Linear(2)), (Sequences(),))),
-        (has(Fused, kind="windows"), Net((Linear(2), Fused(2, "windows"), Linear(2)), (Sequences(),))),
-    ],
-)
-def test_odd_nets_shrink_to_two_linear_layers_around_each(
-    condition: Callable[[Net], bool], expected: Net
-) -> None:
-    assert minimal(strategies.odd_nets(), condition) == expected
-
-
 def test_a_fifth_of_all_programs_is_odd_and_no_other_family_has_any() -> None:
     nets = drawn("programs", PROGRAMS)
     assert 0.1 <= sum(map(has(Odd), nets)) / len(nets) <= 0.3
@@ -287,5 +281,3 @@ def test_without_hypothesis_the_error_names_the_extra(monkeypatch: pytest.Monkey
     with pytest.raises(testing.MissingExtraError, match=r"install fasp_fx\[testing\]") as caught:
         testing.programs()
     assert isinstance(caught.value, FaspError)
-    with pytest.raises(AttributeError, match="no attribute 'architectures'"):
-        testing.architectures()
