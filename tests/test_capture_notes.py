@@ -5,17 +5,15 @@ fixes.
 from __future__ import annotations
 
 import contextlib
-import copy
 from typing import Any
 
 import pytest
 import torch
 from models import made
+from oracle import zeroed
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.capturing import capture
-from fasp_fx.pruning.check._compare import inputs_for
 
 X = torch.randn(4, 8)
 
@@ -80,26 +78,6 @@ def test_a_derivative_that_a_graph_does_not_have_is_said() -> None:
         assert any("derivative that Rounded defines" in note for note in notes) == says
     assert "apply" in vars(torch.autograd.Function)
     assert Rounded.apply(torch.ones(1, requires_grad=True)).grad_fn is not None
-
-
-def remembers(self: Any, x: Tensor, past: dict[str, Tensor]) -> dict[str, Any]:
-    b, t, d = x.shape
-    q, k, v = (part.view(b, t, 3, -1).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-    k, v = torch.cat([past["k"], k], 2), torch.cat([past["v"], v], 2)
-    attended = nn.functional.scaled_dot_product_attention(q, k, v)
-    return {"made": x + self.out(attended.transpose(1, 2).reshape(b, t, d)), "past": {"k": k, "v": v}}
-
-
-def test_inputs_that_are_equally_long_stay_so_in_the_check() -> None:
-    program = capture(
-        made(remembers, qkv=nn.Linear(12, 36), out=nn.Linear(12, 12)),
-        (torch.randn(2, 3, 12), {"k": torch.randn(2, 3, 5, 4), "v": torch.randn(2, 3, 5, 4)}),
-    )
-    tried = [inputs.of(program) for inputs in inputs_for(program)][1:]
-    assert tried
-    for x, past_k, past_v in tried:
-        assert past_k.shape == past_v.shape
-        assert past_k.shape[2] != x.shape[1]
 
 
 #: how a column gets its length
@@ -174,8 +152,6 @@ def test_what_is_mapped_over_samples_is_pruned(options: dict[str, Any]) -> None:
     assert {"down.weight", "right.weight"} >= {
         part.name for group in result.plan.groups for part in group.consumers
     }
-    dense = copy.deepcopy(model)
-    for part in (part for group in result.plan.groups for part in group.consumers):
-        dense.get_parameter(part.name).data[:, list(part.by_block()[0])] = 0
+    dense = zeroed(model, result.plan)
     for found, expected in zip(result.module(torch.ones(3, 5)), dense(torch.ones(3, 5)), strict=True):
         torch.testing.assert_close(found, expected)

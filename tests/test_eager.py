@@ -1,6 +1,4 @@
-"""The caller's own module, smaller: held against modules pruned by hand and against dense ones with masked
-weights.
-"""
+"""The caller's own module, smaller: held against dense ones with masked weights."""
 
 from __future__ import annotations
 
@@ -20,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import block, made, wide
 from oracle import zeroed
+from test_submodules import Forks, X
 from torch import Tensor, nn
 from zoo import randomise
 
@@ -41,15 +40,6 @@ def pruned(model: nn.Module, x: Any, sparsity: float = 0.3, **options: Any) -> f
     chosen = {"score": "random", "restore": None, "allocation": "uniform", **options}
     args, kwargs = ((), x) if isinstance(x, dict) else ((x,), {})
     return fasp_fx.prune(model.eval(), args, kwargs, sparsity=sparsity, **chosen)
-
-
-def without(plan: fasp_fx.PruningPlan, name: str, weight: Tensor) -> Tensor:
-    """A weight without the rows and columns that a plan takes from it, by hand."""
-    for (own, dim), gone in plan.slices().items():
-        if own == name:
-            kept = sorted(set(range(weight.shape[dim])) - {index for _, index in gone})
-            weight = weight.index_select(dim, torch.tensor(kept))
-    return weight
 
 
 def snapshot(model: nn.Module) -> dict[Any, Any]:
@@ -108,18 +98,15 @@ def _derived(m: Any, made: Tensor, x: Tensor) -> Tensor:
     return made.view(*made.shape[:2], m.num_heads, x.shape[-1] // m.num_heads).transpose(1, 2)
 
 
-def attention(
-    heads: Callable[..., Tensor] = _view, count: int = 4, inner: int = 32, **held: Any
-) -> nn.Module:
+def attention(heads: Callable[..., Tensor] = _view, **held: Any) -> nn.Module:
     """Its views go wrong in silence where the number of heads is not that of the channels."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         mixed = F.scaled_dot_product_attention(*(heads(m, part(x), x) for part in (m.q, m.k, m.v)))
         return m.o(mixed.transpose(1, 2).reshape(*x.shape[:2], m.inner))
 
-    layers = {name: nn.Linear(32, inner) for name in "qkv"}
-    held = held or {"num_heads": count}
-    return made(forward, **layers, o=nn.Linear(inner, 32), inner=inner, **held)
+    layers = {name: nn.Linear(32, 32) for name in "qkvo"}
+    return made(forward, **layers, inner=32, **(held or {"num_heads": 4}))
 
 
 def divided() -> nn.Module:
@@ -128,14 +115,13 @@ def divided() -> nn.Module:
     return attention(_divided, divide=divide)
 
 
-def residual(count: int = 4, inner: int = 32, neurons: int = 64) -> nn.Module:
+def residual() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         x = x + m.attention(m.norm(x))
         return x + m.mlp(x)
 
-    layers = nn.LayerNorm(32), nn.Linear(32, neurons), nn.GELU(), nn.Dropout(0.5), nn.Linear(neurons, 32)
-    own = attention(count=count, inner=inner)
-    return made(forward, norm=nn.LayerNorm(32), attention=own, mlp=nn.Sequential(*layers))
+    layers = nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Dropout(0.5), nn.Linear(64, 32)
+    return made(forward, norm=nn.LayerNorm(32), attention=attention(), mlp=nn.Sequential(*layers))
 
 
 def mlp() -> nn.Module:
@@ -148,27 +134,6 @@ def mlp() -> nn.Module:
     model = wide(forward, size=8, hidden=32, gate=torch.rand(32), longest=32)
     model.bend = torch.rand(32)
     return model
-
-
-def images() -> nn.Module:
-    """Batch norms, a residual, a grouped and a depthwise convolution."""
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        x = F.relu(m.norm(m.stem(x)))
-        x = x + F.relu(m.norm2(m.grouped(x)))
-        return m.head(F.relu(m.norm3(m.depthwise(m.wide(x)))).mean((2, 3)))
-
-    return made(
-        forward,
-        stem=nn.Conv2d(3, 16, 3, padding=1, bias=False),
-        norm=nn.BatchNorm2d(16),
-        grouped=nn.Conv2d(16, 16, 3, padding=1, groups=4),
-        norm2=nn.BatchNorm2d(16),
-        wide=nn.Conv2d(16, 24, 1),
-        depthwise=nn.Conv2d(24, 24, 3, padding=1, groups=24),
-        norm3=nn.BatchNorm2d(24),
-        head=nn.Linear(24, 4),
-    )
 
 
 def tied() -> nn.Module:
@@ -194,31 +159,17 @@ def bert() -> nn.Module:
     return hf.BertModel(hf.BertConfig(vocab_size=96, **SIZES))
 
 
-def held(what: str) -> nn.Module:
+def held() -> nn.Module:
     """Keeps a function that holds on to the module itself, which a copy of the module has as well."""
-    model = wide(lambda m, x: m.change(block(m, x)), 8, 32, gain=nn.Parameter(torch.rand(8) + 1))
-    model.register_buffer("calls", torch.zeros(()))
+    gain = nn.Parameter(torch.rand(8) + 1)
+    model = wide(lambda m, x: m.change(block(m, x)), 8, 32, gain=gain, calls=torch.zeros(()))
 
     def change(found: Tensor) -> Tensor:
         model.calls += 1
-        return found * (model.gain if what == "gain" else model.down.bias)
+        return found * model.gain
 
-    model.change = change if what == "gain" else nn.Identity()
-    if what != "gain":
-        model.down.register_forward_hook(lambda module, given, found: change(found))
+    model.change = change
     return model
-
-
-def windowed() -> nn.Module:
-    """One attribute that is a width and the length of a window."""
-
-    def forward(m: Any, ids: Tensor) -> Tensor:
-        hidden = m.up(m.table(ids)).relu().reshape(ids.shape[0], -1, m.hidden)
-        near = torch.arange(ids.shape[1])[:, None] - torch.arange(ids.shape[1])[None] < m.hidden
-        return m.down(near.to(hidden) @ hidden / ids.shape[1])
-
-    table = nn.Embedding(50, 8)
-    return made(forward, hidden=64, table=table, up=nn.Linear(8, 64), down=nn.Linear(64, 50))
 
 
 class Single(nn.Sequential):
@@ -247,9 +198,22 @@ def ids(*shape: int) -> Tensor:
 
 ROWS, SEQUENCE = (drawn(3, 8), drawn(7, 8)), (drawn(2, 5, 32), drawn(3, 7, 32))
 TEXTS = ({"input_ids": ids(2, 7)}, {"input_ids": ids(3, 9)})
+
+
+def counting() -> nn.Module:
+    """Remembers how often it was called."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.calls += 1
+        return block(m, x) * m.calls
+
+    return wide(forward, 8, 32, calls=torch.zeros(()))
+
+
 #: models, an example and another input, and options
 COPIES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, Any], dict[str, Any]]] = {
     "vectors": (mlp, ROWS, {}),
+    "what remembers": (counting, ROWS, {}),
     "brain floats": (
         lambda: nn.Sequential(
             nn.Linear(8, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.Linear(64, 3)
@@ -257,7 +221,6 @@ COPIES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, Any], dict[str, Any]
         (drawn(3, 8).bfloat16(), drawn(7, 8).bfloat16()),
         {},
     ),
-    "convolutions": (images, (drawn(2, 3, 8, 8), drawn(5, 3, 8, 8)), {}),
     "recurrent": (
         lambda: made(
             lambda m, x: m.down(m.lstm(m.up(x))[0]),
@@ -307,7 +270,7 @@ def test_sizes_are_found_wherever_a_class_has_them(name: str) -> None:
         assert small.table.embedding_dim == small.head.in_features == small.table.weight.shape[1]
 
 
-def test_whole_heads_equal_blocks_pruned_by_hand(tmp_path: Path) -> None:
+def test_blocks_lose_heads_of_their_own_and_a_loaded_result_says_so_too(tmp_path: Path) -> None:
     """Every block loses another number of heads."""
     model, x = randomise(nn.Sequential(*(residual() for _ in range(2)))), torch.randn(2, 5, 32)
     captured = fasp_fx.capture(model, (x,))
@@ -318,17 +281,14 @@ def test_whole_heads_equal_blocks_pruned_by_hand(tmp_path: Path) -> None:
     }
     plan = fasp_fx.plan_from_sets(captured, lost, **HEADS)
     result = fasp_fx.apply(captured, plan)
-    by_hand = nn.Sequential(residual(3, 24, 57), residual(1, 8)).eval()
-    by_hand.load_state_dict(
-        {name: without(plan, name, tensor) for name, tensor in model.state_dict().items()}
-    )
+    masked = zeroed(model, plan)
     for made_by in (result, fasp_fx.load(result.save(tmp_path / "out"))):
         small = made_by.eager(model)
         assert [each.attention.num_heads for each in small] == [3, 1]
         assert [each.attention.inner for each in small] == [24, 8]
-        assert str(small) == str(by_hand)
+        assert small[0].mlp[1].out_features == small[0].mlp[4].in_features == 57
         for tokens in (5, 9):
-            assert apart(small, by_hand, torch.randn(3, tokens, 32)) < TOLERANCE
+            assert apart(small, masked, torch.randn(3, tokens, 32)) < TOLERANCE
 
 
 def fused() -> nn.Module:
@@ -379,6 +339,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], str]] = {
         {},
         r"of <made> .*RuntimeError: shape .* use result.module, prune whole heads",
     ),
+    "heads whose width follows from the input": (
+        lambda: nn.Sequential(attention(_derived), nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 4)),
+        SEQUENCE[0],
+        HEADS,
+        r"'0' .*exclude=",
+    ),
     "heads of a language model": (bert, TEXTS[0], {}, r"\(BertSelfAttention\) fails.*prune whole heads"),
     "narrower heads, an implicit scale": (attention, SEQUENCE[0], EXEMPT, "scaled_dot_product_attention"),
     "heads of torch's encoder layer": (
@@ -402,20 +368,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], str]] = {
         APPROXIMATE,
         "layer_norm",
     ),
-    # These compute what they should, until either of them is trained.
-    "a function of the model": (lambda: held("gain"), ROWS[0], {}, f"read '(calls|gain)' {READS}"),
-    "a hook of the model": (lambda: held("bias"), ROWS[0], {}, f"read '(calls|down.bias)' {READS}"),
+    # It computes what it should, until either of them is trained.
+    "a function of the model": (held, ROWS[0], {}, f"read '(calls|gain)' {READS}"),
     "no copy": (
         lambda: Single(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)),
         ROWS[0],
         {},
         r"cannot be copied .*there is only one",
-    ),
-    "a width that is a length as well": (
-        windowed,
-        ids(2, 6),
-        {"sparsity": 0.4},
-        "no copy of",
     ),
 }
 
@@ -429,15 +388,6 @@ def test_a_copy_that_would_be_wrong_is_refused(name: str) -> None:
     with pytest.raises(EagerError, match=said):
         result.eager(model)
     assert same(before, snapshot(model))
-
-
-def test_heads_whose_width_follows_from_the_input_are_named() -> None:
-    layers = attention(_derived), nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 4)
-    model, x = randomise(nn.Sequential(*layers)), torch.randn(2, 5, 32)
-    with pytest.raises(EagerError, match=r"'0' .*exclude="):
-        pruned(model, x, **HEADS).eager(model)
-    result = pruned(model, x, exclude=("0",), sparsity=0.1, **HEADS)
-    assert apart(result.eager(model), zeroed(model, result.plan), torch.randn(3, 7, 32)) < TOLERANCE
 
 
 def test_another_model_is_refused() -> None:
@@ -455,10 +405,25 @@ def test_another_model_is_refused() -> None:
 # --- the result as it is now, and whose it is
 
 
-def test_weights_are_those_of_the_result_and_flags_those_of_the_model() -> None:
-    layers = nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Dropout(), nn.Linear(32, 4)
+class Marked(nn.Parameter):
+    """A parameter of the user's own class."""
+
+
+class Remade(nn.Module):
+    """Is copied by being made anew, as layers are that keep how they were made."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return type(self)()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, self.training)
+
+
+def test_weights_are_those_of_the_result_and_flags_and_classes_those_of_the_model() -> None:
+    layers = nn.Linear(8, 32), nn.BatchNorm1d(32), Remade(), nn.Linear(32, 4)
     model, x = nn.Sequential(*layers), torch.randn(6, 8)
     model[0].bias.requires_grad_(False)
+    model[0].weight, model[3].weight.decays = Marked(model[0].weight.detach()), False
     result = pruned(model, x)
     model.train()[2].eval()
     with torch.no_grad():
@@ -469,20 +434,8 @@ def test_weights_are_those_of_the_result_and_flags_those_of_the_model() -> None:
     assert torch.equal(small[3].weight, result.module.get_parameter("3.weight"))
     assert apart(copy.deepcopy(small).eval(), result.module, x) < TOLERANCE
     assert int(small[1].num_batches_tracked) == 0
-
-
-def test_what_a_model_remembers_is_left_alone() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
-        m.calls += 1
-        return block(m, x) * m.calls
-
-    model, x = wide(forward, 8, 32, calls=torch.zeros(())), torch.randn(3, 8)
-    result = pruned(model, x)
-    small = result.eager(model)
-    assert float(model.calls) == float(small.calls) == 0
-    masked = zeroed(model, result.plan)
-    for _ in range(3):
-        assert apart(small, masked, x) < TOLERANCE
+    assert (type(small[0].weight), type(small[3].weight)) == (Marked, nn.Parameter)
+    assert small[3].weight.decays is False
 
 
 def test_hooks_methods_and_unused_submodules_come_along() -> None:
@@ -501,60 +454,21 @@ def test_hooks_methods_and_unused_submodules_come_along() -> None:
     assert model.gain.grad is None
 
 
-class Marked(nn.Parameter):
-    """A parameter of the user's own class."""
-
-
-class Remade(nn.Module):
-    """Is copied by being made anew, as layers are that keep how they were made."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        return type(self)()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, 0.5, self.training)
-
-
-def test_parameters_keep_class_and_attributes_and_submodules_their_mode() -> None:
-    model, x = randomise(nn.Sequential(nn.Linear(8, 32), Remade(), nn.Linear(32, 4))), torch.randn(3, 8)
-    model[0].weight, model[2].weight.decays = Marked(model[0].weight.detach()), False
-    result = pruned(model, x)
-    for training in (False, True):
-        small = result.eager(model.train(training))
-        assert [part.training for part in small.modules()] == [training] * 4
-    assert type(small[0].weight) is Marked
-    assert type(small[2].weight) is nn.Parameter
-    assert small[2].weight.decays is False
-    assert apart(small.eval(), zeroed(model, result.plan).eval(), x) < TOLERANCE
-
-
 def test_a_model_pruned_in_parts() -> None:
-    def branching() -> nn.Module:
-        """No graph holds it whole."""
-
-        def forward(m: Any, x: Tensor) -> Tensor:
-            x = m.first(x) * m.scale
-            return m.last(x if float(x.detach().sum()) > 0 else m.second(x))
-
-        layers = [nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)) for _ in range(3)]
-        held = dict(zip(("first", "second", "last"), layers))
-        return made(forward, scale=nn.Parameter(torch.ones(8)), **held)
-
-    torch.manual_seed(0)
-    model, x = branching(), torch.randn(3, 8)
-    x = x if float(model.first(x).detach().sum()) <= 0 else -x
+    """No graph holds it whole."""
+    model = Forks().eval()
     before = snapshot(model)
-    result = pruned(model, x)
+    result = pruned(model, X)
     with torch.no_grad():
-        result.module.scale.mul_(2)
+        result.module.get_parameter("out.weight").mul_(2)
     small = result.eager(model)
-    assert type(small.first) is nn.Sequential
-    assert small.first[0].out_features < 32
-    assert torch.equal(small.scale, 2 * model.scale)
-    assert apart(small, result.module, x) < TOLERANCE
+    assert type(small.first) is type(model.first)
+    assert small.first.up.out_features < model.first.up.out_features
+    assert torch.equal(small.out.weight, 2 * model.out.weight)
+    assert apart(small, result.module, X) < TOLERANCE
     assert same(before, snapshot(model))
     with pytest.raises(PlanError, match="another model"):
-        result.eager(branching())
+        result.eager(Forks())
 
 
 # --- any net

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,19 +20,18 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 HIDDEN = 6
 
 
-def looped(kind: str, given: bool, **options: Any) -> nn.Module:
-    """A cell called step by step; its state is zero at first, or made of the first step."""
+def looped(kind: str, **options: Any) -> nn.Module:
+    """A cell called step by step."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        state = self.start(x[:, 0]).tanh() if given else x.new_zeros(x.shape[0], HIDDEN)
+        state = x.new_zeros(x.shape[0], HIDDEN)
         state = (state, state) if kind == "LSTMCell" else state
         for step in range(x.shape[1]):
             state = self.cell(self.up(x[:, step]), state)
         return self.down(state[0] if kind == "LSTMCell" else state)
 
     cell = getattr(nn, kind)(5, HIDDEN, **options)
-    start = {"start": nn.Linear(3, HIDDEN)} if given else {}
-    return made(forward, up=nn.Linear(3, 5), down=nn.Linear(HIDDEN, 2), cell=cell, **start)
+    return made(forward, up=nn.Linear(3, 5), down=nn.Linear(HIDDEN, 2), cell=cell)
 
 
 def data(batch: int, steps: int = 4) -> Tensor:
@@ -62,18 +60,15 @@ def test_what_torch_keeps_for_itself_is_no_remark(kind: type[nn.RNNBase]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "gates", "given"),
+    ("kind", "options", "gates"),
     [
-        ("LSTMCell", {}, 4, False),
-        ("GRUCell", {"bias": False}, 3, False),
-        ("RNNCell", {"nonlinearity": "relu"}, 1, True),
-        pytest.param("LSTMCell", {}, 4, True, marks=pytest.mark.slow),
-        pytest.param("GRUCell", {"bias": False}, 3, True, marks=pytest.mark.slow),
+        ("LSTMCell", {}, 4),
+        ("GRUCell", {"bias": False}, 3),
+        ("RNNCell", {"nonlinearity": "relu"}, 1),
     ],
-    ids=["LSTM", "GRU", "RNN from the first step", "LSTM from the first step", "GRU from the first step"],
 )
-def test_cells_in_a_loop(kind: str, options: dict[str, Any], gates: int, given: bool) -> None:
-    model = randomise(looped(kind, given, **options), std=0.8)
+def test_cells_in_a_loop(kind: str, options: dict[str, Any], gates: int) -> None:
+    model = randomise(looped(kind, **options), std=0.8)
     result = fasp_fx.prune(model, (data(2),), sparsity=0.4, score="random", restore=None)
     held(model, result, data(5))
     (group,) = [
@@ -96,31 +91,25 @@ def test_cells_in_a_loop(kind: str, options: dict[str, Any], gates: int, given: 
 class Sequence(nn.Module):
     """A recurrent layer between two linear ones; it ends on every step's output and on the last states."""
 
-    def __init__(self, kind: str, start: str = "none", **options: Any) -> None:
+    def __init__(self, kind: str, learned: bool = False, **options: Any) -> None:
         super().__init__()
         self.layer = getattr(nn, kind)(5, HIDDEN, **options)
-        self.start, self.batch = start, 0 if self.layer.batch_first else 1
+        self.batch = 0 if self.layer.batch_first else 1
         rows = self.layer.num_layers * (2 if self.layer.bidirectional else 1)
         self.up, self.down = (
             nn.Linear(3, 5),
             nn.Linear((self.layer.proj_size or HIDDEN) * (2 if self.layer.bidirectional else 1), 2),
         )
-        self.first = nn.ModuleList(nn.Linear(3, HIDDEN) for _ in range(rows)) if start == "computed" else None
-        self.learned = nn.Parameter(torch.zeros(rows, 1, HIDDEN)) if start == "learned" else None
+        self.learned = nn.Parameter(torch.zeros(rows, 1, HIDDEN)) if learned else None
 
     def forward(self, x: Tensor) -> Tensor:
-        state = self.state(x)
+        state = None
+        if self.learned is not None:
+            state = self.learned.expand(-1, x.shape[self.batch], -1).contiguous()
         output, _ = self.layer(
             self.up(x), (state, state) if state is not None and isinstance(self.layer, nn.LSTM) else state
         )
         return self.down(output)
-
-    def state(self, x: Tensor) -> Tensor | None:
-        if self.learned is not None:
-            return self.learned.expand(-1, x.shape[self.batch], -1).contiguous()
-        if self.first is not None:
-            return torch.stack([linear(x.select(1 - self.batch, 0)).tanh() for linear in self.first])
-        return None
 
 
 def laid(model: Sequence, batch: int) -> Tensor:
@@ -158,22 +147,11 @@ def test_whole_layers(kind: str, options: dict[str, Any]) -> None:
     steps = 1 - model.batch
     held(model, result, laid(model, 3).narrow(steps, 0, 2))  # other numbers of steps than the example's
     held(model, result, torch.cat([laid(model, 3)] * 3, steps))
-    for name, weight in model.layer.named_parameters():
-        found = result.module.layer.get_parameter(name)
-        if name.startswith("weight_hh"):
-            assert found.shape[1] == 1 if "proj" not in str(options) else found.shape[1] < weight.shape[1]
 
 
-@pytest.mark.parametrize(
-    ("kind", "start"),
-    [
-        ("LSTM", "computed"),
-        ("GRU", "learned"),
-        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [("LSTM", "learned"), ("RNN", "computed")]),
-    ],
-)
-def test_initial_states_of_the_graph(kind: str, start: str) -> None:
-    model = randomise(Sequence(kind, start, num_layers=2, bidirectional=True), std=0.6)
+@pytest.mark.parametrize("kind", ["GRU", pytest.param("LSTM", marks=pytest.mark.slow)])
+def test_learned_initial_states(kind: str) -> None:
+    model = randomise(Sequence(kind, learned=True, num_layers=2, bidirectional=True), std=0.6)
     result = fasp_fx.prune(model, (laid(model, 2),), sparsity=0.4, score="random", restore=None)
     held(model, result, laid(model, 5))
     assert result.module.layer.weight_hh_l1_reverse.shape[1] < HIDDEN
@@ -214,20 +192,12 @@ def test_states_at_the_boundary_stay() -> None:
     assert found["returned.weight_hh_l0"] == ("frozen", "reaches output 1")
 
 
-@pytest.mark.parametrize(
-    ("make", "count"),
-    [
-        (lambda: looped("GRUCell", False), 64),
-        (lambda: Sequence("LSTM", num_layers=2, bidirectional=True, batch_first=True), 200),
-    ],
-    ids=["a cell", "layers"],
-)
-def test_recurrent_layers_are_restored(make: Callable[[], nn.Module], count: int) -> None:
-    model = randomise(make(), std=0.7)
-    result = fasp_fx.prune(model, (data(2),), calibration=[data(count)], sparsity=0.35)
+def test_recurrent_layers_are_restored() -> None:
+    model = randomise(Sequence("LSTM", num_layers=2, bidirectional=True, batch_first=True), std=0.7)
+    result = fasp_fx.prune(model, (data(2),), calibration=[data(200)], sparsity=0.35)
     cut = fasp_fx.apply(model, result.plan, (data(2),))
     with torch.no_grad():
-        repaired, left = ((one.module(data(count)) - model(data(count))).norm() for one in (result, cut))
+        repaired, left = ((one.module(data(200)) - model(data(200))).norm() for one in (result, cut))
     assert repaired < left
 
 

@@ -45,17 +45,6 @@ def _(x: Tensor, matrix: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], matrix.shape[1]))
 
 
-@torch.library.custom_op("fasp_fx_tests::halves", mutates_args=())
-def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.chunk(2, -1)[0].clone(), x.chunk(2, -1)[1].clone()
-
-
-@halves.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    half = (*x.shape[:-1], x.shape[-1] // 2)
-    return x.new_empty(half), x.new_empty(half)
-
-
 def _beside(forward: Callable[..., Tensor], **held: Any) -> nn.Module:
     """A feed-forward block with something of its own, before another one."""
     return randomise(
@@ -80,14 +69,6 @@ def _waves() -> nn.Module:
 def _projects() -> nn.Module:
     """The consumer itself is an operator nobody has seen."""
     return _beside(lambda self, x: OPS.project(self.up(x).relu(), self.matrix), matrix=parameter(12, 8))
-
-
-def _halves() -> nn.Module:
-    """An operator with two results."""
-    return _beside(
-        lambda self, x: self.down(torch.mul(*OPS.halves(self.up(x)))),
-        down=nn.Linear(6, 8),
-    )
 
 
 def _between(function: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -133,9 +114,7 @@ def ruled(operator: Any, text: str) -> Iterator[None]:
         unregister(operator)
 
 
-@pytest.mark.parametrize(
-    ("make", "operator"), [(_waves, "wave"), (_projects, "project"), (_halves, "halves")]
-)
+@pytest.mark.parametrize(("make", "operator"), [(_waves, "wave"), (_projects, "project")])
 def test_an_unknown_operator_freezes_and_is_named(make: Callable[[], nn.Module], operator: str) -> None:
     model = make()
     analysis = fasp_fx.analyze(model, (data(3),))
@@ -158,25 +137,9 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("fasp_fx_tests::total", mutates_args=())
-def total(x: list[Tensor]) -> Tensor:
-    return torch.stack(x).sum(0)
-
-
-@total.register_fake
-def _(x: list[Tensor]) -> Tensor:
-    return torch.empty_like(x[0])
-
-
 @pytest.mark.parametrize(
     ("make", "operator", "rule", "says"),
     [
-        (
-            lambda: _between(lambda x: OPS.total([x, x.tanh()])),
-            "total",
-            "move x",
-            "computes other elements of those that it is said to move",
-        ),
         (lambda: _between(OPS.sums), "sums", "move x", "computes other elements of those"),
         (_waves, "wave", "x[c], weight[c] -> [c]", "its rule does not speak of ('x' has 2 dimensions)"),
     ],
@@ -213,26 +176,6 @@ def test_a_contraction_is_taught_too() -> None:
         part.removed for group in result.plan.groups for part in group.consumers if part.name == "matrix"
     )
     assert result.module.matrix.shape == (12 - len(removed), 8)
-    # restored on the calibration data, it is closer to the dense model than the cut alone
-    with torch.no_grad():
-        dense = model(data(40))
-        cut = fasp_fx.apply(model, result.plan, (data(40),)).module(data(40))
-        assert (result.module(data(40)) - dense).norm() < (cut - dense).norm()
-
-
-@pytest.mark.usefixtures("taught")
-def test_rules_are_forgotten() -> None:
-    unregister(OPS.wave.default)
-    assert consumed(fasp_fx.analyze(_waves(), (data(3),))) == {"second.down.weight"}
-
-
-def test_nothing_prunable_says_why() -> None:
-    scale = torch.ones(12)
-    model = made(
-        lambda self, x: self.down(OPS.wave(self.up(x), scale)), up=nn.Linear(8, 12), down=nn.Linear(12, 8)
-    )
-    with pytest.raises(fasp_fx.NothingPrunableError, match=r"fasp_fx_tests\.wave"):
-        fasp_fx.prune(model, (data(3),), score="random", restore=None)
 
 
 @torch.library.custom_op("fasp_fx_tests::turn_", mutates_args=("x",))
@@ -249,16 +192,6 @@ def test_the_line_that_would_teach_an_operator_can_be_run() -> None:
         assert not fasp_fx.analyze(_waves(), (data(3),)).without_rule
     finally:
         unregister(OPS.wave.default)
-
-
-def test_no_line_teaches_a_higher_order_operator() -> None:
-    def choose(x: Tensor) -> Tensor:
-        return torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
-
-    result = fasp_fx.prune(_between(choose), (data(3),), sparsity=0.5, score="random", restore=None)
-    (note,) = result.report.notes
-    assert note.startswith("cond has no rule")
-    assert "register" not in note
 
 
 def _turned(x: Tensor) -> Tensor:

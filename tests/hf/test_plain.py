@@ -18,7 +18,6 @@ import transformers as hf
 from captures import one_capture
 from conftest import PROFILE
 from fasp_fx.budgets import Parameters
-from fasp_fx.resources import Sparsity
 from oracle import TOLERANCE, error, zeroed
 from plain_models import BOTH, CASES, MORE, dense, plain, tokens
 from transformers import LlamaForCausalLM
@@ -26,11 +25,8 @@ from transformers.utils.quantization_config import GgufConfig
 from zoo import VOCABULARY, randomise
 
 import fasp_fx
-from fasp_fx.allocation import Budget, Target
 from fasp_fx.hf import _plain as plain_module
 from fasp_fx.hf import prune
-from fasp_fx.hf._experiments import Experiments
-from fasp_fx.hf._plain import Settings
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -161,59 +157,20 @@ def test_a_sparsity_out_of_reach_says_what_is_in_reach(
 @pytest.mark.parametrize(
     ("options", "heads", "neurons"),
     [
-        ({"sparsity": 0.2, "granularity": ("channel",)}, 4, 90),  # neurons alone
         ({"sparsity": 0.2}, 4, 90),  # heads go only if they must
         ({"sparsity": 0.7}, 2, 26),
         ({"sparsity": 0.45, "granularity": BOTH}, 2, 74),
-        ({"sparsity": 0.1666, "granularity": ("head",)}, 2, 128),
         ({"sparsity": 0.2, "round_to": 32}, 4, 96),
     ],
     ids=lambda value: str(value),
 )
-def test_neurons_carry_what_heads_do_not(
-    options: dict[str, Any], heads: int, neurons: int, settled: Any
-) -> None:
+def test_neurons_carry_what_heads_do_not(options: dict[str, Any], heads: int, neurons: int) -> None:
     """A layer holds 12,288 weights of attention, half of them in each of two key-value heads, and 192 for
     each of 128 neurons.
     """
-    assert settled(**options) == {
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // 2,
-        "intermediate_size": neurons,
-    }
-
-
-class Stop(Exception):
-    """Ends a pruning once the analysis is known."""
-
-
-def _analysis(name: str, granularity: tuple[str, ...]) -> fasp_fx.Analysis:
-    found: list[fasp_fx.Analysis] = []
-
-    def stop(analysis: fasp_fx.Analysis) -> None:
-        found.append(analysis)
-        raise Stop
-
-    with pytest.raises(Stop):
-        prune(dense(name), **UNREPAIRED, sparsity=0.15, granularity=granularity, on_analysis=stop)
-    return found[0]
-
-
-@pytest.fixture
-def settled() -> Any:
-    """What the fields of a Llama would be, without pruning it."""
-
-    def find(sparsity: float, granularity: Any = None, round_to: int = 1) -> dict[str, int]:
-        experiments = Experiments(dense("llama"))
-        settings = Settings(experiments, granularity is not None)
-        counted = Sparsity(_analysis("llama", granularity or BOTH))
-        settings(Budget(counted.groups, [Target(counted, sparsity)]), round_to)
-        return {field: settings.assignment.get((field,), before) for field, before in HELD.items()}
-
-    return find
-
-
-HELD = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
+    config = prune(dense("llama"), **UNREPAIRED, **options).model.config
+    found = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+    assert found == (heads, heads // 2, neurons)
 
 
 def _other_width() -> Any:
