@@ -96,6 +96,7 @@ def test_experts_and_their_neurons_in_one_plan(name: str, monkeypatch: pytest.Mo
         }
         result = fasp_fx.prune(model, (), _tokens(2, 7), **options)
     (experts,) = _experts(result.plan)
+    assert experts.removed_sets
     (neurons,) = [
         g
         for g in result.plan.groups
@@ -108,12 +109,6 @@ def test_experts_and_their_neurons_in_one_plan(name: str, monkeypatch: pytest.Mo
     if name == "gpt_oss":  # row 2i of its weight is a gate, row 2i + 1 what it gates
         both = {row for neuron in lost["down_proj"] for row in (2 * neuron, 2 * neuron + 1)}
         assert lost["gate_up_proj"] == lost["gate_up_proj_bias"] == both
-    shapes = {
-        key.rpartition(".")[2]: tuple(value.shape)
-        for key, value in result.module.named_parameters()
-        if "experts" in key
-    }
-    assert {shape[0] for shape in shapes.values()} == {4 - experts.removed_sets}
     with _never_chosen(model, result.plan, monkeypatch) as masked:
         expected = masked(**_tokens(3, 9)).logits
     with torch.no_grad():
@@ -122,9 +117,7 @@ def test_experts_and_their_neurons_in_one_plan(name: str, monkeypatch: pytest.Mo
         assert error(expected, dense) > 100 * TOLERANCE
 
 
-def test_the_expert_that_gives_least_goes_and_as_many_stay_as_a_token_needs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_expert_that_gives_least_goes_and_as_many_stay_as_a_token_needs() -> None:
     model = randomise(MODELS["mixtral"](), std=0.5)
     with torch.no_grad():
         model.get_parameter("model.layers.0.mlp.experts.down_proj")[1] *= 1e-3
@@ -147,10 +140,6 @@ def test_the_expert_that_gives_least_goes_and_as_many_stay_as_a_token_needs(
     assert analysis.max_sparsity == pytest.approx(counted.removed([2]))
     (removed,) = _experts(result.plan)
     assert all(part.removed == (1,) for part in (*removed.producers, *removed.consumers))
-    with _never_chosen(model, result.plan, monkeypatch) as masked:
-        expected = masked(**_tokens(3, 9)).logits
-    with torch.no_grad():
-        assert error(result.module(**_tokens(3, 9)).logits, expected) <= TOLERANCE
 
 
 def test_every_invariant_of_experts_that_all_take_part() -> None:

@@ -7,12 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from fasp_fx.channels import repeating
-from hypothesis import given
-from hypothesis import strategies as st
 from models import made
 from oracle import assert_exact
 from torch import Tensor, nn
@@ -50,18 +47,6 @@ def outside() -> nn.Module:
     return made(forward, **{name: nn.Linear(8, 12) for name in "qkv"}, out=nn.Linear(12, 5))
 
 
-def squared() -> nn.Module:
-    """Channels that are multiplied with one another, in both dimensions of the result."""
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        h = m.up(x.transpose(1, 2))
-        return m.down(torch.tanh(h @ h.transpose(1, 2)) @ torch.relu(m.b(h)))
-
-    torch.manual_seed(0)
-    sizes = {"up": (8, 8), "b": (8, 8), "down": (8, 3)}
-    return made(forward, **{name: nn.Conv1d(*size, 1) for name, size in sizes.items()})
-
-
 def drawn(samples: int, tokens: int = 5) -> Tensor:
     return torch.randn(samples, tokens, 8, generator=torch.Generator().manual_seed(samples))
 
@@ -70,7 +55,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "inside of the batch": attended,
     "before the batch": outside,
     "a row behind the keys": lambda: attended(add_bias_kv=True, add_zero_attn=True),
-    "both dimensions of a product": squared,
 }
 
 
@@ -83,8 +67,6 @@ def test_exempt_channels_are_exact_at_every_batch_size(name: str, samples: int) 
     result = fasp_fx.prune(captured, calibration=data, **asked)
     assert not [note for note in result.report.notes if "not run" in note or "whole" in note]
     assert result.plan.groups
-    if name == "both dimensions of a product":
-        return
     assert name == "a row behind the keys" or any(not group.consumers for group in result.plan.groups)
     result = fasp_fx.apply(captured, result.plan)
     assert_exact(model, result, *((drawn(size, 7),) for size in (1, 2, 5, 8)), producers=True)
@@ -112,37 +94,6 @@ def test_a_wrong_rule_is_seen_beside_exempt_channels() -> None:
             assert any(not group.consumers for group in result.plan.groups)
     finally:
         fasp_fx.patterns.unregister(operator)
-
-
-@given(
-    own=st.integers(1, 4),
-    first=st.integers(2, 4),
-    then=st.integers(1, 5),
-    runs=st.booleans(),
-    width=st.integers(1, 3),
-)
-def test_numbers_are_laid_out_at_other_sizes(own: int, first: int, then: int, runs: bool, width: int) -> None:
-    size = torch.export.Dim("size")
-    exported = torch.export.export(nn.Identity(), (torch.zeros(7, width),), dynamic_shapes=({0: size},))
-    recorded = next(iter(exported.graph.nodes)).meta["val"].shape
-    numbers = np.arange(own * width).reshape(own, width)
-
-    def lay(count: int) -> torch.Tensor:
-        return torch.from_numpy(np.repeat(numbers, count, 0) if runs else np.tile(numbers, (count, 1)))
-
-    lying = repeating(lay(first), recorded)
-    assert lying is not None
-    assert torch.equal(
-        lying.at((own * then, width)).expand(own * then, width), lay(then).expand(own * then, width)
-    )
-    values = torch.randn(own * then, width, dtype=torch.float64)
-    expected = torch.zeros(own * width, dtype=torch.float64).index_add_(
-        0, lay(then).reshape(-1), values.reshape(-1)
-    )
-    torch.testing.assert_close(
-        torch.zeros_like(expected).index_add_(0, lying.numbers.reshape(-1), lying.summed(values).reshape(-1)),
-        expected,
-    )
 
 
 def test_numbers_that_do_not_repeat_have_no_place_at_other_sizes() -> None:

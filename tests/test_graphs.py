@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from invariants import invariants_of
-from models import made, parameter
+from models import made
 from torch import Tensor, nn
 
 import fasp_fx
 from fasp_fx.testing import check_program
-from fasp_fx.testing.oracle import Masked, error
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -44,7 +43,6 @@ def messages(start: Start, add: str = "index_add") -> nn.Module:
 
 STARTS: dict[str, Callable[[Tensor], Tensor]] = {
     "zeros": lambda x: torch.zeros(x.shape[0], 12),
-    "new_zeros": lambda x: x.new_zeros(x.shape[0], 12),
     "zeros_like": lambda x: torch.zeros_like(x),
 }
 
@@ -63,7 +61,6 @@ SCATTERS: dict[str, Callable[..., Tensor]] = {
     "scatter_add": lambda start, index, said: start.scatter_add(0, index, said),
     "scatter": lambda start, index, said: start.scatter(0, index, said),
     "of a value": lambda start, index, said: start.scatter(0, index, 0.5) + said.sum(0),
-    "mean": lambda start, index, said: start.scatter_reduce(0, index, said, "mean", include_self=False),
     "most": lambda start, index, said: start.scatter_reduce(0, index, said, "amax"),
 }
 
@@ -131,25 +128,3 @@ def test_what_is_added_at_places_of_channels_keeps_them(make: Callable[[], nn.Mo
     assert {group.status for group in analysis.groups} == {"frozen"}
     assert any(says in group.reason for group in analysis.groups)
     assert not analysis.without_rule
-
-
-def test_a_table_that_is_added_to_varies_along_its_rows() -> None:
-    """A weight's rows are places: its columns go with the messages' channels, its rows stay."""
-
-    torch.manual_seed(2)
-    layers = {**_layers(), "table": parameter(NODES, 12)}
-    del layers["own"]
-    model = made(
-        lambda self, x, source, target: self.out(
-            self.table.index_add(0, target, self.say(x).tanh()[source]).relu()
-        ),
-        **layers,
-    )
-    result = fasp_fx.prune(model, graph(), score="magnitude", restore=None, sparsity=0.3)
-    (group,) = result.plan.groups
-    assert {(part.name, part.dim) for part in group.producers} == {
-        ("say.weight", 0),
-        ("say.bias", 0),
-        ("table", 1),
-    }
-    assert error(result.module(*graph(5, 12)), Masked(model, result.plan)(*graph(5, 12))) < 1e-6

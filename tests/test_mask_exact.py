@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from captures import one_capture
 from conftest import PROFILE
-from models import block, made, wide
-from oracle import TOLERANCE, assert_mask_exact, error, floats, masked, zeroed
+from models import made
+from oracle import assert_mask_exact, error, floats, masked
 from torch import Tensor, nn
-from zoo import ZOO, Entry, randomise
+from zoo import ZOO, Entry
 
 import fasp_fx
 from fasp_fx.testing import check_program
@@ -62,22 +61,6 @@ def test_mask_exact(
     )
 
 
-@pytest.mark.parametrize(("name", "step", "sparsity"), [("opt", 8, 0.3), ("llama_gqa", 4, 0.25)])
-def test_rounded(
-    name: str,
-    step: int,
-    sparsity: float,
-    zoo_model: Callable[[str], nn.Module],
-    zoo_captured: Callable[[str], fasp_fx.Captured],
-) -> None:
-    entry, model = ZOO[name], zoo_model(name)
-    result = fasp_fx.prune(zoo_captured(name), sparsity=sparsity, score="random", restore=None, round_to=step)
-    for group in result.plan.groups:
-        kept = group.size - group.removed_sets
-        assert kept % (step * group.blocks) == 0, f"{group.name} keeps {kept} in {group.blocks} blocks"
-    _check(entry, model, result)
-
-
 def test_the_oracle_sees_a_wrong_column(zoo_model: Callable[[str], nn.Module]) -> None:
     """Masking one other column must be far outside the tolerance, or the comparison above says little."""
     entry, model = ZOO["opt"], zoo_model("opt")
@@ -89,54 +72,6 @@ def test_the_oracle_sees_a_wrong_column(zoo_model: Callable[[str], nn.Module]) -
 
     assert error(call([3, 8]), call([3, 9])) > 1e-3
     assert len(floats(call([3]))) == 1
-
-
-def _with_memory() -> nn.Module:
-    """A decoder layer of torch that attends to half of its input."""
-    layer = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
-    return made(lambda self, x: self.layer(x, x * 0.5), layer=layer)
-
-
-def _behind_convolution() -> nn.Module:
-    """A feed-forward block behind an operator on images, an LSTM beside it."""
-    return wide(
-        lambda self, x: block(self, self.convolution(x.transpose(1, 2)).transpose(1, 2) + self.memory(x)[0]),
-        size=8,
-        hidden=9,
-        convolution=nn.Conv1d(8, 8, 3, padding=1),
-        memory=nn.LSTM(8, 8, batch_first=True),
-    )
-
-
-@pytest.mark.parametrize(
-    ("make", "consumers"),
-    [
-        (
-            lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True),
-            {"self_attn.out_proj.weight", "linear2.weight"},
-        ),
-        (_with_memory, {"layer.self_attn.out_proj.weight", "layer.linear2.weight"}),
-        (_behind_convolution, {"down.weight"}),
-    ],
-    ids=["encoder layer", "decoder layer", "convolution and LSTM"],
-)
-def test_layers_of_torch(make: Callable[[], nn.Module], consumers: set[str]) -> None:
-    """Their attention uses its weights without calling modules, so that hooks see nothing; zeroed columns are
-    the same function.
-    """
-    model = randomise(make(), std=0.5)
-    example, unseen = (
-        torch.randn(batch, 5, 8, generator=torch.Generator().manual_seed(batch)) for batch in (2, 3)
-    )
-    with one_capture():
-        most = fasp_fx.analyze(model, (example,)).max_sparsity
-        for share in (0.5, 1.0):
-            result = fasp_fx.prune(model, (example,), sparsity=share * most, score="random", restore=None)
-            assert {part.name for group in result.plan.groups for part in group.consumers} >= consumers
-            with torch.no_grad():
-                expected = zeroed(model, result.plan)(unseen)
-                assert error(result.module(unseen), expected) <= TOLERANCE
-                assert error(expected, model(unseen)) > 100 * TOLERANCE
 
 
 def _shared_mask(dims: int) -> nn.Module:
