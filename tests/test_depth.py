@@ -129,27 +129,6 @@ def pruned(model: nn.Module, example: dict[str, Any], *names: str, **options: An
     )
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "gemma2"])
-def test_a_layer_of_a_transformer_goes_as_a_whole(name: str) -> None:
-    entry = ZOO[name]
-    model = entry.build()
-    groups = fasp_fx.analyze(fasp_fx.capture(model, (), entry.example()), **DEPTH).chosen
-    names = [group.name for group in groups if not group.needed]
-    assert len(names) == len(groups) == 4, "two feed-forward blocks, two of attention"
-    result = pruned(model, entry.example(), *names[:2], restore=None)
-    assert {group.name for group in result.plan.groups} == set(names[:2])
-    oracle = zeroed(model, result.plan)
-    for batch, tokens in ((2, 7), (3, 11)):
-        inputs = entry.example(batch, tokens)
-        assert error(result.module(**inputs)[0], oracle(**inputs)[0]) < TOLERANCE
-    prefix = names[0].split(".0.")[0] + ".0."
-    left = {
-        name: parameter for name, parameter in result.module.named_parameters() if name.startswith(prefix)
-    }
-    assert left
-    assert all(parameter.dim() == 1 for parameter in left.values() if parameter.numel())
-
-
 def test_the_bias_of_what_goes_makes_up_for_its_mean() -> None:
     model, x = residual([(feed_forward, True, False), (feed_forward, True, False)]), numbers(64, 5)
     masked, repaired = (
@@ -170,20 +149,15 @@ def test_the_allocation_takes_the_block_that_does_nothing_and_leaves_it_where_no
         assert result.report.sparsity == pytest.approx(0.4, abs=0.05)
 
 
-def test_results_are_saved_compiled_trained_and_exported(tmp_path: Any) -> None:
+def test_results_are_saved_and_captured_again_and_a_compiler_applies_the_plan(tmp_path: Any) -> None:
     model, x = residual([(feed_forward, False, False), (attention, True, True)]), numbers(2, 3)
     result = pruned(model, {"x": x}, "blocks.0", "blocks.1", restore=None)
     expected = result.module(x)
     assert error(fasp_fx.load(result.save(tmp_path / "out")).module(x), expected) < 1e-6
-    assert error(torch.export.export(result.module, (x,)).module()(x), expected) < 1e-6
-    assert error(torch.compile(result.module, backend="aot_eager")(x), expected) < 1e-6
     assert (
         error(torch.compile(model, backend=fasp_fx.backend(result.plan))(x), zeroed(model, result.plan)(x))
         < 1e-5
     )
-    result.module(x).square().mean().backward()
-    gradients = [p.grad for p in result.module.parameters() if p.grad is not None and p.numel()]
-    assert gradients
     again = fasp_fx.capture(result.module, (x,)).program
     assert error(again.module(x), expected) < 1e-6
 

@@ -8,6 +8,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +61,19 @@ def test_what_needs_no_program_makes_none(asked: list[str]) -> None:
     assert asked == []
 
 
-@pytest.mark.parametrize("ask", ["program", "save", "pickle", "a copy's"])
-def test_it_is_put_together_once(asked: list[str], ask: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda result, folder: result.program,
+        lambda result, folder: result.save(folder),
+        lambda result, folder: pickle.dumps(result.module),
+    ],
+    ids=["program", "save", "pickle"],
+)
+def test_it_is_put_together_once(asked: list[str], ask: Callable[..., Any], tmp_path: Path) -> None:
     result = fasp_fx.prune(model(), (torch.randn(3, 6),), **CHOICE)
-    copied = copy.deepcopy(result.module)
-    for index in range(2):
-        if ask == "program":
-            assert result.program.example_inputs is not None
-        elif ask == "save":
-            result.save(tmp_path / str(index))
-        elif ask == "pickle":
-            pickle.dumps(result.module)
-        else:
-            pickle.dumps(copied)
+    ask(result, tmp_path / "first")
+    ask(result, tmp_path / "second")
     assert asked == ["assembled"]
 
 

@@ -116,82 +116,52 @@ def test_constants_other_than_the_defaults() -> None:
             result.module(*((X,) if "nonsense" in wrong else ()), **wrong)
 
 
-def gathered(self: Any, *parts: Tensor, **named: Tensor) -> Tensor:
-    """Variable positional and keyword arguments."""
-    return self.inner(sum(parts) + named["extra"])
+def gathered(self: Any, x: Tensor, factor: float, /, *parts: Tensor, **named: Tensor) -> Tensor:
+    """Arguments that only go by position, a constant among them, and variable positional and keyword ones."""
+    return self.inner(x * factor + sum(parts) + named["extra"])
 
 
 def test_variable_arguments() -> None:
-    model = made(gathered, inner=TwoLayers())
-    result = fasp_fx.prune(model, (X, Y), {"extra": MASK}, sparsity=0.3, score="random", restore=None)
+    model, extra = made(gathered, inner=TwoLayers()), {"extra": torch.randn(3, 12)}
+    result = fasp_fx.prune(model, (X, 2.0, Y, MASK), extra, sparsity=0.3, score="random", restore=None)
     assert not result.report.notes
-    assert torch.equal(result.module(X, Y, extra=MASK), result.module(Y, X, extra=MASK))
+    assert torch.equal(result.module(X, 2.0, Y, MASK, **extra), result.module(X, 2.0, MASK, Y, **extra))
+    assert not torch.equal(result.module(X, 2.0, Y, MASK, **extra), result.module(Y, 2.0, X, MASK, **extra))
     for args, kwargs, says in (
-        ((X,), {"extra": MASK}, "'parts_1' is missing"),
-        ((X, X, X), {"extra": MASK}, "'parts_2' is a tensor"),
-        ((X, Y), {}, "extra"),
-        ((X, Y), {"extra": MASK, "other": MASK}, "other"),
+        ((X, 3.0, Y, MASK), extra, ""),
+        ((X, 2.0, Y), extra, "'parts_1' is missing"),
+        ((X, 2.0, Y, Y, Y), extra, "'parts_2' is a tensor"),
+        ((X, 2.0, Y, MASK), {}, "extra"),
+        ((X, 2.0, Y, MASK), {**extra, "other": MASK}, "other"),
     ):
         with pytest.raises(fasp_fx.CallError, match=says):
             result.module(*args, **kwargs)
     reference = zeroed(model, result.plan)
-    for x, y, extra in ((X, Y, MASK), (X[:1], Y[:1], MASK[:1]), [torch.cat([X, X])] * 3):  # sizes vary
+    for x, y, more in ((X, Y, MASK), (X[:1], Y[:1], MASK[:1]), [torch.cat([X, X])] * 3):  # sizes vary
         with torch.no_grad():
-            assert error(result.module(x, y, extra=extra), reference(x, y, extra=extra)) < TOLERANCE
+            found, expected = (called(x, 2.0, y, y, extra=more) for called in (result.module, reference))
+            assert error(found, expected) < TOLERANCE
     assert "forward" not in vars(model)
     assert result.program.range_constraints
 
 
-class Asked(NamedTuple):
-    """Arguments that choose outputs."""
-
-    use_cache: bool
-    output_hidden_states: bool = False
-
-
-@pytest.mark.parametrize("asked", [Asked(True), Asked(False, True)], ids=str)
-def test_parts_with_a_configuration_of_their_own_return_what_the_model_is_asked_for(asked: Asked) -> None:
+def test_parts_with_a_configuration_of_their_own_return_what_the_model_is_asked_for() -> None:
     """T5 gives its encoder and its decoder a copy of its configuration each."""
     config = transformers.T5Config(
         vocab_size=96, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0
     )
     model = randomise(transformers.T5ForConditionalGeneration(config))
     ids = torch.arange(12).reshape(2, 6)
-    given = {"input_ids": ids, "decoder_input_ids": ids[:, :4], **asked._asdict()}
+    asked = {"use_cache": False, "output_hidden_states": True}
+    given = {"input_ids": ids, "decoder_input_ids": ids[:, :4], **asked}
     configs = [part.config.to_dict() for part in (model, model.encoder, model.decoder)]  # type: ignore[union-attr]
     result = fasp_fx.prune(model, (), given, sparsity=0.2, score="random", restore=None)
     found, expected = result.module(**given), zeroed(model, result.plan)(**given)
     assert list(found) == list(expected)
-    if asked.output_hidden_states:
-        # The caller's model has no hook of the capture.
-        assert len(model(**given).encoder_hidden_states) == len(expected.encoder_hidden_states) == 2
-    assert ("cache" in found) == asked.use_cache
-    assert (result.report.cache is not None) == asked.use_cache
-    assert (
-        error(
-            {name: found[name] for name in found if name != "cache"},
-            {name: expected[name] for name in expected if name != "cache"},
-        )
-        < TOLERANCE
-    )
+    # The caller's model has no hook of the capture.
+    assert len(model(**given).encoder_hidden_states) == len(expected.encoder_hidden_states) == 2
+    assert error(dict(found), dict(expected)) < TOLERANCE
     assert [part.config.to_dict() for part in (model, model.encoder, model.decoder)] == configs  # type: ignore[union-attr]
-
-
-def by_position(self: Any, x: Tensor, factor: float, /, y: Tensor, *rest: Tensor) -> Tensor:
-    """Arguments that only go by position, a constant and an ordinary one among them, before a variable
-    number.
-    """
-    return self.inner(x * factor + y + sum(rest))
-
-
-def test_positional_arguments() -> None:
-    model = made(by_position, inner=TwoLayers())
-    result = fasp_fx.prune(model, (X, 2.0, Y, MASK), calibration=[(X, 2.0, Y, MASK)] * 10, sparsity=0.3)
-    assert result.module(X, 2.0, Y, MASK).shape == X.shape
-    assert not torch.equal(result.module(X, 2.0, Y, MASK), result.module(Y, 2.0, Y, MASK))
-    for wrong in ((X, 3.0, Y, MASK), (X, 2.0, Y), (X, 2.0, Y, MASK, MASK)):
-        with pytest.raises(fasp_fx.CallError):
-            result.module(*wrong)
 
 
 def remembering(self: Any, x: Tensor, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
@@ -321,18 +291,3 @@ def test_constants_that_are_not_simply_compared() -> None:
     ):
         with pytest.raises(fasp_fx.CallError, match="'x'"):
             check_constant("x", value, expected)
-
-
-def test_a_batch_of_none_that_a_program_cannot_compute_is_refused() -> None:
-    model = made(
-        lambda self, x: self.down(self.up(x).relu()[:, : x.shape[1] // 3 + 1]),
-        up=nn.Linear(8, 24),
-        down=nn.Linear(24, 5),
-    )
-    result = fasp_fx.prune(model, (torch.randn(2, 6, 8),), sparsity=0.3, score="random", restore=None)
-    for count in (0, 1):
-        try:
-            assert result.module(torch.randn(count, 6, 8)).shape == (count, 3, 5)
-        except fasp_fx.CallError as refused:
-            # Either is right, by torch's version.
-            assert (count, "zero" in str(refused)) == (0, True)  # noqa: PT017

@@ -183,12 +183,6 @@ def test_a_parameter_is_the_same_by_whichever_way_it_is_read(
     dense(ROWS).square().sum().backward()
     result.module(ROWS).square().sum().backward()
     torch.testing.assert_close(result.module.get_parameter("last.weight").grad, dense.last.weight.grad)
-    changed = copy.deepcopy(result.module)  # a copy takes other values
-    changed.load_state_dict({name: value * 1.5 for name, value in changed.state_dict().items()})
-    with torch.no_grad():
-        for value in dense.state_dict().values():
-            value.mul_(1.5)
-    torch.testing.assert_close(changed(ROWS), dense(ROWS), rtol=1e-9, atol=1e-9)
 
 
 def test_a_part_of_a_parameter_that_is_kept_elsewhere_is_refused() -> None:
