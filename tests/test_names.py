@@ -42,13 +42,6 @@ def test_an_argument_or_node_called_like_a_parameter(names: tuple[str, str]) -> 
         assert fasp_fx.analyze(torch.export.export(model, (IMAGE,))).select("prunable")
 
 
-def test_an_input_called_like_a_parameter_is_named_by_the_call() -> None:
-    result = fasp_fx.prune(image("x", "x"), (IMAGE,), score="magnitude", restore=None)
-    result.module(x=IMAGE)
-    with pytest.raises(fasp_fx.CallError, match="argument 'x': dimension 2 is 9"):
-        result.module(torch.randn(2, 3, 9, 9))
-
-
 def fused(name: str, taken: Any, before: Callable[[Any, Tensor], Tensor]) -> nn.Module:
     """Queries, keys and values of one weight, head by head; something else has the name of one of
     the parts.

@@ -195,7 +195,7 @@ def test_gradients_are_those_at_each_consumer_alone() -> None:
         whole_batches(consumers.analysis.program, [[x] for x in batches]),
         {"gradients": InputGradients},
         squares,
-        Marks(analysis.program, [[x] for x in batches], None, hold_out=False),
+        Marks(analysis.program, [[x] for x in batches], hold_out=False),
         lambda fraction: None,
         at_least=2,
         ranks=Ranks(),

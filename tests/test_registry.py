@@ -15,13 +15,6 @@ from fasp_fx.patterns import lookup, register, unregister
 from fasp_fx.patterns.composites import parse_expression
 
 
-def test_pointwise_rules_are_derived() -> None:
-    assert str(lookup(torch.ops.aten.gelu.default)) == "self[...] -> [...]"
-    assert str(lookup(torch.ops.aten.where.self)) == "condition[...], self[...], other[...] -> [...]"
-    assert lookup(torch.ops.aten.kthvalue.default) is None
-    assert lookup(len) is None
-
-
 def test_registering() -> None:
     operator = torch.ops.aten.kthvalue.default
     try:

@@ -128,7 +128,7 @@ def test_variable_arguments() -> None:
     assert torch.equal(result.module(X, 2.0, Y, MASK, **extra), result.module(X, 2.0, MASK, Y, **extra))
     assert not torch.equal(result.module(X, 2.0, Y, MASK, **extra), result.module(Y, 2.0, X, MASK, **extra))
     for args, kwargs, says in (
-        ((X, 3.0, Y, MASK), extra, ""),
+        ((X, 3.0, Y, MASK), extra, "captured with"),
         ((X, 2.0, Y), extra, "'parts_1' is missing"),
         ((X, 2.0, Y, Y, Y), extra, "'parts_2' is a tensor"),
         ((X, 2.0, Y, MASK), {}, "extra"),

@@ -405,7 +405,8 @@ class PruningConfig:
         """
         remedy = "write it again with PruningConfig.to_json()"
         held = from_document("config", dict[str, Any], text, remedy, ArgumentError)
-        values = {name: value for name, value in held.items() if name not in ("format", "kind")}
+        # Earlier saves name the padding mask, which is found now.
+        values = {name: held[name] for name in held if name not in ("format", "kind", "padding_mask")}
         return cls.of(None, {**values, "budget": budget_from_data(values.get("budget", []))})
 
 

@@ -32,7 +32,6 @@ from fasp_fx.testing.specs import (
     Move,
     Net,
     Norm,
-    Odd,
     Pick,
     Pool,
     Regroup,
@@ -250,14 +249,6 @@ def test_decoders_reach_the_rest(condition: Callable[[Net], bool]) -> None:
 )
 def test_programs_reach_combinations(condition: Callable[[Net], bool]) -> None:
     assert reached("programs", PROGRAMS, condition)
-
-
-def test_a_fifth_of_all_programs_is_odd_and_no_other_family_has_any() -> None:
-    nets = drawn("programs", PROGRAMS)
-    assert 0.1 <= sum(map(has(Odd), nets)) / len(nets) <= 0.3
-    plain = [name for name in strategies.FAMILIES if name != "odd"]
-    assert not any(map(has(Odd), (net for name in plain for net in drawn(name, 30))))
-    assert all(map(has(Odd), drawn("odd", 300)))
 
 
 def test_kinds_and_bounds() -> None:
