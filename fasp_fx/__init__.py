@@ -92,8 +92,6 @@ _FACES = {
 }
 
 
-
-
 def _module(place: str) -> Any:
     """A module of the library; that which loads saves is told who reads those of rooms above it."""
     module: Any = import_module(f"fasp_fx.{place}")

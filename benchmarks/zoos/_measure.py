@@ -74,7 +74,7 @@ def _measure(entry: Entry, record: Record) -> None:
         )
         if program is not None and program.folds:
             args, kwargs = entry.inputs(entry.batches[0])
-            nothing = replace(result.plan, groups=(), folds=(), splits=(), copies=())
+            nothing = replace(result.plan, groups=(), folds=(), splits=())
             reference = fasp_fx.apply(model, nothing, args, kwargs).module
         masked, worst = Masked(reference, result.plan), 0.0
         for batch in entry.batches[: 1 + unseen]:

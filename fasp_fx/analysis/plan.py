@@ -75,14 +75,6 @@ class PlannedGroup:
 
 
 @dataclass(frozen=True)
-class CopiedBuffer:
-    """A buffer that holds what ``source`` holds, for a part of the model."""
-
-    name: str
-    source: str
-
-
-@dataclass(frozen=True)
 class FixedBuffer:
     """A buffer or constant that the model reads and does not write into, and the digest of what it held."""
 
@@ -103,7 +95,6 @@ class PruningPlan:
         granularity, include: as given to :func:`fasp_fx.prune`.
         folds: weights that the model computes from others, and that the result holds as parameters; the
             groups name them so.
-        copies: kept for plans that were saved while layers that shared a table each got a copy.
         fixed: what else the model read and did not write into when the plan was made. The plan serves also
             where it holds something else; the repairs of the result do not.
     """
@@ -116,7 +107,6 @@ class PruningPlan:
     granularity: tuple[str, ...] = ("channel",)
     include: tuple[str, ...] = ()
     folds: tuple[FoldedWeight, ...] = ()
-    copies: tuple[CopiedBuffer, ...] = ()
     fixed: tuple[FixedBuffer, ...] = ()
 
     def __repr__(self) -> str:

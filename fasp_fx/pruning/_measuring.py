@@ -31,9 +31,6 @@ from ..errors import ArgumentError, CalibrationError, CalibrationWarning
 from ._method import Method, precision_of
 from .config import MEASURED
 
-#: the graph inputs of the calibration batches of a program
-Inputs = Callable[[str], list[list[Any]]]
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -53,7 +50,7 @@ class Measured:
 def measure_costs(
     method: Method,
     consumers: Mapping[str, Consumers],
-    inputs: Inputs,
+    inputs: Callable[[str], list[list[Any]]],
     within: Callable[[str, Group], Group],
     fingerprint: str,
     ranks: Ranks,
@@ -69,6 +66,7 @@ def measure_costs(
     errors of consumers are no losses of outputs, and neither are compared with the other.
 
     Args:
+        inputs: the graph inputs of the calibration batches of a program.
         within: a group of a program as it is known in the whole model.
         fingerprint: of the model.
         costs: the cost curves, where they were measured before.
@@ -82,6 +80,7 @@ def measure_costs(
         if not is_wanted and (not method.gradients or method.loss is None):
             break
 
+        @in_turns
         def advanced(fraction: float, done: int = number) -> None:
             advance((done + fraction) / len(consumers))
 
@@ -123,10 +122,9 @@ def _measured(
             f" {computing()}; leave out the device of offload(), or use quality='fast'"
         )
     program, allocation = consumers.analysis.program, method.allocation
-    told = in_turns(advance)
     part = part or MEASURED[method.config.quality] * (2 if method.is_of_columns else 1)
     with drawing_alike(program.weights().values()), float32_products(precision_of(program)):
-        by, pieces, marks = _observed(method, consumers, is_wanted, ranks, path, batches, told, part)
+        by, pieces, marks = _observed(method, consumers, is_wanted, ranks, path, batches, advance, part)
     curves: Mapping[str, CostCurve] = {}
     trial: ModelTrial | None = None
     if is_wanted:
@@ -134,9 +132,17 @@ def _measured(
             orders = orders_of(consumers, consumers.analysis.chosen, method.score)
         curves = curves_of(orders)
         if isinstance(allocation, TrialAllocation):
-            repairs, most = method.restore is not None, allocation.sequences
-            loss, precision = by.resolved_loss, precision_of(program)
-            trial = ModelTrial(consumers, orders, pieces, marks, loss, most, repairs, precision, ranks)
+            trial = ModelTrial(
+                consumers,
+                orders,
+                pieces,
+                marks,
+                by.resolved_loss,
+                allocation.sequences,
+                method.restore is not None,
+                precision_of(program),
+                ranks,
+            )
     consumers.forget_activations()
     return by, curves, trial
 
@@ -207,4 +213,4 @@ def _observed(
     return by, given, marks
 
 
-__all__ = ["Inputs", "Measured", "measure_costs"]
+__all__ = ["Measured", "measure_costs"]

@@ -62,7 +62,7 @@ def capture(
         ArgumentError: the inputs do not fit the model.
         CaptureError: the model is in training mode, or neither it nor any of its submodules can be captured.
     """
-    return _captured(model, args, kwargs, {}, state=state, dynamic_shapes=dynamic_shapes, device=device)
+    return _captured(model, args, kwargs, None, state=state, dynamic_shapes=dynamic_shapes, device=device)
 
 
 @one_at_a_time
@@ -366,9 +366,7 @@ def _subject_of(
     return InParts(captured, is_own=not is_given)
 
 
-def _captured(
-    model: Model, args: Any, kwargs: dict[str, Any] | None, loss: Any, **how: Any
-) -> Captured:
+def _captured(model: Model, args: Any, kwargs: dict[str, Any] | None, loss: Any, **how: Any) -> Captured:
     """A model as one program, or else in parts, where nothing speaks of the whole of it."""
     try:
         return capture_whole(model, args, kwargs, **how)

@@ -48,15 +48,7 @@ class Checked:
 
 
 class UnsoundError(VerificationError):
-    """Not all of what was decided passes.
-
-    Attributes:
-        left: the groups that cannot be pruned, by name, with what was seen.
-    """
-
-    def __init__(self, message: str, left: dict[str, str]) -> None:
-        super().__init__(message)
-        self.left = left
+    """Not all of what was decided passes."""
 
 
 def carry_out(
@@ -117,8 +109,7 @@ class Checker:
             if not groups or (strict and left):
                 raise UnsoundError(
                     f"what was decided cannot be removed: {first.text}; nothing is returned. A rule says what"
-                    " its operator does not do, or a pass is wrong",
-                    left,
+                    " its operator does not do, or a pass is wrong"
                 )
             made, fault = self._tried(groups)
             names = ", ".join(f"'{group.name}'" for group in groups if group.status == APPROXIMATE)
