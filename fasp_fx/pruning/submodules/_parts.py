@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ...allocation.budgets import Cap, Latency
 from ...analysis import plan as plans
@@ -246,28 +246,46 @@ class InParts(Subject):
                         f"calibration batch {index} holds values that are not finite; remove or repair them"
                     )
             batches.append(call)
-        self.unserved = {path for path in self.analyses if not self.inputs(path, batches)}
+        served = self._found(self.analyses, batches, keep=False)
+        self.unserved = {path for path in self.analyses if not served[path]}
         return batches
 
     def leaves(self, batches: list[Call]) -> list[list[Any]]:
         return [call.leaves() for call in batches]
 
     def inputs(self, path: str, batches: list[Call]) -> list[list[Any]]:
-        program, calls = self.programs[path], list[Call]()
-        for index, batch in enumerate(batches):
-            with watching([self.originals[path]], lambda _, call: calls.append(call)):
-                self._run(index, batch)
-        found = []
-        for call in calls:
+        return self._found([path], batches)[path]
+
+    def _found(
+        self, paths: Iterable[str], batches: list[Call], keep: bool = True
+    ) -> dict[str, list[list[Any]]]:
+        """What each call of some parts brings to the inputs of their graphs, while every batch runs once;
+        nothing where a part does not take one of its calls.
+
+        Args:
+            keep: ``False`` tells only how many calls there are.
+        """
+        modules = {self.originals[path]: path for path in paths}
+        found = {path: list[list[Any]]() for path in paths}
+        unfit = dict[str, str]()
+
+        def note(module: nn.Module, call: Call) -> None:
+            path = modules[module]
             if all(tensor.numel() for tensor in call.tensors()):
                 try:
-                    found.append(program.flat_inputs(call.args, call.kwargs))
-                    check_inputs(program, found[-1], "a call on the calibration data")
+                    taken = self.programs[path].flat_inputs(call.args, call.kwargs)
+                    check_inputs(self.programs[path], taken, "a call on the calibration data")
+                    found[path].append(taken if keep else [])
                 except tolerable(CallError, CalibrationError) as error:
-                    self.left[path] = first_line(error)
-                    return []
-        if not found:
-            self.left[path] = "the calibration data never reaches it"
+                    unfit.setdefault(path, first_line(error))
+
+        for index, batch in enumerate(batches):
+            with watching(modules, note):
+                self._run(index, batch)
+        for path in paths:
+            if path in unfit or not found[path]:
+                self.left[path] = unfit.get(path, "the calibration data never reaches it")
+                found[path].clear()
         return found
 
     def leaves_whole(self, path: str, lost: Sequence[int]) -> bool:
