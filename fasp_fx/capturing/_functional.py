@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from ..base._tensors import storage_of
 from ..base._tolerable import tolerable
 from ..base._warn import quiet
 from ..base.compat import (
@@ -20,6 +21,7 @@ from ..base.compat import (
     decomposition_table,
     is_composite,
     is_transform,
+    pytree,
 )
 from ..patterns import lookup
 from ._decompositions import ASSIGNMENTS
@@ -144,24 +146,39 @@ def _is_exported(target: Any) -> bool:
     ).startswith("sym_")
 
 
-# --- Operators that write into a tensor that the graph has just made, as the operators that return the
-# result.
+# --- Operators that write into a tensor that the graph has made, as the operators that return the result.
 #
-# Functionalising a graph traces it once more. Most writes in models are of this simple kind (``position
-# += offset``), and need no trace.
+# Functionalising a graph traces it once more, which takes longer than its export. Nearly all writes in models
+# are into what is known under no other name any more (``relu_``, ``position += offset``), and need no trace.
 
 
 def out_of_place(exported: ExportedProgram) -> ExportedProgram:
-    """Rewrite such writes in the program's own graph, which nobody else may hold."""
-    if not any(map(_writes, exported.graph.nodes)):
+    """Rewrite such writes in the program's own graph, which nobody else may hold, and whose recorded tensors
+    share memory as those of the trace did.
+    """
+    writes = [node for node in exported.graph.nodes if _writes(node)]
+    if not writes:
         return exported
     remove_dropouts(exported.graph)
     order = {node: index for index, node in enumerate(exported.graph.nodes)}
-    for node in exported.graph.nodes:
-        twin = _twin(node.target) if _writes(node) and node.args else None
-        if twin is None or not _is_unshared(node.args[0], node) or not _keeps_type(node, twin):
+    sharing: dict[object, list[fx.Node]] = {}
+    for node in order:
+        for storage in {storage_of(value) for value in pytree.tree_leaves(node.meta.get("val"))}:
+            sharing.setdefault(storage, []).append(node)
+    for node in writes:
+        written: Any = node.args[0] if node.args else None
+        twin = _twin(node)
+        alike = sharing.get(storage_of(node.meta.get("val")), [])
+        earlier = [other for other in alike if order[other] < order[node]]
+        if (
+            twin is None
+            or written not in earlier
+            or any(other.op != "call_function" for other in earlier)
+            or any(
+                order[user] > order[node] for other in earlier if other is not written for user in other.users
+            )
+        ):
             continue
-        written: Any = node.args[0]
         node.target = twin
         written.replace_all_uses_with(
             node, delete_user_cb=lambda user, after=order[node]: order[user] > after
@@ -176,40 +193,20 @@ def _writes(node: fx.Node) -> bool:
     )
 
 
-def _twin(target: Any) -> OpOverload | None:
-    """The operator that returns what this one writes into its first argument alone, and takes the same
-    arguments.
+def _twin(node: fx.Node) -> OpOverload | None:
+    """The operator that returns what the one of a node writes into its first argument alone, and takes the
+    same arguments; ``None`` also for assignments, which become operators of other kinds.
     """
+    target: Any = node.target
     packet = getattr(getattr(torch.ops, target.namespace), target._opname.removesuffix("_"), None)
     twin = getattr(packet, target._overloadname, None)
-    if not isinstance(twin, OpOverload) or _returns_alias(twin) or twin._schema.is_mutable:
+    if not isinstance(twin, OpOverload) or twin._schema.is_mutable or twin in ASSIGNMENTS:
         return None
-    own, others = ([argument.name for argument in one._schema.arguments] for one in (target, twin))
-    written = [argument.name for argument in target._schema.arguments if argument.is_write]
-    return twin if own == others and written == own[:1] else None
-
-
-def _is_unshared(written: Any, by: fx.Node) -> bool:
-    """Whether a tensor was made by the graph, and nothing but its own node speaks of its storage."""
-    return (
-        isinstance(written, fx.Node)
-        and written.op == "call_function"
-        and isinstance(written.meta.get("val"), Tensor)
-        and not any(_shares(node) for node in (written, *written.users) if node is not by)
-    )
-
-
-def _shares(node: fx.Node) -> bool:
-    """Whether what a node makes may be a view of what it takes, or the node writes into that."""
-    if node.op == "output":
-        return False
-    return not isinstance(node.target, OpOverload) or _returns_alias(node.target) or _writes(node)
-
-
-def _returns_alias(operator: OpOverload) -> bool:
-    """Whether an operator may return a view of an argument; one that is made of others need not say so."""
-    composite = is_composite(operator)
-    return composite or any(result.alias_info is not None for result in operator._schema.returns)
+    first, *rest = target._schema.arguments
+    others = [argument.name for argument in twin._schema.arguments[1:]]
+    alone = first.is_write and not any(argument.is_write for argument in rest)
+    same = [argument.name for argument in rest] == others
+    return twin if alone and same and _keeps_type(node, twin) else None
 
 
 def _keeps_type(node: fx.Node, twin: OpOverload) -> bool:
