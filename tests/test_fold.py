@@ -318,7 +318,7 @@ def frozen() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "name", "kept"),
     [
-        (taken, "weight_folded", "weight"),
+        (taken, "weight_2", "weight"),
         (gained, "middle.weight", "again"),
         (lambda: parametrizations.weight_norm(nn.Linear(6, 16)).eval(), "weight", "bias"),
         (frozen, "0.weight", "4.weight"),

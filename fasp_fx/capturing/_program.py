@@ -4,7 +4,7 @@ call it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -166,11 +166,7 @@ class Program:
         """The dotted name itself, or with a suffix if the program or the caller's model has something else by
         that name.
         """
-        known = [*self.order, *self.weights(), *dict(self.module.named_modules())]
-        count, free = 1, wanted
-        while any(name == free or name.startswith(f"{free}.") for name in known):
-            count, free = count + 1, f"{wanted}_{count + 1}"
-        return free
+        return free_name(wanted, [*self.order, *self.weights(), *dict(self.module.named_modules())])
 
     def replace_weight(self, names: list[str], value: Tensor) -> None:
         """Put one tensor under several names; a parameter stays one parameter, so that tied weights stay
@@ -248,6 +244,14 @@ class Program:
         """The device of the weights, or of the inputs if there are none."""
         tensors: Iterator[Any] = iter([*self.weights().values(), *pytree.tree_leaves(self.example)])
         return next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), torch.device("cpu"))
+
+
+def free_name(wanted: str, taken: Iterable[str]) -> str:
+    """The dotted name itself, or with a suffix if something else has it."""
+    count, free = 1, wanted
+    while any(name == free or name.startswith(f"{free}.") for name in taken):
+        count, free = count + 1, f"{wanted}_{count + 1}"
+    return free
 
 
 def region(tensor: Tensor, name: str) -> tuple[Any, ...]:
