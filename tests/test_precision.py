@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasp_fx
 from fasp_fx.base._device import float32_products
-from fasp_fx.capturing._attention import ToldOfCausality, _told_of_causality, execute
+from fasp_fx.capturing._attention import execute
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -117,75 +117,3 @@ def test_attention_over_few_keys_is_computed_in_full_forward_and_back(keys: int,
     assert precisions.seen == {"attention": {precision}, "mm": {"bf16"}}
     expected = torch.nn.functional.scaled_dot_product_attention(*[(heads @ weight)] * 3)
     torch.testing.assert_close(mixed, expected, rtol=0.2, atol=0.1)
-
-
-def _masks(length: int) -> dict[str, tuple[Tensor, bool]]:
-    """Masks of as many queries as keys, and whether each is causal."""
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    window = causal.triu(-2)
-    far, near = causal.clone(), causal.clone()
-    far[-1, 0], near[0, 1] = False, True
-    found = {
-        "causal": (causal, True),
-        "a window": (window, False),
-        "one hidden": (far, False),
-        "one shown": (near, False),
-        "causal for all samples": (causal.expand(2, 3, length, length), True),
-        "one sample padded": (torch.stack([causal, causal & (torch.arange(length) > 0)])[:, None], False),
-    }
-    for name, (mask, is_causal) in list(found.items()):
-        for least in (float("-inf"), torch.finfo(torch.float32).min):
-            shown = torch.zeros(mask.shape).masked_fill(~mask, least)
-            found[f"{name}, {least}"] = shown, is_causal
-    found["a slope"] = (torch.zeros(length, length).masked_fill(~causal, float("-inf")) - 0.5 * causal, False)
-    return found
-
-
-def test_attention_is_told_of_causal_masks() -> None:
-    """What a kernel is told is what the mask says: the results are those with the mask."""
-    torch.manual_seed(0)
-    length = 5
-    target = torch.ops.aten.scaled_dot_product_attention.default
-    queries, keys, values = (torch.randn(2, 3, length, 4) for _ in range(3))
-    for name, (mask, is_causal) in _masks(length).items():
-        for args, kwargs in (
-            ((queries, keys, values, mask), {"scale": 0.3}),
-            ((queries, keys, values), {"attn_mask": mask}),
-        ):
-            told = _told_of_causality(args, kwargs)
-            assert (told == (args, kwargs)) is not is_causal, name
-            expected = target(*args, **kwargs)
-            torch.testing.assert_close(execute(target, args, kwargs), expected, equal_nan=True, msg=name)
-    mask = torch.ones(length, length, dtype=torch.bool).tril()
-    assert _told_of_causality((queries, keys, values, mask), {})[0][3] is None
-    mask[-1, 0] = False
-    assert _told_of_causality((queries, keys, values, mask), {})[0][3] is mask, "written into since"
-    assert _told_of_causality((queries[:, :, 1:], keys, values, mask[..., 1:, :]), {})[0][3] is not None
-
-
-@pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
-def test_attention_is_told_of_causal_masks_whoever_calls_it(
-    captured: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a training computes with it, values and gradients, is what it computes without."""
-    torch.manual_seed(0)
-    target = torch.ops.aten.scaled_dot_product_attention.default
-    call = target if captured else torch.nn.functional.scaled_dot_product_attention
-    heads = [torch.randn(1, 3, 9, 4, requires_grad=True) for _ in range(3)]
-    mask = torch.ones(9, 9).tril() > 0
-    asked: list[Any] = []
-
-    def ask(args: Any, kwargs: Any) -> Any:
-        asked.append(_told_of_causality(args, kwargs))
-        return asked[-1]
-
-    monkeypatch.setattr("fasp_fx.capturing._attention._told_of_causality", ask)
-    expected = call(*heads, attn_mask=mask)
-    assert not asked, "what is outside of it is not told"
-    with ToldOfCausality():
-        found = call(*heads, attn_mask=mask) + 0
-    ((args, _),) = asked
-    assert args[5] is True
-    torch.testing.assert_close(found, expected)
-    gradients, wanted = (torch.autograd.grad(output.sum(), heads) for output in (found, expected))
-    torch.testing.assert_close(gradients, wanted)

@@ -22,7 +22,6 @@ from ...base._device import device_of, products_in_bfloat16
 from ...base._tolerable import short_of_memory, tolerable
 from ...base._undisturbed import drawing_alike, seed_of
 from ...base.compat import pytree
-from ...capturing._attention import ToldOfCausality
 from ...capturing._unchanged import copied, rewound
 from ...errors import ArgumentError, CalibrationError, StoreError, first_line
 from ...pruning.report import CurvePoint
@@ -439,7 +438,7 @@ class Training:
 
     def _terms(self, index: int, bfloat16: bool) -> Tensor:
         """The terms of a batch."""
-        with products_in_bfloat16(self._device, bfloat16), ToldOfCausality():
+        with products_in_bfloat16(self._device, bfloat16):
             outputs = self.lessons.outputs(self.trained, index, self._device)
         return self.lessons.terms(self.trained.student, outputs, index, self._device)
 
