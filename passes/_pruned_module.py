@@ -18,10 +18,9 @@ from fasp_fx.capturing import export_again
 from fasp_fx.capturing._assemble import Assembly, ready
 from fasp_fx.capturing._attention import make_traceable
 from fasp_fx.capturing._fx import attribute, target_name
-from fasp_fx.capturing._guards import guard_calls
 from fasp_fx.capturing._program import ExportFacts, Program, graph_module
 from fasp_fx.capturing._rewrites import own_names
-from fasp_fx.capturing._signature import CallerCodeGen, CallSignature
+from fasp_fx.capturing._signature import CallerCodeGen, CallSignature, guard_calls
 from fasp_fx.errors import StoreError
 
 

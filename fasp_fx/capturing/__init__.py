@@ -1,11 +1,11 @@
 """How a model becomes a functional graph, and a graph an exported program."""
 
 from ._capture import capture, in_training, recapture
-from ._decompositions import any_number_of_steps, single_layers
-from ._dynamic import lower_bound, recorded_shapes, upper_bound
 from ._export import export_again
 from ._functional import Decompositions, composites, is_plain_graph, taken_apart
 from ._fx import is_pure
+from ._rewrites import any_number_of_steps, single_layers
+from ._sizes import lower_bound, recorded_shapes, upper_bound
 
 __all__ = [
     "Decompositions",

@@ -43,9 +43,9 @@ from ..base.compat import (
     take_guards,
 )
 from ..errors import VerificationError
-from ._decompositions import any_number_of_steps
 from ._fx import attribute, results, target_name
 from ._program import ExportFacts, assumed, environment_of
+from ._rewrites import any_number_of_steps
 from ._runner import record
 
 _log = logging.getLogger("fasp_fx")

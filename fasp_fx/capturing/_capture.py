@@ -19,16 +19,15 @@ from ..base._stamps import read_stamps
 from ..base._undisturbed import without_collections
 from ..base.compat import LazyGraphModule, compile_graphs, pytree
 from ..errors import ArgumentError, CaptureError
-from ._decompositions import single_layers
-from ._dynamic import all_dims, every_dim
 from ._export import export
 from ._fold import Folding
 from ._fold import fold as fold_weights
 from ._functional import functional
 from ._fx import remove_dead, remove_dropouts, results
 from ._program import ExportFacts, Program, graph_module
-from ._rewrites import as_weights, check_names, own_names
+from ._rewrites import as_weights, check_names, own_names, single_layers
 from ._signature import CallSignature
+from ._sizes import all_dims, every_dim
 from ._transformers import is_cache, is_transformers, register_caches
 
 

@@ -28,8 +28,10 @@ from ..base.compat import (
     without_fake_cache,
 )
 from ..errors import ArgumentError, ExportError, first_line
-from ._decompositions import any_number_of_steps
-from ._dynamic import (
+from ._functional import functional, out_of_place
+from ._rewrites import any_number_of_steps, as_weights, fixed_sizes, padded_in_order, settled_as_numbers
+from ._signature import CallerCodeGen, CallSignature, is_plain
+from ._sizes import (
     all_dims,
     first_dim,
     images_of,
@@ -39,9 +41,6 @@ from ._dynamic import (
     widened,
     with_static,
 )
-from ._functional import functional, out_of_place
-from ._rewrites import as_weights, fixed_sizes, padded_in_order, settled_as_numbers
-from ._signature import CallerCodeGen, CallSignature, is_plain
 from ._transformers import export_transformers, is_transformers
 from ._unchanged import functions_called, run_once, unchanged
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..base.compat import pytree
-from ._dynamic import all_dims, every_dim, images_of
+from ._sizes import all_dims, every_dim, images_of
 
 
 def is_transformers(model: nn.Module) -> bool:

@@ -14,8 +14,8 @@ from ...base._tolerable import tolerable
 from ...base._undisturbed import drawing_alike
 from ...base.compat import OpOverload, pytree
 from ...capturing._fx import attribute, written_by, written_names
-from ...capturing._guards import Guards
 from ...capturing._program import set_weight
+from ...capturing._signature import Guards
 from ...capturing._unchanged import copied
 
 #: reads the bits of a number as those of another type, which a wider number does not have
