@@ -2,16 +2,14 @@
 
 from ._capture import capture, in_training, recapture
 from ._export import export_again
-from ._functional import Decompositions, composites, is_plain_graph, taken_apart
+from ._functional import is_plain_graph, take_apart
 from ._fx import is_pure
 from ._rewrites import any_number_of_steps, single_layers
 from ._sizes import lower_bound, recorded_shapes, upper_bound
 
 __all__ = [
-    "Decompositions",
     "any_number_of_steps",
     "capture",
-    "composites",
     "export_again",
     "in_training",
     "is_plain_graph",
@@ -20,6 +18,6 @@ __all__ = [
     "recapture",
     "recorded_shapes",
     "single_layers",
-    "taken_apart",
+    "take_apart",
     "upper_bound",
 ]

@@ -22,7 +22,7 @@ from ..errors import ArgumentError, CaptureError
 from ._export import export
 from ._fold import Folding
 from ._fold import fold as fold_weights
-from ._functional import functional
+from ._functional import functional, take_apart
 from ._fx import remove_dead, remove_dropouts, results
 from ._program import ExportFacts, Program, graph_module
 from ._rewrites import as_weights, check_names, own_names, single_layers
@@ -119,6 +119,8 @@ def capture(
     _check_generators(exported)
     module = exported.module(check_guards=False)
     own_names(module, module.graph)
+    if isinstance(model, ExportedProgram):
+        take_apart(module.graph)
     single_layers(module.graph)
     remove_dropouts(module.graph)
     remove_dead(module.graph)
@@ -216,6 +218,7 @@ def recapture(program: Program, exported: ExportedProgram) -> Program:
     exported = functional(exported)
     read_stamps(exported.graph)
     module = _plain(exported.module(check_guards=False))
+    take_apart(module.graph)
     single_layers(module.graph)
     inputs, before = module.graph.find_nodes(op="placeholder"), program.placeholders()
     if len(inputs) != len(before) or len(results(module.graph)) != len(results(program.module.graph)):

@@ -28,7 +28,7 @@ from ..base.compat import (
     without_fake_cache,
 )
 from ..errors import ArgumentError, ExportError, first_line
-from ._functional import functional, out_of_place
+from ._functional import functional, out_of_place, take_apart
 from ._rewrites import any_number_of_steps, as_weights, fixed_sizes, padded_in_order, settled_as_numbers
 from ._signature import CallerCodeGen, CallSignature, is_plain
 from ._sizes import (
@@ -248,8 +248,12 @@ def _rewritten(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
 def _rewritten_once(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
     with compiled_when_called():
         exported = trace()
-    exported = out_of_place(as_weights(settled_as_numbers(exported)))
-    return functional(padded_in_order(exported))
+    exported = padded_in_order(as_weights(settled_as_numbers(exported)))
+    out_of_place(exported.graph)
+    exported = functional(exported)
+    take_apart(exported.graph)
+    exported.graph_module.recompile()
+    return exported
 
 
 def _calling(model: nn.Module, forward: Callable[..., Any]) -> contextlib.AbstractContextManager[Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_export_module
 from torch.export import ExportedProgram
 
+from ..base._stamps import stand_for
 from ..base._tensors import storage_of
 from ..base._tolerable import tolerable
 from ..base._warn import quiet
@@ -23,88 +25,107 @@ from ..base.compat import (
     is_composite,
     is_transform,
     pytree,
+    without_overrides,
 )
+from ..errors import first_line
 from ..patterns import lookup
 from ._fx import remove_dropouts
 
 _log = logging.getLogger("fasp_fx")
 
 _ATEN = torch.ops.aten
-T = TypeVar("T")
-#: how to take operators apart, in terms of others
-Decompositions = dict[OpOverload, Callable[..., Any]]
 
 
 def functional(exported: ExportedProgram) -> ExportedProgram:
-    """Functionalise, and decompose composite operators without a rule, assignments to slices and what
-    ``torch.func`` transforms; most programs are exported functional and keep as they are.
+    """Functionalise, with what ``torch.func`` transforms and what stands in regions of its own; most programs
+    are exported functional and keep as they are.
     """
-    return taken_apart(exported.graph, exported.run_decompositions) or exported
-
-
-def taken_apart(graph: fx.Graph, again: Callable[[Decompositions], T]) -> T | None:
-    """What is made of a graph once more, with the operators taken apart that have no rule; ``None`` where
-    nothing is to be taken apart.
-
-    Args:
-        graph: a graph of operators.
-        again: makes it once more, with these decompositions.
-    """
-    if all(_is_plain(node) for node in graph.nodes):
-        return None
+    if all(map(_is_functional, exported.graph.nodes)):
+        return exported
     with quiet(), composites_read_once():
-        table = _decompositions(graph)
-        for decompositions in ({**table, **ASSIGNMENTS}, table):
-            try:
-                return again(decompositions)
-            except tolerable(AssertionError, RuntimeError) as error:
-                # A decomposition need not be functional, or take symbolic sizes.
-                _log.info("some operators without a rule stay whole: %s", error)
-        return again({})
+        return exported.run_decompositions({})
 
 
-def composites(graph: fx.Graph) -> set[OpOverload]:
-    """The operators of a graph that have no rule and are made of others."""
-    return {
-        node.target
-        for node in graph.nodes
-        if isinstance(node.target, OpOverload) and not _is_plain(node) and is_composite(node.target)
-    }
-
-
-def _decompositions(graph: fx.Graph) -> Decompositions:
-    """How to take apart the operators of a graph that have no rule: what they are made of may have one."""
-    known = torch.export.default_decompositions()
-    found: Decompositions = {}
-    for operator in {
-        node.target for node in graph.nodes if isinstance(node.target, OpOverload) and not _is_plain(node)
-    }:
-        if operator._schema.is_mutable:
-            continue
-        if operator in known:
-            found[operator] = known[operator]
-        elif operator in decomposition_table:
-            found[operator] = decomposition_table[operator]
-    return found
-
-
-def _is_plain(node: fx.Node) -> bool:
+def _is_functional(node: fx.Node) -> bool:
     if node.op == "get_attr":  # a submodule: a region with its own gradient or autocast mode, or a function
         return all(map(_takes_functions, node.users)) and _stays(node)
     if node.op != "call_function":
         return True
     if isinstance(node.target, HigherOrderOperator):
         return _takes_functions(node)
-    if not isinstance(node.target, OpOverload):
-        return not is_transform(node.target)
-    if node.target._schema.is_mutable:
-        return False
-    # what computes positions and indices of nothing, or of one another, touches no channel: it may stay whole
-    # without a rule
+    return not (_writes(node) or is_transform(node.target))
+
+
+def take_apart(graph: fx.Graph) -> None:
+    """Write operators without a rule that are made of others, and assignments to slices, as what they are
+    made of, which may have rules; one after the other, in a functional graph with its values recorded.
+
+    What cannot be followed so (it asks for what a symbolic size is, say) stays whole.
+    """
+    waiting = list(graph.nodes)
+    while waiting:
+        node = waiting.pop()
+        way = _way_apart(node)
+        if way is None:
+            continue
+        try:
+            waiting += _written_out(node, way)
+        except tolerable(Exception) as reason:  # a decomposition raises what it likes
+            _log.info("'%s' (%s) stays whole: %s", node.name, node.target, first_line(reason))
+
+
+def _way_apart(node: fx.Node) -> Callable[..., Any] | None:
+    """How to take an operator apart, in terms of others; ``None`` where it stays."""
+    operator = node.target
+    if not isinstance(operator, OpOverload):
+        return None
+    if operator in ASSIGNMENTS:
+        return ASSIGNMENTS[operator]
+    # what computes positions and indices of nothing, or of one another, touches no channel
     given = [argument.meta.get("val") for argument in node.all_input_nodes]
-    return lookup(node.target) is not None or not any(
+    if lookup(operator) is not None or not any(
         isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) for value in given
-    )
+    ):
+        return None
+    return operator.decompose if is_composite(operator) else decomposition_table.get(operator)
+
+
+def _written_out(node: fx.Node, way: Callable[..., Any]) -> list[fx.Node]:
+    """The nodes that stand in the place of one."""
+    graph, given = node.graph, node.all_input_nodes
+    recorded = [operand.meta["val"] for operand in given]
+
+    def compute(*values: Any) -> Any:
+        known = dict(zip(given, values, strict=True))
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+        with without_overrides():  # a tracer's own would record the operator as it is
+            made = way(*args, **kwargs)
+        if made is NotImplemented:
+            raise NotImplementedError
+        return (made,) if isinstance(made, Tensor) else tuple(made)
+
+    module = nn.Module()
+    module.forward = compute
+    with quiet(), torch.no_grad():
+        made, _ = aot_export_module(module, recorded, trace_joint=False, pre_dispatch=True, decompositions={})
+    traced = made.graph
+    if any(each.op == "get_attr" or each.target == node.target for each in traced.nodes):
+        raise NotImplementedError
+    copied = dict(zip(traced.find_nodes(op="placeholder"), given, strict=True))
+    with graph.inserting_before(node):
+        results: Any = graph.graph_copy(traced, copied)
+    written = [copied[each] for each in traced.nodes if each.op == "call_function"]
+    for each in written:
+        stand_for(each, node)
+    one = isinstance(node.meta["val"], Tensor)
+    for old, new in [(node, results[0])] if one else [(user, results[user.args[1]]) for user in node.users]:
+        old.replace_all_uses_with(new)
+        graph.erase_node(old)
+        if new in written:
+            new.name = old.name  # by which a program knows what it returns
+    if not one:
+        graph.erase_node(node)
+    return written
 
 
 def _takes_functions(node: fx.Node) -> bool:
@@ -153,15 +174,13 @@ def _is_exported(target: Any) -> bool:
 # are into what is known under no other name any more (``relu_``, ``position += offset``), and need no trace.
 
 
-def out_of_place(exported: ExportedProgram) -> ExportedProgram:
-    """Rewrite such writes in the program's own graph, which nobody else may hold, and whose recorded tensors
-    share memory as those of the trace did.
-    """
-    writes = [node for node in exported.graph.nodes if _writes(node)]
-    if not writes:
-        return exported
-    remove_dropouts(exported.graph)
-    order = {node: index for index, node in enumerate(exported.graph.nodes)}
+def out_of_place(graph: fx.Graph) -> None:
+    """Rewrite such writes in a graph whose recorded tensors share memory as those of the trace did."""
+    writes = [node for node in graph.nodes if _writes(node)]
+    if not writes or any(is_transform(node.target) for node in graph.nodes):
+        return
+    remove_dropouts(graph)
+    order = {node: index for index, node in enumerate(graph.nodes)}
     sharing: dict[object, list[fx.Node]] = {}
     for node in order:
         for storage in {storage_of(value) for value in pytree.tree_leaves(node.meta.get("val"))}:
@@ -184,8 +203,6 @@ def out_of_place(exported: ExportedProgram) -> ExportedProgram:
         written.replace_all_uses_with(
             node, delete_user_cb=lambda user, after=order[node]: order[user] > after
         )
-    exported.graph_module.recompile()
-    return exported
 
 
 def _writes(node: fx.Node) -> bool:
@@ -287,7 +304,7 @@ def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Any:
     return cast if cast.shape == self.shape else _ATEN.expand.default(cast, list(self.shape))
 
 
-#: for :meth:`torch.export.ExportedProgram.run_decompositions`
+#: how they are written, or ``NotImplemented`` where they stay
 ASSIGNMENTS: dict[OpOverload, Callable[..., Any]] = {
     _ATEN.copy.default: _copy,
     _ATEN.index_put.default: _index_put,

@@ -4,7 +4,6 @@ computes, in operators that the library reads.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any, cast
 
@@ -19,15 +18,12 @@ from ..base.compat._dynamo import (
     TracingContext,
     aot_export_module,
     tracing,
-    without_overrides,
 )
 from ..capturing import (
-    Decompositions,
     any_number_of_steps,
-    composites,
     is_plain_graph,
     single_layers,
-    taken_apart,
+    take_apart,
 )
 from ..capturing._attention import FLEX
 from ..capturing._program import Program, graph_module
@@ -91,8 +87,8 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
     module = _with_floats(module)
     given = [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")]
     try:
-        traced = _traced(module, given, {})
-        traced = taken_apart(traced.graph, functools.partial(_in_parts, traced, given)) or traced
+        traced = _traced(module, given)
+        take_apart(traced.graph)
     except CaptureError:
         raise
     except tolerable(Exception) as error:
@@ -138,51 +134,10 @@ def _with_floats(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-class _Apart(nn.Module):
-    """A graph that calls, in the place of some operators, what they are made of.
-
-    It does so where a model would: a composite may write into what it has made itself, and the tracer sees to
-    that only above itself.
-    """
-
-    def __init__(self, traced: fx.GraphModule, decompositions: Decompositions) -> None:
-        super().__init__()
-        self._caller = _Caller(traced, decompositions)
-
-    def forward(self, *args: Any) -> Any:
-        return self._caller.run(*args)
-
-
-class _Caller(fx.Interpreter):
-    def __init__(self, traced: fx.GraphModule, decompositions: Decompositions) -> None:
-        super().__init__(traced)
-        self._decompositions = decompositions
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        decomposition = self._decompositions.get(target)
-        if decomposition is None:
-            return super().call_function(target, args, kwargs)
-        with without_overrides():  # a tracer's own would record the operator as it is
-            made = decomposition(*args, **kwargs)
-        return super().call_function(target, args, kwargs) if made is NotImplemented else made
-
-
-def _in_parts(traced: fx.GraphModule, given: list[Any], decompositions: Decompositions) -> fx.GraphModule:
-    """A traced graph with operators taken apart, and what they are made of in turn, which an exporter does by
-    itself.
-    """
-    while True:
-        traced = _traced(_Apart(traced, decompositions), given, decompositions)
-        more = {operator: operator.decompose for operator in composites(traced.graph)}
-        if not decompositions or more.keys() <= decompositions.keys():
-            return traced
-        decompositions = {**more, **decompositions}
-
-
-def _traced(module: nn.Module, given: list[Any], decompositions: Decompositions) -> fx.GraphModule:
+def _traced(module: nn.Module, given: list[Any]) -> fx.GraphModule:
     with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad(), any_number_of_steps():
         made, signature = aot_export_module(
-            module, given, trace_joint=False, pre_dispatch=True, decompositions=decompositions
+            module, given, trace_joint=False, pre_dispatch=True, decompositions={}
         )
     if signature.buffers_to_mutate or signature.parameters_to_mutate or signature.user_inputs_to_mutate:
         raise CaptureError("the graph writes into its inputs or buffers")

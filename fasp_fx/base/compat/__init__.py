@@ -109,6 +109,8 @@ def compile_graphs(module: nn.Module) -> None:
             part.real_recompile()
 
 
+#: calls of operators inside are not intercepted by ``__torch_function__``, that of a mode included
+without_overrides = torch._C.DisableTorchFunction
 #: what torch reads that list with
 _READ = "_materialize_cpp_cia_ops"
 _TRACED = (DispatchKey.Autograd, DispatchKey.CompositeImplicitAutograd, DispatchKey.Meta)
@@ -225,5 +227,6 @@ __all__ = [
     "take_guards",
     "traced_by",
     "without_fake_cache",
+    "without_overrides",
     "without_stack_traces",
 ]

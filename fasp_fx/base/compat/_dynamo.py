@@ -7,9 +7,6 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext, tracing
 
-#: calls of operators inside are not intercepted by ``__torch_function__``, that of a mode included
-without_overrides = torch._C.DisableTorchFunction
-
 #: the function that a graph calls where gradients are switched on or off
 SET_GRAD = torch._C._set_grad_enabled
 
@@ -27,5 +24,4 @@ __all__ = [
     "lookup_backend",
     "traces_recurrent",
     "tracing",
-    "without_overrides",
 ]
