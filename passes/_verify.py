@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from torch import Tensor, fx
 
-from fasp_fx.analysis.channels import NONE, Interpreter, Numbering, Remark, Value, Walk, marked
+from fasp_fx.analysis.channels import NONE, Interpreter, Numbering, Pairs, Remark, Value, Walk, marked
 from fasp_fx.capturing._fx import results
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import lookup
 
 if TYPE_CHECKING:
     from fasp_fx.analysis._analysis import Analysis
-    from fasp_fx.analysis._walks import Pairs
     from fasp_fx.capturing._program import Program
 
 #: clauses of operators that take parts out of a dimension

@@ -215,6 +215,14 @@ class Rule:
         body = " | ".join(map(str, self.alternatives)) or single
         return "; ".join((body, *map(str, self.clauses)))
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether each element of the results is computed from those at the same place of the operands."""
+        forms = self.alternatives
+        dims = [own for form in forms for own in (*form.results, *(o.dims for o in form.operands))]
+        plain = all(clause.keyword in ("pass", "ignore") for clause in self.clauses)
+        return plain and bool(dims) and all(own == (ELLIPSIS,) for own in dims)
+
     def all(self, keyword: str) -> list[Clause]:
         """The clauses that start with ``keyword``, in order."""
         assert keyword in _CLAUSES, keyword
@@ -366,26 +374,7 @@ class _Parser:
         rule = Rule(moves, tuple(alternatives), tuple(clauses), creates, tallies)
         if creates and not rule.all("shape"):
             self.fail("'create' needs the clause 'shape', which says what argument holds the sizes")
-        self._check_brackets(rule)
         return rule
-
-    def _check_brackets(self, rule: Rule) -> None:
-        """Of two letters in brackets a clause has to say how large one is."""
-        sized = {clause.words[0] for keyword in ("factor", "gates") for clause in rule.all(keyword)}
-        for alternative in rule.alternatives:
-            pairs = [
-                dim for operand in alternative.operands for dim in operand.dims if isinstance(dim, tuple)
-            ]
-            for first, second in pairs:
-                if first not in sized and second not in sized:
-                    self.fail(
-                        f"nothing says how large {first!r} or {second!r} is, which stand in brackets; add"
-                        f" 'factor {first} NAME' or 'gates {first} NUMBER'"
-                    )
-        read = rule.alternatives[0].operands[0].dims if rule.alternatives else ()
-        for clause in rule.all("factor"):
-            if not any(clause.words[0] in dim for dim in read if isinstance(dim, tuple)):
-                self.fail(f"'factor {clause.words[0]}' is of a letter in brackets in the first operand")
 
 
 @cache

@@ -104,7 +104,7 @@ TOLD = {
     "bias by head": "'score_mod' of flex_attention tells positions along this dimension apart",
     "mask by head": "'block_mask' of flex_attention tells positions along this dimension apart",
     "a block mask for each head": (
-        "'block_mask' of flex_attention has an entry for each position along this dimension"
+        "'block_mask' of flex_attention tells positions along this dimension apart"
     ),
 }
 

@@ -33,27 +33,12 @@ def attended(inside: Callable[[Tensor], Tensor] = torch.relu, **options: Any) ->
     return made(forward, attention=attention, **{name: nn.Linear(*size) for name, size in sizes.items()})
 
 
-def outside() -> nn.Module:
-    """Heads before the batch, ``aabb``, in a dimension of their own."""
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        q, k, v = (
-            part(x).unflatten(-1, (2, 6)).permute(2, 0, 1, 3).flatten(0, 1) for part in (m.q, m.k, m.v)
-        )
-        h = (q @ k.transpose(-1, -2) / 3).softmax(-1) @ v
-        return m.out(h.unflatten(0, (2, -1)).permute(1, 2, 0, 3).flatten(2))
-
-    torch.manual_seed(0)
-    return made(forward, **{name: nn.Linear(8, 12) for name in "qkv"}, out=nn.Linear(12, 5))
-
-
 def drawn(samples: int, tokens: int = 5) -> Tensor:
     return torch.randn(samples, tokens, 8, generator=torch.Generator().manual_seed(samples))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "inside of the batch": attended,
-    "before the batch": outside,
     "a row behind the keys": lambda: attended(add_bias_kv=True, add_zero_attn=True),
 }
 
@@ -102,5 +87,4 @@ def test_numbers_that_do_not_repeat_have_no_place_at_other_sizes() -> None:
     )
     recorded = next(iter(exported.graph.nodes)).meta["val"].shape
     assert repeating(torch.tensor([0, 1, 2])[:, None], recorded) is None
-    assert repeating(torch.tensor([0, 0, 1, 2])[:, None], recorded) is None
     assert repeating(torch.tensor([0, 1, 2])[:, None], (3, 1)) is not None

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from models import made, wide
-from oracle import TOLERANCE, assert_mask_exact, error, zeroed
+from oracle import assert_mask_exact
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import randomise
@@ -297,40 +297,3 @@ def test_mixing_of_positions(
     for sparsity in (0.3, analysis.max_sparsity):
         result = fasp_fx.prune(model, (x,), sparsity=sparsity, score="random", restore=None)
         assert_mask_exact(model, result, lambda called: called(unseen))
-
-
-def parted(function: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Twelve channels, of which two go another way than the rest."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        few, many = self.first(x).split([2, 10], 1)
-        return self.last(torch.cat([function(few), many], 1))
-
-    return randomise(made(forward, first=nn.Conv1d(3, 12, 3), last=nn.Conv1d(12, 3, 1)), std=0.5)
-
-
-REFUSE_NOTHING: dict[str, Callable[[Tensor], Tensor]] = {
-    "pool": lambda h: F.max_pool1d(h, 3, 1, 1),
-    "resample": lambda h: F.interpolate(h, size=h.shape[-1], mode="linear"),
-    "border": lambda h: F.pad(h, (1, 1), mode="reflect")[..., 1:-1],
-    "transform": lambda h: torch.fft.irfft(torch.fft.rfft(h, dim=-1), n=h.shape[-1], dim=-1),
-    "reshape": lambda h: h.transpose(1, 2).reshape(-1, 2).relu().view(len(h), -1, 2).transpose(1, 2),
-}
-
-
-@pytest.mark.parametrize("function", REFUSE_NOTHING.values(), ids=REFUSE_NOTHING)
-def test_something_stays_of_what_an_operator_refuses_to_work_without(
-    function: Callable[[Tensor], Tensor],
-) -> None:
-    model, x = parted(function), torch.randn(4, 3, 9)
-    result = fasp_fx.prune(
-        model,
-        (x,),
-        calibration=[x],
-        sparsity=0.5,
-        score=lambda columns: torch.arange(columns.weight.shape[1], dtype=torch.float64),  # first ones first
-        restore=None,
-    )
-    removed = {row for group in result.plan.groups for part in group.producers for row in part.removed}
-    assert len(removed & {0, 1}) == 1
-    assert error(result.module(x), zeroed(model, result.plan)(x)) < TOLERANCE

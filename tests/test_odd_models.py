@@ -8,7 +8,6 @@ import contextlib
 import copy
 import dataclasses
 import enum
-import itertools
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -458,18 +457,6 @@ def test_tensors_of_another_kind_are_refused(example: torch.dtype) -> None:
 # --- weights that no module multiplies
 
 
-def _splines(*widths: int, points: int = 5) -> nn.Module:
-    """Layers of splines: one dimension of a product is an input's channels times the points of a grid."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        for weight in self.layers:
-            x = torch.einsum("big,oig->bo", torch.exp(-((x[..., None] - self.grid) ** 2)), weight)
-        return x
-
-    layers = nn.ParameterList([parameter(o, i, points) for i, o in itertools.pairwise(widths)])
-    return made(forward, layers=layers, grid=torch.linspace(-2, 2, points))
-
-
 def _one_per_sample() -> nn.Module:
     """A convolution with a weight of its own for every sample, mixed of several (CondConv)."""
 
@@ -531,7 +518,6 @@ class Cut(NamedTuple):
 
 
 WEIGHTS: dict[str, Cut] = {
-    "splines": Cut(lambda: _splines(6, 10, 3), ((3, 6), (7, 6)), {"layers.1"}),
     "a weight for every sample": Cut(
         _one_per_sample, ((2, 3, 5, 5), (3, 3, 5, 5)), {"last.weight"}, {"sparsity": 0.1}
     ),

@@ -11,20 +11,27 @@ from dataclasses import dataclass, replace
 import networkx as nx
 import numpy as np
 import torch
-from torch import fx
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, fx
 
 from ..base._undisturbed import without_collections
 from ..base.compat import pytree
-from ..capturing._fx import target_name
+from ..capturing._fx import attribute, target_name
 from ..capturing._program import Program
 from ..errors import ArgumentError
-from ._build_groups import GroupBuilder, needed_experts
-from ._coupling import Coupling
+from ._build_groups import (
+    CODE,
+    ChannelSets,
+    GroupBuilder,
+    find_blocks,
+    group_sets,
+    needed_experts,
+    torn_blocks,
+)
 from ._depth import DEPTH, let_blocks_go
-from ._grouping import CODE, ChannelSets, find_blocks, group_sets, torn_blocks
-from ._walks import label_sets, walk_program
-from .channels import Value
-from .groups import EXEMPT, FROZEN
+from .channels import Interpreter, Numbering, Pairs, Slot, Value, Walk, marked
+from .groups import EXEMPT, FROZEN, Coupling
 from .resources import Sparsity
 
 
@@ -49,7 +56,23 @@ class Analysis(Coupling):
         Raises:
             ArgumentError: a name is not a weight of the model.
         """
-        return coupling_path(self, first, second)
+        starts, ends = _nodes_of(self, first), _nodes_of(self, second)
+        # What can be pruned says most; the channel sets of a group go the same ways.
+        for group in sorted(self.groups, key=lambda group: CODE[group.status]):
+            names = {name for member in (*group.producers, *group.consumers) for name in member.names}
+            graph = _carriers(self, int(group.sets[0])) if {first, second} <= names else nx.Graph()
+            paths = [
+                nx.shortest_path(graph, start, end)
+                for start in starts
+                for end in ends
+                if {start, end} <= graph.nodes and nx.has_path(graph, start, end)
+            ]
+            if paths:
+                return [
+                    str(node.target) if node.op == "get_attr" else f"{node.name} = {node.target}"
+                    for node in min(paths, key=len)
+                ]
+        return []
 
 
 @without_collections
@@ -74,30 +97,24 @@ def _settled(
     granularity: Iterable[str],
     include: Iterable[str],
 ) -> Analysis:
-    heads, experts, exempt = "head" in granularity, "expert" in granularity, EXEMPT in include
-
-    def settled(program: Program, heads: bool) -> Analysis:
-        return replace(
-            _analyze(program, heads, experts, exempt),
-            granularity=frozenset(granularity),
-            include=frozenset(include),
-        )
-
-    analysis = settled(program, heads)
+    asked = frozenset(granularity), frozenset(include)
+    analysis = _analyze(program, *asked)
     while split is not None and analysis.conflicts:
         # Rows are told apart one by one.
-        rewritten = split(program, settled(program, False) if heads else analysis)
+        alone = analysis if "head" not in asked[0] else _analyze(program, asked[0] - {"head"}, asked[1])
+        rewritten = split(program, alone)
         if rewritten is None:
             break
-        program, analysis = rewritten, settled(rewritten, heads)
+        program, analysis = rewritten, _analyze(rewritten, *asked)
     if DEPTH in include:
         groups = let_blocks_go(analysis.groups, analysis.labels, program, analysis.walk)
         analysis = replace(analysis, groups=groups)
     return analysis
 
 
-def _analyze(program: Program, heads: bool, experts: bool, exempt: bool) -> Analysis:
-    numbering, walk = walk_program(program, heads, experts)
+def _analyze(program: Program, granularity: frozenset[str], include: frozenset[str]) -> Analysis:
+    experts, exempt = "expert" in granularity, EXEMPT in include
+    numbering, walk = walk_program(program, "head" in granularity, experts)
     labels = label_sets(numbering.total, walk.facts.pairs)
     labels.setflags(write=False)
     count = int(labels.max(initial=-1)) + 1
@@ -108,10 +125,7 @@ def _analyze(program: Program, heads: bool, experts: bool, exempt: bool) -> Anal
         found.freeze(sets[~spared[sets]], f"they are whole blocks of {slot}, which keep equal counts")
     group_of, keys = group_sets(found, numbering, walk)
     block, conflicts = find_blocks(
-        list(walk.facts.boxes.values()),
-        labels,
-        np.where(found.status == CODE[FROZEN], -1, group_of),
-        walk.facts.needed.values(),
+        walk.facts.boxes.values(), labels, np.where(found.status == CODE[FROZEN], -1, group_of)
     )
     for conflict in conflicts:
         # An exempt group is not pruned unless asked; its status says more than its layout.
@@ -123,30 +137,136 @@ def _analyze(program: Program, heads: bool, experts: bool, exempt: bool) -> Anal
         group_of, keys = group_sets(found, numbering, walk)
     groups = GroupBuilder(found, block, numbering, walk, program).groups(group_of, keys)
     real = [c for c in conflicts if not spared[c.classes].all()]
-    return Analysis(program, groups, real, labels, numbering, walk, experts=experts)
+    return Analysis(program, groups, real, labels, numbering, walk, granularity, include)
 
 
-def coupling_path(analysis: Coupling, first: str, second: str) -> list[str]:
-    """The nodes that couple channels of two weights (see :meth:`fasp_fx.Analysis.explain`)."""
-    starts, ends = _nodes_of(analysis, first), _nodes_of(analysis, second)
-    # What can be pruned says most; the channel sets of a group go the same ways.
-    for group in sorted(analysis.groups, key=lambda group: CODE[group.status]):
-        names = {name for member in (*group.producers, *group.consumers) for name in member.names}
-        if not {first, second} <= names:
-            continue
-        graph = _carriers(analysis, int(group.sets[0]))
-        paths = [
-            nx.shortest_path(graph, start, end)
-            for start in starts
-            for end in ends
-            if {start, end} <= graph.nodes and nx.has_path(graph, start, end)
-        ]
-        if paths:
-            return [
-                str(node.target) if node.op == "get_attr" else f"{node.name} = {node.target}"
-                for node in min(paths, key=len)
-            ]
-    return []
+# --- Interpret a program on channel numbers, as often as it takes until weights are numbered in the blocks
+# that the graph asks for.
+
+
+def walk_program(program: Program, heads: bool, experts: bool) -> tuple[Numbering, Walk]:
+    """Interpret the program, again where a weight is better numbered block by block or some channels go
+    together.
+    """
+    blocked = _cached_heads(program)
+    stretched: set[tuple[str, int]] = set()
+    while True:
+        numbering = Numbering(blocked, stretched)
+        walk = _interpret(program, numbering, heads, experts)
+        if walk.facts.blocks.keys() <= blocked.keys() and walk.facts.stretched <= stretched:
+            break
+        blocked = {**walk.facts.blocks, **blocked}
+        stretched |= walk.facts.stretched
+    walk.facts.pairs += _columns_of_parts(program, numbering)
+    in_heads, coupled = _numbered(walk.facts.heads), _numbered(walk.facts.heads + walk.facts.together)
+    coupled += _same_elsewhere(coupled, walk.facts.pairs, numbering.total) if coupled else []
+    before = -1
+    while coupled and (sets := int(label_sets(numbering.total, coupled).max())) != before:
+        # What goes together along one dimension may have to along the next.
+        walk, before = _walk_together(program, numbering, coupled, coupled, experts), sets
+        coupled = coupled + _numbered(walk.facts.together)
+    if coupled:
+        walk = _walk_together(program, numbering, coupled, walk.facts.pairs, experts)
+    walk.facts.heads = in_heads
+    return numbering, walk
+
+
+def _cached_heads(program: Program) -> dict[tuple[str, int], tuple[int, int]]:
+    """A cache ``[batch, heads, length, width]`` may lose other channels in each head, as the weights that
+    fill it may.
+    """
+    found: dict[tuple[str, int], tuple[int, int]] = {}
+    for node in program.placeholders():
+        value = node.meta.get("val")
+        if node.name in program.state_inputs and isinstance(value, Tensor) and value.dim() == 4:
+            heads, width = value.shape[1], value.shape[3]
+            if (
+                isinstance(heads, int)
+                and isinstance(width, int)
+                and not isinstance(value.shape[2], int)
+                and heads > 1
+            ):
+                found[(node.name, 3)] = (1, heads)
+    return found
+
+
+def _columns_of_parts(program: Program, numbering: Numbering) -> Pairs:
+    """The columns of weights that are rows of one go together, as the plan names them by that one."""
+    nodes = {node.target: node for node in program.module.graph.find_nodes(op="get_attr")}
+    first: dict[tuple[str, int], Slot] = {}
+    found: Pairs = []
+    for name, part in program.parts.items():
+        for dim in (dim for dim in range(attribute(program.module, name).dim()) if dim != part.dim):
+            slot = numbering.get(name, dim)
+            if slot is not None and name in nodes:
+                leader = first.setdefault((part.source, dim), slot)
+                found.append(
+                    (leader.numbers().reshape(-1).numpy(), slot.numbers().reshape(-1).numpy(), nodes[name])
+                )
+    return found
+
+
+def _numbered(pairs: Pairs) -> Pairs:
+    return [(a[both], b[both], node) for a, b, node in pairs if (both := (a >= 0) & (b >= 0)).any()]
+
+
+def _same_elsewhere(coupled: Pairs, pairs: Pairs, total: int) -> Pairs:
+    """The pairs that couple one to one what goes together with what has other numbers, such as the keys of a
+    cache with those that join them.
+
+    Positions that several channels share, such as the angles by which all heads are turned, need not go with
+    a whole head.
+    """
+    together = marked(total, *(side for pair in coupled for side in pair[:2]))
+    found = []
+    for a, b, node in _numbered(pairs):
+        span = int(b.max()) + 1
+        both = np.divmod(np.unique(a * span + b), span)
+        one_to_one = all(len(np.unique(side)) == len(side) for side in both)
+        if one_to_one and not np.array_equal(*both) and any(together[side].any() for side in both):
+            found.append((both[0], both[1], node))
+    return found
+
+
+def _walk_together(
+    program: Program, numbering: Numbering, coupled: Pairs, pairs: Pairs, experts: bool
+) -> Walk:
+    """Interpret with one number for all channels that ``coupled`` puts together, and those that ``pairs``
+    couples with them.
+    """
+    everyone = np.arange(numbering.total)
+    labels = label_sets(numbering.total, pairs)
+    within, first = marked(numbering.total, *(labels[own] for _, own, _ in coupled)), np.empty_like(everyone)
+    first[labels[::-1]] = everyone[::-1]  # the lowest number of each set is written last
+    speaking = np.where(within[labels], first[labels], everyone)
+    numbering.representative = torch.from_numpy(speaking)
+    walk = _interpret(program, numbering, False, experts)
+    spoken_for = np.flatnonzero(speaking != everyone)
+    walk.facts.pairs.append((spoken_for, speaking[spoken_for], coupled[0][2]))
+    return walk
+
+
+def _interpret(program: Program, numbering: Numbering, heads: bool, experts: bool) -> Walk:
+    return Interpreter(
+        program.module,
+        numbering,
+        program.canonical(),
+        program.state_inputs,
+        program.state_outputs,
+        heads=heads,
+        experts=experts,
+    ).run()
+
+
+def label_sets(total: int, pairs: Pairs) -> np.ndarray:
+    """The channel set of each of ``total`` channel numbers: the connected components of what is coupled."""
+    none = np.zeros(0, dtype=np.int64)
+    first, second = (np.concatenate([none, *(pair[side] for pair in pairs)]) for side in (0, 1))
+    graph = coo_matrix((np.ones(len(first)), (first, second)), shape=(total, total))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+# --- Why two weights are coupled.
 
 
 def _nodes_of(analysis: Coupling, name: str) -> list[fx.Node]:
@@ -173,5 +293,3 @@ def _carriers(analysis: Coupling, chosen: int) -> nx.Graph:
             graph.add_edges_from((node, user) for user in node.users if user.op == "call_function")
     return graph
 
-
-__all__ = ["coupling_path"]

@@ -1,19 +1,212 @@
-"""Build the groups of an analysis: their weights, blocks and granularity, and what freezes them after all."""
+"""Build the groups of an analysis: what is known of each channel set, which sets make a group, and which of
+them must be removed in equal numbers; their weights, blocks and granularity, and what freezes them after all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_matrix
 from torch import fx
 
 from ..capturing._fx import attribute
 from ..capturing._program import Program
-from ._grouping import LAYOUT, STATUS, ChannelSets, Keys
-from .channels import Numbering, Slot, Use, Walk, marked
-from .groups import APPROXIMATE, EXEMPT, FROZEN, PRUNABLE, Group, Member
+from ..patterns import find_composites
+from .channels import Numbering, Remark, Slot, Use, Walk, marked
+from .groups import APPROXIMATE, EXEMPT, FROZEN, PRUNABLE, Conflict, Group, Member
+
+LAYOUT = "layout"
+CODE = {PRUNABLE: 0, APPROXIMATE: 1, FROZEN: 2, EXEMPT: 3}
+STATUS = {code: name for name, code in CODE.items()}
+
+#: of each group, the slots and the uses that hold its channel sets
+Keys = dict[int, tuple[frozenset[int], frozenset[int]]]
+
+
+@dataclass(frozen=True)
+class ChannelSets:
+    """What is known of each channel set.
+
+    Attributes:
+        labels: the channel set of each channel number.
+        expert: how many of its like a router needs at once if a set is an expert, else 0 (see
+            :func:`needed_experts`).
+        exempt: whether exempt sets are to be pruned as well.
+        status, reason: a code of :data:`CODE` and why, for each set.
+        stuck: whether a set is frozen for want of a layout that can lose it.
+    """
+
+    labels: np.ndarray
+    expert: np.ndarray
+    exempt: bool
+    status: np.ndarray
+    reason: np.ndarray
+    stuck: np.ndarray
+
+    @staticmethod
+    def of(labels: np.ndarray, expert: np.ndarray, exempt: bool, walk: Walk, program: Program) -> ChannelSets:
+        """Judge each channel set by the remarks of an interpretation."""
+        stuck = np.zeros(len(expert), dtype=bool)
+        return ChannelSets(labels, expert, exempt, *_status(labels, expert, exempt, walk, program), stuck)
+
+    @property
+    def count(self) -> int:
+        return len(self.status)
+
+    def freeze(self, sets: np.ndarray, reason: str) -> None:
+        """Freeze some sets for want of a layout that can lose them."""
+        self.status[sets], self.stuck[sets] = CODE[FROZEN], True
+        self.reason[sets] = f"{LAYOUT}: {reason}"
+
+
+def _status(
+    labels: np.ndarray, expert: np.ndarray, exempt: bool, walk: Walk, program: Program
+) -> tuple[np.ndarray, np.ndarray]:
+    """A status code and a reason for each channel set; an exemption outweighs freezing (unless what is exempt
+    is to be pruned), freezing outweighs mixing.
+
+    What a router does to experts, and sums in which those that it never chooses are zero, leaves those that
+    stay as they are; positions of windows are frozen where they are something else as well: those of a kernel
+    that is computed, or of a weight that is read in another way elsewhere.
+    """
+    composites = find_composites(program.module.graph)
+    status = np.full(len(expert), CODE[PRUNABLE], dtype=np.int8)
+    reason = np.full(len(expert), "", dtype=object)
+
+    facts = walk.facts
+    columns, multiplied = [use.columns for use in facts.uses], [product.numbers for product in facts.products]
+    elsewhere = [*(numbers for numbers, _ in facts.produced), *columns, *multiplied]
+    something_else = marked(len(expert), *(labels[numbers[numbers >= 0]] for numbers in elsewhere))
+
+    def mark(remarks: list[Remark], code: str, among: np.ndarray | None = None) -> None:
+        for remark in reversed(remarks):  # the first remark in graph order is the one shown
+            sets = labels[remark.numbers]
+            sets = sets[expert[sets] == 0] if remark.routing else sets
+            sets = sets if among is None else sets[among[sets]]
+            status[sets] = CODE[code]
+            inside = composites.get(remark.node) if remark.node is not None else None
+            reason[sets] = f"{remark.reason} of {inside}" if inside else remark.reason
+
+    if exempt:
+        mark(facts.exempt, EXEMPT)
+    mark(facts.mixed, APPROXIMATE)
+    mark(facts.inside, FROZEN, something_else)
+    mark(facts.frozen, FROZEN)
+    if not exempt:
+        mark(facts.exempt, EXEMPT)
+    return status, reason
+
+
+def group_sets(found: ChannelSets, numbering: Numbering, walk: Walk) -> tuple[np.ndarray, Keys]:
+    """The group of each channel set: those with the same status, slots and uses; and per group its slots and
+    uses.
+    """
+    labels = found.labels
+    group_of = found.status.astype(np.int64) * 2 + found.stuck
+    offset = len(numbering.slots)
+    items = [np.unique(labels[slot.base : slot.base + slot.size]) for slot in numbering.slots]
+    for use in walk.facts.uses:
+        items.append(np.unique(labels[use.columns[use.columns >= 0]]))
+    fresh = int(group_of.max(initial=-1)) + 1
+    # Partition refinement: two sets stay together as long as every item holds both or neither.
+    for sets in items:
+        _, finer = np.unique(group_of[sets], return_inverse=True)
+        group_of[sets] = fresh + finer
+        fresh += int(finer.max(initial=-1)) + 1
+    _, first, group_of = np.unique(group_of, return_index=True, return_inverse=True)
+    places = np.repeat(np.arange(len(items)), [len(sets) for sets in items])
+    holds = (np.ones(len(places)), (np.concatenate([np.zeros(0, dtype=np.int64), *items]), places))
+    held = coo_matrix(holds, shape=(found.count, len(items))).tocsr()[first]
+    keys = {
+        index: (frozenset(by[by < offset].tolist()), frozenset((by[by >= offset] - offset).tolist()))
+        for index, by in enumerate(np.split(held.indices, held.indptr[1:-1]))
+    }
+    return group_of, keys
+
+
+# --- Blocks: a tensor ``[heads, d]`` may lose different channels in each row but the same number in each.
+# From all such tensors (*boxes*) the blocks of every group follow, and the boxes that no blocks can keep.
+
+
+def find_blocks(
+    boxes: Iterable[tuple[np.ndarray, fx.Node]], labels: np.ndarray, group_of: np.ndarray
+) -> tuple[np.ndarray, list[Conflict]]:
+    """Refine each group into blocks and check every box.
+
+    Args:
+        boxes: number tensors ``[rows, length]`` that shrink along their length.
+        labels: the channel set of each channel number.
+        group_of: the group of each channel set; negative for those that are never removed.
+
+    Returns:
+        The block of each channel set, unique over all groups, and the boxes that cannot stay one.
+    """
+    block = group_of.astype(np.int64) - int(group_of.min(initial=0))
+    fresh = int(block.max(initial=0)) + 1
+    tables = []
+    for numbers, node in boxes:
+        sets = np.where(numbers >= 0, labels[np.maximum(numbers, 0)], -1)
+        candidate = (sets >= 0) & (group_of[np.maximum(sets, 0)] >= 0)
+        if not candidate.any():
+            continue
+        rows, columns = np.nonzero(candidate)
+        tables.append((rows, sets[rows, columns], node))
+        members, first = np.unique(sets[rows, columns], return_index=True)
+        first_row = rows[first]
+        _, finer = np.unique(block[members] * numbers.shape[0] + first_row, return_inverse=True)
+        # Sets outside this box keep their block, which is thereby told apart from those inside.
+        block[members] = fresh + finer
+        fresh += int(finer.max()) + 1
+    _, block = np.unique(block, return_inverse=True)
+    sizes = np.bincount(block[group_of >= 0], minlength=int(block.max(initial=0)) + 1)
+    conflicts = []
+    for rows, sets, node in tables:
+        bad = _uneven(rows, sets, block, sizes, group_of)
+        if bad.size:
+            conflicts.append(Conflict(node, bad))
+    return block, conflicts
+
+
+def torn_blocks(numbering: Numbering, labels: np.ndarray) -> Iterator[tuple[Slot, np.ndarray]]:
+    """The channel sets that take all channels of a block of a weight, but not the block's part of the
+    dimension that is divided into blocks.
+    """
+    for slot in numbering.slots:
+        divider = None if slot.block_dim is None else numbering.get(slot.name, slot.block_dim)
+        if divider is None:
+            continue
+        rows, parts = (
+            labels[own.base : own.base + own.size].reshape(slot.blocks, -1) for own in (slot, divider)
+        )
+        first = rows[:, :1]
+        torn = first[(rows == first).all(1) & (parts != first).any(1)]
+        if torn.size:
+            yield slot, np.unique(torn)
+
+
+def _uneven(
+    rows: np.ndarray, sets: np.ndarray, block: np.ndarray, sizes: np.ndarray, group_of: np.ndarray
+) -> np.ndarray:
+    """The channel sets of a box that equal counts per block do not keep equal in every row."""
+    held, column = np.unique(sets, return_inverse=True)
+    blocks, first, own = np.unique(block[held], return_index=True, return_inverse=True)
+    size = sizes[blocks]
+    times = coo_matrix((np.ones(len(rows)), (rows, column))).tocsr()
+    members = coo_matrix((np.ones(len(held)), (np.arange(len(held)), own))).tocsr()
+    totals, squares = (times @ members).toarray(), (times.multiply(times) @ members).toarray()
+    # All of a block must lie in a row equally often: of numbers whose mean has their mean square.
+    broken = (squares * size != totals**2).any(0)
+    # Blocks of one group and one size lose equal counts; each row must hold the same number of them, with
+    # multiplicity.
+    _, kind = np.unique(np.stack([group_of[held[first]], size]), axis=1, return_inverse=True)
+    kind = kind.reshape(-1)
+    per_kind = totals @ coo_matrix((~broken / size, (np.arange(len(blocks)), kind))).tocsr()
+    uneven = ~np.isclose(per_kind, per_kind[:1]).all(0)
+    return held[(broken | uneven[kind])[own]]
 
 
 class GroupBuilder:
@@ -45,27 +238,21 @@ class GroupBuilder:
             self.produces |= set(numbering.slot_ids(flat[flat >= 0]).tolist())
         self.consumes = {index_of[slot] for use in facts.uses for slot in use.slots}
         self.positions = {node: index for index, node in enumerate(program.module.graph.nodes)}
-        self.numbers_by_label = np.argsort(labels, kind="stable")
-        self.label_counts = np.bincount(labels, minlength=found.count)
-        self.label_begins = np.cumsum(self.label_counts) - self.label_counts
-        self.headed = self._sets_of([numbers for _, numbers, _ in facts.heads])
-        self.multiplied = self._sets_of(
-            [product.numbers for product in facts.products] if found.exempt else []
+        multiplied = facts.products if found.exempt else []
+        self.headed, self.multiplied = (
+            marked(found.count, *(labels[own] for own in numbers))
+            for numbers in ([own for _, own, _ in facts.heads], [product.numbers for product in multiplied])
         )
         self.parameters = {
             program.parts[name].source if name in program.parts else name
             for name, _ in program.module.named_parameters(remove_duplicate=False)
         }
 
-    def _sets_of(self, numbers: list[np.ndarray]) -> np.ndarray:
-        """Whether each channel set has some of these numbers."""
-        return marked(self.found.count, *(self.found.labels[own] for own in numbers))
-
     def groups(self, group_of: np.ndarray, keys: Keys) -> list[Group]:
         """All groups, named, in graph order.
 
         Args:
-            group_of, keys: of :func:`~fasp_fx.analysis._grouping.group_sets`.
+            group_of, keys: of :func:`group_sets`.
         """
         order = np.argsort(group_of, kind="stable")
         bounds = np.searchsorted(group_of[order], np.arange(len(keys) + 1))
@@ -87,14 +274,22 @@ class GroupBuilder:
         of it.
         """
         found = self.found
-        numbers = self._numbers_of(sets)
+        slots = tuple(self.numbering.slots[i] for i in slot_ids)
+        along = [np.isin(found.labels[slot.base : slot.base + slot.size], sets) for slot in slots]
+        numbers = [slot.base + np.flatnonzero(own) for slot, own in zip(slots, along, strict=True)]
         uses = tuple(self.walk.facts.uses[i] for i in use_ids)
         experts = bool(found.expert[sets].all())
         if experts:
-            uses = (*uses, *last_products(found.labels, sets, self.walk))
-        rows, columns = self._members(
-            numbers, sets, slot_ids, {use.weight for use in uses} if experts else None
-        )
+            uses = (*uses, *self._last_product(sets))
+        held = [item for item in zip(slot_ids, slots, numbers, strict=True) if item[1].kind == "weight"]
+        taking = {use.weight for use in uses}
+        if experts:
+            rows = [item for item in held if item[1].name not in taking]
+            columns = [item for item in held if item[1].name in taking]
+        else:
+            rows = [item for item in held if item[0] in self.produces or item[0] not in self.consumes]
+            columns = [item for item in held if item[0] in self.consumes]
+        producers, consumers = self._members(rows, sets), self._members(columns, sets)
         blocks = len(np.unique(self.block[sets]))
         size = len(sets) // blocks
         code, why = STATUS[int(found.status[sets[0]])], str(found.reason[sets[0]])
@@ -105,7 +300,7 @@ class GroupBuilder:
             code, why = FROZEN, lost if code == APPROXIMATE else "no weight consumes these channels"
         if size == 1 and (code in (PRUNABLE, APPROXIMATE) or (found.exempt and code == EXEMPT)):
             code, why = FROZEN, f"{LAYOUT}: one channel set takes the whole of a dimension"
-        if not any(member.name in self.parameters for member in (*rows, *columns)):
+        if not any(member.name in self.parameters for member in (*producers, *consumers)):
             return []  # positions of buffers alone
         if code == FROZEN:
             blocks = 1  # frozen channels need no layout: they are shown as one block
@@ -113,15 +308,14 @@ class GroupBuilder:
         needed = int(found.expert[sets].max()) if experts else 1
         if code == PRUNABLE and size <= needed:
             code, why = FROZEN, f"each token is sent to {needed} of them"
-        slots = tuple(self.numbering.slots[i] for i in slot_ids)
         group = Group(
             "",
             len(sets),
             blocks,
             code,
             why,
-            tuple(rows),
-            tuple(columns),
+            tuple(producers),
+            tuple(consumers),
             sets,
             self.block[sets],
             granularity,
@@ -130,84 +324,42 @@ class GroupBuilder:
             slots,
         )
         at = min((self.positions[use.node] for use in uses), default=len(self.positions))
-        return [((at, int(numbers.min())), group)]
+        return [((at, min(int(own.min()) for own in numbers)), group)]
 
-    def _numbers_of(self, sets: np.ndarray) -> np.ndarray:
-        """The channel numbers of some sets, one set after the other."""
-        first, counts = self.label_begins[sets], self.label_counts[sets]
-        begins = np.cumsum(counts) - counts
-        return self.numbers_by_label[np.arange(counts.sum()) + np.repeat(first - begins, counts)]
-
-    def _members(
-        self, numbers: np.ndarray, sets: np.ndarray, slot_ids: list[int], taking: set[str] | None
-    ) -> tuple[list[Member], list[Member]]:
-        """The weights that lose rows and those that lose columns; of experts, ``taking`` names the weights
-        that lose columns.
-        """
-        own = self.numbering.slot_ids(numbers)
-        # Few slots are few bits, by which a stable sort need not compare.
-        order = np.argsort(own.astype(np.min_scalar_type(len(self.numbering.slots))), kind="stable")
-        first, last = (np.searchsorted(own[order], slot_ids, side) for side in ("left", "right"))
-        held = [
-            (i, self.numbering.slots[i], numbers[order[begin:end]])
-            for i, begin, end in zip(slot_ids, first, last, strict=True)
+    def _last_product(self, sets: np.ndarray) -> list[Use]:
+        """The last use of a stacked weight, one block an expert: what it gives is what an expert gives."""
+        uses = [
+            use
+            for use in self.walk.facts.uses
+            if use.block_numbers is not None and np.isin(self.found.labels[use.block_numbers], sets).any()
         ]
+        return sorted(uses, key=lambda use: self.positions[use.node])[-1:]
 
-        def members(chosen: Iterable[tuple[int, Slot, np.ndarray]]) -> list[Member]:
-            return members_of(
-                [(slot, inside) for _, slot, inside in chosen],
-                self.program,
-                self.known_as,
-                self.found.labels,
-                sets,
+    def _members(self, held: list[tuple[int, Slot, np.ndarray]], sets: np.ndarray) -> list[Member]:
+        """One member per weight of the caller's; the parts of a split one are shown together."""
+        order = np.argsort(sets)
+        ordered = sets[order]
+        found: dict[tuple[str, int], list[tuple[Slot, np.ndarray, np.ndarray]]] = {}
+        for _, slot, numbers in held:
+            name, rows = self.program.origin(slot.name, slot.dim, slot.size)
+            positions = order[np.searchsorted(ordered, self.found.labels[numbers])]
+            found.setdefault((name, slot.dim), []).append((slot, rows[numbers - slot.base], positions))
+        return [
+            _member(
+                name, self.program, tuple(o for o in self.known_as.get(name, ()) if o != name), pieces
             )
-
-        weights = [item for item in held if item[1].kind == "weight"]
-        if taking is not None:
-            return members(item for item in weights if item[1].name not in taking), members(
-                item for item in weights if item[1].name in taking
-            )
-        rows = (item for item in weights if item[0] in self.produces or item[0] not in self.consumes)
-        return members(rows), members(item for item in held if item[0] in self.consumes)
+            for (name, _), pieces in found.items()
+        ]
 
 
 def _named(groups: list[Group]) -> list[Group]:
-    taken: dict[str, int] = {}
+    taken: Counter[str] = Counter()
     named = []
     for group in groups:
         base = (group.consumers or group.producers)[0].name
-        taken[base] = taken.get(base, 0) + 1
-        name = base if taken[base] == 1 else f"{base}#{taken[base]}"
-        named.append(replace(group, name=name))
+        taken[base] += 1
+        named.append(replace(group, name=base if taken[base] == 1 else f"{base}#{taken[base]}"))
     return named
-
-
-def members_of(
-    slots: list[tuple[Slot, np.ndarray]],
-    program: Program,
-    known_as: Mapping[str, Sequence[str]],
-    labels: np.ndarray,
-    sets: np.ndarray,
-) -> list[Member]:
-    """One member per weight of the caller's; the parts of a split one are shown together.
-
-    Args:
-        slots: dimensions of weights, each with the channel numbers along it that belong to the group.
-        known_as: all names of the weights (:meth:`fasp_fx.capturing._program.Program.known_as`).
-        labels: the channel set of every channel number.
-        sets: those of the group, in its order.
-    """
-    order = np.argsort(sets)
-    ordered = sets[order]
-    found: dict[tuple[str, int], list[tuple[Slot, np.ndarray, np.ndarray]]] = {}
-    for slot, numbers in slots:
-        name, rows = program.origin(slot.name, slot.dim, slot.size)
-        positions = order[np.searchsorted(ordered, labels[numbers])]
-        found.setdefault((name, slot.dim), []).append((slot, rows[numbers - slot.base], positions))
-    return [
-        _member(name, program, tuple(other for other in known_as.get(name, ()) if other != name), pieces)
-        for (name, _), pieces in found.items()
-    ]
 
 
 def _member(
@@ -216,9 +368,7 @@ def _member(
     """The member that all pieces of a weight make up; columns are those of every piece."""
     slot = pieces[-1][0]
     indices, positions = (np.concatenate([piece[side] for piece in pieces[::-1]]) for side in (1, 2))
-    if len(pieces) > 1 or not (indices[1:] > indices[:-1]).all():
-        indices, first = np.unique(indices, return_index=True)
-        positions = positions[first]
+    indices, first = np.unique(indices, return_index=True)
     size = _size_before_split(program, slot, name) if slot.name in program.parts else slot.size
     return Member(
         name,
@@ -227,7 +377,7 @@ def _member(
         size,
         slot.block_dim,
         slot.blocks,
-        tuple(positions.tolist()),
+        tuple(positions[first].tolist()),
         aliases,
     )
 
@@ -254,29 +404,3 @@ def needed_experts(labels: np.ndarray, count: int, walk: Walk) -> np.ndarray:
         sets = np.unique(labels[numbers[numbers >= 0]])
         needed[sets] = np.maximum(needed[sets], times)
     return np.where(stacked, needed, 0)
-
-
-def last_products(labels: np.ndarray, sets: np.ndarray, walk: Walk) -> list[Use]:
-    """The uses of stacked weights, one block an expert, on which no other such use depends: what they give is
-    what an expert gives.
-    """
-    uses = [
-        use
-        for use in walk.facts.uses
-        if use.block_numbers is not None and np.isin(labels[use.block_numbers], sets).any()
-    ]
-    nodes = {use.node for use in uses}
-    before: set[fx.Node] = set()
-    for node in nodes:
-        pending = list(node.all_input_nodes)
-        seen: set[fx.Node] = set()
-        while pending:
-            source = pending.pop()
-            if source not in seen:
-                seen.add(source)
-                pending += source.all_input_nodes
-        before |= seen & nodes
-    return [use for use in uses if use.node not in before]
-
-
-__all__ = ["GroupBuilder", "members_of"]

@@ -40,9 +40,8 @@ BIASES: dict[Any, str | None] = {
 }
 
 
-def let_blocks_go(groups: Iterable[Group], labels: np.ndarray, program: Program, walk: Walk) -> list[Group]:
+def let_blocks_go(groups: list[Group], labels: np.ndarray, program: Program, walk: Walk) -> list[Group]:
     """The groups, of which those that are all there is to a residual block need not keep anything."""
-    groups = list(groups)
     free = np.concatenate([np.zeros(0, dtype=np.int64), *(g.sets for g in groups if g.status != FROZEN)])
 
     def of_one_kind(*nodes: fx.Node) -> bool:
@@ -85,15 +84,12 @@ def beside(node: fx.Node) -> fx.Node | None:
     while user.op == "call_function" and len(inside) <= _NEAR:
         if any(read in inside for read in user.all_input_nodes):
             others = [read for read in user.all_input_nodes if read not in inside and _alike(read, node)]
-            if user.target is _SUM and _alike(user, node) and len(others) == 1 and _ends_in(inside, user):
+            ends = all(reader is user or reader in inside for own in inside for reader in own.users)
+            if user.target is _SUM and _alike(user, node) and len(others) == 1 and ends:
                 return others[0] if _is_before(others[0], node) and not user.kwargs else None
             inside.add(user)
         user = user.next
     return None
-
-
-def _ends_in(inside: set[fx.Node], end: fx.Node) -> bool:
-    return all(user is end or user in inside for node in inside for user in node.users)
 
 
 def _is_before(first: fx.Node, second: fx.Node) -> bool:
@@ -113,17 +109,12 @@ def _is_a_block(
             use.node.target not in BIASES
             or use.route is not None
             or not np.isin(labels[read], group.sets).all()
-            or not _is_plain_sum(use.node)
+            or not {arguments(use.node).get(factor, 1) for factor in ("alpha", "beta")} <= {1}
             or (other := beside(end)) is None
             or not of_one_kind(end, other)  # zeros like the one take its channels along
         ):
             return False
     return _leaves_nothing(group, program)
-
-
-def _is_plain_sum(node: fx.Node) -> bool:
-    given = arguments(node)
-    return given.get("alpha", 1) == 1 and given.get("beta", 1) == 1
 
 
 def serving(ends: Iterable[fx.Node], graph: fx.Graph) -> list[fx.Node]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
+from torch import fx
 
-from .channels import Slot, Use
+from ..capturing._program import Program
+from .channels import Numbering, Slot, Use, Walk
 
 PRUNABLE, EXEMPT, APPROXIMATE, FROZEN = "prunable", "exempt", "approximate", "frozen"
 
@@ -109,3 +114,73 @@ class Group:
         return f"{self.status:<11} {shape:>10}  {left} -> {right}" + (
             f"  ({self.reason})" if self.reason else ""
         )
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A tensor that would stop being a box: ``classes`` are the channel sets concerned."""
+
+    node: fx.Node
+    classes: np.ndarray
+
+
+@dataclass
+class Coupling:
+    """The coupled groups of one program.
+
+    Attributes:
+        program: the captured program, with fused producers split where a layout demanded it.
+        groups: all groups, in graph order.
+        conflicts: tensors whose layout stands in the way (their groups are frozen with reason ``layout``).
+        labels: the channel set of each channel number.
+        granularity, include: as for :func:`fasp_fx.prune`.
+        brought: weights that foreign passes have brought, of which no plan speaks; ``None``: none has run.
+    """
+
+    program: Program
+    groups: list[Group]
+    conflicts: list[Conflict]
+    labels: np.ndarray
+    numbering: Numbering
+    walk: Walk
+    granularity: frozenset[str] = frozenset({"channel"})
+    include: frozenset[str] = frozenset()
+    brought: frozenset[str] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The same with lists of its own; program and walk, which nothing changes, are shared."""
+        return replace(
+            self, groups=list(self.groups), conflicts=list(self.conflicts), labels=self.labels.copy()
+        )
+
+    def __repr__(self) -> str:
+        counts = Counter(group.status for group in self.groups)
+        return (
+            f"Analysis({', '.join(f'{count} {status}' for status, count in counts.items()) or 'no groups'})"
+        )
+
+    @property
+    def chosen(self) -> list[Group]:
+        """The groups that are pruned: prunable ones and those asked for, at the granularities asked for."""
+        return [
+            group
+            for group in self.groups
+            if (group.status == PRUNABLE or group.status in self.include)
+            and group.granularity in self.granularity
+        ]
+
+    @property
+    def experts(self) -> bool:
+        """Whether the numbers by which routers name experts were followed."""
+        return "expert" in self.granularity
+
+    def select(self, status: str) -> list[Group]:
+        """The groups of one status."""
+        return [group for group in self.groups if group.status == status]
+
+    @cached_property
+    def without_rule(self) -> dict[str, int]:
+        """Operators that had no rule and froze what they touched, with the number of times each stands in the
+        graph.
+        """
+        return {name: len(nodes) for name, nodes in sorted(self.walk.without_rule.items())}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..base._tensors import fingerprint as fingerprint
 from ..capturing._fx import attribute
 from ..capturing._program import FoldedWeight, Program, SplitWeight
 from ..errors import ArgumentError, PlanError
-from .groups import Group, Member, ranges
+from .groups import Group, Member, by_block, ranges
 
 if TYPE_CHECKING:
     from ._analysis import Analysis
@@ -182,45 +182,32 @@ class PruningPlan:
             by_rows = []
             for piece in pieces:
                 at = {row: index for index, row in enumerate(piece.rows)}
-                own = [at[row] for row in part.by_block()[0] if row in at]
+                own, gone_there = (
+                    [at[row] for row in rows if row in at]
+                    for rows in (part.by_block()[0], [row for _, row in before])
+                )
                 if own:
-                    by_rows.append(
-                        ParameterSlice(
-                            piece.name, part.dim, _renumber(own, {at[row] for _, row in before if row in at})
-                        )
-                    )
+                    by_rows.append(ParameterSlice(piece.name, part.dim, _renumber(own, gone_there)))
             return by_rows
 
         # Of another granularity the channel sets are others, whose number nobody has counted.
         sizes = {(group.name, group.granularity): group.removed_sets for group in earlier.groups}
         groups = []
         for group in self.groups:
-            producers = tuple(new for part in group.producers for new in renumber(part))
-            consumers = tuple(new for part in group.consumers for new in renumber(part))
-            lost, before = (
-                sum(p.count for p in producers + consumers),
-                sum(p.count for p in group.producers + group.consumers),
-            )
-            if not lost:
-                continue
-            groups.append(
-                PlannedGroup(
-                    group.name,
-                    group.size - sizes.get((group.name, group.granularity), 0),
-                    group.blocks,
-                    max(round(group.removed_sets * lost / max(before, 1)), 1),
-                    producers,
-                    consumers,
-                    group.granularity,
-                )
-            )
-        left = sum(group.removed_sets for group in groups) / max(
-            sum(group.removed_sets for group in self.groups), 1
-        )
+            parts = (group.producers, group.consumers)
+            producers, consumers = (tuple(new for part in side for new in renumber(part)) for side in parts)
+            left = sum(part.count for part in producers + consumers)
+            if left:
+                before = sum(part.count for part in group.producers + group.consumers)
+                size = group.size - sizes.get((group.name, group.granularity), 0)
+                removed = max(round(group.removed_sets * left / before), 1)
+                new = replace(group, size=size, removed_sets=removed)
+                groups.append(replace(new, producers=producers, consumers=consumers))
+        now, then = (sum(group.removed_sets for group in some) for some in (groups, self.groups))
         return PruningPlan(
             earlier.result,
             tuple(groups),
-            self.sparsity * left,
+            self.sparsity * now / max(then, 1),
             granularity=self.granularity,
             include=self.include,
         )
@@ -415,29 +402,22 @@ def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> 
         weights[slot.base : slot.base + slot.size] = is_named
     counted = np.bincount(labels, weights=gone & weights, minlength=int(labels.max(initial=-1)) + 1)
     whole = np.bincount(labels, weights=weights, minlength=len(counted))
-    cut = (counted > 0) & (counted < whole)
-    if cut.any():
-        slot = numbering.slot_of(int(np.flatnonzero(labels == int(np.flatnonzero(cut)[0]))[0]))
-        raise PlanError(
-            f"the plan cuts through a channel set of {slot}: channels coupled with it stay; make the plan"
-            " again"
-        )
     allowed = np.zeros(len(counted), dtype=bool)
     for group in analysis.chosen:
         allowed[group.sets] = True
-        chosen = counted[group.sets] > 0
-        per_block = [int(chosen[group.block_of == b].sum()) for b in np.unique(group.block_of)]
-        if len(set(per_block)) > 1 or (
-            per_block and per_block[0] and group.width - per_block[0] < group.needed
-        ):
+    for wrong, says in (
+        ((counted > 0) & (counted < whole), "cuts through a channel set of {}, of which a part stays"),
+        (~allowed & (counted > 0), "removes channels of {}, which cannot be pruned in this model"),
+    ):
+        if wrong.any():
+            slot = numbering.slot_of(int(np.flatnonzero(wrong[labels])[0]))
+            raise PlanError(f"the plan {says.format(slot)}; make the plan again")
+    for group in analysis.chosen:
+        per_block = [int((counted[group.sets[block]] > 0).sum()) for block in by_block(group.block_of)]
+        if len(set(per_block)) > 1 or (any(per_block) and group.width - per_block[0] < group.needed):
             least = "one" if group.needed == 1 else str(group.needed)
             raise PlanError(
                 f"the plan removes {per_block} channel sets from blocks of group '{group.name}'; each must"
                 f" lose the same number and keep {least}"
             )
-    if (~allowed & (counted > 0)).any():
-        slot = numbering.slot_of(
-            int(np.flatnonzero(labels == int(np.flatnonzero(~allowed & (counted > 0))[0]))[0])
-        )
-        raise PlanError(f"the plan removes channels of {slot}, which cannot be pruned in this model")
     return counted[labels] > 0

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from ..capturing._fx import attribute, results
+from ..capturing._fx import attribute, results, target_name
 from ..errors import BudgetError
-from ._coupling import Coupling
 from .channels import Value
-from .groups import EXEMPT, PRUNABLE, Group
+from .groups import EXEMPT, PRUNABLE, Coupling, Group
 
 
 class Resource(ABC):
@@ -42,17 +41,29 @@ class Resource(ABC):
         return self.removed([most_lost(group, round_to) * group.blocks for group in self.groups])
 
 
-class InProducts(Resource):
-    """A resource that is a sum of products of sizes."""
+class Counted(Resource):
+    """A sum of products of sizes, in whole numbers.
 
-    _left: Products
+    Args:
+        analysis: the analysis of a program.
+        left: what is counted.
+        whole: how much the dense model has of it; ``None``: what is left when nothing goes.
+    """
+
+    def __init__(self, analysis: Coupling, left: Products, whole: int | None = None) -> None:
+        groups = analysis.chosen
+        super().__init__(groups, left.count([0] * len(groups)) if whole is None else whole)
+        self._left = left
+
+    def used(self, lost: Sequence[int]) -> float:
+        return self._left.count(lost)
 
     def expected(self, lost: Sequence[Tensor]) -> Tensor:
         """The fraction that goes where groups lose parts of channel sets, with a gradient."""
         return 1 - self._left.expected(lost) / self.whole
 
 
-class Sparsity(InProducts):
+class Sparsity(Counted):
     """The weights of linear, convolution and recurrent operators that a prunable, exempt or included group
     touches, each counted once and whole.
 
@@ -67,30 +78,12 @@ class Sparsity(InProducts):
         touched = {
             slot.name for group in analysis.groups if group.status in counted for slot in group.slots
         } & analysis.walk.facts.matrices
-        shapes = {name: _shape(analysis, name) for name in sorted(touched)}
-        super().__init__(analysis.chosen, sum(int(np.prod(shape)) for shape in shapes.values()))
-        self._left = _sizes_of_weights(analysis, shapes)
+        weights = {name: attribute(analysis.program.module, name) for name in sorted(touched)}
+        left = _sizes_of_weights(analysis, weights, dict.fromkeys(weights, 1))
+        super().__init__(analysis, left, sum(weight.numel() for weight in weights.values()))
 
     def used(self, lost: Sequence[int]) -> float:
         return self._left.total(lost)
-
-
-class Counted(InProducts):
-    """A count in whole numbers.
-
-    Args:
-        analysis: the analysis of a program.
-        left: what is counted.
-        whole: how much the dense model has of it; ``None``: what is left when nothing goes.
-    """
-
-    def __init__(self, analysis: Coupling, left: Products, whole: int | None = None) -> None:
-        groups = analysis.chosen
-        super().__init__(groups, left.count([0] * len(groups)) if whole is None else whole)
-        self._left = left
-
-    def used(self, lost: Sequence[int]) -> int:
-        return self._left.count(lost)
 
 
 def most_lost(group: Group, round_to: int) -> int:
@@ -109,14 +102,10 @@ def parameters_of(analysis: Coupling, *, in_bytes: bool = False) -> Counted:
     others.
     """
     held = _distinct(analysis.program.parameters())
-    unit = {name: tensor.element_size() if in_bytes else 1 for name, tensor in held.items()}
     kept = _distinct(dict(analysis.program.module.named_parameters(remove_duplicate=False)))
-    shapes = {name: tuple(map(int, tensor.shape)) for name, tensor in kept.items()}
-    names = analysis.program.canonical()
-    left = _sizes_of_weights(
-        analysis, shapes, {name: kept[name].element_size() if in_bytes else 1 for name in shapes}, names
-    )
-    return Counted(analysis, left, sum(tensor.numel() * unit[name] for name, tensor in held.items()))
+    units = {name: tensor.element_size() if in_bytes else 1 for name, tensor in {**held, **kept}.items()}
+    left = _sizes_of_weights(analysis, kept, units)
+    return Counted(analysis, left, sum(tensor.numel() * units[name] for name, tensor in held.items()))
 
 
 def cache_of(analysis: Coupling) -> Counted:
@@ -164,14 +153,14 @@ class ShrinkingSizes:
         for index, group in enumerate(analysis.chosen):
             self._group[group.sets] = index
 
-    def of(self, node: fx.Node, shape: Sequence[int], dim: int) -> Size:
-        """The size of one dimension of what a node makes.
+    def of(self, node: fx.Node | None, shape: Sequence[int], dim: int) -> Size:
+        """The size of one dimension of what a node makes; of a weight that no node reads nothing goes.
 
         Args:
             shape: the sizes to count with; those that vary from call to call are not those of the analysis.
         """
         dim %= len(shape)
-        value = self.values.get(node)
+        value = None if node is None else self.values.get(node)
         axes = value.at(dim) if isinstance(value, Value) else []
         cuts: list[tuple[tuple[int, float], ...]] = []
         seen: list[np.ndarray] = []
@@ -183,7 +172,7 @@ class ShrinkingSizes:
             cut = tuple(self._cut(labels.reshape(-1, labels.shape[-1]), int(shape[dim])))
             if {group for group, _ in cut} & {group for other in cuts for group, _ in other}:
                 raise BudgetError(
-                    f"what is left of dimension {dim} of '{node.name}' depends on which channels go, so it"
+                    f"what is left of dimension {dim} of '{node}' depends on which channels go, so it"
                     " cannot be counted beforehand"
                 )
             if cut:
@@ -198,34 +187,16 @@ class ShrinkingSizes:
 
 
 def _sizes_of_weights(
-    analysis: Coupling,
-    shapes: dict[str, tuple[int, ...]],
-    units: dict[str, int] | None = None,
-    names: dict[str, str] | None = None,
+    analysis: Coupling, weights: Mapping[str, Tensor], units: Mapping[str, int]
 ) -> Products:
-    """The elements of weights, each so many ``units``; ``names`` has the name that a weight's channels go by,
-    where that is another.
-    """
-    cuts: dict[tuple[str, int], list[tuple[int, float]]] = {}
-    for index, group in enumerate(analysis.chosen):
-        for slot in group.slots:
-            if slot.kind == "weight":
-                own = analysis.labels[slot.base : slot.base + slot.size]
-                count = int(np.isin(own, group.sets).sum())
-                cuts.setdefault((slot.name, slot.dim), []).append((index, count / group.size / slot.blocks))
-    left = Products()
-    for name, shape in shapes.items():
-        numbered = name if names is None else names.get(name, name)
-        sizes = []
-        for dim, size in enumerate(shape):
-            cut = cuts.get((numbered, dim))
-            sizes.append(Size(size, (tuple(cut),) if cut else ()))
-        left.add(sizes, 1 if units is None else units[name])
+    """The elements of weights, each so many units."""
+    names, left, sizes = analysis.program.canonical(), Products(), ShrinkingSizes(analysis)
+    read = analysis.program.module.graph.find_nodes(op="get_attr")
+    nodes = {names.get(target_name(node)): node for node in read}
+    for name, weight in weights.items():
+        node = nodes.get(names.get(name, name))
+        left.add([sizes.of(node, weight.shape, dim) for dim in range(weight.dim())], units[name])
     return left
-
-
-def _shape(analysis: Coupling, name: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in attribute(analysis.program.module, name).shape)
 
 
 def _distinct(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,11 +4,10 @@ explains it).
 
 from __future__ import annotations
 
-from ._facts import Facts, Layout, Product, Remark, Use
+from ._facts import Facts, Layout, Pairs, Product, Remark, Use
 from ._interpreter import Interpreter, Walk
 from ._moves import run_on_numbers
-from ._numbering import Numbering, Slot, laid_by_block, marked
-from ._operands import NONE, Axis, Value
+from ._numbering import NONE, Axis, Numbering, Slot, Value, laid_by_block, marked
 from ._regroup import Repeating, repeating
 
 __all__ = [
@@ -18,6 +17,7 @@ __all__ = [
     "Interpreter",
     "Layout",
     "Numbering",
+    "Pairs",
     "Product",
     "Remark",
     "Repeating",

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor, fx
 
-from ._operands import NONE, Axis, DoesNotApplyError, Value
+from ._numbering import NONE, Axis, DoesNotApplyError, Value
+
+#: channel numbers that are coupled, entry by entry, and the node that couples them
+Pairs = list[tuple[np.ndarray, np.ndarray, fx.Node]]
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,10 @@ class Facts:
     into how many; ``heads`` pairs the channels that belong to one head, ``together`` those that would be free
     if they went together. ``chosen`` are numbers of positions that compete in a softmax or top-k, with how
     many of them are needed; ``stacked`` numbers of matrices in a stacked weight; ``stretched`` dimensions of
-    expanded tensors that meet channels. ``needed`` are channels of which some must stay.
+    expanded tensors that meet channels.
     """
 
-    pairs: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)
+    pairs: Pairs = field(default_factory=list)
     frozen: list[Remark] = field(default_factory=list)
     inside: list[Remark] = field(default_factory=list)
     mixed: list[Remark] = field(default_factory=list)
@@ -125,12 +128,11 @@ class Facts:
     boxes: dict[bytes, tuple[np.ndarray, fx.Node]] = field(default_factory=dict)
     matrices: set[str] = field(default_factory=set)
     blocks: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
-    heads: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)
-    together: list[tuple[np.ndarray, np.ndarray, fx.Node]] = field(default_factory=list)
+    heads: Pairs = field(default_factory=list)
+    together: Pairs = field(default_factory=list)
     chosen: list[tuple[np.ndarray, int]] = field(default_factory=list)
     stacked: list[np.ndarray] = field(default_factory=list)
     stretched: set[tuple[str, int]] = field(default_factory=set)
-    needed: dict[bytes, np.ndarray] = field(default_factory=dict)
 
     def couple(self, a: Tensor, b: Tensor, node: fx.Node) -> None:
         """Channels at equal positions of two broadcastable tensors of numbers go together; one that meets a
@@ -172,13 +174,6 @@ class Facts:
         """
         leader = numbers.narrow(dim, 0, 1).expand(numbers.shape)
         self.together.append((leader.reshape(-1).numpy(), numbers.reshape(-1).numpy(), node))
-
-    def need(self, numbers: Tensor) -> None:
-        """Note that not all of these channels can go, for an operator that refuses an empty tensor is given
-        them.
-        """
-        needed = _channels(numbers)
-        self.needed.setdefault(needed.tobytes(), needed)
 
     def boxes_of(self, value: Value, node: fx.Node) -> None:
         """Record a box for each axis that varies along several dimensions."""

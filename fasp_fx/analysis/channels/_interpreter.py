@@ -35,12 +35,8 @@ from ...capturing._sizes import Sizes, is_dynamic
 from ._facts import Facts
 from ._letters import Relation, result_shapes_ok
 from ._moves import move
-from ._named import keep_numbered, name_results, picked, tallied
-from ._numbering import Numbering, Slot, laid_by_block
-from ._operands import Axis, DoesNotApplyError, Value, counted_by
-
-#: integer constants up to this many elements are known to the analysis as data (index tensors)
-_DATA_LIMIT = 1 << 20
+from ._named import keep_numbered, name_results, tallied
+from ._numbering import Axis, DoesNotApplyError, Numbering, Value, counted_by, laid_by_block
 
 #: what fake tensors say of an operator whose result, or its shape, depends on data: the recorded shape
 #: serves, for no channel of its arguments can go
@@ -107,7 +103,13 @@ class Interpreter:
                 them.
         """
         with counted_by(self._staying()):
-            return self._run(small) if small is not None else self._run_small_if_it_can()
+            if small is not None:
+                return self._run(small)
+            try:
+                with silent_fake_tensors():  # that a program does not run at small sizes is no error
+                    return self._run(small=True)
+            except _Degenerate:
+                return self._run(small=False)
 
     def _staying(self) -> np.ndarray | None:
         """How many channels of its weight stay before each channel, where some are gone."""
@@ -120,13 +122,6 @@ class Interpreter:
                 if own is not None and slot is not None:
                     found[own.reshape(-1).numpy()] = slot.base + np.arange(own.numel())
         return found
-
-    def _run_small_if_it_can(self) -> Walk:
-        try:
-            with silent_fake_tensors():  # that a program does not run at small sizes is no error
-                return self._run(small=True)
-        except _Degenerate:
-            return self._run(small=False)
 
     def _run(self, small: bool) -> Walk:
         walk = Walk(Sizes(self.module, small))
@@ -145,9 +140,7 @@ class Interpreter:
 
     def _axes(self, name: str, shape: tuple[int, ...], kind: str, dims: list[int]) -> list[Axis]:
         axes = []
-        for dim in dims:
-            if shape[dim] <= 1:
-                continue
+        for dim in (dim for dim in dims if shape[dim] > 1):
             given = (
                 self.overrides[name][dim]
                 if name in self.overrides and dim < len(self.overrides[name])
@@ -166,9 +159,8 @@ class Interpreter:
                 # Whole heads of a cache.
                 numbers = numbers.narrow(dim, 0, 1)
                 along = next((d for d, size in enumerate(numbers.shape) if size > 1), dim)
-            axis = Axis(numbers, along, (name, dim))
-            if bool((axis.numbers != axis.numbers.reshape(-1)[0]).any()):  # one number for all is no axis
-                axes.append(axis)
+            if bool((numbers != numbers.reshape(-1)[0]).any()):  # one number for all is no axis
+                axes.append(Axis(numbers, along, (name, dim)))
         return axes
 
     def _laid(self, given: Tensor, name: str, dim: int, shape: tuple[int, ...]) -> Tensor:
@@ -213,15 +205,11 @@ class Interpreter:
         name = self.canonical.get(target_name(node), target_name(node))
         shape = tuple(tensor.shape)
         walk.executed[node] = self._like(tensor)
-        data = None
-        settled = (
-            name not in self.written and tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
-        )
-        if settled and not tensor.is_floating_point() and tensor.numel() <= _DATA_LIMIT:
-            data = tensor.detach().cpu()
-        walk.values[node] = Value(
-            shape, tuple(self._axes(name, shape, "weight", list(range(len(shape))))), True, name, data
-        )
+        axes = self._axes(name, shape, "weight", list(range(len(shape))))
+        is_index = tensor.dtype in (torch.int32, torch.int64) and name not in self.written
+        known = is_index and tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+        data = tensor.detach().cpu() if known else None
+        walk.values[node] = Value(shape, tuple(axes), True, name, data)
 
     def _output(self, node: fx.Node, walk: Walk, small: bool) -> None:
         for index, result in enumerate(results(self.module.graph)):
@@ -274,11 +262,7 @@ class Interpreter:
                     args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
                 executed = node.target(*args, **kwargs)
         except tolerable(Exception) as error:
-            if not (
-                isinstance(error, _AT_RUN_TIME)
-                or (isinstance(error, IndexError) and _decided_by_data(node))
-                or _takes_graphs_unseen(node)
-            ):
+            if not _is_decided_later(node, error):
                 if self.strict:
                     raise VerificationError(
                         f"node '{node.name}' ({node.target}) no longer executes: {error}"
@@ -287,7 +271,7 @@ class Interpreter:
                     raise _Degenerate from error
             with self.mode:
                 # Decided by data, or higher-order, say: the recorded shape serves.
-                executed = picked(node, walk.sizes.concrete(node.meta.get("val")), *args[:1])
+                executed = walk.sizes.concrete(node.meta.get("val"))
         fits = all(0 not in shape for shape in _shapes(executed)) and walk.sizes.fit(
             node.meta.get("val"), executed
         )
@@ -297,65 +281,31 @@ class Interpreter:
 
     def _apply(self, node: fx.Node, walk: Walk, shapes: list[tuple[int, ...]]) -> list[Value]:
         named, nodes = _arguments(node, walk.values)
-        given = [value for value in _tensors(named) if value is not None]
-        constant = bool(given) and all(value.constant for value in given)
+        given = _tensors(named)
         rule = lookup(node.target)
-        blank = [Value(shape, (), constant) for shape in shapes]
         if rule is not None and rule.creates:
             return [self._created(node, rule, shapes[0])]
-        values = self._values(node, walk, rule, named, nodes, given, shapes, blank)
-        if given and all(value.created for value in given):
-            values = [replace(value, created=True) for value in values]
-        for name, dim in self.numbering.stretched:
-            if name == node.name:
-                values = [
-                    replace(values[0], axes=(*values[0].axes, *self._axes(name, shapes[0], "created", [dim])))
-                ]
-        return values if not self.experts else name_results(node, rule, named, values, walk.facts)
-
-    def _values(
-        self,
-        node: fx.Node,
-        walk: Walk,
-        rule: Rule | None,
-        named: dict[str, Any],
-        nodes: dict[str, fx.Node | None],
-        given: list[Value],
-        shapes: list[tuple[int, ...]],
-        blank: list[Value],
-    ) -> list[Value]:
-        """The results by the operator's rule; without one, what it touches is frozen."""
-        unspoken = rule is not None and any(
-            named.get(name) != int(value) for name, value in (clause.words for clause in rule.all("only"))
-        )
-        if rule is not None and rule.tallies and self.experts and not unspoken:
-            found = tallied(node, rule, named, shapes[0])
-            if found is not None:
-                return found
-        if not any(value.axes for value in given) and not (rule is not None and rule.moves):
-            return blank
-        if rule is not None and not rule.moves and not rule.alternatives and not rule.tallies:
-            return blank
-        if str(node.target) in CASTS:
-            return [self._cast(node, walk, named["self"])]
+        constant = bool(given) and all(value.constant for value in given)
+        values = [Value(shape, (), constant) for shape in shapes]
         if rule is None:
             self._freeze_given(node, walk, given)
-            return blank
-        if rule.tallies or unspoken:
-            self._freeze_unspoken(
-                node, walk, given, "its arguments are others" if unspoken else "no number names a position"
-            )
-            return blank
-        found_or_why = self._by_rule(node, rule, named, nodes, shapes, walk)
-        if isinstance(found_or_why, str):
-            # Numbers do not fit (sizes known only at run time, say): the operator freezes what it touches, as
-            # one without a rule.
-            self._freeze_unspoken(node, walk, given, found_or_why)
-            return blank
-        self._freeze_unnamed(node, rule, named, walk.facts)
-        if rule.alternatives:
-            keep_numbered(node, rule, named, walk.facts, self.experts)
-        return found_or_why
+        elif rule.moves or rule.tallies or (rule.alternatives and any(value.axes for value in given)):
+            found = self._by_rule(node, rule, named, nodes, shapes, walk)
+            if isinstance(found, str):
+                # Numbers do not fit (sizes known only at run time, say): the operator freezes what it
+                # touches, as one without a rule.
+                why = f"{node.target} is called in a way that its rule does not speak of ({found})"
+                self._freeze_given(node, walk, given, why)
+            else:
+                values = found
+                self._freeze_unnamed(node, rule, named, walk.facts)
+                keep_numbered(node, rule, named, walk.facts, self.experts)
+        if given and all(value.created for value in given):
+            values = [replace(value, created=True) for value in values]
+        for dim in (dim for name, dim in self.numbering.stretched if name == node.name):
+            axes = (*values[0].axes, *self._axes(node.name, shapes[0], "created", [dim]))
+            values = [replace(values[0], axes=axes)]
+        return values if not self.experts else name_results(node, rule, named, values, walk.facts)
 
     def _freeze_given(self, node: fx.Node, walk: Walk, given: list[Value], why: str | None = None) -> None:
         """Freeze all channels that a node is given; unless there is a reason why its rule does not serve, for
@@ -367,11 +317,6 @@ class Interpreter:
             if any(value.axes for value in given) and writer is None:
                 walk.without_rule.setdefault(str(node.target), []).append(node)
         walk.facts.freeze((axis for value in given for axis in value.axes), why, node)
-
-    def _freeze_unspoken(self, node: fx.Node, walk: Walk, given: list[Value], why: str) -> None:
-        self._freeze_given(
-            node, walk, given, f"{node.target} is called in a way that its rule does not speak of ({why})"
-        )
 
     def _cast(self, node: fx.Node, walk: Walk, source: Value) -> Value:
         """The same channels; and the same weight, unless it is one of integers, which mean something else
@@ -404,21 +349,6 @@ class Interpreter:
         axes = (axis for value in left for axis in value.axes)
         facts.freeze(axes, f"decides by position in {node.target}", node)
 
-    def _of_parameters(self, numbers: Tensor) -> bool:
-        """Whether some of these numbers are of channels of parameters; a weight that a pass has made anew is
-        one.
-        """
-        slots = {*self.numbering.slot_ids(np.unique(numbers.reshape(-1).numpy())).tolist()} - {-1}
-        return any(self._is_parameter(self.numbering.slots[index]) for index in slots)
-
-    def _is_parameter(self, slot: Slot) -> bool:
-        if slot.kind != "weight":
-            return False
-        try:
-            return isinstance(attribute(self.module, slot.name), torch.nn.Parameter)
-        except AttributeError:
-            return True
-
     def _by_rule(
         self,
         node: fx.Node,
@@ -429,10 +359,17 @@ class Interpreter:
         walk: Walk,
     ) -> list[Value] | str:
         """The results as the rule gives them, or why it does not serve for this call."""
+        if str(node.target) in CASTS:
+            return [self._cast(node, walk, named["self"])]
+        only = (clause.words for clause in rule.all("only"))
+        if any(named.get(name) != int(value) for name, value in only):
+            return "its arguments are others"
+        if rule.tallies:
+            found = tallied(node, rule, named, shapes[0]) if self.experts else None
+            return found or "no number names a position"
         try:
             if rule.moves:
-                moved = move(node, rule, named, nodes, shapes, walk.facts, walk.sizes, self._of_parameters)
-                return "an index or a mask is known only at run time" if moved is None else moved
+                return move(node, rule, named, shapes, walk.facts, walk.sizes)
             relation = Relation(
                 node, rule, {**named, **elements(named)}, nodes, walk.facts, self.numbering, self.experts
             )
@@ -457,22 +394,16 @@ class Interpreter:
         return values
 
 
-def _decided_by_data(node: fx.Node) -> bool:
-    """Whether a node takes a number that only data decides: the one that stands for it here can be out of
-    range.
+def _is_decided_later(node: fx.Node, error: Exception) -> bool:
+    """Whether a node cannot be executed here because of what only data decide: numbers for which those that
+    stand for them can be out of range; or is given graphs, and has no rule: not all of these can be executed
+    on fake tensors without the symbols of a capture (loops). What either is given stays, and so does the
+    shape of what it returns.
     """
-    return any(
-        free_unbacked_symbols(value)
-        for source in node.all_input_nodes
-        if isinstance(value := source.meta.get("val"), torch.SymInt)
-    )
-
-
-def _takes_graphs_unseen(node: fx.Node) -> bool:
-    """Whether a node is given graphs, and has no rule: what it is given stays, and so does the shape of what
-    it returns. Not all of these can be executed on fake tensors without the symbols of a capture (loops).
-    """
-    return isinstance(node.target, HigherOrderOperator) and lookup(node.target) is None
+    sources = [source.meta.get("val") for source in node.all_input_nodes]
+    by_data = any(isinstance(value, torch.SymInt) and free_unbacked_symbols(value) for value in sources)
+    unseen = isinstance(node.target, HigherOrderOperator) and lookup(node.target) is None
+    return isinstance(error, _AT_RUN_TIME) or unseen or (by_data and isinstance(error, IndexError))
 
 
 def _writer(node: fx.Node) -> OpOverload | None:

@@ -11,20 +11,10 @@ import torch
 from torch import Tensor
 
 from ._facts import Product
-from ._lettered import Lettered
-from ._meeting import (
-    Found,
-    consume_recurring,
-    couple,
-    make_use,
-    meet_recurring,
-    note_stacked,
-    part_blocks,
-    stretched,
-    why_no_consumer,
-)
+from ._lettered import Lettered, Operand, Spelled, align, join, singles
+from ._meeting import Found, consume, couple, stretched
 from ._named import look_up
-from ._operands import Axis, DoesNotApplyError, Operand, Value, align, join, singles
+from ._numbering import Axis, DoesNotApplyError, Value
 from ._regroup import repeating
 
 
@@ -47,33 +37,37 @@ class Relation(Lettered):
             for letter in order
             if letter not in self.kept or letter in self.reduced or letter in self.windowed
         }
-        outcome = []
-        for letters in self.results:
-            own = singles(letters)
-            axes = []
-            for letter, numbers in outgoing:
-                if letter not in own or letter in dropped:
-                    continue
-                for gone in dropped & set(order):
-                    numbers = numbers.narrow(order.index(gone), 0, 1)
-                known = [other for other in own if other in order]
-                laid = numbers.permute(
-                    [order.index(other) for other in known]
-                    + [order.index(other) for other in order if other not in own]
-                )
-                if any(size > 1 for size in laid.shape[len(known) :]):
-                    raise DoesNotApplyError("its channels differ along a dimension that its result lacks")
-                laid = laid.reshape(laid.shape[: len(known)])
-                for at in (at for at, other in enumerate(own) if other not in order):
-                    laid = laid.unsqueeze(at)  # a dimension that the operator adds
-                laid = join(laid, letters, self.size)
-                if self.reduced and not self.keepdim:
-                    laid = laid.squeeze(tuple(i for i, other in enumerate(letters) if other in self.reduced))
-                axis = Axis.of(laid)
-                if axis is not None:
-                    axes.append(axis)
-            outcome.append((axes, constant))
-        return outcome
+        return [
+            ([axis for item in outgoing for axis in self._laid(letters, order, dropped, *item)], constant)
+            for letters in self.results
+        ]
+
+    def _laid(
+        self, letters: Spelled, order: list[str], dropped: set[str], letter: str, numbers: Tensor
+    ) -> list[Axis]:
+        """The axis of a result that numbers along a letter make, if any.
+
+        Args:
+            letters: of the result.
+            order: the letters that the numbers have a dimension for.
+            dropped: letters of which nothing comes out.
+        """
+        own = singles(letters)
+        if letter not in own or letter in dropped:
+            return []
+        for gone in dropped:
+            numbers = numbers.narrow(order.index(gone), 0, 1)
+        known = [order.index(other) for other in own if other in order]
+        laid = numbers.permute([*known, *(dim for dim in range(len(order)) if dim not in known)])
+        if any(size > 1 for size in laid.shape[len(known) :]):
+            raise DoesNotApplyError("its channels differ along a dimension that its result lacks")
+        # A dimension that the operator adds has one position.
+        laid = laid.reshape([laid.shape[known.index(order.index(o))] if o in order else 1 for o in own])
+        laid = join(laid, letters, self.size)
+        if self.reduced and not self.keepdim:
+            laid = laid.squeeze(tuple(i for i, other in enumerate(letters) if other in self.reduced))
+        axis = Axis.of(laid)
+        return [] if axis is None else [axis]
 
     def couple_heads(self) -> None:
         """Where two activations are contracted, note which channels share a position of the dimensions that
@@ -91,19 +85,16 @@ class Relation(Lettered):
                 for letter in operand.letters
             ]
             for axis in operand.value.axes:
-                if shared[axis.dim] or not any(shared[dim] for dim in axis.varying()):
-                    continue
-                leader = axis.numbers
-                for dim in axis.varying():
-                    leader = leader if shared[dim] else leader.narrow(dim, 0, 1)
-                spread = leader.expand(axis.numbers.shape)
-                self.facts.heads.append(
-                    (spread.reshape(-1).numpy(), axis.numbers.reshape(-1).numpy(), self.node)
-                )
+                own, leader = axis.numbers, axis.numbers
+                for dim in (dim for dim in axis.varying() if not shared[dim]):
+                    leader = leader.narrow(dim, 0, 1)
+                if leader.numel() > 1 and not shared[axis.dim]:
+                    spread = leader.expand(own.shape).reshape(-1).numpy()
+                    self.facts.heads.append((spread, own.reshape(-1).numpy(), self.node))
 
     def _note_matrices(self, constant: bool) -> None:
         for operand in self.operands:
-            contracted = any(self.contracted(letter) or letter in self.recurs for letter in operand.letters)
+            contracted = any(self.contracted(letter) for letter in operand.letters)
             if contracted and operand.value.constant and not constant:
                 # A part of a weight has no origin any more, and its channels have.
                 self.facts.matrices |= {axis.slot[0] for axis in operand.value.axes if axis.slot is not None}
@@ -119,41 +110,24 @@ class Relation(Lettered):
             for axis in operand.at(letter)
         ]
         if letter in self.gates:
-            self.facts.say(
-                self.facts.frozen,
-                [numbers for _, _, numbers in found],
-                f"these are gates of {self.node.target}",
-                self.node,
+            self.facts.freeze(
+                (axis for _, axis, _ in found), f"these are gates of {self.node.target}", self.node
             )
-        if not found:
-            return []
-        if letter in self.inside:
-            if letter not in self.gates:
-                why = f"these are positions of a window of {self.node.target}"
-                self.facts.say(self.facts.inside, [numbers for _, _, numbers in found], why, self.node)
-            return []
-        if letter in self.recurs:
-            of = self.recurs[letter].of
-            channels = [
-                align(axis, operand.letters, order) for operand in self.holders(of) for axis in operand.at(of)
-            ]
-            columns = [(operand, numbers) for operand, _, numbers in found]
-            meet_recurring(self, letter, columns, channels, (order.index(letter), order.index(of)))
+        elif letter in self.inside:
+            why = f"these are positions of a window of {self.node.target}"
+            self.facts.say(self.facts.inside, [numbers for _, _, numbers in found], why, self.node)
+        if not found or letter in self.inside:
             return []
         if letter in self.routes:
             self._route(holders, found)
             return []
         self._couple_along(self.gates, [numbers for _, _, numbers in found], letter, order)
-        for operand in holders:
-            if not operand.at(letter):
-                self._want_stretched(operand, letter)
-                self.facts.say(
-                    self.facts.frozen,
-                    [numbers for _, _, numbers in found],
-                    f"meets '{operand.name}' of {self.node.target}, which has no channels there",
-                    self.node,
-                )
-        if not all(operand.at(letter) for operand in holders) and not constant and letter in self.kept:
+        lacking = [operand for operand in holders if not operand.at(letter)]
+        for operand in lacking:
+            self.facts.stretched.update(stretched(operand, letter))
+            why = f"meets '{operand.name}' of {self.node.target}, which has no channels there"
+            self.facts.freeze((axis for _, axis, _ in found), why, self.node)
+        if lacking and not constant and letter in self.kept:
             # A weight's positions that are frozen here never go; carried on, they would only be taken for
             # channels that other weights share.
             found = [item for item in found if not item[0].value.constant]
@@ -161,8 +135,6 @@ class Relation(Lettered):
                 return []
         everything = [numbers for _, _, numbers in found]
         self._couple_along(self.crossed | (set(order) - self.kept), everything, letter, order)
-        for numbers in everything if self.crossed else ():
-            self.facts.need(numbers)  # pools, resamplers and transforms refuse to work on nothing
         vanishing = any(operand.value.vanishes for operand in holders)
         routing = (
             letter in self.chosen or (letter in self.added and vanishing) or self._looked_up(letter, found)
@@ -230,39 +202,17 @@ class Relation(Lettered):
         along = [index for dim, index in self.looks if operand.letters[dim % len(operand.letters)] == letter]
         return bool(along) and all(look_up(self.node, axis, along[0], self.facts) for _, axis, _ in found)
 
-    def _want_stretched(self, operand: Operand, letter: str) -> None:
-        """What an expansion repeats can be repeated less often: it gets channels of its own along that
-        dimension.
-        """
-        if operand.node is not None and not operand.splits:
-            dim = operand.letters.index(letter) - len(operand.letters)
-            self.facts.stretched.update(stretched(operand.node, dim))
-
     def _contract(self, holders: list[Operand], everything: list[Tensor], vanishing: bool) -> None:
         weights = [operand for operand in holders if operand.value.constant]
         activations = [operand for operand in holders if not operand.value.constant]
-        varying = next(
-            (
-                operand
-                for operand in activations
-                if len(activations) > 1 and not _lies_alike(operand, everything)
-            ),
-            None,
-        )
-        if varying is not None:
-            reason = (
-                f"contracted between two activations by {self.node.target}, of which '{varying.node}' has"
-                " other channels at other sizes"
-            )
+        reason = f"contracted between two activations by {self.node.target}"
+        several = activations if len(activations) > 1 else []
+        varying = [operand.node for operand in several if not _lies_alike(operand, everything)]
+        if varying:
+            reason = f"{reason}, of which '{varying[0]}' has other channels at other sizes"
             self.facts.say(self.facts.frozen, everything, reason, self.node)
-        elif len(activations) > 1:
-            self.facts.say(
-                self.facts.exempt,
-                everything,
-                f"contracted between two activations by {self.node.target}",
-                self.node,
-                vanishing,
-            )
+        elif several:
+            self.facts.say(self.facts.exempt, everything, reason, self.node, vanishing)
             numbers = np.unique(np.concatenate([n.reshape(-1).numpy() for n in everything]))
             operands = tuple(operand.node for operand in activations if operand.node is not None)
             self.facts.products.append(Product(self.node, operands, numbers[numbers >= 0]))
@@ -273,10 +223,6 @@ class Relation(Lettered):
                 f"weights, or values looked up in them, are multiplied together by {self.node.target}",
                 self.node,
             )
-        else:
-            problem = why_no_consumer(self, weights[0], activations[0])
-            if problem is not None:
-                self.facts.say(self.facts.frozen, everything, problem, self.node)
 
     def _consume(self) -> None:
         """Record each weight that is contracted with an activation."""
@@ -289,15 +235,13 @@ class Relation(Lettered):
                     for letter in weight.letters
                     if letter in activation.letters and self.contracted(letter)
                 ]
-                if not shared:
-                    continue
-                note_stacked(self, weight, activation)
-                if why_no_consumer(self, weight, activation) is not None:
-                    continue
-                part_blocks(self, weight, activation)
-                if any(weight.at(letter) for letter in shared):
-                    self.facts.uses.append(make_use(self, weight, activation))
-        consume_recurring(self)
+                problem = consume(self, weight, activation) if shared else None
+                if problem is not None:
+                    for operand in (weight, activation):
+                        alone = (letter for letter in shared if len(self.holders(letter)) == 2)
+                        self.facts.freeze(
+                            (axis for letter in alone for axis in operand.at(letter)), problem, self.node
+                        )
 
 
 def _lies_alike(operand: Operand, among: list[Tensor]) -> bool:

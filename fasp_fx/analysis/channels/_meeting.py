@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import reduce
 
 import numpy as np
@@ -12,11 +11,10 @@ from torch import Tensor, fx
 
 from ...capturing._fold import WHY_NOT_FOLDED
 from ...capturing._fx import arguments
-from ...patterns import CASTS, lookup
-from ._facts import Facts, Layout, Recurrence, Use, Window
-from ._lettered import Lettered, Slide
-from ._numbering import Numbering
-from ._operands import NONE, Axis, Operand
+from ...patterns import lookup
+from ._facts import Facts, Layout, Use, Window
+from ._lettered import Lettered, Operand, Slide
+from ._numbering import NONE, Axis, Numbering
 
 #: an operand, one of its axes, and the axis's numbers with one dimension per letter of the node
 Found = tuple[Operand, Axis, Tensor]
@@ -95,56 +93,6 @@ def _alike(numbers: Tensor, leaders: list[Tensor]) -> int | None:
     return None
 
 
-# --- Operators that take their own result of one step before: a weight's columns that meet no tensor of the
-# graph.
-
-
-def meet_recurring(
-    relation: Lettered,
-    letter: str,
-    columns: list[tuple[Operand, Tensor]],
-    channels: list[Tensor],
-    turn: tuple[int, int],
-) -> None:
-    """Couple a weight's columns with the channels of the result that they meet; columns that meet none stay.
-
-    Args:
-        columns: the weights with the numbers of their columns, ``channels`` those along the result's letter,
-            all aligned.
-        turn: the places of the two letters in that alignment.
-    """
-    state = relation.before(letter)
-    for weight, numbers in columns:
-        problem = (
-            why_no_consumer(relation, weight, state)
-            if channels and state is not None
-            else f"'{weight.name}' of {relation.node.target} meets no channels"
-        )
-        if problem is not None:
-            relation.facts.say(relation.facts.frozen, numbers, problem, relation.node)
-        for own in channels:
-            relation.facts.couple(numbers.transpose(*turn), own, relation.node)
-
-
-def consume_recurring(relation: Lettered) -> None:
-    """Record each weight that is contracted with the result one step before."""
-    for letter, recurring in relation.recurs.items():
-        state = relation.before(letter)
-        for weight in relation.operands:
-            if (
-                state is None
-                or recurring.start is None
-                or letter not in weight.letters
-                or not weight.at(letter)
-            ):
-                continue
-            if weight.value.constant and why_no_consumer(relation, weight, state) is None:
-                use = make_use(relation, weight, state)
-                relation.facts.uses.append(
-                    replace(use, recurrence=Recurrence(recurring.start, recurring.steps))
-                )
-
-
 # --- Where an expansion repeats what a weight's channels meet: what is repeated can be repeated less often.
 
 
@@ -152,59 +100,22 @@ def consume_recurring(relation: Lettered) -> None:
 _REPEATS = {torch.ops.aten.expand.default: "size", torch.ops.aten.repeat.default: "repeats"}
 
 
-def stretched(node: fx.Node, dim: int) -> Iterator[tuple[str, int]]:
-    """The expansions, each with its dimension, that give a result its size along one dimension: itself, or
-    those that it is computed from, element by element or summed up along others.
-
-    Args:
-        dim: counted from the end, so that it is the same in whatever is broadcast.
+def stretched(operand: Operand, letter: str) -> Iterator[tuple[str, int]]:
+    """The expansions, each with its dimension, that give an operand its size along a letter: itself, or those
+    that it is computed from, element by element.
     """
-    seen: set[fx.Node] = set()
-    reached = [(node, dim)]
+    # From the end, so that the dimension is the same in whatever is broadcast.
+    dim = operand.letters.index(letter) - len(operand.letters)
+    reached, seen = [] if operand.node is None or operand.splits else [operand.node], set[fx.Node]()
     while reached:
-        node, dim = reached.pop()
-        if node in seen:
-            continue
-        seen.add(node)
+        node = reached.pop()
         if node.target in _REPEATS:
             sizes = arguments(node)[_REPEATS[node.target]]
             if isinstance(sizes[dim], int) and sizes[dim] > 1 and _is_one(node.all_input_nodes[0], dim):
                 yield node.name, len(sizes) + dim
-        else:
-            dim = _before(node, dim)
-            reached += [(given, dim) for given in node.all_input_nodes if dim and not _is_one(given, dim)]
-
-
-def _before(node: fx.Node, dim: int) -> int:
-    """Which dimension of an operator's operands one of its result's is, both from the end; zero where that is
-    not known. Operators are looked at that compute elements from those at the same place, or sum some up.
-    """
-    rule = lookup(node.target) if node.op == "call_function" else None
-    if rule is None:
-        return 0
-    if str(node.target) in CASTS:
-        return dim
-    forms = [
-        (*alternative.results, *(operand.dims for operand in alternative.operands))
-        for alternative in rule.alternatives
-    ]
-    if not forms or any(dims != ("...",) for form in forms for dims in form):
-        return 0
-    if not rule.clauses:
-        return dim
-    if [clause.keyword for clause in rule.clauses] not in (["reduce"], ["reduce", "add"]):
-        return 0
-    given = arguments(node)
-    rank, reduced = _rank(node.all_input_nodes[0]), given[rule.clauses[0].words[0]]
-    gone = {at % rank for at in ([reduced] if isinstance(reduced, int) else reduced or range(rank))}
-    if given.get("keepdim"):
-        return dim if (dim % rank) not in gone else 0
-    return [at for at in range(rank) if at not in gone][dim] - rank
-
-
-def _rank(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    return value.dim() if isinstance(value, Tensor) else 0
+        elif node not in seen and (rule := lookup(node.target)) is not None and rule.pointwise:
+            reached += [given for given in node.all_input_nodes if not _is_one(given, dim)]
+        seen.add(node)
 
 
 def _is_one(node: fx.Node, dim: int) -> bool:
@@ -227,6 +138,28 @@ def _padding(slide: Slide, size: int) -> tuple[int, int]:
     return int(slide.padding), int(slide.padding)
 
 
+def consume(relation: Lettered, weight: Operand, activation: Operand) -> str | None:
+    """Record a weight that is contracted with an activation as a consumer.
+
+    Returns:
+        Why it cannot lose columns here, or ``None`` if it can.
+    """
+    roles = _roles(relation, weight, activation)
+    for letter in weight.letters:
+        others = {role for other, role in roles.items() if other != letter}
+        if {"row", "column"} <= others and roles[letter] in ("block", "row", "column"):
+            # At each position a whole matrix, of rows and columns.
+            relation.facts.stacked += [
+                axis.numbers.reshape(-1).numpy() for axis in weight.at(letter) if axis.varying() == [axis.dim]
+            ]
+    problem = _why_no_consumer(relation, weight, roles)
+    if problem is None:
+        _part_blocks(relation, weight, roles)
+        if any(weight.at(letter) for letter, role in roles.items() if role == "column"):
+            relation.facts.uses.append(_use(relation, weight, activation, roles))
+    return problem
+
+
 def _roles(relation: Lettered, weight: Operand, activation: Operand) -> dict[str, str]:
     """What each letter of the weight is: block, column, window or row; ``none`` where it has one position,
     ``lost`` where it is summed.
@@ -238,7 +171,7 @@ def _roles(relation: Lettered, weight: Operand, activation: Operand) -> dict[str
             roles[letter] = "window"
         elif letter in relation.routes:
             roles[letter] = "block"
-        elif letter in relation.recurs or (letter in activation.letters and letter not in relation.kept):
+        elif letter in activation.letters and letter not in relation.kept:
             roles[letter] = "column"
         elif weight.size(letter) == 1:
             roles[letter] = "none"
@@ -249,8 +182,7 @@ def _roles(relation: Lettered, weight: Operand, activation: Operand) -> dict[str
     return roles
 
 
-def why_no_consumer(relation: Lettered, weight: Operand, activation: Operand) -> str | None:
-    """Why this weight cannot lose columns here, or ``None`` if it can."""
+def _why_no_consumer(relation: Lettered, weight: Operand, roles: dict[str, str]) -> str | None:
     target = relation.node.target
     if weight.value.origin is None:
         why = weight.node.meta.get(WHY_NOT_FOLDED) if weight.node is not None else None
@@ -258,40 +190,15 @@ def why_no_consumer(relation: Lettered, weight: Operand, activation: Operand) ->
             f"'{weight.name}' of {target} is computed from weights, not a weight"
             f" itself{f'; {why}' if why else ''}"
         )
-    if activation.node is None or weight.node is None:
-        return f"an operand of {target} is not a tensor of the graph"
-    roles = _roles(relation, weight, activation)
     if "lost" in roles.values():
         return f"'{weight.name}' of {target} is summed over a dimension that the other operand lacks"
-    for letter, role in roles.items():
-        if role == "column":
-            for axis in weight.at(letter):
-                if any(
-                    roles[weight.letters[dim]] not in ("column", "block", "row", "window")
-                    for dim in axis.varying()
-                ):
-                    return (
-                        f"the columns of '{weight.name}' of {target} do not lie along dimensions of a weight"
-                    )
     return None
 
 
-def note_stacked(relation: Lettered, weight: Operand, activation: Operand) -> None:
-    """Note the positions of a weight at each of which it holds a whole matrix, of rows and columns."""
-    roles = _roles(relation, weight, activation)
-    for letter in weight.letters:
-        others = {role for other, role in roles.items() if other != letter}
-        if {"row", "column"} <= others and roles[letter] in ("block", "row", "column"):
-            relation.facts.stacked += [
-                axis.numbers.reshape(-1).numpy() for axis in weight.at(letter) if axis.varying() == [axis.dim]
-            ]
-
-
-def part_blocks(relation: Lettered, weight: Operand, activation: Operand) -> None:
+def _part_blocks(relation: Lettered, weight: Operand, roles: dict[str, str]) -> None:
     """Ask for numbers of their own for the rows and columns of every block of a weight, where blocks would
     share them.
     """
-    roles = _roles(relation, weight, activation)
     for letter, role in roles.items():
         if role == "block" and letter not in relation.routes and weight.size(letter) > 1:
             for axis in weight.value.axes:
@@ -302,65 +209,53 @@ def part_blocks(relation: Lettered, weight: Operand, activation: Operand) -> Non
                     want_blocks(relation.facts, relation.numbering, weight, axis, letter)
 
 
-def make_use(relation: Lettered, weight: Operand, activation: Operand) -> Use:
-    """The record of a consumer."""
+def _use(relation: Lettered, weight: Operand, activation: Operand, roles: dict[str, str]) -> Use:
     assert weight.node is not None
     assert activation.node is not None
     assert weight.value.origin is not None
-    roles = _roles(relation, weight, activation)
-    blocks = [letter for letter, role in roles.items() if role == "block"]
-    columns = [letter for letter, role in roles.items() if role == "column"]
-    windows = [letter for letter, role in roles.items() if role == "window"]
+    blocks, columns, windows = (
+        [letter for letter, own in roles.items() if own == role] for role in ("block", "column", "window")
+    )
     by_letter = {slide.within: slide for slide in relation.slides}
-    routed = any(letter in relation.routes for letter in blocks)
-    activation_layout = Layout(
-        activation.splits,
-        () if routed else tuple(activation.letters.index(letter) for letter in blocks),
-        tuple(activation.letters.index(letter) for letter in columns),
-        tuple(
-            Window(
-                activation.letters.index(by_letter[letter].over),
-                weight.size(letter),
-                by_letter[letter].stride,
-                _padding(by_letter[letter], weight.size(letter)),
-                by_letter[letter].dilation,
-            )
-            for letter in windows
-        ),
-    )
-    weight_layout = Layout(
-        weight.splits,
-        tuple(weight.letters.index(letter) for letter in blocks),
-        tuple(weight.letters.index(letter) for letter in (*columns, *windows)),
-    )
-    route = None
-    if routed:
-        route = next(
-            o.node
-            for o in relation.operands
-            if o is not weight and any(letter in o.letters for letter in relation.routes)
+    others = (operand for operand in relation.operands if operand is not weight)
+    route = next((other.node for other in others if relation.routes & {*other.letters}), None)
+    sliding = tuple(
+        Window(
+            activation.letters.index(by_letter[letter].over),
+            weight.size(letter),
+            by_letter[letter].stride,
+            _padding(by_letter[letter], weight.size(letter)),
+            by_letter[letter].dilation,
         )
+        for letter in windows
+    )
     axes = [axis for letter in columns for axis in weight.at(letter)]
-    numbers = np.stack(
-        [_columns(axis, weight, [*blocks, *columns, *windows], len(blocks)) for axis in axes], axis=-1
-    )
-    slots = frozenset(axis.slot for axis in axes if axis.slot is not None)
+    along = [*blocks, *columns, *windows]
+    numbers = np.stack([_columns(axis, weight, along, len(blocks)) for axis in axes], axis=-1)
     single = weight.at(blocks[0]) if len(blocks) == 1 else []
-    own = (
-        single[0].numbers.reshape(-1).numpy() if len(single) == 1 and len(single[0].varying()) == 1 else None
-    )
+    alone = len(single) == 1 and len(single[0].varying()) == 1
     return Use(
         relation.node,
         weight.value.origin,
         weight.node,
         activation.node,
         numbers,
-        slots,
-        weight_layout,
-        activation_layout,
+        frozenset(axis.slot for axis in axes if axis.slot is not None),
+        Layout(weight.splits, _at(weight, blocks), _at(weight, [*columns, *windows])),
+        Layout(
+            activation.splits,
+            () if route is not None else _at(activation, blocks),
+            _at(activation, columns),
+            sliding,
+        ),
         route,
-        own,
+        single[0].numbers.reshape(-1).numpy() if alone else None,
+        relation.recurrences.get(activation.name),
     )
+
+
+def _at(operand: Operand, letters: list[str]) -> tuple[int, ...]:
+    return tuple(operand.letters.index(letter) for letter in letters)
 
 
 def _columns(axis: Axis, weight: Operand, letters: list[str], blocks: int) -> np.ndarray:
@@ -384,19 +279,12 @@ def want_blocks(facts: Facts, numbering: Numbering, weight: Operand, axis: Axis,
     ``letter``.
     """
     dim = weight.letters.index(letter)
-    divider = next(
-        (other for other in weight.value.axes if other is not axis and other.numbers.shape[dim] > 1), None
-    )
-    if (
-        divider is None
-        or axis.slot is None
-        or divider.slot is None
-        or axis.slot[0] != weight.value.origin
-        or axis.slot == divider.slot
-    ):
+    others = (other for other in weight.value.axes if other is not axis and other.numbers.shape[dim] > 1)
+    divider, slot = next((other.slot for other in others), None), axis.slot
+    if divider is None or slot is None or divider == slot or slot[0] != weight.value.origin:
         return
-    own, slot = numbering.get(*axis.slot), numbering.get(*divider.slot)
-    if slot is None or slot.size % weight.size(letter):
-        return  # the letter is several dimensions merged, which cannot be told apart as the blocks of one
-    if own is not None and own.block_dim is None and slot.block_dim is None:
-        facts.blocks.setdefault(axis.slot, (slot.dim, weight.size(letter)))
+    own, blocks = numbering.get(*slot), numbering.get(*divider)
+    # A letter that is several dimensions merged cannot be told apart as the blocks of one.
+    undivided = own and blocks and {own.block_dim, blocks.block_dim} == {None}
+    if blocks and undivided and blocks.size % weight.size(letter) == 0:
+        facts.blocks.setdefault(slot, (blocks.dim, weight.size(letter)))

@@ -20,9 +20,9 @@ from ...base.compat import pytree
 from ...capturing._fx import arguments as arguments_of
 from ...capturing._sizes import Sizes, is_dynamic
 from ._facts import Facts
-from ._named import is_mask, lone_mask, look_up
-from ._operands import NONE, Axis, DoesNotApplyError, Value, collapse, smallest_step
-from ._regroup import Segment, regroup, segments, without_grids
+from ._named import look_up
+from ._numbering import NONE, Axis, DoesNotApplyError, Value, collapse, smallest_step
+from ._regroup import Segment, regroup, segments
 
 
 def _run(operator: Any, numbers: Any, others: dict[str, Any]) -> Any:
@@ -42,21 +42,24 @@ def run_on_numbers(node: fx.Node, numbers: Tensor, values: dict[fx.Node, Any]) -
         DoesNotApplyError: an index is known only at run time.
     """
     others = {
-        name: _known(fx.map_arg(value, lambda n: values[n]))
+        name: fx.map_arg(value, lambda n: values[n])
         for name, value in arguments_of(node).items()
         if name != "self"
     }
-    if any(value is _UNKNOWN for value in others.values()):
+    if _holds_unknown(others):
         raise DoesNotApplyError(f"the indices of '{node.name}' ({node.target}) are known only at run time")
+    given = arguments_of(node)
+    others = {name: _some_index(value, given[name]) for name, value in others.items()}
     return _run(node.target, numbers, others)
+
+
+def _holds_unknown(arguments: dict[str, Any]) -> bool:
+    leaves = pytree.tree_leaves(list(arguments.values()))
+    return any(isinstance(leaf, Value) and leaf.data is None for leaf in leaves)
 
 
 def _outputs(moved: Any) -> list[Tensor]:
     return [moved] if isinstance(moved, Tensor) else list(moved)
-
-
-#: types of indices of which one speaks of as many dimensions as it has
-_MASKS = (torch.bool, torch.uint8)
 
 
 def _touched_dims(rule: Rule, arguments: dict[str, Any], rank: int) -> set[int]:
@@ -67,11 +70,7 @@ def _touched_dims(rule: Rule, arguments: dict[str, Any], rank: int) -> set[int]:
         if isinstance(argument, (list, tuple)) and all(isinstance(item, int) for item in argument):
             touched |= {dim % rank for dim in argument}
         elif isinstance(argument, (list, tuple)):  # index tensors, for the leading dimensions one by one
-            dim = 0
-            for index in argument:
-                taken = index.dim() if isinstance(index, Tensor) and index.dtype in _MASKS else 1
-                touched |= set(range(dim, dim + taken)) if index is not None else set()
-                dim += taken
+            touched |= {dim for dim, index in enumerate(argument) if index is not None}
         elif argument is not None:
             touched.add(int(argument) % rank)
     return touched
@@ -105,20 +104,6 @@ def _unsettled(
         if isinstance(amount, fx.Node):
             found[rank - 1 - index // 2] = "is put behind something of a length known only at run time by"
     return found
-
-
-def _decided_by_sizes(node: fx.Node, rule: Rule) -> bool:
-    """Whether sizes that vary from call to call are among the arguments beside what is moved."""
-    others = [value for name, value in arguments_of(node).items() if name != rule.moves]
-    return any(
-        isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), torch.SymInt)
-        for leaf in pytree.tree_leaves(others)
-    )
-
-
-def _keeps_all(node: fx.Node) -> bool:
-    """Whether an operator only gives all elements another shape, or repeats them along new dimensions."""
-    return str(node.target) in {*RESHAPES, "aten.expand.default", "aten.broadcast_to.default"}
 
 
 def _dynamic_dims(node: fx.Node, rule: Rule, rank: int, sizes: Sizes) -> set[int]:
@@ -198,33 +183,22 @@ def move(
     node: fx.Node,
     rule: Rule,
     arguments: dict[str, Any],
-    nodes: dict[str, fx.Node | None],
     shapes: list[tuple[int, ...]],
     facts: Facts,
     sizes: Sizes,
-    of_parameters: Callable[[Tensor], bool],
-) -> list[Value] | None:
-    """The values of the results of a moving operator, or ``None`` if its other arguments are not known while
-    analysing.
-
-    Args:
-        of_parameters: whether some of these numbers are of channels of parameters.
-    """
+) -> list[Value]:
+    """The values of the results of a moving operator."""
     assert rule.moves is not None
     source = arguments[rule.moves]
     others = {name: value for name, value in arguments.items() if name != rule.moves}
     if isinstance(source, (list, tuple)):
         return _join(node, rule, list(source), others, shapes, facts)
-    unknown = False
-    for name, value in list(others.items()):
-        known = _known(value)
-        if known is _UNKNOWN:
-            known, unknown = _some_index(value, arguments_of(node)[name], shapes[0]), True
-            if known is None or not rule.all("freeze"):
-                return None
-        others[name] = known
-    if _parts_at_run_time(rule, others, source.shape):
-        return _part_at_run_time(node, rule, source, others, shapes, facts)
+    unknown = _holds_unknown(others)
+    if unknown and not rule.all("freeze"):
+        raise DoesNotApplyError("an argument is known only at run time")
+    given = arguments_of(node)
+    others = {name: _some_index(value, given[name]) for name, value in others.items()}
+    others = _settled_parts(rule, others, source.shape)
     touched = _touched_dims(rule, others, len(source.shape))
     unsettled = _unsettled(node, rule, others, source.shape, shapes, sizes)
     source = _alike_along(source, (touched if unknown else set()) | unsettled.keys(), node, facts)
@@ -232,7 +206,6 @@ def move(
         _settle_given(node, sizes)
     shift = _shift(node, source.shape, shapes, others, facts, sizes)
     axes: list[list[Axis]] = [[] for _ in shapes]
-    sources: list[list[Axis]] = [[] for _ in shapes]  # of which each was made
     for axis in source.axes:
         if unknown and axis.dim in touched and look_up(node, axis, _index_at(arguments, axis.dim), facts):
             if source.constant and len(source.shape) > 2:
@@ -251,8 +224,6 @@ def move(
             facts.say(facts.frozen, axis.numbers, f"{unsettled[axis.dim]} {node.target}", node)
             continue  # the remaining positions are those of a sequence, not channels
         _couple_strides(rule, others, axis, facts, node)
-        if _refuses_nothing(node, others):
-            facts.need(axis.numbers)
         if "pad" in others and _border_moves(axis, others):
             facts.say(
                 facts.frozen,
@@ -263,7 +234,7 @@ def move(
         if "pad" in others:
             moved = [_pad(axis, others["pad"])]
         else:
-            axis = _aligned(axis, source.shape, shift, node, facts)
+            axis = _in_one_piece(axis, shift, node, facts)
             moved = shift(axis.numbers)
         why = (
             "deals these channels out by a size that varies from call to call"
@@ -272,87 +243,51 @@ def move(
         )
         for index, numbers in enumerate(moved):
             _keep(axes[index], numbers, [axis], facts, node, axis, why)
-            sources[index] += [axis] * (len(axes[index]) - len(sources[index]))
-    if str(node.target) in RESHAPES:
-        axes = [without_grids(*both, of_parameters, facts, node) for both in zip(axes, sources, strict=True)]
-    stacked = _taken_along(others, source.shape, shapes[0]) if source.origin is not None else None
-    if stacked is not None:
+    stacked = source.origin is not None and _takes_single(others, source.shape, shapes[0])
+    if stacked:
         facts.boxes_of(source, node)  # a stack stays one tensor
     whole = (
         len(shapes) == 1
         and _numel(shapes[0]) == _numel(source.shape)
         and not {"index", "indices"} & others.keys()  # these may take an element twice
     )
-    origin = source.origin if stacked is not None or whole else None
-    settled = source.data is not None and not (_decided_by_sizes(node, rule) and not _keeps_all(node))
-    data = _outputs(_run(node.target, source.data, _rest(others))) if settled else [None] * len(shapes)
+    origin = source.origin if stacked or whole else None
+    known = source.data is not None and len(node.all_input_nodes) == 1
+    data = _outputs(_run(node.target, source.data, _rest(others))) if known else [None] * len(shapes)
     return [Value(shape, tuple(axes[i]), source.constant, origin, data[i]) for i, shape in enumerate(shapes)]
 
 
-def _taken_along(arguments: dict[str, Any], shape: tuple[int, ...], result: tuple[int, ...]) -> int | None:
-    """The dimension of which an operator takes single positions."""
+def _takes_single(arguments: dict[str, Any], shape: tuple[int, ...], result: tuple[int, ...]) -> bool:
+    """Whether an operator takes single positions of a dimension."""
     dim = arguments.get("dim")
-    if not isinstance(dim, int) or not shape:
-        return None
-    dim %= len(shape)
-    return dim if result == shape[:dim] + shape[dim + 1 :] else None
+    return isinstance(dim, int) and bool(shape) and result == shape[:dim] + shape[dim % len(shape) + 1 :]
 
 
-def _parts_at_run_time(rule: Rule, arguments: dict[str, Any], shape: tuple[int, ...]) -> bool:
-    """Whether the sizes of parts, known only at run time, are stood in for by numbers that do not add up."""
-    return any(
-        sum(arguments[sizes]) != shape[int(arguments[dim])]
-        for sizes, dim in (clause.words for clause in rule.all("sizes"))
-    )
-
-
-def _part_at_run_time(
-    node: fx.Node,
-    rule: Rule,
-    source: Value,
-    arguments: dict[str, Any],
-    shapes: list[tuple[int, ...]],
-    facts: Facts,
-) -> list[Value]:
-    """Parts of unknown length, such as the tokens of each expert: what does not vary along the dimension is
-    the same in each.
+def _settled_parts(rule: Rule, arguments: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+    """Arguments in which the sizes of parts add up: those known only at run time, such as the tokens of each
+    expert, are stood in for by numbers that need not.
     """
-    dims = {int(arguments[clause.words[1]]) % len(source.shape) for clause in rule.all("sizes")}
-    alike = tuple(axis for axis in source.axes if dims.isdisjoint(axis.varying()))
-    cut = [axis for axis in source.axes if not dims.isdisjoint(axis.varying())]
-    facts.freeze(cut, f"is cut at a length known only at run time by {node.target}", node)
-    return [Value(shape, alike, source.constant) for shape in shapes]
+    for sizes, dim in (clause.words for clause in rule.all("sizes")):
+        whole, parts = shape[int(arguments[dim])], len(arguments[sizes])
+        if sum(arguments[sizes]) != whole:
+            ends = [whole * part // parts for part in range(parts + 1)]
+            arguments = {**arguments, sizes: [end - start for start, end in itertools.pairwise(ends)]}
+    return arguments
 
 
-def _aligned(
-    axis: Axis, shape: tuple[int, ...], run: Callable[[Tensor], list[Tensor]], node: fx.Node, facts: Facts
-) -> Axis:
-    """Couple channels at one place of several rows where the move deals the rows out in turn, as a channel
+def _in_one_piece(axis: Axis, run: Callable[[Tensor], list[Tensor]], node: fx.Node, facts: Facts) -> Axis:
+    """Couple channels at one place of several rows where a reshape deals the rows out in turn, as a channel
     shuffle does.
 
     Rows may lose different channels only as long as each stays in one piece: of rows that alternate, the
     order of what is left would change.
     """
-    numbers = axis.numbers
-    for dim in axis.varying():
-        if dim <= axis.dim:
-            continue
-        rows = torch.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))])
-        moved = zip(run(axis.numbers), run(rows), strict=True)
-        if any(_alternate(Axis.of(laid), row) for laid, row in moved):
-            facts.couple(numbers.narrow(dim, 0, 1), numbers, node)
-            numbers = numbers.narrow(dim, 0, 1)
-    return axis if numbers is axis.numbers else replace(axis, numbers=numbers.contiguous())
-
-
-def _alternate(axis: Axis | None, rows: Tensor) -> bool:
-    """Whether along the dimension of an axis the same row comes again after another."""
-    if axis is None:
-        return False
-    lines = rows.movedim(axis.dim, -1).reshape(-1, rows.shape[axis.dim])
-    changes = (lines[:, 1:] != lines[:, :-1]).sum(-1)
-    kinds = (lines.sort(-1).values.diff(dim=-1) != 0).sum(-1)
-    return bool((changes > kinds).any())
+    inside = [dim for dim in axis.varying() if dim > axis.dim]
+    if inside and str(node.target) in RESHAPES:
+        merged = Axis.of(run(axis.numbers)[0])
+        if merged is None or len(merged.varying()) < len(axis.varying()):
+            return reduce(lambda own, dim: _alike(own, dim, node, facts), inside, axis)
+    return axis
 
 
 def _index_at(arguments: dict[str, Any], dim: int) -> Any:
@@ -361,29 +296,21 @@ def _index_at(arguments: dict[str, Any], dim: int) -> Any:
     return indices[dim] if isinstance(indices, (list, tuple)) and dim < len(indices) else None
 
 
-def _some_index(value: Any, given: Any, result: tuple[int, ...]) -> Any:
-    """Indices of the right shape in the place of those known only at run time; ``None`` if they decide the
-    shape of the result in a way that is not known.
+def _some_index(value: Any, given: Any) -> Any:
+    """An argument, with indices in the place of tensors: of the right shape, where their content is not
+    known.
 
-    A mask alone is the indices of what it shows, one for each of its dimensions.
+    Raises:
+        DoesNotApplyError: it is a mask, which decides the shape of the result.
     """
     if isinstance(value, (list, tuple)):
-        mask = lone_mask(given)
-        if mask is not None:
-            at, rank = mask
-            return [*value[:at], *[torch.zeros(result[at], dtype=torch.long)] * rank]
-        found = [
-            item if not isinstance(item, Value) else _some_index(item, node, result)
-            for item, node in zip(value, given, strict=True)
-        ]
-        return (
-            None
-            if any(new is None and old is not None for new, old in zip(found, value, strict=True))
-            else found
-        )
-    if not isinstance(given, fx.Node) or not isinstance(given.meta.get("val"), Tensor) or is_mask(given):
-        return None
-    return value.data if value.data is not None else torch.zeros(value.shape, dtype=torch.long)
+        return [_some_index(*pair) for pair in zip(value, given, strict=True)]
+    if not isinstance(value, Value) or value.data is not None:
+        return value.data if isinstance(value, Value) else value
+    recorded = given.meta.get("val")
+    if not isinstance(recorded, Tensor) or recorded.dtype in (torch.bool, torch.uint8):
+        raise DoesNotApplyError("a mask is known only at run time")
+    return torch.zeros(value.shape, dtype=torch.long)
 
 
 def _alike_along(source: Value, dims: set[int], node: fx.Node, facts: Facts) -> Value:
@@ -402,14 +329,6 @@ def _alike(axis: Axis, dim: int, node: fx.Node, facts: Facts) -> Axis:
     leader = axis.numbers.narrow(dim, 0, 1)
     facts.couple(leader, axis.numbers, node)
     return Axis(leader, axis.dim, axis.slot)
-
-
-def _refuses_nothing(node: fx.Node, others: dict[str, Any]) -> bool:
-    """Whether an operator does not take a tensor without elements: what continues it at its border, or leaves
-    a size to be found out.
-    """
-    sizes = others.get("size", others.get("shape", ()))
-    return others.get("mode", "constant") != "constant" or (str(node.target) in RESHAPES and -1 in sizes)
 
 
 def _border_moves(axis: Axis, others: dict[str, Any]) -> bool:
@@ -438,21 +357,6 @@ def _pad(axis: Axis, pad: list[int]) -> Tensor:
 
 def _rest(others: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in others.items() if name != "self"}
-
-
-_UNKNOWN = object()
-
-
-def _known(value: Any) -> Any:
-    """The argument as the operator takes it, or ``_UNKNOWN`` where it is a tensor whose content
-    is not known.
-    """
-    if isinstance(value, Value):
-        return value.data if value.data is not None else _UNKNOWN
-    if isinstance(value, (list, tuple)):
-        items = [_known(item) for item in value]
-        return _UNKNOWN if any(item is _UNKNOWN for item in items) else items
-    return value
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -528,7 +432,7 @@ def _join(
     for dim in range(len(sources[0].shape)):
         per_source = [source.at(dim) for source in sources]
         if not stacked and dim == joined:
-            several = [axis for found in per_source if len(found) > 1 for axis in found]
+            several = itertools.chain(*(found for found in per_source if len(found) > 1))
             facts.freeze(several, f"lies with others along the dimension that {node.target} joins", node)
             per_source = [found if len(found) < 2 else [] for found in per_source]
         if not any(per_source):
@@ -560,10 +464,4 @@ def _join(
             parts = [parts[0] if stacked else per_source[0][0].numbers.expand(s.shape) for s in sources]
         all_axes = [axis for found in per_source for axis in found]
         _keep(axes, _run(node.target, parts, others), all_axes, facts, node)
-    constant = all(source.constant for source in given)
-    data = (
-        _run(node.target, [s.data for s in sources], others)
-        if all(s.data is not None for s in sources)
-        else None
-    )
-    return [Value(shapes[0], tuple(axes), constant, None, data)]
+    return [Value(shapes[0], tuple(axes), all(source.constant for source in given))]

@@ -7,18 +7,15 @@ freezes the channels.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ...capturing._fx import arguments
 from ...patterns import ORDINALS, VANISHING, Clause, Rule
 from ._facts import Facts
-from ._operands import Axis, Value
+from ._numbering import Axis, Value
 
 
 def tallied(
@@ -110,21 +107,11 @@ def keep_numbered(node: fx.Node, rule: Rule, arguments: dict[str, Any], facts: F
     ]
     for clause in named:
         source = arguments[rule.alternatives[0].operands[0].name]
-        if not isinstance(source, Value) or not source.shape or not _is_used(node, ORDINALS[clause.words[1]]):
+        if not isinstance(source, Value) or not source.shape:
             continue
         given = arguments[clause.words[0]]
         axes = source.axes if given is None else source.at(int(given) % len(source.shape))
         facts.freeze(axes, f"{node.target} numbers positions along this dimension", node)
-
-
-def _is_used(node: fx.Node, result: int) -> bool:
-    """Whether anything is made of a result, which a node of several gives through ``getitem``."""
-    if isinstance(node.meta.get("val"), Tensor):
-        return bool(node.users)
-    return any(
-        bool(user.users) and user.args[1] == result if user.target is operator.getitem else True
-        for user in node.users
-    )
 
 
 def vanish(node: fx.Node, rule: Rule, arguments: dict[str, Any], values: list[Value]) -> list[Value]:
@@ -199,39 +186,5 @@ def _passed(rule: Rule, name: str, names: Tensor, arguments: dict[str, Any], val
             return True
     known = rule.tallies == name and any(value.axes for value in values)
     looked = _looked_up(rule, name, arguments, names)
-    checked = not rule.moves and not rule.alternatives and not rule.tallies and not rule.creates
+    checked = not (rule.moves or rule.alternatives or rule.tallies or rule.creates)
     return known or looked or checked or any(clause.words[0] == name for clause in rule.all("ignore"))
-
-
-# --- Positions picked by a mask, whose number data decides.
-
-
-_INDEX = torch.ops.aten.index.Tensor
-
-
-def is_mask(given: Any) -> bool:
-    """Whether a node gives truth values."""
-    value = given.meta.get("val") if isinstance(given, fx.Node) else None
-    return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
-
-
-def lone_mask(indices: Sequence[Any]) -> tuple[int, int] | None:
-    """The first of the dimensions that a mask picks along and their number, where it is the only index."""
-    places = [at for at, item in enumerate(indices) if item is not None]
-    if len(places) != 1 or not is_mask(indices[places[0]]):
-        return None
-    return places[0], indices[places[0]].meta["val"].dim()
-
-
-def picked(node: fx.Node, recorded: Any, source: Any = None) -> Any:
-    """What a mask picks out of a tensor, as many as were recorded; ``recorded`` of other operators.
-
-    Args:
-        recorded: the result as it was captured, whose other sizes may have changed since.
-        source: the tensor as it is now.
-    """
-    found = lone_mask(arguments(node)["indices"]) if node.target is _INDEX else None
-    if found is None or not isinstance(source, Tensor) or not isinstance(recorded, Tensor):
-        return recorded
-    at, rank = found
-    return recorded.new_empty((*source.shape[:at], recorded.shape[at], *source.shape[at + rank :]))

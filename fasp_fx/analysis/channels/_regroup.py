@@ -9,18 +9,16 @@ call, what comes to lie where differs from call to call, too.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ...capturing._sizes import Size, is_dynamic
-from ._facts import Facts
-from ._operands import Axis, DoesNotApplyError, collapse
+from ._numbering import DoesNotApplyError, collapse
 
 #: a factor of a dimension: the dimension, and its size
 Piece = tuple[int, Size]
@@ -138,51 +136,6 @@ def _joined(laid: Tensor, found: Sequence[Segment], shape: Sequence[int]) -> Ten
     return laid.reshape([size if dim in spread else 1 for dim, size in enumerate(shape)])
 
 
-# --- Channels that a reshape lays beside all of a grid of constants, along one dimension.
-#
-# A weight that reads such a dimension would tie each channel to the whole grid, and by that all to one
-# another. The grid cannot shrink by itself, so it stays, and each channel is a run of positions.
-
-
-def without_grids(
-    axes: Sequence[Axis],
-    sources: Sequence[Axis],
-    of_parameters: Callable[[Tensor], bool],
-    facts: Facts,
-    node: fx.Node,
-) -> list[Axis]:
-    """The axes of a reshaped tensor without those of constants that lie across one of parameters.
-
-    Args:
-        axes, sources: the axes, and what each was before the reshape.
-        of_parameters: whether some of these numbers are of channels of parameters.
-    """
-    pairs = list(zip(axes, sources, strict=True))
-    if len(pairs) < 2:
-        return list(axes)
-    shrinking = [of_parameters(axis.numbers) for axis, _ in pairs]
-    others = list(itertools.compress(pairs, shrinking))
-    found = []
-    for pair, shrinks in zip(pairs, shrinking, strict=True):
-        if shrinks or not any(_are_product(pair, other) for other in others):
-            found.append(pair[0])
-            continue
-        facts.say(
-            facts.frozen,
-            pair[0].numbers,
-            f"lies across others along the dimension that {node.target} makes",
-            node,
-        )
-    return found
-
-
-def _are_product(a: tuple[Axis, Axis], b: tuple[Axis, Axis]) -> bool:
-    """Whether two axes, each with what it was before, share a dimension, where neither varied along the other
-    before.
-    """
-    return a[0].dim == b[0].dim and not {*a[1].varying()} & {*b[1].varying()}
-
-
 # --- Channel numbers along a dimension whose size varies: what of them repeats, so that they can be laid out
 # at any size.
 
@@ -191,18 +144,15 @@ def _are_product(a: tuple[Axis, Axis], b: tuple[Axis, Axis]) -> bool:
 class Repeating:
     """Numbers of a tensor that was interpreted at small sizes, as they lie at all sizes.
 
-    Heads that are folded into the batch lie along one dimension with it, ``abab…`` with the heads inside and
-    ``aabb…`` with them outside, as often as there are sequences.
+    Heads that are folded into the batch lie along one dimension with it, as often after one another as there
+    are sequences.
 
     Attributes:
         numbers: with every dimension that repeats as long as it is before it repeats.
-        in_runs: for each dimension, whether each position repeats before the next one comes, and not all of
-            them after one another.
         varies: for each dimension, whether its size varies and numbers lie along it.
     """
 
     numbers: Tensor
-    in_runs: tuple[bool, ...]
     varies: tuple[bool, ...]
 
     def at(self, shape: Sequence[int]) -> Tensor:
@@ -211,16 +161,7 @@ class Repeating:
         Raises:
             ValueError: a dimension is no multiple of what repeats along it.
         """
-        found = self.numbers
-        for dim, (size, runs, varies) in enumerate(zip(shape, self.in_runs, self.varies, strict=True)):
-            if varies:
-                each = self._repeats(dim, size)
-                found = (
-                    found.repeat_interleave(each, dim)
-                    if runs
-                    else found.repeat([each if other == dim else 1 for other in range(found.dim())])
-                )
-        return found
+        return self.numbers.repeat([self._repeats(dim, size) for dim, size in enumerate(shape)])
 
     def summed(self, values: Tensor) -> Tensor:
         """Values of a tensor added up over all that has the same number, in the shape of ``numbers``.
@@ -229,23 +170,18 @@ class Repeating:
             ValueError: a dimension is no multiple of what repeats along it.
         """
         found = values
-        for dim, size in enumerate(self.numbers.shape):
-            found = found.sum(dim, keepdim=True) if size == 1 else found
-        for dim, (runs, varies) in enumerate(zip(self.in_runs, self.varies, strict=True)):
-            if varies:
-                each, own = self._repeats(dim, values.shape[dim]), self.numbers.shape[dim]
-                found = (
-                    found.unflatten(dim, (own, each)).sum(dim + 1)
-                    if runs
-                    else found.unflatten(dim, (each, own)).sum(dim)
-                )
+        for dim, (own, varies) in enumerate(zip(self.numbers.shape, self.varies, strict=True)):
+            if own == 1:
+                found = found.sum(dim, keepdim=True)
+            elif varies:
+                found = found.unflatten(dim, (self._repeats(dim, values.shape[dim]), own)).sum(dim)
         return found
 
     def _repeats(self, dim: int, size: int) -> int:
         own = self.numbers.shape[dim]
-        if size % own:
+        if self.varies[dim] and size % own:
             raise DoesNotApplyError(f"a dimension of size {size} holds {own} positions that repeat")
-        return size // own
+        return size // own if self.varies[dim] else 1
 
 
 def repeating(numbers: Tensor, recorded: Sequence[int | torch.SymInt]) -> Repeating | None:
@@ -255,40 +191,16 @@ def repeating(numbers: Tensor, recorded: Sequence[int | torch.SymInt]) -> Repeat
         numbers: as interpreted, with size 1 along dimensions where they do not vary.
         recorded: the shape of their tensor as it was captured, with symbols for sizes that vary.
     """
-    found = numbers
-    in_runs, varies = [False] * numbers.dim(), [False] * numbers.dim()
+    found, varies = numbers, [False] * numbers.dim()
     for dim, size in enumerate(recorded):
-        if numbers.shape[dim] == 1 or not is_dynamic(size):
-            continue
-        varies[dim] = True
         length = numbers.shape[dim]
-        parts = [part for part in range(1, length + 1) if length % part == 0]
-        period = next(
-            part
-            for part in parts
-            if torch.equal(found.narrow(dim, 0, part).repeat(_times(found, dim, length // part)), found)
-        )
-        if period < length:
-            found = found.narrow(dim, 0, period)
-            varies[dim] = period > 1
+        if length == 1 or not is_dynamic(size):
             continue
-        run = next(
-            (
-                part
-                for part in parts[::-1]
-                if torch.equal(_first_of_runs(found, dim, part).repeat_interleave(part, dim), found)
-            ),
-            1,
-        )
-        if run == 1:
+        for period in (part for part in range(1, length) if length % part == 0):
+            times = [length // period if other == dim else 1 for other in range(numbers.dim())]
+            if torch.equal(found.narrow(dim, 0, period).repeat(times), found):
+                found, varies[dim] = found.narrow(dim, 0, period), period > 1
+                break
+        else:
             return None
-        in_runs[dim], found = True, _first_of_runs(found, dim, run)
-    return Repeating(found.contiguous(), tuple(in_runs), tuple(varies))
-
-
-def _times(tensor: Tensor, dim: int, count: int) -> list[int]:
-    return [count if other == dim else 1 for other in range(tensor.dim())]
-
-
-def _first_of_runs(tensor: Tensor, dim: int, run: int) -> Tensor:
-    return tensor.index_select(dim, torch.arange(0, tensor.shape[dim], run))
+    return Repeating(found.contiguous(), tuple(varies))

@@ -7,7 +7,6 @@ that nothing is believed of how they move it.
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -197,15 +196,11 @@ class _Masking:
     def _laid_out(self, lying: Repeating, mask: fx.Node, source: fx.Node) -> fx.Node:
         """A mask as long as its source along the dimensions whose sizes vary."""
         call, aten = self.graph.call_function, torch.ops.aten
-        for dim, (runs, varies) in enumerate(zip(lying.in_runs, lying.varies, strict=True)):
+        for dim, varies in enumerate(lying.varies):
             if varies:
-                own, size = lying.numbers.shape[dim], call(aten.sym_size.int, (source, dim))
+                size = call(aten.sym_size.int, (source, dim))
                 places = call(aten.arange.default, (size,), {"device": self._device(source)})
-                if runs:
-                    each = call(operator.floordiv, (size, own))
-                    places = call(aten.floor_divide.default, (places, each))
-                else:
-                    places = call(aten.remainder.Scalar, (places, own))
+                places = call(aten.remainder.Scalar, (places, lying.numbers.shape[dim]))
                 mask = call(aten.index_select.default, (mask, dim, places))
         return mask
 

@@ -18,7 +18,7 @@ from ...analysis import plan as plans
 from ...analysis._analysis import Analysis
 from ...analysis.groups import Group, by_block
 from ...analysis.plan import PruningPlan
-from ...analysis.resources import InProducts
+from ...analysis.resources import Counted
 from ...base.compat import is_backward
 from ...calibration._visit import Decision
 from ...capturing._program import Program
@@ -324,7 +324,7 @@ class Gates(nn.Module):
         zero = torch.zeros((), dtype=torch.float64, device=self.scores[0].device)
         found = []
         for limit in self.target.budget.limits:
-            if not isinstance(limit.resource, InProducts):
+            if not isinstance(limit.resource, Counted):
                 raise ArgumentError(
                     f"{type(limit.resource).__name__} counts whole channel sets alone, so nothing can be"
                     " expected of it; use kind=Projected()"
