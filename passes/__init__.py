@@ -1,38 +1,15 @@
-"""The only code that takes channels out of a program: small passes and the pipeline that verifies after each.
+"""The only code that takes channels out of a program, in small steps with the verifier after each.
 
-Every pass is a function ``ExportedProgram -> ExportedProgram``; those that touch no weight
-(``PinAttentionScale``, ``KeepDenseCount``, ``PadValueHeads``) are ``torch.fx`` ``PassBase`` too.
-``Prune(plan)`` is all of them in order.
+``Prune(plan)`` is a function ``ExportedProgram -> ExportedProgram``; ``Pipeline`` runs it among the passes of
+others.
 """
 
 from __future__ import annotations
 
-from fasp_fx.base._stamps import WRITTEN_BY, stamp
+from fasp_fx.base._stamps import WRITTEN_BY
 
 from ._foreign import Foreign
-from ._pipeline import Pipeline, Prune, RestoreWeights, SplitFusedProducers
-from ._run import GraphPass, Pass, split_fused
+from ._run import Pipeline, Prune, remove, split_fused
 from ._verify import verify
-from .attention import PadValueHeads, PinAttentionScale
-from .dense_count import KeepDenseCount
-from .remove_channels import RemoveChannels
-from .skip_blocks import SkipBlocks
 
-__all__ = [
-    "WRITTEN_BY",
-    "Foreign",
-    "GraphPass",
-    "KeepDenseCount",
-    "PadValueHeads",
-    "Pass",
-    "PinAttentionScale",
-    "Pipeline",
-    "Prune",
-    "RemoveChannels",
-    "RestoreWeights",
-    "SkipBlocks",
-    "SplitFusedProducers",
-    "split_fused",
-    "stamp",
-    "verify",
-]
+__all__ = ["WRITTEN_BY", "Foreign", "Pipeline", "Prune", "remove", "split_fused", "verify"]

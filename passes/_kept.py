@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
 from fasp_fx.analysis.channels import Value
-from fasp_fx.analysis.plan import PruningPlan, gone_of
 from fasp_fx.errors import VerificationError
-
-if TYPE_CHECKING:
-    from fasp_fx.analysis._analysis import Analysis
-
-
-def gone_from(removal: PruningPlan | np.ndarray, analysis: Analysis) -> np.ndarray:
-    """For every channel number of the analysis, whether the removal takes it.
-
-    Raises:
-        VerificationError: the removal is by channel numbers, which a foreign pass has changed.
-        PlanError: the plan does not fit (see :func:`fasp_fx.plan.gone_of`).
-    """
-    if isinstance(removal, PruningPlan):
-        return gone_of(removal, analysis)
-    if analysis.brought is not None:
-        raise VerificationError("channel numbers are others after a foreign pass; give a plan")
-    return removal
 
 
 class Kept:

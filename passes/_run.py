@@ -1,28 +1,25 @@
-"""What a pass is, and how passes run one after another, with the verifier after each: in a chain of exported
-programs, and in torch's own pass manager where they only touch the graph.
+"""Take channels out of a program step by step, with the verifier after each; and run a plan among the passes
+of others.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from torch import fx
+from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fasp_fx.analysis._analysis import Analysis, analyze_program
-from fasp_fx.analysis.plan import PruningPlan, check_fingerprint, program_fingerprint
+from fasp_fx.analysis.channels import Walk
+from fasp_fx.analysis.plan import PruningPlan, check_fingerprint, gone_of, program_fingerprint
 from fasp_fx.base._tolerable import tolerable
 from fasp_fx.capturing import capture
 from fasp_fx.capturing._program import Program
 from fasp_fx.capturing._runner import record
-from fasp_fx.capturing._signature import CallSignature
 from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
 from fasp_fx.passes._pruned_module import program_now
 
@@ -30,206 +27,81 @@ from ._foreign import Foreign
 from ._pruned_module import finish
 from ._split import NAME, split
 from ._verify import verify
+from .attention import pad_value_heads, pin_attention_scale
+from .dense_count import keep_dense_count
+from .remove_channels import remove_channels
+from .skip_blocks import skip_blocks
 
-Removal = PruningPlan | np.ndarray | None
+#: of the program that is to be rewritten, the analysis of the program that all steps started from, what it
+#: does on the numbers of that, and which of these numbers go; returns the same object if there is nothing to
+#: do
+Step = Callable[[Program, Analysis, Walk, np.ndarray], Program]
 
-
-class Pass(ABC):
-    """A rewrite of a program.
-
-    Called with an ``ExportedProgram`` it returns another, verified (see :class:`~fasp_fx.passes.Pipeline`),
-    and so stands in any chain of such functions.
-
-    Attributes:
-        name: appears in error messages and in ``node.meta["fasp_fx_pass"]`` of the nodes it wrote.
-        removal: what it removes: a plan, or for every channel number of the analysis whether it goes;
-            ``None`` if that is nothing to it.
-        renumbers: whether the rewritten program has weights of its own, so that what follows needs a new
-            analysis.
-    """
-
-    name: str
-    removal: Removal = None
-    renumbers: bool = False
-
-    @abstractmethod
-    def rewrite(self, program: Program, analysis: Analysis) -> Program:
-        """A new program, or the same object if there was nothing to do; its input stays as it was.
-
-        Args:
-            program: the program to rewrite.
-            analysis: of the program that the pipeline started from.
-        """
-
-    def __call__(self, exported: ExportedProgram) -> ExportedProgram:
-        """Rewrite and verify one exported program; the same object if there was nothing to do.
-
-        Raises:
-            VerificationError: names the pass and the node.
-            PlanError: the pass follows a plan for another model.
-        """
-        return run_exported([self], exported)
+_STEPS: tuple[Step, ...] = (
+    pin_attention_scale,
+    skip_blocks,
+    keep_dense_count,
+    remove_channels,
+    pad_value_heads,
+)
 
 
-class GraphPass(Pass, PassBase):
-    """A pass that touches no weight: usable in ``torch.fx.passes.infra.pass_manager.PassManager`` as well.
-
-    There its precondition is a graph of ATen operators whose placeholders carry ``node.meta["val"]``, as
-    ``torch.export`` makes them.
-    """
-
-    @overload
-    def __call__(self, given: ExportedProgram) -> ExportedProgram: ...
-    @overload
-    def __call__(self, given: fx.GraphModule) -> PassResult: ...
-    def __call__(self, given: Any) -> Any:
-        """Rewrite an exported program, or a graph module into a ``PassResult``.
-
-        Raises:
-            VerificationError: names the pass and the node.
-        """
-        return (
-            Pass.__call__(self, given)
-            if isinstance(given, ExportedProgram)
-            else PassBase.__call__(self, given)
-        )
-
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        for node in graph_module.graph.nodes:
-            if node.op in ("call_module", "call_method"):
-                raise VerificationError(
-                    f"pass '{self.name}' failed: node '{node.name}' is a {node.op}; pass a graph of"
-                    " operators, as torch.export makes it"
-                )
-            if node.op == "placeholder" and "val" not in node.meta:
-                raise VerificationError(
-                    f"pass '{self.name}' failed: node '{node.name}' has no recorded value in"
-                    " node.meta['val']; export the model first"
-                )
-
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        program = Program(graph_module, CallSignature(inspect.Signature(), (), {}), ((), {}))
-        if isinstance(self.removal, PruningPlan):
-            check_fingerprint(self.removal, program_fingerprint(program))
-        try:
-            rewritten = self.rewrite(program, analysis_for(program, self.removal))
-        except tolerable(FaspError) as error:
-            raise VerificationError(f"pass '{self.name}' failed: {error}") from error
-        rewritten.module.recompile()
-        return PassResult(rewritten.module, rewritten is not program)
-
-
-#: what a pipeline runs
-Step = Pass | Foreign
-
-
-def run(
-    steps: Sequence[Step], program: Program, analysis: Analysis, tolerance: float | None = None
-) -> Program:
-    """Run steps in order; the same program if there was nothing to do.
+def remove(analysis: Analysis, gone: np.ndarray, restored: Mapping[str, Tensor] | None = None) -> Program:
+    """The analysed program without some channels: it computes what the dense one computes with the removed
+    activations at zero, and with the restored weights in place of its own.
 
     Args:
-        analysis: of the program that they start from.
-        tolerance: as for :class:`~fasp_fx.passes.Pipeline`.
+        gone: for every channel number, whether it is removed.
+        restored: repaired weights by canonical name, of the dense shapes.
 
     Raises:
         VerificationError: a step failed, or left a program that does not compute what the analysis says;
             names the step and the node.
     """
-    stale = is_cut = False
-    for step in steps:
-        with _named(step.name):
-            is_cut |= bool(program.numbers)
-            if is_cut and not isinstance(step, Foreign) and step.removal is not None:
-                raise VerificationError(
-                    "channels are gone already; this pass comes before any removal, and a removal comes once"
-                )
-            if isinstance(step, Foreign):
-                rewritten = step.run(program, tolerance)
-                brought = rewritten.weights().keys() - program.weights().keys()
-                analysis = replace(analysis, brought=(analysis.brought or frozenset()) | brought)
-                program, stale = rewritten, True
-                continue
-            if stale:
-                fresh = analyze_program(program, None, analysis.granularity, analysis.include)
-                analysis, stale = replace(fresh, brought=analysis.brought), False
-            rewritten = _verified(step.rewrite, program, analysis)
-            if rewritten is not program and step.renumbers:
-                rewritten, stale = replace(rewritten, numbers={}), True
-            program = rewritten
+    program, walk = restore_weights(analysis.program, restored or {}), analysis.walk
+    for step in _STEPS:
+        with _named(step.__name__):
+            rewritten = step(program, analysis, walk, gone)
+            if rewritten is not program:
+                program, walk = rewritten, _verified(rewritten, analysis)
     return program
 
 
-def run_exported(
-    steps: Sequence[Step], exported: ExportedProgram, tolerance: float | None = None
-) -> ExportedProgram:
-    """Run steps on an exported program; the same object if there was nothing to do.
-
-    Raises:
-        VerificationError: see :func:`run`.
-        PlanError: a step follows a plan for another model.
-        ArgumentError, CaptureError: the exported program cannot be read (it carries no example inputs, say).
-    """
-    plan = _plan_of(steps)
-    program = capture(exported, fold=plan is not None)  # without a plan, no weight becomes another
-    if plan is not None:
-        check_fingerprint(plan, program_fingerprint(program))
-    start = analysis_for(program, plan, split=split_fused if plan is not None and plan.splits else None)
-    rewritten = run(steps, start.program, start, tolerance)
-    return exported if rewritten is start.program else program_now(finish(rewritten))
-
-
-def analysis_for(
-    program: Program, removal: Removal, split: Callable[[Program, Analysis], Program | None] | None = None
-) -> Analysis:
-    """The analysis under which a removal speaks of a program; ``split`` as for
-    :func:`~fasp_fx.analysis.analyze_program`.
-    """
-    if isinstance(removal, PruningPlan):
-        return analyze_program(program, split, removal.granularity, removal.include)
-    return analyze_program(program, split)
+def restore_weights(program: Program, restored: Mapping[str, Tensor]) -> Program:
+    """The program with other values of some weights, under all their names."""
+    if not restored:
+        return program
+    program = program.with_own_weights()
+    aliases, weights = program.aliases(), program.weights()
+    for name, value in restored.items():
+        if value.shape != weights[name].shape:
+            raise VerificationError(
+                f"the restored weight '{name}' has shape {tuple(value.shape)}, and not the dense one"
+            )
+        program.replace_weight(aliases[name], value)
+    return program
 
 
 def split_fused(program: Program, analysis: Analysis) -> Program | None:
     """Split fused producers that stand in the way; ``None`` if there is nothing to do."""
     with _named(NAME):
-        rewritten = _verified(split, program, analysis)
+        rewritten = split(program, analysis)
         if rewritten is program:
             return None
+        _verified(rewritten, analysis)
         record(rewritten.module)
     return replace(rewritten, numbers={})
 
 
-def _plan_of(steps: Sequence[Step]) -> PruningPlan | None:
-    """The plan that the steps follow."""
-    removals = [step.removal for step in steps if not isinstance(step, Foreign)]
-    plans = {id(removal): removal for removal in removals if isinstance(removal, PruningPlan)}
-    if len(plans) > 1:
-        raise ArgumentError(
-            "the passes of one pipeline follow one plan; use a pipeline for each, one after the other"
-        )
-    return next(iter(plans.values()), None)
-
-
-def _verified(
-    rewrite: Callable[[Program, Analysis], Program], program: Program, analysis: Analysis
-) -> Program:
-    rewritten = rewrite(program, analysis)
-    if rewritten.module.graph is program.module.graph and _shapes(rewritten) == _shapes(program):
-        return rewritten  # other values alone, of which no channel numbers speak
-    rewritten.module.graph.lint()
-    rewritten.module.recompile()
-    verify(rewritten, analysis)
-    return rewritten
-
-
-def _shapes(program: Program) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in program.weights().items()}
+def _verified(program: Program, analysis: Analysis) -> Walk:
+    program.module.graph.lint()
+    program.module.recompile()
+    return verify(program, analysis)
 
 
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Errors bear the name of the step."""
+    """Errors bear the name of the pass."""
     try:
         yield
     except tolerable(FaspError) as error:
@@ -238,4 +110,79 @@ def _named(name: str) -> Iterator[None]:
         raise VerificationError(f"pass '{name}' failed: {first_line(error)}") from error
 
 
-__all__ = ["GraphPass", "Pass", "Step", "run", "run_exported", "split_fused"]
+@dataclass(frozen=True)
+class Prune:
+    """Apply a plan: ``Prune(plan)(exported)`` is an exported program without the plan's channels, which
+    computes what the dense program computes with the removed activations at zero. A plan holds no repaired
+    weights.
+
+    The program is of the model that the plan was made for; foreign passes may have run on it in the same
+    :class:`Pipeline`.
+    """
+
+    plan: PruningPlan
+
+    def __call__(self, exported: ExportedProgram) -> ExportedProgram:
+        """See :class:`Pipeline`."""
+        return Pipeline([self])(exported)
+
+
+class Pipeline:
+    """Runs a plan among foreign passes. Its input stays as it was.
+
+    What is removed is held against the channel numbers of the analysis (:func:`~fasp_fx.passes.verify`).
+    After a foreign pass the program is analysed anew: weights it brought go with the channels they meet, and
+    a plan that does not fit any more is refused. What no analysis can see, such as another value, is seen on
+    the example inputs: each output stays within ``tolerance``. Nodes that a pass wrote, ours or foreign,
+    carry its name in ``node.meta["fasp_fx_pass"]``.
+
+    Args:
+        passes: ``Prune(plan)``, once at most, and foreign ones: ``PassBase`` instances, functions of a
+            ``GraphModule`` (returning one, a ``PassResult``, or ``None``), or functions of an
+            ``ExportedProgram`` as ``Foreign(…, exported=True)``.
+        tolerance: what a foreign pass may change of an output of real numbers, as a fraction of its largest
+            value. ``None``: the square root of the output type's precision (3e-4 for float32); 0: outputs
+            are not compared.
+    """
+
+    def __init__(
+        self, passes: Sequence[Prune | Foreign | Callable[[Any], Any]], tolerance: float | None = None
+    ) -> None:
+        self.passes = [step if isinstance(step, (Prune, Foreign)) else Foreign(step) for step in passes]
+        self.tolerance = tolerance
+        plans = [step.plan for step in self.passes if isinstance(step, Prune)]
+        if len(plans) > 1:
+            raise ArgumentError("a pipeline applies one plan; use one for each, one after the other")
+        self.plan = plans[0] if plans else None
+
+    def __call__(self, exported: ExportedProgram) -> ExportedProgram:
+        """Run all passes; returns the given object if there was nothing to do.
+
+        Raises:
+            VerificationError: a pass failed or left a program that does not compute what the analysis says;
+                names the pass and the node.
+            PlanError: the plan is for another model, or does not fit what foreign passes have made of it.
+            ArgumentError, CaptureError: the exported program cannot be read (it carries no example inputs,
+                say).
+        """
+        plan = self.plan
+        program = capture(exported, fold=plan is not None)  # without a plan, no weight becomes another
+        if plan is not None:
+            check_fingerprint(plan, program_fingerprint(program))
+            if plan.splits:
+                program = analyze_program(program, split_fused, plan.granularity, plan.include).program
+        start, brought = program, None
+        for step in self.passes:
+            if isinstance(step, Prune):
+                found = analyze_program(program, None, step.plan.granularity, step.plan.include)
+                analysis = replace(found, brought=brought)
+                program = remove(analysis, gone_of(step.plan, analysis))
+            else:
+                with _named(step.name):
+                    rewritten = step.run(program, self.tolerance)
+                brought = (brought or frozenset()) | rewritten.weights().keys() - program.weights().keys()
+                program = rewritten
+        return exported if program is start else program_now(finish(program))
+
+
+__all__ = ["Pipeline", "Prune", "remove", "restore_weights", "split_fused"]

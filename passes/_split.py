@@ -1,132 +1,165 @@
-"""Split a fused producer by rows, where a layout ties prunable channels to others.
+"""Split fused weights by rows, where a layout ties prunable channels to others.
 
 ``linear(x, W)`` viewed as ``[heads, 3, d]`` cannot lose rows of the third part alone. Where every path from
 the product takes out one part by mere movement, each part gets a product of its own with the rows it takes,
-in the order it takes them. A weight of which the model takes ranges of rows apart by itself becomes several
-weights first.
+in the order it takes them. So does a weight of which the model takes ranges of rows apart by itself
+(``w_q, w_kv = weight.split([d, 2 * d])``), without a product.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from fasp_fx.analysis._analysis import Analysis
 from fasp_fx.analysis.channels import Axis, Use, Value, marked, run_on_numbers
 from fasp_fx.base._stamps import stamp
 from fasp_fx.base.compat import pytree
 from fasp_fx.capturing._fx import arguments, attribute, target_name
-from fasp_fx.capturing._program import Program
+from fasp_fx.capturing._program import Program, SplitWeight, set_weight
+from fasp_fx.capturing._recipes import Cut
 from fasp_fx.capturing._sizes import is_dynamic
 from fasp_fx.patterns import Rule, lookup
-
-from ._pieces import add_part, delete_unused, numbers_of, take_apart
-
-if TYPE_CHECKING:
-    from fasp_fx.analysis._analysis import Analysis
 
 #: of the pass, in messages and stamps
 NAME = "split_fused_producers"
 _ADD = torch.ops.aten.add.Tensor
+_SWAPS = {
+    torch.ops.aten.t.default,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.permute.default,
+    torch.ops.aten.numpy_T.default,
+    torch.ops.aten.mT.default,
+}
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One tensor taken out of the product: its node, its rows in order, and how its dimensions come from the
-    product's.
+    """One tensor taken out of a fused one: its node, its rows in order, and for each of its dimensions the
+    dimension of the fused one that lies along it, ``None`` for those of the rows.
     """
 
     node: fx.Node
     rows: np.ndarray
-    # Per dimension: a leading dimension of the product, -1 for channels, None for size 1.
     sources: tuple[int | None, ...]
 
 
+@dataclass(frozen=True)
+class _Fused:
+    """What is computed once more for each part.
+
+    Attributes:
+        chain: the nodes, weights first and the fused value last.
+        dim: along which it has its rows.
+        row_dims: the weights among them, and along which dimension these have the rows.
+    """
+
+    chain: list[fx.Node]
+    dim: int
+    row_dims: dict[fx.Node, int]
+    parts: list[_Part]
+
+
 def split(program: Program, analysis: Analysis) -> Program:
-    """Split the producers that stand in the way; see :class:`SplitFusedProducers`."""
-    if not analysis.conflicts:
-        return program
-    apart = take_apart(program, analysis, stuck_sets(analysis), NAME)
-    if apart is not program:
-        return apart  # what is fused in them is split next, when they are weights
-    splitter = _Splitter(analysis)
-    plans = [plan for plan in (splitter.plan(use) for use in splitter.fused()) if plan is not None]
-    if not plans:
+    """Split the weights that stand in the way, as far as their parts can be told apart; the same program if
+    there is nothing to do.
+
+    The parts, named ``<weight>_0``, ``<weight>_1`` … where these names are free, are recorded in
+    ``program.parts`` and take the place of the whole.
+    """
+    found = list(_Finder(analysis).found()) if analysis.conflicts else []
+    if not found:
         return program
     program = program.copy()
     nodes = {node.name: node for node in program.module.graph.nodes}
-    for use, chain, parts in plans:
-        splitter.split(program, nodes, use, chain, parts)
-    delete_unused(program, {name for use, chain, _ in plans for name in _weights_of(chain, use)})
+    for fused in found:
+        for index, part in enumerate(fused.parts):
+            _take_out(program, analysis, nodes, fused, part, index)
+    _delete_unused(program, {target_name(weight) for fused in found for weight in fused.row_dims})
     return program
 
 
-class _Splitter:
-    """Finds the products that can be split, and splits them.
+class _Finder:
+    """Finds the weights that can be split.
 
     Args:
         analysis: of the program.
     """
 
     def __init__(self, analysis: Analysis) -> None:
-        self.analysis = analysis
+        self.analysis, self.values = analysis, analysis.walk.values
         self.canonical, self.aliases = analysis.program.canonical(), analysis.program.aliases()
-        self.looked_up = Counter(
-            self.canonical.get(target_name(node))
-            for node in analysis.program.module.graph.find_nodes(op="get_attr")
+        self.weights = analysis.program.module.graph.find_nodes(op="get_attr")
+        self.looked_up = Counter(self.canonical.get(target_name(node)) for node in self.weights)
+        self.stuck = marked(
+            int(analysis.labels.max(initial=-1)) + 1, *(conflict.classes for conflict in analysis.conflicts)
         )
 
-    # --- finding
+    def found(self) -> Iterator[_Fused]:
+        """The weights whose rows are part of a conflict, alone or with the products that they are read in."""
+        for node in self.weights:
+            weight = attribute(self.analysis.program.module, target_name(node))
+            for dim in range(weight.dim()) if isinstance(weight, nn.Parameter) else ():
+                yield from self._fused([node], dim, {node: dim})
+        for use in self.analysis.walk.facts.uses:
+            if (
+                len(use.slots) == 1
+                and len(attribute(self.analysis.program.module, use.weight).shape) == 2
+                and use.columns.shape[0] == use.columns.shape[2] == 1
+                and isinstance(self.values[use.node], Value)  # several results have no rows to tell apart
+            ):
+                yield from self._product(use)
 
-    def fused(self) -> list[Use]:
-        """The products whose rows are part of a conflict."""
-        stuck = marked(int(self.analysis.labels.max(initial=-1)) + 1, stuck_sets(self.analysis))
-        return [
-            use
-            for use in self.analysis.walk.facts.uses
-            # an operator with several results has no rows that could be told apart
-            if isinstance(self.analysis.walk.values[use.node], Value)
-            and stuck[self.analysis.labels[numbers_of(self.analysis, use.node)]].any()
-        ]
+    def _product(self, use: Use) -> Iterator[_Fused]:
+        """A product of a matrix, with the biases that are added to it."""
+        ((_, contracted),) = use.slots
+        upstream = _upstream(use)
+        if not all(node.op == "get_attr" or node.target in _SWAPS for node in upstream):
+            return
+        chain = self._with_biases(use.node)
+        weights = [*upstream, *(n for node in chain[1:] for n in node.all_input_nodes if n.op == "get_attr")]
+        row_dims = {
+            node: 1 - contracted if target_name(node) == use.weight else 0
+            for node in weights
+            if node.op == "get_attr"
+        }
+        if all(len(node.users) == 1 for node in weights):
+            yield from self._fused([*weights, *chain], len(self.values[use.node].shape) - 1, row_dims)
 
-    def plan(self, use: Use) -> tuple[Use, list[fx.Node], list[_Part]] | None:
-        value = self.analysis.walk.values[use.node]
-        rows = _rows(value)
-        if (
-            len(attribute(self.analysis.program.module, use.weight).shape) != 2
-            or use.columns.shape[0] != 1
-            or use.columns.shape[2] != 1
-        ):
-            return None  # only matrices are split so far
-        if rows is None or not _cloneable(use):
-            return None
-        chain = self._with_bias(use.node)
-        if not self._only_there(chain, use):
-            return None
-        parts = self._parts(chain[-1], value)
-        if parts is None:
-            return None
-        taken = np.sort(np.concatenate([part.rows for part in parts]))
-        whole = np.sort(rows.numbers.reshape(-1).numpy())
-        return (use, chain, parts) if len(parts) > 1 and np.array_equal(taken, whole) else None
-
-    def _only_there(self, chain: list[fx.Node], use: Use) -> bool:
-        """Whether the weights of a chain have one name each, and are looked up once, for one use: what is
-        tied, used elsewhere or written into stays one tensor.
+    def _fused(self, chain: list[fx.Node], dim: int, row_dims: dict[fx.Node, int]) -> Iterator[_Fused]:
+        """What a chain computes, if it consists of parts. Its weights have one name each and are looked up
+        once: what is tied, used elsewhere or written into stays one tensor.
         """
-        names = {self.canonical[name] for name in _weights_of(chain, use)}
-        return all(len(node.users) == 1 for node in _weights_nodes(chain, use)) and all(
-            self.looked_up[name] == len(self.aliases[name]) == 1 for name in names
-        )
+        names = [self.canonical[target_name(node)] for node in row_dims]
+        rows = self._rows(chain[-1], dim)
+        if (
+            rows is None
+            or not self.stuck[self.analysis.labels[rows]].any()
+            or any(self.looked_up[name] != 1 or len(self.aliases[name]) != 1 for name in names)
+        ):
+            return
+        parts = self._parts(chain[-1], dim, rows)
+        taken = [row for part in parts or () for row in part.rows.tolist()]
+        if parts is not None and len(parts) > 1 and sorted(taken) == sorted(rows.tolist()):
+            yield _Fused(chain, dim, row_dims, parts)
 
-    def _with_bias(self, node: fx.Node) -> list[fx.Node]:
+    def _rows(self, node: fx.Node, dim: int) -> np.ndarray | None:
+        """The numbers of the rows along a dimension; other dimensions may be numbered too, such as tokens of
+        which there is a fixed number.
+        """
+        axes = [axis for axis in self.values[node].axes if axis.varying() == [dim]]
+        return axes[0].numbers.reshape(-1).numpy() if axes else None
+
+    def _with_biases(self, node: fx.Node) -> list[fx.Node]:
         """The product and the additions of a weight with an entry for each of its rows that follow it."""
-        chain, rows = [node], self.analysis.walk.values[node].shape[-1:]
+        chain, rows = [node], self.values[node].shape[-1:]
         while len(chain[-1].users) == 1:
             (user,) = chain[-1].users
             others = [n for n in user.all_input_nodes if n is not chain[-1]]
@@ -134,51 +167,48 @@ class _Splitter:
                 user.target is not _ADD
                 or len(others) != 1
                 or others[0].op != "get_attr"
-                or self.analysis.walk.values[others[0]].shape != rows
+                or self.values[others[0]].shape != rows
             ):
                 break
             chain.append(user)
         return chain
 
-    def _parts(self, root: fx.Node, product: Value) -> list[_Part] | None:
-        lead = len(product.shape) - 1
-        labels = [_label(product.shape, dim) for dim in range(lead)]
-        sizes = root.meta["val"].shape[:lead]
-        rows = _rows(self.analysis.walk.values[root])
-        if rows is None:
-            return None
-        whole = np.unique(rows.numbers.reshape(-1).numpy())
+    def _parts(self, root: fx.Node, dim: int, rows: np.ndarray) -> list[_Part] | None:
+        """The tensors that hold some of the rows, and are taken out by mere movement; ``None`` if anything
+        else is done to all of them, or to what lies along the other dimensions.
+        """
+        shape, recorded = self.values[root].shape, root.meta["val"].shape
+        leads = {lead: _label(shape, lead) for lead in range(len(shape)) if lead != dim}
         found: list[_Part] = []
-        pending: list[tuple[fx.Node, list[Tensor]]] = [(root, labels)]
+        pending: list[tuple[fx.Node, dict[int, Any]]] = [(root, leads)]
         while pending:
-            node, at_node = pending.pop(0)
+            node, labels = pending.pop(0)
             for user in node.users:
-                value = self.analysis.walk.values.get(user)
-                carried = [self._carry(user, label) for label in at_node]
-                if (
-                    any(label is None for label in carried)
-                    or len({id(v) for v in user.all_input_nodes if _is_tensor(self.analysis, v)}) != 1
-                ):
+                if any(other is not node and self._is_activation(other) for other in user.all_input_nodes):
                     return None
+                moved = {lead: self._carry(user, label) for lead, label in labels.items()}
                 if not all(
-                    _holds_at_every_size(user, label, size)
-                    for label, size in zip(carried, sizes, strict=True)
+                    label is not None and _holds_at_every_size(user, label, recorded[lead])
+                    for lead, label in moved.items()
                 ):
                     return None
+                value = self.values.get(user)
                 if isinstance(value, Value):
-                    held = [(axis, axis.numbers.reshape(-1).numpy()) for axis in value.axes]
-                    own = [(axis, numbers) for axis, numbers in held if np.isin(numbers, whole).any()]
-                    if len(own) != 1:
+                    held = [axis for axis in value.axes if np.isin(axis.numbers.numpy(), rows).any()]
+                    if len(held) != 1:
                         return None
-                    ((axis, numbers),) = own
-                    if not np.array_equal(np.unique(numbers), whole):
-                        part = _part(user, value, axis, [label for label in carried if label is not None])
+                    if len(np.unique(held[0].numbers.numpy())) < len(np.unique(rows)):
+                        part = _part(user, value, held[0], moved)
                         if part is None:
                             return None
                         found.append(part)
                         continue
-                pending.append((user, [label for label in carried if label is not None]))
+                pending.append((user, moved))
         return found
+
+    def _is_activation(self, node: fx.Node) -> bool:
+        value = self.values.get(node)
+        return (isinstance(value, Value) and not value.constant) or isinstance(value, tuple)
 
     def _carry(self, node: fx.Node, label: Any) -> Any:
         """A label tensor moved the way ``node`` moves its input at every size, or ``None`` if the node does
@@ -187,99 +217,27 @@ class _Splitter:
         if node.target is operator.getitem and isinstance(label, (list, tuple)):
             return label[arguments(node)["1"]]
         rule = lookup(node.target)
-        if (
-            rule is None
-            or rule.moves != "self"
-            or not isinstance(label, Tensor)
-            or not _moves_alike(node, rule)
-        ):
+        if rule is None or rule.moves != "self" or not isinstance(label, Tensor):
             return None
         try:
-            return run_on_numbers(node, label, self.analysis.walk.values)
+            return run_on_numbers(node, label, self.values) if _moves_alike(node, rule) else None
         except ValueError:
             return None
 
-    # --- rewriting
 
-    def split(
-        self, program: Program, nodes: dict[str, fx.Node], use: Use, chain: list[fx.Node], parts: list[_Part]
-    ) -> None:
-        graph = program.module.graph
-        base_of_weight = self.analysis.numbering.slot_of(int(parts[0].rows.min())).base
-        for index, part in enumerate(parts):
-            rows = part.rows - base_of_weight
-            anchor = nodes[part.node.name]
-            copies: dict[fx.Node, fx.Node] = {}
-            with graph.inserting_before(anchor):
-                for original in _weights_nodes(chain, use):
-                    if original.op == "get_attr":
-                        name = program.free_name(f"{original.target}_{index}")
-                        source = str(original.target)
-                        add_part(program, self.analysis, source, name, rows, self._row_dim(source, use))
-                        copies[nodes[original.name]] = stamp(graph.get_attr(name), NAME)
-                    else:
-                        copies[nodes[original.name]] = self._copy(nodes[original.name], copies, anchor)
-                for original in chain:
-                    copies[nodes[original.name]] = self._copy(nodes[original.name], copies, anchor)
-                product = copies[nodes[chain[-1].name]]
-                result = self._lay_out(graph, product, part)
-            anchor.replace_all_uses_with(result)
-
-    def _copy(self, node: fx.Node, copies: dict[fx.Node, fx.Node], anchor: fx.Node) -> fx.Node:
-        # It is computed where the part was taken out: in the module of the product, which has returned by
-        # then, it would be a call of that module which the model does not have.
-        return stamp(anchor.graph.node_copy(node, lambda n: copies.get(n, n)), NAME, anchor)
-
-    def _row_dim(self, name: str, use: Use) -> int:
-        if name != use.weight:
-            return 0  # a bias
-        ((_, contracted),) = use.slots
-        return 1 - contracted
-
-    def _lay_out(self, graph: fx.Graph, product: fx.Node, part: _Part) -> fx.Node:
-        """Bring the product of one part into the shape that the original took out."""
-
-        def call(operator: Any, *args: Any) -> fx.Node:
-            return stamp(graph.call_function(operator, args), NAME, part.node)
-
-        value = self.analysis.walk.values[part.node]
-        recorded = part.node.meta["val"].shape
-        lead = list(range(max([d for d in part.sources if d is not None], default=-1) + 1))
-        order = [*lead, *(dim for dim, source in enumerate(part.sources) if source == -1)]
-        sizes: list[Any] = []
-        for dim in lead:
-            at = part.sources.index(dim)
-            dynamic = isinstance(recorded[at], torch.SymInt)
-            sizes.append(call(torch.ops.aten.sym_size.int, product, dim) if dynamic else value.shape[at])
-        sizes += [value.shape[dim] for dim, source in enumerate(part.sources) if source == -1]
-        node = call(torch.ops.aten.view.default, product, sizes)
-        present = [
-            ("lead", source) if source != -1 else ("own", dim)
-            for dim, source in enumerate(part.sources)
-            if source is not None
-        ]
-        laid = [("lead", dim) for dim in lead] + [("own", dim) for dim in order[len(lead) :]]
-        permutation = [laid.index(item) for item in present]
-        if permutation != sorted(permutation):
-            node = call(torch.ops.aten.permute.default, node, permutation)
-        for dim, source in enumerate(part.sources):
-            if source is None:
-                node = call(torch.ops.aten.unsqueeze.default, node, dim)
-        return node
-
-
-def stuck_sets(analysis: Analysis) -> np.ndarray:
-    """The channel sets that the conflicts of a layout concern."""
-    return np.unique(np.concatenate([conflict.classes for conflict in analysis.conflicts]))
+def _upstream(use: Use) -> list[fx.Node]:
+    """The nodes that lead from weights to the product, apart from its activation, weights first."""
+    found: list[fx.Node] = []
+    pending = [node for node in use.node.all_input_nodes if node is not use.activation]
+    while pending:
+        node = pending.pop()
+        found.insert(0, node)
+        pending += node.all_input_nodes
+    return found
 
 
 def _label(shape: tuple[int, ...], dim: int) -> Tensor:
     return torch.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
-
-
-def _is_tensor(analysis: Analysis, node: fx.Node) -> bool:
-    value = analysis.walk.values.get(node)
-    return (isinstance(value, Value) and not value.constant) or isinstance(value, tuple)
 
 
 def _moves_alike(node: fx.Node, rule: Rule) -> bool:
@@ -298,7 +256,7 @@ def _moves_alike(node: fx.Node, rule: Rule) -> bool:
 
 
 def _holds_at_every_size(node: fx.Node, label: Any, size: Any) -> bool:
-    """Whether a leading dimension of the product lies, whole and in order, along one dimension of what a node
+    """Whether a dimension of the fused value lies, whole and in order, along one dimension of what a node
     gives, whatever its size.
 
     Labels show where it lies at the small sizes of the analysis alone, at which a single window may hold all
@@ -327,62 +285,116 @@ def _lies_along(label: Any, recorded: Any, size: Any) -> bool:
     return torch.equal(moved.numbers.reshape(-1), torch.arange(label.shape[dim]))
 
 
-def _rows(value: Value) -> Axis | None:
-    """The axis of a product along which the rows of its weight lie, the last; tokens may be numbered too, if
-    there is a fixed number of them.
-    """
-    return next((axis for axis in value.axes if axis.varying() == [len(value.shape) - 1]), None)
-
-
-def _part(node: fx.Node, value: Value, axis: Axis, labels: list[Tensor]) -> _Part | None:
-    sources: list[int | None] = [-1 if dim in axis.varying() else None for dim in range(len(value.shape))]
-    for lead, label in enumerate(labels):
+def _part(node: fx.Node, value: Value, axis: Axis, labels: dict[int, Tensor]) -> _Part | None:
+    sources: list[int | None] = [None] * len(value.shape)
+    for lead, label in labels.items():
         moved = Axis.of(label)
-        if moved is None:
-            continue
-        if (
-            moved.varying() != [moved.dim]
-            or sources[moved.dim] is not None
-            or not torch.equal(moved.numbers.reshape(-1), torch.arange(value.shape[moved.dim]))
-        ):
+        if moved is None or len(moved.varying()) != 1 or sources[moved.dim] is not None:
             return None
         sources[moved.dim] = lead
-    if any(source is None and size != 1 for source, size in zip(sources, value.shape, strict=True)):
-        return None
-    if any(lead not in sources for lead in range(len(labels))):
+    if any(
+        source is None and size != 1 and dim not in axis.varying()
+        for dim, (source, size) in enumerate(zip(sources, value.shape, strict=True))
+    ):
         return None
     return _Part(node, axis.numbers.reshape(-1).numpy(), tuple(sources))
 
 
-def _cloneable(use: Use) -> bool:
-    """Whether the weight reaches the product through nothing but dimension swaps."""
-    return all(node.op == "get_attr" or node.target in _SWAPS for node in _upstream(use))
+def _take_out(
+    program: Program,
+    analysis: Analysis,
+    nodes: dict[str, fx.Node],
+    fused: _Fused,
+    part: _Part,
+    index: int,
+) -> None:
+    """Compute one part of its own rows, in the place where it was taken out: in the module of the product,
+    which has returned by then, it would be a call of that module which the model does not have.
+    """
+    graph, anchor = program.module.graph, nodes[part.node.name]
+    rows = part.rows - analysis.numbering.slot_of(int(part.rows.min())).base
+    made: dict[fx.Node, fx.Node] = {}
+    with graph.inserting_before(anchor):
+        for node in fused.chain:
+            original = nodes[node.name]
+            if node in fused.row_dims:
+                name = program.free_name(f"{node.target}_{index}")
+                _add_part(program, analysis, target_name(node), name, rows, fused.row_dims[node])
+                made[original] = stamp(graph.get_attr(name), NAME)
+            else:
+                made[original] = stamp(graph.node_copy(original, lambda n: made.get(n, n)), NAME, anchor)
+        result = _laid_out(made[nodes[fused.chain[-1].name]], fused.dim, part, analysis, anchor)
+    anchor.replace_all_uses_with(result)
 
 
-_SWAPS = {
-    torch.ops.aten.t.default,
-    torch.ops.aten.transpose.int,
-    torch.ops.aten.permute.default,
-    torch.ops.aten.numpy_T.default,
-    torch.ops.aten.mT.default,
-}
+def _laid_out(made: fx.Node, dim: int, part: _Part, analysis: Analysis, anchor: fx.Node) -> fx.Node:
+    """Bring what was computed of the rows of one part into the shape that the original took out."""
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        return stamp(anchor.graph.call_function(target, args), NAME, anchor)
+
+    own = [at for at, source in enumerate(part.sources) if source is None]
+    order: list[int] = []  # the dimensions of the part, as they lie in what was computed
+    for source in range(len(part.sources) - len(own) + 1):
+        order += own if source == dim else [part.sources.index(source)]
+    shape, recorded = analysis.walk.values[part.node].shape, part.node.meta["val"].shape
+    if len(own) != 1:
+        made = call(
+            torch.ops.aten.view.default,
+            made,
+            [
+                call(torch.ops.aten.sym_size.int, made, part.sources[at])
+                if isinstance(recorded[at], torch.SymInt) and part.sources[at] is not None
+                else shape[at]
+                for at in order
+            ],
+        )
+    if order != sorted(order):
+        made = call(torch.ops.aten.permute.default, made, [order.index(at) for at in range(len(order))])
+    return made
 
 
-def _upstream(use: Use) -> list[fx.Node]:
-    """The nodes that lead from weights to the product, apart from its activation, weights first."""
-    found: list[fx.Node] = []
-    pending = [node for node in use.node.all_input_nodes if node is not use.activation]
-    while pending:
-        node = pending.pop()
-        found.insert(0, node)
-        pending += node.all_input_nodes
-    return found
+def _add_part(program: Program, analysis: Analysis, name: str, new: str, rows: np.ndarray, dim: int) -> None:
+    """Register some rows of a weight as a weight of its own; to the verifier its channels are those of the
+    whole.
+    """
+    weight, whole, cut = attribute(program.module, name), program.parts.get(name), Cut(dim, rows[None])
+    held = _view_of(weight.detach(), rows, dim)
+    held = cut.apply(weight.detach()) if held is None else held
+    set_weight(program.module, new, nn.Parameter(held, requires_grad=weight.requires_grad))
+    program.recipes[new] = program.recipe(name).then(cut)
+    source, indices = (name, rows) if whole is None else (whole.source, np.array(whole.rows)[rows])
+    program.parts[new] = SplitWeight(new, source, dim, tuple(indices.tolist()))
+    numbers = [analysis.numbering.numbers(name, d) for d in range(weight.dim())]
+    own = numbers[dim]
+    numbers[dim] = None if own is None else own[torch.from_numpy(rows)]
+    program.numbers[new] = numbers
 
 
-def _weights_nodes(chain: list[fx.Node], use: Use) -> list[fx.Node]:
-    """The nodes that bring the weights of a chain: those of the product, then the biases."""
-    return [*_upstream(use), *(n for node in chain[1:] for n in node.all_input_nodes if n.op == "get_attr")]
+def _view_of(weight: Tensor, rows: np.ndarray, dim: int) -> Tensor | None:
+    """Rows that lie together, without a copy: they share the storage of the caller's weight, as all does that
+    a program holds of it. ``None`` where they do not, or are all of them, which could be told from no copy.
+    """
+    apart = dim == 0 and weight.is_contiguous() and 0 < len(rows) < len(weight)
+    if not apart or not np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+        return None
+    return weight.narrow(0, int(rows[0]), len(rows))
 
 
-def _weights_of(chain: list[fx.Node], use: Use) -> list[str]:
-    return [target_name(node) for node in _weights_nodes(chain, use) if node.op == "get_attr"]
+def _delete_unused(program: Program, names: Set[str]) -> None:
+    """Take weights out of the program where nothing reads them any more, and all that was computed of them
+    in vain.
+    """
+    # A node without users can be a second name of a tied weight, which must stay.
+    program.module.graph.eliminate_dead_code(
+        lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in names)
+    )
+    for name in names - {str(node.target) for node in program.module.graph.find_nodes(op="get_attr")}:
+        program.parts.pop(name, None)
+        program.recipes.pop(name, None)
+        program.numbers.pop(name, None)
+        path, _, leaf = name.rpartition(".")
+        delattr(attribute(program.module, path) if path else program.module, leaf)
+
+
+__all__ = ["NAME", "split"]

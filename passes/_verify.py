@@ -8,19 +8,15 @@ at the wrong rows, a size left unchanged, a swapped order: each makes numbers me
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
-
 import numpy as np
 from torch import Tensor, fx
 
+from fasp_fx.analysis._analysis import Analysis
 from fasp_fx.analysis.channels import NONE, Interpreter, Numbering, Pairs, Remark, Value, Walk, marked
 from fasp_fx.capturing._fx import results
+from fasp_fx.capturing._program import Program
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import lookup
-
-if TYPE_CHECKING:
-    from fasp_fx.analysis._analysis import Analysis
-    from fasp_fx.capturing._program import Program
 
 #: clauses of operators that take parts out of a dimension
 _PARTS = ("span", "sizes", "chunk")
@@ -46,30 +42,9 @@ def verify(program: Program, reference: Analysis) -> Walk:
         strict=True,
         experts=reference.experts,
     ).run(reference.walk.sizes.small)
-    hold(walk, program, reference)
-    program.walked = (program.module.graph, reference, walk)
-    return walk
-
-
-def walk_of(program: Program, reference: Analysis) -> Walk:
-    """The interpretation of a program on the numbers of ``reference``, which it is held against."""
-    graph, walked = program.module.graph, program.walked
-    if walked is not None and walked[0] is graph and walked[1] is reference:
-        return cast(Walk, walked[2])
-    if graph is reference.program.module.graph:
-        return reference.walk
-    return verify(program, reference)
-
-
-def hold(walk: Walk, program: Program, reference: Analysis) -> None:
-    """Compare what a rewritten program does with what its origin did.
-
-    Raises:
-        VerificationError: names the node and what differs.
-    """
-    labels, last = reference.labels, last_ones(program, reference)
+    labels, last = reference.labels, _last_ones(program, reference)
     last = np.union1d(last, _mistaken(walk.facts.pairs, labels, last))
-    meet(walk.facts.pairs, labels, last, reference.numbering)
+    _meet(walk.facts.pairs, labels, last, reference.numbering)
     known = reference.walk.facts
     for kind, found, allowed in (
         ("froze", walk.facts.frozen, known.frozen),
@@ -78,6 +53,7 @@ def hold(walk: Walk, program: Program, reference: Analysis) -> None:
     ):
         _subset(kind, found, allowed, labels, last)
     _same_outputs(walk, reference, program)
+    return walk
 
 
 def _mistaken(pairs: Pairs, labels: np.ndarray, last: np.ndarray) -> np.ndarray:
@@ -89,7 +65,7 @@ def _mistaken(pairs: Pairs, labels: np.ndarray, last: np.ndarray) -> np.ndarray:
     return np.unique(both[:, (both[0] != both[1]) & np.isin(both, last).any(0)])
 
 
-def meet(pairs: Pairs, labels: np.ndarray, last: np.ndarray, numbering: Numbering) -> None:
+def _meet(pairs: Pairs, labels: np.ndarray, last: np.ndarray, numbering: Numbering) -> None:
     """Only channels of one set may meet.
 
     Raises:
@@ -107,7 +83,7 @@ def meet(pairs: Pairs, labels: np.ndarray, last: np.ndarray, numbering: Numberin
             )
 
 
-def last_ones(program: Program, reference: Analysis) -> np.ndarray:
+def _last_ones(program: Program, reference: Analysis) -> np.ndarray:
     """The channel sets that are the only ones left of their block, or of a part of it that the graph takes
     out (a slice, a split).
 

@@ -5,61 +5,42 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Container, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
+from fasp_fx.analysis._analysis import Analysis
 from fasp_fx.analysis.channels import Numbering, Slot, Value, Walk
 from fasp_fx.base._stamps import stamp
 from fasp_fx.base.compat import pytree
 from fasp_fx.capturing._fx import arguments, set_argument
+from fasp_fx.capturing._program import Program
 from fasp_fx.capturing._recipes import Cut, Recipe
-from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import VIEWS, Clause, lookup
 
-from ._kept import Kept, gone_from
-from ._run import Pass
-from ._verify import walk_of
+from ._kept import Kept
 
-if TYPE_CHECKING:
-    from fasp_fx.analysis._analysis import Analysis
-    from fasp_fx.analysis.plan import PruningPlan
-    from fasp_fx.capturing._program import Program
-
+_NAME = "remove_channels"
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
-class RemoveChannels(Pass):
-    """Precondition: no channel has been removed yet; attention whose query heads get narrower has its scale
-    pinned (:class:`PinAttentionScale`). Where the removal mixes channels (``include=("approximate",)``),
-    :class:`KeepDenseCount` has run, or means are taken over what is left.
-
-    Postcondition: no weight and no input that holds state holds a channel of ``removal``; every node executes
-    at the new sizes; how each weight was cut is recorded in ``program.recipes``.
+def remove_channels(program: Program, analysis: Analysis, walk: Walk, gone: np.ndarray) -> Program:
+    """Leave no channel that goes in any weight, nor in an input that holds state; every node executes at the
+    new sizes. How each weight was cut is recorded in ``program.recipes``.
 
     Args:
-        removal: a plan, or a boolean for each channel number of the analysis, constant within each channel
-            set.
+        gone: for every channel number, whether it goes, constant within each channel set.
     """
-
-    name = "remove_channels"
-
-    def __init__(self, removal: PruningPlan | np.ndarray) -> None:
-        self.removal: PruningPlan | np.ndarray = removal
-
-    def rewrite(self, program: Program, analysis: Analysis) -> Program:
-        gone = gone_from(self.removal, analysis)
-        if not gone.any():
-            return program
-        walk, old = walk_of(program, analysis), program.module.graph
-        program = program.copy()
-        originals = dict(zip(program.module.graph.nodes, old.nodes, strict=True))
-        _resize(program.module, originals, walk, Kept(gone), self.name)
-        _cut_weights(program, analysis, gone)
-        _cut_inputs(program, analysis, gone)
+    if not gone.any():
         return program
+    old, program = program.module.graph, program.copy()
+    originals = dict(zip(program.module.graph.nodes, old.nodes, strict=True))
+    _resize(originals, walk, Kept(gone))
+    _cut_weights(program, analysis, gone)
+    _cut_inputs(program, analysis, gone)
+    return program
 
 
 def recipes_of(numbering: Numbering, gone: np.ndarray, names: Container[str]) -> dict[str, Recipe]:
@@ -143,9 +124,7 @@ def _cut_inputs(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
     program.example = pytree.tree_unflatten(leaves, structure)
 
 
-def _resize(
-    module: fx.GraphModule, originals: dict[fx.Node, fx.Node], walk: Walk, kept: Kept, name: str
-) -> None:
+def _resize(originals: dict[fx.Node, fx.Node], walk: Walk, kept: Kept) -> None:
     laid_out_anew: set[fx.Node] = set()
     for node, old in originals.items():
         if node.op != "call_function":
@@ -158,9 +137,7 @@ def _resize(
             # impossible, also one that loses nothing.
             laid_out_anew.add(node)
             if str(node.target) in VIEWS:
-                _reshape(node, name)
-        if node.target is _ATTENTION and node.kwargs.get("scale") is None:
-            _keep_scale(node, walk.values.get(old.all_input_nodes[0]), kept)
+                _reshape(node)
         if not _clauses(node):
             continue
         results = walk.values.get(old)
@@ -179,30 +156,21 @@ def _resize(
         ):
             continue
         if str(node.target) in VIEWS:
-            _reshape(node, name)
+            _reshape(node)
         for clause in _clauses(node):
             rewrite = _REWRITES.get(clause.keyword)
             if rewrite is not None and rewrite(node, clause, source, outputs, kept):
-                stamp(node, name)
+                stamp(node, _NAME)
 
 
-def _reshape(node: fx.Node, name: str) -> None:
+def _reshape(node: fx.Node) -> None:
     """Copy where a view is impossible."""
     node.target, node.args, node.kwargs = (
         torch.ops.aten.reshape.default,
         (node.args[0], arguments(node)["size"]),
         {},
     )
-    stamp(node, name)
-
-
-def _keep_scale(node: fx.Node, query: object, kept: Kept) -> None:
-    """Refuse to change an implicit scale."""
-    if isinstance(query, Value) and kept.size(query, len(query.shape) - 1) != query.shape[-1]:
-        raise VerificationError(
-            f"the query heads of '{node.name}' would get narrower, and its implicit scale larger; run"
-            " PinAttentionScale before"
-        )
+    stamp(node, _NAME)
 
 
 def _made_anew(node: fx.Node) -> bool:

@@ -2,76 +2,54 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from fasp_fx.analysis._analysis import Analysis
 from fasp_fx.analysis._depth import BIASES, beside, goes_with_a_block, laid_out, serving
+from fasp_fx.analysis.channels import Walk
 from fasp_fx.base._stamps import stamp
 from fasp_fx.capturing._fx import arguments, results, viewed
-from fasp_fx.capturing._sizes import same_sizes
+from fasp_fx.capturing._program import Program
 from fasp_fx.errors import VerificationError
 
-from ._kept import gone_from
-from ._run import Pass
-
-if TYPE_CHECKING:
-    from fasp_fx.analysis._analysis import Analysis
-    from fasp_fx.analysis.plan import PruningPlan
-    from fasp_fx.capturing._program import Program
-
 _ATEN = torch.ops.aten
+_NAME = "skip_blocks"
 
 
-class SkipBlocks(Pass):
+def skip_blocks(program: Program, analysis: Analysis, walk: Walk, gone: np.ndarray) -> Program:
     """Where all channels of a group go that is all there is to a residual block (``include=("depth",)``),
     what reads them gives its bias, and nothing where it has none: the sum becomes what the block was added
-    to.
-
-    Precondition: no channel has been removed yet. Postcondition: no node computes anything of such a block;
-    :class:`RemoveChannels` takes its weights.
-
-    Args:
-        removal: a plan, or a boolean for each channel number of the analysis.
+    to. No node computes anything of such a block then; its weights are cut as others are.
     """
-
-    name = "skip_blocks"
-
-    def __init__(self, removal: PruningPlan | np.ndarray) -> None:
-        self.removal: PruningPlan | np.ndarray = removal
-
-    def rewrite(self, program: Program, analysis: Analysis) -> Program:
-        gone = gone_from(self.removal, analysis)
-        kept = np.unique(analysis.labels[~gone])
-        skipped = [
-            group for group in analysis.groups if not group.needed and not np.isin(group.sets, kept).any()
-        ]
-        if not skipped:
-            return program
-        program = program.copy()
-        graph = program.module.graph
-        nodes = {node.name: node for node in graph.nodes}
-        ends = [nodes.get(use.node.name) for group in skipped for use in group.uses]
-        unused = serving([end for end in ends if end is not None], graph)
-        for end, use in zip(ends, (use for group in skipped for use in group.uses), strict=True):
-            other = None if end is None or end.target is not use.node.target else beside(laid_out(end))
-            if end is None or other is None:
-                raise VerificationError(
-                    f"'{use.node.name}' is not what the block was found by any more, so that it cannot be"
-                    " left out"
-                )
-            _replace_by_bias(end, other, self.name)
-        for node in unused:
-            # Weights stay, to be cut; what draws random numbers, since those after it would be others; and
-            # what a bias is computed of.
-            if node.op == "call_function" and not node.users and goes_with_a_block(node):
-                graph.erase_node(node)
+    kept = np.unique(analysis.labels[~gone])
+    skipped = [group for group in analysis.groups if not group.needed and not np.isin(group.sets, kept).any()]
+    if not skipped:
         return program
+    program = program.copy()
+    graph = program.module.graph
+    nodes = {node.name: node for node in graph.nodes}
+    ends = [nodes[use.node.name] for group in skipped for use in group.uses]
+    unused = serving(ends, graph)
+    for end in ends:
+        other = beside(laid_out(end))
+        if other is None:
+            raise VerificationError(f"'{end.name}' ends in no sum any more, so that it cannot be left out")
+        _replace_by_bias(end, other)
+    for node in unused:
+        # Weights stay, to be cut; what draws random numbers, since those after it would be others; and what
+        # a bias is computed of.
+        if node.op == "call_function" and not node.users and goes_with_a_block(node):
+            graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=_ATEN.view.default):
+        node.target = _ATEN.reshape.default  # what stands for a block can lie otherwise in memory
+    return program
 
 
-def _replace_by_bias(node: fx.Node, other: fx.Node, name: str) -> None:
+def _replace_by_bias(node: fx.Node, other: fx.Node) -> None:
     """Put the bias of a contraction in its place, in the shape of the value that it ends in a sum with; where
     there is none, and nothing stands between it and the sum, that value in the place of the sum.
     """
@@ -83,11 +61,10 @@ def _replace_by_bias(node: fx.Node, other: fx.Node, name: str) -> None:
         graph.erase_node(total)
     else:
         with graph.inserting_before(end):
-            layout: dict[str, Any] = {"memory_format": _memory_format(end.meta["val"])}
-            found = stamp(graph.call_function(_ATEN.zeros_like.default, (other,), layout), name, node)
+            found = stamp(graph.call_function(_ATEN.zeros_like.default, (other,)), _NAME, node)
             if bias is not None:
-                spread = _spread(node, bias, name)
-                found = stamp(graph.call_function(_ATEN.add.Tensor, (found, spread)), name, node)
+                spread = _spread(node, bias)
+                found = stamp(graph.call_function(_ATEN.add.Tensor, (found, spread)), _NAME, node)
         end.replace_all_uses_with(found)
     while end is not node:  # views of it
         before = end.all_input_nodes[0]
@@ -100,44 +77,23 @@ def _is_sum(total: fx.Node, other: fx.Node) -> bool:
 
 
 def _stands_for(other: fx.Node, total: fx.Node) -> bool:
-    """Whether a value can stand for a sum: it lies in memory as the sum does (a view may depend on it), in
-    memory that is no input and no weight, and the sum is no output, that the caller may write into.
+    """Whether a value can stand for a sum: its memory is that of no input and no weight, and the sum is no
+    output, that the caller may write into.
     """
-    first, second = other.meta["val"], total.meta["val"]
-    is_new = viewed(other).op == "call_function"
     returned = [viewed(result) for result in results(total.graph) if isinstance(result, fx.Node)]
-    return same_sizes(first.stride(), second.stride()) and is_new and total not in returned
+    return viewed(other).op == "call_function" and total not in returned
 
 
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    """How a tensor lies in memory: dense, with its dimensions in order, or with the channels last; what is
-    neither is taken to lie as what it is like.
-    """
-    sizes = tensor.shape
-    formats = {tuple(range(len(sizes))): torch.contiguous_format}
-    if len(sizes) in _CHANNELS_LAST:
-        formats[0, *range(2, len(sizes)), 1] = _CHANNELS_LAST[len(sizes)]
-    for order, memory_format in formats.items():
-        strides: dict[int, int | torch.SymInt] = {}
-        step: int | torch.SymInt = 1
-        for dim in reversed(order):
-            strides[dim], step = step, step * sizes[dim]
-        if same_sizes([strides[dim] for dim in range(len(sizes))], tensor.stride()):
-            return memory_format
-    return torch.preserve_format
-
-
-def _spread(node: fx.Node, bias: fx.Node, name: str) -> fx.Node:
+def _spread(node: fx.Node, bias: fx.Node) -> fx.Node:
     """A bias as it is added to the output of a contraction; that of a convolution is along its channels."""
     beyond = _BEYOND.get(node.target, 0)
     if not beyond:
         return bias
     shape = [-1] + [1] * beyond
-    return stamp(node.graph.call_function(_ATEN.reshape.default, (bias, shape)), name, node)
+    return stamp(node.graph.call_function(_ATEN.reshape.default, (bias, shape)), _NAME, node)
 
 
 #: how many dimensions the output of a convolution has behind its channels
 _BEYOND: dict[Any, int] = {_ATEN.conv1d.default: 1, _ATEN.conv2d.default: 2, _ATEN.conv3d.default: 3}
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
-__all__ = ["SkipBlocks"]
+__all__ = ["skip_blocks"]

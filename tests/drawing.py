@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 import fasp_fx
 from fasp_fx.calibration._visit import Decision
 from fasp_fx.errors import CallError
-from fasp_fx.passes import Prune
+from fasp_fx.passes import remove
 from fasp_fx.passes._pruned_module import finish
 from fasp_fx.pruning._rewriting import make_plan
 from fasp_fx.testing import build, example, programs
@@ -94,7 +94,7 @@ def hold(net: Net, number: int, include: Sequence[str] = ()) -> collections.Coun
             break
         gone = chosen[analysis.labels]
         plan = make_plan(program, analysis, Decision(gone))
-        smaller = _AsCaptured(Prune(gone, {}, analysis)(analysis.program))
+        smaller = _AsCaptured(remove(analysis, gone))
         masked = Masked(case.reference, plan)
         count["prunings"] += 1
         for call, dense in calls:

@@ -21,7 +21,7 @@ from fasp_fx.analysis import Analysis, analyze_program
 from fasp_fx.calibration._visit import Decision
 from fasp_fx.capturing import capture
 from fasp_fx.errors import CallError
-from fasp_fx.passes import Prune, split_fused
+from fasp_fx.passes import remove, split_fused
 from fasp_fx.passes._pruned_module import finish
 from fasp_fx.pruning._rewriting import make_plan
 
@@ -73,7 +73,7 @@ def hold(model: nn.Module, calls: Sequence[tuple[Any, ...]], seeds: int = 2, tim
     for seed in range(seeds):
         gone = _choice(analysis, seed)
         plan = make_plan(program, analysis, Decision(gone))
-        smaller, dense = Prune(gone, {}, analysis)(analysis.program).module, zeroed(model, plan)
+        smaller, dense = remove(analysis, gone).module, zeroed(model, plan)
         for call in calls:
             for _ in range(times):
                 with torch.no_grad():

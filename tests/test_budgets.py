@@ -31,7 +31,7 @@ from fasp_fx.allocation.budgets import macs_of
 from fasp_fx.calibration._visit import Decision
 from fasp_fx.cli._app import read_amount
 from fasp_fx.hf._stages import stages_of
-from fasp_fx.passes import Prune
+from fasp_fx.passes import remove
 from fasp_fx.pruning._rewriting import make_plan
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._case import draw_sets
@@ -190,7 +190,7 @@ def test_whatever_goes_of_whatever_is_drawn_is_counted(net: Net, number: int) ->
     plan = make_plan(program, analysis, Decision(gone))
     removed = {group.name: group.removed_sets for group in plan.groups}
     lost = [removed.get(group.name, 0) for group in analysis.chosen]
-    smaller, none = Prune(gone, {}, analysis)(analysis.program), [0] * len(lost)
+    smaller, none = remove(analysis, gone), [0] * len(lost)
     for count, before in ((lost, program), (none, program)):
         assert parameters_of(analysis).used(count) == sum(
             weight.numel() for weight in (smaller if count is lost else before).module.parameters()

@@ -335,7 +335,7 @@ GONE: dict[str, tuple[Callable[[], nn.Module], Tensor, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", GONE)
-def test_what_stands_for_a_block_computes_and_lies_in_memory_as_it_did(name: str) -> None:
+def test_what_stands_for_a_block_computes_as_it_did(name: str) -> None:
     torch.manual_seed(0)
     make, x, names = GONE[name]
     model = make()

@@ -140,17 +140,3 @@ def test_an_eps_that_is_not_given_is_that_of_the_type_that_is_computed_in(dtype:
     )
     masked = zeroed(model, result.plan, producers=True)
     assert error(result.module(x).float(), masked(x).float()) < (1e-5 if dtype == torch.float32 else 2e-2)
-
-
-def test_the_dense_count_is_kept_once() -> None:
-    model, x = _normed(torch.float32), torch.randn(4, 8)
-    options = {
-        "include": ("approximate",),
-        "sparsity": {"2.weight": 0.5},
-        "score": "random",
-        "restore": None,
-    }
-    plan = fasp_fx.prune(model, (x,), **options).plan
-    counted = fasp_fx.passes.KeepDenseCount(plan)(torch.export.export(model, (x,)))
-    with pytest.raises(fasp_fx.VerificationError, match="already"):
-        fasp_fx.passes.Prune(plan)(counted)

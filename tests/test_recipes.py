@@ -19,7 +19,7 @@ from fasp_fx.analysis import Analysis, analyze_program
 from fasp_fx.capturing import capture
 from fasp_fx.capturing._recipes import Cut, Recipe
 from fasp_fx.errors import VerificationError
-from fasp_fx.passes import Prune, split_fused
+from fasp_fx.passes import remove, split_fused
 from fasp_fx.passes.remove_channels import recipes_of
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._case import draw_sets
@@ -37,7 +37,7 @@ def hold(full: Analysis, hollow: Analysis, weights: dict[str, Tensor], seed: int
     """
     assert hollow.numbering.slots == full.numbering.slots
     gone = draw_sets(full, np.random.default_rng(seed))[full.labels]
-    smaller, said = Prune(gone, None, full)(full.program), Prune(gone, None, hollow)(hollow.program)
+    smaller, said = remove(full, gone), remove(hollow, gone)
     shapes = {name: tuple(tensor.shape) for name, tensor in said.weights().items()}
     assert shapes.keys() == smaller.weights().keys()
     for name, expected in smaller.weights().items():

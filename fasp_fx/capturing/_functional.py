@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -108,7 +108,7 @@ def _written_out(node: fx.Node, way: Callable[..., Any]) -> list[fx.Node]:
     module.forward = compute
     with quiet(), torch.no_grad():
         made, _ = aot_export_module(module, recorded, trace_joint=False, pre_dispatch=True, decompositions={})
-    traced = made.graph
+    traced = cast(fx.GraphModule, made).graph
     if any(each.op == "get_attr" or each.target == node.target for each in traced.nodes):
         raise NotImplementedError
     copied = dict(zip(traced.find_nodes(op="placeholder"), given, strict=True))

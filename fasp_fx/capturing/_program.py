@@ -68,7 +68,6 @@ class Program:
         folds: weights that the model computes from others and that the program holds as parameters.
         replaced: the caller's parameters and buffers that are gone with that, by name.
         doubled: whether the caller's example is one sample, which the capture has put twice into this one.
-        walked: the graph, the analysis and the interpretation of the last verification.
         facts: what the capture's exported program knows besides graph and weights; ``None`` for a graph that
             was not exported.
     """
@@ -86,7 +85,6 @@ class Program:
     folds: tuple[FoldedWeight, ...] = ()
     replaced: dict[str, Tensor] = field(default_factory=dict)
     doubled: bool = False
-    walked: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
     facts: ExportFacts | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -195,7 +193,7 @@ class Program:
         """A program whose graph and module tree can be changed; tensors are shared."""
         graph = copy_graph(self.module.graph)
         graph._codegen = self.module.graph._codegen
-        return replace(self._over(graph), walked=None)
+        return self._over(graph)
 
     def with_own_weights(self) -> Program:
         """A program over the same graph, which must not be changed, in which tensors can be replaced by

@@ -21,7 +21,7 @@ from ..base.compat._dynamo import TracingContext, lookup_backend, traces_recurre
 from ..capturing._program import Program
 from ..capturing._recipes import Recipe
 from ..errors import ArgumentError, CaptureError, FaspError, PartialPlanWarning, PlanError, VerificationError
-from ..passes import Prune, split_fused
+from ..passes import remove, split_fused
 from ._dynamo import as_program, holders, tensors_of, trace
 
 Compiled = Callable[..., Any]
@@ -200,7 +200,7 @@ class _Backend:
                 PartialPlanWarning,
             )
         gone = gone_of(replace(self.plan, groups=tuple(groups)), analysis)
-        return Prune(gone, None, analysis)(analysis.program) if groups else program
+        return remove(analysis, gone) if groups else program
 
 
 def _refuse(error: FaspError, *args: Any) -> Any:

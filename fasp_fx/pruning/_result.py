@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from ..analysis.plan import PruningPlan
 from ..base._undisturbed import in_usual_modes, one_at_a_time
 from ..capturing._signature import CallSignature
-from ..errors import CaptureError
+from ..errors import ArgumentError, CaptureError
 from ..passes._pruned_module import PrunedModule, program_now
 from .config import PruningConfig
 from .report import Report
@@ -110,6 +110,8 @@ class Result:
         """
         from .eager import eager, eager_in_parts
 
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"model must be the nn.Module that was pruned, not {type(model).__name__}")
         if self.is_in_parts:
             parts = {path: (part.module, part.plan) for path, part in self.parts.items()}
             return eager_in_parts(self.module, self.plan, parts, model)

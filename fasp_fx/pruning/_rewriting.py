@@ -13,7 +13,7 @@ from ..calibration._visit import Decision
 from ..capturing._program import Program
 from ..passes import split_fused
 from ._result import Result
-from .check import carry_out
+from .check._check import carry_out
 from .config import PruningConfig
 from .report import cache_bytes, make_report
 
@@ -88,7 +88,7 @@ def rewrite(
     )
     cache = cache_bytes(program.module.graph, held.module.graph, program.state_outputs)
     report = replace(report, cache=cache, notes=(*report.notes, *held.notes))
-    return Result(held.module, plan, report, held.rewritten.signature)
+    return Result(held.module, plan, report, program.signature)
 
 
 __all__ = ["Timings", "analyze_for", "make_plan", "rewrite"]

@@ -25,12 +25,13 @@ import fasp_fx.analysis.channels._moves
 import fasp_fx.capturing._program
 import fasp_fx.passes._kept
 import fasp_fx.passes._pruned_module
+import fasp_fx.passes._run
 import fasp_fx.passes.attention
 import fasp_fx.passes.remove_channels
 from fasp_fx import patterns
-from fasp_fx.passes import Prune
+from fasp_fx.passes import remove
 from fasp_fx.passes._pruned_module import finish
-from fasp_fx.pruning.check import Checked
+from fasp_fx.pruning.check._check import Checked
 from fasp_fx.testing.specs import (
     Activation,
     Attention,
@@ -95,15 +96,11 @@ def not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the library return what it makes without running it beside the masked dense program."""
 
     def carry_out(program: Any, analysis: Any, decision: Any, lap: Any, whole: bool = False) -> Checked:
-        rewritten = (
-            Prune(decision.gone, decision.weights, analysis)(analysis.program)
-            if decision.gone.any()
-            else program
-        )
+        rewritten = remove(analysis, decision.gone, decision.weights) if decision.gone.any() else program
         for stage in ("passes", "export"):
             lap(stage)
         module = finish(rewritten)
-        return Checked(decision, rewritten, module)
+        return Checked(decision, module)
 
     monkeypatch.setattr(sys.modules["fasp_fx.pruning._rewriting"], "carry_out", carry_out)
 
@@ -230,12 +227,12 @@ def _one_block(find_blocks: Any) -> Any:
 
 
 def _transposed(call: Any) -> Any:
-    def wrong(self: Any, program: Any, analysis: Any) -> Any:
-        self.restored = {
+    def wrong(program: Any, restored: Any) -> Any:
+        turned = {
             name: value.t().contiguous() if value.dim() == 2 and value.shape[0] == value.shape[1] else value
-            for name, value in self.restored.items()
+            for name, value in restored.items()
         }
-        return call(self, program, analysis)
+        return call(program, turned)
 
     return wrong
 
@@ -389,7 +386,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("a scale pinned at the wrong width", _scale_of_next_width, HEADS),
     Mutant(
         "restored weights transposed",
-        attribute(fasp_fx.passes.RestoreWeights, "rewrite", _transposed),
+        attribute(fasp_fx.passes._run, "restore_weights", _transposed),
         SQUARE,
         ("restored",),
     ),

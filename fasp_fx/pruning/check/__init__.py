@@ -3,9 +3,3 @@
 The check takes one thing from the analysis, which columns of which uses were removed, and none of what makes
 the analysis believe that they can be. Whatever a rule, a layout or a pass gets wrong shows in the numbers.
 """
-
-from __future__ import annotations
-
-from ._check import Checked, UnsoundError, carry_out, restricted
-
-__all__ = ["Checked", "UnsoundError", "carry_out", "restricted"]

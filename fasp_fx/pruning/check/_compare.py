@@ -4,8 +4,6 @@ doubt.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,12 +13,15 @@ import torch
 from torch import Tensor, fx
 
 from ...base._tolerable import tolerable
+from ...base._undisturbed import drawing_alike
 from ...base.compare import deviation, tolerance
 from ...base.compat import int_oo, pytree
 from ...capturing._compare_with_model import coarsest
+from ...capturing._fx import attribute, written_by, written_names
 from ...capturing._program import Program
+from ...capturing._signature import Guards
 from ...capturing._sizes import is_dynamic
-from ._run import Ran, remembers, run
+from ...capturing._unchanged import copied
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,13 @@ class Seen:
         deviation: max|a − b| / max|b| of the worst output, infinite where integers, shapes or the places of
             NaN and infinities differ.
         equal: whether the two compute the same but for rounding.
-        compared: whether they could be compared.
         call: which of the calls in a row differs most, from 0.
-        rounded: whether an operator that has no higher precision rounded on the way to it.
         alone: whether a doubt is left that no higher precision could settle, since nothing runs in one.
     """
 
     deviation: float
     equal: bool
-    compared: bool = True
     call: int = 0
-    rounded: bool = False
     alone: bool = False
 
 
@@ -59,18 +56,19 @@ def compare(reference: Program, module: fx.GraphModule, pruned: Program, inputs:
         ReferenceFailedError: the dense program does not run on these inputs.
         Exception: what the pruned program raises.
     """
-    return compare_with_escalation(
-        lambda dtype: _compare(reference, module, pruned, inputs, dtype), coarsest(reference)
-    )
+    # The second call sees what the first has left behind.
+    calls = 2 if any(map(written_by, (*reference.module.graph.nodes, *module.graph.nodes))) else 1
 
+    def look(precision: torch.dtype | None) -> Seen:
+        try:
+            expected = run(reference.module, inputs.of(reference), calls, precision)
+        except tolerable(Exception) as error:  # a program raises what it likes
+            raise ReferenceFailedError(str(error)) from error
+        found = run(module, inputs.of(pruned), calls, precision)
+        worst, call = max(_deviations(found, expected, reference.state_outputs), default=(0.0, 0))
+        return Seen(worst, True, call=-call)
 
-def takes(program: Program, inputs: Inputs) -> bool:
-    """Whether a program runs on some inputs."""
-    try:
-        run(program.module, inputs.of(program), 1, None)
-    except tolerable(Exception):  # a program raises what it likes
-        return False
-    return True
+    return compare_with_escalation(look, coarsest(reference))
 
 
 def compare_with_escalation(look: Callable[[torch.dtype | None], Seen], coarse: torch.dtype) -> Seen:
@@ -84,7 +82,7 @@ def compare_with_escalation(look: Callable[[torch.dtype | None], Seen], coarse: 
     is_half = torch.finfo(coarse).eps > torch.finfo(torch.float32).eps
     seen = look(None)
     seen = replace(seen, equal=seen.deviation <= tolerance("sums in another order", coarse))
-    if not seen.compared or (seen.equal and not is_half):
+    if seen.equal and not is_half:
         return seen
     last = coarse
     for dtype in (torch.float32, torch.float64) if is_half else (torch.float64,):
@@ -92,43 +90,107 @@ def compare_with_escalation(look: Callable[[torch.dtype | None], Seen], coarse: 
             found = look(dtype)
         except tolerable(Exception):  # there is no such precision here, or not for what is computed
             return replace(seen, equal=seen.deviation <= tolerance("no higher precision", last), alone=True)
-        last, allowed = dtype, tolerance("sums in another order", dtype)
-        if found.rounded and dtype is torch.float64:
-            allowed = tolerance("one rounded operator", coarse)
-        seen = replace(found, equal=found.deviation <= allowed)
+        last = dtype
+        seen = replace(found, equal=found.deviation <= tolerance("sums in another order", dtype))
         if seen.equal:
             break
     return seen
 
 
-def _compare(
-    reference: Program, module: fx.GraphModule, pruned: Program, inputs: Inputs, precision: torch.dtype | None
-) -> Seen:
-    calls = 2 if remembers(reference.module) or remembers(module) else 1
-    try:
-        expected = run(reference.module, inputs.of(reference), calls, precision)
-    except tolerable(Exception) as error:  # a program raises what it likes
-        raise ReferenceFailedError(str(error)) from error
-    found = run(module, inputs.of(pruned), calls, precision)
-    if found.drawn != expected.drawn:
-        return Seen(0.0, True, compared=False)
-    worst, call = max(_deviations(found, expected, reference.state_outputs), default=(0.0, 0))
-    return Seen(worst, True, call=-call, rounded=expected.rounded or found.rounded)
-
-
-def _deviations(found: Ran, expected: Ran, state: frozenset[int]) -> Iterable[tuple[float, int]]:
+def _deviations(
+    found: list[list[Any]], expected: list[list[Any]], state: frozenset[int]
+) -> Iterable[tuple[float, int]]:
     """The deviation of every output, and the call that it is of, from 0 down; outputs that hold state may be
     narrower, and are not compared then.
     """
-    for call, (ours, theirs) in enumerate(zip(found.outputs, expected.outputs, strict=True)):
-        if len(ours) != len(theirs):
-            yield math.inf, -call
-            return
-        for index, (a, b) in enumerate(zip(ours, theirs)):
+    for call, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             narrower = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape
             if not (index in state and narrower):
                 yield deviation(a, b), -call
 
+
+# --- Running a program as it is, or in a higher precision, without leaving a trace.
+
+
+def run(
+    module: fx.GraphModule, inputs: list[Any], calls: int, precision: torch.dtype | None
+) -> list[list[Any]]:
+    """Call a graph module several times in a row, with random numbers that start from zero; its outputs of
+    each call.
+
+    Inputs may be written into; buffers of the module are left as they are.
+
+    Args:
+        inputs: the values of its placeholders.
+        calls: how often.
+        precision: nothing is computed in a lower one that can be computed in this; weights are widened one by
+            one as they are used. ``None``: as the program says.
+    """
+    given = [_widened(value, precision) for value in inputs]
+    written = {
+        name: _widened(attribute(module, name).detach().clone(), precision)
+        for name in written_names(module.graph)
+    }
+    outputs, before = list[list[Any]](), torch.get_default_dtype()
+    # what a model compiles for itself (flex attention, say) runs uncompiled
+    with (
+        torch.no_grad(),
+        drawing_alike([*given, *module.parameters(), *module.buffers()]),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        torch.set_default_dtype(_widened(before, precision))
+        try:
+            for _ in range(calls):
+                execution = _Execution(module, precision, written)
+                made = list(execution.run(*given, enable_io_processing=False))
+                outputs.append(copied(made) if calls > 1 else made)
+        finally:
+            torch.set_default_dtype(before)
+    return outputs
+
+
+def _widened(value: Any, precision: torch.dtype | None) -> Any:
+    """A type of real or complex numbers, or a tensor of it, in this precision if its own is lower; anything
+    else as it is.
+    """
+    if isinstance(value, Tensor):
+        return value.to(_widened(value.dtype, precision))
+    if (
+        precision is None
+        or not isinstance(value, torch.dtype)
+        or not (value.is_floating_point or value.is_complex)
+        or torch.finfo(value).eps <= torch.finfo(precision).eps
+    ):
+        return value
+    return precision.to_complex() if value.is_complex else precision
+
+
+class _Execution(fx.Interpreter):
+    def __init__(
+        self, module: fx.GraphModule, precision: torch.dtype | None, written: dict[str, Tensor]
+    ) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.precision, self.written, self.extra_traceback = precision, written, False
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.written[target] if target in self.written else super().get_attr(target, args, kwargs)
+
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        # Where it is read: a graph may name all of its weights before the first of them is used.
+        return fx.map_arg(args, lambda node: _widened(self.env[node], self.precision))
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        is_guard = self.precision is not None and isinstance(self.fetch_attr(target), Guards)
+        return None if is_guard else super().call_module(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if self.precision is not None:
+            args, kwargs = pytree.tree_map(lambda leaf: _widened(leaf, self.precision), (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+
+# --- The inputs on which programs are compared.
 
 #: sizes of a small run, all different so that none can stand for another; multiples of the usual divisors
 #: among them
@@ -176,16 +238,7 @@ class Inputs:
         if index in self.drawn:
             generator = torch.Generator(device="cpu").manual_seed(index)
             return torch.rand(made.shape, generator=generator, dtype=torch.float32, device="cpu").to(made)
-        return _laid_like(leaf, made)
-
-
-def _laid_like(leaf: Tensor, made: Tensor) -> Tensor:
-    """A copy that is part of a larger tensor where the example is: a capture can ask for that."""
-    if leaf.layout != torch.strided or not leaf.dim() or leaf.is_contiguous():
         return made.clone()
-    if made.shape == leaf.shape and all(leaf.stride()):
-        return made.new_empty_strided(leaf.shape, leaf.stride()).copy_(made)
-    return made.new_empty([*made.shape[:-1], made.shape[-1] + 1])[..., :-1].copy_(made)
 
 
 def inputs_for(program: Program) -> Iterator[Inputs]:
@@ -203,8 +256,7 @@ def inputs_for(program: Program) -> Iterator[Inputs]:
         if isinstance(leaf, Tensor) and node.name not in program.state_inputs and _holds_one_number(leaf)
     )
     dynamic = _dynamic(program)
-    assignments = _assignments(dynamic, grow=program.device().type != "cpu")
-    for assigned in itertools.islice(assignments, _OFFERED):
+    for assigned in _assignments(dynamic, grow=program.device().type != "cpu")[:_OFFERED]:
         sizes = {place: int(size.node.expr.xreplace(assigned)) for place, size in dynamic.items()}
         shown = ", ".join(
             f"{nodes[index].name}{'' if dim is None else f'[{dim}]'} = {size}"
@@ -236,52 +288,67 @@ def _holds_one_number(leaf: Tensor) -> bool:
     )
 
 
-def _assignments(dynamic: dict[_Place, torch.SymInt], grow: bool) -> Iterator[dict[sympy.Symbol, int]]:
-    """Values for the symbols of sizes that can vary, as the capture allows; none twice, and never the
-    example's own.
+@dataclass(frozen=True)
+class _Symbol:
+    """A size that can vary: what it is in the example and may be, the number of those that are as long as it
+    along the same dimension, and whether it is that of a batch alone.
+    """
+
+    hint: int
+    lower: int
+    upper: int
+    place: int
+    is_batch: bool
+
+
+def _symbols(dynamic: dict[_Place, torch.SymInt]) -> dict[sympy.Symbol, _Symbol]:
+    """The symbols of sizes that can vary.
 
     Inputs that are equally long along the same dimension stay so: a capture need not say that they must (keys
     and values of a cache), and a kernel that is given others can read what is not there.
     """
-    hints: dict[sympy.Symbol, int] = {}
-    bounds: dict[sympy.Symbol, tuple[int, int]] = {}
-    number: dict[object, int] = {}  # of each size that is one's own
-    place: dict[sympy.Symbol, int] = {}
-    guards, beyond = set[Any](), set[sympy.Symbol]()
+    found: dict[sympy.Symbol, _Symbol] = {}
+    places: dict[object, int] = {}
+    beyond = {
+        symbol for (_, dim), size in dynamic.items() if dim != 0 for symbol in size.node.expr.free_symbols
+    }
     for (_, dim), size in dynamic.items():
         environment = size.node.shape_env
-        guards.update(environment.replace(guard.expr) for guard in environment.guards)
-        beyond |= size.node.expr.free_symbols if dim != 0 else set()
-        for symbol in sorted(size.node.expr.free_symbols - hints.keys(), key=str):
+        for symbol in sorted(size.node.expr.free_symbols - found.keys(), key=str):
             hint, known = environment.backed_var_to_val.get(symbol), environment.var_to_range.get(symbol)
-            if hint is None:
-                continue
             lower, upper = (2, int_oo) if known is None else (known.lower, known.upper)
             lower = 2 if lower in (-int_oo, -sympy.oo) else max(int(lower), 1)
             upper = 1 << 31 if upper in (int_oo, sympy.oo) else int(upper)
-            if lower < upper:
-                hints[symbol], bounds[symbol] = int(hint), (lower, upper)
+            if hint is not None and lower < upper:
                 own = (dim, int(hint)) if size.node.expr == symbol and dim is not None else symbol
-                place[symbol] = number.setdefault(own, len(number))
-    longer = {
-        symbol: _LONGER + 2 * place[symbol] if symbol in beyond else hint for symbol, hint in hints.items()
-    }
-    small = [
-        {symbol: _SMALL[(place[symbol] + start) % len(_SMALL)] for symbol in hints}
-        for start in range(len(_SMALL))
-    ]
-    grown = [
-        {symbol: hint + step * (1 + place[symbol]) for symbol, hint in hints.items()} for step in (1, 2, 3)
-    ]
-    grown += [{symbol: times * hint for symbol, hint in hints.items()} for times in (2, 3)]
-    seen = [hints]
-    for wanted in grown if grow else [longer, *small, *grown]:
-        assigned = {
-            symbol: min(max(size, bounds[symbol][0]), bounds[symbol][1]) for symbol, size in wanted.items()
-        }
+                place = places.setdefault(own, len(places))
+                found[symbol] = _Symbol(int(hint), lower, upper, place, symbol not in beyond)
+    return found
+
+
+def _assignments(dynamic: dict[_Place, torch.SymInt], grow: bool) -> list[dict[sympy.Symbol, int]]:
+    """Values for the symbols of sizes that can vary, as the capture allows; none twice, and never the
+    example's own.
+    """
+    symbols, environments = _symbols(dynamic), {size.node.shape_env for size in dynamic.values()}
+    guards = {shapes.replace(guard.expr) for shapes in environments for guard in shapes.guards}
+    offered: list[dict[sympy.Symbol, int]] = []
+    if not grow:
+        offered.append(
+            {s: size.hint if size.is_batch else _LONGER + 2 * size.place for s, size in symbols.items()}
+        )
+        offered += [
+            {s: _SMALL[(size.place + start) % len(_SMALL)] for s, size in symbols.items()}
+            for start in range(len(_SMALL))
+        ]
+    offered += [{s: size.hint + step * (1 + size.place) for s, size in symbols.items()} for step in (1, 2, 3)]
+    offered += [{s: size.hint * times for s, size in symbols.items()} for times in (2, 3)]
+    seen = [{s: size.hint for s, size in symbols.items()}]
+    for wanted in offered:
+        assigned = {s: min(max(wanted[s], size.lower), size.upper) for s, size in symbols.items()}
         if assigned not in seen and not any(guard.xreplace(assigned) is sympy.false for guard in guards):
             seen.append(assigned)
-            yield assigned
+    return seen[1:]
 
 
 __all__ = [
@@ -291,5 +358,5 @@ __all__ = [
     "compare",
     "compare_with_escalation",
     "inputs_for",
-    "takes",
+    "run",
 ]

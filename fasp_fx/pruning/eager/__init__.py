@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import re
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ...analysis import plan as plans
 from ...analysis._analysis import analyze_program
 from ...analysis.plan import PruningPlan
 from ...base._tolerable import tolerable
-from ...base.compat import pytree
+from ...base.compare import deviation, tolerance
+from ...base.compat import free_unbacked_symbols, pytree
 from ...capturing import capture, recorded_shapes
 from ...capturing._compare_with_model import called, trouble_with
-from ...capturing._fx import attribute
-from ...capturing._program import Program, SplitWeight
+from ...capturing._fx import arguments, attribute, results, target_name
+from ...capturing._program import ExportFacts, Program, SplitWeight
 from ...capturing._unchanged import noting_reads, rewound, said_of_reads
-from ...errors import ArgumentError, EagerError, first_line
+from ...errors import EagerError, first_line
 from ...passes import split_fused
 from ...passes._pruned_module import PrunedModule, finish
+from ...patterns import RESHAPES, lookup
 from ..submodules._stand_in import copied, put, whole_fingerprint
-from ._same import first_difference
 from ._sizes import left_of, observed, say_sizes, tagged
+
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+#: what is assumed of a size that does not vary
+_SETTLED = re.compile(r".+\.size\(\)\[\d+\] == \d+")
+#: clauses of the operators that part a dimension
+_PARTS = ("chunk", "sizes")
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def eager(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> nn.Module:
@@ -38,7 +49,6 @@ def eager(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> nn.Module:
         if wrong is not None:
             made.set_sizes()
             wrong = made.difference()
-        wrong = wrong or made.difference_called()
     if wrong is not None:
         raise EagerError(
             f"no copy of {type(model).__name__} computes what the pruned program does: {wrong}; use"
@@ -77,9 +87,9 @@ class _Copy:
 
     def set_sizes(self) -> None:
         """Set the attributes that arrive as sizes in the model's graph to what the program has there."""
-        with rewound(self.model), tagged(self.model) as arrivals:
+        with rewound(self.model), tagged(self.model):
             dense = self._captured(self.model).module.graph
-        found, parted = observed(dense, self.graph, arrivals)
+        found, parted = observed(dense, self.graph)
         for (path, name), value in parted.items():
             found.setdefault((path, name), left_of(value, path, self.model, self.module, self.plan))
         for (path, name), value in found.items():
@@ -87,7 +97,7 @@ class _Copy:
         say_sizes(self.model, self.module)
 
     def difference(self) -> str | None:
-        """Where the copy computes anything else than the program, if it does, in words."""
+        """Where the copy computes anything else than the program, captured or called, in words."""
         read: list[str] = []
         try:
             with noting_reads(self.model, self.module) as read:
@@ -96,19 +106,14 @@ class _Copy:
                 options = self.plan.granularity, self.plan.include
                 found = analyze_program(found, split_fused, *options).program
             wrong = first_difference(cast(PrunedModule, finish(found)), self.pruned)
+            if wrong is None:  # a module can ask whether it is captured
+                args, kwargs = self.program.call()
+                outputs, _ = called(self.program, self.module, args, kwargs)
+                trouble = trouble_with(self.program, outputs, args, kwargs)
+                wrong = trouble and f"the pruned program {trouble}, which a copy computes when called"
         except tolerable(Exception) as error:  # a module raises what it likes
             wrong = self._failed(error.__cause__ or error)
         return said_of_reads(self.model, read) if read else wrong
-
-    def difference_called(self) -> str | None:
-        """What is other where the copy is called instead of captured: a module can ask which it is."""
-        args, kwargs = self.program.call()
-        try:
-            found, _ = called(self.program, self.module, args, kwargs)
-        except tolerable(Exception) as error:  # as above
-            return self._failed(error)
-        trouble = trouble_with(self.program, found, args, kwargs)
-        return trouble and f"the pruned program {trouble}, which a copy computes when called"
 
     def _captured(self, module: nn.Module) -> Program:
         """A module of the caller's, captured as the program was."""
@@ -131,15 +136,12 @@ def _check(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> None:
     """Refuse a model that the plan was not made for. The plan was made for what the program holds, which
     lacks what a capture leaves out.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model must be the nn.Module that was pruned, not {type(model).__name__}")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     known = {name for name, _ in pruned.named_parameters(remove_duplicate=False)}
     known |= {split.source for split in plan.splits}
     known |= {source for weight in plan.folds for source in weight.sources}
-    held = {name: tensor for name, tensor in parameters.items() if name in known}
-    if plans.fingerprint(held) != plan.fingerprint:
-        plans.check_fingerprint(plan, plans.fingerprint(parameters))
+    parameters = model.named_parameters(remove_duplicate=False)
+    held = {name: tensor for name, tensor in parameters if name in known}
+    plans.check_fingerprint(plan, plans.fingerprint(held))
 
 
 def copied_with(model: nn.Module, pruned: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -218,8 +220,6 @@ def eager_in_parts(
         EagerError: one of the parts has no such copy, or shares a weight with what is around it.
         PlanError: the model is not the one that the plan was made for.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model must be the nn.Module that was pruned, not {type(model).__name__}")
     plans.check_fingerprint(plan, whole_fingerprint(dict(model.named_parameters(remove_duplicate=False))))
     named = list(pruned.named_modules(remove_duplicate=False))
     places = {path: [place for place, inner in named if inner is part] for path, (part, _) in parts.items()}
@@ -241,4 +241,109 @@ def eager_in_parts(
     return made
 
 
-__all__ = ["eager", "eager_in_parts", "fused_weights"]
+# --- Whether two programs are the same: the same operators, wired alike, with the same constants, weights and
+# assumptions about sizes, so that what they compute is the same on every input that they take.
+
+
+def first_difference(found: PrunedModule, expected: PrunedModule) -> str | None:
+    """Where a program differs first from another of which it should compute the same; ``None`` if nowhere."""
+    mine, its = found.fasp_fx_origin, expected.fasp_fx_origin
+    own, other = _Text(mine.body()[0], found), _Text(its.body()[0], expected)
+    for line, wanted in itertools.zip_longest(own.lines, other.lines):
+        if line != wanted:
+            return f"it computes {line} where the program computes {wanted}"
+    for name, weight in own.weights.items():
+        if deviation(weight, other.weights[name]) > tolerance("computed weights", weight.dtype):
+            return f"'{name}' has other values than in the program"
+    torn = _assumed(mine.facts) ^ _assumed(its.facts)
+    return f"either it or the program alone assumes that {' and '.join(sorted(torn))}" if torn else None
+
+
+def _assumed(facts: ExportFacts) -> set[str]:
+    """What is assumed of the sizes that vary."""
+    ranges = {f"{symbol} is in {allowed}" for symbol, allowed in facts.ranges.items()}
+    return ranges | {guard for guard in facts.guards if not _SETTLED.fullmatch(guard)}
+
+
+class _Text:
+    """A graph in words, which are those of another graph that computes the same. Arithmetic with sizes is
+    said by what comes of it.
+
+    Attributes:
+        lines: a line for each input and operator, and for what it returns.
+        weights: the tensors that the graph holds, by name.
+    """
+
+    def __init__(self, graph: fx.Graph, held: nn.Module) -> None:
+        self._held, self._names = held, dict[fx.Node, str]()
+        self.lines, self.weights = list[str](), dict[str, Tensor]()
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                self._add(node, f"input {_made(node)}")
+            elif node.op == "call_function" and _size(node) is node:
+                self._add(node, self._call(node))
+        self.lines.append(f"output {self._value(list(results(graph)))}")
+
+    def _add(self, node: fx.Node, text: str) -> None:
+        self._names[node] = f"%{len(self.lines)}"
+        self.lines.append(f"{self._names[node]} = {text}")
+
+    def _call(self, node: fx.Node) -> str:
+        """An operator with its arguments. Those that say what shape a tensor gets, or in which parts, are
+        said by what is made.
+        """
+        given, rule = arguments(node), lookup(node.target)
+        operator = "reshape" if str(node.target) in RESHAPES else str(node.target)
+        if node.target is _ATTENTION and given["scale"] is None:
+            given["scale"] = 1.0 / math.sqrt(given["query"].meta["val"].shape[-1])
+        for clause in () if rule is None else rule.clauses:
+            if clause.keyword in ("shape", *_PARTS):
+                given.pop(clause.words[0])
+            if clause.keyword in _PARTS:
+                operator, dim = "parts", clause.words[-1]
+                given[dim] %= node.all_input_nodes[0].meta["val"].dim()
+        said = ", ".join(f"{name}={self._value(value)}" for name, value in sorted(given.items()))
+        return f"{operator}({said}): {_made(node)}"
+
+    def _value(self, value: Any) -> str:
+        value = _size(value)
+        if isinstance(value, (tuple, list)):
+            return f"[{', '.join(map(self._value, value))}]"
+        if not isinstance(value, fx.Node):
+            return repr(value)
+        if value.op != "get_attr":
+            return self._names[value]
+        name = target_name(value)
+        tensor = attribute(self._held, name)
+        if isinstance(tensor, fx.GraphModule):
+            inner = _Text(tensor.graph, tensor)
+            self.weights |= {f"{name}.{own}": weight for own, weight in inner.weights.items()}
+            return f"{{{'; '.join(inner.lines)}}}"
+        self.weights[name] = tensor.detach()
+        return name
+
+
+def _made(node: fx.Node) -> str:
+    """What a node gives: types and sizes, in terms of those of the inputs."""
+
+    def said(value: Any) -> str:
+        if isinstance(value, (tuple, list)):
+            return f"[{', '.join(map(said, value))}]"
+        if isinstance(value, Tensor):
+            return f"{value.dtype}({', '.join(str(_size(size)) for size in value.shape)})"
+        return repr(_size(value))
+
+    return said(node.meta.get("val"))
+
+
+def _size(argument: Any) -> Any:
+    """What arithmetic with sizes comes to, in terms of those of the inputs; other arguments as they are, also
+    numbers that data decide.
+    """
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+    if not isinstance(value, _SYMBOLIC) or free_unbacked_symbols(value):
+        return argument
+    return int(value.node.expr) if value.node.expr.is_Integer else value.node.expr
+
+
+__all__ = ["eager", "eager_in_parts", "first_difference", "fused_weights"]

@@ -88,8 +88,9 @@ def say_sizes(model: nn.Module, copy: nn.Module) -> None:
                     setattr(own, name, of(own))
 
 
-#: key of ``node.meta["custom"]``: the number of the call that a node was recorded in
-_CALL = "fasp_fx_call"
+#: key of ``node.meta["custom"]``: the integers among the arguments of the call that a node was recorded in,
+#: where one of them is tagged
+_ARRIVED = "fasp_fx_arrived"
 
 
 class Tagged(int):
@@ -116,15 +117,7 @@ Tagged.__hash__ = int.__hash__  # type: ignore[method-assign]  # which a class t
 
 
 class Arrivals(TorchFunctionMode):
-    """Notes the integers that arrive at functions of torch, and has nodes say which call they are of.
-
-    Attributes:
-        calls: of each call that takes tagged integers, all integers among its arguments, in order.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[list[int]] = []
+    """Has nodes say which integers have arrived at the functions of torch that they are of."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -133,14 +126,13 @@ class Arrivals(TorchFunctionMode):
         arrived = [leaf for leaf in pytree.tree_leaves(given) if type(leaf) in (int, Tagged)]
         if not any(isinstance(integer, Tagged) for integer in arrived):
             return func(*args, **given[1])
-        self.calls.append(arrived)
         args, kwargs = pytree.tree_map_only(Tagged, int, given)
-        with annotating({_CALL: len(self.calls) - 1}):
+        with annotating({_ARRIVED: arrived}):
             return func(*args, **kwargs)
 
 
 @contextmanager
-def tagged(model: nn.Module) -> Iterator[Arrivals]:
+def tagged(model: nn.Module) -> Iterator[None]:
     """Inside, the positive integers among the attributes of a model's modules are tagged; the caller puts
     them back.
     """
@@ -150,24 +142,23 @@ def tagged(model: nn.Module) -> Iterator[Arrivals]:
                 integer = Tagged(value)
                 integer.path, integer.name = path, name
                 setattr(inner, name, integer)
-    with Arrivals() as arrivals, annotated_nodes():
-        yield arrivals
+    with Arrivals(), annotated_nodes():
+        yield
 
 
 #: attributes by the path of their module and their name
 Sizes = dict[tuple[str, str], int]
 
 
-def observed(dense: fx.Graph, pruned: fx.Graph, arrivals: Arrivals) -> tuple[Sizes, Sizes]:
+def observed(dense: fx.Graph, pruned: fx.Graph) -> tuple[Sizes, Sizes]:
     """What the tagged attributes of a model have to be for its graph to become the pruned one: what stands
     there in the places where they arrive; and those that arrive at nodes which the pruned graph has in parts.
     """
     after = {node.name: _integers(node) for node in pruned.nodes}
     found, parted = Sizes(), Sizes()
     for node in dense.nodes:
-        call = node.meta.get("custom", {}).get(_CALL)
         own, its = _integers(node), after.get(node.name, [])
-        for integer in arrivals.calls[call] if call is not None else ():
+        for integer in node.meta.get("custom", {}).get(_ARRIVED, ()):
             if integer in own:
                 at = own.index(integer)
                 own[at] = None  # the next one of this value stands elsewhere

@@ -23,7 +23,8 @@ from fasp_fx.base._tolerable import tolerable
 from fasp_fx.capturing._program import Program
 from fasp_fx.capturing._signature import CallSignature
 from fasp_fx.errors import FaspError, first_line
-from fasp_fx.passes import RemoveChannels, verify
+from fasp_fx.passes import verify
+from fasp_fx.passes.remove_channels import remove_channels
 from fasp_fx.patterns import Rule
 
 from .._case import draw_sets
@@ -67,7 +68,7 @@ def rewritten(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Outc
     groups = tuple(entry for entry in planned(analysis.chosen, gone, analysis) if entry.removed_sets)
     plan, removed = PruningPlan("", groups, 0.0), "; ".join(map(str, groups))
     try:
-        small = RemoveChannels(gone).rewrite(program, analysis)
+        small = remove_channels(program, analysis, analysis.walk, gone)
         with torch.no_grad():
             found = [fx.Interpreter(small.module).run(x) for x in inputs]
     except tolerable(FaspError) as problem:
