@@ -60,26 +60,24 @@ def main() -> None:
     print(
         f"{'dense':<22}{perplexity(model, measured):.4f}   parameters {model.num_parameters():,}", flush=True
     )
-    for label, granularity in (("neurons", ("channel",)), ("neurons and heads", ("channel", "head"))):
-        start = time.perf_counter()
-        pruned = prune(
-            model,
-            tokenizer,
-            calibration=batches,
-            plain=True,
-            sparsity=options.sparsity,
-            round_to=options.round_to,
-            granularity=granularity,
-        )
-        spent = time.perf_counter() - start
-        found = elsewhere(pruned, measured, options.device)
-        here = perplexity(pruned.model, measured)
-        print(
-            f"{label:<22}model {here:.4f}   plain checkpoint {found['perplexity']:.4f}   sparsity"
-            f" {pruned.report.sparsity:.4f}, parameters {found['parameters']:,}; {pruned.report.notes[0]};"
-            f" {spent:.0f} s",
-            flush=True,
-        )
+    start = time.perf_counter()
+    pruned = prune(
+        model,
+        tokenizer,
+        calibration=batches,
+        plain=True,
+        sparsity=options.sparsity,
+        round_to=options.round_to,
+    )
+    spent = time.perf_counter() - start
+    found = elsewhere(pruned, measured, options.device)
+    here = perplexity(pruned.model, measured)
+    print(
+        f"{'neurons':<22}model {here:.4f}   plain checkpoint {found['perplexity']:.4f}   sparsity"
+        f" {pruned.report.sparsity:.4f}, parameters {found['parameters']:,}; {pruned.report.notes[0]};"
+        f" {spent:.0f} s",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

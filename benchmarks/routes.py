@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import pathlib
+import pickle
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from _protocol import EVALUATION, arguments, chunks, interleaved, ratio, smollm2
-from fasp_fx.quantise import quantise, weight_bytes
+from fasp_fx.quantise import quantise
 from torch import nn
 
 import fasp_fx
@@ -64,7 +65,7 @@ MODELS = {"smollm2": language_model, "resnet18": image_model}
 
 
 def in_memory(module: nn.Module, of: nn.Module | None = None) -> Route:
-    return module, weight_bytes(module if of is None else of)
+    return module, sum(len(pickle.dumps(tensor)) for tensor in (of or module).state_dict().values())
 
 
 def ahead_of_time(subject: Subject, folder: pathlib.Path) -> Route:

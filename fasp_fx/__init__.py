@@ -10,8 +10,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .base._after_import import after_import
-from .base._version import __version__ as __version__
+from .base import __version__ as __version__
+from .base import after_import
 from .errors import (
     ArgumentError,
     BudgetError,

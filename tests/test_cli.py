@@ -20,7 +20,7 @@ import fasp_fx
 from fasp_fx import PruningConfig
 from fasp_fx.cli import _prune
 from fasp_fx.cli._app import app
-from fasp_fx.cli._text import Texts
+from fasp_fx.cli._models import Texts
 from fasp_fx.hf._folder import read_plain
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -254,7 +254,7 @@ def test_eval_dense_and_pruned(from_file: tuple[Path, Result], folder: Path) -> 
 def test_prune_refuses_what_cannot_be(
     prune: list[str | Path], tmp_path: Path, options: str, says: str
 ) -> None:
-    assert says in _refused(*prune, "--out", tmp_path / "deep" / "out", *options.split())
+    assert says in _refused(*prune, "--out", tmp_path / "out", *options.split())
     assert not list(tmp_path.iterdir())
 
 
@@ -296,7 +296,7 @@ def test_a_result_is_kept_when_measuring_is_interrupted(
 def test_ctrl_c_exits_with_130_and_leaves_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fasp_fx.cli._text.sample", _interrupt)
+    monkeypatch.setattr("fasp_fx.cli._models.sample", _interrupt)
     done = _invoke("prune", folder / "model", "--out", tmp_path / "out", *SMALL)
     assert done.exit_code == 130
     assert done.stderr.splitlines()[-1].startswith("fasp-fx: interrupted")
@@ -321,7 +321,7 @@ def test_a_file_is_measured_on_where_no_other_is_given(
 ) -> None:
     """What the model would write, token by token, takes longer than all else."""
     chunks = torch.arange(there)[:, None].expand(-1, 4)
-    monkeypatch.setattr("fasp_fx.cli._text.read_chunks", lambda *given: chunks)
+    monkeypatch.setattr("fasp_fx.cli._models.read_chunks", lambda *given: chunks)
     texts = Texts(Path("data.txt"), 6, None, 5, 4, 0)
     texts.read(None)
     assert texts.used is not None

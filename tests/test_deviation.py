@@ -46,11 +46,6 @@ def test_without_fillings_it_is_relative_to_the_largest(seed: int, scale: float,
     assert math.isclose(deviation(found, expected), wanted, rel_tol=1e-9)
 
 
-def test_rounding_of_what_should_be_zero_is_none() -> None:
-    assert deviation(*(torch.tensor([3.0, x], dtype=torch.float64) for x in (1e-16, -1e-17))) == 0
-    assert deviation(torch.tensor([3.0, 0.1]), torch.tensor([3.0, 0.0])) > 0.01
-
-
 def test_the_check_sees_what_is_wrong_beside_masked_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight is spoilt after everything was decided, which the run on the example has to notice."""
     from fasp_fx.pruning.check import _check

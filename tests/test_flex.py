@@ -14,7 +14,6 @@ import torch
 from captures import one_capture
 from models import made
 from oracle import TOLERANCE, assert_exact, assert_mask_exact, error
-from saved import forge
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -158,7 +157,7 @@ def test_value_channels_are_prunable_and_heads_where_they_are_alike(name: str) -
         ("capped and causal", "head"),
     ],
 )
-def test_narrower_values_and_fewer_heads_are_mask_exact(name: str, granularity: str, tmp_path: Path) -> None:
+def test_narrower_values_and_fewer_heads_are_mask_exact(name: str, granularity: str) -> None:
     model, x = built(name), example()
     result = fasp_fx.prune(
         model, (x,), granularity=(granularity,), sparsity=0.4, score="random", restore=None
@@ -169,11 +168,8 @@ def test_narrower_values_and_fewer_heads_are_mask_exact(name: str, granularity: 
     assert (query[1], key[1], value[1]) == ((2, 1, 1) if fewer else (HEADS, SHARED, SHARED))
     assert (value[-1] < query[-1] == WIDTH) != fewer
     assert node.args[5] == pytest.approx(1 / math.sqrt(WIDTH))
-    loaded = fasp_fx.load(result.save(tmp_path / "out")).module
     for given in (example(), example(3, 9)):  # the lengths of a causal mask vary as others do
         assert_mask_exact(model, result, lambda module, given=given: module(given))
-        with torch.no_grad():
-            assert torch.equal(loaded(given), result.module(given))
 
 
 def test_narrower_queries_and_keys_are_exact_where_they_are_asked_for() -> None:
@@ -261,53 +257,13 @@ def test_llama(granularity: str) -> None:
             )
 
 
-# --- saves that were tampered with
+# --- saves
 
 
-def _attention(data: dict[str, Any]) -> Any:
-    return next(
-        node
-        for node in data["program"]["graph_module"]["graph"]["nodes"]
-        if node["target"] == "torch.ops.higher_order.flex_attention"
+def test_it_is_not_saved(tmp_path: Path) -> None:
+    """Torch writes no tuple of sizes, tensors and functions, such as its block mask."""
+    result = fasp_fx.prune(
+        built("capped and causal"), (example(),), sparsity=0.2, score="random", restore=None
     )
-
-
-def _options(data: dict[str, Any]) -> dict[str, Any]:
-    return _attention(data)["inputs"][6]["arg"]["as_string_to_argument"]
-
-
-CODE = "x; import os"
-FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "an option's value": (
-        lambda data: _options(data).update(BACKEND={"as_string": CODE}),
-        "option of an operator",
-    ),
-    "a block mask that is none": (
-        lambda data: _attention(data)["inputs"][4].update(arg={"as_int": 3}),
-        "argument 'block_mask' of node",
-    ),
-    "a part of the block mask gone": (
-        lambda data: _attention(data)["inputs"][4]["arg"]["as_string_to_argument"].pop("3"),
-        "argument 'block_mask' of node",
-    ),
-    "what the score function calls": (
-        lambda data: _attention(data)["inputs"][3]["arg"]["as_graph"]["graph"]["nodes"][0].update(
-            target="os.system"
-        ),
-        "which is not a torch operator",
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def saved_attention(tmp_path_factory: pytest.TempPathFactory) -> fasp_fx.Result:
-    return fasp_fx.prune(built("capped and causal"), (example(),), sparsity=0.2, score="random", restore=None)
-
-
-@pytest.mark.parametrize("name", FORGERIES)
-def test_forged_saves_are_refused(name: str, saved_attention: fasp_fx.Result, tmp_path: Path) -> None:
-    change, message = FORGERIES[name]
-    folder = saved_attention.save(tmp_path / "out")
-    forge(folder, "graph.json", change)
-    with pytest.raises(fasp_fx.StoreError, match=message):
-        fasp_fx.load(folder)
+    with pytest.raises(fasp_fx.StoreError, match="cannot be written as JSON"):
+        result.save(tmp_path / "out")

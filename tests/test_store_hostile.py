@@ -371,7 +371,6 @@ LANGUAGE: dict[str, tuple[str, Change]] = {
     "more layers than weights": ("config", original(num_hidden_layers=4000)),
     "a deep original": ("config", original(extra=nested(900))),
     "positions in words": ("config", top(positions="by heart")),
-    "architectures in numbers": ("config", top(architectures=7)),
     "a dtype of no kind": ("config", top(dtype="float99")),
     "a generated field": ("config", top(id2label=7)),
     "another program": ("programs", lambda data: data.update(other=data.pop("decode"))),

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fasp_fx import ArgumentError, CalibrationError
-from fasp_fx.cli._text import sample, start_token
+from fasp_fx.cli._models import sample, start_token
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -292,4 +292,3 @@ def _carriers(analysis: Coupling, chosen: int) -> nx.Graph:
         if any((analysis.labels[numbers[numbers >= 0]] == chosen).any() for numbers in held):
             graph.add_edges_from((node, user) for user in node.users if user.op == "call_function")
     return graph
-

@@ -345,9 +345,7 @@ class GroupBuilder:
             positions = order[np.searchsorted(ordered, self.found.labels[numbers])]
             found.setdefault((name, slot.dim), []).append((slot, rows[numbers - slot.base], positions))
         return [
-            _member(
-                name, self.program, tuple(o for o in self.known_as.get(name, ()) if o != name), pieces
-            )
+            _member(name, self.program, tuple(o for o in self.known_as.get(name, ()) if o != name), pieces)
             for (name, _), pieces in found.items()
         ]
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,25 +25,20 @@ def new_folder(
     removed when the block raises.
 
     Args:
-        path: the folder to make.
+        path: the folder to make; missing folders above it are made too.
         overwrite: replace a folder of that name, if ``replaceable`` says that it may be.
         keep: ``False`` leaves nothing behind: it only finds out whether the folder could be made.
 
     Raises:
         StoreError: the path is taken or cannot be written.
     """
-    check_path(path)
     _refuse_taken(path, overwrite, replaceable)
-
-    def put(temporary: Path) -> None:
-        for file in (*temporary.rglob("*"), temporary):
-            _sync(file)
-        _refuse_taken(path, overwrite, replaceable)
-        _install(temporary, path)
-
-    with _sibling(path, put if keep else lambda _: None) as temporary:
+    with _sibling(path) as temporary:
         temporary.mkdir()
         yield temporary
+        if keep:
+            _refuse_taken(path, overwrite, replaceable)
+            _install(temporary, path)
 
 
 @contextlib.contextmanager
@@ -60,15 +54,8 @@ def new_file(path: Path, *, replaceable: Callable[[Path], bool], keep: bool = Tr
     Raises:
         StoreError: the path is taken or cannot be written.
     """
-    check_path(path)
     path = path.absolute()
-
-    def put(temporary: Path) -> None:
-        if keep:
-            _sync(temporary)
-            temporary.replace(path)
-
-    with _sibling(path, put) as temporary:
+    with _sibling(path) as temporary:
         if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or not replaceable(path)):
             raise StoreError(
                 f"'{path}' holds something that fasp_fx did not write, so it is not replaced; choose another"
@@ -76,29 +63,23 @@ def new_file(path: Path, *, replaceable: Callable[[Path], bool], keep: bool = Tr
             )
         temporary.touch()
         yield temporary
+        if keep:
+            temporary.replace(path)
 
 
 @contextlib.contextmanager
-def _sibling(path: Path, put: Callable[[Path], object]) -> Iterator[Path]:
-    """The name of a temporary sibling of a path, which ``put`` puts there when the block ends. If it raises,
-    nothing is left, nor of the folders made for it.
-    """
-    missing = [folder for folder in path.parents if not folder.exists()]
+def _sibling(path: Path) -> Iterator[Path]:
+    """The name of a temporary sibling of a path; what has it when the block ends is removed."""
     temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        put(temporary)
-        _sync(path.parent)
     except _UNWRITTEN as error:
         raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
             temporary.unlink()
-        with contextlib.suppress(OSError):  # of those that hold something by now
-            for folder in missing:
-                folder.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -114,24 +95,6 @@ def write_text(path: Path, text: str) -> None:
         made.write_text(text, encoding="utf-8")
 
 
-def check_path(path: Path, option: str = "path") -> None:
-    """Refuse a path that no file can have, or that is no Unicode text, in which safetensors writes and does
-    not read.
-
-    Args:
-        option: what the caller gave it as.
-
-    Raises:
-        StoreError: it is one.
-    """
-    name = os.fspath(path)
-    if "\0" in name or name != name.encode(errors="ignore").decode():
-        raise StoreError(
-            f"{name!r} holds a null character, or is not valid UTF-8, so that what is saved there could not"
-            f" be loaded; choose another {option}"
-        )
-
-
 def _refuse_taken(path: Path, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
     if not os.path.lexists(path):
         return
@@ -144,17 +107,6 @@ def _refuse_taken(path: Path, overwrite: bool, replaceable: Callable[[Path], boo
             f"'{path}' exists and is not a folder that save() wrote, so it is not replaced; choose another"
             " path or remove it yourself"
         )
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's or folder's content is on disk."""
-    if path.is_dir() and sys.platform == "win32":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _install(temporary: Path, path: Path) -> None:

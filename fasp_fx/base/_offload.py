@@ -45,15 +45,10 @@ class Scratch:
         device: where calibration batches run; ``None``: on the CPU.
 
     Raises:
-        ArgumentError: the folder is no path.
         OffloadError: no file can be made there.
     """
 
     def __init__(self, folder: str | Path, device: torch.device | None = None) -> None:
-        if not isinstance(folder, str | Path) or not str(folder) or "\0" in str(folder):
-            raise ArgumentError(
-                f"folder={folder!r} is no path; give a folder on a disk with room for the weights"
-            )
         self.folder, self.device = Path(folder), device
         # Each with the address where it begins.
         self._maps: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
@@ -69,11 +64,6 @@ class Scratch:
                 f"weights cannot be kept in '{self.folder}': {first_line(error)}; give another folder"
             ) from error
 
-    def __len__(self) -> int:
-        """How many files there are."""
-        with self._lock:
-            return len(self._maps)
-
     def keep(self, tensor: Tensor) -> Tensor:
         """A tensor of the same values, in a file if it is a dense one of the CPU, not small, and not there
         already; a parameter stays one.
@@ -82,21 +72,11 @@ class Scratch:
             OffloadError: the disk is full.
         """
         held = tensor.detach()
-        dense = (
-            type(held) is Tensor
-            and held.device.type == "cpu"
-            and held.layout is torch.strided
-            and not held.is_quantized
-        )
-        if not dense or held.numel() * held.element_size() < SMALLEST or self._holds(held):
+        if not _is_plain(held) or held.nbytes < SMALLEST or self._holds(held):
             return tensor
-        made = self._room(held)
-        made.copy_(held)
-        return (
-            nn.Parameter(made, requires_grad=tensor.requires_grad)
-            if isinstance(tensor, nn.Parameter)
-            else made
-        )
+        made = self.empty(held.shape, held.dtype).copy_(held)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        return nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
 
     def keep_storage(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
         """The memory of tensors on the CPU, copied into a file if it is not small and not there already.
@@ -111,22 +91,22 @@ class Scratch:
         return made.untyped_storage()
 
     def empty(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor in a file, to be written.
+        """A contiguous tensor in a file, to be written; until then it holds zeros.
 
         Raises:
             OffloadError: the disk is full.
         """
-        return self._room(torch.empty(shape, dtype=dtype, device="meta"))
-
-    def zeros(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor of zeros, in a file if it is not small; nothing is written for it.
-
-        Raises:
-            OffloadError: the disk is full.
-        """
-        if math.prod(shape) * dtype.itemsize < SMALLEST:
-            return torch.zeros(shape, dtype=dtype, device="cpu")
-        return self.empty(shape, dtype)  # a new file holds zeros, and no room in one is given out twice
+        count = math.prod(shape)
+        if not count:  # of a block that went as a whole, say
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        size = count * dtype.itemsize
+        with self._making:
+            if self._last is None or self._used + size > len(self._last):
+                self._last, self._used = self._mapped(max(size, FILE_BYTES)), 0
+            # ``frombuffer`` keeps the mapping for as long as a tensor shares its storage
+            made = torch.frombuffer(self._last, dtype=dtype, count=count, offset=self._used).view(shape)
+            self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return made
 
     def release(self) -> None:
         """Give back the memory that mapped values take; they are read again when they are used."""
@@ -144,20 +124,6 @@ class Scratch:
     def _lies_within(self, storage: torch.UntypedStorage) -> bool:
         with self._lock:
             return any(start <= storage.data_ptr() < start + len(held) for held, start in self._maps.items())
-
-    def _room(self, like: Tensor) -> Tensor:
-        size = like.numel() * like.element_size()
-        if not size:  # of a block that went as a whole, say
-            return torch.empty(like.shape, dtype=like.dtype)
-        with self._making:
-            if self._last is None or self._used + size > len(self._last):
-                self._last, self._used = self._mapped(max(size, FILE_BYTES)), 0
-            # ``frombuffer`` keeps the mapping for as long as a tensor shares its storage
-            made = torch.frombuffer(self._last, dtype=like.dtype, count=like.numel(), offset=self._used).view(
-                like.shape
-            )
-            self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return made
 
     def _mapped(self, size: int) -> mmap.mmap:
         try:
@@ -200,30 +166,15 @@ def keep(tensor: Tensor) -> Tensor:
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros that will be needed later, kept as :func:`keep` does."""
     scratch = _SCRATCH.get()
-    if scratch is None or device.type != "cpu":
+    if scratch is None or device.type != "cpu" or math.prod(shape) * dtype.itemsize < SMALLEST:
         return torch.zeros(shape, dtype=dtype, device=device)
-    return scratch.zeros(shape, dtype)
+    return scratch.empty(shape, dtype)  # a new file holds zeros, and no room in one is given out twice
 
 
 def computing() -> torch.device | None:
     """Where calibration batches run while their model lies in files, if that is not the CPU."""
     scratch = _SCRATCH.get()
     return None if scratch is None else scratch.device
-
-
-def current() -> Scratch | None:
-    """The files that weights lie in here, if any."""
-    return _SCRATCH.get()
-
-
-@contextmanager
-def kept_in(scratch: Scratch) -> Iterator[None]:
-    """Let :func:`keep` put tensors there."""
-    token = _SCRATCH.set(scratch)
-    try:
-        yield
-    finally:
-        _SCRATCH.reset(token)
 
 
 # --- What a model computes, put into files between two places where it is needed.
@@ -243,7 +194,7 @@ def keep_values(values: Mapping[K, Any], stay: Container[int] = ()) -> dict[K, A
         stay: what lies at one of these :func:`addresses` stays where it is: somebody else holds it, or writes
             into it.
     """
-    scratch = current()
+    scratch = _SCRATCH.get()
     if scratch is None:
         return dict(values)
     moved: dict[int, torch.UntypedStorage] = {}
@@ -266,24 +217,11 @@ def keep_values(values: Mapping[K, Any], stay: Container[int] = ()) -> dict[K, A
 
 
 def moved(values: Mapping[K, Any], device: torch.device) -> dict[K, Any]:
-    """The same values on another device. Sizes and strides stay, and tensors that share memory share it
-    again.
-    """
-    memory: dict[int, Tensor] = {}
-
-    def move(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
-        if not address or tensor.device == device or tensor.is_conj() or tensor.is_neg():
-            return tensor.to(device)
-        if address not in memory:
-            count = tensor.untyped_storage().nbytes() // tensor.element_size()
-            memory[address] = tensor.as_strided((count,), (1,), 0).to(device)
-        own = memory[address]
-        if own.dtype != tensor.dtype:
-            own = own.view(tensor.dtype)
-        return own.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-    return {key: pytree.tree_map_only(Tensor, move, value) for key, value in values.items()}
+    """The same values on another device."""
+    return {
+        key: pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
+        for key, value in values.items()
+    }
 
 
 def addresses(tensors: Iterable[Any]) -> set[int]:
@@ -333,17 +271,19 @@ def offload(
             ``None``: all on the CPU.
 
     Raises:
-        ArgumentError: ``resident`` is not positive, or the device cannot be used.
+        ArgumentError: the device cannot be used.
         OffloadError: the folder cannot be written, or its disk is full.
     """
-    if isinstance(resident, bool) or not isinstance(resident, int) or resident <= 0:
-        raise ArgumentError(f"resident={resident!r} is no number of bytes; 2**30 is a gibibyte")
     found = torch.device("cpu") if device is None else check_device(device)
     scratch = Scratch(
         tempfile.gettempdir() if folder is None else folder, None if found.type == "cpu" else found
     )
-    with kept_in(scratch), _watched(scratch, resident):
-        yield scratch
+    token = _SCRATCH.set(scratch)
+    try:
+        with _watched(scratch, resident):
+            yield scratch
+    finally:
+        _SCRATCH.reset(token)
 
 
 def keep_weights(model: nn.Module, scratch: Scratch) -> None:
@@ -392,11 +332,11 @@ def _watched(scratch: Scratch, resident: int) -> Iterator[None]:
     Args:
         resident: bytes of mapped files, beyond those of the libraries that are loaded by now.
     """
-    before, over = mapped_bytes(), threading.Event()
+    most, over = (mapped_bytes() or math.inf) + resident, threading.Event()
 
     def look() -> None:
-        while before is not None and not over.wait(_EVERY):
-            if (mapped_bytes() or 0) > before + resident:
+        while not over.wait(_EVERY):
+            if (mapped_bytes() or 0) > most:
                 scratch.release()
 
     thread = threading.Thread(target=look, name="fasp_fx-offload", daemon=True)

@@ -167,8 +167,7 @@ def drawing_alike(values: Iterable[Any], seed: int = 0) -> Iterator[None]:
     Args:
         values: the weights of the model, and whatever else is on the devices that it draws on.
     """
-    devices = {value.device for value in values if isinstance(value, Tensor)}
-    cards = [device for device in devices if device.type == "cuda"]
+    cards = list({value.device for value in values if isinstance(value, Tensor) and value.is_cuda})
 
     def read() -> list[Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(card) for card in cards)]
@@ -183,8 +182,6 @@ def drawing_alike(values: Iterable[Any], seed: int = 0) -> Iterator[None]:
         for card in cards:
             with torch.cuda.device(card):
                 torch.cuda.manual_seed(seed)
-        if any(device.type == "mps" for device in devices):
-            torch.mps.manual_seed(seed)
         yield
 
 

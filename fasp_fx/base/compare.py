@@ -5,7 +5,7 @@ they may be for what purpose.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ TOLERANCE: dict[str, tuple[float, float, float, float]] = {
     # the same where nothing runs in a higher precision
     "no higher precision": (1e-6, 1e-4, 4e-3, 3.2e-2),
     # of weights that are computed in every call, and were computed once
-    "computed weights": (1.5e-14, 8e-6, 6.3e-2, 0.5),
+    "computed weights": (1e-11, 8e-6, 6.3e-2, 0.5),
     # of outputs before and after a pass that changes no values: the root of the precision
     "foreign pass": (1.5e-8, 3.5e-4, 3.2e-2, 8.9e-2),
     # of what one model computes in two ways; those of float64 compute some steps in float32
@@ -40,19 +40,16 @@ def tolerance(purpose: str, dtype: torch.dtype) -> float:
     return TOLERANCE[purpose][finer]
 
 
-#: differences below this part of the largest entry (of 1, if that is larger) are those of double precision
-_NOISE = 1e-11
-#: fillings are at least this large
-_LARGE = 1e4
-#: entries as large as another but for this part of it are alike; those this many times smaller are of another
-#: order
-_ALIKE, _FAR = 1e-3, 4096.0
+#: entries from here on may be fillings
+_LARGE, _LARGE_POWER = 1e4, 13
+#: by so many powers of two they are larger than all others
+_FAR_POWER = 12
 #: elements compared at once: few enough to stay in the cache of a core
 _CHUNK = 1 << 18
 
 
 def deviation(found: Any, expected: Any) -> float:
-    """``max|a − b| / max|b|`` of two outputs, where ``b`` leaves out fillings; infinite where they cannot be
+    """``max|a − b| / max|b|`` of two outputs, of fillings by themselves; infinite where they cannot be
     compared, or are integers that differ.
     """
     if not (isinstance(found, Tensor) and isinstance(expected, Tensor)):
@@ -73,12 +70,9 @@ def _apart(found: Tensor, expected: Tensor) -> float:
     """The deviation of flat tensors of real or complex numbers.
 
     Fillings (masked scores of -1e9, say) take no part in what the others are computed of, and would hide
-    whatever is wrong with those. They are large, and either as large as each other, with nothing else of that
-    order (which have a scale of their own), or the same to the bit and of another order than all that differ
-    (which then do not set the scale).
+    whatever is wrong with those.
     """
-    difference = differing = 0.0
-    sizes = [0.0]
+    difference = top = 0.0
     for a, b in zip(found.split(_CHUNK), expected.split(_CHUNK)):
         odd = ~torch.isfinite(b)
         if bool(odd.any()):
@@ -87,56 +81,33 @@ def _apart(found: Tensor, expected: Tensor) -> float:
             a, b = a[~odd], b[~odd]
         if not bool(torch.isfinite(a).all()):
             return math.inf
-        if not b.numel():
-            continue
-        a, b = (value if value.dtype.itemsize > 2 else value.float() for value in (a, b))
-        apart, size = (a - b).abs(), b.abs()
-        top, largest = float(size.max()), float(apart.max())
-        sizes.append(top)
-        if top >= _LARGE:
-            sizes.append(float(torch.where(size < top * (1 - _ALIKE), size, 0).max()))
-        noise = _NOISE * min(top, 1.0)
-        if largest > noise:
-            difference = max(difference, largest)
-            differing = max(differing, float(torch.where(apart > noise, size, 0).max()))
-    top = max(sizes)
-    if top < _LARGE:
+        if b.numel():
+            a, b = (value if value.dtype.itemsize > 2 else value.float() for value in (a, b))
+            difference = max(difference, float((a - b).abs().max()))
+            top = max(top, float(b.abs().max()))
+    filled = _fillings(expected) if top >= _LARGE else None
+    if filled is None:
         return difference / (top or 1.0)
-    bound = _filled_from(sizes)
-    if bound == math.inf:
-        return difference / (top if top < _FAR * max(differing, difference) else differing or 1.0)
-    size = expected.abs()
-    near = size < bound
-    far = torch.isfinite(size) & ~near
-    filled = (found[far] - expected[far]).abs()
-    return max(float(filled.max()) / top if filled.numel() else 0.0, _apart(found[near], expected[near]))
-
-
-def _filled_from(sizes: Sequence[float]) -> float:
-    """How large an entry is at least that is as large as the largest, where nothing else is of that order; of
-    the sizes the largest of either kind will do. Infinite: no entry is a filling.
-    """
-    top = max(sizes)
-    bound = top * (1 - _ALIKE)
-    return bound if top >= _LARGE and max(size for size in sizes if size < bound) < top / _FAR else math.inf
+    a, b = found[filled], expected[filled]
+    wrong = ((a - b).abs() / b.abs())[b.isfinite()]
+    apart = float(wrong.max()) if wrong.numel() else 0.0
+    return max(apart, _apart(found[~filled], expected[~filled]))
 
 
 def _fillings(values: Tensor) -> Tensor | None:
-    """Which of these real numbers are infinite, or fillings beside others that are not zero; ``None``: none
-    is, or some are NaN.
+    """Which of these numbers are infinite, or fillings: large, and thousands of times as large as all others
+    but fillings. ``None``: none is, or some are NaN.
     """
     values = values.detach()
     size = (values if values.dtype.itemsize > 2 else values.float()).abs()
     if not size.numel() or not float(size.max()) >= _LARGE:
         return None
     filled = size.isinf()
-    while True:
-        size = size.masked_fill(filled, 0.0)
-        top = float(size.max())
-        below = float(torch.where(size < top * (1 - _ALIKE), size, 0).max())
-        if not below or _filled_from([top, below]) == math.inf:
-            return filled if bool(filled.any()) else None
-        filled |= size > below
+    powers = torch.frexp(size.masked_fill(filled, 0.0)).exponent  # of two
+    present = powers[(size > 0) & ~filled].unique().tolist()
+    gaps = (high for low, high in pairwise(present) if high > _LARGE_POWER and high - low > _FAR_POWER)
+    filled |= powers >= next(gaps, math.inf)
+    return filled if bool(filled.any()) else None
 
 
 def unfilled(values: Tensor, expected: Tensor) -> Tensor:
@@ -152,12 +123,6 @@ def _same_oddities(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _square(values: Tensor) -> float:
-    """The sum of squares."""
-    norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
-    return norm * norm
-
-
 def distance(found: Tensor, expected: Tensor) -> float:
     """``‖a − b‖₂ / ‖b‖₂`` of two tensors of real numbers, without large entries that are the same (see
     :func:`deviation`); infinite where shapes, or the places of NaN and infinities, differ.
@@ -166,20 +131,16 @@ def distance(found: Tensor, expected: Tensor) -> float:
         return math.inf
     if not found.numel():
         return 0.0
-    apart = size = 0.0
-    # Logits are large: all of them as float64 would take more time and memory than the model.
-    flat = (tensor.detach().reshape(-1).split(_CHUNK) for tensor in (found, expected))
-    for a, b in zip(*flat, strict=True):
-        a, b = (part if part.dtype == torch.float64 else part.float() for part in (a, b))
-        if not (float(b.abs().max()) < _LARGE and bool(torch.isfinite(a).all())):
-            finite = torch.isfinite(b)
-            if not torch.equal(torch.isfinite(a), finite):
-                return math.inf
-            counts = finite & ((b.abs() < _LARGE) | (a != b))
-            a, b = (part.masked_fill(~counts, 0.0) for part in (a, b))
-        apart += _square(a - b)
-        size += _square(b)
-    return math.sqrt(apart) / (math.sqrt(size) or 1.0)
+    a, b = (part.detach() for part in (found, expected))
+    a, b = (part if part.dtype == torch.float64 else part.float() for part in (a, b))
+    if not (float(b.abs().max()) < _LARGE and bool(torch.isfinite(a).all())):
+        finite = torch.isfinite(b)
+        if not torch.equal(torch.isfinite(a), finite):
+            return math.inf
+        counts = finite & ((b.abs() < _LARGE) | (a != b))
+        a, b = (part.masked_fill(~counts, 0.0) for part in (a, b))
+    apart, size = (float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in (a - b, b))
+    return apart / (size or 1.0)
 
 
 __all__ = ["TOLERANCE", "deviation", "distance", "tolerance", "unfilled"]

@@ -318,5 +318,4 @@ def _symbols(size: Any) -> set[Any]:
     return set() if isinstance(size, int) else set(size.node.expr.free_symbols)
 
 
-
 __all__ = ["Marks"]

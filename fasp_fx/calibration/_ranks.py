@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..base import __version__
 from ..base._tensors import digest_of
 from ..base._tolerable import tolerable
 from ..base._undisturbed import aside
-from ..base._version import __version__
 from ..errors import ArgumentError, CalibrationError, RankError, first_line
 from .statistics import SplitGram, Statistic
 

@@ -15,13 +15,13 @@ import torch
 import typer
 
 from ..allocation.budgets import KINDS
-from ..base._version import __version__
+from ..base import __version__
 from ..errors import ArgumentError
 from ..pruning.config import PruningConfig
 from ..training.recovery import DistillationConfig
 from . import _models
 from ._console import CAPTURING, USAGE, console, groups_table, say, session, table
-from ._text import Texts, read_chunks
+from ._models import Texts, read_chunks
 from .evaluation import perplexity
 
 app = typer.Typer(
@@ -266,8 +266,7 @@ def prune(
     `fasp-fx eval small --text wiki.txt --length 1024 --chunks 100:140`
 
     With `--plain` the result is an ordinary checkpoint of the same architecture, for
-    `AutoModelForCausalLM.from_pretrained` and whatever else reads those: feed-forward layers become narrower,
-    and whole attention heads go where that is not enough.
+    `AutoModelForCausalLM.from_pretrained` and whatever else reads those: feed-forward layers become narrower.
 
     With `--recover 2` the weights that stay are then trained towards the dense model, twice over the same
     text; those that do best on a held-out tenth of it are kept. `fasp-fx recover` does the same later,

@@ -35,7 +35,7 @@ from ..storage._folder import new_save, refuse_other
 from ..training.recovery import DistillationConfig, distil
 from . import _models
 from ._console import CAPTURING, Stages, console, figures_table, groups_table, process, say
-from ._text import Texts
+from ._models import Texts
 from .evaluation import latency, perplexity
 
 _GIB = 2**30
@@ -46,47 +46,17 @@ class Forecast:
     """What a pruning will take, in bytes.
 
     Attributes:
-        base: what this process takes without the model.
-        weights: of the dense model.
-        repaired: of the weights that are repaired, which are kept until the model is rewritten.
-        pruned: of what is left.
-        matrices: of Gram matrices that are held at once.
-        checking: of the weight that the check widens while it runs the result beside the dense model.
-        waiting: of the activations of all calibration batches where a consumer is observed, at the widest
-            such place.
-        running: of those of one batch on the way between two such places.
-        solving: of what one consumer is repaired with.
+        peak: the most memory at once, with the weights in memory.
+        streamed: the most with all that waits in files (:func:`fasp_fx.offload`).
+        disk: of files, with all in them that is put there.
         on_device: of a device that batches run on while the weights lie in files, with the weights between
             two places where a consumer is observed, one batch, and what one consumer is repaired with.
     """
 
-    base: int
-    weights: int
-    repaired: int
-    pruned: int
-    matrices: int
-    checking: int
-    waiting: int
-    running: int
-    solving: int
+    peak: int
+    streamed: int
+    disk: int
     on_device: int
-
-    @property
-    def peak(self) -> int:
-        """The most memory at once, with the weights in memory."""
-        calibrating = self.repaired + self.waiting + self.running + self.matrices + self.solving
-        return self.base + self.weights + max(calibrating, self.repaired + self.pruned + self.checking)
-
-    def streamed(self, resident: int) -> int:
-        """The most memory at once, with all that waits in files of which ``resident`` bytes are in memory
-        (:func:`fasp_fx.offload`).
-        """
-        return self.base + min(resident, self.disk) + max(self.running + self.solving, self.checking)
-
-    @property
-    def disk(self) -> int:
-        """Bytes of files, with all in them that :func:`fasp_fx.offload` puts there."""
-        return self.weights + self.repaired + self.pruned + self.waiting + self.matrices
 
 
 def forecast(
@@ -111,16 +81,18 @@ def forecast(
     )
     sparsity = expected_sparsity(config, analysis)
     needed = Needed(analysis, consumers, kind, sparsity)
+    pruned = round(total - sparsity * pruned_of)
+    # Activations of all batches wait where a consumer is observed, repaired weights for the rewriting.
+    waiting = batches * needed.waiting
+    matrices = max(needed.pair, sum(needed.grams) if method.needs_measuring else 0)
+    computing = needed.running + needed.solving
+    checking = 2 * DOUBLE * largest.numel()  # the check widens a weight, as it is and masked
+    disk = total + repaired + pruned + waiting + matrices
+    base = psutil.Process().memory_info().rss
     return Forecast(
-        base=psutil.Process().memory_info().rss,
-        weights=total,
-        repaired=repaired,
-        pruned=round(total - sparsity * pruned_of),
-        waiting=batches * needed.waiting,
-        running=needed.running,
-        matrices=max(needed.pair, sum(needed.grams) if method.needs_measuring else 0),
-        solving=needed.solving,
-        checking=2 * DOUBLE * largest.numel(),  # as it is, and masked
+        peak=base + total + repaired + max(waiting + matrices + computing, pruned + checking),
+        streamed=base + min(RESIDENT, disk) + max(computing, checking),
+        disk=disk,
         on_device=needed.on_device,
     )
 
@@ -128,7 +100,7 @@ def forecast(
 def say_needs(
     model: str,
     config: PruningConfig,
-    heads_asked: bool | None,
+    plain: bool,
     texts: Texts,
     dtype: str,
     device: torch.device,
@@ -137,8 +109,7 @@ def say_needs(
     """Say what it would take to prune a model on batches of one text each.
 
     Args:
-        heads_asked: of a plain checkpoint, as for :func:`fasp_fx.hf._plain.plain_config`; ``None``: no plain
-            one.
+        plain: whether to a plain checkpoint.
         device: where batches are to run.
 
     Raises:
@@ -147,8 +118,8 @@ def say_needs(
     stages.begin("reading the configuration")
     empty: Any = _models.load_empty(model)
     _models.check_length(empty, texts.length)
-    if heads_asked is not None:
-        config = plain_config(empty, config, heads_asked)[2]
+    if plain:
+        config = plain_config(empty, config)[2]
     stages.begin(CAPTURING)
     example = {"input_ids": torch.zeros(1, texts.length, dtype=torch.long), "use_cache": False}
     analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
@@ -157,10 +128,9 @@ def say_needs(
     kind = empty.dtype if dtype == "auto" else getattr(torch, dtype)
     found = forecast(analysis, config, texts.batches if texts.used is None else len(texts.used), dtype=kind)
     stages.end()
-    there, streamed = psutil.virtual_memory().available + found.base, found.streamed(RESIDENT)
     say(
-        f"memory: {found.peak / _GIB:.1f} GiB at most, or {streamed / _GIB:.1f} GiB with --stream and"
-        f" {found.disk / _GIB:.1f} GiB of disk; {there / _GIB:.1f} GiB can be had"
+        f"memory: {found.peak / _GIB:.1f} GiB at most, or {found.streamed / _GIB:.1f} GiB with --stream and"
+        f" {found.disk / _GIB:.1f} GiB of disk; {psutil.virtual_memory().available / _GIB:.1f} GiB are free"
     )
     if device.type != "cpu":
         say(f"with --stream, {found.on_device / _GIB:.1f} GiB of that on '{device}'")
@@ -334,8 +304,7 @@ def run(
         texts.read(tokenizer)
     whole = PruningConfig.of(config, options)
     if dry_run:
-        heads = (config is not None or "granularity" in options) if plain else None
-        say_needs(model, whole, heads, texts, dtype, where, stages)
+        say_needs(model, whole, plain, texts, dtype, where, stages)
         return
     with offload(scratch, device=where) if scratch is not None else nullcontext() as kept:
         stages.begin("loading the model")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._config import PrunedConfig, on_first_use
+from ._config import PrunedConfig
 
 if TYPE_CHECKING:
     from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
@@ -24,21 +24,6 @@ _HOMES = {
     "PrunedForSeq2SeqLM": "._generating",
     "load_offloaded": "._offloaded",
 }
-
-
-def _register_models() -> None:
-    """Here rather than at once, because importing the models takes long, and only who has a configuration of
-    one needs them.
-    """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
-
-    AutoModelForCausalLM.register(PrunedConfig, PrunedForCausalLM, exist_ok=True)
-    AutoModelForSeq2SeqLM.register(PrunedConfig, PrunedForSeq2SeqLM, exist_ok=True)
-
-
-on_first_use(_register_models)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,15 +1,17 @@
-"""How a pruned model reads what it is called with beside its tokens: checks, masks, losses, positions."""
+"""How a pruned model reads what it is called with beside its tokens: masks, losses, positions, caches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer
 
-from ..errors import ArgumentError, first_line
+from ..errors import ArgumentError
 
 LEFT_OUT = -100
 #: how positions follow from a mask ``[batch, tokens]``: one after the other, or counting tokens shown, where
@@ -41,15 +43,6 @@ def after_start(labels: Tensor, start: int | None, padding: int) -> Tensor:
     return moved.masked_fill(moved == LEFT_OUT, padding)
 
 
-def after_last(labels: Tensor, start: int | None, padding: int) -> Tensor:
-    """Labels behind the last of them that is no padding (a language's token, in MBart)."""
-    shown = labels.masked_fill(labels == LEFT_OUT, padding)
-    last = shown.gather(1, (shown != padding).sum(1, keepdim=True).sub(1).clamp(min=0))
-    return torch.cat([last, shown[:, :-1]], 1)
-
-
-#: how a model makes tokens of its decoder from labels
-MOVES: dict[str, Callable[[Tensor, int | None, int], Tensor]] = {"start": after_start, "last": after_last}
 #: how a model predicts labels from logits: each from the one before it, or at its place
 LOSSES: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
     "next": lambda logits, labels, items: cross_entropy(logits[:, :-1], labels[:, 1:], items),
@@ -111,8 +104,7 @@ def mask_of(name: str, mask: Tensor | None, batch: int, length: int, like: Tenso
 
 
 def loss_of(way: str | None, logits: Tensor, labels: Tensor | None, items: Any) -> Tensor | None:
-    """The loss, if there are labels; a label that is no token of the vocabulary is refused where the device
-    says so.
+    """The loss, if there are labels.
 
     Args:
         way: a key of :data:`LOSSES`; ``None``: the original has a loss of its own.
@@ -120,7 +112,7 @@ def loss_of(way: str | None, logits: Tensor, labels: Tensor | None, items: Any) 
             mean over these.
 
     Raises:
-        ArgumentError: a label is neither a token number nor -100, or labels are not served.
+        ArgumentError: there is not one label for each token, or labels are not served.
     """
     if labels is None:
         return None
@@ -134,12 +126,7 @@ def loss_of(way: str | None, logits: Tensor, labels: Tensor | None, items: Any) 
             f"labels is {shown(labels)}, the logits speak of {list(logits.shape[:2])} tokens; give one token"
             " number for each"
         )
-    try:
-        return LOSSES[way](logits, labels, items)
-    except IndexError as error:
-        raise ArgumentError(
-            f"labels hold a number that is no token: {first_line(error)}; -100 leaves a token out"
-        ) from error
+    return LOSSES[way](logits, labels, items)
 
 
 def check_outputs(config: Any) -> None:
@@ -154,3 +141,83 @@ def check_outputs(config: Any) -> None:
                 f"config.{name} is set, but a pruned model's program returns none; set model.config.{name} ="
                 " False, or use the dense model"
             )
+
+
+# --- Caches of transformers as named tensors, and back.
+
+
+def opened(cache: Any, encoder_decoder: bool) -> Any:
+    """The caller's cache, or without one an empty cache that holds every token of every layer.
+
+    Raises:
+        ArgumentError: it is of another kind; names the kind.
+    """
+    if cache is None:
+        return EncoderDecoderCache(DynamicCache(), DynamicCache()) if encoder_decoder else DynamicCache()
+    expected = EncoderDecoderCache if encoder_decoder else DynamicCache
+    parts = [cache]
+    if isinstance(cache, EncoderDecoderCache):
+        parts = [cache.self_attention_cache, cache.cross_attention_cache]
+    kinds = [type(layer) for part in parts for layer in getattr(part, "layers", ())]
+    if not isinstance(cache, expected) or any(kind is not DynamicLayer for kind in kinds):
+        raise ArgumentError(
+            f"cache is a {type(cache).__name__} of {', '.join(sorted({kind.__name__ for kind in kinds}))}; a"
+            f" pruned model takes a {expected.__name__} that keeps every token of every layer: make it"
+            " without a config, or pass none to begin with"
+        )
+    return cache
+
+
+def read_cache(
+    cache: Cache, sizes: Mapping[str, tuple[int, int]], batch: int, like: Tensor
+) -> dict[str, Tensor]:
+    """The tensors that a program takes, by name; those of a layer that holds nothing yet are empty.
+
+    Args:
+        sizes: heads and width of each, by names such as ``cache.0.keys`` or ``cache.cross.1.values``.
+        batch: the number of sequences of this call.
+        like: a tensor of the model's dtype and device.
+
+    Raises:
+        ArgumentError: the cache holds another number of sequences or heads, another width, dtype or device.
+    """
+    found: dict[str, Tensor] = {}
+    for name, (heads, width) in sizes.items():
+        part, number, kind = _place(cache, name)
+        layer = part.layers[number] if number < len(part.layers) else None
+        held = getattr(layer, kind) if layer is not None and layer.is_initialized else None
+        if held is None or held.dim() != 4:
+            # A layer that was made and never written holds a tensor without dimensions.
+            held = torch.empty((batch, heads, 0, width), dtype=like.dtype, device=like.device)
+        if (
+            (held.shape[0], held.shape[1], held.shape[3]) != (batch, heads, width)
+            or held.dtype != like.dtype
+            or held.device != like.device
+        ):
+            raise ArgumentError(
+                f"{name} of the cache is {held.dtype} {list(held.shape)} on {held.device}, this model needs"
+                f" {like.dtype} [{batch}, {heads}, any, {width}] on {like.device}; give it a cache that it"
+                " has written itself"
+            )
+        found[name] = held
+    return found
+
+
+def write_cache(cache: Cache, tensors: dict[str, Tensor]) -> None:
+    """Put what a program returned into the cache, in place, as a model of transformers does."""
+    for name, tensor in tensors.items():
+        part, number, kind = _place(cache, name)
+        while len(part.layers) <= number:
+            part.layers.append(DynamicLayer())
+        layer: Any = part.layers[number]
+        if not layer.is_initialized:
+            layer.lazy_initialization(tensor, tensor)
+        setattr(layer, kind, tensor)
+        if isinstance(cache, EncoderDecoderCache) and part is cache.cross_attention_cache:
+            cache.is_updated[number] = True
+
+
+def _place(cache: Any, name: str) -> tuple[Any, int, str]:
+    path = name.split(".")
+    part = {"self": "self_attention_cache", "cross": "cross_attention_cache"}.get(path[1])
+    return (cache if part is None else getattr(cache, part)), int(path[-2]), path[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -23,9 +23,6 @@ _HIDDEN = (
 )
 
 
-_FIRST_USE: list[Callable[[], None]] = []
-
-
 class PrunedConfig(PreTrainedConfig):
     """Configuration of :class:`PrunedForCausalLM` and :class:`PrunedForSeq2SeqLM`.
 
@@ -38,7 +35,7 @@ class PrunedConfig(PreTrainedConfig):
         loss: how labels are predicted: ``"next"``, each from the logits before it, ``"same"``, from those at
             its place, or ``None`` where the original has a loss of its own.
         labels_moved: how an encoder-decoder makes tokens of labels: behind its token for the ``"start"``, or
-            behind the ``"last"`` of them.
+            in another way, which is not served.
     """
 
     #: what ``original`` reads as: no field, which would be saved
@@ -55,8 +52,8 @@ class PrunedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        while _FIRST_USE:
-            _FIRST_USE.pop()()
+        # Registers the models; that takes long, and only who has a configuration of one needs them.
+        import_module("._generating", __package__)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -116,11 +113,6 @@ def check_layers(data: Any, most: int, least: int = 0) -> None:
                 f'config.json says "{name}": {str(value)[:40]}, and a model like this has {least} to {most}'
                 " layers; correct it, or save the model again"
             )
-
-
-def on_first_use(call: Callable[[], None]) -> None:
-    """Call a function once, when the first configuration is made."""
-    _FIRST_USE.append(call)
 
 
 AutoConfig.register(PrunedConfig.model_type, PrunedConfig, exist_ok=True)

@@ -17,8 +17,7 @@ from ..base.compat._transformers import CACHE
 from ..capturing._program import Program
 from ..capturing._unchanged import rewound
 from ..errors import CaptureError
-from . import _caches
-from ._arguments import LEFT_OUT, LOSSES, MOVES, POSITIONS
+from ._arguments import LEFT_OUT, LOSSES, POSITIONS, after_start, read_cache
 from ._flat import FlatProgram
 from ._stages import SOURCE, CausalStages, Seq2SeqStages
 
@@ -60,8 +59,8 @@ def _far(found: Tensor, expected: Tensor) -> bool:
 
 
 def _labels(stages: AnyStages) -> dict[str, Any]:
-    """The key of :data:`LOSSES`, and for an encoder-decoder of :data:`MOVES`, by which a model reads labels;
-    nothing where it reads them in another way.
+    """The key of :data:`LOSSES` by which a model reads labels, and whether an encoder-decoder makes tokens of
+    them; nothing where it reads them in another way.
     """
     decoder = isinstance(stages, CausalStages)
     labels, source = stages.tokens(6, 2, seed=7), {"input_ids": stages.tokens(6, 2)}
@@ -74,21 +73,17 @@ def _labels(stages: AnyStages) -> dict[str, Any]:
     expected = getattr(given, "loss", None)
     if not isinstance(expected, Tensor) or given.logits.shape[:2] != labels.shape:
         return {}
-    short = given.logits.dtype.itemsize < 4  # a model may round its loss
-    expected = expected.to(given.logits.dtype if short else torch.float32)
+    expected = expected.to(given.logits.dtype)  # a model may round its loss
     ways = LOSSES if decoder else ("same",)
     losses = [way for way in ways if not _far(LOSSES[way](given.logits, labels, None), expected)]
     found: dict[str, Any] = {"loss": losses[0] if losses else None}
-    if decoder:
-        return found
-    start = getattr(stages.model.config, "decoder_start_token_id", None)
-    padding: Any = getattr(stages.model.config, "pad_token_id", None)
-    for name, move in MOVES.items() if padding is not None else ():
-        read = move(labels, start, padding)
-        moved = _called(stages, {**source, "decoder_input_ids": read})
-        if moved is not None and not _far(moved.logits, given.logits):
-            return found | {"labels_moved": name}
-    return {}
+    config: Any = stages.model.config
+    if decoder or getattr(config, "pad_token_id", None) is None:
+        return found if decoder else {}
+    read = after_start(labels, getattr(config, "decoder_start_token_id", None), config.pad_token_id)
+    moved = _called(stages, {**source, "decoder_input_ids": read})
+    same = moved is not None and not _far(moved.logits, given.logits)
+    return found | {"labels_moved": "start"} if same else {}
 
 
 def _counting(stages: CausalStages) -> str:
@@ -130,7 +125,7 @@ def _check_captured(stages: CausalStages, program: Program, flat: FlatProgram) -
     for batch, new, past, padding in _SIZES:
         arguments = stages.arguments(batch=batch, new=new, past=past, padding=padding)
         values = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-        values |= _caches.read(arguments[CACHE], flat.cache_sizes(), batch, like)
+        values |= read_cache(arguments[CACHE], flat.cache_sizes(), batch, like)
         expected = stages.run(arguments).logits  # extends the cache, whose tensors it leaves
         try:
             with torch.no_grad(), rewound(program.module):

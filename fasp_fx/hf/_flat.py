@@ -4,8 +4,6 @@ programs share, and its rewrites for speed: no checks inside, plain products for
 
 from __future__ import annotations
 
-import itertools
-import linecache
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,17 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
-from torch.nn import functional
 
 from ..base._stamps import stamp
-from ..base.compat import pytree
+from ..base.compat import forward_from_src, pytree
 from ..base.compat._transformers import CACHE
 from ..capturing import lower_bound, upper_bound
+from ..capturing._fx import arguments
 from ..capturing._program import copy_graph
 from ..errors import ArgumentError, CaptureError
 from ..patterns import RESHAPES
-
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,8 @@ class FlatProgram:
     def __call__(self, weights: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph over the tensors of ``weights``."""
         if self._function is None:
-            self._function = _compile(self.graph)
+            code = self.graph.python_code("self")
+            self._function = forward_from_src(code.src, code.globals)
         found = self._function(weights, *[values[name] for name in self.inputs])
         return dict(zip(self.outputs, found, strict=True))
 
@@ -159,12 +156,6 @@ class FlatProgram:
                     joint |= {str(sizes[new]), str(sizes[held])}
         return found + [Bound((place,), most[place]) for place in most if str(sizes[place]) not in joint]
 
-    def __getstate__(self) -> dict[str, Any]:
-        raise ArgumentError(
-            "a pruned model that generates cannot be pickled, since its programs hold symbols; write it with"
-            " save_pretrained()"
-        )
-
     def __deepcopy__(self, memo: Any) -> FlatProgram:
         copied = self.rewritten(copy_graph(self.graph))
         memo[id(self)] = copied
@@ -209,18 +200,6 @@ def _walk(tree: Any, path: str) -> Iterator[tuple[str, int]]:
             yield from _walk(value, f"{path}.{name}" if path else str(name))
 
 
-def _compile(graph: fx.Graph) -> Callable[..., Any]:
-    """The graph as a function whose first argument is the module that holds the weights."""
-    code = graph.python_code("self")
-    name = f"<fasp_fx.hf.program.{next(_numbers)}>"
-    # Tracebacks and compilers read it.
-    linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
-    names = dict(code.globals)
-    exec(compile(code.src, name, "exec"), names)
-    made: Callable[..., Any] = names["forward"]
-    return made
-
-
 aten = torch.ops.aten
 _ATTENTION = aten.scaled_dot_product_attention.default
 _CHECKS = {
@@ -229,48 +208,13 @@ _CHECKS = {
     aten.sym_constrain_range_for_size.default,
     aten.sym_constrain_range.default,
 }
-_WHOLE = 1 << 62
 
 
 def without_checks(graph: fx.Graph) -> None:
-    """Drop the assertions of the capture, whose place the model's own checks take, and slices that take
-    everything.
-    """
+    """Drop the assertions of the capture, whose place the model's own checks take."""
     for node in list(graph.nodes):
         if node.op == "call_module" or node.target in _CHECKS:
             graph.erase_node(node)
-        elif node.target is aten.slice.Tensor and _takes_all(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-
-
-def _takes_all(node: fx.Node) -> bool:
-    given: list[Any] = [*node.args[2:], *[None, None, 1][len(node.args) - 2 :]]
-    start, end, step = given
-    return start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end >= _WHOLE))
-
-
-def grouped(graph: fx.Graph) -> None:
-    """Let attention read each key and value head once, where the model repeats it for the query heads that
-    share it.
-    """
-    for node in graph.find_nodes(op="call_function", target=_ATTENTION):
-        padding: Any = node.args[2] if _pads_width(node.args[2]) else None
-        key, times = _repeated(node.args[1])
-        value, same = _repeated(node.args[2] if padding is None else padding.args[0])
-        if times == 1 or same != times or node.kwargs.get("enable_gqa"):
-            continue
-        if padding is not None:
-            with graph.inserting_before(node):
-                value = stamp(
-                    graph.call_function(padding.target, (value, *padding.args[1:]), dict(padding.kwargs)),
-                    "grouped",
-                    node,
-                )
-        node.args = (node.args[0], key, value, *node.args[3:])
-        node.update_kwarg("enable_gqa", True)
-        stamp(node, "grouped")
     graph.eliminate_dead_code()
 
 
@@ -305,27 +249,28 @@ def _shape(node: Any) -> tuple[Any, ...]:
 
 
 def one_token(graph: fx.Graph) -> None:
-    """Write out attention as it is for a query of one token (:func:`_attend`)."""
+    """Write out attention as it is for a query of one token (:func:`_attend`), where each key and value head
+    is read once, and not repeated for the query heads that share it.
+    """
     biases: dict[fx.Node, fx.Node] = {}
     for node in list(graph.find_nodes(op="call_function", target=_ATTENTION)):
-        names = ("query", "key", "value", "mask", "dropout_p", "is_causal")
-        named = dict(zip(names, node.args)) | {
-            "mask" if name == "attn_mask" else name: value for name, value in node.kwargs.items()
-        }
-        if named.pop("dropout_p", 0.0) or named.pop("is_causal", False):
+        given = arguments(node)
+        query, mask, value = given["query"], given["attn_mask"], given["value"]
+        biased = isinstance(mask, fx.Node)
+        heads = _shape(query)[1:2]
+        plain = not given["dropout_p"] and not given["is_causal"] and len(_shape(query)) == 4
+        if not plain or (biased and (len(_shape(mask)) != 4 or _shape(mask)[1:2] not in ((1,), heads))):
             continue
-        named.pop("enable_gqa", None)
-        cut = _cut_after(node) if _pads_width(node.args[2]) else None
-        if cut is not None:
-            named["value"] = named["value"].args[0]
-        mask = named.pop("mask", None)
+        cut = _cut_after(node) if _pads_width(value) else None
+        key, times = _repeated(given["key"])
+        value, same = _repeated(value if cut is None else value.args[0])
+        if times != same:
+            continue
         with graph.inserting_before(node):
-            if isinstance(mask, fx.Node):
-                if mask not in biases:  # written before the first layer, it serves all
-                    added = graph.call_function(_bias, (mask, named["query"]))
-                    biases[mask] = stamp(added, "one_token", node)
-                named["bias"] = biases[mask]
-            made = stamp(graph.call_function(_attend, (), named), "one_token", node)
+            if biased and mask not in biases:  # written before the first layer, it serves all
+                biases[mask] = stamp(graph.call_function(_bias, (mask, query)), "one_token", node)
+            call = (query, key, value, biases[mask] if biased else None, given["scale"])
+            made = stamp(graph.call_function(_attend, call), "one_token", node)
         for replaced in (node,) if cut is None else (cut, node):
             replaced.replace_all_uses_with(made)
             graph.erase_node(replaced)
@@ -339,15 +284,10 @@ def _bias(mask: Tensor, query: Tensor) -> Tensor:
     return torch.zeros((), dtype=query.dtype, device=query.device).where(mask, -torch.inf)
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float | None = None
-) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
     """Attention of a query of one token. The heads that share keys make one matrix product, where the fused
     kernel reads the keys once per head, and values may be narrower than keys.
     """
-    four = query.dim() == 4
-    if not four or (bias is not None and (bias.dim() != 4 or bias.shape[1] not in (1, query.shape[1]))):
-        return functional.scaled_dot_product_attention(query, key, value, bias, scale=scale, enable_gqa=four)
     heads, shared, width = query.shape[1], key.shape[1], query.shape[3]
     rows = query.reshape(-1, shared, heads // shared, width)
     scores = (rows * (width**-0.5 if scale is None else scale)) @ key.transpose(2, 3)

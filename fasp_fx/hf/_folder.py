@@ -1,4 +1,4 @@
-"""Results on disk: a folder as transformers write it, with what was removed and a model card.
+"""Results on disk: a folder as transformers write it, with what was removed.
 
 A plain checkpoint is what ``save_pretrained`` of its class writes, and loads wherever one of this class
 loads. Of a pruned model ``config.json``, ``generation_config.json`` and the tokenizer's files are
@@ -13,36 +13,35 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..analysis.plan import PruningPlan
 from ..base._device import check_device
-from ..base._json import parse
 from ..base._options import path_of
 from ..base._tolerable import tolerable
+from ..base.compat._transformers import quiet
 from ..errors import ArgumentError, FaspError, StoreError, first_line
 from ..pruning.report import Report
 from ..pruning.saving._folder import TOLD, read_told, write_told
-from ..storage._folder import MANIFEST, new_save, parsing, read_text, verify, write_json, write_manifest
+from ..storage._folder import new_save, parsing, read_json, read_text, verify, write_json, write_manifest
 from ..storage._graph_json import program_from_json
 from ..storage._tensors import read_tensors, write_tensors
-from ._arguments import LOSSES, MOVES, POSITIONS
+from ._arguments import LOSSES, POSITIONS
 from ._config import PrunedConfig, check_layers, original_of
-from ._experiments import quiet
 from ._flat import FlatProgram
 from ._model import Parts, PrunedModel, StoredProgram
 
 KIND, PLAIN = "hf", "plain"
+#: what makes a pruned model, and with it what else is written
 FILES = ("config.json", "model.safetensors", "constants.safetensors", "programs.json", *TOLD)
+
+_OWN = (*FILES, "generation_config.json")
 
 
 def save(
@@ -71,7 +70,7 @@ def save(
             with quiet():
                 if plain:
                     model.save_pretrained(made)
-                    _tell(made, model, plan, report)
+                    write_told(made, plan, report)
                 else:
                     _fill(made, model, None)
                 if tokenizer is not None:
@@ -99,26 +98,15 @@ def read_plain(folder: Path) -> tuple[PruningPlan, Report]:
 def save_into(model: PrunedModel, path: Path, state_dict: Mapping[str, Tensor] | None) -> None:
     """Write a pruned model to a folder that may hold other files, as a trainer's checkpoints do.
 
-    The files are written aside first; the manifest is the last to take its place, so that a half-replaced
-    model is noticed.
+    The manifest is the last file, so that a half-replaced model is noticed.
 
     Raises:
         StoreError: the folder cannot be written, or a weight no longer fits the program.
     """
-    path = path.absolute()
-    if path.is_file():
-        raise StoreError(f"'{path}' is a file; give a folder")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{path.name}.", suffix=".partial", dir=path.parent, ignore_cleanup_errors=True
-        ) as made:
-            aside = Path(made)
-            _fill(aside, model, state_dict)
-            write_manifest(aside, KIND)
-            path.mkdir(exist_ok=True)
-            for file in sorted(aside.iterdir(), key=lambda file: file.name == MANIFEST):
-                os.replace(file, path / file.name)
+        path.mkdir(parents=True, exist_ok=True)
+        _fill(path, model, state_dict)
+        write_manifest(path, KIND, _OWN)
     except OSError as error:
         raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
 
@@ -136,7 +124,7 @@ def _fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | N
         for name, program in model._stored.items()
     }
     write_json(folder / "programs.json", programs)
-    _tell(folder, model, model.plan, model.report)
+    write_told(folder, model.plan, model.report)
 
 
 def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -156,53 +144,6 @@ def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dic
     return found
 
 
-def _tell(folder: Path, model: Any, plan: PruningPlan, report: Report) -> None:
-    """Write what was removed and what it cost, as data and as a README.md for the hub."""
-    write_told(folder, plan, report)
-    plain = not isinstance(model, PrunedModel)
-    kind = (
-        type(model).__name__ if plain else "/".join(model.config.original.get("architectures") or ["model"])
-    )
-    task = "text2text-generation" if model.config.is_encoder_decoder else "text-generation"
-    rows = [("parameters", *report.parameters), ("bytes of weights", *report.bytes)]
-    rows += [
-        (f"`{line.name}`", line.before, line.after) for line in report.lines if line.before != line.after
-    ]
-    lines = [
-        *("---", "library_name: transformers", 'tags: ["fasp_fx", "pruned"]', f"pipeline_tag: {task}", "---"),
-        f"# {kind}, pruned by {report.sparsity:.1%}",
-        "",
-        (
-            f"fasp_fx removed {report.sparsity:.2%} of the weights of linear operators by structured pruning"
-            " ([FASP](https://arxiv.org/abs/2501.09412)); `plan.json` lists every index."
-        ),
-        "This is an ordinary checkpoint: nothing but transformers is needed to load it."
-        if plain
-        else "Widths in `config.json` under `original` are those of the dense model.",
-        "",
-        *("```python", *loading(model, "this/folder"), "```", ""),
-        *(f"- {note}" for note in report.notes),
-        "",
-        *("| | dense | pruned |", "|---|---|---|"),
-        *(f"| {name} | {before:,} | {after:,} |" for name, before, after in rows),
-        "",
-    ]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def loading(model: Any, folder: str) -> list[str]:
-    """Lines of Python that load the model."""
-    loader = "AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM"
-    plain = not isinstance(model, PrunedModel)
-    if plain and MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None) is not type(model):
-        loader = type(model).__name__
-    return [
-        *([] if plain else ["import fasp_fx"]),
-        f"from transformers import {loader}",
-        f'model = {loader}.from_pretrained("{folder}")',
-    ]
-
-
 #: fields of a configuration that say what the programs are
 _OF_THE_PROGRAMS = ("original", "positions", "loss", "labels_moved", "fasp_fx_version", "is_encoder_decoder")
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -213,25 +154,16 @@ _WITHOUT_EFFECT = {
 }
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """One of the programs in a file: as :mod:`fasp_fx.store` writes it, with the names of its constants."""
-
-    program: dict[str, Any]
-    example: list[Any]
-    constants: dict[str, str]
-
-
 def _parts(folder: Path, device: torch.device) -> Parts:
-    programs = parse(dict[str, _Stored], read_text(folder / "programs.json"), "programs.json")
+    programs = read_json(folder / "programs.json")
     weights = read_tensors(folder / "model.safetensors", device)
     held = read_tensors(folder / "constants.safetensors", device)
     constants: dict[str, dict[str, Tensor]] = {}
     made: dict[str, StoredProgram] = {}
     with parsing("programs.json"):
         for name, stored in programs.items():
-            constants[name] = {inside: held[outside] for inside, outside in stored.constants.items()}
-            kept = {"program": stored.program, "example": stored.example}
+            constants[name] = {inside: held[outside] for inside, outside in stored["constants"].items()}
+            kept = {"program": stored["program"], "example": stored["example"]}
             module = program_from_json(kept, weights, constants[name], device).module(check_guards=False)
             made[name] = StoredProgram(kept, FlatProgram.of(module))
     return Parts(made, weights, constants, *read_told(folder))
@@ -251,7 +183,7 @@ def _folder(where: Any, hub: dict[str, Any]) -> Path:
         ) from error
 
 
-def _config(folder: Path, kind: type[PrunedModel]) -> PrunedConfig:
+def _config(folder: Path) -> PrunedConfig:
     with parsing("config.json"):
         config = PrunedConfig.from_pretrained(folder)
     if not isinstance(config.original, dict):
@@ -261,16 +193,11 @@ def _config(folder: Path, kind: type[PrunedModel]) -> PrunedConfig:
     with parsing("config.json"), safetensors.safe_open(folder / "model.safetensors", "pt") as weights:
         check_layers(config.original, len(weights.keys()))
     original_of(config)
-    for name, ways in (("positions", POSITIONS), ("loss", LOSSES), ("labels_moved", MOVES)):
+    for name, ways in (("positions", POSITIONS), ("loss", LOSSES)):
         if getattr(config, name) not in (None, *ways):
             raise StoreError(
                 f"config.json does not say how the model is called ({name}); save the model again"
             )
-    named = config.architectures if isinstance(config.architectures, list) else []
-    (expected, *_) = [*named, None]
-    if kind.__name__ != expected:
-        auto = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
-        raise ArgumentError(f"'{folder}' holds a {expected}, not a {kind.__name__}; load it with {auto}")
     return config
 
 
@@ -287,12 +214,11 @@ def _overridden(found: PrunedConfig, given: Any) -> PrunedConfig:
 
 
 def _device(device_map: Any) -> torch.device:
-    place = device_map[""] if isinstance(device_map, dict) and set(device_map) == {""} else device_map
-    if place is None:
+    if device_map is None:
         return torch.get_default_device()
-    if place == "auto":
+    if device_map == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return check_device(place, values=False)
+    return check_device(device_map, values=False)
 
 
 class SavedModel(PrunedModel):
@@ -342,7 +268,7 @@ class SavedModel(PrunedModel):
         Args:
             pretrained_model_name_or_path: the folder, or a hub id.
             dtype: ``None``, ``"auto"`` or the dtype that the model was captured in; another one is refused.
-            device_map: ``None``, ``"auto"`` (the accelerator if there is one), a device, or ``{"": device}``.
+            device_map: ``None``, ``"auto"`` (the accelerator if there is one), or a device.
 
         Raises:
             StoreError: a file is missing, damaged or of another version.
@@ -364,7 +290,7 @@ class SavedModel(PrunedModel):
         folder = _folder(pretrained_model_name_or_path, hub) / subfolder
         verify(folder, KIND, FILES)
         device = _device(device_map)
-        found = _overridden(_config(folder, cls), config)
+        found = _overridden(_config(folder), config)
         wanted = dtype if dtype is not None else torch_dtype
         wanted = getattr(torch, wanted, wanted) if isinstance(wanted, str) else wanted
         if wanted not in (None, "auto", found.dtype):
@@ -374,9 +300,10 @@ class SavedModel(PrunedModel):
             )
         parts = _parts(folder, device)
         if set(parts.programs) != cls.program_names:
+            auto = "AutoModelForSeq2SeqLM" if found.is_encoder_decoder else "AutoModelForCausalLM"
             raise StoreError(
-                f"programs.json holds the programs {sorted(parts.programs)!r:.200}, not"
-                f" {sorted(cls.program_names)}; save the model again"
+                f"programs.json holds the programs {sorted(parts.programs)!r:.200}, not those of a"
+                f" {cls.__name__}, {sorted(cls.program_names)}; load it with {auto}, or save the model again"
             )
         with parsing("programs.json or config.json"):
             model = cls(found, parts)

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
 from ..base.compat._transformers import CACHE
 from ..errors import ArgumentError
 from ._arguments import (
-    MOVES,
     POSITIONS,
+    after_start,
     check_outputs,
     checked_tokens,
     loss_of,
@@ -20,6 +21,7 @@ from ._arguments import (
     refuse,
     shown,
 )
+from ._config import PrunedConfig
 from ._folder import SavedModel
 
 
@@ -36,7 +38,7 @@ class PrunedForCausalLM(SavedModel):
         cache: Any = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: int = 0,
         return_dict: bool | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
@@ -51,8 +53,7 @@ class PrunedForCausalLM(SavedModel):
             labels: ``[batch, new]``; the loss is the original's (of predicting each from the tokens before
                 it, as a rule), -100 is left out.
             use_cache: whether the output holds the cache; ``None``: as the configuration says.
-            logits_to_keep: logits of so many last positions, 0 for all, or of the positions in a tensor
-                ``[count]``.
+            logits_to_keep: logits of so many last positions, 0 for all.
             past_key_values: the cache, by its name in transformers until 5.23.
 
         Raises:
@@ -76,12 +77,15 @@ class PrunedForCausalLM(SavedModel):
         elif position_ids is not None:
             raise ArgumentError("position_ids: the original model takes none; leave them out")
         inside = "logits_to_keep" in self._programs["decode"].inputs
-        kept = _kept(logits_to_keep, new, input_ids.device)
+        if not isinstance(logits_to_keep, int):
+            raise ArgumentError(
+                f"logits_to_keep is {shown(logits_to_keep)}; pass how many last positions, 0 for all"
+            )
+        first = max(new - logits_to_keep, 0) if logits_to_keep else 0
         if inside:
-            values["logits_to_keep"] = kept
+            values["logits_to_keep"] = torch.arange(first, new, device=input_ids.device)
         found = self._run("decode", values, one=new == 1)
-        whole = inside or (isinstance(logits_to_keep, int) and kept.numel() == new)
-        logits = found["logits"] if whole else found["logits"].index_select(1, kept)
+        logits = found["logits"] if inside else found["logits"][:, first:]
         loss = loss_of(self.config.loss, logits, labels, kwargs.get("num_items_in_batch"))
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, **{CACHE: self._extended(cache, given, found, use_cache)}
@@ -106,18 +110,6 @@ class PrunedForCausalLM(SavedModel):
         if mask is None:
             return torch.arange(past, past + new, device=ids.device).expand(batch, new)
         return POSITIONS[self.config.positions](mask.long())[:, past:]
-
-
-def _kept(logits_to_keep: int | Tensor, new: int, device: torch.device) -> Tensor:
-    """The positions whose logits are wanted, among the new ones."""
-    if isinstance(logits_to_keep, int):
-        return torch.arange(max(new - logits_to_keep, 0) if logits_to_keep else 0, new, device=device)
-    if logits_to_keep.dim() != 1 or logits_to_keep.dtype == torch.bool:
-        raise ArgumentError(
-            f"logits_to_keep is {shown(logits_to_keep)}; pass how many last positions, 0 for all, or"
-            " positions [count], for all sequences alike"
-        )
-    return torch.where(logits_to_keep < 0, logits_to_keep + new, logits_to_keep)
 
 
 class Encoder(nn.Module):
@@ -193,7 +185,7 @@ class PrunedForSeq2SeqLM(SavedModel):
         if encoder_outputs is None:
             encoder_outputs = self.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
         if decoder_input_ids is None and labels is not None:
-            decoder_input_ids = self._moved_on(labels)
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         decoder_input_ids = checked_tokens("decoder_input_ids", decoder_input_ids)
         batch, new = decoder_input_ids.shape
         hidden = self._hidden(encoder_outputs, batch)
@@ -251,20 +243,18 @@ class PrunedForSeq2SeqLM(SavedModel):
             )
         return hidden
 
-    def _moved_on(self, labels: Tensor) -> Tensor:
-        """Labels behind the token that begins an output, as inputs of the decoder; what the loss leaves out
-        becomes padding.
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Labels behind the token that begins an output, as inputs of the decoder, where a data collator puts
+        them too; what the loss leaves out becomes padding.
         """
         checked_tokens("labels", labels)
-        if self.config.labels_moved is None:
+        if self.config.labels_moved != "start":
             raise ArgumentError(
                 "the original model makes the decoder's tokens of labels in a way of its own, or not at all;"
                 " pass decoder_input_ids"
             )
-        return MOVES[self.config.labels_moved](
-            labels, self.config.decoder_start_token_id, self.config.pad_token_id
-        )
+        return after_start(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
 
-    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """What a data collator puts in front of the decoder."""
-        return self._moved_on(labels)
+
+AutoModelForCausalLM.register(PrunedConfig, PrunedForCausalLM, exist_ok=True)
+AutoModelForSeq2SeqLM.register(PrunedConfig, PrunedForSeq2SeqLM, exist_ok=True)

@@ -18,9 +18,9 @@ from ..errors import ArgumentError
 from ..passes._pruned_module import Origin
 from ..pruning.report import Report
 from ..storage._graph_json import program_to_json
-from . import _caches
+from ._arguments import opened, read_cache, write_cache
 from ._config import PrunedConfig
-from ._flat import FlatProgram, grouped, one_token, without_checks
+from ._flat import FlatProgram, one_token, without_checks
 
 CONSTANTS = "_constants"
 
@@ -103,12 +103,7 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = False
 
-    def __init__(self, config: PrunedConfig, parts: Parts | None = None) -> None:
-        if parts is None:
-            raise ArgumentError(
-                f"{type(self).__name__} cannot be made of a configuration alone; use fasp_fx.hf.prune or"
-                " from_pretrained"
-            )
+    def __init__(self, config: PrunedConfig, parts: Parts) -> None:
         super().__init__(config)
         self.plan, self.report = parts.plan, parts.report
         for name, tensor in parts.weights.items():
@@ -125,7 +120,6 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
             for node in graph.find_nodes(op="get_attr"):
                 node.target = names.get(str(node.target), node.target)
             without_checks(graph)
-            grouped(graph)
             self._constant_names[program] = names
             self._programs[program] = stored.flat.rewritten(graph)
             step = copy_graph(graph)
@@ -151,13 +145,7 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         for bound in self._bounds[name]:
             bound.check(values)
         program = (self._steps if one else self._programs)[name]
-        try:
-            return program(self, values)
-        except IndexError as error:
-            raise ArgumentError(
-                f"a token number or position lies outside of the model's tables: {error}; shorten the input,"
-                " or check its token numbers"
-            ) from error
+        return program(self, values)
 
     def _like(self) -> Tensor:
         """A parameter that shows dtype and device."""
@@ -165,19 +153,17 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
 
     def _cached(self, program: str, cache: Any, batch: int) -> dict[str, Tensor]:
         """The cache tensors that a program takes."""
-        return _caches.read(cache, self._cache_sizes[program], batch, self._like())
+        return read_cache(cache, self._cache_sizes[program], batch, self._like())
 
     def _opened(self, cache: Any) -> Any:
         """The caller's cache, or an empty one."""
-        return _caches.opened(cache, self.config.is_encoder_decoder)
+        return opened(cache, self.config.is_encoder_decoder)
 
     def _extended(self, cache: Any, given: bool, found: dict[str, Tensor], use_cache: bool | None) -> Any:
         """Write what a program returned into the cache; ``None`` if the output shall not hold it."""
         wanted = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
         if wanted or given:
-            _caches.write(
-                cache, {name: tensor for name, tensor in found.items() if name.startswith("cache.")}
-            )
+            write_cache(cache, {name: own for name, own in found.items() if name.startswith("cache.")})
         return cache if wanted else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

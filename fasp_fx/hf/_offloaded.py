@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base._offload import Scratch, keep_weights
-from ..base._tolerable import tolerable
 from ..base.compat._transformers import kept_in_float32
-from ..errors import ArgumentError, FaspError, first_line
-
-_NUMBER = re.compile(r"\.\d+\.")
+from ..errors import ArgumentError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -39,32 +35,31 @@ def load_offloaded(
         The model in evaluation mode.
 
     Raises:
-        ArgumentError: the folder holds no such checkpoint, or a quantised one, or weights are missing or of
-            another shape.
+        ArgumentError: the checkpoint is quantised, or weights are missing or of another shape. What else is
+            wrong with it, transformers and safetensors say.
         OffloadError: the disk is full.
     """
     import transformers
 
     folder = Path(folder)
     weights: dict[str, Tensor] = {}
-    with _loading(folder):
-        config = transformers.AutoConfig.from_pretrained(folder)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ArgumentError(
-                f"the weights of '{folder}' are quantised, and would have to be expanded in memory; give the"
-                " checkpoint that was quantised"
-            )
-        with torch.device("meta"):
-            empty = (auto or transformers.AutoModelForCausalLM).from_config(config)
-        wanted, exact = dtype or getattr(config, "dtype", None), kept_in_float32(empty)
-        for name, tensor in _tensors(folder):
-            real = tensor.is_floating_point()
-            wanted = wanted or (tensor.dtype if real else None)
-            kind = wanted if real and wanted and not any(part in name for part in exact) else tensor.dtype
-            weights[name] = scratch.empty(tensor.shape, kind).copy_(tensor)
-        options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": wanted or torch.float32}
-        model, info = type(empty).from_pretrained(None, output_loading_info=True, **options)
-    refuse_incomplete(model, info, str(folder))
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ArgumentError(
+            f"the weights of '{folder}' are quantised, and would have to be expanded in memory; give the"
+            " checkpoint that was quantised"
+        )
+    with torch.device("meta"):
+        empty = (auto or transformers.AutoModelForCausalLM).from_config(config)
+    wanted, exact = dtype or getattr(config, "dtype", None), kept_in_float32(empty)
+    for name, tensor in _tensors(folder):
+        real = tensor.is_floating_point()
+        wanted = wanted or (tensor.dtype if real else None)
+        kind = wanted if real and wanted and not any(part in name for part in exact) else tensor.dtype
+        weights[name] = scratch.empty(tensor.shape, kind).copy_(tensor)
+    options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": wanted or torch.float32}
+    model, info = type(empty).from_pretrained(None, output_loading_info=True, **options)
+    refuse_incomplete(info, str(folder))
     keep_weights(model, scratch)  # what transformers had to convert
     model.name_or_path = model.config._name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
@@ -72,24 +67,6 @@ def load_offloaded(
             # Transformers makes one of the configuration where there is none that can be read.
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
-
-
-@contextlib.contextmanager
-def _loading(folder: Path) -> Iterator[None]:
-    """What transformers and safetensors raise at a folder is an error that names it.
-
-    Raises:
-        ArgumentError: it cannot be loaded.
-    """
-    try:
-        yield
-    except FaspError:
-        raise
-    except tolerable(Exception) as error:  # they raise what they like
-        raise ArgumentError(
-            f"'{folder}' cannot be loaded: {first_line(error)}; give a complete checkpoint as transformers"
-            " writes it, with weights in safetensors files"
-        ) from error
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -106,17 +83,15 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, opened.get_tensor(name)
 
 
-def refuse_incomplete(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
-    """Refuse a model with weights made up, or with fewer layers than its files: by the names of the others'
-    weights, its configuration says too small a number.
-
-    Other weights may be left out: a model of one kind can be loaded of a checkpoint that holds more.
+def refuse_incomplete(info: Mapping[str, Any], where: str) -> None:
+    """Refuse a model with weights made up. Others may be left out: a model of one kind can be loaded of a
+    checkpoint that holds more.
 
     Args:
         info: what transformers says of the loading.
 
     Raises:
-        ArgumentError: names a weight that would be made up or left out.
+        ArgumentError: names a weight that would be made up.
     """
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         found = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(kind) or ())
@@ -126,14 +101,3 @@ def refuse_incomplete(model: nn.Module, info: Mapping[str, Any], where: str) -> 
                 f"'{where}' lacks the weights {', '.join(found[:3])}{rest}, or holds them in another size:"
                 " they would be made up; give the complete model"
             )
-    known = {_NUMBER.sub(".", name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    beyond = sorted(
-        name
-        for name in map(str, info.get("unexpected_keys") or ())
-        if _NUMBER.search(name) and _NUMBER.sub(".", name) in known
-    )
-    if beyond:
-        raise ArgumentError(
-            f"'{where}' holds weights of more layers than its configuration says ({beyond[0]}), which would"
-            " be left out; correct the configuration"
-        )

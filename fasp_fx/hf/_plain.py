@@ -3,52 +3,42 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
-import math
+import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Unpack, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..allocation import Allocation, Budget, CostAllocation, Target, lost_per_block, uniform, validate
+from ..allocation import Allocation, Budget, CostAllocation, validate
 from ..allocation._allocation import TrialAllocation
 from ..allocation._limits import joined
 from ..allocation.costs import Costs
 from ..analysis._analysis import Analysis
-from ..analysis.groups import PRUNABLE
+from ..analysis.groups import PRUNABLE, Group
 from ..analysis.plan import PruningPlan
-from ..analysis.resources import most_lost
 from ..base._device import device_of
 from ..base._tolerable import tolerable
 from ..base.compare import distance, tolerance
+from ..base.compat._transformers import quiet
 from ..calibration._calibration import calibration_calls, check_calibration
 from ..calibration._ranks import ended_together
 from ..calibration.losses import output_tensors
-from ..errors import (
-    ArgumentError,
-    CaptureError,
-    NothingPrunableError,
-    SparsityError,
-    VerificationError,
-    first_line,
-)
+from ..capturing._captured import capture_whole
+from ..errors import ArgumentError, NothingPrunableError, SparsityError, VerificationError, first_line
 from ..pruning._prune import prune
 from ..pruning._result import Result
 from ..pruning.config import PruningConfig, PruningOptions
 from ..pruning.eager import fused_weights
 from ..pruning.report import Report
-from ..pruning.submodules._parts import Joined
-from ._experiments import Assignment, Experiments, Knob, Path, find_knobs, quiet, written
 
 #: tokens of an example where there is no calibration data to take one from
 _EXAMPLE = (2, 8)
-_NEGLIGIBLE = 1e-12
 
 
 @ended_together
@@ -57,6 +47,7 @@ def prune_plain(
     *,
     calibration: Iterable[Any] | None = None,
     config: PruningConfig | None = None,
+    costs: Costs | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[float], None] | None = None,
     on_analysis: Callable[[Analysis], None] | None = None,
@@ -73,13 +64,9 @@ def prune_plain(
 
     Args:
         model: a transformers model in evaluation mode; it is left as it was.
-        calibration, device, progress, on_analysis, group, checkpoint: as for :func:`fasp_fx.prune`.
-        config, options: as for :func:`fasp_fx.prune`, without ``include`` and ``exclude``, with one
-            sparsity. An allocation sees one group for each field. ``granularity=("channel",)``:
-            neurons only; ``("channel", "head")``: whole heads lose the same fraction, to the nearest head,
-            and neurons carry the rest; ``("head",)``: heads only; not given: neurons, and as few heads as it
-            takes where neurons alone cannot reach the
-            sparsity. ``round_to`` is for channels; whole heads are not rounded.
+        calibration, costs, device, progress, on_analysis, group, checkpoint: as for :func:`fasp_fx.prune`.
+        config, options: as for :func:`fasp_fx.prune`, for channels only, without ``include`` and ``exclude``,
+            with one sparsity. An allocation sees one group for each field.
 
     Raises:
         ArgumentError: the model is not one of transformers', or its config does not describe it or what the
@@ -90,29 +77,21 @@ def prune_plain(
         CalibrationError, CaptureError: as for :func:`fasp_fx.prune`.
     """
     asked = PruningConfig.of(config, options)
-    experiments, settings, own = plain_config(model, asked, config is not None or "granularity" in options)
+    experiments, settings, own = plain_config(model, asked)
     assert isinstance(model, PreTrainedModel)
     if asked.needs_data:
         check_calibration(calibration)
     calibration, example = _batches(model, calibration)
-    try:
-        result = prune(
-            model,
-            (),
-            example,
-            calibration=calibration,
-            config=own,
-            device=device,
-            progress=progress,
-            on_analysis=on_analysis,
-            group=group,
-            checkpoint=checkpoint,
-        )
-    except ArgumentError as error:
-        if isinstance(error.__cause__, CaptureError):
-            # The option that stands in the way of pruning by submodules is none of the caller's.
-            raise error.__cause__ from None
-        raise
+    result = prune(
+        capture_whole(model, (), example, device=device),
+        calibration=calibration,
+        config=own,
+        costs=costs,
+        progress=progress,
+        on_analysis=on_analysis,
+        group=group,
+        checkpoint=checkpoint,
+    )
     smaller = _built(model, experiments, settings.assignment, smaller_weights(model, result))
     _check_equal(smaller, model, result, example)
     lines = tuple(
@@ -122,9 +101,8 @@ def prune_plain(
         for line in result.report.lines
     )
     said = (
-        f"{written(path)} {experiments.values.get(path)} -> {value}"
+        f"{written(path)} {experiments.values[path]} -> {value}"
         for path, value in settings.assignment.items()
-        if value != experiments.values.get(path)
     )
     note = f"the config says it with {', '.join(said)}"
     # The settings are no allocation of the caller's.
@@ -133,27 +111,18 @@ def prune_plain(
     return made.to(device_of(model)), result.plan, report
 
 
-def plain_config(
-    model: nn.Module, asked: PruningConfig, heads_asked: bool
-) -> tuple[Experiments, Settings, PruningConfig]:
+def plain_config(model: nn.Module, asked: PruningConfig) -> tuple[Experiments, Settings, PruningConfig]:
     """The configuration with which a model is pruned to a plain checkpoint.
 
-    Args:
-        asked: what the caller asks for.
-        heads_asked: whether that says of heads what is to become of them; if not, they go where neurons alone
-            cannot reach the sparsity.
-
-    Returns:
-        What builds the model's class at other sizes, the allocation, and the configuration that has it.
-
     Raises:
-        ArgumentError: see :func:`prune_plain`.
+        ArgumentError: as for :func:`prune_plain`.
     """
     if not isinstance(model, PreTrainedModel):
         raise ArgumentError(
             f"a plain checkpoint is made of a transformers model, not of a {type(model).__name__}"
         )
     vain = [name for name in ("include", "exclude", "budget") if getattr(asked, name)]
+    vain += ["granularity"] * (asked.granularity != PruningConfig.granularity)
     vain += ["sparsity by pattern"] * isinstance(asked.sparsity, Mapping)
     vain += ["allocation by trial"] * isinstance(asked.allocator, TrialAllocation)
     if vain:
@@ -163,57 +132,21 @@ def plain_config(
         )
     experiments = Experiments(model)
     kind = CostSettings if isinstance(asked.allocator, CostAllocation) else Settings
-    settings = kind(experiments, heads_asked, asked.allocator)
+    settings = kind(experiments, asked.allocator)
     own = replace(
         asked,
         allocation=settings,
         uniform_layers=False,  # one number for all layers is what a config says by itself
         loss="next-token" if asked.loss == "auto" and cast(Any, model).can_generate() else asked.loss,
-        granularity=asked.granularity if heads_asked else ("channel", "head"),
     )
     return experiments, settings, own
-
-
-class _Settled(Budget):
-    """A budget for one group of each field that may be turned, where the other groups have lost what they
-    will.
-
-    Args:
-        whole: the budget of all groups.
-        places: as for :meth:`fasp_fx.allocation.Budget.narrowed`.
-        settled: channel sets per block that each of the other groups loses.
-    """
-
-    def __init__(self, whole: Budget, places: Sequence[int | None], settled: Sequence[int]) -> None:
-        super().__init__(whole.narrowed(places).groups, whole.limits, whole, places)
-        self._settled = settled
-
-    def spread(self, lost: Sequence[int], whole: Budget | None = None) -> list[int]:
-        if self is whole:
-            return list(lost)
-        return [own + more for own, more in zip(super().spread(lost, whole), self._settled, strict=True)]
-
-    def reach(self, round_to: int) -> tuple[float, float]:
-        """The least and the largest sparsity that is left to choose from."""
-        deepest = [most_lost(group, round_to) for group in self.groups]
-        return self.removed([0] * len(deepest))[0], self.removed(deepest)[0]
-
-    def joined(self, costs: Costs) -> Costs:
-        """Cost curves of all groups that a field shrinks as one, by the name of the first."""
-        assert self._whole is not None
-        taking = [pair for pair in zip(self._whole.groups, self._places, strict=True) if pair[1] is not None]
-        return joined(costs, [group for group, _ in taking], [place or 0 for _, place in taking], False)
 
 
 class Settings:
     """An allocation (see :data:`fasp_fx.allocation.Allocation`) that stays within what a config can say.
 
-    Neurons and other channels carry the sparsity. Whole heads are coarse: they go when they are asked for, or
-    when the sparsity is out of reach without.
-
     Args:
         experiments: builds the model's class.
-        heads_asked: whether whole heads shall go like all else, rather than only where nothing else is left.
         allocate: how the channels share what is to go; it sees one group for each field.
 
     Attributes:
@@ -221,8 +154,8 @@ class Settings:
         assignment: the values of the config's fields that say what was allocated; likewise.
     """
 
-    def __init__(self, experiments: Experiments, heads_asked: bool, allocate: Allocation = uniform) -> None:
-        self.experiments, self.heads_asked, self.allocate = experiments, heads_asked, allocate
+    def __init__(self, experiments: Experiments, allocate: Allocation) -> None:
+        self.experiments, self.allocate = experiments, allocate
         self.whole: dict[str, str] = {}
         self.assignment: dict[Path, Any] = {}
 
@@ -233,72 +166,30 @@ class Settings:
             NothingPrunableError: the config can say nothing.
             SparsityError: it cannot say enough, or its smallest step is too large.
         """
-        knobs, free = self._planned(budget, round_to)
+        knobs, places = self._knobs(budget)
+        narrowed, given = budget.narrowed(places), []
+        if costs is not None:
+            shrunk = [group for group, place in zip(budget.groups, places, strict=True) if place is not None]
+            numbers = [place for place in places if place is not None]
+            given.append(joined(costs, shrunk, numbers, averages=False))
         allocate: Any = self.allocate
-        given = () if costs is None else (free.joined(costs),)
-        lost = validate(allocate(free, round_to, *given), free) if free.groups else []
-        found = free.spread(lost, budget)
-        by_name = {group.name: count for group, count in zip(budget.groups, found, strict=True)}
-        turned = [(knob, steps) for knob in knobs if (steps := by_name[min(knob.groups)])]
-        if not turned:
+        lost = validate(allocate(narrowed, round_to, *given), narrowed)
+        self.assignment = {
+            knob.path: knob.lowered(steps) for knob, steps in zip(knobs, lost, strict=True) if steps
+        }
+        if not self.assignment:
             raise SparsityError(
                 f"the sparsity is less than half a step of what {self.experiments.name} can say; ask for more"
             )
-        self.assignment = {
-            path: value for knob, steps in turned for path, value in knob.lowered(steps).items()
-        }
-        return found
+        return narrowed.spread(lost, budget)
 
-    def _planned(self, budget: Budget, round_to: int) -> tuple[list[Knob], _Settled]:
-        """What can be turned, and the budget of channels once it is settled how many heads go; errors as for
-        a call.
-        """
-        (limit,) = budget.limits
-        assert isinstance(limit, Target)  # other budgets are refused before
-        if isinstance(limit.resource, Joined):
-            raise CaptureError(
-                "the model cannot be captured as a whole, which a plain checkpoint needs; prune it without"
-                " plain"
-            )
+    def _knobs(self, budget: Budget) -> tuple[list[Knob], list[int | None]]:
+        """What can be turned, and which of it shrinks each group of the budget; errors as for a call."""
         knobs, self.whole = find_knobs(self.experiments, budget.groups)
         if not knobs:
             raise NothingPrunableError("; ".join(dict.fromkeys(self.whole.values())))
-        return knobs, self._with_heads(budget, knobs, limit.sparsity, round_to)
-
-    def _with_heads(self, budget: Budget, knobs: Sequence[Knob], sparsity: float, round_to: int) -> _Settled:
-        """The budget of channels with the heads that go settled, from none to all but one; a field of fewer
-        steps waits until its next is reached.
-        """
-        heads = {name: knob for knob in knobs if knob.is_coarse for name in knob.groups}
-        channels = [knob for knob in knobs if not knob.is_coarse]
-        number = {name: place for place, knob in enumerate(channels) for name in knob.groups}
-        places = [number.get(group.name) for group in budget.groups]
-        levels = []  # fraction of heads, the budget of channels then, and the sparsities in reach
-        for fraction in sorted({0.0, *(steps / own.width for own in heads.values() for steps in own.steps)}):
-            gone = {name: knob.reached(fraction) for name, knob in heads.items()}
-            free = _Settled(budget, places, [gone.get(group.name, 0) for group in budget.groups])
-            levels.append((fraction, free, *free.reach(round_to)))
-        most = max(high for *_, high in levels)
-        if sparsity > most + _NEGLIGIBLE:
-            raise SparsityError(
-                f"sparsity={sparsity:.4g} is out of reach: {self.experiments.name} can say at most"
-                f" {math.floor(most * 1e4) / 1e4:.4f}"
-                + (f" with round_to={round_to}" if round_to > 1 else "")
-                + "; ask for less, or prune without plain"
-            )
-        fitting = [level for level in levels if level[2] <= sparsity <= level[3] + _NEGLIGIBLE]
-        if not channels or not fitting:  # between what two numbers of heads can give
-            return min(levels, key=lambda level: min(abs(bound - sparsity) for bound in level[2:]))[1]
-        if not self.heads_asked:
-            return fitting[0][1]
-
-        def off(level: tuple[float, _Settled, float, float]) -> float:
-            """How far off the sparsity is when channels lose the same fraction as heads."""
-            fraction, free, *_ = level
-            lost = [lost_per_block(group.width, fraction, round_to) for group in free.groups]
-            return abs(free.removed(lost)[0] - sparsity)
-
-        return min(fitting, key=off)[1]
+        number = {name: place for place, knob in enumerate(knobs) for name in knob.groups}
+        return knobs, [number.get(group.name) for group in budget.groups]
 
 
 class CostSettings(Settings, CostAllocation):
@@ -306,43 +197,22 @@ class CostSettings(Settings, CostAllocation):
 
     def check(self, budget: Budget, round_to: int) -> None:
         """Refuse what the config cannot say; errors as for a call."""
-        self._planned(budget, round_to)
+        cast(CostAllocation, self.allocate).check(budget.narrowed(self._knobs(budget)[1]), round_to)
 
 
 def _batches(
     model: PreTrainedModel, calibration: Iterable[Any] | None
 ) -> tuple[Iterable[Any] | None, dict[str, Any]]:
-    """The calibration data, and keyword arguments like its first batch to capture with, without a cache.
-
-    Batches of a decoder get the positions that ``generate`` gives its tokens, which are counted from the
-    first one that the mask shows.
-    """
-    encodes = model.config.is_encoder_decoder
+    """The calibration data, and keyword arguments like its first batch to capture with, without a cache."""
     if calibration is None:
         tokens = torch.zeros(_EXAMPLE, dtype=torch.long, device=device_of(model))
-        decoded = {"decoder_input_ids": tokens} if encodes else {}
+        decoded = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
         return None, {"input_ids": tokens, **decoded, "use_cache": False}
-    check_calibration(calibration)
     batches = iter(calibration)
-    takes = "position_ids" in inspect.signature(model.forward).parameters
-    if takes and model.can_generate() and not encodes:
-        batches = map(_with_positions, batches)
     first = list(itertools.islice(batches, 1))
     args, kwargs = next(calibration_calls(first))
-    if len(args) > 1:
-        raise ArgumentError(
-            "a calibration batch for a plain checkpoint is a tensor of tokens or a dict of keyword arguments,"
-            " not a tuple"
-        )
     named = {"input_ids": args[0]} if args else kwargs
     return itertools.chain(first, batches), {**named, "use_cache": False}
-
-
-def _with_positions(batch: Any) -> Any:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or batch.get("position_ids") is not None:
-        return batch
-    return {**batch, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
 
 
 def _built(
@@ -428,25 +298,214 @@ def smaller_weights(model: nn.Module, result: Result) -> dict[str, Tensor]:
 
     A fused weight that the program holds in parts is put together again. A parameter that the program does
     not use is as it was.
+    """
+    pruned = dict(result.module.named_parameters(remove_duplicate=False))
+    made = pruned | fused_weights(result.plan, pruned)
+    return {
+        name: made[name].detach() if name in made else tensor.detach().clone()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }
+
+
+# --- Which fields of a config shrink which groups, found by building the model's class at other sizes.
+
+
+#: where a value stands in a config: keys of nested configs, positions of lists
+Path = tuple[str | int, ...]
+#: values to put in places of a config
+Assignment = Mapping[Path, Any]
+Shapes = dict[str, tuple[int, ...]]
+#: by how much dimensions of parameters and buffers shrink
+Losses = dict[tuple[str, int], int]
+
+#: longer lists hold no sizes of layers
+_LONGEST = 512
+
+
+def written(path: Path) -> str:
+    """A place as text: ``text_config.intermediate_size[3]``."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+
+
+class Experiments:
+    """Builds a model's class from changed configs on the meta device and compares shapes.
+
+    Buffers count: half as many heads and heads of half the size have the same weights, but not the same table
+    of positions. Every config goes through its own text form on the way, as it will when it is loaded from a
+    file.
+
+    Args:
+        model: the model, of the shapes that its config says.
+
+    Attributes:
+        base: the config as a dictionary.
+        values: what stands at each place of it.
+        shapes: of the parameters and buffers that the class makes of the config, under all their names.
 
     Raises:
-        ArgumentError: the program lost rows or columns of a weight that the model computes from others.
+        ArgumentError: the class cannot be built from the config.
     """
-    folded = {weight.name: weight for weight in result.plan.folds}
-    lost = next((folded[name] for name, _ in result.plan.slices() if name in folded), None)
-    if lost is not None:
-        raise ArgumentError(
-            f"the model computes {lost} in every call, so that no checkpoint of its class can hold it"
-            " smaller; prune it without plain"
-        )
-    pruned = dict(result.module.named_parameters(remove_duplicate=False))
-    fused = fused_weights(result.plan, pruned)
-    found: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in pruned and name not in folded:
-            found[name] = pruned[name].detach()
-        elif name in fused:
-            found[name] = fused[name]
+
+    def __init__(self, model: nn.Module) -> None:
+        config: Any = getattr(model, "config", None)
+        self._class: Any = type(model)
+        self._config: PreTrainedConfig = config
+        self.base: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+        self.values = dict(_leaves(self.base))
+        self._found: dict[str, Shapes | str] = {}
+        found = self.build({})
+        if isinstance(found, str):
+            raise ArgumentError(
+                f"{self._class.__name__} cannot be built from its own config: {found}; a plain checkpoint"
+                " needs that"
+            )
+        self.shapes = found
+
+    @property
+    def name(self) -> str:
+        """The name of the config's class."""
+        return type(self._config).__name__
+
+    def config(self, values: Assignment) -> PreTrainedConfig:
+        """The config with other values in some places, as it will come back from a file."""
+        made = copy.deepcopy(self.base)
+        for path, value in values.items():
+            held: Any = made
+            for step in path[:-1]:
+                held = held[step]
+            held[path[-1]] = value
+        first = type(self._config).from_dict(made)
+        return type(self._config).from_dict(json.loads(first.to_json_string()))
+
+    def build(self, assignment: Assignment) -> Shapes | str:
+        """The shapes that the class gives its parameters and buffers, or why it cannot be built."""
+        key = repr(sorted(assignment.items(), key=repr))
+        if key not in self._found:
+            with quiet(), torch.random.fork_rng(devices=[]):
+                try:
+                    config = self.config(assignment)
+                    with torch.device("meta"):
+                        made = self._class(config)
+                    named = (
+                        made.named_parameters(remove_duplicate=False),
+                        made.named_buffers(remove_duplicate=False),
+                    )
+                    self._found[key] = {name: tuple(own.shape) for part in named for name, own in part}
+                except tolerable(Exception) as error:  # a class raises what it likes about sizes
+                    self._found[key] = first_line(error)
+        return self._found[key]
+
+    def losses(self, assignment: Assignment) -> Losses | None:
+        """By how much each dimension of each parameter and buffer shrinks, where it does; ``None`` where
+        that cannot be said.
+        """
+        found = self.build(assignment)
+        if isinstance(found, str) or found.keys() != self.shapes.keys():
+            return None
+        pairs = {name: (shape, found[name]) for name, shape in self.shapes.items()}
+        if any(len(old) != len(new) for old, new in pairs.values()):
+            return None
+        return {
+            (name, dim): was - now
+            for name, (old, new) in pairs.items()
+            for dim, (was, now) in enumerate(zip(old, new, strict=True))
+            if was != now
+        }
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A field that, when it is lowered, shrinks some groups alike and nothing else.
+
+    Attributes:
+        path: where it stands.
+        value: what it says of the dense model, a multiple of ``width``.
+        width: channel sets per block of each of the groups.
+        groups: the names of what it shrinks.
+    """
+
+    path: Path
+    value: int
+    width: int
+    groups: frozenset[str] = frozenset()
+
+    def lowered(self, steps: int) -> int:
+        """What it says when each block has lost so many channel sets."""
+        return self.value * (self.width - steps) // self.width
+
+
+def find_knobs(experiments: Experiments, groups: Sequence[Group]) -> tuple[list[Knob], dict[str, str]]:
+    """What the fields of a config shrink.
+
+    Args:
+        groups: the groups that may be pruned; their members are named as in ``experiments.shapes``.
+
+    Returns:
+        Knobs, no group in two of them; and for each group that none shrinks, why.
+    """
+    units = {group.name: _units(group) for group in groups}
+    knobs: list[Knob] = []
+    whole: dict[str, str] = {}
+    for group in groups:
+        if any(group.name in knob.groups for knob in knobs):
+            continue
+        found = (_turned(experiments, units, knob) for knob in _candidates(experiments, group))
+        knob = next((knob for knob in found if group.name in knob.groups), None)
+        if knob is None:
+            whole[group.name] = f"no field of {experiments.name} shrinks it and nothing else"
         else:
-            found[name] = tensor.detach().clone()
-    return found
+            knobs.append(knob)
+    return knobs, whole
+
+
+def _candidates(experiments: Experiments, group: Group) -> Iterator[Knob]:
+    """Fields that may shrink a group: numbers that are multiples of its width, and fields that are not set,
+    which then stand for it.
+    """
+    for path, value in experiments.values.items():
+        if type(value) is int and value > 0 and value % group.width == 0:
+            yield Knob(path, value, group.width)
+    for path, value in experiments.values.items():
+        if value is None:
+            yield Knob(path, group.width, group.width)
+
+
+def _turned(experiments: Experiments, units: Mapping[str, Losses], knob: Knob) -> Knob:
+    """A field with the groups that it shrinks alike at every step that can be built; with none if it shrinks
+    anything else.
+    """
+    shrunk: set[frozenset[str]] = set()
+    for steps in (knob.width // 2, 1):
+        lost = experiments.losses({knob.path: knob.lowered(steps)})
+        if lost is not None:
+            names = frozenset(name for name, own in units.items() if _lose(lost, own, steps))
+            if lost != {place: unit * steps for name in names for place, unit in units[name].items()}:
+                return knob
+            shrunk.add(names)
+    return replace(knob, groups=shrunk.pop()) if len(shrunk) == 1 else knob
+
+
+def _lose(lost: Losses, units: Losses, steps: int) -> bool:
+    return all(lost.get(place) == unit * steps for place, unit in units.items())
+
+
+def _units(group: Group) -> Losses:
+    """By how much each dimension of each member shrinks for each channel set that every block of the group
+    loses.
+    """
+    return {
+        (member.name, member.dim): len(member.indices) // (group.width * member.blocks)
+        for member in (*group.producers, *group.consumers)
+    }
+
+
+def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, (*path, str(key)))
+    elif isinstance(value, list):
+        if len(value) <= _LONGEST:
+            for index, inner in enumerate(value):
+                yield from _leaves(inner, (*path, index))
+    else:
+        yield path, value

@@ -18,9 +18,9 @@ from ..allocation.costs import Costs
 from ..analysis import plan as plans
 from ..analysis._analysis import Analysis
 from ..analysis.plan import PruningPlan
+from ..base import __version__
 from ..base._options import check_callable
 from ..base._undisturbed import in_usual_modes, one_at_a_time
-from ..base._version import __version__
 from ..base.compat import without_stack_traces
 from ..calibration._calibration import check_calibration
 from ..calibration._ranks import Ranks, ended_together
@@ -34,12 +34,12 @@ from ..pruning._result import Result
 from ..pruning._rewriting import Timings, analyze_for, make_plan, rewrite
 from ..pruning._subject import Subject
 from ..pruning.config import PruningConfig, PruningOptions
-from ..pruning.report import Report, make_report, notes_of
+from ..pruning.report import Report, make_report
 from ..storage._folder import LAYERS, kind_of, parsing, read_json
 from ._config import PrunedConfig, check_layers
 from ._convention import check_served, convention_of
 from ._flat import FlatProgram
-from ._folder import KIND, loading, read_plain, save
+from ._folder import KIND, read_plain, save
 from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
 from ._model import Parts, PrunedModel, StoredProgram
 from ._plain import prune_plain
@@ -71,7 +71,16 @@ class Pruned:
 
     def loading(self, folder: str | Path) -> list[str]:
         """Lines of Python that load the model from the folder it was saved in."""
-        return loading(self.model, str(folder))
+        plain = not isinstance(self.model, PrunedModel)
+        loader = "AutoModelForSeq2SeqLM" if self.model.config.is_encoder_decoder else "AutoModelForCausalLM"
+        known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.model.config), None)
+        if plain and known is not type(self.model):
+            loader = type(self.model).__name__
+        return [
+            *([] if plain else ["import fasp_fx"]),
+            f"from transformers import {loader}",
+            f'model = {loader}.from_pretrained("{folder}")',
+        ]
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write model and tokenizer to a new folder, whole or not at all.
@@ -111,11 +120,6 @@ class CapturedModel:
         """
         name = next(iter(self.programs))
         return name, self.programs[name].checked()
-
-    def served(self, asked: PruningConfig | PruningPlan) -> list[Served]:
-        """The other programs, analysed."""
-        _, *others = self.programs.items()
-        return [served_by(name, captured.checked(), asked) for name, captured in others]
 
     def read(self, calibration: Iterable[Any] | None) -> Any:
         """Calibration batches as the planned program takes them."""
@@ -254,7 +258,7 @@ def prune(
             and, where needed, ``attention_mask``; for an encoder-decoder also ``decoder_input_ids``. Tokens
             that the mask hides enter neither scores nor repairs.
         config: the options; ``None``: the defaults.
-        costs: as for :func:`fasp_fx.prune`; not with ``plain``.
+        costs: as for :func:`fasp_fx.prune`.
         plain: keep to what the architecture's own configuration can say, and return a model of the original
             class.
         device: where to capture and calibrate; ``None``: the model's device.
@@ -279,11 +283,8 @@ def prune(
             " calibration="
         )
     if plain:
-        if costs is not None:
-            raise ArgumentError(
-                "a plain checkpoint measures its own costs, field by field of its config; leave costs= out"
-            )
         shared: dict[str, Any] = {
+            "costs": costs,
             "device": device,
             "progress": progress,
             "on_analysis": on_analysis,
@@ -332,11 +333,21 @@ def _finished(
         config: what was asked for; ``None`` where a plan is replayed.
     """
     model, (name, program) = captured.model, captured.planned()
-    planned, served = Planned(program, subject.analyses[""], decision), captured.served(asked)
-    if served:
-        results, plan, report = _together(model, planned, served, config, clock)
+    analysis = subject.analyses[""]
+    _, *others = [(name, one.checked()) for name, one in captured.programs.items()]
+    if others:
+        plan = make_plan(program, analysis, decision)
+        results = {name: _carried_out(name, other, asked, plan, program, decision) for name, other in others}
+        weights = one_set(model, results)
+        trained = {name: own for name, own in weights.items() if isinstance(own, nn.Parameter)}
+        plan = replace(plan, result=plans.fingerprint(trained))
+        report = make_report(analysis, plan, decision, program.parameters(), weights, config, clock.seconds)
+        reports = [result.report for result in results.values()]
+        notes = dict.fromkeys(note for one in (report, *reports) for note in one.notes)
+        cache = next((one.cache for one in reports if one.cache is not None), None)
+        report = replace(report, notes=tuple(notes), cache=cache)
     else:  # the one program serves all of generation
-        result = rewrite(planned.program, planned.analysis, planned.decision, config, clock)
+        result = rewrite(program, analysis, decision, config, clock)
         results, plan, report = {name: result}, result.plan, result.report
     programs: dict[str, StoredProgram] = {}
     constants: dict[str, dict[str, Tensor]] = {}
@@ -350,28 +361,6 @@ def _finished(
     made = _model(model, parts, captured.convention)
     check_served(made, captured.stages)
     return Pruned(made, plan, report, tokenizer)
-
-
-def _together(
-    model: nn.Module, planned: Planned, served: list[Served], config: PruningConfig | None, clock: Timings
-) -> tuple[dict[str, Result], PruningPlan, Report]:
-    """The programs that serve generation, smaller by one plan, and a report of all of them."""
-    program, analysis, decision = planned.program, planned.analysis, planned.decision
-    plan = make_plan(program, analysis, decision)
-    results = {other.name: _carried_out(other, plan, planned) for other in served}
-    weights = one_set(model, results)
-    trained = {name: tensor for name, tensor in weights.items() if isinstance(tensor, nn.Parameter)}
-    plan = replace(plan, result=plans.fingerprint(trained))
-    report = make_report(analysis, plan, decision, program.parameters(), weights, config, clock.seconds)
-    found_out = [
-        note for other in served for note in results[other.name].report.notes[len(notes_of(other.analysis)) :]
-    ]
-    cache = next((found.report.cache for found in results.values() if found.report.cache is not None), None)
-    return (
-        results,
-        plan,
-        replace(report, notes=tuple(dict.fromkeys([*report.notes, *found_out])), cache=cache),
-    )
 
 
 def _model(original: Any, parts: Parts, convention: Mapping[str, Any]) -> PrunedModel:
@@ -393,54 +382,33 @@ def _model(original: Any, parts: Parts, convention: Mapping[str, Any]) -> Pruned
     return cast(PrunedModel, made)
 
 
-@dataclass(frozen=True)
-class Planned:
-    """The program that a plan is made for, and what was decided for it."""
-
-    program: Program
-    analysis: Analysis
-    decision: Decision
-
-
-@dataclass(frozen=True)
-class Served:
-    """One more program of the model, in which the plan is carried out."""
-
-    name: str
-    program: Program
-    analysis: Analysis
-
-
-def served_by(name: str, program: Program, asked: PruningConfig | PruningPlan) -> Served:
-    """One more program, analysed; it holds the weights that it reads and no others."""
-    program = program.copy()
-    for node in program.module.graph.find_nodes(op="get_attr"):
-        if not node.users:  # weights of the other programs
-            program.module.graph.erase_node(node)
-    program = program.copy()  # holds what the graph looks up, and nothing else
-    return Served(name, program, analyze_for(program, asked))
-
-
-def _carried_out(other: Served, plan: PruningPlan, planned: Planned) -> Result:
+def _carried_out(
+    name: str, other: Program, asked: PruningConfig, plan: PruningPlan, program: Program, decision: Decision
+) -> Result:
     """Take out of one more program what the plan says, with the same repaired weights.
 
     Raises:
         PlanError: the program does not have what goes.
         VerificationError: it is not exact without all of it.
     """
-    canonical, names = planned.program.canonical(), other.analysis.program.aliases()
+    other = other.copy()
+    for node in other.module.graph.find_nodes(op="get_attr"):
+        if not node.users:  # weights of the other programs
+            other.module.graph.erase_node(node)
+    other = other.copy()  # holds what the graph looks up, and nothing else
+    analysis = analyze_for(other, asked)
+    canonical, names = program.canonical(), analysis.program.aliases()
     weights = {}
     for own, aliases in names.items():
-        same = {canonical.get(alias, alias) for alias in aliases} & planned.decision.weights.keys()
+        same = {canonical.get(alias, alias) for alias in aliases} & decision.weights.keys()
         if same:
-            weights[own] = planned.decision.weights[same.pop()]
+            weights[own] = decision.weights[same.pop()]
     try:
-        gone = plans.gone_of(plan, other.analysis, partial=True)
-        return rewrite(other.program, other.analysis, Decision(gone, weights), whole=True)
+        gone = plans.gone_of(plan, analysis, partial=True)
+        return rewrite(other, analysis, Decision(gone, weights), whole=True)
     except (PlanError, VerificationError) as error:
-        kind = PlanError if isinstance(error, PlanError) else VerificationError
-        raise kind(
-            f"the program '{other.name}' of the model cannot lose what the plan removes: {error}; leave that"
+        raise type(error)(
+            f"the program '{name}' of the model cannot lose what the plan removes: {error}; leave that"
             " whole with exclude=, or prune with fasp_fx.prune"
         ) from error
 

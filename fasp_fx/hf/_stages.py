@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..base._tolerable import tolerable
@@ -18,9 +17,7 @@ from ..base.compat._transformers import CACHE
 from ..calibration._calibration import calibration_calls
 from ..capturing._unchanged import rewound
 from ..errors import ArgumentError, CalibrationError, CaptureError, first_line
-from . import _caches
-from ._arguments import check_outputs
-from ._caches import opened
+from ._arguments import check_outputs, opened, read_cache, write_cache
 from ._model import PrunedModel
 
 #: example sizes: sequences, source tokens, tokens that are already cached, new tokens; all different, and
@@ -51,19 +48,6 @@ class Stages:
 
     def __post_init__(self) -> None:
         self.accepts = frozenset(inspect.signature(self.model.forward).parameters)
-        if CACHE not in self.accepts:
-            raise CaptureError(
-                f"{type(self.model).__name__}.forward takes no '{CACHE}' of keys and values, so it cannot be"
-                " served step by step; use fasp_fx.prune"
-            )
-        config = self.model.config.get_text_config(decoder=True)
-        if any(hasattr(layer, "conv_states") for layer in DynamicCache(config=config).layers):
-            raise CaptureError(
-                f"{type(self.model).__name__} generates from states (of a convolution, of a recurrence) in"
-                " the place of the tokens seen, and fasp_fx.hf serves caches of keys and values only; use"
-                " fasp_fx.prune(model, (), {'input_ids': ids, 'use_cache': False}, …), whose result reads"
-                " whole texts"
-            )
 
     def tokens(self, count: int, batch: int = BATCH, seed: int = 0) -> Tensor:
         """Random token numbers ``[batch, count]``."""
@@ -98,7 +82,7 @@ class Stages:
             shown = ", ".join(arguments)
             raise CaptureError(
                 f"{type(self.model).__name__} cannot generate with a cache that holds every token ({shown}):"
-                f" {first_line(error)}"
+                f" {first_line(error)}; use fasp_fx.prune"
             ) from error
 
 
@@ -139,7 +123,7 @@ class CausalStages(Stages):
         known = {"input_ids", "attention_mask", "use_cache", *self.optional(position_ids=None)}
         for ids, given in _calls(calibration, known):
             cache, like = opened(None, False), torch.empty(0, dtype=self.model.dtype, device=ids.device)
-            _caches.write(cache, _caches.read(cache, caches, len(ids), like))
+            write_cache(cache, read_cache(cache, caches, len(ids), like))
             call = self._call(ids, self.mask(ids, given), cache, given.get("position_ids"))
             yield {**call, "use_cache": True}
 
@@ -228,8 +212,6 @@ def stages_of(model: Any) -> CausalStages | Seq2SeqStages:
             f"{type(model).__name__} takes '{model.main_input_name}'; fasp_fx.hf prunes models that take"
             " token numbers, fasp_fx.prune any other"
         )
-    if model.device.type == "meta":
-        raise ArgumentError("the model is on the meta device and has no values; load its weights first")
     check_outputs(model.config)
     return Seq2SeqStages(model) if model.config.is_encoder_decoder else CausalStages(model)
 
@@ -252,10 +234,4 @@ def _calls(calibration: Any, known: set[str]) -> Iterator[tuple[Tensor, dict[str
             raise CalibrationError(
                 f"calibration batch {index} {what}; a batch holds {', '.join(sorted(known - {'use_cache'}))}"
             )
-        ids = given["input_ids"]
-        if ids.dim() != 2 or ids.is_floating_point():
-            raise CalibrationError(
-                f"calibration batch {index}: input_ids is {ids.dtype} of shape {tuple(ids.shape)}; it must"
-                " hold token numbers [batch, tokens]"
-            )
-        yield ids, {name: value for name, value in given.items() if value is not None}
+        yield given["input_ids"], {name: value for name, value in given.items() if value is not None}

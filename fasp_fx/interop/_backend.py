@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import weakref
 from collections.abc import Callable
@@ -16,13 +17,30 @@ from ..analysis._analysis import analyze_program
 from ..analysis.plan import PruningPlan, check_fingerprint, fingerprint, gone_of
 from ..base._tolerable import tolerable
 from ..base._warn import warn
-from ..base.compat import FakeTensorMode
-from ..base.compat._dynamo import TracingContext, lookup_backend, traces_recurrent
-from ..capturing._program import Program
+from ..base.compat import (
+    SET_GRAD,
+    FakeTensorMode,
+    InstructionTranslator,
+    TracingContext,
+    aot_export_module,
+    assign_attr,
+    lookup_backend,
+    tracing,
+)
+from ..capturing import any_number_of_steps, is_plain_graph, single_layers, take_apart
+from ..capturing._attention import FLEX
+from ..capturing._program import Program, graph_module
 from ..capturing._recipes import Recipe
-from ..errors import ArgumentError, CaptureError, FaspError, PartialPlanWarning, PlanError, VerificationError
+from ..capturing._signature import CallSignature
+from ..errors import (
+    CaptureError,
+    FaspError,
+    PartialPlanWarning,
+    PlanError,
+    VerificationError,
+    first_line,
+)
 from ..passes import remove, split_fused
-from ._dynamo import as_program, holders, tensors_of, trace
 
 Compiled = Callable[..., Any]
 
@@ -52,8 +70,9 @@ def backend(
     graph that cannot be read (one that writes into buffers, as batch norm does in training mode), and a group
     that cannot be followed in dynamo's graph though it could in the capture's.
 
-    dynamo runs what it does not trace as it is, and does not tell a backend of it: layers that are recurrent,
-    unless ``torch._dynamo.config.allow_rnn`` is set.
+    dynamo runs what it does not trace as it is, and does not tell a backend of it: recurrent layers. With
+    ``dynamic=True``, ``torch._dynamo.config.specialize_float = True`` is needed where a module holds a float,
+    such as the epsilon of a norm.
 
     Args:
         plan: made for this model.
@@ -65,12 +84,9 @@ def backend(
             for. ``False``: a model of the same architecture will do, such as one that has been trained since.
 
     Raises:
-        ArgumentError: ``inner`` is not known.
         PlanError: the plan names weights that were folded at capture, which the model does not have; (in the
             call) the plan is for another model.
     """
-    if not isinstance(plan, PruningPlan):
-        raise ArgumentError(f"plan must be a PruningPlan, such as result.plan, not {type(plan).__name__}")
     if plan.folds:
         raise PlanError(
             f"the plan is for a model that computes {plan.folds[0]} in every call: it names a weight folded"
@@ -78,19 +94,13 @@ def backend(
             " fold the weight in the model and plan again"
         )
     recurrent = next((name for name, _ in plan.slices() if _OF_RECURRENT.search(name)), None)
-    if recurrent is not None and not traces_recurrent():
+    if recurrent is not None:
         warn(
             f"dynamo does not trace the recurrent layer that holds '{recurrent}' and runs the whole model in"
-            " its place, without a word; set torch._dynamo.config.allow_rnn = True before compiling, or use"
-            " fasp_fx.apply",
+            " its place, without a word; use fasp_fx.apply",
             PartialPlanWarning,
         )
-    try:
-        compiler = lookup_backend(inner) if isinstance(inner, str) else inner
-    except tolerable(Exception) as error:
-        raise ArgumentError(
-            f"inner={inner!r} is not a backend of torch.compile; torch.compiler.list_backends() lists them"
-        ) from error
+    compiler = lookup_backend(inner) if isinstance(inner, str) else inner
     return _Backend(plan, compiler, model, check).compile
 
 
@@ -118,7 +128,7 @@ class _Backend:
             return functools.partial(_refuse, error)
 
     def _compile(self, module: fx.GraphModule, example: list[Any]) -> Compiled:
-        owner = self._owner(module.graph)
+        owner = self._owner(set(map(id, example)))
         named = {} if owner is None else tensors_of(owner)
         names = {id(tensor): name for name, tensor in reversed(named.items())}  # the first of each
         weights = {
@@ -156,9 +166,9 @@ class _Backend:
             *(args[position] for position in rest), *(piece.current(args) for piece in slices)
         )
 
-    def _owner(self, graph: fx.Graph) -> nn.Module | None:
+    def _owner(self, weights: set[int]) -> nn.Module | None:
         """The module whose names the plan speaks of, once it is known to be the right one."""
-        candidates = [self.model] if self.model is not None else holders(graph)
+        candidates = [self.model] if self.model is not None else holders(weights)
         fitting = [module for module in candidates if self.named <= tensors_of(module).keys()]
         if not candidates:
             return None
@@ -271,3 +281,153 @@ def _lift(program: Program) -> tuple[fx.GraphModule, list[str]]:
     for node in graph.nodes:
         node.meta.pop("val", None)  # of the sizes before
     return fx.GraphModule(program.module, graph), order
+
+
+# --- Read a graph of dynamo's: which of its inputs are weights, and what it computes, in operators that the
+# library reads.
+
+
+def holders(weights: set[int]) -> list[nn.Module]:
+    """The modules that the compiled function names and that hold weights of the graph: usually the compiled
+    module alone.
+
+    Args:
+        weights: the inputs of the graph, by their ``id``.
+    """
+    frame = InstructionTranslator.current_tx()
+    named = (*frame.f_locals.values(), *frame.f_globals.values())
+    return [
+        module
+        for module in named
+        if isinstance(module, nn.Module) and weights & set(map(id, tensors_of(module).values()))
+    ]
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a module under all their names."""
+    return dict(
+        [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    )
+
+
+def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
+    """The functional graph of operators behind a graph of dynamo's, under dynamo's symbolic sizes; inputs and
+    outputs as they were.
+
+    Args:
+        module: the graph module that dynamo made.
+        grad: whether gradients flow: regions without them then hand on detached values.
+
+    Raises:
+        CaptureError: it writes into its inputs, changes modes that cannot be carried over, or cannot be
+            traced.
+    """
+    if module.graph.find_nodes(op="call_function", target=FLEX):
+        # The attempt would leave torch in a state in which nothing compiles.
+        raise CaptureError(
+            f"it calls {FLEX}, whose graphs cannot be traced here; compile the module of fasp_fx.apply(model,"
+            " plan, args) instead"
+        )
+    if any(
+        isinstance(node.meta.get("example_value"), torch.SymFloat)
+        for node in module.graph.find_nodes(op="call_method", target="item")
+    ):
+        raise CaptureError(
+            "it takes a float as an input, as dynamo makes of all of them with dynamic=True; set"
+            " torch._dynamo.config.specialize_float = True, which compiles once for each value"
+        )
+    given = [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")]
+    try:
+        traced = _traced(module, given)
+        take_apart(traced.graph)
+    except CaptureError:
+        raise
+    except tolerable(Exception) as error:
+        raise CaptureError(f"the graph cannot be traced: {first_line(error)}") from error
+    _without_modes(traced.graph, grad)
+    single_layers(traced.graph)
+    if not is_plain_graph(traced.graph):
+        strange = next(node for node in traced.graph.nodes if not is_plain_graph(_alone(node)))
+        raise CaptureError(f"the graph calls {strange.target}")
+    traced.recompile()
+    return traced
+
+
+def _traced(module: nn.Module, given: list[Any]) -> fx.GraphModule:
+    with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad(), any_number_of_steps():
+        made, signature = aot_export_module(
+            module, given, trace_joint=False, pre_dispatch=True, decompositions={}
+        )
+    if signature.buffers_to_mutate or signature.parameters_to_mutate or signature.user_inputs_to_mutate:
+        raise CaptureError("the graph writes into its inputs or buffers")
+    return cast(fx.GraphModule, made)
+
+
+def _alone(node: fx.Node) -> fx.Graph:
+    graph = fx.Graph()
+    graph.node_copy(node, lambda argument: graph.placeholder(argument.name))
+    return graph
+
+
+def _without_modes(graph: fx.Graph, grad: bool) -> None:
+    """Take out the switches of the gradient mode; what a region without gradients hands on is detached."""
+    start = enabled = torch.is_grad_enabled()
+    inside: dict[fx.Node, bool] = {}
+    for node in list(graph.nodes):
+        if node.target is SET_GRAD:
+            enabled = bool(node.args[0])
+            if enabled and not start:
+                raise CaptureError("the graph switches gradients on")
+            graph.erase_node(node)
+        elif node.op == "call_function":
+            inside[node] = enabled
+    for node, tracked in inside.items():
+        outside = [user for user in node.users if inside.get(user, start)]
+        if not grad or tracked or not outside or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        with graph.inserting_after(node):
+            detached = graph.call_function(torch.ops.aten.detach.default, (node,))
+        detached.meta["val"] = node.meta["val"]
+        for user in outside:
+            user.replace_input_with(node, detached)
+
+
+def as_program(
+    traced: fx.GraphModule,
+    weights: dict[int, tuple[str, Tensor]],
+    order: tuple[str, ...],
+    aliases: dict[str, list[str]],
+) -> Program:
+    """A program of a traced graph.
+
+    Args:
+        traced: the graph; all weights are inputs.
+        weights: name and tensor of each input that is a weight, by its position.
+        order: the names of the model's weights in their order.
+        aliases: all names of each weight, by its first.
+    """
+    root = nn.Module()
+    for name, tensor in weights.values():
+        for alias in aliases[name]:
+            assign_attr(tensor, root, alias)
+    graph = traced.graph
+    for position, node in enumerate(graph.find_nodes(op="placeholder")):
+        if position in weights:
+            with graph.inserting_before(node):
+                read = graph.create_node("get_attr", weights[position][0])
+            read.meta.update(node.meta)
+            node.replace_all_uses_with(read)
+            graph.erase_node(node)
+    for name, value in vars(traced).items():  # constants that tracing has lifted
+        if isinstance(value, Tensor):
+            setattr(root, name, value)
+    for kind in ("_buffers", "_parameters", "_modules"):
+        for name, value in getattr(traced, kind).items():
+            if value is not None and not hasattr(root, name):
+                setattr(root, name, value)
+    return Program(
+        graph_module(root, graph, traced.meta),
+        CallSignature(inspect.Signature(), (), {}),
+        ((), {}),
+        order=order,
+    )

@@ -92,16 +92,3 @@ def quantise(module: fx.GraphModule, config: Any) -> fx.GraphModule:
             node.target = nn.functional.linear  # what torchao's tensors answer to
     module.recompile()
     return module
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """The bytes of all weights and buffers, those inside quantised ones included; tied ones count once."""
-    seen: dict[int, int] = {}
-    pending: list[Any] = [*module.parameters(), *module.buffers()]
-    while pending:
-        tensor = pending.pop()
-        if hasattr(tensor, "__tensor_flatten__"):
-            pending += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-        else:
-            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(seen.values())

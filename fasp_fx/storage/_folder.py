@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from ..base._atomic import check_path, new_folder, write_text
+from ..base import __version__
+from ..base._atomic import new_folder, write_text
 from ..base._json import Count, parse
 from ..base._tolerable import tolerable
-from ..base._version import __version__
 from ..errors import FaspError, StoreError, first_line
 
 FORMAT = "fasp_fx/1"
@@ -75,9 +75,10 @@ def new_save(path: Path, kind: str, *, overwrite: bool, keep: bool = True) -> It
         write_manifest(folder, kind)
 
 
-def write_manifest(folder: Path, kind: str) -> None:
-    """List every file in a folder; all get the permissions that new files have here."""
-    files = {name: _File((folder / name).stat().st_size, _sha256(folder / name)) for name in _names(folder)}
+def write_manifest(folder: Path, kind: str, names: Iterable[str] = ()) -> None:
+    """List files of a folder, or every one; all get the permissions that new files have here."""
+    listed = names or _names(folder)
+    files = {name: _File((folder / name).stat().st_size, _sha256(folder / name)) for name in listed}
     write_json(folder / MANIFEST, asdict(_Manifest(FORMAT, kind, files=files)))
     mode = (folder / MANIFEST).stat().st_mode
     for name in files:  # safetensors keeps its files to their owner
@@ -273,7 +274,6 @@ def refuse_other(folder: Path, option: str = "checkpoint=") -> None:
     Raises:
         StoreError: it does, or cannot be read.
     """
-    check_path(folder, option)
     try:
         # what a process that was killed did not finish writing is hidden
         others = folder.exists() and [path for path in folder.iterdir() if not path.name.startswith(".")]

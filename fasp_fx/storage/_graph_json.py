@@ -1,32 +1,185 @@
-"""An exported program as JSON, and back."""
+"""An exported program, and the signature that its caller sees, as JSON, and back."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import keyword
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from ..base._json import Count, ReadBy, parse
 from ..base._tolerable import tolerable
 from ..base._warn import quiet
-from ..base.compat import HigherOrderOperator, _serde, pytree
-from ..capturing._fx import arguments, results
-from ..capturing._program import copy_graph
+from ..base.compat import _serde, pytree
+from ..capturing._fx import results
+from ..capturing._signature import HELD, CallSignature
 from ..errors import StoreError, first_line
 from ._folder import parsing
-from ._signature_json import dtype_of, value_from_json, value_to_json
 from ._tensors import device_of, to_device
 from ._untrusted import check_program, walk
 
 #: elements of all example inputs of a program together
 EXAMPLE = 2**28
+#: how the structure of arguments and outputs names a device: in JSON that is a text of JSON
+_DEVICE = re.compile(r'(\\+"_t\\+": \\+"device\\+", \\+"s\\+": \\+")\w+(:\d+)?')
+#: what generated code calls its own
+_TAKEN = {"self", "_call", "_name", "_value", "fx_pytree", "torch", *keyword.kwlist}
+
+
+def signature_to_json(signature: CallSignature) -> dict[str, Any]:
+    """Names, kinds and defaults of the parameters, and what was captured.
+
+    Raises:
+        StoreError: an argument given at capture is not plain data; names it.
+    """
+    parameters = []
+    for parameter in signature.parameters.parameters.values():
+        entry: dict[str, Any] = {"name": parameter.name, "kind": parameter.kind.name}
+        if parameter.default is not inspect.Parameter.empty:
+            try:
+                entry["default"] = value_to_json(parameter.default)
+            except TypeError:
+                entry["default"] = {"not_stored": repr(parameter.default)}
+        parameters.append(entry)
+    for name in (*signature.captured, *signature.constants):
+        _name(name)
+    return {
+        "parameters": parameters,
+        "captured": list(signature.captured),
+        "constants": _values_to_json(signature.constants),
+        "outlines": _values_to_json(signature.outlines),
+    }
+
+
+def _values_to_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, value in values.items():
+        try:
+            found[name] = value_to_json(value)
+        except TypeError as error:
+            raise StoreError(
+                f"argument '{name}' was captured as {value!r}: {error}; capture the model with plain data"
+                " (None, bool, int, float, str, list, tuple, dict with text for keys)"
+            ) from error
+    return found
+
+
+def _name(name: Any) -> str:
+    """The name of an argument; it becomes part of generated code, and so must be nothing but a name."""
+    if not isinstance(name, str) or not name.isidentifier() or name in _TAKEN or len(name) > 1000:
+        raise StoreError(
+            f"{name!r:.200} is no name that an argument can have in Python code, and is not stored; rename it"
+        )
+    return name
+
+
+def value_to_json(value: Any) -> Any:
+    """Plain data with a tag where JSON lacks the type.
+
+    Raises:
+        TypeError: the value is not plain data.
+    """
+    if type(value) is float and not math.isfinite(value):
+        return {"float": repr(value)}
+    if type(value) in (type(None), bool, int, float, str):
+        return value
+    if value is HELD:
+        return {"held": None}
+    if type(value) is list:
+        return [value_to_json(item) for item in value]
+    if type(value) is tuple:
+        return {"tuple": [value_to_json(item) for item in value]}
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {"dict": {key: value_to_json(item) for key, item in value.items()}}
+    if isinstance(value, (torch.dtype, torch.device)):
+        return {type(value).__name__: str(value).removeprefix("torch.")}
+    raise TypeError(f"a {type(value).__name__} is not stored")
+
+
+def dtype_of(name: Any) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name!r:.80} is no dtype")
+    return found
+
+
+#: by the tag that says of which type a value is
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "tuple": lambda content: tuple(map(value_from_json, content)),
+    "dict": lambda content: {key: value_from_json(item) for key, item in content.items()},
+    "float": {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}.__getitem__,
+    "device": device_of,
+    "dtype": dtype_of,
+    "held": lambda content: HELD,
+    "not_stored": str,  # what the default of an argument that was not given at capture was shown as
+}
+
+
+def value_from_json(value: Any) -> Any:
+    """The value that :func:`value_to_json` wrote.
+
+    Raises:
+        ValueError: it wrote none such.
+    """
+    if isinstance(value, list):
+        return [value_from_json(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    try:
+        ((tag, content),) = value.items()
+        return _READERS[tag](content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{value!r:.200} is not a stored value") from error
+
+
+_Name = Annotated[str, ReadBy(_name)]
+_Value = Annotated[Any, ReadBy(value_from_json)]
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    name: _Name
+    kind: Literal["POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD", "VAR_POSITIONAL", "KEYWORD_ONLY", "VAR_KEYWORD"]
+    default: _Value = inspect.Parameter.empty
+
+
+@dataclass(frozen=True)
+class _Signature:
+    parameters: tuple[_Parameter, ...]
+    captured: tuple[_Name, ...]
+    constants: dict[_Name, _Value]
+    outlines: dict[_Name, _Value]
+
+
+def signature_from_json(text: str) -> CallSignature:
+    """The signature that :func:`signature_to_json` wrote.
+
+    Raises:
+        StoreError: the text is of none.
+    """
+    held = parse(_Signature, text, "signature.json")
+    with parsing("signature.json"):
+        parameters = [
+            inspect.Parameter(one.name, inspect._ParameterKind[one.kind], default=one.default)
+            for one in held.parameters
+        ]
+        return CallSignature(inspect.Signature(parameters), held.captured, held.constants, held.outlines)
+
+
+# --- Programs.
 
 
 @dataclass(frozen=True)
@@ -37,20 +190,6 @@ class _Leaf:
     dtype: Annotated[torch.dtype, ReadBy(dtype_of)] = torch.float32
     device: str = "cpu"
     value: Annotated[Any, ReadBy(value_from_json)] = None
-
-
-#: the arguments of higher-order operators that are tuples: torch writes lists of one kind and dicts of any
-#: kind, so that a tuple of sizes, tensors, graphs and nothing, such as the block mask of flex attention, is
-#: written as a dict with the keys ``"0"``, ``"1"`` …
-_TUPLES: dict[HigherOrderOperator, tuple[str, ...]] = {
-    torch.ops.higher_order.flex_attention: (
-        "block_mask",
-        "score_mod_other_buffers",
-        "mask_mod_other_buffers",
-    ),
-}
-#: how the structure of arguments and outputs names a device: in JSON that is a text of JSON
-_DEVICE = re.compile(r'(\\+"_t\\+": \\+"device\\+", \\+"s\\+": \\+")\w+(:\d+)?')
 
 
 def program_to_json(program: ExportedProgram) -> dict[str, Any]:
@@ -67,7 +206,7 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
         )
     try:
         with quiet():
-            written = _serde.write(without_tuples(program))
+            written = _serde.write(program)
         example = [_leaf(value) for value in pytree.tree_leaves(program.example_inputs)]
     except tolerable(Exception) as error:
         raise StoreError(f"the program cannot be written as JSON: {first_line(error)}") from error
@@ -110,7 +249,6 @@ def program_from_json(
         example = _example_from_json(json.dumps(data["example"]), structure, device)
         with quiet():
             program = _serde.read(parsed, weights, constants, example)
-        with_tuples(program)
         check_weights(program, cast=cast)
         return program
 
@@ -177,51 +315,10 @@ def _example_from_json(text: str, structure: str, device: torch.device | None) -
     return pytree.tree_unflatten(values, pytree.treespec_loads(structure))
 
 
-def without_tuples(program: ExportedProgram) -> ExportedProgram:
-    """The same program with dicts in the place of those tuples, for writing only; the same object if it has
-    none. Tensors are shared.
-    """
-    if not any(node.target in _TUPLES for node in program.graph.nodes):
-        return program
-    module = fx.GraphModule(program.graph_module, copy_graph(program.graph))
-    module.meta.update(program.graph_module.meta)
-    _replace(module.graph, lambda node, name, value: {str(index): item for index, item in enumerate(value)})
-    return program._update(module, program.graph_signature)
-
-
-def with_tuples(program: ExportedProgram) -> None:
-    """Make tuples again of what :func:`without_tuples` wrote; changes the program.
-
-    Raises:
-        StoreError: an argument is nothing that it wrote.
-    """
-    if _replace(program.graph, _read):
-        program.graph_module.recompile()
-
-
-def _read(node: fx.Node, name: str, value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, dict) or list(value) != [str(index) for index in range(len(value))]:
-        raise StoreError(
-            f"argument '{name}' of node '{node.name}' ({node.target}) is no tuple as save() writes it; save"
-            " the result again"
-        )
-    return tuple(value.values())
-
-
-def _replace(graph: fx.Graph, change: Callable[[fx.Node, str, Any], Any]) -> bool:
-    found = False
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target in _TUPLES:
-            given = arguments(node)
-            node.args, node.kwargs = (
-                tuple(
-                    change(node, name, value) if name in _TUPLES[node.target] else value
-                    for name, value in given.items()
-                ),
-                {},
-            )
-            found = True
-    return found
-
-
-__all__ = ["check_weights", "program_from_json", "program_to_json"]
+__all__ = [
+    "check_weights",
+    "program_from_json",
+    "program_to_json",
+    "signature_from_json",
+    "signature_to_json",
+]

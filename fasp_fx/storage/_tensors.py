@@ -27,16 +27,13 @@ _ENTRIES = "fasp_fx"
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a file does not hold of a tensor by itself: ties, order of dimensions, kind and device, and
-    whether it is of complex numbers that safetensors has no name for, which are stored as pairs.
-    """
+    """What a file does not hold of a tensor by itself: ties, order of dimensions, kind and device."""
 
     stored_as: str
     order: tuple[Count, ...]
     parameter: bool
     requires_grad: bool
     device: str
-    pairs: bool = False
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
@@ -66,11 +63,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
         if not data.permute(order).is_contiguous():
             order = list(range(data.dim()))
         if kept == name:
-            laid = data.permute(order).contiguous().to("cpu")
-            stored[name] = torch.view_as_real(laid) if data.dtype is torch.complex128 else laid
+            stored[name] = data.permute(order).contiguous().to("cpu")
         kind = (isinstance(tensor, nn.Parameter), tensor.requires_grad)
-        pairs = data.dtype is torch.complex128
-        entries[name] = asdict(_Entry(kept, tuple(order), *kind, str(tensor.device), pairs))
+        entries[name] = asdict(_Entry(kept, tuple(order), *kind, str(tensor.device)))
     try:
         save_file(stored, path, {"format": "pt", _ENTRIES: json.dumps(entries)})
     except (safetensors.SafetensorError, ValueError, RuntimeError, KeyError) as error:  # shortages too
@@ -95,7 +90,6 @@ def read_tensors(path: Path, device: torch.device | None) -> dict[str, Tensor]:
             if key not in made:
                 # The file is mapped into memory: a copy keeps the tensor when the file goes.
                 data = to_device(stored[entry.stored_as].clone(), device or device_of(entry.device))
-                data = torch.view_as_complex(data) if entry.pairs else data
                 data = data.permute(sorted(range(data.dim()), key=entry.order.__getitem__))
                 made[key] = nn.Parameter(data, entry.requires_grad) if entry.parameter else data
             found[name] = made[key]

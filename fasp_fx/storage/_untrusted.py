@@ -34,7 +34,6 @@ _HIGHER_ORDER = {
         "map_impl",
         "wrap_with_set_grad_enabled",
         "wrap_with_autocast",
-        "flex_attention",
     )
 }
 _MODULE, _GRAPH_MODULE = nn.Module(), fx.GraphModule({}, fx.Graph())
@@ -114,7 +113,6 @@ check_guard = _nothing_but(
 _check_word = _nothing_but("word", r"[\w.@+-]{1,1000}", r"\Z")
 #: a size, or an expression of sizes; torch counts up to the number of one that only the data say
 _check_size = _nothing_but("size", r"(?!(?:u|zuf)\d{5,})[\w +*/()%,.-]")
-_check_option = _nothing_but("option of an operator", r"\w{1,1000}")
 _check_name = _nothing_but(
     "name", rf"\A(?!__)(?!{_one_of(' '.join([*keyword.kwlist, 'self']))}\Z)[^\W\d]\w{{0,999}}\Z"
 )
@@ -143,10 +141,6 @@ def check_program(program: schema.ExportedProgram) -> None:
     for _, item in walk(program):
         if isinstance(item, schema.Node):
             item.metadata.clear()
-        elif isinstance(item, schema.Argument) and item.type == "as_string_to_argument":
-            for option in item.value.values():
-                if option.type == "as_string":  # compilers write it into the code of kernels
-                    _check_option(option.value)
     for place, item in walk(program):
         if place in _TEXTS and item is not None and not isinstance(item, (list, tuple)):
             _TEXTS[place](item)
@@ -249,13 +243,6 @@ def check_structure(text: Any, *, keywords: bool = False) -> None:
         raise refuse("structure", text) from error
 
 
-def _unregistered(kind: Any) -> StoreError:
-    return StoreError(
-        f"the program takes or returns a {kind}, a type that is not registered here; import the module that"
-        " registers it as a pytree first"
-    )
-
-
 def _check_spec(tree: Any) -> None:
     kind, context = tree["type"], tree["context"]
     for child in tree["children_spec"]:
@@ -276,10 +263,12 @@ def _check_spec(tree: Any) -> None:
         and _TRANSFORMERS.fullmatch(kind)
     ):
         _register(kind)
-    if kind not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
-        raise _unregistered(kind)
-    if kind == "collections.namedtuple" and context not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
-        raise _unregistered(context)
+    for name in (kind, context) if kind == "collections.namedtuple" else (kind,):
+        if name not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
+            raise StoreError(
+                f"the program takes or returns a {name}, a type that is not registered here; import the"
+                " module that registers it as a pytree first"
+            )
     plain = (
         pytree.SUPPORTED_SERIALIZED_TYPES[pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE[kind]].from_dumpable_context
         is None
@@ -299,10 +288,6 @@ def _check_context(value: Any) -> None:
             isinstance(path, str) and (path in _PLAIN_CLASSES or _TRANSFORMERS.fullmatch(path) is not None)
         )
         if "__enum__" in value or not known:
-            raise refuse("context", value)
-        if tag in ("dtype", "layout") and not isinstance(
-            getattr(torch, str(value.get("n")), None), (torch.dtype, torch.layout)
-        ):
             raise refuse("context", value)
         if names_class and path not in _PLAIN_CLASSES:
             _transformers_class(str(path))
@@ -345,32 +330,21 @@ def _register(path: str) -> None:
     register_pytree_node(found)
 
 
-def _refuse_object(text: Any) -> None:
-    raise StoreError(
-        "the program holds a custom object, which cannot be stored without pickle; keep it outside of the"
-        " captured model"
-    )
-
-
 #: what each text of a stored program is held against, by the class and field that hold it: operators are
 #: given any, which generated code quotes. A text in another place is refused, whatever some torch makes of
 #: it.
 _TEXTS: dict[str, Callable[[Any], object]] = {
     "Argument.as_operator": check_operator,
     "Argument.as_string": str,
-    "Argument.as_string_to_argument key": _check_option,
     "Argument.as_strings": str,
     "BufferMutationSpec.buffer_name": _check_path,
     "ConstantValue.as_string": str,
-    "CustomObjArgument.class_fqn": _refuse_object,
-    "CustomObjArgument.name": _refuse_object,
     "Device.type": _check_word,
     "ExportedProgram.guards_code": check_guard,
     "ExportedProgram.opset_version key": _check_word,
     "ExportedProgram.range_constraints key": _check_size,
     "ExportedProgram.torch_version": _check_word,
     "ExportedProgram.verifiers": _check_word,
-    "Graph.custom_obj_values key": _refuse_object,
     "Graph.sym_bool_values key": _check_name,
     "Graph.sym_float_values key": _check_name,
     "Graph.sym_int_values key": _check_name,
@@ -379,7 +353,6 @@ _TEXTS: dict[str, Callable[[Any], object]] = {
     "GraphModule.treespec_namedtuple_fields key": _check_word,
     "InputToBufferSpec.buffer_name": _check_path,
     "InputToConstantInputSpec.name": _check_name,
-    "InputToCustomObjSpec.custom_obj_name": _refuse_object,
     "InputToParameterSpec.parameter_name": _check_path,
     "InputToTensorConstantSpec.tensor_constant_name": _check_path,
     "ModuleCallEntry.fqn": _check_word,

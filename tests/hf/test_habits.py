@@ -73,8 +73,8 @@ OPT = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48} | SIZES
 #: the class and the configuration of a model, and what it is called with
 HABITS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "labels that are moved on": (
-        "MBartForConditionalGeneration",
-        lambda: transformers.MBartConfig(**BART, encoder_ffn_dim=48, decoder_start_token_id=2),
+        "BartForConditionalGeneration",
+        lambda: transformers.BartConfig(**BART, encoder_ffn_dim=48, decoder_start_token_id=2),
         {"input_ids": IDS, "labels": LABELS},
     ),
     "a loss at its place, and weights that no program reads": (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,9 +56,8 @@ def test_forward_without_a_cache_is_the_masked_dense_forward(model: Any) -> None
     found = model(input_ids=ids, labels=ids)
     assert torch.allclose(found.logits, wanted.logits, rtol=1e-9, atol=1e-9)
     assert torch.allclose(found.loss, wanted.loss)
-    for kept, places in ((2, [-2, -1]), (torch.tensor([1, 4]), [1, 4]), (torch.tensor([-1, 0]), [-1, 0])):
-        some = model(input_ids=ids, logits_to_keep=kept).logits
-        assert torch.allclose(some, wanted.logits[:, places], rtol=1e-9, atol=1e-9)
+    some = model(input_ids=ids, logits_to_keep=2).logits
+    assert torch.allclose(some, wanted.logits[:, -2:], rtol=1e-9, atol=1e-9)
     assert getattr(model(input_ids=ids, use_cache=False), CACHE) is None
     assert isinstance(model(input_ids=ids, return_dict=False), tuple)
 
@@ -134,7 +132,6 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "nothing": (lambda: {}, "input_ids"),
     "no tokens": (lambda: {"input_ids": _ids()[:, :0]}, "at least one token"),
     "numbers that are none": (lambda: {"input_ids": torch.zeros(2, 3)}, "token numbers"),
-    "token outside of the table": (lambda: {"input_ids": torch.full((1, 2), 999)}, "outside"),
     "short mask": (lambda: {"input_ids": _ids(), "attention_mask": torch.ones(2, 3)}, r"\[2, 7\]"),
     "positions": (
         lambda: {"input_ids": _ids(), "position_ids": torch.zeros(2, 3, dtype=torch.long)},
@@ -167,14 +164,6 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         lambda: {"input_ids": _ids(), "labels": _ids().double()},
         "labels is torch.float64",
     ),
-    "labels outside of the vocabulary": (
-        lambda: {"input_ids": _ids(), "labels": _ids() + 999},
-        "labels hold a number that is no token",
-    ),
-    "logits of what is not there": (
-        lambda: {"input_ids": _ids(), "logits_to_keep": torch.tensor([7])},
-        "outside",
-    ),
     "logits of a longer mask": (
         lambda: {"input_ids": _ids(), "logits_to_keep": torch.ones(9, dtype=torch.bool)},
         r"logits_to_keep is torch.bool \[9\]",
@@ -195,13 +184,7 @@ BAD_USES: dict[str, tuple[Callable[[Any], Any], str]] = {
         "static",
     ),
     "a paged cache": (lambda model: model.generate_batch([[1, 2]]), "paged cache"),
-    "more positions than there are": (
-        lambda model: pruned("gpt2").model.generate(_ids(1, 129), max_new_tokens=2),
-        "outside of the model's tables",
-    ),
     "another dtype": (lambda model: copy.deepcopy(model).half(), "float16"),
-    "pickles": (pickle.dumps, "save_pretrained"),
-    "a configuration alone": (lambda model: hf.PrunedForCausalLM(model.config), "from_pretrained"),
 }
 
 
@@ -244,7 +227,7 @@ def test_a_model_that_does_otherwise_with_more_tokens_is_given_no_more(tmp_path:
             made(input_ids=_ids(tokens=17))
 
 
-def test_logits_in_the_order_asked_for_of_a_model_that_gives_all_of_them() -> None:
+def test_last_logits_of_a_model_that_gives_all_of_them() -> None:
     config = TrOCRConfig(
         vocab_size=96,
         d_model=32,
@@ -255,10 +238,8 @@ def test_logits_in_the_order_asked_for_of_a_model_that_gives_all_of_them() -> No
     )
     original = randomise(TrOCRForCausalLM(config), seed=3).double()
     made = hf.prune(original, sparsity=0.1, score="magnitude", restore=None).model
-    ids, order = _ids(tokens=4), torch.tensor([2, 0, 3, 1])
-    whole = made(input_ids=ids).logits
-    assert torch.equal(made(input_ids=ids, logits_to_keep=order).logits, whole[:, order])
-    assert torch.equal(made(input_ids=ids, logits_to_keep=4).logits, whole)
+    ids = _ids(tokens=4)
+    assert torch.equal(made(input_ids=ids, logits_to_keep=3).logits, made(input_ids=ids).logits[:, 1:])
 
 
 @pytest.fixture(scope="module")

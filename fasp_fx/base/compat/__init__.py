@@ -2,7 +2,7 @@
 in this package and nowhere else.
 
 ``tests/test_compat.py`` holds those to what is expected of them that a release could change without a word.
-The modules that import much (``_dynamo``, ``_serde``, ``_transformers``) are imported where they are needed.
+What imports transformers (``_transformers``) is imported where it is needed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from torch import nn
 from torch._C import DispatchKey
 from torch._decomp import decomposition_table
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import TracingContext, tracing
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -38,6 +42,7 @@ from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
 from torch.fx.graph import _PyTreeInfo as PyTreeInfo
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as PRESERVED
 from torch.fx.graph_module import _assign_attr as assign_attr
+from torch.fx.graph_module import _forward_from_src as forward_from_src
 from torch.fx.traceback import annotate as annotating
 from torch.fx.traceback import preserve_node_meta as annotated_nodes
 from torch.utils import _pytree as pytree
@@ -45,6 +50,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.numbers import int_oo
 
 from ...errors import VerificationError
+
+#: the function that a graph of dynamo's calls where gradients are switched on or off
+SET_GRAD = torch._C._set_grad_enabled
 
 
 def is_backward() -> bool:
@@ -193,25 +201,30 @@ def settled_by(size: torch.SymInt) -> traceback.FrameSummary | None:
 __all__ = [
     "FAKE_LOGGER",
     "PRESERVED",
+    "SET_GRAD",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
+    "InstructionTranslator",
     "LazyGraphModule",
     "OpOverload",
     "PyTreeCodeGen",
     "PyTreeInfo",
     "ShapeEnv",
     "TorchDispatchMode",
+    "TracingContext",
     "annotated_nodes",
     "annotating",
+    "aot_export_module",
     "assign_attr",
     "compile_graphs",
     "compiled_when_called",
     "composites_read_once",
     "decomposition_table",
     "enable_python_dispatcher",
+    "forward_from_src",
     "free_unbacked_symbols",
     "guards_of",
     "int_oo",
@@ -219,6 +232,7 @@ __all__ = [
     "is_composite",
     "is_of_fake_cache",
     "is_transform",
+    "lookup_backend",
     "pytree",
     "refuse_new_guards",
     "settled_by",
@@ -226,6 +240,7 @@ __all__ = [
     "silent_fake_tensors",
     "take_guards",
     "traced_by",
+    "tracing",
     "without_fake_cache",
     "without_overrides",
     "without_stack_traces",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -21,6 +22,9 @@ from transformers.exporters.exporter_dynamo import (
 )
 from transformers.exporters.utils import prepare_for_export
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
+
+from .._undisturbed import for_a_while
 
 #: the name of the argument and of the output that holds keys and values of the tokens seen; until 5.23 it was
 #: a longer one
@@ -41,6 +45,23 @@ def export_program(model: PreTrainedModel, inputs: dict[str, Any], shapes: Any) 
     else:
         found = exporter.export(model, inputs, config)
     return found
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from remarking on configs that are only tried, and from drawing bars."""
+    with (
+        for_a_while(logging.get_verbosity, logging.set_verbosity),
+        for_a_while(logging.is_progress_bar_enabled, _draw_bars),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        logging.set_verbosity(logging.CRITICAL)
+        _draw_bars(False)
+        yield
+
+
+def _draw_bars(wanted: bool) -> None:
+    (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
 
 
 @contextlib.contextmanager
@@ -68,6 +89,7 @@ __all__ = [
     "is_cache_class",
     "kept_in_float32",
     "prepare_for_export",
+    "quiet",
     "register_cache_pytrees_for_model",
     "register_pytree_node",
     "without_gguf_bar",

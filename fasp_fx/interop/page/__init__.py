@@ -19,8 +19,8 @@ from typing import Any
 
 from ...analysis._analysis import Analysis
 from ...analysis.groups import PRUNABLE
+from ...base import __version__
 from ...base._atomic import new_file
-from ...base._version import __version__
 from ...pruning.report import COUNTED, Line, Report, line_of, notes_of, weight_size
 
 SCRIPTS = ("dom.js", "tips.js", "summary.js", "charts.js", "table.js")

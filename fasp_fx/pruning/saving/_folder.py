@@ -16,8 +16,7 @@ from ...analysis.plan import PruningPlan
 from ...base._options import path_of
 from ...errors import PlanError, StoreError
 from ...storage._folder import new_save, read_text, write_json
-from ...storage._graph_json import check_weights, program_to_json
-from ...storage._signature_json import signature_to_json
+from ...storage._graph_json import check_weights, program_to_json, signature_to_json
 from ...storage._tensors import write_tensors
 from ..report import Report
 

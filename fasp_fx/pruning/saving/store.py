@@ -26,8 +26,7 @@ from ...base._undisturbed import in_usual_modes, one_at_a_time
 from ...errors import ArgumentError, StoreError, first_line
 from ...passes._pruned_module import wrap
 from ...storage._folder import kind_of, parsing, read_json, read_text, verify
-from ...storage._graph_json import program_from_json
-from ...storage._signature_json import signature_from_json
+from ...storage._graph_json import program_from_json, signature_from_json
 from ...storage._tensors import read_tensors
 from .._result import Result
 from ..submodules._stand_in import copied, dressed, put
