@@ -46,10 +46,9 @@ if TYPE_CHECKING:
     from .interop._backend import backend
     from .interop.page import to_html
     from .pruning._prune import analyze, apply, capture, measure, plan_from_sets, prune
-    from .pruning._result import Result
+    from .pruning._result import Result, load
     from .pruning.config import PruningConfig
     from .pruning.report import Report
-    from .pruning.saving.store import load
     from .training.recovery import distil
 
 #: where public names are defined, which are imported when they are used: that takes longer than torch itself
@@ -66,7 +65,7 @@ _HOMES = {
     "Result": "pruning._result",
     "PruningConfig": "pruning.config",
     "Report": "pruning.report",
-    "load": "pruning.saving.store",
+    "load": "pruning._result",
     "distil": "training.recovery",
 }
 #: public modules by the names they are known by, where these are not the names of rooms
@@ -88,7 +87,7 @@ _FACES = {
     "restoration": "calibration.restoration",
     "scoring": "calibration.scoring",
     "statistics": "calibration.statistics",
-    "store": "pruning.saving.store",
+    "store": "pruning._result",
 }
 
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fasp_fx.capturing import _captured
 from fasp_fx.capturing._program import Program
-from fasp_fx.pruning.submodules import _submodules
+from fasp_fx.pruning import _submodules
 
 Capture = Callable[..., Program]
 

@@ -7,11 +7,11 @@ from typing import Any
 from fasp_fx.analysis import Analysis
 from fasp_fx.calibration._visit import Decision
 from fasp_fx.capturing._program import Program
-from fasp_fx.pruning import _deciding
+from fasp_fx.pruning import _prune
 from fasp_fx.pruning._subject import Subject
 
 
 def decide(program: Program, config: Any, calibration: Any, **how: Any) -> tuple[Analysis, Decision]:
     subject = Subject({"": program})
-    ((_, decision),) = _deciding.decide(subject, config, calibration, **how)
+    ((_, decision),) = _prune.decide(subject, config, calibration, **how)
     return subject.analyses[""], decision

@@ -23,7 +23,7 @@ from fasp_fx.capturing import capture
 from fasp_fx.errors import CallError
 from fasp_fx.passes import remove, split_fused
 from fasp_fx.passes._pruned_module import finish
-from fasp_fx.pruning._rewriting import make_plan
+from fasp_fx.pruning._subject import make_plan
 
 #: another batch and another length than the example's, shorter and longer
 SIZES = ((2, 6), (3, 7), (5, 4))

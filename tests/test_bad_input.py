@@ -44,9 +44,8 @@ OPTIONS: dict[str, list[tuple[Any, type[fasp_fx.FaspError], str]]] = {
     ],
     "allocation": [
         ("unfair", A, r"use 'uniform', 'global', 'search', a fasp_fx\."),
-        (lambda *_: None, A, "the allocation returned a .*for each group"),
-        (lambda *_: 3, A, "the allocation returned a .*for each group"),
-        (lambda *_: [1, 1], A, "2 numbers for 1 groups"),
+        (lambda *_: None, A, "the allocation takes None .*for each group"),
+        (lambda *_: [3, 3], A, "the allocation returned 2 numbers for 1 groups"),
         (lambda *_: [24], A, "takes 24 channel sets.*from 0 to 23"),
         (lambda *_: [-1], A, "takes -1"),
         (lambda *_: [0.5], A, "takes 0.5"),

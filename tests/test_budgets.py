@@ -26,13 +26,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx.allocation import Budget, Ceiling, Global, uniform
+from fasp_fx.allocation import Budget, Global, Limit, uniform
 from fasp_fx.allocation.budgets import macs_of
 from fasp_fx.calibration._visit import Decision
 from fasp_fx.cli._app import read_amount
 from fasp_fx.hf._stages import stages_of
 from fasp_fx.passes import remove
-from fasp_fx.pruning._rewriting import make_plan
+from fasp_fx.pruning._subject import make_plan
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._case import draw_sets
 from fasp_fx.testing.specs import Net
@@ -220,7 +220,7 @@ def test_budgets_of_drawn_costs_are_met_from_below(data: st.DataObject) -> None:
         "",
     )
     budget = Budget(
-        groups, [Ceiling(Parameters(data.draw(st.floats(0.3, 0.9))), resource) for resource in counted]
+        groups, [Limit.under(Parameters(data.draw(st.floats(0.3, 0.9))), resource) for resource in counted]
     )
     for lost in (uniform(budget, round_to), Global()(budget, round_to, costs)):
         over = budget.over(lost)
@@ -270,7 +270,7 @@ def test_a_model_that_generates_keeps_its_budgets() -> None:
         ({"budget": 0.8}, "budget=0.8 is no budget; pass one of fasp_fx.budgets"),
         ({"budget": "parameters"}, "is no budget"),
         ({"budget": {"resource": "parameters", "amount": 0.5}}, "is no budget"),
-        ({"budget": (Parameters(0.5), Parameters(1000))}, "speaks of parameters twice"),
+        ({"budget": (Parameters(0.5), Parameters(1000))}, "speaks of one resource twice"),
         ({"budget": Parameters(0.5), "sparsity": 0.5}, r"0\.5 and the budget of .*leave one of them out"),
         ({"budget": Parameters(0.5), "sparsity": {"*": 0.5}}, "leave one of them out"),
         ({"uniform_layers": True, "sparsity": {"*": 0.5}}, "a sparsity for each pattern tells layers apart"),
@@ -289,7 +289,7 @@ def test_budgets_that_make_no_sense_are_refused(options: dict[str, Any], message
             Parameters(0.001),
             (
                 r"Parameters\(amount=0.001\) is out of reach: at least 62 of 23,322 parameters stay, a share"
-                r" of 0.0027; allow more"
+                r" of 0.0027; let more stay"
             ),
         ),
         (Macs(100), r"Macs\(amount=100\) is out of reach: at least .* multiply-accumulates stay"),
@@ -351,8 +351,8 @@ def inner() -> fasp_fx.Captured:
             {"budget": Parameters(0.8), "allocation": nothing},
             r"the allocation leaves 20\.00% of the dense model's more than the budget allows",
         ),
-        ({"budget": Unknown(0.8), "allocation": "uniform"}, r"Counted.used\(\) gives no number"),
-        ({"budget": Unknown(0.8), "allocation": "global"}, r"Counted.used\(\) gives no number"),
+        ({"budget": Unknown(0.8), "allocation": "uniform"}, r"used\(\) gives no number"),
+        ({"budget": Unknown(0.8), "allocation": "global"}, r"used\(\) gives no number"),
         ({"budget": Macs(0.8)}, "are not counted, so macs are no budget here"),
     ],
 )
@@ -449,11 +449,9 @@ def test_a_latency_is_what_a_function_of_the_widths_says() -> None:
     assert spent.used == pytest.approx(left[0] + 3 * left[1])
     assert 0.95 * spent.allowed < spent.used <= spent.allowed == pytest.approx(0.8 * spent.dense)
     assert "microseconds" in str(result.report)
-    with pytest.raises(fasp_fx.ArgumentError, match="seconds= of the latency returned"):
+    with pytest.raises(fasp_fx.ArgumentError, match=r"used\(\) gives no number"):
         fasp_fx.prune(
             model, (torch.randn(16, 8),), budget=Latency(0.8, lambda widths: float("nan")), **options
         )
-    with pytest.raises(fasp_fx.ArgumentError, match="is no function"):
-        Latency(0.8, 3.0)  # type: ignore[arg-type]
     with pytest.raises(fasp_fx.ArgumentError, match="cannot be stored"):
         fasp_fx.PruningConfig(budget=Latency(0.8, seconds)).to_json()

@@ -132,16 +132,16 @@ def test_a_report_with_a_damaged_configuration_is_refused(config: object) -> Non
         ({"exclude": ("layer.0",)}, "exclude: 'layer.0' matches no group, and no weight of a coupled group"),
         (
             {"sparsity": {"layers.9.*": 0.3}},
-            r"sparsity: 'layers.9.\*' matches no group, and no weight that loses columns with a group",
+            r"0.3 of 'layers.9.\*', which matches no group",
         ),
-        ({"sparsity": {"layers.0.up.bias": 0.3}}, "matches no group, and no weight that loses columns"),
+        ({"sparsity": {"layers.0.up.bias": 0.3}}, "no weight that loses columns with one"),
         ({"sparsity": {}}, "is no mapping from name patterns to fractions"),
         ({"sparsity": {"layers.0": 1.5}}, r"sparsity=1.5 for 'layers.0' is not in \(0, 1\)"),
         (
             {"sparsity": {"layers.0": 0.5}, "allocation": lambda budget, round_to: []},
             "is an allocation by itself",
         ),
-        ({"exclude": ("layers",)}, "every group that can be pruned is excluded"),
+        ({"exclude": ("layers",)}, "exclude= leaves all whole"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
@@ -200,7 +200,7 @@ def test_groups_that_one_weight_reads_are_told_apart_by_their_names() -> None:
         first,
         first.replace("weight", "bias"),
     ]
-    with pytest.raises(fasp_fx.NothingPrunableError, match="is excluded"):  # the weight that both are read by
+    with pytest.raises(fasp_fx.NothingPrunableError, match="exclude="):  # the weight that both are read by
         fasp_fx.prune(model, (x,), sparsity=0.2, exclude=("down.weight",), **asked)
     only = fasp_fx.prune(model, (x,), sparsity={"down.weight#2": 0.5}, **asked)
     assert [group.name for group in only.plan.groups] == ["down.weight#2"]
@@ -314,19 +314,19 @@ DOWN = "layers.0.down.weight"
 SETS: list[tuple[dict[Any, Any], str]] = [
     (
         {"layers.0.down.wieght": [1]},
-        "'layers.0.down.wieght' is no group of this model",
+        "'layers.0.down.wieght' cannot be pruned here .there is no such group",
     ),
-    ({DOWN: [10]}, "has the channel sets 0 to 9, not 10"),
-    ({DOWN: [-1]}, "has the channel sets 0 to 9, not -1"),
-    ({DOWN: range(10)}, "keeps at least 1 of the 10 channel sets"),
+    ({DOWN: [10]}, "from 0 to 9"),
+    ({DOWN: [-1]}, "from 0 to 9"),
+    ({DOWN: range(10)}, "keep at least 1 of 10"),
     ({DOWN: torch.arange(10) < 3}, "of a mask, mask.nonzero"),
     ({DOWN: [True, False]}, "of a mask, mask.nonzero"),
     ({DOWN: [10**30]}, "give the numbers of channel sets"),
-    ({3: [1]}, "'3' is no group"),
+    ({3: [1]}, "'3' cannot be pruned"),
     ([1], "removed is a list"),  # type: ignore[list-item]
-    ({"frozen": [0]}, r"cannot be pruned: aten\.embedding"),
-    ({"exempt": [0]}, r"is exempt \(.*\); pass include=\('exempt',\)"),
-    ({"blocks": [0]}, r"blocks of '.*' must lose equally many channel sets, not 1, 0"),
+    ({"frozen": [0]}, r"is frozen: aten\.embedding"),
+    ({"exempt": [0]}, r"is exempt: .*include="),
+    ({"blocks": [0]}, r"blocks of '.*' must lose equally many channel sets.* lose 0, 1"),
 ]
 
 
@@ -346,7 +346,7 @@ def test_sets_that_cannot_go(removed: Any, message: str) -> None:
 
 def test_sets_of_another_granularity_or_of_no_capture() -> None:
     captured, heads = fasp_fx.capture(layers(), (X,)), ("head",)
-    with pytest.raises(fasp_fx.PlanError, match="loses channels, which granularity= does not name"):
+    with pytest.raises(fasp_fx.PlanError, match="that can with this granularity="):
         fasp_fx.plan_from_sets(captured, {DOWN: [0]}, granularity=heads)
     with pytest.raises(fasp_fx.ArgumentError, match="captured is a <made>"):
         fasp_fx.plan_from_sets(layers(), {})  # type: ignore[arg-type]
@@ -358,12 +358,11 @@ def test_sets_of_another_granularity_or_of_no_capture() -> None:
         ({"quality": ["best"]}, r"quality=\['best'\] is not known"),
         ({"score": np.ones(2)}, r"score=array\("),
         ({"restore": np.ones(2)}, r"restore=array\("),
-        ({"restore": int}, r"restore=int is a class"),
+        ({"restore": int}, r"restore=<class 'int'> is not known"),
         ({"allocation": np.ones(2)}, r"allocation=array\("),
         ({"loss": np.ones(2)}, r"loss=array\("),
         ({"exclude": torch.tensor(0.3)}, r"exclude=tensor\(0.3000\) is not known"),
         ({"include": torch.tensor(0.3)}, r"include=tensor"),
-        ({"budget": torch.tensor(0.3), "sparsity": None}, r"budget=tensor\(0.3000\) is no budget"),
         ({"sparsity": 10**400}, r"is not in \(0, 1\)"),
         ({"drift": 10**400}, r"is not in \[0, 1\]"),
     ],

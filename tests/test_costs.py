@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from zoo import TwoLayers
 
 import fasp_fx
-from fasp_fx.allocation import Budget, Global, Target, deepest_loss
+from fasp_fx.allocation import Budget, Global, Limit, deepest_loss
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing.specs import Net
 
@@ -90,7 +90,7 @@ def test_no_other_allocation_of_convex_costs_is_better(data: st.DataObject) -> N
     }
     costs = fasp_fx.Costs(curves, "")
     sparsity = data.draw(st.floats(0.05, counted.reach(1)))
-    lost = Global()(Budget(counted.groups, [Target(counted, sparsity)]), 1, costs)
+    lost = Global()(Budget(counted.groups, [Limit(counted, sparsity)]), 1, costs)
     spent, reached = (
         costs.predicted({str(index): one for index, one in enumerate(lost)}),
         counted.removed(lost),
@@ -299,15 +299,20 @@ def test_a_score_that_returns_no_order_is_refused(returned: Any, said: str) -> N
 
 def test_curves_are_of_the_score_that_a_key_says() -> None:
     captured = fasp_fx.capture(_small(), (DATA[0],))
-    asked: dict[str, Any] = {"calibration": DATA, "score": lambda columns: columns.norms}
-    costs = fasp_fx.Costs.from_json(fasp_fx.measure(captured, key="norms", **asked).to_json())
+    score: Any = lambda columns: columns.norms  # noqa: E731
+    asked: dict[str, Any] = {"calibration": DATA, "score": score}
+    unknown = fasp_fx.measure(captured, **asked)
+    score.key = "norms"
+    costs = fasp_fx.Costs.from_json(fasp_fx.measure(captured, **asked).to_json())
     asked |= {"sparsity": 0.3, "allocation": "global"}
     expected = fasp_fx.prune(captured, **asked).plan
-    assert fasp_fx.prune(captured, key="norms", costs=costs, **asked).plan == expected
+    assert fasp_fx.prune(captured, costs=costs, **asked).plan == expected
+    score.key = "squares"
     with pytest.raises(fasp_fx.ArgumentError, match="the cost curves are of score="):
-        fasp_fx.prune(captured, key="squares", costs=costs, **asked)
-    for measured in (costs, fasp_fx.measure(captured, calibration=DATA, score=asked["score"])):
-        with pytest.raises(fasp_fx.ArgumentError, match=r"cannot tell whether it is the same.* key="):
+        fasp_fx.prune(captured, costs=costs, **asked)
+    del score.key
+    for measured in (costs, unknown):
+        with pytest.raises(fasp_fx.ArgumentError, match=r"cannot tell whether it is the same.* key"):
             fasp_fx.prune(captured, costs=measured, **asked)
 
 
@@ -325,7 +330,7 @@ def test_whatever_is_drawn_is_chosen_by_predicted_losses(net: Net, number: int) 
     for loss in ("auto", None):
         costs = fasp_fx.measure(captured, calibration=batches, loss=loss)  # type: ignore[arg-type]
         counted = Sparsity(analysis)
-        lost = Global()(Budget(counted.groups, [Target(counted, sparsity)]), 1, costs)
+        lost = Global()(Budget(counted.groups, [Limit(counted, sparsity)]), 1, costs)
         assert costs.predicted(dict(zip((group.name for group in analysis.chosen), lost, strict=True))) >= 0
         result = fasp_fx.prune(captured, calibration=batches, sparsity=sparsity, loss=loss, costs=costs)  # type: ignore[arg-type]
         removed = {group.name: group.removed_sets for group in result.plan.groups}

@@ -105,7 +105,7 @@ def test_gradients_of_a_divergence_are_those_of_its_formula_in_blocks_of_any_siz
     dense, other = (torch.randn(2, 3, vocabulary, generator=generator) * 3 for _ in range(2))
     own, plain = other.clone().requires_grad_(), other.clone().requires_grad_()
     match = Divergence(top_k)
-    with mock.patch("fasp_fx.training.recovery._config._ROWS", rows):
+    with mock.patch("fasp_fx.training._distillation._ROWS", rows):
         kept = match.targets(dense)
         terms = match.terms(own, kept, {})
         terms.square().sum().backward()
@@ -275,14 +275,12 @@ def test_weights_of_16_bits_learn_by_steps_that_they_could_not_hold(precision: A
     assert relative_error(copy.deepcopy(after.module).float(), dense.float(), batches()) < before * 0.98
 
 
-def test_what_diverges_stops(made: Made) -> None:
+def test_what_diverges_is_as_before(made: Made) -> None:
     dense, data, result = made
-    after = fasp_fx.distil(copy.deepcopy(result), dense, data, learning_rate=1e4, epochs=50, evaluations=50)
-    recovery = told(after)
-    assert recovery.kept == 0
-    assert recovery.steps < 450
-    assert "learning_rate" in recovery.notes[0]
-    assert recovery.notes[0] in str(after.report)
+    before = weights_of(result)
+    after = fasp_fx.distil(copy.deepcopy(result), dense, data, learning_rate=1e4, epochs=5)
+    assert told(after).kept == 0
+    assert_weights(after, before)
 
 
 # --- models
@@ -355,7 +353,6 @@ def test_tied_weights_stay_tied(train: Any, tmp_path: Path) -> None:
         ({"train": "low-rank", "rank": 500}, "rank=500"),
         ({"config": {"epochs": 1}}, "DistillationConfig"),
         ({"progress": 5}, "progress is a int; pass a function"),
-        ({"key": 5}, "key=5 is not a text"),
     ],
 )
 def test_options_that_make_no_sense(made: Made, options: dict[str, Any], said: str) -> None:
@@ -431,7 +428,7 @@ class Squared:
 @pytest.mark.parametrize(
     ("returned", "said"),
     [
-        (lambda outputs, targets, inputs: outputs * math.nan, "batch 0, against itself, is not"),
+        (lambda outputs, targets, inputs: outputs * math.nan, "loss of the held-out batches is not finite"),
         (lambda outputs, targets, inputs: outputs[:0], "nothing of batch 0 counts"),
     ],
 )

@@ -162,14 +162,17 @@ def test_checkpoints_of_other_runs_and_other_folders_are_refused(made: Made, tmp
 
 def test_losses_of_ones_own_are_told_apart_by_their_keys(made: Made, tmp_path: Path) -> None:
     dense, data, result = made
-    options: dict[str, Any] = {"checkpoint": tmp_path / "run", "epochs": 1, "loss": Squared()}
-    with pytest.raises(ArgumentError, match=r"this one is of your own.* key="):
+    loss: Any = Squared()
+    options: dict[str, Any] = {"checkpoint": tmp_path / "run", "epochs": 1, "loss": loss}
+    with pytest.raises(ArgumentError, match=r"code of your own.* attribute key"):
         fasp_fx.distil(result, dense, data, **options)
     assert not (tmp_path / "run").exists()
+    loss.key = "squares"
     for _ in range(2):
-        fasp_fx.distil(copy.deepcopy(result), dense, data, key="squares", **options)
+        fasp_fx.distil(copy.deepcopy(result), dense, data, **options)
+    loss.key = "cubes"
     with pytest.raises(StoreError, match="options differ"):
-        fasp_fx.distil(copy.deepcopy(result), dense, data, key="cubes", **options)
+        fasp_fx.distil(copy.deepcopy(result), dense, data, **options)
 
 
 def test_a_device_that_runs_out_and_a_batch_that_the_pruned_model_does_not_take(

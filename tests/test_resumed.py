@@ -116,8 +116,10 @@ def _of_other_code() -> nn.Module:
     return model
 
 
-def _norms(columns: Any) -> torch.Tensor:
-    return columns.norms
+def _score(key: str | None) -> Any:
+    score: Any = lambda columns: columns.norms  # noqa: E731
+    score.key = key
+    return score
 
 
 #: another run than the first: its model, its options and what is said
@@ -126,15 +128,15 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "options": (llama, {"sparsity": 0.4}, "options, what goes of each group differ"),
     "weights": (_doubled, {}, "model differ"),
     "code": (_of_other_code, {}, "model differ"),
-    "another key": (llama, {"key": "squares"}, "options differ"),
+    "another key": (llama, {"score": _score("squares")}, "options differ"),
 }
 
 
 def test_another_run_is_refused(captured: fasp_fx.Captured, tmp_path: Path) -> None:
-    how = {**HOW, "score": _norms, "checkpoint": tmp_path / "state"}
-    with pytest.raises(ArgumentError, match=r"code of your own.* key="):
+    how = {**HOW, "score": _score(None), "checkpoint": tmp_path / "state"}
+    with pytest.raises(ArgumentError, match=r"code of your own.* attribute key"):
         fasp_fx.prune(captured, **how)
-    how["key"] = "norms"
+    how["score"] = _score("norms")
     expected = fasp_fx.prune(captured, **how)
     for make, options, said in OTHERS.values():
         other = fasp_fx.capture(make(), (), {"input_ids": tokens()[0], "use_cache": False})

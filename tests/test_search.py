@@ -32,10 +32,9 @@ import fasp_fx
 import fasp_fx.hf
 from fasp_fx.allocation import (
     Budget,
-    Ceiling,
     Global,
+    Limit,
     Search,
-    Target,
     Trial,
     deepest_loss,
 )
@@ -45,9 +44,8 @@ from fasp_fx.calibration._ranks import Ranks
 from fasp_fx.calibration._trial import Divergence, ModelTrial
 from fasp_fx.calibration._visit import Decision
 from fasp_fx.errors import ArgumentError
-from fasp_fx.pruning._deciding import PROGRESS_SHARE_MEASURING
-from fasp_fx.pruning._measuring import measure_costs
-from fasp_fx.pruning._method import Method
+from fasp_fx.pruning._calibrating import Method, measure_costs
+from fasp_fx.pruning._prune import PROGRESS_SHARE_MEASURING
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -69,13 +67,13 @@ def problems(draw: st.DrawFn, is_target: bool | None = None) -> tuple[Budget, in
     assume(reach > 0.1)
     sparsity = draw(st.floats(0.05, reach - 0.01))
     if draw(st.booleans()) if is_target is None else is_target:
-        budget = Budget(counted.groups, [Target(counted, sparsity)])
+        budget = Budget(counted.groups, [Limit(counted, sparsity)])
     else:
         other = Linear(widths, shares[::-1])
         assume(other.reach(round_to) > sparsity)
-        budget = Budget(
-            counted.groups, [Ceiling(Parameters(1 - sparsity), counted), Ceiling(Macs(1 - sparsity), other)]
-        )
+        pairs = ((Parameters, counted), (Macs, other))
+        limits = [Limit.under(cap(1 - sparsity), resource) for cap, resource in pairs]
+        budget = Budget(counted.groups, limits)
     losses = [sorted(draw(st.lists(st.floats(0.01, 10), min_size=width, max_size=width))) for width in widths]
     curves = {
         str(index): fasp_fx.CostCurve(np.array([0.0, *np.cumsum(own)])) for index, own in enumerate(losses)
@@ -118,6 +116,9 @@ class Made(Trial):
     def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
         return [self.loss(lost, sequence) for sequence in sequences]
 
+    def note(self, before: float, after: float, tried: int) -> None:
+        self.told = (before, after)
+
 
 def _noise(lost: Sequence[int], sequence: int) -> float:
     value = float(np.random.default_rng((*lost, sequence)).random())
@@ -135,8 +136,8 @@ def test_it_never_ends_worse_than_it_began(
     def whole(lost: Sequence[int]) -> float:
         return math.fsum(_noise(lost, sequence) for sequence in range(count)) / count
 
-    assert found.first == whole(start)
-    assert found.loss == whole(found.lost) <= found.first
+    assert trial.told == (whole(start), whole(found))
+    assert whole(found) <= whole(start)
     assert evolve(moves, start, Made(_noise, count), 4, offspring, 3) == found
 
 
@@ -214,17 +215,16 @@ def trial_of(loss: Any, restore: Any, **options: Any) -> tuple[ModelTrial, list[
     program = captured().program
     analysis = fasp_fx.analyze(captured())
     inputs = [program.flat_inputs((), batch) for batch in batches()]
-    measured = measure_costs(
+    _, _, trials = measure_costs(
         Method.of(config),
         {"": Consumers(analysis)},
         lambda path: inputs,
-        lambda path, group: group,
         "",
         Ranks(),
         lambda fraction: None,
         part=1,
     )
-    return measured.trials[""], analysis.chosen
+    return trials[""], analysis.chosen
 
 
 def pruned_by_hand(

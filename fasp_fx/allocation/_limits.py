@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import numpy as np
 
@@ -18,66 +17,32 @@ from .budgets import Cap
 from .costs import CostCurve, Costs
 
 
-class Limit(ABC):
+@dataclass(frozen=True)
+class Limit:
     """How much of one resource may stay.
 
     Attributes:
         resource: what is counted.
+        need: the fraction of what the dense model has that has to go.
+        cap: what was asked for, more than which never stays; ``None``: the fraction that goes is to be met as
+            nearly as whole channel sets can.
     """
 
-    def __init__(self, resource: Resource) -> None:
-        self.resource = resource
+    resource: Resource
+    need: float
+    cap: Cap | None = None
 
-    @abstractmethod
+    @classmethod
+    def under(cls, cap: Cap, resource: Resource) -> Limit:
+        """No more than a budget allows."""
+        whole = resource.whole
+        return cls(resource, 1 - cap.allowed(whole) / whole if whole else 0.0, cap)
+
     def over(self, lost: Sequence[int]) -> float:
         """By how much too much stays, as a fraction of what the dense model has; ``lost`` as for
         :meth:`fasp_fx.resources.Resource.used`.
         """
-
-    @property
-    @abstractmethod
-    def need(self) -> float:
-        """The fraction of what the dense model has that has to go."""
-
-
-class Target(Limit):
-    """A fraction of a resource that is to go, met as nearly as whole channel sets can.
-
-    Args:
-        resource: what is counted.
-        sparsity: the fraction.
-    """
-
-    def __init__(self, resource: Resource, sparsity: float) -> None:
-        super().__init__(resource)
-        self.sparsity = sparsity
-
-    def over(self, lost: Sequence[int]) -> float:
-        return self.sparsity - self.resource.removed(lost)
-
-    @property
-    def need(self) -> float:
-        return self.sparsity
-
-
-class Ceiling(Limit):
-    """The most of a resource that may stay; more never does.
-
-    Args:
-        cap: what was asked for.
-        resource: what is counted.
-    """
-
-    def __init__(self, cap: Cap, resource: Resource) -> None:
-        super().__init__(resource)
-        self.cap, self.allowed = cap, cap.allowed(resource.whole)
-
-    def over(self, lost: Sequence[int]) -> float:
-        return (self.resource.used(lost) - self.allowed) / max(self.resource.whole, 1)
-
-    @property
-    def need(self) -> float:
-        return 1 - self.allowed / max(self.resource.whole, 1)
+        return self.need - self.resource.removed(lost)
 
 
 class Budget:
@@ -137,12 +102,11 @@ class Budget:
         """
         counts = self.counts(lost)
         found = [limit.over(counts) for limit in self.limits]
-        for limit, over in zip(self.limits, found, strict=True):
-            if math.isnan(over):
-                raise ArgumentError(
-                    f"{type(limit.resource).__name__}.used() gives no number where the groups lose {counts}"
-                    " channel sets; it must say how much is left for every loss within reach"
-                )
+        if any(map(math.isnan, found)):
+            raise ArgumentError(
+                f"a resource's used() gives no number where the groups lose {counts} channel sets; it must"
+                " say how much is left for every loss within reach"
+            )
         return max(found)
 
     def removed(self, lost: Sequence[int]) -> list[float]:
@@ -164,7 +128,7 @@ class Budget:
     @property
     def is_ceiling(self) -> bool:
         """Whether too much may never stay; else the nearest is wanted."""
-        return any(isinstance(limit, Ceiling) for limit in self.limits)
+        return any(limit.cap is not None for limit in self.limits)
 
     def closest(self, candidates: Iterable[list[int]]) -> list[int]:
         """The candidate that meets the budget best: the nearest; with ceilings, of those under all of them,
@@ -215,7 +179,7 @@ def joined(costs: Costs, groups: Sequence[Group], places: Sequence[int], average
             least = min(len(costs[name].losses) for name in own)
             losses = [costs[name].losses[:least] for name in own]
             curves[own[0]] = CostCurve((np.mean if averages else np.sum)(losses, 0))
-    return costs.with_curves(curves)
+    return Costs(curves, costs.fingerprint, costs.score, costs.granularity)
 
 
 def deepest_loss(group: Group) -> int:
@@ -223,7 +187,7 @@ def deepest_loss(group: Group) -> int:
     return max(group.width - group.needed, 0)
 
 
-def validate(lost: Any, budget: Budget) -> list[int]:
+def validate(lost: Iterable[int], budget: Budget) -> list[int]:
     """What an allocation returned, if it can be done.
 
     Raises:
@@ -239,29 +203,23 @@ def validate(lost: Any, budget: Budget) -> list[int]:
     return found
 
 
-def check_counts(lost: Any, groups: Sequence[Group]) -> list[int]:
+def check_counts(lost: Iterable[int], groups: Sequence[Group]) -> list[int]:
     """How many channel sets each block of some groups loses, if it can.
 
     Raises:
         ArgumentError: not one whole number for each group, or one that leaves less than the group needs.
     """
-    if not isinstance(lost, Iterable):
-        raise ArgumentError(
-            f"the allocation returned a {type(lost).__name__}; it must return a number of channel sets for"
-            " each group"
-        )
-    found = list(lost)
+    found = list(lost) if isinstance(lost, Iterable) else [lost]
     if len(found) != len(groups):
         raise ArgumentError(
-            f"the allocation returned {len(found)} numbers for {len(groups)} groups; it must return"
-            " one for each"
+            f"the allocation returned {len(found)} numbers for {len(groups)} groups; it must return one for"
+            " each"
         )
     for group, sets in zip(groups, found, strict=True):
-        most = deepest_loss(group)
-        if isinstance(sets, bool) or not isinstance(sets, (int, np.integer)) or not 0 <= sets <= most:
+        if not isinstance(sets, (int, np.integer)) or not 0 <= sets <= deepest_loss(group):
             raise ArgumentError(
-                f"the allocation takes {sets!r} channel sets from a block of '{group.name}'; give a whole"
-                f" number from 0 to {most}"
+                f"the allocation takes {sets!r:.80} channel sets from a block of '{group.name}'; give a whole"
+                f" number from 0 to {deepest_loss(group)} for each group"
             )
     return [int(sets) for sets in found]
 
@@ -289,28 +247,23 @@ def check_reach(budget: Budget, round_to: int) -> None:
     rounded = f" with round_to={round_to}" if rounds else ""
     smaller = ", or for a smaller round_to" if rounds else ""
     for limit in budget.limits:
-        if isinstance(limit, Ceiling) and limit.over(deepest) > 0:
-            least, whole = limit.resource.used(deepest), max(limit.resource.whole, 1)
-            share = np.ceil(least / whole * 1e4) / 1e4
-            raise BudgetError(
-                f"{limit.cap} is out of reach: at least {least:,} of {whole:,} {limit.cap.unit}"
-                f" stay{rounded}, a share of {share:.4f}; allow more{smaller}, or see analyze(...).groups for"
-                " what is frozen and why"
-            )
-        if isinstance(limit, Target) and limit.over(deepest) > 1e-12:
-            reach = limit.resource.removed(deepest)
+        if not limit.over(deepest) > (1e-12 if limit.cap is None else 0):
+            continue
+        where = f"{rounded}; let more stay{smaller}, or see analyze(...).groups for what is frozen and why"
+        if limit.cap is None:
+            reach = np.floor(limit.resource.removed(deepest) * 1e4) / 1e4
             raise SparsityError(
-                f"sparsity={limit.sparsity:.4g} is out of reach: the prunable groups allow at most"
-                f" {np.floor(reach * 1e4) / 1e4:.4f}{rounded}; ask for less{smaller}, or see"
-                " analyze(...).groups for what is frozen and why"
+                f"sparsity={limit.need:.4g} is out of reach: the prunable groups allow at most"
+                f" {reach:.4f}{where}"
             )
-    if budget.is_ceiling and budget.over([0] * len(budget.groups)) <= 0:
-        said = ", ".join(
-            f"{limit.resource.whole:,} {limit.cap.unit}"
-            for limit in budget.limits
-            if isinstance(limit, Ceiling)
+        least, whole = limit.resource.used(deepest), max(limit.resource.whole, 1)
+        raise BudgetError(
+            f"{limit.cap} is out of reach: at least {least:,} of {whole:,} {limit.cap.unit} stay, a share of"
+            f" {np.ceil(least / whole * 1e4) / 1e4:.4f}{where}"
         )
-        raise BudgetError(f"the model meets the budget as it is: it has {said}; allow less")
+    if budget.is_ceiling and budget.over([0] * len(budget.groups)) <= 0:
+        has = [f"{limit.resource.whole:,} {limit.cap.unit}" for limit in budget.limits if limit.cap]
+        raise BudgetError(f"the model meets the budget as it is: it has {', '.join(has)}; allow less")
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -337,61 +290,40 @@ def is_excluded(group: Group, patterns: Iterable[str]) -> bool:
     return any(matches(pattern, name) for pattern in patterns for name in held_by(group))
 
 
-def check_patterns(
-    option: str, patterns: Iterable[str], groups: Sequence[Group], names_of: Callable[[Group], list[str]]
-) -> None:
+def check_patterns(option: str, patterns: Iterable[str], groups: Sequence[Group]) -> None:
     """Refuse patterns that name no group, nor a weight of any.
 
     Args:
         option: what the patterns were given as.
         groups: all groups of a model, those that cannot be pruned among them.
-        names_of: the names of a group that count.
 
     Raises:
         ArgumentError: names the pattern.
     """
     for pattern in patterns:
-        if not any(matches(pattern, name) for group in groups for name in names_of(group)):
-            what = "that loses columns with a group" if names_of is read_by else "of a coupled group"
+        if not any(is_excluded(group, [pattern]) for group in groups):
             raise ArgumentError(
-                f"{option}: '{pattern}' matches no group, and no weight {what}; analyze(...).groups has their"
-                " names"
+                f"{option}: '{pattern}' matches no group, and no weight of a coupled group;"
+                " analyze(...).groups has their names"
             )
 
 
-def check_asked(
-    fractions: Mapping[str, float],
-    exclude: Iterable[str],
-    groups: Sequence[Group],
-    chosen: Sequence[Group],
-) -> None:
+def check_asked(fractions: Mapping[str, float], open_to: Sequence[Group]) -> None:
     """Refuse to take from groups that stay whole.
 
     Args:
         fractions: what goes, by pattern.
-        exclude: patterns of what stays.
-        groups: all groups of a model.
-        chosen: those of them that can be pruned as asked.
+        open_to: the groups that can be pruned and are not excluded.
 
     Raises:
-        ArgumentError: a pattern asks for groups none of which is among those chosen, or all are excluded.
+        ArgumentError: a pattern names none of them.
     """
-    names = {group.name for group in chosen}
-    excluded = {group.name for group in groups if is_excluded(group, exclude)}
-    for pattern in fractions:
-        asked = [group for group in groups if any(matches(pattern, name) for name in read_by(group))]
-        can_go = [group for group in asked if group.name in names]
-        if asked and not can_go:
-            first = asked[0]
+    for pattern, fraction in fractions.items():
+        if not any(matches(pattern, name) for group in open_to for name in read_by(group)):
             raise ArgumentError(
-                f"sparsity asks for {fractions[pattern]} of '{pattern}', which stays whole ('{first.name}' is"
-                f" {first.status} at the granularity '{first.granularity}'"
-                f"{first.reason and f': {first.reason}'}); leave it out"
-            )
-        if can_go and all(group.name in excluded for group in can_go):
-            raise ArgumentError(
-                f"sparsity asks for {fractions[pattern]} of '{pattern}', which exclude= leaves whole"
-                f" ({can_go[0].name!r}); leave one of the two out"
+                f"sparsity asks for {fraction} of '{pattern}', which matches no group that can be pruned and"
+                " is not excluded, and no weight that loses columns with one; analyze(...).groups has their"
+                " names"
             )
 
 
@@ -419,9 +351,7 @@ def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: in
 
 __all__ = [
     "Budget",
-    "Ceiling",
     "Limit",
-    "Target",
     "alike",
     "check_asked",
     "check_counts",

@@ -18,6 +18,7 @@ from ..analysis.resources import (
     Resource,
     ShrinkingSizes,
     Size,
+    Sparsity,
     Widest,
     cache_of,
     parameters_of,
@@ -83,25 +84,19 @@ class Cap(ABC):
 class Parameters(Cap):
     """The number of all parameters, tied ones once, as the report's line ``parameters`` has them."""
 
-    name, unit = "parameters", "parameters"
+    name, unit, in_bytes = "parameters", "parameters", False
 
     def resource(self, analysis: Analysis) -> Resource:
-        return parameters_of(analysis)
+        return parameters_of(analysis, in_bytes=self.in_bytes)
 
     def held(self, weights: Iterable[Tensor]) -> float:
-        return sum(tensor.numel() for tensor in weights)
+        return sum(weight.numel() * (weight.element_size() if self.in_bytes else 1) for weight in weights)
 
 
-class Bytes(Cap):
+class Bytes(Parameters):
     """The bytes of all parameters, tied ones once, as the report's line ``bytes`` has them."""
 
-    name, unit = "bytes", "bytes"
-
-    def resource(self, analysis: Analysis) -> Resource:
-        return parameters_of(analysis, in_bytes=True)
-
-    def held(self, weights: Iterable[Tensor]) -> float:
-        return sum(tensor.numel() * tensor.element_size() for tensor in weights)
+    name, unit, in_bytes = "bytes", "bytes", True
 
 
 class Macs(Cap):
@@ -146,13 +141,6 @@ class Latency(Cap):
     name: ClassVar[str] = "latency"
     unit: ClassVar[str] = "microseconds"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not callable(self.seconds):
-            raise ArgumentError(
-                f"seconds={self.seconds!r:.80} is no function; pass one from widths by group to seconds"
-            )
-
     def resource(self, analysis: Analysis) -> Resource:
         return Microseconds(analysis.chosen, self.seconds)
 
@@ -171,16 +159,16 @@ class Microseconds(Resource):
 
     def used(self, lost: Sequence[int]) -> float:
         pairs = zip(self.groups, lost, strict=True)
-        found = self._seconds({group.name: group.width - gone // group.blocks for group, gone in pairs})
-        if not is_number(found) or found < 0:
-            raise ArgumentError(
-                f"seconds= of the latency returned {found!r:.80}; it must return a number from 0 on"
-            )
-        return found * 1e6
+        return 1e6 * self._seconds({group.name: group.width - gone // group.blocks for group, gone in pairs})
 
 
 #: every kind of budget that can be stored, by its name
 KINDS: dict[str, type[Cap]] = {kind.name: kind for kind in (Parameters, Macs, Bytes, CacheBytes)}
+
+
+def counted(analysis: Analysis, cap: Cap | None) -> Resource:
+    """What a budget counts of a program; ``None``: what sparsity is a fraction of."""
+    return Sparsity(analysis) if cap is None else cap.resource(analysis)
 
 
 def read_budget(given: Any) -> tuple[Cap, ...]:
@@ -189,21 +177,15 @@ def read_budget(given: Any) -> tuple[Cap, ...]:
     Raises:
         ArgumentError: it is something else, or two budgets are of one resource.
     """
-    try:
-        several = isinstance(given, Iterable) and not isinstance(given, (str, Mapping))
-        caps = tuple(given) if several else (given,)
-    except TypeError:  # a tensor without dimensions
-        caps = (given,)
+    caps = tuple(given) if isinstance(given, Iterable) else (given,)
     for cap in caps:
         if not isinstance(cap, Cap):
             raise ArgumentError(
                 f"budget={cap!r} is no budget; pass one of fasp_fx.budgets, such as Parameters(0.8), or a"
                 " tuple of them"
             )
-    names = [cap.name for cap in caps]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ArgumentError(f"budget= speaks of {twice[0]} twice; keep the smaller one")
+    if len({cap.name for cap in caps}) < len(caps):
+        raise ArgumentError(f"budget={caps!r} speaks of one resource twice; keep the smaller one")
     return caps
 
 
@@ -227,20 +209,13 @@ def budget_from_data(data: Any) -> tuple[Cap, ...]:
     Raises:
         ArgumentError: these are none.
     """
-    caps = []
-    for item in data if isinstance(data, list) else [data]:
-        known = (
-            isinstance(item, dict)
-            and item.keys() == {"resource", "amount"}
-            and isinstance(item["resource"], str)
-        )
-        if not known or item["resource"] not in KINDS:
-            raise ArgumentError(
-                f"budget={item!r} is none; it names one of {', '.join(map(repr, KINDS))} as 'resource', and"
-                " an 'amount'"
-            )
-        caps.append(KINDS[item["resource"]](item["amount"]))
-    return read_budget(caps)
+    try:
+        return read_budget([KINDS[item["resource"]](item["amount"]) for item in data])
+    except (KeyError, TypeError) as error:
+        raise ArgumentError(
+            f"budget={data!r:.80} is none; each names one of {', '.join(map(repr, KINDS))} as 'resource', and"
+            " an 'amount'"
+        ) from error
 
 
 #: one dimension of what a node makes, negative ones from the last
@@ -298,7 +273,7 @@ def macs_of(analysis: Analysis) -> Counted:
     Raises:
         BudgetError: an operator multiplies in a way that is not counted; names it.
     """
-    left, shapes, sizes, dense = Products(), _ExampleShapes(analysis), ShrinkingSizes(analysis), 0
+    left, shapes, sizes, dense = Products(), _example_shapes(analysis), ShrinkingSizes(analysis), 0
 
     def size(dim: Dim) -> Size:
         return sizes.of(dim[0], shapes(dim[0]), dim[1])
@@ -311,31 +286,21 @@ def macs_of(analysis: Analysis) -> Counted:
     return Counted(analysis, left, dense)
 
 
-class _ExampleShapes:
-    """The shapes of what nodes make, at the sizes of the example inputs.
-
-    The analysis runs at small sizes where it can, so shapes are read from what the capture recorded.
+def _example_shapes(analysis: Analysis) -> ShapeOf:
+    """The shapes of what nodes make, at the sizes of the example inputs, as the capture recorded them; the
+    analysis runs at small sizes where it can.
     """
+    module, copy = analysis.program.module, analysis.program.copy().module
+    if any("val" not in node.meta for node in _calls(module.graph)):  # which a pass has made
+        record(copy)
+    pairs, sizes = zip(module.graph.nodes, copy.graph.nodes, strict=True), Sizes(module, small=False)
+    made = {node: node.meta.get("val", copied.meta.get("val")) for node, copied in pairs}
 
-    def __init__(self, analysis: Analysis) -> None:
-        self._program, self._sizes = analysis.program, Sizes(analysis.program.module, small=False)
-        self._again: dict[fx.Node, Any] = {}
+    def shape(node: fx.Node) -> tuple[int, ...]:
+        value: Any = attribute(module, str(node.target)) if node.op == "get_attr" else made[node]
+        return tuple(sizes.integer(size) for size in value.shape)
 
-    def __call__(self, node: fx.Node) -> tuple[int, ...]:
-        if node.op == "get_attr":
-            return tuple(map(int, attribute(self._program.module, str(node.target)).shape))
-        value = node.meta.get("val")
-        if value is None:  # of a node that a pass has made
-            value = self._recorded()[node]
-        return tuple(self._sizes.integer(size) for size in value.shape)
-
-    def _recorded(self) -> dict[fx.Node, Any]:
-        if not self._again:
-            copy = self._program.copy()
-            record(copy.module)
-            nodes = zip(self._program.module.graph.nodes, copy.module.graph.nodes, strict=True)
-            self._again = {node: copied.meta.get("val") for node, copied in nodes}
-        return self._again
+    return shape
 
 
 def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -358,13 +323,12 @@ def _terms(node: fx.Node, module: torch.nn.Module, shape: ShapeOf) -> list[Term]
             " budget here; use another"
         )
     if isinstance(node.target, HigherOrderOperator):
-        for source in node.all_input_nodes:
-            inner = attribute(module, str(source.target)) if source.op == "get_attr" else None
-            if isinstance(inner, fx.GraphModule) and any(map(_multiplies, _calls(inner.graph))):
-                raise BudgetError(
-                    f"how often '{node.name}' ({node.target}) multiplies is decided at run time, so macs are"
-                    " no budget here; use another"
-                )
+        inner = [attribute(module, str(one.target)) for one in node.all_input_nodes if one.op == "get_attr"]
+        if any(isinstance(one, fx.GraphModule) for one in inner):
+            raise BudgetError(
+                f"how often '{node.name}' ({node.target}) multiplies is decided at run time, so macs are no"
+                " budget here; use another"
+            )
     return []
 
 
@@ -404,9 +368,4 @@ def _is_made_of_products(node: fx.Node, shape: ShapeOf) -> bool:
     return counter.get_total_flops() > 0
 
 
-def _multiplies(node: fx.Node) -> bool:
-    counted = isinstance(node.target, OpOverload) and node.target._overloadpacket in flop_registry
-    return counted or str(node.target) in _FORMULAS or isinstance(node.target, HigherOrderOperator)
-
-
-__all__ = ["Bytes", "CacheBytes", "Cap", "Latency", "Macs", "Parameters", "macs_of"]
+__all__ = ["Bytes", "CacheBytes", "Cap", "Latency", "Macs", "Parameters", "counted", "macs_of"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class _Written:
     losses: dict[str, list[float]]
 
 
-class Costs(Mapping[str, CostCurve]):
+class Costs(dict[str, CostCurve]):
     """The cost curves of a model's groups by their names, measured once (:func:`fasp_fx.measure`) for several
     prunings.
 
@@ -71,24 +71,12 @@ class Costs(Mapping[str, CostCurve]):
         score: str = "",
         granularity: Iterable[str] = ("channel",),
     ) -> None:
-        self._curves, self.fingerprint, self.score = dict(curves), fingerprint, score
+        super().__init__(curves)
+        self.fingerprint, self.score = fingerprint, score
         self.granularity = frozenset(granularity)
 
     def __repr__(self) -> str:
         return f"Costs({len(self)} curves, score={self.score!r})"
-
-    def __getitem__(self, name: str) -> CostCurve:
-        return self._curves[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._curves)
-
-    def __len__(self) -> int:
-        return len(self._curves)
-
-    def with_curves(self, curves: Mapping[str, CostCurve]) -> Costs:
-        """Other curves of the same model, measured in the same way."""
-        return Costs(curves, self.fingerprint, self.score, self.granularity)
 
     def predicted(self, lost: Mapping[str, int]) -> float:
         """The predicted rise of the loss when blocks of these groups lose so many channel sets: the sum over
@@ -100,27 +88,14 @@ class Costs(Mapping[str, CostCurve]):
         Raises:
             ArgumentError: a group has no curve, or its curve does not go as far.
         """
-        return float(sum(self._after(name, count) for name, count in lost.items()))
-
-    def _after(self, name: str, count: int) -> float:
-        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 0:
-            raise ArgumentError(
-                f"'{name}' cannot lose {count!r} channel sets of a block; give a whole number from 0 on"
-            )
-        if not count:
-            return 0.0
-        if name not in self:
-            raise ArgumentError(
-                f"there is no cost curve for '{name}'; there are those of"
-                f" {', '.join(map(repr, self)) or 'no group'}"
-            )
-        losses = self[name].losses
-        if count >= len(losses):
-            raise ArgumentError(
-                f"the cost curve of '{name}' goes up to {len(losses) - 1} channel sets of a block, not to"
-                f" {count}"
-            )
-        return float(losses[count])
+        gone = {name: count for name, count in lost.items() if count}
+        for name, count in gone.items():
+            if name not in self or count not in range(len(self[name].losses)):
+                raise ArgumentError(
+                    f"there is no cost curve for '{name}' that says what {count!r} channel sets of a block"
+                    f" cost; there are those of {', '.join(map(repr, self)) or 'no group'}"
+                )
+        return float(sum(self[name].losses[count] for name, count in gone.items()))
 
     def to_json(self) -> str:
         """The curves as text."""
@@ -178,16 +153,12 @@ def check_costs(costs: Costs, fingerprint: str, score: str, granularity: Iterabl
             f"the cost curves are of another model: its fingerprint is {costs.fingerprint[:12]}…, this"
             f" model's is {fingerprint[:12]}…; measure this one"
         )
-    if costs.score and costs.score != score:
+    measured, wanted = (costs.score or score, costs.granularity), (score, frozenset(granularity))
+    if measured != wanted:
+        of, by = (f"score={name!r}, granularity={sorted(names)}" for name, names in (measured, wanted))
         raise ArgumentError(
-            f"the cost curves are of score={costs.score!r}, and this pruning is by {score!r}, in whose order"
-            " other channels go; measure by that"
-        )
-    if costs.granularity != (wanted := frozenset(granularity)):
-        measured, asked = (", ".join(map(repr, sorted(names))) for names in (costs.granularity, wanted))
-        raise ArgumentError(
-            f"the cost curves are of granularity=({measured},), and this pruning is of ({asked},); measure"
-            " with that"
+            f"the cost curves are of {of}, and this pruning is by {by}, where other channels go in another"
+            " order; measure with that"
         )
 
 

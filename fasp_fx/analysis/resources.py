@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor, fx
 
 from ..capturing._fx import attribute, results, target_name
@@ -57,10 +56,6 @@ class Counted(Resource):
 
     def used(self, lost: Sequence[int]) -> float:
         return self._left.count(lost)
-
-    def expected(self, lost: Sequence[Tensor]) -> Tensor:
-        """The fraction that goes where groups lose parts of channel sets, with a gradient."""
-        return 1 - self._left.expected(lost) / self.whole
 
 
 class Sparsity(Counted):
@@ -263,10 +258,6 @@ class Products:
         but for what rounding took from shares.
         """
         return int(self._sum([round(size.left(lost)) for size in self._places]))
-
-    def expected(self, lost: Sequence[Tensor]) -> Tensor:
-        """As :meth:`total`, of numbers with a gradient."""
-        return torch.as_tensor(self.total(lost))  # type: ignore[arg-type]  # arithmetic alone, which tensors know as well
 
     def _sum(self, left: Sequence[float]) -> float:
         found: float = 0

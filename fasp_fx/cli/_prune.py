@@ -25,8 +25,8 @@ from ..hf import Pruned, prune
 from ..hf._plain import plain_config
 from ..hf._stages import pruned_already
 from ..interop.page import check_page, write_page
-from ..pruning._allocating import budget_for, check_request, counted, expected_sparsity
-from ..pruning._method import Method
+from ..pruning._allocating import budget_for, check_request, expected_sparsity
+from ..pruning._calibrating import Method
 from ..pruning._prune import analyze
 from ..pruning.config import PruningConfig
 from ..pruning.report import Figure
@@ -123,7 +123,7 @@ def say_needs(
     stages.begin(CAPTURING)
     example = {"input_ids": torch.zeros(1, texts.length, dtype=torch.long), "use_cache": False}
     analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
-    budget = budget_for(config, analysis.chosen, lambda cap: counted(analysis, cap))
+    budget = budget_for(config, analysis)
     check_request(Method.of(config), budget, analysis.groups)
     kind = empty.dtype if dtype == "auto" else getattr(torch, dtype)
     found = forecast(analysis, config, texts.batches if texts.used is None else len(texts.used), dtype=kind)

@@ -27,8 +27,8 @@ from ..base._options import path_of
 from ..base._tolerable import tolerable
 from ..base.compat._transformers import quiet
 from ..errors import ArgumentError, FaspError, StoreError, first_line
+from ..pruning._result import TOLD, read_told, write_told
 from ..pruning.report import Report
-from ..pruning.saving._folder import TOLD, read_told, write_told
 from ..storage._folder import new_save, parsing, read_json, read_text, verify, write_json, write_manifest
 from ..storage._graph_json import program_from_json
 from ..storage._tensors import read_tensors, write_tensors

@@ -29,10 +29,9 @@ from ..capturing._captured import Captured, capture_whole
 from ..capturing._program import Program
 from ..errors import ArgumentError, PlanError, StoreError, VerificationError
 from ..passes._pruned_module import PrunedModule
-from ..pruning._deciding import decide, measure_subject, measuring_config, replay, restoring_config
+from ..pruning._prune import decide, measure_subject, replay, restoring_config
 from ..pruning._result import Result
-from ..pruning._rewriting import Timings, analyze_for, make_plan, rewrite
-from ..pruning._subject import Subject
+from ..pruning._subject import Subject, analyze_for, make_plan, rewrite
 from ..pruning.config import PruningConfig, PruningOptions
 from ..pruning.report import Report, make_report
 from ..storage._folder import LAYERS, kind_of, parsing, read_json
@@ -190,7 +189,7 @@ def measure(
     check_callable(progress=progress)
     check_calibration(calibration)
     captured = _captured(model, device)
-    asked = measuring_config(PruningConfig.of(config, options))
+    asked = PruningConfig.of(config, options)
     return measure_subject(
         Subject({"": captured.planned()[1]}, device),
         asked,
@@ -222,11 +221,11 @@ def apply(
     """
     check_callable(progress=progress)
     asked = restoring_config(PruningConfig.of(config, options), plan, calibration is not None)
-    captured, clock = _captured(model, device), Timings()
+    captured = _captured(model, device)
     subject = Subject({"": captured.planned()[1]}, device)
     batches = captured.read(calibration)
-    ((_, decision),) = replay(subject, plan, asked, batches, progress=progress, clock=clock)
-    return _finished(captured, subject, decision, asked, None, clock, tokenizer)
+    ((_, decision),) = replay(subject, plan, asked, batches, progress=progress)
+    return _finished(captured, subject, decision, asked, None, tokenizer)
 
 
 @one_at_a_time
@@ -298,7 +297,7 @@ def prune(
     asked = PruningConfig.of(config, options)
     if asked.needs_data:
         check_calibration(calibration)
-    clock, subject = Timings(), Subject({"": captured.planned()[1]}, device)
+    subject = Subject({"": captured.planned()[1]}, device)
     ((_, decision),) = decide(
         subject,
         asked,
@@ -309,9 +308,8 @@ def prune(
         loss="next-token",
         ranks=Ranks.of(group),
         checkpoint=checkpoint,
-        clock=clock,
     )
-    return _finished(captured, subject, decision, asked, asked, clock, tokenizer)
+    return _finished(captured, subject, decision, asked, asked, tokenizer)
 
 
 def _captured(model: Any, device: torch.device | str | None) -> CapturedModel:
@@ -324,7 +322,6 @@ def _finished(
     decision: Decision,
     asked: PruningConfig,
     config: PruningConfig | None,
-    clock: Timings,
     tokenizer: Any,
 ) -> Pruned:
     """Carry out in all programs what was decided for the first.
@@ -341,13 +338,15 @@ def _finished(
         weights = one_set(model, results)
         trained = {name: own for name, own in weights.items() if isinstance(own, nn.Parameter)}
         plan = replace(plan, result=plans.fingerprint(trained))
-        report = make_report(analysis, plan, decision, program.parameters(), weights, config, clock.seconds)
+        report = make_report(
+            analysis, plan, decision, program.parameters(), weights, config, subject.clock.seconds
+        )
         reports = [result.report for result in results.values()]
         notes = dict.fromkeys(note for one in (report, *reports) for note in one.notes)
         cache = next((one.cache for one in reports if one.cache is not None), None)
         report = replace(report, notes=tuple(notes), cache=cache)
     else:  # the one program serves all of generation
-        result = rewrite(program, analysis, decision, config, clock)
+        result = rewrite(program, analysis, decision, config, subject.clock)
         results, plan, report = {name: result}, result.plan, result.report
     programs: dict[str, StoredProgram] = {}
     constants: dict[str, dict[str, Tensor]] = {}

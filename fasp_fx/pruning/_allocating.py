@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from ..allocation._allocation import CostAllocation, TrialAllocation
 from ..allocation._limits import (
     Budget,
-    Ceiling,
-    Target,
+    Limit,
     alike,
     check_asked,
     check_patterns,
-    held_by,
     is_excluded,
     joined,
     lost_by_pattern,
-    read_by,
     validate,
 )
-from ..allocation.budgets import Cap
+from ..allocation.budgets import Cap, counted
 from ..allocation.costs import Costs
 from ..analysis._analysis import Analysis
 from ..analysis.groups import Group
@@ -28,36 +26,34 @@ from ..analysis.resources import Resource, Sparsity
 from ..base._undisturbed import in_turns
 from ..calibration._trial import ServedTrial
 from ..errors import NothingPrunableError
-from ._method import Method
+from ._calibrating import Method
 from .config import PruningConfig
 
 
-def counted(analysis: Analysis, cap: Cap | None) -> Resource:
-    """What a budget counts of a program; ``None``: what sparsity is a fraction of."""
-    return Sparsity(analysis) if cap is None else cap.resource(analysis)
-
-
 def budget_for(
-    config: PruningConfig, groups: Sequence[Group], count: Callable[[Cap | None], Resource]
+    config: PruningConfig, analysis: Analysis, count: Callable[[Cap | None], Resource] | None = None
 ) -> Budget:
     """How much of what was asked for may stay; without a limit where each pattern has its own sparsity.
+
+    Args:
+        count: counts a resource; ``None``: of the one program that was analysed.
 
     Raises:
         BudgetError: a resource cannot be counted.
     """
+    count = count or partial(counted, analysis)
     if config.budgets:
-        return Budget(groups, [Ceiling(cap, count(cap)) for cap in config.budgets])
+        return Budget(analysis.chosen, [Limit.under(cap, count(cap)) for cap in config.budgets])
     sparsity = config.target_sparsity
-    return Budget(groups, [] if sparsity is None else [Target(count(None), sparsity)])
+    return Budget(analysis.chosen, [] if sparsity is None else [Limit(count(None), sparsity)])
 
 
 def check_request(
     method: Method, budget: Budget, groups: Sequence[Group], costs: Costs | None = None
 ) -> None:
     """Validate a request before the costs are measured; arguments and errors as for :func:`allocate`."""
-    check_patterns("exclude", method.config.exclude, groups, held_by)
-    part = _included(method, budget)
-    if isinstance(method.allocation, CostAllocation) and budget.groups and costs is None:
+    part = _open(method, budget, groups)
+    if isinstance(method.allocation, CostAllocation) and costs is None:
         method.allocation.check(part, method.config.round_to)
     else:
         allocate(method, budget, groups, costs)
@@ -85,17 +81,9 @@ def allocate(
         SparsityError, BudgetError: the sparsity or a budget is out of reach.
     """
     config, allocation = method.config, method.allocation
-    check_patterns("exclude", config.exclude, groups, held_by)
-    if not budget.groups:
-        reasons = sorted({group.reason for group in groups if group.reason})
-        raise NothingPrunableError(
-            "no group of this model can be pruned: "
-            + ("; ".join(reasons) if reasons else "it has no coupled weights")
-        )
+    kept = part = _open(method, budget, groups)
     if isinstance(config.sparsity, Mapping):
-        check_patterns("sparsity", config.sparsity, groups, read_by)
-        check_asked(config.sparsity, config.exclude, groups, budget.groups)
-    kept = part = _included(method, budget)
+        check_asked(config.sparsity, part.groups)
     if config.uniform_layers:
         places = alike(part.groups)
         kept = part.narrowed(places)
@@ -115,27 +103,28 @@ def allocate(
 
 
 def expected_sparsity(config: PruningConfig, analysis: Analysis) -> float:
-    """The sparsity that is asked for, or that a budget comes to where all groups lose alike.
+    """The sparsity that is asked for, or that something else comes to where all groups lose alike.
 
     Raises:
         FaspError: as for :func:`allocate`.
     """
-    if (asked := config.target_sparsity) is not None and not config.budgets:
-        return asked
-    budget = budget_for(config, analysis.chosen, lambda cap: counted(analysis, cap))
-    alike = Method.of(replace(config, allocation="uniform"))
-    lost, _ = allocate(alike, budget, analysis.groups, None)
+    if config.target_sparsity is not None:
+        return config.target_sparsity
+    budget = budget_for(config, analysis)
+    lost, _ = allocate(Method.of(replace(config, allocation="uniform")), budget, analysis.groups, None)
     return Sparsity(analysis).removed(budget.counts(lost))
 
 
-def _included(method: Method, budget: Budget) -> Budget:
+def _open(method: Method, budget: Budget, groups: Sequence[Group]) -> Budget:
     """The budget of the groups that are not excluded."""
-    if not method.config.exclude or not budget.groups:
-        return budget
-    excluded = [is_excluded(group, method.config.exclude) for group in budget.groups]
-    if all(excluded):
-        raise NothingPrunableError("every group that can be pruned is excluded; leave out some of exclude=")
-    return budget.only([not out for out in excluded])
+    exclude = method.config.exclude
+    check_patterns("exclude", exclude, groups)
+    part = budget.only([not is_excluded(group, exclude) for group in budget.groups])
+    if not part.groups:
+        reasons = "; ".join(sorted({group.reason for group in groups if group.reason}))
+        why = "exclude= leaves all whole" if budget.groups else reasons or "it has no coupled weights"
+        raise NothingPrunableError(f"no group of this model can be pruned: {why}")
+    return part
 
 
-__all__ = ["allocate", "budget_for", "check_request", "counted", "expected_sparsity"]
+__all__ = ["allocate", "budget_for", "check_request", "expected_sparsity"]

@@ -1,39 +1,57 @@
 """The main job: capture a model; and of a model, or of what was captured of one: analyse it, measure it,
-prune it, carry a plan out on it.
+prune it, carry a plan out on it. The steps between are :func:`decide`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..allocation.costs import Costs
+from ..allocation._allocation import CostAllocation
+from ..allocation.costs import Costs, check_costs
+from ..analysis import plan as plans
 from ..analysis._analysis import Analysis
-from ..analysis.groups import FROZEN, PRUNABLE
+from ..analysis.groups import by_block
 from ..analysis.plan import PruningPlan
-from ..base._options import check_callable
+from ..base._options import check_callable, path_of
 from ..base._tolerable import tolerable
 from ..base._undisturbed import in_usual_modes, one_at_a_time
 from ..calibration._calibration import check_calibration
+from ..calibration._consumers import Consumers
+from ..calibration._journal import Journal, open_journal
+from ..calibration._order import Planned
 from ..calibration._ranks import Ranks, ended_together
+from ..calibration._trial import ModelTrial
 from ..calibration._visit import Decision
 from ..capturing._captured import Captured, Model, capture_whole, check_given
 from ..errors import ArgumentError, CaptureError, PlanError
-from ._deciding import decide, measure_subject, measuring_config, replay, restoring_config
+from ..storage._folder import claim, refuse_other
+from ._allocating import allocate, budget_for, check_request
+from ._calibrating import Method, between, calibrate, measure_costs
+from ._parts import InParts
 from ._result import Result
-from ._rewriting import Timings, analyze_for, make_plan
-from ._subject import Subject
-from .config import PruningConfig, PruningOptions
-from .submodules._parts import InParts
-from .submodules._submodules import CapturedParts, capture_parts, check_parts_help
+from ._subject import Subject, Timings, analyze_for, make_plan
+from ._submodules import CapturedParts, capture_parts, check_parts_help
+from .config import PruningConfig, PruningOptions, key_of
 
 #: losses that make sense for a part of a model by itself
 _PARTIAL_LOSSES = ("auto", "outputs", None)
+#: the part of the progress shown that measuring costs takes, where they are measured
+PROGRESS_SHARE_MEASURING = 0.35
+#: the part of the rest that a search takes
+PROGRESS_SHARE_SEARCHING = 0.6
+#: the options that say how what stays is restored, and not what goes
+_RESTORING = ("restore", "drift")
+#: told the fraction done
+Advance = Callable[[float], None]
 
 
 @one_at_a_time
@@ -62,7 +80,7 @@ def capture(
         ArgumentError: the inputs do not fit the model.
         CaptureError: the model is in training mode, or neither it nor any of its submodules can be captured.
     """
-    return _captured(model, args, kwargs, None, state=state, dynamic_shapes=dynamic_shapes, device=device)
+    return _captured(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device)
 
 
 @one_at_a_time
@@ -156,7 +174,6 @@ def prune(
     config = PruningConfig.of(config, options)
     if config.needs_data:
         check_calibration(calibration)
-    ranks, clock = Ranks.of(group), Timings()
     subject = _subject_of(
         model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device
     )
@@ -167,12 +184,11 @@ def prune(
         progress=progress,
         on_analysis=on_analysis,
         costs=costs,
-        ranks=ranks,
+        ranks=Ranks.of(group),
         checkpoint=checkpoint,
-        clock=clock,
     ):
-        subject.put(path, decision, config, clock)
-    return subject.result(config, clock)
+        subject.put(path, decision, config)
+    return subject.result(config)
 
 
 @one_at_a_time
@@ -214,12 +230,12 @@ def measure(
         CaptureError: see :func:`fasp_fx.capture`.
     """
     check_callable(progress=progress)
-    asked = measuring_config(PruningConfig.of(config, options))
+    config = PruningConfig.of(config, options)
     check_calibration(calibration)
     subject = _subject_of(
-        model, args, kwargs, asked, state=state, dynamic_shapes=dynamic_shapes, device=device
+        model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device
     )
-    return measure_subject(subject, asked, calibration, ranks=Ranks.of(group), progress=progress)
+    return measure_subject(subject, config, calibration, ranks=Ranks.of(group), progress=progress)
 
 
 @one_at_a_time
@@ -253,13 +269,12 @@ def apply(
     """
     check_callable(progress=progress)
     config = restoring_config(PruningConfig.of(config, options), plan, calibration is not None)
-    clock = Timings()
     subject = _subject_of(
         model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device
     )
-    for path, decision in replay(subject, plan, config, calibration, progress=progress, clock=clock):
-        subject.put(path, decision, None, clock)
-    return subject.result(None, clock)
+    for path, decision in replay(subject, plan, config, calibration, progress=progress):
+        subject.put(path, decision, None)
+    return subject.result(None)
 
 
 def plan_from_sets(
@@ -293,47 +308,268 @@ def plan_from_sets(
     gone = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
     for name, positions in removed.items():
         if name not in groups:
-            raise PlanError(_why_not(str(name), analysis))
-        group = groups[name]
-        found = np.asarray([*positions] if isinstance(positions, Iterable) else positions)
-        if found.size and found.dtype.kind not in "iu":
+            whys = [f"it is {own.status}: {own.reason}" for own in analysis.groups if own.name == name]
             raise PlanError(
-                f"'{name}' loses {positions!r:.80}; give the numbers of channel sets, counted from zero (of a"
-                " mask, mask.nonzero().flatten())"
+                f"'{name}' cannot be pruned here ({whys[0] if whys else 'there is no such group'});"
+                " analyze(...).groups has those that can with this granularity= and include="
             )
-        wanted = np.unique(found.astype(np.int64))
-        if len(wanted) and not (wanted[0] >= 0 and wanted[-1] < group.size):
+        group, found = groups[name], np.asarray([*positions])
+        wanted = {*found.tolist()}
+        if not wanted <= {*range(group.size)} or (wanted and found.dtype.kind not in "iu"):
             raise PlanError(
-                f"'{name}' has the channel sets 0 to {group.size - 1}, not"
-                f" {wanted[0] if wanted[0] < 0 else wanted[-1]}"
+                f"'{name}' loses {positions!r:.80}; give the numbers of channel sets, from 0 to"
+                f" {group.size - 1} (of a mask, mask.nonzero().flatten())"
             )
-        lost = {
-            int(block): int((group.block_of[wanted] == block).sum()) for block in np.unique(group.block_of)
-        }
-        if len(set(lost.values())) > 1:
+        lost = {len(wanted.intersection(block.tolist())) for block in by_block(group.block_of)}
+        if len(lost) > 1 or group.width - max(lost) < group.needed:
             raise PlanError(
-                f"the {group.blocks} blocks of '{name}' must lose equally many channel sets, not"
-                f" {', '.join(map(str, lost.values()))}"
+                f"the {group.blocks} blocks of '{name}' must lose equally many channel sets, and keep at"
+                f" least {group.needed} of {group.width}; they would lose {', '.join(map(str, sorted(lost)))}"
             )
-        if group.width - max(lost.values()) < group.needed:
-            raise PlanError(
-                f"'{name}' keeps at least {group.needed} of the {group.width} channel sets of a block; remove"
-                " fewer"
-            )
-        gone[group.sets[wanted]] = True
+        gone[group.sets[sorted(wanted)]] = True
     return make_plan(captured.program, analysis, Decision(gone[analysis.labels]))
 
 
-def _why_not(name: str, analysis: Analysis) -> str:
-    """Why a group is not among those that can be pruned."""
-    known = next((group for group in analysis.groups if group.name == name), None)
-    if known is None:
-        return f"'{name}' is no group of this model; analyze(...).groups has their names"
-    if known.status == FROZEN:
-        return f"'{name}' cannot be pruned: {known.reason}"
-    if known.status not in (PRUNABLE, *analysis.include):
-        return f"'{name}' is {known.status} ({known.reason}); pass include=({known.status!r},)"
-    return f"'{name}' loses {known.granularity}s, which granularity= does not name; add {known.granularity!r}"
+# --- The steps between a captured model and what goes of it: analyse, measure, allocate, calibrate.
+
+
+def decide(
+    subject: Subject,
+    config: PruningConfig,
+    calibration: Iterable[Any] | None,
+    *,
+    progress: Advance | None = None,
+    on_analysis: Callable[[Analysis], None] | None = None,
+    costs: Costs | None = None,
+    loss: Literal["outputs", "next-token"] = "outputs",
+    ranks: Ranks | None = None,
+    checkpoint: str | Path | None = None,
+) -> Iterator[tuple[str, Decision]]:
+    """What goes of each program of a model, one after another: whoever puts a program into its place before
+    asking for the next lets that see it. Arguments and errors as for :func:`fasp_fx.prune`.
+
+    Args:
+        loss: what ``loss="auto"`` stands for.
+        ranks: the processes that share the batches.
+    """
+    ranks, clock, advance = ranks or Ranks(), subject.clock, progress or (lambda fraction: None)
+    subject.check_weights()
+    folder = _checkpoint_folder(checkpoint, config)
+    fingerprint = functools.cache(subject.fingerprint)
+    method = Method.of(config, loss)
+    if costs is not None:
+        key_of(config.effective_score, "score=", "costs=")
+        check_costs(costs, fingerprint(), config.score_name, config.granularity)
+        if not method.needs_costs:
+            raise ArgumentError(
+                "costs= is for an allocation by predicted losses, and this one is uniform; leave it out, or"
+                " pass allocation='global'"
+            )
+    clock.lap("capture")
+    groups = subject.analyze(config).groups
+    budget = budget_for(config, subject.whole, subject.count)
+    check_request(method, budget, groups, costs)
+    clock.lap("analysis")
+    if on_analysis is not None:
+        on_analysis(subject.whole)
+    batches = subject.read(calibration) if config.needs_data else None
+    ranks.check_alike(fingerprint, batches or (), vars(config))
+    consumers, seen = _consumers(subject, config), 0.0
+    trials: dict[str, ModelTrial] = {}
+    if batches is not None and method.needs_measuring:
+        seen = PROGRESS_SHARE_MEASURING
+        method, costs, trials = measure_costs(
+            method,
+            consumers,
+            functools.partial(subject.inputs, batches=batches),
+            fingerprint(),
+            ranks,
+            between(advance, 0.0, seen),
+            costs,
+        )
+        clock.lap("measuring")
+    searched = seen + PROGRESS_SHARE_SEARCHING * (1 - seen) if method.runs_trials else seen
+    budget = subject.served(budget)
+    lost, notes = allocate(
+        method, budget, groups, costs, subject.trial(trials), between(advance, seen, searched)
+    )
+    lost = budget.spread(lost)
+    if method.runs_trials:
+        clock.lap("searching")
+    subject.notes = [*notes, *_remarks(method, costs, subject, lost)]
+    if folder is not None and "" not in consumers and not ranks.rank:
+        claim(folder, "prune", {"parts": list(consumers)})
+    shares = subject.split(lost)
+    for number, (path, share) in enumerate(shares.items()):
+        todo = 1 - searched
+        within = between(
+            advance, searched + todo * number / len(shares), searched + todo * (number + 1) / len(shares)
+        )
+        within(0.0)
+        if path and not any(share):
+            continue
+        inputs = None if batches is None else subject.inputs(path, batches)
+        if inputs is not None and not inputs:
+            continue
+        journal = _journal(
+            folder, f"part-{number}" if path else "", consumers[path], config, share, inputs, ranks
+        )
+        decision = calibrate(method, consumers[path], share, inputs, ranks, within, journal)
+        clock.lap("calibration")
+        if not path:
+            decision.notes.extend(subject.notes)
+        yield path, decision
+    advance(1.0)  # the last parts may have stayed whole
+
+
+def _consumers(subject: Subject, config: PruningConfig) -> dict[str, Consumers]:
+    """Those of the programs that the batches serve."""
+    return {
+        path: Consumers(analysis, config.restore is not None, path)
+        for path, analysis in subject.analyses.items()
+        if path not in subject.unserved
+    }
+
+
+def measure_subject(
+    subject: Subject,
+    config: PruningConfig,
+    calibration: Iterable[Any],
+    *,
+    ranks: Ranks,
+    progress: Advance | None = None,
+    loss: Literal["outputs", "next-token"] = "outputs",
+) -> Costs:
+    """The cost curves of a model, on all of the batches; arguments and errors as for :func:`decide` and
+    :func:`fasp_fx.measure`.
+    """
+    if not isinstance(config.allocator, CostAllocation):
+        sparsity = None if config.budget else config.target_sparsity
+        config = replace(config, sparsity=sparsity, allocation="global")
+    subject.check_weights()
+    subject.analyze(config)
+    batches, fingerprint = subject.read(calibration), subject.fingerprint()
+    ranks.check_alike(lambda: fingerprint, batches, vars(config))
+    _, costs, _ = measure_costs(
+        Method.of(config, loss),
+        _consumers(subject, config),
+        functools.partial(subject.inputs, batches=batches),
+        fingerprint,
+        ranks,
+        progress or (lambda fraction: None),
+        part=1,
+    )
+    assert costs is not None
+    return costs
+
+
+def restoring_config(config: PruningConfig, plan: Any, has_data: bool) -> PruningConfig:
+    """How to restore behind a plan.
+
+    Raises:
+        ArgumentError: the plan is none, something else was asked for, or there are no data to do it with.
+    """
+    if not isinstance(plan, PruningPlan):
+        raise ArgumentError(
+            f"plan is a {type(plan).__name__}; pass a PruningPlan (PruningPlan.from_json reads one that was"
+            " written as text)"
+        )
+    if others := config.non_default_fields(_RESTORING):
+        raise ArgumentError(f"the plan says what goes, so that {others[0]}= has nothing to say; leave it out")
+    if not has_data and config.non_default_fields(()):
+        raise ArgumentError("nothing is restored without data; give calibration=, or leave out how to")
+    return replace(config, granularity=plan.granularity, include=plan.include)
+
+
+def replay(
+    subject: Subject,
+    plan: PruningPlan,
+    config: PruningConfig,
+    calibration: Iterable[Any] | None,
+    *,
+    progress: Advance | None = None,
+) -> Iterator[tuple[str, Decision]]:
+    """What a plan takes of each program of a model, with what stays repaired where there are batches; as
+    :func:`decide`.
+
+    Raises:
+        PlanError: the plan is for another model.
+        CalibrationError: the batches do not fit.
+    """
+    clock, advance = subject.clock, progress or (lambda fraction: None)
+    clock.lap("capture")
+    subject.analyze(plan)
+    removed = subject.removed_by(plan)
+    clock.lap("analysis")
+    batches = None if calibration is None else subject.read(calibration)
+    for number, (path, gone) in enumerate(removed.items()):
+        decision, inputs = Decision(gone), [] if batches is None else subject.inputs(path, batches)
+        if inputs:
+            planned = Planned(subject.analyses[path], gone)
+            decision = calibrate(
+                Method.of(replace(config, score=planned)),
+                Consumers(subject.analyses[path], config.restore is not None, path),
+                planned.lost,
+                inputs,
+                Ranks(),
+                between(advance, number / len(removed), (number + 1) / len(removed)),
+            )
+            clock.lap("calibration")
+        yield path, decision
+
+
+def _checkpoint_folder(checkpoint: str | Path | None, config: PruningConfig) -> Path | None:
+    """The folder of a run that is kept.
+
+    Raises:
+        StoreError: it holds something else.
+        ArgumentError: an option is a function, of which it cannot be told whether it is the same.
+    """
+    if checkpoint is None:
+        return None
+    folder = path_of(checkpoint, "checkpoint").absolute()
+    refuse_other(folder)
+    for name in ("score", "restore", "loss"):
+        key_of(getattr(config, name), f"{name}=", "checkpoint=")
+    return folder
+
+
+def _journal(
+    folder: Path | None,
+    name: str,
+    consumers: Consumers,
+    config: PruningConfig,
+    lost: list[int],
+    inputs: list[list[Any]] | None,
+    ranks: Ranks,
+) -> Journal | None:
+    """What is kept of the calibration of one program; what an allocation decides stands in it by itself, and
+    which code of the user's it is, its ``key`` says.
+    """
+    if folder is None or inputs is None or ranks.rank:
+        return None
+    own: dict[str, Any] = {
+        name: None for name in ("score", "restore", "allocation", "loss") if callable(getattr(config, name))
+    }
+    options = json.loads(replace(config, **own).to_json())
+    options |= {name: getattr(config, name).key for name in own if name != "allocation"}
+    fingerprint = plans.running_fingerprint(consumers.analysis.program)
+    return open_journal(folder / name, fingerprint, options, lost, inputs, ranks.size)
+
+
+def _remarks(method: Method, costs: Costs | None, subject: Subject, lost: list[int]) -> list[str]:
+    """What there is to say of an allocation."""
+    found = []
+    if costs is not None:
+        names = (group.name for group in subject.whole.chosen)
+        rise = costs.predicted(dict(zip(names, lost, strict=True)))
+        found.append(f"predicted rise of {method.loss_description}: {rise:.3g}")
+    if not any(lost):
+        found.append(
+            "nothing goes: what was asked for is less than half a step of any group; ask for more, or for a"
+            " smaller round_to"
+        )
+    return found
 
 
 def _subject_of(
@@ -355,23 +591,26 @@ def _subject_of(
         ArgumentError: a captured model with what it was captured with already, or with weights that changed;
             or an option that speaks of the whole of a model that is captured in parts.
     """
-    loss = None if config is None or config.loss in _PARTIAL_LOSSES else config.loss
-    is_given = isinstance(model, Captured)
+    clock = Timings()
     if isinstance(model, Captured):
         check_given(model.device(), args, kwargs, **how)
-    captured = model if isinstance(model, Captured) else _captured(model, args, kwargs, loss, run=run, **how)
+    captured = model if isinstance(model, Captured) else _captured(model, args, kwargs, run=run, **how)
     if not isinstance(captured, CapturedParts):
-        return Subject({"": captured.checked()}, how["device"])
-    check_parts_help(captured.error, captured.model, None, loss=loss)
-    return InParts(captured, is_own=not is_given)
+        return Subject({"": captured.checked()}, how["device"], clock)
+    if config is not None and config.loss not in _PARTIAL_LOSSES:
+        raise ArgumentError(
+            f"loss={config.loss!r} needs a model that is captured as a whole; leave it out to prune this one"
+            " by its submodules"
+        ) from captured.error
+    return InParts(captured, captured is not model, clock)
 
 
-def _captured(model: Model, args: Any, kwargs: dict[str, Any] | None, loss: Any, **how: Any) -> Captured:
+def _captured(model: Model, args: Any, kwargs: dict[str, Any] | None, **how: Any) -> Captured:
     """A model as one program, or else in parts, where nothing speaks of the whole of it."""
     try:
         return capture_whole(model, args, kwargs, **how)
     except tolerable(CaptureError) as error:
-        check_parts_help(error, model, how["dynamic_shapes"], state=how["state"], loss=loss)
+        check_parts_help(error, model, how["dynamic_shapes"], how["state"])
         return capture_parts(error, model, args, kwargs, how["device"])
 
 

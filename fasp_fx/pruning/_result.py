@@ -1,23 +1,55 @@
-"""The smaller model: module, program, plan and report."""
+"""The smaller model: module, program, plan and report; and its folder of JSON and safetensors files, without
+pickle.
+
+``graph.json`` holds the program, ``weights.safetensors`` the parameters and persistent buffers (tied ones
+once), ``constants.safetensors`` the constants and other buffers, ``plan.json``, ``report.json`` and
+``signature.json`` what their names say, and ``manifest.json`` the size and SHA-256 of each file. The sums
+find damage, not forgery; against a forged folder, everything that torch would evaluate, import or turn into
+code is checked first, as is how much of it there is (see ``fasp_fx/storage/_untrusted.py``). Operators run as
+they are named, so load only what you would also run.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self, cast
 
+import torch
+from pydantic import Field
 from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ..analysis.plan import PruningPlan
+from ..base._device import check_device
+from ..base._json import parse
+from ..base._options import path_of
+from ..base._tolerable import tolerable
 from ..base._undisturbed import in_usual_modes, one_at_a_time
 from ..capturing._signature import CallSignature
-from ..errors import ArgumentError, CaptureError
-from ..passes._pruned_module import PrunedModule, program_now
+from ..errors import ArgumentError, CaptureError, PlanError, StoreError, first_line
+from ..passes._pruned_module import PrunedModule, program_now, wrap
+from ..storage._folder import kind_of, new_save, parsing, read_json, read_text, verify, write_json
+from ..storage._graph_json import (
+    check_weights,
+    program_from_json,
+    program_to_json,
+    signature_from_json,
+    signature_to_json,
+)
+from ..storage._tensors import read_tensors, write_tensors
+from ._submodules import copied, dressed, put
 from .config import PruningConfig
 from .report import Report
+
+KIND = "whole"
+TOLD = ("plan.json", "report.json")
+PARTS_KIND = PARTS = "parts"
+FILES = ("graph.json", "weights.safetensors", "constants.safetensors", "signature.json", *TOLD)
+PARTS_FILES = ("parts.json", "rest.safetensors", "signature.json", *TOLD)
+_Text = Annotated[str, Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -73,21 +105,21 @@ class Result:
 
     def with_report(self, **fields: Any) -> Self:
         """The same, sharing its module, with some fields of its report replaced."""
-        found = copy.copy(self)
-        object.__setattr__(found, "report", replace(self.report, **fields))
-        return found
+        return replace(self, report=replace(self.report, **fields))
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the result to a new folder (see :mod:`fasp_fx.store`). Of a model pruned in parts, the code
-        between them is not stored: :func:`fasp_fx.load` takes the dense model for it.
+        """Write the result to a new folder, whole or not at all (:mod:`fasp_fx.store` says what the files
+        hold). Of a model pruned in parts, the code between them is not stored: :func:`fasp_fx.load` takes the
+        dense model for it.
 
         Raises:
             StoreError: the path is taken or cannot be written, or the result holds something that cannot be
                 stored.
         """
-        from .saving._folder import save
-
-        return save(self, path, overwrite=overwrite)
+        path = path_of(path, "path").absolute()
+        with new_save(path, PARTS_KIND if self.is_in_parts else KIND, overwrite=overwrite) as folder:
+            (_write_parts if self.is_in_parts else _write_whole)(folder, self)
+        return path
 
     @one_at_a_time
     @in_usual_modes
@@ -118,4 +150,185 @@ class Result:
         return eager(self.module, self.plan, model)
 
 
-__all__ = ["Result"]
+# --- Writing.
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Every place of each part in the model, and what stayed whole, with the reason."""
+
+    parts: list[Annotated[list[_Text], Field(min_length=1)]]
+    left: dict[str, str]
+
+
+def is_inside(name: str, paths: Iterable[str]) -> bool:
+    """Whether a weight is one of a submodule at one of these paths."""
+    return any(name.startswith(f"{path}.") for path in paths)
+
+
+def _write_whole(folder: Path, result: Result) -> None:
+    program = result.program
+    check_weights(program)
+    write_json(folder / "signature.json", signature_to_json(result.signature))
+    write_json(folder / "graph.json", program_to_json(program))
+    write_tensors(folder / "weights.safetensors", program.state_dict)
+    write_tensors(folder / "constants.safetensors", program.constants)
+    write_told(folder, result.plan, result.report)
+
+
+def _write_parts(folder: Path, result: Result) -> None:
+    """Write the program of each part and the weights of everything else."""
+    modules = list(result.module.named_modules(remove_duplicate=False))
+    places = []
+    for index, (name, part) in enumerate(result.parts.items()):
+        found = [path for path, module in modules if module is part.module]
+        if name not in found:
+            raise StoreError(
+                f"the part '{name}' no longer stands at its place in result.module, so it cannot be saved;"
+                " save before exchanging modules"
+            )
+        places.append([name, *(path for path in found if path != name)])
+        made = folder / PARTS / str(index)
+        made.mkdir(parents=True)
+        _write_whole(made, part)
+    inside = list(chain(*places))
+    held = result.module.state_dict(keep_vars=True)
+    rest = {name: value for name, value in held.items() if not is_inside(name, inside)}
+    write_tensors(folder / "rest.safetensors", rest)
+    write_json(folder / "signature.json", signature_to_json(result.signature))
+    write_json(folder / "parts.json", asdict(Layout(places, dict(result.left))))
+    write_told(folder, result.plan, result.report)
+
+
+def write_told(folder: Path, plan: PruningPlan, report: Report) -> None:
+    """Write what was removed, and what it cost."""
+    (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+
+
+def read_told(folder: Path) -> tuple[PruningPlan, Report]:
+    """The plan and the report of a save of any kind, without loading anything else.
+
+    Raises:
+        StoreError: a file is missing or damaged.
+    """
+    try:
+        plan = PruningPlan.from_json(read_text(folder / "plan.json"))
+    except PlanError as error:
+        raise StoreError(f"plan.json is damaged: {error}; save the result again") from error
+    return plan, Report.from_json(read_text(folder / "report.json"))
+
+
+# --- Reading.
+
+
+#: what reads a folder of :mod:`fasp_fx.hf`, by the kind of save that it is
+READERS: dict[str, Callable[[Path, torch.device | None], Any]] = {}
+
+
+@one_at_a_time
+@in_usual_modes
+def load(
+    path: str | Path, *, model: nn.Module | None = None, device: torch.device | str | None = None
+) -> Any:
+    """Read what was saved, whichever kind of folder it is.
+
+    Args:
+        path: the folder.
+        model: for a model that was pruned in parts, the dense one, whose code runs between them; its weights
+            do not matter, and it is left as it was.
+        device: where the model shall be; ``None``: where it was, or where ``model`` is.
+
+    Returns:
+        A :class:`fasp_fx.Result`; of a folder of :mod:`fasp_fx.hf`, a plain checkpoint or not, a
+        :class:`fasp_fx.hf.Pruned`.
+
+    Raises:
+        StoreError: a file is missing, damaged, or of another format; names the file and what to do.
+        ArgumentError: the path is none, ``model`` is missing or not needed, or there is no such
+            device here.
+    """
+    folder = path_of(path, "path")
+    target = None if device is None else check_device(device, values=False)
+    kind = kind_of(folder)
+    if kind == PARTS_KIND:
+        return _load_parts(folder, model, target)
+    if model is not None:
+        raise ArgumentError(
+            f"'{folder}' is no result that was pruned in parts, so it needs no model; leave model= out"
+        )
+    if kind == KIND:
+        verify(folder, KIND, FILES)
+        return _read_program(folder, target)
+    if kind not in READERS:
+        raise StoreError(f"'{folder}' holds a save of the kind {kind!r:.80}, which is not known; save again")
+    return READERS[kind](folder, target)
+
+
+def _read_program(folder: Path, device: torch.device | None) -> Result:
+    """Read the files of a result, which were held against their manifest.
+
+    Raises:
+        StoreError: a file is damaged; names it and what to do.
+    """
+    plan, report = read_told(folder)
+    signature = signature_from_json(read_text(folder / "signature.json"))
+    weights, constants = (
+        read_tensors(folder / f"{name}.safetensors", device) for name in ("weights", "constants")
+    )
+    program = program_from_json(read_json(folder / "graph.json"), weights, constants, device)
+    with parsing("graph.json or signature.json"):  # each may be well-formed, and not fit the other
+        return Result(wrap(program, signature), plan, report, signature)
+
+
+def _load_parts(folder: Path, model: nn.Module | None, device: torch.device | None) -> Result:
+    """Read a result of a model pruned in parts.
+
+    Args:
+        folder: the folder.
+        model: a model of the code that was pruned; its weights do not matter, and it is left as it was.
+        device: where the model shall be; ``None``: where ``model`` is.
+
+    Raises:
+        StoreError: a file is missing or damaged, or the model is not of the code that was pruned.
+        ArgumentError: there is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"'{folder}' holds a model pruned in parts, without the code between them; give the dense model:"
+            " fasp_fx.load(path, model=model)"
+        )
+    verify(folder, PARTS_KIND, PARTS_FILES)
+    layout = parse(Layout, read_text(folder / "parts.json"), "parts.json")
+    count = len(layout.parts)
+    verify(folder, PARTS_KIND, [f"{PARTS}/{index}/{name}" for index in range(count) for name in FILES])
+    try:
+        made = copied(model).eval()
+    except tolerable(Exception) as failure:
+        raise StoreError(f"the model cannot be copied: {first_line(failure)}") from failure
+    held = chain(made.parameters(), made.buffers())
+    target = device or next((tensor.device for tensor in held if tensor.device.type != "meta"), None)
+    rest = read_tensors(folder / "rest.safetensors", target)
+    parts = {
+        paths[0]: _read_program(folder / PARTS / str(index), target)
+        for index, paths in enumerate(layout.parts)
+    }
+    another = f"this {type(model).__name__} is not the model that was pruned, which has other weights around"
+    try:
+        for paths in layout.parts:
+            put(made, paths, dressed(parts[paths[0]].module, made.get_submodule(paths[0])))
+        # The very weights that were there, whatever types and ties those of the model have.
+        missing, strange = made.load_state_dict(rest, strict=False, assign=True)
+    except tolerable(AttributeError, RuntimeError) as error:  # no such submodule, or other sizes
+        raise StoreError(f"{another} the parts: {error}; give that one") from error
+    inside = list(chain(*layout.parts))
+    stray = [*strange, *(name for name in missing if not is_inside(name, inside))]
+    stray += [name for name, tensor in made.named_buffers() if tensor.device.type == "meta"]
+    if stray:
+        raise StoreError(f"{another} the parts, such as '{stray[0]}'; give that one, with its values")
+    made = made if device is None else made.to(device)
+    signature = signature_from_json(read_text(folder / "signature.json"))
+    return Result(cast(fx.GraphModule, made), *read_told(folder), signature, parts, layout.left)
+
+
+__all__ = ["Result", "load"]

@@ -67,16 +67,10 @@ def _named(kind: Any, called: str = "") -> Check:
     known = f"not known; use {', '.join(map(repr, names))}" + f", a fasp_fx.{called} or None" * bool(called)
 
     def fits(value: Any) -> bool:
-        own = value is None or callable(value)
+        own = value is None or (callable(value) and not isinstance(value, type))
         return (isinstance(value, str) and value in names) or (bool(called) and own)
 
-    def check(option: str, value: Any) -> Any:
-        if called and isinstance(value, type):
-            made = f"{option}={value.__name__}"
-            raise ArgumentError(f"{made} is a class; make one: {made}()")
-        return _where(fits, known)(option, value)
-
-    return check
+    return _where(fits, known)
 
 
 def _several(known: tuple[str, ...] | None = None) -> Check:
@@ -102,6 +96,21 @@ def _fraction(option: str, value: Any) -> Any:
 _switch = _where(lambda value: isinstance(value, bool), "neither True nor False")
 
 
+def key_of(code: Any, option: str, use: str) -> str | None:
+    """The text that says which code of the user's this is: its attribute ``key``; ``None`` for a name.
+
+    Raises:
+        ArgumentError: it has none; says which ``use`` wants to know.
+    """
+    key = getattr(code, "key", None)
+    if not isinstance(code, str | None) and not isinstance(key, str):
+        raise ArgumentError(
+            f"{option}{code!r:.80} is code of your own, of which {use} cannot tell whether it is the same;"
+            f" say which it is by a text, its attribute key, or leave out {use}"
+        )
+    return key
+
+
 class PruningOptions(TypedDict, total=False):
     """The fields of :class:`PruningConfig` as keyword arguments, for type checkers."""
 
@@ -118,7 +127,6 @@ class PruningOptions(TypedDict, total=False):
     exclude: Iterable[str]
     round_to: int
     uniform_layers: bool
-    key: str | None
 
 
 @dataclass(frozen=True)
@@ -251,12 +259,6 @@ class PruningConfig:
         " some runtimes need it.",
         form=bool,
     )
-    key: str | None = _option(
-        None,
-        _where(lambda value: isinstance(value, str | None), "no text"),
-        "Of a score, repair or loss of your own: a text that says which it is and what it was made with."
-        " Costs and checkpoints are used again where it is the same, and not at all of such code without it.",
-    )
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -320,21 +322,10 @@ class PruningConfig:
 
     @property
     def score_name(self) -> str:
-        """The score's name; that of its class or function with ``key``, where it is one of the user's.
-
-        Raises:
-            ArgumentError: there is no key to tell it from others.
-        """
+        """The score's name; that of its class or function with its ``key``, where it is one of the user's."""
         score = self.effective_score
-        if isinstance(score, str):
-            return score
-        name = getattr(score, "__qualname__", type(score).__qualname__)
-        if self.key is None:
-            raise ArgumentError(
-                f"score={name} is code of your own, of which costs= cannot tell whether it is the same; say"
-                " which it is by a text, key=, here and where the costs are measured"
-            )
-        return f"{name} {self.key}"
+        own = f"{getattr(score, '__qualname__', type(score).__qualname__)} {getattr(score, 'key', None)}"
+        return score if isinstance(score, str) else own
 
     @property
     def effective_drift(self) -> float:
@@ -405,8 +396,8 @@ class PruningConfig:
         """
         remedy = "write it again with PruningConfig.to_json()"
         held = from_document("config", dict[str, Any], text, remedy, ArgumentError)
-        # Earlier saves name the padding mask, which is found now.
-        values = {name: held[name] for name in held if name not in ("format", "kind", "padding_mask")}
+        # Earlier saves name the padding mask, which is found now, and a key, which code of the user's has.
+        values = {name: held[name] for name in held if name not in ("format", "kind", "padding_mask", "key")}
         return cls.of(None, {**values, "budget": budget_from_data(values.get("budget", []))})
 
 
@@ -415,4 +406,4 @@ PruningConfig.__doc__ = f"{PruningConfig.__doc__}\n    Attributes:\n" + "\n".joi
     for option in fields(PruningConfig)
 )
 
-__all__ = ["PruningConfig", "PruningOptions"]
+__all__ = ["PruningConfig", "PruningOptions", "key_of"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,7 @@ from .config import PruningConfig
 if TYPE_CHECKING:
     from ..allocation.budgets import Cap
     from ..analysis._analysis import Analysis
+    from ..analysis.resources import Resource
     from ..calibration._visit import Decision
 
 #: the operators whose weights sparsity counts
@@ -46,19 +48,14 @@ def cache_bytes(before: fx.Graph, after: fx.Graph, state: frozenset[int]) -> tup
     """Bytes per token of one sequence that the caches among two programs' outputs take: ``[batch, heads,
     length, width]``, the outputs ``state``.
     """
-    sizes = [
-        sum(_token_bytes(node) for index, node in enumerate(results(graph)) if index in state)
-        for graph in (before, after)
-    ]
+    sizes = []
+    for graph in (before, after):
+        outputs = [node for index, node in enumerate(results(graph)) if index in state]
+        values = [node.meta.get("val") for node in outputs if isinstance(node, fx.Node)]
+        caches = [value for value in values if isinstance(value, Tensor) and value.dim() == 4]
+        shapes = [(own.shape[1], own.shape[3], own.element_size()) for own in caches]
+        sizes.append(sum(math.prod(own) for own in shapes if all(isinstance(size, int) for size in own)))
     return (sizes[0], sizes[1]) if sizes[0] else None
-
-
-def _token_bytes(node: object) -> int:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    if not isinstance(value, Tensor) or value.dim() != 4:
-        return 0
-    heads, width = value.shape[1], value.shape[3]
-    return heads * width * value.element_size() if isinstance(heads, int) and isinstance(width, int) else 0
 
 
 @dataclass(frozen=True)
@@ -165,13 +162,9 @@ class Spent:
     used: int | float
 
     def __str__(self) -> str:
-        share = max(self.dense, 1)
-        spare = self.allowed - self.used
-        kept = (
-            f"{spare / max(self.allowed, 1):.2%} left over"
-            if spare >= 0
-            else f"{-spare / max(self.allowed, 1):.2%} too much"
-        )
+        share, most = max(self.dense, 1), max(self.allowed, 1)
+        spare = (self.allowed - self.used) / most
+        kept = f"{spare:.2%} left over" if spare >= 0 else f"{-spare:.2%} too much"
         return (
             f"{self.used:,} of {self.dense:,} {self.unit} stay ({self.used / share:.2%}),"
             f" {self.allowed / share:.2%} may: {kept}"
@@ -335,13 +328,15 @@ def make_report(
         (*notes_of(analysis), *decision.notes),
         without_rule=dict(analysis.without_rule),
         include=tuple(sorted(analysis.include)),
-        budgets=() if config is None else tuple(_spent(cap, analysis, removed) for cap in config.budgets),
+        budgets=tuple(spent(cap, cap.resource(analysis), removed) for cap in config.budgets)
+        if config
+        else (),
         config=config,
     )
 
 
-def _spent(cap: Cap, analysis: Analysis, removed: Mapping[str, int]) -> Spent:
-    resource = cap.resource(analysis)
+def spent(cap: Cap, resource: Resource, removed: Mapping[str, int]) -> Spent:
+    """How a budget was kept, where groups lose so many channel sets."""
     used = resource.used([removed.get(group.name, 0) for group in resource.groups])
     return Spent(cap.name, cap.unit, cap.allowed(resource.whole), resource.whole, used)
 

@@ -21,7 +21,7 @@ from fasp_fx.analysis.plan import PruningPlan, gone_of, program_fingerprint
 from fasp_fx.base._tolerable import tolerable
 from fasp_fx.calibration._visit import Decision
 from fasp_fx.errors import NothingPrunableError
-from fasp_fx.pruning._rewriting import make_plan
+from fasp_fx.pruning._subject import make_plan
 
 from ..base.compat import pytree
 from ._verdict import Skipped

@@ -102,7 +102,7 @@ def not_run(monkeypatch: pytest.MonkeyPatch) -> None:
         module = finish(rewritten)
         return Checked(decision, module)
 
-    monkeypatch.setattr(sys.modules["fasp_fx.pruning._rewriting"], "carry_out", carry_out)
+    monkeypatch.setattr(sys.modules["fasp_fx.pruning._subject"], "carry_out", carry_out)
 
 
 def rule(operator: Any, text: str) -> Patch:

@@ -55,11 +55,6 @@ from ...errors import VerificationError
 SET_GRAD = torch._C._set_grad_enabled
 
 
-def is_backward() -> bool:
-    """Whether autograd runs backward in this thread, as where it computes a checkpointed part anew."""
-    return int(torch._C._current_graph_task_id()) != -1
-
-
 #: the logger of what fake tensors go on to raise
 FAKE_LOGGER = "torch._subclasses.fake_tensor"
 
@@ -228,7 +223,6 @@ __all__ = [
     "free_unbacked_symbols",
     "guards_of",
     "int_oo",
-    "is_backward",
     "is_composite",
     "is_of_fake_cache",
     "is_transform",

@@ -28,7 +28,7 @@ from ...errors import EagerError, first_line
 from ...passes import split_fused
 from ...passes._pruned_module import PrunedModule, finish
 from ...patterns import RESHAPES, lookup
-from ..submodules._stand_in import copied, put, whole_fingerprint
+from .._submodules import copied, put, whole_fingerprint
 from ._sizes import left_of, observed, say_sizes, tagged
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default

@@ -1,35 +1,233 @@
-"""The loop: steps of AdamW towards the dense model's outputs, judged by batches that are held out, the best
-state kept; which numbers of a module it trains, and what it keeps on disk.
+"""Training after pruning: what the closed forms leave is learned back from the dense model.
+
+:func:`distil` trains a pruned model towards the outputs of the model it was made of, by steps of AdamW,
+keeps the weights that do best on batches held out of the training, and never returns worse ones than it was
+given (docs/recovery.md).
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import math
+import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...base._atomic import new_file
-from ...base._device import device_of, products_in_bfloat16
-from ...base._tolerable import short_of_memory, tolerable
-from ...base._undisturbed import drawing_alike, seed_of
-from ...base.compat import pytree
-from ...capturing._unchanged import copied, rewound
-from ...errors import ArgumentError, CalibrationError, StoreError, first_line
-from ...pruning.report import CurvePoint
-from ...storage._folder import claim
-from ._config import DistillationConfig, Match, Part, terms_of
+from ..analysis import plan as plans
+from ..base._atomic import new_file
+from ..base._device import device_of, multiplies_bfloat16, products_in_bfloat16
+from ..base._options import check_callable, path_of
+from ..base._tensors import digest_of
+from ..base._tolerable import short_of_memory, tolerable
+from ..base._undisturbed import drawing_alike, in_usual_modes, seed_of
+from ..base.compat import pytree
+from ..calibration._calibration import as_calls
+from ..capturing import in_training
+from ..capturing._unchanged import copied, rewound
+from ..errors import ArgumentError, CalibrationError, StoreError, TrainingMemoryError, first_line
+from ..pruning._result import Result
+from ..pruning.config import key_of
+from ..pruning.report import CurvePoint, Recovery
+from ..storage._folder import claim
+from ._distillation import (
+    DistillationConfig,
+    DistillationOptions,
+    Divergence,
+    Match,
+    Part,
+    SquaredError,
+    terms_of,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from ..hf import Pruned
+
+R = TypeVar("R", bound="Result | Pruned")
+
+#: the part of the progress shown that running the dense model takes, for each time that a batch is trained on
+_DENSE = 0.33
+_CRITERIA = {
+    Divergence: "Kullback-Leibler divergence from the dense model",
+    SquaredError: "relative squared error of the outputs",
+}
+
+
+@in_usual_modes
+def distil(
+    result: R,
+    dense: nn.Module,
+    data: Iterable[Any],
+    *,
+    config: DistillationConfig | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Callable[[float], None] | None = None,
+    **options: Unpack[DistillationOptions],
+) -> R:
+    """Train a pruned model towards the outputs of the dense one (Hinton et al., 2015, arXiv 1503.02531), and
+    keep what does best on held-out batches.
+
+    The module of the result is trained on its device; its weights are at the end those that did best, which
+    are the ones it came with if training brings nothing. An error or an interruption leaves the best so far;
+    with ``checkpoint=`` the weights that it came with, so that the same call goes on. No labels are needed.
+
+    Args:
+        result: what :func:`fasp_fx.prune`, :func:`fasp_fx.apply`, :func:`fasp_fx.load` or
+            :func:`fasp_fx.hf.prune` returned.
+        dense: the model that was pruned, in evaluation mode. It runs once over the data.
+        data: an iterable of batches, as for ``calibration=`` there. All are held in memory; what the dense
+            model returns for them is kept on disk.
+        config: the options; ``None``: the defaults.
+        checkpoint: a folder for the state of the training, written after each evaluation; the same call with
+            the same folder goes on from there, to the same end. ``None``: nothing is kept.
+        progress: called with the fraction done.
+        options: fields of :class:`fasp_fx.recovery.DistillationConfig` (``epochs=2``, ``learning_rate=3e-5``,
+            …) in the place of those of ``config``.
+
+    Returns:
+        The result with ``report.recovery`` filled: the curve of the held-out loss, and the step whose weights
+            were kept.
+
+    Raises:
+        ArgumentError: an option is not known or out of range, ``dense`` is not the model that was pruned, or
+            one of the two models is in training mode.
+        CalibrationError: the data is no iterable of batches, the dense model does not take one of them, or
+            nothing of one counts, such as where its mask hides all tokens.
+        TrainingMemoryError: the memory does not hold the training.
+        StoreError: the checkpoint is that of another run, or cannot be written.
+    """
+    asked = DistillationConfig.of(config, options)
+    check_callable(progress=progress)
+    pruned, more, modal = _called(result)
+    _check(dense, result, {"dense": dense} | ({"the module of the result": pruned} if modal else {}))
+    folder = None if checkpoint is None else path_of(checkpoint, "checkpoint").absolute()
+    calls = [(args, kwargs | more) for args, kwargs in as_calls(data, "data")]
+    training, held_out = split(len(calls), asked.held_out)
+    match = _match(asked, result)
+    if asked.precision == "auto":
+        asked = replace(asked, precision="bfloat16" if multiplies_bfloat16(device_of(pruned)) else "weights")
+    advance = progress or (lambda fraction: None)
+    share = _DENSE / (_DENSE + asked.epochs)
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(device_placement=False)
+    try:
+        with tempfile.TemporaryDirectory(prefix="fasp_fx-", ignore_cleanup_errors=True) as temporary:
+            trained = Trained(pruned, asked.train, asked.rank, asked.seed)
+            kept, lessons = None, Lessons(Path(temporary), calls, match)
+            with contextlib.nullcontext() if folder is None else accelerator.main_process_first():
+                if folder is not None:
+                    kept = Checkpoint(folder, _run(asked, result, pruned, [*trained.leaves], calls))
+                    lessons = replace(lessons, folder=kept.targets)
+                coarse = training if asked.precision == "bfloat16" else ()
+                lessons.write(dense, coarse, lambda fraction: advance(share * fraction))
+            state, note = Training(trained, lessons, training, held_out, asked, accelerator, kept).run(
+                lambda fraction: advance(share + (1 - share) * fraction)
+            )
+    except short_of_memory() as error:
+        raise TrainingMemoryError(
+            f"the memory is too little for the dense model and the training of the pruned one:"
+            f" {first_line(error)}; give smaller batches with accumulate=, or train='low-rank'"
+        ) from error
+    recovery = Recovery(
+        "distillation",
+        _CRITERIA.get(type(match), type(match).__name__),
+        state.step,
+        min(state.curve, key=lambda point: point.held_out).step,
+        tuple(state.curve),
+        state.seconds,
+        () if note is None else (note,),
+    )
+    return cast(R, result.with_report(recovery=recovery))
+
+
+def _called(result: Any) -> tuple[nn.Module, dict[str, Any], bool]:
+    """The pruned module, what every call of it and of the dense one is given besides, and whether it can be
+    in training mode, as captured programs cannot.
+    """
+    if isinstance(result, Result):
+        return result.module, {}, True
+    from ..hf import Pruned
+    from ..hf._model import PrunedModel
+
+    if isinstance(result, Pruned):
+        return result.model, {"use_cache": False}, not isinstance(result.model, PrunedModel)
+    raise ArgumentError(
+        f"result is a {type(result).__name__}; pass what fasp_fx.prune, apply, load or hf.prune returned"
+    )
+
+
+def _check(dense: Any, result: Result | Pruned, modal: dict[str, Any]) -> None:
+    """Refuse a teacher that is not the model that was pruned, and models whose dropouts are at random: what
+    is taught and judged would be, too.
+
+    Args:
+        modal: models that can be in training mode, by what they are called.
+    """
+    if not isinstance(dense, nn.Module):
+        raise ArgumentError(f"dense is a {type(dense).__name__}; pass the module that was pruned")
+    for what, model in modal.items():
+        for path in in_training(model):
+            part = f"'{path}' of {what}" if path else what
+            raise ArgumentError(
+                f"{part} is in training mode, where dropout is at random; call eval() on it first"
+            )
+    found = plans.fingerprint(dict(dense.named_parameters(remove_duplicate=False)))
+    if found != result.plan.fingerprint:
+        raise ArgumentError(
+            f"dense is not the model that was pruned: its fingerprint is {found[:12]}…, that of the plan"
+            f" {result.plan.fingerprint[:12]}…; pass the model as it was given to prune"
+        )
+    plans.check_fixed(result.plan, dense)
+
+
+def _match(config: DistillationConfig, result: Any) -> Match:
+    if not isinstance(config.loss, str):
+        return config.loss
+    predicts = config.loss == "divergence" or (
+        config.loss == "auto"
+        and not (isinstance(result, Result) and getattr(result.config, "loss", None) != "next-token")
+    )
+    return Divergence(config.top_k) if predicts else SquaredError()
+
+
+def _run(
+    config: DistillationConfig,
+    result: Result | Pruned,
+    pruned: nn.Module,
+    trained: list[str],
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]],
+) -> dict[str, Any]:
+    """What two runs have in common that give the same result.
+
+    Args:
+        trained: the names of what the optimiser changes, in its order.
+
+    Raises:
+        ArgumentError: nothing tells the loss from others.
+    """
+    key_of(None if isinstance(config.loss, str) else config.loss, "loss=", "checkpoint=")
+    given = map(pytree.tree_flatten, calls)
+    return {
+        "options": json.loads(config.to_json()),
+        "dense": [result.plan.fingerprint, *(buffer.digest for buffer in result.plan.fixed)],
+        "pruned": plans.fingerprint(dict(pruned.named_parameters(remove_duplicate=False))),
+        "trained parameters": trained,
+        "data": digest_of([*leaves, str(spec)] for leaves, spec in given),
+    }
+
+
+# --- What is trained, and what is kept on disk.
 
 
 class Trained:
@@ -215,12 +413,7 @@ class Lessons:
                 with rewound(model), products_in_bfloat16(device, index in coarse):
                     outputs = self.outputs(model, index, device)
                 targets = self.match.targets(outputs)
-                found = terms_of(self.match, outputs, targets, self.named(model, index, device), index)
-                if not bool(found.isfinite().all()):
-                    raise CalibrationError(
-                        f"loss={type(self.match).__name__} of what the dense model returns for batch {index},"
-                        " against itself, is not finite; check the batch, the model's dtype and the loss"
-                    )
+                terms_of(self.match, outputs, targets, self.named(model, index, device), index)
                 _save(self._file(index), {name: tensor.clone() for name, tensor in targets.items()})
             progress((index + 1) / len(self.calls))
 
@@ -293,10 +486,6 @@ def _load(file: Path, device: torch.device | str) -> dict[str, Any]:
 
 #: the largest norm of all gradients of a step together; longer ones are shortened to it
 CLIP = 1.0
-#: a held-out loss of so many times that before the first step means that the training diverges
-DIVERGED = 2.0
-#: below this no loss is worth training on, whatever is divided by it
-_LEAST = 1e-12
 
 
 def split(count: int, fraction: float) -> tuple[list[int], list[int]]:
@@ -364,7 +553,7 @@ class Training:
             self._optimizer.load_state_dict(state.optimizer)
         if not math.isfinite(state.curve[0].held_out):
             raise ArgumentError(
-                "the pruned model's outputs for the held-out batches are not finite; give an undamaged result"
+                "the loss of the held-out batches is not finite; check them, the loss and both models"
             )
         try:
             note = self._train(state, progress)
@@ -380,9 +569,8 @@ class Training:
         """Take the steps that are left; why they ended early, if they did."""
         turns = min(self.config.evaluations, self._steps)
         evaluated = {round((turn + 1) * self._steps / turns) for turn in range(turns)}
-        note = self._early(state.curve)
         started = time.perf_counter() - state.seconds
-        while note is None and state.step < self._steps:
+        while state.step < self._steps:
             loss = self._step(state.step)
             state.step += 1
             if not math.isfinite(loss):
@@ -392,13 +580,12 @@ class Training:
                 state.curve.append(CurvePoint(state.step, loss, found))
                 if found < best:
                     state.best = self.trained.state()
-                note = self._early(state.curve)
                 state.seconds = time.perf_counter() - started
                 if self.checkpoint is not None and self.accelerator.is_main_process:
                     state.current, state.optimizer = self.trained.state(), self._optimizer.state_dict()
                     self.checkpoint.save(state)
             progress(state.step / self._steps)
-        return note
+        return None
 
     def _step(self, step: int) -> float:
         """Take one step; the mean loss of its batches before it."""
@@ -453,20 +640,11 @@ class Training:
         total, count = self.accelerator.reduce(seen, "sum").tolist()
         return float(total / count)
 
-    def _early(self, curve: Sequence[CurvePoint]) -> str | None:
-        """Why the training ends here, if it does."""
-        if len(curve) < 2:
-            return None
-        losses = [point.held_out for point in curve]
-        if not math.isfinite(losses[-1]) or losses[-1] > DIVERGED * max(losses[0], _LEAST):
-            return (
-                f"the training diverged: the held-out loss rose from {losses[0]:.3g} to {losses[-1]:.3g}; a"
-                " smaller learning_rate= may help"
-            )
-        return None
-
 
 def _height(step: int, steps: int, warmup: float) -> float:
     """The fraction of the highest learning rate for a step: up along a line, and down along another."""
     rising = warmup * steps
     return min(1.0, (step + 1) / rising if rising else 1.0, (steps - step) / max(steps - rising, 1.0))
+
+
+__all__ = ["DistillationConfig", "DistillationOptions", "Divergence", "Match", "SquaredError", "distil"]

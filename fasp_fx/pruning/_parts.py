@@ -9,45 +9,35 @@ from itertools import chain
 from typing import Any, cast
 
 import numpy as np
-import torch
 from torch import Tensor, fx, nn
 
-from ...allocation.budgets import Cap, Latency
-from ...analysis import plan as plans
-from ...analysis._analysis import Analysis
-from ...analysis.groups import Group
-from ...analysis.plan import PruningPlan
-from ...analysis.resources import Resource, Sparsity
-from ...base._tolerable import tolerable
-from ...base._warn import warn
-from ...calibration._calibration import calibration_calls, check_inputs
-from ...calibration._trial import ModelTrial, ServedTrial
-from ...calibration._visit import Decision
-from ...capturing._unchanged import rewound
-from ...errors import (
+from ..allocation.budgets import Cap, Latency, counted
+from ..analysis import plan as plans
+from ..analysis._analysis import Analysis
+from ..analysis.groups import Group
+from ..analysis.plan import PruningPlan
+from ..analysis.resources import Resource, Sparsity
+from ..base._tolerable import tolerable
+from ..base._warn import warn
+from ..calibration._calibration import calibration_calls, check_inputs
+from ..calibration._trial import ModelTrial, ServedTrial
+from ..calibration._visit import Decision
+from ..capturing._unchanged import rewound
+from ..errors import (
     CalibrationError,
     CallError,
-    CaptureError,
     PlanError,
     VerificationError,
     VerificationWarning,
     first_line,
 )
-from .._allocating import counted
-from .._result import Result
-from .._rewriting import Timings, analyze_for, rewrite
-from .._subject import Subject
-from ..config import PruningConfig
-from ..report import Line, Report, Spent, weight_size
-from ._stand_in import copied, dressed, put, whole_fingerprint
-from ._submodules import Call, CapturedParts, nothing_left, watching
+from ._result import Result
+from ._subject import Subject, Timings, analyze_for, rewrite
+from ._submodules import Call, CapturedParts, copied, dressed, put, watching, whole_fingerprint
+from .config import PruningConfig
+from .report import Line, Report, spent, weight_size
 
 # --- Plans and reports in the names of the whole model.
-
-
-def plan_within(path: str, plan: PruningPlan) -> PruningPlan:
-    """The plan of a part in the names of the whole model."""
-    return _mapped(plan, lambda name: f"{path}.{name}")
 
 
 def group_within(paths: Sequence[str], group: Group) -> Group:
@@ -79,13 +69,14 @@ def plan_of_part(plan: PruningPlan, path: str) -> PruningPlan:
     """The groups of a whole plan that lie in a part, in the names of the part."""
     start = f"{path}."
     groups = tuple(group for group in plan.groups if group.name.startswith(start))
-    return _mapped(
+    return _renamed(
         replace(plan, groups=groups, splits=(), folds=(), fixed=()),
         lambda name: name.removeprefix(start),
     )
 
 
-def _mapped(plan: PruningPlan, change: Callable[[str], str]) -> PruningPlan:
+def _renamed(plan: PruningPlan, change: Callable[[str], str]) -> PruningPlan:
+    """The plan with other names of groups and weights."""
     groups = tuple(
         replace(
             group,
@@ -107,9 +98,6 @@ def _mapped(plan: PruningPlan, change: Callable[[str], str]) -> PruningPlan:
 
 
 # --- What is counted, and known, of all parts together.
-
-
-_OF_ONE_PROGRAM = {"program", "conflicts", "labels", "numbering", "walk"}
 
 
 class Joined(Resource):
@@ -162,17 +150,6 @@ class PartsAnalysis(Analysis):
         counted = [Sparsity(analysis) for analysis in self.parts.values()]
         return Joined(self.chosen, counted, [1] * len(counted), 0).reach(1)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in _OF_ONE_PROGRAM:
-            raise CaptureError(
-                f"a model analysed in parts has no single '{name}'; analysis.parts holds the analysis of each"
-                " part"
-            )
-        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-
-    def __repr__(self) -> str:
-        return f"PartsAnalysis(parts={list(self.parts)}, left={self.left})"
-
 
 class InParts(Subject):
     """A model that is pruned in parts: each is exchanged for a smaller one while the others wait.
@@ -182,34 +159,29 @@ class InParts(Subject):
         is_own: whether nobody else has it, so that it may become the result.
     """
 
-    def __init__(self, captured: CapturedParts, is_own: bool) -> None:
-        super().__init__(captured.programs)
+    def __init__(self, captured: CapturedParts, is_own: bool, clock: Timings) -> None:
+        super().__init__(captured.programs, clock=clock)
         self.captured = captured
         self.model = captured.model if is_own else copied(captured.model)
-        self.parts = {part.path: part for part in captured.parts}
+        self.parts = {part.paths[0]: part for part in captured.parts}
         self.originals = {path: self.model.get_submodule(path) for path in self.parts}
         self.before = self._parameters()
         self.left, self.results = dict(captured.left), dict[str, Result]()
         self._failure: VerificationError | None = None
 
     def analyze(self, asked: PruningConfig | PruningPlan) -> Analysis:
-        for path, part in self.parts.items():
-            analysis = analyze_for(part.program, asked)
-            if analysis.chosen:
-                self.analyses[path] = analysis
-                continue
-            reasons = sorted({group.reason for group in analysis.groups if group.reason})[:3]
-            self.left[path] = "nothing in it can be pruned" + (f": {'; '.join(reasons)}" if reasons else "")
-        if not self.analyses:
-            raise nothing_left(self.captured.error, self.left)
-        return self._joint()
-
-    def _joint(self) -> PartsAnalysis:
-        groups = [self.within(path, group) for path, own in self.analyses.items() for group in own.groups]
-        return PartsAnalysis(self.analyses, self.left, groups)
-
-    def within(self, path: str, group: Group) -> Group:
-        return group_within(self.parts[path].paths, group)
+        found = {path: analyze_for(part.program, asked) for path, part in self.parts.items()}
+        self.analyses = {path: own for path, own in found.items() if own.chosen} or found
+        for path in [path for path in found if path not in self.analyses]:
+            reasons = sorted({group.reason for group in found[path].groups if group.reason})[:3]
+            self.left[path] = f"nothing in it can be pruned: {'; '.join(reasons) or 'no weights are coupled'}"
+        groups = [
+            group_within(self.parts[path].paths, group)
+            for path, own in self.analyses.items()
+            for group in own.groups
+        ]
+        self.whole = PartsAnalysis(self.analyses, self.left, groups)
+        return self.whole
 
     def fingerprint(self) -> str:
         fixed = {
@@ -221,12 +193,12 @@ class InParts(Subject):
 
     def count(self, cap: Cap | None) -> Resource:
         if isinstance(cap, Latency):  # a function of all widths
-            return cap.resource(self._joint())
+            return cap.resource(self.whole)
         times = [self.parts[path].calls if cap is not None and cap.per_call else 1 for path in self.analyses]
         inside = {id(tensor) for path in self.analyses for tensor in self.originals[path].parameters()}
         around = {id(tensor): tensor for tensor in self.before.values() if id(tensor) not in inside}
         return Joined(
-            self.chosen(),
+            self.whole.chosen,
             [counted(analysis, cap) for analysis in self.analyses.values()],
             times,
             0 if cap is None else cap.held(around.values()),
@@ -237,21 +209,14 @@ class InParts(Subject):
 
     def read(self, calibration: Iterable[Any] | None) -> list[Call]:
         device = next((tensor.device for tensor in self.captured.call.tensors()), None)
-        batches = []
-        for index, (args, kwargs) in enumerate(calibration_calls(calibration)):
-            call = Call(args, kwargs).to(device)
-            for tensor in call.tensors():
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise CalibrationError(
-                        f"calibration batch {index} holds values that are not finite; remove or repair them"
-                    )
-            batches.append(call)
+        calls = calibration_calls(calibration)
+        batches = [Call(args, kwargs).to(device) for args, kwargs in calls]
         served = self._found(self.analyses, batches, keep=False)
         self.unserved = {path for path in self.analyses if not served[path]}
+        if len(self.unserved) == len(self.analyses):
+            path = next(iter(self.analyses))
+            raise CalibrationError(f"the calibration data serve no part: of '{path}', {self.left[path]}")
         return batches
-
-    def leaves(self, batches: list[Call]) -> list[list[Any]]:
-        return [call.leaves() for call in batches]
 
     def inputs(self, path: str, batches: list[Call]) -> list[list[Any]]:
         return self._found([path], batches)[path]
@@ -280,18 +245,21 @@ class InParts(Subject):
                     unfit.setdefault(path, first_line(error))
 
         for index, batch in enumerate(batches):
-            with watching(modules, note):
-                self._run(index, batch)
+            try:
+                with watching(modules, note), rewound(self.model):
+                    batch.run(self.model)
+            except tolerable(Exception) as failure:
+                raise CalibrationError(
+                    f"calibration batch {index} fails in the model: {type(failure).__name__}:"
+                    f" {first_line(failure)}; a batch is a tensor, a tuple of positional arguments or a dict"
+                    " of keyword arguments, so a model that takes a list takes it as (list,), and one that"
+                    " takes no labels is given none: calibration=(batch[0] for batch in loader)"
+                ) from failure
         for path in paths:
             if path in unfit or not found[path]:
                 self.left[path] = unfit.get(path, "the calibration data never reaches it")
                 found[path].clear()
         return found
-
-    def leaves_whole(self, path: str, lost: Sequence[int]) -> bool:
-        if not any(lost):
-            self.left.setdefault(path, "what was asked for takes nothing from it")
-        return not any(lost)
 
     def removed_by(self, plan: PruningPlan) -> dict[str, np.ndarray]:
         plans.check_fingerprint(plan, whole_fingerprint(self.before))
@@ -305,41 +273,24 @@ class InParts(Subject):
             )
         return {path: plans.gone_of(own, self.analyses[path]) for path, own in owned.items() if own.groups}
 
-    def put(self, path: str, decision: Decision, config: PruningConfig | None, clock: Timings) -> None:
-        """If nothing of a part can go, or the model does not run with the smaller one, it stays whole.
+    def put(self, path: str, decision: Decision, config: PruningConfig | None) -> None:
+        """If nothing of a part can go, it stays whole.
 
         Raises:
             PlanError: it does, and a plan is replayed (``config=None``).
         """
-        paths, original = self.parts[path].paths, self.originals[path]
         try:
-            result = rewrite(self.programs[path], self.analyses[path], decision, None, clock)
-            put(self.model, paths, dressed(result.module, original))
-            self._run_example()
-            self.results[path] = result
+            result = rewrite(self.programs[path], self.analyses[path], decision, None, self.clock)
         except tolerable(VerificationError) as failure:
-            put(self.model, paths, original)
             self.left[path], self._failure = first_line(failure), failure
             warn(f"part '{path}' stays whole: {first_line(failure)}", VerificationWarning)
             if config is None:
                 raise PlanError(f"part '{path}' of the plan cannot be put back: {failure}") from failure
+            return
+        put(self.model, self.parts[path].paths, dressed(result.module, self.originals[path]))
+        self.results[path] = result
 
-    def _run_example(self) -> None:
-        """Run the model, with what was put, on its example inputs.
-
-        Raises:
-            VerificationError: it fails.
-        """
-        try:
-            with rewound(self.model):
-                self.captured.call.run(self.model)
-        except tolerable(Exception) as failure:
-            raise VerificationError(
-                "the model does not run with the smaller part in its place:"
-                f" {type(failure).__name__}: {first_line(failure)}"
-            ) from failure
-
-    def result(self, config: PruningConfig | None, clock: Timings) -> Result:
+    def result(self, config: PruningConfig | None) -> Result:
         """Everything put together.
 
         Raises:
@@ -347,37 +298,14 @@ class InParts(Subject):
         """
         if self._failure is not None and not self.results:
             raise self._failure
-        plan = self._plan()
-        removed = {group.name: group.removed_sets for group in plan.groups}
-        lost = [removed.get(group.name, 0) for group in self.chosen()]
-        plan = replace(plan, sparsity=self.count(None).removed(lost))
-        old, new = weight_size(self.before), weight_size(self._parameters())
-        rules = Counter[str]()
-        for result in self.results.values():
-            rules.update(result.report.without_rule)
-        report = Report(
-            plan.sparsity,
-            None if config is None else config.target_sparsity,
-            (old[0], new[0]),
-            (old[1], new[1]),
-            tuple(line_within(path, line) for path, own in self.results.items() for line in own.report.lines),
-            dict(clock.seconds),
-            (*self._remarks(), *self.notes),
-            without_rule=dict(rules),
-            include=plan.include,
-            budgets=() if config is None else tuple(self._spent(cap, lost) for cap in config.budgets),
-            config=config,
-        )
-        module = cast(fx.GraphModule, self.model)
-        return Result(module, plan, report, self.captured.signature, self.results, self.left)
-
-    def _parameters(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters(remove_duplicate=False))
-
-    def _plan(self) -> PruningPlan:
-        plans_of_parts = [plan_within(path, result.plan) for path, result in self.results.items()]
+        for path in [path for path in self.analyses if path not in self.results]:
+            self.left.setdefault(path, "what was asked for takes nothing from it")
+        plans_of_parts = [
+            _renamed(result.plan, lambda name, path=path: f"{path}.{name}")  # type: ignore[misc]
+            for path, result in self.results.items()
+        ]
         one = next(iter(self.analyses.values()))
-        return PruningPlan(
+        plan = PruningPlan(
             whole_fingerprint(self.before),
             tuple(chain.from_iterable(plan.groups for plan in plans_of_parts)),
             0.0,
@@ -388,41 +316,37 @@ class InParts(Subject):
             folds=tuple(chain.from_iterable(plan.folds for plan in plans_of_parts)),
             fixed=tuple(chain.from_iterable(plan.fixed for plan in plans_of_parts)),
         )
+        removed = {group.name: group.removed_sets for group in plan.groups}
+        lost = [removed.get(group.name, 0) for group in self.whole.chosen]
+        plan = replace(plan, sparsity=self.count(None).removed(lost))
+        old, new = weight_size(self.before), weight_size(self._parameters())
+        rules = sum((Counter(own.report.without_rule) for own in self.results.values()), Counter[str]())
+        report = Report(
+            plan.sparsity,
+            None if config is None else config.target_sparsity,
+            (old[0], new[0]),
+            (old[1], new[1]),
+            tuple(line_within(path, line) for path, own in self.results.items() for line in own.report.lines),
+            dict(self.clock.seconds),
+            (*self._remarks(), *self.notes),
+            without_rule=dict(rules),
+            include=plan.include,
+            budgets=tuple(spent(cap, self.count(cap), removed) for cap in config.budgets) if config else (),
+            config=config,
+        )
+        module = cast(fx.GraphModule, self.model)
+        return Result(module, plan, report, self.captured.signature, self.results, self.left)
 
-    def _spent(self, cap: Cap, lost: Sequence[int]) -> Spent:
-        resource = self.count(cap)
-        return Spent(cap.name, cap.unit, cap.allowed(resource.whole), resource.whole, resource.used(lost))
+    def _parameters(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters(remove_duplicate=False))
 
     def _remarks(self) -> Iterator[str]:
         error = self.captured.error
         reason = first_line(error.__cause__ or error)
         yield f"pruned in parts, because the model cannot be captured as a whole: {reason}"
-        for path in self.results:
-            part = self.parts[path]
-            others = f", also at {', '.join(map(repr, part.paths[1:]))}" if len(part.paths) > 1 else ""
-            yield f"part '{path}' ({part.calls} {'call' if part.calls == 1 else 'calls'} seen{others})"
         yield from (f"'{path}' is no part: {why}" for path, why in self.left.items())
-        noted: dict[str, str] = {}
         for path, result in self.results.items():
-            noted = dict.fromkeys(result.report.notes, path) | noted
-        yield from (f"in '{path}': {note}" for note, path in noted.items())
-
-    def _run(self, index: int, batch: Call) -> None:
-        """Run the model on a batch.
-
-        Raises:
-            CalibrationError: it fails.
-        """
-        try:
-            with rewound(self.model):
-                batch.run(self.model)
-        except tolerable(Exception) as failure:
-            raise CalibrationError(
-                f"calibration batch {index} fails in the model: {type(failure).__name__}:"
-                f" {first_line(failure)}; a batch is a tensor, a tuple of positional arguments or a dict of"
-                " keyword arguments, so a model that takes a list takes it as (list,), and one that takes no"
-                " labels is given none: calibration=(batch[0] for batch in loader)"
-            ) from failure
+            yield from (f"in '{path}': {note}" for note in result.report.notes)
 
 
 class JoinedTrial(ServedTrial):
@@ -431,7 +355,7 @@ class JoinedTrial(ServedTrial):
     def __init__(self, subject: InParts, trials: Mapping[str, ModelTrial]) -> None:
         one = next(iter(trials.values()))
         count = min(trial.count for trial in trials.values())
-        super().__init__(count, f"{one.fitness.description} of all parts together", subject.chosen())
+        super().__init__(count, f"{one.fitness.description} of all parts together", subject.whole.chosen)
         self._subject, self._trials = subject, trials
 
     def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:

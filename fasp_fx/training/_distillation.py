@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ...base._options import configured, is_number
-from ...calibration.losses import output_tensors, token_mask
-from ...errors import ArgumentError, CalibrationError
+from ..base._options import configured, is_number
+from ..calibration.losses import output_tensors, token_mask
+from ..errors import ArgumentError, CalibrationError
 
 
 @runtime_checkable
@@ -203,7 +203,6 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "known; use 'auto', 'divergence', 'outputs', or an object with targets() and terms()"
         " (fasp_fx.recovery.Match)",
     ),
-    "key": (lambda value: value is None or isinstance(value, str), "a text"),
 }
 
 
@@ -222,7 +221,6 @@ class DistillationOptions(TypedDict, total=False):
     evaluations: int
     precision: Literal["auto", "weights", "bfloat16"]
     seed: int
-    key: str | None
 
 
 @dataclass(frozen=True)
@@ -257,8 +255,6 @@ class DistillationConfig:
             by way of copies in float32, in any case.
         seed: of the order of the batches, of the first low-rank matrices, and of what the model draws itself
             (dropout that is always on).
-        key: of a loss of your own: a text that says which it is and what it was made with. A checkpoint goes
-            on where the text is the same, and there is none of such a loss without one.
 
     Raises:
         ArgumentError: an option is out of range or not known.
@@ -276,7 +272,6 @@ class DistillationConfig:
     evaluations: int = 4
     precision: Literal["auto", "weights", "bfloat16"] = "auto"
     seed: int = 0
-    key: str | None = None
 
     def __post_init__(self) -> None:
         for name, (fits, said) in _RULES.items():
@@ -293,6 +288,8 @@ class DistillationConfig:
         return configured(cls, config, options)
 
     def to_json(self) -> str:
-        """The options as JSON; a loss of the user's is named by its class."""
-        loss = self.loss if isinstance(self.loss, str) else type(self.loss).__name__
+        """The options as JSON; a loss of the user's is named by its class and ``key``."""
+        loss: Any = self.loss
+        if not isinstance(loss, str):
+            loss = f"{type(loss).__name__} {getattr(loss, 'key', None)}"
         return json.dumps(vars(self) | {"loss": loss})

@@ -1,1 +1,0 @@
-"""Models that cannot be captured whole, pruned by the submodules that can."""
