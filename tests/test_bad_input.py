@@ -88,7 +88,7 @@ OPTIONS: dict[str, list[tuple[Any, type[fasp_fx.FaspError], str]]] = {
             ([BATCH.double()], r"batch 0, input 'x': dtype torch\.float64, expected torch\.float32; convert"),
             ([BATCH.long()], r"dtype torch\.int64, expected torch\.float32"),
             ([BATCH.to_sparse()], r"layout torch\.sparse_coo, expected torch\.strided.*to_dense"),
-            ([BATCH, BATCH.to("meta")], r"batch 1, input 'x' is on meta, the model on cpu; move the batch"),
+            ([BATCH, BATCH.to("meta")], r"batch 1, input 'x': device meta, expected cpu; move the batch"),
             ([BATCH[:0]], r"input 'x' is empty \(shape \(0, 6\)\)"),
             ([NAN], "batch 0, input 'x' holds values that are not finite"),
             ([BATCH, INFINITE], "batch 1, input 'x' holds values that are not finite"),

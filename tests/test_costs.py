@@ -218,7 +218,7 @@ def test_a_callable_decides() -> None:
         (
             lambda outputs, inputs: (0 * outputs).sqrt().sum(),
             fasp_fx.CalibrationError,
-            "gradients of the loss at .* is not finite",
+            "gradients of the loss are not finite",
         ),
         (lambda outputs, inputs: 1.0, fasp_fx.CalibrationError, "returned a float"),
         (
@@ -275,9 +275,8 @@ ORDERS = [
     np.arange(10)[None, :3],
     np.arange(10),
     np.arange(10, 20)[None],
-    [[1], [2, 3]],
 ]
-LOSSES = [3.0, "abc", ["a"] * 11, np.zeros((11, 2)), np.arange(10), [[1], [2, 3]]]
+LOSSES = [3.0, np.zeros((11, 2)), np.arange(10)]
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import fasp_fx
-from fasp_fx.calibration._needed import live_bytes
 from fasp_fx.capturing._runner import Runner
 from fasp_fx.cli._app import app
-from fasp_fx.cli._prune import forecast
+from fasp_fx.cli._prune import forecast, live_bytes
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 import fasp_fx
 from fasp_fx.calibration._calibration import whole_batches
-from fasp_fx.calibration._consumers import Consumers
+from fasp_fx.calibration._consumers import Consumers, _column_costs
 from fasp_fx.calibration._gradients import observe_batches
 from fasp_fx.calibration._marks import Marks
-from fasp_fx.calibration._order import _column_costs
 from fasp_fx.calibration._ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

@@ -22,20 +22,17 @@ HEADS, SIZE, WIDTH = 2, 8, 12
 
 
 class Attention(nn.Module):
-    """Two heads of queries and one or two of keys, with rotations or a gain on normalised queries."""
+    """Two heads of queries and one or two of keys, with rotations or without."""
 
-    def __init__(self, keys: int = HEADS, rotated: bool = False, normalised: bool = False) -> None:
+    def __init__(self, keys: int = HEADS, rotated: bool = False) -> None:
         super().__init__()
         self.q, self.out = nn.Linear(WIDTH, HEADS * SIZE), nn.Linear(HEADS * SIZE, WIDTH)
         self.k, self.v = (nn.Linear(WIDTH, keys * SIZE) for _ in range(2))
-        self.keys, self.rotated, self.normalised = keys, rotated, normalised
-        self.gain = nn.Parameter(torch.ones(SIZE))
+        self.keys, self.rotated = keys, rotated
         self.register_buffer("frequencies", 2.0 ** -torch.arange(SIZE // 2))
 
     def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         q, k = (_heads(part(x)) for part in (self.q, self.k))
-        if self.normalised:
-            q = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6) * self.gain
         if self.rotated:
             angles = torch.cat([torch.arange(x.shape[1])[:, None] * self.frequencies] * 2, -1)
             q, k = (part * angles.cos() + _turned(part) * angles.sin() for part in (q, k))
@@ -133,18 +130,6 @@ def test_queries_are_repaired_as_a_dense_solve_says(keys: int, rotated: bool) ->
     line = next(line for line in result.report.lines if line.status == "exempt")
     assert line.error_cut == pytest.approx(float(errors[0]), rel=1e-6)
     assert line.error_restored == pytest.approx(float(errors[1]), rel=1e-6)
-
-
-def test_a_gain_that_heads_share_is_repaired_where_a_norm_stands_between() -> None:
-    model, batches = randomise(Attention(normalised=True), std=0.4), data()
-    result = pruned(model, batches, include=("exempt", "approximate"), sparsity={"*gain*": 0.5})
-    weights = dict(result.module.named_parameters())
-    removed = lost(result, "gain")
-    stay = [row for row in range(SIZE) if row not in removed]
-    assert 0 < len(stay) < SIZE
-    assert not torch.allclose(weights["gain"], model.gain[stay])
-    rows = [head * SIZE + row for head in range(HEADS) for row in stay]
-    assert torch.equal(weights["q.weight"], model.q.weight[rows])
 
 
 def test_padding_plays_no_part() -> None:

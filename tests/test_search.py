@@ -342,14 +342,9 @@ def test_what_is_not_finite_is_infinitely_bad_and_repairs_are_kept_within_bounds
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trial, _ = trial_of("next-token", None)
-    sizes = sum(
-        parameter.numel()
-        for name, parameter in talker().named_parameters()
-        if parameter.dim() > 1 and not name.startswith("embedding")
-    )
     for first, last in product(range(1, 8), range(1, 8)):
         trial.losses([0, first, 1, last], [0])
-        assert sum(weight.numel() for weight in trial._made.values()) <= 2 * sizes
+        assert len(trial._made) <= 2 * len(trial._by_weight)
     monkeypatch.setattr(trial.fitness, "loss", lambda *given: math.nan)
     assert trial.losses([1, 1, 1, 1], [0, 1]) == [math.inf, math.inf]
 
@@ -489,15 +484,14 @@ def test_models_that_cannot_be_searched_are_refused(zoo_captured: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lost", "sequences", "says"),
+    ("lost", "says"),
     [
-        ([0, 99, 0, 0], [0], "takes 99 channel sets"),
-        ([0, -1, 0, 0], [0], "takes -1 channel sets"),
-        ([1], [0], "1 numbers for 4 groups"),
-        ([0, 1, 1, 1], [40], "no sequence 40"),
+        ([0, 99, 0, 0], "takes 99 channel sets"),
+        ([0, -1, 0, 0], "takes -1 channel sets"),
+        ([1], "1 numbers for 4 groups"),
     ],
 )
-def test_what_a_trial_cannot_try_is_refused(lost: list[int], sequences: list[int], says: str) -> None:
+def test_what_a_trial_cannot_try_is_refused(lost: list[int], says: str) -> None:
     trial, _ = trial_of("next-token", None)
     with pytest.raises(ArgumentError, match=says):
-        trial.losses(lost, sequences)
+        trial.losses(lost, [0])

@@ -113,14 +113,12 @@ def test_scores_and_statistics_may_write_into_what_they_are_given(allocation: st
 @pytest.mark.parametrize(
     ("score", "says"),
     [
-        (InOrder(lambda columns, device: object(), False), "statistic 'own', a object, does not say"),
-        (InOrder(None, False), "InOrder.statistics is {'own': None}; give a mapping"),
         (lambda columns: torch.empty(columns.weight.shape[1], device="meta"), "on meta.*a dense tensor"),
         (lambda columns: columns.norms.to_sparse(), "sparse_coo.*a dense tensor"),
         (lambda columns: columns.norms * 1j, "a dense tensor of real numbers"),
     ],
-    ids=["no word of gradients", "no statistic", "meta", "sparse", "complex"],
+    ids=["meta", "sparse", "complex"],
 )
-def test_scores_and_statistics_that_cannot_be_are_refused(score: Any, says: str) -> None:
+def test_scores_that_cannot_be_are_refused(score: Any, says: str) -> None:
     with pytest.raises(fasp_fx.ArgumentError, match=says):
         fasp_fx.prune(net(), (data()[0],), calibration=data(), sparsity=0.3, score=score)

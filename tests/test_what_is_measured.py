@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from models import block, made, parameter, wide
+from models import made, parameter
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -111,25 +111,6 @@ def test_padding_counts_nothing(loss: Any) -> None:
     assert expected.keys() == found.keys()
     for name, curve in expected.items():
         np.testing.assert_allclose(found[name], curve, rtol=1e-4)
-
-
-@pytest.mark.parametrize("sizes", [(4, 6), (6, 4)])
-def test_what_all_sequences_share_is_not_divided_where_it_is_as_long_as_a_batch(
-    sizes: tuple[int, int],
-) -> None:
-    """All sequences ``[batch, tokens, columns]`` read one memory ``[entries, columns]``."""
-
-    def forward(self: Any, x: Tensor, memory: Tensor) -> Tensor:
-        return block(self, (self.query(x) @ memory.T).softmax(-1) @ memory)
-
-    model = prepared(lambda: wide(forward, size=8, query=nn.Linear(8, 8)))
-    captured = fasp_fx.capture(model, (numbers(3, 5, 8), numbers(7, 8)))
-    batches = [
-        (numbers(size, 5, 8, seed=seed), numbers(6, 8, seed=9 + seed)) for seed, size in enumerate(sizes * 4)
-    ]
-    alone = [(x[row : row + 1], memory) for x, memory in batches for row in range(len(x))]
-    found, expected = (losses(captured, given)["down.weight"] for given in (batches, alone))
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ..base._tolerable import tolerable
-from ..base.compare import unfilled
+from ..base.compare import distance, tolerance
 from ..base.compat import pytree
 from ..capturing import upper_bound
 from ..capturing._fx import results
@@ -19,6 +20,7 @@ from ..capturing._program import Program
 from ..capturing._runner import Runner
 from ..capturing._sizes import is_dynamic
 from ..errors import CalibrationError, CallError
+from ._marks import sequences_of
 
 
 def read_batches(
@@ -40,13 +42,18 @@ def read_batches(
             was expected.
     """
     batches = []
-    for index, (args, kwargs) in enumerate(calibration_calls(calibration)):
+    for index, (args, kwargs) in enumerate(as_calls(calibration)):
         try:
             flat = program.flat_inputs(args, kwargs)
         except CallError as error:
-            raise CalibrationError(
-                f"calibration batch {index}: {error}{_without_labels(program, args)}"
-            ) from error
+            hint = ""
+            if len(args) > (taken := len(program.signature.captured)):
+                pick = "batch[0]" if taken == 1 else f"batch[:{taken}]"
+                hint = (
+                    ". A batch is given to the model whole; if labels follow its inputs, leave them out:"
+                    f" calibration=({pick} for batch in loader)"
+                )
+            raise CalibrationError(f"calibration batch {index}: {error}{hint}") from error
         if device is not None:
             flat = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
         check_inputs(program, flat, f"calibration batch {index}")
@@ -54,28 +61,7 @@ def read_batches(
     return batches
 
 
-def _without_labels(program: Program, args: tuple[Any, ...]) -> str:
-    """What to do about a batch that brings more than the program takes."""
-    taken = len(program.signature.captured)
-    if len(args) <= taken:
-        return ""
-    pick = "batch[0]" if taken == 1 else f"batch[:{taken}]"
-    return (
-        ". A batch is given to the model whole; if labels follow its inputs, leave them out:"
-        f" calibration=({pick} for batch in loader)"
-    )
-
-
-def calibration_calls(calibration: Iterable[Any] | None) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Positional and keyword arguments of every calibration batch.
-
-    Raises:
-        CalibrationError: what was given is no iterable of batches, or yields none.
-    """
-    return as_calls(check_calibration(calibration), "calibration")
-
-
-def as_calls(batches: Any, what: str) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+def as_calls(batches: Any, what: str = "calibration") -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Positional and keyword arguments of every batch.
 
     Args:
@@ -85,54 +71,42 @@ def as_calls(batches: Any, what: str) -> Iterator[tuple[tuple[Any, ...], dict[st
         CalibrationError: what was given is no iterable of batches, or yields none.
     """
     index, is_held = -1, isinstance(batches, list | tuple)
-    for index, batch in enumerate(_check_batches(batches, what)):
-        yield _apart(_as_call(batch, index, what), is_held)
+
+    def of(leaf: Any) -> Any:
+        """A tensor that no graph of the caller's leads to, and that autograd may keep; a copy unless the
+        caller holds all of them, since what makes one after another may fill the same memory again.
+        """
+        is_free = not isinstance(leaf, Tensor) or not (leaf.requires_grad or leaf.is_inference())
+        return leaf if is_free and (is_held or not isinstance(leaf, Tensor)) else leaf.detach().clone()
+
+    for index, batch in enumerate(check_calibration(batches, what)):
+        args, kwargs = _as_call(batch, index, what)
+        yield pytree.tree_map(of, args), pytree.tree_map(of, kwargs)
     if index < 0:
         raise CalibrationError(f"{what} is empty: it yielded no batch")
 
 
-def _apart(
-    call: tuple[tuple[Any, ...], dict[str, Any]], is_held: bool
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call with tensors that no graph of the caller's leads to, and that autograd may keep; copies unless
-    the caller holds all of them, since what makes one after another may fill the same memory again.
-    """
+def check_calibration(batches: Any, what: str = "calibration") -> Iterable[Any]:
+    """The batches, if they are an iterable of batches.
 
-    def of(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.detach() if is_held and not leaf.is_inference() else leaf.detach().clone()
-
-    if is_held and not any(
-        isinstance(leaf, Tensor) and (leaf.requires_grad or leaf.is_inference())
-        for leaf in pytree.tree_leaves(call)
-    ):
-        return call
-    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(of, call)
-    return found
-
-
-def check_calibration(calibration: Iterable[Any] | None) -> Iterable[Any]:
-    """The calibration data, if it is an iterable of batches.
+    Args:
+        what: the argument that they came in.
 
     Raises:
-        CalibrationError: it is none; says what it is.
+        CalibrationError: they are none; says what they are.
     """
-    if calibration is None:
+    if batches is None and what == "calibration":
         raise CalibrationError(
             "no calibration data: pass calibration=, an iterable of batches, or use score='magnitude' or"
             " 'random' with restore=None, which need none"
         )
-    return _check_batches(calibration, "calibration")
-
-
-def _check_batches(batches: Any, what: str) -> Iterable[Any]:
     has_items = isinstance(batches, Iterable) or hasattr(batches, "__getitem__")
     if not has_items or isinstance(batches, (Tensor, Mapping, str, np.generic)):
         raise CalibrationError(
             f"{what} is a {type(batches).__name__}; pass an iterable of batches, for example [batch]"
         )
-    return batches
+    found: Iterable[Any] = batches
+    return found
 
 
 def _as_call(batch: Any, index: int, what: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -146,6 +120,13 @@ def _as_call(batch: Any, index: int, what: str) -> tuple[tuple[Any, ...], dict[s
         f"{what} batch {index} is a {type(batch).__name__}; a batch is a tensor, a tuple of positional"
         " arguments or a dict of keyword arguments"
     )
+
+
+_REMEDIES = {
+    "dtype": "convert the batch",
+    "layout": "convert the batch, for example with to_dense()",
+    "device": "move the batch, or pass device=",
+}
 
 
 def check_inputs(program: Program, flat: list[Any], what: str) -> None:
@@ -170,20 +151,10 @@ def check_inputs(program: Program, flat: list[Any], what: str) -> None:
         where = f"{what}, input '{node.name}'"
         if not isinstance(leaf, Tensor):
             raise CalibrationError(f"{where}: expected a tensor, found {type(leaf).__name__}")
-        if leaf.dtype != expected.dtype:
-            raise CalibrationError(
-                f"{where}: dtype {leaf.dtype}, expected {expected.dtype}; convert the batch"
-            )
-        if leaf.layout != expected.layout:
-            raise CalibrationError(
-                f"{where}: layout {leaf.layout}, expected {expected.layout}; convert the batch, for example"
-                " with to_dense()"
-            )
-        if leaf.device != expected.device:
-            raise CalibrationError(
-                f"{where} is on {leaf.device}, the model on {expected.device}; move the batch, or pass"
-                " device="
-            )
+        for kind, remedy in _REMEDIES.items():
+            found, wanted = getattr(leaf, kind), getattr(expected, kind)
+            if found != wanted:
+                raise CalibrationError(f"{where}: {kind} {found}, expected {wanted}; {remedy}")
         _check_shape(leaf, expected, where)
         if leaf.numel() == 0 and node.name not in program.state_inputs:  # a cache may be empty
             raise CalibrationError(
@@ -199,14 +170,12 @@ def _check_shape(leaf: Tensor, expected: Tensor, where: str) -> None:
             f"{where}: shape {tuple(leaf.shape)} has {leaf.dim()} dimensions, expected {expected.dim()}"
         )
     for dim, (size, wanted) in enumerate(zip(leaf.shape, expected.shape, strict=True)):
-        upper = upper_bound(wanted) if is_dynamic(wanted) else wanted
-        if not is_dynamic(wanted) and size != wanted:
-            said = f"has it fixed at {wanted}; reshape the batch or capture with dynamic_shapes"
-        elif upper is not None and size > upper:
-            said = f"takes at most {upper}"
-        else:
-            continue
-        raise CalibrationError(f"{where}: dimension {dim} is {size}, the captured program {said}")
+        said = f"has it fixed at {wanted}; reshape the batch or capture with dynamic_shapes"
+        if is_dynamic(wanted):
+            said = f"takes at most {upper_bound(wanted)}"
+            wanted = min(size, upper_bound(wanted) or size)
+        if size != wanted:
+            raise CalibrationError(f"{where}: dimension {dim} is {size}, the captured program {said}")
 
 
 #: how many rows are run back at a time, where an input is a table of them
@@ -228,24 +197,10 @@ class Piece:
 
 
 def whole_batches(program: Program, batches: Sequence[list[Any]]) -> list[Piece]:
-    """Batches as they came. A sequence is one index of the first dimension of the first input
-    that has one.
-    """
-    at = next(
-        (
-            index
-            for index, node in enumerate(program.placeholders())
-            if isinstance(v := node.meta.get("val"), Tensor) and v.dim()
-        ),
-        None,
-    )
-    found: list[Piece] = []
-    first = 0
-    for number, batch in enumerate(batches):
-        rows = 1 if at is None else batch[at].shape[0]
-        found.append(Piece(batch, number, first, rows))
-        first += rows
-    return found
+    """Batches as they came."""
+    sizes = sequences_of(program, batches)
+    firsts = accumulate(sizes, initial=0)
+    return [Piece(*one) for one in zip(batches, range(len(sizes)), firsts, sizes, strict=False)]
 
 
 def in_pieces(program: Program, whole: list[Piece], rows: int | None = None) -> list[Piece]:
@@ -256,14 +211,11 @@ def in_pieces(program: Program, whole: list[Piece], rows: int | None = None) -> 
     first dimension of the first input must be free; inputs are divided along with it whose first dimension is
     the same size by the graph, or, from two dimensions on, whose first dimension is free and of the same size
     in the batch (a mask). That no sequence sees another is tried, on the first batch that has such inputs: a
-    first dimension may as well be time, or nodes; and what all sequences share, which may happen to be as
-    long as a batch, is left whole then. Where ``rows`` are asked for, because memory is short, it is tried
-    with two sequences.
+    first dimension may as well be time, or nodes. Where ``rows`` are asked for, because memory is short, it
+    is tried with two sequences.
     """
-    shapes = [
-        tuple(value.shape) if isinstance(value := node.meta.get("val"), Tensor) else ()
-        for node in program.placeholders()
-    ]
+    recorded = [node.meta.get("val") for node in program.placeholders()]
+    shapes = [tuple(value.shape) if isinstance(value, Tensor) else () for value in recorded]
     first = next((shape[0] for shape in shapes if shape), None)
     inner = {str(size) for shape in shapes for size in shape[1:]}
     if first is None or not is_dynamic(first) or str(first) in inner:
@@ -275,19 +227,16 @@ def in_pieces(program: Program, whole: list[Piece], rows: int | None = None) -> 
     for piece in whole:
         leaf = piece.inputs[same.index(True)]
         each = rows or (ROWS if leaf.dim() <= 1 + leaf.is_floating_point() else 1)
-        along = [
+        along = tuple(
             is_same or (is_free and leaf.shape[0] == piece.rows)
             for leaf, is_same, is_free in zip(piece.inputs, same, free, strict=True)
-        ]
-        for chosen in map(tuple, (along, same)):
-            parts = [_part(piece, chosen, start, each) for start in range(0, piece.rows, each)]
-            if len(parts) > 1 and chosen not in divisible:
-                both = piece if rows is None else _part(piece, chosen, 0, 2)
-                tried = parts if rows is None else [_part(both, chosen, row, 1) for row in (0, 1)]
-                divisible[chosen] = _is_divisible(program, both, tried)
-            if divisible.get(chosen, True):
-                break
-        else:
+        )
+        parts = [_part(piece, along, start, each) for start in range(0, piece.rows, each)]
+        if len(parts) > 1 and along not in divisible:
+            both = piece if rows is None else _part(piece, along, 0, 2)
+            tried = parts if rows is None else [_part(both, along, row, 1) for row in (0, 1)]
+            divisible[along] = _is_divisible(program, both, tried)
+        if not divisible.get(along, True):
             return whole
         found += parts
     return found
@@ -324,20 +273,9 @@ def _is_divisible(program: Program, piece: Piece, parts: list[Piece]) -> bool:
     for index, (whole, start, end) in enumerate(zip(within, first, last, strict=True)):
         is_numbers = isinstance(whole, Tensor) and whole.is_floating_point() and whole.dim() > 0
         if is_numbers and whole.shape[0] == count and index not in program.state_outputs:
-            compared += [
-                _are_alike(start, whole[: parts[0].rows]),
-                _are_alike(end, whole[count - parts[-1].rows :]),
-            ]
+            pairs = (start, whole[: parts[0].rows]), (end, whole[count - parts[-1].rows :])
+            compared += [distance(*pair) <= tolerance("two ways", whole.dtype) for pair in pairs]
     return bool(compared) and all(compared)
-
-
-def _are_alike(found: Tensor, expected: Tensor) -> bool:
-    """Whether two outputs differ by no more than rounding, fillings aside."""
-    if found.shape != expected.shape:
-        return False
-    allowed = 1e-3 if found.dtype in (torch.float32, torch.float64) else 5e-2
-    found, expected = unfilled(found, expected).float(), unfilled(expected, expected).float()
-    return bool((found - expected).norm() <= allowed * expected.norm())
 
 
 @torch.no_grad()
@@ -353,6 +291,3 @@ def returned(program: Program, run: Runner) -> list[Any]:
     return [
         next(run.read(node)) if isinstance(node, fx.Node) else node for node in results(program.module.graph)
     ]
-
-
-__all__ = ["Piece", "halved", "in_pieces", "ran", "returned", "whole_batches"]

@@ -1,8 +1,8 @@
-"""The consumers of an analysis' groups, and what is seen at them."""
+"""The consumers of an analysis' groups, what is seen at them, and in which order channel sets go by that."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,15 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..allocation._limits import deepest_loss
+from ..allocation.costs import CostCurve
 from ..analysis._analysis import Analysis
 from ..analysis.channels import Use
 from ..analysis.groups import Group
 from ..capturing._fx import attribute
-from ..errors import ArgumentError
-from ._matrices import ConsumerMatrices, bias_of, centred, with_ones
-from ._products import ObservedProducts, sets_in
-from .scoring import Columns, GroupColumns
-from .statistics import PADDING, MakeStatistic, SplitGram, Statistic
+from ..errors import ArgumentError, CalibrationError
+from ._matrices import ConsumerMatrices, bias_of
+from ._products import ObservedProducts, row_scores, sets_in
+from .obs import DAMPING, damped_inverse, spread_of
+from .scoring import ByColumns, Columns, GroupColumns, GroupScore, Order, by_set, by_value
+from .statistics import PADDING, InputGradients, MakeStatistic, SplitGram, Statistic
 
 
 class Consumer:
@@ -43,15 +46,18 @@ class Consumer:
         self.beside = 0
         self.seen: list[dict[str, Statistic]] = []
 
-    @property
-    def blocks(self) -> int:
-        """How many blocks it is read as."""
-        return len(self.matrices.columns)
+    def check_finite(self) -> None:
+        """Refuse what its Gram matrices were shown, if it is not finite.
 
-    def sees_finite(self) -> bool:
-        """Whether all that its Gram matrices were shown is finite."""
+        Raises:
+            CalibrationError: it is not; names the weight.
+        """
         parts = (part for gram in self.grams or () for part in gram.parts)
-        return all(bool(torch.isfinite(part.diagonal()).all()) for part in parts)
+        if not all(bool(torch.isfinite(part.diagonal()).all()) for part in parts):
+            raise CalibrationError(
+                f"the input of '{self.weight}' is not finite on the calibration data; check the batches and"
+                " the model's dtype"
+            )
 
     def prepare(
         self,
@@ -68,19 +74,14 @@ class Consumer:
         if self.grams is None:
             self.grams = [
                 SplitGram(columns + (self.intercept is not None) + self.beside, device, dtype)
-                for _ in range(self.blocks)
+                for _ in self.matrices.columns
             ]
         if not self.seen:
-            self.seen = [{} for _ in range(self.blocks)]
+            self.seen = [{} for _ in self.matrices.columns]
         for seen in self.seen:
             for name, make in wanted.items():
                 if name not in seen:
-                    seen[name] = made = make(columns, device)
-                    if not isinstance(getattr(made, "needs_gradient", None), bool):
-                        raise ArgumentError(
-                            f"the statistic '{name}', a {type(made).__name__}, does not say whether it needs"
-                            " gradients; give its class needs_gradient = True or False"
-                        )
+                    seen[name] = make(columns, device)
 
     def see(
         self,
@@ -97,18 +98,18 @@ class Consumer:
         """
         assert self.grams is not None
         for block, tokens, kinds in pieces:
-            seen = tokens if self.intercept is None else with_ones(tokens)
-            self.grams[block].update(seen if beside is None else torch.cat([seen, beside], 1), kinds)
+            ones = [] if self.intercept is None else [tokens.new_ones((len(tokens), 1))]
+            seen = torch.cat([tokens, *ones, *([] if beside is None else [beside])], 1)
+            self.grams[block].update(seen, kinds)
             for statistic in filter(takes, self.seen[block].values()):
                 statistic.update(tokens.clone(), None, counting(kinds, tokens))
 
-    def sums(self) -> tuple[list[SplitGram], list[dict[str, Statistic]]]:
-        """What is seen of activations as the batches pass: Gram matrices and, for each block, statistics that
-        need no gradient.
+    def sums(self, gradients: bool) -> list[Any]:
+        """What is seen as the batches pass, in an order that is always the same: Gram matrices and
+        statistics, those of gradients as well or not.
         """
-        return self.grams or [], [
-            {name: one for name, one in seen.items() if not one.needs_gradient} for seen in self.seen
-        ]
+        own = (one for seen in self.seen for _, one in sorted(seen.items()))
+        return [*(self.grams or ()), *(one for one in own if gradients or not one.needs_gradient)]
 
     def gone(self, gone: np.ndarray) -> np.ndarray:
         """Which columns go, shape ``[blocks, columns]``."""
@@ -151,21 +152,17 @@ class Consumers:
         found: Tensor = attribute(self.analysis.program.module, consumer.weight).detach()
         return found
 
-    def forget_activations(self) -> None:
-        """Keep nothing of what was seen but what needs gradients: later passes see other activations."""
-        self.products.forget(effects=False)
+    def forget(self, gradients: bool = True) -> None:
+        """Keep nothing of what was seen, or nothing but what needs gradients: later passes see other
+        activations.
+        """
+        self.products.forget(gradients)
         for consumer in self.by_key.values():
-            consumer.grams = None
+            consumer.grams, consumer.beside = None, 0
             consumer.seen = [
                 {name: statistic for name, statistic in seen.items() if statistic.needs_gradient}
-                for seen in consumer.seen
+                for seen in (() if gradients else consumer.seen)
             ]
-
-    def forget(self) -> None:
-        """Keep nothing of what was seen."""
-        self.products.forget()
-        for consumer in self.by_key.values():
-            consumer.grams, consumer.seen, consumer.beside = None, [], 0
 
     def view(self, group: Group, deepest: int, weight_of: Callable[[Consumer], Tensor]) -> GroupColumns:
         """A group as a score sees it.
@@ -223,8 +220,160 @@ def _first(gram: SplitGram, columns: int) -> Tensor:
     return gram.symmetric()[:columns, :columns]
 
 
+#: the part of the means that is not taken for granted
+STAYING = 1e-3
+
+
 def _centred(gram: SplitGram, columns: int) -> Tensor:
-    return centred(gram.symmetric(), columns)
+    """The same of columns without their means: what is left of them where an intercept takes the means over.
+
+    A thousandth of the means stays, as if the ones behind the columns were damped: of few tokens a mean says
+    little, and all columns may be constant.
+    """
+    whole = gram.symmetric()
+    own, sums, count = whole[:columns, :columns], whole[:columns, columns], whole[columns, columns]
+    return own - torch.outer(sums, sums) / (count.clamp_min(1.0) * (1 + STAYING))
 
 
-__all__ = ["Consumer", "Consumers", "counting"]
+def order_of(
+    consumers: Consumers,
+    group: Group,
+    score: GroupScore,
+    observed: bool,
+    deepest: int,
+    weight_of: Callable[[Consumer], Tensor],
+) -> Order:
+    """The order of one group.
+
+    Args:
+        observed: whether anything was, of consumers and products of activations.
+        deepest: how many channel sets of a block may go at most.
+        weight_of: what a consumer's weight is now.
+
+    Raises:
+        ArgumentError: the score returned an order that is none, or cannot say one for a group without
+            consumers.
+        CalibrationError: a score is not finite.
+    """
+    view = consumers.view(group, deepest, weight_of)
+    if isinstance(score, Planned):
+        return score(view)
+    if view.consumers:
+        return checked(score(view), view)
+    if observed and score.needs_data:
+        return by_value(view, consumers.products.costs(group))
+    if isinstance(score, ByColumns):
+        return by_value(view, row_scores(consumers.analysis, group, score, consumers.within))
+    raise ArgumentError(
+        f"no weight reads the channels of '{view.name}', and {type(score).__name__} orders those of"
+        " weights alone; exclude it"
+    )
+
+
+def checked(order: Order, view: GroupColumns) -> Order:
+    """What a score returned, as arrays, if it is an order of the group.
+
+    Raises:
+        ArgumentError: channel sets of each block do not stand in it once, or not as many as may go, or losses
+            do not fit.
+    """
+    if not isinstance(order, Order):
+        raise ArgumentError(
+            f"the score returned a {type(order).__name__} for '{view.name}'; return a fasp_fx.scoring.Order"
+        )
+    sets, members = np.asarray(order.sets), view.members
+    if not (
+        np.issubdtype(sets.dtype, np.integer)
+        and sets.ndim == 2
+        and len(sets) == len(members)
+        and sets.shape[1] >= view.deepest
+        and all(
+            len(np.unique(row)) == len(row) and np.isin(row, own).all()
+            for row, own in zip(sets, members, strict=True)
+        )
+    ):
+        raise ArgumentError(
+            f"the score's order for '{view.name}' is none of its channel sets: give for each of its"
+            f" {len(members)} blocks at least {view.deepest} of the block's own, each once"
+        )
+    losses = None if order.losses is None else np.asarray(order.losses, np.float64)
+    if losses is not None and (losses.shape != (sets.shape[1] + 1,) or not np.isfinite(losses).all()):
+        raise ArgumentError(
+            f"the score's losses for '{view.name}' are not one finite number for each number of channel sets"
+            f" from 0 to {sets.shape[1]}"
+        )
+    return Order(sets.astype(np.int64), losses)
+
+
+class Planned(GroupScore):
+    """Takes of each group the channel sets that were chosen before, in no order.
+
+    Args:
+        analysis: the analysis of the program.
+        gone: for every channel number, whether it goes.
+
+    Attributes:
+        lost: channel sets that each block of each chosen group loses.
+    """
+
+    def __init__(self, analysis: Analysis, gone: np.ndarray) -> None:
+        sets = np.unique(analysis.labels[: len(gone)][gone])
+        self._orders: dict[str, np.ndarray] = {}
+        self.lost: list[int] = []
+        for group in analysis.chosen:
+            taken = np.flatnonzero(np.isin(group.sets, sets))
+            rows = [taken[group.block_of[taken] == block] for block in np.unique(group.block_of)]
+            self._orders[group.name] = np.stack(rows)
+            self.lost.append(len(rows[0]))
+
+    def __call__(self, group: GroupColumns) -> Order:
+        return Order(self._orders[group.name])
+
+
+def orders_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) -> dict[str, Order]:
+    """The order of each group, with its losses.
+
+    A score that predicts losses gives its own. Of another, the order is taken, and each column costs ``½ Q_jj
+    √(G_jj / [G⁻¹]_jj)``. Without repair it would cost ``½ Q_jj G_jj``, and ``½ Q_jj / [G⁻¹]_jj`` if all
+    others stayed and were repaired (:class:`fasp_fx.obs.OBS`); since many go that would make up for one
+    another, what it costs lies between, and the geometric mean stands for that. What no weight reads, but a
+    product of activations, costs what the loss loses with it, or where no loss was run back, its part of the
+    product's energy.
+
+    Args:
+        consumers: those of the groups, with Gram matrices and, where a loss was given, gradients.
+    """
+    found = {}
+    for group in groups:
+        order = order_of(consumers, group, score, True, deepest_loss(group), consumers.weight)
+        losses = order.losses
+        if losses is None:
+            view = consumers.view(group, order.sets.shape[1], consumers.weight)
+            costs = by_set(view, _column_costs) if group.uses else consumers.products.costs(group)
+            losses = np.concatenate([[0.0], np.cumsum(costs[order.sets].sum(0))])
+        most = order.sets.shape[1] if group.uses else deepest_loss(group)
+        found[group.name] = Order(order.sets[:, :most], losses[: most + 1])
+    return found
+
+
+def curves_of(orders: Mapping[str, Order]) -> dict[str, CostCurve]:
+    """The cost curve of each group, from its order with losses."""
+    return {name: CostCurve(order.losses) for name, order in orders.items() if order.losses is not None}
+
+
+def _column_costs(columns: Columns) -> np.ndarray:
+    """``½ Q_jj √(G_jj / [G⁻¹]_jj)`` of each column, shape ``[columns]``."""
+    gram = spread_of(columns)
+    energies = gram.diagonal().clamp_min(0)
+    if not float(energies.sum()) > 0:
+        return np.zeros(len(gram))
+    alone = energies / damped_inverse(columns, gram, DAMPING).diagonal()
+    own = columns.weight.abs().to(gram.dtype).square().sum(0)
+    gradients = columns.seen.get("gradients")
+    if not isinstance(gradients, InputGradients) or not gradients.tokens:
+        # By the relative squared error of the output.
+        curvature = own / max(float((own * energies).sum()), 1e-300)
+    else:
+        found = gradients.mean()
+        curvature = own * gradients.mean_square() if found is None else found.diagonal().to(gram)
+    return (0.5 * curvature * alone.clamp_min(0).sqrt()).cpu().numpy().astype(np.float64)

@@ -52,8 +52,8 @@ def observe_batches(
         wanted: what to observe beside the Gram matrix.
         loss: what gradients are of; ``None``: none are taken.
         marks: which tokens are padding.
-        at_least: so many batches are run, and more where a consumer saw few tokens for its columns, or all
-            gradients were zero, if there are.
+        at_least: so many batches are run, and more where a consumer saw few tokens for its columns, if there
+            are.
         ranks: the processes that share them: each runs its own, and in the end all have the sums.
         enough: tokens for each column that a consumer is to see.
 
@@ -75,21 +75,17 @@ def observe_batches(
         done = False
         if index + 1 >= at_least:
             ranks.check_all(failure)
-            done = _saw_enough(consumers, ranks, enough) and not (
-                loss is not None and _vanished(consumers, ranks)
-            )
+            done = _saw_enough(consumers, ranks, enough)
         progress(1.0 if done else min(index + 1, at_least) / max(at_least, index + 2))
         if done:
             break
     ranks.check_all(failure)
-    for consumer in consumers.by_key.values() if ranks.size > 1 else ():
+    for consumer in consumers.by_key.values():
         consumer.prepare(wanted, device_of(program.module))  # where no batch was of this process
-        assert consumer.grams is not None
-        ranks.add_up(consumer.grams, consumer.seen)
-    if ranks.size > 1:
-        for product in consumers.products.all:
-            operands = range(len(product.operands))
-            consumers.products.add_up(product, operands if loss is None else [*operands, EFFECT], ranks)
+        ranks.add_up(consumer.sums(gradients=True))
+    for product in consumers.products.all:
+        for what in (*range(len(product.operands)), *(() if loss is None else (EFFECT,))):
+            consumers.products.add_up(product, what, ranks)
     terms = round(ranks.total(terms))
     consumers.products.terms = terms
     _check(consumers, loss is not None)
@@ -148,48 +144,37 @@ class _Run(Runner):
             for leaf in piece.inputs
         ]
         super().__init__(consumers.analysis.program, [inputs], numbers=[piece.batch])
-        self.consumers, self.number, self.wanted, self.marks, self.is_back = (
-            consumers,
-            number,
-            wanted,
-            marks,
-            back,
-        )
+        self.consumers, self.number, self.wanted = consumers, number, wanted
+        self.marks, self.is_back = marks, back
         self.leaves: list[Tensor] = []
-        self._products: dict[fx.Node, list[Product]] = {}
-        for product in consumers.products.all:
-            self._products.setdefault(product.node, []).append(product)
-        self._uses: dict[fx.Node, list[tuple[Consumer, Use]]] = {}
-        for consumer in consumers.by_key.values():
-            for use in consumer.uses:
-                self._uses.setdefault(use.node, []).append((consumer, use))
+        self._uses = [(consumer, use) for consumer in consumers.by_key.values() for use in consumer.uses]
+        self._products = consumers.products.all
+        self._stops = {use.node for _, use in self._uses} | {product.node for product in self._products}
 
     def _load(self, argument: fx.Node, number: int) -> Any:
         value = super()._load(argument, number)
         return value.detach() if argument.op == "get_attr" and isinstance(value, Tensor) else value
 
     def _execute(self, node: fx.Node, number: int) -> Any:
-        uses, products = self._uses.get(node, []), self._products.get(node, [])
+        if node not in self._stops:
+            return super()._execute(node, number)
+        uses = [(consumer, use) for consumer, use in self._uses if use.node is node]
+        products = [product for product in self._products if product.node is node]
         held = self._memory[number]
         read = [*(use.activation for _, use in uses), *(product.operands[0] for product in products)]
         kept = {activation: held[activation] for activation in read if activation in held}
-        probes = (
-            {activation: self._probe(value) for activation, value in kept.items()} if self.is_back else {}
-        )
+        probes = {name: self._probe(value) for name, value in kept.items()} if self.is_back else {}
         held.update(probes)
-        try:
-            output = super()._execute(node, number)
-        finally:
-            held.update(kept)
+        output = super()._execute(node, number)
+        held.update(kept)
         for consumer, use in uses:
             if use.recurrence is None:
                 activation = self._load(use.activation, number)
             else:
-                activation = states_before(
-                    self._load(use.recurrence.start, number), output[0], use.recurrence.steps
-                )
+                start = self._load(use.recurrence.start, number)
+                activation = states_before(start, output[0], use.recurrence.steps)
             alone = sum(other.activation is use.activation for _, other in uses) == 1
-            probe = probes.get(use.activation) if alone and use.recurrence is None and _told(use) else None
+            probe = probes.get(use.activation) if alone and _told(use) else None
             self._see(consumer, use, activation.detach(), probe, output)
         for product in products:
             self._see_product(product, probes.get(product.operands[0]), number)
@@ -226,33 +211,25 @@ class _Run(Runner):
             matrices.tokens(activation, own, ends),
             lambda statistic: not (statistic.needs_gradient and told_apart),
         )
-        seen = consumer.seen
-        if not self.is_back:
-            return
+        seen, result = consumer.seen, output[0] if isinstance(output, (tuple, list)) else output
+
+        def told(gradient: Tensor) -> None:
+            gradients = matrices.tokens(gradient.detach(), own, ends)
+            pieces = zip(matrices.tokens(activation, own, ends), gradients, strict=True)
+            for (block, tokens, kinds), (_, change, _) in pieces:
+                for statistic in seen[block].values():
+                    if statistic.needs_gradient:
+                        # Copies: what it does to them in place is its own business, not autograd's.
+                        statistic.update(tokens.clone(), change.clone(), counting(kinds, tokens))
+
+        def at_output(gradient: Tensor) -> None:
+            counted, count = self.marks.without_padding(self.number, use.node, gradient)
+            for statistic in _gradients(consumer):
+                statistic.update_output(counted, count)
+
         if probe is not None and told_apart:
-
-            def told(gradient: Tensor) -> None:
-                pieces = zip(
-                    matrices.tokens(activation, own, ends),
-                    matrices.tokens(gradient.detach(), own, ends),
-                    strict=True,
-                )
-                for (block, tokens, kinds), (_, gradients, _) in pieces:
-                    for statistic in seen[block].values():
-                        if statistic.needs_gradient:
-                            # Copies: what it does to them in place is its own business, not autograd's.
-                            statistic.update(tokens.clone(), gradients.clone(), counting(kinds, tokens))
-
             probe.register_hook(told)
-            return
-        result = output[0] if isinstance(output, (tuple, list)) else output
-        if isinstance(result, Tensor) and result.requires_grad:
-
-            def at_output(gradient: Tensor) -> None:
-                counted, count = self.marks.without_padding(self.number, use.node, gradient)
-                for statistic in _gradients(consumer):
-                    statistic.update_output(counted, count)
-
+        elif self.is_back and isinstance(result, Tensor) and result.requires_grad:
             result.register_hook(at_output)
 
     def back(self, terms: Tensor) -> int:
@@ -278,20 +255,11 @@ def _told(use: Use) -> bool:
     read twice, and each block reads its own.
     """
     layout = use.activation_layout
-    return all(window.size == 1 for window in layout.windows) and (
-        len(use.columns) == 1 or bool(layout.blocks) or use.route is not None
+    return (
+        use.recurrence is None
+        and all(window.size == 1 for window in layout.windows)
+        and (len(use.columns) == 1 or bool(layout.blocks) or use.route is not None)
     )
-
-
-def padding_of(program: Program, leaves: list[Any], marks: Marks, index: int) -> Padding:
-    """What is padding in each of these outputs of a piece."""
-    pairs = zip(results(program.module.graph), leaves, strict=True)
-    found = {
-        id(leaf): marks.of_output(index, node, leaf)
-        for place, (node, leaf) in enumerate(pairs)
-        if place not in program.state_outputs and isinstance(node, fx.Node) and isinstance(leaf, Tensor)
-    }
-    return lambda leaf: found.get(id(leaf))
 
 
 def _settle(program: Program, pieces: Sequence[Piece], loss: Outputs, marks: Marks, at_least: int) -> None:
@@ -299,22 +267,19 @@ def _settle(program: Program, pieces: Sequence[Piece], loss: Outputs, marks: Mar
     may come out as almost nothing.
     """
     for index, piece in enumerate(pieces):
-        leaves = ran(program, piece)
-        enough = loss.settle(
-            called(program, leaves, piece.inputs)[0], padding_of(program, leaves, marks, index)
-        )
+        outputs, _, padding = outcome(program, ran(program, piece), piece, marks, index)
+        enough = loss.settle(outputs, padding)
         if enough or (index + 1 >= at_least and loss.has_size):
             return
 
 
 def _terms(program: Program, run: Runner, piece: Piece, loss: Loss, marks: Marks, index: int) -> Tensor:
     """The terms of the loss on one batch; none where a loss of ours finds nothing to predict."""
-    leaves = returned(program, run)
-    outputs, inputs = called(program, leaves, piece.inputs)
+    given = outcome(program, returned(program, run), piece, marks, index)
     if isinstance(loss, Outputs):
         loss.begin(piece.first, piece.rows)
     try:
-        terms = evaluated(loss, outputs, inputs, padding_of(program, leaves, marks, index))
+        terms = evaluated(loss, *given)
     except CalibrationError:
         raise
     except tolerable(Exception) as error:  # a loss of the user's raises what it likes
@@ -342,17 +307,25 @@ def _terms(program: Program, run: Runner, piece: Piece, loss: Loss, marks: Marks
     return terms
 
 
-def called(program: Program, leaves: list[Any], batch: list[Any]) -> tuple[Any, dict[str, Any]]:
-    """What the model returned in its own structure, without caches, and the arguments of the call by name."""
-    shown = [None if index in program.state_outputs else leaf for index, leaf in enumerate(leaves)]
+def outcome(
+    program: Program, leaves: list[Any], piece: Piece, marks: Marks, index: int
+) -> tuple[Any, dict[str, Any], Padding]:
+    """What the model returned for a piece in its own structure, without caches, the arguments of the call by
+    name, and what is padding in each output.
+    """
+    shown = [None if place in program.state_outputs else leaf for place, leaf in enumerate(leaves)]
+    padding = {
+        id(leaf): marks.of_output(index, node, leaf)
+        for node, leaf in zip(results(program.module.graph), shown, strict=True)
+        if isinstance(node, fx.Node) and isinstance(leaf, Tensor)
+    }
     info: Any = getattr(program.module.graph._codegen, "pytree_info", None)
     if info is None or info.out_spec is None or info.in_spec is None:
-        return shown, {node.name: value for node, value in zip(program.placeholders(), batch, strict=True)}
-    args, kwargs = pytree.tree_unflatten(batch, info.in_spec)
-    return pytree.tree_unflatten(shown, info.out_spec), {
-        **dict(zip(program.signature.given(), args, strict=False)),
-        **kwargs,
-    }
+        names = (node.name for node in program.placeholders())
+        return shown, dict(zip(names, piece.inputs, strict=True)), lambda leaf: padding.get(id(leaf))
+    args, kwargs = pytree.tree_unflatten(piece.inputs, info.in_spec)
+    named = {**dict(zip(program.signature.given(), args, strict=False)), **kwargs}
+    return pytree.tree_unflatten(shown, info.out_spec), named, lambda leaf: padding.get(id(leaf))
 
 
 def _gradients(consumer: Consumer) -> list[InputGradients]:
@@ -364,35 +337,18 @@ def _gradients(consumer: Consumer) -> list[InputGradients]:
     ]
 
 
-def _vanished(consumers: Consumers, ranks: Ranks) -> bool:
-    """Whether gradients were asked for, and all of them were zero, in all processes."""
-    found = [
-        statistic.diagonal() for consumer in consumers.by_key.values() for statistic in _gradients(consumer)
-    ] + consumers.products.effects()
-    asked, told = ranks.total(bool(found)), ranks.total(any(bool((squares > 0).any()) for squares in found))
-    return bool(asked) and not told
-
-
 def _check(consumers: Consumers, back: bool) -> None:
-    seen = [("queries and keys", consumers.products.effects())]
+    """Refuse what is not finite, or gradients that are all zero."""
+    gradients = consumers.products.effects()
     for consumer in consumers.by_key.values():
-        parts = [part.diagonal() for gram in consumer.grams or () for part in gram.parts]
-        gradients = [statistic.diagonal() for statistic in _gradients(consumer)]
-        seen += [
-            (f"'{consumer.weight}'", parts),
-            (f"the gradients of the loss at '{consumer.weight}'", gradients),
-        ]
-    for what, tensors in seen:
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-            raise CalibrationError(
-                f"what is seen of {what} is not finite on the calibration data; check the batches and the"
-                " model's dtype, or pass another loss=, or loss=None"
-            )
-    if back and _vanished(consumers, Ranks()):
+        consumer.check_finite()
+        gradients += [statistic.diagonal() for statistic in _gradients(consumer)]
+    said = None
+    if not all(bool(torch.isfinite(squares).all()) for squares in gradients):
+        said = "are not finite"
+    elif back and gradients and not any(bool((squares > 0).any()) for squares in gradients):
+        said = "vanish at every weight that can be pruned"
+    if said is not None:
         raise CalibrationError(
-            "the gradients of the loss vanish at every weight that can be pruned; pass another loss=, or"
-            " loss=None"
+            f"the gradients of the loss {said}; check the batches, or pass another loss=, or loss=None"
         )
-
-
-__all__ = ["called", "observe_batches", "padding_of"]

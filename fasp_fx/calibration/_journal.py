@@ -167,6 +167,3 @@ def _damaged(folder: Path, error: Exception) -> StoreError:
     return StoreError(
         f"the checkpoint '{folder}' is damaged: {first_line(error)}; remove the folder that it is in"
     )
-
-
-__all__ = ["Journal", "open_journal"]

@@ -49,19 +49,15 @@ class Marks:
         batches: Sequence[Sequence[Any]],
         hold_out: bool = True,
     ) -> None:
-        self.hold_out = hold_out
+        self.hold_out, self._batches = hold_out, batches
         self.unmatched: dict[fx.Node, None] = {}
         nodes = program.placeholders()
-        self._reference = next((i for i, node in enumerate(nodes) if _recorded(node)), None)
-        self._shape: tuple[Any, ...] = (
-            tuple(nodes[self._reference].meta["val"].shape) if self._reference is not None else ()
-        )
-        sizes = [batch[self._reference].shape[0] if self._reference is not None else 1 for batch in batches]
-        self._picked = _picked(program, self._shape)
-        self._batches = batches
-        self._sizes, self._firsts = sizes, [0, *accumulate(sizes)]
-        self._many_batches = len(sizes) >= _ONE_IN
-        self._masks = _padding(nodes, batches, self._reference)
+        self._shapes = [_recorded(node) for node in nodes]
+        self._shape: Any = next(filter(None, self._shapes), ())
+        self._sizes = sequences_of(program, batches)
+        self._firsts = [0, *accumulate(self._sizes)]
+        self._many_batches = len(batches) >= _ONE_IN
+        self._masks = _padding(nodes, batches, reference_of(program))
 
     def of(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> Tensor:
         """Marks of one batch's activation, with as many dimensions, of its size or 1.
@@ -80,36 +76,53 @@ class Marks:
 
     def of_output(self, index: int, node: fx.Node, output: Tensor) -> Tensor | None:
         """Which tokens of an output are padding, ``[batch, tokens]``; ``None`` where its first two dimensions
-        are not those of the mask, or of the tokens in it that an input asks for by their positions.
+        are not those of the mask, nor of all tokens in it that an input asks for by their positions.
         """
-        recorded = node.meta.get("val")
-        if self._masks is None or not isinstance(recorded, Tensor):
+        recorded = _recorded(node)
+        if self._masks is None:
             return None
         mask = self._masks[index]
-        if recorded.dim() > 1 and _same(recorded.shape[0], self._shape[0]):
-            picked = self._picked.get(str(recorded.shape[1]))
-            if picked is not None:
-                mask = mask[:, self._batches[index][picked].to(mask.device)]
-            if output.shape[:2] == mask.shape and (
-                picked is not None or _same(recorded.shape[1], self._shape[1])
-            ):
-                return mask
+        if (
+            output.shape[:2] == mask.shape
+            and _same(recorded[0], self._shape[0])
+            and (_same(recorded[1], self._shape[1]) or self._asks_for_all(index, recorded[1]))
+        ):
+            return mask
         tokens = _symbols(self._shape[1])
-        varies = output.shape[:2] == mask.shape and bool(_symbols(recorded.shape[1]))
-        if varies or any(tokens and tokens <= _symbols(size) for size in recorded.shape):
+        varies = output.shape[:2] == mask.shape and bool(_symbols(recorded[1]))
+        if varies or any(tokens and tokens <= _symbols(size) for size in recorded):
             self.unmatched[node] = None  # there are tokens, and they lie otherwise
         return None
 
+    def _asks_for_all(self, index: int, size: Any) -> bool:
+        """Whether an input of that size names the positions of all tokens, in order."""
+        asked = [
+            leaf
+            for shape, leaf in zip(self._shapes, self._batches[index], strict=True)
+            if len(shape) == 1 and str(shape[0]) == str(size)
+        ]
+        return bool(asked) and torch.equal(asked[0].cpu().long(), torch.arange(len(asked[0])))
+
     def at(self, index: int, use: Use, activation: Tensor, ends: Tensor | None) -> Tensor:
-        """Marks of what a use of a weight reads in one batch.
+        """Marks of what a use of a weight reads in one batch; of tokens that were sorted by the block they go
+        to, ``[tokens]``, where of each block the last quarter is held out, or every fourth batch.
 
         Args:
             activation: what it reads.
             ends: for a routed use, where each block's tokens end.
         """
-        if ends is not None:
-            return self.routed(index, use.activation, ends)
-        return self.of(index, use.activation, activation, token_dims(activation.dim(), use.activation_layout))
+        if ends is None:
+            dims = token_dims(activation.dim(), use.activation_layout)
+            return self.of(index, use.activation, activation, dims)
+        if self._masks is not None:
+            self.unmatched[use.activation] = None
+        sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+        parts = [
+            torch.full((size,), self._batch_held(index)) if self._many_batches else _last(size)
+            for size in sizes
+        ]
+        held = torch.cat(parts).to(ends.device) & self.hold_out
+        return torch.where(held, HELD, FITTED).to(torch.uint8)
 
     def without_padding(self, index: int, node: fx.Node, output: Tensor) -> tuple[Tensor, int]:
         """What lies at an output, with zeros where it is known to be padding, and how many elements are
@@ -119,20 +132,6 @@ class Marks:
         if padding is None:
             return output, output.numel()
         return output.masked_fill(padding, 0), int((~padding.expand(output.shape)).sum())
-
-    def routed(self, index: int, node: fx.Node, ends: Tensor) -> Tensor:
-        """Marks of tokens that were sorted by the block they go to, ``[tokens]``: of each block the last
-        quarter is held out, or every fourth batch.
-        """
-        if self._masks is not None:
-            self.unmatched[node] = None
-        sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-        parts = [
-            torch.full((size,), self._batch_held(index)) if self._many_batches else _last(size)
-            for size in sizes
-        ]
-        held = torch.cat(parts).to(ends.device) & self.hold_out
-        return torch.where(held, HELD, FITTED).to(torch.uint8)
 
     def remark(self) -> str:
         """What to say of the nodes whose padding could not be told."""
@@ -185,18 +184,15 @@ class Marks:
             self._lying(axis, length, node, activation, dims) for axis, length in enumerate(mask.shape)
         )
         if batches:
-            rest = [dim for dim in dims if dim != batches[0]]
             found = [dim for dim in found if dim != batches[0]]
             # Which is which, nobody can tell where both are as long.
             if len(found) == 1 and len(batches) == 1:
                 padding = mask if batches[0] < found[0] else mask.T
+                lying = (batches[0], found[0])
                 return padding.reshape(
-                    [
-                        activation.shape[dim] if dim in (batches[0], found[0]) else 1
-                        for dim in range(activation.dim())
-                    ]
+                    [size if dim in lying else 1 for dim, size in enumerate(activation.shape)]
                 )
-            if not rest:  # one token a sequence
+            if len(dims) == 1:  # one token a sequence
                 return None
         elif (
             len(dims) == 1
@@ -210,25 +206,15 @@ class Marks:
         return None
 
 
-def _picked(program: Program, shape: Sequence[Any]) -> dict[str, int]:
-    """Sizes that are those of an input's, by whose numbers the graph picks tokens; the number of that input
-    for each.
+def reference_of(program: Program) -> int | None:
+    """The number of the first input that has dimensions, of which the first counts sequences."""
+    return next((number for number, node in enumerate(program.placeholders()) if _recorded(node)), None)
 
-    Args:
-        shape: of the first input, as captured: ``[batch, tokens, …]``.
-    """
-    found: dict[str, int] = {}
-    for number, node in enumerate(program.placeholders()):
-        if len(shape) < 2 or len(_recorded(node)) != 1 or not _symbols(_recorded(node)[0]):
-            continue
-        for user in node.users:
-            picks = (user.target is torch.ops.aten.index.Tensor and user.args[1] == [None, node]) or (
-                user.target is torch.ops.aten.index_select.default and user.args[1:] == (1, node)
-            )
-            source = user.args[0] if picks else None
-            if isinstance(source, fx.Node) and _same(_recorded(source)[1], shape[1]):
-                found[str(_recorded(node)[0])] = number
-    return found
+
+def sequences_of(program: Program, batches: Sequence[Sequence[Any]]) -> list[int]:
+    """How many sequences each batch has."""
+    reference = reference_of(program)
+    return [1 if reference is None else batch[reference].shape[0] for batch in batches]
 
 
 def _padding(
@@ -240,16 +226,17 @@ def _padding(
     at = next((index for index, node in enumerate(nodes) if node.name == MASK), None)
     if at is None or reference is None:
         return None
-    for mask, first in ((batch[at], batch[reference]) for batch in batches):
+    found = []
+    for index, batch in enumerate(batches):
+        mask, first = batch[at], batch[reference]
         if mask.dim() != 2 or mask.shape != first.shape[:2] or not bool(((mask == 0) | (mask == 1)).all()):
             return None
-    found = [batch[at] == 0 for batch in batches]
-    for index, padding in enumerate(found):
-        if bool(padding.all()):
+        if not bool(mask.any()):
             raise CalibrationError(
                 f"calibration batch {index}: '{MASK}' marks every token as padding; leave the batch out, or"
                 " give it tokens"
             )
+        found.append(mask == 0)
     return found
 
 
@@ -281,29 +268,19 @@ def _takes_turns(node: fx.Node, dim: int, batch: Any) -> bool | None:
     Args:
         batch: how many sequences there are, as captured.
     """
-    if dim != 0:
-        return None
-    seen, reached = {node}, [node]
-    while reached:
-        node = reached.pop()
-        size = _recorded(node)[0]
+    reached = [node] if dim == 0 else []
+    for node in reached:
         for source in node.all_input_nodes if node.op == "call_function" else ():
-            shape = _recorded(source)
-            if source in seen or source.op == "get_attr" or not shape:
+            shape, size = _recorded(source), _recorded(node)[0]
+            if source in reached or source.op == "get_attr" or not shape:
                 continue
             if same_sizes(shape[:1], [size]):
-                seen.add(source)
                 reached.append(source)
-                continue
-            if str(node.target) not in RESHAPES:
-                continue
-            merged = next(
-                (n for n in range(2, len(shape) + 1) if same_sizes([math.prod(shape[:n])], [size])), 0
-            )
-            own = [place for place in range(merged) if _same(shape[place], batch)]
-            if own in ([0], [merged - 1]):
-                return own == [merged - 1]
-            return None
+            elif str(node.target) in RESHAPES:
+                ends = (n for n in range(2, len(shape) + 1) if same_sizes([math.prod(shape[:n])], [size]))
+                merged = next(ends, 0)
+                own = [place for place in range(merged) if _same(shape[place], batch)]
+                return own == [merged - 1] if own in ([0], [merged - 1]) else None
     return None
 
 
@@ -316,6 +293,3 @@ def _recorded(node: fx.Node) -> Any:
 
 def _symbols(size: Any) -> set[Any]:
     return set() if isinstance(size, int) else set(size.node.expr.free_symbols)
-
-
-__all__ = ["Marks"]

@@ -201,17 +201,11 @@ def read_otherwise(analysis: Analysis, matrices: ConsumerMatrices) -> str | None
                 )
             ):
                 return f"it is also read by '{user.name}' ({user.target}), which a repair would change"
-    others = [
-        other
-        for other in (ConsumerMatrices(use, analysis.walk.values) for use in uses)
-        if other.key != matrices.key
-    ]
-    if not others:
-        return None
     shape = attribute(analysis.program.module, weight).shape
-    own = _places(matrices, shape)
-    for other in others:
-        if np.intersect1d(own, _places(other, shape)).size:
+    for other in (ConsumerMatrices(use, analysis.walk.values) for use in uses):
+        if other.key == matrices.key:
+            continue
+        if np.intersect1d(_places(matrices, shape), _places(other, shape)).size:
             return (
                 f"'{other.use.node.name}' reads the same entries in another way, which a repair would change"
             )
@@ -229,10 +223,6 @@ def _places(matrices: ConsumerMatrices, shape: torch.Size) -> np.ndarray:
     return np.unique(matrices.moved(torch.arange(shape.numel()).reshape(shape)).numpy())
 
 
-#: the part of the means that is not taken for granted
-STAYING = 1e-3
-
-
 def bias_of(analysis: Analysis, uses: Sequence[Use], matrices: ConsumerMatrices) -> str | None:
     """The parameter that is added to every token of a consumer's output and read nowhere else, by its
     canonical name.
@@ -241,53 +231,16 @@ def bias_of(analysis: Analysis, uses: Sequence[Use], matrices: ConsumerMatrices)
         uses: those of the consumer.
         matrices: the weight as matrices, whose rows are the bias' entries, block after block.
     """
-    use = uses[0]
-    names = BIASES.get(str(use.node.target))
-    if len(uses) > 1 or names is None or use.route is not None or use.recurrence is not None:
+    use, module, canonical = uses[0], analysis.program.module, analysis.program.canonical()
+    given, names = arguments(use.node), BIASES.get(str(use.node.target))
+    if len(uses) > 1 or names is None or any(given.get(name, 1) != 1 for name in ("alpha", "beta")):
         return None
-    given = arguments(use.node)
     weight, bias = (given.get(name) for name in names)
-    found = own_parameter(analysis, bias)
-    is_scaled = any(given.get(name, 1) != 1 for name in ("alpha", "beta"))
-    if not isinstance(bias, fx.Node) or found is None or list(bias.users) != [use.node]:
+    if weight is not use.operand or not isinstance(bias, fx.Node) or list(bias.users) != [use.node]:
         return None
-    if weight is not use.operand or is_scaled:
+    name, others = canonical.get(str(bias.target), ""), module.graph.find_nodes(op="get_attr")
+    if [node for node in others if canonical.get(str(node.target)) == name] != [bias]:
         return None
-    (name, held), own = found, attribute(analysis.program.module, use.weight)
-    return name if held.dtype == own.dtype and held.shape == (matrices.rows(own),) else None
-
-
-def own_parameter(analysis: Analysis, node: object) -> tuple[str, nn.Parameter] | None:
-    """The canonical name and the value of the parameter that a node gives, if no other node gives it and
-    nothing writes into it.
-    """
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    module, canonical = analysis.program.module, analysis.program.canonical()
-    name, held = canonical.get(str(node.target), ""), attribute(module, str(node.target))
-    gets = module.graph.find_nodes(op="get_attr")
-    others = [other for other in gets if canonical.get(str(other.target)) == name and other is not node]
-    is_own = isinstance(held, nn.Parameter) and not others and name not in written_names(module.graph)
-    return (name, held) if is_own else None
-
-
-def with_ones(tokens: Tensor) -> Tensor:
-    """Tokens ``[tokens, columns]`` and a one behind each, which the intercept is the weight of."""
-    return torch.cat([tokens, tokens.new_ones((len(tokens), 1))], 1)
-
-
-def centred(gram: Tensor, columns: int) -> Tensor:
-    """The Gram matrix ``[columns, columns]`` of columns without their means: what is left of them where an
-    intercept takes the means over.
-
-    A thousandth of the means stays, as if the ones were damped: of few tokens a mean says little, and all
-    columns may be constant.
-
-    Args:
-        gram: that of the columns, followed by the ones.
-    """
-    own, sums = gram[:columns, :columns], gram[:columns, columns]
-    return own - torch.outer(sums, sums) / (gram[columns, columns].clamp_min(1.0) * (1 + STAYING))
-
-
-__all__ = ["bias_of", "centred", "computes", "own_parameter", "read_otherwise", "with_ones"]
+    held, own = attribute(module, str(bias.target)), attribute(module, use.weight)
+    fits = isinstance(held, nn.Parameter) and name not in written_names(module.graph)
+    return name if fits and held.dtype == own.dtype and held.shape == (matrices.rows(own),) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
@@ -17,7 +17,6 @@ from ..base._tensors import digest_of
 from ..base._tolerable import tolerable
 from ..base._undisturbed import aside
 from ..errors import ArgumentError, CalibrationError, RankError, first_line
-from .statistics import SplitGram, Statistic
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -131,31 +130,12 @@ class Ranks:
             self.with_all(lambda: dist.all_reduce(tensor, group=self._group))
         return tensor
 
-    def add_up(self, grams: Sequence[SplitGram], seen: Sequence[dict[str, Statistic]] = ()) -> None:
-        """Add up what the processes have seen.
-
-        Raises:
-            ArgumentError: a statistic cannot be added up.
+    def add_up(self, sums: Iterable[Any]) -> None:
+        """Add up what the processes have seen, each in a :class:`fasp_fx.statistics.Statistic` or the
+        like.
         """
-        if self.size == 1:
-            return
-        for gram in grams:
-            gram.reduce(self.add)
-        for by_name in seen:
-            for name, statistic in sorted(by_name.items()):
-                reduce = getattr(statistic, "reduce", None)
-                if reduce is None:
-                    raise ArgumentError(
-                        f"the statistic '{name}' cannot be added up over processes; give"
-                        f" {type(statistic).__name__} a method reduce(add)"
-                    )
-                reduce(self.add)
-
-    def once(self, grams: Sequence[SplitGram], seen: Sequence[dict[str, Statistic]] = ()) -> None:
-        """Before more is added to sums over all processes: let the first process alone hold them."""
-        sums: list[Any] = [*grams, *(statistic for by_name in seen for statistic in by_name.values())]
-        for one in sums if self.rank else ():
-            one.reduce(torch.zeros_like)
+        for one in sums if self.size > 1 else ():
+            one.reduce(self.add)
 
     def total(self, number: float) -> float:
         """The sum of the numbers of all processes."""
@@ -212,17 +192,13 @@ class Ranks:
         """
         if self.size == 1:
             return
-        has_failed = torch.tensor(int(error is not None), device="cpu")
+        said: list[Any] = [None] * self.size
+        own = None if error is None else f"{type(error).__name__}: {first_line(error)}"
         with self._connected():
-            dist.all_reduce(has_failed, group=self._group)
-            if not bool(has_failed):
-                return
-            said: list[Any] = [None] * self.size
-            own = None if error is None else f"{type(error).__name__}: {first_line(error)}"
             dist.all_gather_object(said, own, group=self._group)
-        self.parted = True
-        if error is None:
-            failed = next(rank for rank, text in enumerate(said) if text is not None)
+        failed = next((rank for rank, text in enumerate(said) if text is not None), None)
+        self.parted |= failed is not None
+        if failed is not None and error is None:
             raise RankError(
                 f"process {failed} of {self.size} has failed ({said[failed]}), so that process {self.rank}"
                 " stops; start all of them again once that is mended"
@@ -252,6 +228,3 @@ class Ranks:
         except BaseException:
             self.parted = True
             raise
-
-
-__all__ = ["Ranks", "ended_together"]

@@ -5,7 +5,6 @@ replaced.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,10 +20,9 @@ from ..base._offload import keep
 from ..base._undisturbed import drawing_alike
 from ..base.compare import unfilled
 from ..capturing._runner import Runner
-from ..errors import ArgumentError
 from ._calibration import Piece, returned
-from ._consumers import Consumer, Consumers
-from ._gradients import called, padding_of
+from ._consumers import Consumers
+from ._gradients import outcome
 from ._marks import Marks
 from ._matrices import read_otherwise
 from ._ranks import Ranks
@@ -43,7 +41,7 @@ from .restoration import damped
 from .scoring import Order
 from .statistics import SplitGram
 
-#: repaired weights are kept of so many times the elements of all consumers
+#: so many versions of all repaired weights are kept
 _KEPT = 2
 
 
@@ -78,14 +76,12 @@ class ServedTrial(Trial):
         """
         self._groups, self._spread, self._advance = groups, spread, advance
 
-    def taken(self, lost: Sequence[int], sequences: Sequence[int]) -> Sequence[int]:
-        """What all groups lose; arguments as for :meth:`losses`.
+    def taken(self, lost: Sequence[int]) -> Sequence[int]:
+        """What all groups lose, of what those of the budget lose.
 
         Raises:
-            ArgumentError: there is no such sequence, or what is to be lost cannot be.
+            ArgumentError: it cannot be.
         """
-        if bad := [number for number in sequences if number not in range(self.count)]:
-            raise ArgumentError(f"there is no sequence {bad[0]!r}; there are {self.count}, from 0 on")
         return self._spread(check_counts(lost, self._groups))
 
     def progress(self, fraction: float) -> None:
@@ -136,9 +132,11 @@ class ModelTrial(ServedTrial):
         count = min(most, len(pieces))
         self._places = [index * len(pieces) // count for index in range(count)]
         self._pieces = [pieces[place] for place in self._places]
-        self._by_weight: dict[str, list[Consumer]] = {}
-        for consumer in consumers.by_key.values():
-            self._by_weight.setdefault(consumer.weight, []).append(consumer)
+        own = consumers.by_key.values()
+        self._by_weight = {
+            name: [consumer for consumer in own if consumer.weight == name]
+            for name in dict.fromkeys(consumer.weight for consumer in own)
+        }
         self._touching = {
             name: [
                 index
@@ -150,10 +148,12 @@ class ModelTrial(ServedTrial):
         self._grams = {
             consumer: consumer.grams
             for consumer in consumers.by_key.values()
-            if repairs and self._is_repaired(consumer)
+            if repairs
+            and not consumers.weight(consumer).is_complex()
+            and read_otherwise(self.analysis, consumer.matrices) is None
         }
+        #: by name, and what the groups that it is a consumer of have lost
         self._made: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-        self._room = _KEPT * sum(consumers.weight(own[0]).numel() for own in self._by_weight.values())
         self._dense: dict[int, Any] = {}
         super().__init__(min(most, len(pieces)), self.fitness.description, self.analysis.chosen)
 
@@ -161,9 +161,9 @@ class ModelTrial(ServedTrial):
         """The loss on each of some of the sequences taken, in all processes.
 
         Raises:
-            ArgumentError: there is no such sequence, or what is to be lost cannot be.
+            ArgumentError: what is to be lost cannot be.
         """
-        weights = self._weights(self.taken(lost, sequences))
+        weights = self._weights(self.taken(lost))
         found = torch.zeros(len(sequences), dtype=torch.float64)
         for place, number in enumerate(sequences):
             if number % self.ranks.size == self.ranks.rank:
@@ -173,7 +173,7 @@ class ModelTrial(ServedTrial):
                 found[place] = value if math.isfinite(value) else math.inf
         return self.ranks.first(self.ranks.add(found).tolist())
 
-    def _run(self, number: int, weights: Mapping[str, Tensor]) -> tuple[Any, Any, Any]:
+    def _run(self, number: int, weights: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any], Padding]:
         """What the model returns for a sequence with these weights, the arguments of the call, and which
         tokens are padding.
         """
@@ -183,38 +183,31 @@ class ModelTrial(ServedTrial):
             run.overrides |= weights
             run.advance(len(run.nodes) - 1)
             leaves = returned(program, run)
-        return *called(program, leaves, piece.inputs), padding_of(
-            program, leaves, self._marks, self._places[number]
-        )
+        return outcome(program, leaves, piece, self._marks, self._places[number])
 
     def _weights(self, lost: Sequence[int]) -> dict[str, Tensor]:
         """The weights that are not as in the dense model."""
         found = {}
         for name, touching in self._touching.items():
             levels = tuple(lost[index] for index in touching)
+            if any(levels) and (name, levels) not in self._made:
+                if len(self._made) >= _KEPT * len(self._by_weight):
+                    self._made.clear()
+                self._made[name, levels] = self._repaired(name, levels)
             if any(levels):
-                found[name] = self._weight(name, levels)
+                found[name] = self._made[name, levels]
         return found
-
-    def _weight(self, name: str, levels: tuple[int, ...]) -> Tensor:
-        """A weight once the groups that it is a consumer of have lost so much."""
-        key = (name, levels)
-        if key not in self._made:
-            made = keep(self._repaired(name, levels))
-            if made.numel() + sum(weight.numel() for weight in self._made.values()) > self._room:
-                self._made.clear()
-            self._made[key] = made
-        return self._made[key]
 
     @torch.no_grad()
     def _repaired(self, name: str, levels: tuple[int, ...]) -> Tensor:
-        labels = self.analysis.labels
-        removed = np.zeros(int(labels.max(initial=-1)) + 1, dtype=bool)
-        for index, count in zip(self._touching[name], levels, strict=True):
-            group = self.analysis.chosen[index]
-            if count:
-                removed[group.sets[self._orders[group.name][:, :count].reshape(-1)]] = True
-        gone = removed[labels]
+        """A weight as the calibration would leave it, had each of its groups lost so much."""
+        chosen = [self.analysis.chosen[index] for index in self._touching[name]]
+        taken = [
+            group.sets[self._orders[group.name][:, :count].reshape(-1)]
+            for group, count in zip(chosen, levels, strict=True)
+            if count
+        ]
+        gone = np.isin(self.analysis.labels, np.concatenate(taken))
         weight = self._consumers.weight(self._by_weight[name][0])
         for consumer in self._by_weight[name]:
             kept = torch.from_numpy(~consumer.gone(gone)).to(weight.device)
@@ -224,14 +217,7 @@ class ModelTrial(ServedTrial):
                 [_cut(*block) for block in zip(consumer.matrices.read(weight), kept, grams, strict=True)]
             )
             weight = consumer.matrices.write(matrices * whole[:, None, None], weight)
-        return weight
-
-    def _is_repaired(self, consumer: Consumer) -> bool:
-        """Whether the calibration would repair it."""
-        return (
-            not self._consumers.weight(consumer).is_complex()
-            and read_otherwise(self.analysis, consumer.matrices) is None
-        )
+        return keep(weight)
 
 
 def _cut(matrix: Tensor, kept: Tensor, gram: SplitGram | None) -> Tensor:
@@ -247,22 +233,26 @@ LIKELIEST = 64
 _AT_ONCE = 256
 
 
-class Fitness(ABC):
-    """Compares outputs on one sequence with those that the dense model gave.
+class Fitness:
+    """Judges outputs on one sequence, beside those that the dense model gave: by the mean of the terms of a
+    loss of the caller's, which needs nothing of the dense model.
 
     Attributes:
         description: what it is, for the report.
     """
 
-    description: str
+    description = "the loss that was given"
+
+    def __init__(self, given: Loss) -> None:
+        self._loss = given
 
     def remember(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Any:
         """What is kept of the dense model's outputs."""
         return None
 
-    @abstractmethod
     def loss(self, remembered: Any, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> float:
-        """How far the outputs are from those that were kept."""
+        """How bad the outputs are beside those that were kept."""
+        return float(evaluated(self._loss, outputs, inputs, padding).double().mean())
 
 
 class Divergence(Fitness):
@@ -310,6 +300,9 @@ class Error(Fitness):
 
     description = "half the squared error of the outputs, relative to their mean square"
 
+    def __init__(self) -> None:
+        """It needs nothing."""
+
     def remember(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> list[Tensor]:
         return [keep(values.clone()) for values in _values(outputs, padding)]
 
@@ -324,27 +317,11 @@ class Error(Fitness):
         return total / max(count, 1) / 2
 
 
-class Terms(Fitness):
-    """The mean of the terms of a loss of the caller's, which needs nothing of the dense model.
-
-    Args:
-        loss: the caller's.
-    """
-
-    description = "the loss that was given"
-
-    def __init__(self, loss: Loss) -> None:
-        self._loss = loss
-
-    def loss(self, remembered: Any, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> float:
-        return float(evaluated(self._loss, outputs, inputs, padding).double().mean())
-
-
 def fitness_of(loss: Loss | None) -> Fitness:
     """What a loss is searched by; ``None``: none was given."""
     if loss is None or isinstance(loss, Outputs):
         return Error()
-    return Divergence() if loss is next_token else Terms(loss)
+    return Divergence() if loss is next_token else Fitness(loss)
 
 
 def _pieces(outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Iterable[Tensor]:
@@ -366,6 +343,3 @@ def _coarse(logits: Tensor, chosen: Tensor) -> Tensor:
 def _values(outputs: Any, padding: Padding) -> list[Tensor]:
     """What counts of each floating-point output."""
     return [without_padding(leaf.detach(), padding(leaf))[0] for leaf in number_outputs(outputs)]
-
-
-__all__ = ["Divergence", "Error", "Fitness", "ModelTrial", "ServedTrial", "Terms", "fitness_of"]

@@ -22,13 +22,12 @@ from ..base._warn import warn
 from ..capturing._fx import attribute
 from ..capturing._runner import Runner
 from ..capturing._sizes import same_sizes
-from ..errors import CalibrationError, CalibrationWarning
+from ..errors import CalibrationWarning
 from ..patterns import CASTS, CHECKS, RESHAPES
-from ._consumers import Consumer, Consumers
+from ._consumers import Consumer, Consumers, order_of
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, read_otherwise, states_before
-from ._order import order_of
-from ._product_repair import Mended, QueryRepair, repair_of
+from ._products import Mended, QueryRepair, repair_of
 from ._ranks import Ranks
 from .restoration import Restore, Restored, left_alone, ridge, together, without_values
 from .scoring import GroupScore
@@ -97,7 +96,9 @@ class Observer:
         ranks: the processes that share the batches.
         journal: what was decided before, and where that is written which is decided now; of the first process
             alone.
-        drift: what repairs make up for besides.
+        dense: runs the dense model, on the same batches as the pruned one.
+        drift: how much repairs are to make up for of what earlier removals changed in the values that
+            consumers' outputs are added to.
     """
 
     def __init__(
@@ -111,16 +112,25 @@ class Observer:
         precision: str,
         ranks: Ranks,
         journal: Journal | None = None,
-        drift: Drift | None = None,
+        dense: Runner | None = None,
+        drift: float = 0.0,
     ) -> None:
         self.analysis, self.consumers, self.products = consumers.analysis, consumers, consumers.products
         self.groups, self.lost, self.score, self.restore = self.analysis.chosen, lost, score, restore
         self.runner, self.marks, self.precision, self.ranks = runner, marks, precision, ranks
-        self._journal, self._drift = journal, drift
+        self._journal, self._dense, self._drift = journal, dense, drift
         self.decision = Decision(np.zeros(self.analysis.numbering.total, dtype=bool))
         self._repairs = 0
         self._known = False  # what is decided at this stop is in the journal
-        self._undecided = {group.name for group in self.groups}
+        place = runner.index
+        read = {
+            group.name: [place(use.node) for use in group.uses]
+            + [place(product.node) for product in self.products.of(group)]
+            for group in self.groups
+        }
+        self._stops = sorted({stop for own in read.values() for stop in own})
+        #: where all that decides a group has been seen
+        self._last = {name: max(own, default=min(self._stops, default=0)) for name, own in read.items()}
         self._queries = self._product_repairs() if restore is not None else {}
 
     def run(self, progress: Callable[[float], None]) -> Decision:
@@ -129,37 +139,26 @@ class Observer:
         Warns:
             CalibrationWarning: the data are too few to repair with; once for all consumers.
         """
-        place = self.runner.index
-        read = {
-            group.name: [place(use.node) for use in group.uses]
-            + [place(product.node) for product in self.products.of(group)]
-            for group in self.groups
-        }
-        stops = sorted({stop for own in read.values() for stop in own})
         known = self._recall()
-        for count, stop in enumerate(stops):
+        for count, stop in enumerate(self._stops):
             self._known = count < known
             with float32_products(self.precision):
                 self._advance(self.runner.nodes[stop])
-            ready = [
-                group
-                for group in self.groups
-                if group.name in self._undecided and max(read[group.name], default=-1) <= stop
-            ]
+            ready = [group for group in self.groups if self._last[group.name] == stop]
             for group in ready:
                 self._choose(group)
-            self._finish(ready)
+            self._finish(ready, stop)
             for group in ready:
                 self._mend(group, self.runner.nodes[stop])
             if not self._known:
                 self._record(count + 1)
-            progress((count + 1) / len(stops))
+            progress((count + 1) / len(self._stops))
         if self.marks.unmatched:
             self.decision.notes.append(self.marks.remark())
         uses = (use for consumer in self.consumers.by_key.values() for use in consumer.uses)
-        if self._drift is not None and all(added_to(use) is None for use in uses):
+        if self._drift and all(added_to(use) is None for use in uses):
             self.decision.notes.append(
-                f"a drift of {self._drift.part:g} was to be made up for, and changes no repair: no layer that"
+                f"a drift of {self._drift:g} was to be made up for, and changes no repair: no layer that"
                 " loses channels gives what is added, as it is, to a value that was computed before"
             )
         self.decision.notes.extend(warn_of_few(self.decision.outcomes))
@@ -170,8 +169,7 @@ class Observer:
         known, unmatched = self.ranks.first(
             (0, []) if self._journal is None else (self._journal.stops, self._journal.unmatched)
         )
-        names = {node.name: node for node in self.runner.nodes}
-        self.marks.unmatched |= {names[name]: None for name in unmatched if name in names}
+        self.marks.unmatched |= {node: None for node in self.runner.nodes if node.name in unmatched}
         return known
 
     def _record(self, stops: int) -> None:
@@ -182,12 +180,14 @@ class Observer:
 
     def _advance(self, stop: fx.Node) -> None:
         """Run the batches up to a node, and observe what it is about to read."""
-        for each in [self.runner] if self._drift is None else [self.runner, self._drift.dense]:
+        for each in filter(None, (self.runner, self._dense)):
             each.advance(each.index(stop))
         for consumer in self.consumers.by_key.values() if not self._known else ():
             for use in consumer.uses:
                 if use.node is stop:
                     self._observe(consumer, use)
+            if max(self.runner.index(use.node) for use in consumer.uses) == self.runner.index(stop):
+                self._add_up(consumer)
         products = [
             product for group in self.groups for product in self.products.of(group) if product.node is stop
         ]
@@ -200,11 +200,8 @@ class Observer:
         runner = self.runner
         matrices = ConsumerMatrices(use, self.analysis.walk.values)
         ends = None if use.route is None else list(runner.read(use.route))
-        changes = None
-        if self._drift is not None and len(consumer.uses) == 1:
-            changes = self._drift.at(use, runner)
+        changes = self._changed(use) if len(consumer.uses) == 1 else None
         consumer.beside = 0 if changes is None else matrices.read(self._weight(consumer)).shape[1]
-        self.ranks.once(*consumer.sums())
         for index, (batch, activation) in enumerate(zip(runner.numbers, _inputs(runner, use), strict=True)):
             consumer.prepare(self.score.statistics, activation.device, precise(activation.device))
             end = None if ends is None else ends[index]
@@ -214,16 +211,25 @@ class Observer:
                 lambda statistic: not statistic.needs_gradient,
                 None if changes is None else next(changes),
             )
-        self.ranks.add_up(*consumer.sums())
-        assert consumer.grams is not None
-        last = max(runner.index(other.node) for other in consumer.uses)
-        for gram in consumer.grams if runner.index(use.node) == last else ():
+
+    def _changed(self, use: Use) -> Iterator[Tensor] | None:
+        """By how much the output of a consumer about to be executed would have to differ for what it is added
+        to to be the dense model's again, for each batch, ``[tokens, rows]``; ``None`` where it is added to
+        nothing that is there, or nothing is to be made up for.
+        """
+        beside = None if self._dense is None else added_to(use)
+        if beside is None or self._dense is None or self.runner.index(beside) > self.runner.index(use.node):
+            return None
+        rows = use.node.meta["val"].shape[-1]
+        pairs = zip(self._dense.read(beside), self.runner.read(beside), strict=True)
+        return ((dense - found).reshape(-1, rows) for dense, found in pairs)
+
+    def _add_up(self, consumer: Consumer) -> None:
+        """Add up what all processes saw of a consumer, all of whose uses have been observed."""
+        self.ranks.add_up(consumer.sums(gradients=False))
+        for gram in consumer.grams or ():
             gram.round()
-        if not consumer.sees_finite():
-            raise CalibrationError(
-                f"the input of '{use.weight}' is not finite on the calibration data; check the batches and"
-                " the model's dtype"
-            )
+        consumer.check_finite()
 
     def _product_repairs(self) -> dict[str, QueryRepair]:
         """The repairs of the products that groups lose channels of, by the groups' names."""
@@ -264,7 +270,6 @@ class Observer:
         return found
 
     def _choose(self, group: Group) -> None:
-        self._undecided.discard(group.name)
         lost = self.lost[self.groups.index(group)]
         if not lost:
             return
@@ -277,11 +282,11 @@ class Observer:
                 self._journal.note_removed(group.name, removed)
         self.decision.gone |= np.isin(self.analysis.labels, group.sets[removed])
 
-    def _finish(self, ready: list[Group]) -> None:
+    def _finish(self, ready: list[Group], stop: int) -> None:
         """Restore (or cut) the consumers all of whose groups are decided."""
         of_group, gone = self.consumers.of_group, self.decision.gone
         for consumer in dict.fromkeys(own for group in ready for own in of_group[group.name]):
-            if any(consumer in of_group[name] for name in self._undecided):
+            if any(consumer in of_group[name] for name, last in self._last.items() if last > stop):
                 continue
             if consumer.gone(gone).any() or consumer.blocks_gone(gone).any():
                 self._repair(consumer, torch.from_numpy(~consumer.gone(gone)))
@@ -315,12 +320,12 @@ class Observer:
             # A column of ones that stays, whose weight is added to the bias.
             read = torch.cat([read, torch.zeros_like(read[:, :, :1])], 2)
             kept = torch.cat([kept, torch.ones_like(kept[:, :1])], 1)
-        if self._drift is not None and consumer.beside:
+        if consumer.beside:
             # What is beside counts as columns of their own, which go.
             own = torch.eye(consumer.beside, dtype=read.dtype, device=read.device)
-            read = torch.cat([read, self._drift.part * own.expand(len(read), -1, -1)], 2)
+            read = torch.cat([read, self._drift * own.expand(len(read), -1, -1)], 2)
         has_ones = consumer.intercept is not None
-        outcome = self._shared(partial(_restored, restore, read, consumer.grams, kept, has_ones))
+        outcome = self._shared(partial(_restored, restore, read, consumer.grams or (), kept, has_ones))
         if consumer.intercept is None:
             return outcome
         if bool((raised := outcome.weight[:, :, -1].reshape(-1)).any()):
@@ -343,20 +348,17 @@ class Observer:
 
 
 def _restored(
-    restore: Restore, matrices: Tensor, grams: list[SplitGram] | None, kept: Tensor, has_ones: bool
+    restore: Restore, matrices: Tensor, grams: Sequence[SplitGram], kept: Tensor, has_ones: bool
 ) -> Restored:
     """The outcome of a repair, block by block, for the columns that ``kept`` speaks of.
 
     Args:
         has_ones: whether the last of these columns holds ones.
     """
-    assert grams is not None
     parts = []
     for matrix, gram, left in zip(matrices, grams, kept, strict=True):
-        fitted, held = (
-            None if part is None else keep(part.symmetric(torch.float32)) for part in (gram.fitted, gram.held)
-        )
-        assert fitted is not None
+        fitted = keep(gram.fitted.symmetric(torch.float32))
+        held = None if gram.held is None else keep(gram.held.symmetric(torch.float32))
         own = left.nonzero()[:, 0]
         # Weights that meet about as many tokens as there are unknowns fit no others, which a handful of them
         # held out need not show: a ridge as strong as there are unknowns for each token keeps them near.
@@ -414,30 +416,8 @@ def warn_of_few(outcomes: Mapping[str, Sequence[Restored]]) -> list[str]:
     return [said]
 
 
-class Drift:
-    """What earlier removals changed in the value that a consumer's output is added to.
-
-    Args:
-        dense: runs the dense model, on the same batches as the pruned one.
-        part: how much of it a repair is to make up for.
-    """
-
-    def __init__(self, dense: Runner, part: float) -> None:
-        self.dense, self.part = dense, part
-
-    def at(self, use: Use, pruned: Runner) -> Iterator[Tensor] | None:
-        """By how much the output of a consumer about to be executed would have to differ for the sum to be
-        the dense model's again, for each batch, ``[tokens, rows]``.
-
-        Returns:
-            Nothing where the output is added to nothing that is there.
-        """
-        beside = added_to(use)
-        if beside is None or pruned.index(beside) > pruned.index(use.node):
-            return None
-        rows = use.node.meta["val"].shape[-1]
-        pairs = zip(self.dense.read(beside), pruned.read(beside), strict=True)
-        return ((dense - found).reshape(-1, rows) for dense, found in pairs)
+#: products of tokens and a weight, and which argument the tokens are
+_PLAIN = {"aten.linear.default": 0, "aten.mm.default": 0, "aten.addmm.default": 1}
 
 
 def added_to(use: Use) -> fx.Node | None:
@@ -445,40 +425,17 @@ def added_to(use: Use) -> fx.Node | None:
     tokens are: a product with the last dimension of its input, the rows in the last of its own, which is at
     most reshaped and cast before.
     """
-    layout, node = use.activation_layout, use.node
-    found, given = _floating(node), _floating(use.activation)
-    if (
-        use.route is not None
-        or use.recurrence is not None
-        or layout.windows
-        or layout.splits
-        or layout.blocks
-        or len(use.columns) != 1
-        or found is None
-        or given is None
-        or layout.columns != (given.dim() - 1,)
-        or not same_sizes(found.shape[:-1], given.shape[:-1])
-    ):
+    end, at = use.node, _PLAIN.get(str(use.node.target))
+    if at is None or use.node.args[at] is not use.activation or len(use.columns) != 1:
         return None
-    end = node
     while len(users := [user for user in end.users if str(user.target) not in CHECKS]) == 1:
         (user,) = users
         if user.target is torch.ops.aten.add.Tensor and not user.kwargs:
             (beside, *_) = [argument for argument in user.args if argument is not end] or [end]
             if not isinstance(beside, fx.Node) or beside.op != "call_function" or beside is end:
                 return None
-            added, own = _floating(beside), _floating(end)
-            fits = added is not None and own is not None and same_sizes(added.shape, own.shape)
-            return beside if fits else None
-        if str(user.target) not in RESHAPES | CASTS or _floating(user) is None:
+            return beside if same_sizes(beside.meta["val"].shape, end.meta["val"].shape) else None
+        if str(user.target) not in RESHAPES | CASTS:
             return None
         end = user
     return None
-
-
-def _floating(node: fx.Node) -> Tensor | None:
-    found = node.meta.get("val")
-    return found if isinstance(found, Tensor) and found.is_floating_point() else None
-
-
-__all__ = ["Drift", "added_to", "warn_of_few"]

@@ -15,7 +15,7 @@ from torch.nn import functional
 from ..base._undisturbed import generator_of
 from ..base.compare import unfilled
 from ..base.compat import pytree
-from ..errors import ArgumentError, CalibrationError
+from ..errors import CalibrationError
 from .statistics import precise
 
 #: a loss maps what the model returned, and the arguments of the call by name, to its terms: one value for
@@ -60,16 +60,13 @@ def predictions(
     """The logits ``[batch, tokens, vocabulary]``, the tokens ``[batch, tokens]``, and which of them count;
     arguments and errors as for :func:`next_token`.
     """
-    tokens = next((inputs[name] for name in _TOKENS if isinstance(inputs.get(name), Tensor)), None)
-    if tokens is None:
-        tokens = next(
-            (
-                leaf
-                for leaf in output_tensors(inputs)
-                if leaf.dim() == 2 and not leaf.is_floating_point() and leaf.dtype != torch.bool
-            ),
-            None,
-        )
+    named = [inputs[name] for name in _TOKENS if isinstance(inputs.get(name), Tensor)]
+    others = [
+        leaf
+        for leaf in output_tensors(inputs)
+        if leaf.dim() == 2 and not leaf.is_floating_point() and leaf.dtype != torch.bool
+    ]
+    tokens = next(iter([*named, *others]), None)
     logits = next(
         (leaf for leaf in output_tensors(outputs) if leaf.dim() == 3 and leaf.is_floating_point()), None
     )
@@ -185,21 +182,10 @@ def evaluated(loss: Loss, outputs: Any, inputs: Mapping[str, Any], padding: Padd
 
 
 def resolve_loss(loss: Literal["auto", "outputs", "next-token"] | Loss) -> Loss:
-    """The function of a loss given by name.
-
-    Raises:
-        ArgumentError: an unknown name.
-    """
+    """The function of a loss given by name."""
     if callable(loss):
         return loss
-    if loss in ("auto", "outputs"):
-        return Outputs()
-    if loss == "next-token":
-        return next_token
-    raise ArgumentError(
-        f"loss={loss!r} is not known; use 'outputs', 'next-token', None, or a callable from outputs and"
-        " inputs to a tensor"
-    )
+    return next_token if loss == "next-token" else Outputs()
 
 
 def number_outputs(outputs: Any) -> list[Tensor]:

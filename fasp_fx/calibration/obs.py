@@ -51,10 +51,11 @@ class OBS(GroupScore):
     statistics: ClassVar[Mapping[str, MakeStatistic]] = {"gradients": InputGradients}
 
     def __init__(self, damping: float = DAMPING, rounds: int = ROUNDS, shrinkage: float = SHRINKAGE) -> None:
-        counts = isinstance(rounds, int) and rounds > 0
-        raises = is_number(damping) and damping > 0
-        shrinks = is_number(shrinkage) and 0 <= shrinkage <= 1
-        if not (counts and raises and shrinks):
+        if not (
+            (isinstance(rounds, int) and rounds > 0)
+            and (is_number(damping) and damping > 0)
+            and (is_number(shrinkage) and 0 <= shrinkage <= 1)
+        ):
             raise ArgumentError(
                 f"OBS(damping={damping!r}, rounds={rounds!r}, shrinkage={shrinkage!r}) cannot be: damping is"
                 " a positive number, rounds are a positive integer, and shrinkage is in [0, 1]"
@@ -247,14 +248,7 @@ def resolve_score(score: Literal["fasp", "magnitude", "random", "obs"] | Score) 
         ArgumentError: an unknown name.
     """
     if isinstance(score, GroupScore):
-        if not isinstance(score.statistics, Mapping) or not all(map(callable, score.statistics.values())):
-            raise ArgumentError(
-                f"{type(score).__name__}.statistics is {score.statistics!r}; give a mapping from names to"
-                " what makes a statistic (fasp_fx.statistics.MakeStatistic)"
-            )
         return score
-    if isinstance(score, type):
-        raise ArgumentError(f"score={score.__name__} is a class; make one: score={score.__name__}()")
     named: dict[str, GroupScore] = {
         "obs": OBS(),
         "fasp": ByColumns(fasp),

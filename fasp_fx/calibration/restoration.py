@@ -19,9 +19,6 @@ from .statistics import precise
 #: strengths to choose from, relative to the mean of the Gram matrix's diagonal; beside them stands infinity,
 #: which leaves the kept columns as they are
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-_START = 1
-#: rows of a product that is only summed up, formed at once
-_AT_ONCE = 384
 #: combinations of the weight's rows on which strengths are compared
 SKETCHED = 64
 
@@ -137,7 +134,10 @@ def ridge(
     """
     solver = _Solver(weight, fitted, held, kept, has_ones)
     strength, held_factor = solver.choose(least)
-    return solver.unchanged() if math.isinf(strength) else solver.refit(strength, held_factor)
+    found, (whole, held_out) = solver.solved(strength), solver.before
+    if found.error_after < whole and (found.held_after or 0.0) < held_out:
+        return replace(found, held_after=held_out * held_factor)
+    return solver.unchanged()
 
 
 def left_alone(
@@ -216,10 +216,9 @@ class _Solver:
         scale = sum(float(gram.diagonal().mean()) for gram in grams) or 1.0
         self.fitted, self.held = (keep(gram.div_(scale)) for gram in grams)
         self.rows = weight[:, order].to(precise(weight.device))
-        fitted_total, held_total = _energies(self.rows.to(torch.float32), self.fitted, self.held)
-        self.totals = fitted_total + held_total, held_total
-        fitted_error, held_error = (self._removed(self.rows, gram) for gram in (self.fitted, self.held))
-        self.before = self._relative(fitted_error + held_error, held_error)
+        self.start, self.gone = self.rows[:, : self.count], self.rows[:, self.count :]
+        self.totals = self._energies(self.rows.to(torch.float32))
+        self.before = self._relative(self.gone)
 
     def _ordered(self, gram: Tensor, order: Tensor) -> Tensor:
         gram = gram[order[:, None], order]
@@ -228,13 +227,43 @@ class _Solver:
             gram[:, self.count - 1] *= self.ones
         return gram
 
+    def choose(self, smallest: float) -> tuple[float, float]:
+        """The best strength, and by what factor its solution changes the error on the tokens held out;
+        infinity and 1 where none from the smallest on is better than no repair.
+        """
+        best = math.inf
+        if not self.judges or not 0 < self.count < len(self.fitted):
+            return best, 1.0
+        # Strengths are compared in float32; what comes of the best is solved and judged anew.
+        rows, fitted = _sketch(self.rows).to(torch.float32), self.fitted.to(torch.float32)
+        gone = rows[:, self.count :]
+        before = least = _energy(gone, self.held)
+        for strength in (strength for strength in GRID if strength >= smallest):
+            added = self._solve(gone, fitted, strength)
+            error = math.inf if added is None else _energy(torch.cat([-added, gone], 1), self.held)
+            if error < least:
+                best, least = strength, error
+        return best, least / before if before > 0 else 1.0
+
+    def solved(self, strength: float) -> Restored:
+        """The solution on all tokens; the kept columns as they are where there is none."""
+        added = None
+        if not math.isinf(strength):
+            added = self._solve(self.gone, self.fitted.to(self.gone.dtype) + self.held, strength)
+        if added is None:
+            return self.unchanged()
+        return self.judged((self.start + added).to(self.weight.dtype), strength)
+
     def judged(self, stored: Tensor, strength: float) -> Restored:
         """A weight of the kept columns with the errors it makes."""
-        start, whole = self.rows[:, : self.count], self.fitted.to(self.rows.dtype) + self.held
-        after = self._relative(*self._errors(self.rows, stored.to(start.dtype) - start, whole, self.held))
-        return self._outcome(stored, after, strength)
+        difference = torch.cat([self.start - stored.to(self.start.dtype), self.gone], 1)
+        return self._outcome(stored, self._relative(difference), strength)
 
-    def _outcome(self, stored: Tensor, after: tuple[float, float], strength: float) -> Restored:
+    def unchanged(self) -> Restored:
+        """The kept columns as they are."""
+        return self._outcome(self.weight[:, self.kept], self.before, math.inf)
+
+    def _outcome(self, stored: Tensor, after: list[float], strength: float) -> Restored:
         weight = torch.zeros_like(self.weight)
         weight[:, self.kept] = stored
         if self.ones is not None:
@@ -243,67 +272,19 @@ class _Solver:
         used = not math.isinf(strength)
         return Restored(weight, self.before[0], after[0], held_before, held_after, used, strength)
 
-    def choose(self, smallest: float) -> tuple[float, float]:
-        """The best strength, and by what factor its solution changes the error on the tokens held out;
-        infinity and 1 where none from the smallest on is better than no repair.
-        """
-        if not self.judges or not 0 < self.count < len(self.fitted):
-            return math.inf, 1.0
-        # Strengths are compared in float32; what comes of the best is solved and judged anew.
-        rows, fitted, held = (
-            tensor.to(torch.float32) for tensor in (_sketch(self.rows), self.fitted, self.held)
-        )
-        before = self._removed(rows, held)
-        best, least = math.inf, before
-        for outward in (GRID[_START:], GRID[:_START][::-1]):
-            # The error has one valley: outward from a usual strength, until it rises.
-            last = math.inf
-            for strength in (strength for strength in outward if strength >= smallest):
-                added = self._solve(rows, fitted, strength)
-                error = math.inf if added is None else self._errors(rows, added, held)[0]
-                if error < least:
-                    best, least = strength, error
-                if not error < last:
-                    break
-                last = error
-        return best, least / before if before > 0 else 1.0
+    def _solve(self, gone: Tensor, gram: Tensor, strength: float) -> Tensor | None:
+        """Z for the removed columns of some rows of W; ``None`` if the system is singular to rounding."""
+        inner, across = gram[: self.count, : self.count].clone(), gram[: self.count, self.count :]
+        return _solve(inner, across, gone, strength * gram.diagonal().mean())
 
-    def refit(self, strength: float, held_factor: float) -> Restored:
-        """The solution on all tokens, if as it will be stored it is better than no repair."""
-        added = self._solve(self.rows, self.fitted.to(self.rows.dtype) + self.held, strength)
-        if added is None:
-            return self.unchanged()
-        found = self.judged((self.rows[:, : self.count] + added).to(self.weight.dtype), strength)
-        better = found.error_after < self.before[0] and (found.held_after or 0.0) < self.before[1]
-        return replace(found, held_after=self.before[1] * held_factor) if better else self.unchanged()
+    def _energies(self, rows: Tensor) -> tuple[float, float]:
+        """Of the last of the ordered columns."""
+        fitted, held = _energy(rows, self.fitted), _energy(rows, self.held)
+        return fitted + held, held
 
-    def unchanged(self) -> Restored:
-        """The kept columns as they are."""
-        return self._outcome(self.weight[:, self.kept], self.before, math.inf)
-
-    def _solve(self, rows: Tensor, gram: Tensor, strength: float) -> Tensor | None:
-        """Z for some rows of W; ``None`` if the system is singular to rounding."""
-        across, gone = gram[: self.count, self.count :], rows[:, self.count :]
-        raised = strength * gram.diagonal().mean()
-        return _solve(gram[: self.count, : self.count].clone(), across, gone, raised)
-
-    def _errors(self, rows: Tensor, added: Tensor, *grams: Tensor) -> list[float]:
-        """tr((W − V) G (W − V)ᵀ) for each Gram matrix."""
-        difference = torch.cat([-added, rows[:, self.count :]], 1)
-        if len(grams) == 1:
-            return [max(_sum(difference @ gram, difference), 0.0) for gram in grams]
-        return [max(energy, 0.0) for energy in _energies(difference, *grams)]
-
-    def _removed(self, rows: Tensor, gram: Tensor) -> float:
-        """The error of no repair."""
-        gone = rows[:, self.count :]
-        return max(_sum(gone @ gram[self.count :, self.count :].to(gone.dtype), gone), 0.0)
-
-    def _relative(self, *errors: float) -> tuple[float, float]:
-        whole, held = (
-            error / total if total else 0.0 for error, total in zip(errors, self.totals, strict=True)
-        )
-        return whole, held
+    def _relative(self, rows: Tensor) -> list[float]:
+        pairs = zip(self._energies(rows), self.totals, strict=True)
+        return [error / total if total else 0.0 for error, total in pairs]
 
 
 def _solve(inner: Tensor, across: Tensor, gone: Tensor, raised: Tensor | float) -> Tensor | None:
@@ -327,25 +308,10 @@ def _solve(inner: Tensor, across: Tensor, gone: Tensor, raised: Tensor | float) 
     return found if bool(torch.isfinite(found).all()) else None
 
 
-def _energies(rows: Tensor, *grams: Tensor) -> list[float]:
-    """``tr(R G Rᵀ)`` for each of some Gram matrices, with RᵀR formed once, and a part of it at a time.
-
-    Both are symmetric: what is to the right of the blocks on the diagonal counts twice.
-    """
-    found = [0.0] * len(grams)
-    for start in range(0, rows.shape[1], _AT_ONCE):
-        stop = start + _AT_ONCE
-        own = rows[:, start:stop].T @ rows[:, start:]
-        width = len(own)
-        for index, gram in enumerate(grams):
-            beside = gram[start:stop, start:]
-            found[index] += _sum(own[:, :width], beside[:, :width])
-            found[index] += 2 * _sum(own[:, width:], beside[:, width:])
-    return found
-
-
-def _sum(first: Tensor, second: Tensor) -> float:
-    return float((first * second).sum())
+def _energy(rows: Tensor, gram: Tensor) -> float:
+    """``tr(R G Rᵀ)`` for the last columns of a Gram matrix, as many as the rows have."""
+    first = len(gram) - rows.shape[1]
+    return max(float(((rows @ gram[first:, first:].to(rows.dtype)) * rows).sum()), 0.0)
 
 
 def _size_of_ones(gram: Tensor, place: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
@@ -69,14 +70,9 @@ class Gram:
         self.matrix = zeros((columns, columns), dtype, device)
         self.tokens = 0
 
-    def update(self, activation: Tensor, dim: int) -> None:
-        """Add the tokens of one batch.
-
-        Args:
-            activation: any shape; ``dim`` holds the columns, all other dimensions are tokens.
-        """
-        flat = activation.movedim(dim, -1).reshape(-1, activation.shape[dim])
-        self.tokens += flat.shape[0]
+    def update(self, flat: Tensor) -> None:
+        """Add the tokens of one batch, ``[tokens, columns]``."""
+        self.tokens += len(flat)
         if flat.is_complex():  # the real part of XᴴX, whose diagonal holds the norms
             flat = torch.cat([flat.real, flat.imag])
         flat = flat.to(torch.float32)
@@ -131,24 +127,23 @@ class SplitGram:
     """
 
     def __init__(self, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self.fitted = Gram(columns, device, dtype=dtype)
+        self._empty = partial(Gram, columns, device, dtype)
+        self.fitted = self._empty()
         self.held: Gram | None = None
 
     def update(self, tokens: Tensor, marks: Tensor) -> None:
         """Add tokens ``[tokens, columns]``, each as its mark ``[tokens]`` says."""
-        for mark in (FITTED, HELD):
+        if self.held is None and bool((marks == HELD).any()):
+            self.held = self._empty()
+        for mark, gram in zip((FITTED, HELD), self.parts, strict=False):
             chosen = marks == mark
-            if not bool(chosen.any()):
-                continue
-            if mark == HELD and self.held is None:
-                self.held = self._like_fitted()
-            gram = self.held if mark == HELD and self.held is not None else self.fitted
-            gram.update(tokens if bool(chosen.all()) else tokens[chosen], 1)
+            if bool(chosen.any()):
+                gram.update(tokens if bool(chosen.all()) else tokens[chosen])
 
     def reduce(self, add: Add) -> None:
         """Add what other processes have seen."""
         if _added(add, self.held is not None) and self.held is None:
-            self.held = self._like_fitted()
+            self.held = self._empty()
         for part in self.parts:
             part.reduce(add)
 
@@ -156,10 +151,6 @@ class SplitGram:
         """Keep the sums in float32; nothing is added any more."""
         for part in self.parts:
             part.round()
-
-    def _like_fitted(self) -> Gram:
-        matrix = self.fitted.matrix
-        return Gram(len(matrix), matrix.device, dtype=matrix.dtype)
 
     @property
     def parts(self) -> list[Gram]:
@@ -208,7 +199,7 @@ class InputGradients:
             self._gram = Gram(self._columns, self._device)
         counts = weight > 0
         chosen = gradient if bool(counts.all()) else gradient[counts]
-        self._gram.update(chosen, 1)
+        self._gram.update(chosen)
         self.tokens += len(chosen)
 
     def update_output(self, gradient: Tensor, count: int) -> None:
@@ -232,16 +223,6 @@ class InputGradients:
     def diagonal(self) -> Tensor:
         """Sums of squared gradients, by column where they are known so, shape ``[columns]`` or ``[1]``."""
         return torch.tensor([self.squares]) if self._gram is None else self._gram.diagonal()
-
-    def mean_squares(self) -> Tensor | None:
-        """The mean square by column, shape ``[columns]``, float64: the diagonal of :meth:`mean`, and ``None``
-        where that is.
-        """
-        return (
-            None
-            if self._gram is None
-            else self._gram.diagonal().to(torch.float64) / max(self.tokens * self.terms, 1)
-        )
 
     def mean(self) -> Tensor | None:
         """The mean of ``hᵀh`` over tokens, for one term of the loss; ``None`` where gradients were seen at

@@ -4,22 +4,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..analysis._analysis import Analysis
 from ..base._offload import RESIDENT, offload
 from ..base._tolerable import tolerable
+from ..base.compat import pytree
 from ..calibration._consumers import Consumers
-from ..calibration._needed import DOUBLE, Needed, bytes_of_weights
+from ..capturing._fx import viewed
+from ..capturing._sizes import Sizes
 from ..errors import ArgumentError, first_line
 from ..hf import Pruned, prune
 from ..hf._plain import plain_config
@@ -39,6 +43,8 @@ from ._models import Texts
 from .evaluation import latency, perplexity
 
 _GIB = 2**30
+#: weights of float64 and of float32 take so many bytes
+DOUBLE, SINGLE = 8, 4
 
 
 @dataclass(frozen=True)
@@ -49,14 +55,11 @@ class Forecast:
         peak: the most memory at once, with the weights in memory.
         streamed: the most with all that waits in files (:func:`fasp_fx.offload`).
         disk: of files, with all in them that is put there.
-        on_device: of a device that batches run on while the weights lie in files, with the weights between
-            two places where a consumer is observed, one batch, and what one consumer is repaired with.
     """
 
     peak: int
     streamed: int
     disk: int
-    on_device: int
 
 
 def forecast(
@@ -70,9 +73,9 @@ def forecast(
         batches: how many batches calibrate.
         dtype: of the weights; ``None``: as they are.
     """
-    program, method = analysis.program, Method.of(config)
+    module, weights = analysis.program.module, analysis.program.weights()
     consumers = list(Consumers(analysis).by_key.values())
-    weights, read = program.weights(), {consumer.weight for consumer in consumers}
+    read = {consumer.weight: consumer.matrices for consumer in consumers}
     largest = max(weights.values(), key=Tensor.numel, default=torch.empty(0))
     kind = largest.dtype if dtype is None else dtype
     pruned_of, repaired, total = (
@@ -80,12 +83,24 @@ def forecast(
         for names in (analysis.walk.facts.matrices, read, weights)
     )
     sparsity = expected_sparsity(config, analysis)
-    needed = Needed(analysis, consumers, kind, sparsity)
+    sizes = Sizes(module, small=False)
+    live = live_bytes(module.graph, lambda shape: map(sizes.integer, shape))
+    place = {node: index for index, node in enumerate(module.graph.nodes)}
+    stops = [place[use.node] for consumer in consumers for use in consumer.uses]
+    narrower = kind.itemsize / largest.dtype.itemsize
+    # of each consumer, the Gram matrices of fitted tokens and of those held out; of the widest, as they are
+    # accumulated, made whole, and in the order of the system
+    grams = [2 * SINGLE * len(own.columns) * own.columns.shape[1] ** 2 for own in read.values()]
+    solving = [
+        _solving(own.rows(weights[name]) // len(own.columns), own.columns.shape[1], sparsity)
+        for name, own in read.items()
+    ]
     pruned = round(total - sparsity * pruned_of)
     # Activations of all batches wait where a consumer is observed, repaired weights for the rewriting.
-    waiting = batches * needed.waiting
-    matrices = max(needed.pair, sum(needed.grams) if method.needs_measuring else 0)
-    computing = needed.running + needed.solving
+    waiting = batches * round(max((live[stop] for stop in stops), default=0) * narrower)
+    matrices = max(3 * max(grams, default=0), sum(grams) if Method.of(config).needs_measuring else 0)
+    running = round(max(live[: max(stops, default=0) + 1], default=0) * narrower)
+    computing = running + round(max(solving, default=0))
     checking = 2 * DOUBLE * largest.numel()  # the check widens a weight, as it is and masked
     disk = total + repaired + pruned + waiting + matrices
     base = psutil.Process().memory_info().rss
@@ -93,8 +108,49 @@ def forecast(
         peak=base + total + repaired + max(waiting + matrices + computing, pruned + checking),
         streamed=base + min(RESIDENT, disk) + max(computing, checking),
         disk=disk,
-        on_device=needed.on_device,
     )
+
+
+def _solving(rows: int, columns: int, sparsity: float) -> float:
+    """Bytes of the system of a consumer: the Gram matrix of one block in float64, what is kept of it twice,
+    its rows, and what is solved for: the removed columns, or where these are more, the rows.
+    """
+    kept, gone = (1 - sparsity) * columns, sparsity * columns
+    # Once the system is solved, one copy of what is kept is free again.
+    solved = max(kept * gone, rows * kept + kept * gone - kept**2) if gone < rows else 2 * rows * kept
+    return DOUBLE * (columns**2 + 2 * kept**2 + rows * columns + solved)
+
+
+def bytes_of_weights(tensors: Iterable[Tensor], kind: torch.dtype) -> int:
+    """Of different tensors, if those of real numbers had a type."""
+    different = {id(tensor): tensor for tensor in tensors}.values()
+    return sum(
+        tensor.numel() * (kind if tensor.is_floating_point() else tensor.dtype).itemsize
+        for tensor in different
+    )
+
+
+def live_bytes(graph: fx.Graph, sizes: Callable[[torch.Size], Iterable[int]]) -> list[int]:
+    """Bytes of all values that have been made and will be used again, after each node, in graph order; views
+    and weights take none.
+
+    What the program returns is not kept for that (see :class:`fasp_fx.capturing._runner.Runner`).
+
+    Args:
+        sizes: a recorded shape as numbers.
+    """
+    dies: dict[fx.Node, int] = {}
+    for index, node in enumerate(graph.nodes):
+        if node.op != "output":
+            dies |= {viewed(value): index for value in (node, *node.all_input_nodes)}
+    change = [0] * (len(graph.nodes) + 1)
+    for index, node in enumerate(graph.nodes):
+        if node in dies and node.op != "get_attr":
+            made = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+            taken = sum(math.prod(sizes(leaf.shape)) * leaf.dtype.itemsize for leaf in made)
+            change[index] += taken
+            change[dies[node] + 1] -= taken  # what a node reads is there while it is executed
+    return list(accumulate(change[:-1]))
 
 
 def say_needs(
@@ -103,14 +159,12 @@ def say_needs(
     plain: bool,
     texts: Texts,
     dtype: str,
-    device: torch.device,
     stages: Stages,
 ) -> None:
     """Say what it would take to prune a model on batches of one text each.
 
     Args:
         plain: whether to a plain checkpoint.
-        device: where batches are to run.
 
     Raises:
         FaspError: the model cannot be analysed, or not be pruned as asked for.
@@ -132,8 +186,6 @@ def say_needs(
         f"memory: {found.peak / _GIB:.1f} GiB at most, or {found.streamed / _GIB:.1f} GiB with --stream and"
         f" {found.disk / _GIB:.1f} GiB of disk; {psutil.virtual_memory().available / _GIB:.1f} GiB are free"
     )
-    if device.type != "cpu":
-        say(f"with --stream, {found.on_device / _GIB:.1f} GiB of that on '{device}'")
 
 
 #: tokens of a step of training, and of each text of it, as far as whole chunks allow: for as many tokens,
@@ -304,7 +356,7 @@ def run(
         texts.read(tokenizer)
     whole = PruningConfig.of(config, options)
     if dry_run:
-        say_needs(model, whole, plain, texts, dtype, where, stages)
+        say_needs(model, whole, plain, texts, dtype, stages)
         return
     with offload(scratch, device=where) if scratch is not None else nullcontext() as kept:
         stages.begin("loading the model")

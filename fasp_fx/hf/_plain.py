@@ -26,7 +26,7 @@ from ..base._device import device_of
 from ..base._tolerable import tolerable
 from ..base.compare import distance, tolerance
 from ..base.compat._transformers import quiet
-from ..calibration._calibration import calibration_calls, check_calibration
+from ..calibration._calibration import as_calls, check_calibration
 from ..calibration._ranks import ended_together
 from ..calibration.losses import output_tensors
 from ..capturing._captured import capture_whole
@@ -210,7 +210,7 @@ def _batches(
         return None, {"input_ids": tokens, **decoded, "use_cache": False}
     batches = iter(calibration)
     first = list(itertools.islice(batches, 1))
-    args, kwargs = next(calibration_calls(first))
+    args, kwargs = next(as_calls(first))
     named = {"input_ids": args[0]} if args else kwargs
     return itertools.chain(first, batches), {**named, "use_cache": False}
 

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..base._tolerable import tolerable
 from ..base.compat._transformers import CACHE
-from ..calibration._calibration import calibration_calls
+from ..calibration._calibration import as_calls
 from ..capturing._unchanged import rewound
 from ..errors import ArgumentError, CalibrationError, CaptureError, first_line
 from ._arguments import check_outputs, opened, read_cache, write_cache
@@ -225,7 +225,7 @@ def pruned_already(name: str) -> ArgumentError:
 
 def _calls(calibration: Any, known: set[str]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Each batch as its token numbers and other arguments."""
-    for index, (args, named) in enumerate(calibration_calls(calibration)):
+    for index, (args, named) in enumerate(as_calls(calibration)):
         given = {**named, "input_ids": args[0]} if len(args) == 1 else named
         given.pop("labels", None)
         unknown = sorted(set(given) - known)

@@ -21,14 +21,13 @@ from ..base._tolerable import short_of_memory, tolerable
 from ..base._undisturbed import drawing_alike, in_turns
 from ..base._warn import warn
 from ..calibration._calibration import Piece, halved, in_pieces, whole_batches
-from ..calibration._consumers import Consumers
+from ..calibration._consumers import Consumers, curves_of, orders_of
 from ..calibration._gradients import ENOUGH, observe_batches
 from ..calibration._journal import Journal
 from ..calibration._marks import Marks
-from ..calibration._order import curves_of, orders_of
 from ..calibration._ranks import Ranks
 from ..calibration._trial import ModelTrial
-from ..calibration._visit import Decision, Drift, Observer, without_data
+from ..calibration._visit import Decision, Observer, without_data
 from ..calibration.losses import Loss, Outputs, resolve_loss
 from ..calibration.obs import resolve_score
 from ..calibration.restoration import Restore, restored_by, ridge
@@ -219,7 +218,7 @@ def _measured(
                 precision_of(program),
                 ranks,
             )
-    consumers.forget_activations()
+    consumers.forget(gradients=False)
     return by, curves, trial
 
 
@@ -316,7 +315,7 @@ def calibrate(
             break
         except short_of_memory() as error:
             short = error.with_traceback(None)  # which would hold on to all that was computed
-        consumers.forget_activations()
+        consumers.forget(gradients=False)
         gc.collect()
         # Other processes would go on with the larger ones.
         program, device = consumers.analysis.program, computing()
@@ -367,7 +366,8 @@ def _calibrated(
             precision_of(program),
             ranks,
             journal,
-            Drift(running(), drift) if drift else None,
+            running() if drift else None,
+            drift,
         ).run(advance)
 
 

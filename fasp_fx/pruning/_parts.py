@@ -19,7 +19,7 @@ from ..analysis.plan import PruningPlan
 from ..analysis.resources import Resource, Sparsity
 from ..base._tolerable import tolerable
 from ..base._warn import warn
-from ..calibration._calibration import calibration_calls, check_inputs
+from ..calibration._calibration import as_calls, check_inputs
 from ..calibration._trial import ModelTrial, ServedTrial
 from ..calibration._visit import Decision
 from ..capturing._unchanged import rewound
@@ -209,7 +209,7 @@ class InParts(Subject):
 
     def read(self, calibration: Iterable[Any] | None) -> list[Call]:
         device = next((tensor.device for tensor in self.captured.call.tensors()), None)
-        calls = calibration_calls(calibration)
+        calls = as_calls(calibration)
         batches = [Call(args, kwargs).to(device) for args, kwargs in calls]
         served = self._found(self.analyses, batches, keep=False)
         self.unserved = {path for path in self.analyses if not served[path]}
@@ -359,7 +359,7 @@ class JoinedTrial(ServedTrial):
         self._subject, self._trials = subject, trials
 
     def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
-        shares = self._subject.split(self.taken(lost, sequences))
+        shares = self._subject.split(self.taken(lost))
         found = [trial.losses(shares[path], sequences) for path, trial in self._trials.items()]
         return [sum(own) for own in zip(*found, strict=True)]
 

@@ -25,9 +25,8 @@ from ..base._options import check_callable, path_of
 from ..base._tolerable import tolerable
 from ..base._undisturbed import in_usual_modes, one_at_a_time
 from ..calibration._calibration import check_calibration
-from ..calibration._consumers import Consumers
+from ..calibration._consumers import Consumers, Planned
 from ..calibration._journal import Journal, open_journal
-from ..calibration._order import Planned
 from ..calibration._ranks import Ranks, ended_together
 from ..calibration._trial import ModelTrial
 from ..calibration._visit import Decision
