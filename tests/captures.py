@@ -192,7 +192,3 @@ def equal_captures() -> Iterator[None]:
     finally:
         for module, original in zip(modules, originals, strict=True):
             module.capture_program = original
-
-
-#: the same, where a test says so of some lines of its own
-one_capture = equal_captures

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,53 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+#: files that share captures, so that one worker runs them; the dearest first
+TOGETHER = (
+    (
+        "tests/test_mask_exact.py",
+        "tests/test_groups_golden.py",
+        "tests/test_granularity.py",
+        "tests/test_exempt.py",
+    ),
+    (
+        "tests/hf/test_model.py",
+        "tests/hf/test_recovering.py",
+        "tests/hf/test_generation.py",
+        "tests/hf/test_folder.py",
+        "tests/hf/test_padding.py",
+        "tests/hf/test_captured.py",
+    ),
+    ("tests/test_ranks.py", "tests/test_offload.py"),
+    ("tests/test_cli.py", "tests/test_examples.py", "tests/test_cli_bad_input.py"),
+    ("tests/hf/test_plain.py", "tests/hf/test_plain_search.py", "tests/hf/test_plain_folder.py"),
+    # these take long, and nobody shall wait for them at the end
+    ("tests/testing/test_mutants.py",),
+    ("tests/test_eager.py",),
+    ("tests/test_depth.py",),
+    ("tests/testing/test_check_rule.py",),
+)
+
+
+#: where each of these files stands
+_TURN = {file: turn for turn, files in enumerate(TOGETHER) for file in files}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files in the order of their collection, and what shares captures by one worker."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return str(_TURN.get(file, file))
+
+    config.option.loadscopereorder = False
+    return Together(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _TURN.get(item.nodeid.split("::")[0], len(_TURN)))
     if PROFILE == "slow":
         return
     skip = pytest.mark.skip(reason="runs only with FASP_FX_PROFILE=slow")

@@ -19,7 +19,7 @@ from models import made, wide
 from quick import capture_quickly
 from torch import Tensor, nn
 from whole_products import compute_in_full
-from zoo import VOCABULARY, ZOO
+from zoo import VOCABULARY
 
 import fasp_fx
 from fasp_fx.capturing._runner import Runner
@@ -88,8 +88,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]], dict[st
     "recurrent": (recurrent, drawn(4, 7, 6), {}),
     "counting": (counting, drawn(50, 8), {}),
     "convolutions": (convolutions, drawn(8, 3, 12, 12), {"drift": 0.5}),
-    "experts": (mixtral, texts, {"granularity": ("channel", "expert")}),
-    "products": (ZOO["llama_gqa"].build, texts, {"include": ("exempt",), "drift": 0.5}),
+    "experts and products": (
+        mixtral,
+        texts,
+        {"granularity": ("channel", "expert"), "include": ("exempt",), "drift": 0.5},
+    ),
 }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import warnings
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -54,13 +56,13 @@ def late() -> list[Tensor]:
     return [batch * (index > 1) for index, batch in enumerate(numbers())]
 
 
-def llama() -> nn.Module:
+def llama(layers: int = 2) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=TOKENS,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -92,19 +94,26 @@ def numbers() -> list[Tensor]:
     return [torch.randn(3, 9, 12, generator=generator) for _ in range(5)]
 
 
+@cache
+def captured(model: Callable[[], nn.Module]) -> fasp_fx.Captured:
+    """Before processes are forked, so that all have it."""
+    if model is llama:
+        return fasp_fx.capture(llama(1), (), {"input_ids": tokens()[0], "use_cache": False})
+    return fasp_fx.capture(model(), (numbers()[0],))
+
+
 def cases(group: dist.ProcessGroup | None) -> dict[str, tuple[Any, dict[str, Tensor]]]:
     """Prunings with their plans and weights."""
     found = {}
     texts = [{"input_ids": batch, "use_cache": False} for batch in tokens()]
-    captured = fasp_fx.capture(llama(), (), texts[0])
     result = fasp_fx.prune(
-        captured, calibration=texts, sparsity=0.3, quality="best", loss="next-token", group=group
+        captured(llama), calibration=texts, sparsity=0.3, quality="best", loss="next-token", group=group
     )
     found["a Llama"] = (result.plan, result.module.state_dict())
-    captured = fasp_fx.capture(twice(), (numbers()[0],))
     search = {"allocation": Search(generations=3, offspring=4, sequences=5)}
     for options in ({"quality": "balanced"}, {"quality": "fast", "include": ("exempt",)}, search):
-        result = fasp_fx.prune(captured, calibration=numbers(), sparsity=0.3, group=group, **options)  # type: ignore[arg-type]
+        once = captured(twice)
+        result = fasp_fx.prune(once, calibration=numbers(), sparsity=0.3, group=group, **options)  # type: ignore[arg-type]
         found[f"used twice, {sorted(options)}"] = (result.plan, result.module.state_dict())
     torch.manual_seed(0)
     result = fasp_fx.prune(rectified(), (numbers()[0],), calibration=late(), sparsity=0.3, group=group)
@@ -115,9 +124,9 @@ def cases(group: dist.ProcessGroup | None) -> dict[str, tuple[Any, dict[str, Ten
 def refusals(group: dist.ProcessGroup, rank: int) -> None:
     """What all processes refuse, if one of them is given something else."""
 
-    captured = fasp_fx.capture(twice(), (numbers()[0],))
+    once = captured(twice)
 
-    def refused(kind: type[Exception], said: str, model: fasp_fx.Captured = captured, **other: Any) -> None:
+    def refused(kind: type[Exception], said: str, model: fasp_fx.Captured = once, **other: Any) -> None:
         options: dict[str, Any] = {
             "calibration": numbers(),
             "sparsity": 0.3,
@@ -194,9 +203,7 @@ def dies(group: dist.ProcessGroup, rank: int) -> None:
     if rank == 1:
         Runner.advance = lambda self, stop: os._exit(3)  # type: ignore[method-assign, assignment]
     with pytest.raises(RankError, match="lost the others"):
-        fasp_fx.prune(
-            twice(), (numbers()[0],), calibration=numbers(), sparsity=0.3, quality="fast", group=group
-        )
+        fasp_fx.prune(captured(twice), calibration=numbers(), sparsity=0.3, quality="fast", group=group)
     os._exit(7)  # as a process does that ends in an error, without waiting for the others
 
 
@@ -225,18 +232,18 @@ def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
         (1, Own("late"), _subject, "rewrite", {}),
         (0, Own("dry"), _subject, "analyze_for", {}),
     ]
-    captured = fasp_fx.capture(twice(), (numbers()[0],))
+    once = captured(twice)
     common: dict[str, Any] = {"calibration": numbers(), "sparsity": 0.3, "group": group}
 
     def told(failed: int, error: type[BaseException], text: str, **options: Any) -> None:
         if rank == failed:
             with pytest.raises(error, match=text):
-                fasp_fx.prune(captured, **common, **options)
+                fasp_fx.prune(once, **common, **options)
         else:
             with pytest.raises(
                 RankError, match=f"process {failed} of 2 has failed .{error.__name__}: {text}"
             ):
-                fasp_fx.prune(captured, **common, **options)
+                fasp_fx.prune(once, **common, **options)
 
     for failed, error, owner, name, options in places:
         with pytest.MonkeyPatch.context() as patch:
@@ -244,8 +251,8 @@ def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
                 patch.setattr(owner, name, Mock(side_effect=error))
             told(failed, type(error), str(error), **options)
     told(1, ArgumentError, "quality=", **({"quality": "none of these"} if rank == 1 else {}))
-    found = fasp_fx.prune(captured, **common)
-    alone = fasp_fx.prune(captured, **common | {"group": None})
+    found = fasp_fx.prune(once, **common)
+    alone = fasp_fx.prune(once, **common | {"group": None})
     assert found.plan.groups == alone.plan.groups
 
 

@@ -105,7 +105,7 @@ FUSED = Spec(hidden=8, kv_heads=2, repeat=1, head_dim=6, ffn=12, bias=True, proj
 @pytest.mark.parametrize(
     ("make", "inner"),
     [
-        (lambda: build(SPEC), "eager"),
+        pytest.param(lambda: build(SPEC), "eager", marks=pytest.mark.slow),
         (lambda: build(FUSED), "aot_eager"),
         (tied, "eager"),
     ],
@@ -224,7 +224,9 @@ COMPOSITES: dict[str, tuple[Callable[[Any, Tensor], Tensor], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", COMPOSITES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "tensordot" else n for n in COMPOSITES]
+)
 def test_composites_are_taken_apart_as_by_the_capture(name: str) -> None:
     model = randomise(between(*COMPOSITES[name]), std=0.5)
     x, other = (torch.randn(batch, 5, 5, generator=torch.Generator().manual_seed(batch)) for batch in (2, 3))

@@ -77,7 +77,7 @@ def llama(kind: Any = hf.LlamaForCausalLM, **changed: Any) -> Any:
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 120,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 64,

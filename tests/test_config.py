@@ -29,7 +29,7 @@ from fasp_fx.base._json import DOCUMENT
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
 SPEC = Spec(
-    layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope"
+    layers=1, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope"
 )
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
@@ -225,10 +225,10 @@ def other_names() -> nn.Module:
     ("second", "first", "shape"),
     [
         ("dec", "enc.weight", (8, 10)),
-        ("dec.weight", "enc.weight", (8, 10)),
+        pytest.param("dec.weight", "enc.weight", (8, 10), marks=pytest.mark.slow),
         ("d[a-f]*", "enc.weight", (8, 10)),
         ("*.original1", "normed.weight", (12, 8)),
-        ("normed.parametrizations", "normed.weight", (12, 8)),
+        pytest.param("normed.parametrizations", "normed.weight", (12, 8), marks=pytest.mark.slow),
         ("other", "twice.weight", (6, 12)),
     ],
 )

@@ -73,7 +73,7 @@ def residual(kinds: Sequence[Kind], seed: int = 0) -> nn.Module:
 KINDS = st.lists(
     st.tuples(st.sampled_from([feed_forward, attention]), st.booleans(), st.booleans()),
     min_size=1,
-    max_size=4,
+    max_size=3,
 )
 
 
@@ -81,7 +81,7 @@ def numbers(samples: int, tokens: int, seed: int = 1) -> Tensor:
     return torch.randn(samples, tokens, 5, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=max(EXAMPLES // 3, 4))
+@settings(max_examples=EXAMPLES // 3)
 @given(KINDS, st.integers(0, 1 << 16), st.data())
 def test_whatever_blocks_go_the_result_is_the_masked_dense_model(
     kinds: list[Any], seed: int, data: st.DataObject
@@ -155,7 +155,10 @@ def test_results_are_saved_and_captured_again_and_a_compiler_applies_the_plan(tm
     expected = result.module(x)
     assert error(fasp_fx.load(result.save(tmp_path / "out")).module(x), expected) < 1e-6
     assert (
-        error(torch.compile(model, backend=fasp_fx.backend(result.plan))(x), zeroed(model, result.plan)(x))
+        error(
+            torch.compile(model, backend=fasp_fx.backend(result.plan, inner="eager"))(x),
+            zeroed(model, result.plan)(x),
+        )
         < 1e-5
     )
     again = fasp_fx.capture(result.module, (x,)).program

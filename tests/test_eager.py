@@ -280,15 +280,13 @@ def test_blocks_lose_heads_of_their_own_and_a_loaded_result_says_so_too(tmp_path
         "0.mlp.4.weight": range(7),
     }
     plan = fasp_fx.plan_from_sets(captured, lost, **HEADS)
-    result = fasp_fx.apply(captured, plan)
-    masked = zeroed(model, plan)
-    for made_by in (result, fasp_fx.load(result.save(tmp_path / "out"))):
-        small = made_by.eager(model)
-        assert [each.attention.num_heads for each in small] == [3, 1]
-        assert [each.attention.inner for each in small] == [24, 8]
-        assert small[0].mlp[1].out_features == small[0].mlp[4].in_features == 57
-        for tokens in (5, 9):
-            assert apart(small, masked, torch.randn(3, tokens, 32)) < TOLERANCE
+    loaded = fasp_fx.load(fasp_fx.apply(captured, plan).save(tmp_path / "out"))
+    small, masked = loaded.eager(model), zeroed(model, plan)
+    assert [each.attention.num_heads for each in small] == [3, 1]
+    assert [each.attention.inner for each in small] == [24, 8]
+    assert small[0].mlp[1].out_features == small[0].mlp[4].in_features == 57
+    for tokens in (5, 9):
+        assert apart(small, masked, torch.randn(3, tokens, 32)) < TOLERANCE
 
 
 def fused() -> nn.Module:
@@ -474,7 +472,7 @@ def test_a_model_pruned_in_parts() -> None:
 # --- any net
 
 
-@settings(max_examples=EXAMPLES // 2)
+@settings(max_examples=EXAMPLES // 3)
 @given(net=programs(), seed=st.integers(0, 99))
 def test_any_net_is_made_smaller_or_refused(net: Any, seed: int) -> None:
     model = build(net, seed)

@@ -127,7 +127,9 @@ def test_channels_beside_sizes(make: Callable[[], nn.Module], expected: tuple[st
     "merge",
     [
         lambda h: h.view(h.shape[0], 24, h.shape[2] // 2, 2).permute(0, 1, 3, 2).flatten(1, 2),
-        lambda h: h.unflatten(2, (-1, 2)).permute(0, 1, 3, 2).flatten(1, 2),
+        pytest.param(
+            lambda h: h.unflatten(2, (-1, 2)).permute(0, 1, 3, 2).flatten(1, 2), marks=pytest.mark.slow
+        ),
         lambda h: h.view(h.shape[0], 24, h.shape[2] // 2, 2).permute(0, 3, 1, 2).reshape(h.shape[0], 48, -1),
         lambda h: F.pixel_unshuffle(torch.stack([h, -h], 2), 2)[:, ::2].flatten(2),
     ],
@@ -156,7 +158,13 @@ ALONG_HEADS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", ALONG_HEADS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("flipped sum", "softmax") else name
+        for name in ALONG_HEADS
+    ],
+)
 def test_heads_lose_the_same_channels_where_an_operator_goes_across_them(name: str) -> None:
     analysis = hold(Between(lambda h: ALONG_HEADS[name](h.unflatten(-1, (3, 4))).flatten(-2)), inputs())
     assert sets_of(analysis, "first.weight") == [("prunable", 4, 1)], (

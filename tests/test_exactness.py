@@ -127,23 +127,23 @@ def _pruned(model: nn.Module, *args: Tensor, **options: Any) -> Any:
     ids=["cut", "restored"],
 )
 def test_a_good_group_survives_beside_bad_ones(options: dict[str, Any]) -> None:
-    model = Blocks(reverse, same, same, reverse, same).eval()
+    model = Blocks(reverse, same, reverse).eval()
     with pytest.warns(fasp_fx.VerificationWarning) as caught:
         result = _pruned(model, **options)
-    for warning, name in zip(caught, ("down.0.weight", "down.3.weight"), strict=True):
+    for warning, name in zip(caught, ("down.0.weight", "down.2.weight"), strict=True):
         assert f"'{name}'" in str(warning.message)
         assert "on the example inputs an output differs" in str(warning.message)
-    assert {"down.1.weight", "down.2.weight", "down.4.weight"} <= {group.name for group in result.plan.groups}
-    assert not {"down.0.weight", "down.3.weight"} & {group.name for group in result.plan.groups}
+    assert "down.1.weight" in {group.name for group in result.plan.groups}
+    assert not {"down.0.weight", "down.2.weight"} & {group.name for group in result.plan.groups}
     lines = {line.name: line for line in result.report.lines}
     assert lines["down.0.weight"].reason.startswith("left whole: on the example inputs")
     assert sum("stays whole" in note for note in result.report.notes) == 2
     weights = dict(result.module.named_parameters())
-    for name in ("down.0.weight", "down.3.weight"):
+    for name in ("down.0.weight", "down.2.weight"):
         slices = result.plan.slices().get((name, 0), ())
         rows = sorted(set(range(6)) - {index for _, index in slices})
         assert torch.equal(weights[name], model.get_parameter(name)[rows]), "a group left whole was repaired"
-    assert 0.1 < result.report.sparsity < 0.25
+    assert 0.05 < result.report.sparsity < 0.25
     if options is MAGNITUDE:
         _exact(model, result, X, Y)
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from captures import one_capture
 from models import made, parameter
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
@@ -87,14 +86,13 @@ def _never_chosen(
 )
 def test_experts_and_their_neurons_in_one_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomise(MODELS[name](), std=0.5)
-    with one_capture():
-        options: dict[str, Any] = {
-            "granularity": ("channel", "expert"),
-            "sparsity": 0.55,
-            "score": "random",
-            "restore": None,
-        }
-        result = fasp_fx.prune(model, (), _tokens(2, 7), **options)
+    options: dict[str, Any] = {
+        "granularity": ("channel", "expert"),
+        "sparsity": 0.55,
+        "score": "random",
+        "restore": None,
+    }
+    result = fasp_fx.prune(model, (), _tokens(2, 7), **options)
     (experts,) = _experts(result.plan)
     assert experts.removed_sets
     (neurons,) = [
@@ -122,17 +120,16 @@ def test_the_expert_that_gives_least_goes_and_as_many_stay_as_a_token_needs() ->
     with torch.no_grad():
         model.get_parameter("model.layers.0.mlp.experts.down_proj")[1] *= 1e-3
     batches = [{"input_ids": _tokens(8, 12)["input_ids"]}]
-    with one_capture():
-        analysis = fasp_fx.analyze(model, (), _tokens(2, 7), granularity=("expert",))
-        result = fasp_fx.prune(
-            model,
-            (),
-            _tokens(2, 7),
-            calibration=batches,
-            granularity=("expert",),
-            sparsity=0.2,
-            quality="fast",
-        )
+    analysis = fasp_fx.analyze(model, (), _tokens(2, 7), granularity=("expert",))
+    result = fasp_fx.prune(
+        model,
+        (),
+        _tokens(2, 7),
+        calibration=batches,
+        granularity=("expert",),
+        sparsity=0.2,
+        quality="fast",
+    )
     (group,) = analysis.chosen
     assert (group.granularity, group.size, group.needed) == ("expert", 4, 2)
     assert "4 experts" in str(group)

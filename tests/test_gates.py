@@ -66,7 +66,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any]
     "called in turn": (in_turn, (X,), {}),
     "weights of one module": (raw, (X,), {}),
     "names": (lambda: Named().eval(), (X,), {}),
-    "llama": (llama, (), IDS),
+    "llama": (lambda: llama(1), (), IDS),
 }
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -63,20 +65,26 @@ def _prune(model: nn.Module) -> fasp_fx.Result:
     return fasp_fx.prune(model, (BATCHES[0],), calibration=BATCHES, sparsity=0.3)
 
 
+@pytest.fixture(scope="module")
+def in_memory() -> fasp_fx.Result:
+    return _prune(_model())
+
+
 @pytest.mark.parametrize("smallest", [SMALLEST, 1])
-def test_the_result_is_that_of_memory(tmp_path: Path, smallest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = _prune(_model())
+def test_the_result_is_that_of_memory(
+    in_memory: fasp_fx.Result, tmp_path: Path, smallest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fasp_fx.base._offload.SMALLEST", smallest)
     with offload(tmp_path, resident=1) as scratch:  # so that everything is released again and again
         model = _model()
         keep_weights(model, scratch)
         assert model.head.weight is model.table.weight
         found = _prune(model)
-    assert found.plan == expected.plan
-    for name, parameter in expected.module.named_parameters():
+    assert found.plan == in_memory.plan
+    for name, parameter in in_memory.module.named_parameters():
         assert torch.equal(found.module.get_parameter(name), parameter)
     saved = fasp_fx.load(found.save(tmp_path / "saved"))
-    assert torch.equal(saved.module(BATCHES[0]), expected.module(BATCHES[0]))
+    assert torch.equal(saved.module(BATCHES[0]), in_memory.module(BATCHES[0]))
     assert [path.name for path in tmp_path.iterdir()] == ["saved"], "the files have no names"
 
 
@@ -305,15 +313,18 @@ def test_a_checkpoint_of_another_size(checkpoint: Path, tmp_path: Path) -> None:
         fasp_fx.hf.load_offloaded(folder, scratch)
 
 
+def _killed(folder: Path) -> None:
+    torch.set_num_threads(1)  # there are no others in a process that was forked
+    held = Scratch(folder).keep(torch.ones(2**20))
+    os.kill(os.getpid(), signal.SIGKILL if held.sum() == 2**20 else signal.SIGTERM)
+
+
 def test_the_files_go_with_the_process(tmp_path: Path) -> None:
     """Nothing is left behind by a process that is killed."""
-    script = f"""
-import os, signal, torch
-from fasp_fx.base._offload import Scratch
-held = Scratch({str(tmp_path)!r}).keep(torch.ones(2**20))
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode != 0
+    process = multiprocessing.get_context("fork").Process(target=_killed, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not list(tmp_path.iterdir())
 
 

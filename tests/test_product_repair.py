@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from captures import one_capture
 from fasp_fx.restoration import GRID
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -106,8 +105,7 @@ def parts_of(model: Attention, batches: list[Tensor]) -> Tensor:
 def test_queries_are_repaired_as_a_dense_solve_says(keys: int, rotated: bool) -> None:
     """And the errors in the report are those of the products."""
     model, batches = randomise(Attention(keys, rotated), std=0.4).double(), [x.double() for x in data()]
-    with one_capture():
-        result = pruned(model, batches)
+    result = pruned(model, batches)
     weights, removed = dict(result.module.named_parameters()), lost(result)
     stay = [row for row in range(HEADS * SIZE) if row not in removed]
     found = (weights["q.weight"] / model.q.weight[stay]).detach().chunk(HEADS)
@@ -143,7 +141,6 @@ def test_padding_plays_no_part() -> None:
             (torch.cat([x, torch.full((1, 5, WIDTH), filling)], 1), torch.arange(21)[None] < 16)
             for x in data()
         ]
-        with one_capture():
-            result = pruned(model, padded)
+        result = pruned(model, padded)
         found.append(result.module.get_parameter("q.weight"))
     assert torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-6)

@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from functools import cache
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -22,17 +21,16 @@ from fasp_fx import PruningPlan
 from fasp_fx.cli._app import app
 
 HERE = Path(__file__).parent
-COMMAND = ["prune", *rank.SMALL]
 
 
 @pytest.fixture(scope="module")
 def fork() -> Iterator[ForkServerContext]:
-    """Makes processes that have imported everything, which takes one of them seconds."""
+    """Makes processes that have imported everything, and the captures, which takes one of them seconds."""
     context = multiprocessing.get_context("forkserver")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(sys, "path", [str(HERE), *sys.path])
-        context.set_forkserver_preload(["rank"])
+        context.set_forkserver_preload(["rank_made"])
         yield context
 
 
@@ -61,19 +59,14 @@ def _run(fork: ForkServerContext, size: int, folder: Path, scenario: str) -> lis
     return [(one.exitcode, (folder / f"error{number}").read_text()) for number, one in enumerate(started)]
 
 
-@cache
-def _alone() -> dict[str, tuple[PruningPlan, dict[str, torch.Tensor]]]:
-    return rank.cases(None)
-
-
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_they_decide_as_one(fork: ForkServerContext, tmp_path: Path, size: int) -> None:
-    make_model(tmp_path / "model")
+    make_model(tmp_path / "model", layers=1)
     (tmp_path / "text.txt").write_text("A smaller model answers sooner. " * 20)
     for code, error in _run(fork, size, tmp_path, "prune"):
         assert code == 0, error
     results = [torch.load(tmp_path / f"rank{number}.pt") for number in range(size)]
-    for name, (plan, weights) in _alone().items():
+    for name, (plan, weights) in rank.cases(None).items():
         for found_plan, found in (result[name] for result in results):
             assert PruningPlan.from_json(found_plan).groups == plan.groups, name
             for key, tensor in weights.items():
@@ -86,7 +79,8 @@ def test_they_decide_as_one(fork: ForkServerContext, tmp_path: Path, size: int) 
     command = CliRunner().invoke(
         app,
         [
-            *COMMAND,
+            "prune",
+            *rank.SMALL,
             str(tmp_path / "model"),
             "--calibration",
             str(tmp_path / "text.txt"),

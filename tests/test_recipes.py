@@ -50,7 +50,7 @@ def hold(full: Analysis, hollow: Analysis, weights: dict[str, Tensor], seed: int
         assert name in said.recipes or (name in weights and found.shape == weights[name].shape)
 
 
-@settings(max_examples=EXAMPLES if PROFILE == "slow" else 8)
+@settings(max_examples=EXAMPLES if PROFILE == "slow" else 5)
 @given(net=programs(), seed=st.integers(0, 999), include=st.sampled_from(_INCLUDED))
 def test_models_drawn_at_random(net: Net, seed: int, include: tuple[str, ...]) -> None:
     model = build(net, seed)

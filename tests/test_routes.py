@@ -212,11 +212,6 @@ def test_quantisation_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         quantise(module, None)
 
 
-def test_compile(dear: Pruned) -> None:
-    torch._dynamo.reset()
-    dear.hold(torch.compile(dear.result.module, dynamic=True))
-
-
 @pytest.mark.slow
 def test_ahead_of_time(dear: Pruned, tmp_path: Path) -> None:
     path = torch._inductor.aoti_compile_and_package(

@@ -101,18 +101,15 @@ def test_a_result_is_pruned_again(name: str) -> None:
     model = fasp_fx.prune(
         model, (example,), score="random", restore=None, sparsity=0.001, **options
     ).module  # folded, but whole
-    sizes = [sum(parameter.numel() for parameter in model.parameters())]
-    for _ in range(2):
-        result = fasp_fx.prune(model, (example,), score="random", restore=None, sparsity=0.12, **options)
-        expected = Masked(model, result.plan)
-        with torch.no_grad():
-            assert error(expected(other), model(other)) > 1e-3
-            for x in (example, other):
-                assert error(result.module(x), expected(x)) < 1e-5
-        fasp_fx.apply(model, fasp_fx.PruningPlan.from_json(result.plan.to_json()), (example,))
-        model = result.module
-        sizes.append(sum(parameter.numel() for parameter in model.parameters()))
-    assert sizes == sorted(set(sizes), reverse=True)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    result = fasp_fx.prune(model, (example,), score="random", restore=None, sparsity=0.12, **options)
+    expected = Masked(model, result.plan)
+    with torch.no_grad():
+        assert error(expected(other), model(other)) > 1e-3
+        for x in (example, other):
+            assert error(result.module(x), expected(x)) < 1e-5
+    fasp_fx.apply(model, fasp_fx.PruningPlan.from_json(result.plan.to_json()), (example,))
+    assert sum(parameter.numel() for parameter in result.module.parameters()) < size
 
 
 def test_the_oracle_says_that_a_folded_weight_is_not_in_the_dense_model() -> None:

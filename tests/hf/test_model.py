@@ -36,6 +36,8 @@ from zoo import randomise
 import fasp_fx
 from fasp_fx import hf
 from fasp_fx.base.compat._transformers import CACHE
+from fasp_fx.pruning.check import _check
+from fasp_fx.pruning.check._compare import Seen
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -243,7 +245,7 @@ def test_last_logits_of_a_model_that_gives_all_of_them() -> None:
 
 
 @pytest.fixture(scope="module")
-def bart() -> tuple[Any, hf.Pruned]:
+def bart() -> tuple[Any, hf.CapturedModel, hf.Pruned]:
     """An encoder-decoder whose configuration has a field with the name of a parameter of generation,
     ``forced_eos_token_id``.
     """
@@ -262,13 +264,34 @@ def bart() -> tuple[Any, hf.Pruned]:
         **layers,
     )
     original = randomise(BartForConditionalGeneration(config), seed=3).double()
-    return original, hf.prune(original, sparsity=0.2, score="magnitude", restore=None)
+    once = hf.capture(original)
+    return original, once, hf.prune(once, sparsity=0.2, score="magnitude", restore=None)
+
+
+def test_what_one_program_cannot_lose_is_refused(
+    bart: tuple[Any, hf.CapturedModel, hf.Pruned], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The programs of one model share their weights. The comparison fails where a weight of the encoder is
+    smaller, in all programs but the planned one.
+    """
+    original, weight = _check.compare, "model.encoder.layers.0.fc2.weight"
+
+    def compare(reference: Any, module: Any, pruned: Any, inputs: Any) -> Seen:
+        ours, theirs = pruned.weights().get(weight), reference.weights().get(weight)
+        lost = ours is not None and theirs is not None and ours.shape != theirs.shape
+        return Seen(0.5, False) if lost else original(reference, module, pruned, inputs)
+
+    monkeypatch.setattr(_check, "compare", compare)
+    with pytest.raises(
+        fasp_fx.VerificationError, match="the program 'encode' of the model cannot lose what the plan removes"
+    ):
+        hf.prune(bart[1], sparsity=0.2, score="magnitude", restore=None)
 
 
 def test_fields_of_the_original_may_be_named_like_parameters_of_generation(
-    bart: tuple[Any, hf.Pruned], tmp_path: Path
+    bart: tuple[Any, hf.CapturedModel, hf.Pruned], tmp_path: Path
 ) -> None:
-    original, result = bart
+    original, _, result = bart
     assert original.config.forced_eos_token_id == 2
     ids = _ids()
     with masked(original, removed_columns(result.plan, original)):
@@ -288,15 +311,15 @@ BAD_ENCODED: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_ENCODED, ids=str)
-def test_bad_encoder_outputs_are_refused(bart: tuple[Any, hf.Pruned], case: str) -> None:
+def test_bad_encoder_outputs_are_refused(bart: tuple[Any, hf.CapturedModel, hf.Pruned], case: str) -> None:
     encoded, says = BAD_ENCODED[case]
-    model = bart[1].model
+    model = bart[2].model
     with pytest.raises(fasp_fx.ArgumentError, match=says):
         model(encoder_outputs=encoded(model), decoder_input_ids=_ids(2, 3))
 
 
-def test_a_cache_of_another_source_is_refused(bart: tuple[Any, hf.Pruned]) -> None:
-    model = bart[1].model
+def test_a_cache_of_another_source_is_refused(bart: tuple[Any, hf.CapturedModel, hf.Pruned]) -> None:
+    model = bart[2].model
     cache = model(input_ids=_ids(), decoder_input_ids=_ids(2, 3))[CACHE]
     with pytest.raises(fasp_fx.ArgumentError, match="7 tokens of the source, encoder_outputs 4"):
         model(input_ids=_ids(2, 4), decoder_input_ids=_ids(2, 1), cache=cache)

@@ -82,7 +82,7 @@ def refused(done: Result) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("cli")
-    make_model(made / "model")
+    make_model(made / "model", layers=1)
     (made / "text.txt").write_text("Größe matters: a smaller model answers sooner. " * 12, encoding="utf-8")
     texts = ["--calibration", made / "text.txt", "--text", made / "text.txt"]
     done = invoke(
@@ -184,6 +184,6 @@ def test_folders_that_hold_nothing_to_recover(
     folder: Path, pruned: str, dense: str, out: str, said: str
 ) -> None:
     if dense == "other" and not (folder / dense).exists():
-        make_model(folder / dense, layers=1)
+        make_model(folder / dense, layers=2)
     command = ["recover", folder / pruned, "--dense", folder / dense, "--out", folder / out]
     assert said in refused(invoke(*command, "--data", folder / "text.txt", *SMALL))

@@ -80,7 +80,6 @@ class Mutant:
 CHAIN = Net((Linear(6), Activation(), Linear(4)))
 SQUARE = Net((Linear(4), Activation("tanh"), Linear(4)))
 SLICED = Net((Linear(8), Split(((Activation("tanh"),), (Activation("silu"),)), "slice"), Linear(3)))
-CHUNKED = Net((Linear(8), Split(((Activation("tanh"),), ()), "chunk", "cat"), Linear(3)))
 HEADS = Net((Attention(kv_heads=2, head_dim=4), Linear(2)), (Sequences(4),))
 GROUPED = Net((Attention(kv_heads=2, repeat=2, head_dim=4, sharing="interleave"), Linear(2)), (Sequences(4),))
 STREAM = Net((Linear(6), Residual((Linear(6), Activation())), Linear(2)))

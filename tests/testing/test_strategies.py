@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+from conftest import PROFILE
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
@@ -61,7 +62,7 @@ SEARCH = settings(
 REACH = settings(SEARCH, phases=[Phase.generate])
 TWO_LAYERS = Net((Linear(2), Linear(2)))
 #: of programs of all kinds so many are drawn, once for all tests
-PROGRAMS = 1200
+PROGRAMS = 1200 if PROFILE == "slow" else 600
 
 
 def minimal(strategy: st.SearchStrategy[Net], condition: Callable[[Net], bool] = lambda net: True) -> Net:
