@@ -273,8 +273,6 @@ def test_a_model_that_generates_keeps_its_budgets() -> None:
         ({"budget": (Parameters(0.5), Parameters(1000))}, "speaks of one resource twice"),
         ({"budget": Parameters(0.5), "sparsity": 0.5}, r"0\.5 and the budget of .*leave one of them out"),
         ({"budget": Parameters(0.5), "sparsity": {"*": 0.5}}, "leave one of them out"),
-        ({"uniform_layers": True, "sparsity": {"*": 0.5}}, "a sparsity for each pattern tells layers apart"),
-        ({"uniform_layers": 1}, "uniform_layers=1 is neither True nor False"),
     ],
 )
 def test_budgets_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
@@ -361,20 +359,6 @@ def test_what_cannot_be_counted_or_is_not_kept_is_refused(options: dict[str, Any
     once = inner() if len(options) == 1 else once
     with pytest.raises(fasp_fx.FaspError, match=message):
         fasp_fx.prune(once, calibration=[args], **{**FAST, **options})
-
-
-@pytest.mark.parametrize("asked", [{"sparsity": 0.3}, {"budget": Parameters(0.7)}], ids=str)
-def test_layers_stay_alike_where_that_is_asked(asked: dict[str, Any]) -> None:
-    _, args, _, once = captured("wide")
-    costs = fasp_fx.measure(once, calibration=[args] * 2, budget=Parameters(0.5), score="magnitude")
-    options: dict[str, Any] = {"calibration": [args], "costs": costs, "allocation": "global", **FAST, **asked}
-    widths = {}
-    for alike in (True, False):
-        result = fasp_fx.prune(once, uniform_layers=alike, **options)
-        removed = {group.name: group.removed_sets for group in result.plan.groups}
-        widths[alike] = {removed.get(f"blocks.{index}.2.weight", 0) for index in range(3)}
-        assert all(0.97 * spent.allowed <= spent.used <= spent.allowed for spent in result.report.budgets)
-    assert len(widths[True]) == 1 < len(widths[False])
 
 
 # What is kept.

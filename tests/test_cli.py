@@ -170,7 +170,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--round-to 16": {"round_to": 16},
     "--exclude lm_head --exclude layers.0.*": {"exclude": ("lm_head", "layers.0.*")},
     "--loss outputs --drift 0.5": {"loss": "outputs", "drift": 0.5},
-    "--no-restore --uniform-layers": {"restore": None, "uniform_layers": True},
+    "--no-restore": {"restore": None},
     "--macs 70% --bytes 1MB": {
         "budget": (fasp_fx.budgets.Macs(0.7), fasp_fx.budgets.Bytes(1_000_000)),
     },

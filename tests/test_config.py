@@ -65,7 +65,6 @@ CONFIGS = st.builds(
     include=st.lists(st.sampled_from(["approximate", "exempt"])).map(tuple),
     exclude=st.lists(st.text()).map(tuple),
     round_to=st.integers(1, 64),
-    uniform_layers=st.just(False),
 )
 
 

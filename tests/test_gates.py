@@ -142,25 +142,6 @@ def test_several_budgets_are_all_met() -> None:
     assert spent <= 0.5 * whole
 
 
-def test_layers_that_lose_alike_count_as_one_of_them() -> None:
-    """A class of four layers loses what each of the four would, and not less because their chances add up."""
-    model = stack(*(added(16) for _ in range(4)), added(24))
-    gates = attach(model, (X,), sparsity=0.25, uniform_layers=True)
-
-    def lost() -> list[int]:
-        found = {group.name: group.removed_sets for group in gates.plan().groups}
-        return [found.get(name, 0) for name in gates.names]
-
-    assert lost() == [4, 4, 4, 4, 6], "of equal gates the same part goes everywhere"
-    with torch.no_grad():
-        gates.scores[4].add_(0.1)
-    assert lost()[4] == 0, "what is likelier to be open stays"
-    with torch.no_grad():
-        for number, scores in enumerate(gates.scores):
-            scores.fill_([3.0, 1.0, 1.0, 3.0, 1.2][number])
-    assert lost()[4] > 20, "several stand at the mean of their chances, which is above this one"
-
-
 def test_gates_are_saved_once_and_a_copy_has_its_own() -> None:
     torch.manual_seed(0)
     model = half()

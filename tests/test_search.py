@@ -448,9 +448,7 @@ def test_it_has_a_name_and_keeps_to_other_options() -> None:
     for cap in (Parameters(0.8), Macs(0.8)):
         counted = cap.resource(analysis)
         assert counted.used([capped[group.name] for group in analysis.chosen]) <= 0.8 * counted.whole
-    alike = removed(chosen(uniform_layers=True, round_to=2))
-    assert alike["layers.0.down.weight"] == alike["layers.2.down.weight"]
-    assert all(count % 2 == 0 for count in alike.values())
+    assert all(count % 2 == 0 for count in removed(chosen(round_to=2)).values())
 
 
 # Bad input.

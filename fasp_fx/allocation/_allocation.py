@@ -19,13 +19,7 @@ from .costs import Costs
 class CostAllocation(ABC):
     """An allocation that wants to know what each group costs; the cost curves are measured before it is
     asked.
-
-    Attributes:
-        averages: of groups that lose alike (``uniform_layers=True``) it is given the mean of the cost curves
-            in the place of their sum.
     """
-
-    averages: bool = False
 
     @abstractmethod
     def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:

@@ -142,33 +142,9 @@ class Budget:
         return min(measured, key=lambda pair: abs(pair[0]))[1]
 
 
-def alike(groups: Sequence[Group]) -> list[int]:
-    """For each group the number of its shape: groups of layers that are alike have one."""
-    shapes = [
-        (
-            group.width,
-            group.blocks,
-            group.needed,
-            group.granularity,
-            group.status,
-            len(group.producers),
-            tuple(
-                (member.dim, member.size, len(member.indices), member.block_dim, member.blocks)
-                for member in (*group.producers, *group.consumers)
-            ),
-        )
-        for group in groups
-    ]
-    numbers = {shape: number for number, shape in enumerate(dict.fromkeys(shapes))}
-    return [numbers[shape] for shape in shapes]
-
-
-def joined(costs: Costs, groups: Sequence[Group], places: Sequence[int], averages: bool) -> Costs:
-    """The cost curves of all groups at a place as one, by the name of the first; none where one has none.
-
-    Args:
-        averages: whether that is their mean, as for numbers that are held against one threshold, or their
-            sum, as for losses that are held against what all the groups take.
+def joined(costs: Costs, groups: Sequence[Group], places: Sequence[int]) -> Costs:
+    """The sums of the cost curves of all groups at a place, by the name of the first; none where one has
+    none.
     """
     names: dict[int, list[str]] = {}
     for group, place in zip(groups, places, strict=True):
@@ -178,7 +154,7 @@ def joined(costs: Costs, groups: Sequence[Group], places: Sequence[int], average
         if all(name in costs for name in own):
             least = min(len(costs[name].losses) for name in own)
             losses = [costs[name].losses[:least] for name in own]
-            curves[own[0]] = CostCurve((np.mean if averages else np.sum)(losses, 0))
+            curves[own[0]] = CostCurve(np.sum(losses, 0))
     return Costs(curves, costs.fingerprint, costs.score, costs.granularity)
 
 
@@ -352,7 +328,6 @@ def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: in
 __all__ = [
     "Budget",
     "Limit",
-    "alike",
     "check_asked",
     "check_counts",
     "check_patterns",

@@ -136,7 +136,6 @@ def plain_config(model: nn.Module, asked: PruningConfig) -> tuple[Experiments, S
     own = replace(
         asked,
         allocation=settings,
-        uniform_layers=False,  # one number for all layers is what a config says by itself
         loss="next-token" if asked.loss == "auto" and cast(Any, model).can_generate() else asked.loss,
     )
     return experiments, settings, own
@@ -171,7 +170,7 @@ class Settings:
         if costs is not None:
             shrunk = [group for group, place in zip(budget.groups, places, strict=True) if place is not None]
             numbers = [place for place in places if place is not None]
-            given.append(joined(costs, shrunk, numbers, averages=False))
+            given.append(joined(costs, shrunk, numbers))
         allocate: Any = self.allocate
         lost = validate(allocate(narrowed, round_to, *given), narrowed)
         self.assignment = {

@@ -10,11 +10,9 @@ from ..allocation._allocation import CostAllocation, TrialAllocation
 from ..allocation._limits import (
     Budget,
     Limit,
-    alike,
     check_asked,
     check_patterns,
     is_excluded,
-    joined,
     lost_by_pattern,
     validate,
 )
@@ -81,25 +79,20 @@ def allocate(
         SparsityError, BudgetError: the sparsity or a budget is out of reach.
     """
     config, allocation = method.config, method.allocation
-    kept = part = _open(method, budget, groups)
+    part = _open(method, budget, groups)
     if isinstance(config.sparsity, Mapping):
         check_asked(config.sparsity, part.groups)
-    if config.uniform_layers:
-        places = alike(part.groups)
-        kept = part.narrowed(places)
-        averages = isinstance(allocation, CostAllocation) and allocation.averages
-        costs = None if costs is None else joined(costs, part.groups, places, averages)
     if isinstance(config.sparsity, Mapping):
-        return kept.spread(lost_by_pattern(kept, config.sparsity, config.round_to), budget), []
+        return part.spread(lost_by_pattern(part, config.sparsity, config.round_to), budget), []
     if trial is not None:
-        trial.serve(kept.groups, kept.spread, in_turns(advance))
+        trial.serve(part.groups, part.spread, in_turns(advance))
     if isinstance(allocation, CostAllocation):
         assert costs is not None
         given = (costs, trial) if isinstance(allocation, TrialAllocation) else (costs,)
-        found = validate(allocation(kept, config.round_to, *given), kept)
+        found = validate(allocation(part, config.round_to, *given), part)
     else:
-        found = validate(allocation(kept, config.round_to), kept)
-    return kept.spread(found, budget), list(trial.notes) if trial is not None else []
+        found = validate(allocation(part, config.round_to), part)
+    return part.spread(found, budget), list(trial.notes) if trial is not None else []
 
 
 def expected_sparsity(config: PruningConfig, analysis: Analysis) -> float:

@@ -93,9 +93,6 @@ def _fraction(option: str, value: Any) -> Any:
     return dict(value) if by_pattern else value
 
 
-_switch = _where(lambda value: isinstance(value, bool), "neither True nor False")
-
-
 def key_of(code: Any, option: str, use: str) -> str | None:
     """The text that says which code of the user's this is: its attribute ``key``; ``None`` for a name.
 
@@ -126,7 +123,6 @@ class PruningOptions(TypedDict, total=False):
     include: Iterable[str]
     exclude: Iterable[str]
     round_to: int
-    uniform_layers: bool
 
 
 @dataclass(frozen=True)
@@ -252,13 +248,6 @@ class PruningConfig:
         " are not. Default: 1.",
         form=int,
     )
-    uniform_layers: bool = _option(
-        False,
-        _switch,
-        "Groups of one shape lose equally many channel sets, so that layers that are alike stay alike, as"
-        " some runtimes need it.",
-        form=bool,
-    )
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -280,11 +269,6 @@ class PruningConfig:
             (
                 by_pattern and self.allocation not in (None, "uniform"),
                 "a sparsity for each pattern is an allocation by itself; leave allocation= out, or give one"
-                " sparsity",
-            ),
-            (
-                by_pattern and self.uniform_layers,
-                "a sparsity for each pattern tells layers apart; leave uniform_layers= out, or give one"
                 " sparsity",
             ),
             (
@@ -396,8 +380,13 @@ class PruningConfig:
         """
         remedy = "write it again with PruningConfig.to_json()"
         held = from_document("config", dict[str, Any], text, remedy, ArgumentError)
-        # Earlier saves name the padding mask, which is found now, and a key, which code of the user's has.
-        values = {name: held[name] for name in held if name not in ("format", "kind", "padding_mask", "key")}
+        # Earlier saves name options that are gone, and that few gave.
+        known = {field.name for field in fields(cls)}
+        values = {
+            name: held[name]
+            for name in held.keys() - {"format", "kind", "padding_mask"}
+            if name in known or held[name]
+        }
         return cls.of(None, {**values, "budget": budget_from_data(values.get("budget", []))})
 
 

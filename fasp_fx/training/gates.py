@@ -61,12 +61,7 @@ _TIE = 1e-9
 class Threshold(CostAllocation):
     """Closes the gates with the least chances to be open, as many as meet the budget best (GRASPrune, arXiv
     2604.19398; CoFi, 2204.00408).
-
-    Of layers that lose alike the mean of the chances counts: a gate is held against one threshold, however
-    many layers its place stands for.
     """
-
-    averages = True
 
     def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
         """Channel sets lost per block of each group; arguments and errors as for
@@ -285,7 +280,7 @@ class Gates(nn.Module):
 # --- Put gates on a model.
 
 #: the options that gates can say something of
-_SAID = ("sparsity", "budget", "granularity", "include", "exclude", "round_to", "uniform_layers")
+_SAID = ("sparsity", "budget", "granularity", "include", "exclude", "round_to")
 
 
 @one_at_a_time
@@ -311,8 +306,8 @@ def attach(
     Args:
         model: in evaluation mode, to be put into training mode afterwards.
         args, kwargs, dynamic_shapes: example inputs, as for :func:`fasp_fx.capture`.
-        config, options: ``sparsity`` or ``budget``, and ``granularity``, ``include``, ``exclude``,
-            ``round_to`` and ``uniform_layers`` of :class:`fasp_fx.PruningConfig`.
+        config, options: ``sparsity`` or ``budget``, and ``granularity``, ``include``, ``exclude``
+            and ``round_to`` of :class:`fasp_fx.PruningConfig`.
 
     Raises:
         ArgumentError: an option is out of range or has nothing to say here, the model has gates already, or
