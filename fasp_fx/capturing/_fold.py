@@ -247,7 +247,7 @@ def _merge(module: fx.GraphModule, nodes: set[fx.Node]) -> dict[fx.Node, fx.Node
         return region(attribute(module, target_name(item)), target_name(item))
 
     for node in list(module.graph.nodes):
-        if _asserts(node) and nodes.issuperset(node.all_input_nodes):
+        if not node.users and _asserts(node) and nodes.issuperset(node.all_input_nodes):
             module.graph.erase_node(node)
         elif node in nodes and node.op == "call_function":
             given: Any = fx.node.map_aggregate((node.args, node.kwargs), identity)

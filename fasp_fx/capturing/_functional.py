@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from collections.abc import Callable
@@ -9,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._functorch.aot_autograd import aot_export_module
 from torch.export import ExportedProgram
 
 from ..base._stamps import stand_for
@@ -20,6 +20,7 @@ from ..base.compat import (
     FakeTensor,
     HigherOrderOperator,
     OpOverload,
+    aot_export_module,
     composites_read_once,
     decomposition_table,
     is_composite,
@@ -117,6 +118,8 @@ def _written_out(node: fx.Node, way: Callable[..., Any]) -> list[fx.Node]:
     written = [copied[each] for each in traced.nodes if each.op == "call_function"]
     for each in written:
         stand_for(each, node)
+        if each.target is _ATEN.sym_size.int:
+            _read_off_inputs(each)
     one = isinstance(node.meta["val"], Tensor)
     for old, new in [(node, results[0])] if one else [(user, results[user.args[1]]) for user in node.users]:
         old.replace_all_uses_with(new)
@@ -126,6 +129,23 @@ def _written_out(node: fx.Node, way: Callable[..., Any]) -> list[fx.Node]:
     if not one:
         graph.erase_node(node)
     return written
+
+
+def _read_off_inputs(size: fx.Node) -> None:
+    """Let a size that is read off a tensor be one that the graph has, or be read off an input: it says
+    nothing of channels then.
+    """
+    expression = size.meta["val"].node.expr
+    for node in itertools.takewhile(lambda node: node is not size, size.graph.nodes):
+        recorded = node.meta.get("val")
+        if isinstance(recorded, torch.SymInt) and recorded.node.expr == expression:
+            size.replace_all_uses_with(node)
+            size.graph.erase_node(size)
+            return
+        for dim, given in enumerate(getattr(recorded, "shape", ()) if node.op == "placeholder" else ()):
+            if isinstance(given, torch.SymInt) and given.node.expr == expression:
+                size.args = (node, dim)
+                return
 
 
 def _takes_functions(node: fx.Node) -> bool:
