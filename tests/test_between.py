@@ -68,9 +68,6 @@ FREE: dict[str, tuple[Form, int]] = {
         12,
     ),
     "averaged": (_average, 12),
-    "tokens by a mask": (lambda h, x, *_: h[x[..., 0] > 0], 12),
-    "samples by a mask": (lambda h, x, *_: h[x[:, 0, 0] > -9], 12),
-    "tokens by a mask of their own": (lambda h, x, *_: h[:, x[0, :, 0] > -9], 12),
     "gathered": (lambda h, x, *_: h.gather(1, _order(x).expand(-1, -1, 12)), 12),
     "taken along": (lambda h, x, *_: torch.take_along_dim(h, _order(x), dim=1), 12),
     "largest token": (
@@ -172,17 +169,6 @@ def test_complex_numbers(name: str) -> None:
     x = inputs(2, 4)[0].float()
     assert fasp_fx.analyze(model, (x,)).select("prunable")
     check_program(model, (x,), invariants=OF_OPERATORS)
-
-
-def test_a_mask_speaks_of_as_many_dimensions_as_it_has() -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        hidden = self.up(x).tanh()
-        return self.down(hidden) + hidden.permute(1, 2, 0)[self.mask].sum(0)[:, None, None]
-
-    mask = torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) > 0.5
-    groups = fasp_fx.analyze(wide(forward, 5, 8, mask=mask), (torch.randn(2, 4, 5),)).groups
-    (group,) = [g for g in groups if "down.weight" in {part.name for part in g.consumers}]
-    assert "aten.index.Tensor names positions along this dimension one by one" in group.reason
 
 
 def test_a_gain_of_heads_is_no_product() -> None:

@@ -250,6 +250,7 @@ def test_a_model_that_generates_keeps_its_budgets() -> None:
     assert cache.used <= cache.allowed
 
     given = {name: value for name, value in stages_of(model).arguments().items() if name != "cache"}
+    given["logits_to_keep"] = len(given["logits_to_keep"])
 
     def extend(served: Any) -> Callable[[], Any]:
         """The call that is counted, of a dense or pruned model."""
@@ -337,8 +338,14 @@ class Unknown(Cap):
 
 
 def inner() -> fasp_fx.Captured:
-    """A product of matrices inside of an operator that stands for others."""
-    model = wide(lambda m, x: torch.inner(block(m, x), m.weight), hidden=12, weight=parameter(6, 6))
+    """A product by an operator that torch counts, and models do not call."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        given = block(m, x).unsqueeze(-1), m.weight, None, [1], [0], [1], False, [0], 1
+        made: Tensor = torch.ops.aten.convolution(*given)
+        return made
+
+    model = wide(forward, hidden=12, weight=parameter(6, 6, 1))
     return fasp_fx.capture(model, (torch.randn(4, 6),))
 
 

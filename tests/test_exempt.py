@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import test_folded_heads as folded
 import torch
 from models import made
 from oracle import TOLERANCE, error, zeroed
@@ -77,12 +76,11 @@ def drawn(samples: int, seed: int = 0) -> Tensor:
 
 
 TWO = [drawn(5), drawn(5, 1), drawn(3)]
-BESIDE = [folded.drawn(size, 7) for size in (5, 5, 3)]
 
 
 @pytest.mark.parametrize(
     ("make", "batches", "score"),
-    [(heads, TWO, "fasp"), (heads, TWO, "magnitude"), (folded.outside, BESIDE, "fasp")],
+    [(heads, TWO, "fasp"), (heads, TWO, "magnitude")],
 )
 def test_the_channel_whose_product_is_least_goes_first(make: Any, batches: list[Tensor], score: Any) -> None:
     """By the norms over all sequences, whichever way heads lie beside them."""

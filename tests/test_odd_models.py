@@ -457,27 +457,6 @@ def test_tensors_of_another_kind_are_refused(example: torch.dtype) -> None:
 # --- weights that no module multiplies
 
 
-def _one_per_sample() -> nn.Module:
-    """A convolution with a weight of its own for every sample, mixed of several (CondConv)."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        x = torch.relu(self.first(x))
-        batch, channels, height, width = x.shape
-        gate = torch.sigmoid(self.gate(x.mean((2, 3))))
-        weight = torch.einsum("be,eoihw->boihw", gate, self.weight)
-        own = weight.reshape(batch * 8, channels, 3, 3)
-        x = F.conv2d(x.reshape(1, batch * channels, height, width), own, padding=1, groups=batch)
-        return self.last(torch.relu(x.view(batch, 8, height, width)))
-
-    return made(
-        forward,
-        first=nn.Conv2d(3, 6, 1),
-        last=nn.Conv2d(8, 2, 1),
-        gate=nn.Linear(6, 3),
-        weight=parameter(3, 8, 6, 3, 3),
-    )
-
-
 def _assigns(self: Any, x: Tensor) -> Tensor:
     """Values are assigned to positions of a sequence, wherever a mask is true, and to channels of an empty
     tensor.
@@ -518,9 +497,6 @@ class Cut(NamedTuple):
 
 
 WEIGHTS: dict[str, Cut] = {
-    "a weight for every sample": Cut(
-        _one_per_sample, ((2, 3, 5, 5), (3, 3, 5, 5)), {"last.weight"}, {"sparsity": 0.1}
-    ),
     "a matrix for every position of a plane": Cut(
         lambda: made(
             lambda self, x: self.last(

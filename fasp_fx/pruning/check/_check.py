@@ -17,6 +17,7 @@ from ...analysis.groups import APPROXIMATE, Group
 from ...base._tolerable import tolerable
 from ...base._warn import warn
 from ...calibration._visit import Decision, decided
+from ...capturing._fx import draws
 from ...capturing._program import Program
 from ...errors import CallError, VerificationError, VerificationWarning, first_line
 from ...passes import remove
@@ -164,6 +165,12 @@ class _Checker:
         Sizes that the dense program does not take are passed over, and those that an exporter has ruled out
         for no good reason, unless it is the example or nothing else is left.
         """
+        if _drawn(reference.module.graph) != _drawn(module.graph):
+            self.notes.append(
+                "the result was not compared with the dense program, because the random numbers that it draws"
+                " are fewer"
+            )
+            return None
         compared, refused = 0, None
         for inputs in self.inputs:
             try:
@@ -193,6 +200,11 @@ class _Checker:
             if compared == _SIZES:
                 return None
         return None if compared > 1 else refused
+
+
+def _drawn(graph: fx.Graph) -> list[str]:
+    """The shapes of the random numbers that a graph draws."""
+    return [str(node.meta["val"].shape) for node in graph.nodes if draws(node)]
 
 
 def _failed(inputs: Inputs, cause: str) -> _Fault:

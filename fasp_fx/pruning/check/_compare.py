@@ -238,7 +238,16 @@ class Inputs:
         if index in self.drawn:
             generator = torch.Generator(device="cpu").manual_seed(index)
             return torch.rand(made.shape, generator=generator, dtype=torch.float32, device="cpu").to(made)
+        return _laid_like(leaf, made)
+
+
+def _laid_like(leaf: Tensor, made: Tensor) -> Tensor:
+    """A copy that is part of a larger tensor where the example is: a capture can ask for that."""
+    if leaf.layout != torch.strided or not leaf.dim() or leaf.is_contiguous():
         return made.clone()
+    if made.shape == leaf.shape and all(leaf.stride()):
+        return made.new_empty_strided(leaf.shape, leaf.stride()).copy_(made)
+    return made.new_empty([*made.shape[:-1], made.shape[-1] + 1])[..., :-1].copy_(made)
 
 
 def inputs_for(program: Program) -> Iterator[Inputs]:
