@@ -76,9 +76,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     with Peak() as peak:
         spent, report = timed(work)
-    seconds = {step: round(spent, 1) for step, spent in report.seconds.items()}
     of = peak.bytes / (4 * report.parameters[0])
-    return {"how": options.run, "peak": peak.bytes, "of the weights": of, "seconds": spent, "steps": seconds}
+    return {"how": options.run, "peak": peak.bytes, "of the weights": of, "seconds": spent}
 
 
 def compare(folder: pathlib.Path) -> dict[str, Any]:

@@ -57,11 +57,10 @@ def main() -> None:
                     loss="next-token",
                 )
             label = f"{sparsity:.0%}" + ("" if restore else " without restoration")
-            spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.report.seconds.items())
             print(
                 f"{label:<24}{perplexity(result.module, measured):.3f}   sparsity"
                 f" {result.report.sparsity:.4f}, parameters {result.report.parameters[1]:,}; seconds:"
-                f" {whole:.1f} ({spent}){plain}; peak resident {peak.bytes / 2**30:.2f} GiB, before"
+                f" {whole:.1f}{plain}; peak resident {peak.bytes / 2**30:.2f} GiB, before"
                 f" {peak.before / 2**30:.2f} GiB",
                 flush=True,
             )

@@ -10,6 +10,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def run(text: pathlib.Path, count: int, out: pathlib.Path) -> None:
     dist.init_process_group("gloo")
     model, tokenizer = smollm2("cpu")
     data = chunks(tokenizer, text, "cpu")[:count]
+    started = time.perf_counter()
     result = fasp_fx.prune(
         model,
         (),
@@ -36,7 +38,8 @@ def run(text: pathlib.Path, count: int, out: pathlib.Path) -> None:
         group=dist.group.WORLD,
     )
     if dist.get_rank() == 0:
-        found = {"weights": dict(result.module.named_parameters()), "seconds": dict(result.report.seconds)}
+        spent = time.perf_counter() - started
+        found = {"weights": dict(result.module.named_parameters()), "seconds": spent}
         torch.save({**found, "plan": repr(result.plan.groups)}, out)
     dist.destroy_process_group()
 
@@ -66,7 +69,7 @@ def main() -> None:
             "seconds": found["seconds"],
             "same plan": found["plan"] == first["plan"],
             "largest difference of a weight": max(float((a - b).abs().max()) for a, b in pairs),
-            "speed-up": first["seconds"]["calibration"] / found["seconds"]["calibration"],
+            "speed-up": first["seconds"] / found["seconds"],
         }
         print(json.dumps(row), flush=True)
 

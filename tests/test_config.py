@@ -311,21 +311,17 @@ def test_a_plan_from_sets_removes_their_indices() -> None:
 DOWN = "layers.0.down.weight"
 #: sets by the names of groups, of three layers or (by the status of a group) of a decoder
 SETS: list[tuple[dict[Any, Any], str]] = [
-    (
-        {"layers.0.down.wieght": [1]},
-        "'layers.0.down.wieght' cannot be pruned here .there is no such group",
-    ),
+    ({"layers.0.down.wieght": [1]}, "'layers.0.down.wieght' cannot be pruned here"),
     ({DOWN: [10]}, "from 0 to 9"),
     ({DOWN: [-1]}, "from 0 to 9"),
-    ({DOWN: range(10)}, "keep at least 1 of 10"),
+    ({DOWN: range(10)}, "must lose the same number and keep one"),
     ({DOWN: torch.arange(10) < 3}, "of a mask, mask.nonzero"),
     ({DOWN: [True, False]}, "of a mask, mask.nonzero"),
     ({DOWN: [10**30]}, "give the numbers of channel sets"),
     ({3: [1]}, "'3' cannot be pruned"),
-    ([1], "removed is a list"),  # type: ignore[list-item]
-    ({"frozen": [0]}, r"is frozen: aten\.embedding"),
-    ({"exempt": [0]}, r"is exempt: .*include="),
-    ({"blocks": [0]}, r"blocks of '.*' must lose equally many channel sets.* lose 0, 1"),
+    ({"frozen": [0]}, "cannot be pruned here.*and why others cannot"),
+    ({"exempt": [0]}, "cannot be pruned here.*include="),
+    ({"blocks": [0]}, r"removes \[.*\] channel sets from blocks.*the same number"),
 ]
 
 
@@ -343,12 +339,10 @@ def test_sets_that_cannot_go(removed: Any, message: str) -> None:
         fasp_fx.plan_from_sets(captured, removed)
 
 
-def test_sets_of_another_granularity_or_of_no_capture() -> None:
+def test_sets_of_another_granularity() -> None:
     captured, heads = fasp_fx.capture(layers(), (X,)), ("head",)
     with pytest.raises(fasp_fx.PlanError, match="that can with this granularity="):
         fasp_fx.plan_from_sets(captured, {DOWN: [0]}, granularity=heads)
-    with pytest.raises(fasp_fx.ArgumentError, match="captured is a <made>"):
-        fasp_fx.plan_from_sets(layers(), {})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,6 @@ def test_steps_are_those_of_a_loop_written_out(made: Made) -> None:
         epochs=3,
         accumulate=2,
         learning_rate=2e-3,
-        warmup=0.25,
         held_out=0.2,
         seed=7,
         precision="weights",
@@ -175,7 +174,7 @@ def test_steps_are_those_of_a_loop_written_out(made: Made) -> None:
     for epoch in range(3):
         order = torch.randperm(8, generator=torch.Generator().manual_seed(7 + epoch)).tolist()
         for first in range(0, 8, 2):
-            optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 3, (steps - step) / 9)
+            optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 1.2, (steps - step) / 10.8)
             for place in order[first : first + 2]:
                 x = data[training[place]]
                 with torch.no_grad():
@@ -342,7 +341,6 @@ def test_tied_weights_stay_tied(train: Any, tmp_path: Path) -> None:
         ({"epochs": 0}, "epochs"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"learning_rate": math.nan}, "learning_rate"),
-        ({"warmup": 2}, "warmup"),
         ({"held_out": 1.0}, "held_out"),
         ({"train": "some"}, "'low-rank'"),
         ({"loss": "kl"}, "'divergence'"),

@@ -167,10 +167,10 @@ def test_nothing_left() -> None:
 def test_little_passes_where_there_is_no_higher_precision(
     precision: torch.dtype, deviation: float, equal: bool
 ) -> None:
-    def look(dtype: torch.dtype | None) -> _compare.Seen:
+    def look(dtype: torch.dtype | None) -> float:
         if dtype is not None:
             raise TypeError(f"Cannot convert to {dtype}")
-        return _compare.Seen(deviation, True)
+        return deviation
 
     found = _compare.compare_with_escalation(look, precision)
     assert (found.equal, found.alone) == (equal, True)

@@ -84,7 +84,6 @@ def test_a_report_comes_back_from_json() -> None:
         *(("bytes", value) for value in (None, [1], [1, 2, 3], [-1, 2], [float("inf"), 2], [10**400, 1])),
         *(("lines", value) for value in ("text", [{}], [[]], [{"name": "a", "before": 10**400}])),
         *(("notes", value) for value in ([3], "text")),
-        ("seconds", {"a": None}),
         ("without_rule", {"a": 0.5}),
         ("figures", [{"what": "x", "dense": 1.0, "pruned": 1.0, "digits": 10**9}]),
         *(

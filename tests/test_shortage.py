@@ -18,7 +18,7 @@ import torch
 import typer
 from models import made
 from safetensors import SafetensorError
-from shortages import RAISED, Outcome, says_so, tried
+from shortages import RAISED, says_so, tried
 from torch import Tensor, nn
 
 import fasp_fx
@@ -210,24 +210,12 @@ STAGES: dict[str, tuple[Callable[[Path], Any], int, int]] = {
     "resume": (_resume, 500, 20),
     "parts": (_in_parts, 500, 0),
 }
-#: what is said where batches are halved
-HALVED = "memory was too short for the calibration batches"
 
 
-def _essence(result: Any) -> Any:
-    """What must not depend on a shortage: which groups go, how far, by which criterion, and what is said."""
-    notes = [note for note in result.report.notes if HALVED not in note and "predicted rise" not in note]
-    return result.plan.groups, notes
-
-
-def _held(stage: str, kind: str, at: int, expected: Outcome, folder: Path) -> None:
+def _held(stage: str, kind: str, at: int, folder: Path) -> None:
     found = tried(lambda: STAGES[stage][0](folder), kind, at)
-    if found.error is None:
-        notes = getattr(getattr(found.result, "report", None), "notes", ())
-        assert any(HALVED in note for note in notes), f"place {at} was passed over"
-        assert _essence(found.result) == _essence(expected.result), f"place {at} made another result"
-        assert found.said == expected.said, f"place {at}"
-    elif not says_so(found.error):
+    assert found.error is not None, f"place {at} was passed over"
+    if not says_so(found.error):
         raise AssertionError(f"place {at} ends in an error that says nothing of it") from found.error
 
 
@@ -251,7 +239,7 @@ def test_a_shortage_anywhere_ends_in_an_error_that_names_it(
     assert expected.places >= STAGES[stage][1 + (kind == "disk")]
     step = max(expected.places // spread, 1) if spread else 1
     for at in range(1 + step // 2, expected.places + 1, step):
-        _held(stage, kind, at, expected, tmp_path / str(at))
+        _held(stage, kind, at, tmp_path / str(at))
 
 
 def _interrupt() -> Exception:

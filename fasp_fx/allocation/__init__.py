@@ -1,6 +1,6 @@
 """How much goes of each coupled group: budgets, cost curves, and the allocations that meet them."""
 
-from ._allocation import Allocation, CostAllocation, Global, Search, Trial, TrialAllocation, uniform
+from ._allocation import Allocation, CostAllocation, Global, Search, Trial, uniform
 from ._limits import Budget, Limit, check_reach, deepest_loss, lost_per_block, validate
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "Limit",
     "Search",
     "Trial",
-    "TrialAllocation",
     "check_reach",
     "deepest_loss",
     "lost_per_block",

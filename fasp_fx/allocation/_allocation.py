@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, pairwise
 
 import numpy as np
 
@@ -216,13 +216,12 @@ def _given_back(
 
 #: at most so many pairs of groups exchange steps at once
 PAIRS = 3
-#: an exchange is drawn so often before it is given up: steps may be too coarse for most pairs to keep the
-#: budget
+#: so many exchanges are drawn for each that is wanted: steps may be too coarse for most to keep the budget
 ATTEMPTS = 50
 #: a group loses more by at most this part of its channel sets, in the first generation and in the last
 COARSE, FINE = 1 / 8, 1 / 64
-#: of what is tried on some sequences, one in so many is tried on twice as many
-SURVIVING = 3
+#: all candidates of a generation are tried on one in so many sequences, and the best on all
+PART = 4
 #: how near to a sparsity an allocation is near enough
 _NEAR = 1e-3
 
@@ -254,105 +253,32 @@ class Trial(ABC):
         """
 
 
-class Exchanges:
-    """Moves from one allocation to others that meet the budget as nearly.
-
-    Under ceilings, no more than they allow ever stays. A sparsity is met as nearly as at the start, or to a
-    thousandth.
+def _neighbours(
+    budget: Budget, counts: Sequence[Sequence[int]], lost: list[int], reach: float, draw: np.random.Generator
+) -> Iterator[list[int]]:
+    """Allocations in which some pairs of groups have exchanged steps, without end.
 
     Args:
-        budget: what is to be met.
         counts: for each group, how many channel sets a block can lose, in rising order.
-        start: where the search begins.
+        reach: the largest part of its channel sets that a group loses more in one exchange; a single step may
+            always be exchanged.
     """
-
-    def __init__(self, budget: Budget, counts: Sequence[Sequence[int]], start: Sequence[int]) -> None:
-        self._budget, self._counts = budget, counts
-        self._free = [index for index, own in enumerate(counts) if len(own) > 1]
-        self._slack = max(abs(budget.over(start)), _NEAR)
-
-    def drawn(self, lost: Sequence[int], reach: float, draw: np.random.Generator) -> list[int] | None:
-        """Another allocation, in which some pairs of groups have exchanged steps; ``None`` where none was
-        found.
-
-        Args:
-            reach: the largest part of its channel sets that a group loses more in one exchange; a single step
-                may always be exchanged.
-        """
-        for _ in range(ATTEMPTS if len(self._free) > 1 else 0):
-            found = list(lost)
-            for _ in range(int(draw.integers(1, PAIRS + 1))):
-                more, less = draw.choice(self._free, 2, replace=False).tolist()
-                found = self._exchanged(found, more, less, reach, draw)
-            over = self._budget.over(found)
-            is_met = over <= 0 if self._budget.is_ceiling else abs(over) <= self._slack
-            if is_met and any(after < before for after, before in zip(found, lost, strict=True)):
-                return found
-        return None
-
-    def _exchanged(
-        self, lost: list[int], more: int, less: int, reach: float, draw: np.random.Generator
-    ) -> list[int]:
-        """One group loses more, and another less by as many steps as give the budget back."""
-        own, other = self._counts[more], self._counts[less]
-        step = int(draw.integers(1, max(round(reach * (len(own) - 1)), 1) + 1))
-        raised = _with(lost, more, own[min(bisect_left(own, lost[more]) + step, len(own) - 1)])
-        # The least place at which enough goes.
-        enough = bisect_left(
-            range(bisect_left(other, lost[less])),
-            True,
-            key=lambda place: self._budget.over(_with(raised, less, other[place])) <= 0,
-        )
-        places = (enough, max(enough - 1, 0))
-        return self._budget.closest(_with(raised, less, other[place]) for place in places)
-
-
-def evolve(
-    exchanges: Exchanges, start: list[int], trial: Trial, generations: int, offspring: int, seed: int
-) -> list[int]:
-    """The best allocation found: in each generation some are drawn from the best so far, and take its place
-    only where one is better on all sequences.
-
-    Args:
-        start: where the search begins; what is found is never worse on all sequences.
-        trial: judges candidates, and is told what came of them.
-        generations, offspring: how many times how many are drawn.
-        seed: of what is drawn.
-    """
-    first = _mean(trial.losses(start, range(trial.count)))
-    found, least, tried = start, first, 0
-    for generation in range(generations):
-        draw = np.random.default_rng((seed, generation))
-        reach = COARSE * (FINE / COARSE) ** (generation / max(generations - 1, 1))
-        drawn = [exchanges.drawn(found, reach, draw) for _ in range(offspring)]
-        candidates = list(dict.fromkeys(tuple(lost) for lost in drawn if lost is not None and lost != found))
-        best, loss = _best(candidates, trial, draw)
-        if loss < least:
-            found, least = list(best), loss
-        tried += len(candidates)
-        trial.progress((generation + 1) / generations)
-    trial.note(first, least, tried)
-    return found
-
-
-def _best(
-    candidates: Sequence[tuple[int, ...]], trial: Trial, draw: np.random.Generator
-) -> tuple[tuple[int, ...], float]:
-    """The candidate that did best, and its mean loss over all sequences: all are tried on one, the best of
-    them on two, and so on.
-    """
-    order = draw.permutation(trial.count).tolist()
-    alive, seen = list(candidates), {lost: list[float]() for lost in candidates}
-    tried, size = 0, 1
-    while alive:
-        for lost in alive:
-            seen[lost] += trial.losses(lost, order[tried:size])
-        alive.sort(key=lambda lost: _mean(seen[lost]))
-        if size == trial.count:
-            return alive[0], _mean(seen[alive[0]])
-        alive = alive[: -(-len(alive) // SURVIVING)]
-        tried, size = size, min(2 * size, trial.count)
-    return (), math.inf
+    free = [index for index, own in enumerate(counts) if len(own) > 1]
+    while len(free) > 1:
+        found = lost
+        for _ in range(int(draw.integers(1, PAIRS + 1))):
+            more, less = draw.choice(free, 2, replace=False).tolist()
+            own, other = counts[more], counts[less]
+            step = int(draw.integers(1, max(round(reach * (len(own) - 1)), 1) + 1))
+            raised = _with(found, more, own[min(bisect_left(own, found[more]) + step, len(own) - 1)])
+            now = bisect_left(other, found[less])
+            # The least place at which enough goes.
+            enough = bisect_left(
+                other[:now], True, key=lambda count: budget.over(_with(raised, less, count)) <= 0
+            )
+            places = (enough, max(enough - 1, 0))
+            found = budget.closest(_with(raised, less, other[place]) for place in places)
+        yield found
 
 
 def _mean(losses: Sequence[float]) -> float:
@@ -364,27 +290,17 @@ def _with(lost: Sequence[int], index: int, count: int) -> list[int]:
     return [*lost[:index], count, *lost[index + 1 :]]
 
 
-class TrialAllocation(CostAllocation):
-    """An allocation that tries what it thinks of on calibration sequences: it is called with a :class:`Trial`
-    behind the cost curves, or ``None`` where nothing can be tried.
-
-    Attributes:
-        sequences: on how many at most.
-    """
-
-    sequences: int = 8
-
-
-class Search(TrialAllocation):
+class Search(CostAllocation):
     """An evolutionary search from what :class:`Global` finds, judged by running the pruned model.
 
     Cost curves are of single groups and to second order; what removals of many groups do to the whole model
     is found out by doing it. In each generation some candidates are drawn from the best allocation so far:
     one to three pairs of groups exchange steps of equal cost, one of the pair losing more, the other as much
     less as gives the budget back. Steps begin with up to an eighth of a group and end with up to a
-    sixty-fourth, or single ones. All candidates are run on one sequence, the best third of them on two, and
-    so on; the last takes the place of the best so far where its loss over all sequences is less, so that the
-    search never ends worse there than it began. Evolutionary searches over what layers lose: EvoPress
+    sixty-fourth, or single ones. Under ceilings, no more than they allow ever stays; a sparsity is met as
+    nearly as at the start, or to a thousandth. All candidates are run on a quarter of the sequences; the best
+    takes the place of the best so far where its loss over all of them is less, so that the search never ends
+    worse there than it began. Evolutionary searches over what layers lose: EvoPress
     (Sieberling et al., arXiv 2410.14649), DarwinLM (Tang et al., 2502.07780) and Týr-the-Pruner (Li et al.,
     2503.09657).
 
@@ -447,8 +363,30 @@ class Search(TrialAllocation):
         Args:
             trial: runs candidates; without one, what the search would begin with.
         """
-        start = Global()(budget, round_to, costs)
+        found = Global()(budget, round_to, costs)
         if trial is None:
-            return start
-        exchanges = Exchanges(budget, [_counts(group, round_to) for group in budget.groups], start)
-        return evolve(exchanges, start, trial, self.generations, self.offspring, self.seed)
+            return found
+        counts = [_counts(group, round_to) for group in budget.groups]
+        slack = max(abs(budget.over(found)), _NEAR)
+
+        def is_met(lost: list[int]) -> bool:
+            over = budget.over(lost)
+            return over <= 0 if budget.is_ceiling else abs(over) <= slack
+
+        first = least = _mean(trial.losses(found, range(trial.count)))
+        tried = 0
+        for generation in range(self.generations):
+            draw = np.random.default_rng((self.seed, generation))
+            reach = COARSE * (FINE / COARSE) ** (generation / max(self.generations - 1, 1))
+            drawn = islice(_neighbours(budget, counts, found, reach, draw), ATTEMPTS * self.offspring)
+            candidates = list(islice(filter(is_met, drawn), self.offspring))
+            if candidates:
+                some = draw.permutation(trial.count)[: -(-trial.count // PART)].tolist()
+                best = min(candidates, key=lambda lost: _mean(trial.losses(lost, some)))
+                loss = _mean(trial.losses(best, range(trial.count)))
+                if loss < least:
+                    found, least = best, loss
+            tried += len(candidates)
+            trial.progress((generation + 1) / self.generations)
+        trial.note(first, least, tried)
+        return found

@@ -318,10 +318,11 @@ def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: in
             0.0,
         )
 
-    fractions_of = [(group, fraction_of(group)) for group in budget.groups]
     return [
-        lost_per_block(group.width, fraction, group.step(round_to), group.needed) if fraction else 0
-        for group, fraction in fractions_of
+        lost_per_block(group.width, fraction, group.step(round_to), group.needed)
+        if (fraction := fraction_of(group))
+        else 0
+        for group in budget.groups
     ]
 
 

@@ -104,8 +104,8 @@ def parameters_of(analysis: Coupling, *, in_bytes: bool = False) -> Counted:
 
 
 def cache_of(analysis: Coupling) -> Counted:
-    """Bytes per token of one sequence that the caches among the outputs take
-    (:func:`fasp_fx.report.cache_bytes`).
+    """Bytes per token of one sequence that the caches among the outputs take: ``[batch, heads, length,
+    width]``, the outputs that hold state.
 
     Raises:
         BudgetError: the program holds no cache.

@@ -203,16 +203,15 @@ def whole_batches(program: Program, batches: Sequence[list[Any]]) -> list[Piece]
     return [Piece(*one) for one in zip(batches, range(len(sizes)), firsts, sizes, strict=False)]
 
 
-def in_pieces(program: Program, whole: list[Piece], rows: int | None = None) -> list[Piece]:
-    """Batches in pieces of ``rows`` sequences (``None``: of one, or of one image, or of some rows of a
-    table), where these do not see each other; others as they are.
+def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
+    """Batches in pieces of one sequence, of one image, or of some rows of a table, where these do not see
+    each other; others as they are.
 
     So it does not matter how sequences were put together, and the memory does not grow with the batch. The
     first dimension of the first input must be free; inputs are divided along with it whose first dimension is
     the same size by the graph, or, from two dimensions on, whose first dimension is free and of the same size
     in the batch (a mask). That no sequence sees another is tried, on the first batch that has such inputs: a
-    first dimension may as well be time, or nodes. Where ``rows`` are asked for, because memory is short, it
-    is tried with two sequences.
+    first dimension may as well be time, or nodes.
     """
     recorded = [node.meta.get("val") for node in program.placeholders()]
     shapes = [tuple(value.shape) if isinstance(value, Tensor) else () for value in recorded]
@@ -226,29 +225,18 @@ def in_pieces(program: Program, whole: list[Piece], rows: int | None = None) -> 
     divisible: dict[tuple[bool, ...], bool] = {}
     for piece in whole:
         leaf = piece.inputs[same.index(True)]
-        each = rows or (ROWS if leaf.dim() <= 1 + leaf.is_floating_point() else 1)
+        each = ROWS if leaf.dim() <= 1 + leaf.is_floating_point() else 1
         along = tuple(
             is_same or (is_free and leaf.shape[0] == piece.rows)
             for leaf, is_same, is_free in zip(piece.inputs, same, free, strict=True)
         )
         parts = [_part(piece, along, start, each) for start in range(0, piece.rows, each)]
         if len(parts) > 1 and along not in divisible:
-            both = piece if rows is None else _part(piece, along, 0, 2)
-            tried = parts if rows is None else [_part(both, along, row, 1) for row in (0, 1)]
-            divisible[along] = _is_divisible(program, both, tried)
+            divisible[along] = _is_divisible(program, piece, parts)
         if not divisible.get(along, True):
             return whole
         found += parts
     return found
-
-
-def halved(program: Program, batches: Sequence[list[Any]]) -> list[list[Any]] | None:
-    """Batches of at most half as many sequences as the largest of them has, in their order; ``None`` where
-    they cannot be divided.
-    """
-    whole = whole_batches(program, batches)
-    parts = in_pieces(program, whole, -(-max(piece.rows for piece in whole) // 2))
-    return [part.inputs for part in parts] if len(parts) > len(whole) else None
 
 
 def _part(piece: Piece, along: Sequence[bool], start: int, size: int) -> Piece:

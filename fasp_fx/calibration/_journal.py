@@ -52,7 +52,7 @@ class Journal:
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
         claim(folder, "prune", run)
-        self._folder, self._run = folder, run
+        self._folder = folder
         self.stops = 0
         self.removed: dict[str, np.ndarray] = {}
         self.unmatched: list[str] = []
@@ -64,10 +64,6 @@ class Journal:
             key=lambda path: int(path.name[5:]),
         ):
             self._read(made)
-
-    def reopened(self) -> Journal:
-        """The journal as it is on disk: with what was written, and nothing that was only noted."""
-        return Journal(self._folder, self._run)
 
     def restored(self, number: int) -> Restored | None:
         """The outcome of the repair of that number, if it is known.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..allocation import Allocation, Budget, CostAllocation, validate
-from ..allocation._allocation import TrialAllocation
+from ..allocation._allocation import Search
 from ..allocation._limits import joined
 from ..allocation.costs import Costs
 from ..analysis._analysis import Analysis
@@ -124,7 +124,7 @@ def plain_config(model: nn.Module, asked: PruningConfig) -> tuple[Experiments, S
     vain = [name for name in ("include", "exclude", "budget") if getattr(asked, name)]
     vain += ["granularity"] * (asked.granularity != PruningConfig.granularity)
     vain += ["sparsity by pattern"] * isinstance(asked.sparsity, Mapping)
-    vain += ["allocation by trial"] * isinstance(asked.allocator, TrialAllocation)
+    vain += ["allocation by trial"] * isinstance(asked.allocator, Search)
     if vain:
         raise ArgumentError(
             f"{vain[0]}= cannot be had in a plain checkpoint, whose config says one width for many layers;"

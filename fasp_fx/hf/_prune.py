@@ -338,15 +338,13 @@ def _finished(
         weights = one_set(model, results)
         trained = {name: own for name, own in weights.items() if isinstance(own, nn.Parameter)}
         plan = replace(plan, result=plans.fingerprint(trained))
-        report = make_report(
-            analysis, plan, decision, program.parameters(), weights, config, subject.clock.seconds
-        )
+        report = make_report(analysis, plan, decision, program.parameters(), weights, config)
         reports = [result.report for result in results.values()]
         notes = dict.fromkeys(note for one in (report, *reports) for note in one.notes)
         cache = next((one.cache for one in reports if one.cache is not None), None)
         report = replace(report, notes=tuple(notes), cache=cache)
     else:  # the one program serves all of generation
-        result = rewrite(program, analysis, decision, config, subject.clock)
+        result = rewrite(program, analysis, decision, config)
         results, plan, report = {name: result}, result.plan, result.report
     programs: dict[str, StoredProgram] = {}
     constants: dict[str, dict[str, Tensor]] = {}

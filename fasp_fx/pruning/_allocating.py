@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from ..allocation._allocation import CostAllocation, TrialAllocation
+from ..allocation._allocation import CostAllocation, Search
 from ..allocation._limits import (
     Budget,
     Limit,
@@ -82,13 +82,12 @@ def allocate(
     part = _open(method, budget, groups)
     if isinstance(config.sparsity, Mapping):
         check_asked(config.sparsity, part.groups)
-    if isinstance(config.sparsity, Mapping):
         return part.spread(lost_by_pattern(part, config.sparsity, config.round_to), budget), []
     if trial is not None:
         trial.serve(part.groups, part.spread, in_turns(advance))
     if isinstance(allocation, CostAllocation):
         assert costs is not None
-        given = (costs, trial) if isinstance(allocation, TrialAllocation) else (costs,)
+        given = (costs, trial) if isinstance(allocation, Search) else (costs,)
         found = validate(allocation(part, config.round_to, *given), part)
     else:
         found = validate(allocation(part, config.round_to), part)

@@ -4,7 +4,6 @@ channels go; and what repairs the rest.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,14 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from ..allocation._allocation import Allocation, CostAllocation, TrialAllocation
+from ..allocation._allocation import Allocation, CostAllocation, Search
 from ..allocation.costs import CostCurve, Costs
 from ..base._device import device_of, float32_products, multiplies_bfloat16
 from ..base._offload import computing
-from ..base._tolerable import short_of_memory, tolerable
+from ..base._tolerable import tolerable
 from ..base._undisturbed import drawing_alike, in_turns
 from ..base._warn import warn
-from ..calibration._calibration import Piece, halved, in_pieces, whole_batches
+from ..calibration._calibration import Piece, in_pieces, whole_batches
 from ..calibration._consumers import Consumers, curves_of, orders_of
 from ..calibration._gradients import ENOUGH, observe_batches
 from ..calibration._journal import Journal
@@ -28,7 +27,7 @@ from ..calibration._marks import Marks
 from ..calibration._ranks import Ranks
 from ..calibration._trial import ModelTrial
 from ..calibration._visit import Decision, Observer, without_data
-from ..calibration.losses import Loss, Outputs, resolve_loss
+from ..calibration.losses import Loss, Outputs, next_token, resolve_loss
 from ..calibration.obs import resolve_score
 from ..calibration.restoration import Restore, restored_by, ridge
 from ..calibration.scoring import ByColumns, GroupScore
@@ -36,7 +35,7 @@ from ..calibration.statistics import InputGradients, MakeStatistic
 from ..capturing._fx import results
 from ..capturing._program import Program
 from ..capturing._runner import Runner
-from ..errors import ArgumentError, CalibrationError, CalibrationWarning, OffloadError, first_line
+from ..errors import ArgumentError, CalibrationError, CalibrationWarning
 from .config import MEASURED, PruningConfig
 
 
@@ -53,7 +52,7 @@ class Method:
     config: PruningConfig
     score: GroupScore
     allocation: Allocation
-    loss: Literal["outputs", "next-token"] | Loss | None
+    loss: Loss | None
     restore: Restore | None
 
     @classmethod
@@ -64,7 +63,7 @@ class Method:
             config,
             resolve_score(config.effective_score),
             config.allocator,
-            auto if config.loss == "auto" else config.loss,
+            None if config.loss is None else resolve_loss(auto if config.loss == "auto" else config.loss),
             None if config.restore is None else restore,
         )
 
@@ -85,7 +84,7 @@ class Method:
     @property
     def runs_trials(self) -> bool:
         """Whether the allocation wants to run the model as it would be pruned."""
-        return isinstance(self.allocation, TrialAllocation)
+        return isinstance(self.allocation, Search)
 
     @property
     def needs_measuring(self) -> bool:
@@ -93,19 +92,13 @@ class Method:
         return self.needs_costs or (bool(self.gradients) and self.loss is not None)
 
     @property
-    def resolved_loss(self) -> Loss | None:
-        """The function that the loss stands for."""
-        return None if self.loss is None else resolve_loss(self.loss)
-
-    @property
     def loss_description(self) -> str:
         """What costs are predictions of."""
-        if callable(self.loss):
-            return "the loss that was given"
-        return {
-            None: "the relative squared errors of the consumers' outputs, added up",
-            "next-token": "the cross-entropy of the next token",
-        }.get(self.loss, "half the squared error of the outputs, relative to their mean square")
+        if self.loss is None:
+            return "the relative squared errors of the consumers' outputs, added up"
+        if isinstance(self.loss, Outputs):
+            return "half the squared error of the outputs, relative to their mean square"
+        return "the cross-entropy of the next token" if self.loss is next_token else "the loss that was given"
 
 
 def precision_of(program: Program) -> str:
@@ -122,11 +115,6 @@ def between(advance: Callable[[float], None], start: float, end: float) -> Calla
     return lambda fraction: advance(start + (end - start) * fraction)
 
 
-#: the method, without a loss where none could be differentiated; the cost curves by the groups' names in the
-#: whole model; and by program, what runs it as it would be pruned: the last two if the allocation wants them
-Measured = tuple[Method, Costs | None, dict[str, ModelTrial]]
-
-
 def measure_costs(
     method: Method,
     consumers: Mapping[str, Consumers],
@@ -136,7 +124,7 @@ def measure_costs(
     advance: Callable[[float], None],
     costs: Costs | None = None,
     part: int | None = None,
-) -> Measured:
+) -> tuple[Method, Costs | None, dict[str, ModelTrial]]:
     """Observe the dense programs of a model, forward and, where there is a loss, back: cost curves, if the
     allocation wants them, and gradients for the score, which stay with the consumers.
 
@@ -150,6 +138,11 @@ def measure_costs(
         costs: the cost curves, where they were measured before.
         part: one in so many sequences is run, the first ones, and more of them where tokens are few;
             ``None``: by the quality asked for.
+
+    Returns:
+        The method, without a loss where none could be differentiated; the cost curves by the groups' names in
+        the whole model; and by program, what runs it as it would be pruned: the last two if the allocation
+        wants them.
     """
     is_wanted = method.needs_costs and (costs is None or method.runs_trials)
     curves: dict[str, CostCurve] = {}
@@ -206,13 +199,13 @@ def _measured(
         with torch.no_grad():
             orders = orders_of(consumers, consumers.analysis.chosen, method.score)
         curves = curves_of(orders)
-        if isinstance(allocation, TrialAllocation):
+        if isinstance(allocation, Search):
             trial = ModelTrial(
                 consumers,
                 orders,
                 pieces,
                 marks,
-                by.resolved_loss,
+                by.loss,
                 allocation.sequences,
                 method.restore is not None,
                 precision_of(program),
@@ -250,7 +243,7 @@ def _observed(
     # Refuses a mask that hides everything by the number of its batch.
     Marks(program, batches, hold_out=False)
     whole = whole_batches(program, batches)
-    pieces = whole if callable(method.loss) else in_pieces(program, whole)
+    pieces = whole if callable(method.config.loss) else in_pieces(program, whole)
     attempts = [(pieces, method)]
     if len(pieces) > len(whole):
         attempts.append((whole, method))
@@ -263,7 +256,7 @@ def _observed(
                 consumers,
                 given,
                 wanted,
-                by.resolved_loss,
+                by.loss,
                 marks,
                 advance,
                 -(-len(given) // part),
@@ -284,7 +277,7 @@ def _observed(
             CalibrationWarning,
         )
     returned = (node for node in results(program.module.graph) if isinstance(node, fx.Node))
-    if isinstance(by.resolved_loss, Outputs) and any(node in marks.unmatched for node in returned):
+    if isinstance(by.loss, Outputs) and any(node in marks.unmatched for node in returned):
         warn(marks.remark(), CalibrationWarning)  # the loss counts them, which no report would say
     return by, given, marks
 
@@ -301,50 +294,12 @@ def calibrate(
     advance: Callable[[float], None],
     journal: Journal | None = None,
 ) -> Decision:
-    """Run the calibration batches of a program, choose what goes and repair what stays; with batches of half
-    the size where memory is too short for them.
+    """Run the calibration batches of a program, choose what goes and repair what stays.
 
     Args:
         lost: channel sets that each block of each chosen group loses.
         journal: keeps what is decided, for the same calibration to go on from there.
     """
-    divided, advance = False, in_turns(advance)
-    while True:
-        try:
-            decision = _calibrated(method, consumers, lost, batches, ranks, advance, journal)
-            break
-        except short_of_memory() as error:
-            short = error.with_traceback(None)  # which would hold on to all that was computed
-        consumers.forget(gradients=False)
-        gc.collect()
-        # Other processes would go on with the larger ones.
-        program, device = consumers.analysis.program, computing()
-        smaller = halved(program, batches) if batches is not None and ranks.size == 1 else None
-        if smaller is None and device is None:
-            raise short
-        if smaller is None:
-            raise OffloadError(
-                f"'{device}' has too little memory: {first_line(short)}; give smaller batches, or leave out"
-                " the device of offload()"
-            ) from short
-        batches, divided = smaller, True
-        journal = None if journal is None else journal.reopened()
-    if divided and batches is not None:
-        decision.notes.append(
-            f"memory was too short for the calibration batches, which were divided into {len(batches)}"
-        )
-    return decision
-
-
-def _calibrated(
-    method: Method,
-    consumers: Consumers,
-    lost: list[int],
-    batches: list[list[Any]] | None,
-    ranks: Ranks,
-    advance: Callable[[float], None],
-    journal: Journal | None,
-) -> Decision:
     program, drift, device = consumers.analysis.program, method.config.effective_drift, computing()
     if batches is None:
         found = without_data(consumers, lost, method.score)
@@ -368,7 +323,7 @@ def _calibrated(
             journal,
             running() if drift else None,
             drift,
-        ).run(advance)
+        ).run(in_turns(advance))
 
 
 __all__ = ["Method", "between", "calibrate", "measure_costs"]

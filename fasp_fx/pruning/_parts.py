@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from itertools import chain
+from operator import methodcaller
 from typing import Any, cast
 
-import numpy as np
 from torch import Tensor, fx, nn
 
 from ..allocation.budgets import Cap, Latency, counted
@@ -32,10 +32,10 @@ from ..errors import (
     first_line,
 )
 from ._result import Result
-from ._subject import Subject, Timings, analyze_for, rewrite
+from ._subject import Subject, analyze_for, rewrite
 from ._submodules import Call, CapturedParts, copied, dressed, put, watching, whole_fingerprint
 from .config import PruningConfig
-from .report import Line, Report, spent, weight_size
+from .report import Report, spent, weight_size
 
 # --- Plans and reports in the names of the whole model.
 
@@ -56,45 +56,18 @@ def group_within(paths: Sequence[str], group: Group) -> Group:
     return replace(group, name=f"{paths[0]}.{group.name}", producers=producers, consumers=consumers)
 
 
-def line_within(path: str, line: Line) -> Line:
-    """The line of a part's report in the names of the whole model."""
-    producers, consumers = (
-        tuple((f"{path}.{name}", dim) for name, dim in members)
-        for members in (line.producers, line.consumers)
-    )
-    return replace(line, name=f"{path}.{line.name}", producers=producers, consumers=consumers)
+#: fields of plans and reports that hold names of groups or weights
+_NAMES = frozenset({"name", "source", "sources", "producers", "consumers"})
 
 
-def plan_of_part(plan: PruningPlan, path: str) -> PruningPlan:
-    """The groups of a whole plan that lie in a part, in the names of the part."""
-    start = f"{path}."
-    groups = tuple(group for group in plan.groups if group.name.startswith(start))
-    return _renamed(
-        replace(plan, groups=groups, splits=(), folds=(), fixed=()),
-        lambda name: name.removeprefix(start),
-    )
-
-
-def _renamed(plan: PruningPlan, change: Callable[[str], str]) -> PruningPlan:
-    """The plan with other names of groups and weights."""
-    groups = tuple(
-        replace(
-            group,
-            name=change(group.name),
-            producers=tuple(replace(part, name=change(part.name)) for part in group.producers),
-            consumers=tuple(replace(part, name=change(part.name)) for part in group.consumers),
-        )
-        for group in plan.groups
-    )
-    splits = tuple(
-        replace(split, name=change(split.name), source=change(split.source)) for split in plan.splits
-    )
-    folds = tuple(
-        replace(weight, name=change(weight.name), sources=tuple(map(change, weight.sources)))
-        for weight in plan.folds
-    )
-    fixed = tuple(replace(buffer, name=change(buffer.name)) for buffer in plan.fixed)
-    return replace(plan, groups=groups, splits=splits, folds=folds, fixed=fixed)
+def renamed(held: Any, change: Callable[[str], str], is_name: bool = False) -> Any:
+    """A plan, or a line of a report, with other names of groups and weights."""
+    if is_dataclass(held) and not isinstance(held, type):
+        names = [own.name for own in fields(held)]
+        return replace(held, **{own: renamed(getattr(held, own), change, own in _NAMES) for own in names})
+    if isinstance(held, tuple):
+        return tuple(renamed(one, change, is_name) for one in held)
+    return change(held) if is_name and isinstance(held, str) else held
 
 
 # --- What is counted, and known, of all parts together.
@@ -134,9 +107,6 @@ class PartsAnalysis(Analysis):
             model.
     """
 
-    parts: Mapping[str, Analysis]
-    left: Mapping[str, str]
-
     def __init__(
         self, parts: Mapping[str, Analysis], left: Mapping[str, str], groups: Sequence[Group]
     ) -> None:
@@ -159,8 +129,8 @@ class InParts(Subject):
         is_own: whether nobody else has it, so that it may become the result.
     """
 
-    def __init__(self, captured: CapturedParts, is_own: bool, clock: Timings) -> None:
-        super().__init__(captured.programs, clock=clock)
+    def __init__(self, captured: CapturedParts, is_own: bool) -> None:
+        super().__init__(captured.programs)
         self.captured = captured
         self.model = captured.model if is_own else copied(captured.model)
         self.parts = {part.paths[0]: part for part in captured.parts}
@@ -169,7 +139,7 @@ class InParts(Subject):
         self.left, self.results = dict(captured.left), dict[str, Result]()
         self._failure: VerificationError | None = None
 
-    def analyze(self, asked: PruningConfig | PruningPlan) -> Analysis:
+    def analyze(self, asked: PruningConfig) -> Analysis:
         found = {path: analyze_for(part.program, asked) for path, part in self.parts.items()}
         self.analyses = {path: own for path, own in found.items() if own.chosen} or found
         for path in [path for path in found if path not in self.analyses]:
@@ -209,14 +179,15 @@ class InParts(Subject):
 
     def read(self, calibration: Iterable[Any] | None) -> list[Call]:
         device = next((tensor.device for tensor in self.captured.call.tensors()), None)
-        calls = as_calls(calibration)
-        batches = [Call(args, kwargs).to(device) for args, kwargs in calls]
-        served = self._found(self.analyses, batches, keep=False)
-        self.unserved = {path for path in self.analyses if not served[path]}
-        if len(self.unserved) == len(self.analyses):
+        batches = [Call(args, kwargs).to(device) for args, kwargs in as_calls(calibration)]
+        self._found(self.analyses, batches, keep=False)
+        if not self.served():
             path = next(iter(self.analyses))
             raise CalibrationError(f"the calibration data serve no part: of '{path}', {self.left[path]}")
         return batches
+
+    def served(self) -> list[str]:
+        return [path for path in self.analyses if path not in self.left]
 
     def inputs(self, path: str, batches: list[Call]) -> list[list[Any]]:
         return self._found([path], batches)[path]
@@ -261,17 +232,22 @@ class InParts(Subject):
                 found[path].clear()
         return found
 
-    def removed_by(self, plan: PruningPlan) -> dict[str, np.ndarray]:
+    def apart(self, plan: PruningPlan) -> dict[str, PruningPlan]:
+        """As for a whole model; of the parts that lose nothing, nothing."""
         plans.check_fingerprint(plan, whole_fingerprint(self.before))
-        owned = {path: plan_of_part(plan, path) for path in self.analyses}
-        known = {f"{path}.{group.name}" for path, own in owned.items() for group in own.groups}
-        stray = next((group.name for group in plan.groups if group.name not in known), None)
-        if stray is not None:
+        found, left = {}, len(plan.groups)
+        for path in self.analyses:
+            groups = tuple(group for group in plan.groups if group.name.startswith(f"{path}."))
+            left -= len(groups)
+            if groups:
+                own = replace(plan, groups=groups, splits=(), folds=(), fixed=())
+                found[path] = renamed(own, methodcaller("removeprefix", f"{path}."))
+        if left:
             raise PlanError(
-                f"group '{stray}' of the plan is in no part that was captured here; use the example inputs"
+                f"{left} groups of the plan are in no part that was captured here; use the example inputs"
                 " that the plan was made with"
             )
-        return {path: plans.gone_of(own, self.analyses[path]) for path, own in owned.items() if own.groups}
+        return found
 
     def put(self, path: str, decision: Decision, config: PruningConfig | None) -> None:
         """If nothing of a part can go, it stays whole.
@@ -280,12 +256,12 @@ class InParts(Subject):
             PlanError: it does, and a plan is replayed (``config=None``).
         """
         try:
-            result = rewrite(self.programs[path], self.analyses[path], decision, None, self.clock)
+            result = rewrite(self.programs[path], self.analyses[path], decision)
         except tolerable(VerificationError) as failure:
-            self.left[path], self._failure = first_line(failure), failure
-            warn(f"part '{path}' stays whole: {first_line(failure)}", VerificationWarning)
             if config is None:
                 raise PlanError(f"part '{path}' of the plan cannot be put back: {failure}") from failure
+            self.left[path], self._failure = first_line(failure), failure
+            warn(f"part '{path}' stays whole: {first_line(failure)}", VerificationWarning)
             return
         put(self.model, self.parts[path].paths, dressed(result.module, self.originals[path]))
         self.results[path] = result
@@ -300,21 +276,20 @@ class InParts(Subject):
             raise self._failure
         for path in [path for path in self.analyses if path not in self.results]:
             self.left.setdefault(path, "what was asked for takes nothing from it")
-        plans_of_parts = [
-            _renamed(result.plan, lambda name, path=path: f"{path}.{name}")  # type: ignore[misc]
-            for path, result in self.results.items()
+        named = [
+            (renamed(own.plan, f"{path}.".__add__), renamed(own.report.lines, f"{path}.".__add__))
+            for path, own in self.results.items()
         ]
-        one = next(iter(self.analyses.values()))
         plan = PruningPlan(
             whole_fingerprint(self.before),
-            tuple(chain.from_iterable(plan.groups for plan in plans_of_parts)),
+            tuple(chain.from_iterable(plan.groups for plan, _ in named)),
             0.0,
-            tuple(chain.from_iterable(plan.splits for plan in plans_of_parts)),
+            tuple(chain.from_iterable(plan.splits for plan, _ in named)),
             whole_fingerprint(self._parameters()),
-            granularity=tuple(sorted(one.granularity)),
-            include=tuple(sorted(one.include)),
-            folds=tuple(chain.from_iterable(plan.folds for plan in plans_of_parts)),
-            fixed=tuple(chain.from_iterable(plan.fixed for plan in plans_of_parts)),
+            granularity=tuple(sorted(self.whole.granularity)),
+            include=tuple(sorted(self.whole.include)),
+            folds=tuple(chain.from_iterable(plan.folds for plan, _ in named)),
+            fixed=tuple(chain.from_iterable(plan.fixed for plan, _ in named)),
         )
         removed = {group.name: group.removed_sets for group in plan.groups}
         lost = [removed.get(group.name, 0) for group in self.whole.chosen]
@@ -326,9 +301,8 @@ class InParts(Subject):
             None if config is None else config.target_sparsity,
             (old[0], new[0]),
             (old[1], new[1]),
-            tuple(line_within(path, line) for path, own in self.results.items() for line in own.report.lines),
-            dict(self.clock.seconds),
-            (*self._remarks(), *self.notes),
+            tuple(chain.from_iterable(lines for _, lines in named)),
+            notes=(*self._remarks(), *self.notes),
             without_rule=dict(rules),
             include=plan.include,
             budgets=tuple(spent(cap, self.count(cap), removed) for cap in config.budgets) if config else (),
@@ -341,8 +315,7 @@ class InParts(Subject):
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def _remarks(self) -> Iterator[str]:
-        error = self.captured.error
-        reason = first_line(error.__cause__ or error)
+        reason = first_line(self.captured.error.__cause__ or self.captured.error)
         yield f"pruned in parts, because the model cannot be captured as a whole: {reason}"
         yield from (f"'{path}' is no part: {why}" for path, why in self.left.items())
         for path, result in self.results.items():

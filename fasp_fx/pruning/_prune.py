@@ -19,7 +19,6 @@ from ..allocation._allocation import CostAllocation
 from ..allocation.costs import Costs, check_costs
 from ..analysis import plan as plans
 from ..analysis._analysis import Analysis
-from ..analysis.groups import by_block
 from ..analysis.plan import PruningPlan
 from ..base._options import check_callable, path_of
 from ..base._tolerable import tolerable
@@ -37,7 +36,7 @@ from ._allocating import allocate, budget_for, check_request
 from ._calibrating import Method, between, calibrate, measure_costs
 from ._parts import InParts
 from ._result import Result
-from ._subject import Subject, Timings, analyze_for, make_plan
+from ._subject import Subject, analyze_for, make_plan
 from ._submodules import CapturedParts, capture_parts, check_parts_help
 from .config import PruningConfig, PruningOptions, key_of
 
@@ -292,41 +291,28 @@ def plan_from_sets(
         granularity, include: as for :func:`analyze`, which gives the groups.
 
     Raises:
-        ArgumentError: ``captured`` is no capture, or ``removed`` no mapping.
         PlanError: a group is not known or cannot be pruned, or a set is not there; or the blocks of a group
             would lose unequal counts, or too many.
     """
-    if not isinstance(captured, Captured):
-        raise ArgumentError(f"captured is a {type(captured).__name__}; pass what fasp_fx.capture returned")
-    if not isinstance(removed, Mapping):
-        raise ArgumentError(
-            f"removed is a {type(removed).__name__}; pass a dict of channel sets by the names of groups"
-        )
     analysis = analyze_for(captured.checked(), PruningConfig(granularity=granularity, include=include))
     groups = {group.name: group for group in analysis.chosen}
     gone = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
     for name, positions in removed.items():
         if name not in groups:
-            whys = [f"it is {own.status}: {own.reason}" for own in analysis.groups if own.name == name]
             raise PlanError(
-                f"'{name}' cannot be pruned here ({whys[0] if whys else 'there is no such group'});"
-                " analyze(...).groups has those that can with this granularity= and include="
+                f"'{name}' cannot be pruned here; analyze(...).groups has those that can with this"
+                " granularity= and include=, and why others cannot"
             )
-        group, found = groups[name], np.asarray([*positions])
-        wanted = {*found.tolist()}
-        if not wanted <= {*range(group.size)} or (wanted and found.dtype.kind not in "iu"):
+        group, sets = groups[name], np.asarray([*positions])
+        if len(sets) and not (sets.dtype.kind in "iu" and np.isin(sets, np.arange(group.size)).all()):
             raise PlanError(
                 f"'{name}' loses {positions!r:.80}; give the numbers of channel sets, from 0 to"
                 f" {group.size - 1} (of a mask, mask.nonzero().flatten())"
             )
-        lost = {len(wanted.intersection(block.tolist())) for block in by_block(group.block_of)}
-        if len(lost) > 1 or group.width - max(lost) < group.needed:
-            raise PlanError(
-                f"the {group.blocks} blocks of '{name}' must lose equally many channel sets, and keep at"
-                f" least {group.needed} of {group.width}; they would lose {', '.join(map(str, sorted(lost)))}"
-            )
-        gone[group.sets[sorted(wanted)]] = True
-    return make_plan(captured.program, analysis, Decision(gone[analysis.labels]))
+        gone[group.sets[sets.astype(int)]] = True
+    plan = make_plan(captured.program, analysis, Decision(gone[analysis.labels]))
+    plans.gone_of(plan, analysis)
+    return plan
 
 
 # --- The steps between a captured model and what goes of it: analyse, measure, allocate, calibrate.
@@ -351,7 +337,7 @@ def decide(
         loss: what ``loss="auto"`` stands for.
         ranks: the processes that share the batches.
     """
-    ranks, clock, advance = ranks or Ranks(), subject.clock, progress or (lambda fraction: None)
+    ranks, advance = ranks or Ranks(), progress or (lambda fraction: None)
     subject.check_weights()
     folder = _checkpoint_folder(checkpoint, config)
     fingerprint = functools.cache(subject.fingerprint)
@@ -359,21 +345,14 @@ def decide(
     if costs is not None:
         key_of(config.effective_score, "score=", "costs=")
         check_costs(costs, fingerprint(), config.score_name, config.granularity)
-        if not method.needs_costs:
-            raise ArgumentError(
-                "costs= is for an allocation by predicted losses, and this one is uniform; leave it out, or"
-                " pass allocation='global'"
-            )
-    clock.lap("capture")
     groups = subject.analyze(config).groups
     budget = budget_for(config, subject.whole, subject.count)
     check_request(method, budget, groups, costs)
-    clock.lap("analysis")
     if on_analysis is not None:
         on_analysis(subject.whole)
     batches = subject.read(calibration) if config.needs_data else None
     ranks.check_alike(fingerprint, batches or (), vars(config))
-    consumers, seen = _consumers(subject, config), 0.0
+    consumers, seen = _consumers(subject, config, subject.served()), 0.0
     trials: dict[str, ModelTrial] = {}
     if batches is not None and method.needs_measuring:
         seen = PROGRESS_SHARE_MEASURING
@@ -386,48 +365,36 @@ def decide(
             between(advance, 0.0, seen),
             costs,
         )
-        clock.lap("measuring")
     searched = seen + PROGRESS_SHARE_SEARCHING * (1 - seen) if method.runs_trials else seen
-    budget = subject.served(budget)
+    budget = budget.only([path in consumers for path, own in subject.analyses.items() for _ in own.chosen])
     lost, notes = allocate(
         method, budget, groups, costs, subject.trial(trials), between(advance, seen, searched)
     )
     lost = budget.spread(lost)
-    if method.runs_trials:
-        clock.lap("searching")
     subject.notes = [*notes, *_remarks(method, costs, subject, lost)]
     if folder is not None and "" not in consumers and not ranks.rank:
         claim(folder, "prune", {"parts": list(consumers)})
-    shares = subject.split(lost)
+    shares, advance = subject.split(lost), between(advance, searched, 1.0)
     for number, (path, share) in enumerate(shares.items()):
-        todo = 1 - searched
-        within = between(
-            advance, searched + todo * number / len(shares), searched + todo * (number + 1) / len(shares)
-        )
+        within = between(advance, number / len(shares), (number + 1) / len(shares))
         within(0.0)
         if path and not any(share):
             continue
         inputs = None if batches is None else subject.inputs(path, batches)
         if inputs is not None and not inputs:
             continue
-        journal = _journal(
-            folder, f"part-{number}" if path else "", consumers[path], config, share, inputs, ranks
-        )
+        name = f"part-{number}" if path else ""
+        journal = _journal(folder, name, consumers[path], config, share, inputs, ranks)
         decision = calibrate(method, consumers[path], share, inputs, ranks, within, journal)
-        clock.lap("calibration")
         if not path:
             decision.notes.extend(subject.notes)
         yield path, decision
     advance(1.0)  # the last parts may have stayed whole
 
 
-def _consumers(subject: Subject, config: PruningConfig) -> dict[str, Consumers]:
-    """Those of the programs that the batches serve."""
-    return {
-        path: Consumers(analysis, config.restore is not None, path)
-        for path, analysis in subject.analyses.items()
-        if path not in subject.unserved
-    }
+def _consumers(subject: Subject, config: PruningConfig, paths: Iterable[str]) -> dict[str, Consumers]:
+    """Those of some programs."""
+    return {path: Consumers(subject.analyses[path], config.restore is not None, path) for path in paths}
 
 
 def measure_subject(
@@ -451,7 +418,7 @@ def measure_subject(
     ranks.check_alike(lambda: fingerprint, batches, vars(config))
     _, costs, _ = measure_costs(
         Method.of(config, loss),
-        _consumers(subject, config),
+        _consumers(subject, config, subject.served()),
         functools.partial(subject.inputs, batches=batches),
         fingerprint,
         ranks,
@@ -492,29 +459,20 @@ def replay(
     :func:`decide`.
 
     Raises:
-        PlanError: the plan is for another model.
+        PlanError: the plan is for another model, or for other parts of it.
         CalibrationError: the batches do not fit.
     """
-    clock, advance = subject.clock, progress or (lambda fraction: None)
-    clock.lap("capture")
-    subject.analyze(plan)
-    removed = subject.removed_by(plan)
-    clock.lap("analysis")
+    advance = progress or (lambda fraction: None)
+    subject.analyze(config)
+    removed = {path: plans.gone_of(own, subject.analyses[path]) for path, own in subject.apart(plan).items()}
     batches = None if calibration is None else subject.read(calibration)
     for number, (path, gone) in enumerate(removed.items()):
-        decision, inputs = Decision(gone), [] if batches is None else subject.inputs(path, batches)
-        if inputs:
-            planned = Planned(subject.analyses[path], gone)
-            decision = calibrate(
-                Method.of(replace(config, score=planned)),
-                Consumers(subject.analyses[path], config.restore is not None, path),
-                planned.lost,
-                inputs,
-                Ranks(),
-                between(advance, number / len(removed), (number + 1) / len(removed)),
-            )
-            clock.lap("calibration")
-        yield path, decision
+        planned = Planned(subject.analyses[path], gone)
+        inputs = None if batches is None else subject.inputs(path, batches)
+        method = Method.of(replace(config, score=planned))
+        consumers = Consumers(subject.analyses[path], config.restore is not None, path)
+        within = between(advance, number / len(removed), (number + 1) / len(removed))
+        yield path, calibrate(method, consumers, planned.lost, inputs or None, Ranks(), within)
 
 
 def _checkpoint_folder(checkpoint: str | Path | None, config: PruningConfig) -> Path | None:
@@ -590,18 +548,17 @@ def _subject_of(
         ArgumentError: a captured model with what it was captured with already, or with weights that changed;
             or an option that speaks of the whole of a model that is captured in parts.
     """
-    clock = Timings()
     if isinstance(model, Captured):
         check_given(model.device(), args, kwargs, **how)
     captured = model if isinstance(model, Captured) else _captured(model, args, kwargs, run=run, **how)
     if not isinstance(captured, CapturedParts):
-        return Subject({"": captured.checked()}, how["device"], clock)
+        return Subject({"": captured.checked()}, how["device"])
     if config is not None and config.loss not in _PARTIAL_LOSSES:
         raise ArgumentError(
             f"loss={config.loss!r} needs a model that is captured as a whole; leave it out to prune this one"
             " by its submodules"
         ) from captured.error
-    return InParts(captured, captured is not model, clock)
+    return InParts(captured, captured is not model)
 
 
 def _captured(model: Model, args: Any, kwargs: dict[str, Any] | None, **how: Any) -> Captured:

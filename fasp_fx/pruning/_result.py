@@ -29,7 +29,7 @@ from ..base._options import path_of
 from ..base._tolerable import tolerable
 from ..base._undisturbed import in_usual_modes, one_at_a_time
 from ..capturing._signature import CallSignature
-from ..errors import ArgumentError, CaptureError, PlanError, StoreError, first_line
+from ..errors import ArgumentError, CaptureError, PlanError, StoreError
 from ..passes._pruned_module import PrunedModule, program_now, wrap
 from ..storage._folder import kind_of, new_save, parsing, read_json, read_text, verify, write_json
 from ..storage._graph_json import (
@@ -140,14 +140,17 @@ class Result:
             EagerError: no copy is the program; says where they part, and what to do.
             PlanError: the model is not the one that the plan was made for.
         """
-        from .eager import eager, eager_in_parts
+        from .eager import eager
 
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"model must be the nn.Module that was pruned, not {type(model).__name__}")
-        if self.is_in_parts:
-            parts = {path: (part.module, part.plan) for path, part in self.parts.items()}
-            return eager_in_parts(self.module, self.plan, parts, model)
-        return eager(self.module, self.plan, model)
+        if not self.is_in_parts:
+            return eager(self.module, self.plan, model)
+        made = copied(self.module)
+        for path, part in self.parts.items():
+            smaller = eager(part.module, part.plan, model.get_submodule(path))
+            put(made, _places(made, made.get_submodule(path)), smaller)
+        return made
 
 
 # --- Writing.
@@ -166,6 +169,11 @@ def is_inside(name: str, paths: Iterable[str]) -> bool:
     return any(name.startswith(f"{path}.") for path in paths)
 
 
+def _places(model: nn.Module, module: nn.Module) -> list[str]:
+    """Where a submodule stands in a model."""
+    return [path for path, held in model.named_modules(remove_duplicate=False) if held is module]
+
+
 def _write_whole(folder: Path, result: Result) -> None:
     program = result.program
     check_weights(program)
@@ -178,10 +186,9 @@ def _write_whole(folder: Path, result: Result) -> None:
 
 def _write_parts(folder: Path, result: Result) -> None:
     """Write the program of each part and the weights of everything else."""
-    modules = list(result.module.named_modules(remove_duplicate=False))
     places = []
     for index, (name, part) in enumerate(result.parts.items()):
-        found = [path for path, module in modules if module is part.module]
+        found = _places(result.module, part.module)
         if name not in found:
             raise StoreError(
                 f"the part '{name}' no longer stands at its place in result.module, so it cannot be saved;"
@@ -236,7 +243,7 @@ def load(
     Args:
         path: the folder.
         model: for a model that was pruned in parts, the dense one, whose code runs between them; its weights
-            do not matter, and it is left as it was.
+            do not matter, and it is left as it was; unused for others.
         device: where the model shall be; ``None``: where it was, or where ``model`` is.
 
     Returns:
@@ -245,7 +252,7 @@ def load(
 
     Raises:
         StoreError: a file is missing, damaged, or of another format; names the file and what to do.
-        ArgumentError: the path is none, ``model`` is missing or not needed, or there is no such
+        ArgumentError: the path is none, ``model`` is missing, or there is no such
             device here.
     """
     folder = path_of(path, "path")
@@ -253,10 +260,6 @@ def load(
     kind = kind_of(folder)
     if kind == PARTS_KIND:
         return _load_parts(folder, model, target)
-    if model is not None:
-        raise ArgumentError(
-            f"'{folder}' is no result that was pruned in parts, so it needs no model; leave model= out"
-        )
     if kind == KIND:
         verify(folder, KIND, FILES)
         return _read_program(folder, target)
@@ -302,10 +305,7 @@ def _load_parts(folder: Path, model: nn.Module | None, device: torch.device | No
     layout = parse(Layout, read_text(folder / "parts.json"), "parts.json")
     count = len(layout.parts)
     verify(folder, PARTS_KIND, [f"{PARTS}/{index}/{name}" for index in range(count) for name in FILES])
-    try:
-        made = copied(model).eval()
-    except tolerable(Exception) as failure:
-        raise StoreError(f"the model cannot be copied: {first_line(failure)}") from failure
+    made = copied(model).eval()
     held = chain(made.parameters(), made.buffers())
     target = device or next((tensor.device for tensor in held if tensor.device.type != "meta"), None)
     rest = read_tensors(folder / "rest.safetensors", target)

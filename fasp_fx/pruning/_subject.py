@@ -4,15 +4,12 @@ one becomes smaller.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from ..allocation._limits import Budget
 from ..allocation.budgets import Cap, counted
 from ..analysis import plan as plans
 from ..analysis._analysis import Analysis, analyze_program
@@ -26,22 +23,9 @@ from ..capturing._program import Program
 from ..errors import ArgumentError
 from ..passes import split_fused
 from ._result import Result
-from .check._check import carry_out
+from .check._check import Checker
 from .config import PruningConfig
-from .report import cache_bytes, make_report
-
-
-class Timings:
-    """Seconds between laps, by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        self._last = now
+from .report import make_report
 
 
 class Subject:
@@ -50,29 +34,21 @@ class Subject:
     Args:
         programs: what it was captured as, in the order in which the model runs them.
         device: where batches are moved.
-        clock: told when each step is done.
 
     Attributes:
         whole: the groups of all programs, in the names of the model, once :meth:`analyze` was called.
         analyses: those of the programs that are pruned.
-        unserved: the programs that the calibration batches do not serve, once :meth:`read` was called.
         notes: what there is to say of all programs together.
     """
 
     whole: Analysis
 
-    def __init__(
-        self,
-        programs: Mapping[str, Program],
-        device: torch.device | str | None = None,
-        clock: Timings | None = None,
-    ) -> None:
+    def __init__(self, programs: Mapping[str, Program], device: torch.device | str | None = None) -> None:
         self.programs, self._device = dict(programs), None if device is None else device_named(device)
-        self.clock, self.analyses = clock or Timings(), dict[str, Analysis]()
-        self.unserved: set[str] = set()
+        self.analyses: dict[str, Analysis] = {}
         self.notes: list[str] = []
 
-    def analyze(self, asked: PruningConfig | PruningPlan) -> Analysis:
+    def analyze(self, asked: PruningConfig) -> Analysis:
         """The groups of all programs, in the names of the model."""
         self.analyses = {path: analyze_for(program, asked) for path, program in self.programs.items()}
         self.whole = self.analyses[""]
@@ -85,6 +61,15 @@ class Subject:
     def count(self, cap: Cap | None) -> Resource:
         """What a budget counts, of all programs together; ``None``: what sparsity is a fraction of."""
         return counted(self.analyses[""], cap)
+
+    def apart(self, plan: PruningPlan) -> dict[str, PruningPlan]:
+        """What a plan says of each program, in the program's names.
+
+        Raises:
+            PlanError: the plan is for another model.
+        """
+        plans.check_fingerprint(plan, plans.program_fingerprint(self.programs[""]))
+        return {"": plan}
 
     def read(self, calibration: Iterable[Any] | None) -> Any:
         """The calibration batches, each of its tensors and constants.
@@ -100,18 +85,9 @@ class Subject:
         """
         return batches
 
-    def removed_by(self, plan: PruningPlan) -> dict[str, np.ndarray]:
-        """For each program that a plan takes anything from, whether each channel number goes.
-
-        Raises:
-            PlanError: the plan is for another model.
-        """
-        plans.check_fingerprint(plan, plans.program_fingerprint(self.programs[""]))
-        return {"": plans.gone_of(plan, self.analyses[""])}
-
     def put(self, path: str, decision: Decision, config: PruningConfig | None) -> None:
         """Carry out what was decided for a program, and put what comes of it into the program's place."""
-        self._result = rewrite(self.programs[path], self.analyses[path], decision, config, self.clock)
+        self._result = rewrite(self.programs[path], self.analyses[path], decision, config)
 
     def result(self, config: PruningConfig | None) -> Result:
         """The smaller model, once all programs were put."""
@@ -131,11 +107,9 @@ class Subject:
                         " prune() needs them"
                     )
 
-    def served(self, budget: Budget) -> Budget:
-        """The budget of the programs that the batches serve."""
-        return budget.only(
-            [path not in self.unserved for path, own in self.analyses.items() for _ in own.chosen]
-        )
+    def served(self) -> list[str]:
+        """The programs that the batches serve, once :meth:`read` was called."""
+        return [*self.analyses]
 
     def trial(self, trials: Mapping[str, ModelTrial]) -> ServedTrial | None:
         """What runs the programs as they would be pruned, if anything does."""
@@ -178,7 +152,6 @@ def rewrite(
     analysis: Analysis,
     decision: Decision,
     config: PruningConfig | None = None,
-    clock: Timings | None = None,
     whole: bool = False,
 ) -> Result:
     """Take out of a program what was decided for its analysis, hold the result against the masked dense
@@ -191,8 +164,7 @@ def rewrite(
     Raises:
         VerificationError: nothing of what was decided holds.
     """
-    clock = clock or Timings()
-    held = carry_out(program, analysis, decision, clock.lap, whole)
+    held = Checker(program, analysis, decision).run(whole)
     weights = dict(held.module.named_parameters(remove_duplicate=False))
     plan = make_plan(program, analysis, held.decision, plans.fingerprint(weights))
     report = make_report(
@@ -202,12 +174,10 @@ def rewrite(
         program.parameters(),
         weights,
         config,
-        clock.seconds,
         held.left,
     )
-    cache = cache_bytes(program.module.graph, held.module.graph, program.state_outputs)
-    report = replace(report, cache=cache, notes=(*report.notes, *held.notes))
+    report = replace(report, notes=(*report.notes, *held.notes))
     return Result(held.module, plan, report, program.signature)
 
 
-__all__ = ["Subject", "Timings", "analyze_for", "make_plan", "rewrite"]
+__all__ = ["Subject", "analyze_for", "make_plan", "rewrite"]

@@ -27,7 +27,7 @@ from ..capturing._signature import PLAIN, CallSignature
 from ..capturing._transformers import is_transformers, register_caches
 from ..capturing._unchanged import copied as copied_values
 from ..capturing._unchanged import noting_reads, of_torch, rewound, said_of_reads
-from ..errors import ArgumentError, CaptureError, ExportError, first_line
+from ..errors import CaptureError, ExportError, first_line
 from ..passes._pruned_module import finish
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -118,7 +118,6 @@ class Search:
         """The parts, in the order in which the model calls them.
 
         Raises:
-            CaptureError: the model computes something else in each run.
             Exception: whatever the model raises on the example inputs.
         """
         largest, calls = dict[nn.Module, Call](), Counter[nn.Module]()
@@ -132,13 +131,6 @@ class Search:
         with rewound(self.model) as self.changed, watching(candidates, note):
             self.expected = self.call.run(self.model)
             self.written = {storage_of(buffer) for buffer, before in versions if buffer._version != before}
-        with rewound(self.model):
-            if not same_output(self.call.run(self.model), self.expected):
-                raise CaptureError(
-                    f"{type(self.model).__name__} computes something else in each run, so that no graph in"
-                    " place of a submodule can be held against it; let what it draws (random, numpy) start"
-                    " from a seed in its forward"
-                )
         parts: list[Part] = []
         waiting = list(self.model.children())
         for module in waiting:  # which grows
@@ -211,7 +203,10 @@ class Search:
         if strangers:
             raise CaptureError("it is also called through a reference outside of the module tree")
         if not same_output(found, self.expected):
-            raise CaptureError("the model computes something else with a graph in its place")
+            raise CaptureError(
+                "the model computes something else with a graph in its place, or in each run (let what it"
+                " draws start from a seed in its forward)"
+            )
 
 
 def _is_candidate(module: nn.Module) -> bool:
@@ -285,8 +280,6 @@ def same_output(found: Any, expected: Any) -> bool:
 
 
 def _same_leaf(found: Any, expected: Any) -> bool:
-    if isinstance(found, float) and isinstance(expected, float):
-        found, expected = torch.tensor(found), torch.tensor(expected)
     if isinstance(expected, Tensor):
         return deviation(found, expected) <= tolerance("two ways", expected.dtype)
     if type(found) is type(expected) and hasattr(expected, "__dict__"):  # not registered with pytree
@@ -384,8 +377,9 @@ def capture_parts(
         ) from failure
     if not parts:
         reasons = "; ".join(f"'{path}': {reason}" for path, reason in search.left.items())
-        said = f": {reasons}" if reasons else ""
-        raise CaptureError(f"{error} No submodule can be pruned by itself either{said}.") from error.__cause__
+        raise CaptureError(
+            f"{error} No submodule can be pruned by itself either: {reasons or 'there is none'}."
+        ) from error.__cause__
     return CapturedParts(
         programs={part.paths[0]: part.program for part in parts},
         _versions={},
@@ -403,16 +397,11 @@ def check_parts_help(error: CaptureError, model: Any, dynamic_shapes: Any, state
     there, and nothing was said of its program.
 
     Raises:
-        CaptureError: ``error``, where they cannot, or with ``dynamic_shapes``.
-        ArgumentError: with ``state``.
+        CaptureError: ``error``, where they cannot, or with ``dynamic_shapes`` or ``state``.
     """
-    if dynamic_shapes is not None or not isinstance(error, ExportError) or not isinstance(model, nn.Module):
+    asked = state or dynamic_shapes is not None
+    if asked or not isinstance(error, ExportError) or not isinstance(model, nn.Module):
         raise error
-    if state:
-        raise ArgumentError(
-            f"state={state!r} needs a model that is captured as a whole; leave it out to prune this one by"
-            " its submodules"
-        ) from error
     tensors = [*model.parameters(), *model.buffers()]
     if any(nn.parameter.is_lazy(tensor) or tensor.device.type == "meta" for tensor in tensors):
         raise error

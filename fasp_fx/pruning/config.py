@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Literal, TypedDict, get_args
 
 from ..allocation._allocation import Allocation, CostAllocation, Global, Search, uniform
@@ -71,11 +72,6 @@ def _named(kind: Any, called: str = "") -> Check:
         return (isinstance(value, str) and value in names) or (bool(called) and own)
 
     return _where(fits, known)
-
-
-def _several(known: tuple[str, ...] | None = None) -> Check:
-    """Some of these names, or patterns of names."""
-    return lambda option, value: names_of(option, value, known)
 
 
 def _fraction(option: str, value: Any) -> Any:
@@ -213,7 +209,7 @@ class PruningConfig:
     )
     granularity: Iterable[str] = _option(
         ("channel",),
-        _several(get_args(Granularity)),
+        partial(names_of, known=get_args(Granularity)),
         "What goes together: channel; head: whole attention heads with their rows of W_Q, W_K and W_V and"
         " columns of W_O (a KV head takes its query heads along); expert: whole experts of a mixture with"
         " their rows of the router. With head alone nothing but heads goes; with both, heads in attention"
@@ -222,7 +218,7 @@ class PruningConfig:
     )
     include: Iterable[str] = _option(
         (),
-        _several(get_args(Include)),
+        partial(names_of, known=get_args(Include)),
         "Groups that stay unless they are asked for. approximate: those that cross a norm, such as the"
         " residual stream of a transformer; exempt: query and key channels; depth: whole residual blocks,"
         " where that costs least.",
@@ -236,7 +232,7 @@ class PruningConfig:
     )
     exclude: Iterable[str] = _option(
         (),
-        _several(),
+        partial(names_of, known=None),
         "Name patterns of weights or groups, such as lm_head or layers.0.*; the groups, and those that hold"
         " one of the weights, stay whole.",
         form=list[str],

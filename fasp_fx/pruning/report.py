@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..analysis.groups import APPROXIMATE, Group
 from ..analysis.plan import PruningPlan
+from ..analysis.resources import cache_of
 from ..base._json import Count, ReadBy, from_document, to_document
 from ..base.compat import OpOverload
-from ..capturing._fx import results
-from ..errors import ArgumentError, StoreError
+from ..errors import ArgumentError, BudgetError, StoreError
 from ..patterns import pointwise_rule
 from .config import PruningConfig
 
@@ -44,18 +43,14 @@ def weight_size(weights: Mapping[str, Tensor]) -> tuple[int, int]:
     return sum(t.numel() for t in unique), sum(t.numel() * t.element_size() for t in unique)
 
 
-def cache_bytes(before: fx.Graph, after: fx.Graph, state: frozenset[int]) -> tuple[int, int] | None:
-    """Bytes per token of one sequence that the caches among two programs' outputs take: ``[batch, heads,
-    length, width]``, the outputs ``state``.
-    """
-    sizes = []
-    for graph in (before, after):
-        outputs = [node for index, node in enumerate(results(graph)) if index in state]
-        values = [node.meta.get("val") for node in outputs if isinstance(node, fx.Node)]
-        caches = [value for value in values if isinstance(value, Tensor) and value.dim() == 4]
-        shapes = [(own.shape[1], own.shape[3], own.element_size()) for own in caches]
-        sizes.append(sum(math.prod(own) for own in shapes if all(isinstance(size, int) for size in own)))
-    return (sizes[0], sizes[1]) if sizes[0] else None
+def _cache(analysis: Analysis, removed: Mapping[str, int]) -> tuple[int, int] | None:
+    """Bytes per token of one sequence that caches take, before and after; ``None`` where there are none."""
+    try:
+        resource = cache_of(analysis)
+    except BudgetError:
+        return None
+    left = resource.used([removed.get(group.name, 0) for group in resource.groups])
+    return int(resource.whole), int(left)
 
 
 @dataclass(frozen=True)
@@ -182,7 +177,6 @@ class Report:
     Attributes:
         sparsity: fraction removed of the counted weights; ``requested`` is what was asked for.
         parameters, bytes: before and after.
-        seconds: time spent by stage.
         notes: remarks on the capture and on operators without a rule.
         figures: what was measured afterwards; the command line fills it.
         without_rule: operators that had no rule and froze what they touched, with the number of times.
@@ -201,7 +195,6 @@ class Report:
     parameters: tuple[Count, Count]
     bytes: tuple[Count, Count]
     lines: tuple[Line, ...]
-    seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
     without_rule: Mapping[str, Count] = field(default_factory=dict)
@@ -249,10 +242,6 @@ class Report:
                 f" ({change})"
             )
         out += [f"budget      {spent}" for spent in self.budgets]
-        if self.seconds:
-            out.append(
-                "seconds     " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in self.seconds.items())
-            )
         if self.recovery is not None:
             out += [f"recovery    {line}" for line in (str(self.recovery), *self.recovery.notes)]
         out += [
@@ -287,7 +276,6 @@ def make_report(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     config: PruningConfig | None,
-    seconds: Mapping[str, float],
     left: Mapping[str, str] | None = None,
 ) -> Report:
     """Assemble the report of one pruning.
@@ -324,9 +312,9 @@ def make_report(
         (old[0], new[0]),
         (old[1], new[1]),
         tuple(lines),
-        dict(seconds),
-        (*notes_of(analysis), *decision.notes),
+        notes=(*notes_of(analysis), *decision.notes),
         without_rule=dict(analysis.without_rule),
+        cache=_cache(analysis, removed),
         include=tuple(sorted(analysis.include)),
         budgets=tuple(spent(cap, cap.resource(analysis), removed) for cap in config.budgets)
         if config
@@ -379,10 +367,3 @@ def notes_of(analysis: Analysis) -> tuple[str, ...]:
         )
         notes.append(f"{name} has no rule and froze what it touches ({len(nodes)} times); {what}")
     return tuple(notes)
-
-
-def said_whole(name: str, seen: str) -> str:
-    """What is said of a group that was to be pruned and stays whole, because of what was seen
-    when it went.
-    """
-    return f"group '{name}' stays whole, because pruning it is not exact: {seen}"

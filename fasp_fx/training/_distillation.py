@@ -185,10 +185,6 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: is_number(value) and value > 0,
         "a positive number; 3e-5 is a good start",
     ),
-    "warmup": (
-        lambda value: is_number(value) and 0 <= value <= 1,
-        "in [0, 1]; it is a fraction of the steps",
-    ),
     "held_out": (
         lambda value: is_number(value) and 0 < value < 1,
         "in (0, 1); it is the fraction of the batches that judges",
@@ -211,7 +207,6 @@ class DistillationOptions(TypedDict, total=False):
 
     epochs: int
     learning_rate: float
-    warmup: float
     accumulate: int
     train: Part
     rank: int
@@ -230,10 +225,9 @@ class DistillationConfig:
 
     Attributes:
         epochs: how often each training batch is seen, in an order drawn anew each time.
-        learning_rate: the highest, of AdamW without weight decay; it rises over the first steps and falls to
-            zero at the last, both linearly. For a language model and some dozen steps 1e-4 is too much: each
-            step moves every weight about as far, and most of that is noise.
-        warmup: the fraction of all steps over which the learning rate rises.
+        learning_rate: the highest, of AdamW without weight decay; it rises over the first tenth of the steps
+            and falls to zero at the last, both linearly. For a language model and some dozen steps 1e-4 is
+            too much: each step moves every weight about as far, and most of that is noise.
         accumulate: batches whose gradients make one step. A step on some 1,000 tokens does well.
         train: ``"all"``: every parameter that requires a gradient; ``"low-rank"``: a product of two matrices
             of ``rank`` columns is learned for each of two dimensions or more and added to it (LoRA, arXiv
@@ -262,7 +256,6 @@ class DistillationConfig:
 
     epochs: int = 2
     learning_rate: float = 3e-5
-    warmup: float = 0.1
     accumulate: int = 1
     train: Part = "all"
     rank: int = 16

@@ -145,9 +145,8 @@ class Target:
 
     def decision(self, gone: list[np.ndarray]) -> Decision:
         """What is removed where these channel sets go, ``[sets]`` for each group."""
-        labels = self.analysis.labels
         sets = np.concatenate([group.sets[own] for group, own in zip(self.groups, gone, strict=True)])
-        return Decision(np.isin(labels, sets))
+        return Decision(np.isin(self.analysis.labels, sets))
 
     def _costs(self, chances: list[np.ndarray]) -> Costs:
         """Chances in the place of costs, the least first."""
@@ -273,9 +272,6 @@ class Gates(nn.Module):
             self._known = versions, self.target.gone(chances)
         return self._known[1]
 
-    def extra_repr(self) -> str:
-        return f"{len(self.names)} groups, {sum(map(len, self.scores))} gates"
-
 
 # --- Put gates on a model.
 
@@ -319,8 +315,6 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; give the module that is to be trained")
-    if any(isinstance(module, Gates | Scaled) for module in model.modules()):
-        raise ArgumentError("the model has gates already; call detach() of those first")
     asked = replace(_asked(PruningConfig.of(config, options)), score="fasp", allocation=Threshold())
     captured = capture_whole(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     analysis = analyze(captured, granularity=asked.granularity, include=asked.include)

@@ -124,13 +124,14 @@ def distil(
     try:
         with tempfile.TemporaryDirectory(prefix="fasp_fx-", ignore_cleanup_errors=True) as temporary:
             trained = Trained(pruned, asked.train, asked.rank, asked.seed)
-            kept, lessons = None, Lessons(Path(temporary), calls, match)
+            lessons = Lessons(Path(temporary), calls, match)
             with contextlib.nullcontext() if folder is None else accelerator.main_process_first():
                 if folder is not None:
-                    kept = Checkpoint(folder, _run(asked, result, pruned, [*trained.leaves], calls))
-                    lessons = replace(lessons, folder=kept.targets)
+                    claim(folder, "distil", _run(asked, result, pruned, [*trained.leaves], calls))
+                    lessons = replace(lessons, folder=folder / "dense")
                 coarse = training if asked.precision == "bfloat16" else ()
                 lessons.write(dense, coarse, lambda fraction: advance(share * fraction))
+            kept = None if folder is None else folder / "state.pt"
             state, note = Training(trained, lessons, training, held_out, asked, accelerator, kept).run(
                 lambda fraction: advance(share + (1 - share) * fraction)
             )
@@ -344,42 +345,6 @@ class State:
     seconds: float = 0.0
 
 
-class Checkpoint:
-    """A folder of one run: what it is of, the dense model's outputs, and the newest state.
-
-    Args:
-        folder: the folder, made if missing.
-        run: what the run is of; equal for runs that give the same result.
-
-    Raises:
-        StoreError: the folder holds another run or something else, or cannot be written.
-    """
-
-    def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
-        claim(folder, "distil", run)
-        self.targets = folder / "dense"
-        self._file = folder / "state.pt"
-
-    def save(self, state: State) -> None:
-        """Write a state in the place of the one before.
-
-        Raises:
-            StoreError: it cannot be written; the one before is as it was.
-        """
-        _save(self._file, vars(state) | {"curve": [astuple(point) for point in state.curve]})
-
-    def newest(self) -> State | None:
-        """The newest state, or ``None`` if none was saved.
-
-        Raises:
-            StoreError: it is damaged.
-        """
-        if not self._file.exists():
-            return None
-        held = _load(self._file, "cpu")
-        return State(**held | {"curve": [CurvePoint(*point) for point in held["curve"]]})
-
-
 @dataclass(frozen=True)
 class Lessons:
     """The batches, and what the loss keeps of what the dense model returns for them, one file for each.
@@ -486,6 +451,8 @@ def _load(file: Path, device: torch.device | str) -> dict[str, Any]:
 
 #: the largest norm of all gradients of a step together; longer ones are shortened to it
 CLIP = 1.0
+#: the fraction of all steps over which the learning rate rises
+WARMUP = 0.1
 
 
 def split(count: int, fraction: float) -> tuple[list[int], list[int]]:
@@ -513,7 +480,7 @@ class Training:
         config: the options, their precision settled.
         accelerator: the processes that share the batches of a step, one by itself or as ``accelerate launch``
             started them.
-        checkpoint: where states are saved after each evaluation, and from where the training goes on.
+        checkpoint: the file that is written after each evaluation, and from which the training goes on.
     """
 
     trained: Trained
@@ -522,7 +489,7 @@ class Training:
     held_out: list[int]
     config: DistillationConfig
     accelerator: Accelerator
-    checkpoint: Checkpoint | None
+    checkpoint: Path | None
 
     def __post_init__(self) -> None:
         self._leaves = list(self.trained.leaves.values())
@@ -545,10 +512,11 @@ class Training:
             ArgumentError: the pruned model does not return finite numbers.
             StoreError: the checkpoint is damaged, or cannot be written.
         """
-        state = None if self.checkpoint is None else self.checkpoint.newest()
-        if state is None:
+        if self.checkpoint is None or not self.checkpoint.exists():
             state = State([CurvePoint(0, None, self._judged())], self.trained.state())
         else:
+            held = _load(self.checkpoint, "cpu")
+            state = State(**held | {"curve": [CurvePoint(*point) for point in held["curve"]]})
             self.trained.load(state.current)
             self._optimizer.load_state_dict(state.optimizer)
         if not math.isfinite(state.curve[0].held_out):
@@ -583,7 +551,8 @@ class Training:
                 state.seconds = time.perf_counter() - started
                 if self.checkpoint is not None and self.accelerator.is_main_process:
                     state.current, state.optimizer = self.trained.state(), self._optimizer.state_dict()
-                    self.checkpoint.save(state)
+                    points = [astuple(point) for point in state.curve]
+                    _save(self.checkpoint, vars(state) | {"curve": points})
             progress(state.step / self._steps)
         return None
 
@@ -595,7 +564,7 @@ class Training:
         order = torch.randperm(len(self.training), generator=generator).tolist()
         chosen = order[place * self.config.accumulate :][: self.config.accumulate]
         for group in self._optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * _height(step, self._steps, self.config.warmup)
+            group["lr"] = self.config.learning_rate * _height(step, self._steps)
         total = torch.zeros(1, device=self._device)
         for index in (self.training[number] for number in self._own(chosen)):
             with self._drawing(step, index):
@@ -641,9 +610,9 @@ class Training:
         return float(total / count)
 
 
-def _height(step: int, steps: int, warmup: float) -> float:
+def _height(step: int, steps: int) -> float:
     """The fraction of the highest learning rate for a step: up along a line, and down along another."""
-    rising = warmup * steps
+    rising = WARMUP * steps
     return min(1.0, (step + 1) / rising if rising else 1.0, (steps - step) / max(steps - rising, 1.0))
 
 

@@ -104,7 +104,6 @@ def page_data(source: Report | Analysis, title: str) -> dict[str, Any]:
     """The page of a pruning, or of an analysis, which has no figures after."""
     pruned = isinstance(source, Report)
     lines = source.lines if isinstance(source, Report) else tuple(map(line_of, source.groups))
-    seconds = source.seconds if isinstance(source, Report) else {}
     notes = source.notes if isinstance(source, Report) else notes_of(source)
     tiles = _tiles_of_report(source) if isinstance(source, Report) else _tiles_of_analysis(source)
     return {
@@ -112,7 +111,6 @@ def page_data(source: Report | Analysis, title: str) -> dict[str, Any]:
         "version": __version__,
         "pruned": pruned,
         "tiles": tiles,
-        "seconds": [[stage, _number(spent)] for stage, spent in seconds.items()],
         "notes": list(notes),
         "withoutRule": [[name, count] for name, count in source.without_rule.items()],
         "groups": [_group(line) for line in lines],

@@ -1,4 +1,4 @@
-// Title, figures, seconds and notes.
+// Title, figures and notes.
 document.getElementById("title").textContent = data.title;
 document.getElementById("kind").textContent = data.pruned ? "fasp_fx · what was pruned" : "fasp_fx · what can be pruned";
 document.getElementById("footer").textContent = `Written by fasp_fx ${data.version}. This page is complete in itself and asks no server for anything.`;
@@ -19,24 +19,7 @@ document.getElementById("statuses").append(
     .map(([status, meaning]) => el("li", {}, sign(status), el("b", {}, status), ` ${meaning}`)),
 );
 
-function secondsBars() {
-  const total = data.seconds.reduce((sum, [, spent]) => sum + Number(spent), 0);
-  return el("div", { class: "card" },
-    el("h2", {}, "Time"),
-    el("table", { class: "bars" },
-      el("tbody", {},
-        ...data.seconds.map(([stage, spent]) => {
-          const bar = el("span", { class: "length" });
-          bar.style.width = `${total ? (100 * Number(spent)) / total : 0}%`;
-          return el("tr", {}, el("th", { scope: "row" }, stage), el("td", { class: "track" }, bar), el("td", { class: "number" }, `${Number(spent).toFixed(1)} s`));
-        }),
-      ),
-    ),
-  );
-}
-
 const more = document.getElementById("more");
-if (data.seconds.length) more.append(secondsBars());
 if (data.withoutRule.length) {
   more.append(el("div", { class: "card" }, el("h2", {}, "Operators without a rule"), el("p", { class: "lead" }, "Each froze what it touched."),
     el("ul", {}, ...data.withoutRule.map(([name, times]) => el("li", {}, el("code", {}, name), ` ${plural(times, "time")}`)))));

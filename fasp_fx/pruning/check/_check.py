@@ -22,8 +22,7 @@ from ...capturing._program import Program
 from ...errors import CallError, VerificationError, VerificationWarning, first_line
 from ...passes import remove
 from ...passes._pruned_module import finish
-from ..report import said_whole
-from ._compare import Inputs, ReferenceFailedError, Seen, compare, inputs_for
+from ._compare import Inputs, ReferenceFailedError, compare, inputs_for
 from ._reference import masked_program
 
 #: inputs of how many sizes are compared, the example among them
@@ -47,22 +46,6 @@ class Checked:
     notes: tuple[str, ...] = ()
 
 
-def carry_out(
-    program: Program, analysis: Analysis, decision: Decision, lap: Callable[[str], None], whole: bool = False
-) -> Checked:
-    """Take out of a program what was decided for its analysis, as far as what is left computes what the
-    masked dense program does.
-
-    Args:
-        lap: told the name of each stage when it is done.
-        whole: leave nothing out: what does not pass is an error.
-
-    Raises:
-        VerificationError: nothing of what was decided passes, or not all of it does and ``whole`` is given.
-    """
-    return _Checker(program, analysis, decision).run(lap, whole)
-
-
 @dataclass(frozen=True)
 class _Fault:
     """What is wrong with a decision, in words, and whether its outputs can be compared, and differ."""
@@ -71,22 +54,29 @@ class _Fault:
     differs: bool = False
 
 
-class _Checker:
-    """Checks groups of one decision together, and finds those that have to stay."""
+class Checker:
+    """Takes out of a program what was decided for its analysis, as far as what is left computes what the
+    masked dense program does.
+    """
 
     def __init__(self, program: Program, analysis: Analysis, decision: Decision) -> None:
         self.program, self.analysis, self.decision = program, analysis, decision
         self.inputs = tuple(inputs_for(program))
         self.notes: list[str] = []
 
-    def run(self, lap: Callable[[str], None], strict: bool) -> Checked:
-        """Check all groups; on failure keep the largest passing subset, or raise if ``strict``."""
+    def run(self, strict: bool) -> Checked:
+        """Check all groups; on failure keep the largest passing subset.
+
+        Args:
+            strict: leave nothing out: what does not pass is an error.
+
+        Raises:
+            VerificationError: nothing of what was decided passes, or not all of it does and ``strict`` is
+                given.
+        """
         groups = decided(self.analysis, self.decision)
         if not groups:  # the program stays as it was captured, fused producers included
-            lap("passes")
-            module = finish(self.program)
-            lap("export")
-            return Checked(self.decision, module)
+            return Checked(self.decision, finish(self.program))
         apart = self.analysis.program
         torn = None if apart is self.program else self._difference(self.program, apart, apart.module)
         if torn is not None:
@@ -94,7 +84,7 @@ class _Checker:
                 "the program whose fused weights were taken apart differs from the captured one before"
                 f" anything is removed; nothing is returned, because a pass is wrong: {torn.text}"
             )
-        made, fault = self._tried(groups, lap)
+        made, fault = self._tried(groups)
         left: dict[str, str] = {}
         if fault is not None:
             first, (groups, left) = fault, self._passing(groups)
@@ -112,10 +102,12 @@ class _Checker:
                 )
             self.notes.append(f"approximate groups were asked for ({names}): {fault.text}")
         assert made is not None
-        said = [said_whole(name, seen) for name, seen in left.items()]
+        said = [
+            f"group '{name}' stays whole, because pruning it is not exact: {seen}"
+            for name, seen in left.items()
+        ]
         for text in said:
             warn(text, VerificationWarning)
-        lap("check")
         decision = restricted(self.analysis, self.decision, groups)
         return Checked(decision, made, left, tuple(dict.fromkeys([*self.notes, *said])))
 
@@ -140,23 +132,19 @@ class _Checker:
                 seen |= {group.name: fault.text for group in approximate}
         return kept, seen
 
-    def _tried(
-        self, groups: list[Group], lap: Callable[[str], None] = lambda stage: None
-    ) -> tuple[fx.GraphModule | None, _Fault | None]:
+    def _tried(self, groups: list[Group]) -> tuple[fx.GraphModule | None, _Fault | None]:
         """The program without what was decided for these groups, and what is wrong with it."""
         decision = restricted(self.analysis, self.decision, groups)
         try:
             rewritten = remove(self.analysis, decision.gone, decision.weights)
         except tolerable(VerificationError) as error:
             return None, _Fault(str(error))
-        lap("passes")
         try:
             module = finish(rewritten)
         except tolerable(Exception) as error:  # an exporter raises what it likes
             return None, _Fault(
                 f"what is left of the program cannot be exported: {type(error).__name__}: {first_line(error)}"
             )
-        lap("export")
         return module, self._difference(masked_program(self.analysis, decision), rewritten, module)
 
     def _difference(self, reference: Program, made: Program, module: fx.GraphModule) -> _Fault | None:
@@ -191,7 +179,17 @@ class _Checker:
                 return _failed(inputs, f"{type(error).__name__}: {first_line(error)}")
             compared += 1
             if not seen.equal:
-                return _Fault(f"{inputs.said} {_said(seen)}", differs=True)
+                by = f"by {seen.deviation:.1e} of its largest value"
+                size = (
+                    by
+                    if math.isfinite(seen.deviation)
+                    else "in its integers, its shape or where it is not finite"
+                )
+                return _Fault(
+                    f"{inputs.said} an output differs from that of the dense program with the removed"
+                    f" channels masked, {size}",
+                    differs=True,
+                )
             if seen.alone:
                 self.notes.append(
                     "the result was compared with the dense program in its own precision alone, since it does"
@@ -209,16 +207,6 @@ def _drawn(graph: fx.Graph) -> list[str]:
 
 def _failed(inputs: Inputs, cause: str) -> _Fault:
     return _Fault(f"{inputs.said} the pruned program fails, where the dense one runs: {cause}")
-
-
-def _said(seen: Seen) -> str:
-    where = "" if seen.call == 0 else ", in the second of two calls"
-    size = (
-        "in its integers, its shape or where it is not finite"
-        if math.isinf(seen.deviation)
-        else f"by {seen.deviation:.1e} of its largest value"
-    )
-    return f"an output differs from that of the dense program with the removed channels masked{where}, {size}"
 
 
 T = TypeVar("T")
@@ -278,4 +266,4 @@ def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) 
     )
 
 
-__all__ = ["Checked", "carry_out", "largest_passing_subset", "restricted"]
+__all__ = ["Checked", "Checker", "largest_passing_subset", "restricted"]

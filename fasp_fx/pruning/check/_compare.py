@@ -4,8 +4,8 @@ doubt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -32,13 +32,11 @@ class Seen:
         deviation: max|a − b| / max|b| of the worst output, infinite where integers, shapes or the places of
             NaN and infinities differ.
         equal: whether the two compute the same but for rounding.
-        call: which of the calls in a row differs most, from 0.
         alone: whether a doubt is left that no higher precision could settle, since nothing runs in one.
     """
 
     deviation: float
     equal: bool
-    call: int = 0
     alone: bool = False
 
 
@@ -59,55 +57,44 @@ def compare(reference: Program, module: fx.GraphModule, pruned: Program, inputs:
     # The second call sees what the first has left behind.
     calls = 2 if any(map(written_by, (*reference.module.graph.nodes, *module.graph.nodes))) else 1
 
-    def look(precision: torch.dtype | None) -> Seen:
+    def look(precision: torch.dtype | None) -> float:
         try:
             expected = run(reference.module, inputs.of(reference), calls, precision)
         except tolerable(Exception) as error:  # a program raises what it likes
             raise ReferenceFailedError(str(error)) from error
         found = run(module, inputs.of(pruned), calls, precision)
-        worst, call = max(_deviations(found, expected, reference.state_outputs), default=(0.0, 0))
-        return Seen(worst, True, call=-call)
+        pairs = [
+            pair for both in zip(found, expected, strict=True) for pair in enumerate(zip(*both, strict=True))
+        ]
+        state = reference.state_outputs  # which may be narrower, and is not compared then
+        return max(
+            (deviation(a, b) for index, (a, b) in pairs if index not in state or a.shape == b.shape),
+            default=0.0,
+        )
 
     return compare_with_escalation(look, coarsest(reference))
 
 
-def compare_with_escalation(look: Callable[[torch.dtype | None], Seen], coarse: torch.dtype) -> Seen:
+def compare_with_escalation(look: Callable[[torch.dtype | None], float], coarse: torch.dtype) -> Seen:
     """Compare two computations in their own precision, and in a higher one where that leaves a doubt, as
     types of 16 bits always do. Where none can be had, what passes is the little that would have left none.
 
     Args:
-        look: compares them in a precision, ``None`` being their own.
+        look: their deviation in a precision, ``None`` being their own.
         coarse: the coarsest type in them.
     """
     is_half = torch.finfo(coarse).eps > torch.finfo(torch.float32).eps
-    seen = look(None)
-    seen = replace(seen, equal=seen.deviation <= tolerance("sums in another order", coarse))
-    if seen.equal and not is_half:
-        return seen
-    last = coarse
+    found, last = look(None), coarse
+    equal = found <= tolerance("sums in another order", coarse)
     for dtype in (torch.float32, torch.float64) if is_half else (torch.float64,):
+        if equal and not (is_half and last == coarse):
+            break
         try:
             found = look(dtype)
         except tolerable(Exception):  # there is no such precision here, or not for what is computed
-            return replace(seen, equal=seen.deviation <= tolerance("no higher precision", last), alone=True)
-        last = dtype
-        seen = replace(found, equal=found.deviation <= tolerance("sums in another order", dtype))
-        if seen.equal:
-            break
-    return seen
-
-
-def _deviations(
-    found: list[list[Any]], expected: list[list[Any]], state: frozenset[int]
-) -> Iterable[tuple[float, int]]:
-    """The deviation of every output, and the call that it is of, from 0 down; outputs that hold state may be
-    narrower, and are not compared then.
-    """
-    for call, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            narrower = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape
-            if not (index in state and narrower):
-                yield deviation(a, b), -call
+            return Seen(found, found <= tolerance("no higher precision", last), alone=True)
+        last, equal = dtype, found <= tolerance("sums in another order", dtype)
+    return Seen(found, equal)
 
 
 # --- Running a program as it is, or in a higher precision, without leaving a trace.

@@ -28,7 +28,7 @@ from ...errors import EagerError, first_line
 from ...passes import split_fused
 from ...passes._pruned_module import PrunedModule, finish
 from ...patterns import RESHAPES, lookup
-from .._submodules import copied, put, whole_fingerprint
+from .._submodules import copied
 from ._sizes import left_of, observed, say_sizes, tagged
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -207,40 +207,6 @@ def fused_weights(plan: PruningPlan, pruned: Mapping[str, Tensor]) -> dict[str, 
     return made
 
 
-def eager_in_parts(
-    pruned: nn.Module,
-    plan: PruningPlan,
-    parts: Mapping[str, tuple[nn.Module, PruningPlan]],
-    model: nn.Module,
-) -> nn.Module:
-    """A copy of a model that was pruned by its submodules: each part that was captured is a smaller copy of
-    the caller's, and what lies around the parts has the weights that ``result.module`` has now.
-
-    Raises:
-        EagerError: one of the parts has no such copy, or shares a weight with what is around it.
-        PlanError: the model is not the one that the plan was made for.
-    """
-    plans.check_fingerprint(plan, whole_fingerprint(dict(model.named_parameters(remove_duplicate=False))))
-    named = list(pruned.named_modules(remove_duplicate=False))
-    places = {path: [place for place, inner in named if inner is part] for path, (part, _) in parts.items()}
-    holders: dict[int, str | None] = {}
-    made = copied(model)
-    for name, tensor in tensors(pruned):
-        holder = next(
-            (path for path, own in places.items() if any(name.startswith(f"{place}.") for place in own)), None
-        )
-        if holders.setdefault(id(tensor), holder) != holder:
-            raise EagerError(
-                f"'{name}' is shared between a part and what is around it, and each part is made by itself;"
-                " use result.module"
-            )
-        if holder is None:
-            attribute(made, name).data = tensor.detach().clone()
-    for path, (part, own_plan) in parts.items():
-        put(made, places[path], eager(part, own_plan, model.get_submodule(path)))
-    return made
-
-
 # --- Whether two programs are the same: the same operators, wired alike, with the same constants, weights and
 # assumptions about sizes, so that what they compute is the same on every input that they take.
 
@@ -346,4 +312,4 @@ def _size(argument: Any) -> Any:
     return int(value.node.expr) if value.node.expr.is_Integer else value.node.expr
 
 
-__all__ = ["eager", "eager_in_parts", "first_difference", "fused_weights"]
+__all__ = ["eager", "first_difference", "fused_weights"]
