@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from fasp_fx.base._stamps import WRITTEN_BY
 
-from ._foreign import Foreign
 from ._run import Pipeline, Prune, remove, split_fused
 from ._verify import verify
 
-__all__ = ["WRITTEN_BY", "Foreign", "Pipeline", "Prune", "remove", "split_fused", "verify"]
+__all__ = ["WRITTEN_BY", "Pipeline", "Prune", "remove", "split_fused", "verify"]

@@ -283,17 +283,12 @@ def own_storage(program: Program) -> Program:
     return program
 
 
-def finish(program: Program, trace: bool = False) -> PrunedModule:
+def finish(program: Program) -> PrunedModule:
     """The module of a rewritten program. Its exported program is put together when it is asked for
     (``program_now``) where that can be, and traced at once where not: nothing else tells whether it can be.
-
-    Args:
-        trace: trace in any case, which gives nodes the names that the exporter would.
     """
     program = own_storage(program)
-    assembly = (
-        None if trace or program.facts is None else ready(program.module, program.example, program.facts)
-    )
+    assembly = None if program.facts is None else ready(program.module, program.example, program.facts)
     if assembly is not None:
         made = wrap_graph(assembly, program.module, program.signature)
         assembly.graph.owning_module = None  # or it would keep the weights alive
@@ -301,15 +296,3 @@ def finish(program: Program, trace: bool = False) -> PrunedModule:
     exported = export_again(program.module, program.example)
     read_stamps(exported.graph)
     return wrap(exported, program.signature)
-
-
-__all__ = [
-    "Origin",
-    "PrunedModule",
-    "finish",
-    "own_storage",
-    "program_now",
-    "values_now",
-    "wrap",
-    "wrap_graph",
-]

@@ -23,7 +23,7 @@ from fasp_fx.capturing._runner import record
 from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
 from fasp_fx.passes._pruned_module import program_now
 
-from ._foreign import Foreign
+from ._foreign import name_of, run_foreign
 from ._pruned_module import finish
 from ._split import NAME, split
 from ._verify import verify
@@ -137,18 +137,18 @@ class Pipeline:
     carry its name in ``node.meta["fasp_fx_pass"]``.
 
     Args:
-        passes: ``Prune(plan)``, once at most, and foreign ones: ``PassBase`` instances, functions of a
-            ``GraphModule`` (returning one, a ``PassResult``, or ``None``), or functions of an
-            ``ExportedProgram`` as ``Foreign(…, exported=True)``.
+        passes: ``Prune(plan)``, once at most, and foreign ones: ``PassBase`` instances, or functions of a
+            ``GraphModule`` (returning one, a ``PassResult``, or ``None``). A function of an
+            ``ExportedProgram`` is called on what goes into a pipeline, or comes out of it.
         tolerance: what a foreign pass may change of an output of real numbers, as a fraction of its largest
             value. ``None``: the square root of the output type's precision (3e-4 for float32); 0: outputs
             are not compared.
     """
 
     def __init__(
-        self, passes: Sequence[Prune | Foreign | Callable[[Any], Any]], tolerance: float | None = None
+        self, passes: Sequence[Prune | Callable[[Any], Any]], tolerance: float | None = None
     ) -> None:
-        self.passes = [step if isinstance(step, (Prune, Foreign)) else Foreign(step) for step in passes]
+        self.passes = list(passes)
         self.tolerance = tolerance
         plans = [step.plan for step in self.passes if isinstance(step, Prune)]
         if len(plans) > 1:
@@ -178,11 +178,8 @@ class Pipeline:
                 analysis = replace(found, brought=brought)
                 program = remove(analysis, gone_of(step.plan, analysis))
             else:
-                with _named(step.name):
-                    rewritten = step.run(program, self.tolerance)
+                with _named(name_of(step)):
+                    rewritten = run_foreign(step, program, self.tolerance)
                 brought = (brought or frozenset()) | rewritten.weights().keys() - program.weights().keys()
                 program = rewritten
         return exported if program is start else program_now(finish(program))
-
-
-__all__ = ["Pipeline", "Prune", "remove", "restore_weights", "split_fused"]

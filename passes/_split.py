@@ -395,6 +395,3 @@ def _delete_unused(program: Program, names: Set[str]) -> None:
         program.numbers.pop(name, None)
         path, _, leaf = name.rpartition(".")
         delattr(attribute(program.module, path) if path else program.module, leaf)
-
-
-__all__ = ["NAME", "split"]

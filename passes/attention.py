@@ -66,6 +66,3 @@ def pad_value_heads(program: Program, analysis: Analysis, walk: Walk, gone: np.n
 
 def _width(tensor: Tensor) -> int:
     return int(tensor.shape[-1])
-
-
-__all__ = ["pad_value_heads", "pin_attention_scale"]

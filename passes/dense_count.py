@@ -103,6 +103,3 @@ def _norm(node: fx.Node, share: float, dtype: torch.dtype) -> fx.Node:
         if given.get(factor) is not None:
             result = write(operator, result, given[factor])
     return result
-
-
-__all__ = ["keep_dense_count"]

@@ -95,5 +95,3 @@ def _spread(node: fx.Node, bias: fx.Node) -> fx.Node:
 
 #: how many dimensions the output of a convolution has behind its channels
 _BEYOND: dict[Any, int] = {_ATEN.conv1d.default: 1, _ATEN.conv2d.default: 2, _ATEN.conv3d.default: 3}
-
-__all__ = ["skip_blocks"]

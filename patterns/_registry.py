@@ -87,7 +87,7 @@ def register(operator: Operator, text: str) -> Rule:
             schema, or those that a higher-order operator's ``__call__`` declares.
 
     Returns:
-        The parsed rule, whose ``str`` is the normalised line.
+        The parsed rule, whose ``str`` is the line.
 
     Raises:
         RuleError: the text does not parse, names an argument that the schema lacks, or ``operator`` is not an

@@ -118,7 +118,7 @@ REFUSED = {
         [*EVAL, "--text", "@short.txt"],
     ],
     "not UTF-8": [[*PRUNE, "--calibration", "@latin1.txt"], [*EVAL, "--text", "@latin1.txt"]],
-    "did not write": [[*PRUNE, "--html", "@mine.html"], ["inspect", "@model", "--html", "@mine.html"]],
+    "did not write": [["inspect", "@model", "--html", "@mine.html"]],
     "exists": [[*PRUNE, "--out", "@taken"]],
     "is not replaced": [
         [*PRUNE, "--out", value, "--overwrite", *plain]
@@ -231,6 +231,14 @@ def test_damaged_models(base: Path, tmp_path: Path, name: str) -> None:
     for command in commands:
         assert says in refused(base, command)
     assert [child.name for child in tmp_path.iterdir()] == ["model"]
+
+
+def test_weights_of_more_layers_than_the_configuration_says(base: Path, tmp_path: Path) -> None:
+    make_model(tmp_path / "model", layers=2)
+    config(num_hidden_layers=1)(tmp_path / "model")
+    for options in ([], ["--stream"]):
+        said = refused(base, ["prune", "model", *PRUNE[2:], *options])
+        assert "weights of more layers than its configuration says (model.layers.1." in said
 
 
 # --- folders that prune wrote

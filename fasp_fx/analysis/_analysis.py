@@ -75,7 +75,7 @@ class Analysis(Coupling):
         return []
 
 
-@without_collections
+@without_collections()
 def analyze_program(
     program: Program,
     split: Callable[[Program, Analysis], Program | None] | None = None,

@@ -42,14 +42,13 @@ def new_folder(
 
 
 @contextlib.contextmanager
-def new_file(path: Path, *, replaceable: Callable[[Path], bool], keep: bool = True) -> Iterator[Path]:
+def new_file(path: Path, *, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
     """Give a temporary sibling of ``path`` to write; it takes the name ``path`` when the block ends, and is
     removed when the block raises.
 
     Args:
         path: the file to make; missing folders are made.
         replaceable: whether a file of that name may be replaced.
-        keep: ``False`` leaves nothing behind: it only finds out whether the file could be written.
 
     Raises:
         StoreError: the path is taken or cannot be written.
@@ -63,8 +62,7 @@ def new_file(path: Path, *, replaceable: Callable[[Path], bool], keep: bool = Tr
             )
         temporary.touch()
         yield temporary
-        if keep:
-            temporary.replace(path)
+        temporary.replace(path)
 
 
 @contextlib.contextmanager

@@ -53,13 +53,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return (
-            bool(torch.cpu.get_capabilities().get("amx_bf16", False))
-            if hasattr(torch.cpu, "get_capabilities")
-            else False
-        )
-    return False
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(known.get("amx_bf16", False))
 
 
 def products_in_bfloat16(device: torch.device, wanted: bool = True) -> contextlib.AbstractContextManager[Any]:

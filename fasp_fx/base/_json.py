@@ -82,6 +82,3 @@ def from_document(kind: str, target: type[T], text: str, remedy: str, error: typ
             f" version reads {DOCUMENT!r}, {kind!r}; {remedy}"
         )
     return parse(target, text, f"the {kind}", remedy, error)
-
-
-__all__ = ["DOCUMENT", "Count", "ReadBy", "from_document", "parse", "to_document"]

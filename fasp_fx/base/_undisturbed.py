@@ -116,16 +116,6 @@ def aside() -> Iterator[None]:
             write(state)
 
 
-def in_turns(callback: Callable[[float], None]) -> Callable[[float], None]:
-    """A callback during which other threads work."""
-
-    def called(fraction: float) -> None:
-        with aside():
-            callback(fraction)
-
-    return called
-
-
 @contextlib.contextmanager
 def for_a_while(read: Callable[[], Any], write: Callable[[Any], None]) -> Iterator[None]:
     """Put back what is changed inside of a state of the whole process."""
@@ -138,22 +128,14 @@ def for_a_while(read: Callable[[], Any], write: Callable[[Any], None]) -> Iterat
         write(before[0])
 
 
-def without_collections(function: Callable[P, R]) -> Callable[P, R]:
-    """Have Python's collector of cyclic garbage wait while a function makes many small objects that stay: it
-    would look through all of them, and all that was imported, again and again, for a tenth of the time.
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """Have Python's collector of cyclic garbage wait while many small objects are made that stay: it would
+    look through all of them, and all that was imported, again and again, for a tenth of the time.
     """
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not gc.isenabled():
-            return function(*args, **kwargs)
+    with for_a_while(gc.isenabled, lambda enabled: gc.enable() if enabled else gc.disable()):
         gc.disable()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            gc.enable()
-
-    return run
+        yield
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from ._sizes import all_dims, every_dim
 from ._transformers import is_cache, is_transformers, register_caches
 
 
-@without_collections
+@without_collections()
 def capture(
     model: nn.Module | fx.GraphModule | ExportedProgram,
     args: tuple[Any, ...] = (),

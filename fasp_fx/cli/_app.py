@@ -118,15 +118,15 @@ def with_pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def read_options(file: Path | None, given: Mapping[str, Any]) -> tuple[PruningConfig | None, dict[str, Any]]:
-    """What was given of the options of a pruning.
+def read_options(file: Path | None, given: Mapping[str, Any]) -> PruningConfig:
+    """The options of a pruning.
 
     Args:
         file: a configuration as :meth:`fasp_fx.PruningConfig.to_json` writes it.
         given: by the names of parameters; ``None`` or nothing in a list: not given.
 
     Returns:
-        The configuration of the file, and the options that stand in the place of its own.
+        The configuration of the file, with the options in the place of its own.
 
     Raises:
         FaspError: an option is out of range, or conflicts with another.
@@ -138,8 +138,7 @@ def read_options(file: Path | None, given: Mapping[str, Any]) -> tuple[PruningCo
     if "restore" in options:
         options["restore"] = "least-squares" if options["restore"] else None
     config = None if file is None else PruningConfig.from_json(file.read_text(encoding="utf-8"))
-    PruningConfig.of(config, options)
-    return config, options
+    return PruningConfig.of(config, options)
 
 
 def read_amount(option: str, text: str) -> float:
@@ -247,7 +246,6 @@ def prune(
         Path | None,
         option("Where --stream keeps the weights. Default: beside the folder to write.", metavar="DIR"),
     ] = None,
-    html: Html = None,
     overwrite: Overwrite = False,
     **given: Any,
 ) -> None:
@@ -281,7 +279,7 @@ def prune(
         _prune.run(
             model,
             out,
-            *read_options(config, given),
+            read_options(config, given),
             _texts(calibration, batches or 96, batches or 32, text, eval_batches, length, seed),
             stages,
             epochs=recover,
@@ -289,7 +287,6 @@ def prune(
             dtype=dtype,
             plain=plain,
             overwrite=overwrite,
-            html=html,
             checkpoint=checkpoint,
             dry_run=dry_run,
             scratch=scratch or (out.absolute().parent if stream else None),
@@ -407,13 +404,11 @@ def show_groups(
     Example: `fasp-fx inspect HuggingFaceTB/SmolLM2-135M`
     """
     with session() as stages:
-        from ..interop.page import check_page, write_page
+        from ..interop.page import write_page
         from ..pruning._prune import analyze
         from ..pruning.report import Report, counted
         from ..storage._folder import is_save, kind_of, read_text
 
-        if html is not None:
-            check_page(html)
         folder = Path(model)
         if _models.is_saved(model) or is_save(folder, "plain"):
             kind_of(folder)  # which refuses another version
@@ -485,7 +480,7 @@ def evaluate(
                 )
             _models.check_length(module, length)
             _models.check_tokens(module, tokens, f"'{text}'")
-            stages.begin(f"measuring perplexity of {model} on {len(numbers)} chunks", measured=True)
+            stages.begin(f"measuring perplexity of {model} on {len(numbers)} chunks")
             values.append(perplexity(module, tokens[chosen], progress=stages.update))
             texts.append(tokens[chosen])
             size = f"({len(numbers)} x {length} tokens)"

@@ -68,18 +68,14 @@ class Stages:
         self._progress: Progress | None = None
         self._name, self._began = "", 0.0
 
-    def begin(self, name: str, *, measured: bool = False) -> None:
-        """Start a stage, ending the one before.
-
-        Args:
-            measured: the stage will report the fraction done.
-        """
+    def begin(self, name: str) -> None:
+        """Start a stage, ending the one before."""
         self.end()
-        bar = (BarColumn(), TimeRemainingColumn()) if measured else ()
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
-            *bar,
+            BarColumn(),
+            TimeRemainingColumn(),
             console=self.console,
             transient=True,
             redirect_stdout=False,
@@ -87,13 +83,13 @@ class Stages:
             disable=not self.console.is_terminal,
         )
         self._name, self._began = printable(name), time.perf_counter()
-        self._progress.add_task(self._name, total=1.0 if measured else None)
+        self._progress.add_task(self._name, total=None)
         self._progress.start()
 
     def update(self, fraction: float) -> None:
         """Report the fraction of the stage that is done."""
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=fraction)
+            self._progress.update(self._progress.task_ids[0], completed=fraction, total=1.0)
 
     def end(self, *, done: bool = True) -> None:
         """End the stage that runs, if any."""
@@ -140,15 +136,10 @@ def _explained(error: BaseException) -> str:
 
 
 def _tell(caught: list[warnings.WarningMessage]) -> None:
-    """Each warning of a group, by the process that it is of; of the others the first of each kind."""
-    found: dict[object, list[str]] = {}
-    for number, one in enumerate(caught):
-        own = issubclass(one.category, VerificationWarning)
-        if own or not process("RANK", 0):
-            found.setdefault(number if own else one.category, []).append(str(one.message))
-    for messages in found.values():
-        more = f" (and {len(messages) - 1} more like it)" if len(messages) > 1 else ""
-        _complain("warning", messages[0] + more)
+    """Each warning once: of several processes the first speaks, and each of the groups that it checked."""
+    own = VerificationWarning if process("RANK", 0) else Warning
+    for message in dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, own)):
+        _complain("warning", message)
 
 
 def _complain(kind: str, message: str) -> None:
@@ -182,13 +173,11 @@ def kinds(groups: Iterable[Group]) -> list[list[Group]]:
     """
     found: dict[Any, list[Group]] = {}
     for group in sorted(groups, key=lambda group: group.status != PRUNABLE):
-        shapes = (
-            {(re.sub(r"\d+", "*", m.name), m.dim, len(m.indices), m.size): None for m in members}
-            for members in (group.producers, group.consumers)
+        members = ((m.name, m.dim) for m in (*group.producers, *group.consumers))
+        texts = dict.fromkeys(
+            (re.sub(r"\d+", "*", text), dim) for text, dim in ((group.reason, -1), *members)
         )
-        reason = re.sub(r"\d+", "*", group.reason)
-        key = (group.status, reason, group.size, group.blocks, *map(tuple, shapes))
-        found.setdefault(key, []).append(group)
+        found.setdefault((group.status, group.size, group.blocks, *texts), []).append(group)
     return list(found.values())
 
 

@@ -4,10 +4,12 @@ file, dense or pruned; and text, of a file or of the model itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -18,13 +20,13 @@ from ..base._offload import Scratch, keep_weights
 from ..base._tolerable import tolerable
 from ..errors import ArgumentError, CalibrationError, FaspError, StoreError, first_line
 from ..storage._folder import MANIFEST, is_save, kind_of
-from ._console import Stages
+from ._console import Stages, process
 
 if TYPE_CHECKING:
     from ..hf import Pruned
 
-T = TypeVar("T")
 SAMPLED_TOGETHER = 64
+_BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 def _named(model: str) -> tuple[str, dict[str, str]]:
@@ -43,7 +45,8 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     where, options = _named(model)
-    return _load(f"the tokenizer of '{model}'", lambda: AutoTokenizer.from_pretrained(where, **options))
+    with _loading(f"the tokenizer of '{model}'"):
+        return AutoTokenizer.from_pretrained(where, **options)
 
 
 def load_model(
@@ -66,11 +69,20 @@ def load_model(
     where, options = _named(model)
     if scratch is not None and not options and Path(where).is_dir():
         kind = None if dtype == "auto" else getattr(torch, dtype)
-        return _load(f"'{model}'", lambda: load_offloaded(where, scratch, dtype=kind)).to(device)
+        with _loading(f"'{model}'"):
+            return load_offloaded(where, scratch, dtype=kind).to(device)
     more: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **options}
-    loaded: Any = _load(f"'{model}'", lambda: AutoModelForCausalLM.from_pretrained(where, **more))
-    made, info = loaded
-    refuse_incomplete(info, model)
+    loading: Any = AutoModelForCausalLM.from_pretrained
+    with _loading(f"'{model}'"):
+        made, info = loading(where, **more)
+    beyond: list[str] = []
+    if options:  # of a .gguf file: transformers leaves out what it does not look for, and says nothing
+        from gguf import GGUFReader
+
+        layers = made.config.get_text_config().num_hidden_layers
+        names = [tensor.name for tensor in GGUFReader(model).tensors]
+        beyond = [name for name in names if (block := _BLOCK.match(name)) and int(block[1]) >= layers]
+    refuse_incomplete(made, info, model, beyond)
     if getattr(made.config, "quantization_config", None) and getattr(made, "hf_quantizer", None) is None:
         raise ArgumentError(
             f"the configuration of '{model}' names a quantisation that transformers does not know, so the"
@@ -90,13 +102,11 @@ def load_empty(model: str) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    def build() -> nn.Module:
-        where, options = _named(model)
+    where, options = _named(model)
+    with _loading(f"'{model}'"):
         config = AutoConfig.from_pretrained(where, **options)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config).eval()
-
-    return _load(f"'{model}'", build)
 
 
 def is_saved(model: str) -> bool:
@@ -138,24 +148,26 @@ def load_any(model: str, device: torch.device, dtype: str) -> tuple[Any, Any]:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name; ``None``: the accelerator if there is one.
+    """The device of that name; ``None``: the accelerator if there is one, and of several the one of this
+    process's number on this machine.
 
     Raises:
         ArgumentError: there is no such device here.
     """
-    if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return check_device(name)
+    if name is not None:
+        return check_device(name)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return torch.device("cpu")
+    return torch.device(found.type, process("LOCAL_RANK", 0) % torch.accelerator.device_count())
 
 
 def quieten() -> None:
     """Keep transformers and the hub from writing to the terminal."""
-    import huggingface_hub.utils
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.disable_progress_bars()
 
 
 def check_length(model: Any, length: int) -> None:
@@ -188,12 +200,13 @@ def check_tokens(model: Any, tokens: Tensor, what: str) -> None:
         )
 
 
-def _load(what: str, load: Callable[[], T]) -> T:
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
     from ..base.compat._transformers import without_gguf_bar
 
     try:
         with without_gguf_bar():
-            return load()
+            yield
     except FaspError:
         raise
     except tolerable(Exception) as error:  # loaders raise whatever the files make them trip over
@@ -286,7 +299,7 @@ class Texts:
         to_use = self.batches if self.used is None else 0
         count = to_use + (self.eval_batches if self.evaluation is None else 0)
         if count:
-            stages.begin(f"letting the model write {count} texts of {self.length} tokens", measured=True)
+            stages.begin(f"letting the model write {count} texts of {self.length} tokens")
             start = start_token(model, tokenizer)
             written = sample(model, start, count, self.length, seed=self.seed, progress=stages.update)
             self.used = written[:to_use] if self.used is None else self.used
@@ -343,12 +356,12 @@ def start_token(model: Any, tokenizer: Any) -> int:
         CalibrationError: neither model nor tokenizer names one that the model knows.
     """
     size = model.config.get_text_config().vocab_size
-    holders = (tokenizer, getattr(model, "generation_config", None), getattr(model, "config", None))
-    named = [getattr(holder, name, None) for holder in holders for name in ("bos_token_id", "eos_token_id")]
-    firsts = [token[0] if isinstance(token, list | tuple) and token else token for token in named]
-    for token in firsts:
-        if isinstance(token, int) and 0 <= token < size:
-            return token
+    for holder in (tokenizer, model.generation_config, model.config):
+        for name in ("bos_token_id", "eos_token_id"):
+            named = getattr(holder, name, None)
+            token = named[0] if isinstance(named, list) and named else named
+            if isinstance(token, int) and 0 <= token < size:
+                return token
     raise CalibrationError(
         "no token that begins a text of this model is named, or none that the model knows, so it cannot write"
         " its own; give the tokenizer that belongs to it, or calibrate on a file with --calibration FILE"

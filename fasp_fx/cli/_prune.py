@@ -26,9 +26,9 @@ from ..capturing._fx import viewed
 from ..capturing._sizes import Sizes
 from ..errors import ArgumentError, first_line
 from ..hf import Pruned, prune
+from ..hf._model import PrunedModel
 from ..hf._plain import plain_config
 from ..hf._stages import pruned_already
-from ..interop.page import check_page, write_page
 from ..pruning._allocating import budget_for, check_request, expected_sparsity
 from ..pruning._calibrating import Method
 from ..pruning._prune import analyze
@@ -91,16 +91,18 @@ def forecast(
     # of each consumer, the Gram matrices of fitted tokens and of those held out; of the widest, as they are
     # accumulated, made whole, and in the order of the system
     grams = [2 * SINGLE * len(own.columns) * own.columns.shape[1] ** 2 for own in read.values()]
+    # The Gram matrix of one block in float64, what is kept of it twice, the rows, and what is solved for.
     solving = [
-        _solving(own.rows(weights[name]) // len(own.columns), own.columns.shape[1], sparsity)
+        DOUBLE * columns * (3 * columns + 2 * own.rows(weights[name]) // len(own.columns))
         for name, own in read.items()
+        for columns in own.columns.shape[1:2]
     ]
     pruned = round(total - sparsity * pruned_of)
     # Activations of all batches wait where a consumer is observed, repaired weights for the rewriting.
     waiting = batches * round(max((live[stop] for stop in stops), default=0) * narrower)
     matrices = max(3 * max(grams, default=0), sum(grams) if Method.of(config).needs_measuring else 0)
     running = round(max(live[: max(stops, default=0) + 1], default=0) * narrower)
-    computing = running + round(max(solving, default=0))
+    computing = running + max(solving, default=0)
     checking = 2 * DOUBLE * largest.numel()  # the check widens a weight, as it is and masked
     disk = total + repaired + pruned + waiting + matrices
     base = psutil.Process().memory_info().rss
@@ -109,16 +111,6 @@ def forecast(
         streamed=base + min(RESIDENT, disk) + max(computing, checking),
         disk=disk,
     )
-
-
-def _solving(rows: int, columns: int, sparsity: float) -> float:
-    """Bytes of the system of a consumer: the Gram matrix of one block in float64, what is kept of it twice,
-    its rows, and what is solved for: the removed columns, or where these are more, the rows.
-    """
-    kept, gone = (1 - sparsity) * columns, sparsity * columns
-    # Once the system is solved, one copy of what is kept is free again.
-    solved = max(kept * gone, rows * kept + kept * gone - kept**2) if gone < rows else 2 * rows * kept
-    return DOUBLE * (columns**2 + 2 * kept**2 + rows * columns + solved)
 
 
 def bytes_of_weights(tensors: Iterable[Tensor], kind: torch.dtype) -> int:
@@ -199,7 +191,7 @@ def recover(result: Pruned, dense: Any, chunks: Tensor, stages: Stages, **option
     Args:
         options: for :func:`fasp_fx.distil`.
     """
-    stages.begin(f"recovering on {chunks.shape[0]} x {chunks.shape[1]} tokens", measured=True)
+    stages.begin(f"recovering on {chunks.shape[0]} x {chunks.shape[1]} tokens")
     return distil(result, dense, training_steps(chunks), progress=stages.update, **options)
 
 
@@ -217,11 +209,11 @@ def measure(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> tuple[F
     """Latency and perplexity of the dense and of the pruned model."""
     chunks = texts.evaluation
     assert chunks is not None
-    stages.begin("measuring latency", measured=True)
+    stages.begin("measuring latency")
     times = latency([dense, result.model], chunks[:1], progress=stages.update)
     values = []
     for name, module in (("dense", dense), ("pruned", result.model)):
-        stages.begin(f"measuring perplexity of the {name} model", measured=True)
+        stages.begin(f"measuring perplexity of the {name} model")
         values.append(perplexity(module, chunks, progress=stages.update))
     return (
         Figure(f"milliseconds for one chunk of {chunks.shape[1]} tokens", times[0] * 1e3, times[1] * 1e3, 1),
@@ -238,13 +230,14 @@ def show(result: Pruned, out: Path) -> None:
     console().print(figures_table([*sizes, *cache, *report.figures]))
     asked = "" if report.requested is None else f" (asked for {report.requested:.2%})"
     recovery = report.recovery
+    loader = " after `import fasp_fx`" if isinstance(result.model, PrunedModel) else ""
     for line in (
         f"removed {report.sparsity:.2%} of the linear weights of {counted_weights(report.include)}{asked}",
         *(f"budget: {spent}" for spent in report.budgets),
         *(() if recovery is None else (f"recovered: {recovery}",)),
         *(f"note: {note}" for note in (*(recovery.notes if recovery is not None else ()), *report.notes)),
-        f"saved in {out}; load it with",
-        *(f"  {line}" for line in result.loading(out)),
+        f"saved in {out}; load it{loader} with",
+        f'  transformers.AutoModelForCausalLM.from_pretrained("{out}")',
     ):
         say(line)
 
@@ -307,8 +300,7 @@ def recover_and_save(
 def run(
     model: str,
     out: Path,
-    config: PruningConfig | None,
-    options: dict[str, Any],
+    config: PruningConfig,
     texts: Texts,
     stages: Stages,
     *,
@@ -317,7 +309,6 @@ def run(
     dtype: str,
     plain: bool,
     overwrite: bool,
-    html: Path | None,
     checkpoint: Path | None,
     dry_run: bool,
     scratch: Path | None,
@@ -325,7 +316,7 @@ def run(
     """Do what the command says, as its help describes it.
 
     Args:
-        config, options: how to prune, as :func:`fasp_fx.prune` takes them.
+        config: how to prune.
         texts: what to calibrate and to measure on.
         epochs: of the training that follows.
         scratch: where the weights are kept; ``None``: in memory.
@@ -343,37 +334,29 @@ def run(
         refuse_other(checkpoint, "--checkpoint")
         if out.absolute() in (checkpoint.absolute(), *checkpoint.absolute().parents):
             raise ArgumentError(f"--checkpoint '{checkpoint}' lies in --out '{out}'; give another folder")
-    if html is not None:
-        check_page(html)
     if _models.is_saved(model):
         raise pruned_already(f"'{model}'")
     _models.quieten()
-    where = _models.find_device(_own_device(device))
+    where = _models.find_device(device)
     torch.manual_seed(texts.seed)
     if not dry_run or texts.file is not None:
         stages.begin("loading the tokenizer and the text")
         tokenizer = _models.load_tokenizer(model)
         texts.read(tokenizer)
-    whole = PruningConfig.of(config, options)
     if dry_run:
-        say_needs(model, whole, plain, texts, dtype, stages)
+        say_needs(model, config, plain, texts, dtype, stages)
         return
     with offload(scratch, device=where) if scratch is not None else nullcontext() as kept:
         stages.begin("loading the model")
         home = where if kept is None else "cpu"
         dense = _models.load_model(model, dtype=dtype, device=home, scratch=kept)
         texts.check_against(dense)
-        if whole.needs_data:
+        if config.needs_data:
             texts.write(dense, tokenizer, stages)
-        chunks = texts.used if whole.needs_data else None
+        chunks = texts.used if config.needs_data else None
         with _together(where) as group:
-            shared: dict[str, Any] = {
-                "group": group,
-                "checkpoint": checkpoint,
-                "config": config,
-                "plain": plain,
-            }
-            made = [_pruned(dense, tokenizer, chunks, stages, **shared, **options)]
+            asked: dict[str, Any] = {"group": group, "checkpoint": checkpoint, "plain": plain}
+            made = [_pruned(dense, tokenizer, chunks, stages, config=config, **asked)]
         if process("RANK", 0):  # all processes have the same
             return
         with saving(out, overwrite, stages, made):
@@ -382,8 +365,6 @@ def run(
                 assert texts.used is not None
                 made.append(recover(made[0], dense, texts.used, stages, epochs=epochs, seed=texts.seed))
             made.append(made[-1].with_report(figures=measure(dense, made[-1], texts, stages)))
-    if html is not None:
-        write_page(made[-1].report, f"{model}, {made[-1].report.sparsity:.0%} removed", html)
     show(made[-1], out)
 
 
@@ -396,7 +377,7 @@ def _pruned(model: Any, tokenizer: Any, chunks: Tensor | None, stages: Stages, *
         stages.end()
         console().print(groups_table(analysis))
         if chunks is not None:
-            stages.begin(f"calibrating on {len(chunks)} x {chunks.shape[1]} tokens", measured=True)
+            stages.begin(f"calibrating on {len(chunks)} x {chunks.shape[1]} tokens")
 
     def calibrated(fraction: float) -> None:
         stages.update(fraction)
@@ -406,16 +387,6 @@ def _pruned(model: Any, tokenizer: Any, chunks: Tensor | None, stages: Stages, *
     stages.begin(CAPTURING)
     told: dict[str, Any] = {"progress": calibrated, "on_analysis": show_groups}
     return prune(model, tokenizer, calibration=batches, **told, **options)
-
-
-def _own_device(name: str | None) -> str | None:
-    """The device of this process, if none is named: of several accelerators the one of its number on this
-    machine.
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if name is not None or process("WORLD_SIZE", 1) == 1 or accelerator is None:
-        return name
-    return f"{accelerator.type}:{process('LOCAL_RANK', 0) % torch.accelerator.device_count()}"
 
 
 @contextmanager

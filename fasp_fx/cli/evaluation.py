@@ -4,11 +4,10 @@ alike.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,28 +36,18 @@ def perplexity(model: nn.Module, chunks: Tensor, *, progress: Callable[[float], 
             f"chunks is a {type(chunks).__name__} of shape {shape}; perplexity needs a tensor of token"
             " numbers [chunks, length] with at least one chunk of two tokens"
         )
-    total = 0.0
-    with _in_evaluation(model), torch.no_grad():
-        for index, chunk in enumerate(chunks, 1):
-            ids = chunk[None].to(device_of(model))
+    total, training = 0.0, model.training
+    model.eval()
+    for index, chunk in enumerate(chunks, 1):
+        ids = chunk[None].to(device_of(model))
+        with torch.no_grad():
             logits = output_tensors(model(input_ids=ids, use_cache=False))[0]
-            total += float(functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum"))
-            if progress is not None:
-                progress(index / len(chunks))
+        total += float(functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum"))
+        if progress is not None:
+            progress(index / len(chunks))
+    model.train(training)
     mean = total / (len(chunks) * (chunks.shape[1] - 1))
     return math.exp(mean) if mean < 700 else math.inf
-
-
-@contextlib.contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, in which dropouts are off, and each module's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def latency(
@@ -78,22 +67,15 @@ def latency(
         repeats: passes that count.
         progress: called with the fraction done.
     """
-
-    def passed(model: nn.Module) -> float:
-        """A point of time at which the model has computed what it was asked for."""
-        device = device_of(model)
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return time.perf_counter()
-
     seconds: list[list[float]] = [[] for _ in models]
     for turn in range(repeats + 1):
         for model, taken in zip(models, seconds):
             held = ids.to(device_of(model))
-            start = passed(model)
+            start = time.perf_counter()
             with torch.no_grad():
-                model(input_ids=held, use_cache=False)
-            taken.append(passed(model) - start)
+                logits = output_tensors(model(input_ids=held, use_cache=False))[0]
+            logits[..., -1, -1].cpu()  # waits until they are computed
+            taken.append(time.perf_counter() - start)
         progress((turn + 1) / (repeats + 1))
     return [statistics.median(taken[1:]) for taken in seconds]
 

@@ -252,14 +252,13 @@ def one_token(graph: fx.Graph) -> None:
     """Write out attention as it is for a query of one token (:func:`_attend`), where each key and value head
     is read once, and not repeated for the query heads that share it.
     """
-    biases: dict[fx.Node, fx.Node] = {}
     for node in list(graph.find_nodes(op="call_function", target=_ATTENTION)):
         given = arguments(node)
         query, mask, value = given["query"], given["attn_mask"], given["value"]
-        biased = isinstance(mask, fx.Node)
+        masked = isinstance(mask, fx.Node)
         heads = _shape(query)[1:2]
         plain = not given["dropout_p"] and not given["is_causal"] and len(_shape(query)) == 4
-        if not plain or (biased and (len(_shape(mask)) != 4 or _shape(mask)[1:2] not in ((1,), heads))):
+        if not plain or (masked and (len(_shape(mask)) != 4 or _shape(mask)[1:2] not in ((1,), heads))):
             continue
         cut = _cut_after(node) if _pads_width(value) else None
         key, times = _repeated(given["key"])
@@ -267,9 +266,7 @@ def one_token(graph: fx.Graph) -> None:
         if times != same:
             continue
         with graph.inserting_before(node):
-            if biased and mask not in biases:  # written before the first layer, it serves all
-                biases[mask] = stamp(graph.call_function(_bias, (mask, query)), "one_token", node)
-            call = (query, key, value, biases[mask] if biased else None, given["scale"])
+            call = (query, key, value, mask, given["scale"])
             made = stamp(graph.call_function(_attend, call), "one_token", node)
         for replaced in (node,) if cut is None else (cut, node):
             replaced.replace_all_uses_with(made)
@@ -277,22 +274,16 @@ def one_token(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _bias(mask: Tensor, query: Tensor) -> Tensor:
-    """A mask of attention as what is added to the scores."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros((), dtype=query.dtype, device=query.device).where(mask, -torch.inf)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """Attention of a query of one token. The heads that share keys make one matrix product, where the fused
     kernel reads the keys once per head, and values may be narrower than keys.
     """
     heads, shared, width = query.shape[1], key.shape[1], query.shape[3]
     rows = query.reshape(-1, shared, heads // shared, width)
     scores = (rows * (width**-0.5 if scale is None else scale)) @ key.transpose(2, 3)
-    if bias is not None:
-        scores = scores + (bias if bias.shape[1] == 1 else bias.unflatten(1, (shared, -1)).squeeze(3))
+    if mask is not None:
+        own = mask if mask.shape[1] == 1 else mask.unflatten(1, (shared, -1)).squeeze(3)
+        scores = scores.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else scores + own
     return (aten._safe_softmax(scores, -1) @ value).reshape(-1, heads, 1, value.shape[3])
 
 

@@ -24,16 +24,15 @@ from torch import Tensor, nn
 from ..analysis.plan import PruningPlan
 from ..base._device import check_device
 from ..base._options import path_of
-from ..base._tolerable import tolerable
 from ..base.compat._transformers import quiet
-from ..errors import ArgumentError, FaspError, StoreError, first_line
+from ..errors import ArgumentError, StoreError
 from ..pruning._result import TOLD, read_told, write_told
 from ..pruning.report import Report
 from ..storage._folder import new_save, parsing, read_json, read_text, verify, write_json, write_manifest
 from ..storage._graph_json import program_from_json
 from ..storage._tensors import read_tensors, write_tensors
 from ._arguments import LOSSES, POSITIONS
-from ._config import PrunedConfig, check_layers, original_of
+from ._config import PrunedConfig, original_of
 from ._flat import FlatProgram
 from ._model import Parts, PrunedModel, StoredProgram
 
@@ -65,23 +64,14 @@ def save(
     """
     path = path_of(folder, "folder").absolute()
     plain = not isinstance(model, PrunedModel)
-    with new_save(path, PLAIN if plain else KIND, overwrite=overwrite) as made:
-        try:
-            with quiet():
-                if plain:
-                    model.save_pretrained(made)
-                    write_told(made, plan, report)
-                else:
-                    _fill(made, model, None)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(str(made))
-        except (OSError, FaspError):
-            raise
-        except tolerable(Exception) as error:  # save_pretrained raises what it likes
-            raise StoreError(
-                f"save_pretrained of {type(model).__name__} or its tokenizer failed: {first_line(error)};"
-                " nothing was written"
-            ) from error
+    with new_save(path, PLAIN if plain else KIND, overwrite=overwrite) as made, quiet():
+        if plain:
+            model.save_pretrained(made)
+            write_told(made, plan, report)
+        else:
+            _fill(made, model, None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(made))
     return path
 
 
@@ -107,7 +97,7 @@ def save_into(model: PrunedModel, path: Path, state_dict: Mapping[str, Tensor] |
         path.mkdir(parents=True, exist_ok=True)
         _fill(path, model, state_dict)
         write_manifest(path, KIND, _OWN)
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
 
 
@@ -146,11 +136,11 @@ def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dic
 
 #: fields of a configuration that say what the programs are
 _OF_THE_PROGRAMS = ("original", "positions", "loss", "labels_moved", "fasp_fx_version", "is_encoder_decoder")
-_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 #: arguments of transformers' loaders that change nothing here
 _WITHOUT_EFFECT = {
     *("trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "adapter_kwargs", "_from_auto"),
-    *("_from_pipeline", "weights_only", "proxies", "use_kernels"),
+    *("_from_pipeline", "weights_only", "proxies", "use_kernels", "cache_dir", "force_download"),
+    *("local_files_only", "revision", "token"),
 }
 
 
@@ -169,20 +159,6 @@ def _parts(folder: Path, device: torch.device) -> Parts:
     return Parts(made, weights, constants, *read_told(folder))
 
 
-def _folder(where: Any, hub: dict[str, Any]) -> Path:
-    if os.path.isdir(where):
-        return Path(where)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(where), **hub))
-    except tolerable(Exception) as error:  # the hub's client raises what its transport does
-        raise StoreError(
-            f"'{where}' is neither a folder nor a repository that can be read: {first_line(error)}; give the"
-            " folder that save_pretrained wrote"
-        ) from error
-
-
 def _config(folder: Path) -> PrunedConfig:
     with parsing("config.json"):
         config = PrunedConfig.from_pretrained(folder)
@@ -190,8 +166,6 @@ def _config(folder: Path) -> PrunedConfig:
         raise StoreError(
             "config.json does not hold the configuration of the model that was pruned; save the model again"
         )
-    with parsing("config.json"), safetensors.safe_open(folder / "model.safetensors", "pt") as weights:
-        check_layers(config.original, len(weights.keys()))
     original_of(config)
     for name, ways in (("positions", POSITIONS), ("loss", LOSSES)):
         if getattr(config, name) not in (None, *ways):
@@ -263,10 +237,11 @@ class SavedModel(PrunedModel):
         device_map: Any = None,
         **options: Any,
     ) -> Any:
-        """Load a folder that ``save_pretrained`` wrote, or a repository on the hub that holds one.
+        """Load a folder that ``save_pretrained`` wrote.
 
         Args:
-            pretrained_model_name_or_path: the folder, or a hub id.
+            pretrained_model_name_or_path: the folder; of a repository on the hub, what
+                ``huggingface_hub.snapshot_download`` made of it.
             dtype: ``None``, ``"auto"`` or the dtype that the model was captured in; another one is refused.
             device_map: ``None``, ``"auto"`` (the accelerator if there is one), or a device.
 
@@ -274,7 +249,6 @@ class SavedModel(PrunedModel):
             StoreError: a file is missing, damaged or of another version.
             ArgumentError: an argument cannot be honoured.
         """
-        hub = {name: value for name in _HUB if (value := options.pop(name, None)) is not None}
         subfolder = options.pop("subfolder", "") or ""
         for name, value in options.items():
             if value is not None and name not in _WITHOUT_EFFECT:
@@ -287,7 +261,7 @@ class SavedModel(PrunedModel):
                 f"attn_implementation={asked!r} cannot be had: the programs fix attention; choose it for the"
                 " dense model and prune it again"
             )
-        folder = _folder(pretrained_model_name_or_path, hub) / subfolder
+        folder = Path(pretrained_model_name_or_path) / subfolder
         verify(folder, KIND, FILES)
         device = _device(device_map)
         found = _overridden(_config(folder), config)

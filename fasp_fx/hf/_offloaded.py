@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base._offload import Scratch, keep_weights
 from ..base.compat._transformers import kept_in_float32
 from ..errors import ArgumentError
 
+_NUMBER = re.compile(r"\.\d+\.")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -59,7 +61,7 @@ def load_offloaded(
         weights[name] = scratch.empty(tensor.shape, kind).copy_(tensor)
     options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": wanted or torch.float32}
     model, info = type(empty).from_pretrained(None, output_loading_info=True, **options)
-    refuse_incomplete(info, str(folder))
+    refuse_incomplete(model, info, str(folder))
     keep_weights(model, scratch)  # what transformers had to convert
     model.name_or_path = model.config._name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
@@ -83,15 +85,18 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, opened.get_tensor(name)
 
 
-def refuse_incomplete(info: Mapping[str, Any], where: str) -> None:
-    """Refuse a model with weights made up. Others may be left out: a model of one kind can be loaded of a
-    checkpoint that holds more.
+def refuse_incomplete(
+    model: nn.Module, info: Mapping[str, Any], where: str, beyond: Sequence[str] = ()
+) -> None:
+    """Refuse a model with weights made up, or with fewer layers than its files. Other weights may be left
+    out: a model of one kind can be loaded of a checkpoint that holds more.
 
     Args:
         info: what transformers says of the loading.
+        beyond: weights of layers that it does not tell of.
 
     Raises:
-        ArgumentError: names a weight that would be made up.
+        ArgumentError: names a weight that would be made up or left out.
     """
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         found = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(kind) or ())
@@ -101,3 +106,11 @@ def refuse_incomplete(info: Mapping[str, Any], where: str) -> None:
                 f"'{where}' lacks the weights {', '.join(found[:3])}{rest}, or holds them in another size:"
                 " they would be made up; give the complete model"
             )
+    known = {_NUMBER.sub(".", name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    left_out = sorted(map(str, info.get("unexpected_keys") or ()))
+    layers = [name for name in left_out if _NUMBER.search(name) and _NUMBER.sub(".", name) in known]
+    if beyond or layers:
+        raise ArgumentError(
+            f"'{where}' holds weights of more layers than its configuration says"
+            f" ({[*beyond, *layers][0]}), which would be left out; correct the configuration"
+        )

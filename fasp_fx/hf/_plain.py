@@ -24,6 +24,7 @@ from ..analysis.groups import PRUNABLE, Group
 from ..analysis.plan import PruningPlan
 from ..base._device import device_of
 from ..base._tolerable import tolerable
+from ..base._undisturbed import generator_of
 from ..base.compare import distance, tolerance
 from ..base.compat._transformers import quiet
 from ..calibration._calibration import as_calls, check_calibration
@@ -121,14 +122,18 @@ def plain_config(model: nn.Module, asked: PruningConfig) -> tuple[Experiments, S
         raise ArgumentError(
             f"a plain checkpoint is made of a transformers model, not of a {type(model).__name__}"
         )
-    vain = [name for name in ("include", "exclude", "budget") if getattr(asked, name)]
-    vain += ["granularity"] * (asked.granularity != PruningConfig.granularity)
-    vain += ["sparsity by pattern"] * isinstance(asked.sparsity, Mapping)
-    vain += ["allocation by trial"] * isinstance(asked.allocator, Search)
-    if vain:
+    vain = {
+        "include": asked.include,
+        "exclude": asked.exclude,
+        "budget": asked.budget,
+        "granularity": asked.granularity != PruningConfig.granularity,
+        "sparsity by pattern": isinstance(asked.sparsity, Mapping),
+        "allocation by trial": isinstance(asked.allocator, Search),
+    }
+    for name in (name for name, given in vain.items() if given):
         raise ArgumentError(
-            f"{vain[0]}= cannot be had in a plain checkpoint, whose config says one width for many layers;"
-            " leave it out, or prune without plain"
+            f"{name}= cannot be had in a plain checkpoint, whose config says one width for many layers; leave"
+            " it out, or prune without plain"
         )
     experiments = Experiments(model)
     kind = CostSettings if isinstance(asked.allocator, CostAllocation) else Settings
@@ -239,9 +244,8 @@ def _built(
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):
             raise _other(kind, f"{problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]}")
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for name, parameter in made.named_parameters():
-        parameter.requires_grad_(trained.get(name, True))
+    for name, parameter in model.named_parameters():
+        made.get_parameter(name).requires_grad_(parameter.requires_grad)
     made.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     return made.eval().to(next(iter(weights.values())).device)
 
@@ -265,8 +269,8 @@ def _check_equal(
     device, table = device_of(result.module), model.get_input_embeddings()
     given = {name: own.to(device) if isinstance(own, Tensor) else own for name, own in example.items()}
     if isinstance(given.get("input_ids"), Tensor) and isinstance(table, nn.Embedding):
-        generator = torch.Generator(device="cpu").manual_seed(0)
         shape = tuple(given["input_ids"].shape)
+        generator = generator_of("plain")
         drawn = torch.randint(0, table.num_embeddings, shape, generator=generator, device="cpu")
         given["input_ids"] = drawn.to(given["input_ids"])
     expected = _outputs(result.module, given)
@@ -316,9 +320,6 @@ Assignment = Mapping[Path, Any]
 Shapes = dict[str, tuple[int, ...]]
 #: by how much dimensions of parameters and buffers shrink
 Losses = dict[tuple[str, int], int]
-
-#: longer lists hold no sizes of layers
-_LONGEST = 512
 
 
 def written(path: Path) -> str:
@@ -477,15 +478,15 @@ def _turned(experiments: Experiments, units: Mapping[str, Losses], knob: Knob) -
     for steps in (knob.width // 2, 1):
         lost = experiments.losses({knob.path: knob.lowered(steps)})
         if lost is not None:
-            names = frozenset(name for name, own in units.items() if _lose(lost, own, steps))
+            names = frozenset(
+                name
+                for name, own in units.items()
+                if all(lost.get(place) == unit * steps for place, unit in own.items())
+            )
             if lost != {place: unit * steps for name in names for place, unit in units[name].items()}:
                 return knob
             shrunk.add(names)
     return replace(knob, groups=shrunk.pop()) if len(shrunk) == 1 else knob
-
-
-def _lose(lost: Losses, units: Losses, steps: int) -> bool:
-    return all(lost.get(place) == unit * steps for place, unit in units.items())
 
 
 def _units(group: Group) -> Losses:
@@ -503,8 +504,7 @@ def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         for key, inner in value.items():
             yield from _leaves(inner, (*path, str(key)))
     elif isinstance(value, list):
-        if len(value) <= _LONGEST:
-            for index, inner in enumerate(value):
-                yield from _leaves(inner, (*path, index))
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, (*path, index))
     else:
         yield path, value

@@ -31,10 +31,10 @@ from ..errors import ArgumentError, PlanError, StoreError, VerificationError
 from ..passes._pruned_module import PrunedModule
 from ..pruning._prune import decide, measure_subject, replay, restoring_config
 from ..pruning._result import Result
-from ..pruning._subject import Subject, analyze_for, make_plan, rewrite
+from ..pruning._subject import Subject, analyze_for, rewrite
 from ..pruning.config import PruningConfig, PruningOptions
-from ..pruning.report import Report, make_report
-from ..storage._folder import LAYERS, kind_of, parsing, read_json
+from ..pruning.report import Report
+from ..storage._folder import kind_of, parsing, read_json
 from ._config import PrunedConfig, check_layers
 from ._convention import check_served, convention_of
 from ._flat import FlatProgram
@@ -67,19 +67,6 @@ class Pruned:
         if isinstance(self.model, PrunedModel):
             self.model.report = report
         return replace(self, report=report)
-
-    def loading(self, folder: str | Path) -> list[str]:
-        """Lines of Python that load the model from the folder it was saved in."""
-        plain = not isinstance(self.model, PrunedModel)
-        loader = "AutoModelForSeq2SeqLM" if self.model.config.is_encoder_decoder else "AutoModelForCausalLM"
-        known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.model.config), None)
-        if plain and known is not type(self.model):
-            loader = type(self.model).__name__
-        return [
-            *([] if plain else ["import fasp_fx"]),
-            f"from transformers import {loader}",
-            f'model = {loader}.from_pretrained("{folder}")',
-        ]
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write model and tokenizer to a new folder, whole or not at all.
@@ -332,20 +319,14 @@ def _finished(
     model, (name, program) = captured.model, captured.planned()
     analysis = subject.analyses[""]
     _, *others = [(name, one.checked()) for name, one in captured.programs.items()]
-    if others:
-        plan = make_plan(program, analysis, decision)
+    result = rewrite(program, analysis, decision, config)
+    results, plan, report = {name: result}, result.plan, result.report
+    if others:  # which generation runs in the place of the first
         results = {name: _carried_out(name, other, asked, plan, program, decision) for name, other in others}
-        weights = one_set(model, results)
-        trained = {name: own for name, own in weights.items() if isinstance(own, nn.Parameter)}
-        plan = replace(plan, result=plans.fingerprint(trained))
-        report = make_report(analysis, plan, decision, program.parameters(), weights, config)
         reports = [result.report for result in results.values()]
         notes = dict.fromkeys(note for one in (report, *reports) for note in one.notes)
         cache = next((one.cache for one in reports if one.cache is not None), None)
         report = replace(report, notes=tuple(notes), cache=cache)
-    else:  # the one program serves all of generation
-        result = rewrite(program, analysis, decision, config)
-        results, plan, report = {name: result}, result.plan, result.report
     programs: dict[str, StoredProgram] = {}
     constants: dict[str, dict[str, Tensor]] = {}
     for name, result in results.items():
@@ -456,7 +437,7 @@ def read_pruned(folder: Path, device: torch.device | None) -> Pruned:
         return Pruned(model, model.plan, model.report, tokenizer)
     plan, report = read_plain(folder)
     with parsing("config.json"):
-        check_layers(read_json(folder / "config.json"), LAYERS)  # it may be anybody's
+        check_layers(read_json(folder / "config.json"))  # it may be anybody's
         names = transformers.AutoConfig.from_pretrained(folder).architectures or ["none"]
         found: Any = getattr(transformers, names[0], None)
         if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):

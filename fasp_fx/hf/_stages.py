@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,17 +37,13 @@ class Stage:
     state: tuple[str, ...] = ()
 
 
-@dataclass
 class Stages:
     """The programs of one model: first the one that calibration runs, and that the plan is made for, which
     may be one of those that generation runs.
     """
 
-    model: Any
-    accepts: frozenset[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.accepts = frozenset(inspect.signature(self.model.forward).parameters)
+    def __init__(self, model: Any) -> None:
+        self.model, self.accepts = model, frozenset(inspect.signature(model.forward).parameters)
 
     def tokens(self, count: int, batch: int = BATCH, seed: int = 0) -> Tensor:
         """Random token numbers ``[batch, count]``."""

@@ -370,26 +370,19 @@ def _alone(node: fx.Node) -> fx.Graph:
 
 
 def _without_modes(graph: fx.Graph, grad: bool) -> None:
-    """Take out the switches of the gradient mode; what a region without gradients hands on is detached."""
+    """Take out the switches of the gradient mode; what is made in a region without gradients is detached."""
     start = enabled = torch.is_grad_enabled()
-    inside: dict[fx.Node, bool] = {}
     for node in list(graph.nodes):
         if node.target is SET_GRAD:
             enabled = bool(node.args[0])
             if enabled and not start:
                 raise CaptureError("the graph switches gradients on")
             graph.erase_node(node)
-        elif node.op == "call_function":
-            inside[node] = enabled
-    for node, tracked in inside.items():
-        outside = [user for user in node.users if inside.get(user, start)]
-        if not grad or tracked or not outside or not isinstance(node.meta.get("val"), Tensor):
-            continue
-        with graph.inserting_after(node):
-            detached = graph.call_function(torch.ops.aten.detach.default, (node,))
-        detached.meta["val"] = node.meta["val"]
-        for user in outside:
-            user.replace_input_with(node, detached)
+        elif node.op == "call_function" and grad and not enabled and isinstance(node.meta.get("val"), Tensor):
+            with graph.inserting_after(node):
+                detached = graph.call_function(torch.ops.aten.detach.default, (node,))
+            detached.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(detached, delete_user_cb=lambda user, own=detached: user is not own)
 
 
 def as_program(

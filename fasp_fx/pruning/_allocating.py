@@ -21,7 +21,7 @@ from ..allocation.costs import Costs
 from ..analysis._analysis import Analysis
 from ..analysis.groups import Group
 from ..analysis.resources import Resource, Sparsity
-from ..base._undisturbed import in_turns
+from ..base._undisturbed import aside
 from ..calibration._trial import ServedTrial
 from ..errors import NothingPrunableError
 from ._calibrating import Method
@@ -84,7 +84,7 @@ def allocate(
         check_asked(config.sparsity, part.groups)
         return part.spread(lost_by_pattern(part, config.sparsity, config.round_to), budget), []
     if trial is not None:
-        trial.serve(part.groups, part.spread, in_turns(advance))
+        trial.serve(part.groups, part.spread, aside()(advance))
     if isinstance(allocation, CostAllocation):
         assert costs is not None
         given = (costs, trial) if isinstance(allocation, Search) else (costs,)

@@ -27,18 +27,6 @@ MANIFEST = "manifest.json"
 #: thirty
 JSON_BYTES = 2**27
 
-#: far more than any published model has, far fewer than takes forever to build
-LAYERS = 4096
-_LAYER_NAMES = (
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-    "num_decoder_layers",
-    "encoder_layers",
-    "decoder_layers",
-)
-
 
 @dataclass(frozen=True)
 class _File:
@@ -221,20 +209,6 @@ def parsing(name: str) -> Iterator[None]:
         ) from error
 
 
-def layer_counts(data: Any) -> Iterator[tuple[str, int]]:
-    """The numbers of layers in a configuration and those within it, by the names that configurations of
-    transformers give them.
-    """
-    if isinstance(data, dict):
-        for name, value in data.items():
-            if name in _LAYER_NAMES and type(value) is int:
-                yield name, value
-            yield from layer_counts(value)
-    elif isinstance(data, list):
-        for item in data:
-            yield from layer_counts(item)
-
-
 # --- Folders that keep the state of one run, so that the same call goes on from there.
 
 RUN = "run.json"
@@ -291,28 +265,4 @@ def read_state(target: Any, file: Path) -> Any:
     Raises:
         StoreError: it holds something else.
     """
-    try:
-        text = file.read_bytes()
-    except OSError as error:
-        raise StoreError(f"'{file}' cannot be read: {first_line(error)}; remove the folder") from error
-    return parse(target, text, f"'{file}'", "remove the folder that it is in")
-
-
-__all__ = [
-    "FORMAT",
-    "LAYERS",
-    "MANIFEST",
-    "claim",
-    "is_save",
-    "kind_of",
-    "layer_counts",
-    "new_save",
-    "parsing",
-    "read_json",
-    "read_state",
-    "read_text",
-    "refuse_other",
-    "verify",
-    "write_json",
-    "write_manifest",
-]
+    return parse(target, file.read_bytes(), f"'{file}'", "remove the folder that it is in")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-import keyword
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -24,14 +23,12 @@ from ..capturing._signature import HELD, CallSignature
 from ..errors import StoreError, first_line
 from ._folder import parsing
 from ._tensors import device_of, to_device
-from ._untrusted import check_program, walk
+from ._untrusted import check_name, check_program, walk
 
 #: elements of all example inputs of a program together
 EXAMPLE = 2**28
 #: how the structure of arguments and outputs names a device: in JSON that is a text of JSON
 _DEVICE = re.compile(r'(\\+"_t\\+": \\+"device\\+", \\+"s\\+": \\+")\w+(:\d+)?')
-#: what generated code calls its own
-_TAKEN = {"self", "_call", "_name", "_value", "fx_pytree", "torch", *keyword.kwlist}
 
 
 def signature_to_json(signature: CallSignature) -> dict[str, Any]:
@@ -50,7 +47,7 @@ def signature_to_json(signature: CallSignature) -> dict[str, Any]:
                 entry["default"] = {"not_stored": repr(parameter.default)}
         parameters.append(entry)
     for name in (*signature.captured, *signature.constants):
-        _name(name)
+        check_name(name)
     return {
         "parameters": parameters,
         "captured": list(signature.captured),
@@ -70,15 +67,6 @@ def _values_to_json(values: Mapping[str, Any]) -> dict[str, Any]:
                 " (None, bool, int, float, str, list, tuple, dict with text for keys)"
             ) from error
     return found
-
-
-def _name(name: Any) -> str:
-    """The name of an argument; it becomes part of generated code, and so must be nothing but a name."""
-    if not isinstance(name, str) or not name.isidentifier() or name in _TAKEN or len(name) > 1000:
-        raise StoreError(
-            f"{name!r:.200} is no name that an argument can have in Python code, and is not stored; rename it"
-        )
-    return name
 
 
 def value_to_json(value: Any) -> Any:
@@ -145,7 +133,7 @@ def value_from_json(value: Any) -> Any:
         raise ValueError(f"{value!r:.200} is not a stored value") from error
 
 
-_Name = Annotated[str, ReadBy(_name)]
+_Name = Annotated[str, ReadBy(check_name)]
 _Value = Annotated[Any, ReadBy(value_from_json)]
 
 
@@ -262,7 +250,16 @@ def check_weights(program: ExportedProgram, *, cast: bool = False) -> None:
     Raises:
         StoreError: names one.
     """
-    for name, expected in _expected(program):
+    signature = program.graph_signature
+    names = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name not in names:
+            continue
+        name, expected = names[node.name], node.meta["val"]
         tensor = program.state_dict.get(name, program.constants.get(name))
         for what in ("shape",) if cast else ("shape", "dtype", "device"):
             found, wanted = getattr(tensor, what, None), getattr(expected, what)
@@ -271,19 +268,6 @@ def check_weights(program: ExportedProgram, *, cast: bool = False) -> None:
                     f"'{name}' has {what} {found}, the program was captured with {wanted}; undo the change,"
                     " or export the module again"
                 )
-
-
-def _expected(program: ExportedProgram) -> Iterator[tuple[str, Tensor]]:
-    """The names of the tensors that a graph takes besides its inputs, and what it takes them for."""
-    signature = program.graph_signature
-    names = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
-    for node in program.graph.find_nodes(op="placeholder"):
-        if node.name in names:
-            yield names[node.name], node.meta["val"]
 
 
 def _move(item: Any, device: torch.device) -> None:
@@ -313,12 +297,3 @@ def _example_from_json(text: str, structure: str, device: torch.device | None) -
         for leaf in leaves
     ]
     return pytree.tree_unflatten(values, pytree.treespec_loads(structure))
-
-
-__all__ = [
-    "check_weights",
-    "program_from_json",
-    "program_to_json",
-    "signature_from_json",
-    "signature_to_json",
-]

@@ -73,18 +73,14 @@ def _one_of(words: str) -> str:
     return f"(?:{'|'.join(map(re.escape, words.split()))})"
 
 
-def _nothing_but(what: str, *tokens: str) -> Callable[[Any], None]:
-    """What refuses a text of more than these tokens."""
+def _nothing_but(what: str, *tokens: str) -> Callable[[Any], str]:
+    """What refuses a text of more than these tokens, and gives others back."""
     pattern = re.compile(f"(?:{'|'.join(tokens)})++")
 
-    def check(text: Any) -> None:
-        if isinstance(text, str) and len(text) > LENGTH:
-            raise StoreError(
-                f"the graph holds {what}s of {len(text)} characters, which are too long to be stored; give"
-                " sizes that are computed of others as numbers"
-            )
-        if not isinstance(text, str) or pattern.fullmatch(text) is None:
+    def check(text: Any) -> str:
+        if not isinstance(text, str) or len(text) > LENGTH or pattern.fullmatch(text) is None:
             raise refuse(what, text)
+        return text
 
     return check
 
@@ -113,9 +109,9 @@ check_guard = _nothing_but(
 _check_word = _nothing_but("word", r"[\w.@+-]{1,1000}", r"\Z")
 #: a size, or an expression of sizes; torch counts up to the number of one that only the data say
 _check_size = _nothing_but("size", r"(?!(?:u|zuf)\d{5,})[\w +*/()%,.-]")
-_check_name = _nothing_but(
-    "name", rf"\A(?!__)(?!{_one_of(' '.join([*keyword.kwlist, 'self']))}\Z)[^\W\d]\w{{0,999}}\Z"
-)
+#: what generated code calls its own
+_TAKEN = " ".join(["self", "_call", "_name", "_value", "fx_pytree", "torch", *keyword.kwlist])
+check_name = _nothing_but("name", rf"\A(?!__)(?!{_one_of(_TAKEN)}\Z)[^\W\d]\w{{0,999}}\Z")
 
 
 def refuse(kind: str, text: Any) -> StoreError:
@@ -238,7 +234,7 @@ def check_structure(text: Any, *, keywords: bool = False) -> None:
         _check_spec(tree)
         if keywords:
             for name in json.loads(tree["children_spec"][1]["context"]):
-                _check_name(name)
+                check_name(name)
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise refuse("structure", text) from error
 
@@ -314,20 +310,12 @@ def _transformers_class(path: str) -> type:
 
 
 def _register(path: str) -> None:
-    """Make an output or cache class of transformers known to torch."""
-    from transformers.utils.generic import ModelOutput
-
+    """Make a cache class of transformers known to torch; its outputs are by their own import."""
     from ..base.compat._transformers import is_cache_class, register_pytree_node
 
     found = _transformers_class(path)
-    if issubclass(found, ModelOutput) and dataclasses.is_dataclass(found):
-        return  # registered by its own import
-    if not is_cache_class(found):
-        raise StoreError(
-            f"the program takes or returns a {path}, which is neither an output nor a cache of transformers;"
-            " register it as a pytree first"
-        )
-    register_pytree_node(found)
+    if is_cache_class(found):
+        register_pytree_node(found)
 
 
 #: what each text of a stored program is held against, by the class and field that hold it: operators are
@@ -345,30 +333,30 @@ _TEXTS: dict[str, Callable[[Any], object]] = {
     "ExportedProgram.range_constraints key": _check_size,
     "ExportedProgram.torch_version": _check_word,
     "ExportedProgram.verifiers": _check_word,
-    "Graph.sym_bool_values key": _check_name,
-    "Graph.sym_float_values key": _check_name,
-    "Graph.sym_int_values key": _check_name,
-    "Graph.tensor_values key": _check_name,
-    "GraphArgument.name": _check_name,
+    "Graph.sym_bool_values key": check_name,
+    "Graph.sym_float_values key": check_name,
+    "Graph.sym_int_values key": check_name,
+    "Graph.tensor_values key": check_name,
+    "GraphArgument.name": check_name,
     "GraphModule.treespec_namedtuple_fields key": _check_word,
     "InputToBufferSpec.buffer_name": _check_path,
-    "InputToConstantInputSpec.name": _check_name,
+    "InputToConstantInputSpec.name": check_name,
     "InputToParameterSpec.parameter_name": _check_path,
     "InputToTensorConstantSpec.tensor_constant_name": _check_path,
     "ModuleCallEntry.fqn": _check_word,
-    "ModuleCallSignature.forward_arg_names": _check_name,
+    "ModuleCallSignature.forward_arg_names": check_name,
     "ModuleCallSignature.in_spec": functools.partial(check_structure, keywords=True),
     "ModuleCallSignature.out_spec": check_structure,
     "NamedArgument.name": _check_word,
-    "NamedTupleDef.field_names": _check_name,
-    "Node.name": _check_name,
+    "NamedTupleDef.field_names": check_name,
+    "Node.name": check_name,
     "Node.target": check_operator,
     "ParameterMutationSpec.parameter_name": _check_path,
-    "SymBoolArgument.as_name": _check_name,
+    "SymBoolArgument.as_name": check_name,
     "SymExpr.expr_str": check_expression,
-    "SymFloatArgument.as_name": _check_name,
-    "SymIntArgument.as_name": _check_name,
-    "TensorArgument.name": _check_name,
-    "TokenArgument.name": _check_name,
-    "UserInputMutationSpec.user_input_name": _check_name,
+    "SymFloatArgument.as_name": check_name,
+    "SymIntArgument.as_name": check_name,
+    "TensorArgument.name": check_name,
+    "TokenArgument.name": check_name,
+    "UserInputMutationSpec.user_input_name": check_name,
 }

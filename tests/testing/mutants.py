@@ -117,12 +117,8 @@ def without_clause(operator: Any, keyword: str) -> Patch:
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
         found = patterns.lookup(operator)
         assert found is not None
-        left = patterns.Rule(
-            found.moves,
-            found.alternatives,
-            tuple(clause for clause in found.clauses if clause.keyword != keyword),
-        )
-        monkeypatch.setitem(patterns._registry._USER, operator, left)
+        left = ";".join(part for part in str(found).split(";") if part.split()[0] != keyword)
+        monkeypatch.setitem(patterns._registry._USER, operator, patterns.parse(left))
 
     return patch
 

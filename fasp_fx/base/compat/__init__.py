@@ -59,19 +59,9 @@ SET_GRAD = torch._C._set_grad_enabled
 FAKE_LOGGER = "torch._subclasses.fake_tensor"
 
 
-@contextlib.contextmanager
-def silent_fake_tensors() -> Iterator[None]:
+def silent_fake_tensors() -> contextlib.AbstractContextManager[object]:
     """Keep fake tensors from logging as an error what they go on to raise."""
-    logger = logging.getLogger(FAKE_LOGGER)
-
-    def passes(record: logging.LogRecord) -> bool:  # a level would be told to all loggers of the process
-        return record.levelno >= logging.CRITICAL
-
-    logger.addFilter(passes)
-    try:
-        yield
-    finally:
-        logger.removeFilter(passes)
+    return mock.patch.object(logging.getLogger(FAKE_LOGGER), "disabled", True)
 
 
 def without_fake_cache() -> contextlib.AbstractContextManager[None]:
@@ -165,13 +155,9 @@ def refuse_new_guards(environment: ShapeEnv) -> Iterator[None]:
     def refuse(expression: object, value: object) -> None:
         raise VerificationError(f"the sizes would have to fulfil {expression} == {value}")
 
-    frozen = environment.frozen
-    with mock.patch.object(environment, "_check_frozen", refuse):
-        environment.frozen = True
-        try:
-            yield
-        finally:
-            environment.frozen = frozen
+    freeze = mock.patch.object(environment, "frozen", True)
+    with freeze, mock.patch.object(environment, "_check_frozen", refuse):
+        yield
 
 
 def take_guards(program: ExportedProgram, other: ExportedProgram) -> None:

@@ -64,16 +64,6 @@ def to_html(source: Report | Analysis, title: str = "Model") -> str:
     return "".join(fields[part] if index % 2 else part for index, part in enumerate(parts))
 
 
-def check_page(file: Path) -> None:
-    """Refuse a file that :func:`write_page` would refuse, before any work is done.
-
-    Raises:
-        StoreError: something else is there, or it cannot be written.
-    """
-    with new_file(file, replaceable=_is_page, keep=False):
-        pass
-
-
 def write_page(source: Report | Analysis, title: str, file: Path) -> None:
     """Write the page, whole or not at all; an earlier page is replaced, and nothing else.
 
@@ -240,4 +230,4 @@ def _numbers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part.isdecimal())
 
 
-__all__ = ["check_page", "page_data", "to_html", "write_page"]
+__all__ = ["page_data", "to_html", "write_page"]
