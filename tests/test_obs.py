@@ -225,9 +225,10 @@ def test_predicted_losses_come_true_where_the_loss_is_quadratic() -> None:
     model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 5)).eval()
     data = [torch.randn(500, 8) for _ in range(8)]
     captured = fasp_fx.capture(model, (data[0],))
-    costs = fasp_fx.measure(
-        captured, calibration=data, score=fasp_fx.obs.OBS(rounds=12, shrinkage=0.0, damping=1e-6)
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"ROUNDS": 12, "SHRINKAGE": 0.0, "DAMPING": 1e-6}.items():
+            patch.setattr(fasp_fx.obs, name, value)
+        costs = fasp_fx.measure(captured, calibration=data, score="obs")
     result = fasp_fx.prune(
         captured, calibration=data, score="obs", allocation=lambda budget, *_: [4], sparsity=0.3
     )

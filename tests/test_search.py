@@ -347,7 +347,8 @@ def test_the_divergence_of_long_sequences_leaves_out_padding(left: bool, padded:
     ids, filling = torch.randint(TOKENS, (2, 300), generator=generator), torch.zeros(2, 300, dtype=torch.bool)
     filling[1, slice(padded) if left else slice(300 - padded, 300)] = True
     given = {"input_ids": ids, "attention_mask": (~filling).long()}
-    fitness = Divergence(TOKENS)
+    fitness = Divergence()
+    fitness.likeliest = TOKENS
     kept = fitness.remember(dense, given, lambda leaf: filling)
     counts = ~filling
     expected = F.kl_div(

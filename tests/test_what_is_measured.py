@@ -236,19 +236,3 @@ def test_curves_that_do_not_fit_are_refused_before_anything_is_run(tmp_path: Pat
     assert costs.predicted({"up": 0}) == 0
     with pytest.raises(fasp_fx.errors.StoreError, match="not replaced"):
         costs.save(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"rounds": 0},
-        {"rounds": 2.5},
-        {"damping": 0},
-        {"damping": float("nan")},
-        {"damping": "a"},
-        {"shrinkage": 2},
-    ],
-)
-def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(fasp_fx.ArgumentError, match=next(iter(options))):
-        fasp_fx.obs.OBS(**options)

@@ -232,10 +232,8 @@ class GroupBuilder:
         labels, facts = found.labels, walk.facts
         index_of = {(slot.name, slot.dim): index for index, slot in enumerate(numbering.slots)}
         self.produces = {index_of[slot] for _, slot in facts.produced if slot in index_of}
-        computed = [numbers for numbers, slot in facts.produced if slot is None]
-        if computed:
-            flat = np.unique(np.concatenate(computed))
-            self.produces |= set(numbering.slot_ids(flat[flat >= 0]).tolist())
+        for numbers in (numbers for numbers, slot in facts.produced if slot is None):
+            self.produces |= set(numbering.slot_ids(numbers[numbers >= 0]).tolist())
         self.consumes = {index_of[slot] for use in facts.uses for slot in use.slots}
         self.positions = {node: index for index, node in enumerate(program.module.graph.nodes)}
         multiplied = facts.products if found.exempt else []

@@ -4,7 +4,7 @@ bias), and is added to a value that is there without it, so that an identity sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -43,19 +43,17 @@ BIASES: dict[Any, str | None] = {
 def let_blocks_go(groups: list[Group], labels: np.ndarray, program: Program, walk: Walk) -> list[Group]:
     """The groups, of which those that are all there is to a residual block need not keep anything."""
     free = np.concatenate([np.zeros(0, dtype=np.int64), *(g.sets for g in groups if g.status != FROZEN)])
-
-    def of_one_kind(*nodes: fx.Node) -> bool:
-        first, second = (_lines(walk.values.get(node), labels, free) for node in nodes)
-        return first == second
-
     return [
-        replace(group, needed=0) if _is_a_block(group, labels, program, of_one_kind) else group
+        replace(group, needed=0) if _is_a_block(group, labels, program, walk, free) else group
         for group in groups
     ]
 
 
-def _lines(value: object, labels: np.ndarray, free: np.ndarray) -> set[tuple[int, tuple[int, ...], bytes]]:
-    """The channel sets along each dimension of a value of which some can go."""
+def _lines(
+    node: fx.Node, walk: Walk, labels: np.ndarray, free: np.ndarray
+) -> set[tuple[int, tuple[int, ...], bytes]]:
+    """The channel sets along each dimension of a node's value of which some can go."""
+    value = walk.values.get(node)
     axes = value.axes if isinstance(value, Value) else ()
     found = [(axis.dim, labels[axis.numbers.numpy()]) for axis in axes]
     return {(dim, sets.shape, sets.tobytes()) for dim, sets in found if np.isin(sets, free).any()}
@@ -96,9 +94,7 @@ def _is_before(first: fx.Node, second: fx.Node) -> bool:
     return next(node for node in first.graph.nodes if node is first or node is second) is first
 
 
-def _is_a_block(
-    group: Group, labels: np.ndarray, program: Program, of_one_kind: Callable[[fx.Node, fx.Node], bool]
-) -> bool:
+def _is_a_block(group: Group, labels: np.ndarray, program: Program, walk: Walk, free: np.ndarray) -> bool:
     if group.status != PRUNABLE or group.granularity not in ("channel", "head") or not group.uses:
         return False
     if any(slot.kind == "input" for slot in group.slots):
@@ -111,7 +107,8 @@ def _is_a_block(
             or not np.isin(labels[read], group.sets).all()
             or not {arguments(use.node).get(factor, 1) for factor in ("alpha", "beta")} <= {1}
             or (other := beside(end)) is None
-            or not of_one_kind(end, other)  # zeros like the one take its channels along
+            # Zeros like the one take its channels along.
+            or _lines(end, walk, labels, free) != _lines(other, walk, labels, free)
         ):
             return False
     return _leaves_nothing(group, program)

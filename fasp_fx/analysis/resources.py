@@ -77,9 +77,6 @@ class Sparsity(Counted):
         left = _sizes_of_weights(analysis, weights, dict.fromkeys(weights, 1))
         super().__init__(analysis, left, sum(weight.numel() for weight in weights.values()))
 
-    def used(self, lost: Sequence[int]) -> float:
-        return self._left.total(lost)
-
 
 def most_lost(group: Group, round_to: int) -> int:
     """The most channel sets that one block of a group can lose when kept widths are multiples of
@@ -96,8 +93,10 @@ def parameters_of(analysis: Coupling, *, in_bytes: bool = False) -> Counted:
     What the dense model has are the parameters of the caller, also where the capture has folded some into
     others.
     """
-    held = _distinct(analysis.program.parameters())
-    kept = _distinct(dict(analysis.program.module.named_parameters(remove_duplicate=False)))
+    given = analysis.program.parameters()
+    first = {id(tensor): name for name, tensor in reversed(given.items())}
+    held = {name: given[name] for name in first.values()}
+    kept = dict(analysis.program.module.named_parameters())
     units = {name: tensor.element_size() if in_bytes else 1 for name, tensor in {**held, **kept}.items()}
     left = _sizes_of_weights(analysis, kept, units)
     return Counted(analysis, left, sum(tensor.numel() * units[name] for name, tensor in held.items()))
@@ -194,14 +193,6 @@ def _sizes_of_weights(
     return left
 
 
-def _distinct(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor under the first of its names."""
-    first: dict[int, str] = {}
-    for name, tensor in weights.items():
-        first.setdefault(id(tensor), name)
-    return {name: weights[name] for name in first.values()}
-
-
 @dataclass(frozen=True)
 class Size:
     """The size of one dimension of a tensor, as a function of what groups lose.
@@ -249,18 +240,11 @@ class Products:
             (factor, tuple(self._places.setdefault(size, len(self._places)) for size in sizes))
         )
 
-    def total(self, lost: Sequence[int]) -> float:
-        """The sum, when group ``i`` loses ``lost[i]`` channel sets in all its blocks together."""
-        return self._sum([size.left(lost) for size in self._places])
-
     def count(self, lost: Sequence[int]) -> int:
         """The sum in whole numbers, for losses that are alike in all blocks of a group: sizes are whole then,
         but for what rounding took from shares.
         """
-        return int(self._sum([round(size.left(lost)) for size in self._places]))
-
-    def _sum(self, left: Sequence[float]) -> float:
-        found: float = 0
+        left, found = [round(size.left(lost)) for size in self._places], 0
         for factor, places in self._terms:
             found += factor * math.prod([left[place] for place in places])
         return found

@@ -80,8 +80,14 @@ def as_calls(batches: Any, what: str = "calibration") -> Iterator[tuple[tuple[An
         return leaf if is_free and (is_held or not isinstance(leaf, Tensor)) else leaf.detach().clone()
 
     for index, batch in enumerate(check_calibration(batches, what)):
-        args, kwargs = _as_call(batch, index, what)
-        yield pytree.tree_map(of, args), pytree.tree_map(of, kwargs)
+        if not isinstance(batch, Tensor | Mapping | tuple | list):
+            raise CalibrationError(
+                f"{what} batch {index} is a {type(batch).__name__}; a batch is a tensor, a tuple of"
+                " positional arguments or a dict of keyword arguments"
+            )
+        named = dict(batch) if isinstance(batch, Mapping) else {}
+        args = () if named else (batch,) if isinstance(batch, Tensor) else tuple(batch)
+        yield pytree.tree_map(of, args), pytree.tree_map(of, named)
     if index < 0:
         raise CalibrationError(f"{what} is empty: it yielded no batch")
 
@@ -109,19 +115,6 @@ def check_calibration(batches: Any, what: str = "calibration") -> Iterable[Any]:
     return found
 
 
-def _as_call(batch: Any, index: int, what: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, (tuple, list)):
-        return tuple(batch), {}
-    raise CalibrationError(
-        f"{what} batch {index} is a {type(batch).__name__}; a batch is a tensor, a tuple of positional"
-        " arguments or a dict of keyword arguments"
-    )
-
-
 _REMEDIES = {
     "dtype": "convert the batch",
     "layout": "convert the batch, for example with to_dense()",
@@ -138,13 +131,7 @@ def check_inputs(program: Program, flat: list[Any], what: str) -> None:
     Raises:
         CalibrationError: says what was expected.
     """
-    nodes = program.placeholders()
-    if len(nodes) != len(flat):
-        raise CalibrationError(
-            f"{what} holds {len(flat)} values, the captured program takes {len(nodes)};"
-            " give it the structure of the example inputs"
-        )
-    for node, leaf in zip(nodes, flat, strict=True):
+    for node, leaf in zip(program.placeholders(), flat, strict=True):
         expected = node.meta.get("val")
         if not isinstance(expected, Tensor):
             continue
@@ -165,17 +152,19 @@ def check_inputs(program: Program, flat: list[Any], what: str) -> None:
 
 
 def _check_shape(leaf: Tensor, expected: Tensor, where: str) -> None:
-    if leaf.dim() != expected.dim():
+    most = [upper_bound(size) if is_dynamic(size) else size for size in expected.shape]
+    if leaf.dim() != expected.dim() or not all(
+        size == limit or (is_dynamic(wanted) and (limit is None or size < limit))
+        for size, limit, wanted in zip(leaf.shape, most, expected.shape, strict=True)
+    ):
+        takes = [
+            ("any" if limit is None else f"at most {limit}") if is_dynamic(wanted) else str(limit)
+            for limit, wanted in zip(most, expected.shape, strict=True)
+        ]
         raise CalibrationError(
-            f"{where}: shape {tuple(leaf.shape)} has {leaf.dim()} dimensions, expected {expected.dim()}"
+            f"{where}: shape {tuple(leaf.shape)}, the captured program takes ({', '.join(takes)}); reshape"
+            " the batch or capture with dynamic_shapes"
         )
-    for dim, (size, wanted) in enumerate(zip(leaf.shape, expected.shape, strict=True)):
-        said = f"has it fixed at {wanted}; reshape the batch or capture with dynamic_shapes"
-        if is_dynamic(wanted):
-            said = f"takes at most {upper_bound(wanted)}"
-            wanted = min(size, upper_bound(wanted) or size)
-        if size != wanted:
-            raise CalibrationError(f"{where}: dimension {dim} is {size}, the captured program {said}")
 
 
 #: how many rows are run back at a time, where an input is a table of them

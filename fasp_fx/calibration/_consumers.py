@@ -14,7 +14,7 @@ from ..allocation._limits import deepest_loss
 from ..allocation.costs import CostCurve
 from ..analysis._analysis import Analysis
 from ..analysis.channels import Use
-from ..analysis.groups import Group
+from ..analysis.groups import Group, by_block
 from ..capturing._fx import attribute
 from ..errors import ArgumentError, CalibrationError
 from ._matrices import ConsumerMatrices, bias_of
@@ -277,11 +277,8 @@ def checked(order: Order, view: GroupColumns) -> Order:
         ArgumentError: channel sets of each block do not stand in it once, or not as many as may go, or losses
             do not fit.
     """
-    if not isinstance(order, Order):
-        raise ArgumentError(
-            f"the score returned a {type(order).__name__} for '{view.name}'; return a fasp_fx.scoring.Order"
-        )
     sets, members = np.asarray(order.sets), view.members
+    losses = None if order.losses is None else np.asarray(order.losses, np.float64)
     if not (
         np.issubdtype(sets.dtype, np.integer)
         and sets.ndim == 2
@@ -291,16 +288,12 @@ def checked(order: Order, view: GroupColumns) -> Order:
             len(np.unique(row)) == len(row) and np.isin(row, own).all()
             for row, own in zip(sets, members, strict=True)
         )
+        and (losses is None or (losses.shape == (sets.shape[1] + 1,) and np.isfinite(losses).all()))
     ):
         raise ArgumentError(
-            f"the score's order for '{view.name}' is none of its channel sets: give for each of its"
-            f" {len(members)} blocks at least {view.deepest} of the block's own, each once"
-        )
-    losses = None if order.losses is None else np.asarray(order.losses, np.float64)
-    if losses is not None and (losses.shape != (sets.shape[1] + 1,) or not np.isfinite(losses).all()):
-        raise ArgumentError(
-            f"the score's losses for '{view.name}' are not one finite number for each number of channel sets"
-            f" from 0 to {sets.shape[1]}"
+            f"the score returned no order of '{view.name}': give for each of its {len(members)} blocks at"
+            f" least {view.deepest} of the block's own channel sets, each once, and as losses None, or one"
+            " finite number for each number of channel sets from 0 on"
         )
     return Order(sets.astype(np.int64), losses)
 
@@ -321,8 +314,7 @@ class Planned(GroupScore):
         self._orders: dict[str, np.ndarray] = {}
         self.lost: list[int] = []
         for group in analysis.chosen:
-            taken = np.flatnonzero(np.isin(group.sets, sets))
-            rows = [taken[group.block_of[taken] == block] for block in np.unique(group.block_of)]
+            rows = [own[np.isin(group.sets[own], sets)] for own in by_block(group.block_of)]
             self._orders[group.name] = np.stack(rows)
             self.lost.append(len(rows[0]))
 

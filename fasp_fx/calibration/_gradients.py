@@ -24,7 +24,7 @@ from ._marks import Marks
 from ._matrices import ConsumerMatrices, states_before
 from ._products import EFFECT
 from ._ranks import Ranks
-from .losses import Loss, Outputs, Padding, evaluated, next_token
+from .losses import Loss, Outputs, Padding, evaluated
 from .statistics import InputGradients, MakeStatistic
 
 #: tokens for each column of a consumer from which its Gram matrix says enough to predict losses
@@ -86,7 +86,7 @@ def observe_batches(
     for product in consumers.products.all:
         for what in (*range(len(product.operands)), *(() if loss is None else (EFFECT,))):
             consumers.products.add_up(product, what, ranks)
-    terms = round(ranks.total(terms))
+    terms = int(ranks.add(torch.tensor(terms)))
     consumers.products.terms = terms
     _check(consumers, loss is not None)
     for consumer in consumers.by_key.values():
@@ -108,8 +108,16 @@ def _observe_one(
         run.advance(len(run.nodes) - 1)
         if loss is None:
             return 0
-        found = _terms(consumers.analysis.program, run, piece, loss, marks, index)
-        return run.back(found) if found.numel() else 0
+        terms = _terms(consumers.analysis.program, run, piece, loss, marks, index)
+        try:
+            if terms.numel() and terms.requires_grad and run.leaves:  # others are seen in the end
+                torch.autograd.backward(terms.sum(), inputs=run.leaves)
+        except tolerable(RuntimeError) as error:
+            raise CalibrationError(
+                f"the model cannot be run backwards on calibration batch {piece.batch}: {first_line(error)};"
+                " pass loss=None"
+            ) from error
+        return terms.numel()
 
 
 def _saw_enough(consumers: Consumers, ranks: Ranks, enough: float) -> bool:
@@ -138,12 +146,7 @@ class _Run(Runner):
         marks: Marks,
         back: bool,
     ) -> None:
-        # Autograd may not keep tensors that were made in inference mode.
-        inputs = [
-            leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
-            for leaf in piece.inputs
-        ]
-        super().__init__(consumers.analysis.program, [inputs], numbers=[piece.batch])
+        super().__init__(consumers.analysis.program, [piece.inputs], numbers=[piece.batch])
         self.consumers, self.number, self.wanted = consumers, number, wanted
         self.marks, self.is_back = marks, back
         self.leaves: list[Tensor] = []
@@ -186,9 +189,12 @@ class _Run(Runner):
             seen.see(product, operand, self._load(node, number), self.marks, self.number)
         if probe is not None and probe.requires_grad:
             value = probe.detach()
-            probe.register_hook(
-                lambda gradient: seen.see_effect(product, value, gradient.detach(), self.marks, self.number)
-            )
+
+            def told(gradient: Tensor) -> None:
+                """What the loss loses with each channel of the first operand."""
+                seen.see(product, EFFECT, (value * gradient.conj()).real, self.marks, self.number)
+
+            probe.register_hook(told)
 
     def _probe(self, value: Tensor) -> Tensor:
         if not value.is_floating_point() and not value.is_complex():
@@ -232,23 +238,6 @@ class _Run(Runner):
         elif self.is_back and isinstance(result, Tensor) and result.requires_grad:
             result.register_hook(at_output)
 
-    def back(self, terms: Tensor) -> int:
-        """Take the gradients; how many terms the loss has."""
-        if not terms.requires_grad or not self.leaves:
-            raise CalibrationError(
-                "the loss does not depend on the input of any weight that can be pruned; pass another loss=,"
-                " or loss=None"
-            )
-        try:
-            torch.autograd.backward(terms.sum(), inputs=self.leaves)
-        except tolerable(RuntimeError) as error:
-            raise CalibrationError(
-                f"the model cannot be run backwards on calibration batch {self.numbers[0]}:"
-                f" {first_line(error)}; pass loss=None"
-            ) from error
-        self.leaves.clear()
-        return terms.numel()
-
 
 def _told(use: Use) -> bool:
     """Whether the gradient with respect to a use's activation is laid out as its tokens are: no position is
@@ -280,24 +269,14 @@ def _terms(program: Program, run: Runner, piece: Piece, loss: Loss, marks: Marks
         loss.begin(piece.first, piece.rows)
     try:
         terms = evaluated(loss, *given)
-    except CalibrationError:
-        raise
-    except tolerable(Exception) as error:  # a loss of the user's raises what it likes
+    except tolerable(RuntimeError, IndexError) as error:
         raise CalibrationError(
             f"the loss fails on calibration batch {piece.batch}: {type(error).__name__}: {first_line(error)}"
         ) from error
-    if (
-        not isinstance(terms, Tensor)
-        or not terms.is_floating_point()
-        or not (terms.numel() or loss is next_token)
-    ):
-        found = (
-            f"a tensor of {terms.dtype} of shape {tuple(terms.shape)}"
-            if isinstance(terms, Tensor)
-            else f"a {type(terms).__name__}"
-        )
+    if not isinstance(terms, Tensor) or not terms.is_floating_point():
+        found = terms.dtype if isinstance(terms, Tensor) else type(terms).__name__
         raise CalibrationError(
-            f"the loss returned {found}; it must return floating-point terms, or their sum as a tensor"
+            f"the loss returned a {found}; it must return floating-point terms, or their sum as a tensor"
         )
     if not bool(torch.isfinite(terms.detach()).all()):
         raise CalibrationError(
@@ -343,12 +322,9 @@ def _check(consumers: Consumers, back: bool) -> None:
     for consumer in consumers.by_key.values():
         consumer.check_finite()
         gradients += [statistic.diagonal() for statistic in _gradients(consumer)]
-    said = None
-    if not all(bool(torch.isfinite(squares).all()) for squares in gradients):
-        said = "are not finite"
-    elif back and gradients and not any(bool((squares > 0).any()) for squares in gradients):
-        said = "vanish at every weight that can be pruned"
-    if said is not None:
+    is_finite = all(bool(torch.isfinite(squares).all()) for squares in gradients)
+    if not is_finite or (back and gradients and not any(bool((squares > 0).any()) for squares in gradients)):
         raise CalibrationError(
-            f"the gradients of the loss {said}; check the batches, or pass another loss=, or loss=None"
+            "the gradients of the loss are not finite, or vanish at every weight that can be pruned; check"
+            " the batches, or pass another loss=, or loss=None"
         )

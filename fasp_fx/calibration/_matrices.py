@@ -34,12 +34,9 @@ class ConsumerMatrices:
 
     def __init__(self, use: Use, values: dict[fx.Node, Any]) -> None:
         self.use, self.values = use, values
+        #: channel numbers, shape ``[blocks, columns, axes]``
+        self.columns = use.columns
         self._moves = [node for node in way_from_weight(use.operand)[1:] if str(node.target) not in CASTS]
-
-    @property
-    def columns(self) -> np.ndarray:
-        """Channel numbers, shape ``[blocks, columns, axes]``."""
-        return self.use.columns
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -25,7 +24,7 @@ from ..patterns import CASTS, lookup
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, bias_of, computes, read_otherwise
 from ._ranks import Ranks
-from .restoration import Restored, ridge, together, without_values
+from .restoration import Restored, ridge, together
 from .scoring import ByColumns, Columns
 from .statistics import FITTED, HELD, PADDING, precise
 
@@ -102,19 +101,6 @@ class ObservedProducts:
     def _sum(self, product: Product, what: int | str, device: torch.device) -> Tensor:
         zeros = torch.zeros(len(product.numbers), dtype=precise(device), device=device)
         return self._sums.setdefault((product, what), zeros)
-
-    def see_effect(
-        self, product: Product, value: Tensor, gradient: Tensor, marks: Marks, number: int
-    ) -> None:
-        """Add the squares of what the loss loses with each channel of a product's first operand, in one
-        batch.
-
-        Args:
-            value: the operand.
-            gradient: of the loss with respect to it.
-        """
-        effect = (value.detach() * gradient.conj()).real if value.is_complex() else value.detach() * gradient
-        self.see(product, EFFECT, effect, marks, number)
 
     def add_up(
         self, product: Product, what: int | str, ranks: Ranks, device: torch.device | None = None
@@ -226,20 +212,6 @@ def sets_in(group: Group, labels: np.ndarray, numbers: np.ndarray) -> np.ndarray
 _SUMS = ("aten.add.Tensor", "aten.sub.Tensor", "aten.cat.default", "aten.stack.default", "aten.neg.default")
 
 
-@dataclass(frozen=True)
-class Mended:
-    """A product that was repaired.
-
-    Attributes:
-        weights: repaired weights and biases by their canonical names.
-        outcome: errors of the product, averaged over heads; its ``weight`` are the factors, ``[heads, 1,
-            channel sets]``, zero for those that go.
-    """
-
-    weights: dict[str, Tensor]
-    outcome: Restored
-
-
 class QueryRepair:
     """Repairs queries for the channels that they lose together with keys.
 
@@ -303,9 +275,9 @@ class QueryRepair:
             parts.append(ridge(torch.ones_like(fitted[:1]), fitted.clone(), held.clone(), kept))
         return together(parts)
 
-    def write(self, outcome: Restored, repaired: Mapping[str, Tensor]) -> Mended:
+    def write(self, outcome: Restored, repaired: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Multiply the rows by the factors; those that go stay as they are, since their channels go with the
-        keys'.
+        keys'. What the weights and biases become, by their canonical names.
 
         Args:
             repaired: what weights have become already.
@@ -316,7 +288,7 @@ class QueryRepair:
             value = repaired.get(name, attribute(self.analysis.program.module, name)).detach()
             own = torch.where(factors != 0, factors, 1.0).reshape([-1] + [1] * (value.dim() - dim - 1))
             weights[name] = keep((value * own.to(value.device)).to(value.dtype))
-        return Mended(weights, without_values(outcome))
+        return weights
 
     def carry(self, outcome: Restored, runner: Runner) -> None:
         """Give the product about to be executed the repaired queries, for all batches."""
@@ -347,29 +319,27 @@ def _heads(lying: Repeating) -> np.ndarray:
     return lying.numbers.reshape(-1, lying.numbers.shape[-1]).numpy()
 
 
-def repair_of(analysis: Analysis, products: Sequence[Product]) -> QueryRepair | str:
-    """The repair of the products that the channels of a group are summed over in, or why there is none."""
-    if len(products) != 1:
-        return f"{len(products)} products share its channels"
-    (product,) = products
+def repair_of(analysis: Analysis, products: Sequence[Product]) -> QueryRepair | None:
+    """The repair of the products that the channels of a group are summed over in; ``None`` where it is not
+    one product of attention, or its channels are not rows of one weight, along the last dimension of the
+    queries of each head.
+    """
+    (product, *others) = products
     query, key = product.operands
-    if str(product.node.target) != "aten.scaled_dot_product_attention.default" or query is key:
-        return "it is no product of queries and keys inside of attention"
-    axes, others = (lying_along(analysis, product, operand) for operand in (0, 1))
-    numbers = axes[0].numbers if axes else torch.empty(())
+    if others or str(product.node.target) != "aten.scaled_dot_product_attention.default" or query is key:
+        return None
+    axes, keys = (lying_along(analysis, product, operand) for operand in (0, 1))
     if (
         len(axes) != 1
-        or len(others) != 1
-        or numbers.dim() < 3
-        or numbers.shape[-2] != 1
+        or len(keys) != 1
+        or axes[0].numbers.dim() < 3
+        or axes[0].numbers.shape[-2] != 1
         or any(axes[0].varies)
         or len({len(np.unique(own)) for own in analysis.labels[_heads(axes[0])]}) != 1
     ):
-        return "its channels do not lie along the last dimension of the queries of each head"
+        return None
     found = _source(analysis, product, np.sort(_heads(axes[0]), None))
-    if found is None:
-        return "no weight leads to its queries alone, by steps that are linear in its rows"
-    return QueryRepair(analysis, product, axes[0], *found)
+    return None if found is None else QueryRepair(analysis, product, axes[0], *found)
 
 
 def _source(analysis: Analysis, product: Product, numbers: np.ndarray) -> tuple[Slot, str | None] | None:
@@ -390,13 +360,11 @@ def _source(analysis: Analysis, product: Product, numbers: np.ndarray) -> tuple[
     reached = {use.node}
     for node in analysis.program.module.graph.nodes:
         read = [source in reached for source in _tensors(node)]
-        if not any(read) or not computes(node):
-            continue
-        if node is product.node and read == [source is query for source in _tensors(node)]:
-            continue
-        if not _is_linear(node, read):
-            return None
-        reached.add(node)
+        is_end = node is product.node and read == [source is query for source in _tensors(node)]
+        if any(read) and computes(node) and not is_end:
+            if not _is_linear(node, read):
+                return None
+            reached.add(node)
     return (rows, bias) if query in reached else None
 
 
@@ -415,9 +383,7 @@ def _is_linear(node: fx.Node, read: Sequence[bool]) -> bool:
     target, rule = str(node.target), lookup(node.target)
     if target in CASTS or node.target is operator.getitem or target in ("aten.mul.Scalar", "aten.div.Scalar"):
         return True
-    if rule is not None and rule.moves == "self":
-        return read[0] and sum(read) == 1
-    if target in ("aten.mul.Tensor", "aten.div.Tensor"):
+    if (rule is not None and rule.moves == "self") or target in ("aten.mul.Tensor", "aten.div.Tensor"):
         return sum(read) == 1 and (read[0] or target == "aten.mul.Tensor")
     summands = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args
     return target in _SUMS and all(read) and len(read) == len(summands)

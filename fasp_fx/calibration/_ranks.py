@@ -116,13 +116,13 @@ class Ranks:
         plain = {name: value for name, value in options.items() if not callable(value)}
         own = {"model": fingerprint(), "calibration data": digest_of(batches), "options": repr(plain)}
         own |= {"release of fasp_fx": __version__, "release of torch": torch.__version__}
-        for rank, other in enumerate(self._gathered(own)):
-            for what, value in own.items():
-                if other[what] != value:
-                    raise ArgumentError(
-                        f"process {rank} was given other {what} than process {self.rank}; all processes are"
-                        " given the same, and divide it"
-                    )
+        found = self._gathered(own)
+        different = [what for what in own if any(other[what] != own[what] for other in found)]
+        if different:
+            raise ArgumentError(
+                f"the processes were given other {' and other '.join(different)}; all are given the same, and"
+                " divide it"
+            )
 
     def add(self, tensor: Tensor) -> Tensor:
         """The sum of the tensors of all processes, which takes the place of this one's."""
@@ -136,10 +136,6 @@ class Ranks:
         """
         for one in sums if self.size > 1 else ():
             one.reduce(self.add)
-
-    def total(self, number: float) -> float:
-        """The sum of the numbers of all processes."""
-        return float(self.add(torch.tensor(float(number), dtype=torch.float64))) if self.size > 1 else number
 
     def first(self, value: T) -> T:
         """What the first process has."""

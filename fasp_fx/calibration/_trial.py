@@ -227,8 +227,6 @@ def _cut(matrix: Tensor, kept: Tensor, gram: SplitGram | None) -> Tensor:
     return damped(matrix, gram.symmetric()[: len(kept), : len(kept)], kept.nonzero()[:, 0], DAMPING)
 
 
-#: so many of the dense model's most likely tokens are told apart
-LIKELIEST = 64
 #: logits of so many tokens that count are looked at together
 _AT_ONCE = 256
 
@@ -243,7 +241,7 @@ class Fitness:
 
     description = "the loss that was given"
 
-    def __init__(self, given: Loss) -> None:
+    def __init__(self, given: Loss = next_token) -> None:
         self._loss = given
 
     def remember(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Any:
@@ -262,14 +260,12 @@ class Divergence(Fitness):
     What is left of a divergence when outcomes are put together is never more than the whole (the
     data-processing inequality), and zero where the two agree.
 
-    Args:
+    Attributes:
         likeliest: how many tokens are told apart.
     """
 
     description = "the KL divergence from the dense model's next tokens"
-
-    def __init__(self, likeliest: int = LIKELIEST) -> None:
-        self.likeliest = likeliest
+    likeliest = 64
 
     def remember(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> tuple[Tensor, Tensor]:
         """The likeliest tokens ``[tokens, likeliest]``, and the logarithms of their probabilities and of that
@@ -299,9 +295,6 @@ class Error(Fitness):
     """
 
     description = "half the squared error of the outputs, relative to their mean square"
-
-    def __init__(self) -> None:
-        """It needs nothing."""
 
     def remember(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> list[Tensor]:
         return [keep(values.clone()) for values in _values(outputs, padding)]

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,9 +26,9 @@ from ..patterns import CASTS, CHECKS, RESHAPES
 from ._consumers import Consumer, Consumers, order_of
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, read_otherwise, states_before
-from ._products import Mended, QueryRepair, repair_of
+from ._products import QueryRepair, repair_of
 from ._ranks import Ranks
-from .restoration import Restore, Restored, left_alone, ridge, together, without_values
+from .restoration import Restore, Restored, ridge, together, without_values
 from .scoring import GroupScore
 from .statistics import SplitGram, precise
 
@@ -51,6 +50,7 @@ class Decision:
         outcomes: of the restorations of weights.
         products: by the names of groups that no weight reads, the repair of the product that their channels
             are summed over in.
+        mended: by the same, the weights and biases that were repaired for that.
         notes: remarks for the report.
     """
 
@@ -58,7 +58,8 @@ class Decision:
     weights: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
     outcomes: dict[str, list[Restored]] = field(default_factory=dict)
-    products: dict[str, Mended] = field(default_factory=dict)
+    products: dict[str, Restored] = field(default_factory=dict)
+    mended: dict[str, set[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -120,7 +121,7 @@ class Observer:
         self.runner, self.marks, self.precision, self.ranks = runner, marks, precision, ranks
         self._journal, self._dense, self._drift = journal, dense, drift
         self.decision = Decision(np.zeros(self.analysis.numbering.total, dtype=bool))
-        self._repairs = 0
+        self._decisions = 0
         self._known = False  # what is decided at this stop is in the journal
         place = runner.index
         read = {
@@ -155,12 +156,6 @@ class Observer:
             progress((count + 1) / len(self._stops))
         if self.marks.unmatched:
             self.decision.notes.append(self.marks.remark())
-        uses = (use for consumer in self.consumers.by_key.values() for use in consumer.uses)
-        if self._drift and all(added_to(use) is None for use in uses):
-            self.decision.notes.append(
-                f"a drift of {self._drift:g} was to be made up for, and changes no repair: no layer that"
-                " loses channels gives what is added, as it is, to a value that was computed before"
-            )
         self.decision.notes.extend(warn_of_few(self.decision.outcomes))
         return self.decision
 
@@ -227,8 +222,8 @@ class Observer:
     def _add_up(self, consumer: Consumer) -> None:
         """Add up what all processes saw of a consumer, all of whose uses have been observed."""
         self.ranks.add_up(consumer.sums(gradients=False))
-        for gram in consumer.grams or ():
-            gram.round()
+        for part in (part for gram in consumer.grams or () for part in gram.parts):
+            part.round()
         consumer.check_finite()
 
     def _product_repairs(self) -> dict[str, QueryRepair]:
@@ -238,8 +233,11 @@ class Observer:
             products = self.products.of(group)
             if lost and products:
                 repair = repair_of(self.analysis, products)
-                if isinstance(repair, str):
-                    self.decision.notes.append(f"'{group.name}' is not repaired: {repair}")
+                if repair is None:
+                    self.decision.notes.append(
+                        f"'{group.name}' is not repaired: no weight alone leads to the queries of one product"
+                        " of attention by steps that are linear in its rows"
+                    )
                 else:
                     found[group.name] = repair
         return found
@@ -253,10 +251,11 @@ class Observer:
             products = [product for product in self.products.of(group) if product.node is stop]
             self.products.cut(self.runner, products, self.decision.gone)
             return
-        outcome = self._shared(lambda: repair.solve(self.decision.gone))
-        mended = repair.write(outcome, self.decision.weights)
-        self.decision.weights |= mended.weights
-        self.decision.products[group.name] = mended
+        outcome = Restored(**self._shared(lambda: vars(repair.solve(self.decision.gone))))
+        repaired = repair.write(outcome, self.decision.weights)
+        self.decision.weights |= repaired
+        self.decision.mended[group.name] = {*repaired}
+        self.decision.products[group.name] = without_values(outcome)
         repair.carry(outcome, self.runner)
 
     def _weight(self, consumer: Consumer) -> Tensor:
@@ -271,16 +270,14 @@ class Observer:
 
     def _choose(self, group: Group) -> None:
         lost = self.lost[self.groups.index(group)]
-        if not lost:
-            return
-        known = self._journal.removed.get(group.name) if self._known and self._journal is not None else None
-        removed = self.ranks.first(known)
-        if removed is None:
-            order = order_of(self.consumers, group, self.score, True, lost, self._brought)
-            removed = self.ranks.first(order.first(lost))
-            if self._journal is not None:
-                self._journal.note_removed(group.name, removed)
-        self.decision.gone |= np.isin(self.analysis.labels, group.sets[removed])
+        if lost:
+            found = self._shared(lambda: {"weight": self._first(group, lost)})
+            self.decision.gone |= np.isin(self.analysis.labels, group.sets[found["weight"].numpy()])
+
+    def _first(self, group: Group, lost: int) -> Tensor:
+        """The channel sets of a group that go by the score."""
+        order = order_of(self.consumers, group, self.score, True, lost, self._brought)
+        return torch.from_numpy(order.first(lost))
 
     def _finish(self, ready: list[Group], stop: int) -> None:
         """Restore (or cut) the consumers all of whose groups are decided."""
@@ -296,10 +293,14 @@ class Observer:
         weight, read = self._weight(consumer), consumer.matrices.read(self._brought(consumer))
         kept = kept.to(read.device)
         # The Gram matrix holds no imaginary part, which the solution for a complex weight would need.
-        if self.restore is None or weight.is_complex() or bool(kept.all()):
+        restore = None if weight.is_complex() or bool(kept.all()) else self.restore
+        otherwise = None if restore is None else read_otherwise(self.analysis, consumer.matrices)
+        if otherwise is not None:
+            self.decision.notes.append(f"'{consumer.weight}' is not repaired, because {otherwise}")
+        if restore is None or otherwise is not None:
             pruned = consumer.matrices.write((read * kept[:, None]).to(weight.device), weight)
         else:
-            outcome = self._restored(consumer, self.restore, read, kept)
+            outcome = self._restored(consumer, restore, read, kept)
             self.decision.outcomes.setdefault(consumer.weight, []).append(without_values(outcome))
             pruned = keep(consumer.matrices.write(outcome.weight.to(weight.device), weight))
             self.decision.weights[consumer.weight] = pruned
@@ -312,10 +313,6 @@ class Observer:
 
     def _restored(self, consumer: Consumer, restore: Restore, read: Tensor, kept: Tensor) -> Restored:
         """The repair of a consumer's matrices, whose bias is raised along."""
-        otherwise = read_otherwise(self.analysis, consumer.matrices)
-        if otherwise is not None:
-            restore = left_alone
-            self.decision.notes.append(f"'{consumer.weight}' is not repaired, because {otherwise}")
         if consumer.intercept is not None:
             # A column of ones that stays, whose weight is added to the bias.
             read = torch.cat([read, torch.zeros_like(read[:, :, :1])], 2)
@@ -325,7 +322,8 @@ class Observer:
             own = torch.eye(consumer.beside, dtype=read.dtype, device=read.device)
             read = torch.cat([read, self._drift * own.expand(len(read), -1, -1)], 2)
         has_ones = consumer.intercept is not None
-        outcome = self._shared(partial(_restored, restore, read, consumer.grams or (), kept, has_ones))
+        grams = consumer.grams or ()
+        outcome = Restored(**self._shared(lambda: vars(_restored(restore, read, grams, kept, has_ones))))
         if consumer.intercept is None:
             return outcome
         if bool((raised := outcome.weight[:, :, -1].reshape(-1)).any()):
@@ -335,16 +333,19 @@ class Observer:
             self.runner.overrides[consumer.intercept] = self.decision.weights[consumer.intercept]
         return replace(outcome, weight=outcome.weight[:, :, :-1])
 
-    def _shared(self, solve: Callable[[], Restored]) -> Restored:
-        """The outcome of a repair, as the journal has it, or of the process whose turn it is."""
-        number, self._repairs = self._repairs, self._repairs + 1
+    def _shared(self, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What is decided, as the journal has it, or as the process does whose turn it is; with one tensor,
+        its ``weight``.
+        """
+        number, self._decisions = self._decisions, self._decisions + 1
         if self._known:
-            return self.ranks.share(0, self._journal and self._journal.restored(number))
+            known: dict[str, Any] = self.ranks.share(0, self._journal and self._journal.known(number))
+            return known
         owner = number % self.ranks.size
-        outcome: Restored = self.ranks.share(owner, solve() if owner == self.ranks.rank else None)
+        found: dict[str, Any] = self.ranks.share(owner, decide() if owner == self.ranks.rank else None)
         if self._journal is not None:
-            self._journal.note_restored(number, outcome)
-        return outcome
+            self._journal.new[number] = found
+        return found
 
 
 def _restored(
@@ -366,8 +367,7 @@ def _restored(
         more = {"least": len(own) / gram.fitted.tokens} if few and gram.fitted.tokens else {}
         outcome = restore(matrix, fitted, held, own, has_ones, **more)
         parts.append(replace(outcome, weight=outcome.weight[:, : len(left)]))
-    seen = None if restore is left_alone else min(gram.tokens for gram in grams)
-    return replace(together(parts), tokens=seen)
+    return replace(together(parts), tokens=min(gram.tokens for gram in grams))
 
 
 def _inputs(runner: Runner, use: Use) -> Iterator[Tensor]:
@@ -390,17 +390,12 @@ def warn_of_few(outcomes: Mapping[str, Sequence[Restored]]) -> list[str]:
     Args:
         outcomes: of each consumer.
     """
-    tokens = {
-        name: min(outcome.tokens for outcome in found if outcome.tokens is not None)
-        for name, found in outcomes.items()
-        if any(outcome.tokens is not None for outcome in found)
-    }
-    columns = {name: outcomes[name][0].weight.shape[-1] for name in tokens}
-    repaired = {name for name, found in outcomes.items() if any(outcome.used for outcome in found)}
+    tokens = {name: min(outcome.tokens for outcome in found) for name, found in outcomes.items()}
+    columns = {name: found[0].weight.shape[-1] for name, found in outcomes.items()}
     few = [
         name
-        for name, count in columns.items()
-        if tokens[name] < count or (tokens[name] < _ENOUGH * count and name not in repaired)
+        for name, found in outcomes.items()
+        if tokens[name] < columns[name] * (1 if any(one.used for one in found) else _ENOUGH)
     ]
     if not few or 2 * len(few) < len(columns):
         return []

@@ -148,8 +148,6 @@ class Outputs:
         Raises:
             CalibrationError: no output is a floating-point tensor.
         """
-        if not self._seen:
-            self.settle(outputs, padding)
         terms = []
         for index, leaf in enumerate(number_outputs(outputs)):
             counted, rows = without_padding(leaf, padding(leaf))

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base._options import is_number
-from ..errors import ArgumentError, CalibrationError
+from ..errors import CalibrationError
 from .scoring import ByColumns, Columns, GroupColumns, GroupScore, Order, Random, Score, fasp, magnitude
 from .statistics import InputGradients, MakeStatistic, precise
 
@@ -39,35 +38,16 @@ class OBS(GroupScore):
     Where the consumer adds a bias, X is taken without its means, which the bias gives once it is repaired
     along (FLAP, arXiv 2312.11983, does so with nothing else repaired).
 
-    Args:
-        damping: raises the diagonal of G by this part of its mean.
-        rounds: about how many rounds the channel sets of a block go in.
-        shrinkage: the part of Q that comes from a multiple of the unit matrix in the place of S.
-
-    Raises:
-        ArgumentError: one of them is out of range.
     """
 
     statistics: ClassVar[Mapping[str, MakeStatistic]] = {"gradients": InputGradients}
 
-    def __init__(self, damping: float = DAMPING, rounds: int = ROUNDS, shrinkage: float = SHRINKAGE) -> None:
-        if not (
-            (isinstance(rounds, int) and rounds > 0)
-            and (is_number(damping) and damping > 0)
-            and (is_number(shrinkage) and 0 <= shrinkage <= 1)
-        ):
-            raise ArgumentError(
-                f"OBS(damping={damping!r}, rounds={rounds!r}, shrinkage={shrinkage!r}) cannot be: damping is"
-                " a positive number, rounds are a positive integer, and shrinkage is in [0, 1]"
-            )
-        self.damping, self.rounds, self.shrinkage = damping, rounds, shrinkage
-
     def __call__(self, group: GroupColumns) -> Order:
         problems = [
-            Elimination(columns, len(group.block_of), self.curvature(columns), self.damping)
+            Elimination(columns, len(group.block_of), self.curvature(columns), DAMPING)
             for columns in group.consumers
         ]
-        return greedy(group, problems, self.rounds)
+        return greedy(group, problems, ROUNDS)
 
     def curvature(self, columns: Columns) -> Tensor:
         """Q of one block of a consumer, shape ``[columns, columns]``."""
@@ -92,7 +72,7 @@ class OBS(GroupScore):
         if found is None:
             return own * gradients.mean_square()
         scale = float((found.to(own) * gram).sum()) / energy if energy > 0 else 0.0
-        return (1 - self.shrinkage) * found.to(own) + self.shrinkage * scale * own
+        return (1 - SHRINKAGE) * found.to(own) + SHRINKAGE * scale * own
 
 
 class Elimination:
@@ -243,26 +223,16 @@ def greedy(group: GroupColumns, problems: list[Elimination], rounds: int) -> Ord
 def resolve_score(score: Literal["fasp", "magnitude", "random", "obs"] | Score) -> GroupScore:
     """The score of groups that a name, or a score of columns, stands for (a function is taken to need
     calibration data).
-
-    Raises:
-        ArgumentError: an unknown name.
     """
-    if isinstance(score, GroupScore):
-        return score
     named: dict[str, GroupScore] = {
         "obs": OBS(),
         "fasp": ByColumns(fasp),
         "magnitude": ByColumns(magnitude, needs_data=False),
         "random": ByColumns(Random(), needs_data=False),
     }
-    if callable(score):
-        return ByColumns(score)
-    if isinstance(score, str) and score in named:
+    if isinstance(score, str):
         return named[score]
-    raise ArgumentError(
-        f"score={score!r} is not known; use 'fasp', 'obs', 'magnitude', 'random', a callable from"
-        " fasp_fx.scoring.Columns to a tensor, or a GroupScore"
-    )
+    return score if isinstance(score, GroupScore) else ByColumns(score)
 
 
 __all__ = ["OBS", "Elimination", "damped_inverse", "greedy", "resolve_score", "spread_of"]

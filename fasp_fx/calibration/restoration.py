@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -36,8 +37,7 @@ class Restored:
         used: whether anything was repaired; otherwise ``weight`` holds the kept columns as they were.
         strength: δ relative to the mean of the Gram matrix's diagonal, infinite where nothing was repaired;
             of several blocks the least.
-        tokens: how many calibration tokens were seen, of several blocks the fewest; ``None`` where nothing
-            could be repaired, however many there are.
+        tokens: how many calibration tokens were seen, of several blocks the fewest.
     """
 
     weight: Tensor
@@ -47,7 +47,7 @@ class Restored:
     held_after: float | None
     used: bool
     strength: float
-    tokens: int | None = None
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ def together(blocks: Sequence[Restored]) -> Restored:
     ]
     return Restored(
         torch.stack([block.weight for block in blocks]),
-        _mean([block.error_before for block in blocks]),
-        _mean([block.error_after for block in blocks]),
-        _mean([before for before, _ in held]) if held else None,
-        _mean([after for _, after in held]) if held else None,
+        fmean([block.error_before for block in blocks]),
+        fmean([block.error_after for block in blocks]),
+        fmean([before for before, _ in held]) if held else None,
+        fmean([after for _, after in held]) if held else None,
         any(block.used for block in blocks),
         min(block.strength for block in blocks),
     )
@@ -138,13 +138,6 @@ def ridge(
     if found.error_after < whole and (found.held_after or 0.0) < held_out:
         return replace(found, held_after=held_out * held_factor)
     return solver.unchanged()
-
-
-def left_alone(
-    weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False
-) -> Restored:
-    """The outcome where nothing is repaired; arguments as for :func:`ridge`."""
-    return _Solver(weight, fitted, held, kept, has_ones).unchanged()
 
 
 def restored_by(restoration: Restoration) -> Restore:
@@ -329,7 +322,3 @@ def _sketch(rows: Tensor) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(0)
     mix = torch.randn(SKETCHED, len(rows), generator=generator, dtype=torch.float32, device="cpu")
     return mix.to(rows) @ rows
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

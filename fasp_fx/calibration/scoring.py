@@ -168,17 +168,10 @@ def dense_numbers(what: str, found: Any, shape: tuple[int, ...]) -> Tensor:
     Raises:
         ArgumentError: it is none; begins with ``what``.
     """
-    if not isinstance(found, Tensor):
-        said = f"a {type(found).__name__}"
-    elif tuple(found.shape) != shape:
-        said = f"shape {tuple(found.shape)}"
-    elif found.layout is not torch.strided or found.is_meta or found.is_complex():
-        said = f"a tensor of {found.dtype} ({found.layout}, on {found.device})"
-    else:
-        return found
-    raise ArgumentError(
-        f"{what} returned {said}; it must return a dense tensor of real numbers, shape {shape}"
-    )
+    is_dense = isinstance(found, Tensor) and found.layout is torch.strided and not found.is_meta
+    if not is_dense or found.is_complex() or found.shape != shape:
+        raise ArgumentError(f"{what} must return a dense tensor of real numbers, shape {shape}")
+    return found
 
 
 def by_set(group: GroupColumns, values_of: Callable[[Columns], np.ndarray]) -> np.ndarray:

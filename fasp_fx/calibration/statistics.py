@@ -97,10 +97,6 @@ class Gram:
         """Sums of squares by column, shape ``[columns]``."""
         return self.matrix.diagonal()
 
-    def norms(self) -> Tensor:
-        """‖X_j‖₂ per column, shape ``[columns]``, float64."""
-        return self.diagonal().to(torch.float64).clamp_min(0).sqrt()
-
     def symmetric(self, dtype: torch.dtype | None = None) -> Tensor:
         """The whole matrix, shape ``[columns, columns]``; ``dtype=None``: float64 (float32 on devices without
         it).
@@ -147,11 +143,6 @@ class SplitGram:
         for part in self.parts:
             part.reduce(add)
 
-    def round(self) -> None:
-        """Keep the sums in float32; nothing is added any more."""
-        for part in self.parts:
-            part.round()
-
     @property
     def parts(self) -> list[Gram]:
         """The matrices there are."""
@@ -164,7 +155,8 @@ class SplitGram:
 
     def norms(self) -> Tensor:
         """‖X_j‖₂ per column over all tokens, shape ``[columns]``, float64."""
-        return torch.stack([part.norms().square() for part in self.parts]).sum(0).sqrt()
+        squares = [part.diagonal().to(torch.float64).clamp_min(0) for part in self.parts]
+        return torch.stack(squares).sum(0).sqrt()
 
     def symmetric(self) -> Tensor:
         """XᵀX over all tokens, shape ``[columns, columns]``, float64 (float32 on devices without it)."""

@@ -249,7 +249,6 @@ class PruningConfig:
         for option in fields(self):
             value = option.metadata["check"](option.name, getattr(self, option.name))
             object.__setattr__(self, option.name, value)
-        resolve_score(self.effective_score)
         by_pattern = isinstance(self.sparsity, Mapping)
         conflicts = (
             (

@@ -293,7 +293,7 @@ def make_report(
             else []
         )
         if group.name in decision.products:
-            outcomes.append(decision.products[group.name].outcome)
+            outcomes.append(decision.products[group.name])
         lines.append(
             replace(
                 line_of(group),

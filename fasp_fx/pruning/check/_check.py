@@ -248,9 +248,9 @@ def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) 
     if not dropped:
         return decision
     undone = {use.weight for group in dropped for use in group.uses}
-    for name, mended in decision.products.items():  # what is put together of several goes back together
-        if name not in names or undone & mended.weights.keys():
-            undone |= mended.weights.keys()
+    for name, weights in decision.mended.items():  # what is put together of several goes back together
+        if name not in names or undone & weights:
+            undone |= weights
     undone |= {bias for name, bias in decision.biases.items() if name in undone}
 
     def left(held: dict[str, T]) -> dict[str, T]:
@@ -261,8 +261,9 @@ def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) 
         left(decision.weights),
         left(decision.biases),
         left(decision.outcomes),
-        {name: mended for name, mended in decision.products.items() if not undone & mended.weights.keys()},
-        notes=decision.notes,
+        {name: own for name, own in decision.products.items() if not undone & decision.mended[name]},
+        {name: weights for name, weights in decision.mended.items() if not undone & weights},
+        decision.notes,
     )
 
 
