@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from .analysis.groups import Group
     from .analysis.plan import ParameterSlice, PruningPlan
     from .base._offload import keep_weights, offload
-    from .capturing._captured import Captured
+    from .capturing._capture import Captured
     from .interop._backend import backend
     from .interop.page import to_html
     from .pruning._prune import analyze, apply, capture, measure, plan_from_sets, prune
@@ -58,7 +58,7 @@ _HOMES = {
     "Group": "analysis.groups",
     **dict.fromkeys(("ParameterSlice", "PruningPlan"), "analysis.plan"),
     **dict.fromkeys(("keep_weights", "offload"), "base._offload"),
-    "Captured": "capturing._captured",
+    "Captured": "capturing._capture",
     "backend": "interop._backend",
     "to_html": "interop.page",
     **dict.fromkeys(("analyze", "apply", "capture", "measure", "plan_from_sets", "prune"), "pruning._prune"),

@@ -23,8 +23,7 @@ from fasp_fx.analysis.channels import Axis, Use, Value, marked, run_on_numbers
 from fasp_fx.base._stamps import stamp
 from fasp_fx.base.compat import pytree
 from fasp_fx.capturing._fx import arguments, attribute, target_name
-from fasp_fx.capturing._program import Program, SplitWeight, set_weight
-from fasp_fx.capturing._recipes import Cut
+from fasp_fx.capturing._program import Cut, Program, SplitWeight, set_weight
 from fasp_fx.capturing._sizes import is_dynamic
 from fasp_fx.patterns import Rule, lookup
 

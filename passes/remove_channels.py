@@ -16,8 +16,7 @@ from fasp_fx.analysis.channels import Numbering, Slot, Value, Walk
 from fasp_fx.base._stamps import stamp
 from fasp_fx.base.compat import pytree
 from fasp_fx.capturing._fx import arguments, set_argument
-from fasp_fx.capturing._program import Program
-from fasp_fx.capturing._recipes import Cut, Recipe
+from fasp_fx.capturing._program import Cut, Program, Recipe
 from fasp_fx.patterns import VIEWS, Clause, lookup
 
 from ._kept import Kept

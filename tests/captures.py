@@ -9,15 +9,16 @@ import io
 import pickle
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from fasp_fx.capturing import _captured
+from fasp_fx.capturing import _capture
 from fasp_fx.capturing._program import Program
 from fasp_fx.pruning import _submodules
 
@@ -183,12 +184,7 @@ def equal_captures() -> Iterator[None]:
 
     Each is handed out over the weights of the model that is asked for.
     """
-    modules: tuple[Any, ...] = (_captured, _submodules)
-    originals = [module.capture_program for module in modules]
-    for module, original in zip(modules, originals, strict=True):
-        module.capture_program = _once(original)
-    try:
+    with ExitStack() as stack:
+        for module, name in ((_capture, "capture"), (_submodules, "capture_program")):
+            stack.enter_context(mock.patch.object(module, name, _once(getattr(module, name))))
         yield
-    finally:
-        for module, original in zip(modules, originals, strict=True):
-            module.capture_program = original

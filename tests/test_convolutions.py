@@ -178,7 +178,7 @@ def test_frequencies_that_strides_leave_few_of_are_features(width: int) -> None:
     result = fasp_fx.prune(model, (torch.randn(2, 7, width),), sparsity=0.3, score="magnitude", restore=None)
     assert {group.name for group in result.plan.groups} == {"project.weight", "out.weight"}
     assert_exact(model, result, *((torch.randn(2, length, width),) for length in (7, 12, 21)))
-    with pytest.raises(fasp_fx.errors.CallError, match="dimension 2 is 9"):
+    with pytest.raises(fasp_fx.errors.CallError, match=r"of shape \(.*9"):
         result.module(torch.randn(2, 7, 9))
 
 

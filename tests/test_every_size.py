@@ -241,9 +241,7 @@ def test_their_widths_are_fixed_and_what_lies_between_is_pruned() -> None:
         "out.0.bias",
     }
     assert_exact(model, result, ARGS, tuple(torch.randn(5, 4) for _ in ARGS))
-    with pytest.raises(
-        fasp_fx.CallError, match="argument 'before': dimension 1 is 5, the program was captured for 4"
-    ):
+    with pytest.raises(fasp_fx.CallError, match=r"captured for before.shape\[1\] == 4"):
         result.module(torch.randn(3, 5), torch.randn(3, 4), torch.randn(3, 3))
 
 

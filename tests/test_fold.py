@@ -95,15 +95,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
         ROWS,
         {"0.weight", "4.weight"},
     ),
-    "used twice": (
-        lambda: wide(
-            lambda self, x: self.down(self.middle(self.middle(self.up(x).tanh()).tanh()).tanh()),
-            hidden=16,
-            middle=parametrizations.weight_norm(nn.Linear(16, 16)),
-        ),
-        ROWS,
-        {"middle.weight"},
-    ),
 }
 
 

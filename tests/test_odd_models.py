@@ -450,7 +450,7 @@ def test_tensors_of_another_kind_are_refused(example: torch.dtype) -> None:
     for call in (result.module, torch.compile(result.module, backend="eager")):
         call(X, masks[0])
         for other in {torch.bool, torch.int64, torch.float32} - {example}:
-            with pytest.raises(fasp_fx.CallError, match=f"'mask' is a tensor of {other}"):
+            with pytest.raises(fasp_fx.CallError, match=f"'mask' is a tensor of .*{other}"):
                 call(X, masks[0].to(other))
 
 

@@ -148,7 +148,7 @@ def test_no_activation_waits_in_memory(tmp_path: Path) -> None:
         runner = Runner(program, [[x]])
         for stop in range(1, len(runner.nodes)):
             runner.advance(stop)
-            (live,) = runner.live()
+            (live,) = runner._memory
             large = [value for value in live.values() if value is not x and value.nbytes >= SMALLEST]
             assert all(scratch._lies_within(value.untyped_storage()) for value in large)
         assert large

@@ -120,7 +120,7 @@ def test_what_was_captured_is_still_checked(module: nn.Module) -> None:
     again = pickle.loads(pickle.dumps(module))
     with pytest.raises(fasp_fx.CallError, match="keys"):
         again(torch.randn(3, 8), extra={"other": torch.zeros(3)})
-    with pytest.raises(fasp_fx.CallError, match="dimension 1 is 9"):
+    with pytest.raises(fasp_fx.CallError, match=r"of shape \(.*9"):
         again(torch.randn(3, 9), extra={"bias": torch.zeros(3)})
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fasp_fx.analysis import Analysis, analyze_program
 from fasp_fx.capturing import capture
-from fasp_fx.capturing._recipes import Cut, Recipe
+from fasp_fx.capturing._program import Cut, Recipe
 from fasp_fx.errors import VerificationError
 from fasp_fx.passes import remove, split_fused
 from fasp_fx.passes.remove_channels import recipes_of

@@ -80,7 +80,7 @@ def test_cells_in_a_loop(kind: str, options: dict[str, Any], gates: int) -> None
     left = HIDDEN - len(removed)
     assert len(removed) > 0
     # the loop was captured with as many steps as the example has
-    with pytest.raises(fasp_fx.CallError, match="dimension 1 is 5, the program was captured for 4"):
+    with pytest.raises(fasp_fx.CallError, match=r"captured for x.shape\[1\] == 4"):
         result.module(data(2, 5))
     assert result.module.cell.weight_hh.shape == (gates * left, left)
     rows = next(part.removed for part in group.producers if part.name == "cell.weight_ih")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import fasp_fx
-from fasp_fx.capturing import _captured
+from fasp_fx.capturing import _capture
 
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
 
@@ -34,13 +34,13 @@ class Scaled(nn.Module):
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The models that were really captured."""
     found: list[nn.Module] = []
-    original = _captured.capture_program
+    original = _capture.capture
 
     def noted(model: nn.Module, *args: object, **options: object) -> object:
         found.append(model)
         return original(model, *args, **options)
 
-    monkeypatch.setattr(_captured, "capture_program", noted)
+    monkeypatch.setattr(_capture, "capture", noted)
     return found
 
 

@@ -226,35 +226,33 @@ def loaded_tables(tables: fasp_fx.Result, tmp_path_factory: pytest.TempPathFacto
     ("x", "same", "message"),
     [
         pytest.param(
-            X[:, :7], X, "argument 'x': dimension 1 is 7, the program was captured for 12", id="width"
+            X[:, :7], X, r"captured for x.shape\[1\] == 12, the call has 'x' of shape \(3, 7\)", id="width"
         ),
         pytest.param(
             X,
             torch.randn(3, 5),
-            r"argument 'rest\['same'\]': dimension 1 is 5, the program was captured for 12",
+            r"captured for rest\['same'\].shape\[1\] == 12, .*'rest\['same'\]' of shape \(3, 5\)",
             id="inside_a_dict",
         ),
         pytest.param(
             torch.randn(11, 12),
             torch.randn(11, 12),
-            "argument 'x': dimension 0 is 11, the program was captured for at most 10",
+            r"captured for x.shape\[0\] <= 10, the call has 'x' of shape \(11, 12\)",
             id="at_most",
         ),
         pytest.param(
             X,
             torch.randn(4, 12),
-            r"do not fit together.*'x' of shape \(3, 12\), 'rest\['same'\]' of shape \(4, 12\)",
+            r"do not fit.*'x' of shape \(3, 12\), 'rest\['same'\]' of shape \(4, 12\)",
             id="agree",
         ),
         pytest.param(
             X[0],
             X,
-            r"argument 'x' has 1 dimensions, its shape is \(12,\), but the program was captured for 2",
+            r"argument 'x' is a tensor of shape \(12,\).* captured with one of 2 dimensions",
             id="rank",
         ),
-        pytest.param(
-            [1.0], X, "argument 'x' is a list, but the program was captured with a tensor", id="no_tensor"
-        ),
+        pytest.param([1.0], X, r"argument 'x' is \[1.0\], but the program was captured with", id="no_tensor"),
     ],
 )
 def test_other_sizes_are_refused_by_argument_and_dimension(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fasp_fx
-from fasp_fx.capturing._captured import Captured, capture_whole
+from fasp_fx.capturing._capture import Captured, capture_whole
 from fasp_fx.errors import CaptureError, EagerError, NothingPrunableError, SparsityError
 from fasp_fx.testing.oracle import Masked, error, floats
 
@@ -29,6 +29,7 @@ LESS = (0.2, 0.1, 0.05, 0.02)
 #: how all are pruned
 DRAWN = fasp_fx.PruningConfig(sparsity=SPARSITY, score="random", restore=None)
 TOLERANCE, TOLERANCE_DOUBLE = 1e-3, 1e-6
+
 
 def measure(entry: Entry) -> Record:
     """Build, run, capture, analyse, prune and compare; what fails is recorded with its stage and

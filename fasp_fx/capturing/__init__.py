@@ -4,7 +4,7 @@ from ._capture import capture, in_training, recapture
 from ._export import export_again
 from ._functional import is_plain_graph, take_apart
 from ._fx import is_pure
-from ._rewrites import any_number_of_steps, single_layers
+from ._rewrites import any_number_of_steps
 from ._sizes import lower_bound, recorded_shapes, upper_bound
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "lower_bound",
     "recapture",
     "recorded_shapes",
-    "single_layers",
     "take_apart",
     "upper_bound",
 ]

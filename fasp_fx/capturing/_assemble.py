@@ -93,24 +93,14 @@ class Assembly:
 
     def program(self) -> ExportedProgram:
         """The exported program; its tensors have no values."""
-        graph = fx.Graph()
-        lifted, specs = self._lift(graph)
-        seen: dict[fx.Node, fx.Node] = {}
-        specs += self._take_inputs(graph, seen)
-        outputs = self.fill(graph, lifted, seen)
-        graph.output(outputs).meta.update(self.graph.find_nodes(op="output")[0].meta)
-        made = self._exported(graph, specs, outputs, self.weights)
+        made = self._exported(whole=True)
         take_guards(made, self.frame)  # whatever was assumed of the symbols since
         return made
 
     @cached_property
     def frame(self) -> ExportedProgram:
         """A program with the inputs, the guards and as many outputs, which computes nothing."""
-        graph = fx.Graph()
-        specs = self._take_inputs(graph, {})
-        outputs = (None,) * len(results(self.graph))
-        graph.output(outputs)
-        return self._exported(graph, specs, outputs, ())
+        return self._exported(whole=False)
 
     def fill(
         self, graph: fx.Graph, tensors: dict[str, fx.Node], seen: dict[fx.Node, fx.Node]
@@ -129,11 +119,13 @@ class Assembly:
                 made.meta.pop("tensor_meta", None)  # an exporter's, of the shapes before
         return tuple(fx.map_arg(results(self.graph), seen.__getitem__))
 
-    def _lift(self, graph: fx.Graph) -> tuple[dict[str, fx.Node], list[InputSpec]]:
-        """Inputs of a graph for all tensors."""
+    def _lift(
+        self, graph: fx.Graph, weights: tuple[_Weight, ...]
+    ) -> tuple[dict[str, fx.Node], list[InputSpec]]:
+        """Inputs of a graph for these tensors."""
         taken = {str(node.target) for node in self.graph.find_nodes(op="placeholder")}
         lifted, specs = {}, []
-        for weight in self.weights:
+        for weight in weights:
             wanted = f"{_PREFIXES[weight.kind]}_{weight.name.replace('.', '_')}"
             while wanted in taken:
                 wanted += "_"
@@ -154,9 +146,13 @@ class Assembly:
             specs.append(InputSpec(InputKind.USER_INPUT, _renamed(argument, made.name), None))
         return specs
 
-    def _exported(
-        self, graph: fx.Graph, specs: list[InputSpec], outputs: tuple[Any, ...], weights: tuple[_Weight, ...]
-    ) -> ExportedProgram:
+    def _exported(self, whole: bool) -> ExportedProgram:
+        """The program, or one without tensors that computes nothing."""
+        graph, seen, weights = fx.Graph(), dict[fx.Node, fx.Node](), self.weights if whole else ()
+        lifted, specs = self._lift(graph, weights)
+        specs += self._take_inputs(graph, seen)
+        outputs = self.fill(graph, lifted, seen) if whole else (None,) * len(results(self.graph))
+        graph.output(outputs).meta.update(self.graph.find_nodes(op="output")[0].meta)
         returned = [OutputSpec(OutputKind.USER_OUTPUT, _argument(output), None) for output in outputs]
         stored = {
             weight.name

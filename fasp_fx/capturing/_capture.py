@@ -1,11 +1,16 @@
-"""Capture a model as a functional graph in which linear, attention and norms stay whole."""
+"""Capture a model as a functional graph in which linear, attention and norms stay whole, for several analyses
+and prunings.
+"""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +24,14 @@ from ..base._stamps import read_stamps
 from ..base._undisturbed import without_collections
 from ..base.compat import LazyGraphModule, compile_graphs, pytree
 from ..errors import ArgumentError, CaptureError
+from ._compare_with_model import compared
 from ._export import export
 from ._fold import Folding
 from ._fold import fold as fold_weights
 from ._functional import functional, take_apart
-from ._fx import remove_dead, remove_dropouts, results
+from ._fx import remove_dead, remove_dropouts, results, written_names
 from ._program import ExportFacts, Program, graph_module
-from ._rewrites import as_weights, check_names, own_names, single_layers
+from ._rewrites import as_weights, check_names, own_names
 from ._signature import CallSignature
 from ._sizes import all_dims, every_dim
 from ._transformers import is_cache, is_transformers, register_caches
@@ -103,9 +109,10 @@ def capture(
         if is_transformers(model):
             register_caches(model)
         signature = CallSignature.of(model.forward, args, kwargs, own_defaults)
+        bound = signature.bound(args, kwargs)
         given = pytree.tree_map(
             lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf,
-            signature.graph_inputs(args, kwargs),
+            {name: bound[name] for name in signature.captured},
         )
         free = every_dim if image_sizes else all_dims
         exported, notes, doubled = export(model, signature, given, dynamic_shapes, free, len(args), doubles)
@@ -121,7 +128,6 @@ def capture(
     own_names(module, module.graph)
     if isinstance(model, ExportedProgram):
         take_apart(module.graph)
-    single_layers(module.graph)
     remove_dropouts(module.graph)
     remove_dead(module.graph)
     example = exported.example_inputs
@@ -219,7 +225,6 @@ def recapture(program: Program, exported: ExportedProgram) -> Program:
     read_stamps(exported.graph)
     module = _plain(exported.module(check_guards=False))
     take_apart(module.graph)
-    single_layers(module.graph)
     inputs, before = module.graph.find_nodes(op="placeholder"), program.placeholders()
     if len(inputs) != len(before) or len(results(module.graph)) != len(results(program.module.graph)):
         raise CaptureError("it changed the number of the program's inputs or outputs")
@@ -287,3 +292,136 @@ def state_positions(
 def _holds_state(leaf: tuple[tuple[str | None, ...], bool], state: tuple[str, ...]) -> bool:
     path, cached = leaf
     return cached or not set(path).isdisjoint(state)
+
+
+# --- A model that was captured once, for several analyses and prunings.
+
+
+Model = nn.Module | fx.GraphModule | ExportedProgram
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as a graph over its own weights, which it shares.
+
+    :func:`fasp_fx.analyze`, :func:`fasp_fx.prune` and :func:`fasp_fx.apply` take it in the place of a model
+    and its example inputs, any number of times.
+
+    Attributes:
+        programs: the graph, and how it is called, under the empty path; of a model that was captured in parts
+            (docs/submodules.md), those of the parts by their paths.
+    """
+
+    programs: dict[str, Program]
+    _versions: dict[str, int | None] = field(repr=False)
+    _model: Callable[[], object | None] = field(default=lambda: None, repr=False)
+    _parameters: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
+
+    @property
+    def program(self) -> Program:
+        """The one program.
+
+        Raises:
+            CaptureError: the model was captured in parts.
+        """
+        if "" not in self.programs:
+            raise CaptureError(
+                "a model captured in parts has no single program; programs has those of the parts"
+            )
+        return self.programs[""]
+
+    def device(self) -> torch.device:
+        """Where it was captured."""
+        return next(iter(self.programs.values())).device()
+
+    def checked(self) -> Program:
+        """The program, if its weights are what they were.
+
+        Raises:
+            ArgumentError: one has been written into, or the model has another in its place; names it.
+        """
+        now = _parameters(self._model())
+        changed = [name for name, held in self._parameters.items() if now.get(name, held) is not held]
+        versions = _versions(self.program).items()
+        changed += [name for name, version in versions if version != self._versions.get(name)]
+        if changed:
+            raise ArgumentError(f"'{changed[0]}' has changed since the model was captured; capture it again")
+        return self.program
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
+        """The same over weights of its own."""
+        program = copy.deepcopy(self.checked(), memo)
+        return Captured({"": program}, _versions(program))
+
+
+def capture_whole(model: Model, args: Any, kwargs: dict[str, Any] | None, **options: Any) -> Captured:
+    """Capture a model as one program; arguments and errors as for :func:`fasp_fx.capture`."""
+    program = _captured(model, args, kwargs, **options)
+    held = weakref.ref(model) if isinstance(model, nn.Module) else lambda: None
+    return Captured({"": program}, _versions(program), held, _parameters(model))
+
+
+def _parameters(model: object) -> dict[str, nn.Parameter]:
+    """The parameters of a module by name."""
+    return dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
+
+
+def _captured(
+    model: Model, args: Any, kwargs: dict[str, Any] | None, *, run: bool = True, **options: Any
+) -> Program:
+    """Capture, and if ``run``, hold the program against the model."""
+    program = capture(model, args, kwargs, **options)
+    if unread := program.unread():
+        note = (
+            f"forward computes nothing with '{unread[0]}'"
+            + (f" and {len(unread) - 1} more" if len(unread) > 1 else "")
+            + ", and the result keeps what nothing reads"
+        )
+        program = replace(program, notes=(*program.notes, note))
+    if not run:
+        return program
+    return compared(program, model, args, kwargs, partial(capture, doubles=False, **options))
+
+
+def check_given(
+    captured_on: torch.device,
+    args: Any,
+    kwargs: dict[str, Any] | None,
+    *,
+    state: tuple[str, ...],
+    dynamic_shapes: Any,
+    device: torch.device | str | None,
+) -> None:
+    """Refuse to say of a captured model what its capture was told.
+
+    Raises:
+        ArgumentError: names the argument.
+    """
+    given = {
+        "args": args != (),
+        "kwargs": bool(kwargs),
+        "state": bool(state),
+        "dynamic_shapes": dynamic_shapes is not None,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise ArgumentError(
+                f"a captured model holds what {name}= says already; give {name}= to fasp_fx.capture"
+            )
+    if device is not None and torch.device(device).type != captured_on.type:
+        raise ArgumentError(
+            f"the model was captured on {captured_on}; give device={str(device)!r} to fasp_fx.capture"
+        )
+
+
+def _versions(program: Program) -> dict[str, int | None]:
+    """How often each weight was written into, and what weights were computed of at the capture, but for those
+    that the model itself writes into; ``None`` where torch does not count.
+    """
+    own = set(written_names(program.module.graph))
+    held = {**program.weights(), **program.replaced}  # a folded weight can have the name of one of those
+    return {name: _version(tensor) for name, tensor in held.items() if name not in own}
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

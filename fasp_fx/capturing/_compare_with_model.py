@@ -5,7 +5,6 @@ is being traced, and then do otherwise.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,11 +18,10 @@ from ..base._warn import warn
 from ..base.compare import distance, tolerance
 from ..base.compat import pytree
 from ..errors import CalibrationError, CaptureError, CaptureWarning
-from . import lower_bound
 from ._fx import draws, results, written_names
 from ._program import Program
 from ._runner import Runner
-from ._sizes import is_dynamic
+from ._sizes import is_dynamic, lower_bound
 from ._unchanged import copied, rewound
 
 #: relative deviation in the 2-norm that rounding accounts for in float32 where factors are rounded, as
@@ -33,7 +31,6 @@ _ALLOWED_ROUNDED = 1e-2
 #: the bound that an exporter has in mind for any size that varies, though one is let pass
 _LEAST = 2
 
-_OTHERWISE = "does not compute what the model does"
 _TRACED = "the model does something else while it is traced, often for want of an optional input"
 
 
@@ -59,47 +56,56 @@ def compared(
     if not isinstance(model, nn.Module) or drawn or _is_elsewhere(program, model):
         return program
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
-    expected, changed = called(program, model, args, kwargs)
     try:
-        trouble = trouble_with(program, expected, args, kwargs)
+        worst, changed = _difference(program, model, args, kwargs)
+        trouble = _otherwise("on the example inputs", worst)
     except tolerable(CalibrationError) as error:
         trouble = f"cannot be executed on the example inputs ({error})"
-    if trouble is not None and recapture is not None and program.doubled:
+    if trouble and recapture is not None and program.doubled:
         with contextlib.suppress(CaptureError):  # then what there is will have to do
             return compared(recapture(model, args, kwargs), model, args, kwargs)
-    if trouble is not None:
+    if trouble:
         return _noted(program, f"{trouble}: {_TRACED}")
     if changed and not written_names(program.module.graph):
-        again, _ = called(program, model, args, kwargs, calls=2)
-        worst = _difference(program, again, args, kwargs)
+        worst, _ = _difference(program, model, args, kwargs, calls=2)
         if worst:
             names = ", ".join(f"'{name}'" for name in changed[:3])
-            return _noted(
-                program,
-                f"{_OTHERWISE} in the second of two calls (an output differs by {_shown(worst)}): forward"
-                f" keeps something in {names}, and a graph only in buffers",
-            )
+            why = f"forward keeps something in {names}, and a graph only in buffers"
+            return _noted(program, f"{_otherwise('in the second of two calls', worst)}: {why}")
     least = _at_one(program, args, kwargs)
-    if least is not None:
-        try:
-            expected, _ = called(program, model, *least)
-            worst = _difference(program, expected, *least)
-        except tolerable(Exception):  # either may refuse such sizes as it likes, when it is called
-            return program
-        if worst:
-            return _noted(
-                program,
-                f"{_OTHERWISE} where sizes are one (an output differs by {_shown(worst)}): forward asks for"
-                " such a size, which no exporter sees",
-            )
+    try:
+        worst, _ = (0.0, []) if least is None else _difference(program, model, *least)
+    except tolerable(Exception):  # either may refuse such sizes as it likes, when it is called
+        return program
+    if worst:
+        why = "forward asks for such a size, which no exporter sees"
+        return _noted(program, f"{_otherwise('where sizes are one', worst)}: {why}")
     return program
 
 
-def called(
+def trouble_with(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> str | None:
+    """What is wrong with what a program computes, in words, where it is to be what the model does.
+
+    Raises:
+        CalibrationError: the program does not run on these inputs.
+    """
+    return _otherwise("on the example inputs", _difference(program, model, args, kwargs)[0]) or None
+
+
+def _otherwise(where: str, worst: float) -> str:
+    shown = f"{worst:.0%}" if worst >= 0.01 else f"{worst:.1e} of its size"
+    return f"does not compute what the model does {where} (an output differs by {shown})" if worst else ""
+
+
+def _difference(
     program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any], calls: int = 1
-) -> tuple[list[Any], list[str]]:
-    """What the last of some calls of the model returns, and which attributes they set; the model and its
-    inputs are left as they were.
+) -> tuple[float, list[str]]:
+    """How far the outputs of the program are from those of the last of some calls of the model, zero if no
+    further than rounding; and which attributes those calls set. The model and its inputs are left as they
+    were.
+
+    Raises:
+        CalibrationError: the program does not run on these inputs.
     """
     # what a model compiles for itself (flex attention, say) runs uncompiled, as in the program
     with (
@@ -110,93 +116,53 @@ def called(
         for _ in range(calls):
             own_args, own_kwargs = copied((args, kwargs))
             expected = copied(pytree.tree_leaves(model(*own_args, **own_kwargs)))
-    return expected, changed
-
-
-def trouble_with(program: Program, expected: list[Any], args: Any, kwargs: dict[str, Any]) -> str | None:
-    """What is wrong with what a program computes, in words, where its model computes what is expected.
-
-    Raises:
-        CalibrationError: the program does not run on these inputs.
-    """
-    worst = _difference(program, expected, args, kwargs)
-    return f"{_OTHERWISE} on the example inputs (an output differs by {_shown(worst)})" if worst else None
-
-
-def _difference(program: Program, expected: list[Any], args: Any, kwargs: dict[str, Any]) -> float:
-    """How far the outputs of the program are from those expected; zero if no further than rounding.
-
-    Raises:
-        CalibrationError: the program does not run on these inputs.
-    """
     with torch.no_grad(), drawing_alike(program.weights().values(), seed=1):
         found = _outputs(program, copied(program.flat_inputs(args, kwargs)))
-    return _apart(found, expected, _allowed(program))
-
-
-def _allowed(program: Program) -> float:
-    """What rounding can make of the outputs."""
+    # leaf for leaf, but where a class of the caller's holds tensors, say
+    pairs = zip(found, expected) if len(found) == len(expected) else zip(_floats(found), _floats(expected))
     coarse = coarsest(program)
     is_rounded = program.device().type != "cpu" or torch.get_float32_matmul_precision() != "highest"
-    return _ALLOWED_ROUNDED if coarse == torch.float32 and is_rounded else tolerance("capture", coarse)
-
-
-def _apart(found: list[Any], expected: list[Any], allowed: float) -> float:
-    """How far outputs are from those expected; zero if no further than rounding.
-
-    Where a program does not return what its model does leaf for leaf (classes of the caller's that hold
-    tensors, say), numbers of floating point are compared alone, in order.
-    """
-    pairs = zip(found, expected) if len(found) == len(expected) else zip(_floats(found), _floats(expected))
-    return max((seen for seen in (_distance(*pair) for pair in pairs) if not seen <= allowed), default=0.0)
+    allowed = _ALLOWED_ROUNDED if coarse == torch.float32 and is_rounded else tolerance("capture", coarse)
+    return max((seen for pair in pairs if not (seen := _distance(*pair)) <= allowed), default=0.0), changed
 
 
 def _distance(found: Any, expected: Any) -> float:
-    """How far one output is from another: relative in the 2-norm, of integers the part that differs; infinite
-    where shapes do, or plain numbers.
-    """
-    if isinstance(expected, (bool, int, float)) and isinstance(found, (bool, int, float)):
-        same = found == expected or (found != found and expected != expected)
-        return 0.0 if same or math.isclose(found, expected, rel_tol=1e-3) else math.inf
-    if not (isinstance(found, Tensor) and isinstance(expected, Tensor)):
-        return 0.0  # what no graph returns
-    if found.shape != expected.shape:
-        return math.inf
-    found, expected = _plain(found), _plain(expected)
-    if expected.is_floating_point() and found.is_floating_point():
-        return distance(found, expected)
-    return float((found != expected).double().mean()) if expected.numel() else 0.0
+    """How far one output is from another, relative in the 2-norm; zero for what no graph returns."""
+    values = (Tensor, bool, int, float)
+    if not (isinstance(found, values) and isinstance(expected, values)):
+        return 0.0
+    return distance(_real(found), _real(expected))
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """A dense tensor of real numbers or integers with the same values."""
+def _real(value: Tensor | float) -> Tensor:
+    """A dense tensor of real numbers with the same values."""
+    tensor = torch.as_tensor(value)
     tensor = tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def _shown(worst: float) -> str:
-    return f"{worst:.0%}" if worst >= 0.01 else f"{worst:.1e} of its size"
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return tensor if tensor.is_floating_point() else tensor.double()
 
 
 def _at_one(program: Program, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """The first entry of the example inputs along every dimension that varies and may be as small; ``None``
     if none does, or some vary together with others.
     """
-    cut: dict[int, Tensor] = {}
-    for node, leaf in zip(program.placeholders(), program.flat_inputs(args, kwargs), strict=True):
-        recorded = node.meta.get("val")
-        if not (isinstance(leaf, Tensor) and isinstance(recorded, Tensor)):
-            continue
-        for dim in (dim for dim, size in enumerate(recorded.shape) if is_dynamic(size)):
-            size: Any = recorded.shape[dim]
-            if not str(size).isidentifier():
-                return None
-            if lower_bound(size) > _LEAST:
-                continue  # a call with a size of one is refused
-            cut[id(leaf)] = cut.get(id(leaf), leaf).narrow(dim, 0, min(1, leaf.shape[dim]))
-    if not cut:
+    leaves = program.flat_inputs(args, kwargs)
+    shapes = {
+        id(leaf): getattr(node.meta.get("val"), "shape", ())
+        for node, leaf in zip(program.placeholders(), leaves, strict=True)
+        if isinstance(leaf, Tensor)
+    }
+    varying = [size for shape in shapes.values() for size in shape if is_dynamic(size)]
+    if not varying or not all(str(size).isidentifier() for size in varying):
         return None
-    found: tuple[Any, dict[str, Any]] = pytree.tree_map(lambda leaf: cut.get(id(leaf), leaf), (args, kwargs))
+
+    def cut(leaf: Any) -> Any:
+        for dim, size in enumerate(shapes.get(id(leaf), ())):
+            if is_dynamic(size) and lower_bound(size) <= _LEAST:  # a call with less is refused
+                leaf = leaf.narrow(dim, 0, min(1, leaf.shape[dim]))
+        return leaf
+
+    found: tuple[Any, dict[str, Any]] = pytree.tree_map(cut, (args, kwargs))
     return found
 
 

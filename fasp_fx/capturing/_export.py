@@ -6,10 +6,7 @@ import contextlib
 import functools
 import inspect
 import itertools
-import os
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -39,7 +36,6 @@ from ._sizes import (
     recorded_shapes,
     takes_any_number,
     widened,
-    with_static,
 )
 from ._transformers import export_transformers, is_transformers
 from ._unchanged import functions_called, run_once, unchanged
@@ -96,7 +92,7 @@ def export(
             features = of_features(exported) if dynamic_shapes is None and callable(shapes) else frozenset()
             if features:
                 exported, sets = _undisturbed(
-                    model, signature, names, inputs, functools.partial(with_static, shapes, features)
+                    model, signature, names, inputs, functools.partial(shapes, fixed=features)
                 )
             images = images_of(inputs.values()) if dynamic_shapes is None and shapes is all_dims else set()
             alike = ", ".join(f"'{name}'" for name, value in inputs.items() if id(value) in images)
@@ -120,33 +116,10 @@ def export(
         except tolerable(Exception) as error:
             failures.append(error)
     raise ExportError(
-        f"{type(model).__name__} cannot be captured by torch.export: {first_line(failures[0])}"
-        f"{_where(failures[0])}. Try the inputs on the model itself, then capture the largest submodule"
+        f"{type(model).__name__} cannot be captured by torch.export: {first_line(failures[0])}."
+        " Try the inputs on the model itself, then capture the largest submodule"
         " without data-dependent control flow."
     ) from failures[0]
-
-
-#: folders of code that is no model's: libraries with all that they hold, and Python's own, in which packages
-#: may lie
-_LIBRARIES = tuple(os.path.join(folder, "") for folder in (*torch.__path__, str(Path(__file__).parents[1])))
-_PYTHON = Path(contextlib.__file__).parent
-
-
-def _where(error: Exception) -> str:
-    """The line of the model's code from which an error came, to stand in a sentence; empty if there is
-    none.
-    """
-    frame = next(
-        (
-            frame
-            for frame in reversed(traceback.extract_tb(error.__traceback__))
-            if frame.line
-            and not frame.filename.startswith(_LIBRARIES)
-            and Path(frame.filename).parent != _PYTHON
-        ),
-        None,
-    )
-    return "" if frame is None else f", at '{frame.line}' ({Path(frame.filename).name}:{frame.lineno})"
 
 
 def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_given: bool) -> None:
@@ -224,7 +197,7 @@ def _export_once(
     constants = {name: value for name, value in signature.constants.items() if name not in names}
     kwargs |= {name: value for name, value in constants.items() if is_plain(value)}
     held = {name: value for name, value in constants.items() if not is_plain(value)}
-    with _holding(model, held), _named(model, kwargs):
+    with _called_as(model, held, kwargs):
         spec = shapes(args, kwargs).dynamic_shapes(model, args, kwargs) if callable(shapes) else shapes
         return _rewritten(lambda: torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False))
 
@@ -248,33 +221,27 @@ def _rewritten(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
 def _rewritten_once(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
     with compiled_when_called():
         exported = trace()
-    exported = padded_in_order(as_weights(settled_as_numbers(exported)))
+    exported = as_weights(settled_as_numbers(exported))
     out_of_place(exported.graph)
     exported = functional(exported)
     take_apart(exported.graph)
+    padded_in_order(exported)
     exported.graph_module.recompile()
     return exported
 
 
-def _calling(model: nn.Module, forward: Callable[..., Any]) -> contextlib.AbstractContextManager[Any]:
-    """Let a call of the model be one of ``forward``."""
-    return mock.patch.object(model, "forward", forward)
-
-
-def _holding(model: nn.Module, constants: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
-    """Give ``forward`` arguments that the exporter does not take, such as members of an enum."""
-    held = functools.partial(model.forward, **constants)
-    return _calling(model, held) if constants else contextlib.nullcontext()
-
-
-def _named(model: nn.Module, kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
-    """Let the signature of ``forward`` name those arguments that it takes as ``**kwargs``: of sizes given for
-    all of these by one name an exporter makes nothing.
+def _called_as(
+    model: nn.Module, held: dict[str, Any], kwargs: dict[str, Any]
+) -> contextlib.AbstractContextManager[Any]:
+    """Let forward hold arguments that the exporter does not take, such as members of an enum, and its
+    signature name those that it takes as ``**kwargs``: of sizes given for all of these by one name an
+    exporter makes nothing.
     """
-    forward, parameters = model.forward, inspect.signature(model.forward).parameters
+    forward = functools.partial(model.forward, **held)
+    parameters = inspect.signature(forward).parameters
     known = {name: one for name, one in parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
     extra = [name for name in kwargs if name not in known]
-    if not extra:
+    if not (held or extra):
         return contextlib.nullcontext()
 
     def named(*args: Any, **kwargs: Any) -> Any:
@@ -283,14 +250,14 @@ def _named(model: nn.Module, kwargs: dict[str, Any]) -> contextlib.AbstractConte
     vars(named)["__signature__"] = inspect.Signature(
         [*known.values(), *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra)]
     )
-    return _calling(model, named)
+    return mock.patch.object(model, "forward", named)
 
 
 def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ExportedProgram:
     """Export a rewritten graph module; guards, ranges and recorded shapes are made anew."""
     args, kwargs = example
     compile_graphs(module)  # an exporter asks for its signature before it calls it
-    with quiet(), torch.no_grad(), any_number_of_steps(), _named(module, kwargs):
+    with quiet(), torch.no_grad(), any_number_of_steps(), _called_as(module, {}, kwargs):
         shapes = recorded_shapes(module.graph, example).dynamic_shapes(module, args, kwargs)
         return _rewritten(
             lambda: torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..base.compat import OpOverload
 from ..patterns import CASTS, letters_of, lookup
-from ._fx import arguments, attribute, remove_dead, target_name, written_names
+from ._fx import arguments, attribute, draws, is_pure, remove_dead, target_name, written_names
 from ._program import FoldedWeight, free_name, region
 
 Region = tuple[Any, ...]
@@ -112,28 +111,22 @@ def _refused(module: fx.GraphModule, entry: Computed) -> str:
     return f"a weight that the model computes of {of} stays as it is: {why}"
 
 
-def _looked_up(module: fx.GraphModule) -> dict[Region, list[fx.Node]]:
-    """The nodes that look up each tensor."""
-    found: dict[Region, list[fx.Node]] = {}
-    for node in module.graph.find_nodes(op="get_attr"):
-        tensor = attribute(module, target_name(node))
-        if isinstance(tensor, Tensor):
-            found.setdefault(region(tensor, target_name(node)), []).append(node)
-    return found
-
-
 def _chosen(module: fx.GraphModule, found: list[Computed]) -> tuple[list[Computed], set[Region]]:
     """Those that take no more bytes than the weights that go with them, and the memory of those weights; of
     several that are computed of one weight, the first has its bytes.
     """
-    looked_up, chosen = _looked_up(module), found
+    chosen, lookups = found, module.graph.find_nodes(op="get_attr")
+    held = {node: attribute(module, target_name(node)) for node in lookups}
+    regions = {
+        node: region(tensor, target_name(node)) for node, tensor in held.items() if isinstance(tensor, Tensor)
+    }
     sources = {key: name for entry in found for key, name in entry.sources.items()}
     while True:
         needless = {entry.node for entry in chosen}
         for node in reversed(module.graph.nodes):
             if node.op == "get_attr" or (node.op == "call_function" and node.users):
                 needless.update([node] if needless.issuperset(node.users) else [])
-        freed = {key for key in sources if needless.issuperset(looked_up[key])}
+        freed = sources.keys() - {key for node, key in regions.items() if node not in needless}
         sizes = {key: attribute(module, sources[key]).nbytes for key in freed}
         fits = [entry for entry in chosen if entry.bytes <= sum(sizes.pop(key, 0) for key in entry.sources)]
         if len(fits) == len(chosen):
@@ -142,16 +135,11 @@ def _chosen(module: fx.GraphModule, found: list[Computed]) -> tuple[list[Compute
 
 
 def _evaluate(module: fx.GraphModule, entry: Computed) -> Tensor:
-    values: dict[fx.Node, Any] = {}
+    interpreter = fx.Interpreter(module)
     with torch.no_grad():
         for node in entry.cone:
-            if node.op == "get_attr":
-                values[node] = attribute(module, target_name(node))
-            else:
-                assert callable(node.target)
-                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)
-        value: Tensor = values[entry.node].detach().clone()  # of no other's storage
+            interpreter.env[node] = interpreter.run_node(node)
+        value: Tensor = interpreter.env[entry.node].detach().clone()  # of no other's storage
     return value
 
 
@@ -210,53 +198,27 @@ def _computed_weights(module: fx.GraphModule) -> list[Computed]:
 
     At least one of the weights is a parameter: what is made of buffers and constants alone is a fixed
     transform. Mere movements and casts of a weight are none: the analysis follows the weight through them.
-    Nodes that compute the same of the same become one.
     """
-    graph, constant = module.graph, _constant(module)
-    parts: dict[fx.Node, tuple[str, fx.Node]] = {}
-    for node in [node for node in graph.nodes if node not in constant]:
-        for role, operand in _operands(node):
-            for part in _computed(operand):
-                value = part.meta.get("val")
-                if part in constant and isinstance(value, Tensor) and value.is_floating_point():
-                    parts.setdefault(part, (role, operand))
-    merged = _merge(module, {node for _, operand in parts.values() for node in _cone(operand)})
-    positions = {node: index for index, node in enumerate(graph.nodes)}
-    found: dict[fx.Node, Computed] = {}
-    for part, (role, _) in parts.items():
-        node = _moved_on(merged.get(part, part))
-        cone = sorted(_cone(node), key=positions.__getitem__)
-        sources: dict[Region, str] = {}
-        for name in (target_name(leaf) for leaf in cone if leaf.op == "get_attr"):
-            sources.setdefault(region(attribute(module, name), name), name)
-        if any(isinstance(attribute(module, name), nn.Parameter) for name in sources.values()):
-            found.setdefault(node, Computed(node, role, cone, sources))
-    return list(found.values())
-
-
-def _merge(module: fx.GraphModule, nodes: set[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """Let those of the nodes be one that compute the same of the same weights: the first, by the others. What
-    only asserts something of one goes: of a constant it is known.
-    """
-    known: dict[Any, fx.Node] = {}
-    merged: dict[fx.Node, fx.Node] = {}
-
-    def identity(item: Any) -> Any:
-        if not isinstance(item, fx.Node) or item.op != "get_attr":
-            return item
-        return region(attribute(module, target_name(item)), target_name(item))
-
+    cones = _constant(module)
     for node in list(module.graph.nodes):
-        if not node.users and _asserts(node) and nodes.issuperset(node.all_input_nodes):
-            module.graph.erase_node(node)
-        elif node in nodes and node.op == "call_function":
-            given: Any = fx.node.map_aggregate((node.args, node.kwargs), identity)
-            first = known.setdefault((node.target, str(given)), node)
-            if first is not node:
-                node.replace_all_uses_with(first)
-                module.graph.erase_node(node)
-                merged[node] = first
-    return merged
+        unread = node.op == "call_function" and not node.users and not draws(node)
+        if unread and node.all_input_nodes and cones.keys() >= set(node.all_input_nodes):
+            module.graph.erase_node(node)  # it asserts what is known of constants, say
+    positions = {node: index for index, node in enumerate(module.graph.nodes)}
+    found: dict[fx.Node, Computed] = {}
+    for node in [node for node in module.graph.nodes if node not in cones]:
+        for role, part in [(role, part) for role, operand in _operands(node) for part in _computed(operand)]:
+            value = part.meta.get("val")
+            if part not in cones or not isinstance(value, Tensor) or not value.is_floating_point():
+                continue
+            moved = _moved_on(part)
+            cone = sorted(cones[moved], key=positions.__getitem__)
+            sources: dict[Region, str] = {}
+            for name in (target_name(leaf) for leaf in cone if leaf.op == "get_attr"):
+                sources.setdefault(region(attribute(module, name), name), name)
+            if any(isinstance(attribute(module, name), nn.Parameter) for name in sources.values()):
+                found.setdefault(moved, Computed(moved, role, cone, sources))
+    return list(found.values())
 
 
 def _moved_on(node: fx.Node) -> fx.Node:
@@ -278,32 +240,25 @@ def _moved_on(node: fx.Node) -> fx.Node:
     return node
 
 
-def _constant(module: fx.GraphModule) -> set[fx.Node]:
-    """The nodes whose values are the same in every call: no input, no chance, and nothing that the graph
-    writes to takes part.
+def _constant(module: fx.GraphModule) -> dict[fx.Node, set[fx.Node]]:
+    """The nodes whose values are the same in every call, with all that they are computed of, themselves
+    included: no input, no chance, and nothing that the graph writes to takes part.
     """
     written = {region(attribute(module, name), name) for name in written_names(module.graph)}
-    found: set[fx.Node] = set()
+    found: dict[fx.Node, set[fx.Node]] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
             tensor = attribute(module, target_name(node))
             if isinstance(tensor, Tensor) and region(tensor, target_name(node)) not in written:
-                found.add(node)
+                found[node] = {node}
         elif (
             node.op == "call_function"
-            and _repeatable(node.target)
-            and all(source in found for source in node.all_input_nodes)
+            and is_pure(node)
+            and "empty" not in str(node.target)
+            and found.keys() >= set(node.all_input_nodes)
         ):
-            found.add(node)
+            found[node] = {node}.union(*(found[source] for source in node.all_input_nodes))
     return found
-
-
-def _repeatable(target: Any) -> bool:
-    if target is operator.getitem:
-        return True
-    if not isinstance(target, OpOverload) or target._schema.is_mutable:
-        return False
-    return torch.Tag.nondeterministic_seeded not in target.tags and "empty" not in target._schema.name
 
 
 def _operands(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
@@ -342,24 +297,3 @@ def _computed(node: fx.Node) -> Iterator[fx.Node]:
     for part in parts if isinstance(parts, (list, tuple)) else [parts]:
         if isinstance(part, fx.Node):
             yield from _computed(part)
-
-
-def _cone(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        top = stack.pop()
-        if top not in found:
-            found.add(top)
-            stack.extend(top.all_input_nodes)
-    return found
-
-
-def _asserts(node: fx.Node) -> bool:
-    """Whether a node only asserts something, which of a constant is known."""
-    rule = lookup(node.target)
-    return (
-        bool(node.all_input_nodes)
-        and rule is not None
-        and not (rule.moves or rule.alternatives or rule.tallies or rule.creates)
-    )

@@ -31,6 +31,7 @@ from ..base.compat import (
 from ..errors import first_line
 from ..patterns import lookup
 from ._fx import remove_dropouts
+from ._rewrites import LAYERS, any_number_of_steps, own_states
 
 _log = logging.getLogger("fasp_fx")
 
@@ -59,7 +60,8 @@ def _is_functional(node: fx.Node) -> bool:
 
 def take_apart(graph: fx.Graph) -> None:
     """Write operators without a rule that are made of others, and assignments to slices, as what they are
-    made of, which may have rules; one after the other, in a functional graph with its values recorded.
+    made of, which may have rules, and recurrent operators layer by layer; one after the other, in a
+    functional graph with its values recorded.
 
     What cannot be followed so (it asks for what a symbolic size is, say) stays whole.
     """
@@ -73,6 +75,7 @@ def take_apart(graph: fx.Graph) -> None:
             waiting += _written_out(node, way)
         except tolerable(Exception) as reason:  # a decomposition raises what it likes
             _log.info("'%s' (%s) stays whole: %s", node.name, node.target, first_line(reason))
+    own_states(graph)
 
 
 def _way_apart(node: fx.Node) -> Callable[..., Any] | None:
@@ -80,8 +83,8 @@ def _way_apart(node: fx.Node) -> Callable[..., Any] | None:
     operator = node.target
     if not isinstance(operator, OpOverload):
         return None
-    if operator in ASSIGNMENTS:
-        return ASSIGNMENTS[operator]
+    if operator in WAYS:
+        return WAYS[operator]
     # what computes positions and indices of nothing, or of one another, touches no channel
     given = [argument.meta.get("val") for argument in node.all_input_nodes]
     if lookup(operator) is not None or not any(
@@ -107,10 +110,10 @@ def _written_out(node: fx.Node, way: Callable[..., Any]) -> list[fx.Node]:
 
     module = nn.Module()
     module.forward = compute
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), any_number_of_steps():
         made, _ = aot_export_module(module, recorded, trace_joint=False, pre_dispatch=True, decompositions={})
     traced = cast(fx.GraphModule, made).graph
-    if any(each.op == "get_attr" or each.target == node.target for each in traced.nodes):
+    if any(each.op == "get_attr" for each in traced.nodes):
         raise NotImplementedError
     copied = dict(zip(traced.find_nodes(op="placeholder"), given, strict=True))
     with graph.inserting_before(node):
@@ -238,7 +241,7 @@ def _twin(node: fx.Node) -> OpOverload | None:
     target: Any = node.target
     packet = getattr(getattr(torch.ops, target.namespace), target._opname.removesuffix("_"), None)
     twin = getattr(packet, target._overloadname, None)
-    if not isinstance(twin, OpOverload) or twin._schema.is_mutable or twin in ASSIGNMENTS:
+    if not isinstance(twin, OpOverload) or twin._schema.is_mutable or twin in WAYS:
         return None
     first, *rest = target._schema.arguments
     others = [argument.name for argument in twin._schema.arguments[1:]]
@@ -324,8 +327,9 @@ def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Any:
     return cast if cast.shape == self.shape else _ATEN.expand.default(cast, list(self.shape))
 
 
-#: how they are written, or ``NotImplemented`` where they stay
-ASSIGNMENTS: dict[OpOverload, Callable[..., Any]] = {
+#: how operators are taken apart that have decompositions of ours, or ``NotImplemented`` where they stay
+WAYS: dict[OpOverload, Callable[..., Any]] = {
+    **LAYERS,
     _ATEN.copy.default: _copy,
     _ATEN.index_put.default: _index_put,
     _ATEN.slice_scatter.default: _slice_scatter,

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import keyword
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,40 +92,17 @@ _ATEN = torch.ops.aten
 
 
 _PADS = (_ATEN.pad.default, _ATEN.constant_pad_nd.default)
-_COPY, _IN_ORDER = _ATEN.clone.default, {"memory_format": torch.contiguous_format}
 
 
 def padded_in_order(exported: ExportedProgram) -> ExportedProgram:
-    """Let what such calls return lie in order, in the program's own graph, which nobody else may hold."""
-    found = [
-        node
-        for operator in _PADS
-        for node in exported.graph.find_nodes(op="call_function", target=operator)
-        if _varies(node) and not all(map(_is_in_order, node.users))
-    ]
-    for node in found:
-        _put_in_order(node)
-    if found:
-        exported.graph_module.recompile()
+    """Let changes of shape copy what does not lie in order, in the program's own graph, which nobody else may
+    hold, where it has such calls.
+    """
+    found = [node for pad in _PADS for node in exported.graph.find_nodes(op="call_function", target=pad)]
+    if any(isinstance(amount, fx.Node) for node in found for amount in arguments(node)["pad"]):
+        for node in exported.graph.find_nodes(op="call_function", target=_ATEN.view.default):
+            node.target = _ATEN.reshape.default
     return exported
-
-
-def _varies(node: fx.Node) -> bool:
-    return any(isinstance(amount, fx.Node) for amount in arguments(node)["pad"])
-
-
-def _is_in_order(node: fx.Node) -> bool:
-    return node.target == _COPY and node.kwargs == _IN_ORDER
-
-
-def _put_in_order(node: fx.Node) -> None:
-    with node.graph.inserting_after(node):
-        copy = node.graph.call_function(_COPY, (node,), dict(_IN_ORDER))
-    copy.meta = dict(node.meta)
-    # the program names its outputs
-    node.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy and user.op != "output")
-    if len(copy.users) == 0:
-        node.graph.erase_node(copy)
 
 
 # --- Constants of a program that are its parameters or buffers, reached by another way.
@@ -292,117 +269,69 @@ def any_number_of_steps() -> contextlib.AbstractContextManager[None]:
 _ZEROS = (_ATEN.zeros.default, _ATEN.new_zeros.default)
 
 
-def single_layers(graph: fx.Graph) -> None:
-    """Rewrite a functional graph so that each recurrent operator has one layer and one direction, and initial
-    states of zeros of its own.
+def _layer_by_layer(
+    operator: OpOverload,
+    input: Tensor,
+    hx: Any,
+    params: list[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> Any:
+    """A recurrent operator of several layers or both directions, as one of each."""
+    directions, steps = (2 if bidirectional else 1), (1 if batch_first else 0)
+    if num_layers * directions == 1:
+        return NotImplemented
+    listed, count = isinstance(hx, (list, tuple)), len(params) // (num_layers * directions)
+    last: list[list[Tensor]] = []
+    for layer in range(num_layers):
+        outputs = []
+        for index in range(layer * directions, (layer + 1) * directions):
+            turned = index % directions == 1
+            source = _ATEN.flip.default(input, [steps]) if turned else input
+            states = [_ATEN.slice.Tensor(state, 0, index, index + 1) for state in (hx if listed else [hx])]
+            weights = params[index * count : (index + 1) * count]
+            output, *after = operator(
+                source,
+                states if listed else states[0],
+                weights,
+                has_biases,
+                1,
+                0.0,
+                False,
+                False,
+                batch_first,
+            )
+            outputs.append(_ATEN.flip.default(output, [steps]) if turned else output)
+            last.append(after)
+        input = _ATEN.cat.default(outputs, 2) if len(outputs) > 1 else outputs[0]
+        if train and dropout and layer + 1 < num_layers:
+            input = _ATEN.dropout.default(input, dropout, True)
+    return input, *(_ATEN.cat.default(list(states), 0) for states in zip(*last))
+
+
+#: how recurrent operators are taken apart
+LAYERS: dict[OpOverload, Callable[..., Any]] = {
+    operator: functools.partial(_layer_by_layer, operator) for operator in _KERNELS
+}
+
+
+def own_states(graph: fx.Graph) -> None:
+    """Let recurrent layers that begin with zeros begin with zeros of their own, so that no layers are coupled
+    by them. They are made like the input, so that they go with the module to another device or type.
     """
-    for node in list(graph.nodes):
-        if (
-            node.op != "call_function"
-            or node.target not in _KERNELS
-            or any(user.target is not operator.getitem for user in node.users)
-        ):
-            continue
-        rewriter = _Rewriter(graph, node)
-        if not rewriter.settled():
-            rewriter.run()
-
-
-class _Rewriter:
-    """Writes the layers of one node before it, and puts their results in the place of its own."""
-
-    def __init__(self, graph: fx.Graph, node: fx.Node) -> None:
-        self.graph, self.node, self.given = graph, node, arguments(node)
-        hx = self.given["hx"]
-        self.listed = isinstance(hx, (list, tuple))
-        self.states: list[fx.Node] = list(hx) if self.listed else [hx]
-        self.directions = 2 if self.given["bidirectional"] else 1
-        self.layers: int = self.given["num_layers"]
-        self.steps = 1 if self.given["batch_first"] else 0
-        #: what the operator returns, recorded at capture
-        self.recorded: list[Tensor] = list(node.meta["val"])
-
-    def settled(self) -> bool:
-        """Whether there is nothing to rewrite, as in a program captured before."""
-        shared = [state.target in _ZEROS and len(state.users) > 1 for state in self.states]
-        written = [state.target is _ATEN.zeros.default for state in self.states]
-        return self.layers * self.directions == 1 and not any((*shared, *written))
-
-    def run(self) -> None:
-        drops = self.given["dropout"] if self.given["train"] else 0.0
-        with self.graph.inserting_before(self.node):
-            source, made = self.given["input"], []
-            for layer in range(self.layers):
-                both = [
-                    self._layer(source, layer * self.directions + direction, direction == 1)
-                    for direction in range(self.directions)
-                ]
-                made += both
-                source = self._joined([output for output, *_ in both], 2, self.recorded[0])
-                if drops and layer + 1 < self.layers:
-                    source = self._call(self.recorded[0], _ATEN.dropout.default, source, drops, True)
-            states = [
-                self._joined([one[index] for one in made], 0, self.recorded[index])
-                for index in range(1, 1 + len(self.states))
-            ]
-        results = dict(enumerate([source, *states]))
-        for user in list(self.node.users):
-            user.replace_all_uses_with(results[arguments(user)["1"]])
-            self.graph.erase_node(user)
-        self.graph.erase_node(self.node)
-        for node in dict.fromkeys([*states, *(state for one in made for state in one[1:]), *self.states]):
-            if not node.users and node.op == "call_function":
-                self.graph.erase_node(node)
-
-    def _layer(self, source: fx.Node, index: int, reverse: bool) -> list[fx.Node]:
-        """The output and the last states of one layer in one direction."""
-        if reverse:
-            source = self._call(source.meta.get("val"), _ATEN.flip.default, source, [self.steps])
-        states = [
-            self._state(state, recorded, index)
-            for state, recorded in zip(self.states, self.recorded[1:], strict=True)
-        ]
-        count = len(self.given["params"]) // (self.layers * self.directions)
-        weights = list(self.given["params"][index * count : (index + 1) * count])
-        settings = (self.given["has_biases"], 1, 0.0, False, False, self.given["batch_first"])
-        wide = self.recorded[0]
-        values = (
-            wide.new_empty([*wide.shape[:2], wide.shape[2] // self.directions]),
-            *(_first(state) for state in self.recorded[1:]),
-        )
-        node = self._call(
-            values, self.node.target, source, states if self.listed else states[0], weights, *settings
-        )
-        output, *after = [
-            self._call(value, operator.getitem, node, number) for number, value in enumerate(values)
-        ]
-        if reverse:
-            output = self._call(values[0], _ATEN.flip.default, output, [self.steps])
-        return [output, *after]
-
-    def _state(self, state: fx.Node, recorded: Tensor, index: int) -> fx.Node:
-        """The initial state of one layer and direction; what is merely zeros is made for it alone, so that no
-        layers are coupled by it.
-
-        Zeros are made like the input, so that they go with the module to another device or type.
-        """
-        if state.target in _ZEROS:
-            size = [1, *arguments(state)["size"][1:]]
-            return self._call(_first(recorded), _ATEN.new_zeros.default, self.given["input"], size)
-        if self.layers * self.directions == 1:
-            return state
-        return self._call(_first(recorded), _ATEN.slice.Tensor, state, 0, index, index + 1)
-
-    def _joined(self, parts: list[fx.Node], dim: int, recorded: Tensor) -> fx.Node:
-        return parts[0] if len(parts) == 1 else self._call(recorded, _ATEN.cat.default, parts, dim)
-
-    def _call(self, recorded: Any, target: Any, *args: Any) -> fx.Node:
-        node = self.graph.call_function(target, args)
-        stand_for(node, self.node)
-        node.meta["val"] = recorded
-        return node
-
-
-def _first(states: Tensor) -> Tensor:
-    """What is recorded of one layer's state, of that of all layers."""
-    return states.new_empty([1, *states.shape[1:]])
+    for node in [node for node in graph.nodes if node.target in _KERNELS]:
+        for state in node.all_input_nodes:
+            zeros: Any = state.args[0] if state.target is _ATEN.slice.Tensor else state
+            is_own = state.target is _ATEN.new_zeros.default and len(state.users) == 1
+            if is_own or zeros.target not in _ZEROS:
+                continue
+            with graph.inserting_before(node):
+                size = [1, *arguments(zeros)["size"][1:]]
+                own = graph.call_function(_ATEN.new_zeros.default, (arguments(node)["input"], size))
+            stand_for(own, node)
+            own.meta["val"] = state.meta["val"]
+            node.replace_input_with(state, own)

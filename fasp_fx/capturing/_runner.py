@@ -41,7 +41,6 @@ class Runner:
         self,
         program: Program,
         batches: list[list[Any]],
-        on_node: Callable[[int], None] = lambda done: None,
         numbers: Sequence[int] | None = None,
         returns: bool = True,
         device: torch.device | None = None,
@@ -54,7 +53,6 @@ class Runner:
         self.nodes = list(program.module.graph.nodes)
         self.position = 0
         self.overrides: dict[str, Tensor] = {}
-        self.on_node = on_node
         self._order = {node: index for index, node in enumerate(self.nodes)}
         self._dies_at: dict[int, list[fx.Node]] = {}
         for node in self.nodes:
@@ -100,7 +98,6 @@ class Runner:
             if self.device is not None:
                 self._memory[number] = moved(self._memory[number], torch.device("cpu"))
             self._memory[number] = keep_values(self._memory[number], self._stay[number])
-            self.on_node(number)
         self._brought.clear()
         self.position = max(self.position, stop)
 
@@ -116,10 +113,6 @@ class Runner:
                 memory[node] = self._execute(node, number)
             for dead in self._dies_at.get(index, ()):
                 memory.pop(dead, None)
-
-    def live(self) -> list[dict[fx.Node, Any]]:
-        """What is alive at the position, for each batch; the mappings are the caller's."""
-        return [dict(memory) for memory in self._memory]
 
     def read(self, node: fx.Node) -> Iterator[Tensor]:
         """The value of a live node for each batch."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -99,20 +99,48 @@ class CallSignature:
             )
         return CallSignature(signature, captured, constants, outlines)
 
-    def graph_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The captured arguments of one call, by name.
+    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of one call by name, with defaults for those left out.
 
         Raises:
             CallError: an argument was not captured, is missing, or differs from the constant seen at capture.
         """
         try:
-            given = _bind(self.parameters, args, kwargs)
+            given = {**self.defaults, **_bind(self.parameters, args, kwargs)}
         except ArgumentError as error:
             raise CallError(str(error)) from error
-        defaults = self.defaults()
-        left_out = {name: defaults.get(name) for name in self.constants if name in self.parameters.parameters}
-        _check(self, {**defaults, **self.constants}, {**left_out, **given})
-        return {name: given[name] for name in self.captured}
+        return self.checked(given)
+
+    def checked(self, given: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name, defaults included, with the constants seen at capture for those left out.
+
+        Raises:
+            CallError: an argument was not captured, is missing, or differs from the constant seen at capture.
+        """
+        expected = self.expected
+        for name in self.captured:
+            if given.get(name) is None:
+                raise CallError(
+                    f"argument '{name}' is missing: the program was captured with it; pass it, or capture"
+                    " without it"
+                )
+        for name, value in given.items():
+            if name not in self.captured:
+                check_constant(name, value, expected.get(name))
+            elif name in self.outlines and not _fits(value, self.outlines[name]):
+                raise _refusal(name, value, str(self.outlines[name]).replace(str(HELD), "a tensor"))
+        return {**given, **self.constants}
+
+    @cached_property
+    def expected(self) -> dict[str, Any]:
+        """The constants seen at capture, and the defaults of other arguments."""
+        return {**self.defaults, **self.constants}
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of the parameters."""
+        parameters = self.parameters.parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
     def given(self) -> list[str]:
         """The arguments given at capture, in the order of the parameters."""
@@ -139,11 +167,6 @@ class CallSignature:
                 found.append((name, parameter.kind))
         return found + [(name, inspect.Parameter.VAR_KEYWORD) for name in known if name not in dict(found)]
 
-    def defaults(self) -> dict[str, Any]:
-        """The defaults of the parameters."""
-        parameters = self.parameters.parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-
 
 def _with_default(parameter: inspect.Parameter, constants: Mapping[str, Any]) -> inspect.Parameter:
     """A parameter that takes the constant seen at capture where it is left out."""
@@ -169,28 +192,6 @@ def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str,
 
 
 # --- A call, held against that of the capture.
-
-
-def _check(signature: CallSignature, expected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse arguments that are not what was captured.
-
-    Args:
-        expected: the constants seen at capture, and the defaults of other arguments.
-
-    Raises:
-        CallError: one is missing, was not captured, or differs.
-    """
-    for name in signature.captured:
-        if given.get(name) is None:
-            raise CallError(
-                f"argument '{name}' is missing: the program was captured with it; pass it, or capture"
-                " without it"
-            )
-    for name, value in given.items():
-        if name not in signature.captured:
-            check_constant(name, value, expected.get(name))
-    for name, outline in signature.outlines.items():
-        check_outline(name, given[name], outline)
 
 
 def check_constant(name: str, value: Any, expected: Any) -> None:
@@ -255,32 +256,22 @@ def outline_of(value: Any) -> Any:
     return value if isinstance(value, PLAIN) else HELD
 
 
-def check_outline(name: str, value: Any, outline: Any) -> None:
-    """Refuse an argument that is built otherwise than the one seen at capture, or holds another constant.
-
-    Raises:
-        CallError: names the place inside the argument, what is there and what was captured.
-    """
+def _fits(value: Any, outline: Any) -> bool:
+    """Whether an argument is built like the one seen at capture, and holds the same constants."""
     if isinstance(outline, dict):
-        if not isinstance(value, Mapping) or value.keys() != outline.keys():
-            raise _refusal(name, value, f"a dict with the keys {list(outline)}")
-        for key, inside in outline.items():
-            check_outline(f"{name}[{key!r}]", value[key], inside)
-    elif isinstance(outline, list):
-        if not isinstance(value, (list, tuple)) or len(value) != len(outline):
-            raise _refusal(name, value, f"a list of {len(outline)}")
-        for index, (item, inside) in enumerate(zip(value, outline, strict=True)):
-            check_outline(f"{name}[{index}]", item, inside)
-    elif outline is HELD:
-        if isinstance(value, (Mapping, list, tuple, *PLAIN)):
-            raise _refusal(name, value, "a tensor")
-    elif not _equal(value, outline):
-        raise _refusal(name, value, repr(outline))
+        same = isinstance(value, Mapping) and value.keys() == outline.keys()
+        return same and all(_fits(value[key], inside) for key, inside in outline.items())
+    if isinstance(outline, list):
+        same = isinstance(value, (list, tuple)) and len(value) == len(outline)
+        return same and all(map(_fits, value, outline))
+    if outline is HELD:
+        return not isinstance(value, (Mapping, list, tuple, *PLAIN))
+    return _equal(value, outline)
 
 
 def _refusal(name: str, value: Any, expected: str) -> CallError:
     if isinstance(value, torch.Tensor):
-        shown = f"a tensor of shape {tuple(value.shape)}"
+        shown = f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
     else:
         shown = f"a dict with the keys {list(value)}" if isinstance(value, Mapping) else f"{value!r:.80}"
     return CallError(
@@ -297,8 +288,7 @@ class _Call:
     """
 
     def __init__(self, signature: CallSignature, spec: pytree.TreeSpec) -> None:
-        self.signature, self.defaults = signature, signature.defaults()
-        self.expected = {**self.defaults, **signature.constants}
+        self.signature, self.defaults = signature, signature.defaults
         self.by_position = signature.given()[: spec.child(0).num_children]
         self.keywords = spec.child(1).context or []
 
@@ -315,8 +305,7 @@ class _Call:
             CallError: an argument was not captured, is missing, or differs from the constant seen at capture.
         """
         given.update({f"{rest}_{index}": item for index, item in enumerate(items)})
-        _check(self.signature, self.expected, given)
-        given.update(self.signature.constants)
+        given = self.signature.checked(given)
         return [given[name] for name in self.by_position], {key: given[key] for key in self.keywords}
 
 
@@ -376,16 +365,10 @@ class CallerCodeGen(PyTreeCodeGen):
 
 
 _FAILED = "Guard failed: "
-#: what torch says of one size alone, such as ``x.size()[1] == 8``
-_ONE_SIZE = re.compile(r"(?P<name>.+)\.size\(\)\[(?P<dim>\d+)\] (?P<relation>==|>=|<=) (?P<bound>\d+)")
-_BOUNDS = {"==": "for {}", ">=": "for at least {}", "<=": "for at most {}"}
 
 
-class Like(NamedTuple):
-    """What is fixed of a tensor in every call: how many dimensions it has, and what its dtype stands for."""
-
-    rank: int
-    dtype: torch.dtype
+#: what is fixed of a tensor in every call: how many dimensions it has, and what its dtype stands for
+Like = tuple[int, torch.dtype]
 
 
 class Guards(nn.Module):
@@ -420,61 +403,27 @@ class Guards(nn.Module):
             return
         try:
             self.check(*inputs)
-        except AssertionError as error:
-            raise CallError(self._explain(str(error).removeprefix(_FAILED), inputs)) from None
-        except ZeroDivisionError:
+        except (AssertionError, ZeroDivisionError) as error:
+            guard = str(error).removeprefix(_FAILED)
             shown = ", ".join(
                 f"'{name}' of shape {tuple(value.shape)}"
                 for name, value in zip(self.names, inputs, strict=True)
                 if isinstance(value, Tensor)
             )
             raise CallError(
-                f"the program divides by a size that is zero in this call, which has {shown}; leave such a"
-                " call out"
+                "the sizes of the arguments do not fit: the program was captured for"
+                f" {guard.replace('.size()', '.shape')}, the call has {shown}; capture it with sizes that you"
+                " need"
             ) from None
 
     def _check_tensors(self, inputs: tuple[Any, ...]) -> None:
         for name, like, value in zip(self.names, self.like, inputs, strict=True):
             if like is None or isinstance(value, fx.Proxy):  # an fx tracer only looks on
                 continue
-            if not isinstance(value, Tensor):
-                raise CallError(
-                    f"argument '{name}' is a {type(value).__name__}, but the program was captured with a"
-                    " tensor; pass a tensor"
-                )
-            if value.dim() != like.rank:
-                raise CallError(
-                    f"argument '{name}' has {value.dim()} dimensions, its shape is {tuple(value.shape)}, but"
-                    f" the program was captured for {like.rank}; capture it with the number you need"
-                )
-            if _kind(value.dtype) != _kind(like.dtype):
-                raise CallError(
-                    f"argument '{name}' is a tensor of {value.dtype}, but the program was captured for"
-                    f" {like.dtype}, and a model may do something else with each; pass {like.dtype}, or"
-                    " capture it with what you need"
-                )
-
-    def _explain(self, guard: str, inputs: tuple[Any, ...]) -> str:
-        given = {
-            name: tuple(value.shape)
-            for name, value in zip(self.names, inputs, strict=True)
-            if isinstance(value, Tensor)
-        }
-        one = _ONE_SIZE.fullmatch(guard)
-        if one is not None and one["name"] in given:
-            name, dim = one["name"], int(one["dim"])
-            allowed = _BOUNDS[one["relation"]].format(one["bound"])
-            return (
-                f"argument '{name}': dimension {dim} is {given[name][dim]}, the program was captured"
-                f" {allowed}; capture it with the size you need"
-            )
-        shown = ", ".join(
-            f"'{name}' of shape {shape}" for name, shape in given.items() if f"{name}.size()" in guard
-        )
-        return (
-            "the sizes of the arguments do not fit together: the program was captured for"
-            f" {guard.replace('.size()', '.shape')}, the call has {shown}"
-        )
+            if not (
+                isinstance(value, Tensor) and value.dim() == like[0] and _kind(value.dtype) == _kind(like[1])
+            ):
+                raise _refusal(name, value, f"one of {like[0]} dimensions, {like[1]}")
 
 
 def guard_calls(lifted: fx.GraphModule, exported: ExportedProgram) -> None:
@@ -491,12 +440,10 @@ def guard_calls(lifted: fx.GraphModule, exported: ExportedProgram) -> None:
         for path, _ in pytree.tree_leaves_with_path(value)
     )
     recorded = [node.meta.get("val") for node in lifted.graph.find_nodes(op="placeholder")]
-    like = tuple(Like(value.dim(), value.dtype) if isinstance(value, Tensor) else None for value in recorded)
+    like = tuple((value.dim(), value.dtype) if isinstance(value, Tensor) else None for value in recorded)
     lifted._guards_fn = Guards(found.forward, names, like)
 
 
-def _kind(dtype: torch.dtype) -> str:
+def _kind(dtype: torch.dtype) -> tuple[bool, bool, bool]:
     """What a dtype stands for: truth, numbers that count, or real or complex numbers of some precision."""
-    if dtype == torch.bool:
-        return "bool"
-    return "float" if dtype.is_floating_point else "complex" if dtype.is_complex else "integer"
+    return dtype == torch.bool, dtype.is_floating_point, dtype.is_complex

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -131,11 +131,8 @@ class Sizes:
     def _choose(self, symbol: sympy.Symbol, environment: Any) -> None:
         hint = environment.backed_var_to_val.get(symbol)
         wanted = _PRIMES[len(self.assigned) % len(_PRIMES)] if hint is None or self.small else int(hint)
-        bounds = environment.var_to_range.get(symbol)
-        lower, upper = (bounds.lower, bounds.upper) if bounds is not None else (2, int_oo)
-        if upper not in (int_oo, sympy.oo):
-            wanted = min(wanted, int(upper))
-        self.assigned[symbol] = max(wanted, int(lower)) if lower not in (-int_oo, -sympy.oo) else wanted
+        lower, upper = _range(symbol, environment)
+        self.assigned[symbol] = max(wanted if upper is None else min(wanted, upper), lower)
 
     def integer(self, size: int | torch.SymInt) -> int:
         """One size as an integer."""
@@ -242,31 +239,44 @@ def images_of(arguments: Iterable[Any]) -> set[int]:
     }
 
 
+#: dimensions of the leaves of a call, as (leaf, dimension)
+_Places = frozenset[tuple[int, int]]
+
+
 def _collection(
-    args: tuple[Any, ...], kwargs: dict[str, Any], dims: int | None, images: set[int]
+    args: tuple[Any, ...], kwargs: dict[str, Any], dims: float, images: set[int], fixed: _Places
 ) -> ShapesCollection:
+    """What varies: so many first dimensions of every tensor, of images one, but for the places that are
+    fixed.
+    """
     collection = ShapesCollection()
-    for leaf in pytree.tree_leaves((args, kwargs)):
+    for index, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
         if isinstance(leaf, Tensor):
-            count = leaf.dim() if dims is None else min(dims, leaf.dim())
-            count = min(count, 1) if id(leaf) in images else count
-            collection[leaf] = {dim: Dim.AUTO if dim < count else Dim.STATIC for dim in range(leaf.dim())}
+            count = min(dims, 1) if id(leaf) in images else dims
+            collection[leaf] = {
+                dim: Dim.AUTO if dim < count and (index, dim) not in fixed else Dim.STATIC
+                for dim in range(leaf.dim())
+            }
     return collection
 
 
-def all_dims(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection:
-    return _collection(args, kwargs, None, images_of((*args, *kwargs.values())))
+def all_dims(args: tuple[Any, ...], kwargs: dict[str, Any], fixed: _Places = frozenset()) -> ShapesCollection:
+    return _collection(args, kwargs, math.inf, images_of((*args, *kwargs.values())), fixed)
 
 
-def every_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection:
-    return _collection(args, kwargs, None, set())
+def every_dim(
+    args: tuple[Any, ...], kwargs: dict[str, Any], fixed: _Places = frozenset()
+) -> ShapesCollection:
+    return _collection(args, kwargs, math.inf, set(), fixed)
 
 
-def first_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection:
-    return _collection(args, kwargs, 1, set())
+def first_dim(
+    args: tuple[Any, ...], kwargs: dict[str, Any], fixed: _Places = frozenset()
+) -> ShapesCollection:
+    return _collection(args, kwargs, 1, set(), fixed)
 
 
-def of_features(exported: ExportedProgram) -> frozenset[tuple[int, int]]:
+def of_features(exported: ExportedProgram) -> _Places:
     """Dimensions of inputs, as (position, dimension), that are features rather than batches or lengths.
 
     Of some the sizes may vary only against each other, because their sum is fixed: where one ends decides
@@ -315,34 +325,31 @@ def _tied_to_weights(size: torch.SymInt) -> Iterator[Any]:
                 yield from made.free_symbols
 
 
-def with_static(
-    shapes: Callable[..., ShapesCollection],
-    fixed: frozenset[tuple[int, int]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> ShapesCollection:
-    """What ``shapes`` lets vary, but for these dimensions."""
-    collection = shapes(args, kwargs)
-    for index, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
-        for dim in [dim for position, dim in fixed if position == index]:
-            collection[leaf][dim] = Dim.STATIC
-    return collection
+def _range(expression: sympy.Expr, environment: Any) -> tuple[int, int | None]:
+    """The smallest size that the capture had in mind for a symbol, and the largest that it allows, if any."""
+    bounds = environment.var_to_range.get(expression)
+    if bounds is None:
+        return 0, None
+    lower = 0 if bounds.lower in (-int_oo, -sympy.oo) else int(bounds.lower)
+    limited = bounds.upper not in (int_oo, sympy.oo) and bounds.upper < torch.iinfo(torch.int32).max
+    return lower, int(bounds.upper) if limited else None
 
 
 def upper_bound(size: torch.SymInt) -> int | None:
     """The largest value that the capture allows for a dynamic size, or ``None`` if there is no limit."""
-    expression, environment = size.node.expr, size.node.shape_env
-    bounds = environment.var_to_range.get(expression) if expression.is_Symbol else None
-    if bounds is None or bounds.upper in (int_oo, sympy.oo):
-        return None
-    return int(bounds.upper) if int(bounds.upper) < torch.iinfo(torch.int32).max else None
+    return _range(size.node.expr, size.node.shape_env)[1]
 
 
 def lower_bound(size: torch.SymInt) -> int:
     """The smallest value that the capture had in mind for a dynamic size."""
-    expression, environment = size.node.expr, size.node.shape_env
-    bounds = environment.var_to_range.get(expression) if expression.is_Symbol else None
-    return 0 if bounds is None or bounds.lower == -int_oo else int(bounds.lower)
+    return _range(size.node.expr, size.node.shape_env)[0]
+
+
+def _recorded(size: int | torch.SymInt, settled: bool) -> Any:
+    if is_dynamic(size):
+        upper = upper_bound(size)
+        return Dim.AUTO if upper is None else Dim.AUTO(max=upper)
+    return Dim.AUTO if settled and isinstance(size, torch.SymInt) else Dim.STATIC
 
 
 def recorded_shapes(
@@ -359,15 +366,5 @@ def recorded_shapes(
     inputs = graph.find_nodes(op="placeholder")
     tensors = [node for node in inputs if isinstance(node.meta.get("val"), Tensor)]
     for node, leaf in zip(tensors, leaves, strict=True):
-        spec: dict[int, Any] = {}
-        for dim, size in enumerate(node.meta["val"].shape):
-            if not is_dynamic(size):
-                # A symbol that the capture settled is one still.
-                spec[dim] = Dim.AUTO if settled and isinstance(size, torch.SymInt) else Dim.STATIC
-                continue
-            spec[dim] = Dim.AUTO
-            upper = upper_bound(size)
-            if upper is not None:
-                spec[dim] = Dim.AUTO(max=upper)
-        collection[leaf] = spec
+        collection[leaf] = {dim: _recorded(size, settled) for dim, size in enumerate(node.meta["val"].shape)}
     return collection

@@ -30,7 +30,7 @@ from ..base.compat._transformers import quiet
 from ..calibration._calibration import as_calls, check_calibration
 from ..calibration._ranks import ended_together
 from ..calibration.losses import output_tensors
-from ..capturing._captured import capture_whole
+from ..capturing._capture import capture_whole
 from ..errors import ArgumentError, NothingPrunableError, SparsityError, VerificationError, first_line
 from ..pruning._prune import prune
 from ..pruning._result import Result

@@ -25,7 +25,7 @@ from ..base.compat import without_stack_traces
 from ..calibration._calibration import check_calibration
 from ..calibration._ranks import Ranks, ended_together
 from ..calibration._visit import Decision
-from ..capturing._captured import Captured, capture_whole
+from ..capturing._capture import Captured, capture_whole
 from ..capturing._program import Program
 from ..errors import ArgumentError, PlanError, StoreError, VerificationError
 from ..passes._pruned_module import PrunedModule

@@ -27,10 +27,9 @@ from ..base.compat import (
     lookup_backend,
     tracing,
 )
-from ..capturing import any_number_of_steps, is_plain_graph, single_layers, take_apart
+from ..capturing import any_number_of_steps, is_plain_graph, take_apart
 from ..capturing._attention import FLEX
-from ..capturing._program import Program, graph_module
-from ..capturing._recipes import Recipe
+from ..capturing._program import Program, Recipe, graph_module
 from ..capturing._signature import CallSignature
 from ..errors import (
     CaptureError,
@@ -345,7 +344,6 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
     except tolerable(Exception) as error:
         raise CaptureError(f"the graph cannot be traced: {first_line(error)}") from error
     _without_modes(traced.graph, grad)
-    single_layers(traced.graph)
     if not is_plain_graph(traced.graph):
         strange = next(node for node in traced.graph.nodes if not is_plain_graph(_alone(node)))
         raise CaptureError(f"the graph calls {strange.target}")

@@ -29,7 +29,7 @@ from ..calibration._journal import Journal, open_journal
 from ..calibration._ranks import Ranks, ended_together
 from ..calibration._trial import ModelTrial
 from ..calibration._visit import Decision
-from ..capturing._captured import Captured, Model, capture_whole, check_given
+from ..capturing._capture import Captured, Model, capture_whole, check_given
 from ..errors import ArgumentError, CaptureError, PlanError
 from ..storage._folder import claim, refuse_other
 from ._allocating import allocate, budget_for, check_request

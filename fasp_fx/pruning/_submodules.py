@@ -21,7 +21,7 @@ from ..base._tolerable import tolerable
 from ..base.compare import deviation, tolerance
 from ..base.compat import PRESERVED, pytree
 from ..capturing import capture as capture_program
-from ..capturing._captured import Captured
+from ..capturing._capture import Captured
 from ..capturing._program import Program
 from ..capturing._signature import PLAIN, CallSignature
 from ..capturing._transformers import is_transformers, register_caches

@@ -29,8 +29,8 @@ from ..base._tolerable import tolerable
 from ..base._undisturbed import in_usual_modes, one_at_a_time
 from ..base._warn import warn
 from ..calibration._visit import Decision
-from ..capturing._captured import capture_whole
-from ..capturing._compare_with_model import called, trouble_with
+from ..capturing._capture import capture_whole
+from ..capturing._compare_with_model import trouble_with
 from ..capturing._program import Program
 from ..errors import (
     ArgumentError,
@@ -410,8 +410,7 @@ def _check_effect(gates: Gates, model: nn.Module) -> None:
         masked = masked_program(target.analysis, target.decision(gone))
         args, kwargs = target.program.call()
         with mock.patch.object(gates, "closed", gone):
-            found, _ = called(masked, model, args, kwargs)
-        return trouble_with(masked, found, args, kwargs)
+            return trouble_with(masked, model, args, kwargs)
 
     try:
         without = largest_passing_subset(target.groups, fault)[1]

@@ -20,7 +20,7 @@ from ...base._tolerable import tolerable
 from ...base.compare import deviation, tolerance
 from ...base.compat import free_unbacked_symbols, pytree
 from ...capturing import capture, recorded_shapes
-from ...capturing._compare_with_model import called, trouble_with
+from ...capturing._compare_with_model import trouble_with
 from ...capturing._fx import arguments, attribute, results, target_name
 from ...capturing._program import ExportFacts, Program, SplitWeight
 from ...capturing._unchanged import noting_reads, rewound, said_of_reads
@@ -108,8 +108,7 @@ class _Copy:
             wrong = first_difference(cast(PrunedModule, finish(found)), self.pruned)
             if wrong is None:  # a module can ask whether it is captured
                 args, kwargs = self.program.call()
-                outputs, _ = called(self.program, self.module, args, kwargs)
-                trouble = trouble_with(self.program, outputs, args, kwargs)
+                trouble = trouble_with(self.program, self.module, args, kwargs)
                 wrong = trouble and f"the pruned program {trouble}, which a copy computes when called"
         except tolerable(Exception) as error:  # a module raises what it likes
             wrong = self._failed(error.__cause__ or error)
