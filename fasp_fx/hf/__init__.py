@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._config import PrunedConfig
+from ._config import FIRST_USE, PrunedConfig
 
 if TYPE_CHECKING:
     from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
@@ -24,6 +24,10 @@ _HOMES = {
     "PrunedForSeq2SeqLM": "._generating",
     "load_offloaded": "._offloaded",
 }
+
+
+# The models register themselves: importing them takes long, and only who has a configuration needs them.
+FIRST_USE.append(lambda: import_module("._generating", __name__))
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from importlib import import_module
+from collections.abc import Callable
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -25,7 +25,11 @@ _HIDDEN = (
 )
 
 
+#: a number of layers that no model has, and that configurations list one by one
 _MANY_LAYERS = re.compile(r'"\w*layers?": \d{5,}')
+
+#: called when there is a first configuration
+FIRST_USE: list[Callable[[], object]] = []
 
 
 class PrunedConfig(PreTrainedConfig):
@@ -57,8 +61,8 @@ class PrunedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        # Registers the models; that takes long, and only who has a configuration of one needs them.
-        import_module("._generating", __package__)
+        while FIRST_USE:
+            FIRST_USE.pop()()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
