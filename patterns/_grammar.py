@@ -85,7 +85,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NoReturn
 
@@ -140,12 +140,19 @@ def letters_of(dims: Dims) -> tuple[str, ...]:
     return tuple(letter for dim in dims for letter in ((dim,) if isinstance(dim, str) else dim))
 
 
+def _spelled(dims: Dims) -> str:
+    return " ".join(dim if isinstance(dim, str) else f"({' '.join(dim)})" for dim in dims)
+
+
 @dataclass(frozen=True)
 class Operand:
     """One tensor argument of the operator and the letters of its dimensions."""
 
     name: str
     dims: Dims
+
+    def __str__(self) -> str:
+        return f"{self.name}[{_spelled(self.dims)}]"
 
 
 @dataclass(frozen=True)
@@ -155,6 +162,11 @@ class Alternative:
     operands: tuple[Operand, ...]
     results: tuple[Dims, ...]
     condition: str | None = None
+
+    def __str__(self) -> str:
+        results = ", ".join(f"[{_spelled(dims)}]" for dims in self.results)
+        text = f"{', '.join(map(str, self.operands))} -> {results}"
+        return f"{text} if {self.condition}" if self.condition else text
 
 
 @dataclass(frozen=True)
@@ -168,6 +180,13 @@ class Clause:
     argument: bool = False
     condition: str | None = None
 
+    def __str__(self) -> str:
+        first = ("@" if self.argument else "") + self.words[0]
+        rest = self.words[1:]
+        if self.keyword == "shape" and rest:
+            return f"shape {first}={rest[0]}"
+        return " ".join((self.keyword, first, *rest, *(("if", self.condition) if self.condition else ())))
+
     def holds(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the clause speaks of a call with these arguments."""
         return self.condition is None or bool(arguments.get(self.condition))
@@ -175,17 +194,26 @@ class Clause:
 
 @dataclass(frozen=True)
 class Rule:
-    """What one operator does to channels; ``str(rule)`` is the line it was written as."""
+    """What one operator does to channels; ``str(rule)`` is the line it was written as, normalised."""
 
     moves: str | None
     alternatives: tuple[Alternative, ...]
     clauses: tuple[Clause, ...]
     creates: bool = False
     tallies: str | None = None
-    text: str = field(default="", compare=False)
 
     def __str__(self) -> str:
-        return self.text
+        single = (
+            f"move {self.moves}"
+            if self.moves
+            else f"tally {self.tallies}"
+            if self.tallies
+            else "create"
+            if self.creates
+            else "check"
+        )
+        body = " | ".join(map(str, self.alternatives)) or single
+        return "; ".join((body, *map(str, self.clauses)))
 
     @property
     def pointwise(self) -> bool:
@@ -343,7 +371,7 @@ class _Parser:
             clauses.append(self.clause())
         if self.peek() is not None:
             self.fail("expected ';' or the end")
-        rule = Rule(moves, tuple(alternatives), tuple(clauses), creates, tallies, self.text)
+        rule = Rule(moves, tuple(alternatives), tuple(clauses), creates, tallies)
         if creates and not rule.all("shape"):
             self.fail("'create' needs the clause 'shape', which says what argument holds the sizes")
         return rule

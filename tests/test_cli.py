@@ -187,8 +187,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_options_are_those_of_python(options: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[PruningConfig] = []
 
-    def run(model: str, out: Path, config: Any, options: Any, *rest: Any, **more: Any) -> None:
-        asked.append(PruningConfig.of(config, options))
+    def run(model: str, out: Path, config: PruningConfig, *rest: Any, **more: Any) -> None:
+        asked.append(config)
 
     monkeypatch.setattr(_prune, "run", run)
     monkeypatch.chdir(tmp_path)

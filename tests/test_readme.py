@@ -67,21 +67,19 @@ def test_snippets_of_the_page_on_testing(text: str) -> None:
 
 def test_integration_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The snippets of docs/integration.md run from top to bottom, and the passes between two foreign ones
-    take twelve lines.
+    take eight lines.
     """
     monkeypatch.chdir(tmp_path)
     snippets = _blocks("docs/integration.md")
     (between,) = (text for text in snippets if "Pipeline" in text)
-    assert len([line for line in between.splitlines() if line.strip()]) == 12
+    assert len([line for line in between.splitlines() if line.strip()]) == 8
     names = _run(snippets, {"__name__": "snippet"})
     expected = fasp_fx.apply(names["model"], names["result"].plan, (names["x"],)).module
     other = torch.randn(3, 16)
     with torch.no_grad():
         for module in (names["smaller"].module(), names["quick"]):
             assert torch.allclose(module(other), expected(other), atol=1e-5)
-    assert {"unfold_linear", "decompose_silu"} <= {
-        node.meta.get("fasp_fx_pass") for node in names["smaller"].graph.nodes
-    }
+    assert "unfold_linear" in {node.meta.get("fasp_fx_pass") for node in names["smaller"].graph.nodes}
 
 
 @pytest.mark.slow

@@ -60,7 +60,6 @@ REPORT = Report(
     (100, 80),
     (400, 320),
     (Line("a.weight", "prunable", 8, 6, 1, "", 0.1, 0.01, 0.2, 0.02, (("b.weight", 0),), (("a", 1),)),),
-    {"capture": 1.5},
     ("a note",),
     (Figure("perplexity", 17.5, 22.9, 3),),
     {"my.op": 3},

@@ -113,8 +113,8 @@ def test_scores_and_statistics_may_write_into_what_they_are_given(allocation: st
 @pytest.mark.parametrize(
     ("score", "says"),
     [
-        (lambda columns: torch.empty(columns.weight.shape[1], device="meta"), "on meta.*a dense tensor"),
-        (lambda columns: columns.norms.to_sparse(), "sparse_coo.*a dense tensor"),
+        (lambda columns: torch.empty(columns.weight.shape[1], device="meta"), "a dense tensor"),
+        (lambda columns: columns.norms.to_sparse(), "a dense tensor"),
         (lambda columns: columns.norms * 1j, "a dense tensor of real numbers"),
     ],
     ids=["meta", "sparse", "complex"],

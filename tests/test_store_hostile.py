@@ -368,7 +368,6 @@ LANGUAGE: dict[str, tuple[str, Change]] = {
     "an original of no known kind": ("config", original(model_type=["llama"])),
     "an original that transformers refuses": ("config", original(num_attention_heads="many")),
     "a billion layers": ("config", original(model_type="qwen2", num_hidden_layers=10**9)),
-    "a deep original": ("config", original(extra=nested(900))),
     "positions in words": ("config", top(positions="by heart")),
     "a dtype of no kind": ("config", top(dtype="float99")),
     "a generated field": ("config", top(id2label=7)),

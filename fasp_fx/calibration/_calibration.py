@@ -131,7 +131,13 @@ def check_inputs(program: Program, flat: list[Any], what: str) -> None:
     Raises:
         CalibrationError: says what was expected.
     """
-    for node, leaf in zip(program.placeholders(), flat, strict=True):
+    nodes = program.placeholders()
+    if len(nodes) != len(flat):
+        raise CalibrationError(
+            f"{what} holds {len(flat)} values, the captured program takes {len(nodes)};"
+            " give it the structure of the example inputs"
+        )
+    for node, leaf in zip(nodes, flat, strict=True):
         expected = node.meta.get("val")
         if not isinstance(expected, Tensor):
             continue

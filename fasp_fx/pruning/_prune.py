@@ -344,6 +344,11 @@ def decide(
     method = Method.of(config, loss)
     if costs is not None:
         key_of(config.effective_score, "score=", "costs=")
+        if not method.needs_costs:
+            raise ArgumentError(
+                "costs= is for an allocation by predicted losses, and this one is uniform; leave it out, or"
+                " pass allocation='global'"
+            )
         check_costs(costs, fingerprint(), config.score_name, config.granularity)
     groups = subject.analyze(config).groups
     budget = budget_for(config, subject.whole, subject.count)

@@ -278,7 +278,8 @@ def test_what_one_program_cannot_lose_is_refused(
 
     def compare(reference: Any, module: Any, pruned: Any, inputs: Any) -> Seen:
         ours, theirs = pruned.weights().get(weight), reference.weights().get(weight)
-        lost = ours is not None and theirs is not None and ours.shape != theirs.shape
+        is_planned = any("decoder" in node.name for node in reference.placeholders())
+        lost = not is_planned and ours is not None and theirs is not None and ours.shape != theirs.shape
         return Seen(0.5, False) if lost else original(reference, module, pruned, inputs)
 
     monkeypatch.setattr(_check, "compare", compare)
