@@ -130,7 +130,8 @@ class Result:
         The copy is of the model's class and holds the weights that ``module`` holds now, under their names in
         the model. Attributes that are sizes (``out_features``, ``num_heads``, …) are set to what the pruned
         program has in their places; captured as the model was, the copy is that program, node by node. Which
-        parameters are trained, and which submodules are in training mode, is as in the model (docs/eager.md).
+        parameters are trained, and which submodules are in training mode, is as in the model, and around the
+        parts of a model in parts as in ``module`` (docs/eager.md).
 
         Args:
             model: the model that was pruned, with the weights that it had then; it is left as it was, and
