@@ -29,7 +29,7 @@ from ..base.compat import (
     without_overrides,
 )
 from ..errors import first_line
-from ..patterns import lookup
+from ..patterns import VIEWS, lookup
 from ._fx import remove_dropouts
 from ._rewrites import LAYERS, any_number_of_steps, own_states
 
@@ -123,6 +123,8 @@ def _written_out(node: fx.Node, way: Callable[..., Any]) -> list[fx.Node]:
         stand_for(each, node)
         if each.target is _ATEN.sym_size.int:
             _read_off_inputs(each)
+        elif str(each.target) in VIEWS:  # what is executed can lie otherwise: a trace copies in ``to``
+            each.target = _ATEN.reshape.default
     one = isinstance(node.meta["val"], Tensor)
     for old, new in [(node, results[0])] if one else [(user, results[user.args[1]]) for user in node.users]:
         old.replace_all_uses_with(new)
