@@ -96,6 +96,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], str | None]] =
         (X,),
         "on the example inputs",
     ),
+    "numbers of tokens, one further": (
+        lambda: traced(lambda found: found.argmax(-1) + 10**6, lambda found: found.argmax(-1) + 10**6 + 1),
+        (X,),
+        "on the example inputs",
+    ),
     "other complex numbers": (
         lambda: traced(lambda found: torch.complex(found, -found), lambda found: torch.complex(found, found)),
         (X,),

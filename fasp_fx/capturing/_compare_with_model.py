@@ -5,6 +5,7 @@ is being traced, and then do otherwise.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -127,19 +128,26 @@ def _difference(
 
 
 def _distance(found: Any, expected: Any) -> float:
-    """How far one output is from another, relative in the 2-norm; zero for what no graph returns."""
-    values = (Tensor, bool, int, float)
-    if not (isinstance(found, values) and isinstance(expected, values)):
-        return 0.0
-    return distance(_real(found), _real(expected))
+    """How far one output is from another: relative in the 2-norm, of integers the part that differs; infinite
+    where shapes do, or plain numbers.
+    """
+    if isinstance(expected, (bool, int, float)) and isinstance(found, (bool, int, float)):
+        same = found == expected or (found != found and expected != expected)
+        return 0.0 if same or math.isclose(found, expected, rel_tol=1e-3) else math.inf
+    if not (isinstance(found, Tensor) and isinstance(expected, Tensor)):
+        return 0.0  # what no graph returns
+    if found.shape != expected.shape:
+        return math.inf
+    found, expected = _plain(found), _plain(expected)
+    if expected.is_floating_point() and found.is_floating_point():
+        return distance(found, expected)
+    return float((found != expected).double().mean()) if expected.numel() else 0.0
 
 
-def _real(value: Tensor | float) -> Tensor:
-    """A dense tensor of real numbers with the same values."""
-    tensor = torch.as_tensor(value)
+def _plain(tensor: Tensor) -> Tensor:
+    """A dense tensor of real numbers or integers with the same values."""
     tensor = tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
-    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    return tensor if tensor.is_floating_point() else tensor.double()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _at_one(program: Program, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
