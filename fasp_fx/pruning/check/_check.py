@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
-from torch import fx
+from torch import Tensor, fx
 
 from ...analysis._analysis import Analysis
 from ...analysis.groups import APPROXIMATE, Group
 from ...base._tolerable import tolerable
 from ...base._warn import warn
+from ...base.compat import pytree
 from ...calibration._visit import Decision, decided
 from ...capturing._fx import draws
 from ...capturing._program import Program
@@ -200,9 +201,16 @@ class Checker:
         return None if compared > 1 else refused
 
 
-def _drawn(graph: fx.Graph) -> list[str]:
-    """The shapes of the random numbers that a graph draws."""
-    return [str(node.meta["val"].shape) for node in graph.nodes if draws(node)]
+def _drawn(graph: fx.Graph) -> list[list[int | None]]:
+    """The shapes of the random numbers that a graph draws, but for sizes that vary, which no pruning changes
+    and each export names anew.
+    """
+    made = [leaf for node in graph.nodes if draws(node) for leaf in pytree.tree_leaves(node.meta.get("val"))]
+    return [
+        [size if isinstance(size, int) else None for size in leaf.shape]
+        for leaf in made
+        if isinstance(leaf, Tensor)
+    ]
 
 
 def _failed(inputs: Inputs, cause: str) -> _Fault:
