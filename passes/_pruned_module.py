@@ -17,7 +17,7 @@ from fasp_fx.base.compat import PRESERVED, pytree
 from fasp_fx.capturing import export_again
 from fasp_fx.capturing._assemble import Assembly, ready
 from fasp_fx.capturing._attention import make_traceable
-from fasp_fx.capturing._fx import attribute, target_name
+from fasp_fx.capturing._fx import attribute, target_name, views_may_copy
 from fasp_fx.capturing._program import ExportFacts, Program, graph_module
 from fasp_fx.capturing._rewrites import own_names
 from fasp_fx.capturing._signature import CallerCodeGen, CallSignature, guard_calls
@@ -149,10 +149,9 @@ def wrap_graph(assembly: Assembly, tensors: nn.Module, signature: CallSignature)
 
 def _wrapped(lifted: fx.GraphModule, tensors: nn.Module, origin: Origin) -> PrunedModule:
     own_names(tensors, lifted.graph)
-    for node in lifted.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        # Strides were settled without gradients; with them attention can pick another kernel, whose result a
-        # view does not fit.
-        node.target = torch.ops.aten.reshape.default
+    # Strides were settled without gradients; with them attention can pick another kernel, whose result a view
+    # does not fit.
+    views_may_copy(lifted.graph)
     for node in lifted.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
         written: Any = node.args[0]
         if written.op != "get_attr":

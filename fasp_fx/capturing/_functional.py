@@ -29,8 +29,8 @@ from ..base.compat import (
     without_overrides,
 )
 from ..errors import first_line
-from ..patterns import VIEWS, lookup
-from ._fx import remove_dropouts
+from ..patterns import lookup
+from ._fx import remove_dropouts, views_may_copy
 from ._rewrites import LAYERS, any_number_of_steps, own_states
 
 _log = logging.getLogger("fasp_fx")
@@ -113,8 +113,12 @@ def _written_out(node: fx.Node, way: Callable[..., Any]) -> list[fx.Node]:
     with quiet(), torch.no_grad(), any_number_of_steps():
         made, _ = aot_export_module(module, recorded, trace_joint=False, pre_dispatch=True, decompositions={})
     traced = cast(fx.GraphModule, made).graph
-    if any(each.op == "get_attr" for each in traced.nodes):
-        raise NotImplementedError
+    if any(
+        each.op == "get_attr" or (each.target == node.target and node.target not in LAYERS)
+        for each in traced.nodes
+    ):
+        raise NotImplementedError  # or it would be taken apart for ever
+    views_may_copy(traced)  # what is executed can lie otherwise: a trace copies in ``to``
     copied = dict(zip(traced.find_nodes(op="placeholder"), given, strict=True))
     with graph.inserting_before(node):
         results: Any = graph.graph_copy(traced, copied)
@@ -123,8 +127,6 @@ def _written_out(node: fx.Node, way: Callable[..., Any]) -> list[fx.Node]:
         stand_for(each, node)
         if each.target is _ATEN.sym_size.int:
             _read_off_inputs(each)
-        elif str(each.target) in VIEWS:  # what is executed can lie otherwise: a trace copies in ``to``
-            each.target = _ATEN.reshape.default
     one = isinstance(node.meta["val"], Tensor)
     for old, new in [(node, results[0])] if one else [(user, results[user.args[1]]) for user in node.users]:
         old.replace_all_uses_with(new)

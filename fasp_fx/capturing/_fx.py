@@ -115,6 +115,12 @@ def viewed(node: fx.Node) -> fx.Node:
     return node
 
 
+def views_may_copy(graph: fx.Graph) -> None:
+    """Let changes of shape copy where no view can be."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+
+
 def way_from_weight(operand: fx.Node) -> list[fx.Node]:
     """The nodes that lead from a weight to an operand which holds it, moved or cast; both included."""
     way = [operand]

@@ -21,7 +21,7 @@ from ..base._stamps import stand_for
 from ..base._tensors import storage_of
 from ..base.compat import OpOverload, settled_by, traced_by
 from ..errors import CaptureError
-from ._fx import arguments
+from ._fx import arguments, views_may_copy
 from ._program import region
 
 # --- Sizes that an exporter took to vary until the program said what they are: numbers, once it is known.
@@ -100,8 +100,7 @@ def padded_in_order(exported: ExportedProgram) -> ExportedProgram:
     """
     found = [node for pad in _PADS for node in exported.graph.find_nodes(op="call_function", target=pad)]
     if any(isinstance(amount, fx.Node) for node in found for amount in arguments(node)["pad"]):
-        for node in exported.graph.find_nodes(op="call_function", target=_ATEN.view.default):
-            node.target = _ATEN.reshape.default
+        views_may_copy(exported.graph)
     return exported
 
 
@@ -220,45 +219,28 @@ def own_names(module: nn.Module, graph: fx.Graph) -> None:
 # shapes of the operands.
 
 
-def _lstm(
+def _shapes_alone(
     input: Tensor,
-    hx: list[Tensor],
+    hx: Any,
     params: list[Tensor],
     has_biases: bool,
     num_layers: int,
     dropout: float,
     train: bool,
-    *options: bool,
+    bidirectional: bool,
+    batch_first: bool,
 ) -> Any:
-    return (_steps(input, hx[0], options[0]), torch.empty_like(hx[0]), torch.empty_like(hx[1]))
-
-
-def _one_state(
-    input: Tensor,
-    hx: Tensor,
-    params: list[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    *options: bool,
-) -> Any:
-    return (_steps(input, hx, options[0]), torch.empty_like(hx))
-
-
-def _steps(input: Tensor, state: Tensor, bidirectional: bool) -> Tensor:
     """An output for each step, ``[steps, sequences, width]`` or ``[sequences, steps, width]`` as the input
-    is.
+    is, and states as those given.
     """
-    return input.new_empty([*input.shape[:2], state.shape[-1] * (2 if bidirectional else 1)])
+    states = hx if isinstance(hx, (list, tuple)) else [hx]
+    width = states[0].shape[-1] * (2 if bidirectional else 1)
+    return input.new_empty([*input.shape[:2], width]), *map(torch.empty_like, states)
 
 
-_KERNELS: dict[OpOverload, Callable[..., Any]] = {
-    _ATEN.lstm.input: _lstm,
-    _ATEN.gru.input: _one_state,
-    _ATEN.rnn_tanh.input: _one_state,
-    _ATEN.rnn_relu.input: _one_state,
-}
+_KERNELS: dict[OpOverload, Callable[..., Any]] = dict.fromkeys(
+    (_ATEN.lstm.input, _ATEN.gru.input, _ATEN.rnn_tanh.input, _ATEN.rnn_relu.input), _shapes_alone
+)
 
 
 def any_number_of_steps() -> contextlib.AbstractContextManager[None]:

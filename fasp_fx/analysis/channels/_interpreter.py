@@ -365,7 +365,7 @@ class Interpreter:
         if any(named.get(name) != int(value) for name, value in only):
             return "its arguments are others"
         if rule.tallies:
-            found = tallied(node, rule, named, shapes[0]) if self.experts else None
+            found = tallied(rule, named, shapes[0]) if self.experts else None
             return found or "no number names a position"
         try:
             if rule.moves:

@@ -18,9 +18,7 @@ from ._facts import Facts
 from ._numbering import Axis, Value
 
 
-def tallied(
-    node: fx.Node, rule: Rule, arguments: dict[str, Any], shape: tuple[int, ...]
-) -> list[Value] | None:
+def tallied(rule: Rule, arguments: dict[str, Any], shape: tuple[int, ...]) -> list[Value] | None:
     """The result of a tally of named positions, which has those positions; ``None`` if it tallies anything
     else.
     """
