@@ -179,6 +179,12 @@ FORGERIES: dict[str, tuple[str, Change]] = {
     "enum": ("graph", structure("out_spec", "builtins.dict", ENUM)),
     "class in a cache": ("graph", structure("out_spec", "transformers.cache_utils:DynamicCache", CLASS)),
     "factory": ("graph", structure("out_spec", "collections.defaultdict", FACTORY)),
+    "dtype in a cache that is none": (
+        "graph",
+        structure(
+            "out_spec", "transformers.cache_utils:DynamicCache", json.dumps({"_t": "dtype", "n": "load"})
+        ),
+    ),
     "example of no dtype": ("graph", lambda data: data["example"][0].update(dtype="load")),
     "name of the model": (
         "graph",

@@ -285,6 +285,10 @@ def _check_context(value: Any) -> None:
         )
         if "__enum__" in value or not known:
             raise refuse("context", value)
+        if tag in ("dtype", "layout") and not isinstance(
+            getattr(torch, str(value.get("n")), None), (torch.dtype, torch.layout)
+        ):
+            raise refuse("context", value)
         if names_class and path not in _PLAIN_CLASSES:
             _transformers_class(str(path))
         for key, item in value.items():
