@@ -20,6 +20,7 @@ from ...base.compat import pytree
 from ...calibration._visit import Decision, decided
 from ...capturing._fx import draws
 from ...capturing._program import Program
+from ...capturing._sizes import is_dynamic
 from ...errors import CallError, VerificationError, VerificationWarning, first_line
 from ...passes import remove
 from ...passes._pruned_module import finish
@@ -207,7 +208,7 @@ def _drawn(graph: fx.Graph) -> list[list[int | None]]:
     """
     made = [leaf for node in graph.nodes if draws(node) for leaf in pytree.tree_leaves(node.meta.get("val"))]
     return [
-        [size if isinstance(size, int) else None for size in leaf.shape]
+        [None if is_dynamic(size) else int(size) for size in leaf.shape]
         for leaf in made
         if isinstance(leaf, Tensor)
     ]
