@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -303,6 +305,22 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(
 
 
 # --- help
+
+
+@pytest.mark.parametrize("arguments", ["--help", "prune --help", "prune model --out small --sparsity 1.5"])
+def test_help_and_bad_options_do_not_wait_for_torch(arguments: str) -> None:
+    code = f"""
+import sys
+from fasp_fx.cli import main
+sys.argv = {["fasp-fx", *arguments.split()]}
+try:
+    main()
+finally:
+    print("\\n", sorted({{"torch", "numpy", "transformers"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 * ("1.5" in arguments), done.stderr
+    assert done.stdout.splitlines()[-1].strip() == "[]"
 
 
 def test_help_has_an_example_and_ten_options_come_first() -> None:

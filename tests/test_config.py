@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +100,7 @@ def test_options_have_one_declaration() -> None:
 
 def test_keywords_are_the_fields() -> None:
     fields = [field.name for field in dataclasses.fields(fasp_fx.PruningConfig)]
-    assert list(typing.get_type_hints(PruningOptions)) == fields
+    assert [*PruningOptions.__annotations__] == fields
     for function in (fasp_fx.prune, fasp_fx.hf.prune):
         (options,) = [p for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_KEYWORD]
         assert options.annotation == "Unpack[PruningOptions]"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core.core_schema import CoreSchema, no_info_plain_validator_function
 
 from ..errors import FaspError, StoreError
 
@@ -19,9 +20,16 @@ DOCUMENT = "fasp_fx.document/1"
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-#: annotates a field whose value is made by a function of what JSON holds; a ``ValueError`` says that it
-#: cannot be
-ReadBy = PlainValidator
+@dataclass(frozen=True)
+class ReadBy:
+    """Annotates a field whose value is made by a function of what JSON holds, whatever its type; a
+    ``ValueError`` says that it cannot be.
+    """
+
+    make: Callable[[Any], Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return no_info_plain_validator_function(self.make)
 
 
 @dataclass(frozen=True)

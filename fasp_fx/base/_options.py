@@ -5,12 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
-
-from torch import Tensor
 
 from ..errors import ArgumentError
 
@@ -79,7 +77,10 @@ def names_of(option: str, given: Any, known: tuple[str, ...] | None) -> tuple[st
     Raises:
         ArgumentError: it was given something else.
     """
-    names = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str | Tensor) else None
+    try:
+        names = None if isinstance(given, str) else tuple(given)
+    except TypeError:  # a number, or a tensor of one
+        names = None
     if names is None or not all(isinstance(name, str) and (known is None or name in known) for name in names):
         wanted = (
             f"a tuple of {', '.join(map(repr, known))}"

@@ -13,8 +13,6 @@ import traceback
 from types import CodeType, FrameType, FunctionType
 from typing import TypeVar
 
-import torch
-
 E = TypeVar("E", bound=Exception)
 
 #: what the system says where memory, or room on a disk or for open files, is short
@@ -85,7 +83,7 @@ def _raised(catching: FrameType) -> list[BaseException]:
 
 def _is_short(error: BaseException, numbers: set[int], words: tuple[str, ...]) -> bool:
     """Whether an exception itself says that something is short."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, and its kin
         return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in numbers

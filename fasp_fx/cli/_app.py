@@ -9,20 +9,17 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
 
-from ..allocation.budgets import KINDS
 from ..base import __version__
 from ..errors import ArgumentError
 from ..pruning.config import PruningConfig
-from ..training.recovery import DistillationConfig
-from . import _models
 from ._console import CAPTURING, USAGE, console, groups_table, say, session, table
-from ._models import Texts, read_chunks
-from .evaluation import perplexity
+
+if TYPE_CHECKING:  # help, and what is wrong with options, does not wait for torch
+    from ._models import Texts
 
 app = typer.Typer(
     name="fasp-fx",
@@ -133,8 +130,11 @@ def read_options(file: Path | None, given: Mapping[str, Any]) -> PruningConfig:
     """
     options = {name: value for name, value in given.items() if value not in (None, [])}
     caps = {name.replace("_", "-"): options.pop(name) for name in BUDGETS if name in options}
-    if caps:
-        options["budget"] = tuple(KINDS[name](read_amount(f"--{name}", caps[name])) for name in caps)
+    amounts = {name: read_amount(f"--{name}", text) for name, text in caps.items()}
+    if amounts:
+        from ..allocation.budgets import KINDS
+
+        options["budget"] = tuple(KINDS[name](amount) for name, amount in amounts.items())
     if "restore" in options:
         options["restore"] = "least-squares" if options["restore"] else None
     config = None if file is None else PruningConfig.from_json(file.read_text(encoding="utf-8"))
@@ -274,12 +274,13 @@ def prune(
     `import fasp_fx`, `AutoModelForCausalLM.from_pretrained("small")`.
     """
     with session() as stages:
+        options = read_options(config, given)
         from . import _prune
 
         _prune.run(
             model,
             out,
-            read_options(config, given),
+            options,
             _texts(calibration, batches or 96, batches or 32, text, eval_batches, length, seed),
             stages,
             epochs=recover,
@@ -309,6 +310,8 @@ def _texts(
         source: a file, or ``"self"``.
         written, read: how many chunks of the model's own text are used, and how many of a file.
     """
+    from ._models import Texts
+
     if source == "self":
         return Texts(None, written, text, eval_batches, length or 256, seed, use)
     return Texts(Path(source), read, text, eval_batches, length or 1024, seed, use)
@@ -328,19 +331,15 @@ def recover(
         ),
     ] = "self",
     text: Text = None,
-    epochs: Annotated[
-        int, option("How often the text is trained on. Default: 2.", min=1, more=False)
-    ] = DistillationConfig.epochs,
+    epochs: Annotated[int, option("How often the text is trained on. Default: 2.", min=1, more=False)] = 2,
     learning_rate: Annotated[
         float, option("The highest; it rises at first and falls to zero. Default: 3e-5.", more=False)
-    ] = DistillationConfig.learning_rate,
+    ] = 3e-5,
     train: Annotated[
         Literal["all", "low-rank"],
         option("all weights, the default, or low-rank: products of narrow matrices.", more=False),
     ] = "all",
-    rank: Annotated[
-        int, option("Columns of the matrices of --train low-rank. Default: 16.", min=1)
-    ] = DistillationConfig.rank,
+    rank: Annotated[int, option("Columns of the matrices of --train low-rank. Default: 16.", min=1)] = 16,
     batches: Annotated[
         int,
         option(
@@ -366,6 +365,7 @@ def recover(
     Example: `fasp-fx recover small --dense model.gguf --data wiki.txt --batches 96 --out better`
     """
     with session() as stages:
+        from ..training.recovery import DistillationConfig
         from . import _prune
 
         texts = _texts(data, batches, batches, text, eval_batches, length, seed, "training")
@@ -404,10 +404,13 @@ def show_groups(
     Example: `fasp-fx inspect HuggingFaceTB/SmolLM2-135M`
     """
     with session() as stages:
+        import torch
+
         from ..interop.page import write_page
         from ..pruning._prune import analyze
         from ..pruning.report import Report, counted
         from ..storage._folder import is_save, kind_of, read_text
+        from . import _models
 
         folder = Path(model)
         if _models.is_saved(model) or is_save(folder, "plain"):
@@ -465,13 +468,18 @@ def evaluate(
     """
     with session() as stages:
         chosen = read_range(chunks)
+        import torch
+
+        from . import _models
+        from .evaluation import perplexity
+
         _models.quieten()
         where = _models.find_device(device)
         texts, values, what = [], [], ""
         for model in models:  # one is in memory at a time
             stages.begin(f"loading {model}")
             module, tokenizer = _models.load_any(model, where, dtype)
-            tokens = read_chunks(text, tokenizer, length)
+            tokens = _models.read_chunks(text, tokenizer, length)
             numbers = range(len(tokens))[chosen]
             if not numbers:
                 raise ArgumentError(

@@ -12,18 +12,20 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..analysis._analysis import Analysis
-from ..analysis.groups import PRUNABLE, Group, Member
 from ..base._tolerable import short_of_memory
 from ..errors import CalibrationWarning, CaptureWarning, FaspError, RankError, VerificationWarning, first_line
-from ..pruning.report import Figure
+
+if TYPE_CHECKING:
+    from ..analysis._analysis import Analysis
+    from ..analysis.groups import Group, Member
+    from ..pruning.report import Figure
 
 USAGE, INTERRUPTED = 2, 130
 #: a stage of several commands
@@ -172,7 +174,7 @@ def kinds(groups: Iterable[Group]) -> list[list[Group]]:
     what can be pruned first.
     """
     found: dict[Any, list[Group]] = {}
-    for group in sorted(groups, key=lambda group: group.status != PRUNABLE):
+    for group in sorted(groups, key=lambda group: group.status != "prunable"):
         members = ((m.name, m.dim) for m in (*group.producers, *group.consumers))
         texts = dict.fromkeys(
             (re.sub(r"\d+", "*", text), dim) for text, dim in ((group.reason, -1), *members)

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
 
-from ..allocation._allocation import Allocation, CostAllocation, Global, Search, uniform
-from ..allocation.budgets import Cap, budget_data, budget_from_data, read_budget
-from ..base._json import from_document, to_document
 from ..base._options import configured, is_number, names_of
-from ..calibration.losses import Loss
-from ..calibration.obs import resolve_score
-from ..calibration.restoration import Restoration
-from ..calibration.scoring import Score
 from ..errors import ArgumentError, SparsityError
+
+if TYPE_CHECKING:  # the command line shows and checks options before torch is there
+    from ..allocation._allocation import Allocation
+    from ..allocation.budgets import Cap
+    from ..calibration.losses import Loss
+    from ..calibration.restoration import Restoration
+    from ..calibration.scoring import Score
 
 #: what goes where nothing is asked for
 SPARSITY = 0.2
@@ -89,6 +89,15 @@ def _fraction(option: str, value: Any) -> Any:
     return dict(value) if by_pattern else value
 
 
+def _budgets(option: str, value: Any) -> Any:
+    """Budgets, as a tuple."""
+    if value is None or (isinstance(value, tuple) and not value):
+        return ()
+    from ..allocation.budgets import read_budget
+
+    return read_budget(value)
+
+
 def key_of(code: Any, option: str, use: str) -> str | None:
     """The text that says which code of the user's this is: its attribute ``key``; ``None`` for a name.
 
@@ -147,7 +156,7 @@ class PruningConfig:
     )
     budget: Cap | Iterable[Cap] | None = _option(
         (),
-        lambda option, value: () if value is None else read_budget(value),
+        _budgets,
         "How much may stay of something else, instead of a sparsity.",
         "One of :mod:`fasp_fx.budgets`, such as ``Parameters(0.8)``, or a tuple of several, which are all"
         " met. As much stays as steps of whole channel sets allow, and never more than may.",
@@ -286,6 +295,9 @@ class PruningConfig:
     @property
     def needs_data(self) -> bool:
         """Whether calibration data is needed."""
+        from ..allocation._allocation import CostAllocation
+        from ..calibration.obs import resolve_score
+
         return (
             resolve_score(self.effective_score).needs_data
             or self.restore is not None
@@ -325,6 +337,8 @@ class PruningConfig:
     @property
     def allocator(self) -> Allocation:
         """The function that the allocation stands for."""
+        from ..allocation._allocation import Global, Search, uniform
+
         if callable(self.allocation):
             return self.allocation
         if self.allocation == "search":
@@ -339,7 +353,7 @@ class PruningConfig:
     @property
     def budgets(self) -> tuple[Cap, ...]:
         """The budgets."""
-        return read_budget(self.budget)
+        return cast("tuple[Cap, ...]", self.budget)
 
     @property
     def target_sparsity(self) -> float | None:
@@ -354,6 +368,9 @@ class PruningConfig:
         Raises:
             ArgumentError: an option is a function, which text cannot hold.
         """
+        from ..allocation.budgets import budget_data
+        from ..base._json import to_document
+
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("score", "restore", "allocation", "loss"):
             if callable(values[name]):
@@ -373,6 +390,9 @@ class PruningConfig:
         Raises:
             ArgumentError: the text is none, or of a version that is not read here.
         """
+        from ..allocation.budgets import budget_from_data
+        from ..base._json import from_document
+
         remedy = "write it again with PruningConfig.to_json()"
         held = from_document("config", dict[str, Any], text, remedy, ArgumentError)
         # Earlier saves name options that are gone, and that few gave.
