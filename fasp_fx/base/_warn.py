@@ -32,15 +32,12 @@ def warn(message: str, category: type[Warning]) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Exporters log what the library itself reports; errors still arrive as exceptions."""
-    from ..base.compat._transformers import EXPORTER_LOGGER
-
     names = (
         "torch.export",
         "torch._export",
         "torch.fx.experimental.symbolic_shapes",
         "torch._export.non_strict_utils",
         "transformers",
-        EXPORTER_LOGGER,
     )
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,10 +15,15 @@ from ..base.compat import pytree
 from ._sizes import all_dims, every_dim, images_of
 
 
-def is_transformers(model: nn.Module) -> bool:
-    from transformers import PreTrainedModel
+def _class_of(module: str, name: str) -> Any:
+    """A class of transformers. Nothing is an instance of it before it is imported, which takes as long as
+    torch: then it is ``()``, as :func:`isinstance` takes it.
+    """
+    return getattr(sys.modules.get(f"transformers.{module}"), name, ())
 
-    return isinstance(model, PreTrainedModel)
+
+def is_transformers(model: nn.Module) -> bool:
+    return isinstance(model, _class_of("modeling_utils", "PreTrainedModel"))
 
 
 def register_caches(model: Any) -> None:
@@ -30,9 +36,7 @@ def register_caches(model: Any) -> None:
 
 
 def is_cache(kind: Any) -> bool:
-    from transformers import Cache
-
-    return inspect.isclass(kind) and issubclass(kind, Cache)
+    return inspect.isclass(kind) and issubclass(kind, _class_of("cache_utils", "Cache"))
 
 
 def export_transformers(model: Any, kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:

@@ -29,21 +29,22 @@ from .._undisturbed import for_a_while
 #: the name of the argument and of the output that holds keys and values of the tokens seen; until 5.23 it was
 #: a longer one
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
-#: the exporter's logger
-EXPORTER_LOGGER = exporter_dynamo.logger.name
 
 
 def export_program(model: PreTrainedModel, inputs: dict[str, Any], shapes: Any) -> ExportedProgram:
     """The program of a model by the exporter of transformers; until 5.22 it was called otherwise and returned
-    nothing else.
+    nothing else. Its logger, which is none of those of transformers, is silent.
     """
     exporter: Any = DynamoExporter()
     config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
+    logger = exporter_dynamo.logger
     found: ExportedProgram
-    if hasattr(exporter, "export_program"):
-        found, _ = exporter.export_program(model, inputs, config)
-    else:
-        found = exporter.export(model, inputs, config)
+    with for_a_while(lambda: logger.level, logger.setLevel):
+        logger.setLevel(logging.ERROR)
+        if hasattr(exporter, "export_program"):
+            found, _ = exporter.export_program(model, inputs, config)
+        else:
+            found = exporter.export(model, inputs, config)
     return found
 
 
@@ -83,7 +84,6 @@ def kept_in_float32(model: nn.Module) -> set[str]:
 
 __all__ = [
     "CACHE",
-    "EXPORTER_LOGGER",
     "export_program",
     "get_auto_dynamic_shapes",
     "is_cache_class",
