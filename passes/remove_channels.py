@@ -120,6 +120,8 @@ def _cut_inputs(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
         numbers[slot.dim] = _left(slot, recipe, leaves[index].shape)
         leaves[index] = recipe.apply(leaves[index])
         node.meta["val"] = node.meta["val"].new_empty(recipe.shape(node.meta["val"].shape))
+        for user in node.users:
+            user.meta.pop("val", None)  # out of date
     program.example = pytree.tree_unflatten(leaves, structure)
 
 

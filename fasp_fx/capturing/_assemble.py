@@ -243,7 +243,7 @@ def _recorded(module: fx.GraphModule) -> bool:
         contextlib.nullcontext() if environment is None else refuse_new_guards(environment),
     ):
         try:
-            record(module)
+            record(module, everything=False)
         except tolerable(VerificationError) as error:
             _log.info("the program is traced: %s", error)
             return False

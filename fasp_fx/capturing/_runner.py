@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..base._offload import addresses, keep_values, moved
+from ..base._stamps import WRITTEN_BY
 from ..base._tolerable import tolerable
 from ..base.compat import FakeTensor, FakeTensorMode, enable_python_dispatcher, pytree
 from ..errors import CalibrationError, VerificationError, first_line
@@ -16,6 +17,7 @@ from ..patterns import VIEWS
 from ._attention import execute
 from ._fx import attribute, written_inputs, written_names
 from ._program import Program
+from ._sizes import same_sizes
 
 
 class Runner:
@@ -164,11 +166,17 @@ class Runner:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph without data, and records what its nodes make."""
+    """Runs a graph without data, and records what its nodes make.
 
-    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
+    Args:
+        everything: what is recorded of a node already may be out of date, though no pass has written the node
+            and what it reads is as it was.
+    """
+
+    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode, everything: bool) -> None:
         super().__init__(module)
-        self.mode = mode
+        self.mode, self.everything = mode, everything
+        self.changed: set[fx.Node] = set()
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -179,6 +187,15 @@ class _Recorder(fx.Interpreter):
         )
 
     def run_node(self, node: fx.Node) -> Any:
+        before = node.meta.get("val")
+        if not (
+            self.everything
+            or before is None
+            or node.op != "call_function"
+            or WRITTEN_BY in node.meta
+            or self.changed.intersection(node.all_input_nodes)
+        ):
+            return before
         try:
             made = super().run_node(node)
         except tolerable(Exception) as error:
@@ -186,12 +203,41 @@ class _Recorder(fx.Interpreter):
                 f"node '{node.name}' ({node.target}) does not execute: {first_line(error)}"
             ) from error
         if node.op not in ("placeholder", "output"):
+            if not self.everything and _is_alike(made, before):
+                return before
+            self.changed.add(node)
             node.meta["val"] = made
         return made
 
 
-def record(module: fx.GraphModule) -> None:
+def _is_alike(made: Any, before: Any) -> bool:
+    """Whether a node makes what is recorded of it."""
+    leaves, structure = pytree.tree_flatten(made)
+    others, other = pytree.tree_flatten(before)
+    return bool(structure == other) and all(
+        one is another
+        or (
+            isinstance(one, torch.SymInt)
+            and isinstance(another, torch.SymInt)
+            and same_sizes((one,), (another,))
+        )
+        or (
+            isinstance(one, FakeTensor)
+            and isinstance(another, FakeTensor)
+            and one.fake_mode is another.fake_mode
+            and (one.dtype, one.device) == (another.dtype, another.device)
+            and same_sizes((*one.shape, *one.stride()), (*another.shape, *another.stride()))
+        )
+        for one, another in zip(leaves, others, strict=True)
+    )
+
+
+def record(module: fx.GraphModule, everything: bool = True) -> None:
     """Bring ``node.meta["val"]`` of every node up to date; placeholders keep theirs.
+
+    Args:
+        everything: ``False``: what is recorded is right but for nodes that passes have written, weights, and
+            what comes of these.
 
     Raises:
         VerificationError: a node does not execute; names it.
@@ -200,7 +246,7 @@ def record(module: fx.GraphModule) -> None:
     mode = next((value.fake_mode for value in given if isinstance(value, FakeTensor)), None)
     if mode is None:
         return
-    recorder = _Recorder(module, mode)
+    recorder = _Recorder(module, mode, everything)
     recorder.extra_traceback = False
     # operators that are made of others take symbolic sizes only in Python
     with torch.no_grad(), mode, enable_python_dispatcher():
