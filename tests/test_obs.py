@@ -31,7 +31,7 @@ DAMPING = 1e-2
 
 
 def problem(seed: int, rows: int, sets: np.ndarray) -> tuple[Columns, Tensor, Tensor]:
-    """A consumer with correlated inputs, its curvature Q = WᵀSW, and S."""
+    """A consumer with correlated inputs, F of its curvature Q = WᵀSW = FᵀF, and S."""
     generator = torch.Generator().manual_seed(seed)
     columns = len(sets)
     x = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64) @ torch.randn(
@@ -40,7 +40,7 @@ def problem(seed: int, rows: int, sets: np.ndarray) -> tuple[Columns, Tensor, Te
     weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     spread = torch.randn(rows, rows, generator=generator, dtype=torch.float64)
     covariance = spread @ spread.T
-    return Columns(weight, None, lambda: x.T @ x, sets), weight.T @ covariance @ weight, covariance
+    return Columns(weight, x.norm(dim=0), lambda: x.T @ x, sets), spread.T @ weight, covariance
 
 
 def least_loss(columns: Columns, covariance: Tensor, removed: list[int]) -> float:
@@ -76,14 +76,14 @@ def test_a_loss_is_that_of_the_best_repair(
     layout: tuple[np.ndarray, int, int], seed: int, data: st.DataObject
 ) -> None:
     sets, size, _ = layout
-    columns, curvature, covariance = problem(seed, 5, sets)
-    alone = Elimination(columns, size, curvature, DAMPING).losses(np.arange(size))
+    columns, root, covariance = problem(seed, 5, sets)
+    alone = Elimination(columns, size, columns.gram(), root, DAMPING).losses(np.arange(size))
     for one in range(size):
         assert alone[one] == pytest.approx(
             least_loss(columns, covariance, np.flatnonzero(sets[:, 0] == one).tolist()), rel=1e-6
         )
     order = data.draw(st.permutations(range(size)))
-    found, total = Elimination(columns, size, curvature, DAMPING), 0.0
+    found, total = Elimination(columns, size, columns.gram(), root, DAMPING), 0.0
     for step, one in enumerate(order):
         expected = least_loss(
             columns, covariance, np.flatnonzero(np.isin(sets[:, 0], order[: step + 1])).tolist()
@@ -107,7 +107,7 @@ def test_orders_are_nested_and_their_steps_add_up(
         )
         return greedy(
             view,
-            [Elimination(columns, size, curvature, DAMPING) for columns, curvature, _ in problems],
+            [Elimination(columns, size, columns.gram(), root, DAMPING) for columns, root, _ in problems],
             rounds,
         )
 
@@ -136,12 +136,12 @@ def test_rounding_of_columns_that_hardly_vary_is_no_curvature(alive: int) -> Non
         gram[-1, -2] = gram[-2, -1] = 1e-7 * float(gram.trace())
     columns = Columns(
         torch.randn(3, 400, generator=generator),
-        None,
+        gram.diagonal().sqrt(),
         gram.clone,
         np.arange(400)[:, None],
         centred=lambda: gram - torch.outer(sums, sums) / (64 * 1.001),
     )
-    problem = Elimination(columns, 400, OBS().curvature(columns), DAMPING)
+    problem = Elimination(columns, 400, columns.centred(), OBS().root(columns, columns.centred()), DAMPING)
     for costs in (problem.losses(np.arange(400)), _column_costs(columns)):
         assert np.isfinite(costs).all()
         assert (costs[:alive] > 0).all()

@@ -358,8 +358,8 @@ def _restored(
     """
     parts = []
     for matrix, gram, left in zip(matrices, grams, kept, strict=True):
-        fitted = keep(gram.fitted.symmetric(torch.float32))
-        held = None if gram.held is None else keep(gram.held.symmetric(torch.float32))
+        fitted = keep(gram.fitted.symmetric())
+        held = None if gram.held is None else keep(gram.held.symmetric())
         own = left.nonzero()[:, 0]
         # Weights that meet about as many tokens as there are unknowns fit no others, which a handful of them
         # held out need not show: a ridge as strong as there are unknowns for each token keeps them near.

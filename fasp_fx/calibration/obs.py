@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from .scoring import ByColumns, Columns, GroupColumns, GroupScore, Order, Random, Score, fasp, magnitude
-from .statistics import InputGradients, MakeStatistic, precise
+from .statistics import InputGradients, MakeStatistic, add_product, energy_of
 
 #: the diagonal of the Gram matrix is raised by this part of its mean, as OSSCAR (arXiv 2403.12983) and ZipLM
 #: (2302.04089) do
@@ -43,36 +43,37 @@ class OBS(GroupScore):
     statistics: ClassVar[Mapping[str, MakeStatistic]] = {"gradients": InputGradients}
 
     def __call__(self, group: GroupColumns) -> Order:
-        problems = [
-            Elimination(columns, len(group.block_of), self.curvature(columns), DAMPING)
-            for columns in group.consumers
-        ]
+        problems = []
+        for columns in group.consumers:
+            spread = spread_of(columns)
+            root = self.root(columns, spread)
+            problems.append(Elimination(columns, len(group.block_of), spread, root, DAMPING))
         return greedy(group, problems, ROUNDS)
 
-    def curvature(self, columns: Columns) -> Tensor:
-        """Q of one block of a consumer, shape ``[columns, columns]``."""
-        gram = spread_of(columns)
-        found = self._curvature(columns, gram)
+    def root(self, columns: Columns, gram: Tensor) -> Tensor:
+        """F of one block of a consumer with Q = FᵀF, shape ``[any, columns]``; ``gram`` is its G."""
         # What is never anything but zero costs nothing, however large its weight; damping alone would have it
         # vary.
-        alive = (gram.diagonal() > 0).to(found.dtype)
-        return found * alive * alive[:, None]
+        return self._root(columns, gram) * (gram.diagonal() > 0)
 
-    def _curvature(self, columns: Columns, gram: Tensor) -> Tensor:
+    def _root(self, columns: Columns, gram: Tensor) -> Tensor:
         parts = (
             [columns.weight.real, columns.weight.imag] if columns.weight.is_complex() else [columns.weight]
         )
-        weight = torch.cat(parts).to(precise(columns.weight.device))
-        own = weight.T @ weight
-        energy = float((own * gram).sum())
-        gradients = columns.seen.get("gradients")
-        if not isinstance(gradients, InputGradients) or not gradients.tokens:
-            return own / energy if energy > 0 else own
-        found = gradients.mean()
+        weight = torch.cat(parts).to(gram.dtype)
+        unit = float(weight.abs().amax()) or 1.0  # squares of the weights themselves can be out of range
+        weight = weight / unit
+        gradients: Any = columns.seen.get("gradients")
+        seen = gradients is not None and gradients.tokens > 0
+        found = gradients.mean() if seen else None
+        if seen and found is None:
+            return weight * (unit * gradients.mean_square() ** 0.5)
+        energy = energy_of(weight, gram)
         if found is None:
-            return own * gradients.mean_square()
-        scale = float((found.to(own) * gram).sum()) / energy if energy > 0 else 0.0
-        return (1 - SHRINKAGE) * found.to(own) + SHRINKAGE * scale * own
+            return weight / energy**0.5 if energy > 0 else weight
+        own = SHRINKAGE * (float((found * gram).sum()) / energy if energy > 0 else 0.0)
+        found.mul_(1 - SHRINKAGE).addmm_(weight.T, weight, alpha=own)
+        return raised_root(found, ROUNDING * float(found.diagonal().mean())).T
 
 
 class Elimination:
@@ -81,13 +82,15 @@ class Elimination:
     Args:
         columns: the block.
         sets: how many channel sets the group has.
-        curvature: Q, shape ``[columns, columns]``, symmetric.
+        spread: G, which is used up.
+        root: F, shape ``[any, columns]``, of the curvature Q = FᵀF.
         damping: raises the diagonal of G by this part of its mean.
     """
 
-    def __init__(self, columns: Columns, sets: int, curvature: Tensor, damping: float) -> None:
-        self.inverse = damped_inverse(columns, spread_of(columns), damping)
-        self.curvature = curvature.clone()
+    def __init__(self, columns: Columns, sets: int, spread: Tensor, root: Tensor, damping: float) -> None:
+        #: up to its diagonal; what is above is not kept up to date
+        self.inverse = damped_inverse(columns, spread, damping)
+        self.root = root.clone()
         self.place = np.arange(len(self.inverse))  # of each column in the matrices; -1: gone
         # A column can name a set twice, where one operand is contracted with another of the same channels.
         belongs = [(set_, column) for column, row in enumerate(columns.sets) for set_ in {*row} if set_ >= 0]
@@ -109,14 +112,17 @@ class Elimination:
         used = torch.from_numpy(places >= 0).to(self.inverse.device)
         at = torch.from_numpy(np.maximum(places, 0)).to(self.inverse.device)
         if at.shape[1] == 1:
-            found = 0.5 * self.curvature.diagonal()[at[:, 0]] / self.inverse.diagonal()[at[:, 0]] * used[:, 0]
+            own = self.root.square().sum(0)[at[:, 0]] * used[:, 0]
+            found = 0.5 * own / self.inverse.diagonal()[at[:, 0]]
         else:
             both = used[:, :, None] & used[:, None, :]
             missing = torch.diag_embed((~used).to(self.inverse.dtype))
-            inner = self.inverse[at[:, :, None], at[:, None, :]] * both + missing
-            own = self.curvature[at[:, :, None], at[:, None, :]] * both
-            found = 0.5 * torch.linalg.solve(inner, own).diagonal(dim1=-2, dim2=-1).sum(-1)
-        return found.clamp_min(0).cpu().numpy().astype(np.float64)
+            one, other = at[:, :, None], at[:, None, :]
+            inner = self.inverse[one.maximum(other), one.minimum(other)] * both + missing
+            root = self.root.T[at] * used[:, :, None]  # [sets, columns, any]
+            solved = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), root, upper=False)
+            found = 0.5 * solved.square().sum((1, 2))
+        return found.cpu().numpy().astype(np.float64)
 
     def remove(self, sets: np.ndarray) -> float:
         """Take these channel sets out together; the loss that it adds."""
@@ -126,20 +132,19 @@ class Elimination:
         if not len(columns):
             return 0.0
         gone = torch.from_numpy(self.place[columns]).to(self.inverse.device)
-        across, crossed = self.inverse[gone], self.curvature[gone]
-        inner, own = across[:, gone], crossed[:, gone]
-        factor = torch.linalg.cholesky(inner)
-        loss = 0.5 * float(torch.cholesky_solve(own, factor).diagonal().sum())
-        # What of each column left makes up for those that go, R; of those, the identity.
+        below = torch.arange(len(self.inverse), device=gone.device) <= gone[:, None]
+        across, own = torch.where(below, self.inverse[gone], self.inverse[:, gone].T), self.root[:, gone]
+        factor = torch.linalg.cholesky(across[:, gone])
+        loss = 0.5 * float(torch.linalg.solve_triangular(factor, own.T, upper=False).square().sum())
+        # What of each column left makes up for those that go; of those, the identity.
         share = torch.cholesky_solve(across, factor)
-        crossed = crossed - 0.5 * own @ share
         # Rows and columns of what goes become zero in both, and are cut out once they are many: a copy costs
         # more than the update.
-        self.inverse.addmm_(across.T, share, alpha=-1)
-        self.curvature.addmm_(torch.cat([crossed, share]).T, torch.cat([share, crossed]), alpha=-1)
+        add_product(self.inverse, across, share, alpha=-1)
+        self.root.addmm_(own, share, alpha=-1)
         self.place[columns] = -1
         self._cut_out()
-        return max(loss, 0.0)
+        return loss
 
     def _cut_out(self) -> None:
         """Leave what went out of the matrices, if it is more than an eighth of them."""
@@ -147,7 +152,7 @@ class Elimination:
         if len(alive) * 8 > len(self.inverse) * 7:
             return
         left = torch.from_numpy(self.place[alive]).to(self.inverse.device)
-        self.inverse, self.curvature = self.inverse[left][:, left], self.curvature[left][:, left]
+        self.inverse, self.root = self.inverse[left][:, left], self.root[:, left]
         self.place[alive] = np.arange(len(alive))
 
 
@@ -172,18 +177,29 @@ def damped_inverse(columns: Columns, spread: Tensor, damping: float) -> Tensor:
     Raises:
         CalibrationError: G is not finite.
     """
-    assert columns.gram is not None
-    energy, mean = float(columns.gram().diagonal().sum()), float(spread.diagonal().mean())
+    assert columns.norms is not None
+    energy, mean = float(columns.norms.square().sum()), float(spread.diagonal().mean())
     raised = max(damping * mean, ROUNDING * energy) if energy != 0 else 1.0
+    try:
+        return torch.cholesky_inverse(raised_root(spread, raised))
+    except CalibrationError as error:
+        raise CalibrationError(f"what was seen at '{columns.name}' {error}") from None
+
+
+def raised_root(matrix: Tensor, raised: float) -> Tensor:
+    """L with ``LLᵀ = M + δI``, lower triangular, for the first sum δ of ``raised``, ten times that and so on
+    that leaves it positive; the diagonal of M is raised in place.
+
+    Raises:
+        CalibrationError: M is not finite.
+    """
     while math.isfinite(raised):
-        spread.diagonal().add_(raised)
-        factor, failed = torch.linalg.cholesky_ex(spread)
+        matrix.diagonal().add_(raised)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
         if not int(failed):
-            return torch.cholesky_inverse(factor)
-        raised *= 10
-    raise CalibrationError(
-        f"what was seen at '{columns.name}' is not finite; check the calibration data and the model's dtype"
-    )
+            return factor
+        raised = 10 * raised or 1.0
+    raise CalibrationError("is not finite; check the calibration data and the model's dtype")
 
 
 def greedy(group: GroupColumns, problems: list[Elimination], rounds: int) -> Order:

@@ -4,6 +4,7 @@ tokens held out, or one of your own.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..base._offload import keep
 from ..errors import ArgumentError
 from .scoring import dense_numbers
-from .statistics import precise
+from .statistics import energy_of, precise
 
 #: strengths to choose from, relative to the mean of the Gram matrix's diagonal; beside them stands infinity,
 #: which leaves the kept columns as they are
@@ -210,7 +211,7 @@ class _Solver:
         self.fitted, self.held = (keep(gram.div_(scale)) for gram in grams)
         self.rows = weight[:, order].to(precise(weight.device))
         self.start, self.gone = self.rows[:, : self.count], self.rows[:, self.count :]
-        self.totals = self._energies(self.rows.to(torch.float32))
+        self.totals = self._energies(self.rows)
         self.before = self._relative(self.gone)
 
     def _ordered(self, gram: Tensor, order: Tensor) -> Tensor:
@@ -224,19 +225,27 @@ class _Solver:
         """The best strength, and by what factor its solution changes the error on the tokens held out;
         infinity and 1 where none from the smallest on is better than no repair.
         """
-        best = math.inf
-        if not self.judges or not 0 < self.count < len(self.fitted):
-            return best, 1.0
+        strengths = [strength for strength in GRID if strength >= smallest]
+        if not (strengths and self.judges and 0 < self.count < len(self.fitted)):
+            return math.inf, 1.0
         # Strengths are compared in float32; what comes of the best is solved and judged anew.
         rows, fitted = _sketch(self.rows).to(torch.float32), self.fitted.to(torch.float32)
         gone = rows[:, self.count :]
-        before = least = _energy(gone, self.held)
-        for strength in (strength for strength in GRID if strength >= smallest):
-            added = self._solve(gone, fitted, strength)
-            error = math.inf if added is None else _energy(torch.cat([-added, gone], 1), self.held)
-            if error < least:
-                best, least = strength, error
-        return best, least / before if before > 0 else 1.0
+        before = energy_of(gone, self.held)
+
+        @functools.cache
+        def error(place: int) -> float:
+            added = self._solve(gone, fitted, strengths[place])
+            return math.inf if added is None else energy_of(torch.cat([-added, gone], 1), self.held)
+
+        # Downhill from the middle: too weak a ridge fits noise, too strong a one nothing.
+        place = len(strengths) // 2
+        for step in (1, -1):
+            while 0 <= place + step < len(strengths) and error(place + step) < error(place):
+                place += step
+        if not error(place) < before:
+            return math.inf, 1.0
+        return strengths[place], error(place) / before
 
     def solved(self, strength: float) -> Restored:
         """The solution on all tokens; the kept columns as they are where there is none."""
@@ -272,7 +281,7 @@ class _Solver:
 
     def _energies(self, rows: Tensor) -> tuple[float, float]:
         """Of the last of the ordered columns."""
-        fitted, held = _energy(rows, self.fitted), _energy(rows, self.held)
+        fitted, held = energy_of(rows, self.fitted), energy_of(rows, self.held)
         return fitted + held, held
 
     def _relative(self, rows: Tensor) -> list[float]:
@@ -299,12 +308,6 @@ def _solve(inner: Tensor, across: Tensor, gone: Tensor, raised: Tensor | float) 
     else:
         found = torch.cholesky_solve(across @ gone.T, factor).T
     return found if bool(torch.isfinite(found).all()) else None
-
-
-def _energy(rows: Tensor, gram: Tensor) -> float:
-    """``tr(R G Rᵀ)`` for the last columns of a Gram matrix, as many as the rows have."""
-    first = len(gram) - rows.shape[1]
-    return max(float(((rows @ gram[first:, first:].to(rows.dtype)) * rows).sum()), 0.0)
 
 
 def _size_of_ones(gram: Tensor, place: int) -> float:

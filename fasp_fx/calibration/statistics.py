@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..base._offload import keep, zeros
 
-#: columns per block of the Gram matrix; only blocks on and below the diagonal are computed
-_BLOCK = 384
+#: columns per block of a symmetric matrix, of which only blocks on and below the diagonal are computed
+BLOCK = 384
 
 
 #: what a token is for: nothing (padding), fitting a restoration, or judging it
@@ -76,14 +76,7 @@ class Gram:
         if flat.is_complex():  # the real part of XᴴX, whose diagonal holds the norms
             flat = torch.cat([flat.real, flat.imag])
         flat = flat.to(torch.float32)
-        for start in range(0, flat.shape[1], _BLOCK):
-            stop = min(start + _BLOCK, flat.shape[1])
-            # A symmetric product needs only the blocks up to the diagonal: just over half of the work.
-            own, lines = self.matrix[start:stop, :stop], flat[:, start:stop].T
-            if own.dtype == flat.dtype:
-                own.addmm_(lines, flat[:, :stop])
-            else:
-                own.add_(lines @ flat[:, :stop])
+        add_product(self.matrix, flat, flat)
 
     def reduce(self, add: Add) -> None:
         """Add what other processes have seen."""
@@ -97,18 +90,45 @@ class Gram:
         """Sums of squares by column, shape ``[columns]``."""
         return self.matrix.diagonal()
 
-    def symmetric(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The whole matrix, shape ``[columns, columns]``; ``dtype=None``: float64 (float32 on devices without
-        it).
-        """
-        found = torch.empty_like(self.matrix, dtype=dtype or precise(self.matrix.device))
-        for start in range(0, len(found), _BLOCK):
-            stop = min(start + _BLOCK, len(found))
+    def symmetric(self) -> Tensor:
+        """The whole matrix, shape ``[columns, columns]``, float32."""
+        found = torch.empty_like(self.matrix, dtype=torch.float32)
+        for start in range(0, len(found), BLOCK):
+            stop = min(start + BLOCK, len(found))
             found[start:stop, :start] = self.matrix[start:stop, :start]
             found[:start, start:stop] = self.matrix[start:stop, :start].T
             own = self.matrix[start:stop, start:stop].tril()
             found[start:stop, start:stop] = own + own.tril(-1).T
         return found
+
+
+def add_product(matrix: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
+    """Add ``α LᵀR``, which is symmetric, to the blocks of a matrix up to its diagonal: just over half of the
+    work.
+
+    Args:
+        left, right: shape ``[any, columns]``.
+    """
+    for start in range(0, len(matrix), BLOCK):
+        stop = min(start + BLOCK, len(matrix))
+        own, lines = matrix[start:stop, :stop], left[:, start:stop].T
+        if own.dtype == left.dtype:
+            own.addmm_(lines, right[:, :stop], alpha=alpha)
+        else:
+            own.add_(lines @ right[:, :stop], alpha=alpha)
+
+
+def energy_of(rows: Tensor, gram: Tensor) -> float:
+    """``tr(R G Rᵀ)`` for the last columns of a Gram matrix, as many as the rows have, in its precision."""
+    first, rows = len(gram) - rows.shape[1], rows.to(gram.dtype)
+    gram, total = gram[first:, first:], 0.0
+    for start in range(0, len(gram), BLOCK):
+        stop = start + BLOCK
+        own, before = rows[:, start:stop], rows[:, :start]
+        # It is symmetric: what lies on one side of the diagonal counts twice.
+        sides = own @ gram[start:stop, start:stop] + 2 * (before @ gram[:start, start:stop])
+        total += float((sides * own).sum())
+    return max(total, 0.0)
 
 
 class SplitGram:
@@ -159,8 +179,9 @@ class SplitGram:
         return torch.stack(squares).sum(0).sqrt()
 
     def symmetric(self) -> Tensor:
-        """XᵀX over all tokens, shape ``[columns, columns]``, float64 (float32 on devices without it)."""
-        return torch.stack([part.symmetric() for part in self.parts]).sum(0)
+        """XᵀX over all tokens, shape ``[columns, columns]``, float32."""
+        found = self.fitted.symmetric()
+        return found if self.held is None else found.add_(self.held.symmetric())
 
 
 class InputGradients:
@@ -220,7 +241,7 @@ class InputGradients:
         """The mean of ``hᵀh`` over tokens, for one term of the loss; ``None`` where gradients were seen at
         the output alone.
         """
-        return None if self._gram is None else self._gram.symmetric() / max(self.tokens * self.terms, 1)
+        return None if self._gram is None else self._gram.symmetric().div_(max(self.tokens * self.terms, 1))
 
     def mean_square(self) -> float:
         """The mean square of the gradients at the output, for one term of the loss."""
