@@ -18,7 +18,7 @@ from fasp_fx.allocation import deepest_loss, lost_per_block
 class Holistic(GroupScore):
     def __call__(self, group):
         (columns,) = group.consumers
-        gram, weight, sets = columns.gram(), columns.weight.double(), columns.sets[:, 0]
+        gram, weight, sets = columns.gram().double(), columns.weight.double(), columns.sets[:, 0]
         if np.bincount(sets[sets >= 0]).max() == 1:
             # Neurons: the length of W_j among the outputs' principal directions, times that of X_j.
             space = weight @ gram @ weight.T

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
-from pydantic_core.core_schema import CoreSchema, no_info_plain_validator_function
+from pydantic import Field, GetCoreSchemaHandler, PlainValidator, TypeAdapter, ValidationError
 
 from ..errors import FaspError, StoreError
 
@@ -28,8 +27,8 @@ class ReadBy:
 
     make: Callable[[Any], Any]
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
-        return no_info_plain_validator_function(self.make)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return handler.generate_schema(Annotated[Any, PlainValidator(self.make)])
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ class Columns:
         weight: the consumer as a matrix, shape ``[rows, columns]``.
         norms: ‖X_j‖₂ of each column's input over the calibration tokens, shape ``[columns]``; ``None`` if
             nothing was observed.
-        gram: a function that returns XᵀX, shape ``[columns, columns]``; ``None`` if nothing was observed.
+        gram: a function that returns XᵀX, shape ``[columns, columns]``, float32; ``None`` if nothing was
+            observed.
         sets: which of the group's channel sets takes a column along, shape ``[columns, axes]``; -1 where none
             does. A column with several goes with any.
         seen: the statistics that the score asked for, by name.
