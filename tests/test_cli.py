@@ -125,10 +125,16 @@ def test_prune_from_file(from_file: tuple[Path, Result], folder: Path) -> None:
     assert pruned.report.config == PruningConfig(), "as in Python"
     held_out = _chunks(folder)[4:7]
     expected = [_perplexity(dense, held_out), _perplexity(pruned, held_out)]
-    assert _figures(done.stdout) == pytest.approx(expected, rel=1e-3, abs=1e-3)
-    milliseconds, measured = pruned.report.figures
+    assert _figures(done.stdout)[:2] == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    milliseconds, measured, divergence, same = pruned.report.figures
     assert "milliseconds" in milliseconds.what
     assert [measured.dense, measured.pruned] == pytest.approx(expected, rel=1e-4)
+    with torch.no_grad():
+        p, q = (model(held_out).logits[:, :-1].double().softmax(-1) for model in (dense, pruned))
+    lost = (p * (p / q).log()).sum(-1).mean(1)
+    assert divergence.pruned == pytest.approx(float(lost.mean()), rel=1e-3)
+    assert f"(± {float(lost.std() / 3**0.5):.3f})" in divergence.what
+    assert same.pruned == pytest.approx(100 * float((p.argmax(-1) == q.argmax(-1)).double().mean()))
 
 
 def test_prune_by_itself(folder: Path, tmp_path: Path) -> None:

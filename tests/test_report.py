@@ -45,7 +45,7 @@ def test_sparsity_is_a_fraction_of_what_the_report_says(
         model, (torch.randn(3, 4),), score="random", restore=None, sparsity=0.3, include=include
     )
     line = str(result.report).splitlines()[0]
-    assert line.endswith(f"of the weights of linear, convolution and recurrent operators in {says}")
+    assert f"of the weights of linear, convolution and recurrent operators in {says}: " in line
     before, after = (
         sum(dict(module.named_parameters())[f"{name}.weight"].numel() for name in counted)
         for module in (model, result.module)

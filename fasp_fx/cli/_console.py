@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
+from ..base._progress import bar_on
 from ..base._tolerable import short_of_memory
 from ..errors import CalibrationWarning, CaptureWarning, FaspError, RankError, VerificationWarning, first_line
 
@@ -73,17 +74,7 @@ class Stages:
     def begin(self, name: str) -> None:
         """Start a stage, ending the one before."""
         self.end()
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-            disable=not self.console.is_terminal,
-        )
+        self._progress = bar_on(self.console)
         self._name, self._began = printable(name), time.perf_counter()
         self._progress.add_task(self._name, total=None)
         self._progress.start()

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from ..base._device import check_device, device_of, multiplies_bfloat16, products_in_bfloat16
+from ..base._device import check_device, device_of
 from ..base._offload import Scratch, keep_weights
 from ..base._tolerable import tolerable
 from ..errors import ArgumentError, CalibrationError, FaspError, StoreError, first_line
@@ -428,7 +428,6 @@ def sample(
         # What a model brings along (an end token, a temperature) would be merged into settings given by call.
         mock.patch.object(model, "generation_config", settings),
         torch.no_grad(),
-        products_in_bfloat16(device, multiplies_bfloat16(device)),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)

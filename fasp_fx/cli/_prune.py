@@ -40,7 +40,7 @@ from ..training.recovery import DistillationConfig, distil
 from . import _models
 from ._console import CAPTURING, Stages, console, figures_table, groups_table, process, say
 from ._models import Texts
-from .evaluation import latency, perplexity
+from .evaluation import agreement, latency
 
 _GIB = 2**30
 #: weights of float64 and of float32 take so many bytes
@@ -206,18 +206,19 @@ def training_steps(chunks: Tensor) -> tuple[Tensor, ...]:
 
 
 def measure(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> tuple[Figure, ...]:
-    """Latency and perplexity of the dense and of the pruned model."""
+    """Latency of the dense and of the pruned model, and how they predict the same text."""
     chunks = texts.evaluation
     assert chunks is not None
     stages.begin("measuring latency")
     times = latency([dense, result.model], chunks[:1], progress=stages.update)
-    values = []
-    for name, module in (("dense", dense), ("pruned", result.model)):
-        stages.begin(f"measuring perplexity of the {name} model")
-        values.append(perplexity(module, chunks, progress=stages.update))
+    stages.begin("measuring how far both models agree")
+    found = agreement(dense, result.model, chunks, stages.update)
+    (divergence, spread), (same, doubt) = found.divergence, found.same
     return (
         Figure(f"milliseconds for one chunk of {chunks.shape[1]} tokens", times[0] * 1e3, times[1] * 1e3, 1),
-        Figure(texts.label, values[0], values[1], 3),
+        Figure(texts.label, *found.perplexities, 3),
+        Figure(f"divergence from the dense model, nats a token (± {spread:.3f})", 0.0, divergence, 3),
+        Figure(f"next tokens as the dense model's, percent (± {100 * doubt:.1f})", 100.0, 100 * same, 1),
     )
 
 

@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -36,17 +37,73 @@ def perplexity(model: nn.Module, chunks: Tensor, *, progress: Callable[[float], 
             f"chunks is a {type(chunks).__name__} of shape {shape}; perplexity needs a tensor of token"
             " numbers [chunks, length] with at least one chunk of two tokens"
         )
-    total, training = 0.0, model.training
+    training, losses = model.training, []
     model.eval()
     for index, chunk in enumerate(chunks, 1):
-        ids = chunk[None].to(device_of(model))
-        with torch.no_grad():
-            logits = output_tensors(model(input_ids=ids, use_cache=False))[0]
-        total += float(functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum"))
+        losses.append(_loss(_predictions(model, chunk), chunk))
         if progress is not None:
             progress(index / len(chunks))
     model.train(training)
-    mean = total / (len(chunks) * (chunks.shape[1] - 1))
+    return _perplexity(losses)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two language models predict the same text, token by token.
+
+    Attributes:
+        perplexities: of either.
+        divergence: the Kullback-Leibler divergence of the second model's distribution of the next token from
+            the first one's, in nats, averaged over predictions; and its standard error.
+        same: how often both hold the same token for the most probable, and the standard error of that.
+    """
+
+    perplexities: tuple[float, float]
+    divergence: tuple[float, float]
+    same: tuple[float, float]
+
+
+def agreement(
+    dense: nn.Module,
+    pruned: nn.Module,
+    chunks: Tensor,
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> Agreement:
+    """Run two language models in evaluation mode over tokens ``[chunks, length]``, at least two chunks of two
+    tokens; as many chunks as there are give the standard errors. Arguments as for :func:`perplexity`.
+    """
+    losses, figures = [], []
+    for index, chunk in enumerate(chunks, 1):
+        one, other = (_predictions(model, chunk) for model in (dense, pruned))
+        losses.append((_loss(one, chunk), _loss(other, chunk)))
+        divergence = functional.kl_div(other, one, reduction="batchmean", log_target=True)
+        figures.append((float(divergence), float((one.argmax(-1) == other.argmax(-1)).double().mean())))
+        progress(index / len(chunks))
+    first, second = zip(*losses, strict=True)
+    divergences, shares = zip(*figures, strict=True)
+    return Agreement((_perplexity(first), _perplexity(second)), _estimate(divergences), _estimate(shares))
+
+
+def _estimate(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of independent values, and its standard error."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def _predictions(model: nn.Module, chunk: Tensor) -> Tensor:
+    """The logarithms of the probabilities of each next token ``[length - 1, vocabulary]``, on the CPU."""
+    with torch.no_grad():
+        logits = output_tensors(model(input_ids=chunk[None].to(device_of(model)), use_cache=False))[0]
+        return logits[0, :-1].float().log_softmax(-1).cpu()
+
+
+def _loss(predicted: Tensor, chunk: Tensor) -> float:
+    """The mean cross-entropy of a chunk."""
+    return float(functional.nll_loss(predicted, chunk[1:].cpu()))
+
+
+def _perplexity(losses: Sequence[float]) -> float:
+    mean = statistics.fmean(losses)
     return math.exp(mean) if mean < 700 else math.inf
 
 
@@ -80,4 +137,4 @@ def latency(
     return [statistics.median(taken[1:]) for taken in seconds]
 
 
-__all__ = ["latency", "perplexity"]
+__all__ = ["Agreement", "agreement", "latency", "perplexity"]

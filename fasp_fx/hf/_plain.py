@@ -23,6 +23,7 @@ from ..analysis._analysis import Analysis
 from ..analysis.groups import PRUNABLE, Group
 from ..analysis.plan import PruningPlan
 from ..base._device import device_of
+from ..base._progress import Shown
 from ..base._tolerable import tolerable
 from ..base._undisturbed import generator_of
 from ..base.compare import distance, tolerance
@@ -50,7 +51,7 @@ def prune_plain(
     config: PruningConfig | None = None,
     costs: Costs | None = None,
     device: torch.device | str | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Shown = None,
     on_analysis: Callable[[Analysis], None] | None = None,
     group: dist.ProcessGroup | None = None,
     checkpoint: str | pathlib.Path | None = None,

@@ -20,6 +20,7 @@ from ..analysis._analysis import Analysis
 from ..analysis.plan import PruningPlan
 from ..base import __version__
 from ..base._options import check_callable
+from ..base._progress import Shown, shows
 from ..base._undisturbed import in_usual_modes, one_at_a_time
 from ..base.compat import without_stack_traces
 from ..calibration._calibration import check_calibration
@@ -157,6 +158,7 @@ def analyze(
     return Subject({"": _captured(model, device).planned()[1]}).analyze(config)
 
 
+@shows("measuring")
 @one_at_a_time
 @in_usual_modes
 @ended_together
@@ -166,14 +168,13 @@ def measure(
     calibration: Iterable[Any],
     config: PruningConfig | None = None,
     device: torch.device | str | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Shown = None,
     group: dist.ProcessGroup | None = None,
     **options: Unpack[PruningOptions],
 ) -> Costs:
     """Predict what each coupled group of a generating model costs, as :func:`fasp_fx.measure`; arguments as
     for :func:`prune`.
     """
-    check_callable(progress=progress)
     check_calibration(calibration)
     captured = _captured(model, device)
     asked = PruningConfig.of(config, options)
@@ -187,6 +188,7 @@ def measure(
     )
 
 
+@shows("pruning")
 @one_at_a_time
 @in_usual_modes
 def apply(
@@ -197,7 +199,7 @@ def apply(
     calibration: Iterable[Any] | None = None,
     config: PruningConfig | None = None,
     device: torch.device | str | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Shown = None,
     **options: Unpack[PruningOptions],
 ) -> Pruned:
     """Carry out a plan on the generating model it was made for, as :func:`fasp_fx.apply`.
@@ -206,7 +208,6 @@ def apply(
         model, tokenizer, device, progress: as for :func:`prune`.
         plan, calibration, config, options: as for :func:`fasp_fx.apply`.
     """
-    check_callable(progress=progress)
     asked = restoring_config(PruningConfig.of(config, options), plan, calibration is not None)
     captured = _captured(model, device)
     subject = Subject({"": captured.planned()[1]}, device)
@@ -215,6 +216,7 @@ def apply(
     return _finished(captured, subject, decision, asked, None, tokenizer)
 
 
+@shows("pruning")
 @one_at_a_time
 @in_usual_modes
 @ended_together
@@ -227,7 +229,7 @@ def prune(
     costs: Costs | None = None,
     plain: bool = False,
     device: torch.device | str | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Shown = None,
     on_analysis: Callable[[Analysis], None] | None = None,
     group: dist.ProcessGroup | None = None,
     checkpoint: str | Path | None = None,
@@ -262,7 +264,7 @@ def prune(
         PlanError: the plan cannot be carried out in one of the programs.
         FaspError: see :func:`fasp_fx.prune`.
     """
-    check_callable(progress=progress, on_analysis=on_analysis)
+    check_callable(on_analysis=on_analysis)
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise ArgumentError(
             f"tokenizer is a {type(tokenizer).__name__}; pass one of transformers, and batches as"

@@ -21,6 +21,7 @@ from ..analysis import plan as plans
 from ..analysis._analysis import Analysis
 from ..analysis.plan import PruningPlan
 from ..base._options import check_callable, path_of
+from ..base._progress import Shown, advance_of, shows
 from ..base._tolerable import tolerable
 from ..base._undisturbed import in_usual_modes, one_at_a_time
 from ..calibration._calibration import check_calibration
@@ -39,6 +40,7 @@ from ._result import Result
 from ._subject import Subject, analyze_for, make_plan
 from ._submodules import CapturedParts, capture_parts, check_parts_help
 from .config import PruningConfig, PruningOptions, key_of
+from .report import PREDICTED
 
 #: losses that make sense for a part of a model by itself
 _PARTIAL_LOSSES = ("auto", "outputs", None)
@@ -114,6 +116,7 @@ def analyze(
     return _subject_of(model, args, kwargs, run=False, **how).analyze(config)
 
 
+@shows("pruning")
 @one_at_a_time
 @in_usual_modes
 @ended_together
@@ -128,7 +131,7 @@ def prune(
     state: tuple[str, ...] = (),
     dynamic_shapes: Any = None,
     device: torch.device | str | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Shown = None,
     on_analysis: Callable[[Analysis], None] | None = None,
     group: dist.ProcessGroup | None = None,
     checkpoint: str | Path | None = None,
@@ -148,7 +151,8 @@ def prune(
         state: names of arguments and outputs that may become narrower.
         dynamic_shapes: as for ``torch.export.export``; inferred if ``None``.
         device: where to capture and calibrate; batches are moved there. ``None``: the model's device.
-        progress: called with the fraction of the calibration done.
+        progress: a function that is called with the fraction of the calibration done. ``None``: a bar where
+            somebody looks on, in a terminal or a notebook; ``False``: nothing.
         on_analysis: called with the analysis, once the sparsity or budget is known to be in reach and before
             the first calibration batch is asked for.
         group: processes of ``torch.distributed`` that call this together, with the same arguments: each runs
@@ -168,7 +172,7 @@ def prune(
         RankError: another process of the group is gone.
         StoreError: the checkpoint is that of another run, or cannot be written.
     """
-    check_callable(progress=progress, on_analysis=on_analysis)
+    check_callable(on_analysis=on_analysis)
     config = PruningConfig.of(config, options)
     if config.needs_data:
         check_calibration(calibration)
@@ -189,6 +193,7 @@ def prune(
     return subject.result(config)
 
 
+@shows("measuring")
 @one_at_a_time
 @in_usual_modes
 @ended_together
@@ -202,7 +207,7 @@ def measure(
     state: tuple[str, ...] = (),
     dynamic_shapes: Any = None,
     device: torch.device | str | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Shown = None,
     group: dist.ProcessGroup | None = None,
     **options: Unpack[PruningOptions],
 ) -> Costs:
@@ -218,7 +223,7 @@ def measure(
             the device. Some thousand tokens do.
         config, options: as for :func:`fasp_fx.prune`; ``score``, ``loss``, ``granularity`` and ``include``
             count.
-        progress: called with the fraction of the batches done.
+        progress: as for :func:`fasp_fx.prune`.
         group: as for :func:`fasp_fx.prune`.
 
     Raises:
@@ -227,7 +232,6 @@ def measure(
             gradients vanish or are not finite.
         CaptureError: see :func:`fasp_fx.capture`.
     """
-    check_callable(progress=progress)
     config = PruningConfig.of(config, options)
     check_calibration(calibration)
     subject = _subject_of(
@@ -236,6 +240,7 @@ def measure(
     return measure_subject(subject, config, calibration, ranks=Ranks.of(group), progress=progress)
 
 
+@shows("pruning")
 @one_at_a_time
 @in_usual_modes
 def apply(
@@ -249,7 +254,7 @@ def apply(
     dynamic_shapes: Any = None,
     state: tuple[str, ...] = (),
     device: torch.device | str | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Shown = None,
     **options: Unpack[PruningOptions],
 ) -> Result:
     """Carry out a plan on the model it was made for, whatever chose it.
@@ -265,7 +270,6 @@ def apply(
         PlanError: the plan is for another model (or for this one before it was pruned).
         CalibrationError: the calibration data does not fit.
     """
-    check_callable(progress=progress)
     config = restoring_config(PruningConfig.of(config, options), plan, calibration is not None)
     subject = _subject_of(
         model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device
@@ -323,7 +327,7 @@ def decide(
     config: PruningConfig,
     calibration: Iterable[Any] | None,
     *,
-    progress: Advance | None = None,
+    progress: Shown = None,
     on_analysis: Callable[[Analysis], None] | None = None,
     costs: Costs | None = None,
     loss: Literal["outputs", "next-token"] = "outputs",
@@ -337,7 +341,7 @@ def decide(
         loss: what ``loss="auto"`` stands for.
         ranks: the processes that share the batches.
     """
-    ranks, advance = ranks or Ranks(), progress or (lambda fraction: None)
+    ranks, advance = ranks or Ranks(), advance_of(progress)
     subject.check_weights()
     folder = _checkpoint_folder(checkpoint, config)
     fingerprint = functools.cache(subject.fingerprint)
@@ -408,7 +412,7 @@ def measure_subject(
     calibration: Iterable[Any],
     *,
     ranks: Ranks,
-    progress: Advance | None = None,
+    progress: Shown = None,
     loss: Literal["outputs", "next-token"] = "outputs",
 ) -> Costs:
     """The cost curves of a model, on all of the batches; arguments and errors as for :func:`decide` and
@@ -427,7 +431,7 @@ def measure_subject(
         functools.partial(subject.inputs, batches=batches),
         fingerprint,
         ranks,
-        progress or (lambda fraction: None),
+        advance_of(progress),
         part=1,
     )
     assert costs is not None
@@ -458,7 +462,7 @@ def replay(
     config: PruningConfig,
     calibration: Iterable[Any] | None,
     *,
-    progress: Advance | None = None,
+    progress: Shown = None,
 ) -> Iterator[tuple[str, Decision]]:
     """What a plan takes of each program of a model, with what stays repaired where there are batches; as
     :func:`decide`.
@@ -467,7 +471,7 @@ def replay(
         PlanError: the plan is for another model, or for other parts of it.
         CalibrationError: the batches do not fit.
     """
-    advance = progress or (lambda fraction: None)
+    advance = advance_of(progress)
     subject.analyze(config)
     removed = {path: plans.gone_of(own, subject.analyses[path]) for path, own in subject.apart(plan).items()}
     batches = None if calibration is None else subject.read(calibration)
@@ -525,7 +529,7 @@ def _remarks(method: Method, costs: Costs | None, subject: Subject, lost: list[i
     if costs is not None:
         names = (group.name for group in subject.whole.chosen)
         rise = costs.predicted(dict(zip(names, lost, strict=True)))
-        found.append(f"predicted rise of {method.loss_description}: {rise:.3g}")
+        found.append(f"{PREDICTED} {method.loss_description}: {rise:.3g}")
     if not any(lost):
         found.append(
             "nothing goes: what was asked for is less than half a step of any group; ask for more, or for a"

@@ -32,9 +32,10 @@ COLUMNS = (
     "error cut: squared error of what consumers of the group put out, relative to the dense model's, if they"
     " were only cut; restored: once what stays was repaired; held out: the same on calibration tokens that"
     " the repair has not seen.",
-    "trust: held out is what to expect of data like that which calibrated; far above restored, more of them"
-    " would help. The figures above say what it comes to in the whole model.",
 )
+
+#: the note on what an allocation by costs predicts begins so
+PREDICTED = "predicted rise of"
 
 
 def weight_size(weights: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -221,19 +222,40 @@ class Report:
         """
         return from_document("report", Report, text, "save the result again", StoreError)
 
+    def _cost(self) -> str:
+        """What was lost, as far as it was seen."""
+        cut = max((line.error_cut for line in self.lines if line.error_cut is not None), default=None)
+        restored = max((line.error_restored or 0.0 for line in self.lines), default=0.0)
+        if cut is None:
+            return "unknown: nothing was calibrated; run both models on data of yours"
+        said = (
+            f"squared errors of what consumers put out are {restored:.1e} at most, {cut:.1e} without repair"
+        )
+        return next((note for note in self.notes if note.startswith(PREDICTED)), said)
+
+    def _trust(self) -> str:
+        """How far what was lost can be relied on."""
+        held = [line for line in self.lines if line.held_restored is not None]
+        if not held:
+            return "unknown: no calibration token was held out; run both models on data of yours"
+        worst = max(held, key=lambda line: line.held_restored or 0.0)
+        return (
+            f"on calibration tokens that no repair has seen, errors are {worst.held_restored:.1e} at most"
+            f" ({worst.name}), {worst.error_restored:.1e} on all; far above that, more data would help"
+        )
+
     def __repr__(self) -> str:
         before, after = self.parameters
         return f"Report(sparsity={self.sparsity:.4f}, parameters={before:,} -> {after:,})"
 
     def __str__(self) -> str:
         asked = f" (asked for {self.requested:.2%})" if self.requested is not None else ""
+        (held, kept), less = self.parameters, self.parameters[1] / max(self.parameters[0], 1) - 1
         out = [
-            f"sparsity    {self.sparsity:.2%}{asked} of the weights of {COUNTED} in {counted(self.include)}",
-            (
-                f"parameters  {self.parameters[0]:,} -> {self.parameters[1]:,} "
-                f" ({self.parameters[1] / max(self.parameters[0], 1) - 1:+.2%})"
-            ),
-            f"bytes       {self.bytes[0]:,} -> {self.bytes[1]:,}",
+            f"removed     {self.sparsity:.2%}{asked} of the weights of {COUNTED} in {counted(self.include)}:"
+            f" parameters {held:,} -> {kept:,} ({less:+.2%}), bytes {self.bytes[0]:,} -> {self.bytes[1]:,}",
+            f"cost        {self._cost()}",
+            f"trust       {self._trust()}",
         ]
         if self.cache is not None:
             change = f"{self.cache[1] / max(self.cache[0], 1) - 1:+.2%}"

@@ -25,7 +25,8 @@ from torch.func import functional_call
 from ..analysis import plan as plans
 from ..base._atomic import new_file
 from ..base._device import device_of, multiplies_bfloat16, products_in_bfloat16
-from ..base._options import check_callable, path_of
+from ..base._options import path_of
+from ..base._progress import Shown, advance_of, shows
 from ..base._tensors import digest_of
 from ..base._tolerable import short_of_memory, tolerable
 from ..base._undisturbed import drawing_alike, in_usual_modes, seed_of
@@ -63,6 +64,7 @@ _CRITERIA = {
 }
 
 
+@shows("training")
 @in_usual_modes
 def distil(
     result: R,
@@ -71,7 +73,7 @@ def distil(
     *,
     config: DistillationConfig | None = None,
     checkpoint: str | Path | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Shown = None,
     **options: Unpack[DistillationOptions],
 ) -> R:
     """Train a pruned model towards the outputs of the dense one (Hinton et al., 2015, arXiv 1503.02531), and
@@ -90,7 +92,7 @@ def distil(
         config: the options; ``None``: the defaults.
         checkpoint: a folder for the state of the training, written after each evaluation; the same call with
             the same folder goes on from there, to the same end. ``None``: nothing is kept.
-        progress: called with the fraction done.
+        progress: as for :func:`fasp_fx.prune`, of the training.
         options: fields of :class:`fasp_fx.recovery.DistillationConfig` (``epochs=2``, ``learning_rate=3e-5``,
             …) in the place of those of ``config``.
 
@@ -107,7 +109,6 @@ def distil(
         StoreError: the checkpoint is that of another run, or cannot be written.
     """
     asked = DistillationConfig.of(config, options)
-    check_callable(progress=progress)
     pruned, more, modal = _called(result)
     _check(dense, result, {"dense": dense} | ({"the module of the result": pruned} if modal else {}))
     folder = None if checkpoint is None else path_of(checkpoint, "checkpoint").absolute()
@@ -116,7 +117,7 @@ def distil(
     match = _match(asked, result)
     if asked.precision == "auto":
         asked = replace(asked, precision="bfloat16" if multiplies_bfloat16(device_of(pruned)) else "weights")
-    advance = progress or (lambda fraction: None)
+    advance = advance_of(progress)
     share = _DENSE / (_DENSE + asked.epochs)
     from accelerate import Accelerator
 
