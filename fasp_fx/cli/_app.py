@@ -69,7 +69,10 @@ Checkpoint = Annotated[
 ]
 Overwrite = Annotated[bool, option("Replace an earlier result at --out, and nothing else.", "--overwrite")]
 Length = Annotated[int | None, option("Tokens per chunk. Default: 1024 of a file, 256 of 'self'.", min=2)]
-EvalBatches = Annotated[int, option("Chunks of text to measure perplexity on. Default: 8.", min=1)]
+EvalBatches = Annotated[
+    int | None,
+    option("Chunks of text to measure on. Default: 8 of a file, 16 of what the model writes.", min=1),
+]
 Text = Annotated[
     Path | None,
     option(
@@ -225,12 +228,12 @@ def prune(
     batches: Annotated[
         int | None,
         option(
-            "Chunks of text to calibrate on. Default: 32 of a calibration file, 96 with 'self'.",
+            "Chunks of text to calibrate on. Default: 32 of a calibration file, 48 with 'self'.",
             min=1,
         ),
     ] = None,
     length: Length = None,
-    eval_batches: EvalBatches = 8,
+    eval_batches: EvalBatches = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     checkpoint: Checkpoint = None,
@@ -255,7 +258,7 @@ def prune(
     would cost, removes those that cost least, repairs the weights that stay, and writes a smaller model that
     generates like the original, with its tokenizer.
 
-    With `--calibration self` (the default) nothing but the model is needed: it writes 96 texts of 256 tokens
+    With `--calibration self` (the default) nothing but the model is needed: it writes 48 texts of 256 tokens
     itself, which is quick and enough for a small model. The protocol behind published figures is real text at
     full length: 32 chunks of 1024 tokens of WikiText-2 to calibrate, chunks 100 to 139 to measure:
 
@@ -281,7 +284,7 @@ def prune(
             model,
             out,
             options,
-            _texts(calibration, batches or 96, batches or 32, text, eval_batches, length, seed),
+            _texts(calibration, batches or 48, batches or 32, text, eval_batches, length, seed),
             stages,
             epochs=recover,
             device=device,
@@ -299,7 +302,7 @@ def _texts(
     written: int,
     read: int,
     text: Path | None,
-    eval_batches: int,
+    eval_batches: int | None,
     length: int | None,
     seed: int,
     use: str = "calibration",
@@ -313,8 +316,8 @@ def _texts(
     from ._models import Texts
 
     if source == "self":
-        return Texts(None, written, text, eval_batches, length or 256, seed, use)
-    return Texts(Path(source), read, text, eval_batches, length or 1024, seed, use)
+        return Texts(None, written, text, eval_batches or 16, length or 256, seed, use)
+    return Texts(Path(source), read, text, eval_batches or 8, length or 1024, seed, use)
 
 
 @app.command()
@@ -349,7 +352,7 @@ def recover(
         ),
     ] = 32,
     length: Length = None,
-    eval_batches: EvalBatches = 8,
+    eval_batches: EvalBatches = None,
     checkpoint: Checkpoint = None,
     device: Device = None,
     overwrite: Overwrite = False,
