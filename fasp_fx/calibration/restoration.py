@@ -16,7 +16,7 @@ from torch import Tensor
 from ..base._offload import keep
 from ..errors import ArgumentError
 from .scoring import dense_numbers
-from .statistics import energy_of, precise
+from .statistics import energy_of
 
 #: strengths to choose from, relative to the mean of the Gram matrix's diagonal; beside them stands infinity,
 #: which leaves the kept columns as they are
@@ -209,7 +209,7 @@ class _Solver:
         ]
         scale = sum(float(gram.diagonal().mean()) for gram in grams) or 1.0
         self.fitted, self.held = (keep(gram.div_(scale)) for gram in grams)
-        self.rows = weight[:, order].to(precise(weight.device))
+        self.rows = weight[:, order].to(torch.promote_types(self.fitted.dtype, weight.dtype))
         self.start, self.gone = self.rows[:, : self.count], self.rows[:, self.count :]
         self.totals = self._energies(self.rows)
         self.before = self._relative(self.gone)
@@ -228,14 +228,13 @@ class _Solver:
         strengths = [strength for strength in GRID if strength >= smallest]
         if not (strengths and self.judges and 0 < self.count < len(self.fitted)):
             return math.inf, 1.0
-        # Strengths are compared in float32; what comes of the best is solved and judged anew.
-        rows, fitted = _sketch(self.rows).to(torch.float32), self.fitted.to(torch.float32)
-        gone = rows[:, self.count :]
+        # By a sketch of the rows; what comes of the best is solved for all of them and judged anew.
+        gone = _sketch(self.rows)[:, self.count :]
         before = energy_of(gone, self.held)
 
         @functools.cache
         def error(place: int) -> float:
-            added = self._solve(gone, fitted, strengths[place])
+            added = self._solve(gone, self.fitted, strengths[place])
             return math.inf if added is None else energy_of(torch.cat([-added, gone], 1), self.held)
 
         # Downhill from the middle: too weak a ridge fits noise, too strong a one nothing.
@@ -251,7 +250,7 @@ class _Solver:
         """The solution on all tokens; the kept columns as they are where there is none."""
         added = None
         if not math.isinf(strength):
-            added = self._solve(self.gone, self.fitted.to(self.gone.dtype) + self.held, strength)
+            added = self._solve(self.gone, (self.fitted + self.held).to(self.gone.dtype), strength)
         if added is None:
             return self.unchanged()
         return self.judged((self.start + added).to(self.weight.dtype), strength)

@@ -91,9 +91,9 @@ def forecast(
     # of each consumer, the Gram matrices of fitted tokens and of those held out; of the widest, as they are
     # accumulated, made whole, and in the order of the system
     grams = [2 * SINGLE * len(own.columns) * own.columns.shape[1] ** 2 for own in read.values()]
-    # The Gram matrix of one block in float64, what is kept of it twice, the rows, and what is solved for.
+    # The Gram matrix of one block, what is kept of it twice, the rows, and what is solved for.
     solving = [
-        DOUBLE * columns * (3 * columns + 2 * own.rows(weights[name]) // len(own.columns))
+        SINGLE * columns * (3 * columns + 2 * own.rows(weights[name]) // len(own.columns))
         for name, own in read.items()
         for columns in own.columns.shape[1:2]
     ]
