@@ -123,6 +123,30 @@ def test_orders_are_nested_and_their_steps_add_up(
         assert part.losses[-1] == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
+@pytest.mark.parametrize("axes", [1, 4])
+@pytest.mark.parametrize("large", [1.0, 1e4])
+def test_rounding_is_no_loss_where_columns_are_alike(axes: int, large: float) -> None:
+    """Some columns are copies of others, a few of these far larger than the rest: what is computed in float32
+    is what float64 gives.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 96, generator=generator)
+    x[:, :8] *= large
+    x[:, 8:16], x[:, 40:60] = x[:, :8], x[:, 20:40]
+    weight, sets = torch.randn(5, 96, generator=generator), np.arange(96)[:, None] // axes
+
+    def losses(dtype: torch.dtype) -> np.ndarray:
+        gram = x.T @ x
+        columns = Columns(weight, x.norm(dim=0), lambda: gram.to(dtype), sets)
+        count = 96 // axes
+        view = GroupColumns("group", np.zeros(count, dtype=np.int64), [columns], count)
+        found = OBS()(view).losses
+        assert found is not None
+        return found
+
+    np.testing.assert_allclose(losses(torch.float32), losses(torch.float64), rtol=0.02, atol=1e-6)
+
+
 @pytest.mark.parametrize("alive", [0, 6])
 def test_rounding_of_columns_that_hardly_vary_is_no_curvature(alive: int) -> None:
     """Most columns are zero, and the means of the others take nearly all of them along, so that rounding of

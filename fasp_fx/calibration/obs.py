@@ -134,7 +134,7 @@ class Elimination:
         gone = torch.from_numpy(self.place[columns]).to(self.inverse.device)
         below = torch.arange(len(self.inverse), device=gone.device) <= gone[:, None]
         across, own = torch.where(below, self.inverse[gone], self.inverse[:, gone].T), self.root[:, gone]
-        factor = torch.linalg.cholesky(across[:, gone])
+        factor = raised_root(across[:, gone], 0.0)
         loss = 0.5 * float(torch.linalg.solve_triangular(factor, own.T, upper=False).square().sum())
         # What of each column left makes up for those that go; of those, the identity.
         share = torch.cholesky_solve(across, factor)
@@ -198,7 +198,7 @@ def raised_root(matrix: Tensor, raised: float) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not int(failed):
             return factor
-        raised = 10 * raised or 1.0
+        raised = 10 * raised or ROUNDING * float(matrix.diagonal().abs().mean()) or 1.0
     raise CalibrationError("is not finite; check the calibration data and the model's dtype")
 
 
