@@ -229,7 +229,7 @@ class _Solver:
         if not (strengths and self.judges and 0 < self.count < len(self.fitted)):
             return math.inf, 1.0
         # By a sketch of the rows; what comes of the best is solved for all of them and judged anew.
-        gone = _sketch(self.rows)[:, self.count :]
+        gone = _sketch(self.rows)[:, self.count :].to(self.fitted.dtype)
         before = energy_of(gone, self.held)
 
         @functools.cache
