@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from typing import Any
@@ -64,6 +65,12 @@ REPORT = Report(
     (Figure("perplexity", 17.5, 22.9, 3),),
     {"my.op": 3},
 )
+
+
+def test_what_a_file_leaves_out_is_unknown() -> None:
+    line = dataclasses.replace(REPORT.lines[0], error_cut=None, error_restored=None)
+    shown = str(Report.from_json(dataclasses.replace(REPORT, lines=(line,)).to_json())).splitlines()
+    assert all("unknown" in line for line in shown[1:3])
 
 
 def test_the_columns_are_explained_where_they_hold_something() -> None:

@@ -20,6 +20,12 @@ R = TypeVar("R")
 Shown = Callable[[float], None] | bool | None
 
 
+def process(name: str, default: int) -> int:
+    """What ``torchrun`` says of this process: ``RANK``, ``LOCAL_RANK`` or ``WORLD_SIZE``."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
+
+
 def bar_on(console: Console) -> Progress:
     """A bar with the time that remains, which goes when the work is done; none in a file or a pipe."""
     return Progress(
@@ -52,7 +58,7 @@ def shows(doing: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 )
             if callable(progress):
                 return function(*args, **kwargs)
-            quiet = progress is False or os.environ.get("RANK", "0") not in ("", "0")
+            quiet = progress is False or process("RANK", 0) > 0
             with bar_on(Console(stderr=True, quiet=quiet)) as bar:
                 task = bar.add_task(f"{doing}: getting ready", total=None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -63,11 +63,11 @@ class OBS(GroupScore):
         weight = torch.cat(parts).to(gram.dtype)
         unit = float(weight.abs().amax()) or 1.0  # squares of the weights themselves can be out of range
         weight = weight / unit
-        gradients: Any = columns.seen.get("gradients")
-        seen = gradients is not None and gradients.tokens > 0
-        found = gradients.mean() if seen else None
-        if seen and found is None:
-            return weight * (unit * gradients.mean_square() ** 0.5)
+        gradients = columns.seen.get("gradients")
+        seen = gradients if isinstance(gradients, InputGradients) and gradients.tokens else None
+        found = None if seen is None else seen.mean()
+        if seen is not None and found is None:
+            return weight * (unit * seen.mean_square() ** 0.5)
         energy = energy_of(weight, gram)
         if found is None:
             return weight / energy**0.5 if energy > 0 else weight
@@ -122,7 +122,7 @@ class Elimination:
             root = self.root.T[at] * used[:, :, None]  # [sets, columns, any]
             solved = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), root, upper=False)
             found = 0.5 * solved.square().sum((1, 2))
-        return found.cpu().numpy().astype(np.float64)
+        return found.clamp_min(0).cpu().numpy().astype(np.float64)
 
     def remove(self, sets: np.ndarray) -> float:
         """Take these channel sets out together; the loss that it adds."""

@@ -334,15 +334,19 @@ def recover(
         ),
     ] = "self",
     text: Text = None,
-    epochs: Annotated[int, option("How often the text is trained on. Default: 2.", min=1, more=False)] = 2,
+    epochs: Annotated[
+        int | None, option("How often the text is trained on. Default: 2.", min=1, more=False)
+    ] = None,
     learning_rate: Annotated[
-        float, option("The highest; it rises at first and falls to zero. Default: 3e-5.", more=False)
-    ] = 3e-5,
+        float | None, option("The highest; it rises at first and falls to zero. Default: 3e-5.", more=False)
+    ] = None,
     train: Annotated[
         Literal["all", "low-rank"],
         option("all weights, the default, or low-rank: products of narrow matrices.", more=False),
     ] = "all",
-    rank: Annotated[int, option("Columns of the matrices of --train low-rank. Default: 16.", min=1)] = 16,
+    rank: Annotated[
+        int | None, option("Columns of the matrices of --train low-rank. Default: 16.", min=1)
+    ] = None,
     batches: Annotated[
         int,
         option(
@@ -372,9 +376,9 @@ def recover(
         from . import _prune
 
         texts = _texts(data, batches, batches, text, eval_batches, length, seed, "training")
-        config = DistillationConfig(
-            epochs=epochs, learning_rate=learning_rate, train=train, rank=rank, seed=seed
-        )
+        given = {"epochs": epochs, "learning_rate": learning_rate, "rank": rank}
+        options = {name: value for name, value in given.items() if value is not None}
+        config = DistillationConfig.of(None, {**options, "train": train, "seed": seed})
         _prune.recover_and_save(folder, dense, out, texts, config, checkpoint, device, overwrite, stages)
 
 

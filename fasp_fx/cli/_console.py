@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import re
 import sys
 import time
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..base._progress import bar_on
+from ..base._progress import bar_on, process
 from ..base._tolerable import short_of_memory
 from ..errors import CalibrationWarning, CaptureWarning, FaspError, RankError, VerificationWarning, first_line
 
@@ -31,12 +30,6 @@ if TYPE_CHECKING:
 USAGE, INTERRUPTED = 2, 130
 #: a stage of several commands
 CAPTURING = "capturing and analysing the model"
-
-
-def process(name: str, default: int) -> int:
-    """What ``torchrun`` says of this process: ``RANK``, ``LOCAL_RANK`` or ``WORLD_SIZE``."""
-    text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else default
 
 
 def printable(text: str, keep: str = "") -> str:

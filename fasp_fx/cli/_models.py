@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ..base._device import check_device, device_of
 from ..base._offload import Scratch, keep_weights
+from ..base._progress import process
 from ..base._tolerable import tolerable
 from ..errors import ArgumentError, CalibrationError, FaspError, StoreError, first_line
 from ..storage._folder import MANIFEST, is_save, kind_of
-from ._console import Stages, process
+from ._console import Stages
 
 if TYPE_CHECKING:
     from ..hf import Pruned

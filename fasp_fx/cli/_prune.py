@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from ..analysis._analysis import Analysis
 from ..base._offload import RESIDENT, offload
+from ..base._progress import process
 from ..base._tolerable import tolerable
 from ..base.compat import pytree
 from ..calibration._consumers import Consumers
@@ -38,7 +39,7 @@ from ..pruning.report import counted as counted_weights
 from ..storage._folder import new_save, refuse_other
 from ..training.recovery import DistillationConfig, distil
 from . import _models
-from ._console import CAPTURING, Stages, console, figures_table, groups_table, process, say
+from ._console import CAPTURING, Stages, console, figures_table, groups_table, say
 from ._models import Texts
 from .evaluation import agreement, latency
 

@@ -235,13 +235,17 @@ class Report:
 
     def _trust(self) -> str:
         """How far what was lost can be relied on."""
-        held = [line for line in self.lines if line.held_restored is not None]
-        if not held:
+        errors = [
+            (line.held_restored, line.error_restored, line.name)
+            for line in self.lines
+            if line.held_restored is not None and line.error_restored is not None
+        ]
+        if not errors:
             return "unknown: no calibration token was held out; run both models on data of yours"
-        worst = max(held, key=lambda line: line.held_restored or 0.0)
+        held, restored, name = max(errors)
         return (
-            f"on calibration tokens that no repair has seen, errors are {worst.held_restored:.1e} at most"
-            f" ({worst.name}), {worst.error_restored:.1e} on all; far above that, more data would help"
+            f"on calibration tokens that no repair has seen, errors are {held:.1e} at most ({name}),"
+            f" {restored:.1e} on all; far above that, more data would help"
         )
 
     def __repr__(self) -> str:
