@@ -94,18 +94,18 @@ def make_parts(folder: Path) -> None:
     fasp_fx.prune(forked(), (X,), calibration=[BATCH], **FAST).save(folder)
 
 
-def make_hf(folder: Path, *, plain: bool = False) -> None:
+def make_hf(folder: Path, *, format: str = "fasp-fx") -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 32, "max_position_embeddings": 32}
     heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
-    fasp_fx.hf.prune(model, plain=plain, **FAST).save_pretrained(folder)
+    fasp_fx.hf.prune(model, format=format, **FAST).save_pretrained(folder)
 
 
 def make_plain(folder: Path) -> None:
-    make_hf(folder, plain=True)
+    make_hf(folder, format="plain")
 
 
 #: what makes a folder of each kind; fasp_fx.load reads them all

@@ -156,7 +156,7 @@ def test_prune_to_a_plain_checkpoint(
     folder: Path, from_file: tuple[Path, Result], prune: list[str | Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    done = _invoke(*prune, "--plain", "--out", out)
+    done = _invoke(*prune, "--format", "plain", "--out", out)
     assert done.exit_code == 0, done.output
     assert f'AutoModelForCausalLM.from_pretrained("{out}")' in "".join(done.stdout.splitlines()[-2:])
     assert "the config says it with intermediate_size 48 ->" in " ".join(done.stdout.split())
@@ -167,7 +167,7 @@ def test_prune_to_a_plain_checkpoint(
     assert plain.config.intermediate_size < 48
     held_out = _perplexity(plain, _chunks(folder)[4:7])
     assert _figures(done.stdout)[1] == pytest.approx(held_out, rel=1e-3, abs=1e-3)
-    assert "is not replaced" in _refused(*prune, "--plain", "--out", from_file[0], "--overwrite")
+    assert "is not replaced" in _refused(*prune, "--format", "plain", "--out", from_file[0], "--overwrite")
     assert "is not replaced" in _refused(*prune, "--out", out, "--overwrite")
 
 
@@ -255,7 +255,7 @@ def test_eval_dense_and_pruned(from_file: tuple[Path, Result], folder: Path) -> 
         ("--length 4096", "4096"),
         ("--batches 999", "leaving none"),
         ("--length 1000", "less than one chunk"),
-        ("--plain --parameters 0.8", "plain"),
+        ("--format plain --parameters 0.8", "plain"),
     ],
 )
 def test_prune_refuses_what_cannot_be(

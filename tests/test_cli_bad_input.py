@@ -123,7 +123,7 @@ REFUSED = {
     "is not replaced": [
         [*PRUNE, "--out", value, "--overwrite", *plain]
         for value in ("@taken", "@text.txt", "/dev/null")
-        for plain in ([], ["--plain"])
+        for plain in ([], ["--format", "plain"])
     ],
     "cannot be": [[*PRUNE, "--out", value] for value in ("@text.txt/out", "/proc/out", "@" + "x" * 250)],
     "positions": [[*EVAL, "--length", "200", "--text", "@text.txt"]],

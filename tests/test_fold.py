@@ -348,7 +348,7 @@ def test_generating_models_are_folded_and_have_no_plain_checkpoint() -> None:
     pruned = fasp_fx.hf.prune(model, calibration=[ids], sparsity=0.2)
     assert [weight.name for weight in pruned.plan.folds] == ["model.layers.0.mlp.down_proj.weight"]
     with pytest.raises(fasp_fx.FaspError, match="down_proj"):
-        fasp_fx.hf.prune(model, calibration=[ids], sparsity=0.2, plain=True)
+        fasp_fx.hf.prune(model, calibration=[ids], sparsity=0.2, format="plain")
 
 
 def lowered(self: Any, x: Tensor) -> Tensor:

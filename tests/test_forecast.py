@@ -89,7 +89,7 @@ def test_what_is_live_is_what_a_runner_holds() -> None:
 
 @pytest.mark.parametrize(
     ("options", "code"),
-    [("", 0), ("--length 4096", 2), ("--plain --sparsity 0.95", 2)],
+    [("", 0), ("--length 4096", 2), ("--format plain --sparsity 0.95", 2)],
 )
 def test_dry_run_loads_no_weight_and_writes_nothing(tmp_path: Path, options: str, code: int) -> None:
     """And refuses what pruning would."""

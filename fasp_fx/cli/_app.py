@@ -15,7 +15,7 @@ import typer
 
 from ..base import __version__
 from ..errors import ArgumentError
-from ..pruning.config import PruningConfig
+from ..pruning.config import FormatName, PruningConfig
 from ._console import CAPTURING, USAGE, console, groups_table, say, session, table
 
 if TYPE_CHECKING:  # help, and what is wrong with options, does not wait for torch
@@ -66,6 +66,15 @@ Html = Annotated[
 ]
 Checkpoint = Annotated[
     Path | None, option("Keep the state of the work here; the same command goes on from it.", metavar="DIR")
+]
+Format = Annotated[
+    FormatName,
+    option(
+        "What reads the result. fasp-fx, the default: transformers, where fasp_fx is imported. per-layer:"
+        " transformers, with the code that is saved along; plain: whatever reads the architecture, at the"
+        " price of equal layers; decilm: vLLM and others; gguf, or with the type of the weights: llama.cpp.",
+        more=False,
+    ),
 ]
 Overwrite = Annotated[bool, option("Replace an earlier result at --out, and nothing else.", "--overwrite")]
 Length = Annotated[int | None, option("Tokens per chunk. Default: 1024 of a file, 256 of 'self'.", min=2)]
@@ -202,15 +211,7 @@ def prune(
             more=False,
         ),
     ] = 0,
-    plain: Annotated[
-        bool,
-        option(
-            "Keep to what the model's own config can say, and write a standard checkpoint that needs no"
-            " fasp_fx.",
-            "--plain",
-            more=False,
-        ),
-    ] = False,
+    format: Format = "fasp-fx",
     dry_run: Annotated[
         bool,
         option("Say what it would take of memory and disk, and do nothing.", "--dry-run", more=False),
@@ -266,8 +267,8 @@ def prune(
 
     `fasp-fx eval small --text wiki.txt --length 1024 --chunks 100:140`
 
-    With `--plain` the result is an ordinary checkpoint of the same architecture, for
-    `AutoModelForCausalLM.from_pretrained` and whatever else reads those: feed-forward layers become narrower.
+    With `--format gguf-q8_0`, say, no more is removed than a file of that kind can say, and llama.cpp runs
+    `small/model.gguf` as it is: layers with widths and heads of their own.
 
     With `--recover 2` the weights that stay are then trained towards the dense model, twice over the same
     text; those that do best on a held-out tenth of it are kept. `fasp-fx recover` does the same later,
@@ -289,7 +290,7 @@ def prune(
             epochs=recover,
             device=device,
             dtype=dtype,
-            plain=plain,
+            format=format,
             overwrite=overwrite,
             checkpoint=checkpoint,
             dry_run=dry_run,
@@ -449,6 +450,23 @@ def show_groups(
             *(f"note: {note}" for note in analysis.program.notes),
         ):
             say(line)
+
+
+@app.command()
+def convert(
+    folder: Annotated[str, typer.Argument(help="A folder that `fasp-fx prune` wrote.")],
+    out: Out,
+    format: Format = "per-layer",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a pruned model in another format, if that can say what was pruned.
+
+    Example: `fasp-fx convert small --format gguf-f16 --out small-f16`
+    """
+    with session() as stages:
+        from . import _prune
+
+        _prune.convert_and_save(folder, out, format, overwrite, stages)
 
 
 @app.command("eval")

@@ -112,7 +112,9 @@ def load_empty(model: str) -> nn.Module:
 
 def is_saved(model: str) -> bool:
     """Whether a command line argument is a folder that fasp_fx wrote, rather than a model of transformers."""
-    return (Path(model) / MANIFEST).is_file() and not is_save(Path(model), "plain")
+    folder = Path(model)
+    stock = is_save(folder, "plain") and not (folder / "modeling_per_layer.py").is_file()
+    return (folder / MANIFEST).is_file() and not stock
 
 
 def load_pruned(folder: Path, device: torch.device) -> Pruned:

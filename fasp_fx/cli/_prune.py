@@ -26,9 +26,9 @@ from ..calibration._consumers import Consumers
 from ..capturing._fx import viewed
 from ..capturing._sizes import Sizes
 from ..errors import ArgumentError, first_line
-from ..hf import Pruned, prune
-from ..hf._model import PrunedModel
-from ..hf._plain import plain_config
+from ..hf import Pruned, convert, prune
+from ..hf._folder import KIND, OWN, PLAIN
+from ..hf._formats import FORMATS, config_for
 from ..hf._stages import pruned_already
 from ..pruning._allocating import budget_for, check_request, expected_sparsity
 from ..pruning._calibrating import Method
@@ -36,7 +36,7 @@ from ..pruning._prune import analyze
 from ..pruning.config import PruningConfig
 from ..pruning.report import Figure
 from ..pruning.report import counted as counted_weights
-from ..storage._folder import new_save, refuse_other
+from ..storage._folder import is_save, new_save, refuse_other
 from ..training.recovery import DistillationConfig, distil
 from . import _models
 from ._console import CAPTURING, Stages, console, figures_table, groups_table, say
@@ -149,7 +149,7 @@ def live_bytes(graph: fx.Graph, sizes: Callable[[torch.Size], Iterable[int]]) ->
 def say_needs(
     model: str,
     config: PruningConfig,
-    plain: bool,
+    format: str,
     texts: Texts,
     dtype: str,
     stages: Stages,
@@ -157,7 +157,7 @@ def say_needs(
     """Say what it would take to prune a model on batches of one text each.
 
     Args:
-        plain: whether to a plain checkpoint.
+        format: of the files.
 
     Raises:
         FaspError: the model cannot be analysed, or not be pruned as asked for.
@@ -165,8 +165,8 @@ def say_needs(
     stages.begin("reading the configuration")
     empty: Any = _models.load_empty(model)
     _models.check_length(empty, texts.length)
-    if plain:
-        config = plain_config(empty, config)[2]
+    if format != OWN:
+        config, _ = config_for(format, empty, config)
     stages.begin(CAPTURING)
     example = {"input_ids": torch.zeros(1, texts.length, dtype=torch.long), "use_cache": False}
     analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
@@ -232,25 +232,28 @@ def show(result: Pruned, out: Path) -> None:
     console().print(figures_table([*sizes, *cache, *report.figures]))
     asked = "" if report.requested is None else f" (asked for {report.requested:.2%})"
     recovery = report.recovery
-    loader = " after `import fasp_fx`" if isinstance(result.model, PrunedModel) else ""
+    loader = " after `import fasp_fx`" if result.format == OWN else ""
+    code = ", trust_remote_code=True" if type(result.model)._auto_class is not None else ""
+    file = result.format != OWN and FORMATS[result.format].tensors is not None
     for line in (
         f"removed {report.sparsity:.2%} of the linear weights of {counted_weights(report.include)}{asked}",
         *(f"budget: {spent}" for spent in report.budgets),
         *(() if recovery is None else (f"recovered: {recovery}",)),
         *(f"note: {note}" for note in (*(recovery.notes if recovery is not None else ()), *report.notes)),
         f"saved in {out}; load it{loader} with",
-        f'  transformers.AutoModelForCausalLM.from_pretrained("{out}")',
+        f'  transformers.AutoModelForCausalLM.from_pretrained("{out}"{code})',
+        *([f"or run it in llama.cpp: llama-cli -m {out / 'model.gguf'}"] if file else []),
     ):
         say(line)
 
 
-def check_target(out: Path, *, overwrite: bool, plain: bool) -> None:
+def check_target(out: Path, *, overwrite: bool, own: bool) -> None:
     """Refuse a folder that could not be written later.
 
     Raises:
         StoreError: something is there that must not be replaced, or the folder cannot be made.
     """
-    with new_save(out.absolute(), "plain" if plain else "hf", overwrite=overwrite, keep=False):
+    with new_save(out.absolute(), KIND if own else PLAIN, overwrite=overwrite, keep=False):
         pass
 
 
@@ -281,7 +284,7 @@ def recover_and_save(
     Raises:
         FaspError: it cannot be met; nothing is written then but the checkpoint.
     """
-    check_target(out, overwrite=overwrite, plain=not _models.is_saved(folder))
+    check_target(out, overwrite=overwrite, own=is_save(Path(folder), KIND))
     _models.quieten()
     where = _models.find_device(device)
     stages.begin("loading the models and the text")
@@ -299,6 +302,25 @@ def recover_and_save(
     show(made[-1], out)
 
 
+def convert_and_save(folder: str, out: Path, format: str, overwrite: bool, stages: Stages) -> None:
+    """Do what the command says, as its help describes it.
+
+    Raises:
+        FaspError: it cannot be met; nothing is written then.
+    """
+    check_target(out, overwrite=overwrite, own=False)
+    if format == OWN:
+        raise ArgumentError(f"nothing is converted to --format {OWN}, which prune writes; give another")
+    _models.quieten()
+    stages.begin("loading the model")
+    pruned = _models.load_pruned(Path(folder), torch.device("cpu"))
+    stages.begin("converting")
+    made = convert(pruned, format)
+    with saving(out, overwrite, stages, [made]):
+        pass
+    show(made, out)
+
+
 def run(
     model: str,
     out: Path,
@@ -309,7 +331,7 @@ def run(
     epochs: int,
     device: str | None,
     dtype: str,
-    plain: bool,
+    format: str,
     overwrite: bool,
     checkpoint: Path | None,
     dry_run: bool,
@@ -331,7 +353,7 @@ def run(
             "--recover trains all weights at once, which --stream avoids to hold; run fasp-fx recover"
             " afterwards, or leave one out"
         )
-    check_target(out, overwrite=overwrite, plain=plain)
+    check_target(out, overwrite=overwrite, own=format == OWN)
     if checkpoint is not None:
         refuse_other(checkpoint, "--checkpoint")
         if out.absolute() in (checkpoint.absolute(), *checkpoint.absolute().parents):
@@ -346,7 +368,7 @@ def run(
         tokenizer = _models.load_tokenizer(model)
         texts.read(tokenizer)
     if dry_run:
-        say_needs(model, config, plain, texts, dtype, stages)
+        say_needs(model, config, format, texts, dtype, stages)
         return
     with offload(scratch, device=where) if scratch is not None else nullcontext() as kept:
         stages.begin("loading the model")
@@ -357,7 +379,7 @@ def run(
             texts.write(dense, tokenizer, stages)
         chunks = texts.used if config.needs_data else None
         with _together(where) as group:
-            asked: dict[str, Any] = {"group": group, "checkpoint": checkpoint, "plain": plain}
+            asked: dict[str, Any] = {"group": group, "checkpoint": checkpoint, "format": format}
             made = [_pruned(dense, tokenizer, chunks, stages, config=config, **asked)]
         if process("RANK", 0):  # all processes have the same
             return

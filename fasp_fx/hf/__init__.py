@@ -14,11 +14,11 @@ from ._config import FIRST_USE, PrunedConfig
 if TYPE_CHECKING:
     from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
     from ._offloaded import load_offloaded
-    from ._prune import CapturedModel, Pruned, analyze, apply, capture, measure, prune
+    from ._prune import CapturedModel, Pruned, analyze, apply, capture, convert, measure, prune
 
 _HOMES = {
     **dict.fromkeys(
-        ("CapturedModel", "Pruned", "analyze", "apply", "capture", "measure", "prune"), "._prune"
+        ("CapturedModel", "Pruned", "analyze", "apply", "capture", "convert", "measure", "prune"), "._prune"
     ),
     "PrunedForCausalLM": "._generating",
     "PrunedForSeq2SeqLM": "._generating",
@@ -46,6 +46,7 @@ __all__ = [
     "analyze",
     "apply",
     "capture",
+    "convert",
     "load_offloaded",
     "measure",
     "prune",

@@ -34,9 +34,13 @@ from ..storage._tensors import read_tensors, write_tensors
 from ._arguments import LOSSES, POSITIONS
 from ._config import PrunedConfig, original_of
 from ._flat import FlatProgram
+from ._formats import FORMATS
+from ._gguf import write_gguf
 from ._model import Parts, PrunedModel, StoredProgram
 
 KIND, PLAIN = "hf", "plain"
+#: the format of a pruned program
+OWN = "fasp-fx"
 #: what makes a pruned model, and with it what else is written
 FILES = ("config.json", "model.safetensors", "constants.safetensors", "programs.json", *TOLD)
 
@@ -50,12 +54,14 @@ def save(
     report: Report,
     folder: str | Path,
     *,
+    format: str = OWN,
     overwrite: bool = False,
 ) -> Path:
     """Write a model of either kind and its tokenizer to a new folder, whole or not at all.
 
     Args:
         tokenizer: saved along, or ``None``.
+        format: of GGUF files, if one is written besides.
         overwrite: replace an earlier save of the same kind (and nothing else) of that name.
 
     Raises:
@@ -68,6 +74,9 @@ def save(
         if plain:
             model.save_pretrained(made)
             write_told(made, plan, report)
+            tensors = None if format == OWN else FORMATS[format].tensors
+            if tensors is not None:
+                write_gguf(made / "model.gguf", model, tensors, tokenizer)
         else:
             _fill(made, model, None)
         if tokenizer is not None:

@@ -34,15 +34,17 @@ from ..pruning._prune import decide, measure_subject, replay, restoring_config
 from ..pruning._result import Result
 from ..pruning._subject import Subject, analyze_for, rewrite
 from ..pruning.config import PruningConfig, PruningOptions
+from ..pruning.eager import fused_weights
 from ..pruning.report import Report
 from ..storage._folder import kind_of, parsing, read_json
-from ._config import PrunedConfig, check_layers
+from . import modeling_per_layer
+from ._config import PrunedConfig, check_layers, original_of
 from ._convention import check_served, convention_of
 from ._flat import FlatProgram
-from ._folder import KIND, read_plain, save
+from ._folder import KIND, OWN, read_plain, save
+from ._formats import BY_LAYER, build, check_equal, example_of, experiments_for, format_of, prune_to
 from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
 from ._model import Parts, PrunedModel, StoredProgram
-from ._plain import prune_plain
 from ._stages import CausalStages, Seq2SeqStages, stages_of
 
 
@@ -55,12 +57,14 @@ class Pruned:
         plan: what was removed.
         report: what it cost; ``report.cache`` says how much narrower the key-value cache became.
         tokenizer: the tokenizer that was given, saved along with the model.
+        format: of the files that it is saved in.
     """
 
     model: Any
     plan: PruningPlan
     report: Report
     tokenizer: Any = None
+    format: str = OWN
 
     def with_report(self, **fields: Any) -> Self:
         """The same, sharing its model, with some fields of its report replaced, which is saved along."""
@@ -77,12 +81,16 @@ class Pruned:
             overwrite: replace an earlier save (and nothing else) of that name.
 
         Returns:
-            The folder, as ``AutoModelForCausalLM.from_pretrained`` reads it once fasp_fx is imported.
+            The folder, as ``AutoModelForCausalLM.from_pretrained`` reads it: once fasp_fx is imported,
+            with ``trust_remote_code=True`` where layers have sizes of their own, and as it is where not.
+            A format of GGUF files has ``model.gguf`` in it besides.
 
         Raises:
             StoreError: the path is taken or cannot be written.
+            ArgumentError: a GGUF file cannot hold the tokenizer, or a weight in its type.
         """
-        return save(self.model, self.tokenizer, self.plan, self.report, folder, overwrite=overwrite)
+        told = self.plan, self.report
+        return save(self.model, self.tokenizer, *told, folder, format=self.format, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -227,7 +235,7 @@ def prune(
     calibration: Iterable[Any] | None = None,
     config: PruningConfig | None = None,
     costs: Costs | None = None,
-    plain: bool = False,
+    format: str = OWN,
     device: torch.device | str | None = None,
     progress: Shown = None,
     on_analysis: Callable[[Analysis], None] | None = None,
@@ -247,8 +255,11 @@ def prune(
             that the mask hides enter neither scores nor repairs.
         config: the options; ``None``: the defaults.
         costs: as for :func:`fasp_fx.prune`.
-        plain: keep to what the architecture's own configuration can say, and return a model of the original
-            class.
+        format: of the files that the result is to be saved in. ``"fasp-fx"``: the pruned program, for any
+            model. The others hold less, and the model that is returned is one of transformers:
+            ``"per-layer"``, of the original class, with layers of their own sizes; ``"plain"``, of the
+            original class, with equal layers; ``"gguf"``, ``"gguf-q8_0"``, … and ``"decilm"``, a Llama with
+            layers of their own sizes (docs/formats.md).
         device: where to capture and calibrate; ``None``: the model's device.
         progress, on_analysis, group, checkpoint: as for :func:`fasp_fx.prune`.
         options: fields of :class:`fasp_fx.PruningConfig` (``sparsity=0.2``, ``score="fasp"``, …) in the place
@@ -270,7 +281,7 @@ def prune(
             f"tokenizer is a {type(tokenizer).__name__}; pass one of transformers, and batches as"
             " calibration="
         )
-    if plain:
+    if format != OWN:
         shared: dict[str, Any] = {
             "costs": costs,
             "device": device,
@@ -279,9 +290,8 @@ def prune(
             "group": group,
             "checkpoint": checkpoint,
         }
-        return Pruned(
-            *prune_plain(model, calibration=calibration, config=config, **shared, **options), tokenizer
-        )
+        held = prune_to(format, model, calibration=calibration, config=config, **shared, **options)
+        return Pruned(*held, tokenizer, format)
     captured = _captured(model, device)
     asked = PruningConfig.of(config, options)
     if asked.needs_data:
@@ -348,7 +358,8 @@ def _model(original: Any, parts: Parts, convention: Mapping[str, Any]) -> Pruned
     kind: Any = PrunedForSeq2SeqLM if config.is_encoder_decoder else PrunedForCausalLM
     made = kind(
         PrunedConfig(
-            original=json.loads(config.to_json_string(use_diff=False)),
+            original=json.loads(config.to_json_string(use_diff=False))
+            | {"architectures": [type(original).__name__]},
             **convention,
             fasp_fx_version=__version__,
             is_encoder_decoder=bool(config.is_encoder_decoder),
@@ -420,6 +431,53 @@ def one_set(model: nn.Module, results: dict[str, Result]) -> dict[str, Tensor]:
     return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
 
+def convert(pruned: Pruned, format: str) -> Pruned:
+    """Put a pruned model into another format, which has to be able to hold what was pruned.
+
+    Args:
+        pruned: as :func:`prune` or :func:`fasp_fx.load` returned it.
+        format: as for :func:`prune`; not ``"fasp-fx"``.
+
+    Raises:
+        ArgumentError: the format is not known, or cannot hold the model; names the weight.
+        VerificationError: the model that was built does not compute what the pruned one does.
+    """
+    format_of(format)
+    model = pruned.model
+    kind, config = dense_of(model)
+    experiments = experiments_for(format, kind, config)
+    held = model.state_dict(keep_vars=True)
+    made = held | fused_weights(pruned.plan, held)
+    own = (
+        made
+        if experiments.kind is not kind
+        else {key: made[key] for key in experiments.shapes if key in made}
+    )
+    smaller, _ = build(format, experiments, {key: tensor.detach() for key, tensor in own.items()}, model)
+    check_equal(smaller, model, example_of(model))
+    return replace(pruned, model=smaller, format=format)
+
+
+def dense_of(model: Any) -> tuple[Any, Any]:
+    """The class of a dense model and its configuration, of which ``model`` is what is left.
+
+    Raises:
+        ArgumentError: its class is not one of transformers'.
+    """
+    kind: Any = type(model)
+    config = model.config
+    if isinstance(model, PrunedModel):
+        config = original_of(config)
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+    elif kind.__module__ == modeling_per_layer.__name__:
+        kind = kind.__bases__[1]
+        said = json.loads(config.to_json_string(use_diff=False))
+        config = kind.config_class.from_dict({key: said[key] for key in said if key not in BY_LAYER})
+    if kind is None:
+        raise ArgumentError("the model's class is not one of transformers'; it stays as it is")
+    return kind, config
+
+
 def read_pruned(folder: Path, device: torch.device | None) -> Pruned:
     """A pruned model as :func:`fasp_fx.hf.prune` returned it, from a folder of either kind, with its
     tokenizer if there is one.
@@ -440,9 +498,11 @@ def read_pruned(folder: Path, device: torch.device | None) -> Pruned:
     plan, report = read_plain(folder)
     with parsing("config.json"):
         check_layers(read_json(folder / "config.json"))  # it may be anybody's
-        names = transformers.AutoConfig.from_pretrained(folder).architectures or ["none"]
-        found: Any = getattr(transformers, names[0], None)
+        name = str((read_json(folder / "config.json").get("architectures") or ["none"])[0])
+        found: Any = getattr(transformers, name, None) or getattr(modeling_per_layer, name, None)
         if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
-            raise StoreError(f"config.json names the class {names[0]!r:.80}, which transformers has not")
+            raise StoreError(f"config.json names the class {name!r:.80}, which transformers has not")
         model = found.from_pretrained(folder, dtype="auto", device_map=device)
-    return Pruned(model, plan, report, tokenizer)
+    own = found.__module__ == modeling_per_layer.__name__
+    said = ("decilm" if found is modeling_per_layer.DeciLMForCausalLM else "per-layer") if own else "plain"
+    return Pruned(model, plan, report, tokenizer, said)

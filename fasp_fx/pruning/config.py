@@ -32,6 +32,10 @@ RestoreName = Literal["least-squares"]
 AllocationName = Literal["uniform", "global", "search"]
 LossName = Literal["auto", "outputs", "next-token"]
 Granularity = Literal["channel", "head", "expert"]
+#: formats of the files of language models (:mod:`fasp_fx.hf`)
+FormatName = Literal[
+    "fasp-fx", "per-layer", "plain", "decilm", "gguf", "gguf-f16", "gguf-bf16", "gguf-q8_0", "gguf-q4_0"
+]
 Include = Literal["approximate", "depth", "exempt"]
 
 #: gives the value of the option of that name as the configuration keeps it, or refuses it

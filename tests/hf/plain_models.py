@@ -122,7 +122,7 @@ def plain(name: str) -> Pruned:
     case = {**CASES, **MORE}[name]
     return prune(
         dense(name),
-        plain=True,
+        format="plain",
         sparsity=case.sparsity,
         round_to=case.round_to,
         score="random",

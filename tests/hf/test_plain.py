@@ -16,7 +16,6 @@ import pytest
 import torch
 import transformers as hf
 from conftest import PROFILE
-from fasp_fx.budgets import Parameters
 from oracle import TOLERANCE, error, zeroed
 from plain_models import CASES, MORE, dense, plain, tokens
 from transformers import LlamaForCausalLM
@@ -24,14 +23,14 @@ from transformers.utils.quantization_config import GgufConfig
 from zoo import VOCABULARY, ZOO, randomise
 
 import fasp_fx
-from fasp_fx.hf import _plain as plain_module
+from fasp_fx.hf import _formats as plain_module
 from fasp_fx.hf import measure, prune
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
 #: those that are read elsewhere in every profile
 NAMES = [*CASES, *MORE] if PROFILE == "slow" else ["llama", "gpt2", "opt"]
-UNREPAIRED: dict[str, Any] = {"plain": True, "score": "random", "restore": None}
+UNREPAIRED: dict[str, Any] = {"format": "plain", "score": "random", "restore": None}
 
 STRANGER = """
 import json, sys
@@ -117,7 +116,10 @@ def test_groups_that_cannot_be_said_stay_whole_with_the_reason() -> None:
     lines = {line.name: line for line in plain("gpt2").report.lines}
     heads = lines["transformer.h.0.attn.c_proj.weight"]
     assert heads.before == heads.after == 32
-    assert heads.reason == "left whole: no field of GPT2Config shrinks it and nothing else"
+    assert (
+        heads.reason
+        == "left whole: no field of GPT2Config shrinks with it and nothing else, as 'plain' says it"
+    )
     assert lines["transformer.h.0.mlp.c_proj.weight"].reason == ""
 
 
@@ -150,13 +152,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str
         lambda: randomise(ZOO["bloom"].make()),
         {},
         fasp_fx.NothingPrunableError,
-        "no field of BloomConfig shrinks it and nothing else",
-    ),
-    "heads": (
-        lambda: dense("llama"),
-        {"granularity": ("channel", "head")},
-        fasp_fx.ArgumentError,
-        "granularity= cannot be had in a plain checkpoint",
+        "no field of BloomConfig shrinks with it and nothing else",
     ),
     "what cannot be captured, naming no option that nobody gave": (
         lambda: Branches(copy.deepcopy(dense("llama").config)).eval(),
@@ -164,23 +160,23 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str
         fasp_fx.ExportError,
         "Branches cannot be captured",
     ),
-    "included groups": (
+    "sparsity by pattern": (
         lambda: dense("llama"),
-        {"include": ("approximate",)},
+        {"sparsity": {"*": 0.2}},
         fasp_fx.ArgumentError,
-        r"include=.*cannot be had in a plain checkpoint",
+        "sparsity by pattern= cannot be had in the format 'plain'",
     ),
-    "a budget": (
+    "a format that nobody knows": (
         lambda: dense("llama"),
-        {"budget": Parameters(0.9)},
+        {"format": "pt"},
         fasp_fx.ArgumentError,
-        r"budget=.*cannot be had in a plain checkpoint",
+        "format='pt' is not known; use 'plain', 'per-layer'",
     ),
     "no model of transformers": (
         lambda: torch.nn.Linear(4, 4),
         {},
         fasp_fx.ArgumentError,
-        "a transformers model, not of a Linear",
+        "models of transformers, not for a Linear",
     ),
 }
 
@@ -189,7 +185,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str
 def test_what_a_plain_checkpoint_cannot_be_is_refused(case: str) -> None:
     make, options, kind, message = REFUSED[case]
     with pytest.raises(kind, match=message):
-        prune(make(), **UNREPAIRED, **options)
+        prune(make(), **{**UNREPAIRED, **options})
 
 
 def test_an_encoder_decoder_needs_no_data_either() -> None:
@@ -222,11 +218,11 @@ def test_a_wrong_model_is_never_handed_out(monkeypatch: pytest.MonkeyPatch) -> N
 def test_fields_of_a_config_are_turned_by_predicted_losses(name: str) -> None:
     model = dense(name)
     batches = [tokens(batch, 12) for batch in range(2, 8)]
-    pruned = prune(model, plain=True, calibration=batches, sparsity=0.15)
+    pruned = prune(model, format="plain", calibration=batches, sparsity=0.15)
     before, after = model.config.intermediate_size, pruned.model.config.intermediate_size
     assert after < before if name == "llama" else len(set(after)) > 1
     costs = measure(model, calibration=batches)
-    again = prune(model, plain=True, calibration=batches, sparsity=0.15, costs=costs)
+    again = prune(model, format="plain", calibration=batches, sparsity=0.15, costs=costs)
     assert again.model.config.intermediate_size == after
 
 

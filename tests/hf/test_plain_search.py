@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from plain_models import gemma3n, mixtral
 from torch import nn
 from zoo import ZOO
 
-from fasp_fx.hf._plain import Experiments, find_knobs, written
+from fasp_fx.hf._fields import Experiments, arrange, find_fields, lowered, units, written
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -62,16 +63,25 @@ def _feed(
     return _group(model, model.get_parameter(rows[0]).shape[0], rows, (f"{stem}.down_proj.weight", 1))
 
 
-def _found(model: nn.Module, groups: list[Group]) -> tuple[list[tuple[str, set[str]]], dict[str, str]]:
-    """What each knob says when it is turned by one step, and what it shrinks."""
-    knobs, whole = find_knobs(Experiments(model), groups)
-    return [(f"{written(knob.path)}={knob.lowered(1)}", set(knob.groups)) for knob in knobs], whole
+def _found(model: Any, groups: list[Group]) -> list[tuple[str, set[str]]]:
+    """What each field says when it is turned by one step, and what it shrinks."""
+    experiments = Experiments(type(model), model.config)
+    fields = find_fields(experiments, (place for group in groups for place in units(group)))
+    places = arrange(groups, fields, ("",))
+    found = []
+    for place in sorted({place for place in places if place is not None}):
+        shrunk = [group for group, own in zip(groups, places, strict=True) if own == place]
+        lost = {at: by for group in shrunk for at, by in units(group).items()}
+        ((path, steps),) = lowered(lost, fields)[0].items()
+        value = next(field.value for field in fields if field.path == path)
+        found.append((f"{written(path)}={value - steps}", {group.name for group in shrunk}))
+    return found
 
 
 def test_groups_of_all_layers_are_found_together() -> None:
     model = _meta(ZOO["qwen3"].make)
     groups = [_feed(model, layer) for layer in range(2)]
-    assert _found(model, groups) == ([("intermediate_size=127", {group.name for group in groups})], {})
+    assert _found(model, groups) == [("intermediate_size=127", {group.name for group in groups})]
 
 
 def test_a_field_that_is_not_set_is_found() -> None:
@@ -80,13 +90,13 @@ def test_a_field_that_is_not_set_is_found() -> None:
         _group(model, 256, [f"{stem}.c_fc.weight", f"{stem}.c_fc.bias"], (f"{stem}.c_proj.weight", 0), rows=1)
         for stem in (f"transformer.h.{layer}.mlp" for layer in range(model.config.n_layer))
     ]
-    assert _found(model, groups)[0] == [("n_inner=255", {group.name for group in groups})]
+    assert _found(model, groups) == [("n_inner=255", {group.name for group in groups})]
 
 
 def test_lists_are_fields_by_layer() -> None:
     model = _meta(gemma3n)
     groups = [_feed(model, layer) for layer in range(2)]
-    found, _ = _found(model, groups)
+    found = _found(model, groups)
     assert found == [
         ("intermediate_size[0]=47", {groups[0].name}),
         ("intermediate_size[1]=63", {groups[1].name}),
@@ -107,5 +117,5 @@ def test_stacked_experts_shrink_together() -> None:
         )
         for layer in range(2)
     ]
-    found, _ = _found(model, groups)
+    found = _found(model, groups)
     assert found == [("intermediate_size=47", {groups[0].name, groups[1].name})]

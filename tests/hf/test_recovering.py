@@ -49,7 +49,7 @@ def test_a_decoder_learns_and_generates_and_is_saved(plain: bool, tmp_path: Path
     teacher, data = dense("llama_gqa"), tokens(10)
     result = copy.deepcopy(pruned("llama_gqa"))
     if plain:
-        result = hf.prune(teacher, sparsity=0.2, score="magnitude", restore=None, plain=True)
+        result = hf.prune(teacher, sparsity=0.2, score="magnitude", restore=None, format="plain")
     other = {"input_ids": data[0]}
     before = divergence(result.model, teacher, other)
     after = fasp_fx.distil(result, teacher, data, learning_rate=1e-3, epochs=6, top_k=64)

@@ -1,0 +1,541 @@
+"""Prune to what a format of model files can hold: what that is, how pruning keeps to it, and how the model is
+built that is then written.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Unpack, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from ..allocation import Allocation, Budget, CostAllocation, validate
+from ..allocation._allocation import Search
+from ..allocation._limits import joined
+from ..allocation.costs import Costs
+from ..analysis._analysis import Analysis
+from ..analysis.groups import PRUNABLE
+from ..analysis.plan import PruningPlan
+from ..base._device import device_of
+from ..base._progress import Shown
+from ..base._tolerable import tolerable
+from ..base._undisturbed import generator_of
+from ..base.compare import distance, tolerance
+from ..base.compat._transformers import quiet
+from ..calibration._calibration import as_calls, check_calibration
+from ..calibration._ranks import ended_together
+from ..calibration.losses import output_tensors
+from ..capturing._capture import capture_whole
+from ..errors import ArgumentError, NothingPrunableError, SparsityError, VerificationError, first_line
+from ..pruning._prune import prune
+from ..pruning._result import Result
+from ..pruning.config import Granularity, PruningConfig, PruningOptions
+from ..pruning.eager import fused_weights
+from ..pruning.report import Report
+from . import modeling_per_layer
+from ._fields import Experiments, Field, Path, arrange, find_fields, lowered, units, written
+
+#: tokens of an example where there is no calibration data to take one from
+_EXAMPLE = (2, 8)
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a format of model files can say of a model.
+
+    Attributes:
+        granularity: what is pruned unless the caller says.
+        by_layer: whether each layer has sizes of its own.
+        fields: which fields of a config say them; ``None``: any that do.
+        as_llama: whether it is for models that compute what transformers' Llama does, whatever their class.
+        multiple: widths are multiples of it.
+        tensors: how a GGUF file holds matrices, by the name of the ``gguf`` package, or ``""`` as they are;
+            ``None``: there is no such file.
+    """
+
+    granularity: tuple[Granularity, ...] = ("channel", "head")
+    by_layer: bool = True
+    fields: frozenset[str] | None = None
+    as_llama: bool = False
+    multiple: int = 1
+    tensors: str | None = None
+
+
+#: what a configuration has besides, where layers have sizes of their own
+BY_LAYER = (
+    "per_layer_config",
+    "allow_global_per_layer_attribute_access",
+    "block_configs",
+    "auto_map",
+    "model_type",
+)
+_SIZES = frozenset({"intermediate_size", "num_attention_heads", "num_key_value_heads"})
+_GGUF = Format(fields=_SIZES, as_llama=True, tensors="")
+
+FORMATS: Mapping[str, Format] = {
+    "plain": Format(("channel",), by_layer=False),
+    "per-layer": Format(),
+    "decilm": Format(("channel",), fields=frozenset({"intermediate_size"}), as_llama=True),
+    "gguf": _GGUF,
+    "gguf-f16": replace(_GGUF, tensors="F16"),
+    "gguf-bf16": replace(_GGUF, tensors="BF16"),
+    # blocks of 32 numbers of a row
+    "gguf-q8_0": replace(_GGUF, tensors="Q8_0", multiple=32),
+    "gguf-q4_0": replace(_GGUF, tensors="Q4_0", multiple=32),
+}
+
+
+def format_of(name: str) -> Format:
+    """A format by its name.
+
+    Raises:
+        ArgumentError: there is none; lists those that there are.
+    """
+    if name not in FORMATS:
+        raise ArgumentError(f"format={name!r:.80} is not known; use {', '.join(map(repr, FORMATS))}")
+    return FORMATS[name]
+
+
+@ended_together
+def prune_to(
+    name: str,
+    model: nn.Module,
+    *,
+    calibration: Iterable[Any] | None = None,
+    config: PruningConfig | None = None,
+    costs: Costs | None = None,
+    device: torch.device | str | None = None,
+    progress: Shown = None,
+    on_analysis: Callable[[Analysis], None] | None = None,
+    group: dist.ProcessGroup | None = None,
+    checkpoint: str | pathlib.Path | None = None,
+    **options: Unpack[PruningOptions],
+) -> tuple[PreTrainedModel, PruningPlan, Report]:
+    """Prune a transformers model by what a format can say: the result is a model of transformers in that
+    format, with the plan and the report.
+
+    Which fields of the config shrink which groups is found by building the class at other sizes on the meta
+    device. Groups that no field of the format shrinks are left whole; the report says why. The result is
+    compared with the pruned program before it is handed out.
+
+    Args:
+        name: of the format.
+        model: a transformers model in evaluation mode; it is left as it was.
+        calibration, costs, device, progress, on_analysis, group, checkpoint: as for :func:`fasp_fx.prune`.
+        config, options: as for :func:`fasp_fx.prune`, with one sparsity or budgets. An allocation sees one
+            group for all that have one size.
+
+    Raises:
+        ArgumentError: the model is not one of transformers', its config does not describe it, or the format
+            cannot hold it or what the options ask for.
+        NothingPrunableError: the format can say nothing of it; the message says what stands in the way.
+        SparsityError: it cannot say enough; the message says how much it can.
+        VerificationError: the model that was built does not compute what the pruned program computes.
+        CalibrationError, CaptureError: as for :func:`fasp_fx.prune`.
+    """
+    asked = PruningConfig.of(config, options)
+    own, settings = config_for(name, model, asked)
+    assert isinstance(model, PreTrainedModel)
+    if asked.needs_data:
+        check_calibration(calibration)
+    calibration, example = _batches(model, calibration)
+    if settings.experiments.kind is not type(model):
+        dense, _ = build(name, settings.experiments, model.state_dict(keep_vars=True), model)
+        check_equal(dense, model, example)
+        model = dense
+    result = prune(
+        capture_whole(model, (), example, device=device),
+        calibration=calibration,
+        config=own,
+        costs=costs,
+        progress=progress,
+        on_analysis=on_analysis,
+        group=group,
+        checkpoint=checkpoint,
+    )
+    smaller, note = build(name, settings.experiments, smaller_weights(model, result), model)
+    check_equal(smaller, result.module, example)
+    lines = tuple(
+        replace(line, reason=f"left whole: {settings.whole[line.name]}")
+        if line.status == PRUNABLE and line.name in settings.whole
+        else line
+        for line in result.report.lines
+    )
+    # The settings are no allocation of the caller's.
+    report = replace(result.report, lines=lines, notes=(note, *result.report.notes), config=asked)
+    made: Any = smaller
+    return made.to(device_of(model)), result.plan, report
+
+
+def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConfig, Settings]:
+    """The configuration with which a model is pruned to a format.
+
+    Raises:
+        ArgumentError: as for :func:`prune_to`.
+    """
+    form = format_of(name)
+    if not isinstance(model, PreTrainedModel):
+        raise ArgumentError(
+            f"format={name!r} is for models of transformers, not for a {type(model).__name__}"
+        )
+    for option, given in (
+        ("sparsity by pattern", isinstance(asked.sparsity, Mapping)),
+        ("allocation by trial", isinstance(asked.allocator, Search)),
+    ):
+        if given:
+            raise ArgumentError(
+                f"{option}= cannot be had in the format {name!r}, which says sizes of several weights at"
+                " once; leave it out, or prune without a format"
+            )
+    experiments = experiments_for(name, type(model), model.config)
+    if experiments.kind is not type(model):
+        _check_names(name, experiments, {key: tuple(own.shape) for key, own in model.state_dict().items()})
+    kind = CostSettings if isinstance(asked.allocator, CostAllocation) else Settings
+    settings = kind(name, experiments, asked.allocator)
+    default = asked.granularity == PruningConfig.granularity
+    own = replace(
+        asked,
+        allocation=settings,
+        granularity=form.granularity if default else asked.granularity,
+        round_to=math.lcm(asked.round_to, form.multiple),
+        loss="next-token" if asked.loss == "auto" and cast(Any, model).can_generate() else asked.loss,
+    )
+    return own, settings
+
+
+#: what the config of a Llama has that those of its like have under the same names
+_LLAMA = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
+    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "dtype"),
+)
+
+
+def experiments_for(name: str, kind: Any, config: Any) -> Experiments:
+    """Experiments with the class whose function a format holds.
+
+    Args:
+        kind, config: the dense model's.
+
+    Raises:
+        ArgumentError: the config says something that the format cannot.
+    """
+    if FORMATS[name].as_llama and kind is not LlamaForCausalLM:
+        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        if kinds or getattr(config, "sliding_window", None) is not None:
+            raise ArgumentError(
+                f"the format {name!r} has no attention within a window, which {type(config).__name__} asks"
+                " for; choose another format"
+            )
+        given = config.to_dict()
+        kind, config = LlamaForCausalLM, LlamaConfig(**{own: given[own] for own in _LLAMA if own in given})
+    return Experiments(kind, config)
+
+
+def _check_names(name: str, experiments: Experiments, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Hold the names of a model's weights against those that a format has places for.
+
+    Raises:
+        ArgumentError: names one that has none, or that is missing.
+    """
+    for own, shape in shapes.items():
+        if own not in experiments.shapes:
+            raise ArgumentError(
+                f"the format {name!r} has no place for '{own}' {list(shape)}; choose another format"
+            )
+
+
+class Settings:
+    """An allocation (see :data:`fasp_fx.allocation.Allocation`) that stays within what a format can say.
+
+    Args:
+        name: of the format.
+        experiments: builds the model's class.
+        allocate: how the channels share what is to go; it sees one group for all that shrink alike.
+
+    Attributes:
+        whole: for each group that no field can shrink alone, why; known once the allocation was made.
+    """
+
+    def __init__(self, name: str, experiments: Experiments, allocate: Allocation) -> None:
+        self.name, self.experiments, self.allocate = name, experiments, allocate
+        self.whole: dict[str, str] = {}
+
+    def __call__(self, budget: Budget, round_to: int, costs: Costs | None = None) -> list[int]:
+        """Channel sets lost per block of each group.
+
+        Raises:
+            NothingPrunableError: the format can say nothing.
+            SparsityError: it cannot say enough, or its smallest step is too large.
+        """
+        places = self._places(budget)
+        narrowed, given = budget.narrowed(places), []
+        if costs is not None:
+            shrunk = [group for group, place in zip(budget.groups, places, strict=True) if place is not None]
+            numbers = [place for place in places if place is not None]
+            given.append(joined(costs, shrunk, numbers))
+        allocate: Any = self.allocate
+        lost = validate(allocate(narrowed, round_to, *given), narrowed)
+        if not any(lost):
+            raise SparsityError(
+                f"the sparsity is less than half a step of what the format {self.name!r} can say; ask for"
+                " more"
+            )
+        return narrowed.spread(lost, budget)
+
+    def _places(self, budget: Budget) -> list[int | None]:
+        """Which groups shrink together; errors as for a call."""
+        own = self.experiments
+        fields = _fields(self.name, own, (place for group in budget.groups for place in units(group)))
+        found = arrange(budget.groups, fields, _scopes(self.name, own))
+        what = "layer of" if FORMATS[self.name].by_layer else "field of"
+        self.whole = {
+            group.name: f"no {what} {own.name} shrinks with it and nothing else, as {self.name!r} says it"
+            for group, place in zip(budget.groups, found, strict=True)
+            if place is None
+        }
+        if all(place is None for place in found):
+            raise NothingPrunableError("; ".join(dict.fromkeys(self.whole.values())))
+        return found
+
+
+class CostSettings(Settings, CostAllocation):
+    """Settings whose channels are shared out by what they cost."""
+
+    def check(self, budget: Budget, round_to: int) -> None:
+        """Refuse what the format cannot say; errors as for a call."""
+        cast(CostAllocation, self.allocate).check(budget.narrowed(self._places(budget)), round_to)
+
+
+def _scopes(name: str, experiments: Experiments) -> tuple[str, ...]:
+    return experiments.layers if FORMATS[name].by_layer else ("",)
+
+
+def _fields(name: str, experiments: Experiments, lost: Iterable[tuple[str, int]]) -> list[Field]:
+    """The fields that a format has for each of its scopes."""
+    form = FORMATS[name]
+    found = find_fields(experiments, lost)
+    if not form.by_layer:
+        return found
+    return [
+        field
+        for field in found
+        if len(field.path) == 1
+        and (form.fields is None or field.path[0] in form.fields)
+        and all(place.startswith(experiments.layers) for place, _ in field.moves)
+    ]
+
+
+#: what fields say instead of what they say of the dense model, for each scope
+Sizes = dict[str, dict[Path, int]]
+
+
+def _sizes(name: str, experiments: Experiments, shapes: Mapping[str, tuple[int, ...]]) -> Sizes:
+    """What a format says of weights some of which have shrunk.
+
+    Raises:
+        ArgumentError: it has no place for a weight, or cannot say a size.
+    """
+    _check_names(name, experiments, shapes)
+    left = experiments.lost(shapes)
+    if left is None:
+        raise ArgumentError(f"the format {name!r} cannot hold weights of other numbers of dimensions")
+    fields = _fields(name, experiments, left) if left else []
+    values = {field.path: field.value for field in fields}
+    said: Sizes = {}
+    for scope in _scopes(name, experiments):
+        inside = {at: by for at, by in left.items() if at[0].startswith(scope)}
+        found, rest = lowered(inside, fields, scope)
+        said[scope] = {path: values[path] - steps for path, steps in found.items()}
+        left = {at: by for at, by in left.items() if at in rest or at not in inside}
+    for (weight, dim), by in left.items():
+        raise ArgumentError(
+            f"the format {name!r} cannot say that dimension {dim} of '{weight}' is {by} shorter; prune the"
+            f" dense model with format={name!r}"
+        )
+    return said
+
+
+def _note(experiments: Experiments, said: Sizes) -> str:
+    """How a configuration says it, for a report."""
+    found: dict[Path, list[int]] = {}
+    for own in said.values():
+        for path, value in own.items():
+            found.setdefault(path, []).append(value)
+    texts = (
+        f"{written(path)} {experiments.values[path]} -> {min(values)}"
+        + f" to {max(values)}" * (min(values) < max(values))
+        + f" in {len(values)} of {len(said)} layers" * (len(said) > 1)
+        for path, values in found.items()
+    )
+    return f"the config says it with {', '.join(texts)}"
+
+
+def build(
+    name: str, experiments: Experiments, weights: Mapping[str, Tensor], model: PreTrainedModel
+) -> tuple[PreTrainedModel, str]:
+    """A model in a format, of weights some of which have shrunk, and how its configuration says so.
+
+    Args:
+        experiments: with the class whose function the format holds, at the dense model's sizes.
+        weights: by the names of that class.
+        model: its attention, generation and training settings are taken over.
+
+    Raises:
+        ArgumentError: the format has no place for a weight, or cannot say a size.
+        VerificationError: the class does not take them.
+    """
+    said = _sizes(name, experiments, {own: tuple(tensor.shape) for own, tensor in weights.items()})
+    kind, config = experiments.kind, experiments.config({})
+    if not FORMATS[name].by_layer:
+        config = experiments.config(said[""])
+    elif name == "decilm":
+        kind, config = modeling_per_layer.DeciLMForCausalLM, _decilm(experiments, said)
+    elif any(said.values()):
+        kind = getattr(modeling_per_layer, f"PerLayer{kind.__name__}")
+        layers = {
+            number: {str(path[0]): value for path, value in own.items()}
+            for number, own in enumerate(said.values())
+            if own
+        }
+        config = experiments.config(
+            {("per_layer_config",): layers, ("allow_global_per_layer_attribute_access",): True}
+        )
+    if kind.__module__ == modeling_per_layer.__name__:  # whose file is saved along
+        kind.register_for_auto_class(_auto_class(experiments.kind))
+        modeling_per_layer.DeciLMConfig.register_for_auto_class()
+    config._name_or_path = ""
+    if hasattr(config, "quantization_config"):
+        # Of the file that the model came from: what is pruned are the weights it was expanded to.
+        del config.quantization_config
+    attention = getattr(model.config, "_attn_implementation", None)
+    options = {} if attention is None else {"attn_implementation": attention}
+    options |= {"config": config, "state_dict": dict(weights), "dtype": model.dtype}
+    try:
+        with quiet():
+            made, info = kind.from_pretrained(None, output_loading_info=True, **options)
+    except tolerable(Exception) as error:
+        raise _other(kind, f"its weights cannot be loaded: {first_line(error)}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(problem):
+            raise _other(kind, f"{problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]}")
+    theirs = dict(model.named_parameters())
+    for own, parameter in made.named_parameters():
+        if own in theirs:
+            parameter.requires_grad_(theirs[own].requires_grad)
+    made.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+    return made.eval().to(next(iter(weights.values())).device), _note(experiments, said)
+
+
+def _decilm(experiments: Experiments, said: Sizes) -> PreTrainedConfig:
+    base = experiments.base
+    present = {"no_op": False, "replace_with_linear": False}
+    width = base["intermediate_size"]
+    heads = {"n_heads_in_group": base["num_attention_heads"] // base["num_key_value_heads"]}
+    blocks = [
+        {
+            "attention": present | heads,
+            "ffn": present | {"intermediate_size": own.get(("intermediate_size",), width)},
+        }
+        for own in said.values()
+    ]
+    kept = {key: value for key, value in base.items() if key not in BY_LAYER}
+    return modeling_per_layer.DeciLMConfig(block_configs=blocks, **kept)
+
+
+def _auto_class(kind: Any) -> str:
+    """Which of transformers' Auto classes loads a class."""
+    for name in modeling_auto.__all__:
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", {})
+        if name.startswith("AutoModel") and kind.config_class in mapping:
+            found = mapping[kind.config_class]
+            if kind in (found if isinstance(found, tuple) else (found,)):
+                return name
+    return "AutoModel"
+
+
+def _other(kind: type, fault: str) -> VerificationError:
+    return VerificationError(
+        f"{kind.__name__} built at the smaller sizes is not the pruned program: {fault}; nothing is returned;"
+        " prune it without a format"
+    )
+
+
+def _batches(
+    model: PreTrainedModel, calibration: Iterable[Any] | None
+) -> tuple[Iterable[Any] | None, dict[str, Any]]:
+    """The calibration data, and keyword arguments like its first batch to capture with, without a cache."""
+    if calibration is None:
+        return None, example_of(model)
+    batches = iter(calibration)
+    first = list(itertools.islice(batches, 1))
+    args, kwargs = next(as_calls(first))
+    named = {"input_ids": args[0]} if args else kwargs
+    return itertools.chain(first, batches), {**named, "use_cache": False}
+
+
+def example_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Keyword arguments to call a model with, without a cache."""
+    tokens = torch.zeros(_EXAMPLE, dtype=torch.long, device=device_of(model))
+    decoded = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    return {"input_ids": tokens, **decoded, "use_cache": False}
+
+
+def check_equal(made: PreTrainedModel, other: nn.Module, example: Mapping[str, Any]) -> None:
+    """Hold a model that was built from a config against what it ought to compute, on random tokens: zeros,
+    say, would look alike wherever they stand.
+
+    Raises:
+        VerificationError: they differ, or it does not run.
+    """
+    kind, device, table = type(made), device_of(other), made.get_input_embeddings()
+    given = {name: own.to(device) if isinstance(own, Tensor) else own for name, own in example.items()}
+    if isinstance(given.get("input_ids"), Tensor) and isinstance(table, nn.Embedding):
+        shape = tuple(given["input_ids"].shape)
+        generator = generator_of("format")
+        drawn = torch.randint(0, table.num_embeddings, shape, generator=generator, device="cpu")
+        given["input_ids"] = drawn.to(given["input_ids"])
+    expected = _outputs(other, given)
+    try:
+        found = _outputs(made, given)
+    except tolerable(Exception) as error:  # some kernels take widths of whole 16 bytes alone
+        raise _other(
+            kind,
+            f"it does not run: {first_line(error)}; widths that are multiples of 8 or 16 (round_to=) may be"
+            " served",
+        ) from error
+    if not expected or [output.shape for output in found] != [output.shape for output in expected]:
+        raise _other(kind, "its outputs are others")
+    deviation = max(distance(own, other) for own, other in zip(found, expected, strict=True))
+    if not deviation <= max(tolerance("checkpoint", output.dtype) for output in expected):
+        raise _other(kind, f"its outputs differ by {deviation:.1e}")
+
+
+def _outputs(module: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """The floating-point outputs of a call."""
+    with torch.no_grad():
+        return [leaf for leaf in output_tensors(module(**inputs)) if leaf.is_floating_point()]
+
+
+def smaller_weights(model: nn.Module, result: Result) -> dict[str, Tensor]:
+    """The smaller parameters of ``model`` and its persistent buffers, under all their names; none shares
+    storage with ``model``.
+
+    A fused weight that the program holds in parts is put together again. A parameter that the program does
+    not use is as it was.
+    """
+    pruned = dict(result.module.named_parameters(remove_duplicate=False))
+    made = pruned | fused_weights(result.plan, pruned)
+    return {
+        name: made[name].detach() if name in made else tensor.detach().clone()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }

@@ -1,0 +1,190 @@
+"""Write a Llama whose layers have sizes of their own as a GGUF file of the architecture ``deci``, which
+llama.cpp and what is built on it read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
+from torch import Tensor
+
+from ..errors import ArgumentError
+
+#: how llama.cpp calls the ways in which byte-level tokenizers split text before they merge
+_SPLITS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",  # noqa: E501
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",  # noqa: E501
+    "Digits": "smollm",
+    "": "gpt-2",
+}
+_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F32"}
+
+
+def write_gguf(file: Path, model: Any, tensors: str, tokenizer: Any = None) -> None:
+    """Write a model.
+
+    Args:
+        model: of transformers' Llama; its ``config.per_layer_config`` says the sizes of its layers.
+        tensors: the type of matrices, as the ``gguf`` package calls it; ``""``: the model's own.
+        tokenizer: written into the file; ``None``: the file has token numbers alone.
+
+    Raises:
+        ArgumentError: the format cannot hold its positions, its tokenizer, or a matrix in that type.
+    """
+    config, layers = model.config, list(model.config.per_layer_config)
+    writer = GGUFWriter(file, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DECI])
+    writer.add_name(type(model).__name__.removeprefix("PerLayer"))
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(layers))
+    writer.add_feed_forward_length([layer.intermediate_size for layer in layers])
+    writer.add_head_count([layer.num_attention_heads for layer in layers])
+    writer.add_head_count_kv([layer.num_key_value_heads for layer in layers])
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    kind = tensors or _TYPES[model.dtype]
+    writer.add_file_type(LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_tokenizer(writer, tokenizer, config)
+    weights = [(name, tensor, _type(name, tensor, kind)) for name, tensor in _tensors(model, layers)]
+    for name, tensor, own in weights:
+        raw = own != GGMLQuantizationType.F32
+        shape = gguf.quant_shape_to_byte_shape(tensor.shape, own) if raw else tuple(tensor.shape)
+        number: Any = np.dtype(np.uint8 if raw else np.float32)
+        size = int(np.prod(shape)) * number.itemsize
+        writer.add_tensor_info(name, shape, number, size, own)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for _, tensor, own in weights:
+        writer.write_tensor_data(gguf.quantize(tensor.detach().float().cpu().numpy(), own))
+    writer.close()
+
+
+def _type(name: str, tensor: Tensor, kind: str) -> GGMLQuantizationType:
+    """How a tensor is held: vectors in float32.
+
+    Raises:
+        ArgumentError: its rows are no whole blocks.
+    """
+    found = GGMLQuantizationType[kind if tensor.dim() > 1 else "F32"]
+    block, _ = gguf.GGML_QUANT_SIZES[found]
+    if tensor.shape[-1] % block:
+        raise ArgumentError(
+            f"'{name}' has rows of {tensor.shape[-1]} numbers, and {kind} holds blocks of {block}; prune with"
+            f" round_to={block}, or choose another type"
+        )
+    return found
+
+
+def _tensors(model: Any, layers: list[Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the file, by its name there.
+
+    Raises:
+        ArgumentError: positions turn in a way that the file cannot say.
+    """
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(layers))
+    tied = model.config.tie_word_embeddings
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found = names.get_name(name, try_suffixes=(".weight",))
+        if found is None:
+            raise ArgumentError(f"a GGUF file has no place for '{name}'; choose another format")
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            # The file has the two numbers that turn together side by side, the model half a head apart.
+            halves = tensor.reshape(-1, 2, model.config.head_dim // 2, tensor.shape[1])
+            tensor = halves.transpose(1, 2).reshape(tensor.shape)
+        if not (tied and name == "lm_head.weight"):
+            yield found, tensor
+    rotary, width = model.get_decoder().rotary_emb, model.config.head_dim
+    if rotary.attention_scaling != 1 or rotary.rope_type in ("dynamic", "longrope"):
+        raise ArgumentError(
+            f"a GGUF file has no positions of the kind {rotary.rope_type!r} here; choose another format"
+        )
+    powers = torch.arange(0, width, 2, device=rotary.inv_freq.device) / width
+    factors = model.config.rope_parameters["rope_theta"] ** -powers / rotary.inv_freq
+    if not torch.allclose(factors, torch.ones_like(factors)):
+        yield "rope_freqs.weight", factors
+
+
+def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, config: Any) -> None:
+    """Write a tokenizer, as llama.cpp reads those of Llama and of GPT-2.
+
+    Raises:
+        ArgumentError: it splits text in a way that llama.cpp has no name for here.
+    """
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    own = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, added = own["model"], {token["id"]: token for token in own["added_tokens"]}
+    if model["type"] != "BPE":
+        raise _no_name(tokenizer, f"a model of the type {model['type']}")
+    names = {number: text for text, number in model["vocab"].items()}
+    tokens = [
+        added[i]["content"] if i in added else names.get(i, f"[PAD{i}]") for i in range(config.vocab_size)
+    ]
+    types = [_token_type(i, names, added) for i in range(config.vocab_size)]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if model["byte_fallback"]:  # as SentencePiece: what is merged first has the highest score
+        writer.add_tokenizer_model("llama")
+        ranks = {merge.replace(" ", ""): -float(rank) for rank, merge in reversed(list(enumerate(merges)))}
+        writer.add_token_scores([ranks.get(token, -1e9) for token in tokens])
+        writer.add_add_space_prefix(_puts_space(own))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_split(tokenizer, own["pre_tokenizer"]))
+        writer.add_token_merges(merges)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    for name in ("bos", "eos", "unk", "pad"):
+        number = getattr(tokenizer, f"{name}_token_id")
+        if number is not None:
+            getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_add_bos_token(tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id])
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _token_type(number: int, names: dict[int, str], added: dict[int, Any]) -> TokenType:
+    if number in added:
+        return TokenType.CONTROL if added[number]["special"] else TokenType.USER_DEFINED
+    text = names.get(number)
+    if text is None:
+        return TokenType.UNUSED
+    return TokenType.BYTE if len(text) == 6 and text.startswith("<0x") else TokenType.NORMAL
+
+
+def _puts_space(own: Any) -> bool:
+    """Whether a tokenizer puts a space before the text."""
+    said = json.dumps([own["normalizer"], own["pre_tokenizer"]])
+    return '"Prepend"' in said or '"prepend_scheme": "first"' in said or '"prepend_scheme": "always"' in said
+
+
+def _split(tokenizer: Any, pre: Any) -> str:
+    """How llama.cpp calls the way in which a tokenizer splits text."""
+    *steps, last = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+    said = [step["pattern"].get("Regex") if step["type"] == "Split" else step["type"] for step in steps] or [
+        ""
+    ]
+    regular = last["type"] == "ByteLevel" and last["use_regex"] == (said[0] in ("", "Digits"))
+    if len(said) > 1 or not regular or said[0] not in _SPLITS:
+        raise _no_name(tokenizer, f"the splits {json.dumps(pre):.200}")
+    return _SPLITS[said[0]]
+
+
+def _no_name(tokenizer: Any, what: str) -> ArgumentError:
+    return ArgumentError(
+        f"the tokenizer {type(tokenizer).__name__} has {what}, which this version cannot write into a GGUF"
+        " file; prune without tokenizer, and give llama.cpp token numbers"
+    )
