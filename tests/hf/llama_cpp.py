@@ -29,9 +29,9 @@ def missing() -> str:
     return ""
 
 
-def predictions(file: Path, chunks: list[list[int]], work: Path, cache: str = "F32") -> list[list[Any]]:
+def predictions(file: Path, chunks: list[Any], work: Path, cache: str = "F32") -> list[list[Any]]:
     """What llama.cpp predicts after each token of each chunk: ``following``, the probability of the next one,
-    and ``likeliest``, twenty tokens with theirs.
+    and ``likeliest``, twenty tokens with theirs. Of a chunk that is text, its tokens.
 
     Args:
         cache: the type of the key-value cache.

@@ -1,0 +1,267 @@
+"""Layers of their own sizes in files that others read: transformers without fasp_fx, and stock llama.cpp."""
+
+from __future__ import annotations
+
+import copy
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+import transformers as hf
+from hypothesis import given
+from hypothesis import strategies as st
+from llama_cpp import missing, predictions
+from oracle import TOLERANCE, error, zeroed
+from plain_models import dense, tokens
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+from zoo import randomise
+
+import fasp_fx
+from fasp_fx.hf import convert, prune
+from fasp_fx.hf._formats import FORMATS, _sizes, experiments_for
+from fasp_fx.hf._gguf import write_gguf
+from fasp_fx.hf.modeling_per_layer import PerLayerLlamaForCausalLM
+from fasp_fx.pruning.config import FormatName
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
+SIZES: dict[str, Any] = {
+    **{"hidden_size": 192, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 6},
+    **{"num_key_value_heads": 3, "head_dim": 32, "vocab_size": 400, "max_position_embeddings": 2048},
+}
+TURNS: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 1e4},
+    "llama3": {
+        **{"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0},
+        **{"high_freq_factor": 4.0, "original_max_position_embeddings": 256},
+    },
+}
+TEXT = (
+    "The 42nd horse, it's said, wouldn't swim; 3,141 others did.\n\n  Über den Fluß — 河を渡る! <|end|> then"
+)
+
+
+def llama(turns: str = "default") -> Any:
+    config = hf.LlamaConfig(**SIZES, rope_parameters=dict(TURNS[turns]), tie_word_embeddings=True)
+    return randomise(hf.LlamaForCausalLM(config))
+
+
+def unequal(budget: Any, round_to: int) -> list[int]:
+    """Another number of channels, or of heads, for each group."""
+    return [
+        (number // 2 % 2) if group.granularity == "head" else 32 * (1 + number % 3)
+        for number, group in enumerate(budget.groups)
+    ]
+
+
+UNIGRAM = Tokenizer(models.Unigram([("a", 0.0)]))
+RANDOM: dict[str, Any] = {"score": "random", "restore": None, "sparsity": 0.2}
+
+
+@cache
+def pruned_to(name: str, turns: str = "default") -> fasp_fx.hf.Pruned:
+    """A small Llama in a format; tests must not change it."""
+    return prune(llama(turns), format=name, allocation=unequal, **RANDOM)
+
+
+def drawn(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, SIZES["vocab_size"], (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+STRANGER = """
+import sys
+sys.modules["fasp_fx"] = None
+import torch
+from transformers import AutoModelForCausalLM
+
+folder = sys.argv[1]
+model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+assert not any(info.values()), info
+ids = torch.load(folder + "/ids.pt")
+with torch.no_grad():
+    logits = model.eval()(input_ids=ids).logits
+written = model.generate(ids, max_new_tokens=6, do_sample=False)
+torch.save({"logits": logits, "written": written}, folder + "/out.pt")
+"""
+
+
+@pytest.mark.parametrize("name", ["per-layer", "decilm"])
+def test_transformers_load_what_is_written_and_generate(name: str, tmp_path: Path) -> None:
+    ids, made = drawn(24), pruned_to(name)
+    widths = [layer.intermediate_size for layer in made.model.config.per_layer_config]
+    assert len(set(widths)) > 1
+    folder = made.save_pretrained(tmp_path / "small")
+    torch.save(ids, folder / "ids.pt")
+    subprocess.run([sys.executable, "-I", "-c", STRANGER, str(folder)], check=True, cwd=tmp_path)
+    found = torch.load(folder / "out.pt")
+    with torch.no_grad():
+        assert error(found["logits"], zeroed(llama(), made.plan)(input_ids=ids).logits) < TOLERANCE
+    again = fasp_fx.load(made.save_pretrained(tmp_path / "again"))
+    assert again.format == name
+    assert torch.equal(found["written"], again.model.generate(ids, max_new_tokens=6, do_sample=False))
+
+
+def trained(kind: str) -> Any:
+    """A small tokenizer, of the kind of GPT-2, of SmolLM2 or of Llama 2."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=kind == "llama"))
+    common: dict[str, Any] = {"vocab_size": SIZES["vocab_size"], "special_tokens": ["<s>", "<|end|>"]}
+    if kind == "llama":
+        bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        trainer = trainers.BpeTrainer(**{**common, "special_tokens": [*common["special_tokens"], *bytes_]})
+        tokenizer.train_from_iterator([TEXT] * 3, trainer)
+        made = Tokenizer.from_str(tokenizer.to_str())
+        tokenizer = made
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    else:
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        sequence: Any = pre_tokenizers.Sequence([digits, byte_level])
+        tokenizer.pre_tokenizer = sequence if kind == "smollm" else byte_level
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        tokenizer.train_from_iterator([TEXT] * 3, trainers.BpeTrainer(**common, initial_alphabet=alphabet))
+    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|end|>")
+
+
+@pytest.fixture(scope="module")
+def llama_cpp() -> None:
+    if missing():
+        pytest.skip(f"no llama.cpp: {missing()}")
+
+
+def _pairs(likeliest: list[Any]) -> tuple[tuple[Tensor], Tensor]:
+    numbers, probabilities = zip(*likeliest, strict=True)
+    return (torch.tensor(numbers),), torch.tensor(probabilities)
+
+
+@pytest.mark.usefixtures("llama_cpp")
+@pytest.mark.parametrize("turns", TURNS)
+def test_llama_cpp_predicts_what_the_model_does(turns: str, tmp_path: Path) -> None:
+    made = replace(pruned_to("gguf", turns), tokenizer=trained("gpt2"))
+    assert len({layer.num_key_value_heads for layer in made.model.config.per_layer_config}) > 1
+    file = made.save_pretrained(tmp_path / "small") / "model.gguf"
+    ids = drawn(1000)
+    (found,) = predictions(file, [ids[0].tolist()], tmp_path)
+    with torch.no_grad():
+        expected = made.model(ids).logits[0].softmax(-1)
+    worst = max(
+        abs(p - float(expected[at, token])) for at, own in enumerate(found) for token, p in own["likeliest"]
+    )
+    assert worst < 1e-3
+
+
+@pytest.mark.usefixtures("llama_cpp")
+@pytest.mark.parametrize("kind", ["gpt2", "smollm", "llama"])
+def test_llama_cpp_reads_the_tokenizer(kind: str, tmp_path: Path) -> None:
+    tokenizer = trained(kind)
+    write_gguf(tmp_path / "model.gguf", llama(), "Q8_0", tokenizer)
+    text = TEXT.replace("<|end|>", "")
+    (found,) = predictions(tmp_path / "model.gguf", [text], tmp_path)
+    assert [token for token in found if token != tokenizer.bos_token_id] == tokenizer(text).input_ids
+
+
+def test_a_file_holds_every_size_and_type(tmp_path: Path) -> None:
+    made = replace(pruned_to("gguf"), format="gguf-q8_0")
+    file = made.save_pretrained(tmp_path / "small") / "model.gguf"
+    found = gguf.GGUFReader(file)
+    layers = made.model.config.per_layer_config
+    for key, name in (
+        ("feed_forward_length", "intermediate_size"),
+        ("attention.head_count", "num_attention_heads"),
+        ("attention.head_count_kv", "num_key_value_heads"),
+    ):
+        assert found.fields[f"deci.{key}"].contents() == [getattr(layer, name) for layer in layers]
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in found.tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "Q8_0"
+    assert kinds["output_norm.weight"] == "F32"
+    assert "output.weight" not in kinds  # it is tied
+    down = next(tensor for tensor in found.tensors if tensor.name == "blk.1.ffn_down.weight")
+    expected = made.model.model.layers[1].mlp.down_proj.weight.detach()
+    held = torch.tensor(gguf.dequantize(down.data, down.tensor_type))
+    assert (held - expected).abs().max() <= expected.abs().max() / 127
+
+
+@given(st.lists(st.tuples(st.integers(1, 192), st.integers(1, 3), st.integers(1, 2)), min_size=3, max_size=3))
+def test_sizes_are_read_off_the_shapes(sizes: list[tuple[int, int, int]]) -> None:
+    """Whatever the layers are built with is what is found again."""
+    layers = {
+        number: {"intermediate_size": width, "num_key_value_heads": kv, "num_attention_heads": kv * each}
+        for number, (width, kv, each) in enumerate(sizes)
+    }
+    config = hf.LlamaConfig(**SIZES, per_layer_config=layers, allow_global_per_layer_attribute_access=True)
+    with torch.device("meta"):
+        model = PerLayerLlamaForCausalLM(config)
+    shapes = {name: tuple(own.shape) for name, own in model.state_dict().items()}
+    base = {**layers[0], **{name: SIZES[name] for name in layers[0]}}
+    experiments = experiments_for("gguf", hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES))
+    for own, said in zip(layers.values(), _sizes("gguf", experiments, shapes).values(), strict=True):
+        assert {**base, **{str(path[0]): value for path, value in said.items()}} == own
+
+
+REFUSED = {
+    ("qwen2", "gguf"): r"has no place for 'model.layers.0.self_attn.q_proj.bias'",
+    ("qwen3", "decilm"): r"has no place for 'model.layers.0.self_attn.q_norm.weight'",
+    ("mistral", "gguf"): "no attention within a window, which MistralConfig asks for",
+    ("phi3", "gguf"): r"has no place for 'model.layers.0.self_attn.qkv_proj.weight'",
+    ("gpt2", "decilm"): r"has no place for 'transformer.wte.weight'",
+    ("mixtral", "gguf"): r"has no place for 'model.layers.0.mlp",
+}
+
+
+@pytest.mark.parametrize(("model", "name"), REFUSED)
+def test_what_a_format_has_no_place_for_is_said_before_anything_runs(model: str, name: str) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match=REFUSED[model, name]):
+        prune(dense(model), format=name, sparsity=0.2, calibration=iter(()))
+
+
+def test_a_model_that_computes_something_else_with_the_names_of_a_llama_is_refused() -> None:
+    config = hf.LlamaConfig(**SIZES, hidden_act="gelu")
+
+    class Other(hf.LlamaForCausalLM):
+        """Another class, so that it is held against a Llama of its sizes."""
+
+    with pytest.raises(fasp_fx.VerificationError, match="its outputs differ"):
+        prune(randomise(Other(config)), format="gguf", **RANDOM)
+
+
+def test_a_window_that_is_switched_off_does_not_matter() -> None:
+    model = copy.deepcopy(dense("mistral"))
+    model.config.sliding_window = None
+    made = prune(model, format="decilm", **RANDOM)
+    with torch.no_grad():
+        expected = zeroed(model, made.plan)(input_ids=tokens(), use_cache=False).logits
+        assert error(made.model(input_ids=tokens()).logits, expected) < TOLERANCE
+
+
+def test_a_pruned_program_is_converted_where_the_format_can_say_it() -> None:
+    own = prune(llama(), granularity=("channel", "head"), **RANDOM)
+    with torch.no_grad():
+        expected = own.model(input_ids=drawn(16)).logits
+        assert error(convert(own, "per-layer").model(input_ids=drawn(16)).logits, expected) < TOLERANCE
+    with pytest.raises(fasp_fx.ArgumentError, match=r"cannot say that dimension 0 of .*q_proj.weight"):
+        convert(own, "decilm")
+
+
+def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    made = replace(pruned_to("gguf"), tokenizer=hf.PreTrainedTokenizerFast(tokenizer_object=UNIGRAM))
+    with pytest.raises(fasp_fx.ArgumentError, match="a model of the type Unigram"):
+        made.save_pretrained(tmp_path / "small")
+    odd = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, "intermediate_size": 190}))
+    blocks = replace(made, model=odd, tokenizer=None, format="gguf-q8_0")
+    with pytest.raises(fasp_fx.ArgumentError, match="has rows of 190 numbers, and Q8_0 holds blocks of 32"):
+        blocks.save_pretrained(tmp_path / "small")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_has_the_names_of_the_formats() -> None:
+    assert set(FormatName.__args__) == {"fasp-fx", *FORMATS}
+    assert all(math.gcd(form.multiple, 32) == form.multiple for form in FORMATS.values())
