@@ -317,7 +317,7 @@ class Search(CostAllocation):
     mean square in the sequence; otherwise the mean of the terms of the caller's loss. Padding does not
     count; sequences count alike.
 
-    Groups that no weight reads cannot be tried, and are refused, and so are plain checkpoints.
+    Groups that no weight reads cannot be tried, and are refused, and so are formats of model files.
 
     Args:
         generations: how many times candidates are drawn.

@@ -57,13 +57,16 @@ class Experiments:
     def __init__(self, kind: Any, config: PreTrainedConfig) -> None:
         self.kind, self._config = kind, config
         self.base: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+        if self.base.get("num_attention_heads") and self.base.get("hidden_size"):
+            # Left out, it is computed of the number of heads, which then cannot be lowered alone.
+            self.base.setdefault("head_dim", self.base["hidden_size"] // self.base["num_attention_heads"])
         self.layers: tuple[str, ...] = ()
         self.values = dict(_leaves(self.base))
         self._found: dict[str, Shapes | str] = {}
         found = self.build({})
         if isinstance(found, str):
             raise ArgumentError(
-                f"{self.kind.__name__} cannot be built from its own config: {found}; a plain checkpoint"
+                f"{self.kind.__name__} cannot be built from its own config: {found}; this format"
                 " needs that"
             )
         self.shapes = found

@@ -432,6 +432,10 @@ def build(
     for own, parameter in made.named_parameters():
         if own in theirs:
             parameter.requires_grad_(theirs[own].requires_grad)
+    if name != "decilm" and type(made).__module__ == modeling_per_layer.__name__:
+        # vLLM looks for the model without its head.
+        inner = f"PerLayer{type(made.base_model).__name__}"
+        made.config.auto_map = {"AutoModel": f"modeling_per_layer.{inner}"}
     made.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     return made.eval().to(next(iter(weights.values())).device), _note(experiments, said)
 

@@ -248,7 +248,7 @@ def load(
         device: where the model shall be; ``None``: where it was, or where ``model`` is.
 
     Returns:
-        A :class:`fasp_fx.Result`; of a folder of :mod:`fasp_fx.hf`, a plain checkpoint or not, a
+        A :class:`fasp_fx.Result`; of a folder of :mod:`fasp_fx.hf`, of any format, a
         :class:`fasp_fx.hf.Pruned`.
 
     Raises:
