@@ -167,6 +167,11 @@ def test_prune_to_a_plain_checkpoint(
     assert plain.config.intermediate_size < 48
     held_out = _perplexity(plain, _chunks(folder)[4:7])
     assert _figures(done.stdout)[1] == pytest.approx(held_out, rel=1e-3, abs=1e-3)
+    made = tmp_path / "made"
+    assert f"llama-cli -m {made}/model.gguf" in _done("convert", out, "--format", "gguf-f16", "--out", made)
+    assert f"{held_out:.1f}" in _done(
+        "eval", made, "--text", folder / "text.txt", "--length", str(LENGTH), "--chunks", "4:7"
+    )
     assert "is not replaced" in _refused(*prune, "--format", "plain", "--out", from_file[0], "--overwrite")
     assert "is not replaced" in _refused(*prune, "--out", out, "--overwrite")
 
@@ -255,7 +260,7 @@ def test_eval_dense_and_pruned(from_file: tuple[Path, Result], folder: Path) -> 
         ("--length 4096", "4096"),
         ("--batches 999", "leaving none"),
         ("--length 1000", "less than one chunk"),
-        ("--format plain --parameters 0.8", "plain"),
+        ("--format plain --parameters 0.8", "at least 19,776 of 24,288 parameters stay"),
     ],
 )
 def test_prune_refuses_what_cannot_be(

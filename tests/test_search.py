@@ -461,7 +461,7 @@ def test_parts_are_searched_together() -> None:
 
 
 def test_models_that_cannot_be_searched_are_refused(zoo_captured: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"allocation by trial= cannot be had in the format 'plain'"):
+    with pytest.raises(ArgumentError, match=r"allocation by trial cannot be had in the format 'plain'"):
         fasp_fx.hf.prune(ZOO["llama_gqa"].build(), format="plain", calibration=iter(()), allocation="search")
     with pytest.raises(ArgumentError, match=r"cannot try .* which no weight reads; exclude it"):
         fasp_fx.prune(

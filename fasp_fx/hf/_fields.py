@@ -66,8 +66,7 @@ class Experiments:
         found = self.build({})
         if isinstance(found, str):
             raise ArgumentError(
-                f"{self.kind.__name__} cannot be built from its own config: {found}; this format"
-                " needs that"
+                f"{self.kind.__name__} cannot be built from its own config: {found}; this format needs that"
             )
         self.shapes = found
 

@@ -23,6 +23,7 @@ from ..allocation._allocation import Search
 from ..allocation._limits import joined
 from ..allocation.costs import Costs
 from ..analysis._analysis import Analysis
+from ..analysis._depth import DEPTH
 from ..analysis.groups import PRUNABLE
 from ..analysis.plan import PruningPlan
 from ..base._device import device_of
@@ -148,7 +149,7 @@ def prune_to(
     if asked.needs_data:
         check_calibration(calibration)
     calibration, example = _batches(model, calibration)
-    if settings.experiments.kind is not type(model):
+    if FORMATS[name].as_llama:
         dense, _ = build(name, settings.experiments, model.state_dict(keep_vars=True), model)
         check_equal(dense, model, example)
         model = dense
@@ -188,17 +189,17 @@ def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConf
             f"format={name!r} is for models of transformers, not for a {type(model).__name__}"
         )
     for option, given in (
+        ("include='depth'", DEPTH in asked.include),
         ("sparsity by pattern", isinstance(asked.sparsity, Mapping)),
         ("allocation by trial", isinstance(asked.allocator, Search)),
     ):
         if given:
             raise ArgumentError(
-                f"{option}= cannot be had in the format {name!r}, which says sizes of several weights at"
+                f"{option} cannot be had in the format {name!r}, which says sizes of several weights at"
                 " once; leave it out, or prune without a format"
             )
     experiments = experiments_for(name, type(model), model.config)
-    if experiments.kind is not type(model):
-        _check_names(name, experiments, {key: tuple(own.shape) for key, own in model.state_dict().items()})
+    _check_names(name, experiments, model.state_dict())
     kind = CostSettings if isinstance(asked.allocator, CostAllocation) else Settings
     settings = kind(name, experiments, asked.allocator)
     default = asked.granularity == PruningConfig.granularity
@@ -229,7 +230,7 @@ def experiments_for(name: str, kind: Any, config: Any) -> Experiments:
     Raises:
         ArgumentError: the config says something that the format cannot.
     """
-    if FORMATS[name].as_llama and kind is not LlamaForCausalLM:
+    if FORMATS[name].as_llama:
         kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
         if kinds or getattr(config, "sliding_window", None) is not None:
             raise ArgumentError(
@@ -241,16 +242,16 @@ def experiments_for(name: str, kind: Any, config: Any) -> Experiments:
     return Experiments(kind, config)
 
 
-def _check_names(name: str, experiments: Experiments, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Hold the names of a model's weights against those that a format has places for.
+def _check_names(name: str, experiments: Experiments, weights: Mapping[str, Tensor]) -> None:
+    """Refuse a weight that a format has no place for.
 
     Raises:
-        ArgumentError: names one that has none, or that is missing.
+        ArgumentError: names it.
     """
-    for own, shape in shapes.items():
+    for own, tensor in weights.items():
         if own not in experiments.shapes:
             raise ArgumentError(
-                f"the format {name!r} has no place for '{own}' {list(shape)}; choose another format"
+                f"the format {name!r} has no place for '{own}' {list(tensor.shape)}; choose another format"
             )
 
 
@@ -339,14 +340,14 @@ def _fields(name: str, experiments: Experiments, lost: Iterable[tuple[str, int]]
 Sizes = dict[str, dict[Path, int]]
 
 
-def _sizes(name: str, experiments: Experiments, shapes: Mapping[str, tuple[int, ...]]) -> Sizes:
+def _sizes(name: str, experiments: Experiments, weights: Mapping[str, Tensor]) -> Sizes:
     """What a format says of weights some of which have shrunk.
 
     Raises:
         ArgumentError: it has no place for a weight, or cannot say a size.
     """
-    _check_names(name, experiments, shapes)
-    left = experiments.lost(shapes)
+    _check_names(name, experiments, weights)
+    left = experiments.lost({own: tuple(tensor.shape) for own, tensor in weights.items()})
     if left is None:
         raise ArgumentError(f"the format {name!r} cannot hold weights of other numbers of dimensions")
     fields = _fields(name, experiments, left) if left else []
@@ -394,7 +395,7 @@ def build(
         ArgumentError: the format has no place for a weight, or cannot say a size.
         VerificationError: the class does not take them.
     """
-    said = _sizes(name, experiments, {own: tuple(tensor.shape) for own, tensor in weights.items()})
+    said = _sizes(name, experiments, weights)
     kind, config = experiments.kind, experiments.config({})
     if not FORMATS[name].by_layer:
         config = experiments.config(said[""])
@@ -469,8 +470,8 @@ def _auto_class(kind: Any) -> str:
 
 def _other(kind: type, fault: str) -> VerificationError:
     return VerificationError(
-        f"{kind.__name__} built at the smaller sizes is not the pruned program: {fault}; nothing is returned;"
-        " prune it without a format"
+        f"{kind.__name__} with these weights is not the model that it ought to be: {fault}; nothing is"
+        " returned; choose another format"
     )
 
 

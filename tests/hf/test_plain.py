@@ -164,7 +164,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str
         lambda: dense("llama"),
         {"sparsity": {"*": 0.2}},
         fasp_fx.ArgumentError,
-        "sparsity by pattern= cannot be had in the format 'plain'",
+        "sparsity by pattern cannot be had in the format 'plain'",
     ),
     "a format that nobody knows": (
         lambda: dense("llama"),
