@@ -41,13 +41,15 @@ print(math.exp(total / (len(ids) * (ids.shape[1] - 1))))
 def elsewhere(pruned: Pruned, data: torch.Tensor, device: str) -> str:
     """Perplexity of the files where fasp_fx is not."""
     with tempfile.TemporaryDirectory() as above:
-        work = pathlib.Path(above)
-        folder = pruned.save_pretrained(work / "small")
+        folder = pruned.save_pretrained(pathlib.Path(above) / "small")
         file = folder / "model.gguf"
         if file.is_file() and not missing():
-            found = predictions(file, data.tolist(), work, "F16")
+            found = predictions(file, data[:8].tolist(), folder.parent, "F16")
             logs = [math.log(own["following"]) for chunk in found for own in chunk[:-1]]
-            return f"{math.exp(-sum(logs) / len(logs)):.4f} in llama.cpp, {file.stat().st_size:,} bytes"
+            return (
+                f"of the first eight chunks: model {perplexity(pruned.model, data[:8]):.4f}, llama.cpp"
+                f" {math.exp(-sum(logs) / len(logs)):.4f}, {file.stat().st_size:,} bytes"
+            )
         torch.save(data.cpu(), folder / "chunks.pt")
         command = [sys.executable, "-I", "-c", STRANGER, str(folder), device]
         printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=above).stdout

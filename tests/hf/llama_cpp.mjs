@@ -14,20 +14,20 @@ const context = await model.createContext({
     flashAttention: false,
     ...(cache ? kind : {}),
 });
+const sequence = context.getSequence();
 const found = [];
 for (const chunk of chunks) {
     if (typeof chunk === "string") {
         found.push(model.tokenize(chunk));
         continue;
     }
-    const sequence = context.getSequence();
+    await sequence.clearHistory();
     const asked = chunk.map((token) => [token, {generateNext: {probabilities: true}}]);
     const answers = await sequence.controlledEvaluate(asked);
     found.push(answers.map(({next}, place) => ({
         following: next.probabilities.get(chunk[place + 1]) ?? null,
         likeliest: [...next.probabilities].slice(0, 20),
     })));
-    sequence.dispose();
 }
 writeFileSync(out, JSON.stringify(found));
 process.exit(0);
