@@ -40,13 +40,7 @@ class Kept:
         mask = self._mask(value, dim)
         if mask is None:
             return position
-        counts = mask[:, :position].sum(-1)
-        if bool((counts != counts[0]).any()):
-            raise VerificationError(
-                f"unequal numbers of channels would stay in the rows of a tensor of shape {value.shape} along"
-                f" dimension {dim}"
-            )
-        return int(counts[0])
+        return _in_each_row(mask[:, :position], "channels", value, dim)
 
     def size(self, value: Value, dim: int) -> int:
         """The new size of ``dim``."""
@@ -64,10 +58,15 @@ class Kept:
             if first
             else mask.reshape(mask.shape[0], -1, count).transpose(1, 2)
         )
-        left = parts.any(-1).sum(-1)
-        if bool((left != left[0]).any()):
-            raise VerificationError(
-                f"unequal numbers of groups would stay in the rows of a tensor of shape {value.shape} along"
-                f" dimension {dim}"
-            )
-        return int(left[0])
+        return _in_each_row(parts.any(-1), "groups", value, dim)
+
+
+def _in_each_row(stay: torch.Tensor, what: str, value: Value, dim: int) -> int:
+    """How many stay, the same number in each row."""
+    counts = stay.sum(-1)
+    if bool((counts != counts[0]).any()):
+        raise VerificationError(
+            f"unequal numbers of {what} would stay in the rows of a tensor of shape {value.shape} along"
+            f" dimension {dim}"
+        )
+    return int(counts[0])

@@ -17,6 +17,7 @@ from fasp_fx.analysis._analysis import Analysis, analyze_program
 from fasp_fx.analysis.channels import Walk
 from fasp_fx.analysis.plan import PruningPlan, check_fingerprint, gone_of, program_fingerprint
 from fasp_fx.base._tolerable import tolerable
+from fasp_fx.base._undisturbed import without_collections
 from fasp_fx.capturing import capture
 from fasp_fx.capturing._program import Program
 from fasp_fx.capturing._runner import record
@@ -27,7 +28,7 @@ from ._foreign import name_of, run_foreign
 from ._pruned_module import finish
 from ._split import NAME, split
 from ._verify import verify
-from .attention import pad_value_heads, pin_attention_scale
+from .attention import pad_value_heads
 from .dense_count import keep_dense_count
 from .remove_channels import remove_channels
 from .skip_blocks import skip_blocks
@@ -38,7 +39,6 @@ from .skip_blocks import skip_blocks
 Step = Callable[[Program, Analysis, Walk, np.ndarray], Program]
 
 _STEPS: tuple[Step, ...] = (
-    pin_attention_scale,
     skip_blocks,
     keep_dense_count,
     remove_channels,
@@ -46,6 +46,7 @@ _STEPS: tuple[Step, ...] = (
 )
 
 
+@without_collections()
 def remove(analysis: Analysis, gone: np.ndarray, restored: Mapping[str, Tensor] | None = None) -> Program:
     """The analysed program without some channels: it computes what the dense one computes with the removed
     activations at zero, and with the restored weights in place of its own.
@@ -89,7 +90,7 @@ def split_fused(program: Program, analysis: Analysis) -> Program | None:
         if rewritten is program:
             return None
         _verified(rewritten, analysis)
-        record(rewritten.module)
+        record(rewritten.module, everything=False)
     return replace(rewritten, numbers={})
 
 

@@ -177,13 +177,18 @@ class _Finder:
         else is done to all of them, or to what lies along the other dimensions.
         """
         shape, recorded = self.values[root].shape, root.meta["val"].shape
-        leads = {lead: _label(shape, lead) for lead in range(len(shape)) if lead != dim}
+        leads = {
+            lead: torch.arange(size).reshape([-1] + [1] * (len(shape) - 1 - lead)).expand(shape)
+            for lead, size in enumerate(shape)
+            if lead != dim
+        }
         found: list[_Part] = []
         pending: list[tuple[fx.Node, dict[int, Any]]] = [(root, leads)]
         while pending:
             node, labels = pending.pop(0)
             for user in node.users:
-                if any(other is not node and self._is_activation(other) for other in user.all_input_nodes):
+                others = [self.values.get(other) for other in user.all_input_nodes if other is not node]
+                if any(isinstance(o, tuple) or (isinstance(o, Value) and not o.constant) for o in others):
                     return None
                 moved = {lead: self._carry(user, label) for lead, label in labels.items()}
                 if not all(
@@ -204,10 +209,6 @@ class _Finder:
                         continue
                 pending.append((user, moved))
         return found
-
-    def _is_activation(self, node: fx.Node) -> bool:
-        value = self.values.get(node)
-        return (isinstance(value, Value) and not value.constant) or isinstance(value, tuple)
 
     def _carry(self, node: fx.Node, label: Any) -> Any:
         """A label tensor moved the way ``node`` moves its input at every size, or ``None`` if the node does
@@ -233,10 +234,6 @@ def _upstream(use: Use) -> list[fx.Node]:
         found.insert(0, node)
         pending += node.all_input_nodes
     return found
-
-
-def _label(shape: tuple[int, ...], dim: int) -> Tensor:
-    return torch.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
 
 
 def _moves_alike(node: fx.Node, rule: Rule) -> bool:

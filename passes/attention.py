@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fasp_fx.analysis._analysis import Analysis
 from fasp_fx.analysis.channels import Walk
@@ -16,21 +17,17 @@ from fasp_fx.capturing._program import Program
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
-def pin_attention_scale(program: Program, analysis: Analysis, walk: Walk, gone: np.ndarray) -> Program:
-    """Write out attention's implicit scale, 1/√(head width), before the width changes."""
-    implicit = {
-        node.name: _width(walk.executed[node.args[0]])
-        for node in program.module.graph.find_nodes(op="call_function", target=_ATTENTION)
-        if node.kwargs.get("scale") is None
-    }
-    if not implicit:
-        return program
-    program = program.copy()
-    for node in program.module.graph.find_nodes(op="call_function", target=_ATTENTION):
-        if node.name in implicit:
-            node.update_kwarg("scale", 1.0 / math.sqrt(implicit[node.name]))
+def pin_attention_scale(originals: Mapping[fx.Node, fx.Node], walk: Walk) -> None:
+    """Write out attention's implicit scale, 1/√(head width), before the width changes.
+
+    Args:
+        originals: of the nodes of a copy, those of the program that was walked.
+    """
+    for node, original in originals.items():
+        if node.target is _ATTENTION and node.kwargs.get("scale") is None:
+            width = _width(walk.executed[original.args[0]])  # type: ignore[index]
+            node.update_kwarg("scale", 1.0 / math.sqrt(width))
             stamp(node, "pin_attention_scale")
-    return program
 
 
 def pad_value_heads(program: Program, analysis: Analysis, walk: Walk, gone: np.ndarray) -> Program:

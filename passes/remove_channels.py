@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Container, Sequence
@@ -15,14 +16,14 @@ from fasp_fx.analysis._analysis import Analysis
 from fasp_fx.analysis.channels import Numbering, Slot, Value, Walk
 from fasp_fx.base._stamps import stamp
 from fasp_fx.base.compat import pytree
-from fasp_fx.capturing._fx import arguments, set_argument
+from fasp_fx.capturing._fx import arguments, set_argument, views_may_copy
 from fasp_fx.capturing._program import Cut, Program, Recipe
-from fasp_fx.patterns import VIEWS, Clause, lookup
+from fasp_fx.patterns import Clause, lookup
 
 from ._kept import Kept
+from .attention import pin_attention_scale
 
 _NAME = "remove_channels"
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def remove_channels(program: Program, analysis: Analysis, walk: Walk, gone: np.ndarray) -> Program:
@@ -36,7 +37,10 @@ def remove_channels(program: Program, analysis: Analysis, walk: Walk, gone: np.n
         return program
     old, program = program.module.graph, program.copy()
     originals = dict(zip(program.module.graph.nodes, old.nodes, strict=True))
+    pin_attention_scale(originals, walk)
     _resize(originals, walk, Kept(gone))
+    # Other widths can mean other strides (attention picks another kernel), under which no view may be.
+    views_may_copy(program.module.graph)
     _cut_weights(program, analysis, gone)
     _cut_inputs(program, analysis, gone)
     return program
@@ -126,20 +130,9 @@ def _cut_inputs(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
 
 
 def _resize(originals: dict[fx.Node, fx.Node], walk: Walk, kept: Kept) -> None:
-    laid_out_anew: set[fx.Node] = set()
     for node, old in originals.items():
-        if node.op != "call_function":
-            continue
-        operands = [value for n in old.all_input_nodes if isinstance(value := walk.values.get(n), Value)]
-        if any(n in laid_out_anew for n in node.all_input_nodes) or (
-            node.target is _ATTENTION and any(map(kept.touches, operands))
-        ):
-            # Other widths can mean other strides (attention picks another kernel), under which a view may be
-            # impossible, also one that loses nothing.
-            laid_out_anew.add(node)
-            if str(node.target) in VIEWS:
-                _reshape(node)
-        if not _clauses(node):
+        rule = lookup(node.target) if node.op == "call_function" else None
+        if rule is None or not rule.clauses:
             continue
         results = walk.values.get(old)
         outputs = [
@@ -150,38 +143,16 @@ def _resize(originals: dict[fx.Node, fx.Node], walk: Walk, kept: Kept) -> None:
         source = next(
             (walk.values.get(n) for n in old.all_input_nodes if isinstance(walk.values.get(n), Value)), None
         )
-        if _made_anew(node):
+        if rule.creates or rule.tallies is not None:
             source = outputs[0] if outputs else None
         if not isinstance(source, Value) or not (
             kept.touches(source) or any(kept.touches(output) for output in outputs)
         ):
             continue
-        if str(node.target) in VIEWS:
-            _reshape(node)
-        for clause in _clauses(node):
+        for clause in rule.clauses:
             rewrite = _REWRITES.get(clause.keyword)
             if rewrite is not None and rewrite(node, clause, source, outputs, kept):
                 stamp(node, _NAME)
-
-
-def _reshape(node: fx.Node) -> None:
-    """Copy where a view is impossible."""
-    node.target, node.args, node.kwargs = (
-        torch.ops.aten.reshape.default,
-        (node.args[0], arguments(node)["size"]),
-        {},
-    )
-    stamp(node, _NAME)
-
-
-def _made_anew(node: fx.Node) -> bool:
-    rule = lookup(node.target)
-    return rule is not None and (rule.creates or rule.tallies is not None)
-
-
-def _clauses(node: fx.Node) -> tuple[Clause, ...]:
-    rule = lookup(node.target)
-    return () if rule is None else rule.clauses
 
 
 def _shape(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
@@ -308,8 +279,10 @@ def _factor(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], 
     )
 
 
-def _count(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
-    return set_argument(node, clause.words[0], kept.size(outputs[0], len(outputs[0].shape) - 1))
+def _count(
+    node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept, last: int = 0
+) -> bool:
+    return set_argument(node, clause.words[0], kept.size(outputs[0], len(outputs[0].shape) - 1) - last)
 
 
 def _length(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
@@ -318,10 +291,6 @@ def _length(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], 
     if length is None or isinstance(length, fx.Node) or kept.size(outputs[0], dim) == outputs[0].shape[dim]:
         return False
     return set_argument(node, clause.words[0], kept.size(outputs[0], dim))
-
-
-def _last(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
-    return set_argument(node, clause.words[0], kept.size(outputs[0], len(outputs[0].shape) - 1) - 1)
 
 
 _REWRITES: dict[str, Callable[[fx.Node, Clause, Value, list[Value], Kept], bool]] = {
@@ -334,5 +303,5 @@ _REWRITES: dict[str, Callable[[fx.Node, Clause, Value, list[Value], Kept], bool]
     "factor": _factor,
     "count": _count,
     "length": _length,
-    "last": _last,
+    "last": functools.partial(_count, last=1),
 }

@@ -27,7 +27,6 @@ from ..base._options import is_number
 from ..base._tolerable import tolerable
 from ..base.compat import HigherOrderOperator, OpOverload
 from ..capturing._fx import arguments, attribute
-from ..capturing._runner import record
 from ..capturing._sizes import Sizes
 from ..errors import ArgumentError, BudgetError
 
@@ -290,14 +289,10 @@ def _example_shapes(analysis: Analysis) -> ShapeOf:
     """The shapes of what nodes make, at the sizes of the example inputs, as the capture recorded them; the
     analysis runs at small sizes where it can.
     """
-    module, copy = analysis.program.module, analysis.program.copy().module
-    if any("val" not in node.meta for node in _calls(module.graph)):  # which a pass has made
-        record(copy)
-    pairs, sizes = zip(module.graph.nodes, copy.graph.nodes, strict=True), Sizes(module, small=False)
-    made = {node: node.meta.get("val", copied.meta.get("val")) for node, copied in pairs}
+    module, sizes = analysis.program.module, Sizes(analysis.program.module, small=False)
 
     def shape(node: fx.Node) -> tuple[int, ...]:
-        value: Any = attribute(module, str(node.target)) if node.op == "get_attr" else made[node]
+        value = attribute(module, str(node.target)) if node.op == "get_attr" else node.meta["val"]
         return tuple(sizes.integer(size) for size in value.shape)
 
     return shape

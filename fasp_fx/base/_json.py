@@ -37,9 +37,7 @@ class _Header:
     kind: str = "none"
 
 
-@functools.cache
-def _adapter(target: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(target)
+_adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
 
 
 def parse(

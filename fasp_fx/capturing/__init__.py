@@ -4,11 +4,11 @@ from ._capture import capture, in_training, recapture
 from ._export import export_again
 from ._functional import is_plain_graph, take_apart
 from ._fx import is_pure
-from ._rewrites import any_number_of_steps
+from ._shapes import by_shapes
 from ._sizes import lower_bound, recorded_shapes, upper_bound
 
 __all__ = [
-    "any_number_of_steps",
+    "by_shapes",
     "capture",
     "export_again",
     "in_training",

@@ -45,7 +45,6 @@ from ..base.compat import (
 from ..errors import VerificationError
 from ._fx import attribute, results, target_name
 from ._program import ExportFacts, assumed, environment_of
-from ._rewrites import any_number_of_steps
 from ._runner import record
 
 _log = logging.getLogger("fasp_fx")
@@ -143,7 +142,8 @@ class Assembly:
             # By the caller's name, which a weight can have too.
             made = seen[node] = graph.placeholder(str(node.target))
             made.meta = dict(node.meta)
-            specs.append(InputSpec(InputKind.USER_INPUT, _renamed(argument, made.name), None))
+            more = (argument.value,) if isinstance(argument, ConstantArgument) else ()
+            specs.append(InputSpec(InputKind.USER_INPUT, type(argument)(made.name, *more), None))
         return specs
 
     def _exported(self, whole: bool) -> ExportedProgram:
@@ -191,7 +191,10 @@ def ready(
     if (
         mode is None
         or not all(_is_functional(node) for node in module.graph.nodes)
-        or not _looks_up_tensors(module)
+        or not all(
+            isinstance(attribute(module, target_name(node)), Tensor)
+            for node in module.graph.find_nodes(op="get_attr")
+        )
     ):
         return None
     if assumed(module.graph) != facts.assumed or not _recorded(module):
@@ -238,8 +241,6 @@ def _recorded(module: fx.GraphModule) -> bool:
     environment = environment_of(module.graph)
     with (
         quiet(),
-        any_number_of_steps(),
-        _no_kernels(),
         contextlib.nullcontext() if environment is None else refuse_new_guards(environment),
     ):
         try:
@@ -248,34 +249,6 @@ def _recorded(module: fx.GraphModule) -> bool:
             _log.info("the program is traced: %s", error)
             return False
     return True
-
-
-@contextlib.contextmanager
-def _no_kernels() -> Iterator[None]:
-    """As an exporter has it, no library of kernels is asked what it takes: a convolution is recorded without
-    guards on the sizes for which one of them is worth while.
-    """
-    with (
-        torch.backends.mkldnn.flags(enabled=False),
-        torch.backends.nnpack.flags(enabled=False),
-        torch.backends.cudnn.flags(enabled=False),
-    ):
-        yield
-
-
-def _looks_up_tensors(module: fx.GraphModule) -> bool:
-    return all(
-        isinstance(attribute(module, target_name(node)), Tensor)
-        for node in module.graph.find_nodes(op="get_attr")
-    )
-
-
-def _renamed(argument: Any, name: str) -> Any:
-    return (
-        ConstantArgument(name, argument.value)
-        if isinstance(argument, ConstantArgument)
-        else type(argument)(name)
-    )
 
 
 def _argument(result: Any) -> Any:

@@ -123,7 +123,11 @@ def capture(
     if target is not None:
         exported = move_to_device_pass(exported, target)
     check_names((*exported.state_dict, *exported.constants))
-    _check_generators(exported)
+    if any(isinstance(held, torch.Generator) for held in exported.constants.values()):
+        raise CaptureError(
+            "forward makes a torch.Generator: a program keeps it and draws other numbers in each call, where"
+            " forward begins anew; draw the numbers once, and keep them in a buffer"
+        )
     module = exported.module(check_guards=False)
     own_names(module, module.graph)
     if isinstance(model, ExportedProgram):
@@ -131,14 +135,21 @@ def capture(
     remove_dropouts(module.graph)
     remove_dead(module.graph)
     example = exported.example_inputs
-    if example is None:
-        raise ArgumentError("the exported program carries no example inputs; pass them as args and kwargs")
+    assert example is not None  # or there was no signature
     inputs, outputs = state_positions(module, exported, signature.given(), state)
-    order = _order(model)
+    held = (
+        model.state_dict
+        if isinstance(model, ExportedProgram)
+        else dict(
+            [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        )
+    )
+    order = tuple(held)
     folding = fold_weights(module, order) if fold else Folding()
     notes = (*notes, *folding.notes)
     return Program(
-        _plain(module),
+        # without export's refusal of train() and eval() and without its hooks
+        graph_module(module, module.graph, module.meta, LazyGraphModule),
         signature,
         example,
         inputs,
@@ -149,27 +160,6 @@ def capture(
         replaced=folding.replaced,
         doubled=doubled,
         facts=ExportFacts.of(exported),
-    )
-
-
-def _check_generators(exported: ExportedProgram) -> None:
-    """Refuse a program that holds a generator of random numbers."""
-    if any(isinstance(held, torch.Generator) for held in exported.constants.values()):
-        raise CaptureError(
-            "forward makes a torch.Generator: a program keeps it and draws other numbers in each call, where"
-            " forward begins anew; draw the numbers once, and keep them in a buffer"
-        )
-
-
-def _order(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
-    if isinstance(model, ExportedProgram):
-        return tuple(model.state_dict)
-    return tuple(
-        name
-        for name, _ in [
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ]
     )
 
 
@@ -200,11 +190,6 @@ def in_training(module: nn.Module, path: str = "") -> Iterator[str]:
         yield from in_training(child, f"{path}.{name}" if path else name)
 
 
-def _plain(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph module without export's refusal of train() and eval() and without its hooks."""
-    return graph_module(module, module.graph, module.meta, LazyGraphModule)
-
-
 def _exported_signature(
     exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> CallSignature:
@@ -223,7 +208,8 @@ def recapture(program: Program, exported: ExportedProgram) -> Program:
     """
     exported = functional(exported)
     read_stamps(exported.graph)
-    module = _plain(exported.module(check_guards=False))
+    module = exported.module(check_guards=False)
+    module = graph_module(module, module.graph, module.meta, LazyGraphModule)
     take_apart(module.graph)
     inputs, before = module.graph.find_nodes(op="placeholder"), program.placeholders()
     if len(inputs) != len(before) or len(results(module.graph)) != len(results(program.module.graph)):
@@ -420,8 +406,8 @@ def _versions(program: Program) -> dict[str, int | None]:
     """
     own = set(written_names(program.module.graph))
     held = {**program.weights(), **program.replaced}  # a folded weight can have the name of one of those
-    return {name: _version(tensor) for name, tensor in held.items() if name not in own}
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+    return {
+        name: None if tensor.is_inference() else tensor._version
+        for name, tensor in held.items()
+        if name not in own
+    }

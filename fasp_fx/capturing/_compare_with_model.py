@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -152,7 +153,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _at_one(program: Program, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """The first entry of the example inputs along every dimension that varies and may be as small; ``None``
-    if none does, or some vary together with others.
+    if there is no other, or some vary together with others.
     """
     leaves = program.flat_inputs(args, kwargs)
     shapes = {
@@ -166,12 +167,13 @@ def _at_one(program: Program, args: Any, kwargs: dict[str, Any]) -> tuple[Any, d
 
     def cut(leaf: Any) -> Any:
         for dim, size in enumerate(shapes.get(id(leaf), ())):
-            if is_dynamic(size) and lower_bound(size) <= _LEAST:  # a call with less is refused
-                leaf = leaf.narrow(dim, 0, min(1, leaf.shape[dim]))
+            if is_dynamic(size) and lower_bound(size) <= _LEAST and leaf.shape[dim] > 1:  # or it is refused
+                leaf = leaf.narrow(dim, 0, 1)
         return leaf
 
     found: tuple[Any, dict[str, Any]] = pytree.tree_map(cut, (args, kwargs))
-    return found
+    same = map(operator.is_, pytree.tree_leaves(found), pytree.tree_leaves((args, kwargs)))
+    return None if all(same) else found
 
 
 def _noted(program: Program, trouble: str) -> Program:

@@ -20,13 +20,12 @@ from ..base.compat import (
     PyTreeCodeGen,
     compile_graphs,
     compiled_when_called,
-    is_of_fake_cache,
     pytree,
-    without_fake_cache,
 )
 from ..errors import ArgumentError, ExportError, first_line
 from ._functional import functional, out_of_place, take_apart
-from ._rewrites import any_number_of_steps, as_weights, fixed_sizes, padded_in_order, settled_as_numbers
+from ._rewrites import as_weights, fixed_sizes, padded_in_order, settled_as_numbers
+from ._shapes import by_shapes
 from ._signature import CallerCodeGen, CallSignature, is_plain
 from ._sizes import (
     all_dims,
@@ -95,10 +94,10 @@ def export(
                     model, signature, names, inputs, functools.partial(shapes, fixed=features)
                 )
             images = images_of(inputs.values()) if dynamic_shapes is None and shapes is all_dims else set()
-            alike = ", ".join(f"'{name}'" for name, value in inputs.items() if id(value) in images)
             fixed = (
-                f"all sizes of {alike} but the first are fixed to those of the example, as images have four"
-                " dimensions and more; dynamic_shapes= lets them vary"
+                f"all sizes of {', '.join(repr(name) for name in inputs if id(inputs[name]) in images)}"
+                " but the first are fixed to those of the example, as images have four dimensions and more;"
+                " dynamic_shapes= lets them vary"
             )
             said = (
                 *filter(None, (note, fixed if images else "")),
@@ -155,7 +154,7 @@ def _undisturbed(
     """One attempt, which finds the model as it was and leaves it so, and the names of the attributes that its
     forward sets.
     """
-    with quiet(), torch.no_grad(), any_number_of_steps(), unchanged(model) as changed:
+    with quiet(), torch.no_grad(), by_shapes(), unchanged(model) as changed:
         exported = _export_once(model, signature, names, inputs, shapes)
     return exported, changed
 
@@ -203,22 +202,7 @@ def _export_once(
 
 
 def _rewritten(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
-    """What is traced, in operators that return what they compute and have rules, as far as that can be; once
-    more without torch's cache of fake results if that is what failed.
-
-    The cache compares sizes while operators are traced, and cannot do so for some products of three symbols
-    (the table of a block mask over dynamic lengths has such); the operators themselves trace well.
-    """
-    try:
-        return _rewritten_once(trace)
-    except TypeError as error:
-        if not is_of_fake_cache(error):
-            raise
-    with without_fake_cache():
-        return _rewritten_once(trace)
-
-
-def _rewritten_once(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
+    """What is traced, in operators that return what they compute and have rules, as far as that can be."""
     with compiled_when_called():
         exported = trace()
     exported = as_weights(settled_as_numbers(exported))
@@ -257,7 +241,7 @@ def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[st
     """Export a rewritten graph module; guards, ranges and recorded shapes are made anew."""
     args, kwargs = example
     compile_graphs(module)  # an exporter asks for its signature before it calls it
-    with quiet(), torch.no_grad(), any_number_of_steps(), _called_as(module, {}, kwargs):
+    with quiet(), torch.no_grad(), by_shapes(), _called_as(module, {}, kwargs):
         shapes = recorded_shapes(module.graph, example).dynamic_shapes(module, args, kwargs)
         return _rewritten(
             lambda: torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)

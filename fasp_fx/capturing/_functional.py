@@ -21,7 +21,6 @@ from ..base.compat import (
     HigherOrderOperator,
     OpOverload,
     aot_export_module,
-    composites_read_once,
     decomposition_table,
     is_composite,
     is_transform,
@@ -31,7 +30,8 @@ from ..base.compat import (
 from ..errors import first_line
 from ..patterns import lookup
 from ._fx import remove_dropouts, views_may_copy
-from ._rewrites import LAYERS, any_number_of_steps, own_states
+from ._rewrites import LAYERS, own_states
+from ._shapes import by_shapes
 
 _log = logging.getLogger("fasp_fx")
 
@@ -44,7 +44,7 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
     """
     if all(map(_is_functional, exported.graph.nodes)):
         return exported
-    with quiet(), composites_read_once():
+    with quiet():
         return exported.run_decompositions({})
 
 
@@ -65,14 +65,14 @@ def take_apart(graph: fx.Graph) -> None:
 
     What cannot be followed so (it asks for what a symbolic size is, say) stays whole.
     """
-    waiting = list(graph.nodes)
+    waiting, known = list(graph.nodes), dict[str, fx.Graph]()
     while waiting:
         node = waiting.pop()
         way = _way_apart(node)
         if way is None:
             continue
         try:
-            waiting += _written_out(node, way)
+            waiting += _written_out(node, way, known)
         except tolerable(Exception) as reason:  # a decomposition raises what it likes
             _log.info("'%s' (%s) stays whole: %s", node.name, node.target, first_line(reason))
     own_states(graph)
@@ -94,31 +94,16 @@ def _way_apart(node: fx.Node) -> Callable[..., Any] | None:
     return operator.decompose if is_composite(operator) else decomposition_table.get(operator)
 
 
-def _written_out(node: fx.Node, way: Callable[..., Any]) -> list[fx.Node]:
-    """The nodes that stand in the place of one."""
-    graph, given = node.graph, node.all_input_nodes
-    recorded = [operand.meta["val"] for operand in given]
+def _written_out(node: fx.Node, way: Callable[..., Any], known: dict[str, fx.Graph]) -> list[fx.Node]:
+    """The nodes that stand in the place of one.
 
-    def compute(*values: Any) -> Any:
-        known = dict(zip(given, values, strict=True))
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
-        with without_overrides():  # a tracer's own would record the operator as it is
-            made = way(*args, **kwargs)
-        if made is NotImplemented:
-            raise NotImplementedError
-        return (made,) if isinstance(made, Tensor) else tuple(made)
-
-    module = nn.Module()
-    module.forward = compute
-    with quiet(), torch.no_grad(), any_number_of_steps():
-        made, _ = aot_export_module(module, recorded, trace_joint=False, pre_dispatch=True, decompositions={})
-    traced = cast(fx.GraphModule, made).graph
-    if any(
-        each.op == "get_attr" or (each.target == node.target and node.target not in LAYERS)
-        for each in traced.nodes
-    ):
-        raise NotImplementedError  # or it would be taken apart for ever
-    views_may_copy(traced)  # what is executed can lie otherwise: a trace copies in ``to``
+    Args:
+        known: what stands for others; that of a call just like one of these is not traced again.
+    """
+    graph, given, call = node.graph, node.all_input_nodes, _call(node)
+    if call not in known:
+        known[call] = _traced(node, way)
+    traced = known[call]
     copied = dict(zip(traced.find_nodes(op="placeholder"), given, strict=True))
     with graph.inserting_before(node):
         results: Any = graph.graph_copy(traced, copied)
@@ -136,6 +121,45 @@ def _written_out(node: fx.Node, way: Callable[..., Any]) -> list[fx.Node]:
     if not one:
         graph.erase_node(node)
     return written
+
+
+def _call(node: fx.Node) -> str:
+    """What an operator is called with, in words, but for which nodes give it."""
+    given = node.all_input_nodes
+
+    def said(operand: fx.Node) -> Any:
+        made = operand.meta["val"]
+        return f"{given.index(operand)}: {made} {made.stride() if isinstance(made, Tensor) else ()}"
+
+    return f"{node.target}{fx.map_arg((node.args, dict(node.kwargs)), said)}"
+
+
+def _traced(node: fx.Node, way: Callable[..., Any]) -> fx.Graph:
+    """What an operator is made of, in terms of its operands."""
+    given = node.all_input_nodes
+
+    def compute(*values: Any) -> Any:
+        known = dict(zip(given, values, strict=True))
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+        with without_overrides():  # a tracer's own would record the operator as it is
+            made = way(*args, **kwargs)
+        if made is NotImplemented:
+            raise NotImplementedError
+        return (made,) if isinstance(made, Tensor) else tuple(made)
+
+    module = nn.Module()
+    module.forward = compute
+    with quiet(), torch.no_grad(), by_shapes():
+        recorded = [operand.meta["val"] for operand in given]
+        made, _ = aot_export_module(module, recorded, trace_joint=False, pre_dispatch=True, decompositions={})
+    traced = cast(fx.GraphModule, made).graph
+    if any(
+        each.op == "get_attr" or (each.target == node.target and node.target not in LAYERS)
+        for each in traced.nodes
+    ):
+        raise NotImplementedError  # or it would be taken apart for ever
+    views_may_copy(traced)  # what is executed can lie otherwise: a trace copies in ``to``
+    return traced
 
 
 def _read_off_inputs(size: fx.Node) -> None:
@@ -245,7 +269,7 @@ def _twin(node: fx.Node) -> OpOverload | None:
     target: Any = node.target
     packet = getattr(getattr(torch.ops, target.namespace), target._opname.removesuffix("_"), None)
     twin = getattr(packet, target._overloadname, None)
-    if not isinstance(twin, OpOverload) or twin._schema.is_mutable or twin in WAYS:
+    if not isinstance(twin, OpOverload) or twin._schema.is_mutable:
         return None
     first, *rest = target._schema.arguments
     others = [argument.name for argument in twin._schema.arguments[1:]]

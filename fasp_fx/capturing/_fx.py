@@ -117,8 +117,9 @@ def viewed(node: fx.Node) -> fx.Node:
 
 def views_may_copy(graph: fx.Graph) -> None:
     """Let changes of shape copy where no view can be."""
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        node.target = torch.ops.aten.reshape.default
+    for view in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+        for node in graph.find_nodes(op="call_function", target=view):
+            node.target = torch.ops.aten.reshape.default
 
 
 def way_from_weight(operand: fx.Node) -> list[fx.Node]:

@@ -4,7 +4,6 @@ meanwhile, or said of it.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import keyword
@@ -19,10 +18,11 @@ from torch.export.graph_signature import InputKind, InputSpec
 
 from ..base._stamps import stand_for
 from ..base._tensors import storage_of
-from ..base.compat import OpOverload, settled_by, traced_by
+from ..base.compat import OpOverload, settled_by
 from ..errors import CaptureError
 from ._fx import arguments, views_may_copy
 from ._program import region
+from ._shapes import RECURRENT
 
 # --- Sizes that an exporter took to vary until the program said what they are: numbers, once it is known.
 #
@@ -212,40 +212,7 @@ def own_names(module: nn.Module, graph: fx.Graph) -> None:
             node._rename(wanted)
 
 
-# --- Recurrent layers over any number of steps.
-#
-# What an exporter needs to know of a recurrent operator are the shapes of its results. Torch finds them
-# by running a decomposition step by step, which fixes the number of steps; here they are read off the
-# shapes of the operands.
-
-
-def _shapes_alone(
-    input: Tensor,
-    hx: Any,
-    params: list[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> Any:
-    """An output for each step, ``[steps, sequences, width]`` or ``[sequences, steps, width]`` as the input
-    is, and states as those given.
-    """
-    states = hx if isinstance(hx, (list, tuple)) else [hx]
-    width = states[0].shape[-1] * (2 if bidirectional else 1)
-    return input.new_empty([*input.shape[:2], width]), *map(torch.empty_like, states)
-
-
-_KERNELS: dict[OpOverload, Callable[..., Any]] = dict.fromkeys(
-    (_ATEN.lstm.input, _ATEN.gru.input, _ATEN.rnn_tanh.input, _ATEN.rnn_relu.input), _shapes_alone
-)
-
-
-def any_number_of_steps() -> contextlib.AbstractContextManager[None]:
-    """Recurrent operators that are traced inside do not fix the number of steps."""
-    return traced_by(_KERNELS)
+# --- Recurrent layers of a graph, one by one.
 
 
 _ZEROS = (_ATEN.zeros.default, _ATEN.new_zeros.default)
@@ -297,7 +264,7 @@ def _layer_by_layer(
 
 #: how recurrent operators are taken apart
 LAYERS: dict[OpOverload, Callable[..., Any]] = {
-    operator: functools.partial(_layer_by_layer, operator) for operator in _KERNELS
+    operator: functools.partial(_layer_by_layer, operator) for operator in RECURRENT
 }
 
 
@@ -305,7 +272,7 @@ def own_states(graph: fx.Graph) -> None:
     """Let recurrent layers that begin with zeros begin with zeros of their own, so that no layers are coupled
     by them. They are made like the input, so that they go with the module to another device or type.
     """
-    for node in [node for node in graph.nodes if node.target in _KERNELS]:
+    for node in [node for node in graph.nodes if node.target in RECURRENT]:
         for state in node.all_input_nodes:
             zeros: Any = state.args[0] if state.target is _ATEN.slice.Tensor else state
             is_own = state.target is _ATEN.new_zeros.default and len(state.users) == 1

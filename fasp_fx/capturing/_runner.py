@@ -17,6 +17,7 @@ from ..patterns import VIEWS
 from ._attention import execute
 from ._fx import attribute, written_inputs, written_names
 from ._program import Program
+from ._shapes import by_shapes
 from ._sizes import same_sizes
 
 
@@ -249,5 +250,5 @@ def record(module: fx.GraphModule, everything: bool = True) -> None:
     recorder = _Recorder(module, mode, everything)
     recorder.extra_traceback = False
     # operators that are made of others take symbolic sizes only in Python
-    with torch.no_grad(), mode, enable_python_dispatcher():
+    with torch.no_grad(), by_shapes(), mode, enable_python_dispatcher():
         recorder.run(*given, enable_io_processing=False)

@@ -27,7 +27,7 @@ from ..base.compat import (
     lookup_backend,
     tracing,
 )
-from ..capturing import any_number_of_steps, is_plain_graph, take_apart
+from ..capturing import by_shapes, is_plain_graph, take_apart
 from ..capturing._attention import FLEX
 from ..capturing._program import Program, Recipe, graph_module
 from ..capturing._signature import CallSignature
@@ -352,7 +352,7 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
 
 
 def _traced(module: nn.Module, given: list[Any]) -> fx.GraphModule:
-    with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad(), any_number_of_steps():
+    with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad(), by_shapes():
         made, signature = aot_export_module(
             module, given, trace_joint=False, pre_dispatch=True, decompositions={}
         )

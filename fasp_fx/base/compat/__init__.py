@@ -16,18 +16,19 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._export.utils
 import torch.export._trace
 import torch.fx.config
 from torch import nn
 from torch._C import DispatchKey
 from torch._decomp import decomposition_table
+from torch._decomp.decompositions import matmul as decomposed_matmul
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext, tracing
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_impls import get_fast_op_impls
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -64,16 +65,6 @@ def silent_fake_tensors() -> contextlib.AbstractContextManager[object]:
     return mock.patch.object(logging.getLogger(FAKE_LOGGER), "disabled", True)
 
 
-def without_fake_cache() -> contextlib.AbstractContextManager[None]:
-    """Trace without torch's cache of what operators made of fake tensors."""
-    return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
-
-
-def is_of_fake_cache(error: BaseException) -> bool:
-    """Whether it was that cache that raised an error, and no operator."""
-    return any(frame.name == "_make_cache_entry" for frame in traceback.extract_tb(error.__traceback__))
-
-
 def silent_export() -> contextlib.AbstractContextManager[object]:
     """Keep ``torch.export`` from printing, once for each attempt, the graph it had when it failed."""
     return mock.patch.object(torch.export._trace, "print", create=True)
@@ -104,8 +95,6 @@ def compile_graphs(module: nn.Module) -> None:
 
 #: calls of operators inside are not intercepted by ``__torch_function__``, that of a mode included
 without_overrides = torch._C.DisableTorchFunction
-#: what torch reads that list with
-_READ = "_materialize_cpp_cia_ops"
 _TRACED = (DispatchKey.Autograd, DispatchKey.CompositeImplicitAutograd, DispatchKey.Meta)
 
 
@@ -121,19 +110,27 @@ def is_transform(target: Any) -> bool:
     return str(getattr(target, "__module__", "")).startswith("torch._functorch")
 
 
-def composites_read_once() -> contextlib.AbstractContextManager[object]:
-    """Let torch read the list of all composite operators once inside; without, it does for each namespace of
-    operators whenever it decomposes.
-    """
-    module = torch._export.utils
-    read = getattr(module, _READ, lambda: None)
-    return mock.patch.object(module, _READ, functools.cache(read), create=True)
-
-
 @contextlib.contextmanager
-def traced_by(kernels: Mapping[OpOverload, Callable[..., Any]]) -> Iterator[None]:
-    """Let exporters find what operators return by functions of ours."""
+def traced_by(
+    kernels: Mapping[OpOverload, Callable[..., Any]], fakes: Mapping[OpOverload, Callable[..., Any]]
+) -> Iterator[None]:
+    """Let exporters find what operators return by functions of ours, and without torch's cache of what fake
+    tensors became: where sizes vary it costs more than it saves, and compares sizes that cannot be compared
+    (some products of three symbols, as in the table of a block mask over dynamic lengths).
+
+    Args:
+        kernels: of operators that an exporter records whole, or takes apart.
+        fakes: of those below, given fake tensors of sizes that vary.
+    """
+
+    def run(kernel: Callable[..., Any], mode: FakeTensorMode, *args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return kernel(*args, **kwargs)
+
+    made = {operator: functools.partial(run, kernel) for operator, kernel in fakes.items()}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(torch._dynamo.config.patch(fake_tensor_cache_enabled=False))
+        stack.enter_context(mock.patch.dict(get_fast_op_impls(), made))
         for operator, kernel in kernels.items():
             stack.callback(operator._dispatch_cache.clear)
             stack.enter_context(mock.patch.dict(operator.py_kernels, dict.fromkeys(_TRACED, kernel)))
@@ -202,7 +199,7 @@ __all__ = [
     "assign_attr",
     "compile_graphs",
     "compiled_when_called",
-    "composites_read_once",
+    "decomposed_matmul",
     "decomposition_table",
     "enable_python_dispatcher",
     "forward_from_src",
@@ -210,7 +207,6 @@ __all__ = [
     "guards_of",
     "int_oo",
     "is_composite",
-    "is_of_fake_cache",
     "is_transform",
     "lookup_backend",
     "pytree",
@@ -221,7 +217,6 @@ __all__ = [
     "take_guards",
     "traced_by",
     "tracing",
-    "without_fake_cache",
     "without_overrides",
     "without_stack_traces",
 ]

@@ -182,6 +182,8 @@ class _Execution(fx.Interpreter):
 #: sizes of a small run, all different so that none can stand for another; multiples of the usual divisors
 #: among them
 _SMALL = (3, 5, 7, 4, 6, 8, 9, 12, 16)
+#: those of a batch, each sample of which is a run by itself
+_BATCHES = (1, 3, 2, 4, 5, 6, 7, 8, 9)
 #: positions behind which is looked as well: some things happen only there (causal attention, offsets)
 _LONGER = 17
 #: how many inputs of other sizes are offered at most
@@ -265,13 +267,13 @@ def inputs_for(program: Program) -> Iterator[Inputs]:
 
 def _dynamic(program: Program) -> dict[_Place, torch.SymInt]:
     """The sizes that can vary."""
-    found: dict[_Place, torch.SymInt] = {}
-    for index, node in enumerate(program.placeholders()):
-        value = node.meta.get("val")
-        for dim, size in enumerate(value.shape) if isinstance(value, Tensor) else [(None, value)]:
-            if is_dynamic(size):
-                found[(index, dim)] = size
-    return found
+    recorded = [node.meta.get("val") for node in program.placeholders()]
+    return {
+        (index, dim): size
+        for index, value in enumerate(recorded)
+        for dim, size in (enumerate(value.shape) if isinstance(value, Tensor) else [(None, value)])
+        if is_dynamic(size)
+    }
 
 
 def _holds_one_number(leaf: Tensor) -> bool:
@@ -334,7 +336,10 @@ def _assignments(dynamic: dict[_Place, torch.SymInt], grow: bool) -> list[dict[s
             {s: size.hint if size.is_batch else _LONGER + 2 * size.place for s, size in symbols.items()}
         )
         offered += [
-            {s: _SMALL[(size.place + start) % len(_SMALL)] for s, size in symbols.items()}
+            {
+                s: (_BATCHES if size.is_batch else _SMALL)[(size.place + start) % len(_SMALL)]
+                for s, size in symbols.items()
+            }
             for start in range(len(_SMALL))
         ]
     offered += [{s: size.hint + step * (1 + size.place) for s, size in symbols.items()} for step in (1, 2, 3)]

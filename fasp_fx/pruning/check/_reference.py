@@ -7,6 +7,9 @@ that nothing is believed of how they move it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,15 +28,17 @@ from ...patterns import lookup
 _ZERO = False
 
 
-def masked_program(analysis: Analysis, decision: Decision) -> Program:
-    """The analysed program with the decided weights in place of its own and what was removed masked; tensors
-    are shared. It can be run node by node, and neither be compiled nor exported.
+def masked_program(analysis: Analysis, decision: Decision, program: Program | None = None) -> Program:
+    """A program with the decided weights in place of its own and what was removed masked; tensors are shared.
+    It can be run node by node, and neither be compiled nor exported.
 
     Args:
         analysis: of the program, perhaps with fused weights split.
         decision: what is removed, and the repaired weights.
+        program: the captured one, with its fused weights whole, so that nothing is believed of how they were
+            split; ``None``: the analysed one.
     """
-    made = _Masking(analysis, decision)
+    made = _Masking(analysis, decision, analysis.program if program is None else program)
     made.mask_uses()
     if EXEMPT in analysis.include:
         made.mask_products()
@@ -43,23 +48,42 @@ def masked_program(analysis: Analysis, decision: Decision) -> Program:
 
 
 class _Masking:
-    """Writes masks into a copy of the analysed program."""
+    """Writes masks into a copy of a program, in which nodes and weights have the names that they have in the
+    analysed one, but for those that were split.
+    """
 
-    def __init__(self, analysis: Analysis, decision: Decision) -> None:
-        self.program, self.analysis = analysis.program.copy(), analysis
+    def __init__(self, analysis: Analysis, decision: Decision, program: Program) -> None:
+        self.program, self.analysis = program.copy(), analysis
         self.gone = np.append(decision.gone, False)  # the last entry serves NONE (-1): never removed
         self.graph = self.program.module.graph
         self.nodes = {node.name: node for node in self.graph.nodes}
-        self.canonical, aliases = analysis.program.canonical(), analysis.program.aliases()
+        self.canonical, self.aliases = analysis.program.canonical(), analysis.program.aliases()
+        self.split = {
+            name: part for name, part in analysis.program.parts.items() if name not in program.parts
+        }
         for name, value in decision.weights.items():
-            self.program.replace_weight(aliases[self.canonical[name]], value.detach())
+            self._put(name, lambda _, value=value: value.detach())  # type: ignore[misc]
+
+    def _put(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
+        """Put what is made of a weight in its place; of one that was split off, among the rows it has."""
+        if name not in self.split:
+            held = attribute(self.program.module, name).detach()
+            self.program.replace_weight(self.aliases[self.canonical[name]], change(held))
+            return
+        part = self.split[name]
+        whole = attribute(self.program.module, part.source).detach().clone()
+        rows = torch.tensor(part.rows, device=whole.device)
+        whole.index_copy_(part.dim, rows, change(whole.index_select(part.dim, rows)))
+        self.program.replace_weight([part.source], whole)
 
     def mask_uses(self) -> None:
         """Zero the removed columns of every use of a weight, from which the way to it is repeated."""
         masks: dict[tuple[str, str], Tensor] = {}
         for use in self.analysis.walk.facts.uses:
             mask, key = self._columns(use), (use.node.name, use.operand.name)
-            if mask is not None:
+            if mask is not None and use.weight in self.split:  # looked up once, and nowhere else
+                self._put(use.weight, partial(_zeroed, stays=mask))
+            elif mask is not None:
                 masks[key] = mask & masks.get(key, mask)
         for (name, operand), mask in masks.items():
             node, (weight, *moves) = self.nodes[name], way_from_weight(self.nodes[operand])
@@ -103,6 +127,8 @@ class _Masking:
                     shape = attribute(self.analysis.program.module, slot.name).shape
                     mask, name = _along(slot, shape, own), self.canonical[slot.name]
                     masks[name] = mask & masks.get(name, mask)
+        for name in masks.keys() & self.split.keys():
+            self._put(name, partial(_zeroed, stays=masks[name]))
         for node in self.graph.find_nodes(op="get_attr"):
             name = self.canonical.get(str(node.target), "")
             if name in masks:
@@ -136,7 +162,8 @@ class _Masking:
                 given = torch.where(table[numbers.at(given.shape)].to(given.device), value, given)
             return given
 
-        node, source = self.nodes[product.node.name], self.nodes[product.operands[0].name]
+        node = self.nodes[product.node.name]
+        source = node.all_input_nodes[product.node.all_input_nodes.index(product.operands[0])]
         if lying:
             with self.graph.inserting_before(node):
                 node.replace_input_with(source, self.graph.call_function(masked, (source,)))
