@@ -5,7 +5,7 @@ import {readFileSync, writeFileSync} from "node:fs";
 import {getLlama} from "node-llama-cpp";
 
 const [model_path, chunks_path, out, cache] = process.argv.slice(2);
-const llama = await getLlama({build: "never", gpu: false, logLevel: "error"});
+const llama = await getLlama({build: "never", gpu: false, logLevel: "error", maxThreads: 1});
 const model = await llama.loadModel({modelPath: model_path, gpuLayers: 0});
 const chunks = JSON.parse(readFileSync(chunks_path, "utf8"));
 const kind = {experimentalKvCacheKeyType: cache, experimentalKvCacheValueType: cache};
@@ -23,11 +23,16 @@ for (const chunk of chunks) {
     }
     await sequence.clearHistory();
     const asked = chunk.map((token) => [token, {generateNext: {probabilities: true}}]);
-    const answers = await sequence.controlledEvaluate(asked);
-    found.push(answers.map(({next}, place) => ({
-        following: next.probabilities.get(chunk[place + 1]) ?? null,
-        likeliest: [...next.probabilities].slice(0, 20),
-    })));
+    const told = [];
+    while (told.length < chunk.length) {  // all probabilities of a few tokens at a time
+        const answers = await sequence.controlledEvaluate(asked.slice(told.length, told.length + 32));
+        for (const {next: {probabilities}} of answers)
+            told.push({
+                following: probabilities.get(chunk[told.length + 1]) ?? null,
+                likeliest: Array.from({length: 20}, function () { return this.next().value; }, probabilities.entries()),
+            });
+    }
+    found.push(told);
 }
 writeFileSync(out, JSON.stringify(found));
 process.exit(0);
