@@ -177,7 +177,13 @@ class _Finder:
         else is done to all of them, or to what lies along the other dimensions.
         """
         shape, recorded = self.values[root].shape, root.meta["val"].shape
-        leads = {lead: _label(shape, lead) for lead in range(len(shape)) if lead != dim}
+        leads = {
+            lead: torch.arange(shape[lead])
+            .reshape([-1 if other == lead else 1 for other in range(len(shape))])
+            .expand(shape)
+            for lead in range(len(shape))
+            if lead != dim
+        }
         found: list[_Part] = []
         pending: list[tuple[fx.Node, dict[int, Any]]] = [(root, leads)]
         while pending:
@@ -233,10 +239,6 @@ def _upstream(use: Use) -> list[fx.Node]:
         found.insert(0, node)
         pending += node.all_input_nodes
     return found
-
-
-def _label(shape: tuple[int, ...], dim: int) -> Tensor:
-    return torch.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
 
 
 def _moves_alike(node: fx.Node, rule: Rule) -> bool:

@@ -55,7 +55,8 @@ def _replace_by_bias(node: fx.Node, other: fx.Node) -> None:
     graph, key, end = node.graph, BIASES[node.target], laid_out(node)
     bias = None if key is None else arguments(node)[key]
     total = next(iter(end.users))
-    if bias is None and len(end.users) == 1 and _is_sum(total, other) and _stands_for(other, total):
+    is_sum = total.target is _ATEN.add.Tensor and other in total.all_input_nodes
+    if bias is None and len(end.users) == 1 and is_sum and _stands_for(other, total):
         total.replace_all_uses_with(other)
         graph.erase_node(total)
     else:
@@ -69,10 +70,6 @@ def _replace_by_bias(node: fx.Node, other: fx.Node) -> None:
         before = end.all_input_nodes[0]
         graph.erase_node(end)
         end = before
-
-
-def _is_sum(total: fx.Node, other: fx.Node) -> bool:
-    return total.target is _ATEN.add.Tensor and other in total.all_input_nodes
 
 
 def _stands_for(other: fx.Node, total: fx.Node) -> bool:

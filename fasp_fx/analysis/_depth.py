@@ -84,14 +84,11 @@ def beside(node: fx.Node) -> fx.Node | None:
             others = [read for read in user.all_input_nodes if read not in inside and _alike(read, node)]
             ends = all(reader is user or reader in inside for own in inside for reader in own.users)
             if user.target is _SUM and _alike(user, node) and len(others) == 1 and ends:
-                return others[0] if _is_before(others[0], node) and not user.kwargs else None
+                first = next(read for read in node.graph.nodes if read in (others[0], node))
+                return others[0] if first is not node and not user.kwargs else None
             inside.add(user)
         user = user.next
     return None
-
-
-def _is_before(first: fx.Node, second: fx.Node) -> bool:
-    return next(node for node in first.graph.nodes if node is first or node is second) is first
 
 
 def _is_a_block(group: Group, labels: np.ndarray, program: Program, walk: Walk, free: np.ndarray) -> bool:

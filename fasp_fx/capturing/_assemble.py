@@ -143,7 +143,12 @@ class Assembly:
             # By the caller's name, which a weight can have too.
             made = seen[node] = graph.placeholder(str(node.target))
             made.meta = dict(node.meta)
-            specs.append(InputSpec(InputKind.USER_INPUT, _renamed(argument, made.name), None))
+            renamed = (
+                ConstantArgument(made.name, argument.value)
+                if isinstance(argument, ConstantArgument)
+                else type(argument)(made.name)
+            )
+            specs.append(InputSpec(InputKind.USER_INPUT, renamed, None))
         return specs
 
     def _exported(self, whole: bool) -> ExportedProgram:
@@ -187,11 +192,15 @@ def ready(
         ``None`` for a program that has to be traced: it writes into its inputs or weights, has regions of its
             own or sizes that data decide, or needs something of its sizes that the capture did not.
     """
-    mode = _mode(module.graph)
+    recorded = (node.meta.get("val") for node in module.graph.nodes)
+    mode = next((value.fake_mode for value in recorded if isinstance(value, FakeTensor)), None)
     if (
         mode is None
         or not all(_is_functional(node) for node in module.graph.nodes)
-        or not _looks_up_tensors(module)
+        or not all(
+            isinstance(attribute(module, target_name(node)), Tensor)
+            for node in module.graph.find_nodes(op="get_attr")
+        )
     ):
         return None
     if assumed(module.graph) != facts.assumed or not _recorded(module):
@@ -215,13 +224,6 @@ def _weights(module: fx.GraphModule, mode: FakeTensorMode) -> Iterator[_Weight]:
         persistent = name in stored if kind is InputKind.BUFFER else None
         recorded = mode.from_tensor(value, static_shapes=True)
         yield _Weight(kind, name, recorded, persistent, without_values(value))
-
-
-def _mode(graph: fx.Graph) -> FakeTensorMode | None:
-    return next(
-        (value.fake_mode for node in graph.nodes if isinstance(value := node.meta.get("val"), FakeTensor)),
-        None,
-    )
 
 
 def _is_functional(node: fx.Node) -> bool:
@@ -261,21 +263,6 @@ def _no_kernels() -> Iterator[None]:
         torch.backends.cudnn.flags(enabled=False),
     ):
         yield
-
-
-def _looks_up_tensors(module: fx.GraphModule) -> bool:
-    return all(
-        isinstance(attribute(module, target_name(node)), Tensor)
-        for node in module.graph.find_nodes(op="get_attr")
-    )
-
-
-def _renamed(argument: Any, name: str) -> Any:
-    return (
-        ConstantArgument(name, argument.value)
-        if isinstance(argument, ConstantArgument)
-        else type(argument)(name)
-    )
 
 
 def _argument(result: Any) -> Any:

@@ -30,11 +30,6 @@ _LITERAL = (type(None), bool)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
 
 
-def has_tensor(value: Any) -> bool:
-    """Whether a (possibly nested) argument holds a tensor."""
-    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
-
-
 def is_plain(value: Any) -> bool:
     """Whether a (possibly nested) argument holds nothing but plain data."""
     return all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(value))
@@ -80,7 +75,11 @@ class CallSignature:
         if "self" in signature.parameters:  # the pruned module's forward has a self of its own
             raise CaptureError("forward has an argument named 'self'; rename it")
         given = _bind(signature, args, kwargs)
-        captured = tuple(name for name, value in given.items() if has_tensor(value))
+        captured = tuple(
+            name
+            for name, value in given.items()
+            if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
+        )
         constants = {name: _kept(value) for name, value in given.items() if name not in captured}
         if not captured:
             raise ArgumentError(

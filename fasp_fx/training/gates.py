@@ -406,7 +406,11 @@ def _check_effect(gates: Gates, model: nn.Module) -> None:
     def fault(closed: list[Group]) -> str | None:
         """How the model differs when gates of these groups are closed."""
         names = {group.name for group in closed}
-        gone = [_every_second(group) & (group.name in names) for group in target.groups]
+        gone = [  # every second channel set
+            np.isin(np.arange(group.size), np.stack(by_block(group.block_of))[:, 1::2])
+            & (group.name in names)
+            for group in target.groups
+        ]
         masked = masked_program(target.analysis, target.decision(gone))
         args, kwargs = target.program.call()
         with mock.patch.object(gates, "closed", gone):
@@ -424,10 +428,6 @@ def _check_effect(gates: Gates, model: nn.Module) -> None:
             " weights past the attributes of their modules, such as from a list of its own. Read them there,"
             f" or leave them whole with exclude=('{without[0][0].consumers[0].name}',)"
         )
-
-
-def _every_second(group: Group) -> np.ndarray:
-    return np.isin(np.arange(group.size), np.stack(by_block(group.block_of))[:, 1::2])
 
 
 class Scaled(nn.Module):

@@ -63,7 +63,9 @@ def _either(first: Tensor, second: Tensor) -> Tensor:
     """The numbers that vary along more dimensions, and the others' where they have none: what is fixed there,
     consumers of the result share.
     """
-    first, second = sorted((first, second), key=_freedom, reverse=True)
+    first, second = sorted(
+        (first, second), key=lambda numbers: sum(size > 1 for size in numbers.shape), reverse=True
+    )
     holes = first == NONE
     return (
         torch.where(holes, second.expand(first.shape), first)
@@ -74,10 +76,6 @@ def _either(first: Tensor, second: Tensor) -> Tensor:
 
 def _fits(numbers: Tensor, other: Tensor) -> bool:
     return torch.broadcast_shapes(numbers.shape, other.shape) == other.shape
-
-
-def _freedom(numbers: Tensor) -> int:
-    return sum(size > 1 for size in numbers.shape)
 
 
 def _alike(numbers: Tensor, leaders: list[Tensor]) -> int | None:
