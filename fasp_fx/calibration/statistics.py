@@ -60,7 +60,8 @@ class Gram:
 
     Each batch's product is one of float32. Added up in float64 these give the same sum in any order, as far
     as float32 can tell, so that it does not matter which process saw which batch. Few rows are kept as they
-    are: what is computed of them is less than what is computed of their product (:func:`is_few`).
+    are: what is computed of them is less than what is computed of their product (:func:`is_few`). Of more,
+    so many are multiplied at a time.
 
     Args:
         dtype: what products are added up in.
@@ -70,7 +71,8 @@ class Gram:
     """
 
     def __init__(self, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self._seen = torch.empty((0, columns), device=device)  # X, or G's lower triangle of blocks
+        self._rows = torch.empty((0, columns), device=device)  # of X, those that are not in G yet
+        self._matrix: Tensor | None = None  # the lower triangle of blocks of G
         self._zeros = partial(zeros, (columns, columns), dtype, device)
         self.tokens = 0
 
@@ -80,35 +82,35 @@ class Gram:
         if flat.is_complex():  # the real part of XᴴX, whose diagonal holds the norms
             flat = torch.cat([flat.real, flat.imag])
         flat = flat.to(torch.float32)
-        if is_few(self._seen) and FEW * (len(self._seen) + len(flat)) <= flat.shape[1]:
-            self._seen = torch.cat([self._seen, flat])
-        else:
-            add_product(self._multiplied(), flat, flat)
+        self._rows = torch.cat([self._rows, flat])
+        if FEW * len(self._rows) > flat.shape[1]:
+            self._multiplied()
 
     def _multiplied(self) -> Tensor:
-        """G, which all is added to from now on."""
-        if is_few(self._seen):
-            rows, self._seen = self._seen, self._zeros()
-            add_product(self._seen, rows, rows)
-        return self._seen
+        """G, with all rows."""
+        self._matrix = self._zeros() if self._matrix is None else self._matrix
+        add_product(self._matrix, self._rows, self._rows)
+        self._rows = self._rows[:0].clone()
+        return self._matrix
 
     def reduce(self, add: Add) -> None:
         """Add what other processes have seen."""
         self.tokens = _added(add, self.tokens)
         if self.tokens:
-            self._seen = add(self._multiplied())
+            self._matrix = add(self._multiplied())
 
     def round(self) -> None:
         """Keep the sums in float32; nothing is added any more."""
-        self._seen = keep(self._seen.to(torch.float32))
+        if self._matrix is not None:
+            self._matrix = keep(self._multiplied().to(torch.float32))
 
     def diagonal(self) -> Tensor:
         """Sums of squares by column, shape ``[columns]``."""
-        return diagonal_of(self._seen)
+        return diagonal_of(self._rows if self._matrix is None else self._multiplied())
 
     def compact(self) -> Tensor:
         """The whole matrix, float32, or X itself where it :func:`is_few`."""
-        return self._seen.clone() if is_few(self._seen) else _mirrored(self._seen)
+        return self._rows.clone() if self._matrix is None else _mirrored(self._multiplied())
 
 
 def is_few(gram: Tensor) -> bool:
@@ -151,7 +153,7 @@ def add_product(matrix: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0)
     Args:
         left, right: shape ``[any, columns]``.
     """
-    for start in range(0, len(matrix), BLOCK):
+    for start in range(0, len(matrix) if len(left) else 0, BLOCK):
         stop = min(start + BLOCK, len(matrix))
         own, lines = matrix[start:stop, :stop], left[:, start:stop].T
         if own.dtype == left.dtype:

@@ -444,7 +444,14 @@ def find_knobs(experiments: Experiments, groups: Sequence[Group]) -> tuple[list[
     Returns:
         Knobs, no group in two of them; and for each group that none shrinks, why.
     """
-    units = {group.name: _units(group) for group in groups}
+    # By how much each dimension of each member shrinks for each set that every block of a group loses.
+    units = {
+        group.name: {
+            (member.name, member.dim): len(member.indices) // (group.width * member.blocks)
+            for member in (*group.producers, *group.consumers)
+        }
+        for group in groups
+    }
     knobs: list[Knob] = []
     whole: dict[str, str] = {}
     for group in groups:
@@ -488,16 +495,6 @@ def _turned(experiments: Experiments, units: Mapping[str, Losses], knob: Knob) -
                 return knob
             shrunk.add(names)
     return replace(knob, groups=shrunk.pop()) if len(shrunk) == 1 else knob
-
-
-def _units(group: Group) -> Losses:
-    """By how much each dimension of each member shrinks for each channel set that every block of the group
-    loses.
-    """
-    return {
-        (member.name, member.dim): len(member.indices) // (group.width * member.blocks)
-        for member in (*group.producers, *group.consumers)
-    }
 
 
 def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
