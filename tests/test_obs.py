@@ -92,6 +92,59 @@ def test_a_loss_is_that_of_the_best_repair(
         assert total == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
+@given(layouts(), st.integers(0, 1000), st.booleans(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_few_tokens_give_the_losses_of_their_gram_matrix(
+    layout: tuple[np.ndarray, int, int], seed: int, large: bool, data: st.DataObject
+) -> None:
+    sets, size, _ = layout
+    columns, root, covariance = problem(seed, 5, sets)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(sets) // 2, len(sets), generator=generator, dtype=torch.float64)
+    x[:, 0] *= 1e3 if large else 1.0
+    few = Columns(columns.weight, x.norm(dim=0), lambda: x.T @ x, sets, spread=lambda: x)
+    order = data.draw(st.permutations(range(size)))
+    found, total = Elimination(few, size, x, root, DAMPING), 0.0
+    for step, one in enumerate(order):
+        expected = least_loss(
+            few, covariance, np.flatnonzero(np.isin(sets[:, 0], order[: step + 1])).tolist()
+        )
+        total += found.remove(np.array([one]))
+        assert total == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    in_float32 = Elimination(few, size, x.float(), root.float(), DAMPING).losses(np.arange(size))
+    for one in range(size):
+        expected = least_loss(few, covariance, np.flatnonzero(sets[:, 0] == one).tolist())
+        assert in_float32[one] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("quality", ["fast", "balanced"])
+def test_what_few_tokens_decide_is_what_their_gram_matrices_do(
+    quality: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Biases, whose columns lose their means; a convolution, of several columns a channel; a residual sum."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 48, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(48, 64, 3, stride=4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64, 40),
+        nn.ReLU(),
+        nn.Linear(40, 7),
+    ).eval()
+    batches = [torch.randn(8, 3, 4, 4) for _ in range(1)]
+
+    def pruned(few: int) -> fasp_fx.Result:
+        monkeypatch.setattr("fasp_fx.calibration.statistics.FEW", few)
+        return fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.3, quality=quality)
+
+    found, other = pruned(2), pruned(10**9)
+    assert found.plan.groups == other.plan.groups
+    for own, wanted in zip(found.module.parameters(), other.module.parameters(), strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-3, atol=1e-5)
+
+
 @given(layouts(), st.integers(0, 1000), st.integers(1, 6))
 @settings(max_examples=40, deadline=None)
 def test_orders_are_nested_and_their_steps_add_up(
@@ -163,9 +216,9 @@ def test_rounding_of_columns_that_hardly_vary_is_no_curvature(alive: int) -> Non
         gram.diagonal().sqrt(),
         gram.clone,
         np.arange(400)[:, None],
-        centred=lambda: gram - torch.outer(sums, sums) / (64 * 1.001),
+        spread=lambda: gram - torch.outer(sums, sums) / (64 * 1.001),
     )
-    problem = Elimination(columns, 400, columns.centred(), OBS().root(columns, columns.centred()), DAMPING)
+    problem = Elimination(columns, 400, columns.spread(), OBS().root(columns, columns.spread()), DAMPING)
     for costs in (problem.losses(np.arange(400)), _column_costs(columns)):
         assert np.isfinite(costs).all()
         assert (costs[:alive] > 0).all()

@@ -195,6 +195,45 @@ def test_a_repair_never_raises_the_error_nor_that_on_tokens_held_out(
         assert outcome.error_after == outcome.error_before
 
 
+@given(
+    rows=st.sampled_from([1, 5, 90]),
+    columns=st.integers(8, 40),
+    samples=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    few=st.sampled_from([(True, True), (True, False), (False, True)]),
+    has_ones=st.booleans(),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    seed=st.integers(0, 999),
+)
+def test_a_repair_by_few_tokens_themselves_is_that_by_their_gram_matrix(
+    rows: int,
+    columns: int,
+    samples: tuple[int, int],
+    few: tuple[bool, bool],
+    has_ones: bool,
+    scale: float,
+    seed: int,
+) -> None:
+    random = np.random.default_rng(seed)
+    weight = torch.from_numpy(random.normal(size=(rows, columns)))
+    mix = random.normal(size=(4, columns)) * scale
+    seen = [torch.from_numpy(random.normal(size=(count, 4)) @ mix) for count in samples]
+    kept = torch.from_numpy(np.sort(random.permutation(columns)[: random.integers(2, columns)]))
+    if has_ones:
+        weight[:, kept[-1]] = 0
+        for x in seen:
+            x[:, kept[-1]] = 1
+    fitted, held = (x if own else x.T @ x for x, own in zip(seen, few, strict=True))
+    found = ridge(weight, fitted, held, kept, has_ones, 1e-2)
+    other = ridge(weight, *(x.T @ x for x in seen), kept, has_ones, 1e-2)
+    assert (found.used, found.strength) == (other.used, other.strength)
+    torch.testing.assert_close(found.weight, other.weight, rtol=1e-5, atol=1e-6)
+    for own in ("error_before", "error_after", "held_before", "held_after"):
+        assert getattr(found, own) == pytest.approx(getattr(other, own), rel=1e-5, abs=1e-9)
+    if found.used and not has_ones:
+        expected = solve(weight.numpy(), np.concatenate(seen), kept.numpy(), found.strength)
+        assert closeness(found.weight[:, kept].numpy(), expected) <= 1e-6
+
+
 def test_held_out_error_is_that_of_a_repair_that_did_not_see_the_tokens() -> None:
     random = np.random.default_rng(0)
     mix = random.normal(size=(20, 20))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fasp_fx.scoring import GroupColumns, GroupScore, Order
-from fasp_fx.statistics import HELD, PADDING, SplitGram
+from fasp_fx.statistics import FEW, HELD, PADDING, SplitGram, is_few, whole
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -48,12 +48,13 @@ def test_a_gram_leaves_padding_out_and_adds_up_to_the_rest(
     flat, kinds = torch.cat(parts).double(), torch.cat(marks)
     counted, held = flat[kinds != PADDING], flat[kinds == HELD]
     products = (counted.T @ counted).float()
-    torch.testing.assert_close(gram.symmetric(), products, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(whole(gram.total()), products, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(gram.norms(), counted.norm(dim=0), rtol=1e-5, atol=1e-5)
     assert gram.tokens == len(counted)
-    assert (gram.held is None) == (len(held) == 0)
-    if gram.held is not None:
-        torch.testing.assert_close(gram.held.symmetric(), (held.T @ held).float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(whole(gram.held.compact()), (held.T @ held).float(), rtol=1e-5, atol=1e-4)
+    assert len(gram.parts) == 1 + bool(len(held))
+    if FEW * len(flat) <= columns:  # X itself is kept, and nothing of the size of a Gram matrix
+        assert all(is_few(part.compact()) for part in gram.parts)
 
 
 class Kept:

@@ -21,7 +21,16 @@ from ._matrices import ConsumerMatrices, bias_of
 from ._products import ObservedProducts, row_scores, sets_in
 from .obs import DAMPING, damped_inverse, spread_of
 from .scoring import ByColumns, Columns, GroupColumns, GroupScore, Order, by_set, by_value
-from .statistics import PADDING, InputGradients, MakeStatistic, SplitGram, Statistic
+from .statistics import (
+    PADDING,
+    InputGradients,
+    MakeStatistic,
+    SplitGram,
+    Statistic,
+    diagonal_of,
+    is_few,
+    whole,
+)
 
 
 class Consumer:
@@ -188,7 +197,6 @@ class Consumers:
         found = []
         for block, matrix in enumerate(consumer.matrices.read(weight)):
             gram = None if consumer.grams is None else consumer.grams[block]
-            products = None if gram is None else partial(_first, gram, matrix.shape[1])
             numbers = consumer.matrices.columns[block]
             if whole and own is not None:  # a block that goes takes all of its columns along
                 numbers = np.broadcast_to(own[block], (len(numbers), 1))
@@ -196,14 +204,12 @@ class Consumers:
                 Columns(
                     matrix.clone(),  # what a score does to it in place is its own business
                     None if gram is None else gram.norms()[: matrix.shape[1]],
-                    products,
+                    None if gram is None else partial(_first, gram, matrix.shape[1]),
                     sets_in(group, labels, numbers),
                     consumer.seen[block] if consumer.seen else {},
-                    (
-                        products
-                        if consumer.intercept is None or gram is None or products is None
-                        else partial(_centred, gram, matrix.shape[1])
-                    ),
+                    None
+                    if gram is None
+                    else partial(_spread, gram, matrix.shape[1], consumer.intercept is not None),
                     f"{self.within}, {consumer.weight}, {block}",
                 )
             )
@@ -217,22 +223,30 @@ def counting(kinds: Tensor, tokens: Tensor) -> Tensor:
 
 def _first(gram: SplitGram, columns: int) -> Tensor:
     """The Gram matrix without what was seen beside the columns."""
-    return gram.symmetric()[:columns, :columns]
+    return whole(gram.total())[:columns, :columns]
 
 
 #: the part of the means that is not taken for granted
 STAYING = 1e-3
 
 
-def _centred(gram: SplitGram, columns: int) -> Tensor:
-    """The same of columns without their means: what is left of them where an intercept takes the means over.
+def _spread(gram: SplitGram, columns: int, centred: bool) -> Tensor:
+    """The same, or X where it has fewer rows than columns; where an intercept takes the means over, of what
+    is left of the columns without them.
 
     A thousandth of the means stays, as if the ones behind the columns were damped: of few tokens a mean says
     little, and all columns may be constant.
     """
-    whole = gram.symmetric()
-    own, sums, count = whole[:columns, :columns], whole[:columns, columns], whole[columns, columns]
-    return own - torch.outer(sums, sums) / (count.clamp_min(1.0) * (1 + STAYING))
+    total = gram.total()
+    own, ones = total[:, :columns], total[:, columns : columns + 1]
+    if not is_few(total):
+        own, sums = own[:columns], ones[:columns]
+        return own - sums @ sums.T / (ones[columns].clamp_min(1.0) * (1 + STAYING)) if centred else own
+    if centred:
+        own = own - ones @ (ones.T @ own) * (
+            (1 - (STAYING / (1 + STAYING)) ** 0.5) / ones.sum().clamp_min(1.0)
+        )
+    return own if is_few(own) else own.T @ own
 
 
 def order_of(
@@ -356,15 +370,13 @@ def curves_of(orders: Mapping[str, Order]) -> dict[str, CostCurve]:
 def _column_costs(columns: Columns) -> np.ndarray:
     """``½ Q_jj √(G_jj / [G⁻¹]_jj)`` of each column, shape ``[columns]``."""
     gram = spread_of(columns)
-    energies = gram.diagonal().clamp_min(0)
-    if not float(energies.sum()) > 0:
-        return np.zeros(len(gram))
+    energies = diagonal_of(gram).clamp_min(0)
     alone = energies / damped_inverse(columns, gram, DAMPING).diagonal()
     own = columns.weight.abs().to(gram.dtype).square().sum(0)
     gradients = columns.seen.get("gradients")
     if not isinstance(gradients, InputGradients) or not gradients.tokens:
         # By the relative squared error of the output.
-        curvature = own / max(float((own * energies).sum()), 1e-300)
+        curvature = own / (float((own * energies).sum()) or 1.0)
     else:
         found = gradients.mean()
         curvature = own * gradients.mean_square() if found is None else found.diagonal().to(gram)

@@ -39,7 +39,7 @@ from .losses import (
 from .obs import DAMPING
 from .restoration import damped
 from .scoring import Order
-from .statistics import SplitGram
+from .statistics import SplitGram, whole
 
 #: so many versions of all repaired weights are kept
 _KEPT = 2
@@ -224,7 +224,7 @@ def _cut(matrix: Tensor, kept: Tensor, gram: SplitGram | None) -> Tensor:
     """One block of a consumer without the columns that go, ``[rows, columns]``."""
     if gram is None or bool(kept.all()):
         return matrix * kept
-    return damped(matrix, gram.symmetric()[: len(kept), : len(kept)], kept.nonzero()[:, 0], DAMPING)
+    return damped(matrix, whole(gram.total())[: len(kept), : len(kept)], kept.nonzero()[:, 0], DAMPING)
 
 
 #: logits of so many tokens that count are looked at together

@@ -140,7 +140,11 @@ class Observer:
         Warns:
             CalibrationWarning: the data are too few to repair with; once for all consumers.
         """
-        known = self._recall()
+        # What the journal knows; of how many stops.
+        known, unmatched = self.ranks.first(
+            (0, []) if self._journal is None else (self._journal.stops, self._journal.unmatched)
+        )
+        self.marks.unmatched |= {node: None for node in self.runner.nodes if node.name in unmatched}
         for count, stop in enumerate(self._stops):
             self._known = count < known
             with float32_products(self.precision):
@@ -158,14 +162,6 @@ class Observer:
             self.decision.notes.append(self.marks.remark())
         self.decision.notes.extend(warn_of_few(self.decision.outcomes))
         return self.decision
-
-    def _recall(self) -> int:
-        """Take up what the journal knows; of how many stops."""
-        known, unmatched = self.ranks.first(
-            (0, []) if self._journal is None else (self._journal.stops, self._journal.unmatched)
-        )
-        self.marks.unmatched |= {node: None for node in self.runner.nodes if node.name in unmatched}
-        return known
 
     def _record(self, stops: int) -> None:
         """Write into the journal, where nothing that was seen is still waited with."""
@@ -358,12 +354,11 @@ def _restored(
     """
     parts = []
     for matrix, gram, left in zip(matrices, grams, kept, strict=True):
-        fitted = keep(gram.fitted.symmetric())
-        held = None if gram.held is None else keep(gram.held.symmetric())
+        fitted, held, *_ = [*map(keep, gram.compact()), None]
         own = left.nonzero()[:, 0]
         # Weights that meet about as many tokens as there are unknowns fit no others, which a handful of them
         # held out need not show: a ridge as strong as there are unknowns for each token keeps them near.
-        few = restore is ridge and gram.held is not None and 0 < gram.held.tokens < _JUDGES
+        few = restore is ridge and 0 < gram.held.tokens < _JUDGES
         more = {"least": len(own) / gram.fitted.tokens} if few and gram.fitted.tokens else {}
         outcome = restore(matrix, fitted, held, own, has_ones, **more)
         parts.append(replace(outcome, weight=outcome.weight[:, : len(left)]))

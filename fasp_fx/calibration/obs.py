@@ -12,7 +12,16 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from .scoring import ByColumns, Columns, GroupColumns, GroupScore, Order, Random, Score, fasp, magnitude
-from .statistics import InputGradients, MakeStatistic, add_product, energy_of
+from .statistics import (
+    InputGradients,
+    MakeStatistic,
+    add_product,
+    diagonal_of,
+    energy_of,
+    is_few,
+    precise,
+    whole,
+)
 
 #: the diagonal of the Gram matrix is raised by this part of its mean, as OSSCAR (arXiv 2403.12983) and ZipLM
 #: (2302.04089) do
@@ -51,27 +60,23 @@ class OBS(GroupScore):
         return greedy(group, problems, ROUNDS)
 
     def root(self, columns: Columns, gram: Tensor) -> Tensor:
-        """F of one block of a consumer with Q = FᵀF, shape ``[any, columns]``; ``gram`` is its G."""
-        # What is never anything but zero costs nothing, however large its weight; damping alone would have it
-        # vary.
-        return self._root(columns, gram) * (gram.diagonal() > 0)
-
-    def _root(self, columns: Columns, gram: Tensor) -> Tensor:
-        parts = (
-            [columns.weight.real, columns.weight.imag] if columns.weight.is_complex() else [columns.weight]
-        )
-        weight = torch.cat(parts).to(gram.dtype)
+        """F of one block of a consumer with Q = FᵀF, shape ``[any, columns]``; ``gram`` is its G, or X."""
+        weight = columns.weight
+        weight = torch.cat([weight.real, weight.imag] if weight.is_complex() else [weight]).to(gram.dtype)
         unit = float(weight.abs().amax()) or 1.0  # squares of the weights themselves can be out of range
         weight = weight / unit
         gradients = columns.seen.get("gradients")
         seen = gradients if isinstance(gradients, InputGradients) and gradients.tokens else None
-        found = None if seen is None else seen.mean()
+        found = None if seen is None else seen.compact()
         if seen is not None and found is None:
             return weight * (unit * seen.mean_square() ** 0.5)
         energy = energy_of(weight, gram)
         if found is None:
             return weight / energy**0.5 if energy > 0 else weight
-        own = SHRINKAGE * (float((found * gram).sum()) / energy if energy > 0 else 0.0)
+        met = energy_of(found, gram) if is_few(found) else float((found * whole(gram)).sum())
+        own = SHRINKAGE * (met / energy if energy > 0 else 0.0)
+        if is_few(found):
+            return torch.cat([found * (1 - SHRINKAGE) ** 0.5, weight * own**0.5])
         found.mul_(1 - SHRINKAGE).addmm_(weight.T, weight, alpha=own)
         return raised_root(found, ROUNDING * float(found.diagonal().mean())).T
 
@@ -82,32 +87,32 @@ class Elimination:
     Args:
         columns: the block.
         sets: how many channel sets the group has.
-        spread: G, which is used up.
+        spread: G, which is used up, or X with few rows.
         root: F, shape ``[any, columns]``, of the curvature Q = FᵀF.
         damping: raises the diagonal of G by this part of its mean.
     """
 
     def __init__(self, columns: Columns, sets: int, spread: Tensor, root: Tensor, damping: float) -> None:
+        # What is never anything but zero costs nothing, however large its weight; damping alone would have it
+        # vary.
+        self.root = root * (diagonal_of(spread) > 0)
         #: up to its diagonal; what is above is not kept up to date
         self.inverse = damped_inverse(columns, spread, damping)
-        self.root = root.clone()
-        self.place = np.arange(len(self.inverse))  # of each column in the matrices; -1: gone
+        #: of each column in the matrices; -1: gone, and last, none
+        self.place = np.append(np.arange(len(self.inverse)), -1)
         # A column can name a set twice, where one operand is contracted with another of the same channels.
-        belongs = [(set_, column) for column, row in enumerate(columns.sets) for set_ in {*row} if set_ >= 0]
-        counts = np.bincount([set_ for set_, _ in belongs], minlength=sets)
-        self.columns = np.full((sets, max(int(counts.max(initial=0)), 1)), -1)
-        filled = np.zeros(sets, dtype=np.int64)
-        for set_, column in belongs:
-            self.columns[set_, filled[set_]] = column
-            filled[set_] += 1
+        own = {(set_, column) for column, row in enumerate(columns.sets) for set_ in row if set_ >= 0}
+        belongs = np.array(sorted(own), dtype=np.int64).reshape(-1, 2)
+        nth = np.arange(len(belongs)) - np.searchsorted(belongs[:, 0], belongs[:, 0])
+        self.columns = np.full((sets, nth.max(initial=0) + 1), -1)
+        self.columns[belongs[:, 0], nth] = belongs[:, 1]
 
     def losses(self, sets: np.ndarray) -> np.ndarray:
         """``½ tr(([G⁻¹]_PP)⁻¹ Q_PP)`` of each of these channel sets by itself, shape ``[sets]``."""
-        columns = self.columns[sets]
-        places = np.where(columns >= 0, self.place[columns], -1)
-        if not (
-            places >= 0
-        ).any():  # they have no column here, and of an expert that went no column is left at all
+        places = self.place[self.columns[sets]]
+        if (
+            places < 0
+        ).all():  # they have no column here, and of an expert that went no column is left at all
             return np.zeros(len(sets))
         used = torch.from_numpy(places >= 0).to(self.inverse.device)
         at = torch.from_numpy(np.maximum(places, 0)).to(self.inverse.device)
@@ -120,51 +125,48 @@ class Elimination:
             one, other = at[:, :, None], at[:, None, :]
             inner = self.inverse[one.maximum(other), one.minimum(other)] * both + missing
             root = self.root.T[at] * used[:, :, None]  # [sets, columns, any]
-            solved = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), root, upper=False)
-            found = 0.5 * solved.square().sum((1, 2))
+            own = torch.cholesky_solve(root @ root.mT, torch.linalg.cholesky(inner))
+            found = 0.5 * own.diagonal(dim1=1, dim2=2).sum(1)
         return found.clamp_min(0).cpu().numpy().astype(np.float64)
 
     def remove(self, sets: np.ndarray) -> float:
         """Take these channel sets out together; the loss that it adds."""
         columns = np.unique(self.columns[sets])
-        columns = columns[columns >= 0]
         columns = columns[self.place[columns] >= 0]
         if not len(columns):
             return 0.0
         gone = torch.from_numpy(self.place[columns]).to(self.inverse.device)
         below = torch.arange(len(self.inverse), device=gone.device) <= gone[:, None]
-        across, own = torch.where(below, self.inverse[gone], self.inverse[:, gone].T), self.root[:, gone]
+        across = torch.where(below, self.inverse[gone], self.inverse.index_select(1, gone).T)
         factor = raised_root(across[:, gone], 0.0)
-        loss = 0.5 * float(torch.linalg.solve_triangular(factor, own.T, upper=False).square().sum())
-        # What of each column left makes up for those that go; of those, the identity.
-        share = torch.cholesky_solve(across, factor)
-        # Rows and columns of what goes become zero in both, and are cut out once they are many: a copy costs
-        # more than the update.
-        add_product(self.inverse, across, share, alpha=-1)
-        self.root.addmm_(own, share, alpha=-1)
+        own, across = (
+            torch.linalg.solve_triangular(factor, part, upper=False)
+            for part in (self.root[:, gone].T, across)
+        )
+        # Rows and columns of what goes become zero in both, and are cut out once they are an eighth: a copy
+        # costs more than the update.
+        add_product(self.inverse, across, across, alpha=-1)
+        self.root.addmm_(own.T, across, alpha=-1)
         self.place[columns] = -1
-        self._cut_out()
-        return loss
-
-    def _cut_out(self) -> None:
-        """Leave what went out of the matrices, if it is more than an eighth of them."""
         alive = np.flatnonzero(self.place >= 0)
-        if len(alive) * 8 > len(self.inverse) * 7:
-            return
-        left = torch.from_numpy(self.place[alive]).to(self.inverse.device)
-        self.inverse, self.root = self.inverse[left][:, left], self.root[:, left]
-        self.place[alive] = np.arange(len(alive))
+        if len(alive) * 8 <= len(self.inverse) * 7:
+            left = torch.from_numpy(self.place[alive]).to(self.inverse.device)
+            self.inverse = self.inverse.index_select(0, left).index_select(1, left)
+            self.root = self.root.index_select(1, left)
+            self.place[alive] = np.arange(len(alive))
+        return 0.5 * float(own.square().sum())
 
 
 def spread_of(columns: Columns) -> Tensor:
     """What repair has to make up for: XᵀX, without means where a bias gives them."""
-    gram = columns.centred or columns.gram
+    gram = columns.spread or columns.gram
     assert gram is not None
     return gram()
 
 
 def damped_inverse(columns: Columns, spread: Tensor, damping: float) -> Tensor:
-    """``(G + δI)⁻¹``, shape ``[columns, columns]``.
+    """``(G + δI)⁻¹``, shape ``[columns, columns]``, up to its diagonal at least; with few rows X that is
+    ``(I − Xᵀ (XXᵀ + δI)⁻¹ X) / δ``.
 
     δ is ``damping`` of the mean of G's diagonal, but more than what rounding can have made of G, which adds
     up products of float32 or of less: where few columns are ever anything but zero, or what is left of them
@@ -172,18 +174,26 @@ def damped_inverse(columns: Columns, spread: Tensor, damping: float) -> Tensor:
 
     Args:
         columns: the block.
-        spread: G, of which the means may have been taken out; its diagonal is raised in place.
+        spread: G, of which the means may have been taken out, or X; G's diagonal is raised in place.
 
     Raises:
         CalibrationError: G is not finite.
     """
     assert columns.norms is not None
-    energy, mean = float(columns.norms.square().sum()), float(spread.diagonal().mean())
+    energy, mean = float(columns.norms.square().sum()), float(diagonal_of(spread).mean())
     raised = max(damping * mean, ROUNDING * energy) if energy != 0 else 1.0
     try:
-        return torch.cholesky_inverse(raised_root(spread, raised))
+        if not is_few(spread):
+            return torch.cholesky_inverse(raised_root(spread, raised))
+        seen = spread.to(precise(spread.device))
+        factor = raised_root(seen @ seen.T, raised)
     except CalibrationError as error:
         raise CalibrationError(f"what was seen at '{columns.name}' {error}") from None
+    solved = torch.linalg.solve_triangular(factor, seen, upper=False)
+    # Little is left of the unit matrix where a column is large: it is rounded after the difference.
+    found = torch.eye(seen.shape[1], dtype=spread.dtype, device=spread.device)
+    add_product(found, solved, solved, alpha=-1)
+    return found.div_(raised)
 
 
 def raised_root(matrix: Tensor, raised: float) -> Tensor:
@@ -212,25 +222,21 @@ def greedy(group: GroupColumns, problems: list[Elimination], rounds: int) -> Ord
         problems: one for each block of each consumer; each is used up.
         rounds: about how many rounds a whole block would go in.
     """
-    left = [list(members) for members in group.members]
+    left = [*group.members]
     each = max(1, -(-len(left[0]) // rounds))
     order: list[list[int]] = [[] for _ in left]
     losses = [0.0]
     while len(order[0]) < group.deepest:
-        alone = {}
-        taken = []
+        alone, taken = list[np.ndarray](), list[np.ndarray]()
         for block, members in enumerate(left):
-            worth = sum((problem.losses(np.array(members)) for problem in problems), np.zeros(len(members)))
+            worth = sum((problem.losses(members) for problem in problems), np.zeros(len(members)))
             cheapest = np.argsort(worth, kind="stable")[:each]
-            chosen = [members[index] for index in cheapest]
-            alone.update(dict(zip(chosen, worth[cheapest], strict=True)))
-            left[block] = [member for member in members if member not in alone]
-            taken.append(chosen)
-            order[block] += chosen
-        added = sum(
-            problem.remove(np.concatenate([np.array(chosen) for chosen in taken])) for problem in problems
-        )
-        steps = np.cumsum([sum(alone[chosen[step]] for chosen in taken) for step in range(len(taken[0]))])
+            alone.append(worth[cheapest])
+            taken.append(members[cheapest])
+            left[block] = np.delete(members, cheapest)
+            order[block] += taken[-1].tolist()
+        added = sum(problem.remove(np.concatenate(taken)) for problem in problems)
+        steps = np.cumsum(sum(alone))
         shares = steps / steps[-1] if steps[-1] > 0 else np.arange(1, len(steps) + 1) / len(steps)
         losses += (losses[-1] + added * shares).tolist()
     return Order(np.array(order), np.maximum.accumulate(np.array(losses)))

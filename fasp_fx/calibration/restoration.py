@@ -16,7 +16,7 @@ from torch import Tensor
 from ..base._offload import keep
 from ..errors import ArgumentError
 from .scoring import dense_numbers
-from .statistics import energy_of
+from .statistics import diagonal_of, energy_of, is_few, joined, precise, whole
 
 #: strengths to choose from, relative to the mean of the Gram matrix's diagonal; beside them stands infinity,
 #: which leaves the kept columns as they are
@@ -127,7 +127,7 @@ def ridge(
     Args:
         weight: shape ``[rows, columns]``.
         fitted, held: XᵀX over the fitted tokens and over those held out, shape ``[columns, columns]``,
-            symmetric; ``None``: none were held out.
+            symmetric, or X, where it has fewer rows than columns; ``None``: none were held out.
         kept: M, the indices of kept columns, shape ``[kept]``.
         has_ones: whether the last kept column holds ones. The ridge takes it as if it were as large as the
             columns are in the mean.
@@ -153,8 +153,8 @@ def restored_by(restoration: Restoration) -> Restore:
         weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False
     ) -> Restored:
         # Copies: what it does to them in place is its own business.
-        own = None if held is None else held.clone()
-        found = restoration(Problem(weight.clone(), fitted.clone(), own, kept.clone(), has_ones))
+        own = None if held is None else whole(held).clone()
+        found = restoration(Problem(weight.clone(), whole(fitted).clone(), own, kept.clone(), has_ones))
         found = dense_numbers("restore=", found, (len(weight), len(kept)))
         if not bool(torch.isfinite(found.to(weight)).all()):
             raise ArgumentError(
@@ -182,7 +182,8 @@ def damped(weight: Tensor, gram: Tensor, kept: Tensor, strength: float) -> Tenso
     found = torch.where(removed, torch.zeros_like(weight), weight)
     raised = strength * (float(gram.diagonal().mean()) or 1.0)
     gone = weight[:, removed].to(gram.dtype)
-    if (added := _solve(gram[kept[:, None], kept], gram[kept][:, removed], gone, raised)) is not None:
+    order = torch.cat([kept, removed.nonzero()[:, 0]])
+    if (added := _solve(gram[order[:, None], order], len(kept), gone, raised)) is not None:
         found[:, kept] = (weight[:, kept] + added).to(weight.dtype)
     return found
 
@@ -203,22 +204,21 @@ class _Solver:
         removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         removed[kept] = False
         order = torch.cat([kept, removed.nonzero()[:, 0]])
-        grams = [
-            self._ordered(gram, order)
-            for gram in (fitted, torch.zeros_like(fitted) if held is None else held)
-        ]
-        scale = sum(float(gram.diagonal().mean()) for gram in grams) or 1.0
-        self.fitted, self.held = (keep(gram.div_(scale)) for gram in grams)
+        grams = [self._ordered(gram, order) for gram in (fitted, fitted[:0] if held is None else held)]
+        scale = sum(float(diagonal_of(gram).mean()) for gram in grams) or 1.0
+        self.fitted, self.held = (keep(gram.div_(scale**0.5 if is_few(gram) else scale)) for gram in grams)
         self.rows = weight[:, order].to(torch.promote_types(self.fitted.dtype, weight.dtype))
         self.start, self.gone = self.rows[:, : self.count], self.rows[:, self.count :]
         self.totals = self._energies(self.rows)
         self.before = self._relative(self.gone)
 
     def _ordered(self, gram: Tensor, order: Tensor) -> Tensor:
-        gram = gram[order[:, None], order]
+        # Little is computed of few rows, and in full precision.
+        gram = gram[:, order].to(precise(gram.device)) if is_few(gram) else gram[order[:, None], order]
         if self.ones is not None:
-            gram[self.count - 1] *= self.ones
             gram[:, self.count - 1] *= self.ones
+            if not is_few(gram):
+                gram[self.count - 1] *= self.ones
         return gram
 
     def choose(self, smallest: float) -> tuple[float, float]:
@@ -226,7 +226,7 @@ class _Solver:
         infinity and 1 where none from the smallest on is better than no repair.
         """
         strengths = [strength for strength in GRID if strength >= smallest]
-        if not (strengths and self.judges and 0 < self.count < len(self.fitted)):
+        if not (strengths and self.judges and 0 < self.count < self.rows.shape[1]):
             return math.inf, 1.0
         # By a sketch of the rows; what comes of the best is solved for all of them and judged anew.
         gone = _sketch(self.rows)[:, self.count :].to(self.fitted.dtype)
@@ -248,9 +248,11 @@ class _Solver:
 
     def solved(self, strength: float) -> Restored:
         """The solution on all tokens; the kept columns as they are where there is none."""
-        added = None
-        if not math.isinf(strength):
-            added = self._solve(self.gone, (self.fitted + self.held).to(self.gone.dtype), strength)
+        added = (
+            None
+            if math.isinf(strength)
+            else self._solve(self.gone, joined(self.fitted, self.held).to(self.gone.dtype), strength)
+        )
         if added is None:
             return self.unchanged()
         return self.judged((self.start + added).to(self.weight.dtype), strength)
@@ -275,8 +277,7 @@ class _Solver:
 
     def _solve(self, gone: Tensor, gram: Tensor, strength: float) -> Tensor | None:
         """Z for the removed columns of some rows of W; ``None`` if the system is singular to rounding."""
-        inner, across = gram[: self.count, : self.count].clone(), gram[: self.count, self.count :]
-        return _solve(inner, across, gone, strength * gram.diagonal().mean())
+        return _solve(gram, self.count, gone, strength * diagonal_of(gram).mean())
 
     def _energies(self, rows: Tensor) -> tuple[float, float]:
         """Of the last of the ordered columns."""
@@ -288,21 +289,29 @@ class _Solver:
         return [error / total if total else 0.0 for error, total in pairs]
 
 
-def _solve(inner: Tensor, across: Tensor, gone: Tensor, raised: Tensor | float) -> Tensor | None:
+def _solve(gram: Tensor, count: int, gone: Tensor, raised: Tensor | float) -> Tensor | None:
     """``Z = W_P G[P, M] (G[M, M] + δI)⁻¹``, shape ``[rows, kept]``; ``None`` if the system is singular to
     rounding.
 
+    With few rows X it is ``W_P X_Pᵀ (X_M X_Mᵀ + δI)⁻¹ X_M``, which takes a system of as many unknowns as
+    there are rows.
+
     Args:
-        inner, across: G[M, M], which is raised in place, and G[M, P].
+        gram: G, or X with few rows; its columns are M, then P.
+        count: how many columns are M.
         gone: W_P, shape ``[rows, removed]``.
         raised: δ.
     """
+    few, start, across = is_few(gram), gram[:, :count], gram[:count, count:]
+    inner = start @ start.T if few else start[:count].clone()
     inner.diagonal().add_(raised)
     factor, failed = torch.linalg.cholesky_ex(inner)
     del inner
     if int(failed):
         return None
-    if gone.shape[1] < len(gone):  # fewer columns went than there are rows to solve for
+    if few:
+        found = torch.cholesky_solve(gram[:, count:] @ gone.T, factor).T @ start
+    elif gone.shape[1] < len(gone):  # fewer columns went than there are rows to solve for
         found = gone @ torch.cholesky_solve(across, factor).T
     else:
         found = torch.cholesky_solve(across @ gone.T, factor).T
@@ -311,7 +320,8 @@ def _solve(inner: Tensor, across: Tensor, gone: Tensor, raised: Tensor | float) 
 
 def _size_of_ones(gram: Tensor, place: int) -> float:
     """What to multiply ones by, so that they are as large as the columns before them are in the mean."""
-    count, mean = float(gram[place, place]), float(gram.diagonal()[:place].mean()) if place else 0.0
+    diagonal = diagonal_of(gram)
+    count, mean = float(diagonal[place]), float(diagonal[:place].mean()) if place else 0.0
     return (mean / count) ** 0.5 if count > 0 and mean > 0 else 1.0
 
 

@@ -32,8 +32,8 @@ class Columns:
         sets: which of the group's channel sets takes a column along, shape ``[columns, axes]``; -1 where none
             does. A column with several goes with any.
         seen: the statistics that the score asked for, by name.
-        centred: as ``gram``, but of X without its columns' means where the consumer adds a bias that a repair
-            changes along, and so gives the means.
+        spread: as ``gram``, but of X without its columns' means where the consumer adds a bias that a repair
+            changes along, and so gives the means; X itself where it has fewer rows than columns.
         name: tells the block from others of the model, the same in every run.
     """
 
@@ -42,7 +42,7 @@ class Columns:
     gram: Callable[[], Tensor] | None
     sets: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), dtype=np.int64))
     seen: Mapping[str, Statistic] = field(default_factory=dict)
-    centred: Callable[[], Tensor] | None = None
+    spread: Callable[[], Tensor] | None = None
     name: str = ""
 
 

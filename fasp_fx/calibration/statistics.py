@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import ClassVar, Protocol
 
 import torch
@@ -14,6 +14,9 @@ from ..base._offload import keep, zeros
 #: columns per block of a symmetric matrix, of which only blocks on and below the diagonal are computed
 BLOCK = 384
 
+
+#: X stands for XᵀX while it has at most one row for so many columns
+FEW = 4
 
 #: what a token is for: nothing (padding), fitting a restoration, or judging it
 PADDING, FITTED, HELD = 0, 1, 2
@@ -56,18 +59,21 @@ class Gram:
     so they can be all-reduced).
 
     Each batch's product is one of float32. Added up in float64 these give the same sum in any order, as far
-    as float32 can tell, so that it does not matter which process saw which batch.
+    as float32 can tell, so that it does not matter which process saw which batch. Few rows are kept as they
+    are: what is computed of them is less than what is computed of their product (:func:`is_few`). Of more,
+    so many are multiplied at a time.
 
     Args:
         dtype: what products are added up in.
 
     Attributes:
-        matrix: the lower triangle of blocks; read the whole through :meth:`symmetric`.
         tokens: the number of rows of X seen.
     """
 
     def __init__(self, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self.matrix = zeros((columns, columns), dtype, device)
+        self._rows = torch.empty((0, columns), device=device)  # of X, those that are not in G yet
+        self._matrix: Tensor | None = None  # the lower triangle of blocks of G
+        self._zeros = partial(zeros, (columns, columns), dtype, device)
         self.tokens = 0
 
     def update(self, flat: Tensor) -> None:
@@ -76,30 +82,68 @@ class Gram:
         if flat.is_complex():  # the real part of XᴴX, whose diagonal holds the norms
             flat = torch.cat([flat.real, flat.imag])
         flat = flat.to(torch.float32)
-        add_product(self.matrix, flat, flat)
+        self._rows = torch.cat([self._rows, flat])
+        if FEW * len(self._rows) > flat.shape[1]:
+            self._multiplied()
+
+    def _multiplied(self) -> Tensor:
+        """G, with all rows."""
+        self._matrix = self._zeros() if self._matrix is None else self._matrix
+        add_product(self._matrix, self._rows, self._rows)
+        self._rows = self._rows[:0].clone()
+        return self._matrix
 
     def reduce(self, add: Add) -> None:
         """Add what other processes have seen."""
-        self.matrix, self.tokens = add(self.matrix), _added(add, self.tokens)
+        self.tokens = _added(add, self.tokens)
+        if self.tokens:
+            self._matrix = add(self._multiplied())
 
     def round(self) -> None:
         """Keep the sums in float32; nothing is added any more."""
-        self.matrix = keep(self.matrix.to(torch.float32))
+        if self._matrix is not None:
+            self._matrix = keep(self._multiplied().to(torch.float32))
 
     def diagonal(self) -> Tensor:
         """Sums of squares by column, shape ``[columns]``."""
-        return self.matrix.diagonal()
+        return diagonal_of(self._rows if self._matrix is None else self._multiplied())
 
-    def symmetric(self) -> Tensor:
-        """The whole matrix, shape ``[columns, columns]``, float32."""
-        found = torch.empty_like(self.matrix, dtype=torch.float32)
-        for start in range(0, len(found), BLOCK):
-            stop = min(start + BLOCK, len(found))
-            found[start:stop, :start] = self.matrix[start:stop, :start]
-            found[:start, start:stop] = self.matrix[start:stop, :start].T
-            own = self.matrix[start:stop, start:stop].tril()
-            found[start:stop, start:stop] = own + own.tril(-1).T
-        return found
+    def compact(self) -> Tensor:
+        """The whole matrix, float32, or X itself where it :func:`is_few`."""
+        return self._rows.clone() if self._matrix is None else _mirrored(self._multiplied())
+
+
+def is_few(gram: Tensor) -> bool:
+    """Whether a Gram matrix is given by X with ``XᵀX = G``, which has fewer rows than columns."""
+    return len(gram) < gram.shape[1]
+
+
+def whole(gram: Tensor) -> Tensor:
+    """The Gram matrix, of which X may be given."""
+    return gram.T @ gram if is_few(gram) else gram
+
+
+def joined(one: Tensor, other: Tensor) -> Tensor:
+    """The sum of two Gram matrices, of which X may be given."""
+    # A matrix alone has as many rows as columns.
+    return torch.cat([one, other]) if len(one) + len(other) < one.shape[1] else whole(one) + whole(other)
+
+
+def diagonal_of(gram: Tensor) -> Tensor:
+    """The diagonal of a Gram matrix, of which X may be given."""
+    return gram.square().sum(0) if is_few(gram) else gram.diagonal()
+
+
+def _mirrored(matrix: Tensor) -> Tensor:
+    """The whole of a symmetric matrix of which blocks up to the diagonal are given, float32."""
+    found = torch.empty_like(matrix, dtype=torch.float32)
+    for start in range(0, len(found), BLOCK):
+        stop = min(start + BLOCK, len(found))
+        found[start:stop, :start] = matrix[start:stop, :start]
+        found[:start, start:stop] = matrix[start:stop, :start].T
+        own = matrix[start:stop, start:stop].tril()
+        found[start:stop, start:stop] = own + own.tril(-1).T
+    return found
 
 
 def add_product(matrix: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
@@ -109,7 +153,7 @@ def add_product(matrix: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0)
     Args:
         left, right: shape ``[any, columns]``.
     """
-    for start in range(0, len(matrix), BLOCK):
+    for start in range(0, len(matrix) if len(left) else 0, BLOCK):
         stop = min(start + BLOCK, len(matrix))
         own, lines = matrix[start:stop, :stop], left[:, start:stop].T
         if own.dtype == left.dtype:
@@ -119,8 +163,12 @@ def add_product(matrix: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0)
 
 
 def energy_of(rows: Tensor, gram: Tensor) -> float:
-    """``tr(R G Rᵀ)`` for the last columns of a Gram matrix, as many as the rows have, in its precision."""
-    first, rows = len(gram) - rows.shape[1], rows.to(gram.dtype)
+    """``tr(R G Rᵀ)`` for the last columns of a Gram matrix, of which X may be given, as many as the rows
+    have, in its precision.
+    """
+    first, rows = gram.shape[1] - rows.shape[1], rows.to(gram.dtype)
+    if is_few(gram):
+        return float((gram[:, first:] @ rows.T).square().sum())
     gram, total = gram[first:, first:], 0.0
     for start in range(0, len(gram), BLOCK):
         stop = start + BLOCK
@@ -139,34 +187,28 @@ class SplitGram:
 
     Attributes:
         fitted: of the tokens marked :data:`FITTED`.
-        held: of the tokens marked :data:`HELD`; ``None`` until there is one.
+        held: of the tokens marked :data:`HELD`.
     """
 
     def __init__(self, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self._empty = partial(Gram, columns, device, dtype)
-        self.fitted = self._empty()
-        self.held: Gram | None = None
+        self.fitted, self.held = (Gram(columns, device, dtype) for _ in range(2))
 
     def update(self, tokens: Tensor, marks: Tensor) -> None:
         """Add tokens ``[tokens, columns]``, each as its mark ``[tokens]`` says."""
-        if self.held is None and bool((marks == HELD).any()):
-            self.held = self._empty()
-        for mark, gram in zip((FITTED, HELD), self.parts, strict=False):
+        for mark, gram in ((FITTED, self.fitted), (HELD, self.held)):
             chosen = marks == mark
             if bool(chosen.any()):
                 gram.update(tokens if bool(chosen.all()) else tokens[chosen])
 
     def reduce(self, add: Add) -> None:
         """Add what other processes have seen."""
-        if _added(add, self.held is not None) and self.held is None:
-            self.held = self._empty()
-        for part in self.parts:
+        for part in (self.fitted, self.held):
             part.reduce(add)
 
     @property
     def parts(self) -> list[Gram]:
-        """The matrices there are."""
-        return [self.fitted] if self.held is None else [self.fitted, self.held]
+        """Those of tokens that there are: the second only if any were held out."""
+        return [self.fitted, self.held] if self.held.tokens else [self.fitted]
 
     @property
     def tokens(self) -> int:
@@ -175,13 +217,15 @@ class SplitGram:
 
     def norms(self) -> Tensor:
         """‖X_j‖₂ per column over all tokens, shape ``[columns]``, float64."""
-        squares = [part.diagonal().to(torch.float64).clamp_min(0) for part in self.parts]
-        return torch.stack(squares).sum(0).sqrt()
+        return torch.stack([part.diagonal().double().clamp_min(0) for part in self.parts]).sum(0).sqrt()
 
-    def symmetric(self) -> Tensor:
-        """XᵀX over all tokens, shape ``[columns, columns]``, float32."""
-        found = self.fitted.symmetric()
-        return found if self.held is None else found.add_(self.held.symmetric())
+    def compact(self) -> list[Tensor]:
+        """The Gram matrix of each part, float32, or X itself where it :func:`is_few`."""
+        return [part.compact() for part in self.parts]
+
+    def total(self) -> Tensor:
+        """The same over all tokens."""
+        return reduce(joined, self.compact())
 
 
 class InputGradients:
@@ -200,18 +244,14 @@ class InputGradients:
     needs_gradient: ClassVar[bool] = True
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        self._gram: Gram | None = None
-        self._columns, self._device = columns, device
+        self._gram = Gram(columns, device)
         self.squares, self.tokens, self.terms = 0.0, 0, 0
 
     def update(self, tokens: Tensor, gradient: Tensor | None, weight: Tensor) -> None:
         """Add gradients; see :class:`Statistic`."""
         if gradient is None:
             return
-        if self._gram is None:
-            self._gram = Gram(self._columns, self._device)
-        counts = weight > 0
-        chosen = gradient if bool(counts.all()) else gradient[counts]
+        chosen = gradient[weight > 0]
         self._gram.update(chosen)
         self.tokens += len(chosen)
 
@@ -226,22 +266,27 @@ class InputGradients:
 
     def reduce(self, add: Add) -> None:
         """Add what other processes have seen; the number of terms is theirs already."""
-        if _added(add, self._gram is not None) and self._gram is None:
-            self._gram = Gram(self._columns, self._device)
-        if self._gram is not None:
-            self._gram.reduce(add)
+        self._gram.reduce(add)
         self.squares = float(add(torch.tensor(self.squares, dtype=torch.float64)))
         self.tokens = _added(add, self.tokens)
 
     def diagonal(self) -> Tensor:
         """Sums of squared gradients, by column where they are known so, shape ``[columns]`` or ``[1]``."""
-        return torch.tensor([self.squares]) if self._gram is None else self._gram.diagonal()
+        return self._gram.diagonal() if self._gram.tokens else torch.tensor([self.squares])
 
     def mean(self) -> Tensor | None:
         """The mean of ``hᵀh`` over tokens, for one term of the loss; ``None`` where gradients were seen at
         the output alone.
         """
-        return None if self._gram is None else self._gram.symmetric().div_(max(self.tokens * self.terms, 1))
+        found = self.compact()
+        return None if found is None else whole(found)
+
+    def compact(self) -> Tensor | None:
+        """The same, or H with ``HᵀH`` equal to it where it :func:`is_few`."""
+        if not self._gram.tokens:
+            return None
+        found, count = self._gram.compact(), max(self.tokens * self.terms, 1)
+        return found / (count**0.5 if is_few(found) else count)
 
     def mean_square(self) -> float:
         """The mean square of the gradients at the output, for one term of the loss."""

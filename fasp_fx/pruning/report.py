@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 from torch import Tensor
@@ -167,10 +167,6 @@ class Spent:
         )
 
 
-def _config_of(data: Any) -> PruningConfig | None:
-    return None if data is None else PruningConfig.from_json(json.dumps(data))
-
-
 @dataclass(frozen=True)
 class Report:
     """Figures of one pruning; ``str(report)`` is a table for people.
@@ -203,7 +199,10 @@ class Report:
     include: tuple[str, ...] = ()
     recovery: Recovery | None = None
     budgets: tuple[Spent, ...] = ()
-    config: Annotated[PruningConfig | None, ReadBy(_config_of)] = None
+    config: Annotated[
+        PruningConfig | None,
+        ReadBy(lambda data: None if data is None else PruningConfig.from_json(json.dumps(data))),
+    ] = None
 
     def to_json(self) -> str:
         """The report as text, without a configuration that holds a function."""

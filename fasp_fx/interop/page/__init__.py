@@ -204,7 +204,8 @@ def _charts(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """
     kinds: dict[tuple[str, str], list[int]] = {}
     for index, line in enumerate(lines):
-        kinds.setdefault((star(line.name), line.status), []).append(index)
+        starred = ".".join("*" if part.isdecimal() else part for part in line.name.split("."))
+        kinds.setdefault((starred, line.status), []).append(index)
     ordered = sorted(kinds.items(), key=lambda kind: kind[0][1] != PRUNABLE)
     several = [(*kind, found) for kind, found in ordered if len(found) > 1]
     single = [found[0] for found in kinds.values() if len(found) == 1]
@@ -219,11 +220,6 @@ def _charts(lines: Sequence[Line]) -> list[dict[str, Any]]:
         }
         for name, status, found in (*several, *([("", "", single)] if single else []))
     ]
-
-
-def star(name: str) -> str:
-    """A name without its numbers: ``model.layers.*.mlp.up_proj.weight``."""
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def _numbers(name: str) -> str:
