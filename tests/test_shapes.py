@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from models import made
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export import Dim, export
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fasp_fx.capturing._shapes import _FAKES, by_shapes
 
@@ -86,3 +88,17 @@ def test_what_is_recorded_by_shapes_is_what_is_traced(call: str, layout: str) ->
 def test_sizes_that_do_not_fit_are_refused(call: Callable[[Tensor], Tensor]) -> None:
     with by_shapes(), pytest.raises(RuntimeError, match="meet"):
         recorded(call, LAYOUTS["in order"])
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_values_are_computed_with_and_no_steps_are_written_down(call: str) -> None:
+    """An exporter that takes an operator apart writes down what it is made of, not how its shape is found."""
+    x = torch.rand(2, 3, 5, 4)
+    expected = CALLS[call](x.clone())
+    with by_shapes(), enable_python_dispatcher():
+        torch.testing.assert_close(CALLS[call](x.clone()), expected)
+        trace = make_fx(
+            lambda x: CALLS[call](x), tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True
+        )
+        steps = trace(x.clone()).graph.nodes
+    assert [str(node.target) for node in steps if "empty" in str(node.target)] == []

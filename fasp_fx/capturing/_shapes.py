@@ -32,8 +32,10 @@ def _fit(found: Sequence[int | torch.SymInt], wanted: Sequence[int | torch.SymIn
     Raises:
         RuntimeError: they are not.
     """
-    if len(found) != len(wanted) or any(one != other for one, other in zip(found, wanted, strict=True)):
-        raise RuntimeError(f"sizes {[*found]} meet a weight for {[*wanted]}")
+    said = f"sizes {[*found]} meet a weight for {[*wanted]}"
+    torch._check(len(found) == len(wanted), lambda: said)
+    for one, other in zip(found, wanted, strict=True):
+        torch._check(one == other, lambda: said)  # of data, it is asserted when the program runs
 
 
 def _recurrent(
@@ -129,7 +131,7 @@ def by_shapes() -> Iterator[None]:
     """
     with (
         traced_by(_KERNELS, _FAKES),
-        torch.backends.mkldnn.flags(enabled=False),
+        torch.backends.mkldnn.flags(enabled=False, deterministic=None, allow_tf32=None, fp32_precision=None),
         torch.backends.nnpack.flags(enabled=False),
         torch.backends.cudnn.flags(enabled=False),
     ):

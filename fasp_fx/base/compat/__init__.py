@@ -34,10 +34,12 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    is_fake,
 )
 from torch.export import ExportedProgram
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
 from torch.fx.graph import _PyTreeInfo as PyTreeInfo
@@ -127,13 +129,27 @@ def traced_by(
         with mode:
             return kernel(*args, **kwargs)
 
+    def made_by(operator: OpOverload, key: DispatchKey, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        composite = DispatchKey.CompositeImplicitAutograd
+        known, written = operator.py_kernels, functools.partial(operator._op_dk, composite)
+        own = known.get(key) or known.get(composite) or written
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            first = args[0] if args else next(iter(kwargs.values()))
+            # Tensors with values are computed with, and what is written down would be the kernel's steps.
+            shapes_alone = (is_fake(first) or first.device.type == "meta") and get_proxy_mode() is None
+            return (kernel if shapes_alone else own)(*args, **kwargs)
+
+        return call
+
     made = {operator: functools.partial(run, kernel) for operator, kernel in fakes.items()}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(fake_tensor_cache_enabled=False))
         stack.enter_context(mock.patch.dict(get_fast_op_impls(), made))
         for operator, kernel in kernels.items():
             stack.callback(operator._dispatch_cache.clear)
-            stack.enter_context(mock.patch.dict(operator.py_kernels, dict.fromkeys(_TRACED, kernel)))
+            given = {key: made_by(operator, key, kernel) for key in _TRACED}
+            stack.enter_context(mock.patch.dict(operator.py_kernels, given))
             operator._dispatch_cache.clear()
         yield
 
