@@ -19,6 +19,7 @@ from ..base.compat import (
     OpOverload,
     decomposed_matmul,
     decomposition_table,
+    settle,
     traced_by,
 )
 from ._sizes import same_sizes
@@ -33,9 +34,9 @@ def _fit(found: Sequence[int | torch.SymInt], wanted: Sequence[int | torch.SymIn
         RuntimeError: they are not.
     """
     said = f"sizes {[*found]} meet a weight for {[*wanted]}"
-    torch._check(len(found) == len(wanted), lambda: said)
+    settle(len(found) == len(wanted), lambda: said)
     for one, other in zip(found, wanted, strict=True):
-        torch._check(one == other, lambda: said)  # of data, it is asserted when the program runs
+        settle(one == other, lambda: said)  # of data, it is asserted when the program runs
 
 
 def _recurrent(

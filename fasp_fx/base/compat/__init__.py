@@ -95,6 +95,8 @@ def compile_graphs(module: nn.Module) -> None:
             part.real_recompile()
 
 
+#: says of sizes what has to be true, or raises a RuntimeError; what data decide, a program asserts
+settle = torch._check
 #: calls of operators inside are not intercepted by ``__torch_function__``, that of a mode included
 without_overrides = torch._C.DisableTorchFunction
 _TRACED = (DispatchKey.Autograd, DispatchKey.CompositeImplicitAutograd, DispatchKey.Meta)
