@@ -2,8 +2,8 @@
 // Run it where node-llama-cpp is installed. Models take turns, three rounds; medians.
 import {getLlama} from "node-llama-cpp";
 
-const PROMPT = 512, WRITTEN = 64, ROUNDS = 3;
-const llama = await getLlama({build: "never", gpu: false, logLevel: "error", maxThreads: 2});
+const PROMPT = 256, WRITTEN = 32, ROUNDS = 3;
+const llama = await getLlama({build: "never", gpu: false, logLevel: "error", maxThreads: 1});
 const found = new Map();
 
 function note(path, what, value) {
@@ -19,7 +19,7 @@ async function write(sequence, prompt) {
 
 async function measure(path, together) {
     const model = await llama.loadModel({modelPath: path, gpuLayers: 0});
-    const context = await model.createContext({contextSize: 1024, sequences: together, batchSize: 512, threads: 2});
+    const context = await model.createContext({contextSize: 1024, sequences: together, batchSize: 512, threads: 1});
     const prompt = Array.from({length: PROMPT}, (_, place) => 1000 + (place * 7919) % 40000);
     const sequences = Array.from({length: together}, () => context.getSequence());
     let start = performance.now();
