@@ -123,11 +123,7 @@ def capture(
     if target is not None:
         exported = move_to_device_pass(exported, target)
     check_names((*exported.state_dict, *exported.constants))
-    if any(isinstance(held, torch.Generator) for held in exported.constants.values()):
-        raise CaptureError(
-            "forward makes a torch.Generator: a program keeps it and draws other numbers in each call, where"
-            " forward begins anew; draw the numbers once, and keep them in a buffer"
-        )
+    _check_generators(exported)
     module = exported.module(check_guards=False)
     own_names(module, module.graph)
     if isinstance(model, ExportedProgram):
@@ -137,19 +133,11 @@ def capture(
     example = exported.example_inputs
     assert example is not None  # or there was no signature
     inputs, outputs = state_positions(module, exported, signature.given(), state)
-    held = (
-        model.state_dict
-        if isinstance(model, ExportedProgram)
-        else dict(
-            [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        )
-    )
-    order = tuple(held)
+    order = _order(model)
     folding = fold_weights(module, order) if fold else Folding()
     notes = (*notes, *folding.notes)
     return Program(
-        # without export's refusal of train() and eval() and without its hooks
-        graph_module(module, module.graph, module.meta, LazyGraphModule),
+        _plain(module),
         signature,
         example,
         inputs,
@@ -161,6 +149,22 @@ def capture(
         doubled=doubled,
         facts=ExportFacts.of(exported),
     )
+
+
+def _check_generators(exported: ExportedProgram) -> None:
+    """Refuse a program that holds a generator of random numbers."""
+    if any(isinstance(held, torch.Generator) for held in exported.constants.values()):
+        raise CaptureError(
+            "forward makes a torch.Generator: a program keeps it and draws other numbers in each call, where"
+            " forward begins anew; draw the numbers once, and keep them in a buffer"
+        )
+
+
+def _order(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
+    if isinstance(model, ExportedProgram):
+        return tuple(model.state_dict)
+    parameters = model.named_parameters(remove_duplicate=False)
+    return tuple(dict([*parameters, *model.named_buffers(remove_duplicate=False)]))
 
 
 def _check_modes(model: nn.Module) -> None:
@@ -190,6 +194,11 @@ def in_training(module: nn.Module, path: str = "") -> Iterator[str]:
         yield from in_training(child, f"{path}.{name}" if path else name)
 
 
+def _plain(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph module without export's refusal of train() and eval() and without its hooks."""
+    return graph_module(module, module.graph, module.meta, LazyGraphModule)
+
+
 def _exported_signature(
     exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> CallSignature:
@@ -208,8 +217,7 @@ def recapture(program: Program, exported: ExportedProgram) -> Program:
     """
     exported = functional(exported)
     read_stamps(exported.graph)
-    module = exported.module(check_guards=False)
-    module = graph_module(module, module.graph, module.meta, LazyGraphModule)
+    module = _plain(exported.module(check_guards=False))
     take_apart(module.graph)
     inputs, before = module.graph.find_nodes(op="placeholder"), program.placeholders()
     if len(inputs) != len(before) or len(results(module.graph)) != len(results(program.module.graph)):

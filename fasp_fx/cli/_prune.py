@@ -28,7 +28,7 @@ from ..capturing._sizes import Sizes
 from ..errors import ArgumentError, first_line
 from ..hf import Pruned, convert, prune
 from ..hf._folder import KIND, OWN, PLAIN
-from ..hf._formats import FORMATS, config_for
+from ..hf._formats import config_for
 from ..hf._stages import pruned_already
 from ..pruning._allocating import budget_for, check_request, expected_sparsity
 from ..pruning._calibrating import Method
@@ -234,7 +234,7 @@ def show(result: Pruned, out: Path) -> None:
     recovery = report.recovery
     loader = " after `import fasp_fx`" if result.format == OWN else ""
     code = ", trust_remote_code=True" if type(result.model)._auto_class is not None else ""
-    file = result.format != OWN and FORMATS[result.format].tensors is not None
+    file = out / "model.gguf"
     for line in (
         f"removed {report.sparsity:.2%} of the linear weights of {counted_weights(report.include)}{asked}",
         *(f"budget: {spent}" for spent in report.budgets),
@@ -242,7 +242,7 @@ def show(result: Pruned, out: Path) -> None:
         *(f"note: {note}" for note in (*(recovery.notes if recovery is not None else ()), *report.notes)),
         f"saved in {out}; load it{loader} with",
         f'  transformers.AutoModelForCausalLM.from_pretrained("{out}"{code})',
-        *([f"or run it in llama.cpp: llama-cli -m {out / 'model.gguf'}"] if file else []),
+        *([f"or run it in llama.cpp: llama-cli -m {file}"] if file.is_file() else []),
     ):
         say(line)
 
