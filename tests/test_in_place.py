@@ -54,7 +54,17 @@ def through_a_view(h: Tensor) -> Tensor:
 def into_a_view(h: Tensor) -> Tensor:
     h = torch.sin(h)
     h[..., :4].mul_(3.0)
-    return h
+    return F.relu_(h.sinh().transpose(0, 1)).transpose(0, 1) + h
+
+
+def into_parts_that_are_read(h: Tensor) -> Tensor:
+    h = torch.sin(h)
+    first, before = h[:, 0], h[:, 1:3].exp()
+    h[:, 1:][:, :2] *= h[:, :1]
+    first *= h[:, -1]
+    h[:, -1] = first
+    h[:, 1:3] = before
+    return h + first.relu_()[:, None] * before.sum(1, keepdim=True)
 
 
 def alias_by_name(h: Tensor) -> Tensor:
@@ -67,7 +77,15 @@ def another_type(h: Tensor) -> Tensor:
     return h * torch.ones(12, dtype=torch.float64).gt_(0.5)
 
 
-ALL = (before_and_after, twice, through_a_view, into_a_view, alias_by_name, another_type)
+ALL = (
+    before_and_after,
+    twice,
+    through_a_view,
+    into_a_view,
+    into_parts_that_are_read,
+    alias_by_name,
+    another_type,
+)
 
 
 @pytest.mark.parametrize("function", ALL, ids=lambda function: function.__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -222,38 +222,119 @@ def _is_exported(target: Any) -> bool:
 # --- Operators that write into a tensor that the graph has made, as the operators that return the result.
 #
 # Functionalising a graph traces it once more, which takes longer than its export. Nearly all writes in models
-# are into what is known under no other name any more (``relu_``, ``position += offset``), and need no trace.
+# are into what is known under no other name any more (``relu_``, ``position += offset``) or into a part of it
+# (``mask[:, 1:] = 0``), and need no trace.
+
+#: what puts a part back into the whole that an operator has taken it out of
+_BACK: dict[Any, OpOverload] = {
+    _ATEN.slice.Tensor: _ATEN.slice_scatter.default,
+    _ATEN.select.int: _ATEN.select_scatter.default,
+}
 
 
 def out_of_place(graph: fx.Graph) -> None:
     """Rewrite such writes in a graph whose recorded tensors share memory as those of the trace did."""
-    writes = [node for node in graph.nodes if _writes(node)]
-    if not writes or any(is_transform(node.target) for node in graph.nodes):
+    written = {storage_of(node.meta.get("val")) for node in graph.nodes if _writes(node)}
+    if not written or any(is_transform(node.target) for node in graph.nodes):
         return
     remove_dropouts(graph)
-    order = {node: index for index, node in enumerate(graph.nodes)}
     sharing: dict[object, list[fx.Node]] = {}
-    for node in order:
-        for storage in {storage_of(value) for value in pytree.tree_leaves(node.meta.get("val"))}:
+    for node in graph.nodes:
+        for storage in written & {storage_of(value) for value in pytree.tree_leaves(node.meta.get("val"))}:
             sharing.setdefault(storage, []).append(node)
-    for node in writes:
-        written: Any = node.args[0] if node.args else None
-        twin = _twin(node)
-        alike = sharing.get(storage_of(node.meta.get("val")), [])
-        earlier = [other for other in alike if order[other] < order[node]]
-        if (
-            twin is None
-            or written not in earlier
-            or any(other.op != "call_function" for other in earlier)
-            or any(
-                order[user] > order[node] for other in earlier if other is not written for user in other.users
-            )
-        ):
-            continue
-        node.target = twin
-        written.replace_all_uses_with(
-            node, delete_user_cb=lambda user, after=order[node]: order[user] > after
+    for alike in sharing.values():
+        _write_beside(graph, alike)
+
+
+def _write_beside(graph: fx.Graph, alike: list[fx.Node]) -> None:
+    """Rewrite all writes into one piece of memory, if each of them can be: after one, what is read of the
+    memory is taken anew out of what was returned.
+
+    Args:
+        alike: the nodes that give it or parts of it, in graph order.
+    """
+    base = alike[0]
+    whole: dict[fx.Node, Any] = {node: node.args[0] if node.args else None for node in alike[1:]}
+    twins = {node: _twin(node) for node in whole if _writes(node)}
+    if (
+        base.op != "call_function"
+        or _writes(base)
+        or None in twins.values()
+        or not all(source is base or source in whole for source in whole.values())
+        or any(
+            _is_read_later(node, [whole[part] for part in _way(node, whole, twins)], alike) for node in twins
         )
+    ):
+        return
+    held = {base: base}  # what has the value of a node since the last write
+
+    def read(node: fx.Node, user: fx.Node) -> fx.Node:
+        if node not in held and node in whole:
+            if node in twins:
+                return read(whole[node], user)
+            with graph.inserting_before(user):
+                held[node] = graph.node_copy(node, lambda operand: read(operand, user))
+            _record(held[node], node)
+        return held.get(node, node)
+
+    nodes = list(graph.nodes)
+    for node in nodes[nodes.index(base) + 1 :]:
+        for operand in node.all_input_nodes:
+            found = read(operand, node)
+            if found is not operand:
+                node.replace_input_with(operand, found)
+                if node.op == "output":  # a program knows by name what it returns
+                    name = operand.name
+                    operand._rename(f"{name}_before")
+                    found._rename(name)
+        if node in twins:
+            made, now = node, {node: node}
+            for part in _way(node, whole, twins):
+                if part.target in _BACK:
+                    put = (read(whole[part], node), made, *part.args[1:])
+                    with graph.inserting_after(made):
+                        made = graph.call_function(_BACK[part.target], put, part.kwargs)
+                    _record(made, node)
+                now[whole[part]] = made
+            node.target = twins[node]
+            held.clear()
+            held.update(now)
+        elif node in whole:
+            held[node] = node
+
+
+def _way(node: fx.Node, whole: Mapping[fx.Node, fx.Node], twins: Collection[fx.Node]) -> Iterator[fx.Node]:
+    """The nodes that take a part out of the next one, or write into it, from one on, as far as what they give
+    can be put back.
+    """
+    while node in whole and (node in twins or node.target in _BACK):
+        yield node
+        node = whole[node]
+
+
+def _is_read_later(write: fx.Node, known: list[fx.Node], alike: list[fx.Node]) -> bool:
+    """Whether memory is read after a write under a name that what was written cannot be put back into.
+
+    Args:
+        known: the names that it can be put back into.
+    """
+    earlier = [] if alike[0] in known else alike[: alike.index(write)]
+    return any(write < user for node in earlier if node not in known for user in node.users)
+
+
+def _record(node: fx.Node, like: fx.Node) -> None:
+    """Record what a node gives that comes from where another does."""
+    stand_for(node, like)
+    node.meta["val"] = _made(node, node.target)
+
+
+def _made(node: fx.Node, operator: Any) -> Any:
+    """What an operator makes of what a node is called with."""
+    operands = [operand.meta.get("val") for operand in node.all_input_nodes]
+    modes = [value.fake_mode for value in pytree.tree_leaves(operands) if isinstance(value, FakeTensor)]
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda operand: operand.meta.get("val"))
+    with modes[0], torch.no_grad():
+        return operator(*args, **kwargs)
 
 
 def _writes(node: fx.Node) -> bool:
@@ -285,10 +366,8 @@ def _keeps_type(node: fx.Node, twin: OpOverload) -> bool:
     recorded = node.meta.get("val")
     if not isinstance(recorded, FakeTensor):
         return False
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: argument.meta.get("val"))
     try:
-        with recorded.fake_mode, torch.no_grad():
-            made = twin(*args, **kwargs)
+        made = _made(node, twin)
     except tolerable(Exception):
         return False  # an operator raises what it likes; the write stays one, and the graph is traced again
     return isinstance(made, Tensor) and made.dtype == recorded.dtype
