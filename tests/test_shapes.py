@@ -29,7 +29,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 WEIGHT = torch.rand(6, 4)
 CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     **{
-        operator.name(): lambda x, call=operator: call(x, *_more(call))  # type: ignore[misc]
+        operator.name(): lambda x, call=operator: call(x, *_more(call, x))  # type: ignore[misc]
         for operator in _FAKES
     },
     "linear": lambda x: F.linear(x, WEIGHT.to(x), WEIGHT[:, 0].to(x)),
@@ -45,8 +45,13 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _more(call: Any) -> tuple[Any, ...]:
-    return {ATEN.pow.Tensor_Scalar: (2,), ATEN._safe_softmax.default: (-1,)}.get(call, ())
+def _more(call: Any, x: Tensor) -> tuple[Any, ...]:
+    more: dict[Any, tuple[Any, ...]] = {
+        ATEN.pow.Tensor_Scalar: (2,),
+        ATEN._safe_softmax.default: (-1,),
+        ATEN.grid_sampler_2d.default: (x.new_zeros(x.shape[0], 6, 2, 2), 0, 0, False),
+    }
+    return more.get(call, ())
 
 
 def recorded(call: Callable[[Tensor], Tensor], layout: Callable[[Tensor], Tensor]) -> list[tuple[Any, ...]]:
@@ -83,6 +88,7 @@ def test_what_is_recorded_by_shapes_is_what_is_traced(call: str, layout: str) ->
         lambda x: x @ x,
         lambda x: F.layer_norm(x, (3,)),
         lambda x: F.batch_norm(x, torch.ones(2), torch.ones(2)),
+        lambda x: F.grid_sample(x, torch.rand(2, 6, 2, 2)),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(call: Callable[[Tensor], Tensor]) -> None:

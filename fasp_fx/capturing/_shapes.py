@@ -80,6 +80,11 @@ def _batch_norm(input: Tensor, weight: Any, bias: Any, mean: Tensor | None, *_: 
     return torch.empty_like(input)
 
 
+def _grid_sampler(input: Tensor, grid: Tensor, *_: Any) -> Tensor:
+    _fit(input.shape[:1], grid.shape[:1])
+    return input.new_empty([*input.shape[:2], *grid.shape[1:3]])
+
+
 def _softmax(self: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     return self.new_empty(self.shape, dtype=dtype)
 
@@ -119,6 +124,7 @@ _FAKES: dict[OpOverload, Callable[..., Any]] = {
     **{operator: functools.partial(_pointwise, operator) for operator in _POINTWISE},
     **dict.fromkeys(_IN_PLACE, lambda self, *_, **__: self),
     _ATEN._safe_softmax.default: _softmax,
+    _ATEN.grid_sampler_2d.default: _grid_sampler,
 }
 
 

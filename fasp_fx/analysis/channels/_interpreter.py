@@ -92,6 +92,8 @@ class Interpreter:
         self.state_inputs, self.state_outputs = state_inputs, state_outputs
         self.overrides, self.strict, self.heads, self.experts = overrides or {}, strict, heads, experts
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        #: what operators gave, by what they were called with: the layers of a model are alike
+        self.known: dict[str, Any] = {}
         #: weights whose content changes from call to call
         self.written = {canonical.get(name, name) for name in written_names(module.graph)}
 
@@ -260,7 +262,9 @@ class Interpreter:
                     isinstance(node.target, OpOverload) and node.target._schema.is_mutable
                 ):  # writes into a copy
                     args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-                executed = node.target(*args, **kwargs)
+                call = self._call(node, walk)
+                executed = self.known[call] if call in self.known else node.target(*args, **kwargs)
+                self.known[call] = executed
         except tolerable(Exception) as error:
             if not _is_decided_later(node, error):
                 if self.strict:
@@ -278,6 +282,19 @@ class Interpreter:
         if small and walk.sizes.assigned and not self.strict and not fits:
             raise _Degenerate
         return executed
+
+    def _call(self, node: fx.Node, walk: Walk) -> str:
+        """What a node is called with, in words, as far as shapes depend on it."""
+
+        def said(operand: fx.Node) -> str:
+            made = walk.executed[operand]
+            return (
+                f"{made.dtype}{made.shape}{made.stride()}{made.device}"
+                if isinstance(made, Tensor)
+                else f"{made}"
+            )
+
+        return f"{node.target}{fx.map_arg((node.args, node.kwargs), said)}"
 
     def _apply(self, node: fx.Node, walk: Walk, shapes: list[tuple[int, ...]]) -> list[Value]:
         named, nodes = _arguments(node, walk.values)
