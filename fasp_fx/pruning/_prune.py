@@ -398,7 +398,8 @@ def decide(
         if not path:
             decision.notes.extend(subject.notes)
         yield path, decision
-    advance(1.0)  # the last parts may have stayed whole
+    if "" not in consumers:
+        advance(1.0)  # the last parts may have stayed whole
 
 
 def _consumers(subject: Subject, config: PruningConfig, paths: Iterable[str]) -> dict[str, Consumers]:
