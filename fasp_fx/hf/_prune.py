@@ -22,7 +22,6 @@ from ..base import __version__
 from ..base._options import check_callable
 from ..base._progress import Shown, shows
 from ..base._undisturbed import in_usual_modes, one_at_a_time
-from ..base.compat import without_stack_traces
 from ..calibration._calibration import check_calibration
 from ..calibration._ranks import Ranks, ended_together
 from ..calibration._visit import Decision
@@ -139,10 +138,9 @@ def capture(model: Any, *, device: torch.device | str | None = None) -> Captured
     stages = stages_of(model)
     programs: dict[str, Captured] = {}
     for stage in stages.programs():
-        with without_stack_traces():  # which lines of the model made the nodes, nobody sees
-            programs[stage.name] = capture_whole(
-                stage.model, (), dict(stage.example), state=stage.state, device=device
-            )
+        programs[stage.name] = capture_whole(
+            stage.model, (), dict(stage.example), state=stage.state, device=device
+        )
     convention = convention_of(stages, next(iter(programs.values())).program)
     return CapturedModel(model, programs, stages, convention)
 
