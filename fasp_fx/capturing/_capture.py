@@ -79,7 +79,7 @@ def capture(
     kwargs = dict(kwargs or {})
     target = None if device is None else check_device(device)
     notes: tuple[str, ...] = ()
-    doubled = False
+    doubled, seen = False, None
     if isinstance(model, ExportedProgram):
         exported, signature = functional(as_weights(model)), _exported_signature(model, args, kwargs)
     elif isinstance(model, nn.Module):
@@ -115,7 +115,9 @@ def capture(
             {name: bound[name] for name in signature.captured},
         )
         free = every_dim if image_sizes else all_dims
-        exported, notes, doubled = export(model, signature, given, dynamic_shapes, free, len(args), doubles)
+        exported, notes, doubled, seen = export(
+            model, signature, given, dynamic_shapes, free, len(args), doubles
+        )
     else:
         raise ArgumentError(
             f"model must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}"
@@ -147,6 +149,7 @@ def capture(
         folds=folding.folds,
         replaced=folding.replaced,
         doubled=doubled,
+        seen=seen,
         facts=ExportFacts.of(exported),
     )
 
@@ -373,7 +376,7 @@ def _captured(
         )
         program = replace(program, notes=(*program.notes, note))
     if not run:
-        return program
+        return replace(program, seen=None)
     return compared(program, model, args, kwargs, partial(capture, doubles=False, **options))
 
 

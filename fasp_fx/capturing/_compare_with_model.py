@@ -24,7 +24,7 @@ from ._fx import draws, results, written_names
 from ._program import Program
 from ._runner import Runner
 from ._sizes import is_dynamic, lower_bound
-from ._unchanged import copied, rewound
+from ._unchanged import Seen, called, copied
 
 #: relative deviation in the 2-norm that rounding accounts for in float32 where factors are rounded, as
 #: convolutions on CUDA do by default
@@ -54,12 +54,13 @@ def compared(
     Nothing is compared where there is nothing to call or to compare: exported programs, weights without
     values, a program on another device than its model, and one that draws random numbers.
     """
+    seen, program = program.seen, replace(program, seen=None)
     drawn = any(map(draws, program.module.graph.nodes))
     if not isinstance(model, nn.Module) or drawn or _is_elsewhere(program, model):
         return program
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
     try:
-        worst, changed = _difference(program, model, args, kwargs)
+        worst, changed = _difference(program, model, args, kwargs, seen=seen)
         trouble = _otherwise("on the example inputs", worst)
     except tolerable(CalibrationError) as error:
         trouble = f"cannot be executed on the example inputs ({error})"
@@ -100,24 +101,25 @@ def _otherwise(where: str, worst: float) -> str:
 
 
 def _difference(
-    program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any], calls: int = 1
+    program: Program,
+    model: nn.Module,
+    args: Any,
+    kwargs: dict[str, Any],
+    calls: int = 1,
+    seen: Seen | None = None,
 ) -> tuple[float, list[str]]:
     """How far the outputs of the program are from those of the last of some calls of the model, zero if no
     further than rounding; and which attributes those calls set. The model and its inputs are left as they
     were.
 
+    Args:
+        seen: what they gave and set, if that is known.
+
     Raises:
         CalibrationError: the program does not run on these inputs.
     """
-    # what a model compiles for itself (flex attention, say) runs uncompiled, as in the program
-    with (
-        torch.no_grad(),
-        rewound(model, written_names(program.module.graph)) as changed,
-        torch.compiler.set_stance("force_eager"),
-    ):
-        for _ in range(calls):
-            own_args, own_kwargs = copied((args, kwargs))
-            expected = copied(pytree.tree_leaves(model(*own_args, **own_kwargs)))
+    written = written_names(program.module.graph)
+    expected, changed = seen or called(model, args, kwargs, calls, written)
     with torch.no_grad(), drawing_alike(program.weights().values(), seed=1):
         found = _outputs(program, copied(program.flat_inputs(args, kwargs)))
     # leaf for leaf, but where a class of the caller's holds tensors, say
@@ -125,7 +127,7 @@ def _difference(
     coarse = coarsest(program)
     is_rounded = program.device().type != "cpu" or torch.get_float32_matmul_precision() != "highest"
     allowed = _ALLOWED_ROUNDED if coarse == torch.float32 and is_rounded else tolerance("capture", coarse)
-    return max((seen for pair in pairs if not (seen := _distance(*pair)) <= allowed), default=0.0), changed
+    return max((far for pair in pairs if not (far := _distance(*pair)) <= allowed), default=0.0), changed
 
 
 def _distance(found: Any, expected: Any) -> float:

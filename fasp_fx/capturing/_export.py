@@ -37,7 +37,7 @@ from ._sizes import (
     widened,
 )
 from ._transformers import export_transformers, is_transformers
-from ._unchanged import functions_called, run_once, unchanged
+from ._unchanged import Seen, called, functions_called, unchanged
 
 
 def export(
@@ -48,9 +48,10 @@ def export(
     free: Any,
     leading: int,
     doubles: bool = True,
-) -> tuple[ExportedProgram, tuple[str, ...], bool]:
-    """The program of a module, what a user should know of it, and whether its example is a batch of one that
-    was doubled and of which a single sample can be run.
+) -> tuple[ExportedProgram, tuple[str, ...], bool, Seen | None]:
+    """The program of a module, what a user should know of it, whether its example is a batch of one that was
+    doubled and of which a single sample can be run, and what the model gave for the inputs as they were
+    given.
 
     Args:
         model, signature: the module and its calling convention.
@@ -82,8 +83,9 @@ def export(
     failures: list[Exception] = []
     for note, inputs, shapes in attempts:
         try:
+            seen = None
             if not meta:
-                _run_once(model, *_arguments(signature, names, inputs), inputs is given)
+                seen = _run(model, *_arguments(signature, names, inputs), inputs is given)
             with functions_called() as functions:
                 exported, sets = _undisturbed(model, signature, names, inputs, shapes)
             if inputs is not given and not takes_any_number(exported):
@@ -109,6 +111,7 @@ def export(
                 (*said, *(_GRADIENTS.format(name) for name in functions)),
                 # Freedom can have been taken away since that was asked above.
                 inputs is not given and takes_any_number(exported),
+                seen if inputs is given else None,
             )
         except ArgumentError:
             raise
@@ -121,17 +124,22 @@ def export(
     ) from failures[0]
 
 
-def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_given: bool) -> None:
-    """Let the model itself compute what functions of its code remember.
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_given: bool) -> Seen:
+    """Call the model itself, so that what functions of its code remember (``functools.cache``, a dictionary
+    of the module) are tensors with values: those of a trace have none, and would be there in every later
+    call.
 
     Args:
         is_given: whether these are the caller's inputs.
+
+    Returns:
+        As for :func:`called`.
 
     Raises:
         ArgumentError: it does not run on the caller's inputs.
     """
     try:
-        run_once(model, args, kwargs)
+        return called(model, args, kwargs)
     except tolerable(Exception) as error:  # of forward, which raises what it likes
         if not is_given:
             raise

@@ -20,6 +20,7 @@ from ..base.compat import LazyGraphModule, ShapeEnv, guards_of, pytree
 from ..errors import VerificationError
 from ._fx import attribute, target_name, written_names
 from ._signature import CallSignature
+from ._unchanged import Seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +153,7 @@ class Program:
         doubled: whether the caller's example is one sample, which the capture has put twice into this one.
         facts: what the capture's exported program knows besides graph and weights; ``None`` for a graph that
             was not exported.
+        seen: what the model gave for the example, until it is compared with what the program gives.
     """
 
     module: fx.GraphModule
@@ -168,6 +170,7 @@ class Program:
     replaced: dict[str, Tensor] = field(default_factory=dict)
     doubled: bool = False
     facts: ExportFacts | None = field(default=None, repr=False, compare=False)
+    seen: Seen | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
         return f"Program({len(self.weights())} weights, inputs={list(self.signature.given())})"
@@ -296,6 +299,7 @@ class Program:
             parts=dict(self.parts),
             recipes=dict(self.recipes),
             numbers=dict(self.numbers),
+            seen=None,
         )
 
     def placeholders(self) -> list[fx.Node]:

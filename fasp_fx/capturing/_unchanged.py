@@ -107,14 +107,28 @@ def rewound(model: nn.Module, written: Iterable[str] = ()) -> Iterator[list[str]
         _write_back(values)
 
 
-def run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Call a model, so that what functions of its code remember (``functools.cache``, a dictionary of the
-    module) are tensors with values: those of a trace have none, and would be there in every later call.
+#: what a model gives, leaf by leaf, and the names of the attributes that it sets
+Seen = tuple[list[Any], list[str]]
 
-    The model and the arguments stay as they are.
+
+def called(
+    model: nn.Module, args: Any, kwargs: dict[str, Any], calls: int = 1, written: Iterable[str] = ()
+) -> Seen:
+    """What the last of some calls of a model gives, and what they set. The model and the arguments stay as
+    they are; what the model compiles for itself (flex attention, say) runs uncompiled.
+
+    Args:
+        written: as for :func:`rewound`.
     """
-    with torch.no_grad(), rewound(model), torch.compiler.set_stance("force_eager"):
-        model(*copied(args), **copied(kwargs))
+    with (
+        torch.no_grad(),
+        rewound(model, written) as changed,
+        torch.compiler.set_stance("force_eager"),
+    ):
+        for _ in range(calls):
+            own_args, own_kwargs = copied((args, kwargs))
+            given = copied(pytree.tree_leaves(model(*own_args, **own_kwargs)))
+    return given, changed
 
 
 def copied(value: Any) -> Any:
