@@ -151,9 +151,14 @@ def test_llama_cpp_predicts_what_the_model_does(turns: str, tmp_path: Path) -> N
     assert len({layer.num_key_value_heads for layer in made.model.config.per_layer_config}) > 1
     file = made.save_pretrained(tmp_path / "small") / "model.gguf"
     ids = drawn(1000)
-    (found,) = predictions(file, [ids[0].tolist()], tmp_path)
+    found, written = predictions(
+        file, [ids[0].tolist(), {"write": ids[0, :20].tolist(), "count": 12}], tmp_path
+    )
     with torch.no_grad():
         expected = made.model(ids).logits[0].softmax(-1)
+    assert [*ids[0, :20].tolist(), *written] == made.model.generate(
+        ids[:, :20], max_new_tokens=12, eos_token_id=None, do_sample=False
+    )[0].tolist()
     worst = max(
         abs(p - float(expected[at, token])) for at, own in enumerate(found) for token, p in own["likeliest"]
     )
