@@ -319,7 +319,7 @@ def test_eval_what_is_served(from_file: tuple[Path, Result], folder: Path, numbe
         ),
         (
             "{1}/model {0}",
-            lambda said: {"tokens": said["tokens"][-1:]},
+            lambda said: {"content": [{"token": said["tokens"][-1]}]},  # as llama-server
             "{0} .* nothing of the tokens of a prompt",
         ),
         ("{1}/model {0}", lambda said: {"tokens": said["tokens"][::-1]}, "{0} .* reads other tokens"),

@@ -121,8 +121,8 @@ class Served:
         # One token is written: not every server takes none for a number of tokens.
         asked = {"prompt": tokens, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
         answer = self._ask("completions", {**asked, "model": self.name, "return_tokens_as_token_ids": True})
-        said = answer["choices"][0].get("logprobs") or {"tokens": []}
-        names = said["tokens"][:count]
+        said = answer["choices"][0].get("logprobs") or {}
+        names = said.get("tokens", [])[:count]
         if len(names) < count:
             raise self._unusable("it says nothing of the tokens of a prompt, asked by echo and logprobs")
         if any(name not in (f"token_id:{token}", self._texts[token]) for name, token in zip(names, tokens)):
