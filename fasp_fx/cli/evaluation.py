@@ -106,13 +106,11 @@ class Served:
         self.url = url.rstrip("/")
         self.name: str = self._ask("models")["data"][0]["id"]
         self._texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
-        # a server that does not name tokens by their numbers names them by their texts
         self._numbers = {text: token for token, text in enumerate(self._texts)}
-        self._numbers |= {f"token_id:{token}": token for token in range(len(self._texts))}
 
     def predicted(self, chunk: Tensor) -> tuple[float, Tensor]:
         """The mean cross-entropy of tokens ``[length]`` and the most probable ones ``[length - 1]``, -1 where
-        the tokenizer does not know one.
+        the text of one is not the tokenizer's.
 
         Raises:
             ArgumentError: as for the class.
@@ -127,8 +125,13 @@ class Served:
             raise self._unusable("it says nothing of the tokens of a prompt, asked by echo and logprobs")
         if any(name not in (f"token_id:{token}", self._texts[token]) for name, token in zip(names, tokens)):
             raise self._unusable("it reads other tokens than those of the model that is named before it")
-        likeliest = [self._numbers.get(max(own, key=own.get), -1) for own in said["top_logprobs"][1:count]]
+        likeliest = [self._number(max(own, key=own.get)) for own in said["top_logprobs"][1:count]]
         return -statistics.fmean(said["token_logprobs"][1:count]), torch.tensor(likeliest)
+
+    def _number(self, name: str) -> int:
+        """The number of a token by its name: the number itself, as asked, or its text."""
+        number = name.removeprefix("token_id:")
+        return int(number) if number != name else self._numbers.get(name, -1)
 
     def _ask(self, what: str, data: dict[str, Any] | None = None) -> Any:
         """What the server answers to a question, which is a POST if there is data."""
