@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def test_rule_writer(run: Run) -> None:
 @pytest.fixture
 def language_model(tmp_path: Path) -> None:
     """A model and a text in the folder where examples run."""
-    make_model(tmp_path / "model", layers=1)
+    make_model(tmp_path / "model", layers=2)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
 
 
@@ -148,3 +149,18 @@ def test_latency(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.set_num_threads(threads)
     dense, pruned = (float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", predicted))
     assert 0.6 * dense < pruned <= 0.7 * dense
+
+
+def test_llama_cpp(run: Run, language_model: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a llama.cpp that takes as long as its file is large."""
+    monkeypatch.setattr(
+        "subprocess.run",
+        lambda command, **_: subprocess.CompletedProcess(
+            command, 0, "\n".join(f'{{"token": {Path(file).stat().st_size}e-9}}' for file in command[2:])
+        ),
+    )
+    found = re.findall(
+        r"predicted: ([\d.]+) .* then ([\d.]+)\n",
+        run("llama_cpp.py", "model", "text.txt", "--node", tmp_path, "--format", "gguf", "--length", 32),
+    )
+    assert [float(dense) <= 0.85 * float(pruned) for dense, pruned in found] == [True]

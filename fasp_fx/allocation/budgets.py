@@ -83,19 +83,35 @@ class Cap(ABC):
 class Parameters(Cap):
     """The number of all parameters, tied ones once, as the report's line ``parameters`` has them."""
 
-    name, unit, in_bytes = "parameters", "parameters", False
+    name, unit = "parameters", "parameters"
+
+    def each(self, weight: Tensor) -> float:
+        """How much of it each number of a weight is."""
+        return 1
 
     def resource(self, analysis: Analysis) -> Resource:
-        return parameters_of(analysis, in_bytes=self.in_bytes)
+        return parameters_of(analysis, self.each)
 
     def held(self, weights: Iterable[Tensor]) -> float:
-        return sum(weight.numel() * (weight.element_size() if self.in_bytes else 1) for weight in weights)
+        return sum(weight.numel() * self.each(weight) for weight in weights)
 
 
+@dataclass(frozen=True)
 class Bytes(Parameters):
-    """The bytes of all parameters, tied ones once, as the report's line ``bytes`` has them."""
+    """The bytes of all parameters, tied ones once, as the report's line ``bytes`` has them: with a format of
+    GGUF files, those that the file takes for them.
 
-    name, unit, in_bytes = "bytes", "bytes", True
+    Attributes:
+        stored: how many bytes each number of a weight takes; ``None``: as many as in the model, or in the
+            file of the format.
+    """
+
+    stored: Callable[[Tensor], float] | None = field(default=None, compare=False, repr=False)
+    name: ClassVar[str] = "bytes"
+    unit: ClassVar[str] = "bytes"
+
+    def each(self, weight: Tensor) -> float:
+        return weight.element_size() if self.stored is None else self.stored(weight)
 
 
 class Macs(Cap):
@@ -116,7 +132,7 @@ class Macs(Cap):
 
 class CacheBytes(Cap):
     """The bytes that the key-value cache takes per token of one sequence, as the report's line ``cache`` has
-    them.
+    them: those of a context, divided by its tokens.
     """
 
     name, unit = "cache-bytes", "bytes of cache per token"

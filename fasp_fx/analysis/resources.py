@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,8 +87,8 @@ def most_lost(group: Group, round_to: int) -> int:
     return group.width - least if group.width > least else 0
 
 
-def parameters_of(analysis: Coupling, *, in_bytes: bool = False) -> Counted:
-    """All parameters of a program, or their bytes; tied ones once.
+def parameters_of(analysis: Coupling, each: Callable[[Tensor], float] = lambda weight: 1) -> Counted:
+    """All parameters of a program, tied ones once, or how much their numbers are, ``each`` of a weight.
 
     What the dense model has are the parameters of the caller, also where the capture has folded some into
     others.
@@ -97,9 +97,9 @@ def parameters_of(analysis: Coupling, *, in_bytes: bool = False) -> Counted:
     first = {id(tensor): name for name, tensor in reversed(given.items())}
     held = {name: given[name] for name in first.values()}
     kept = dict(analysis.program.module.named_parameters())
-    units = {name: tensor.element_size() if in_bytes else 1 for name, tensor in {**held, **kept}.items()}
+    units = {name: each(tensor) for name, tensor in {**held, **kept}.items()}
     left = _sizes_of_weights(analysis, kept, units)
-    return Counted(analysis, left, sum(tensor.numel() * units[name] for name, tensor in held.items()))
+    return Counted(analysis, left, round(sum(tensor.numel() * units[name] for name, tensor in held.items())))
 
 
 def cache_of(analysis: Coupling) -> Counted:
@@ -181,7 +181,7 @@ class ShrinkingSizes:
 
 
 def _sizes_of_weights(
-    analysis: Coupling, weights: Mapping[str, Tensor], units: Mapping[str, int]
+    analysis: Coupling, weights: Mapping[str, Tensor], units: Mapping[str, float]
 ) -> Products:
     """The elements of weights, each so many units."""
     names, left, sizes = analysis.program.canonical(), Products(), ShrinkingSizes(analysis)
@@ -232,9 +232,9 @@ class Products:
 
     def __init__(self) -> None:
         self._places: dict[Size | Widest, int] = {}
-        self._terms: list[tuple[int, tuple[int, ...]]] = []
+        self._terms: list[tuple[float, tuple[int, ...]]] = []
 
-    def add(self, sizes: Iterable[Size | Widest], factor: int = 1) -> None:
+    def add(self, sizes: Iterable[Size | Widest], factor: float = 1) -> None:
         """Add a product of sizes, so many times."""
         self._terms.append(
             (factor, tuple(self._places.setdefault(size, len(self._places)) for size in sizes))
@@ -244,10 +244,10 @@ class Products:
         """The sum in whole numbers, for losses that are alike in all blocks of a group: sizes are whole then,
         but for what rounding took from shares.
         """
-        left, found = [round(size.left(lost)) for size in self._places], 0
-        for factor, places in self._terms:
-            found += factor * math.prod([left[place] for place in places])
-        return found
+        left = [round(size.left(lost)) for size in self._places]
+        return round(
+            sum(factor * math.prod([left[place] for place in places]) for factor, places in self._terms)
+        )
 
 
 __all__ = [

@@ -473,7 +473,11 @@ def convert(
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL [OTHER ...]", help=f"{MODEL} Or what `fasp-fx prune` wrote."),
+        typer.Argument(
+            metavar="MODEL [OTHER ...]",
+            help=f"{MODEL} Or what `fasp-fx prune` wrote; or the address of a server, such as"
+            " http://localhost:8000/v1, after a model that has the same tokens.",
+        ),
     ],
     text: Annotated[Path, option("The text file to measure on.", more=False, **FILE)],
     length: Annotated[int, option("Tokens per chunk of text. Default: 1024.", min=2, more=False)] = 1024,
@@ -487,23 +491,37 @@ def evaluate(
     """Measure perplexity of dense and pruned language models, side by side.
 
     The file is tokenised whole, without special tokens, and cut into consecutive chunks; each chunk's
-    predictions count alike.
+    predictions count alike. Of each model is also said how often it holds the same token for the most
+    probable as the first.
+
+    Of a server, such as that of vLLM or SGLang, the first model that it lists is asked for the probabilities
+    of the tokens of a prompt (`echo` and `logprobs` of OpenAI's completions): what is served is what is
+    measured.
 
     Example: `fasp-fx eval model.gguf small --text wiki.txt --chunks 100:140`
+
+    `fasp-fx eval model.gguf http://localhost:8000/v1 --text wiki.txt --chunks 100:140`
     """
     with session() as stages:
         chosen = read_range(chunks)
         import torch
 
         from . import _models
-        from .evaluation import perplexity
+        from .evaluation import Served, predictions
 
         _models.quieten()
         where = _models.find_device(device)
-        texts, values, what = [], [], ""
+        texts, found, what = [], [], ""
+        module: Any = None
+        tokenizer: Any = None
         for model in models:  # one is in memory at a time
             stages.begin(f"loading {model}")
-            module, tokenizer = _models.load_any(model, where, dtype)
+            if not is_address(model):
+                module, tokenizer = _models.load_any(model, where, dtype)
+            elif tokenizer is not None:
+                module = Served(model, tokenizer)
+            else:
+                raise ArgumentError(f"{model} has no tokenizer to hand out; give before it what it serves")
             tokens = _models.read_chunks(text, tokenizer, length)
             numbers = range(len(tokens))[chosen]
             if not numbers:
@@ -511,18 +529,30 @@ def evaluate(
                     f"the range {chunks} holds none of the {len(tokens)} chunks of the text; chunks are 0 to"
                     f" {len(tokens) - 1}"
                 )
-            _models.check_length(module, length)
-            _models.check_tokens(module, tokens, f"'{text}'")
+            if not is_address(model):
+                _models.check_length(module, length)
+                _models.check_tokens(module, tokens, f"'{text}'")
             stages.begin(f"measuring perplexity of {model} on {len(numbers)} chunks")
-            values.append(perplexity(module, tokens[chosen], progress=stages.update))
+            found.append(predictions(module, tokens[chosen], stages.update))
             texts.append(tokens[chosen])
             size = f"({len(numbers)} x {length} tokens)"
             what = f"perplexity on chunks {numbers[0]} to {numbers[-1]} of {text.name} {size}"
         stages.end()
-        row = [what, *(f"{value:.4f}" for value in values), f"{values[-1] / values[0] - 1:+.1%}"]
-        console().print(table(["", *(Path(model).name for model in models), "first to last"], [row]))
-        if not all(torch.equal(one, texts[0]) for one in texts):
+        values = [one.perplexity for one in found]
+        rows = [[what, *(f"{value:.4f}" for value in values), f"{values[-1] / values[0] - 1:+.1%}"]]
+        alike = all(torch.equal(one, texts[0]) for one in texts)
+        if alike and len(found) > 1:
+            shares = (f"{100 * part:.2f} ± {100 * doubt:.2f}" for part, doubt in map(found[0].same, found))
+            rows.append(["next tokens as the first model's, percent", *shares, ""])
+        names = (model if is_address(model) else Path(model).name for model in models)
+        console().print(table(["", *names, "first to last"], rows))
+        if not alike:
             say("note: the models cut the text into different tokens, so their figures cannot be compared")
+
+
+def is_address(model: str) -> bool:
+    """Whether a command line argument is the address of a server, rather than a model."""
+    return model.startswith(("http://", "https://"))
 
 
 def read_range(text: str) -> slice:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
+from ..allocation.budgets import CacheBytes
 from ..analysis._analysis import Analysis
 from ..base._offload import RESIDENT, offload
 from ..base._progress import process
@@ -168,7 +169,10 @@ def say_needs(
     if format != OWN:
         config, _ = config_for(format, empty, config)
     stages.begin(CAPTURING)
-    example = {"input_ids": torch.zeros(1, texts.length, dtype=torch.long), "use_cache": False}
+    cached = any(
+        isinstance(cap, CacheBytes) for cap in config.budgets
+    )  # which is counted by what returns one
+    example = {"input_ids": torch.zeros(1, texts.length, dtype=torch.long), "use_cache": cached}
     analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
     budget = budget_for(config, analysis)
     check_request(Method.of(config), budget, analysis.groups)

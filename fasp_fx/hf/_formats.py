@@ -10,6 +10,7 @@ import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Unpack, cast
 
 import torch
@@ -21,6 +22,7 @@ from transformers.models.auto import modeling_auto
 from ..allocation import Allocation, Budget, CostAllocation, validate
 from ..allocation._allocation import Search
 from ..allocation._limits import joined
+from ..allocation.budgets import Bytes, CacheBytes
 from ..allocation.costs import Costs
 from ..analysis._analysis import Analysis
 from ..analysis._depth import DEPTH
@@ -44,6 +46,7 @@ from ..pruning.eager import fused_weights
 from ..pruning.report import Report
 from . import modeling_per_layer
 from ._fields import Experiments, Field, Path, arrange, find_fields, lowered, units, written
+from ._gguf import bytes_each
 
 #: tokens of an example where there is no calibration data to take one from
 _EXAMPLE = (2, 8)
@@ -69,6 +72,11 @@ class Format:
     as_llama: bool = False
     multiple: int = 1
     tensors: str | None = None
+
+    @property
+    def stored(self) -> Callable[[Tensor], float] | None:
+        """How many bytes its GGUF file takes for each number of a weight; ``None``: there is no such file."""
+        return None if self.tensors is None else partial(bytes_each, tensors=self.tensors)
 
 
 #: what a configuration has besides, where layers have sizes of their own
@@ -149,6 +157,8 @@ def prune_to(
     if asked.needs_data:
         check_calibration(calibration)
     calibration, example = _batches(model, calibration)
+    # A program that returns a cache says how large it is.
+    example["use_cache"] = any(isinstance(cap, CacheBytes) for cap in asked.budgets)
     if FORMATS[name].as_llama:
         dense, _ = build(name, settings.experiments, model.state_dict(keep_vars=True), model)
         check_equal(dense, model, example)
@@ -171,8 +181,15 @@ def prune_to(
         else line
         for line in result.report.lines
     )
+    counted = Bytes(1.0, FORMATS[name].stored)
     # The settings are no allocation of the caller's.
-    report = replace(result.report, lines=lines, notes=(note, *result.report.notes), config=asked)
+    report = replace(
+        result.report,
+        bytes=(round(counted.held(model.parameters())), round(counted.held(smaller.parameters()))),
+        lines=lines,
+        notes=(note, *result.report.notes),
+        config=asked,
+    )
     made: Any = smaller
     return made.to(device_of(model)), result.plan, report
 
@@ -205,6 +222,10 @@ def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConf
     default = asked.granularity == PruningConfig.granularity
     own = replace(
         asked,
+        budget=[
+            replace(cap, stored=cap.stored or form.stored) if isinstance(cap, Bytes) else cap
+            for cap in asked.budgets
+        ],
         allocation=settings,
         granularity=form.granularity if default else asked.granularity,
         round_to=math.lcm(asked.round_to, form.multiple),

@@ -72,6 +72,17 @@ def write_gguf(file: Path, model: Any, tensors: str, tokenizer: Any = None) -> N
     writer.close()
 
 
+def bytes_each(weight: Tensor, tensors: str) -> float:
+    """How many bytes a file takes for each number of a weight.
+
+    Args:
+        tensors: as for :func:`write_gguf`.
+    """
+    kind = (tensors or _TYPES[weight.dtype]) if weight.dim() > 1 else "F32"
+    block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return size / block
+
+
 def _type(name: str, tensor: Tensor, kind: str) -> GGMLQuantizationType:
     """How a tensor is held: vectors in float32.
 

@@ -486,7 +486,8 @@ def read_pruned(folder: Path, device: torch.device | None) -> Pruned:
     tokenizer = None
     if (folder / "tokenizer_config.json").is_file():
         with parsing("tokenizer_config.json"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            # Without the option it asks at the terminal whether to run the code that is saved along.
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if kind_of(folder) == KIND:
         with parsing("config.json"):
             config = PrunedConfig.from_pretrained(folder)

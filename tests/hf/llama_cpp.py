@@ -31,7 +31,8 @@ def missing() -> str:
 
 def predictions(file: Path, chunks: list[Any], work: Path, cache: str = "F32") -> list[list[Any]]:
     """What llama.cpp predicts after each token of each chunk: ``following``, the probability of the next one,
-    and ``likeliest``, twenty tokens with theirs. Of a chunk that is text, its tokens.
+    and ``likeliest``, twenty tokens with theirs. Of a chunk that is text, its tokens; of ``{"write": tokens,
+    "count": count}``, so many that follow, each the likeliest.
 
     Args:
         cache: the type of the key-value cache.

@@ -15,6 +15,7 @@ import gguf
 import pytest
 import torch
 import transformers as hf
+from fasp_fx.budgets import Bytes, CacheBytes
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_cpp import missing, predictions
@@ -150,9 +151,14 @@ def test_llama_cpp_predicts_what_the_model_does(turns: str, tmp_path: Path) -> N
     assert len({layer.num_key_value_heads for layer in made.model.config.per_layer_config}) > 1
     file = made.save_pretrained(tmp_path / "small") / "model.gguf"
     ids = drawn(1000)
-    (found,) = predictions(file, [ids[0].tolist()], tmp_path)
+    found, written = predictions(
+        file, [ids[0].tolist(), {"write": ids[0, :20].tolist(), "count": 12}], tmp_path
+    )
     with torch.no_grad():
         expected = made.model(ids).logits[0].softmax(-1)
+    assert [*ids[0, :20].tolist(), *written] == made.model.generate(
+        ids[:, :20], max_new_tokens=12, eos_token_id=None, do_sample=False
+    )[0].tolist()
     worst = max(
         abs(p - float(expected[at, token])) for at, own in enumerate(found) for token, p in own["likeliest"]
     )
@@ -188,6 +194,24 @@ def test_a_file_holds_every_size_and_type(tmp_path: Path) -> None:
     expected = made.model.model.layers[1].mlp.down_proj.weight.detach()
     held = torch.tensor(gguf.dequantize(down.data, down.tensor_type))
     assert (held - expected).abs().max() <= expected.abs().max() / 127
+
+
+@pytest.mark.parametrize("name", ["gguf", "gguf-q8_0", "gguf-q4_0", "gguf-f16"])
+def test_a_budget_of_bytes_counts_what_the_file_holds(name: FormatName, tmp_path: Path) -> None:
+    made = prune(llama(), format=name, budget=(Bytes(0.8), CacheBytes(0.7)), score="random", restore=None)
+    (spent, cache), file = made.report.budgets, made.save_pretrained(tmp_path / "small") / "model.gguf"
+    held = sum(int(own.n_bytes) for own in gguf.GGUFReader(file).tensors)
+    assert (spent.used, made.report.bytes, made.report.cache) == (
+        held,
+        (spent.dense, held),
+        (2304, cache.used),
+    )
+    # A step takes as many neurons of each of three matrices of each layer.
+    assert (
+        0
+        <= (spent.allowed - held) / spent.dense
+        < 9 * 192 * FORMATS[name].multiple / llama().num_parameters()
+    )
 
 
 @given(st.lists(st.tuples(st.integers(1, 192), st.integers(1, 3), st.integers(1, 2)), min_size=3, max_size=3))
