@@ -77,6 +77,7 @@ class Group:
         granularity: what one channel set is: ``"channel"``, ``"head"`` (all channels of an attention head) or
             ``"expert"`` (of a mixture).
         needed: how many channel sets of each block have to stay.
+        at_once: whether all of them go or none.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Group:
     needed: int = 1
     uses: tuple[Use, ...] = field(repr=False, compare=False, default=())
     slots: tuple[Slot, ...] = field(repr=False, compare=False, default=())
+    at_once: bool = False
 
     @property
     def width(self) -> int:
@@ -104,6 +106,8 @@ class Group:
         """What the channel sets that stay of a block are a multiple of, where kept *widths* are multiples of
         ``round_to``: a whole head or expert that goes leaves the widths of the others as they are.
         """
+        if self.at_once:
+            return self.width
         return round_to if self.granularity == "channel" else 1
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ import copy
 import itertools
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Unpack, cast
@@ -58,8 +58,9 @@ class Format:
 
     Attributes:
         granularity: what is pruned unless the caller says.
-        by_layer: whether each layer has sizes of its own.
+        by_layer: whether each layer has sizes of its own, 0 for a block that is absent.
         fields: which fields of a config say them; ``None``: any that do.
+        at_once: those of them that stay as they are, or are 0.
         as_llama: whether it is for models that compute what transformers' Llama does, whatever their class.
         multiple: widths are multiples of it.
         tensors: how a GGUF file holds matrices, by the name of the ``gguf`` package, or ``""`` as they are;
@@ -69,6 +70,7 @@ class Format:
     granularity: tuple[Granularity, ...] = ("channel", "head")
     by_layer: bool = True
     fields: frozenset[str] | None = None
+    at_once: frozenset[str] = frozenset()
     as_llama: bool = False
     multiple: int = 1
     tensors: str | None = None
@@ -87,13 +89,14 @@ BY_LAYER = (
     "auto_map",
     "model_type",
 )
-_SIZES = frozenset({"intermediate_size", "num_attention_heads", "num_key_value_heads"})
+_HEADS = frozenset({"num_attention_heads", "num_key_value_heads"})
+_SIZES = _HEADS | {"intermediate_size"}
 _GGUF = Format(fields=_SIZES, as_llama=True, tensors="")
 
 FORMATS: Mapping[str, Format] = {
     "plain": Format(("channel",), by_layer=False),
     "per-layer": Format(),
-    "decilm": Format(("channel",), fields=frozenset({"intermediate_size"}), as_llama=True),
+    "decilm": Format(("channel",), fields=_SIZES, at_once=_HEADS, as_llama=True),
     "gguf": _GGUF,
     "gguf-f16": replace(_GGUF, tensors="F16"),
     "gguf-bf16": replace(_GGUF, tensors="BF16"),
@@ -206,20 +209,22 @@ def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConf
             f"format={name!r} is for models of transformers, not for a {type(model).__name__}"
         )
     for option, given in (
-        ("include='depth'", DEPTH in asked.include),
+        ("include='depth'", DEPTH in asked.include and not form.by_layer),
         ("sparsity by pattern", isinstance(asked.sparsity, Mapping)),
         ("allocation by trial", isinstance(asked.allocator, Search)),
     ):
         if given:
             raise ArgumentError(
                 f"{option} cannot be had in the format {name!r}, which says sizes of several weights at"
-                " once; leave it out, or prune without a format"
+                " once; leave it out, or prune to 'fasp-fx'"
             )
     experiments = experiments_for(name, type(model), model.config)
     _check_names(name, experiments, model.state_dict())
     kind = CostSettings if isinstance(asked.allocator, CostAllocation) else Settings
     settings = kind(name, experiments, asked.allocator)
     default = asked.granularity == PruningConfig.granularity
+    # Attention goes with all of its heads.
+    granularity = Format.granularity if DEPTH in asked.include else form.granularity
     own = replace(
         asked,
         budget=[
@@ -227,7 +232,7 @@ def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConf
             for cap in asked.budgets
         ],
         allocation=settings,
-        granularity=form.granularity if default else asked.granularity,
+        granularity=granularity if default else asked.granularity,
         round_to=math.lcm(asked.round_to, form.multiple),
         loss="next-token" if asked.loss == "auto" and cast(Any, model).can_generate() else asked.loss,
     )
@@ -291,6 +296,7 @@ class Settings:
     def __init__(self, name: str, experiments: Experiments, allocate: Allocation) -> None:
         self.name, self.experiments, self.allocate = name, experiments, allocate
         self.whole: dict[str, str] = {}
+        self._at_once: set[str] = set()
 
     def __call__(self, budget: Budget, round_to: int, costs: Costs | None = None) -> list[int]:
         """Channel sets lost per block of each group.
@@ -300,7 +306,7 @@ class Settings:
             SparsityError: it cannot say enough, or its smallest step is too large.
         """
         places = self._places(budget)
-        narrowed, given = budget.narrowed(places), []
+        narrowed, given = self._narrowed(budget, places), []
         if costs is not None:
             shrunk = [group for group, place in zip(budget.groups, places, strict=True) if place is not None]
             numbers = [place for place in places if place is not None]
@@ -316,10 +322,19 @@ class Settings:
 
     def _places(self, budget: Budget) -> list[int | None]:
         """Which groups shrink together; errors as for a call."""
-        own = self.experiments
+        own, form = self.experiments, FORMATS[self.name]
         fields = _fields(self.name, own, (place for group in budget.groups for place in units(group)))
-        found = arrange(budget.groups, fields, _scopes(self.name, own))
-        what = "layer of" if FORMATS[self.name].by_layer else "field of"
+        sized = {at for field in fields if field.path[0] not in form.at_once for at in field.moves}
+        self._at_once = {group.name for group in budget.groups if units(group).keys().isdisjoint(sized)}
+        # vLLM's first layer cannot be without attention.
+        can = [
+            group.name not in self._at_once
+            or not (group.needed or (form.at_once and group.name.startswith(own.layers[0])))
+            for group in budget.groups
+        ]
+        some = iter(arrange([*itertools.compress(budget.groups, can)], fields, _scopes(self.name, own)))
+        found = [next(some) if able else None for able in can]
+        what = "layer of" if form.by_layer else "field of"
         self.whole = {
             group.name: f"no {what} {own.name} shrinks with it and nothing else, as {self.name!r} says it"
             for group, place in zip(budget.groups, found, strict=True)
@@ -329,13 +344,19 @@ class Settings:
             raise NothingPrunableError("; ".join(dict.fromkeys(self.whole.values())))
         return found
 
+    def _narrowed(self, budget: Budget, places: Sequence[int | None]) -> Budget:
+        """The budget for groups that each stand for all that shrink together."""
+        narrowed = budget.narrowed(places)
+        narrowed.groups = [replace(group, at_once=group.name in self._at_once) for group in narrowed.groups]
+        return narrowed
+
 
 class CostSettings(Settings, CostAllocation):
     """Settings whose channels are shared out by what they cost."""
 
     def check(self, budget: Budget, round_to: int) -> None:
         """Refuse what the format cannot say; errors as for a call."""
-        cast(CostAllocation, self.allocate).check(budget.narrowed(self._places(budget)), round_to)
+        cast(CostAllocation, self.allocate).check(self._narrowed(budget, self._places(budget)), round_to)
 
 
 def _scopes(name: str, experiments: Experiments) -> tuple[str, ...]:
@@ -374,9 +395,12 @@ def _sizes(name: str, experiments: Experiments, weights: Mapping[str, Tensor]) -
     fields = _fields(name, experiments, left) if left else []
     values = {field.path: field.value for field in fields}
     said: Sizes = {}
+    at_once = FORMATS[name].at_once
     for scope in _scopes(name, experiments):
         inside = {at: by for at, by in left.items() if at[0].startswith(scope)}
         found, rest = lowered(inside, fields, scope)
+        if any(path[0] in at_once and steps < values[path] for path, steps in found.items()):
+            found, rest = lowered(inside, [own for own in fields if own.path[0] not in at_once], scope)
         said[scope] = {path: values[path] - steps for path, steps in found.items()}
         left = {at: by for at, by in left.items() if at in rest or at not in inside}
     for (weight, dim), by in left.items():
@@ -469,10 +493,11 @@ def _decilm(experiments: Experiments, said: Sizes) -> PreTrainedConfig:
     heads = {"n_heads_in_group": base["num_attention_heads"] // base["num_key_value_heads"]}
     blocks = [
         {
-            "attention": present | heads,
-            "ffn": present | {"intermediate_size": own.get(("intermediate_size",), width)},
+            "attention": present | (heads if own.get(("num_attention_heads",), 1) else {"no_op": True}),
+            "ffn": present | ({"intermediate_size": wide} if wide else {"no_op": True}),
         }
         for own in said.values()
+        for wide in [own.get(("intermediate_size",), width)]
     ]
     kept = {key: value for key, value in base.items() if key not in BY_LAYER}
     return modeling_per_layer.DeciLMConfig(block_configs=blocks, **kept)

@@ -24,6 +24,8 @@ _SPLITS = {
     "Digits": "smollm",
     "": "gpt-2",
 }
+#: neurons of a feed-forward layer that gives zeros: llama.cpp skips the attention before an absent one too
+_ZEROS = 32
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F32"}
 
 
@@ -45,9 +47,10 @@ def write_gguf(file: Path, model: Any, tensors: str, tokenizer: Any = None) -> N
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(layers))
-    writer.add_feed_forward_length([layer.intermediate_size for layer in layers])
-    writer.add_head_count([layer.num_attention_heads for layer in layers])
-    writer.add_head_count_kv([layer.num_key_value_heads for layer in layers])
+    writer.add_feed_forward_length([layer.intermediate_size or _ZEROS for layer in layers])
+    # llama.cpp takes a model whose first layer has no heads for one without attention: one gives zeros.
+    writer.add_head_count([layer.num_attention_heads or int(not i) for i, layer in enumerate(layers)])
+    writer.add_head_count_kv([layer.num_key_value_heads or int(not i) for i, layer in enumerate(layers)])
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
@@ -107,7 +110,14 @@ def _tensors(model: Any, layers: list[Any]) -> Iterator[tuple[str, Tensor]]:
     """
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(layers))
     tied = model.config.tie_word_embeddings
+    without = [f"model.layers.{i}." for i, own in enumerate(layers) if i and not own.num_attention_heads]
+    absent = tuple(layer + part for layer in without for part in ("self_attn.", "input_layernorm."))
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if name.startswith(absent):
+            continue
+        if not tensor.numel():
+            width = _ZEROS if ".mlp." in name else model.config.head_dim
+            tensor = tensor.new_zeros([size or width for size in tensor.shape])
         found = names.get_name(name, try_suffixes=(".weight",))
         if found is None:
             raise ArgumentError(f"a GGUF file has no place for '{name}'; choose another format")

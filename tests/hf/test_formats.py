@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from llama_cpp import missing, predictions
 from oracle import TOLERANCE, error, zeroed
 from plain_models import dense, tokens
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from zoo import randomise
@@ -63,14 +64,23 @@ def unequal(budget: Any, round_to: int) -> list[int]:
     ]
 
 
+def blocks(budget: Any, round_to: int) -> list[int]:
+    """The attention of the first layer, where it may go, and of the last; the feed-forward layer between."""
+    absent = ("0.self_attn", "1.mlp", "2.self_attn")
+    return [group.width if any(part in group.name for part in absent) else 0 for group in budget.groups]
+
+
 UNIGRAM = Tokenizer(models.Unigram([("a", 0.0)]))
 RANDOM: dict[str, Any] = {"score": "random", "restore": None, "sparsity": 0.2}
 
 
 @cache
-def pruned_to(name: str, turns: str = "default") -> fasp_fx.hf.Pruned:
-    """A small Llama in a format; tests must not change it."""
-    return prune(llama(turns), format=name, allocation=unequal, **RANDOM)
+def pruned_to(name: str, turns: str = "default", *, absent: bool = False) -> fasp_fx.hf.Pruned:
+    """A small Llama in a format, with layers of other sizes or without some blocks; tests must not change
+    it.
+    """
+    how: dict[str, Any] = {"allocation": blocks, "include": ("depth",)} if absent else {"allocation": unequal}
+    return prune(llama(turns), format=name, **how, **RANDOM)
 
 
 def drawn(count: int, seed: int = 0) -> Tensor:
@@ -90,13 +100,15 @@ ids = torch.load(folder + "/ids.pt")
 with torch.no_grad():
     logits = model.eval()(input_ids=ids).logits
 written = model.generate(ids, max_new_tokens=6, do_sample=False)
+assert torch.equal(written, model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False))
 torch.save({"logits": logits, "written": written}, folder + "/out.pt")
 """
 
 
+@pytest.mark.parametrize("absent", [False, True])
 @pytest.mark.parametrize("name", ["per-layer", "decilm"])
-def test_transformers_load_what_is_written_and_generate(name: str, tmp_path: Path) -> None:
-    ids, made = drawn(24), pruned_to(name)
+def test_transformers_load_what_is_written_and_generate(name: str, absent: bool, tmp_path: Path) -> None:
+    ids, made = drawn(24), pruned_to(name, absent=absent)
     widths = [layer.intermediate_size for layer in made.model.config.per_layer_config]
     assert len(set(widths)) > 1
     folder = made.save_pretrained(tmp_path / "small")
@@ -145,9 +157,9 @@ def _pairs(likeliest: list[Any]) -> tuple[tuple[Tensor], Tensor]:
 
 
 @pytest.mark.usefixtures("llama_cpp")
-@pytest.mark.parametrize("turns", TURNS)
-def test_llama_cpp_predicts_what_the_model_does(turns: str, tmp_path: Path) -> None:
-    made = replace(pruned_to("gguf", turns), tokenizer=trained("gpt2"))
+@pytest.mark.parametrize(("turns", "absent"), [*((turns, False) for turns in TURNS), ("default", True)])
+def test_llama_cpp_predicts_what_the_model_does(turns: str, absent: bool, tmp_path: Path) -> None:
+    made = replace(pruned_to("gguf", turns, absent=absent), tokenizer=trained("gpt2"))
     assert len({layer.num_key_value_heads for layer in made.model.config.per_layer_config}) > 1
     file = made.save_pretrained(tmp_path / "small") / "model.gguf"
     ids = drawn(1000)
@@ -214,7 +226,7 @@ def test_a_budget_of_bytes_counts_what_the_file_holds(name: FormatName, tmp_path
     )
 
 
-@given(st.lists(st.tuples(st.integers(1, 192), st.integers(1, 3), st.integers(1, 2)), min_size=3, max_size=3))
+@given(st.lists(st.tuples(st.integers(0, 192), st.integers(0, 3), st.integers(1, 2)), min_size=3, max_size=3))
 def test_sizes_are_read_off_the_shapes(sizes: list[tuple[int, int, int]]) -> None:
     """Whatever the layers are built with is what is found again."""
     layers = {
@@ -270,6 +282,46 @@ def test_a_pruned_program_is_converted_where_the_format_can_say_it() -> None:
         assert error(convert(own, "per-layer").model(input_ids=drawn(16)).logits, expected) < TOLERANCE
     with pytest.raises(fasp_fx.ArgumentError, match=r"cannot say that dimension 0 of .*q_proj.weight"):
         convert(own, "decilm")
+
+
+def heads(made: fasp_fx.hf.Pruned) -> list[int]:
+    return [layer.num_key_value_heads for layer in made.model.config.per_layer_config]
+
+
+def test_blocks_are_absent_from_the_file_too(tmp_path: Path) -> None:
+    folder = pruned_to("decilm", absent=True).save_pretrained(tmp_path / "small")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = {name.split(".")[3] for name in [*file.keys()] if name.startswith("model.layers.1.")}
+    assert names == {"self_attn", "input_layernorm"}
+
+
+@pytest.mark.parametrize("name", ["decilm", "gguf", "per-layer"])
+def test_a_model_without_blocks_is_converted(name: str) -> None:
+    made = pruned_to("per-layer", absent=True)
+    assert heads(made) == [0, 3, 0]
+    again = convert(made, name)
+    with torch.no_grad():
+        assert error(again.model(input_ids=drawn(16)).logits, made.model(input_ids=drawn(16)).logits) == 0
+
+
+def test_attention_goes_whole_or_not_where_a_format_cannot_say_less() -> None:
+    """And that of the first layer stays, which vLLM cannot do without."""
+    model = llama()
+    with torch.no_grad():
+        for layer in model.model.layers[:2]:
+            layer.self_attn.o_proj.weight.mul_(1e-4)
+    calibration = [{"input_ids": drawn(64)}]
+    made = prune(
+        model, format="decilm", include=("depth",), calibration=calibration, sparsity=0.2, allocation="global"
+    )
+    assert heads(made) == [3, 0, 3]
+    reasons = {line.name: line.reason for line in made.report.lines}
+    assert reasons["model.layers.0.self_attn.o_proj.weight"].startswith("left whole: no layer of LlamaConfig")
+
+
+def test_blocks_cannot_go_where_all_layers_are_equal() -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match="include='depth' cannot be had in the format 'plain'"):
+        prune(llama(), format="plain", include=("depth",), **RANDOM)
 
 
 def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path: Path) -> None:
