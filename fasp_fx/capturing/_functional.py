@@ -234,9 +234,10 @@ _BACK: dict[Any, OpOverload] = {
 
 def out_of_place(graph: fx.Graph) -> None:
     """Rewrite such writes in a graph whose recorded tensors share memory as those of the trace did."""
-    written = {storage_of(node.meta.get("val")) for node in graph.nodes if _writes(node)}
-    if not written or any(is_transform(node.target) for node in graph.nodes):
+    writes = [node for node in graph.nodes if _writes(node)]
+    if not writes or any(is_transform(node.target) for node in graph.nodes):
         return
+    written = {storage_of(node.meta.get("val")) for node in writes}
     remove_dropouts(graph)
     sharing: dict[object, list[fx.Node]] = {}
     for node in graph.nodes:
