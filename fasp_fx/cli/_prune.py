@@ -169,9 +169,8 @@ def say_needs(
     if format != OWN:
         config, _ = config_for(format, empty, config)
     stages.begin(CAPTURING)
-    cached = any(
-        isinstance(cap, CacheBytes) for cap in config.budgets
-    )  # which is counted by what returns one
+    # A cache is counted where it is returned.
+    cached = any(isinstance(cap, CacheBytes) for cap in config.budgets)
     example = {"input_ids": torch.zeros(1, texts.length, dtype=torch.long), "use_cache": cached}
     analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
     budget = budget_for(config, analysis)
