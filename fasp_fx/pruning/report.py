@@ -243,8 +243,9 @@ class Report:
             return "unknown: no calibration token was held out; run both models on data of yours"
         held, restored, name = max(errors)
         return (
-            f"on calibration tokens that no repair has seen, errors are {held:.1e} at most ({name}),"
-            f" {restored:.1e} on all; far above that, more data would help"
+            f"squared errors of single layers are {held:.1e} at most ({name}) on calibration tokens that no"
+            f" repair has seen, {restored:.1e} on all; far above that, more data would help; near 1, little"
+            " of a layer is left"
         )
 
     def __repr__(self) -> str:
