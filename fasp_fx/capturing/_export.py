@@ -83,9 +83,8 @@ def export(
     failures: list[Exception] = []
     for note, inputs, shapes in attempts:
         try:
-            seen = None
-            if not meta:
-                seen = _run(model, *_arguments(signature, names, inputs), inputs is given)
+            called_with = _arguments(signature, names, inputs)
+            seen = None if meta else _run(model, *called_with, inputs is given)
             with functions_called() as functions:
                 exported, sets = _undisturbed(model, signature, names, inputs, shapes)
             if inputs is not given and not takes_any_number(exported):

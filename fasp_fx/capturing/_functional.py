@@ -29,7 +29,7 @@ from ..base.compat import (
 )
 from ..errors import first_line
 from ..patterns import lookup
-from ._fx import remove_dropouts, views_may_copy
+from ._fx import call_in_words, remove_dropouts, views_may_copy
 from ._rewrites import LAYERS, own_states
 from ._shapes import by_shapes
 
@@ -100,7 +100,8 @@ def _written_out(node: fx.Node, way: Callable[..., Any], known: dict[str, fx.Gra
     Args:
         known: what stands for others; that of a call just like one of these is not traced again.
     """
-    graph, given, call = node.graph, node.all_input_nodes, _call(node)
+    graph, given = node.graph, node.all_input_nodes
+    call = call_in_words(node, lambda operand: operand.meta["val"])
     if call not in known:
         known[call] = _traced(node, way)
     traced = known[call]
@@ -121,17 +122,6 @@ def _written_out(node: fx.Node, way: Callable[..., Any], known: dict[str, fx.Gra
     if not one:
         graph.erase_node(node)
     return written
-
-
-def _call(node: fx.Node) -> str:
-    """What an operator is called with, in words, but for which nodes give it."""
-    given = node.all_input_nodes
-
-    def said(operand: fx.Node) -> Any:
-        made = operand.meta["val"]
-        return f"{given.index(operand)}: {made} {made.stride() if isinstance(made, Tensor) else ()}"
-
-    return f"{node.target}{fx.map_arg((node.args, dict(node.kwargs)), said)}"
 
 
 def _traced(node: fx.Node, way: Callable[..., Any]) -> fx.Graph:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..base.compat import OpOverload, pytree
 from ..patterns import argument_names
@@ -113,6 +114,23 @@ def viewed(node: fx.Node) -> fx.Node:
             break
         node = node.args[0]
     return node
+
+
+def call_in_words(node: fx.Node, value: Callable[[fx.Node], Any]) -> str:
+    """What a node is called with, as far as what it gives on tensors without values depends on it.
+
+    Args:
+        value: what an operand gives.
+    """
+    given = node.all_input_nodes
+
+    def said(operand: fx.Node) -> str:
+        made = value(operand)
+        if isinstance(made, Tensor):
+            made = f"{made.dtype} {made.shape} {made.stride()} {made.device} {made.requires_grad}"
+        return f"{given.index(operand)}: {made}"
+
+    return f"{node.target}{fx.map_arg((node.args, dict(node.kwargs)), said)}"
 
 
 def views_may_copy(graph: fx.Graph) -> None:

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
-from ..allocation.budgets import CacheBytes
 from ..analysis._analysis import Analysis
 from ..base._offload import RESIDENT, offload
 from ..base._progress import process
@@ -169,9 +168,10 @@ def say_needs(
     if format != OWN:
         config, _ = config_for(format, empty, config)
     stages.begin(CAPTURING)
-    # A cache is counted where it is returned.
-    cached = any(isinstance(cap, CacheBytes) for cap in config.budgets)
-    example = {"input_ids": torch.zeros(1, texts.length, dtype=torch.long), "use_cache": cached}
+    example = {
+        "input_ids": torch.zeros(1, texts.length, dtype=torch.long),
+        "use_cache": config.counts_cache,
+    }
     analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
     budget = budget_for(config, analysis)
     check_request(Method.of(config), budget, analysis.groups)

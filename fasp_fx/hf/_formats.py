@@ -8,7 +8,7 @@ import copy
 import itertools
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Unpack, cast
@@ -22,7 +22,7 @@ from transformers.models.auto import modeling_auto
 from ..allocation import Allocation, Budget, CostAllocation, validate
 from ..allocation._allocation import Search
 from ..allocation._limits import joined
-from ..allocation.budgets import Bytes, CacheBytes
+from ..allocation.budgets import Bytes
 from ..allocation.costs import Costs
 from ..analysis._analysis import Analysis
 from ..analysis._depth import DEPTH
@@ -161,7 +161,7 @@ def prune_to(
         check_calibration(calibration)
     calibration, example = _batches(model, calibration)
     # A program that returns a cache says how large it is.
-    example["use_cache"] = any(isinstance(cap, CacheBytes) for cap in asked.budgets)
+    example["use_cache"] = asked.counts_cache
     if FORMATS[name].as_llama:
         dense, _ = build(name, settings.experiments, model.state_dict(keep_vars=True), model)
         check_equal(dense, model, example)
@@ -296,7 +296,6 @@ class Settings:
     def __init__(self, name: str, experiments: Experiments, allocate: Allocation) -> None:
         self.name, self.experiments, self.allocate = name, experiments, allocate
         self.whole: dict[str, str] = {}
-        self._at_once: set[str] = set()
 
     def __call__(self, budget: Budget, round_to: int, costs: Costs | None = None) -> list[int]:
         """Channel sets lost per block of each group.
@@ -305,8 +304,8 @@ class Settings:
             NothingPrunableError: the format can say nothing.
             SparsityError: it cannot say enough, or its smallest step is too large.
         """
-        places = self._places(budget)
-        narrowed, given = self._narrowed(budget, places), []
+        narrowed, places = self._narrowed(budget)
+        given = []
         if costs is not None:
             shrunk = [group for group, place in zip(budget.groups, places, strict=True) if place is not None]
             numbers = [place for place in places if place is not None]
@@ -320,15 +319,17 @@ class Settings:
             )
         return narrowed.spread(lost, budget)
 
-    def _places(self, budget: Budget) -> list[int | None]:
-        """Which groups shrink together; errors as for a call."""
+    def _narrowed(self, budget: Budget) -> tuple[Budget, list[int | None]]:
+        """The budget for groups that each stand for all that shrink together, and which those are; errors as
+        for a call.
+        """
         own, form = self.experiments, FORMATS[self.name]
         fields = _fields(self.name, own, (place for group in budget.groups for place in units(group)))
         sized = {at for field in fields if field.path[0] not in form.at_once for at in field.moves}
-        self._at_once = {group.name for group in budget.groups if units(group).keys().isdisjoint(sized)}
+        at_once = {group.name for group in budget.groups if units(group).keys().isdisjoint(sized)}
         # vLLM's first layer cannot be without attention.
         can = [
-            group.name not in self._at_once
+            group.name not in at_once
             or not (group.needed or (form.at_once and group.name.startswith(own.layers[0])))
             for group in budget.groups
         ]
@@ -342,13 +343,9 @@ class Settings:
         }
         if all(place is None for place in found):
             raise NothingPrunableError("; ".join(dict.fromkeys(self.whole.values())))
-        return found
-
-    def _narrowed(self, budget: Budget, places: Sequence[int | None]) -> Budget:
-        """The budget for groups that each stand for all that shrink together."""
-        narrowed = budget.narrowed(places)
-        narrowed.groups = [replace(group, at_once=group.name in self._at_once) for group in narrowed.groups]
-        return narrowed
+        narrowed = budget.narrowed(found)
+        narrowed.groups = [replace(group, at_once=group.name in at_once) for group in narrowed.groups]
+        return narrowed, found
 
 
 class CostSettings(Settings, CostAllocation):
@@ -356,7 +353,7 @@ class CostSettings(Settings, CostAllocation):
 
     def check(self, budget: Budget, round_to: int) -> None:
         """Refuse what the format cannot say; errors as for a call."""
-        cast(CostAllocation, self.allocate).check(self._narrowed(budget, self._places(budget)), round_to)
+        cast(CostAllocation, self.allocate).check(self._narrowed(budget)[0], round_to)
 
 
 def _scopes(name: str, experiments: Experiments) -> tuple[str, ...]:

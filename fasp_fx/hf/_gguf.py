@@ -81,18 +81,22 @@ def bytes_each(weight: Tensor, tensors: str) -> float:
     Args:
         tensors: as for :func:`write_gguf`.
     """
-    kind = (tensors or _TYPES[weight.dtype]) if weight.dim() > 1 else "F32"
-    block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    block, size = gguf.GGML_QUANT_SIZES[_held_as(weight, tensors or _TYPES[weight.dtype])]
     return size / block
 
 
+def _held_as(tensor: Tensor, kind: str) -> GGMLQuantizationType:
+    """Vectors are in float32."""
+    return GGMLQuantizationType[kind if tensor.dim() > 1 else "F32"]
+
+
 def _type(name: str, tensor: Tensor, kind: str) -> GGMLQuantizationType:
-    """How a tensor is held: vectors in float32.
+    """How a tensor is held.
 
     Raises:
         ArgumentError: its rows are no whole blocks.
     """
-    found = GGMLQuantizationType[kind if tensor.dim() > 1 else "F32"]
+    found = _held_as(tensor, kind)
     block, _ = gguf.GGML_QUANT_SIZES[found]
     if tensor.shape[-1] % block:
         raise ArgumentError(

@@ -309,6 +309,13 @@ class PruningConfig:
         )
 
     @property
+    def counts_cache(self) -> bool:
+        """Whether a budget is of the cache, which only a program that returns one shows."""
+        from ..allocation.budgets import CacheBytes
+
+        return any(isinstance(cap, CacheBytes) for cap in self.budgets)
+
+    @property
     def effective_score(self) -> Literal["fasp", "obs", "magnitude", "random"] | Score:
         """The score, or what stands for it where none is given."""
         if self.score is not None:

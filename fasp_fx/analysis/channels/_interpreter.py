@@ -30,7 +30,15 @@ from ...base.compat import (
     pytree,
     silent_fake_tensors,
 )
-from ...capturing._fx import arguments, attribute, elements, results, target_name, written_names
+from ...capturing._fx import (
+    arguments,
+    attribute,
+    call_in_words,
+    elements,
+    results,
+    target_name,
+    written_names,
+)
 from ...capturing._sizes import Sizes, is_dynamic
 from ._facts import Facts
 from ._letters import Relation, result_shapes_ok
@@ -92,7 +100,7 @@ class Interpreter:
         self.state_inputs, self.state_outputs = state_inputs, state_outputs
         self.overrides, self.strict, self.heads, self.experts = overrides or {}, strict, heads, experts
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        #: what operators gave, by what they were called with: the layers of a model are alike
+        #: what operators gave, by what they were called with
         self.known: dict[str, Any] = {}
         #: weights whose content changes from call to call
         self.written = {canonical.get(name, name) for name in written_names(module.graph)}
@@ -253,18 +261,12 @@ class Interpreter:
             self._freeze_given(node, walk, _tensors(named))
 
     def _execute(self, node: fx.Node, walk: Walk, small: bool) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: walk.executed[n])
+        args, kwargs = fx.map_arg((node.args, node.kwargs), walk.executed.__getitem__)
         try:
             if node.op != "call_function" or not callable(node.target):
                 raise NotImplementedError(f"{node.op} is not executed while analysing")
             with self.mode:
-                if (
-                    isinstance(node.target, OpOverload) and node.target._schema.is_mutable
-                ):  # writes into a copy
-                    args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-                call = self._call(node, walk)
-                executed = self.known[call] if call in self.known else node.target(*args, **kwargs)
-                self.known[call] = executed
+                executed = self._made(node, args, kwargs, walk)
         except tolerable(Exception) as error:
             if not _is_decided_later(node, error):
                 if self.strict:
@@ -283,18 +285,16 @@ class Interpreter:
             raise _Degenerate
         return executed
 
-    def _call(self, node: fx.Node, walk: Walk) -> str:
-        """What a node is called with, in words, as far as shapes depend on it."""
-
-        def said(operand: fx.Node) -> str:
-            made = walk.executed[operand]
-            return (
-                f"{made.dtype}{made.shape}{made.stride()}{made.device}"
-                if isinstance(made, Tensor)
-                else f"{made}"
-            )
-
-        return f"{node.target}{fx.map_arg((node.args, node.kwargs), said)}"
+    def _made(self, node: fx.Node, args: Any, kwargs: Any, walk: Walk) -> Any:
+        """What a node gives; an operator is run once for each kind of call, since layers are alike."""
+        if not isinstance(node.target, OpOverload):
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        call = call_in_words(node, walk.executed.__getitem__)
+        if call not in self.known:
+            if node.target._schema.is_mutable:  # writes into a copy
+                args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+            self.known[call] = node.target(*args, **kwargs)
+        return self.known[call]
 
     def _apply(self, node: fx.Node, walk: Walk, shapes: list[tuple[int, ...]]) -> list[Value]:
         named, nodes = _arguments(node, walk.values)
