@@ -32,20 +32,21 @@ def warn(message: str, category: type[Warning]) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Exporters log what the library itself reports; errors still arrive as exceptions."""
-    names = (
-        "torch.export",
-        "torch._export",
-        "torch.fx.experimental.symbolic_shapes",
-        "torch._export.non_strict_utils",
-        "transformers",
-    )
-    loggers = [logging.getLogger(name) for name in names]
+    loggers = [
+        logging.getLogger(name)
+        for name in (
+            "torch.export",
+            "torch._export",
+            "torch.fx.experimental.symbolic_shapes",
+            "torch._export.non_strict_utils",
+            "transformers",
+        )
+    ]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), silent_export(), silent_fake_tensors():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), silent_export(), silent_fake_tensors():
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

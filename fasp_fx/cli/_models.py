@@ -4,6 +4,7 @@ file, dense or pruned; and text, of a file or of the model itself.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,15 +75,15 @@ def load_model(
             return load_offloaded(where, scratch, dtype=kind).to(device)
     more: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **options}
     loading: Any = AutoModelForCausalLM.from_pretrained
+    beyond: list[str] = []
     with _loading(f"'{model}'"):
         made, info = loading(where, **more)
-    beyond: list[str] = []
-    if options:  # of a .gguf file: transformers leaves out what it does not look for, and says nothing
-        from gguf import GGUFReader
+        if options:  # of a .gguf file: transformers leaves out what it does not look for, and says nothing
+            from gguf import GGUFReader
 
-        layers = made.config.get_text_config().num_hidden_layers
-        names = [tensor.name for tensor in GGUFReader(model).tensors]
-        beyond = [name for name in names if (block := _BLOCK.match(name)) and int(block[1]) >= layers]
+            layers = made.config.get_text_config().num_hidden_layers
+            names = [tensor.name for tensor in GGUFReader(os.path.join(where, options["gguf_file"])).tensors]
+            beyond = [name for name in names if (block := _BLOCK.match(name)) and int(block[1]) >= layers]
     refuse_incomplete(made, info, model, beyond)
     if getattr(made.config, "quantization_config", None) and getattr(made, "hf_quantizer", None) is None:
         raise ArgumentError(
@@ -205,10 +206,10 @@ def check_tokens(model: Any, tokens: Tensor, what: str) -> None:
 
 @contextmanager
 def _loading(what: str) -> Iterator[None]:
-    from ..base.compat._transformers import without_gguf_bar
+    from ..base.compat._transformers import reading_gguf
 
     try:
-        with without_gguf_bar():
+        with reading_gguf():
             yield
     except FaspError:
         raise
@@ -409,7 +410,7 @@ def sample(
         """
 
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            passed = scores.softmax(-1, dtype=torch.float32).cumsum(-1)
+            passed = scores.softmax(-1, dtype=torch.float32).cumsum_(-1)
             total = passed[:, -1:]
             if not torch.isfinite(total).all():
                 raise CalibrationError(
@@ -420,9 +421,7 @@ def sample(
                 passed, torch.rand(len(scores), 1, device=scores.device) * total, right=True
             )
             progress((sum(map(len, texts)) + len(input_ids) * (input_ids.shape[1] + 1) / length) / count)
-            return torch.full_like(scores, -torch.inf).scatter_(
-                -1, drawn.clamp_max(scores.shape[-1] - 1), 0.0
-            )
+            return scores.fill_(-torch.inf).scatter_(-1, drawn.clamp_max(scores.shape[-1] - 1), 0.0)
 
     settings = GenerationConfig(
         do_sample=False, max_length=length, bos_token_id=start, eos_token_id=None, pad_token_id=start

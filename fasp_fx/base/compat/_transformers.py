@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -66,11 +67,19 @@ def _draw_bars(wanted: bool) -> None:
 
 
 @contextlib.contextmanager
-def without_gguf_bar() -> Iterator[None]:
-    """Keep the reader of GGUF files from drawing a bar of its own, which no setting turns off."""
-    from transformers import modeling_gguf_pytorch_utils as reader
+def reading_gguf() -> Iterator[None]:
+    """Have transformers read a GGUF file once, which takes seconds, and list the names of its tensors once,
+    not for each module; and keep it from drawing a bar of its own, which no setting turns off.
+    """
+    import gguf
 
-    with mock.patch.object(reader, "tqdm", lambda items, **options: items, create=True):
+    with (
+        mock.patch(
+            "transformers.modeling_gguf_pytorch_utils.tqdm", lambda items, **options: items, create=True
+        ),
+        mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
+        mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+    ):
         yield
 
 
@@ -90,7 +99,7 @@ __all__ = [
     "kept_in_float32",
     "prepare_for_export",
     "quiet",
+    "reading_gguf",
     "register_cache_pytrees_for_model",
     "register_pytree_node",
-    "without_gguf_bar",
 ]
