@@ -226,13 +226,7 @@ def prune(
         ),
     ] = None,
     device: Device = None,
-    batches: Annotated[
-        int | None,
-        option(
-            "Chunks of text to calibrate on. Default: 32 of a calibration file, 48 with 'self'.",
-            min=1,
-        ),
-    ] = None,
+    batches: Annotated[int, option("Chunks of text to calibrate on. Default: 32.", min=1)] = 32,
     length: Length = None,
     eval_batches: EvalBatches = None,
     seed: Seed = 0,
@@ -259,7 +253,7 @@ def prune(
     would cost, removes those that cost least, repairs the weights that stay, and writes a smaller model that
     generates like the original, with its tokenizer.
 
-    With `--calibration self` (the default) nothing but the model is needed: it writes 48 texts of 256 tokens
+    With `--calibration self` (the default) nothing but the model is needed: it writes 32 texts of 256 tokens
     itself, which is quick and enough for a small model. The protocol behind published figures is real text at
     full length: 32 chunks of 1024 tokens of WikiText-2 to calibrate, chunks 100 to 139 to measure:
 
@@ -285,7 +279,7 @@ def prune(
             model,
             out,
             options,
-            _texts(calibration, batches or 48, batches or 32, text, eval_batches, length, seed),
+            _texts(calibration, batches, text, eval_batches, length, seed),
             stages,
             epochs=recover,
             device=device,
@@ -300,8 +294,7 @@ def prune(
 
 def _texts(
     source: str,
-    written: int,
-    read: int,
+    batches: int,
     text: Path | None,
     eval_batches: int | None,
     length: int | None,
@@ -312,13 +305,13 @@ def _texts(
 
     Args:
         source: a file, or ``"self"``.
-        written, read: how many chunks of the model's own text are used, and how many of a file.
+        batches: how many chunks of it are used.
     """
     from ._models import Texts
 
     if source == "self":
-        return Texts(None, written, text, eval_batches or 16, length or 256, seed, use)
-    return Texts(Path(source), read, text, eval_batches or 8, length or 1024, seed, use)
+        return Texts(None, batches, text, eval_batches or 16, length or 256, seed, use)
+    return Texts(Path(source), batches, text, eval_batches or 8, length or 1024, seed, use)
 
 
 @app.command()
@@ -340,13 +333,6 @@ def recover(
     ] = None,
     learning_rate: Annotated[
         float | None, option("The highest; it rises at first and falls to zero. Default: 3e-5.", more=False)
-    ] = None,
-    train: Annotated[
-        Literal["all", "low-rank"],
-        option("all weights, the default, or low-rank: products of narrow matrices.", more=False),
-    ] = "all",
-    rank: Annotated[
-        int | None, option("Columns of the matrices of --train low-rank. Default: 16.", min=1)
     ] = None,
     batches: Annotated[
         int,
@@ -376,10 +362,10 @@ def recover(
         from ..training.recovery import DistillationConfig
         from . import _prune
 
-        texts = _texts(data, batches, batches, text, eval_batches, length, seed, "training")
-        given = {"epochs": epochs, "learning_rate": learning_rate, "rank": rank}
+        texts = _texts(data, batches, text, eval_batches, length, seed, "training")
+        given = {"epochs": epochs, "learning_rate": learning_rate}
         options = {name: value for name, value in given.items() if value is not None}
-        config = DistillationConfig.of(None, {**options, "train": train, "seed": seed})
+        config = DistillationConfig.of(None, {**options, "seed": seed})
         _prune.recover_and_save(folder, dense, out, texts, config, checkpoint, device, overwrite, stages)
 
 
@@ -535,8 +521,10 @@ def evaluate(
             stages.begin(f"measuring perplexity of {model} on {len(numbers)} chunks")
             found.append(predictions(module, tokens[chosen], stages.update))
             texts.append(tokens[chosen])
-            size = f"({len(numbers)} x {length} tokens)"
-            what = f"perplexity on chunks {numbers[0]} to {numbers[-1]} of {text.name} {size}"
+            what = (
+                f"perplexity on chunks {numbers[0]} to {numbers[-1]} of {text.name}"
+                f" ({len(numbers)} x {length} tokens)"
+            )
         stages.end()
         values = [one.perplexity for one in found]
         rows = [[what, *(f"{value:.4f}" for value in values), f"{values[-1] / values[0] - 1:+.1%}"]]

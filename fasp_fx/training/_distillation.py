@@ -169,15 +169,11 @@ def terms_of(
     return found
 
 
-#: which numbers are trained
-Part = Literal["all", "low-rank"]
-
 _POSITIVE = (lambda value: type(value) is int and value > 0), "a positive integer"
 #: of each option: whether a value is one, and what it ought to be
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "epochs": _POSITIVE,
     "accumulate": _POSITIVE,
-    "rank": _POSITIVE,
     "top_k": _POSITIVE,
     "evaluations": _POSITIVE,
     "seed": (lambda value: type(value) is int and 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1"),
@@ -189,7 +185,6 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: is_number(value) and 0 < value < 1,
         "in (0, 1); it is the fraction of the batches that judges",
     ),
-    "train": (lambda value: value in ("all", "low-rank"), "known; use 'all' or 'low-rank'"),
     "precision": (
         lambda value: value in ("auto", "weights", "bfloat16"),
         "known; use 'auto', 'weights' or 'bfloat16'",
@@ -208,8 +203,6 @@ class DistillationOptions(TypedDict, total=False):
     epochs: int
     learning_rate: float
     accumulate: int
-    train: Part
-    rank: int
     loss: Literal["auto", "divergence", "outputs"] | Match
     top_k: int
     held_out: float
@@ -229,10 +222,6 @@ class DistillationConfig:
             and falls to zero at the last, both linearly. For a language model and some dozen steps 1e-4 is
             too much: each step moves every weight about as far, and most of that is noise.
         accumulate: batches whose gradients make one step. A step on some 1,000 tokens does well.
-        train: ``"all"``: every parameter that requires a gradient; ``"low-rank"``: a product of two matrices
-            of ``rank`` columns is learned for each of two dimensions or more and added to it (LoRA, arXiv
-            2106.09685), which takes little memory for the optimiser.
-        rank: of ``train="low-rank"``.
         loss: how far outputs are from the dense model's. ``"divergence"``: :class:`Divergence`, for logits;
             ``"outputs"``: :class:`SquaredError`; or a :class:`Match` of your own. ``"auto"``:
             ``"divergence"`` for results of :func:`fasp_fx.hf.prune` and those pruned by the loss of next
@@ -247,8 +236,7 @@ class DistillationConfig:
             in bfloat16 by autocast while training; ``"auto"``: that where the device multiplies bfloat16 in
             hardware. Held-out batches are judged in the dtype of the weights, and weights of 16 bits trained
             by way of copies in float32, in any case.
-        seed: of the order of the batches, of the first low-rank matrices, and of what the model draws itself
-            (dropout that is always on).
+        seed: of the order of the batches, and of what the model draws itself (dropout that is always on).
 
     Raises:
         ArgumentError: an option is out of range or not known.
@@ -257,8 +245,6 @@ class DistillationConfig:
     epochs: int = 2
     learning_rate: float = 3e-5
     accumulate: int = 1
-    train: Part = "all"
-    rank: int = 16
     loss: Literal["auto", "divergence", "outputs"] | Match = "auto"
     top_k: int = 256
     held_out: float = 0.1

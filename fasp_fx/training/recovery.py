@@ -44,7 +44,6 @@ from ._distillation import (
     DistillationOptions,
     Divergence,
     Match,
-    Part,
     SquaredError,
     terms_of,
 )
@@ -124,7 +123,7 @@ def distil(
     accelerator = Accelerator(device_placement=False)
     try:
         with tempfile.TemporaryDirectory(prefix="fasp_fx-", ignore_cleanup_errors=True) as temporary:
-            trained = Trained(pruned, asked.train, asked.rank, asked.seed)
+            trained = Trained(pruned)
             lessons = Lessons(Path(temporary), calls, match)
             with contextlib.nullcontext() if folder is None else accelerator.main_process_first():
                 if folder is not None:
@@ -139,7 +138,8 @@ def distil(
     except short_of_memory() as error:
         raise TrainingMemoryError(
             f"the memory is too little for the dense model and the training of the pruned one:"
-            f" {first_line(error)}; give smaller batches with accumulate=, or train='low-rank'"
+            f" {first_line(error)}; give smaller batches with accumulate=, or train less, with"
+            " requires_grad_(False) on the rest of the pruned model"
         ) from error
     recovery = Recovery(
         "distillation",
@@ -242,43 +242,34 @@ class Trained:
 
     Args:
         student: the module.
-        train: ``"all"``: a copy of each parameter; ``"low-rank"``: the two factors of what is added to each
-            matrix, of which the left one begins with zeros (LoRA, arXiv 2106.09685). A weight whose sides are
-            not larger than the rank gets none.
-        rank: columns of the left factor.
-        seed: of the right one.
 
     Attributes:
-        leaves: what the optimiser changes, by name.
+        leaves: what the optimiser changes, by the names of the parameters that require a gradient.
 
     Raises:
-        ArgumentError: there is nothing of that kind to train.
+        ArgumentError: there are none.
     """
 
-    def __init__(self, student: nn.Module, train: Part, rank: int, seed: int) -> None:
+    def __init__(self, student: nn.Module) -> None:
         self.student = student
-        self.leaves: dict[str, Tensor] = {}
-        self._weights: dict[str, tuple[nn.Parameter, list[Tensor]]] = {}
-        generator = torch.Generator().manual_seed(seed)
-        for name, weight in student.named_parameters():
-            if not (weight.requires_grad and weight.is_floating_point() and weight.numel()):
-                continue
-            learned = _learned(weight, train, rank, generator)
-            if learned:
-                self._weights[name] = (weight, [leaf.requires_grad_() for leaf in learned.values()])
-                self.leaves.update({name + suffix: leaf for suffix, leaf in learned.items()})
+        self.leaves = {
+            name: weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+            for name, weight in student.named_parameters()
+            if weight.requires_grad and weight.is_floating_point() and weight.numel()
+        }
         if not self.leaves:
-            larger = f" and has both sides larger than rank={rank}" if train == "low-rank" else ""
             raise ArgumentError(
-                f"train='{train}' finds no weight that requires a gradient{larger} in the pruned model; call"
-                " requires_grad_() on it, or use another train= or rank="
+                "no weight of the pruned model requires a gradient; call requires_grad_() on what is to be"
+                " trained"
             )
+        for leaf in self.leaves.values():
+            leaf.requires_grad_()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns with what is learned in the places of its weights."""
         held = {name: weight.detach() for name, weight in self.student.named_parameters()}
         held |= {name: buffer.clone() for name, buffer in self.student.named_buffers()}
-        held |= {name: _now(*learned) for name, learned in self._weights.items()}
+        held |= {name: leaf.to(held[name].dtype) for name, leaf in self.leaves.items()}
         return functional_call(self.student, held, args, kwargs)
 
     def state(self) -> dict[str, Tensor]:
@@ -295,34 +286,9 @@ class Trained:
     def write(self, state: dict[str, Tensor]) -> None:
         """Put a state into the module's own weights."""
         self.load(state)
-        for weight, learned in self._weights.values():
-            weight.copy_(_now(weight, learned))
-
-
-def _learned(weight: Tensor, train: Part, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """What is learned of a weight, by the ends of its names; nothing where the part does not hold it."""
-    like: dict[str, Any] = {"device": weight.device, "dtype": _wide(weight)}
-    if train == "all":
-        return {"": weight.detach().to(**like, copy=True)}
-    rows, columns = (weight.shape[0], weight[0].numel()) if weight.dim() > 1 else (0, 0)
-    if min(rows, columns) <= rank:
-        return {}
-    right = torch.randn(rank, columns, generator=generator) / rank**0.5
-    return {".left": torch.zeros(rows, rank, **like), ".right": right.to(**like)}
-
-
-def _now(weight: Tensor, learned: list[Tensor]) -> Tensor:
-    """A weight with what was learned of it, in its dtype."""
-    if len(learned) == 1:
-        return learned[0].to(weight.dtype)
-    left, right = learned
-    added = (left @ right).reshape(weight.shape)
-    return (weight.detach().to(_wide(weight)) + added).to(weight.dtype)
-
-
-def _wide(weight: Tensor) -> torch.dtype:
-    """What the products for a weight are computed in, which is never coarser than the weight."""
-    return torch.promote_types(weight.dtype, torch.float32)
+        weights = dict(self.student.named_parameters())
+        for name, leaf in self.leaves.items():
+            weights[name].copy_(leaf)
 
 
 @dataclass

@@ -145,13 +145,11 @@ def test_prune_and_recover_in_one_command(folder: Path, tmp_path: Path) -> None:
     ("options", "said"),
     [
         (["--epochs", "0"], "--epochs"),
-        (["--rank", "0"], "--rank"),
         (["--learning-rate", "0"], "learning_rate"),
         (["--batches", "1"], "--batches"),
         (["--length", "4000"], "--length"),
         (["--data", "nowhere.txt"], "nowhere.txt"),
         (["--dense", "./nowhere"], "nowhere"),
-        (["--train", "low-rank", "--rank", "4000"], "rank=4000"),
     ],
 )
 def test_requests_that_make_no_sense(folder: Path, tmp_path: Path, options: list[str], said: str) -> None:
