@@ -73,6 +73,7 @@ def save(
     with new_save(path, PLAIN if plain else KIND, overwrite=overwrite) as made, quiet():
         if plain:
             model.save_pretrained(made)
+            _say_positions(made / "config.json")
             write_told(made, plan, report)
             tensors = None if format == OWN else FORMATS[format].tensors
             if tensors is not None:
@@ -82,6 +83,18 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(str(made))
     return path
+
+
+def _say_positions(file: Path) -> None:
+    """Say in a configuration what its positions are as it was said before transformers 5, too: readers that
+    look for that take numbers of their own where it is missing.
+    """
+    config = read_json(file)
+    scaling = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in scaling:  # else there are none, or each kind of layer has its own
+        alone = {key: scaling.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in scaling}
+        scaled = {} if scaling.get("rope_type") == "default" else {"rope_scaling": scaling}
+        write_json(file, config | alone | scaled)
 
 
 def read_plain(folder: Path) -> tuple[PruningPlan, Report]:

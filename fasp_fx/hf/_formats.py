@@ -491,7 +491,14 @@ def _decilm(experiments: Experiments, said: Sizes) -> PreTrainedConfig:
     blocks = [
         {
             "attention": present | (heads if own.get(("num_attention_heads",), 1) else {"no_op": True}),
-            "ffn": present | ({"intermediate_size": wide} if wide else {"no_op": True}),
+            "ffn": present
+            | (
+                {"no_op": True}
+                if not wide
+                else {"intermediate_size": wide}  # vLLM reads it, and no other
+                if wide % modeling_per_layer.STEP
+                else {"ffn_mult": 1.5 * wide / base["hidden_size"]}
+            ),
         }
         for own in said.values()
         for wide in [own.get(("intermediate_size",), width)]

@@ -42,20 +42,22 @@ def write_gguf(file: Path, model: Any, tensors: str, tokenizer: Any = None) -> N
     """
     config, layers = model.config, list(model.config.per_layer_config)
     writer = GGUFWriter(file, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DECI])
-    writer.add_name(type(model).__name__.removeprefix("PerLayer"))
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(len(layers))
-    writer.add_feed_forward_length([layer.intermediate_size or _ZEROS for layer in layers])
-    # llama.cpp takes a model whose first layer has no heads for one without attention: one gives zeros.
-    writer.add_head_count([layer.num_attention_heads or int(not i) for i, layer in enumerate(layers)])
-    writer.add_head_count_kv([layer.num_key_value_heads or int(not i) for i, layer in enumerate(layers)])
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    header = {
+        "name": type(model).__name__.removeprefix("PerLayer"),
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": len(layers),
+        "feed_forward_length": [layer.intermediate_size or _ZEROS for layer in layers],
+        # llama.cpp takes a model whose first layer has no heads for one without attention: one gives zeros.
+        "head_count": [layer.num_attention_heads or int(not i) for i, layer in enumerate(layers)],
+        "head_count_kv": [layer.num_key_value_heads or int(not i) for i, layer in enumerate(layers)],
+        **dict.fromkeys(("key_length", "value_length", "rope_dimension_count"), config.head_dim),
+        "rope_freq_base": config.rope_parameters["rope_theta"],
+        "layer_norm_rms_eps": config.rms_norm_eps,
+    }
+    for name, value in header.items():
+        getattr(writer, f"add_{name}")(value)
     kind = tensors or _TYPES[model.dtype]
     writer.add_file_type(LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -88,6 +88,10 @@ def _blocks(value: Any) -> Any:
     return [_blocks(own) for own in value] if isinstance(value, list) else value
 
 
+#: widths that a factor says are multiples of it
+STEP = 256
+
+
 class DeciLMConfig(transformers.LlamaConfig):
     """The configuration of a Llama whose ``block_configs`` say how wide each feed-forward layer is, and which
     blocks are absent.
@@ -98,7 +102,8 @@ class DeciLMConfig(transformers.LlamaConfig):
     def __init__(self, block_configs: Any = (), **kwargs: Any) -> None:
         sizes: dict[int, dict[str, int]] = {}
         for i, own in enumerate(block_configs):
-            sizes[i] = {"intermediate_size": 0 if own["ffn"]["no_op"] else own["ffn"]["intermediate_size"]}
+            said = int(2 * (own["ffn"].get("ffn_mult") or 0) * kwargs.get("hidden_size", 0) / 3)
+            sizes[i] = {"intermediate_size": own["ffn"].get("intermediate_size", -(-said // STEP) * STEP)}
             if own["attention"]["no_op"]:
                 sizes[i] |= {"num_attention_heads": 0, "num_key_value_heads": 0}
         kwargs |= {"per_layer_config": sizes or None, "allow_global_per_layer_attribute_access": True}

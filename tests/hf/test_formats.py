@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import subprocess
 import sys
@@ -120,6 +121,23 @@ def test_transformers_load_what_is_written_and_generate(name: str, absent: bool,
     again = fasp_fx.load(made.save_pretrained(tmp_path / "again"))
     assert again.format == name
     assert torch.equal(found["written"], again.model.generate(ids, max_new_tokens=6, do_sample=False))
+
+
+def test_sizes_and_positions_are_said_as_older_readers_look_for_them(tmp_path: Path) -> None:
+    """SGLang, TensorRT-LLM and mlx-lm know a factor alone, and of ``rope_parameters`` nothing."""
+    turns = dict(TURNS["llama3"])
+    config = hf.LlamaConfig(**{**SIZES, "intermediate_size": 512}, rope_parameters=dict(turns))
+    made = prune(randomise(hf.LlamaForCausalLM(config)), format="decilm", round_to=256, **RANDOM)
+    folder = made.save_pretrained(tmp_path / "small")
+    said = json.loads((folder / "config.json").read_text())
+    assert {"rope_theta": said["rope_theta"], **said["rope_scaling"]} == turns
+    factors = [own["ffn"]["ffn_mult"] for own in said["block_configs"]]
+    widths = [math.ceil(int(2 * factor * config.hidden_size / 3) / 256) * 256 for factor in factors]
+    assert widths == [layer.mlp.up_proj.out_features for layer in made.model.model.layers]
+    assert min(widths) == 256
+    with torch.no_grad():
+        again = fasp_fx.load(folder).model(input_ids=drawn(16)).logits
+        assert torch.equal(again, made.model(input_ids=drawn(16)).logits)
 
 
 def trained(kind: str) -> Any:
