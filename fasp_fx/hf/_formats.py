@@ -46,7 +46,7 @@ from ..pruning.eager import fused_weights
 from ..pruning.report import Report
 from . import modeling_per_layer
 from ._fields import Experiments, Field, Path, arrange, find_fields, lowered, units, written
-from ._gguf import bytes_each
+from ._gguf import bytes_each, describe_gguf
 
 #: tokens of an example where there is no calibration data to take one from
 _EXAMPLE = (2, 8)
@@ -130,6 +130,7 @@ def prune_to(
     on_analysis: Callable[[Analysis], None] | None = None,
     group: dist.ProcessGroup | None = None,
     checkpoint: str | pathlib.Path | None = None,
+    tokenizer: Any = None,
     **options: Unpack[PruningOptions],
 ) -> tuple[PreTrainedModel, PruningPlan, Report]:
     """Prune a transformers model by what a format can say: the result is a model of transformers in that
@@ -143,12 +144,13 @@ def prune_to(
         name: of the format.
         model: a transformers model in evaluation mode; it is left as it was.
         calibration, costs, device, progress, on_analysis, group, checkpoint: as for :func:`fasp_fx.prune`.
+        tokenizer: that a GGUF file is to hold.
         config, options: as for :func:`fasp_fx.prune`, with one sparsity or budgets. An allocation sees one
             group for all that have one size.
 
     Raises:
         ArgumentError: the model is not one of transformers', its config does not describe it, or the format
-            cannot hold it or what the options ask for.
+            cannot hold it, its tokenizer, or what the options ask for.
         NothingPrunableError: the format can say nothing of it; the message says what stands in the way.
         SparsityError: it cannot say enough; the message says how much it can.
         VerificationError: the model that was built does not compute what the pruned program computes.
@@ -162,10 +164,13 @@ def prune_to(
     calibration, example = _batches(model, calibration)
     # A program that returns a cache says how large it is.
     example["use_cache"] = asked.counts_cache
-    if FORMATS[name].as_llama:
+    form = FORMATS[name]
+    if form.as_llama:
         dense, _ = build(name, settings.experiments, model.state_dict(keep_vars=True), model)
         check_equal(dense, model, example)
         model = dense
+        if form.tensors is not None:  # refuses what it cannot write before the work
+            describe_gguf(pathlib.Path(), model, form.tensors, tokenizer)
     result = prune(
         capture_whole(model, (), example, device=device),
         calibration=calibration,
@@ -184,7 +189,7 @@ def prune_to(
         else line
         for line in result.report.lines
     )
-    counted = Bytes(1.0, FORMATS[name].stored)
+    counted = Bytes(1.0, form.stored)
     # The settings are no allocation of the caller's.
     report = replace(
         result.report,

@@ -40,6 +40,19 @@ def write_gguf(file: Path, model: Any, tensors: str, tokenizer: Any = None) -> N
     Raises:
         ArgumentError: the format cannot hold its positions, its tokenizer, or a matrix in that type.
     """
+    writer, weights = describe_gguf(file, model, tensors, tokenizer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor, own in weights:
+        writer.write_tensor_data(gguf.quantize(tensor.detach().float().cpu().numpy(), own))
+    writer.close()
+
+
+def describe_gguf(
+    file: Path, model: Any, tensors: str, tokenizer: Any
+) -> tuple[GGUFWriter, list[tuple[Tensor, GGMLQuantizationType]]]:
+    """What :func:`write_gguf` will write, and with what; nothing is written yet."""
     config, layers = model.config, list(model.config.per_layer_config)
     writer = GGUFWriter(file, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DECI])
     header = {
@@ -62,19 +75,15 @@ def write_gguf(file: Path, model: Any, tensors: str, tokenizer: Any = None) -> N
     writer.add_file_type(LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_tokenizer(writer, tokenizer, config)
-    weights = [(name, tensor, _type(name, tensor, kind)) for name, tensor in _tensors(model, layers)]
-    for name, tensor, own in weights:
+    weights = []
+    for name, tensor in _tensors(model, layers):
+        own = _type(name, tensor, kind)
+        weights.append((tensor, own))
         raw = own != GGMLQuantizationType.F32
         shape = gguf.quant_shape_to_byte_shape(tensor.shape, own) if raw else tuple(tensor.shape)
         number: Any = np.dtype(np.uint8 if raw else np.float32)
-        size = int(np.prod(shape)) * number.itemsize
-        writer.add_tensor_info(name, shape, number, size, own)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for _, tensor, own in weights:
-        writer.write_tensor_data(gguf.quantize(tensor.detach().float().cpu().numpy(), own))
-    writer.close()
+        writer.add_tensor_info(name, shape, number, int(np.prod(shape)) * number.itemsize, own)
+    return writer, weights
 
 
 def bytes_each(weight: Tensor, tensors: str) -> float:
@@ -102,8 +111,8 @@ def _type(name: str, tensor: Tensor, kind: str) -> GGMLQuantizationType:
     block, _ = gguf.GGML_QUANT_SIZES[found]
     if tensor.shape[-1] % block:
         raise ArgumentError(
-            f"'{name}' has rows of {tensor.shape[-1]} numbers, and {kind} holds blocks of {block}; prune with"
-            f" round_to={block}, or choose another type"
+            f"'{name}' has rows of {tensor.shape[-1]} numbers, and {kind} holds blocks of {block}; choose"
+            f" another type, or have widths that are multiples of {block}"
         )
     return found
 

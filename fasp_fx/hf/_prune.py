@@ -287,6 +287,7 @@ def prune(
             "on_analysis": on_analysis,
             "group": group,
             "checkpoint": checkpoint,
+            "tokenizer": tokenizer,
         }
         held = prune_to(format, model, calibration=calibration, config=config, **shared, **options)
         return Pruned(*held, tokenizer, format)

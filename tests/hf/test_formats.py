@@ -52,9 +52,12 @@ TEXT = (
 )
 
 
+def llama_with(**values: Any) -> hf.LlamaForCausalLM:
+    return randomise(hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, **values})))
+
+
 def llama(turns: str = "default") -> Any:
-    config = hf.LlamaConfig(**SIZES, rope_parameters=dict(TURNS[turns]), tie_word_embeddings=True)
-    return randomise(hf.LlamaForCausalLM(config))
+    return llama_with(rope_parameters=dict(TURNS[turns]), tie_word_embeddings=True)
 
 
 def unequal(budget: Any, round_to: int) -> list[int]:
@@ -126,13 +129,13 @@ def test_transformers_load_what_is_written_and_generate(name: str, absent: bool,
 def test_sizes_and_positions_are_said_as_older_readers_look_for_them(tmp_path: Path) -> None:
     """SGLang, TensorRT-LLM and mlx-lm know a factor alone, and of ``rope_parameters`` nothing."""
     turns = dict(TURNS["llama3"])
-    config = hf.LlamaConfig(**{**SIZES, "intermediate_size": 512}, rope_parameters=dict(turns))
-    made = prune(randomise(hf.LlamaForCausalLM(config)), format="decilm", round_to=256, **RANDOM)
+    model = llama_with(intermediate_size=512, rope_parameters=dict(turns))
+    made = prune(model, format="decilm", round_to=256, **RANDOM)
     folder = made.save_pretrained(tmp_path / "small")
     said = json.loads((folder / "config.json").read_text())
     assert {"rope_theta": said["rope_theta"], **said["rope_scaling"]} == turns
     factors = [own["ffn"]["ffn_mult"] for own in said["block_configs"]]
-    widths = [math.ceil(int(2 * factor * config.hidden_size / 3) / 256) * 256 for factor in factors]
+    widths = [math.ceil(int(2 * factor * model.config.hidden_size / 3) / 256) * 256 for factor in factors]
     assert widths == [layer.mlp.up_proj.out_features for layer in made.model.model.layers]
     assert min(widths) == 256
     with torch.no_grad():
@@ -279,9 +282,8 @@ def test_what_a_format_has_no_place_for_is_said_before_anything_runs(model: str,
 
 
 def test_a_model_that_computes_something_else_with_the_names_of_a_llama_is_refused() -> None:
-    model = randomise(hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, hidden_act="gelu")))
     with pytest.raises(fasp_fx.VerificationError, match="its outputs differ"):
-        prune(model, format="gguf", **RANDOM)
+        prune(llama_with(hidden_act="gelu"), format="gguf", **RANDOM)
 
 
 def test_a_window_that_is_switched_off_does_not_matter() -> None:
@@ -342,14 +344,29 @@ def test_blocks_cannot_go_where_all_layers_are_equal() -> None:
         prune(llama(), format="plain", include=("depth",), **RANDOM)
 
 
+FOREIGN = hf.PreTrainedTokenizerFast(tokenizer_object=UNIGRAM)
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("values", "tokenizer", "why"),
+    [
+        ({}, FOREIGN, "a model of the type Unigram"),
+        ({"intermediate_size": 190}, None, "has rows of 190 numbers, and Q8_0 holds blocks of 32"),
+        (DYNAMIC, None, "no positions of the kind 'dynamic'"),
+    ],
+)
+def test_what_a_file_cannot_hold_is_said_before_the_work(
+    values: dict[str, Any], tokenizer: Any, why: str
+) -> None:
+    with pytest.raises(fasp_fx.ArgumentError, match=why):
+        prune(llama_with(**values), tokenizer, format="gguf-q8_0", on_analysis=pytest.fail, **RANDOM)
+
+
 def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path: Path) -> None:
-    made = replace(pruned_to("gguf"), tokenizer=hf.PreTrainedTokenizerFast(tokenizer_object=UNIGRAM))
+    made = replace(pruned_to("gguf"), tokenizer=FOREIGN)
     with pytest.raises(fasp_fx.ArgumentError, match="a model of the type Unigram"):
         made.save_pretrained(tmp_path / "small")
-    odd = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, "intermediate_size": 190}))
-    blocks = replace(made, model=odd, tokenizer=None, format="gguf-q8_0")
-    with pytest.raises(fasp_fx.ArgumentError, match="has rows of 190 numbers, and Q8_0 holds blocks of 32"):
-        blocks.save_pretrained(tmp_path / "small")
     assert list(tmp_path.iterdir()) == []
 
 
