@@ -17,9 +17,10 @@ from ..analysis.channels import Use
 from ..analysis.groups import Group, by_block
 from ..capturing._fx import attribute
 from ..errors import ArgumentError, CalibrationError
+from ._inverse import damped_inverse
 from ._matrices import ConsumerMatrices, bias_of
 from ._products import ObservedProducts, row_scores, sets_in
-from .obs import DAMPING, damped_inverse, spread_of
+from .obs import DAMPING, spread_of
 from .scoring import ByColumns, Columns, GroupColumns, GroupScore, Order, by_set, by_value
 from .statistics import (
     PADDING,
@@ -371,7 +372,8 @@ def _column_costs(columns: Columns) -> np.ndarray:
     """``½ Q_jj √(G_jj / [G⁻¹]_jj)`` of each column, shape ``[columns]``."""
     gram = spread_of(columns)
     energies = diagonal_of(gram).clamp_min(0)
-    alone = energies / damped_inverse(columns, gram, DAMPING).diagonal()
+    each = torch.arange(len(energies), device=gram.device)[:, None]
+    alone = energies / damped_inverse(columns, gram, DAMPING).blocks(each)[:, 0, 0]
     own = columns.weight.abs().to(gram.dtype).square().sum(0)
     gradients = columns.seen.get("gradients")
     if not isinstance(gradients, InputGradients) or not gradients.tokens:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -10,16 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError
+from ._inverse import ROUNDING, damped_inverse, raised_root
 from .scoring import ByColumns, Columns, GroupColumns, GroupScore, Order, Random, Score, fasp, magnitude
 from .statistics import (
     InputGradients,
     MakeStatistic,
-    add_product,
     diagonal_of,
     energy_of,
     is_few,
-    precise,
     whole,
 )
 
@@ -32,8 +29,6 @@ ROUNDS = 48
 #: the part of the curvature that is taken to be the same for all rows, since few batches say little of single
 #: ones
 SHRINKAGE = 0.1
-#: the part of a Gram matrix's trace that rounding of its products stays below
-ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
 class OBS(GroupScore):
@@ -96,10 +91,9 @@ class Elimination:
         # What is never anything but zero costs nothing, however large its weight; damping alone would have it
         # vary.
         self.root = root * (diagonal_of(spread) > 0)
-        #: up to its diagonal; what is above is not kept up to date
         self.inverse = damped_inverse(columns, spread, damping)
         #: of each column in the matrices; -1: gone, and last, none
-        self.place = np.append(np.arange(len(self.inverse)), -1)
+        self.place = np.append(np.arange(root.shape[1]), -1)
         # A column can name a set twice, where one operand is contracted with another of the same channels.
         own = {(set_, column) for column, row in enumerate(columns.sets) for set_ in row if set_ >= 0}
         belongs = np.array(sorted(own), dtype=np.int64).reshape(-1, 2)
@@ -114,16 +108,14 @@ class Elimination:
             places < 0
         ).all():  # they have no column here, and of an expert that went no column is left at all
             return np.zeros(len(sets))
-        used = torch.from_numpy(places >= 0).to(self.inverse.device)
-        at = torch.from_numpy(np.maximum(places, 0)).to(self.inverse.device)
+        used = torch.from_numpy(places >= 0).to(self.root.device)
+        at = torch.from_numpy(np.maximum(places, 0)).to(self.root.device)
         if at.shape[1] == 1:
             own = self.root.square().sum(0)[at[:, 0]] * used[:, 0]
-            found = 0.5 * own / self.inverse.diagonal()[at[:, 0]]
+            found = 0.5 * own / self.inverse.blocks(at)[:, 0, 0]
         else:
             both = used[:, :, None] & used[:, None, :]
-            missing = torch.diag_embed((~used).to(self.inverse.dtype))
-            one, other = at[:, :, None], at[:, None, :]
-            inner = self.inverse[one.maximum(other), one.minimum(other)] * both + missing
+            inner = self.inverse.blocks(at) * both + torch.diag_embed((~used).to(self.root.dtype))
             root = self.root.T[at] * used[:, :, None]  # [sets, columns, any]
             own = torch.cholesky_solve(root @ root.mT, torch.linalg.cholesky(inner))
             found = 0.5 * own.diagonal(dim1=1, dim2=2).sum(1)
@@ -135,9 +127,8 @@ class Elimination:
         columns = columns[self.place[columns] >= 0]
         if not len(columns):
             return 0.0
-        gone = torch.from_numpy(self.place[columns]).to(self.inverse.device)
-        below = torch.arange(len(self.inverse), device=gone.device) <= gone[:, None]
-        across = torch.where(below, self.inverse[gone], self.inverse.index_select(1, gone).T)
+        gone = torch.from_numpy(self.place[columns]).to(self.root.device)
+        across = self.inverse.rows(gone)
         factor = raised_root(across[:, gone], 0.0)
         own, across = (
             torch.linalg.solve_triangular(factor, part, upper=False)
@@ -145,13 +136,13 @@ class Elimination:
         )
         # Rows and columns of what goes become zero in both, and are cut out once they are an eighth: a copy
         # costs more than the update.
-        add_product(self.inverse, across, across, alpha=-1)
+        self.inverse.eliminate(gone, across)
         self.root.addmm_(own.T, across, alpha=-1)
         self.place[columns] = -1
         alive = np.flatnonzero(self.place >= 0)
-        if len(alive) * 8 <= len(self.inverse) * 7:
-            left = torch.from_numpy(self.place[alive]).to(self.inverse.device)
-            self.inverse = self.inverse.index_select(0, left).index_select(1, left)
+        if len(alive) * 8 <= self.root.shape[1] * 7:
+            left = torch.from_numpy(self.place[alive]).to(self.root.device)
+            self.inverse.keep(left)
             self.root = self.root.index_select(1, left)
             self.place[alive] = np.arange(len(alive))
         return 0.5 * float(own.square().sum())
@@ -162,54 +153,6 @@ def spread_of(columns: Columns) -> Tensor:
     gram = columns.spread or columns.gram
     assert gram is not None
     return gram()
-
-
-def damped_inverse(columns: Columns, spread: Tensor, damping: float) -> Tensor:
-    """``(G + δI)⁻¹``, shape ``[columns, columns]``, up to its diagonal at least; with few rows X that is
-    ``(I − Xᵀ (XXᵀ + δI)⁻¹ X) / δ``.
-
-    δ is ``damping`` of the mean of G's diagonal, but more than what rounding can have made of G, which adds
-    up products of float32 or of less: where few columns are ever anything but zero, or what is left of them
-    without their means is small beside the means, the damping alone would be lost in it.
-
-    Args:
-        columns: the block.
-        spread: G, of which the means may have been taken out, or X; G's diagonal is raised in place.
-
-    Raises:
-        CalibrationError: G is not finite.
-    """
-    assert columns.norms is not None
-    energy, mean = float(columns.norms.square().sum()), float(diagonal_of(spread).mean())
-    raised = max(damping * mean, ROUNDING * energy) if energy != 0 else 1.0
-    try:
-        if not is_few(spread):
-            return torch.cholesky_inverse(raised_root(spread, raised))
-        seen = spread.to(precise(spread.device))
-        factor = raised_root(seen @ seen.T, raised)
-    except CalibrationError as error:
-        raise CalibrationError(f"what was seen at '{columns.name}' {error}") from None
-    solved = torch.linalg.solve_triangular(factor, seen, upper=False)
-    # Little is left of the unit matrix where a column is large: it is rounded after the difference.
-    found = torch.eye(seen.shape[1], dtype=spread.dtype, device=spread.device)
-    add_product(found, solved, solved, alpha=-1)
-    return found.div_(raised)
-
-
-def raised_root(matrix: Tensor, raised: float) -> Tensor:
-    """L with ``LLᵀ = M + δI``, lower triangular, for the first sum δ of ``raised``, ten times that and so on
-    that leaves it positive; the diagonal of M is raised in place.
-
-    Raises:
-        CalibrationError: M is not finite.
-    """
-    while math.isfinite(raised):
-        matrix.diagonal().add_(raised)
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if not int(failed):
-            return factor
-        raised = 10 * raised or ROUNDING * float(matrix.diagonal().abs().mean()) or 1.0
-    raise CalibrationError("is not finite; check the calibration data and the model's dtype")
 
 
 def greedy(group: GroupColumns, problems: list[Elimination], rounds: int) -> Order:
@@ -257,4 +200,4 @@ def resolve_score(score: Literal["fasp", "magnitude", "random", "obs"] | Score) 
     return score if isinstance(score, GroupScore) else ByColumns(score)
 
 
-__all__ = ["OBS", "Elimination", "damped_inverse", "greedy", "resolve_score", "spread_of"]
+__all__ = ["OBS", "Elimination", "greedy", "resolve_score", "spread_of"]
