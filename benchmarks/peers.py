@@ -38,16 +38,14 @@ TRAINING, TUNING = 200, 30
 
 
 def main() -> None:
-    parser = arguments(__doc__, text=False, out=True)
-    parser.add_argument("--networks", nargs="*", default=NETWORKS)
-    options = parser.parse_args()
-    results = Results(options.out)
+    results = Results(arguments(__doc__, text=False, out=True).parse_args().out)
+    torch.backends.mha.set_fastpath_enabled(False)  # in which torch counts nothing
     images, labels = (torch.from_numpy(found) for found in load_digits(return_X_y=True))
     images = (images.float() / 8 - 1).reshape(-1, 1, 8, 8).expand(-1, 3, -1, -1)
     images = functional.interpolate(images, (32, 32), mode="bilinear")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).split(1437)
     (fitted, measured), (taught, asked) = ([own[part] for part in order] for own in (images, labels))
-    for name in options.networks:
+    for name in NETWORKS:
         if results.has({"network": name}):
             continue
         torch.manual_seed(0)
