@@ -496,20 +496,20 @@ def _decilm(experiments: Experiments, said: Sizes) -> PreTrainedConfig:
     blocks = [
         {
             "attention": present | (heads if own.get(("num_attention_heads",), 1) else {"no_op": True}),
-            "ffn": present
-            | (
-                {"no_op": True}
-                if not wide
-                else {"intermediate_size": wide}  # vLLM reads it, and no other
-                if wide % modeling_per_layer.STEP
-                else {"ffn_mult": 1.5 * wide / base["hidden_size"]}
-            ),
+            "ffn": present | (_said(wide, base["hidden_size"]) if wide else {"no_op": True}),
         }
         for own in said.values()
         for wide in [own.get(("intermediate_size",), width)]
     ]
     kept = {key: value for key, value in base.items() if key not in BY_LAYER}
     return modeling_per_layer.DeciLMConfig(block_configs=blocks, **kept)
+
+
+def _said(width: int, hidden: int) -> dict[str, float]:
+    """How a block's configuration says the width of its feed-forward layer."""
+    if width % modeling_per_layer.STEP:
+        return {"intermediate_size": width}  # vLLM reads it, and no other
+    return {"ffn_mult": 1.5 * width / hidden}
 
 
 def _auto_class(kind: Any) -> str:

@@ -129,13 +129,17 @@ def test_transformers_load_what_is_written_and_generate(name: str, absent: bool,
 def test_sizes_and_positions_are_said_as_older_readers_look_for_them(tmp_path: Path) -> None:
     """SGLang, TensorRT-LLM and mlx-lm know a factor alone, and of ``rope_parameters`` nothing."""
     turns = dict(TURNS["llama3"])
-    model = llama_with(intermediate_size=512, rope_parameters=dict(turns))
-    made = prune(model, format="decilm", round_to=256, **RANDOM)
+    made = prune(
+        llama_with(intermediate_size=512, rope_parameters=dict(turns)),
+        format="decilm",
+        round_to=256,
+        **RANDOM,
+    )
     folder = made.save_pretrained(tmp_path / "small")
     said = json.loads((folder / "config.json").read_text())
     assert {"rope_theta": said["rope_theta"], **said["rope_scaling"]} == turns
     factors = [own["ffn"]["ffn_mult"] for own in said["block_configs"]]
-    widths = [math.ceil(int(2 * factor * model.config.hidden_size / 3) / 256) * 256 for factor in factors]
+    widths = [math.ceil(int(2 * factor * SIZES["hidden_size"] / 3) / 256) * 256 for factor in factors]
     assert widths == [layer.mlp.up_proj.out_features for layer in made.model.model.layers]
     assert min(widths) == 256
     with torch.no_grad():
@@ -346,16 +350,14 @@ def test_blocks_cannot_go_where_all_layers_are_equal() -> None:
 
 FOREIGN = hf.PreTrainedTokenizerFast(tokenizer_object=UNIGRAM)
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+CANNOT: list[tuple[dict[str, Any], Any, str]] = [
+    ({}, FOREIGN, "a model of the type Unigram"),
+    ({"intermediate_size": 190}, None, "has rows of 190 numbers, and Q8_0 holds blocks of 32"),
+    (DYNAMIC, None, "no positions of the kind 'dynamic'"),
+]
 
 
-@pytest.mark.parametrize(
-    ("values", "tokenizer", "why"),
-    [
-        ({}, FOREIGN, "a model of the type Unigram"),
-        ({"intermediate_size": 190}, None, "has rows of 190 numbers, and Q8_0 holds blocks of 32"),
-        (DYNAMIC, None, "no positions of the kind 'dynamic'"),
-    ],
-)
+@pytest.mark.parametrize(("values", "tokenizer", "why"), CANNOT)
 def test_what_a_file_cannot_hold_is_said_before_the_work(
     values: dict[str, Any], tokenizer: Any, why: str
 ) -> None:
@@ -363,9 +365,13 @@ def test_what_a_file_cannot_hold_is_said_before_the_work(
         prune(llama_with(**values), tokenizer, format="gguf-q8_0", on_analysis=pytest.fail, **RANDOM)
 
 
-def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path: Path) -> None:
-    made = replace(pruned_to("gguf"), tokenizer=FOREIGN)
-    with pytest.raises(fasp_fx.ArgumentError, match="a model of the type Unigram"):
+@pytest.mark.parametrize(("values", "tokenizer", "why"), CANNOT)
+def test_nothing_is_left_of_a_file_that_cannot_be_written(
+    values: dict[str, Any], tokenizer: Any, why: str, tmp_path: Path
+) -> None:
+    parts = {"model": llama_with(**values), "tokenizer": tokenizer, "format": "gguf-q8_0"}
+    made = replace(pruned_to("gguf"), **parts)
+    with pytest.raises(fasp_fx.ArgumentError, match=why):
         made.save_pretrained(tmp_path / "small")
     assert list(tmp_path.iterdir()) == []
 
