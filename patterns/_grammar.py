@@ -60,6 +60,7 @@
                                                      stay where its result depends on it
                  |  "only" NAME NUMBER               the rule speaks of calls with that value of argument
                                                      NAME; in others the operator has no rule
+                 |  "align" LETTER NUMBER            positions along LETTER stay in multiples of NUMBER
                  |  "repeat" LETTER LETTER           the first letter is repeated in blocks to the size of the
                                                      second
                  |  "shape" NAME                     argument NAME is the shape of the result
@@ -120,6 +121,7 @@ _CLAUSES = {
     "pass": (2,),
     "last": (1,),
     "count": (1,),
+    "align": (2,),
     "repeat": (2,),
     "shape": (1, 3),
     "times": (1,),
@@ -343,7 +345,7 @@ class _Parser:
         numbered = {"choose": words[1:], "pass": words[1:], "told": words[2:]}.get(str(keyword), [])
         if any(word not in ORDINALS for word in numbered):
             self.fail(f"{keyword!r} counts as {' or '.join(ORDINALS)}")
-        if keyword in ("gates", "only") and not words[-1].isdecimal():
+        if keyword in ("gates", "only", "align") and not words[-1].isdecimal():
             self.fail(f"{keyword!r} ends in a number")
         if len(words) not in _CLAUSES[str(keyword)]:
             self.fail(

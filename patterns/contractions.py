@@ -39,6 +39,8 @@ BIASES: dict[str, tuple[str, str]] = {
     },
 }
 
+_EXPERTS = "route t e; freeze t; align k 8; align n 8"
+
 CONTRACTIONS: dict[str, str] = {
     "aten.linear.default": "input[... i], weight[o i], bias[o] -> [... o]",
     "aten.bilinear.default": "input1[... i], input2[... j], weight[o i j], bias[o] -> [... o]",
@@ -72,9 +74,9 @@ CONTRACTIONS: dict[str, str] = {
     "aten.conv_transpose1d.default": _transposed(1),
     "aten.conv_transpose2d.input": _transposed(2),
     "aten.conv_transpose3d.input": _transposed(3),
-    "transformers.grouped_mm_fallback.default": (
-        "input[t k], weight[e k n], offs[e] -> [t n]; route t e; freeze t"
-    ),
+    # The kernel takes rows of whole 16 bytes. The other stands for it where transformers is traced.
+    "aten._grouped_mm.default": f"self[t k], mat2[e k n], offs[e] -> [t n]; {_EXPERTS}",
+    "transformers.grouped_mm_fallback.default": f"input[t k], weight[e k n], offs[e] -> [t n]; {_EXPERTS}",
     "aten.embedding.default": "weight[v c], indices[...] -> [... c]; freeze v",
 }
 

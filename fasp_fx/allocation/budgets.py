@@ -274,6 +274,7 @@ _FORMULAS: dict[str, list[list[Factor]]] = {
         ]
         for rank in (1, 2, 3)
     },
+    "aten._grouped_mm.default": [[("self", ALL), ("mat2", 2)]],
     "transformers.grouped_mm_fallback.default": [[("input", ALL), ("weight", 2)]],
     **{
         f"aten.{kind}.input": [[("input", BUT_LAST), ("params", ALL)]]

@@ -241,6 +241,9 @@ class GroupBuilder:
             marked(found.count, *(labels[own] for own in numbers))
             for numbers in ([own for _, own, _ in facts.heads], [product.numbers for product in multiplied])
         )
+        self.multiples = np.ones(found.count, dtype=np.int64)
+        for numbers, multiple in facts.aligned:
+            self.multiples[labels[numbers[numbers >= 0]]] = multiple
         self.parameters = {
             program.parts[name].source if name in program.parts else name
             for name, _ in program.module.named_parameters(remove_duplicate=False)
@@ -320,6 +323,7 @@ class GroupBuilder:
             needed,
             uses,
             slots,
+            multiple=int(self.multiples[sets].max()),
         )
         at = min((self.positions[use.node] for use in uses), default=len(self.positions))
         return [((at, min(int(own.min()) for own in numbers)), group)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -78,6 +79,7 @@ class Group:
             ``"expert"`` (of a mixture).
         needed: how many channel sets of each block have to stay.
         at_once: whether all of them go or none.
+        multiple: channels of each block stay in multiples of it.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Group:
     uses: tuple[Use, ...] = field(repr=False, compare=False, default=())
     slots: tuple[Slot, ...] = field(repr=False, compare=False, default=())
     at_once: bool = False
+    multiple: int = 1
 
     @property
     def width(self) -> int:
@@ -108,7 +111,7 @@ class Group:
         """
         if self.at_once:
             return self.width
-        return round_to if self.granularity == "channel" else 1
+        return math.lcm(round_to, self.multiple) if self.granularity == "channel" else 1
 
     def __str__(self) -> str:
         shape = f"{self.blocks} x {self.width}" if self.blocks > 1 else str(self.size)

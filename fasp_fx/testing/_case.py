@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 import fasp_fx
 from fasp_fx.analysis._analysis import Analysis
 from fasp_fx.analysis.plan import PruningPlan, gone_of, program_fingerprint
+from fasp_fx.analysis.resources import most_lost
 from fasp_fx.base._tolerable import tolerable
 from fasp_fx.calibration._visit import Decision
 from fasp_fx.errors import NothingPrunableError
@@ -286,10 +287,10 @@ def draw_sets(analysis: Analysis, random: np.random.Generator) -> np.ndarray:
     Every other block that may go as a whole does. Shape ``[sets]``, boolean.
     """
     chosen = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
-    groups = [group for group in analysis.chosen if group.width > max(group.needed, 1)]
+    groups = [group for group in analysis.chosen if group.width > 1 and most_lost(group, 1)]
     sure = int(random.integers(len(groups))) if groups else -1
     for index, group in enumerate(groups):
-        count = int(random.integers(1 if index == sure else 0, group.width - group.needed + 1))
+        count = _draw_count(most_lost(group, 1), group.multiple, index == sure, random)
         if not group.needed and random.integers(2):
             count = group.width
         for block in np.unique(group.block_of):
@@ -306,9 +307,15 @@ def draw_part(analysis: Analysis, chosen: np.ndarray, random: np.random.Generato
         blocks = [
             group.sets[(group.block_of == block) & chosen[group.sets]] for block in np.unique(group.block_of)
         ]
-        count = int(random.integers(1 if index == sure else 0, len(blocks[0]) + 1))
+        count = _draw_count(len(blocks[0]), group.multiple, index == sure, random)
         if count == group.width - 1 and len(blocks[0]) == group.width:
             count = group.width  # a dimension of one channel is none that a second step could take it from
         for own in blocks:
             part[random.choice(own, count, replace=False)] = True
     return part
+
+
+def _draw_count(most: int, step: int, some: bool, random: np.random.Generator) -> int:
+    """``most``, or less by a multiple of ``step``; 0 unless ``some`` have to go."""
+    steps = -(-most // step)
+    return max(most - step * (steps - int(random.integers(int(some), steps + 1))), 0)

@@ -113,8 +113,8 @@ class Facts:
     weights' dimensions that would better be numbered block by block, with the dimension that divides them and
     into how many; ``heads`` pairs the channels that belong to one head, ``together`` those that would be free
     if they went together. ``chosen`` are numbers of positions that compete in a softmax or top-k, with how
-    many of them are needed; ``stacked`` numbers of matrices in a stacked weight; ``stretched`` dimensions of
-    expanded tensors that meet channels.
+    many of them are needed, ``aligned`` those that stay in multiples of a number; ``stacked`` numbers of
+    matrices in a stacked weight; ``stretched`` dimensions of expanded tensors that meet channels.
     """
 
     pairs: Pairs = field(default_factory=list)
@@ -131,6 +131,7 @@ class Facts:
     heads: Pairs = field(default_factory=list)
     together: Pairs = field(default_factory=list)
     chosen: list[tuple[np.ndarray, int]] = field(default_factory=list)
+    aligned: list[tuple[np.ndarray, int]] = field(default_factory=list)
     stacked: list[np.ndarray] = field(default_factory=list)
     stretched: set[tuple[str, int]] = field(default_factory=set)
 

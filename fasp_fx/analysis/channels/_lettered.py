@@ -288,6 +288,8 @@ class Lettered:
         #: letters along which rows do other things: the same channels in each
         self.gates = {clause.words[0] for clause in rule.all("gates")}
         self.inside |= self.gates
+        #: letters along which as many positions stay as a multiple of a number
+        self.aligned = {clause.words[0]: int(clause.words[1]) for clause in rule.all("align")}
         self.routes = {clause.words[1] for clause in rule.all("route")}
         fixed = isinstance(arguments.get("k", 1), int) and nodes.get("k") is None
         fixed &= arguments.get("largest") is not False

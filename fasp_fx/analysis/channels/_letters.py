@@ -141,6 +141,9 @@ class Relation(Lettered):
         )
         if letter in self.chosen:
             self.facts.chosen += [(numbers.reshape(-1).numpy(), self.needed) for numbers in everything]
+        if letter in self.aligned:
+            multiple = self.aligned[letter]
+            self.facts.aligned += [(numbers.reshape(-1).numpy(), multiple) for numbers in everything]
         surviving = everything if len(holders) == 1 else couple(self, holders, found, order)
         if letter in self.frozen | self.windowed:
             why = self.index_dependent.get(

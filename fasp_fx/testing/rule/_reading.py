@@ -62,6 +62,7 @@ class Reading:
         factors: arguments that hold the size of a letter.
         runs: arguments that hold the sizes of a run of letters.
         repeats: a letter that is repeated in blocks to the size of another.
+        aligned: letters of which multiples of a number of positions stay.
         recurs: a letter of the result, and the letter of a weight's columns that meet it one step later.
     """
 
@@ -74,6 +75,7 @@ class Reading:
     factors: dict[str, str] = field(default_factory=dict)
     runs: dict[str, list[str]] = field(default_factory=dict)
     repeats: dict[str, str] = field(default_factory=dict)
+    aligned: dict[str, int] = field(default_factory=dict)
     recurs: dict[str, str] = field(default_factory=dict)
 
     def kept(self) -> set[str]:
@@ -93,8 +95,10 @@ class Reading:
 
     def blocks(self, letter: str) -> int:
         """How many positions of a letter have to go together, because another letter is repeated
-        to its size.
+        to its size, or multiples of them stay.
         """
+        if letter in self.aligned:
+            return self.aligned[letter]
         few = next((few for few, many in self.repeats.items() if many == letter), None)
         return self.sizes[letter] // self.sizes[few] if few is not None and few in self.sizes else 1
 
@@ -219,6 +223,8 @@ def _read_clauses(rule: Rule, call: Call, reading: Reading, runs: dict[str, int]
             reading.factors[words[0]] = words[1]
         elif clause.keyword == "repeat":
             reading.repeats[words[0]] = words[1]
+        elif clause.keyword == "align":
+            reading.aligned[words[0]] = int(words[1])
         elif clause.keyword == "shape" and len(words) == 2:
             reading.runs[words[0]] = [f"{words[1]}{index}" for index in range(runs.get(words[1], 0))]
 

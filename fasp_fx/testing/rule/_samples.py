@@ -7,7 +7,7 @@ called by its schema.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -262,16 +262,13 @@ def _grid(draw: Draw) -> dict[str, Any]:
     return {"input": draw.tensor([n, c, draw.size(), draw.size()], "real"), "grid": grid, **kinds}
 
 
-def _grouped(draw: Draw) -> dict[str, Any]:
+def _grouped(draw: Draw, names: Sequence[str]) -> dict[str, Any]:
     experts, k, n = draw.integer(2, 3), draw.size(), draw.size()
     counts = [draw.integer(1, 3) for _ in range(experts)]
     offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
-    # as the kernel that it stands for takes them: no float64, and rows of whole multiples of 16 bytes
-    return {
-        "input": draw.tensor([sum(counts), 4 * k], "real").float(),
-        "weight": draw.tensor([experts, 4 * k, 4 * n], "real").float(),
-        "offs": offsets,
-    }
+    # as the kernel takes them: no float64, and rows of whole multiples of 16 bytes
+    tokens = draw.tensor([sum(counts), 8 * k], "real").float()
+    return dict(zip(names, (tokens, draw.tensor([experts, 8 * k, 8 * n], "real").float(), offsets)))
 
 
 def _recurrent(draw: Draw, gates: int, listed: bool) -> dict[str, Any]:
@@ -413,7 +410,8 @@ SAMPLES: dict[str, Sample] = {
     "aten._weight_norm_interface.default": _weight_norm,
     "aten.any.dim": _any,
     "aten.all.dim": _any,
-    "transformers.grouped_mm_fallback.default": _grouped,
+    "aten._grouped_mm.default": partial(_grouped, names=("self", "mat2", "offs")),
+    "transformers.grouped_mm_fallback.default": partial(_grouped, names=("input", "weight", "offs")),
     **{f"aten._fft_{kind}.default": partial(_fft, kind=kind) for kind in ("r2c", "c2r", "c2c")},
     **{
         f"aten.upsample_{name}.vec": partial(_upsample, name="input", rank=rank, integers=False)
