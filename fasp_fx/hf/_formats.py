@@ -450,13 +450,15 @@ def build(
         kind, config = modeling_per_layer.DeciLMForCausalLM, _decilm(experiments, said)
     elif any(said.values()):
         kind = getattr(modeling_per_layer, f"PerLayer{kind.__name__}")
+        least = _least(experiments, said)
+        dense = {path: experiments.values[path] for path in least}
         layers = {
-            number: {str(path[0]): value for path, value in own.items()}
+            number: {str(path[0]): value for path, value in (dense | own).items()}
             for number, own in enumerate(said.values())
-            if own
+            if dense | own
         }
         config = experiments.config(
-            {("per_layer_config",): layers, ("allow_global_per_layer_attribute_access",): True}
+            {("per_layer_config",): layers, ("allow_global_per_layer_attribute_access",): True, **least}
         )
     if kind.__module__ == modeling_per_layer.__name__:  # whose file is saved along
         kind.register_for_auto_class(_auto_class(experiments.kind))
@@ -485,7 +487,27 @@ def build(
         inner = f"PerLayer{type(made.base_model).__name__}"
         made.config.auto_map = {"AutoModel": f"modeling_per_layer.{inner}"}
     made.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+    if not FORMATS[name].by_layer:
+        # Names that were not converted on loading would not be on saving: others read those of checkpoints.
+        made._weight_conversions = None
     return made.eval().to(next(iter(weights.values())).device), _note(experiments, said)
+
+
+def _least(experiments: Experiments, said: Sizes) -> dict[Path, int]:
+    """The widths of experts that a configuration says for all layers, beside those of each.
+
+    vLLM makes all experts as wide as that, and leaves what a narrower one lacks to chance; it refuses wider
+    ones.
+    """
+    dense = experiments.values
+    return {
+        path: min(own.get(path, dense[path]) for own in said.values())
+        for path in {path for own in said.values() for path in own}
+        if any(
+            dim > 0 and len(experiments.shapes[at]) > 2
+            for at, dim in experiments.losses({path: dense[path] - 1}) or ()
+        )
+    }
 
 
 def _decilm(experiments: Experiments, said: Sizes) -> PreTrainedConfig:

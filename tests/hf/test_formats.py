@@ -29,7 +29,7 @@ from zoo import randomise
 
 import fasp_fx
 from fasp_fx.hf import convert, prune
-from fasp_fx.hf._formats import FORMATS, _sizes, experiments_for
+from fasp_fx.hf._formats import FORMATS, _sizes, build, experiments_for
 from fasp_fx.hf._gguf import write_gguf
 from fasp_fx.hf.modeling_per_layer import PerLayerLlamaForCausalLM
 from fasp_fx.pruning.config import FormatName
@@ -267,6 +267,22 @@ def test_sizes_are_read_off_the_shapes(sizes: list[tuple[int, int, int]]) -> Non
         layers.values(), _sizes("gguf", experiments, model.state_dict()).values(), strict=True
     ):
         assert {**base, **{str(path[0]): value for path, value in said.items()}} == own
+
+
+def test_no_layer_has_experts_narrower_than_the_configuration_says_for_all() -> None:
+    """vLLM makes them as wide as that; what their weights did not fill would hold anything."""
+    model = hf.MixtralForCausalLM(
+        hf.MixtralConfig(**{**SIZES, "num_local_experts": 2, "num_hidden_layers": 2})
+    )
+    weights = dict(randomise(model).state_dict())
+    experts = "model.layers.0.mlp.experts."
+    weights[f"{experts}down_proj"] = weights[f"{experts}down_proj"][:, :, :40].clone()
+    gates, values = weights[f"{experts}gate_up_proj"].chunk(2, dim=1)
+    weights[f"{experts}gate_up_proj"] = torch.cat([gates[:, :40], values[:, :40]], 1)
+    experiments = experiments_for("per-layer", hf.MixtralForCausalLM, model.config)
+    config = build("per-layer", experiments, weights, model)[0].config
+    assert config.intermediate_size == 40
+    assert [layer.intermediate_size for layer in config.per_layer_config] == [40, SIZES["intermediate_size"]]
 
 
 REFUSED = {

@@ -18,6 +18,7 @@ import transformers as hf
 from conftest import PROFILE
 from oracle import TOLERANCE, error, zeroed
 from plain_models import CASES, MORE, dense, plain, tokens
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 from transformers.utils.quantization_config import GgufConfig
 from zoo import VOCABULARY, ZOO, randomise
@@ -95,6 +96,14 @@ def test_the_config_says_it(name: str, folders: Path) -> None:
     assert type(pruned.model) is type(dense(name))
     assert abs(pruned.report.sparsity - case.sparsity) < 0.06  # a step of eight neurons
     assert any(f"{field}" in pruned.report.notes[0] for field in case.fields)
+
+
+def test_tensors_are_named_as_the_class_names_them_in_files(tmp_path: Path) -> None:
+    """Those of experts otherwise than in the model."""
+    for model, folder in ((dense("mixtral"), "dense"), (plain("mixtral"), "plain")):
+        model.save_pretrained(tmp_path / folder)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors").keys() for name in ("plain", "dense"))
+    assert ours == theirs != dense("mixtral").state_dict().keys()
 
 
 def test_generation_goes_on(elsewhere: dict[str, torch.Tensor]) -> None:
