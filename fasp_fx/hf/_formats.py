@@ -503,7 +503,8 @@ def _least(experiments: Experiments, said: Sizes) -> dict[Path, int]:
     return {
         path: min(own.get(path, dense[path]) for own in said.values())
         for path in {path for own in said.values() for path in own}
-        if any(
+        if dense[path] is not None
+        and any(
             dim > 0 and len(experiments.shapes[at]) > 2
             for at, dim in experiments.losses({path: dense[path] - 1}) or ()
         )

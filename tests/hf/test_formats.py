@@ -285,6 +285,15 @@ def test_no_layer_has_experts_narrower_than_the_configuration_says_for_all() -> 
     assert [layer.intermediate_size for layer in config.per_layer_config] == [40, SIZES["intermediate_size"]]
 
 
+def test_layers_say_what_the_configuration_leaves_open() -> None:
+    made = prune(dense("gpt2"), format="per-layer", **RANDOM)
+    assert made.model.config.n_inner is None
+    assert made.model.config.per_layer_config[0].n_inner < 128
+    with torch.no_grad():
+        expected = zeroed(dense("gpt2"), made.plan)(input_ids=tokens()).logits
+        assert error(made.model(input_ids=tokens()).logits, expected) < TOLERANCE
+
+
 REFUSED = {
     ("qwen2", "gguf"): r"has no place for 'model.layers.0.self_attn.q_proj.bias'",
     ("qwen3", "decilm"): r"has no place for 'model.layers.0.self_attn.q_norm.weight'",
