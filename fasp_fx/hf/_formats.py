@@ -349,7 +349,16 @@ class Settings:
         if all(place is None for place in found):
             raise NothingPrunableError("; ".join(dict.fromkeys(self.whole.values())))
         narrowed = budget.narrowed(found)
-        narrowed.groups = [replace(group, at_once=group.name in at_once) for group in narrowed.groups]
+        narrowed.groups = [
+            replace(
+                group,
+                at_once=group.name in at_once,
+                multiple=math.lcm(
+                    *(own.multiple for own, at in zip(budget.groups, found, strict=True) if at == place)
+                ),
+            )
+            for place, group in enumerate(narrowed.groups)
+        ]
         return narrowed, found
 
 
