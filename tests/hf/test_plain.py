@@ -106,6 +106,14 @@ def test_tensors_are_named_as_the_class_names_them_in_files(tmp_path: Path) -> N
     assert ours == theirs != dense("mixtral").state_dict().keys()
 
 
+def test_experts_and_a_layer_for_all_tokens_stay_multiples_of_what_either_does() -> None:
+    """The graph has the layer, which takes any width, before the experts, whose kernel does not."""
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": VOCABULARY}
+    config = hf.HunYuanMoEV1Config(**small, intermediate_size=52, head_dim=16, num_experts=2)
+    pruned = prune(randomise(hf.HunYuanMoEV1ForCausalLM(config)), sparsity=0.4, **UNREPAIRED)
+    assert pruned.model.config.intermediate_size % 8 == 0
+
+
 def test_generation_goes_on(elsewhere: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         expected = plain("llama").model.generate(tokens(), max_new_tokens=4, do_sample=False)
