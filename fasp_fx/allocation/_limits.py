@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -69,15 +69,13 @@ class Budget:
 
     def narrowed(self, places: Sequence[int | None]) -> Budget:
         """This budget for fewer groups: each of its groups loses what the one at its place loses, or nothing
-        where it has none. The first group at a place stands for it.
+        where it has none. The first group at a place stands for it, in multiples of what any there keeps.
         """
-        first = {place: group for group, place in zip(self.groups[::-1], places[::-1], strict=True)}
-        return Budget(
-            [first[place] for place in sorted(place for place in first if place is not None)],
-            self.limits,
-            self,
-            places,
-        )
+        at: dict[int, Group] = {}
+        for group, place in zip(self.groups, places, strict=True):
+            if place is not None and at.setdefault(place, group) is not group:
+                at[place] = replace(at[place], multiple=math.lcm(at[place].multiple, group.multiple))
+        return Budget([at[place] for place in sorted(at)], self.limits, self, places)
 
     def only(self, taking_part: Sequence[bool]) -> Budget:
         """This budget for some of its groups, of which nothing goes of the others."""

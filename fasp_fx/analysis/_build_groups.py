@@ -243,7 +243,8 @@ class GroupBuilder:
         )
         self.multiples = np.ones(found.count, dtype=np.int64)
         for numbers, multiple in facts.aligned:
-            self.multiples[labels[numbers[numbers >= 0]]] = multiple
+            own = labels[numbers[numbers >= 0]]
+            self.multiples[own] = np.lcm(self.multiples[own], multiple)
         self.parameters = {
             program.parts[name].source if name in program.parts else name
             for name, _ in program.module.named_parameters(remove_duplicate=False)
@@ -323,7 +324,7 @@ class GroupBuilder:
             needed,
             uses,
             slots,
-            multiple=int(self.multiples[sets].max()),
+            multiple=int(np.lcm.reduce(self.multiples[sets])),
         )
         at = min((self.positions[use.node] for use in uses), default=len(self.positions))
         return [((at, min(int(own.min()) for own in numbers)), group)]

@@ -349,16 +349,7 @@ class Settings:
         if all(place is None for place in found):
             raise NothingPrunableError("; ".join(dict.fromkeys(self.whole.values())))
         narrowed = budget.narrowed(found)
-        narrowed.groups = [
-            replace(
-                group,
-                at_once=group.name in at_once,
-                multiple=math.lcm(
-                    *(own.multiple for own, at in zip(budget.groups, found, strict=True) if at == place)
-                ),
-            )
-            for place, group in enumerate(narrowed.groups)
-        ]
+        narrowed.groups = [replace(group, at_once=group.name in at_once) for group in narrowed.groups]
         return narrowed, found
 
 
@@ -459,7 +450,7 @@ def build(
         kind, config = modeling_per_layer.DeciLMForCausalLM, _decilm(experiments, said)
     elif any(said.values()):
         kind = getattr(modeling_per_layer, f"PerLayer{kind.__name__}")
-        least = _least(experiments, said)
+        least = _least_widths(experiments, said)
         dense = {path: experiments.values[path] for path in least}
         layers = {
             number: {str(path[0]): value for path, value in (dense | own).items()}
@@ -502,7 +493,7 @@ def build(
     return made.eval().to(next(iter(weights.values())).device), _note(experiments, said)
 
 
-def _least(experiments: Experiments, said: Sizes) -> dict[Path, int]:
+def _least_widths(experiments: Experiments, said: Sizes) -> dict[Path, int]:
     """The widths of experts that a configuration says for all layers, beside those of each.
 
     vLLM makes all experts as wide as that, and leaves what a narrower one lacks to chance; it refuses wider
@@ -528,7 +519,7 @@ def _decilm(experiments: Experiments, said: Sizes) -> PreTrainedConfig:
     blocks = [
         {
             "attention": present | (heads if own.get(("num_attention_heads",), 1) else {"no_op": True}),
-            "ffn": present | (_said(wide, base["hidden_size"]) if wide else {"no_op": True}),
+            "ffn": present | (_say_width(wide, base["hidden_size"]) if wide else {"no_op": True}),
         }
         for own in said.values()
         for wide in [own.get(("intermediate_size",), width)]
@@ -537,7 +528,7 @@ def _decilm(experiments: Experiments, said: Sizes) -> PreTrainedConfig:
     return modeling_per_layer.DeciLMConfig(block_configs=blocks, **kept)
 
 
-def _said(width: int, hidden: int) -> dict[str, float]:
+def _say_width(width: int, hidden: int) -> dict[str, float]:
     """How a block's configuration says the width of its feed-forward layer."""
     if width % modeling_per_layer.STEP:
         return {"intermediate_size": width}  # vLLM reads it, and no other
