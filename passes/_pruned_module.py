@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,7 +20,7 @@ from fasp_fx.capturing._attention import make_traceable
 from fasp_fx.capturing._fx import attribute, target_name, views_may_copy
 from fasp_fx.capturing._program import ExportFacts, Program, graph_module
 from fasp_fx.capturing._rewrites import own_names
-from fasp_fx.capturing._signature import CallerCodeGen, CallSignature, guard_calls
+from fasp_fx.capturing._signature import CallerCodeGen, CallSignature, Guards, Like, guard_calls
 from fasp_fx.errors import StoreError
 
 
@@ -56,6 +56,7 @@ class PrunedModule(fx.GraphModule):
             _without_annotations(self.fasp_fx_origin.signature),
             preserved,
             self.training,
+            {name: part.like for name, part in self.named_children() if isinstance(part, Guards)},
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
@@ -249,6 +250,7 @@ def _rebuilt(
     signature: CallSignature,
     preserved: dict[str, Any],
     training: bool,
+    types: dict[str, tuple[Like | None, ...]],
 ) -> PrunedModule:
     from fasp_fx.storage._graph_json import program_from_json
 
@@ -256,6 +258,8 @@ def _rebuilt(
     module.meta[PRESERVED] = preserved
     for name, value in preserved.items():
         setattr(module, name, value)
+    for name, like in types.items():
+        cast(Guards, module.get_submodule(name)).like = like
     return module.train(training)
 
 

@@ -336,7 +336,7 @@ def _laid_out(made: fx.Node, dim: int, part: _Part, analysis: Analysis, anchor: 
     shape, recorded = analysis.walk.values[part.node].shape, part.node.meta["val"].shape
     if len(own) != 1:
         made = call(
-            torch.ops.aten.view.default,
+            torch.ops.aten.reshape.default,
             made,
             [
                 call(torch.ops.aten.sym_size.int, made, part.sources[at])

@@ -16,7 +16,7 @@ from fasp_fx.analysis._analysis import Analysis
 from fasp_fx.analysis.channels import Numbering, Slot, Value, Walk
 from fasp_fx.base._stamps import stamp
 from fasp_fx.base.compat import pytree
-from fasp_fx.capturing._fx import arguments, set_argument, views_may_copy
+from fasp_fx.capturing._fx import arguments, set_argument
 from fasp_fx.capturing._program import Cut, Program, Recipe
 from fasp_fx.patterns import Clause, lookup
 
@@ -39,8 +39,6 @@ def remove_channels(program: Program, analysis: Analysis, walk: Walk, gone: np.n
     originals = dict(zip(program.module.graph.nodes, old.nodes, strict=True))
     pin_attention_scale(originals, walk)
     _resize(originals, walk, Kept(gone))
-    # Other widths can mean other strides (attention picks another kernel), under which no view may be.
-    views_may_copy(program.module.graph)
     _cut_weights(program, analysis, gone)
     _cut_inputs(program, analysis, gone)
     return program

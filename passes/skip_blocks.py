@@ -12,7 +12,7 @@ from fasp_fx.analysis._analysis import Analysis
 from fasp_fx.analysis._depth import BIASES, beside, goes_with_a_block, laid_out, serving
 from fasp_fx.analysis.channels import Walk
 from fasp_fx.base._stamps import stamp
-from fasp_fx.capturing._fx import arguments, results, viewed, views_may_copy
+from fasp_fx.capturing._fx import arguments, results, viewed
 from fasp_fx.capturing._program import Program
 from fasp_fx.errors import VerificationError
 
@@ -44,7 +44,6 @@ def skip_blocks(program: Program, analysis: Analysis, walk: Walk, gone: np.ndarr
         # a bias is computed of.
         if node.op == "call_function" and not node.users and goes_with_a_block(node):
             graph.erase_node(node)
-    views_may_copy(graph)  # what stands for a block can lie otherwise in memory
     return program
 
 

@@ -11,7 +11,7 @@ from ._grammar import ORDINALS, Alternative, Clause, Dims, Operand, Rule, letter
 from ._registry import Operator, argument_names, builtin, lookup, register, unregister
 from .composites import COMPOSITES, find_composites
 from .contractions import BIASES
-from .movement import REARRANGEMENTS, RESHAPES, VIEWS
+from .movement import REARRANGEMENTS, RESHAPES
 from .pointwise import CASTS, CHECKS, VANISHING, pointwise_rule
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "REARRANGEMENTS",
     "RESHAPES",
     "VANISHING",
-    "VIEWS",
     "Alternative",
     "Clause",
     "Dims",

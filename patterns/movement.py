@@ -13,11 +13,8 @@ _ONE_BY_ONE = (
     "select_scatter.default",
 )
 
-#: operators that give the same elements in the same order another shape, where memory is laid out for it
-VIEWS: frozenset[str] = frozenset({"aten.view.default", "aten._unsafe_view.default"})
-
-#: the same, and those that copy where it is not
-RESHAPES: frozenset[str] = VIEWS | {"aten.reshape.default", "aten.flatten.using_ints"}
+#: operators that give the same elements in the same order another shape; a capture has no views left
+RESHAPES: frozenset[str] = frozenset({"aten.reshape.default", "aten.flatten.using_ints"})
 
 #: differentiable operators that give each element of their first argument once, there or elsewhere
 REARRANGEMENTS: frozenset[str] = RESHAPES | {
@@ -38,8 +35,6 @@ REARRANGEMENTS: frozenset[str] = RESHAPES | {
 
 MOVEMENT: dict[str, str] = {
     # the same elements under another shape
-    "aten.view.default": "move self; shape size",
-    "aten._unsafe_view.default": "move self; shape size",
     "aten.reshape.default": "move self; shape shape",
     "aten.flatten.using_ints": "move self",
     "aten.squeeze.dim": "move self; freeze @dim",
@@ -77,6 +72,8 @@ MOVEMENT: dict[str, str] = {
     "aten.chunk.default": "move self; chunk chunks dim",
     "aten.index.Tensor": "move self; freeze @indices",
     "aten.index_select.default": "move self; freeze @dim",
+    "aten.unfold.default": "move self; freeze @dimension",
+    "aten.diagonal.default": "move self; freeze @dim1; freeze @dim2",
     # joins
     "aten.cat.default": "move tensors",
     "aten.stack.default": "move tensors",
@@ -86,6 +83,7 @@ MOVEMENT: dict[str, str] = {
         f"aten.{name}": "self[a*], index[a*], src[a*] -> [a*]; place a* dim"
         for name in ("scatter.src", "scatter_add.default", "scatter_reduce.two")
     },
+    "aten.index_fill.int_Scalar": "self[a*] -> [a*]; window @dim",
     "aten.scatter.value": "self[a*], index[a*] -> [a*]; place a* dim",
     "aten.index_add.default": "self[a*], source[a*] -> [a*]; place a* dim",
     "aten.index_copy.default": "self[a*], source[a*] -> [a*]; place a* dim",

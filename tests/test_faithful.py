@@ -111,6 +111,21 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], str | None]] =
     "keeps a tensor": (lambda: remembering("tensor"), (X,), "in the second of two calls .*'kept'"),
     "asks for a size of one": (lambda: asking(True), (X,), "where sizes are one"),
     "beside a size that is never one": (lambda: asking(True, True), (STEPS,), "where sizes are one"),
+    "orders memory for strides": (
+        lambda: layers(lambda self, x: block(self, x.contiguous().as_strided((5, 6), (6, 1)))),
+        (X,),
+        "where inputs lie otherwise in memory",
+    ),
+    "a size of one that guards refuse": (
+        lambda: layers(lambda self, x: block(self, x) * (1.0 if x.shape[0] % 4 == 1 else 2.0)),
+        (torch.cat([X, X[:4]]),),
+        None,
+    ),
+    "asks for strides, as its program does": (
+        lambda: layers(lambda self, x: block(self, x.as_strided((2, 6), (6, 1)))),
+        (X,),
+        None,
+    ),
     "keeps the same": (lambda: remembering("same"), (X,), None),
     "asks for none": (lambda: asking(False), (X,), None),
     "the same": (lambda: sly(1.0), (X,), None),
@@ -150,6 +165,26 @@ def test_what_no_graph_shows_is_said_and_nothing_else(name: str) -> None:
         "the model is not touched"
     )
     assert torch.equal(given[0], args[0])
+
+
+def _seeded(self: Any, x: Tensor) -> Tensor:
+    torch.manual_seed(3)
+    return block(self, x) + torch.rand_like(x[:, :4])
+
+
+def _seeded_aside(self: Any, x: Tensor) -> Tensor:
+    with torch.random.fork_rng():
+        return _seeded(self, x)
+
+
+@pytest.mark.parametrize("forward", [_seeded, _seeded_aside])
+def test_a_model_that_seeds_what_it_draws_repeats_itself_and_its_program_does_not(forward: Any) -> None:
+    model = layers(forward)
+    with pytest.warns(fasp_fx.CaptureWarning, match="forward seeds a generator"):
+        result = fasp_fx.prune(model, (X,), **NUMBERS)
+    assert any("draws other random numbers in each call" in note for note in result.report.notes)
+    assert torch.equal(model(X), model(X))
+    assert not torch.equal(result.module(X), result.module(X))
 
 
 def test_another_result_is_said_where_a_model_is_pruned() -> None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import pickle
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
 import pytest
 import torch
 import transformers
-from models import made
+from models import block, made, wide
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 from zoo import TwoLayers, randomise
@@ -98,6 +100,30 @@ def test_what_was_not_captured_is_refused(args: tuple[Any, ...], kwargs: dict[st
     _, result = made_for("two")
     with pytest.raises(fasp_fx.CallError, match=f"'{word}'"):
         result.module(*args, **kwargs)
+
+
+def _of_type(self: Any, i: Tensor, x: Tensor) -> Tensor:
+    found = block(self, x * self.embed(i))
+    return found * 2 if i.dtype == torch.int32 else found
+
+
+def test_types_are_part_of_the_signature_and_follow_the_module(tmp_path: Path) -> None:
+    model, i = wide(_of_type, embed=nn.Embedding(5, 6)), torch.arange(4) % 3
+    x = torch.randn(4, 6)
+    result = fasp_fx.prune(model, (i, x), score="random", restore=None, sparsity=0.3)
+    wider = copy.deepcopy(result.module).double()
+    for module, other in (
+        (result.module, torch.float64),
+        (fasp_fx.load(result.save(tmp_path / "out")).module, torch.float16),
+        (wider, torch.float32),
+        (pickle.loads(pickle.dumps(wider)), torch.float32),
+    ):
+        own = module.get_parameter("up.weight").dtype
+        assert module(i, x.to(own)).dtype == own
+        with pytest.raises(fasp_fx.CallError, match=f"'x' is .*{other}.*captured with .*{own}"):
+            module(i, x.to(other))
+        with pytest.raises(fasp_fx.CallError, match=r"'i' is .*torch\.int32.*captured with .*torch\.int64"):
+            module(i.int(), x.to(own))
 
 
 def test_constants_other_than_the_defaults() -> None:

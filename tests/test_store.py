@@ -110,6 +110,67 @@ def test_a_loaded_result_trains_exports_and_prunes(saved: Path) -> None:
     ).plan.groups
 
 
+def _quantised(program: torch.export.ExportedProgram, x: Tensor) -> list[int]:
+    """How many tensors each quantiser of torchao finds to quantise."""
+    pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+    from torchao.testing.pt2e import _xnnpack_quantizer as xnnpack
+
+    found = []
+    for quantiser, config in (
+        (x86.X86InductorQuantizer(), x86.get_default_x86_inductor_quantization_config()),
+        (xnnpack.XNNPACKQuantizer(), xnnpack.get_symmetric_quantization_config()),
+    ):
+        prepared = pt2e.prepare_pt2e(program.module(check_guards=False), quantiser.set_global(config))
+        prepared(x)
+        nodes = pt2e.convert_pt2e(prepared).graph.nodes
+        found.append(sum("quantize_per" in str(node.target) for node in nodes))
+    return found
+
+
+def test_what_is_made_of_a_program_can_be_made_of_one_that_was_loaded(tmp_path: Path) -> None:
+    """Where nodes come from is saved: quantisers pass over, and torch cannot unflatten, what does not say."""
+    torch.manual_seed(0)
+    convolutions = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.AdaptiveAvgPool2d(1))
+    model, x = nn.Sequential(convolutions, nn.Flatten(), nn.Linear(12, 4)).eval(), torch.randn(2, 3, 8, 8)
+    result = fasp_fx.prune(model, (x,), score="magnitude", restore=None, sparsity=0.3)
+    programs = {
+        "fresh": result.program,
+        "loaded": fasp_fx.load(result.save(tmp_path / "out")).program,
+        "applied": fasp_fx.apply(model, result.plan, (x,)).program,
+        "eager": torch.export.export(result.eager(model), (x,)),
+    }
+    dense = _quantised(torch.export.export(model, (x,)), x)
+    assert min(dense) > 5
+    with torch.no_grad():
+        expected = result.module(x)
+        for name, program in programs.items():
+            assert _quantised(program, x) == dense, name
+            torch.testing.assert_close(torch.export.unflatten(program)(x), expected)
+
+
+def test_weights_of_a_copy_that_was_trained_are_not_forgotten(tmp_path: Path) -> None:
+    model = wide(block)
+    result = fasp_fx.prune(model, (X,), score="random", restore=None, sparsity=0.3)
+    copy = result.eager(model)
+    result.save(tmp_path / "before")
+    with torch.no_grad():
+        copy.get_parameter("down.bias").add_(1.0)
+    with pytest.raises(fasp_fx.StoreError, match=r"'down\.bias'.*load_state_dict"):
+        result.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    result.module.load_state_dict(copy.state_dict())
+    saved = fasp_fx.load(result.save(tmp_path / "out"))
+    assert torch.equal(saved.module(X), copy(X))
+    with torch.no_grad():
+        result.module.get_parameter("down.bias").add_(1.0)  # what the module learns is its own
+    copy = result.eager(model)
+    with torch.no_grad():
+        result.module.get_parameter("down.bias").add_(1.0)
+    del copy
+    result.save(tmp_path / "after")
+
+
 def test_weights_changed_away_from_the_graph_are_refused(tmp_path: Path) -> None:
     result = small_result()
     result.module.half()

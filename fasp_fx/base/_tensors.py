@@ -79,6 +79,16 @@ def storage_of(value: object) -> object:
     return value.untyped_storage()._cdata
 
 
+def lying_otherwise(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape and type, without its values, whose memory is in no order that an operator
+    may hope for: the dimensions are in reverse order, and every other element is left out.
+    """
+    strides: list[Any] = [2]
+    for size in tensor.shape:
+        strides.append(strides[-1] * size)
+    return tensor.new_empty_strided(tensor.shape, strides[: tensor.dim()])
+
+
 def without_values(tensor: Tensor) -> Tensor:
     """A tensor of the same kind on the meta device."""
     empty = tensor.detach().to("meta")

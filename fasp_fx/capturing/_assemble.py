@@ -44,7 +44,7 @@ from ..base.compat import (
 )
 from ..errors import VerificationError
 from ._fx import attribute, results, target_name
-from ._program import ExportFacts, assumed, environment_of
+from ._program import ExportFacts, Program, assumed, environment_of
 from ._runner import record
 
 _log = logging.getLogger("fasp_fx")
@@ -201,6 +201,19 @@ def ready(
         return None
     module.graph.eliminate_dead_code()
     return Assembly(module.graph, tuple(_weights(module, mode)), facts, example)
+
+
+def check_sizes(program: Program, inputs: list[Any]) -> None:
+    """Hold inputs of a captured graph, in order, against the guards that its results will have.
+
+    Raises:
+        AssertionError: a size does not fit.
+    """
+    if program.facts is not None:
+        assembly = Assembly(program.module.graph, (), program.facts, program.example)
+        guards = getattr(assembly.frame.module(check_guards=True), "_guards_fn", None)
+        if guards is not None:
+            guards(*inputs)
 
 
 def _weights(module: fx.GraphModule, mode: FakeTensorMode) -> Iterator[_Weight]:

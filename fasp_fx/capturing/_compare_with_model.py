@@ -5,6 +5,7 @@ is being traced, and then do otherwise.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..base._tensors import lying_otherwise
 from ..base._tolerable import tolerable
 from ..base._undisturbed import drawing_alike
 from ..base._warn import warn
 from ..base.compare import distance, tolerance
 from ..base.compat import pytree
 from ..errors import CalibrationError, CaptureError, CaptureWarning
+from ._assemble import check_sizes
 from ._fx import draws, results, written_names
 from ._program import Program
 from ._runner import Runner
@@ -33,6 +36,10 @@ _ALLOWED_ROUNDED = 1e-2
 #: the bound that an exporter has in mind for any size that varies, though one is let pass
 _LEAST = 2
 
+_SEEDS = (
+    "draws other random numbers in each call, where the model repeats itself: forward seeds a generator,"
+    " which a graph does not"
+)
 _TRACED = "the model does something else while it is traced, often for want of an optional input"
 
 
@@ -45,20 +52,22 @@ def compared(
 ) -> Program:
     """The program, with a note and a :class:`CaptureWarning` if it does not compute what the model does.
 
-    They are compared on the example inputs; where forward sets attributes, once more after a call; and with
-    every size that varies at one, for which an exporter takes the way of larger sizes.
+    They are compared on the example inputs; where forward sets attributes, once more after a call; with every
+    size that varies at one, for which an exporter takes the way of larger sizes; and on inputs that lie
+    otherwise in memory. Where the program draws random numbers, it is asked whether the model does.
 
     A program of two samples in the place of one can differ where forward asks how many there are; it is
     captured once more, as it was given, by ``recapture``.
 
     Nothing is compared where there is nothing to call or to compare: exported programs, weights without
-    values, a program on another device than its model, and one that draws random numbers.
+    values, and a program on another device than its model.
     """
     seen, program = program.seen, replace(program, seen=None)
-    drawn = any(map(draws, program.module.graph.nodes))
-    if not isinstance(model, nn.Module) or drawn or _is_elsewhere(program, model):
+    if not isinstance(model, nn.Module) or _is_elsewhere(program, model):
         return program
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
+    if any(map(draws, program.module.graph.nodes)):
+        return _noted(program, _SEEDS) if _seeds(program, model, args, kwargs) else program
     try:
         worst, changed = _difference(program, model, args, kwargs, seen=seen)
         trouble = _otherwise("on the example inputs", worst)
@@ -75,15 +84,43 @@ def compared(
             names = ", ".join(f"'{name}'" for name in changed[:3])
             why = f"forward keeps something in {names}, and a graph only in buffers"
             return _noted(program, f"{_otherwise('in the second of two calls', worst)}: {why}")
-    least = _at_one(program, args, kwargs)
+    trouble = _trouble_at_one(program, model, args, kwargs)
+    trouble = trouble or _trouble_in_layouts(program, model, args, kwargs)
+    return _noted(program, trouble) if trouble else program
+
+
+def _trouble_at_one(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> str:
+    """What is wrong, in words, where every size that varies is one; either may refuse such sizes as it likes,
+    when it is called.
+    """
+    least = _cut(program, args, kwargs, 1)
+    if least is None:
+        return ""
     try:
-        worst, _ = (0.0, []) if least is None else _difference(program, model, *least)
-    except tolerable(Exception):  # either may refuse such sizes as it likes, when it is called
-        return program
-    if worst:
-        why = "forward asks for such a size, which no exporter sees"
-        return _noted(program, f"{_otherwise('where sizes are one', worst)}: {why}")
-    return program
+        check_sizes(program, program.flat_inputs(*least))
+        said = _otherwise("where sizes are one", _difference(program, model, *least)[0])
+    except tolerable(Exception):
+        return ""
+    return said and f"{said}: forward asks for such a size, which no exporter sees"
+
+
+def _trouble_in_layouts(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> str:
+    """What is wrong, in words, where the inputs lie otherwise in memory, in the first way that the model
+    takes.
+    """
+    whole = (args, kwargs)
+    calls = (_cut(program, args, kwargs, _LEAST) or whole, whole)
+    where = "where inputs lie otherwise in memory"
+    for call, lie in itertools.product(calls, (_lying_reversed, _lying_apart)):
+        try:
+            check_sizes(program, program.flat_inputs(*call))
+            said = _otherwise(where, _difference(program, model, *call, lie=lie)[0])
+        except CalibrationError as error:
+            said = f"cannot be executed {where} ({error})"
+        except tolerable(Exception):  # of the model, which refuses what it likes, or sizes
+            continue
+        return said and f"{said}: an exporter leaves out what puts the example in order (contiguous)"
+    return ""
 
 
 def trouble_with(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> str | None:
@@ -107,6 +144,7 @@ def _difference(
     kwargs: dict[str, Any],
     calls: int = 1,
     seen: Seen | None = None,
+    lie: Callable[[Tensor], Tensor] = torch.clone,
 ) -> tuple[float, list[str]]:
     """How far the outputs of the program are from those of the last of some calls of the model, zero if no
     further than rounding; and which attributes those calls set. The model and its inputs are left as they
@@ -114,14 +152,15 @@ def _difference(
 
     Args:
         seen: what they gave and set, if that is known.
+        lie: as for :func:`copied`.
 
     Raises:
         CalibrationError: the program does not run on these inputs.
     """
     written = written_names(program.module.graph)
-    expected, changed = seen or called(model, args, kwargs, calls, written)
+    expected, changed = seen or called(model, args, kwargs, calls, written, lie)
     with torch.no_grad(), drawing_alike(program.weights().values(), seed=1):
-        found = _outputs(program, copied(program.flat_inputs(args, kwargs)))
+        found = _outputs(program, copied(program.flat_inputs(args, kwargs), lie))
     # leaf for leaf, but where a class of the caller's holds tensors, say
     pairs = zip(found, expected) if len(found) == len(expected) else zip(_floats(found), _floats(expected))
     coarse = coarsest(program)
@@ -153,9 +192,37 @@ def _plain(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def _at_one(program: Program, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """The first entry of the example inputs along every dimension that varies and may be as small; ``None``
-    if there is no other, or some vary together with others.
+def _seeds(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a model repeats itself from any state of the random numbers where its program, which draws,
+    does not.
+    """
+    again = []
+    for seed in (1, 2):
+        with torch.no_grad(), drawing_alike(program.weights().values(), seed):
+            drawn = _outputs(program, copied(program.flat_inputs(args, kwargs)))
+        given, _ = called(model, args, kwargs, written=written_names(program.module.graph), seed=seed)
+        again.append(list(zip(drawn, given)))
+    return any(
+        _distance(drawn, other) and not _distance(given, repeated)
+        for (drawn, given), (other, repeated) in zip(*again, strict=True)
+    )
+
+
+def _lying_reversed(tensor: Tensor) -> Tensor:
+    """A copy whose dimensions lie in reverse order, every other element."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return tensor.clone()
+    return lying_otherwise(tensor).copy_(tensor)
+
+
+def _lying_apart(tensor: Tensor) -> Tensor:
+    """A copy whose entries along the first dimension lie apart."""
+    return torch.stack((tensor, tensor), 1)[:, 1] if tensor.dim() else tensor.clone()
+
+
+def _cut(program: Program, args: Any, kwargs: dict[str, Any], most: int) -> tuple[Any, dict[str, Any]] | None:
+    """The first entries of the example inputs along every dimension that varies and may be as small; ``None``
+    if there are no others, or some vary together with others.
     """
     leaves = program.flat_inputs(args, kwargs)
     shapes = {
@@ -169,8 +236,9 @@ def _at_one(program: Program, args: Any, kwargs: dict[str, Any]) -> tuple[Any, d
 
     def cut(leaf: Any) -> Any:
         for dim, size in enumerate(shapes.get(id(leaf), ())):
-            if is_dynamic(size) and lower_bound(size) <= _LEAST and leaf.shape[dim] > 1:  # or it is refused
-                leaf = leaf.narrow(dim, 0, 1)
+            may_be_less = is_dynamic(size) and lower_bound(size) <= _LEAST  # or it is refused
+            if may_be_less and leaf.shape[dim] > most:
+                leaf = leaf.narrow(dim, 0, most)
         return leaf
 
     found: tuple[Any, dict[str, Any]] = pytree.tree_map(cut, (args, kwargs))

@@ -24,7 +24,7 @@ from ..base.compat import (
 )
 from ..errors import ArgumentError, ExportError, first_line
 from ._functional import functional, out_of_place, take_apart
-from ._rewrites import as_weights, fixed_sizes, padded_in_order, settled_as_numbers
+from ._rewrites import as_weights, fixed_sizes, settled_as_numbers
 from ._shapes import by_shapes
 from ._signature import CallerCodeGen, CallSignature, is_plain
 from ._sizes import (
@@ -216,7 +216,6 @@ def _rewritten(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
     out_of_place(exported.graph)
     exported = functional(exported)
     take_apart(exported.graph)
-    padded_in_order(exported)
     exported.graph_module.recompile()
     return exported
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from ..base._stamps import stand_for
-from ..base._tensors import storage_of
+from ..base._tensors import lying_otherwise, storage_of
 from ..base._tolerable import tolerable
 from ..base._warn import quiet
 from ..base.compat import (
@@ -76,6 +76,7 @@ def take_apart(graph: fx.Graph) -> None:
         except tolerable(Exception) as reason:  # a decomposition raises what it likes
             _log.info("'%s' (%s) stays whole: %s", node.name, node.target, first_line(reason))
     own_states(graph)
+    views_may_copy(graph)  # what is executed can lie otherwise than what was traced
 
 
 def _way_apart(node: fx.Node) -> Callable[..., Any] | None:
@@ -85,13 +86,19 @@ def _way_apart(node: fx.Node) -> Callable[..., Any] | None:
         return None
     if operator in WAYS:
         return WAYS[operator]
-    # what computes positions and indices of nothing, or of one another, touches no channel
-    given = [argument.meta.get("val") for argument in node.all_input_nodes]
-    if lookup(operator) is not None or not any(
-        isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) for value in given
-    ):
+    if not _lacks_rule(node):
         return None
     return operator.decompose if is_composite(operator) else decomposition_table.get(operator)
+
+
+def _lacks_rule(node: fx.Node) -> bool:
+    """Whether nothing is known of what an operator does to channels; what computes positions and indices of
+    nothing, or of one another, touches none.
+    """
+    given = [operand.meta.get("val") for operand in node.all_input_nodes]
+    return lookup(node.target) is None and any(
+        isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) for value in given
+    )
 
 
 def _written_out(node: fx.Node, way: Callable[..., Any], known: dict[str, fx.Graph]) -> list[fx.Node]:
@@ -140,16 +147,31 @@ def _traced(node: fx.Node, way: Callable[..., Any]) -> fx.Graph:
     module = nn.Module()
     module.forward = compute
     with quiet(), torch.no_grad(), by_shapes():
-        recorded = [operand.meta["val"] for operand in given]
+        # Of what lies in order, an operator would not write down that it must (``contiguous``).
+        recorded = [_stand_in(operand.meta["val"]) for operand in given]
         made, _ = aot_export_module(module, recorded, trace_joint=False, pre_dispatch=True, decompositions={})
     traced = cast(fx.GraphModule, made).graph
     if any(
-        each.op == "get_attr" or (each.target == node.target and node.target not in LAYERS)
+        each.op == "get_attr"
+        or (each.target == node.target and node.target not in LAYERS)  # it would be taken apart for ever
+        # Nothing is won where channels end all the same; and what the stand-ins were asked (their strides,
+        # whether they are trained) is true of them alone.
+        or (isinstance(each.target, OpOverload) and _lacks_rule(each) and _way_apart(each) is None)
         for each in traced.nodes
     ):
-        raise NotImplementedError  # or it would be taken apart for ever
-    views_may_copy(traced)  # what is executed can lie otherwise: a trace copies in ``to``
+        raise NotImplementedError
+    (output,) = traced.find_nodes(op="output")
+    for copy in traced.find_nodes(op="call_function", target=_ATEN.clone.default):
+        # What lies in order already needs no copy; a result is one, or it could be an input of the program.
+        if copy.kwargs == {"memory_format": torch.contiguous_format} and output not in copy.users:
+            copy.target, copy.kwargs = _ATEN.contiguous.default, {}
     return traced
+
+
+def _stand_in(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return value
+    return lying_otherwise(value).requires_grad_(value.requires_grad)
 
 
 def _read_off_inputs(size: fx.Node) -> None:

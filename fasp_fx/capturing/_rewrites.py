@@ -20,7 +20,7 @@ from ..base._stamps import stand_for
 from ..base._tensors import storage_of
 from ..base.compat import OpOverload, settled_by
 from ..errors import CaptureError
-from ._fx import arguments, views_may_copy
+from ._fx import arguments
 from ._program import region
 from ._shapes import RECURRENT
 
@@ -83,25 +83,6 @@ def fixed_sizes(exported: ExportedProgram) -> Iterator[str]:
 
 
 _ATEN = torch.ops.aten
-
-
-# --- Padding by an amount that varies, which may be none.
-#
-# Where there is nothing to pad, a kernel returns what lies in memory as its input does. A tracer takes
-# the result to lie in order at every size, and settles by that which changes of shape are views.
-
-
-_PADS = (_ATEN.pad.default, _ATEN.constant_pad_nd.default)
-
-
-def padded_in_order(exported: ExportedProgram) -> ExportedProgram:
-    """Let changes of shape copy what does not lie in order, in the program's own graph, which nobody else may
-    hold, where it has such calls.
-    """
-    found = [node for pad in _PADS for node in exported.graph.find_nodes(op="call_function", target=pad)]
-    if any(isinstance(amount, fx.Node) for node in found for amount in arguments(node)["pad"]):
-        views_may_copy(exported.graph)
-    return exported
 
 
 # --- Constants of a program that are its parameters or buffers, reached by another way.

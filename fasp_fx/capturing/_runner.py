@@ -13,7 +13,6 @@ from ..base._stamps import WRITTEN_BY
 from ..base._tolerable import tolerable
 from ..base.compat import FakeTensor, FakeTensorMode, enable_python_dispatcher, pytree
 from ..errors import CalibrationError, VerificationError, first_line
-from ..patterns import VIEWS
 from ._attention import execute
 from ._fx import attribute, written_inputs, written_names
 from ._program import Program
@@ -152,13 +151,10 @@ class Runner:
 
     def _execute(self, node: fx.Node, number: int) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: self._load(argument, number))
-        target: Any = node.target
         if self.device is not None:  # the capture made a constant of where values are made
             args, kwargs = pytree.tree_map_only(torch.device, lambda _: self.device, (args, kwargs))
-            # Kernels of another device lay out their results otherwise, of which a view may not be.
-            target = torch.ops.aten.reshape.default if str(target) in VIEWS else target
         try:
-            return execute(target, args, kwargs)
+            return execute(node.target, args, kwargs)
         except tolerable(RuntimeError, IndexError, AssertionError) as error:
             raise CalibrationError(
                 f"calibration batch {self.numbers[number]} fails in the model at node '{node.name}'"

@@ -366,7 +366,7 @@ class CallerCodeGen(PyTreeCodeGen):
 _FAILED = "Guard failed: "
 
 
-#: what is fixed of a tensor in every call: how many dimensions it has, and what its dtype stands for
+#: what is fixed of a tensor in every call: how many dimensions it has, and its type
 Like = tuple[int, torch.dtype]
 
 
@@ -415,13 +415,16 @@ class Guards(nn.Module):
                 " need"
             ) from None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Guards:
+        # A module that was cast (``half()``) takes inputs of the type that its weights have now.
+        self.like = tuple(like and (like[0], fn(torch.empty(0, dtype=like[1])).dtype) for like in self.like)
+        return self
+
     def _check_tensors(self, inputs: tuple[Any, ...]) -> None:
         for name, like, value in zip(self.names, self.like, inputs, strict=True):
             if like is None or isinstance(value, fx.Proxy):  # an fx tracer only looks on
                 continue
-            if not (
-                isinstance(value, Tensor) and value.dim() == like[0] and _kind(value.dtype) == _kind(like[1])
-            ):
+            if not (isinstance(value, Tensor) and (value.dim(), value.dtype) == like):
                 raise _refusal(name, value, f"one of {like[0]} dimensions, {like[1]}")
 
 
@@ -441,8 +444,3 @@ def guard_calls(lifted: fx.GraphModule, exported: ExportedProgram) -> None:
     recorded = [node.meta.get("val") for node in lifted.graph.find_nodes(op="placeholder")]
     like = tuple((value.dim(), value.dtype) if isinstance(value, Tensor) else None for value in recorded)
     lifted._guards_fn = Guards(found.forward, names, like)
-
-
-def _kind(dtype: torch.dtype) -> tuple[bool, bool, bool]:
-    """What a dtype stands for: truth, numbers that count, or real or complex numbers of some precision."""
-    return dtype == torch.bool, dtype.is_floating_point, dtype.is_complex

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -86,9 +86,9 @@ def _is_same(value: Any, before: Any) -> bool:
 
 
 @contextlib.contextmanager
-def rewound(model: nn.Module, written: Iterable[str] = ()) -> Iterator[list[str]]:
+def rewound(model: nn.Module, written: Iterable[str] = (), seed: int = 0) -> Iterator[list[str]]:
     """As :func:`unchanged`, and put back the values of buffers and the state of the random numbers, which
-    start from zero inside, and those of embeddings that are scaled as they are looked up (``max_norm``).
+    start from ``seed`` inside, and those of embeddings that are scaled as they are looked up (``max_norm``).
 
     Args:
         model: the module that runs inside.
@@ -101,7 +101,7 @@ def rewound(model: nn.Module, written: Iterable[str] = ()) -> Iterator[list[str]
         [*model.buffers(), *scaled, *(parameters[name] for name in written if name in parameters)]
     )
     try:
-        with unchanged(model) as changed, drawing_alike((*model.parameters(), *model.buffers())):
+        with unchanged(model) as changed, drawing_alike((*model.parameters(), *model.buffers()), seed):
             yield changed
     finally:
         _write_back(values)
@@ -112,28 +112,38 @@ Seen = tuple[list[Any], list[str]]
 
 
 def called(
-    model: nn.Module, args: Any, kwargs: dict[str, Any], calls: int = 1, written: Iterable[str] = ()
+    model: nn.Module,
+    args: Any,
+    kwargs: dict[str, Any],
+    calls: int = 1,
+    written: Iterable[str] = (),
+    lie: Callable[[Tensor], Tensor] = torch.clone,
+    seed: int = 0,
 ) -> Seen:
     """What the last of some calls of a model gives, and what they set. The model and the arguments stay as
     they are; what the model compiles for itself (flex attention, say) runs uncompiled.
 
     Args:
-        written: as for :func:`rewound`.
+        written, seed: as for :func:`rewound`.
+        lie: as for :func:`copied`.
     """
     with (
         torch.no_grad(),
-        rewound(model, written) as changed,
+        rewound(model, written, seed) as changed,
         torch.compiler.set_stance("force_eager"),
     ):
         for _ in range(calls):
-            own_args, own_kwargs = copied((args, kwargs))
+            own_args, own_kwargs = copied((args, kwargs), lie)
             given = copied(pytree.tree_leaves(model(*own_args, **own_kwargs)))
     return given, changed
 
 
-def copied(value: Any) -> Any:
+def copied(value: Any, lie: Callable[[Tensor], Tensor] = torch.clone) -> Any:
     """Arguments that a call may write into, or outputs that can be buffers, as they are now. What is one
     tensor stays one.
+
+    Args:
+        lie: copies a tensor, perhaps into another layout.
     """
     made: dict[int, Tensor] = {}
 
@@ -141,7 +151,7 @@ def copied(value: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if id(leaf) not in made:
-            made[id(leaf)] = leaf.detach().clone()
+            made[id(leaf)] = lie(leaf.detach())
         return made[id(leaf)]
 
     return pytree.tree_map(copy_of, value)

@@ -11,7 +11,9 @@ they are named, so load only what you would also run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -26,6 +28,7 @@ from ..analysis.plan import PruningPlan
 from ..base._device import check_device
 from ..base._json import parse
 from ..base._options import path_of
+from ..base._tensors import fingerprint
 from ..base._tolerable import tolerable
 from ..base._undisturbed import in_usual_modes, one_at_a_time
 from ..capturing._signature import CallSignature
@@ -113,10 +116,11 @@ class Result:
         dense model for it.
 
         Raises:
-            StoreError: the path is taken or cannot be written, or the result holds something that cannot be
-                stored.
+            StoreError: the path is taken or cannot be written, the result holds something that cannot be
+                stored, or a copy that :meth:`eager` made was trained since.
         """
         path = path_of(path, "path").absolute()
+        self._check_copies()
         with new_save(path, PARTS_KIND if self.is_in_parts else KIND, overwrite=overwrite) as folder:
             (_write_parts if self.is_in_parts else _write_whole)(folder, self)
         return path
@@ -146,12 +150,48 @@ class Result:
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"model must be the nn.Module that was pruned, not {type(model).__name__}")
         if not self.is_in_parts:
-            return eager(self.module, self.plan, model)
-        made = copied(self.module)
-        for path, part in self.parts.items():
-            smaller = eager(part.module, part.plan, model.get_submodule(path))
-            put(made, _places(made, made.get_submodule(path)), smaller)
+            made = eager(self.module, self.plan, model)
+        else:
+            made = copied(self.module)
+            for path, part in self.parts.items():
+                smaller = eager(part.module, part.plan, model.get_submodule(path))
+                put(made, _places(made, made.get_submodule(path)), smaller)
+        _COPIES[made] = weakref.ref(self.module), fingerprint(made.state_dict())
         return made
+
+    def _check_copies(self) -> None:
+        """Refuse to write other weights than those of a copy that was trained since it was made.
+
+        Raises:
+            StoreError: names one.
+        """
+        from .eager import weights_of
+
+        if _COPIES:
+            gc.collect()  # a copy that nobody holds any more may be held by itself
+        changed = [
+            copy.state_dict()
+            for copy, (module, before) in list(_COPIES.items())
+            if module() is self.module and fingerprint(copy.state_dict()) != before
+        ]
+        if not changed:
+            return
+        parts = self.parts or {"": self}
+        held = self.module.state_dict() if self.parts else {}
+        for path, part in parts.items():
+            own = weights_of(part.module, part.plan)
+            held |= {f"{path}.{name}" if path else name: tensor for name, tensor in own.items()}
+        for name, tensor in chain(*(weights.items() for weights in changed)):
+            if name in held and not torch.equal(tensor, held[name].to(tensor)):
+                raise StoreError(
+                    f"a copy that result.eager made was trained since, and result.module has other values in"
+                    f" '{name}'; take them with result.module.load_state_dict(copy.state_dict()), or save"
+                    " the copy's state_dict() and delete the copy"
+                )
+
+
+#: the copies that :meth:`Result.eager` has made: the module that each is like, and what its weights were
+_COPIES: MutableMapping[nn.Module, tuple[weakref.ref[nn.Module], str]] = weakref.WeakKeyDictionary()
 
 
 # --- Writing.

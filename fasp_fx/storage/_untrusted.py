@@ -136,9 +136,9 @@ def check_program(program: schema.ExportedProgram) -> None:
     program.graph_module.metadata.clear()
     for _, item in walk(program):
         if isinstance(item, schema.Node):
-            item.metadata.clear()
+            item.metadata = {name: item.metadata[name] for name in _METADATA if name in item.metadata}
     for place, item in walk(program):
-        if place in _TEXTS and item is not None and not isinstance(item, (list, tuple)):
+        if place in _TEXTS and item is not None and not isinstance(item, (list, tuple, dict)):
             _TEXTS[place](item)
         elif isinstance(item, str):
             raise refuse(place, item)
@@ -322,6 +322,8 @@ def _register(path: str) -> None:
         register_pytree_node(found)
 
 
+#: what is known of a node besides, by which quantisers find modules and torch unflattens a program
+_METADATA = ("nn_module_stack", "torch_fn")
 #: what each text of a stored program is held against, by the class and field that hold it: operators are
 #: given any, which generated code quotes. A text in another place is refused, whatever some torch makes of
 #: it.
@@ -353,6 +355,8 @@ _TEXTS: dict[str, Callable[[Any], object]] = {
     "ModuleCallSignature.out_spec": check_structure,
     "NamedArgument.name": _check_word,
     "NamedTupleDef.field_names": check_name,
+    "Node.metadata": _nothing_but("metadata", r"[\w.,;:<>@+()\[\] '-]"),
+    "Node.metadata key": str,
     "Node.name": check_name,
     "Node.target": check_operator,
     "ParameterMutationSpec.parameter_name": _check_path,

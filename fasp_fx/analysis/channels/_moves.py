@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from fasp_fx.base._tolerable import tolerable
 from fasp_fx.errors import first_line
-from fasp_fx.patterns import RESHAPES, VIEWS, Rule
+from fasp_fx.patterns import RESHAPES, Rule
 
 from ...base.compat import pytree
 from ...capturing._fx import arguments as arguments_of
@@ -27,8 +27,6 @@ from ._regroup import Segment, regroup, segments
 
 def _run(operator: Any, numbers: Any, others: dict[str, Any]) -> Any:
     try:
-        if str(operator) in VIEWS:  # numbers are stride-0 broadcasts, on which a view may need a copy
-            return torch.ops.aten.reshape.default(numbers, *others.values())
         return operator(numbers, **others)
     except tolerable(Exception) as error:  # an operator raises what it likes of integers
         raise DoesNotApplyError(first_line(error)) from error

@@ -154,16 +154,14 @@ def copied_with(model: nn.Module, pruned: nn.Module, plan: PruningPlan) -> nn.Mo
         EagerError: a weight cannot be had in the form that the model holds it in, or the model cannot be
             copied.
     """
-    held = dict(pruned.named_parameters(remove_duplicate=False))
     try:
-        fused, module = fused_weights(plan, held), copied(model)
+        smaller, module = weights_of(pruned, plan), copied(model)
     except tolerable(Exception) as error:  # a module copies itself as it likes
         raise EagerError(
             f"{type(model).__name__} cannot be copied with these weights ({type(error).__name__}:"
             f" {first_line(error)}); use result.module, or prune whole heads"
         ) from error
-    module.to(next((tensor.device for tensor in [*held.values(), *pruned.buffers()]), None))
-    smaller = dict(tensors(pruned)) | fused
+    module.to(next((tensor.device for tensor in [*pruned.parameters(), *pruned.buffers()]), None))
     for name, tensor in tensors(module):
         if name in smaller:
             tensor.data = smaller[name].detach().clone()
@@ -179,6 +177,13 @@ def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for name, value in {**vars(inner), **inner._buffers, **inner._parameters}.items():
                 if isinstance(value, Tensor):
                     yield f"{path}.{name}" if path else name, value
+
+
+def weights_of(pruned: nn.Module, plan: PruningPlan) -> dict[str, Tensor]:
+    """The tensors that the module of a result holds, under their names in the model that was pruned; errors
+    as for :func:`fused_weights`.
+    """
+    return dict(tensors(pruned)) | fused_weights(plan, dict(pruned.named_parameters(remove_duplicate=False)))
 
 
 def fused_weights(plan: PruningPlan, pruned: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -311,4 +316,4 @@ def _size(argument: Any) -> Any:
     return int(value.node.expr) if value.node.expr.is_Integer else value.node.expr
 
 
-__all__ = ["eager", "first_difference", "fused_weights"]
+__all__ = ["eager", "first_difference", "fused_weights", "weights_of"]

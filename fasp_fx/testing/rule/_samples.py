@@ -57,9 +57,9 @@ def _resized(shape: list[int], dim: int, size: int) -> list[int]:
     return [size if at == dim % len(shape) else old for at, old in enumerate(shape)]
 
 
-def _view(draw: Draw, argument: str) -> dict[str, Any]:
+def _reshape(draw: Draw) -> dict[str, Any]:
     shape, other = _regrouped(draw)
-    return {"self": draw.tensor(shape), argument: other}
+    return {"self": draw.tensor(shape), "shape": other}
 
 
 def _thin(draw: Draw, most: int) -> list[int]:
@@ -312,9 +312,7 @@ SAMPLES: dict[str, Sample] = {
     **{f"aten.rnn_{kind}.input": partial(_recurrent, gates=1, listed=False) for kind in ("tanh", "relu")},
     "aten.histc.default": partial(_tallied, count="bins", last="max"),
     "aten.one_hot.default": partial(_tallied, count="num_classes", last=None),
-    "aten.view.default": partial(_view, argument="size"),
-    "aten._unsafe_view.default": partial(_view, argument="size"),
-    "aten.reshape.default": partial(_view, argument="shape"),
+    "aten.reshape.default": _reshape,
     "aten.expand.default": _expand,
     "aten.broadcast_to.default": _broadcast,
     "aten.repeat.default": partial(
