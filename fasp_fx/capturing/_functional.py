@@ -65,6 +65,7 @@ def take_apart(graph: fx.Graph) -> None:
 
     What cannot be followed so (it asks for what a symbolic size is, say) stays whole.
     """
+    views_may_copy(graph)  # what is executed can lie otherwise than what was traced
     waiting, known = list(graph.nodes), dict[str, fx.Graph]()
     while waiting:
         node = waiting.pop()
@@ -76,7 +77,6 @@ def take_apart(graph: fx.Graph) -> None:
         except tolerable(Exception) as reason:  # a decomposition raises what it likes
             _log.info("'%s' (%s) stays whole: %s", node.name, node.target, first_line(reason))
     own_states(graph)
-    views_may_copy(graph)  # what is executed can lie otherwise than what was traced
 
 
 def _way_apart(node: fx.Node) -> Callable[..., Any] | None:
@@ -151,6 +151,7 @@ def _traced(node: fx.Node, way: Callable[..., Any]) -> fx.Graph:
         recorded = [_stand_in(operand.meta["val"]) for operand in given]
         made, _ = aot_export_module(module, recorded, trace_joint=False, pre_dispatch=True, decompositions={})
     traced = cast(fx.GraphModule, made).graph
+    views_may_copy(traced)
     if any(
         each.op == "get_attr"
         or (each.target == node.target and node.target not in LAYERS)  # it would be taken apart for ever
