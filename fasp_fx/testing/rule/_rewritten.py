@@ -225,7 +225,7 @@ def _operand(
         if merged:
             dim, shape = rank - 2 if alike else draw.integer(0, rank - 2), list(stored.shape)
             stored = stored.flatten(dim, dim + 1)
-            node = graph.call_function(_ATEN.view.default, (node, shape))
+            node = graph.call_function(_ATEN.reshape.default, (node, shape))
         if laid != sorted(laid):
             back = [laid.index(dim) for dim in range(rank)]
             node = graph.call_function(_ATEN.permute.default, (node, back))
