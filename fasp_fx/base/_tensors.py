@@ -89,6 +89,13 @@ def lying_otherwise(tensor: Tensor) -> Tensor:
     return tensor.new_empty_strided(tensor.shape, strides[: tensor.dim()])
 
 
+def laid_otherwise(tensor: Tensor) -> Tensor:
+    """A copy that lies so."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return tensor.clone()
+    return lying_otherwise(tensor).copy_(tensor)
+
+
 def without_values(tensor: Tensor) -> Tensor:
     """A tensor of the same kind on the meta device."""
     empty = tensor.detach().to("meta")

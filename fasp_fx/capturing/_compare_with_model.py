@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..base._tensors import lying_otherwise
+from ..base._tensors import laid_otherwise
 from ..base._tolerable import tolerable
 from ..base._undisturbed import drawing_alike
 from ..base._warn import warn
@@ -111,7 +111,7 @@ def _trouble_in_layouts(program: Program, model: nn.Module, args: Any, kwargs: d
     whole = (args, kwargs)
     calls = (_cut(program, args, kwargs, _LEAST) or whole, whole)
     where = "where inputs lie otherwise in memory"
-    for call, lie in itertools.product(calls, (_lying_reversed, _lying_apart)):
+    for call, lie in itertools.product(calls, (laid_otherwise, _lying_apart)):
         try:
             check_sizes(program, program.flat_inputs(*call))
             said = _otherwise(where, _difference(program, model, *call, lie=lie)[0])
@@ -206,13 +206,6 @@ def _seeds(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]
         _distance(drawn, other) and not _distance(given, repeated)
         for (drawn, given), (other, repeated) in zip(*again, strict=True)
     )
-
-
-def _lying_reversed(tensor: Tensor) -> Tensor:
-    """A copy whose dimensions lie in reverse order, every other element."""
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        return tensor.clone()
-    return lying_otherwise(tensor).copy_(tensor)
 
 
 def _lying_apart(tensor: Tensor) -> Tensor:

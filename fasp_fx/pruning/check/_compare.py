@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from ...base._tensors import laid_otherwise
 from ...base._tolerable import tolerable
 from ...base._undisturbed import drawing_alike
 from ...base.compare import deviation, tolerance
@@ -202,11 +203,13 @@ class Inputs:
         sizes: those that are not the example's.
         drawn: inputs to be filled with random numbers in [0, 1), because the example holds a single number
             everywhere.
+        otherwise: whether inputs lie in memory otherwise than those of the example.
     """
 
     said: str = "on the example inputs"
     sizes: dict[_Place, int] = field(default_factory=dict)
     drawn: frozenset[int] = frozenset()
+    otherwise: bool = False
 
     def of(self, program: Program) -> list[Any]:
         """The values of the placeholders of a program; tensors are copies, of which the entries of the
@@ -227,7 +230,7 @@ class Inputs:
         if index in self.drawn:
             generator = torch.Generator(device="cpu").manual_seed(index)
             return torch.rand(made.shape, generator=generator, dtype=torch.float32, device="cpu").to(made)
-        return _laid_like(leaf, made)
+        return laid_otherwise(made) if self.otherwise else _laid_like(leaf, made)
 
 
 def _laid_like(leaf: Tensor, made: Tensor) -> Tensor:
@@ -254,13 +257,15 @@ def inputs_for(program: Program) -> Iterator[Inputs]:
         if isinstance(leaf, Tensor) and node.name not in program.state_inputs and _holds_one_number(leaf)
     )
     dynamic = _dynamic(program)
-    for assigned in _assignments(dynamic, grow=program.device().type != "cpu")[:_OFFERED]:
+    assignments = _assignments(dynamic, grow=program.device().type != "cpu")[:_OFFERED]
+    for number, assigned in enumerate(assignments):
         sizes = {place: int(size.node.expr.xreplace(assigned)) for place, size in dynamic.items()}
         shown = ", ".join(
             f"{nodes[index].name}{'' if dim is None else f'[{dim}]'} = {size}"
             for (index, dim), size in sizes.items()
         )
-        yield Inputs(f"on inputs of other sizes ({shown})", sizes, drawn)
+        # An operator that takes no other layout gets sizes that lie as the example's.
+        yield Inputs(f"on inputs of other sizes ({shown})", sizes, drawn, otherwise=number % 2 == 0)
     if drawn:
         yield Inputs("on random inputs of the example's sizes", {}, drawn)
 
