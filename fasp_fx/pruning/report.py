@@ -318,8 +318,6 @@ def make_report(
             if group.name in removed
             else []
         )
-        if group.name in decision.products:
-            outcomes.append(decision.products[group.name])
         lines.append(
             replace(
                 line_of(group),
