@@ -109,8 +109,9 @@ def _plainly(compute: Callable[..., Any]) -> Callable[..., Any]:
     return lambda own, other: compute(int(own), int(other) if isinstance(other, Tagged) else other)
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "eq", "ne", "lt", "le", "gt", "ge"):
-    _compute = getattr(operator, _name)
+_ARITHMETIC = "add sub mul floordiv mod truediv pow lshift rshift and or xor"
+for _name in (*_ARITHMETIC.split(), "eq", "ne", "lt", "le", "gt", "ge"):
+    _compute = getattr(operator, f"__{_name}__")
     setattr(Tagged, f"__{_name}__", _plainly(_compute))
     setattr(Tagged, f"__r{_name}__", _plainly(lambda own, other, _compute=_compute: _compute(other, own)))
 Tagged.__hash__ = int.__hash__  # type: ignore[method-assign]  # which a class that compares has to say
