@@ -211,9 +211,7 @@ def fused_weights(plan: PruningPlan, pruned: Mapping[str, Tensor]) -> dict[str, 
 # assumptions about sizes, so that what they compute is the same on every input that they take.
 
 
-def first_difference(
-    found: PrunedModule, expected: PrunedModule, folded: Collection[str] = ()
-) -> str | None:
+def first_difference(found: PrunedModule, expected: PrunedModule, folded: Collection[str] = ()) -> str | None:
     """Where a program differs first from another of which it should compute the same; ``None`` if nowhere.
 
     Args:
