@@ -90,6 +90,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, ..
         lambda n: (tokens(n), torch.tensor([1, n - 3, 2])),
         {f"experts.{i}.weight" for i in range(3)} | {"down.weight"},
     ),
+    "an empty beginning": (  # of a cache, say, which has no dimensions yet
+        lambda: wide(lambda self, x: self.down(torch.cat([torch.tensor([]), self.up(x)], -1).relu())),
+        lambda n: (tokens(n),),
+        {"down.weight"},
+    ),
     **{
         f"parts by {name}": (
             lambda at=at: wide(
