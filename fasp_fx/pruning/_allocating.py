@@ -22,7 +22,6 @@ from ..allocation.costs import Costs
 from ..analysis._analysis import Analysis
 from ..analysis.groups import APPROXIMATE, Group
 from ..analysis.resources import Resource, Sparsity
-from ..base._undisturbed import aside
 from ..calibration._trial import ServedTrial
 from ..errors import NothingPrunableError
 from ._calibrating import Method
@@ -85,7 +84,7 @@ def allocate(
         check_asked(config.sparsity, part.groups)
         return part.spread(lost_by_pattern(part, config.sparsity, config.round_to), budget), []
     if trial is not None:
-        trial.serve(part.groups, part.spread, aside()(advance))
+        trial.serve(part.groups, part.spread, advance)
     if isinstance(allocation, CostAllocation):
         assert costs is not None
         given = (costs, trial) if isinstance(allocation, Search) else (costs,)
