@@ -352,9 +352,9 @@ def with_exclusions(
     lines: Iterable[Line], groups: Iterable[Group], config: PruningConfig | None
 ) -> tuple[Line, ...]:
     """Lines that say by which pattern of ``exclude=`` their groups stay whole."""
+    exclude = () if config is None else config.exclude
     named = {
-        group.name: next((one for one in config.exclude if is_excluded(group, [one])), None)
-        for group in (groups if config is not None else ())
+        group.name: next((one for one in exclude if is_excluded(group, [one])), None) for group in groups
     }
     return tuple(
         replace(line, reason="; ".join(filter(None, (line.reason, f"excluded by '{pattern}'"))))
