@@ -58,6 +58,7 @@ SHORT_OF_MEMORY = {
     "the allocator of the CPU": lambda: torch.empty(1 << 46),
     "Python": lambda: bytearray(1 << 60),
     "a device": _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")),
+    "C++": _raise(RuntimeError("std::bad_alloc")),
     "a driver": _raise(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronous")),
     "a map of a file": _raise(RuntimeError("unable to mmap 8 bytes: Cannot allocate memory (12)")),
     "a library of a device": _raise(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x")),

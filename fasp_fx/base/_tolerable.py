@@ -25,7 +25,8 @@ _MEMORY, _FILES = (
 #: how torch says in a plain RuntimeError that memory is short: its allocator of the CPU, drivers and
 #: libraries of devices
 _TORCH = re.compile(
-    r"DefaultCPUAllocator: (can't allocate|not enough) memory|(error:|backend) out of memory|_ALLOC_FAILED"
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|(error:|backend) out of memory"
+    r"|_ALLOC(ATION)?_FAILED|std::bad_alloc"
 )
 
 

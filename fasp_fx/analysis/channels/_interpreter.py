@@ -57,7 +57,8 @@ class Walk:
     the facts.
 
     Attributes:
-        unexecuted: nodes that do not run on the numbers that stand for those that data decide, by name.
+        unexecuted: why nodes, by name, do not run on what stands for their operands: on numbers in the place
+            of those that data decide, say.
     """
 
     sizes: Sizes
@@ -65,7 +66,7 @@ class Walk:
     executed: dict[fx.Node, Any] = field(default_factory=dict)
     facts: Facts = field(default_factory=Facts)
     without_rule: dict[str, list[fx.Node]] = field(default_factory=dict)
-    unexecuted: set[str] = field(default_factory=set)
+    unexecuted: dict[str, str] = field(default_factory=dict)
 
 
 class _Degenerate(Exception):
@@ -253,7 +254,7 @@ class Interpreter:
         values = self._apply(node, walk, shapes)
         if node.name in walk.unexecuted:
             given = _tensors(_arguments(node, walk.values)[0])
-            why = f"{node.target} is given sizes or numbers that only data decide"
+            why = f"{node.target} does not run on stand-ins ({walk.unexecuted[node.name]})"
             self._freeze_given(node, walk, [*given, *values], why)
         for value in values:
             walk.facts.boxes_of(value, node)
@@ -285,7 +286,7 @@ class Interpreter:
                     ) from error
                 if small and walk.sizes.assigned:
                     raise _Degenerate from error
-                walk.unexecuted.add(node.name)
+                walk.unexecuted[node.name] = f"{type(error).__name__}: {first_line(error)}"
             with self.mode:
                 # Decided by data, or higher-order, say: the recorded shape serves.
                 executed = walk.sizes.concrete(node.meta.get("val"))
