@@ -41,6 +41,7 @@ def verify(program: Program, reference: Analysis) -> Walk:
         overrides=program.numbers,
         strict=True,
         experts=reference.experts,
+        unexecuted=reference.walk.unexecuted,
     ).run(reference.walk.sizes.small)
     labels, last = reference.labels, _last_ones(program, reference)
     last = np.union1d(last, _mistaken(walk.facts.pairs, labels, last))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,37 @@ def test_excluded_groups_stay_whole_and_the_others_carry_the_sparsity() -> None:
         widths(sparsity=0.7, exclude=("layers.[12]",))
 
 
+@pytest.mark.parametrize(
+    ("asked", "includes"),
+    [
+        ({"sparsity": 0.3}, ()),
+        ({"sparsity": 0.9}, ("exempt",)),
+        ({"budget": fasp_fx.budgets.Macs(0.4)}, ()),
+    ],
+)
+@pytest.mark.parametrize("also", [(), (nn.Conv2d(4, 6, 1), nn.Conv2d(6, 3, 1))], ids=["alone", "beside"])
+def test_what_a_norm_mixes_is_named_where_more_was_asked_for(
+    asked: dict[str, Any], includes: tuple[str, ...], also: tuple[nn.Module, ...]
+) -> None:
+    """As far as it would let more go."""
+    norm = nn.Conv2d(3, 16, 1), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 4, 1)
+    model, x = nn.Sequential(*norm, *also).eval(), torch.randn(2, 3, 4, 4)
+    rest = {"score": "magnitude", "restore": None, **asked}
+    with_norms = (*includes, "approximate")
+    said = rf"ask for include={re.escape(str(with_norms))}, for 16 channel sets more"
+    if also and asked == {"sparsity": 0.3}:
+        fasp_fx.prune(model, (x,), include=includes, **rest)
+        return
+    kinds = fasp_fx.SparsityError, fasp_fx.BudgetError, fasp_fx.NothingPrunableError
+    with pytest.raises(kinds, match=said):
+        fasp_fx.prune(model, (x,), include=includes, **rest)
+    with pytest.raises(kinds) as caught:
+        fasp_fx.prune(model, (x,), include=includes, exclude=("1",), **rest)
+    assert "include=" not in str(caught.value)
+    if asked != {"sparsity": 0.9}:
+        fasp_fx.prune(model, (x,), include=with_norms, **rest)
+
+
 def test_groups_that_one_weight_reads_are_told_apart_by_their_names() -> None:
     x = torch.randn(3, 6)
     model = made(
@@ -193,6 +225,8 @@ def test_groups_that_one_weight_reads_are_told_apart_by_their_names() -> None:
     assert sorted(names.values()) == ["down.weight", "down.weight#2"]
     asked = {"score": "random", "restore": None}
     kept = fasp_fx.prune(model, (x,), sparsity=0.2, exclude=("down.weight#2",), **asked)
+    reasons = {line.name: line.reason for line in kept.report.lines if line.status == "prunable"}
+    assert reasons == {"down.weight": "", "down.weight#2": "excluded by 'down.weight#2'"}
     (first,) = (weight for weight, name in names.items() if name == "down.weight")
     assert [member.name for group in kept.plan.groups for member in group.producers] == [
         first,
@@ -254,6 +288,8 @@ def test_a_part_goes_by_each_of_its_places() -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in result.module.named_parameters()}
     assert shapes["first.layers.0.up.weight"] == shapes["free.layers.0.up.weight"] == (10, 6)
     assert shapes["free.layers.1.up.weight"][0] < 10
+    said = {line.name: line.reason for line in result.report.lines if "excluded" in line.reason}
+    assert said["free.layers.0.down.weight"] == "excluded by 'free.layers.0'"
     with pytest.raises(fasp_fx.ArgumentError, match="'third' matches no group, and no weight"):
         fasp_fx.prune(model, (X,), exclude=("third",), **asked)
 

@@ -93,6 +93,10 @@ def _fixed(m: Any, made: Tensor, x: Tensor) -> Tensor:
     return made.view(*made.shape[:2], m.num_heads, 8).transpose(1, 2)
 
 
+def _unflattened(m: Any, made: Tensor, x: Tensor) -> Tensor:
+    return made.unflatten(-1, (m.num_heads, m.width)).transpose(1, 2)
+
+
 def _derived(m: Any, made: Tensor, x: Tensor) -> Tensor:
     """As in torchvision's Swin: the width of a head is that of the input over the number of heads."""
     return made.view(*made.shape[:2], m.num_heads, x.shape[-1] // m.num_heads).transpose(1, 2)
@@ -172,6 +176,17 @@ def held() -> nn.Module:
     return model
 
 
+def language_model() -> nn.Module:
+    """Its states begin with zeros of its own sizes."""
+
+    def forward(m: Any, ids: Tensor) -> Tensor:
+        states = (torch.zeros(m.layers, ids.shape[1], m.hidden) for _ in range(2))
+        return m.decoder(m.lstm(m.table(ids), tuple(states))[0])
+
+    layers = {"table": nn.Embedding(20, 12), "lstm": nn.LSTM(12, 16, 2), "decoder": nn.Linear(16, 20)}
+    return made(forward, **layers, layers=2, hidden=16)
+
+
 class Single(nn.Sequential):
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         raise TypeError("there is only one")
@@ -232,6 +247,20 @@ COPIES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, Any], dict[str, Any]
         {},
     ),
     "a module without weights": (lambda: nn.Sequential(divided(), nn.LayerNorm(32)), SEQUENCE, HEADS),
+    "a language model": (language_model, (ids(5, 2), ids(7, 3)), {}),
+    "heads unflattened": (lambda: attention(_unflattened, num_heads=4, width=8), SEQUENCE, HEADS),
+    "bags": (
+        lambda: nn.Sequential(nn.EmbeddingBag(20, 16), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 3)),
+        (ids(4, 6), ids(5, 7)),
+        {},
+    ),
+    "an exponent of a size": (
+        lambda: wide(
+            lambda m, x: m.down(m.up(x).view(-1, m.width) * x.shape[0] ** m.power), 8, power=2, width=24
+        ),
+        ROWS,
+        {},
+    ),
     "torch's encoder layer": (
         encoder,
         (drawn(2, 5, 32),) * 2,

@@ -167,6 +167,10 @@ def _scaled(hidden: Tensor, first: Tensor, second: Tensor, which: int) -> Tensor
 #: functions each of which differs from the one before it in one thing
 UNLIKE: dict[str, list[Callable[[Tensor, Tensor], Tensor]]] = {
     "constant": [lambda h, n: h * 0.5, lambda h, n: h * 0.25],
+    "constant of a coarse type": [
+        lambda h, n, value=value: h.bfloat16() * torch.tensor(value, dtype=torch.bfloat16)
+        for value in (0.25, 0.316)
+    ],
     "wiring": [lambda h, n: h.sin() - h, lambda h, n: h - h.sin()],
     "operator": [lambda h, n: h.sin(), lambda h, n: h.cos()],
     "parts": [lambda h, n: h.chunk(2, -1)[0].sin(), lambda h, n: h.chunk(2, -1)[1].sin()],

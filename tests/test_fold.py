@@ -95,6 +95,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
         ROWS,
         {"0.weight", "4.weight"},
     ),
+    "by constants that forward makes": (
+        lambda: functional(lambda m, x: m.w * torch.tensor(2.0) + torch.tensor([0.5] * 16), w=SQUARE),
+        ROWS,
+        {"w"},
+    ),
 }
 
 

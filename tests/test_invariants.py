@@ -70,6 +70,7 @@ def test_explain() -> None:
         ("blocks.0.ffn.gate.bias", "blocks.1.ffn.up.bias"),
         ("blocks.0.attention.q.bias", "blocks.0.attention.out.weight"),
     ):
-        assert analysis.explain(first, second) == []
+        with pytest.raises(fasp_fx.ArgumentError, match=f"couples channels of '{first}' with .* '{second}'"):
+            analysis.explain(first, second)
     with pytest.raises(fasp_fx.ArgumentError, match="nowhere"):
         analysis.explain("nowhere", "blocks.0.ffn.down.weight")

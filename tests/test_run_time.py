@@ -52,6 +52,13 @@ def _picks_and_deals_out(self: Any, x: Tensor, keep: Tensor, counts: Tensor) -> 
     return _deals_out(self, kept, sizes)
 
 
+def _parts_features(self: Any, x: Tensor) -> Tensor:
+    """Features are cut where a tensor says, into parts whose sizes layers settle: these stay."""
+    at = torch.tensor([2, 3]) if self.at is None else self.at
+    parts = torch.tensor_split(x, at, -1)
+    return block(self, torch.relu(sum(own(part) for own, part in zip(self.own, parts))))
+
+
 def _experts(forward: Callable[..., Tensor], count: int) -> nn.Module:
     experts = nn.ModuleList(nn.Linear(10, 8) for _ in range(count))
     return made(forward, up=nn.Linear(6, 10), down=nn.Linear(8, 4), experts=experts)
@@ -83,6 +90,21 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, ..
         lambda n: (tokens(n), torch.tensor([1, n - 3, 2])),
         {f"experts.{i}.weight" for i in range(3)} | {"down.weight"},
     ),
+    "an empty beginning": (  # of a cache, say, which has no dimensions yet
+        lambda: wide(lambda self, x: self.down(torch.cat([torch.tensor([]), self.up(x)], -1).relu())),
+        lambda n: (tokens(n),),
+        {"down.weight"},
+    ),
+    **{
+        f"parts by {name}": (
+            lambda at=at: wide(
+                _parts_features, at=at, own=nn.ModuleList(nn.Linear(size, 6) for size in (2, 1, 3))
+            ),
+            lambda n: (tokens(n),),
+            {"down.weight"},
+        )
+        for name, at in {"a constant": None, "a buffer": torch.tensor([2, 3])}.items()
+    },
 }
 
 

@@ -58,6 +58,9 @@ SHORT_OF_MEMORY = {
     "the allocator of the CPU": lambda: torch.empty(1 << 46),
     "Python": lambda: bytearray(1 << 60),
     "a device": _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")),
+    "C++": _raise(RuntimeError("std::bad_alloc")),
+    "a driver": _raise(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronous")),
+    "a map of a file": _raise(RuntimeError("unable to mmap 8 bytes: Cannot allocate memory (12)")),
     "a library of a device": _raise(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x")),
     "the system": _raise(_full(errno.ENOMEM)),
     "training": _raise(TrainingMemoryError("it takes 3 GiB")),
@@ -75,6 +78,8 @@ NOT_SHORT = {
     "no file": _raise(FileNotFoundError(errno.ENOENT, "No such file")),
     "from no file": _wrapped(FileNotFoundError(errno.ENOENT, "No such file")),
     "no text": _raise(ValueError(3)),
+    "words of another": _raise(ValueError("not enough memory of the past: out of memory")),
+    "words of a model": _raise(RuntimeError("not enough memory of the past")),
     "no member": lambda: signal.Handlers(77),  # of the class that handlers may be of
 }
 

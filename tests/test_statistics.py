@@ -57,6 +57,17 @@ def test_a_gram_leaves_padding_out_and_adds_up_to_the_rest(
         assert all(is_few(part.compact()) for part in gram.parts)
 
 
+def test_the_type_that_torch_gives_numbers_plays_no_part() -> None:
+    model, batches = net(), data(tokens=FEW)
+    first = fasp_fx.measure(model, (batches[0],), calibration=batches, score="obs")
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = fasp_fx.measure(model, (batches[0],), calibration=batches, score="obs")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(np.array_equal(again[name].losses, curve.losses) for name, curve in first.items())
+
+
 class Kept:
     """A statistic that keeps nothing."""
 

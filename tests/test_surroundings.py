@@ -14,13 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from models import made
 from torch import Tensor, nn
-from torch.testing._internal.distributed.multi_threaded_pg import (
-    _install_threaded_pg,
-    _uninstall_threaded_pg,
-)
 
 import fasp_fx
 
@@ -101,71 +96,16 @@ def test_threads_take_turns() -> None:
     assert compiled, "torch.compile was left switched off"
 
 
-def drawing() -> nn.Module:
-    """Drops at random in every mode."""
-    return made(lambda self, x: self.net(nn.functional.dropout(x, 0.3, training=True)), net=net())
+def test_who_has_the_turn_may_call_the_library_again() -> None:
+    """From a callback, say, whose own pruning changes nothing of the one that called it."""
+    expected, found = fasp_fx.prune(net(), (X[0],), **OPTIONS), list[fasp_fx.Result]()
 
+    def again(fraction: float) -> None:
+        if 0.0 < fraction < 1.0 and not found:
+            found.append(fasp_fx.prune(net(), (X[0],), **OPTIONS))
 
-@pytest.mark.parametrize(("make", "rounded"), [(net, True), (drawing, False)])
-def test_others_work_while_one_tells_how_far_it_is(
-    make: Callable[[], nn.Module], rounded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither sees what the other has changed of the process."""
-    monkeypatch.setattr("fasp_fx.pruning._calibrating.multiplies_bfloat16", lambda device: rounded)
-    other = make()
-    expected = fasp_fx.prune(make(), (X[0],), **OPTIONS)
-    found: list[Any] = []
-    before, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()
-
-    def waits(fraction: float) -> None:
-        if not found:
-            found.append(torch.equal(torch.get_rng_state(), before))
-            found.append(torch.get_float32_matmul_precision() == precision)
-            thread = threading.Thread(
-                target=lambda: found.append(same(fasp_fx.prune(other, (X[0],), **OPTIONS), plain)),
-                daemon=True,
-            )
-            thread.start()
-            thread.join(60)
-
-    plain = fasp_fx.prune(make(), (X[0],), **OPTIONS)
-    assert same(fasp_fx.prune(make(), (X[0],), progress=waits, **OPTIONS), expected)
-    assert found == [True] * 3
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.get_float32_matmul_precision() == precision
-
-
-def test_processes_of_a_group_may_be_threads() -> None:
-    captured = fasp_fx.capture(drawing(), (X[0],))
-    expected = fasp_fx.prune(fasp_fx.capture(net(), (X[0],)), **OPTIONS)
-    models, found, before = [net(), net()], [], torch.get_rng_state()
-    _install_threaded_pg()
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    try:
-        world = dist.HashStore()
-
-        def job(rank: int) -> None:
-            try:
-                dist.init_process_group("threaded", rank=rank, world_size=2, store=world)
-                given = fasp_fx.prune(models[rank], (X[0],), group=dist.group.WORLD, **OPTIONS)
-                drawn = fasp_fx.prune(captured, group=dist.group.WORLD, **OPTIONS)
-                found.append((given, drawn))
-            except BaseException as error:  # a thread that fails is to be seen below
-                found.append(error)
-
-        threads = [threading.Thread(target=job, args=(rank,), daemon=True) for rank in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-    finally:
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
-        _uninstall_threaded_pg()
-    (first, drawn), (second, again) = found
-    assert same(first, second)
-    assert same(drawn, again)
-    assert first.plan.groups == expected.plan.groups
-    assert torch.equal(torch.get_rng_state(), before)
+    assert same(fasp_fx.prune(net(), (X[0],), progress=again, **OPTIONS), expected)
+    assert same(found[0], expected)
 
 
 def test_garbage_is_collected_as_before_once_a_model_is_captured() -> None:

@@ -55,7 +55,12 @@ class Budget:
         limits: for each resource, how much of it may stay; all over the same groups.
         whole, places: of a budget that stands for another of more groups, that one, and which of the groups
             here each of its groups loses as much as; ``None``: it loses nothing.
+
+    Attributes:
+        advice: what would let more go than all groups here can lose, in words.
     """
+
+    advice = ""
 
     def __init__(
         self,
@@ -223,7 +228,9 @@ def check_reach(budget: Budget, round_to: int) -> None:
     for limit in budget.limits:
         if not limit.over(deepest) > (1e-12 if limit.cap is None else 0):
             continue
-        where = f"{rounded}; let more stay{smaller}, or see analyze(...).groups for what is frozen and why"
+        advice = f", or ask for {budget.advice}" if budget.advice else ""
+        ways = f"let more stay{smaller}{advice}, or see analyze(...).groups for what is frozen and why"
+        where = f"{rounded}; {ways}"
         if limit.cap is None:
             reach = np.floor(limit.resource.removed(deepest) * 1e4) / 1e4
             raise SparsityError(

@@ -50,11 +50,11 @@ class Analysis(Coupling):
         """The path of graph nodes that couples channels of two weights, from ``first`` to ``second``.
 
         Returns:
-            One line per node of a shortest path; empty if no channel of one is coupled with a channel of the
-            other.
+            One line per node of a shortest path.
 
         Raises:
-            ArgumentError: a name is not a weight of the model.
+            ArgumentError: a name is not a weight of the model, or no channel of one weight is coupled with a
+                channel of the other.
         """
         starts, ends = _nodes_of(self, first), _nodes_of(self, second)
         # What can be pruned says most; the channel sets of a group go the same ways.
@@ -72,7 +72,10 @@ class Analysis(Coupling):
                     str(node.target) if node.op == "get_attr" else f"{node.name} = {node.target}"
                     for node in min(paths, key=len)
                 ]
-        return []
+        raise ArgumentError(
+            f"no way through the graph couples channels of '{first}' with channels of '{second}';"
+            " analysis.groups says with which weights each is"
+        )
 
 
 @without_collections()

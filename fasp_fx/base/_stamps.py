@@ -23,9 +23,9 @@ def stamp(node: fx.Node, name: str, like: fx.Node | None = None) -> fx.Node:
 
 def stand_for(node: fx.Node, like: fx.Node) -> None:
     """Say of a node that it comes from where ``like`` does: without its module stack, torch cannot unflatten
-    the program, and without either quantisers pass it over.
+    the program, and without either quantisers pass it over; and what was noted of ``like``, under ``custom``.
     """
-    for key in ("nn_module_stack", "torch_fn", "stack_trace", "source_fn_stack"):
+    for key in ("nn_module_stack", "torch_fn", "stack_trace", "source_fn_stack", "custom"):
         if key in like.meta:
             node.meta[key] = like.meta[key]
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
+import re
 import signal
 import sys
 import traceback
@@ -20,17 +22,12 @@ _MEMORY, _FILES = (
     {errno.ENOMEM},
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE},
 )
-#: the same in words, of libraries whose class says nothing: torch's allocators ("DefaultCPUAllocator: can't
-#: allocate memory"), those of CUDA ("CUBLAS_STATUS_ALLOC_FAILED"), writers of files
-_MEMORY_WORDS = (
-    "t allocate memory",
-    "cannot allocate memory",
-    "not enough memory",
-    "out of memory",
-    "alloc_failed",
-    "bad_alloc",
+#: how torch says in a plain RuntimeError that memory is short: its allocator of the CPU, drivers and
+#: libraries of devices
+_TORCH = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|(error:|backend) out of memory"
+    r"|_ALLOC(ATION)?_FAILED|std::bad_alloc"
 )
-_FILES_WORDS = ("no space left", "quota exceeded", "file too large", "too many open files")
 
 
 def tolerable(*kinds: type[E]) -> tuple[type[E], ...]:
@@ -48,16 +45,16 @@ def tolerable(*kinds: type[E]) -> tuple[type[E], ...]:
             return f"does not run: {error}"
     """
     for error in _raised(sys._getframe(1)):
-        if _is_short(error, _MEMORY | _FILES, _MEMORY_WORDS + _FILES_WORDS) or _interrupts(error):
+        if _is_short(error, _MEMORY | _FILES) or _interrupts(error):
             return ()
     return kinds
 
 
 def short_of_memory() -> tuple[type[Exception], ...]:
-    """What to catch where smaller pieces may fit: anything, if it says that memory is short, the host's or a
-    device's; nothing else.
+    """What to catch where smaller pieces may fit: anything, if memory is short, the host's or a device's;
+    nothing else.
     """
-    short = any(_is_short(error, _MEMORY, _MEMORY_WORDS) for error in _raised(sys._getframe(1)))
+    short = any(_is_short(error, _MEMORY) for error in _raised(sys._getframe(1)))
     return (Exception,) if short else ()
 
 
@@ -81,17 +78,21 @@ def _raised(catching: FrameType) -> list[BaseException]:
     return found
 
 
-def _is_short(error: BaseException, numbers: set[int], words: tuple[str, ...]) -> bool:
-    """Whether an exception itself says that something is short."""
-    # Torch's own by its name: it is asked for where torch need not be there yet.
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if kinds & {"MemoryError", "OutOfMemoryError"}:
+def _is_short(error: BaseException, numbers: set[int]) -> bool:
+    """Whether an exception itself is of something short: by its class, by a number of the system's, or by
+    what torch says; other words prove nothing, such as those of a model's own exceptions.
+    """
+    torch = sys.modules.get("torch")  # which need not be there yet
+    if isinstance(error, (MemoryError, *([torch.OutOfMemoryError] if torch else []))):
         return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in numbers
     # Not str(error), which runs code of the class.
-    text = " ".join(part for part in error.args if isinstance(part, str)).lower()
-    return any(word in text for word in words)
+    text = " ".join(part for part in error.args if isinstance(part, str))
+    # As Rust writes numbers, and as torch does.
+    said = [form for n in numbers for form in (f"(os error {n})", f"{os.strerror(n)} ({n})")]
+    is_torchs = type(error).__name__ in ("RuntimeError", "AcceleratorError")
+    return any(form in text for form in said) or bool(is_torchs and _TORCH.search(text))
 
 
 def _interrupts(error: BaseException) -> bool:

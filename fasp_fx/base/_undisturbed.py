@@ -20,24 +20,7 @@ R = TypeVar("R")
 
 _DEVICES = ("cpu", "cuda")
 #: held by the thread that works
-_TURN = threading.Lock()
-
-
-class _Own(threading.local):
-    """What a thread has of the process.
-
-    Attributes:
-        works: whether its turn is.
-        changes: of states of the whole process, the outermost first: how each is read and written, and what
-            it was before.
-    """
-
-    def __init__(self) -> None:
-        self.works = False
-        self.changes: list[tuple[Callable[[], Any], Callable[[Any], None], list[Any]]] = []
-
-
-_OWN = _Own()
+_TURN = threading.RLock()
 
 
 def in_usual_modes(function: Callable[P, R]) -> Callable[P, R]:
@@ -61,8 +44,8 @@ def in_usual_modes(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
-    """Have one thread at a time run a function of all that are marked so; others have their turn where it is
-    :func:`aside`.
+    """Have one thread at a time run a function of all that are marked so, which may call one another; others
+    wait.
 
     Exporting, random numbers and the precision of products have one state for the whole process: torch.export
     in two threads at once leaves ``torch.compile`` switched off.
@@ -70,62 +53,20 @@ def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _OWN.works:
+        with _TURN:
             return function(*args, **kwargs)
-        _begin()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            _end()
 
     return run
-
-
-def _begin() -> None:
-    """Wait for the turn of this thread."""
-    _TURN.acquire()
-    _OWN.works = True
-
-
-def _end() -> None:
-    """Let another thread work, if this one does."""
-    if _OWN.works:
-        _OWN.works = False
-        _TURN.release()
-
-
-@contextlib.contextmanager
-def aside() -> Iterator[None]:
-    """Let other threads work inside, while this one waits for something or calls the user: what it has
-    changed :func:`for_a_while` is as before, and changed again when its turn is.
-    """
-    if not _OWN.works:
-        yield
-        return
-    changed = []
-    for read, write, before in reversed(_OWN.changes):
-        changed.append(read())
-        write(before[0])
-    _end()
-    try:
-        yield
-    finally:
-        _begin()
-        for (read, write, before), state in zip(_OWN.changes, reversed(changed), strict=True):
-            before[0] = read()
-            write(state)
 
 
 @contextlib.contextmanager
 def for_a_while(read: Callable[[], Any], write: Callable[[Any], None]) -> Iterator[None]:
     """Put back what is changed inside of a state of the whole process."""
-    before = [read()]
-    _OWN.changes.append((read, write, before))
+    before = read()
     try:
         yield
     finally:
-        _OWN.changes.pop()
-        write(before[0])
+        write(before)
 
 
 @contextlib.contextmanager

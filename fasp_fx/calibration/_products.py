@@ -1,32 +1,25 @@
 """Channels contracted between two activations (rows of W_Q and W_K): how much their product or the loss would
-lose without some, and the repair of what is left of the product.
+lose without some.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..analysis._analysis import Analysis
-from ..analysis.channels import Product, Repeating, Slot, repeating
+from ..analysis.channels import Product, Repeating, repeating
 from ..analysis.groups import Group
 from ..base._device import device_of
-from ..base._offload import keep
-from ..base.compat import pytree
 from ..capturing._fx import attribute
 from ..capturing._runner import Runner
-from ..patterns import CASTS, lookup
 from ._marks import Marks
-from ._matrices import ConsumerMatrices, bias_of, computes, read_otherwise
 from ._ranks import Ranks
-from .restoration import Restored, ridge, together
 from .scoring import ByColumns, Columns
-from .statistics import FITTED, HELD, PADDING, precise
+from .statistics import PADDING, precise
 
 #: what is seen of a product besides its operands, 0 and 1
 EFFECT = "effect"
@@ -145,12 +138,12 @@ class ObservedProducts:
         kept = torch.from_numpy(~np.append(gone, False))  # the last entry serves NONE (-1)
         for product in products:
             for lying in lying_along(self.analysis, product, 0):
-                runner.change(product.operands[0], partial(_scaled, kept, lying))
+                runner.change(product.operands[0], partial(_masked, kept, lying))
 
 
-def _scaled(factors: Tensor, lying: Repeating, value: Tensor) -> Tensor:
-    """An operand whose channels are multiplied by factors, which are given by channel number."""
-    return value * factors[lying.at(value.shape)].to(value)
+def _masked(kept: Tensor, lying: Repeating, value: Tensor) -> Tensor:
+    """An operand with zeros in the channels that go; which are kept is given by channel number."""
+    return value * kept[lying.at(value.shape)].to(value)
 
 
 def lying_along(analysis: Analysis, product: Product, operand: int) -> list[Repeating]:
@@ -207,183 +200,3 @@ def sets_in(group: Group, labels: np.ndarray, numbers: np.ndarray) -> np.ndarray
     place = np.full(len(labels) + 1, -1)  # of each channel set; the last entry serves NONE (-1)
     place[group.sets] = np.arange(group.size)
     return place[np.where(numbers >= 0, labels[np.maximum(numbers, 0)], -1)]
-
-
-_SUMS = ("aten.add.Tensor", "aten.sub.Tensor", "aten.cat.default", "aten.stack.default", "aten.neg.default")
-
-
-class QueryRepair:
-    """Repairs queries for the channels that they lose together with keys.
-
-    The product of queries and keys is ``Q Kᵀ = Σ φ_f``, with ``φ_f = Q_f K_fᵀ`` the part that channel set f
-    gives: the channels that a table of rotations turns into each other, or a single one. Without the sets P,
-    ``Σ_M φ_f`` is left. Factors β_f of the sets M give the product nearest to the whole one for
-
-        ``β_M = H[M, M]⁻¹ H[M, :] 1``,   ``H_fg = ⟨φ_f, φ_g⟩ = Σ (Q_fᵀ Q_g) ∘ (K_fᵀ K_g)``,
-
-    the least-squares restoration of FASP (arXiv 2501.09412, section 3), with a row of ones for the weight and
-    H for the Gram matrix, whose errors are those of the products. Rows of W_Q and of its bias are multiplied
-    by the factors, which commute with all that lies between: rotations, movement, and what else the rows are
-    multiplied by. A softmax does not see what is the same for all keys, so that keys of attention count
-    without their mean over a sequence.
-
-    Args:
-        queries: how the channels lie along the product's first operand, ``[..., head, 1, channel]``.
-        rows: of the weight that become these channels.
-        bias: what is added to these rows, and to nothing else, by name.
-    """
-
-    def __init__(
-        self, analysis: Analysis, product: Product, queries: Repeating, rows: Slot, bias: str | None
-    ) -> None:
-        self.analysis, self.product, self._queries = analysis, product, queries
-        self.rows, self.bias = rows, bias
-        labels = analysis.labels[_heads(queries)]
-        #: the channel sets of each head, ``[heads, sets]``, and which of them each channel is of
-        self._sets = np.stack([np.unique(own) for own in labels])
-        places = [np.searchsorted(sets, own) for sets, own in zip(self._sets, labels, strict=True)]
-        self._place = torch.from_numpy(np.stack(places))
-        self._sums: dict[int, Tensor] = {}
-
-    def observe(self, runner: Runner, marks: Marks, ranks: Ranks) -> None:
-        """Add up H over the tokens to fit and over those held out; the product is about to be executed."""
-        query, key = self.product.operands
-        lead = self._queries.numbers.shape[:-2]
-        (keys_lying,) = lying_along(self.analysis, self.product, 1)
-        member = torch.nn.functional.one_hot(self._place, self._sets.shape[1])
-        device = runner.device or device_of(self.analysis.program.module)
-        member = member.to(device, precise(device))
-        self._sums = {kind: member.new_zeros(member.mT.matmul(member).shape) for kind in (FITTED, HELD)}
-        for number, queries, keys in zip(runner.numbers, runner.read(query), runner.read(key), strict=True):
-            marked = marks.of(number, query, queries, tokens_of(self._queries)).expand(queries.shape)[..., :1]
-            there = (marks.of(number, key, keys, tokens_of(keys_lying)) != PADDING).expand(keys.shape)
-            of_keys = _of_keys(keys, there[..., :1], queries.shape[-3])
-            for kind, total in self._sums.items():
-                own = queries.to(of_keys).masked_fill(marked != kind, 0)
-                found = own.mT @ own * of_keys
-                found = found.sum_to_size(*lead, *found.shape[-2:]).flatten(0, -3).to(total)
-                total += member.mT @ found @ member
-        for total in self._sums.values():
-            ranks.add(total)
-
-    def solve(self, gone: np.ndarray) -> Restored:
-        """The factors, with the channel numbers ``gone`` removed."""
-        removed = np.isin(self._sets, self.analysis.labels[gone])
-        parts = []
-        for fitted, held, own in zip(*self._sums.values(), ~removed, strict=True):
-            kept = torch.from_numpy(np.flatnonzero(own)).to(fitted.device)
-            parts.append(ridge(torch.ones_like(fitted[:1]), fitted.clone(), held.clone(), kept))
-        return together(parts)
-
-    def write(self, outcome: Restored, repaired: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Multiply the rows by the factors; those that go stay as they are, since their channels go with the
-        keys'. What the weights and biases become, by their canonical names.
-
-        Args:
-            repaired: what weights have become already.
-        """
-        factors = self._by_number(outcome)[self.rows.numbers()]
-        weights: dict[str, Tensor] = {}
-        for name, dim in ((self.rows.name, self.rows.dim), *([] if self.bias is None else [(self.bias, 0)])):
-            value = repaired.get(name, attribute(self.analysis.program.module, name)).detach()
-            own = torch.where(factors != 0, factors, 1.0).reshape([-1] + [1] * (value.dim() - dim - 1))
-            weights[name] = keep((value * own.to(value.device)).to(value.dtype))
-        return weights
-
-    def carry(self, outcome: Restored, runner: Runner) -> None:
-        """Give the product about to be executed the repaired queries, for all batches."""
-        runner.change(self.product.operands[0], partial(_scaled, self._by_number(outcome), self._queries))
-
-    def _by_number(self, outcome: Restored) -> Tensor:
-        """The factor of each channel number of the product."""
-        factors = outcome.weight[:, 0].cpu()
-        found = factors.new_ones(len(self.analysis.labels))
-        found[_heads(self._queries)] = factors.gather(1, self._place)
-        return found
-
-
-def _of_keys(keys: Tensor, there: Tensor, heads: int) -> Tensor:
-    """The products of keys with themselves, a matrix for each sequence and head of queries, or one for
-    all heads.
-    """
-    keys = keys.to(torch.promote_types(keys.dtype, torch.float32)).masked_fill(~there, 0)
-    mean = keys.sum(-2, keepdim=True) / there.sum(-2, keepdim=True).clamp_min(1)
-    keys = (keys - mean).masked_fill(~there, 0)
-    found = keys.mT @ keys
-    own = found.shape[-3]
-    return found if own == 1 else found.repeat_interleave(heads // own, -3)
-
-
-def _heads(lying: Repeating) -> np.ndarray:
-    """The numbers of an operand's channels, ``[heads, channels]``."""
-    return lying.numbers.reshape(-1, lying.numbers.shape[-1]).numpy()
-
-
-def repair_of(analysis: Analysis, products: Sequence[Product]) -> QueryRepair | None:
-    """The repair of the products that the channels of a group are summed over in; ``None`` where it is not
-    one product of attention, or its channels are not rows of one weight, along the last dimension of the
-    queries of each head.
-    """
-    (product, *others) = products
-    query, key = product.operands
-    if others or str(product.node.target) != "aten.scaled_dot_product_attention.default" or query is key:
-        return None
-    axes, keys = (lying_along(analysis, product, operand) for operand in (0, 1))
-    if (
-        len(axes) != 1
-        or len(keys) != 1
-        or axes[0].numbers.dim() < 3
-        or axes[0].numbers.shape[-2] != 1
-        or any(axes[0].varies)
-        or len({len(np.unique(own)) for own in analysis.labels[_heads(axes[0])]}) != 1
-    ):
-        return None
-    found = _source(analysis, product, np.sort(_heads(axes[0]), None))
-    return None if found is None else QueryRepair(analysis, product, axes[0], *found)
-
-
-def _source(analysis: Analysis, product: Product, numbers: np.ndarray) -> tuple[Slot, str | None] | None:
-    """The rows of a weight that become a product's first operand, and what is added to them, by name.
-
-    ``None`` where the operand is not linear in both together, or they lead elsewhere too: they are merely
-    moved, multiplied by what does not depend on them, and added to one another.
-    """
-    rows = analysis.numbering.slot_of(int(numbers[0]))
-    uses = [use for use in analysis.walk.facts.uses if use.weight == rows.name]
-    if not np.array_equal(rows.numbers().reshape(-1), numbers) or len(uses) != 1:
-        return None
-    (use,) = uses
-    matrices = ConsumerMatrices(use, analysis.walk.values)
-    bias, query = bias_of(analysis, uses, matrices), product.operands[0]
-    if len(_tensors(use.node)) != 2 + (bias is not None) or read_otherwise(analysis, matrices) is not None:
-        return None
-    reached = {use.node}
-    for node in analysis.program.module.graph.nodes:
-        read = [source in reached for source in _tensors(node)]
-        is_end = node is product.node and read == [source is query for source in _tensors(node)]
-        if any(read) and computes(node) and not is_end:
-            if not _is_linear(node, read):
-                return None
-            reached.add(node)
-    return (rows, bias) if query in reached else None
-
-
-def _tensors(node: fx.Node) -> list[fx.Node]:
-    """The nodes that a node is given, in order, as often as it is."""
-    return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node)]
-
-
-def _is_linear(node: fx.Node, read: Sequence[bool]) -> bool:
-    """Whether a node moves or casts what has been reached, multiplies it by what has not, or adds things
-    reached.
-
-    Args:
-        read: of the tensors that it is given, which have been reached.
-    """
-    target, rule = str(node.target), lookup(node.target)
-    if target in CASTS or node.target is operator.getitem or target in ("aten.mul.Scalar", "aten.div.Scalar"):
-        return True
-    if (rule is not None and rule.moves == "self") or target in ("aten.mul.Tensor", "aten.div.Tensor"):
-        return sum(read) == 1 and (read[0] or target == "aten.mul.Tensor")
-    summands = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args
-    return target in _SUMS and all(read) and len(read) == len(summands)

@@ -15,7 +15,6 @@ from torch import Tensor
 from ..base import __version__
 from ..base._tensors import digest_of
 from ..base._tolerable import tolerable
-from ..base._undisturbed import aside
 from ..errors import ArgumentError, CalibrationError, RankError, first_line
 
 P = ParamSpec("P")
@@ -208,8 +207,7 @@ class Ranks:
             ArgumentError: the group is for accelerators alone.
         """
         try:
-            with aside():  # the others may be threads of this process
-                yield
+            yield
         except tolerable(RuntimeError) as error:
             self.parted = True
             if "no backend" in str(error).lower():  # counts lie on the CPU

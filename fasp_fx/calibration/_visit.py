@@ -26,7 +26,6 @@ from ..patterns import CASTS, CHECKS, RESHAPES
 from ._consumers import Consumer, Consumers, order_of
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, read_otherwise, states_before
-from ._products import QueryRepair, repair_of
 from ._ranks import Ranks
 from .restoration import Restore, Restored, ridge, together, without_values
 from .scoring import GroupScore
@@ -48,9 +47,6 @@ class Decision:
         weights: restored weights and biases by canonical name.
         biases: by the names of restored weights, the biases that were restored along.
         outcomes: of the restorations of weights.
-        products: by the names of groups that no weight reads, the repair of the product that their channels
-            are summed over in.
-        mended: by the same, the weights and biases that were repaired for that.
         notes: remarks for the report.
     """
 
@@ -58,8 +54,6 @@ class Decision:
     weights: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
     outcomes: dict[str, list[Restored]] = field(default_factory=dict)
-    products: dict[str, Restored] = field(default_factory=dict)
-    mended: dict[str, set[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -132,7 +126,6 @@ class Observer:
         self._stops = sorted({stop for own in read.values() for stop in own})
         #: where all that decides a group has been seen
         self._last = {name: max(own, default=min(self._stops, default=0)) for name, own in read.items()}
-        self._queries = self._product_repairs() if restore is not None else {}
 
     def run(self, progress: Callable[[float], None]) -> Decision:
         """Visit all consumers in graph order.
@@ -154,7 +147,8 @@ class Observer:
                 self._choose(group)
             self._finish(ready, stop)
             for group in ready:
-                self._mend(group, self.runner.nodes[stop])
+                products = [one for one in self.products.of(group) if self.runner.index(one.node) == stop]
+                self.products.cut(self.runner, products, self.decision.gone)
             if not self._known:
                 self._record(count + 1)
             progress((count + 1) / len(self._stops))
@@ -183,9 +177,6 @@ class Observer:
             product for group in self.groups for product in self.products.of(group) if product.node is stop
         ]
         self.products.observe(self.runner, self.marks, list(dict.fromkeys(products)), self.ranks)
-        for repair in self._queries.values() if not self._known else ():
-            if repair.product.node is stop:
-                repair.observe(self.runner, self.marks, self.ranks)
 
     def _observe(self, consumer: Consumer, use: Use) -> None:
         runner = self.runner
@@ -221,38 +212,6 @@ class Observer:
         for part in (part for gram in consumer.grams or () for part in gram.parts):
             part.round()
         consumer.check_finite()
-
-    def _product_repairs(self) -> dict[str, QueryRepair]:
-        """The repairs of the products that groups lose channels of, by the groups' names."""
-        found = {}
-        for group, lost in zip(self.groups, self.lost, strict=True):
-            products = self.products.of(group)
-            if lost and products:
-                repair = repair_of(self.analysis, products)
-                if repair is None:
-                    self.decision.notes.append(
-                        f"'{group.name}' is not repaired: no weight alone leads to the queries of one product"
-                        " of attention by steps that are linear in its rows"
-                    )
-                else:
-                    found[group.name] = repair
-        return found
-
-    def _mend(self, group: Group, stop: fx.Node) -> None:
-        """Repair the product that the channels of a group are summed over in, or take them out of it where
-        it is about to be executed.
-        """
-        repair = self._queries.pop(group.name, None)
-        if repair is None:
-            products = [product for product in self.products.of(group) if product.node is stop]
-            self.products.cut(self.runner, products, self.decision.gone)
-            return
-        outcome = Restored(**self._shared(lambda: vars(repair.solve(self.decision.gone))))
-        repaired = repair.write(outcome, self.decision.weights)
-        self.decision.weights |= repaired
-        self.decision.mended[group.name] = {*repaired}
-        self.decision.products[group.name] = without_values(outcome)
-        repair.carry(outcome, self.runner)
 
     def _weight(self, consumer: Consumer) -> Tensor:
         """What a consumer's weight is now."""

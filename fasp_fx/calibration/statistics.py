@@ -71,7 +71,8 @@ class Gram:
     """
 
     def __init__(self, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self._rows = torch.empty((0, columns), device=device)  # of X, those that are not in G yet
+        # Of X, those that are not in G yet.
+        self._rows = torch.empty((0, columns), dtype=torch.float32, device=device)
         self._matrix: Tensor | None = None  # the lower triangle of blocks of G
         self._zeros = partial(zeros, (columns, columns), dtype, device)
         self.tokens = 0

@@ -5,7 +5,7 @@ pruned.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,14 +53,14 @@ def fold(module: fx.GraphModule, order: Iterable[str]) -> Folding:
         module: a functional graph whose weights are ``get_attr`` nodes.
         order: the names of the caller's weights, none of which is given to another.
     """
-    found = _computed_weights(module)
+    weights = dict(
+        [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    )
+    found = _computed_weights(module, weights)
     chosen, freed = _chosen(module, found)
     notes = tuple(_refused(module, entry) for entry in found if entry not in chosen)
     if not chosen:
         return Folding(notes=notes)
-    weights = dict(
-        [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    )
     gone = {name for name, tensor in weights.items() if region(tensor, name) in freed}
     taken = {*order, *weights} - gone
     made = []
@@ -192,7 +192,7 @@ class Computed:
         return self.value.numel() * self.value.element_size()
 
 
-def _computed_weights(module: fx.GraphModule) -> list[Computed]:
+def _computed_weights(module: fx.GraphModule, weights: Mapping[str, Tensor]) -> list[Computed]:
     """All values computed from weights alone that an operator contracts with an activation, or adds to the
     product, in graph order.
 
@@ -215,8 +215,9 @@ def _computed_weights(module: fx.GraphModule) -> list[Computed]:
             cone = sorted(cones[moved], key=positions.__getitem__)
             sources: dict[Region, str] = {}
             for name in (target_name(leaf) for leaf in cone if leaf.op == "get_attr"):
-                sources.setdefault(region(attribute(module, name), name), name)
-            if any(isinstance(attribute(module, name), nn.Parameter) for name in sources.values()):
+                if name in weights:  # not a constant that forward makes
+                    sources.setdefault(region(weights[name], name), name)
+            if any(isinstance(weights[name], nn.Parameter) for name in sources.values()):
                 found.setdefault(moved, Computed(moved, role, cone, sources))
     return list(found.values())
 

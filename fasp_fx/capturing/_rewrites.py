@@ -263,5 +263,5 @@ def own_states(graph: fx.Graph) -> None:
                 size = [1, *arguments(zeros)["size"][1:]]
                 own = graph.call_function(_ATEN.new_zeros.default, (arguments(node)["input"], size))
             stand_for(own, node)
-            own.meta["val"] = state.meta["val"]
+            own.meta |= {"custom": zeros.meta.get("custom", {}), "val": state.meta["val"]}
             node.replace_input_with(state, own)

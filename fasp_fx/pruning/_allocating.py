@@ -12,6 +12,7 @@ from ..allocation._limits import (
     Limit,
     check_asked,
     check_patterns,
+    deepest_loss,
     is_excluded,
     lost_by_pattern,
     validate,
@@ -19,9 +20,8 @@ from ..allocation._limits import (
 from ..allocation.budgets import Cap, counted
 from ..allocation.costs import Costs
 from ..analysis._analysis import Analysis
-from ..analysis.groups import Group
+from ..analysis.groups import APPROXIMATE, Group
 from ..analysis.resources import Resource, Sparsity
-from ..base._undisturbed import aside
 from ..calibration._trial import ServedTrial
 from ..errors import NothingPrunableError
 from ._calibrating import Method
@@ -84,7 +84,7 @@ def allocate(
         check_asked(config.sparsity, part.groups)
         return part.spread(lost_by_pattern(part, config.sparsity, config.round_to), budget), []
     if trial is not None:
-        trial.serve(part.groups, part.spread, aside()(advance))
+        trial.serve(part.groups, part.spread, advance)
     if isinstance(allocation, CostAllocation):
         assert costs is not None
         given = (costs, trial) if isinstance(allocation, Search) else (costs,)
@@ -112,11 +112,25 @@ def _open(method: Method, budget: Budget, groups: Sequence[Group]) -> Budget:
     exclude = method.config.exclude
     check_patterns("exclude", exclude, groups)
     part = budget.only([not is_excluded(group, exclude) for group in budget.groups])
+    part.advice = _advice(method.config, groups)
     if not part.groups:
         reasons = "; ".join(sorted({group.reason for group in groups if group.reason}))
         why = "exclude= leaves all whole" if budget.groups else reasons or "it has no coupled weights"
-        raise NothingPrunableError(f"no group of this model can be pruned: {why}")
+        advice = f"; ask for {part.advice}" if part.advice else ""
+        raise NothingPrunableError(f"no group of this model can be pruned: {why}{advice}")
     return part
+
+
+def _advice(config: PruningConfig, groups: Sequence[Group]) -> str:
+    """What would let more go, if anything: groups that a norm mixes stay unless they are asked for."""
+    sizes = [
+        group.size
+        for group in groups
+        if group.status == APPROXIMATE and group.granularity in config.granularity and deepest_loss(group)
+        if APPROXIMATE not in config.include and not is_excluded(group, config.exclude)
+    ]
+    include = (*config.include, APPROXIMATE)
+    return f"include={include}, for {sum(sizes):,} channel sets more" if sizes else ""
 
 
 __all__ = ["allocate", "budget_for", "check_request", "expected_sparsity"]

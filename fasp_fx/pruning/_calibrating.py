@@ -17,7 +17,7 @@ from ..allocation.costs import CostCurve, Costs
 from ..base._device import device_of, float32_products, multiplies_bfloat16
 from ..base._offload import computing
 from ..base._tolerable import tolerable
-from ..base._undisturbed import aside, drawing_alike
+from ..base._undisturbed import drawing_alike
 from ..base._warn import warn
 from ..calibration._calibration import Piece, in_pieces, whole_batches
 from ..calibration._consumers import Consumers, curves_of, orders_of
@@ -151,7 +151,7 @@ def measure_costs(
         if not is_wanted and (not method.gradients or method.loss is None):
             break
 
-        share = aside()(between(advance, number / len(consumers), (number + 1) / len(consumers)))
+        share = between(advance, number / len(consumers), (number + 1) / len(consumers))
         by, found, trial = _measured(method, own, is_wanted, ranks, path, inputs(path), share, part)
         if by != method and curves:
             for seen in consumers.values():
@@ -323,7 +323,7 @@ def calibrate(
             journal,
             running() if drift else None,
             drift,
-        ).run(aside()(advance))
+        ).run(advance)
 
 
 __all__ = ["Method", "between", "calibrate", "measure_costs"]

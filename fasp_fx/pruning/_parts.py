@@ -35,7 +35,7 @@ from ._result import Result
 from ._subject import Subject, analyze_for, rewrite
 from ._submodules import Call, CapturedParts, copied, dressed, put, watching, whole_fingerprint
 from .config import PruningConfig
-from .report import Report, spent, weight_size
+from .report import Report, spent, weight_size, with_exclusions
 
 # --- Plans and reports in the names of the whole model.
 
@@ -301,7 +301,7 @@ class InParts(Subject):
             None if config is None else config.target_sparsity,
             (old[0], new[0]),
             (old[1], new[1]),
-            tuple(chain.from_iterable(lines for _, lines in named)),
+            with_exclusions(chain(*(lines for _, lines in named)), self.whole.groups, config),
             notes=(*self._remarks(), *self.notes),
             without_rule=dict(rules),
             include=plan.include,

@@ -238,9 +238,8 @@ class PruningConfig:
         "Norms by mean squares, and layer norms, go on to divide by the dense count, so that the result is"
         " that of the dense model whose producers are zero there. Channels contracted between two activations"
         " (rows of W_Q and W_K) go by what the loss loses with them where costs are measured, else by the"
-        " norms of both; the queries that stay make up for them. A block of which all channels went leaves an"
-        " identity in its place: feed-forward and convolutional blocks, and with the granularity ``head``"
-        " those of attention.",
+        " norms of both. A block of which all channels went leaves an identity in its place: feed-forward and"
+        " convolutional blocks, and with the granularity ``head`` those of attention.",
         form=list[str],
     )
     exclude: Iterable[str] = _option(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 from torch import Tensor
 
+from ..allocation._limits import is_excluded
 from ..analysis.groups import APPROXIMATE, Group
 from ..analysis.plan import PruningPlan
 from ..analysis.resources import cache_of
@@ -318,8 +319,6 @@ def make_report(
             if group.name in removed
             else []
         )
-        if group.name in decision.products:
-            outcomes.append(decision.products[group.name])
         lines.append(
             replace(
                 line_of(group),
@@ -337,7 +336,7 @@ def make_report(
         None if config is None else config.target_sparsity,
         (old[0], new[0]),
         (old[1], new[1]),
-        tuple(lines),
+        with_exclusions(lines, analysis.groups, config),
         notes=(*notes_of(analysis), *decision.notes),
         without_rule=dict(analysis.without_rule),
         cache=_cache(analysis, removed),
@@ -346,6 +345,22 @@ def make_report(
         if config
         else (),
         config=config,
+    )
+
+
+def with_exclusions(
+    lines: Iterable[Line], groups: Iterable[Group], config: PruningConfig | None
+) -> tuple[Line, ...]:
+    """Lines that say by which pattern of ``exclude=`` their groups stay whole."""
+    exclude = () if config is None else config.exclude
+    named = {
+        group.name: next((one for one in exclude if is_excluded(group, [one])), None) for group in groups
+    }
+    return tuple(
+        replace(line, reason="; ".join(filter(None, (line.reason, f"excluded by '{pattern}'"))))
+        if (pattern := named.get(line.name)) is not None
+        else line
+        for line in lines
     )
 
 

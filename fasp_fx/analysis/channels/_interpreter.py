@@ -7,7 +7,7 @@ operator has no rule freezes the channels it is given; it never fails and never 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,6 +55,10 @@ _AT_RUN_TIME = (DataDependentOutputException, DynamicOutputShapeException)
 class Walk:
     """The result: the value of every node (a tuple for several results), its executed shape, and
     the facts.
+
+    Attributes:
+        unexecuted: why nodes, by name, do not run on what stands for their operands: on numbers in the place
+            of those that data decide, say.
     """
 
     sizes: Sizes
@@ -62,6 +66,7 @@ class Walk:
     executed: dict[fx.Node, Any] = field(default_factory=dict)
     facts: Facts = field(default_factory=Facts)
     without_rule: dict[str, list[fx.Node]] = field(default_factory=dict)
+    unexecuted: dict[str, str] = field(default_factory=dict)
 
 
 class _Degenerate(Exception):
@@ -80,6 +85,7 @@ class Interpreter:
         state: placeholders and output positions that may become narrower.
         overrides: for weights already rewritten, the original numbers along each dimension.
         strict: whatever does not execute, has no numbers or does not fit its rule is an error.
+        unexecuted: nodes that may fail to execute all the same: their channels are frozen (:class:`Walk`).
         heads: note which channels belong to one head, wherever two activations are contracted head by head.
         experts: follow the numbers by which a router names experts.
     """
@@ -95,11 +101,13 @@ class Interpreter:
         strict: bool = False,
         heads: bool = False,
         experts: bool = False,
+        unexecuted: Collection[str] = (),
     ) -> None:
         self.module, self.numbering, self.canonical = module, numbering, canonical
         self.state_inputs, self.state_outputs = state_inputs, state_outputs
         self.overrides, self.strict, self.heads, self.experts = overrides or {}, strict, heads, experts
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.unexecuted = unexecuted
         #: what operators gave, by what they were called with
         self.known: dict[str, Any] = {}
         #: weights whose content changes from call to call
@@ -112,12 +120,11 @@ class Interpreter:
             small: at small sizes or at those of the example inputs; ``None``: small if the program runs at
                 them.
         """
-        with counted_by(self._staying()):
+        with counted_by(self._staying()), silent_fake_tensors():  # what does not run is told otherwise
             if small is not None:
                 return self._run(small)
             try:
-                with silent_fake_tensors():  # that a program does not run at small sizes is no error
-                    return self._run(small=True)
+                return self._run(small=True)
             except _Degenerate:
                 return self._run(small=False)
 
@@ -245,6 +252,10 @@ class Interpreter:
             walk.values[node] = executed
             return
         values = self._apply(node, walk, shapes)
+        if node.name in walk.unexecuted:
+            given = _tensors(_arguments(node, walk.values)[0])
+            why = f"{node.target} does not run on stand-ins ({walk.unexecuted[node.name]})"
+            self._freeze_given(node, walk, [*given, *values], why)
         for value in values:
             walk.facts.boxes_of(value, node)
         walk.values[node] = _in_place_of_tensors(executed, iter(values))
@@ -269,12 +280,13 @@ class Interpreter:
                 executed = self._made(node, args, kwargs, walk)
         except tolerable(Exception) as error:
             if not _is_decided_later(node, error):
-                if self.strict:
+                if self.strict and node.name not in self.unexecuted:
                     raise VerificationError(
                         f"node '{node.name}' ({node.target}) no longer executes: {error}"
                     ) from error
                 if small and walk.sizes.assigned:
                     raise _Degenerate from error
+                walk.unexecuted[node.name] = f"{type(error).__name__}: {first_line(error)}"
             with self.mode:
                 # Decided by data, or higher-order, say: the recorded shape serves.
                 executed = walk.sizes.concrete(node.meta.get("val"))

@@ -408,7 +408,8 @@ def _at_run_time(node: fx.Node, rule: Rule, joined: int) -> bool:
     """
     assert rule.moves is not None
     recorded = [part.meta.get("val") for part in arguments_of(node)[rule.moves] if isinstance(part, fx.Node)]
-    return any(isinstance(val, Tensor) and is_dynamic(val.shape[joined]) for val in recorded)
+    shapes = [val.shape for val in recorded if isinstance(val, Tensor)]
+    return any(is_dynamic(shape[joined]) for shape in shapes if joined < len(shape))  # not torch.tensor([])
 
 
 def _join(

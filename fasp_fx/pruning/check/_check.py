@@ -254,9 +254,6 @@ def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) 
     if not dropped:
         return decision
     undone = {use.weight for group in dropped for use in group.uses}
-    for name, weights in decision.mended.items():  # what is put together of several goes back together
-        if name not in names or undone & weights:
-            undone |= weights
     undone |= {bias for name, bias in decision.biases.items() if name in undone}
 
     def left(held: dict[str, T]) -> dict[str, T]:
@@ -267,8 +264,6 @@ def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) 
         left(decision.weights),
         left(decision.biases),
         left(decision.outcomes),
-        {name: own for name, own in decision.products.items() if not undone & decision.mended[name]},
-        {name: weights for name, weights in decision.mended.items() if not undone & weights},
         decision.notes,
     )
 

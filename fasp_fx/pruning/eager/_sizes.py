@@ -97,11 +97,10 @@ class Tagged(int):
     """An integer attribute that says which it is. What Python computes of it is a plain integer.
 
     Attributes:
-        path, name: of the module, and of the attribute.
+        place: the path of the module, and the name of the attribute.
     """
 
-    path: str
-    name: str
+    place: tuple[str, str]
 
 
 def _plainly(compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,8 +108,9 @@ def _plainly(compute: Callable[..., Any]) -> Callable[..., Any]:
     return lambda own, other: compute(int(own), int(other) if isinstance(other, Tagged) else other)
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "eq", "ne", "lt", "le", "gt", "ge"):
-    _compute = getattr(operator, _name)
+_ARITHMETIC = "add sub mul floordiv mod truediv pow lshift rshift and or xor"
+for _name in (*_ARITHMETIC.split(), "eq", "ne", "lt", "le", "gt", "ge"):
+    _compute = getattr(operator, f"__{_name}__")
     setattr(Tagged, f"__{_name}__", _plainly(_compute))
     setattr(Tagged, f"__r{_name}__", _plainly(lambda own, other, _compute=_compute: _compute(other, own)))
 Tagged.__hash__ = int.__hash__  # type: ignore[method-assign]  # which a class that compares has to say
@@ -140,7 +140,7 @@ def tagged(model: nn.Module) -> Iterator[None]:
         for name, value in list(vars(inner).items()):
             if type(value) is int and value > 0:
                 integer = Tagged(value)
-                integer.path, integer.name = path, name
+                integer.place = path, name
                 setattr(inner, name, integer)
     with Arrivals(), annotated_nodes():
         yield
@@ -163,8 +163,10 @@ def observed(dense: fx.Graph, pruned: fx.Graph) -> tuple[Sizes, Sizes]:
                 at = own.index(integer)
                 own[at] = None  # the next one of this value stands elsewhere
                 value = its[at] if len(its) == len(own) else None
-                if isinstance(integer, Tagged):
-                    (parted if value is None else found)[integer.path, integer.name] = value or int(integer)
+                told = parted if value is None else found
+                # One that is as it was may be any number of a call that was taken apart.
+                if isinstance(integer, Tagged) and (value != integer or integer.place not in told):
+                    told[integer.place] = value or int(integer)
     return found, parted
 
 
