@@ -47,10 +47,16 @@ def test_the_folder_holds_all_of_it(model: Any, tmp_path: Path) -> None:
         assert torch.equal(own, other)
 
 
-def test_what_was_trained_since_is_still_read(model: Any, tmp_path: Path) -> None:
+def test_what_was_trained_since_is_saved_anew(model: Any, tmp_path: Path) -> None:
+    """What lies beside a manifest that says otherwise may be damaged, so it is not taken for trained."""
     folder = Path(shutil.copytree(GOLDEN / "plain", tmp_path / "out"))
+    found = fasp_fx.load(folder)
     with torch.no_grad():
-        again = fasp_fx.load(folder).model
-        again.lm_head.weight.fill_(0.5)
-    again.save_pretrained(folder)
-    assert (fasp_fx.load(folder).model.lm_head.weight == 0.5).all()
+        found.model.lm_head.weight.fill_(0.5)
+    found.model.save_pretrained(folder)
+    with pytest.raises(fasp_fx.StoreError, match=r"config.json has|model.safetensors was changed"):
+        fasp_fx.load(folder)
+    again = fasp_fx.load(found.save_pretrained(tmp_path / "again")).model
+    assert (again.lm_head.weight == 0.5).all()
+    (folder / "manifest.json").unlink()  # then it is a folder of transformers
+    assert (hf.AutoModelForCausalLM.from_pretrained(folder).lm_head.weight == 0.5).all()
