@@ -23,7 +23,7 @@ from fasp_fx import PruningConfig
 from fasp_fx.cli import _prune
 from fasp_fx.cli._app import app
 from fasp_fx.cli._models import Texts
-from fasp_fx.hf._folder import read_plain
+from fasp_fx.pruning._result import read_told
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -163,7 +163,7 @@ def test_prune_to_a_plain_checkpoint(
     assert done.exit_code == 0, done.output
     assert f'AutoModelForCausalLM.from_pretrained("{out}")' in "".join(done.stdout.splitlines()[-2:])
     assert "the config says it with intermediate_size 48 ->" in " ".join(done.stdout.split())
-    _, report = read_plain(out)
+    _, report = read_told(out)
     assert str(report) in _invoke("inspect", out).stdout
     plain, dense = AutoModelForCausalLM.from_pretrained(out).eval(), _dense(folder)
     assert type(plain) is type(dense)

@@ -403,12 +403,12 @@ def show_groups(
         from ..interop.page import write_page
         from ..pruning._prune import analyze
         from ..pruning.report import Report, counted
-        from ..storage._folder import is_save, kind_of, read_text
+        from ..storage._folder import is_save, kind_of, read_text, verify
         from . import _models
 
         folder = Path(model)
         if _models.is_saved(model) or is_save(folder, "plain"):
-            kind_of(folder)  # which refuses another version
+            verify(folder, kind_of(folder), ["report.json"])
             report = Report.from_json(read_text(folder / "report.json"))
             if html is not None:
                 write_page(report, f"{folder.resolve().name}, {report.sparsity:.0%} removed", html)

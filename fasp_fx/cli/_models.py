@@ -95,7 +95,6 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    from ..hf._folder import check_sums
     from ..hf._offloaded import load_offloaded, refuse_incomplete
 
     where, options = _named(model)
@@ -103,7 +102,6 @@ def load_model(
         kind = None if dtype == "auto" else getattr(torch, dtype)
         with _loading(f"'{model}'"):
             return load_offloaded(where, scratch, dtype=kind).to(device)
-    check_sums(Path(model))
     more: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     loading: Any = AutoModelForCausalLM.from_pretrained
     with _loading(f"'{model}'"):

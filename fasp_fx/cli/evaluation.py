@@ -53,7 +53,8 @@ def predictions(
         )
     found = []
     for index, chunk in enumerate(chunks, 1):
-        found.append(_predicted(model, chunk))
+        predicted = _predictions(model, chunk)
+        found.append((_loss(predicted, chunk), predicted.argmax(-1)))
         progress(index / len(chunks))
     losses, likeliest = zip(*found, strict=True)
     return Predictions(losses, torch.stack(likeliest))
@@ -128,11 +129,6 @@ def _predictions(model: nn.Module, chunk: Tensor) -> Tensor:
     with torch.no_grad():
         logits = output_tensors(model(input_ids=chunk[None].to(device_of(model)), use_cache=False))[0]
         return logits[0, :-1].float().log_softmax(-1).cpu()
-
-
-def _predicted(model: nn.Module, chunk: Tensor) -> tuple[float, Tensor]:
-    predicted = _predictions(model, chunk)
-    return _loss(predicted, chunk), predicted.argmax(-1)
 
 
 def _loss(predicted: Tensor, chunk: Tensor) -> float:

@@ -121,16 +121,6 @@ def check_sums(folder: Path) -> None:
         verify(folder, kind_of(folder), {*TOLD, *(name for name in listed if not name.endswith(".md"))})
 
 
-def read_plain(folder: Path) -> tuple[PruningPlan, Report]:
-    """The plan and the report of a plain checkpoint.
-
-    Raises:
-        StoreError: a file is missing, damaged or of another version.
-    """
-    verify(folder, PLAIN, TOLD)
-    return read_told(folder)
-
-
 def save_into(model: PrunedModel, path: Path, state_dict: Mapping[str, Tensor] | None) -> None:
     """Write a pruned model to a folder that may hold other files, as a trainer's checkpoints do.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,20 @@ _NEVER = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", 
 #: the kinds of llama.cpp: a model, how text is split or whether a space is put before it, and what parts of a
 #: tokenizer.json say the same, and nothing more
 _KINDS: tuple[tuple[str, str | bool, tuple[Any, ...]], ...] = (
-    ("gpt2", "gpt-2", (False, [], [_WORDS], False)),
-    ("gpt2", "smollm", (False, [], [_DIGITS, _WORDS], False)),
-    ("gpt2", "llama-bpe", (False, [], [_AT, _BYTES], True)),
-    ("gpt2", "smaug-bpe", (False, [], [_AT, _BYTES], False)),
-    ("gpt2", "qwen2", (False, [], [_AT_DIGITS, _BYTES], False)),
-    ("llama", True, (True, [_PREPEND, _SPACES], [], False)),
-    ("llama", False, (True, [_SPACES], [], False)),
-    ("llama", False, (True, [], [_NEVER], False)),
+    ("gpt2", "gpt-2", ("BPE", [], [_WORDS], False)),
+    ("gpt2", "smollm", ("BPE", [], [_DIGITS, _WORDS], False)),
+    ("gpt2", "llama-bpe", ("BPE", [], [_AT, _BYTES], True)),
+    ("gpt2", "smaug-bpe", ("BPE", [], [_AT, _BYTES], False)),
+    ("gpt2", "qwen2", ("BPE", [], [_AT_DIGITS, _BYTES], False)),
+    ("llama", True, ("BPE, byte_fallback", [_PREPEND, _SPACES], [], False)),
+    ("llama", False, ("BPE, byte_fallback", [_SPACES], [], False)),
+    ("llama", False, ("BPE, byte_fallback", [], [_NEVER], False)),
 )
-_PARTS = ("byte_fallback", "normalizer", "pre_tokenizer", "ignore_merges")
+_PARTS = ("model", "normalizer", "pre_tokenizer", "ignore_merges")
 #: fields of a model that are looked at, or do not matter where there is a token for every byte
 _KNOWN = {"type", "vocab", "merges", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges"}
+#: how SentencePiece calls bytes
+_BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: Any, size: int) -> None:
@@ -62,29 +64,58 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, size: int) -> None:
     if tokenizer is None:
         writer.add_tokenizer_model("no_vocab")
         return
-    backend, source = getattr(tokenizer, "backend_tokenizer", None), source_of(tokenizer, size)
+    backend, source = getattr(tokenizer, "backend_tokenizer", None), source_of(tokenizer)
     own = {"model": {"type": "Python"}} if backend is None else json.loads(backend.to_str())
     kind, part = _kind(own)
+    if source is None:
+        faults = [part] if kind is None else _left_over(tokenizer, own, size)
+    else:
+        is_whole = count_shared(source, tokenizer) == size
+        faults = [] if is_whole else ["other tokens than the GGUF file that it was read from, or the model"]
+    for fault in faults:
+        raise ArgumentError(
+            f"a GGUF file cannot say that the tokenizer {type(tokenizer).__name__} has {fault}: llama.cpp"
+            " would do otherwise; prune without tokenizer and give llama.cpp token numbers, or change the"
+            " tokenizer (docs/formats.md)"
+        )
     if source is not None:
         copy_tokenizer(source, writer)
-        said = source.get_field(Keys.Tokenizer.PRE) or source.get_field(Keys.Tokenizer.MODEL)
-        if kind is None or said.contents() not in kind:
+        said = (source.get_field(Keys.Tokenizer.PRE) or source.fields[Keys.Tokenizer.MODEL]).contents()
+        if kind is None or said not in kind:
             warn(
-                f"the GGUF file that the tokenizer was read from splits text as {said.contents()!r}, and"
-                " transformers otherwise: what it made of calibration text is here and there not what"
-                " llama.cpp makes of it; the file that is written splits text as the one that was read",
+                f"the GGUF file that the tokenizer was read from splits text as {said!r}, and transformers"
+                " otherwise: what it made of calibration text is here and there not what llama.cpp makes of"
+                " it; the file that is written splits text as the one that was read",
                 CalibrationWarning,
             )
-    else:
-        for what in [part] if kind is None else _left_over(tokenizer, own, size):
-            raise ArgumentError(
-                f"a GGUF file cannot say that the tokenizer {type(tokenizer).__name__} has {what}: llama.cpp"
-                " would read some text otherwise; prune without tokenizer and give llama.cpp token numbers,"
-                " or change the tokenizer (docs/formats.md)"
-            )
+    elif kind is not None:
         _write(writer, tokenizer, own, size, *kind)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def source_of(tokenizer: Any) -> GGUFReader | None:
+    """The GGUF file that transformers read a tokenizer from, which it does not remember: one in the folder
+    that was read, if there is no other tokenizer, with the same tokens if one has them. That of a folder
+    which was saved here counts too.
+    """
+    named = getattr(tokenizer, "name_or_path", "")
+    path = Path(named)
+    if not named or ((path / "tokenizer_config.json").is_file() and not (path / MANIFEST).is_file()):
+        return None
+    found = [*map(GGUFReader, [path] if path.is_file() else sorted(path.glob("*.gguf")))]
+    same = (own for own in found if count_shared(own, tokenizer))
+    return next(same, found[0] if found else None)
+
+
+def count_shared(source: GGUFReader, tokenizer: Any) -> int:
+    """How many tokens a GGUF file has, if a tokenizer has the same; transformers may add some behind them."""
+    own = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    said = field.contents() if (field := source.get_field(Keys.Tokenizer.LIST)) else []
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
+    # Transformers spells some tokens in bytes that the file does not.
+    same = (a == b or a == "".join(part for part, _ in spell(b)) for a, b in zip(own, said))
+    return len(said) if len(said) <= len(own) and all(same) else 0
 
 
 def keep_source(tokenizer: Any, folder: Path) -> None:
@@ -98,29 +129,6 @@ def keep_source(tokenizer: Any, folder: Path) -> None:
         writer.close()
 
 
-def source_of(tokenizer: Any, size: int | None = None) -> GGUFReader | None:
-    """The GGUF file that transformers read a tokenizer from, which it does not remember: one in the folder
-    that was read, with the same tokens. That of a folder which was saved here counts too.
-
-    Args:
-        size: how many tokens the model has; ``None``: as many.
-    """
-    named = getattr(tokenizer, "name_or_path", "")
-    path = Path(named)
-    if not named or ((path / "tokenizer.json").is_file() and not (path / MANIFEST).is_file()):
-        return None
-    own = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
-    for found in map(GGUFReader, [path] if path.is_file() else sorted(path.glob("*.gguf"))):
-        tokens = found.get_field(Keys.Tokenizer.LIST)
-        said = [] if tokens is None else tokens.contents()
-        # Transformers spells some tokens in bytes that the file does not.
-        same = (a == b or a == "".join(part for part, _ in spell(b)) for a, b in zip(own, said))
-        if len(said) == len(own) == (size or len(own)) and all(same):
-            return found
-    return None
-
-
 def copy_tokenizer(source: GGUFReader, writer: GGUFWriter) -> None:
     """Write what a GGUF file says of its name and of its tokenizer, but for the chat template."""
     for name, field in source.fields.items():
@@ -132,11 +140,10 @@ def copy_tokenizer(source: GGUFReader, writer: GGUFWriter) -> None:
 def _kind(own: Any) -> tuple[tuple[str, str | bool] | None, str]:
     """The kind that does with text what a tokenizer does, or which part of that no kind does."""
     model, fitting = own["model"], list(_KINDS)
-    if model["type"] != "BPE":
-        return None, f"a model of the type {model['type']}"
-    steps = (_steps(own[name]) for name in ("normalizer", "pre_tokenizer"))
-    for at, value in enumerate((model["byte_fallback"], *steps, model["ignore_merges"])):
-        fitting = [kind for kind in fitting if kind[2][at] == value]
+    kind = model["type"] + ", byte_fallback" * model.get("byte_fallback", False)
+    steps = (_steps(own.get(name)) for name in ("normalizer", "pre_tokenizer"))
+    for at, value in enumerate((kind, *steps, model.get("ignore_merges"))):
+        fitting = [own for own in fitting if own[2][at] == value]
         if not fitting:
             return None, f"{_PARTS[at]} {json.dumps(value, ensure_ascii=False):.200}"
     return fitting[0][:2], ""
@@ -151,51 +158,39 @@ def _steps(part: Any) -> list[Any]:
 def _left_over(tokenizer: Any, own: Any, size: int) -> list[str]:
     """What else a tokenizer does that llama.cpp does not."""
     model, added, names = own["model"], own["added_tokens"], own["model"]["vocab"]
-    bytes_ = (
-        [f"<0x{i:02X}>" for i in range(256)]
-        if model["byte_fallback"]
-        else pre_tokenizers.ByteLevel.alphabet()
-    )
+    letters = _BYTE_TOKENS if model["byte_fallback"] else {*pre_tokenizers.ByteLevel.alphabet()}
     flags = ("lstrip", "rstrip", "single_word", *["normalized"] * (own["normalizer"] is not None))
-    (begin, end), text = _ends(tokenizer), tokenizer("a", add_special_tokens=False).input_ids
-    around = [tokenizer.bos_token_id] * begin, [tokenizer.eos_token_id] * end
     merged = names.keys() - {token["content"] for token in added}
     found = {
         **{f"{name} {model[name]!r:.80}": model[name] for name in sorted(model.keys() - _KNOWN)},
         **{f"the token {own['content']!r:.80} with {name}": own[name] for own in added for name in flags},
-        **{
-            f"the tokens {one['content']!r:.80} and {other['content']!r:.80}, which overlap": _overlap(
-                one, other
-            )
-            for one in added
-            for other in added
-        },
-        "no token for some bytes": not names.keys() >= {*bytes_},
+        **{text: True for one in added for other in added for text in _overlap(one, other)},
+        "no token for some bytes": not names.keys() >= letters,
         f"{len(tokenizer)} tokens, and the model {size}": len(tokenizer) > size,
         "no eos_token": tokenizer.eos_token_id is None,  # llama.cpp takes one of its own choice
-        "a post_processor that adds more than bos_token and eos_token": tokenizer("a").input_ids
-        != [*around[0], *text, *around[1]],
+        "a post_processor that adds more than bos_token and eos_token": not _ends(tokenizer),
         "merges that are not all that make a token, in the order of tokens": model["byte_fallback"]
         and not _merges_all(merged, names, model["merges"]),
     }
     return [what for what, is_so in found.items() if is_so]
 
 
-def _ends(tokenizer: Any) -> tuple[bool, bool]:
-    """Whether the tokens of the beginning and of the end are put around a text."""
-    added, bare = (tokenizer("a", add_special_tokens=own).input_ids for own in (True, False))
-    begin = added[:1] == [tokenizer.bos_token_id] != bare[:1]
-    return begin, added[-1:] == [tokenizer.eos_token_id] != bare[-1:]
+def _ends(tokenizer: Any) -> list[tuple[bool, bool]]:
+    """Whether the tokens of the beginning and of the end are put around a text; nothing, if it is others."""
+    whole, text = (tokenizer("a", add_special_tokens=own).input_ids for own in (True, False))
+    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    return [own for own in product((False, True), repeat=2) if whole == bos * own[0] + text + eos * own[1]]
 
 
-def _overlap(one: Any, other: Any) -> bool:
-    """Whether two added tokens can overlap, where transformers takes the first and llama.cpp the longest; or,
-    of those that transformers looks for later, be one in the other.
+def _overlap(one: Any, other: Any) -> list[str]:
+    """What there is to say of two added tokens that can overlap, where transformers takes the first and
+    llama.cpp the longest, or one of which, that transformers looks for later, is in the other.
     """
     first, second = one["content"], other["content"]
-    tails = {first[at:] for at in range(1, len(first))} if len({*first, *second}) > 1 else {}
-    apart = one["normalized"] != other["normalized"]
-    return any(second.startswith(tail) and second != tail for tail in tails) or (apart and first in second)
+    meet = any(second.startswith(first[at:]) and first[at:] != second for at in range(1, len(first)))
+    inside = one["normalized"] != other["normalized"] and first in second
+    is_odd = inside or (meet and len({*first, *second}) > 1)
+    return [f"the tokens {first!r:.80} and {second!r:.80}, which overlap"] * is_odd
 
 
 def _merges_all(tokens: Iterable[str], names: Mapping[str, int], merges: list[list[str]]) -> bool:
@@ -223,19 +218,11 @@ def _write(writer: GGUFWriter, tokenizer: Any, own: Any, size: int, model: str, 
         writer.add_tokenizer_pre(split)
         writer.add_token_merges([*map(" ".join, merges)])
     writer.add_token_list(tokens)
-    writer.add_token_types([_token_type(i, names, added) for i in range(size)])
+    kinds = {i: TokenType.BYTE if text in _BYTE_TOKENS else TokenType.NORMAL for i, text in names.items()}
+    kinds |= {i: TokenType.CONTROL if own["special"] else TokenType.USER_DEFINED for i, own in added.items()}
+    writer.add_token_types([kinds.get(i, TokenType.UNUSED) for i in range(size)])
     for name in ("bos", "eos", "unk", "pad"):
-        number = getattr(tokenizer, f"{name}_token_id")
-        if number is not None:
+        if (number := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(number)
-    for name, put in zip(("bos", "eos"), _ends(tokenizer), strict=True):
+    for name, put in zip(("bos", "eos"), _ends(tokenizer)[0], strict=True):
         getattr(writer, f"add_add_{name}_token")(put)
-
-
-def _token_type(number: int, names: dict[int, str], added: dict[int, Any]) -> TokenType:
-    if number in added:
-        return TokenType.CONTROL if added[number]["special"] else TokenType.USER_DEFINED
-    text = names.get(number)
-    if text is None:
-        return TokenType.UNUSED
-    return TokenType.BYTE if len(text) == 6 and text.startswith("<0x") else TokenType.NORMAL

@@ -46,7 +46,6 @@ def load_offloaded(
     import transformers
 
     folder = Path(folder)
-    check_sums(folder)
     weights: dict[str, Tensor] = {}
     config = transformers.AutoConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None) is not None:
@@ -89,15 +88,18 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def refuse_incomplete(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
-    """Refuse a model with weights made up, or with fewer layers than its files. Other weights may be left
-    out: a model of one kind can be loaded of a checkpoint that holds more.
+    """Refuse a model with weights made up, or with fewer layers than its files, or of a folder that was saved
+    here and changed since. Other weights may be left out: a model of one kind can be loaded of a checkpoint
+    that holds more.
 
     Args:
         info: what transformers says of the loading.
 
     Raises:
+        StoreError: names a file that was changed.
         ArgumentError: names a weight that would be made up or left out.
     """
+    check_sums(Path(where))
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         found = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(kind) or ())
         if found:

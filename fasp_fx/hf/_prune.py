@@ -30,7 +30,7 @@ from ..capturing._program import Program
 from ..errors import ArgumentError, PlanError, StoreError, VerificationError
 from ..passes._pruned_module import PrunedModule
 from ..pruning._prune import decide, measure_subject, replay, restoring_config
-from ..pruning._result import Result
+from ..pruning._result import Result, read_told
 from ..pruning._subject import Subject, analyze_for, rewrite
 from ..pruning.config import PruningConfig, PruningOptions
 from ..pruning.eager import fused_weights
@@ -40,7 +40,7 @@ from . import modeling_per_layer
 from ._config import PrunedConfig, check_layers, original_of
 from ._convention import check_served, convention_of
 from ._flat import FlatProgram
-from ._folder import KIND, OWN, check_sums, read_plain, save
+from ._folder import KIND, OWN, check_sums, save
 from ._formats import BY_LAYER, build, check_equal, example_of, experiments_for, format_of, prune_to
 from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
 from ._model import Parts, PrunedModel, StoredProgram
@@ -497,7 +497,7 @@ def read_pruned(folder: Path, device: torch.device | None) -> Pruned:
         kind = PrunedForSeq2SeqLM if config.is_encoder_decoder else PrunedForCausalLM
         model = kind.from_pretrained(folder, device_map=device)
         return Pruned(model, model.plan, model.report, tokenizer)
-    plan, report = read_plain(folder)
+    plan, report = read_told(folder)
     with parsing("config.json"):
         name = str((read_json(folder / "config.json").get("architectures") or ["none"])[0])
         found: Any = getattr(transformers, name, None) or getattr(modeling_per_layer, name, None)
