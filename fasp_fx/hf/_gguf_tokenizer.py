@@ -179,7 +179,9 @@ def _ends(tokenizer: Any) -> list[tuple[bool, bool]]:
     """Whether the tokens of the beginning and of the end are put around a text; nothing, if it is others."""
     whole, text = (tokenizer("a", add_special_tokens=own).input_ids for own in (True, False))
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    return [own for own in product((False, True), repeat=2) if whole == bos * own[0] + text + eos * own[1]]
+    return [
+        own for own in product((False, True), (False, True)) if whole == bos * own[0] + text + eos * own[1]
+    ]
 
 
 def _overlap(one: Any, other: Any) -> list[str]:

@@ -504,7 +504,7 @@ def read_pruned(folder: Path, device: torch.device | None) -> Pruned:
         if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
             raise StoreError(f"config.json names the class {name!r:.80}, which transformers has not")
         options: dict[str, Any] = {"dtype": "auto", "device_map": device, "output_loading_info": True}
-        model, info = found.from_pretrained(folder, **options)
+        model, info = cast(Any, found).from_pretrained(folder, **options)
     for what in sorted(str(key) for keys in info.values() for key in keys):
         raise StoreError(
             f"model.safetensors does not hold what config.json says, such as {what:.200}: weights would"
