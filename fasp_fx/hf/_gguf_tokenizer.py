@@ -8,7 +8,7 @@ file, what that says of its tokenizer is written as it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,9 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, size: int) -> None:
     if source is None:
         faults = [part] if kind is None else _left_over(tokenizer, own, size)
     else:
-        is_whole = count_shared(source, tokenizer) == size
-        faults = [] if is_whole else ["other tokens than the GGUF file that it was read from, or the model"]
+        faults = ["other tokens than its GGUF file, or than the model"] * (
+            count_shared(source, tokenizer) != size
+        )
     for fault in faults:
         raise ArgumentError(
             f"a GGUF file cannot say that the tokenizer {type(tokenizer).__name__} has {fault}: llama.cpp"
@@ -160,7 +161,6 @@ def _left_over(tokenizer: Any, own: Any, size: int) -> list[str]:
     model, added, names = own["model"], own["added_tokens"], own["model"]["vocab"]
     letters = _BYTE_TOKENS if model["byte_fallback"] else {*pre_tokenizers.ByteLevel.alphabet()}
     flags = ("lstrip", "rstrip", "single_word", *["normalized"] * (own["normalizer"] is not None))
-    merged = names.keys() - {token["content"] for token in added}
     found = {
         **{f"{name} {model[name]!r:.80}": model[name] for name in sorted(model.keys() - _KNOWN)},
         **{f"the token {own['content']!r:.80} with {name}": own[name] for own in added for name in flags},
@@ -170,7 +170,7 @@ def _left_over(tokenizer: Any, own: Any, size: int) -> list[str]:
         "no eos_token": tokenizer.eos_token_id is None,  # llama.cpp takes one of its own choice
         "a post_processor that adds more than bos_token and eos_token": not _ends(tokenizer),
         "merges that are not all that make a token, in the order of tokens": model["byte_fallback"]
-        and not _merges_all(merged, names, model["merges"]),
+        and not _merges_all(names, added, model["merges"]),
     }
     return [what for what, is_so in found.items() if is_so]
 
@@ -195,11 +195,12 @@ def _overlap(one: Any, other: Any) -> list[str]:
     return [f"the tokens {first!r:.80} and {second!r:.80}, which overlap"] * is_odd
 
 
-def _merges_all(tokens: Iterable[str], names: Mapping[str, int], merges: list[list[str]]) -> bool:
+def _merges_all(names: Mapping[str, int], added: list[Any], merges: list[list[str]]) -> bool:
     """Whether merges are those of SentencePiece, as llama.cpp does them: all that make a token, in the order
     of tokens.
     """
     made, pairs = [*map("".join, merges)], {(left, right) for left, right in merges}
+    tokens = names.keys() - {token["content"] for token in added}
     parts = ((token[:at], token[at:]) for token in tokens for at in range(1, len(token)))
     return len([*groupby(made)]) == len({*made}) and all(
         pair in pairs or any(len(part) > 1 and part not in names for part in pair) for pair in parts

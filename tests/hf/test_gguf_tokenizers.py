@@ -254,5 +254,5 @@ def test_what_a_gguf_file_says_of_its_tokenizer_is_kept(source: Any, tmp_path: P
     again = fasp_fx.load(dense.save_pretrained(tmp_path / "plain"))
     file = convert(again, "gguf").save_pretrained(tmp_path / "gguf") / "model.gguf"
     assert said(file, *names) == ["A Llama", "smollm"]
-    with pytest.raises(fasp_fx.ArgumentError, match="has other tokens than the GGUF file"):
+    with pytest.raises(fasp_fx.ArgumentError, match="has other tokens than its GGUF file"):
         add_tokenizer(gguf.GGUFWriter(Path(), "deci"), source, SIZE + 1)
