@@ -7,10 +7,7 @@ import math
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from fasp_fx import PruningConfig
 from fasp_fx.cli import _prune
 from fasp_fx.cli._app import app
 from fasp_fx.cli._models import Texts
-from fasp_fx.hf._folder import read_plain
+from fasp_fx.pruning._result import read_told
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -166,7 +163,7 @@ def test_prune_to_a_plain_checkpoint(
     assert done.exit_code == 0, done.output
     assert f'AutoModelForCausalLM.from_pretrained("{out}")' in "".join(done.stdout.splitlines()[-2:])
     assert "the config says it with intermediate_size 48 ->" in " ".join(done.stdout.split())
-    _, report = read_plain(out)
+    _, report = read_told(out)
     assert str(report) in _invoke("inspect", out).stdout
     plain, dense = AutoModelForCausalLM.from_pretrained(out).eval(), _dense(folder)
     assert type(plain) is type(dense)
@@ -254,89 +251,6 @@ def test_eval_dense_and_pruned(from_file: tuple[Path, Result], folder: Path) -> 
         expected = [_perplexity(model, _chunks(folder)[chosen]) for model in models]
         assert _figures(_done("eval", *names, *arguments, *option)) == pytest.approx(expected, rel=1e-4)
     assert "--dtype" in _refused("eval", names[1], *arguments, "--dtype", "float16")
-
-
-@contextmanager
-def _serving(model: Any, name: Callable[[int], str], change: Callable[[Any], Any] = dict) -> Iterator[str]:
-    """The address of a server of as much of OpenAI's protocol as is asked for; it names tokens so, and says
-    of those of a prompt, and of one that it writes, what ``change`` makes of the truth.
-    """
-
-    class Handler(BaseHTTPRequestHandler):
-        log_message = "".format  # which says nothing
-
-        def do_GET(self) -> None:
-            self.answer({"data": [{"id": "tiny"}]})
-
-        def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            tokens = [*asked["prompt"], 0]  # it writes one
-            rows = model(input_ids=torch.tensor([tokens])).logits[0, :-1].log_softmax(-1).tolist()
-            told = list(zip(tokens[1:], rows, strict=True))
-            likeliest = ({name(t): row[t] for t in (row.index(max(row)), own)} for own, row in told)
-            said = change(
-                {
-                    "tokens": [*map(name, tokens)],
-                    "token_logprobs": [None, *(row[own] for own, row in told)],
-                    "top_logprobs": [None, *likeliest],
-                }
-            )
-            self.answer(
-                said and asked["model"] == "tiny" and asked["echo"] and {"choices": [{"logprobs": said}]}
-            )
-
-        def answer(self, said: Any) -> None:
-            self.send_response(200 if said else 400)
-            self.end_headers()
-            self.wfile.write(json.dumps(said or "no room").encode())
-
-    with ThreadingHTTPServer(("localhost", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://localhost:{server.server_port}/v1"
-        server.shutdown()
-
-
-@pytest.mark.parametrize("numbered", [True, False])
-def test_eval_what_is_served(from_file: tuple[Path, Result], folder: Path, numbered: bool) -> None:
-    models = _dense(folder), AutoModelForCausalLM.from_pretrained(from_file[0])
-    text, chunks = AutoTokenizer.from_pretrained(folder / "model").decode, _chunks(folder)
-    with _serving(models[1], "token_id:{}".format if numbered else text) as address:
-        shown = _done("eval", folder / "model", address, "--text", folder / "text.txt", "--length", LENGTH)
-    assert _figures(shown) == pytest.approx([_perplexity(model, chunks) for model in models], rel=1e-4)
-    dense, served = (model(input_ids=chunks).logits[:, :-1].argmax(-1) for model in models)
-    short = 100 * float((dense == served).double().mean()) - float(re.findall(r"│ *([\d.]+) ± ", shown)[1])
-    # Bytes that are no text by themselves cannot be told apart by it.
-    assert abs(short) < 0.01 if numbered else short > -0.01
-
-
-@pytest.mark.parametrize(
-    ("models", "change", "says"),
-    [
-        (
-            "{1}/model {0}",
-            lambda said: None,
-            "{0} .*'completions' has no answer: HTTP .* 400: .* \"no room\"; start",
-        ),
-        (
-            "{1}/model {0}",
-            lambda said: {"content": [{"token": said["tokens"][-1]}]},  # as llama-server
-            "{0} .* nothing of the tokens of a prompt",
-        ),
-        ("{1}/model {0}", lambda said: {"tokens": said["tokens"][::-1]}, "{0} .* reads other tokens"),
-        (
-            "{1}/model http://localhost:1",
-            dict,
-            "the server http://localhost:1 .*'models' has no answer: .*; start",
-        ),
-        ("{0}", dict, "{0} .*give before it what it serves"),
-    ],
-)
-def test_servers_that_cannot_be_measured(
-    folder: Path, models: str, change: Callable[[Any], Any], says: str
-) -> None:
-    with _serving(_dense(folder), "token_id:{}".format, change) as address:
-        given = [*models.format(address, folder).split(), "--text", folder / "text.txt", "--length", LENGTH]
-        assert re.search(says.format(address), _refused("eval", *given))
 
 
 # --- what is refused, and what is kept

@@ -14,15 +14,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from fasp_fx.report import Figure, Line
 from safetensors.torch import load_file, save_file
+from saved import GOLDEN
 from tiny_llama import make_model
 from typer.testing import CliRunner, Result
 
 from fasp_fx import Report
 from fasp_fx.cli._app import app
+from fasp_fx.storage._folder import write_manifest
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -46,6 +50,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "mine.html": b"mine",
     }.items():
         (made / name).write_bytes(data)
+    (made / "small").mkdir()
+    for name in ("small/model.gguf", "many.gguf"):
+        writer = gguf.GGUFWriter(made / name, "llama")
+        writer.add_uint64("llama.block_count", 9_000_000_000)
+        writer.add_tensor("blk.0.attn_q.weight", np.zeros((2, 2), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    write_manifest(made / "small", "plain")
+    shutil.copytree(made / "model", made / "changed")
+    for name in ("plan.json", "report.json"):
+        shutil.copy(GOLDEN / "plain" / name, made / "changed")
+    write_manifest(made / "changed", "plain")
+    weights(lambda held: held[DOWN].mul_(2))(made / "changed")
     return made
 
 
@@ -119,7 +138,24 @@ REFUSED = {
     ],
     "not UTF-8": [[*PRUNE, "--calibration", "@latin1.txt"], [*EVAL, "--text", "@latin1.txt"]],
     "did not write": [["inspect", "@model", "--html", "@mine.html"]],
-    "exists": [[*PRUNE, "--out", "@taken"]],
+    "exists; choose another path, or pass --overwrite to": [[*PRUNE, "--out", "@taken"]],
+    "was written for llama.cpp": [
+        ["eval", "@small/model.gguf", *EVAL[2:], "--text", "@text.txt"],
+        ["prune", "@small/model.gguf", *PRUNE[2:]],
+        ["inspect", "@small/model.gguf"],
+    ],
+    "holds weights of 1 layers, and its configuration says [9000000000]": [
+        ["eval", "@many.gguf", *EVAL[2:], "--text", "@text.txt"],
+        ["prune", "@many.gguf", *PRUNE[2:]],
+        ["inspect", "@many.gguf"],
+    ],
+    "model.safetensors was changed": [
+        ["eval", "@changed", *EVAL[2:], "--text", "@text.txt"],
+        ["prune", "@changed", *PRUNE[2:]],
+        ["prune", "@changed", *PRUNE[2:], "--stream"],
+        ["convert", "@changed", "--out", "out", "--format", "per-layer"],
+        ["recover", "@changed", "--dense", "@model", "--out", "out"],
+    ],
     "is not replaced": [
         [*PRUNE, "--out", value, "--overwrite", *plain]
         for value in ("@taken", "@text.txt", "/dev/null")
@@ -202,11 +238,13 @@ CONFIGS: dict[str, tuple[str, Change]] = {
     "unknown kind": ("unheard", config(model_type="unheard")),
     "a model of images": ("cannot be loaded", config(model_type="vit")),
     "no heads": ("cannot be loaded", config(num_attention_heads=0)),
+    "a size that none has": ('"hidden_size": 1099511627776', config(hidden_size=2**40)),
+    "endless layers": ('"num_hidden_layers": 9000000000', config(num_hidden_layers=9_000_000_000)),
 }
 #: and this where weights, tokens or text are needed
 LOADED: dict[str, tuple[str, Change]] = {
-    "other widths": ("", config(intermediate_size=64)),
-    "another vocabulary": ("", config(vocab_size=300)),
+    "other widths": ("lacks the weights", config(intermediate_size=64)),
+    "another vocabulary": ("lacks the weights", config(vocab_size=300)),
     "more layers than stored": ("lacks the weights", config(num_hidden_layers=3)),
     "bogus quantisation": (
         "quantisation",
@@ -252,11 +290,11 @@ def pruned(folder: Path, report: Report = REPORT) -> Path:
     """As much of a pruned folder as ``inspect`` reads."""
     folder.mkdir()
     (folder / "report.json").write_text(report.to_json())
-    (folder / "manifest.json").write_text(json.dumps({"format": "fasp_fx/1", "kind": "hf"}))
+    write_manifest(folder, "hf")
     return folder
 
 
-@pytest.mark.parametrize("data", [b"{", b"\xff", b'{"sparsity": "much"}', None])
+@pytest.mark.parametrize("data", [b"{", None])
 def test_reports_that_are_none(base: Path, tmp_path: Path, data: bytes | None) -> None:
     file = pruned(tmp_path / "small") / "report.json"
     file.unlink()

@@ -403,12 +403,12 @@ def show_groups(
         from ..interop.page import write_page
         from ..pruning._prune import analyze
         from ..pruning.report import Report, counted
-        from ..storage._folder import is_save, kind_of, read_text
+        from ..storage._folder import is_save, kind_of, read_text, verify
         from . import _models
 
         folder = Path(model)
         if _models.is_saved(model) or is_save(folder, "plain"):
-            kind_of(folder)  # which refuses another version
+            verify(folder, kind_of(folder), ["report.json"])
             report = Report.from_json(read_text(folder / "report.json"))
             if html is not None:
                 write_page(report, f"{folder.resolve().name}, {report.sparsity:.0%} removed", html)
@@ -461,8 +461,7 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL [OTHER ...]",
-            help=f"{MODEL} Or what `fasp-fx prune` wrote; or the address of a server, such as"
-            " http://localhost:8000/v1, after a model that has the same tokens.",
+            help=f"{MODEL} Or what `fasp-fx prune` wrote.",
         ),
     ],
     text: Annotated[Path, option("The text file to measure on.", more=False, **FILE)],
@@ -480,34 +479,21 @@ def evaluate(
     predictions count alike. Of each model is also said how often it holds the same token for the most
     probable as the first.
 
-    Of a server, such as that of vLLM or SGLang, the first model that it lists is asked for the probabilities
-    of the tokens of a prompt (`echo` and `logprobs` of OpenAI's completions): what is served is what is
-    measured.
-
     Example: `fasp-fx eval model.gguf small --text wiki.txt --chunks 100:140`
-
-    `fasp-fx eval model.gguf http://localhost:8000/v1 --text wiki.txt --chunks 100:140`
     """
     with session() as stages:
         chosen = read_range(chunks)
         import torch
 
         from . import _models
-        from .evaluation import Served, predictions
+        from .evaluation import predictions
 
         _models.quieten()
         where = _models.find_device(device)
         texts, found, what = [], [], ""
-        module: Any = None
-        tokenizer: Any = None
         for model in models:  # one is in memory at a time
             stages.begin(f"loading {model}")
-            if not is_address(model):
-                module, tokenizer = _models.load_any(model, where, dtype)
-            elif tokenizer is not None:
-                module = Served(model, tokenizer)
-            else:
-                raise ArgumentError(f"{model} has no tokenizer to hand out; give before it what it serves")
+            module, tokenizer = _models.load_any(model, where, dtype)
             tokens = _models.read_chunks(text, tokenizer, length)
             numbers = range(len(tokens))[chosen]
             if not numbers:
@@ -515,9 +501,8 @@ def evaluate(
                     f"the range {chunks} holds none of the {len(tokens)} chunks of the text; chunks are 0 to"
                     f" {len(tokens) - 1}"
                 )
-            if not is_address(model):
-                _models.check_length(module, length)
-                _models.check_tokens(module, tokens, f"'{text}'")
+            _models.check_length(module, length)
+            _models.check_tokens(module, tokens, f"'{text}'")
             stages.begin(f"measuring perplexity of {model} on {len(numbers)} chunks")
             found.append(predictions(module, tokens[chosen], stages.update))
             texts.append(tokens[chosen])
@@ -532,15 +517,10 @@ def evaluate(
         if alike and len(found) > 1:
             shares = (f"{100 * part:.2f} ± {100 * doubt:.2f}" for part, doubt in map(found[0].same, found))
             rows.append(["next tokens as the first model's, percent", *shares, ""])
-        names = (model if is_address(model) else Path(model).name for model in models)
+        names = (Path(model).name for model in models)
         console().print(table(["", *names, "first to last"], rows))
         if not alike:
             say("note: the models cut the text into different tokens, so their figures cannot be compared")
-
-
-def is_address(model: str) -> bool:
-    """Whether a command line argument is the address of a server, rather than a model."""
-    return model.startswith(("http://", "https://"))
 
 
 def read_range(text: str) -> slice:

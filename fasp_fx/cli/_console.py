@@ -112,7 +112,7 @@ def session() -> Iterator[Stages]:
 
 def _explained(error: BaseException) -> str:
     if isinstance(error, FaspError):
-        return str(error)
+        return str(error).replace("overwrite=True", "--overwrite")
     if isinstance(error, KeyboardInterrupt):
         return "nothing more was written"
     if isinstance(error, OSError) and error.errno != errno.ENOMEM:  # a full disk, a file that went away

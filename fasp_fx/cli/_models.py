@@ -4,7 +4,7 @@ file, dense or pruned; and text, of a file or of the model itself.
 
 from __future__ import annotations
 
-import os
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,10 +32,37 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 def _named(model: str) -> tuple[str, dict[str, str]]:
-    """What transformers' loaders take for a command line argument: a GGUF file is named beside its folder."""
+    """What transformers' loaders take for a command line argument: a GGUF file is named beside its folder.
+
+    Raises:
+        FaspError: it says a number of layers that it does not hold, which transformers would list one by one,
+            or it is a GGUF file that was written for llama.cpp.
+    """
+    import gguf
+
+    from ..hf._config import check_layers
+
     path = Path(model)
-    is_gguf = path.suffix.lower() == ".gguf" and path.is_file()
-    return (str(path.parent), {"gguf_file": path.name}) if is_gguf else (model, {})
+    if path.suffix.lower() != ".gguf" or not path.is_file():
+        if (path / "config.json").is_file():
+            with _loading(f"'{model}'"):
+                check_layers(json.loads((path / "config.json").read_text("utf-8")))
+        return model, {}
+    if (path.parent / MANIFEST).is_file():
+        raise ArgumentError(
+            f"'{model}' was written for llama.cpp, whose own tools measure it; give its folder,"
+            f" '{path.parent}', which holds the same model for all else, with weights that are not quantised"
+        )
+    with _loading(f"'{model}'"):
+        reader = gguf.GGUFReader(path)
+    held = {found[1] for tensor in reader.tensors if (found := _BLOCK.match(tensor.name))}
+    said = [field.contents() for name, field in reader.fields.items() if name.endswith(".block_count")]
+    if said != [len(held)]:
+        raise ArgumentError(
+            f"'{model}' holds weights of {len(held)} layers, and its configuration says {said}; give the"
+            " complete model"
+        )
+    return str(path.parent), {"gguf_file": path.name}
 
 
 def load_tokenizer(model: str) -> Any:
@@ -48,7 +75,9 @@ def load_tokenizer(model: str) -> Any:
 
     where, options = _named(model)
     with _loading(f"the tokenizer of '{model}'"):
-        return AutoTokenizer.from_pretrained(where, **options)
+        found = AutoTokenizer.from_pretrained(where, **options)
+    found.name_or_path = model  # the very file: transformers remembers its folder alone
+    return found
 
 
 def load_model(
@@ -73,18 +102,11 @@ def load_model(
         kind = None if dtype == "auto" else getattr(torch, dtype)
         with _loading(f"'{model}'"):
             return load_offloaded(where, scratch, dtype=kind).to(device)
-    more: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **options}
+    more: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     loading: Any = AutoModelForCausalLM.from_pretrained
-    beyond: list[str] = []
     with _loading(f"'{model}'"):
-        made, info = loading(where, **more)
-        if options:  # of a .gguf file: transformers leaves out what it does not look for, and says nothing
-            from gguf import GGUFReader
-
-            layers = made.config.get_text_config().num_hidden_layers
-            names = [tensor.name for tensor in GGUFReader(os.path.join(where, options["gguf_file"])).tensors]
-            beyond = [name for name in names if (block := _BLOCK.match(name)) and int(block[1]) >= layers]
-    refuse_incomplete(made, info, model, beyond)
+        made, info = loading(where, **more, **options)
+    refuse_incomplete(made, info, model)
     if getattr(made.config, "quantization_config", None) and getattr(made, "hf_quantizer", None) is None:
         raise ArgumentError(
             f"the configuration of '{model}' names a quantisation that transformers does not know, so the"

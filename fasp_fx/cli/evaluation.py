@@ -1,18 +1,14 @@
 """What a language model is worth and what it costs: perplexity and latency, of a dense or a pruned model
-alike; and of one that a server runs, asked by the completions of OpenAI's protocol.
+alike.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-from urllib.error import HTTPError
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +16,7 @@ from torch.nn import functional
 
 from ..base._device import device_of
 from ..calibration.losses import output_tensors
-from ..errors import ArgumentError, first_line
-
-_REMEDY = (
-    "start vLLM or SGLang with room for --length tokens and one more, and give the address of its API, such"
-    " as http://localhost:8000/v1"
-)
+from ..errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -51,11 +42,9 @@ class Predictions:
 
 
 def predictions(
-    model: nn.Module | Served, chunks: Tensor, progress: Callable[[float], None] = lambda fraction: None
+    model: nn.Module, chunks: Tensor, progress: Callable[[float], None] = lambda fraction: None
 ) -> Predictions:
-    """What a model in evaluation mode, or one that a server runs, predicts of a text; arguments and errors as
-    for :func:`perplexity`.
-    """
+    """What a model in evaluation mode predicts of a text; arguments and errors as for :func:`perplexity`."""
     shape = tuple(chunks.shape) if isinstance(chunks, Tensor) else ()
     if len(shape) != 2 or not shape[0] or shape[1] < 2:
         raise ArgumentError(
@@ -64,7 +53,8 @@ def predictions(
         )
     found = []
     for index, chunk in enumerate(chunks, 1):
-        found.append(model.predicted(chunk) if isinstance(model, Served) else _predicted(model, chunk))
+        predicted = _predictions(model, chunk)
+        found.append((_loss(predicted, chunk), predicted.argmax(-1)))
         progress(index / len(chunks))
     losses, likeliest = zip(*found, strict=True)
     return Predictions(losses, torch.stack(likeliest))
@@ -89,63 +79,6 @@ def perplexity(
     found = predictions(model, chunks, progress).perplexity
     model.train(training)
     return found
-
-
-class Served:
-    """A model that a server runs.
-
-    Args:
-        url: of its API, such as ``http://localhost:8000/v1``; the first model that it lists is asked.
-        tokenizer: of that model.
-
-    Raises:
-        ArgumentError: the server does not answer, or not what it ought to; the message says what to do.
-    """
-
-    def __init__(self, url: str, tokenizer: Any) -> None:
-        self.url = url.rstrip("/")
-        self.name: str = self._ask("models")["data"][0]["id"]
-        self._texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
-        self._numbers = {text: token for token, text in enumerate(self._texts)}
-
-    def predicted(self, chunk: Tensor) -> tuple[float, Tensor]:
-        """The mean cross-entropy of tokens ``[length]`` and the most probable ones ``[length - 1]``, -1 where
-        the text of one is not the tokenizer's.
-
-        Raises:
-            ArgumentError: as for the class.
-        """
-        tokens, count = chunk.tolist(), len(chunk)
-        # One token is written: not every server takes none for a number of tokens.
-        asked = {"prompt": tokens, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
-        answer = self._ask("completions", {**asked, "model": self.name, "return_tokens_as_token_ids": True})
-        said = answer["choices"][0].get("logprobs") or {}
-        names = said.get("tokens", [])[:count]
-        if len(names) < count:
-            raise self._unusable("it says nothing of the tokens of a prompt, asked by echo and logprobs")
-        if any(name not in (f"token_id:{token}", self._texts[token]) for name, token in zip(names, tokens)):
-            raise self._unusable("it reads other tokens than those of the model that is named before it")
-        likeliest = [self._number(max(own, key=own.get)) for own in said["top_logprobs"][1:count]]
-        return -statistics.fmean(said["token_logprobs"][1:count]), torch.tensor(likeliest)
-
-    def _number(self, name: str) -> int:
-        """The number of a token by its name: the number itself, as asked, or its text."""
-        number = name.removeprefix("token_id:")
-        return int(number) if number != name else self._numbers.get(name, -1)
-
-    def _ask(self, what: str, data: dict[str, Any] | None = None) -> Any:
-        """What the server answers to a question, which is a POST if there is data."""
-        body = None if data is None else json.dumps(data).encode()
-        asked = urllib.request.Request(f"{self.url}/{what}", body, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(asked, timeout=600) as answer:
-                return json.load(answer)
-        except (OSError, ValueError) as error:
-            more = error.read().decode(errors="replace")[:300] if isinstance(error, HTTPError) else ""
-            raise self._unusable(f"'{what}' has no answer: {first_line(error)} {more}".rstrip()) from error
-
-    def _unusable(self, fault: str) -> ArgumentError:
-        return ArgumentError(f"the server {self.url} cannot be measured: {fault}; {_REMEDY}")
 
 
 @dataclass(frozen=True)
@@ -198,11 +131,6 @@ def _predictions(model: nn.Module, chunk: Tensor) -> Tensor:
         return logits[0, :-1].float().log_softmax(-1).cpu()
 
 
-def _predicted(model: nn.Module, chunk: Tensor) -> tuple[float, Tensor]:
-    predicted = _predictions(model, chunk)
-    return _loss(predicted, chunk), predicted.argmax(-1)
-
-
 def _loss(predicted: Tensor, chunk: Tensor) -> float:
     """The mean cross-entropy of a chunk."""
     return float(functional.nll_loss(predicted, chunk[1:].cpu()))
@@ -243,4 +171,4 @@ def latency(
     return [statistics.median(taken[1:]) for taken in seconds]
 
 
-__all__ = ["Agreement", "Predictions", "Served", "agreement", "latency", "perplexity", "predictions"]
+__all__ = ["Agreement", "Predictions", "agreement", "latency", "perplexity", "predictions"]

@@ -25,8 +25,9 @@ _HIDDEN = (
 )
 
 
-#: a number of layers that no model has, and that configurations list one by one
-_MANY_LAYERS = re.compile(r'"\w*layers?": \d{5,}')
+#: numbers that no model has: of layers, which configurations list one by one, and sizes, for which memory
+#: would be asked
+_TOO_MANY = re.compile(r'"\w*(?:layers?": \d{5,}|(?:size|dim|heads|model|embd|inner|ff)": \d{9,})')
 
 #: called when there is a first configuration
 FIRST_USE: list[Callable[[], object]] = []
@@ -110,15 +111,17 @@ def original_of(config: PrunedConfig) -> PreTrainedConfig:
 
 
 def check_layers(data: Any) -> None:
-    """Refuse a configuration that says a number of layers that no model has: transformers makes lists as long
-    as that.
+    """Refuse a configuration that says a number of layers, or a size, that no model has: transformers makes
+    lists as long as that, and asks for as much memory.
 
     Raises:
         StoreError: quotes it.
     """
-    found = _MANY_LAYERS.search(json.dumps(data))
+    found = _TOO_MANY.search(json.dumps(data))
     if found is not None:
-        raise StoreError(f"config.json says {found[0]:.80}, more than any model has; save the model again")
+        raise StoreError(
+            f"config.json says {found[0]:.80}, more than any model has; correct it, or save the model again"
+        )
 
 
 AutoConfig.register(PrunedConfig.model_type, PrunedConfig, exist_ok=True)

@@ -28,7 +28,17 @@ from ..base.compat._transformers import quiet
 from ..errors import ArgumentError, StoreError
 from ..pruning._result import TOLD, read_told, write_told
 from ..pruning.report import Report
-from ..storage._folder import new_save, parsing, read_json, read_text, verify, write_json, write_manifest
+from ..storage._folder import (
+    MANIFEST,
+    kind_of,
+    new_save,
+    parsing,
+    read_json,
+    read_text,
+    verify,
+    write_json,
+    write_manifest,
+)
 from ..storage._graph_json import program_from_json
 from ..storage._tensors import read_tensors, write_tensors
 from ._arguments import LOSSES, POSITIONS
@@ -36,6 +46,7 @@ from ._config import PrunedConfig, original_of
 from ._flat import FlatProgram
 from ._formats import FORMATS
 from ._gguf import write_gguf
+from ._gguf_tokenizer import keep_source
 from ._model import Parts, PrunedModel, StoredProgram
 
 KIND, PLAIN = "hf", "plain"
@@ -82,6 +93,7 @@ def save(
             _fill(made, model, None)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(made))
+            keep_source(tokenizer, made)
     return path
 
 
@@ -97,14 +109,16 @@ def _say_positions(file: Path) -> None:
         write_json(file, config | alone | scaled)
 
 
-def read_plain(folder: Path) -> tuple[PruningPlan, Report]:
-    """The plan and the report of a plain checkpoint, whose weights may have been trained since.
+def check_sums(folder: Path) -> None:
+    """Hold the files that a folder's manifest lists against it, but for what is there to be read by people; a
+    folder without one is not ours.
 
     Raises:
         StoreError: a file is missing, damaged or of another version.
     """
-    verify(folder, PLAIN, TOLD)
-    return read_told(folder)
+    if (folder / MANIFEST).is_file():
+        listed = read_json(folder / MANIFEST)["files"]
+        verify(folder, kind_of(folder), {*TOLD, *(name for name in listed if not name.endswith(".md"))})
 
 
 def save_into(model: PrunedModel, path: Path, state_dict: Mapping[str, Tensor] | None) -> None:
@@ -285,6 +299,7 @@ class SavedModel(PrunedModel):
             )
         folder = Path(pretrained_model_name_or_path) / subfolder
         verify(folder, KIND, FILES)
+        verify(folder, KIND, {"generation_config.json"} & read_json(folder / MANIFEST)["files"].keys())
         device = _device(device_map)
         found = _overridden(_config(folder), config)
         wanted = dtype if dtype is not None else torch_dtype

@@ -4,7 +4,6 @@ llama.cpp and what is built on it read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,12 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ._gguf_tokenizer import add_tokenizer
 
-#: how llama.cpp calls the ways in which byte-level tokenizers split text before they merge
-_SPLITS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",  # noqa: E501
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",  # noqa: E501
-    "Digits": "smollm",
-    "": "gpt-2",
-}
 #: neurons of a feed-forward layer that gives zeros: llama.cpp skips the attention before an absent one too
 _ZEROS = 32
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F32"}
@@ -74,7 +67,7 @@ def describe_gguf(
     kind = tensors or _TYPES[model.dtype]
     writer.add_file_type(LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_tokenizer(writer, tokenizer, config)
+    add_tokenizer(writer, tokenizer, config.vocab_size)
     weights = []
     for name, tensor in _tensors(model, layers):
         own = _type(name, tensor, kind)
@@ -151,76 +144,3 @@ def _tensors(model: Any, layers: list[Any]) -> Iterator[tuple[str, Tensor]]:
     factors = model.config.rope_parameters["rope_theta"] ** -powers / rotary.inv_freq
     if not torch.allclose(factors, torch.ones_like(factors)):
         yield "rope_freqs.weight", factors
-
-
-def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, config: Any) -> None:
-    """Write a tokenizer, as llama.cpp reads those of Llama and of GPT-2.
-
-    Raises:
-        ArgumentError: it splits text in a way that llama.cpp has no name for here.
-    """
-    if tokenizer is None:
-        writer.add_tokenizer_model("no_vocab")
-        return
-    own = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, added = own["model"], {token["id"]: token for token in own["added_tokens"]}
-    if model["type"] != "BPE":
-        raise _no_name(tokenizer, f"a model of the type {model['type']}")
-    names = {number: text for text, number in model["vocab"].items()}
-    tokens = [
-        added[i]["content"] if i in added else names.get(i, f"[PAD{i}]") for i in range(config.vocab_size)
-    ]
-    types = [_token_type(i, names, added) for i in range(config.vocab_size)]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    if model["byte_fallback"]:  # as SentencePiece: what is merged first has the highest score
-        writer.add_tokenizer_model("llama")
-        ranks = {merge.replace(" ", ""): -float(rank) for rank, merge in reversed(list(enumerate(merges)))}
-        writer.add_token_scores([ranks.get(token, -1e9) for token in tokens])
-        writer.add_add_space_prefix(_puts_space(own))
-    else:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_split(tokenizer, own["pre_tokenizer"]))
-        writer.add_token_merges(merges)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    for name in ("bos", "eos", "unk", "pad"):
-        number = getattr(tokenizer, f"{name}_token_id")
-        if number is not None:
-            getattr(writer, f"add_{name}_token_id")(number)
-    writer.add_add_bos_token(tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id])
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
-
-
-def _token_type(number: int, names: dict[int, str], added: dict[int, Any]) -> TokenType:
-    if number in added:
-        return TokenType.CONTROL if added[number]["special"] else TokenType.USER_DEFINED
-    text = names.get(number)
-    if text is None:
-        return TokenType.UNUSED
-    return TokenType.BYTE if len(text) == 6 and text.startswith("<0x") else TokenType.NORMAL
-
-
-def _puts_space(own: Any) -> bool:
-    """Whether a tokenizer puts a space before the text."""
-    said = json.dumps([own["normalizer"], own["pre_tokenizer"]])
-    return '"Prepend"' in said or '"prepend_scheme": "first"' in said or '"prepend_scheme": "always"' in said
-
-
-def _split(tokenizer: Any, pre: Any) -> str:
-    """How llama.cpp calls the way in which a tokenizer splits text."""
-    *steps, last = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    said = [step["pattern"].get("Regex") if step["type"] == "Split" else step["type"] for step in steps] or [
-        ""
-    ]
-    regular = last["type"] == "ByteLevel" and last["use_regex"] == (said[0] in ("", "Digits"))
-    if len(said) > 1 or not regular or said[0] not in _SPLITS:
-        raise _no_name(tokenizer, f"the splits {json.dumps(pre):.200}")
-    return _SPLITS[said[0]]
-
-
-def _no_name(tokenizer: Any, what: str) -> ArgumentError:
-    return ArgumentError(
-        f"the tokenizer {type(tokenizer).__name__} has {what}, which this version cannot write into a GGUF"
-        " file; prune without tokenizer, and give llama.cpp token numbers"
-    )

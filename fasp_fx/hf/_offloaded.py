@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..base._offload import Scratch, keep_weights
 from ..base.compat._transformers import kept_in_float32
 from ..errors import ArgumentError
+from ._folder import check_sums
 
 _NUMBER = re.compile(r"\.\d+\.")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -37,6 +38,7 @@ def load_offloaded(
         The model in evaluation mode.
 
     Raises:
+        StoreError: it is a folder that was saved here, and damaged.
         ArgumentError: the checkpoint is quantised, or weights are missing or of another shape. What else is
             wrong with it, transformers and safetensors say.
         OffloadError: the disk is full.
@@ -85,19 +87,19 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, opened.get_tensor(name)
 
 
-def refuse_incomplete(
-    model: nn.Module, info: Mapping[str, Any], where: str, beyond: Sequence[str] = ()
-) -> None:
-    """Refuse a model with weights made up, or with fewer layers than its files. Other weights may be left
-    out: a model of one kind can be loaded of a checkpoint that holds more.
+def refuse_incomplete(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
+    """Refuse a model with weights made up, or with fewer layers than its files, or of a folder that was saved
+    here and changed since. Other weights may be left out: a model of one kind can be loaded of a checkpoint
+    that holds more.
 
     Args:
         info: what transformers says of the loading.
-        beyond: weights of layers that it does not tell of.
 
     Raises:
+        StoreError: names a file that was changed.
         ArgumentError: names a weight that would be made up or left out.
     """
+    check_sums(Path(where))
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         found = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(kind) or ())
         if found:
@@ -109,8 +111,8 @@ def refuse_incomplete(
     known = {_NUMBER.sub(".", name) for name, _ in model.named_parameters(remove_duplicate=False)}
     left_out = sorted(map(str, info.get("unexpected_keys") or ()))
     layers = [name for name in left_out if _NUMBER.search(name) and _NUMBER.sub(".", name) in known]
-    if beyond or layers:
+    if layers:
         raise ArgumentError(
             f"'{where}' holds weights of more layers than its configuration says"
-            f" ({[*beyond, *layers][0]}), which would be left out; correct the configuration"
+            f" ({layers[0]}), which would be left out; correct the configuration"
         )

@@ -30,7 +30,7 @@ from ..capturing._program import Program
 from ..errors import ArgumentError, PlanError, StoreError, VerificationError
 from ..passes._pruned_module import PrunedModule
 from ..pruning._prune import decide, measure_subject, replay, restoring_config
-from ..pruning._result import Result
+from ..pruning._result import Result, read_told
 from ..pruning._subject import Subject, analyze_for, rewrite
 from ..pruning.config import PruningConfig, PruningOptions
 from ..pruning.eager import fused_weights
@@ -40,7 +40,7 @@ from . import modeling_per_layer
 from ._config import PrunedConfig, check_layers, original_of
 from ._convention import check_served, convention_of
 from ._flat import FlatProgram
-from ._folder import KIND, OWN, read_plain, save
+from ._folder import KIND, OWN, check_sums, save
 from ._formats import BY_LAYER, build, check_equal, example_of, experiments_for, format_of, prune_to
 from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
 from ._model import Parts, PrunedModel, StoredProgram
@@ -484,6 +484,8 @@ def read_pruned(folder: Path, device: torch.device | None) -> Pruned:
     Raises:
         StoreError: a file is missing, damaged or of another version.
     """
+    check_sums(folder)
+    check_layers(read_json(folder / "config.json"))  # it may be anybody's
     tokenizer = None
     if (folder / "tokenizer_config.json").is_file():
         with parsing("tokenizer_config.json"):
@@ -495,14 +497,19 @@ def read_pruned(folder: Path, device: torch.device | None) -> Pruned:
         kind = PrunedForSeq2SeqLM if config.is_encoder_decoder else PrunedForCausalLM
         model = kind.from_pretrained(folder, device_map=device)
         return Pruned(model, model.plan, model.report, tokenizer)
-    plan, report = read_plain(folder)
+    plan, report = read_told(folder)
     with parsing("config.json"):
-        check_layers(read_json(folder / "config.json"))  # it may be anybody's
         name = str((read_json(folder / "config.json").get("architectures") or ["none"])[0])
         found: Any = getattr(transformers, name, None) or getattr(modeling_per_layer, name, None)
         if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
             raise StoreError(f"config.json names the class {name!r:.80}, which transformers has not")
-        model = found.from_pretrained(folder, dtype="auto", device_map=device)
+        options: dict[str, Any] = {"dtype": "auto", "device_map": device, "output_loading_info": True}
+        model, info = cast(Any, found).from_pretrained(folder, **options)
+    for what in sorted(str(key) for keys in info.values() for key in keys):
+        raise StoreError(
+            f"model.safetensors does not hold what config.json says, such as {what:.200}: weights would"
+            " be made up or left out; save the model again"
+        )
     own = found.__module__ == modeling_per_layer.__name__
     said = ("decilm" if found is modeling_per_layer.DeciLMForCausalLM else "per-layer") if own else "plain"
     return Pruned(model, plan, report, tokenizer, said)

@@ -1,6 +1,6 @@
 // What stock llama.cpp predicts: node llama_cpp.mjs MODEL.gguf CHUNKS.json OUT.json [F32]
 // For every token of every chunk: the probability of the token that follows, and the twenty likeliest.
-// Of a chunk that is text, its tokens; of {write, count}, so many tokens that follow, each the likeliest.
+// Of a chunk that is text, its tokens, special ones too; of {write, count}, so many tokens that follow, each the likeliest.
 import {readFileSync, writeFileSync} from "node:fs";
 import {getLlama} from "node-llama-cpp";
 
@@ -18,7 +18,7 @@ const sequence = context.getSequence();
 const found = [];
 for (const chunk of chunks) {
     if (typeof chunk === "string") {
-        found.push(model.tokenize(chunk));
+        found.push(model.tokenize(chunk, true));
         continue;
     }
     await sequence.clearHistory();
