@@ -11,7 +11,6 @@ pairs. A route that fails prints its reason.
 
 from __future__ import annotations
 
-import copy
 import pathlib
 import pickle
 import statistics
@@ -22,7 +21,6 @@ from typing import Any
 
 import torch
 from _protocol import EVALUATION, arguments, chunks, interleaved, ratio, smollm2
-from fasp_fx.quantise import quantise
 from torch import nn
 
 import fasp_fx
@@ -98,9 +96,11 @@ def saved(subject: Subject, folder: pathlib.Path) -> Route:
 
 
 def quantised(subject: Subject, folder: pathlib.Path) -> Route:
-    from torchao.quantization import Int8WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    return in_memory(quantise(copy.deepcopy(subject.result.module), Int8WeightOnlyConfig()))
+    made = subject.result.eager(subject.dense)
+    quantize_(made, Int8WeightOnlyConfig())
+    return in_memory(made)
 
 
 FRONT_DOOR = "`torch.compile(dense, backend=fasp_fx.backend(plan))`"

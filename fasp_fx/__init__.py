@@ -80,7 +80,6 @@ _FACES = {
     "losses": "calibration.losses",
     "obs": "calibration.obs",
     "plan": "analysis.plan",
-    "quantise": "interop.quantise",
     "recovery": "training.recovery",
     "report": "pruning.report",
     "resources": "analysis.resources",

@@ -1,1 +1,1 @@
-"""Results elsewhere: in torch.compile, in quantisers."""
+"""Results elsewhere: in torch.compile, as a page."""
