@@ -122,7 +122,7 @@ def test_what_is_imported_is_required() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     required = _named(project["dependencies"])
     optional = _named(project["optional-dependencies"]["quantise"])
-    comes_with = {"sympy": "torch", "huggingface_hub": "transformers"}
+    comes_with = {"sympy": "torch", "huggingface_hub": "transformers", "tokenizers": "transformers"}
     for name, path in _sources().items():
         if name.startswith("fasp_fx/testing/"):
             continue  # used with the test extra
