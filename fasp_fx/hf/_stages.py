@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..base._tolerable import tolerable
@@ -75,11 +77,16 @@ class Stages:
             with torch.no_grad(), rewound(self.model):
                 return self.model(**arguments, use_cache=use_cache, return_dict=True)
         except tolerable(Exception) as error:
-            shown = ", ".join(arguments)
-            raise CaptureError(
-                f"{type(self.model).__name__} cannot generate with a cache that holds every token ({shown}):"
-                f" {first_line(error)}; use fasp_fx.prune"
-            ) from error
+            kept = DynamicCache(config=self.model.config).layers
+            others = sorted({type(own).__name__ for own in kept if not isinstance(own, DynamicLayer)})
+            why = f"its layers keep something else ({', '.join(others)})" if others else first_line(error)
+            raise self._refusal(f"{', '.join(arguments)}): {why}") from error
+
+    def _refusal(self, why: str) -> CaptureError:
+        return CaptureError(
+            f"{type(self.model).__name__} cannot generate with a cache that holds every token ({why}; use"
+            " fasp_fx.prune"
+        )
 
 
 class CausalStages(Stages):
@@ -95,7 +102,10 @@ class CausalStages(Stages):
         mask[0, :padding] = 0
         cache = opened(None, False)
         if past:
-            cache = self.run(self._call(self.tokens(past, batch), mask[:, :past], cache))[CACHE]
+            called = self.run(self._call(self.tokens(past, batch), mask[:, :past], cache))
+            cache = called.get(CACHE)
+            if cache is None:
+                raise self._refusal(f"it returns none, but {', '.join(called)})")
         return self._call(self.tokens(new, batch, seed=1), mask, cache)
 
     def _call(self, ids: Tensor, mask: Tensor, cache: Any, positions: Tensor | None = None) -> dict[str, Any]:
