@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -81,7 +81,11 @@ def forecast(
     read = {consumer.weight: consumer.matrices for consumer in consumers}
     largest = max(weights.values(), key=Tensor.numel, default=torch.empty(0))
     kind = largest.dtype if dtype is None else dtype
-    repaired, total = (_bytes_named(weights, names, kind) for names in (read, weights))
+    pruned_of, repaired, total = (
+        bytes_of_weights((tensor for name, tensor in weights.items() if name in names), kind)
+        for names in (analysis.walk.facts.matrices, read, weights)
+    )
+    sparsity = expected_sparsity(config, analysis)
     sizes = Sizes(module, small=False)
     live = live_bytes(module.graph, lambda shape: map(sizes.integer, shape))
     place = {node: index for index, node in enumerate(module.graph.nodes)}
@@ -96,7 +100,7 @@ def forecast(
         for name, own in read.items()
         for columns in own.columns.shape[1:2]
     ]
-    pruned = round(total * kept_of(analysis, config))
+    pruned = round(total - sparsity * pruned_of)
     # Activations of all batches wait where a consumer is observed, repaired weights for the rewriting.
     waiting = batches * round(max((live[stop] for stop in stops), default=0) * narrower)
     matrices = max(3 * max(grams, default=0), sum(grams) if Method.of(config).needs_measuring else 0)
@@ -110,19 +114,6 @@ def forecast(
         streamed=base + min(RESIDENT, disk) + max(computing, checking),
         disk=disk,
     )
-
-
-def kept_of(analysis: Analysis, config: PruningConfig) -> float:
-    """The part of the bytes of all weights that is expected to stay."""
-    weights = analysis.program.weights()
-    pruned_of, total = (
-        _bytes_named(weights, names, torch.float32) for names in (analysis.walk.facts.matrices, weights)
-    )
-    return 1 - expected_sparsity(config, analysis) * pruned_of / total
-
-
-def _bytes_named(weights: Mapping[str, Tensor], names: Container[str], kind: torch.dtype) -> int:
-    return bytes_of_weights((tensor for name, tensor in weights.items() if name in names), kind)
 
 
 def bytes_of_weights(tensors: Iterable[Tensor], kind: torch.dtype) -> int:
@@ -275,7 +266,7 @@ def check_room(out: Path, model: Any, format: str, kept: float = 1.0) -> None:
     """Refuse a folder on a disk that has no room for a model.
 
     Args:
-        kept: the part of the model's bytes that will be left.
+        kept: the part of the model's bytes that will be left at least.
 
     Raises:
         StoreError: says how many bytes it takes, and how many are free.
@@ -286,8 +277,8 @@ def check_room(out: Path, model: Any, format: str, kept: float = 1.0) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise StoreError(
-            f"'{out}' will take {needed / _GIB:.3g} GiB, and {free / _GIB:.3g} GiB are free there; free some,"
-            " or give another --out"
+            f"'{out}' will take {needed / _GIB:.3g} GiB at least, and {free / _GIB:.3g} GiB are free there;"
+            " free some, or give another --out"
         )
 
 
@@ -437,7 +428,7 @@ def _pruned(
 
     def show_groups(analysis: Analysis) -> None:
         stages.end()
-        check_room(out, model, options["format"], kept_of(analysis, options["config"]))
+        check_room(out, model, options["format"], 1 - expected_sparsity(options["config"], analysis))
         console().print(groups_table(analysis))
         if chunks is not None:
             stages.begin(f"calibrating on {len(chunks)} x {chunks.shape[1]} tokens")

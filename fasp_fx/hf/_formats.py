@@ -42,10 +42,9 @@ from ..pruning.config import Granularity, PruningConfig, PruningOptions
 from ..pruning.eager import fused_weights
 from ..pruning.report import Report
 from . import modeling_per_layer
-from ._equal import check_equal, unlike
+from ._claims import check_equal, llama_of, refuse_unsaid, unlike
 from ._fields import Experiments, Field, Path, arrange, find_fields, lowered, units, written
 from ._gguf import bytes_each, describe_gguf
-from ._llama import llama_of, refuse_unsaid
 
 #: tokens of an example where there is no calibration data to take one from
 _EXAMPLE = (2, 8)
@@ -255,30 +254,17 @@ def experiments_for(name: str, kind: Any, config: Any) -> Experiments:
     if FORMATS[name].as_llama:
         kind, config = LlamaForCausalLM, llama_of(config)
     made = Experiments(kind, config)
-    if FORMATS[name].by_layer:
-        _check_layers(name, made, config)
+    # Each of its layers has to be one that transformers builds from a configuration and a number.
+    stacks = sorted({layer.rsplit(".", 2)[0] for layer in made.layers})
+    own = getattr(modeling_per_layer, f"PerLayer{kind.__name__}", None)
+    if FORMATS[name].by_layer and (
+        len(stacks) > 1 or own is None or Experiments(own, config).shapes != made.shapes
+    ):
+        raise ArgumentError(
+            f"the format {name!r} has layers that are built from a configuration and a number, which those of"
+            f" {kind.__name__} are not ({' and '.join(stacks)}); choose 'plain' or 'fasp-fx'"
+        )
     return made
-
-
-def _check_layers(name: str, experiments: Experiments, config: Any) -> None:
-    """Refuse a class whose layers cannot be built one by one.
-
-    Raises:
-        ArgumentError: says what they are instead.
-    """
-    kind = experiments.kind.__name__
-    stacks = sorted({layer.rsplit(".", 2)[0] for layer in experiments.layers})
-    own = getattr(modeling_per_layer, f"PerLayer{kind}", None)
-    if len(stacks) > 1:
-        why = f"{kind} has layers of the same numbers in {' and '.join(stacks)}"
-    elif own is None or Experiments(own, config).shapes != experiments.shapes:
-        why = f"no class of transformers builds those of {kind} so"
-    else:
-        return
-    raise ArgumentError(
-        f"the format {name!r} builds a layer from a configuration and its number, and {why}; choose 'plain'"
-        " or 'fasp-fx'"
-    )
 
 
 def _check_names(name: str, experiments: Experiments, weights: Mapping[str, Tensor]) -> None:
@@ -548,13 +534,14 @@ def _say_width(width: int, hidden: int) -> dict[str, float]:
 
 def _auto_class(kind: Any) -> str:
     """Which of transformers' Auto classes loads a class."""
-    for name in modeling_auto.__all__:
+
+    def loads(name: str) -> bool:
         mapping = getattr(getattr(modeling_auto, name), "_model_mapping", {})
-        if name.startswith("AutoModel") and kind.config_class in mapping:
-            found = mapping[kind.config_class]
-            if kind in (found if isinstance(found, tuple) else (found,)):
-                return name
-    return "AutoModel"
+        found = mapping.get(kind.config_class, None)
+        return kind in (found if isinstance(found, tuple) else (found,))
+
+    names = (name for name in modeling_auto.__all__ if name.startswith("AutoModel"))
+    return next(filter(loads, names), "AutoModel")
 
 
 def _batches(

@@ -58,7 +58,6 @@ def describe_gguf(
     """What :func:`write_gguf` will write, and with what; nothing is written yet."""
     config, layers = model.config, list(model.config.per_layer_config)
     writer = GGUFWriter(file, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DECI])
-    zeros = _heads_of_zeros(config)
     header = {
         "name": type(model).__name__.removeprefix("PerLayer"),
         "vocab_size": config.vocab_size,
@@ -67,8 +66,12 @@ def describe_gguf(
         "block_count": len(layers),
         "feed_forward_length": [layer.intermediate_size or _ZEROS for layer in layers],
         # llama.cpp takes a model whose first layer has no heads for one without attention: some give zeros.
-        "head_count": [layer.num_attention_heads or zeros * (not i) for i, layer in enumerate(layers)],
-        "head_count_kv": [layer.num_key_value_heads or zeros * (not i) for i, layer in enumerate(layers)],
+        "head_count": [
+            layer.num_attention_heads or _heads_of_zeros(config) * (not i) for i, layer in enumerate(layers)
+        ],
+        "head_count_kv": [
+            layer.num_key_value_heads or _heads_of_zeros(config) * (not i) for i, layer in enumerate(layers)
+        ],
         **dict.fromkeys(("key_length", "value_length", "rope_dimension_count"), config.head_dim),
         "rope_freq_base": config.rope_parameters["rope_theta"],
         "layer_norm_rms_eps": config.rms_norm_eps,

@@ -37,14 +37,13 @@ from ..pruning.eager import fused_weights
 from ..pruning.report import Report
 from ..storage._folder import kind_of, parsing, read_json
 from . import modeling_per_layer
+from ._claims import check_equal, refuse_unsaid
 from ._config import PrunedConfig, check_layers, original_of
 from ._convention import check_served, convention_of
-from ._equal import check_equal
 from ._flat import FlatProgram
 from ._folder import KIND, OWN, read_plain, save
 from ._formats import BY_LAYER, build, example_of, experiments_for, format_of, prune_to
 from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
-from ._llama import refuse_unsaid
 from ._model import Parts, PrunedModel, StoredProgram
 from ._stages import CausalStages, Seq2SeqStages, stages_of
 

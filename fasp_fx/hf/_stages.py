@@ -75,18 +75,18 @@ class Stages:
         """
         try:
             with torch.no_grad(), rewound(self.model):
-                return self.model(**arguments, use_cache=use_cache, return_dict=True)
+                found = self.model(**arguments, use_cache=use_cache, return_dict=True)
+            if use_cache and found.get(CACHE) is None:
+                raise ValueError("it returns none")
+            return found
         except tolerable(Exception) as error:
             kept = DynamicCache(config=self.model.config).layers
-            others = sorted({type(own).__name__ for own in kept if not isinstance(own, DynamicLayer)})
-            why = f"its layers keep something else ({', '.join(others)})" if others else first_line(error)
-            raise self._refusal(f"{', '.join(arguments)}): {why}") from error
-
-    def _refusal(self, why: str) -> CaptureError:
-        return CaptureError(
-            f"{type(self.model).__name__} cannot generate with a cache that holds every token ({why}; use"
-            " fasp_fx.prune"
-        )
+            others = {type(own).__name__ for own in kept if not isinstance(own, DynamicLayer)}
+            why = f"its layers keep a {' and a '.join(sorted(others))}" if others else first_line(error)
+            raise CaptureError(
+                f"{type(self.model).__name__} cannot generate with a cache that holds every token"
+                f" ({', '.join(arguments)}): {why}; use fasp_fx.prune"
+            ) from error
 
 
 class CausalStages(Stages):
@@ -102,10 +102,7 @@ class CausalStages(Stages):
         mask[0, :padding] = 0
         cache = opened(None, False)
         if past:
-            called = self.run(self._call(self.tokens(past, batch), mask[:, :past], cache))
-            cache = called.get(CACHE)
-            if cache is None:
-                raise self._refusal(f"it returns none, but {', '.join(called)})")
+            cache = self.run(self._call(self.tokens(past, batch), mask[:, :past], cache))[CACHE]
         return self._call(self.tokens(new, batch, seed=1), mask, cache)
 
     def _call(self, ids: Tensor, mask: Tensor, cache: Any, positions: Tensor | None = None) -> dict[str, Any]:

@@ -20,10 +20,9 @@ from zoo import randomise
 
 import fasp_fx
 from fasp_fx.hf import convert, prune
-from fasp_fx.hf._equal import check_equal
+from fasp_fx.hf._claims import check_equal, refuse_unsaid
 from fasp_fx.hf._formats import build, config_for, example_of
 from fasp_fx.hf._gguf import describe_gguf
-from fasp_fx.hf._llama import refuse_unsaid
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -111,7 +110,7 @@ def admitted(name: str, model: Any) -> Any:
 
 def test_what_is_admitted_computes_the_same_at_every_position() -> None:
     said = {"decilm": 0, "gguf": 0}
-    for seed in range(20):
+    for seed in range(14):
         model = drawn(seed)
         ids = torch.randint(3, 96, (2, 2 * SIZES["max_position_embeddings"]))
         for name in said:
@@ -124,7 +123,7 @@ def test_what_is_admitted_computes_the_same_at_every_position() -> None:
                 with torch.no_grad():
                     own, other = (anew(one)(input_ids=ids[:, :length]).logits for one in (found, model))
                 assert ((own - other).norm(dim=-1) <= 1e-9 * other.norm(dim=-1)).all(), (seed, model.config)
-    assert 3 < said["gguf"] < said["decilm"] < 15
+    assert 1 < said["gguf"] < said["decilm"] < 10
 
 
 BETA = turned("yarn that scales nothing", llama_4_scaling_beta=0.1)
@@ -193,7 +192,7 @@ def test_a_little_off_is_another_model_in_sixteen_bits_too(
 
 
 def test_layers_of_a_class_of_ones_own_are_not_built_one_by_one() -> None:
-    with pytest.raises(fasp_fx.ArgumentError, match="no class of transformers builds those of Scaled so"):
+    with pytest.raises(fasp_fx.ArgumentError, match="which those of Scaled are not"):
         prune(scaled(made("llama", {})), format="per-layer", on_analysis=pytest.fail, **RANDOM)
 
 
@@ -280,7 +279,7 @@ SEVERAL: dict[str, Any] = {
 
 @pytest.mark.parametrize("family", SEVERAL)
 def test_layers_of_two_stacks_have_no_number_of_their_own(family: str) -> None:
-    with pytest.raises(fasp_fx.ArgumentError, match=r"layers of the same numbers in .*decoder.* and .*enc"):
+    with pytest.raises(fasp_fx.ArgumentError, match=r"are not .*decoder.* and .*enc"):
         prune(randomise(SEVERAL[family]()), format="per-layer", on_analysis=pytest.fail, **RANDOM)
 
 
