@@ -256,7 +256,11 @@ class _Widened(TorchFunctionMode):
         if all(widened(own.dtype, precision) != own.dtype for own in real):
             made = func(*args, **kwargs)  # of weights: their sizes and views are taken as they are
             places = {own.untyped_storage().data_ptr() for own in real}
-            if not isinstance(made, Tensor) or made.untyped_storage().data_ptr() in places:
+            if (
+                not isinstance(made, Tensor)
+                or widened(made.dtype, precision) == made.dtype  # what is written in place is written once
+                or made.untyped_storage().data_ptr() in places
+            ):
                 return made
         if func is Tensor.float:
             func, args = Tensor.to, (*args, torch.float32)
