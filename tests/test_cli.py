@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,6 +68,18 @@ def prune(folder: Path) -> list[str | Path]:
     """A command that prunes the model, calibrated and measured on a file; its output is still to be named."""
     text = folder / "text.txt"
     return ["prune", folder / "model", "--calibration", text, "--text", text, *SMALL]
+
+
+@pytest.mark.parametrize("form", ["fasp-fx", "gguf"])
+def test_room_for_the_result_is_looked_for_before_the_work(
+    form: str, prune: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr("fasp_fx.calibration._visit.visit", pytest.fail, raising=False)
+    said = _refused(*prune, "--out", tmp_path / "small", "--format", form, "--sparsity", 0.2)
+    assert re.search(r"small' will take .* GiB at least, and 9.31e-07 GiB are free there", said)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,13 @@ class Group:
         """
         if self.at_once:
             return self.width
-        return math.lcm(round_to, self.multiple) if self.granularity == "channel" else 1
+        if self.granularity == "channel":
+            return math.lcm(round_to, self.multiple)
+        each = max(
+            (len(own.indices) // (self.width * own.blocks) for own in (*self.producers, *self.consumers)),
+            default=1,
+        )
+        return self.multiple // math.gcd(self.multiple, each)
 
     def __str__(self) -> str:
         shape = f"{self.blocks} x {self.width}" if self.blocks > 1 else str(self.size)

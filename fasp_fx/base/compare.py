@@ -123,9 +123,12 @@ def _same_oddities(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
+def distance(found: Tensor, expected: Tensor, dim: int | None = None) -> float:
     """``‖a − b‖₂ / ‖b‖₂`` of two tensors of real numbers, without large entries that are the same (see
     :func:`deviation`); infinite where shapes, or the places of NaN and infinities, differ.
+
+    Args:
+        dim: the largest of all vectors along it, instead of the tensors'.
     """
     a, b = (part.detach() for part in (found, expected))
     a, b = (part if part.dtype == torch.float64 else part.float() for part in (a, b))
@@ -133,6 +136,6 @@ def distance(found: Tensor, expected: Tensor) -> float:
     if not torch.equal(torch.isfinite(a), finite):
         return math.inf
     counts = finite & ((b.abs() < _LARGE) | (a != b))
-    a, b = a[counts], b[counts]
-    apart, size = (float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in (a - b, b))
-    return apart / (size or 1.0)
+    a, b = (part.masked_fill(~counts, 0.0) for part in (a, b))
+    apart, size = (torch.linalg.vector_norm(part, dim=dim, dtype=torch.float64) for part in (a - b, b))
+    return float((apart / size.masked_fill(size == 0, 1.0)).max()) if apart.numel() else 0.0

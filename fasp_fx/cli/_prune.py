@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
+from ..allocation.budgets import Bytes
 from ..analysis._analysis import Analysis
 from ..base._offload import RESIDENT, offload
 from ..base._progress import process
@@ -25,10 +27,10 @@ from ..base.compat import pytree
 from ..calibration._consumers import Consumers
 from ..capturing._fx import viewed
 from ..capturing._sizes import Sizes
-from ..errors import ArgumentError, first_line
+from ..errors import ArgumentError, StoreError, first_line
 from ..hf import Pruned, convert, prune
 from ..hf._folder import KIND, OWN, PLAIN
-from ..hf._formats import config_for
+from ..hf._formats import FORMATS, config_for
 from ..hf._stages import pruned_already
 from ..pruning._allocating import budget_for, check_request, expected_sparsity
 from ..pruning._calibrating import Method
@@ -260,6 +262,26 @@ def check_target(out: Path, *, overwrite: bool, own: bool) -> None:
         pass
 
 
+def check_room(out: Path, model: Any, format: str, kept: float = 1.0) -> None:
+    """Refuse a folder on a disk that has no room for a model.
+
+    Args:
+        kept: the part of the model's bytes that will be left at least.
+
+    Raises:
+        StoreError: says how many bytes it takes, and how many are free.
+    """
+    files = {None, FORMATS[format].stored if format != OWN else None}  # a GGUF file comes besides
+    needed = kept * sum(Bytes(1.0, stored).held(model.parameters()) for stored in files)
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise StoreError(
+            f"'{out}' will take {needed / _GIB:.3g} GiB at least, and {free / _GIB:.3g} GiB are free there;"
+            " free some, or give another --out"
+        )
+
+
 @contextmanager
 def saving(out: Path, overwrite: bool, stages: Stages, made: list[Pruned]) -> Iterator[None]:
     """Save the last that was made, whole or not at all, even if it could not be improved or measured."""
@@ -292,6 +314,7 @@ def recover_and_save(
     where = _models.find_device(device)
     stages.begin("loading the models and the text")
     made = [_models.load_pruned(Path(folder), where)]
+    check_room(out, made[0].model, made[0].format)
     tokenizer, pruned = made[0].tokenizer, made[0].model
     texts.read(tokenizer)
     teacher = _models.load_model(dense, dtype=str(pruned.dtype).removeprefix("torch."), device=where)
@@ -317,6 +340,7 @@ def convert_and_save(folder: str, out: Path, format: str, overwrite: bool, stage
     _models.quieten()
     stages.begin("loading the model")
     pruned = _models.load_pruned(Path(folder), torch.device("cpu"))
+    check_room(out, pruned.model, format)
     stages.begin("converting")
     made = convert(pruned, format)
     with saving(out, overwrite, stages, [made]):
@@ -383,7 +407,7 @@ def run(
         chunks = texts.used if config.needs_data else None
         with _together(where) as group:
             asked: dict[str, Any] = {"group": group, "checkpoint": checkpoint, "format": format}
-            made = [_pruned(dense, tokenizer, chunks, stages, config=config, **asked)]
+            made = [_pruned(dense, tokenizer, chunks, stages, out, config=config, **asked)]
         if process("RANK", 0):  # all processes have the same
             return
         with saving(out, overwrite, stages, made):
@@ -395,13 +419,16 @@ def run(
     show(made[-1], out)
 
 
-def _pruned(model: Any, tokenizer: Any, chunks: Tensor | None, stages: Stages, **options: Any) -> Pruned:
-    """What :func:`fasp_fx.hf.prune` gives, with stages for what it does."""
+def _pruned(
+    model: Any, tokenizer: Any, chunks: Tensor | None, stages: Stages, out: Path, **options: Any
+) -> Pruned:
+    """What :func:`fasp_fx.hf.prune` gives, with stages for what it does, if there is room for it."""
     device = next(model.parameters()).device
     batches = None if chunks is None else [{"input_ids": chunk[None].to(device)} for chunk in chunks]
 
     def show_groups(analysis: Analysis) -> None:
         stages.end()
+        check_room(out, model, options["format"], 1 - expected_sparsity(options["config"], analysis))
         console().print(groups_table(analysis))
         if chunks is not None:
             stages.begin(f"calibrating on {len(chunks)} x {chunks.shape[1]} tokens")

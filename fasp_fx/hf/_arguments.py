@@ -189,7 +189,7 @@ def read_cache(
         if held is None or held.dim() != 4:
             # A layer that was made and never written holds a tensor without dimensions.
             held = torch.empty((batch, heads, 0, width), dtype=like.dtype, device=like.device)
-        if (
+        elif (
             (held.shape[0], held.shape[1], held.shape[3]) != (batch, heads, width)
             or held.dtype != like.dtype
             or held.device != like.device

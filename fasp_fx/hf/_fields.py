@@ -61,7 +61,7 @@ class Experiments:
             # Left out, it is computed of the number of heads, which then cannot be lowered alone.
             self.base.setdefault("head_dim", self.base["hidden_size"] // self.base["num_attention_heads"])
         self.layers: tuple[str, ...] = ()
-        self.values = dict(_leaves(self.base))
+        self.values = dict(leaves(self.base))
         self._found: dict[str, Shapes | str] = {}
         found = self.build({})
         if isinstance(found, str):
@@ -253,12 +253,12 @@ def _layers(model: nn.Module, config: Any) -> Iterator[str]:
             yield from (f"{path}.{index}." for index in range(len(module)))
 
 
-def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _leaves(inner, (*path, str(key)))
+            yield from leaves(inner, (*path, str(key)))
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _leaves(inner, (*path, index))
+            yield from leaves(inner, (*path, index))
     else:
         yield path, value

@@ -16,7 +16,7 @@ from typing import Any, Unpack, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ..allocation import Allocation, Budget, CostAllocation, validate
@@ -31,20 +31,18 @@ from ..analysis.plan import PruningPlan
 from ..base._device import device_of
 from ..base._progress import Shown
 from ..base._tolerable import tolerable
-from ..base._undisturbed import generator_of
-from ..base.compare import distance, tolerance
 from ..base.compat._transformers import quiet
 from ..calibration._calibration import as_calls, check_calibration
 from ..calibration._ranks import ended_together
-from ..calibration.losses import output_tensors
 from ..capturing._capture import capture_whole
-from ..errors import ArgumentError, NothingPrunableError, SparsityError, VerificationError, first_line
+from ..errors import ArgumentError, NothingPrunableError, SparsityError, first_line
 from ..pruning._prune import prune
 from ..pruning._result import Result
 from ..pruning.config import Granularity, PruningConfig, PruningOptions
 from ..pruning.eager import fused_weights
 from ..pruning.report import Report
 from . import modeling_per_layer
+from ._claims import check_equal, llama_of, refuse_unsaid, unlike
 from ._fields import Experiments, Field, Path, arrange, find_fields, lowered, units, written
 from ._gguf import bytes_each, describe_gguf
 
@@ -165,14 +163,13 @@ def prune_to(
     # A program that returns a cache says how large it is.
     example["use_cache"] = asked.counts_cache
     form = FORMATS[name]
-    if form.as_llama:
-        dense, _ = build(name, settings.experiments, model.state_dict(keep_vars=True), model)
-        check_equal(dense, model, example)
-        model = dense
-        if form.tensors is not None:  # refuses what it cannot write before the work
-            describe_gguf(pathlib.Path(), model, form.tensors, tokenizer)
+    # What the file cannot say is refused before the work.
+    dense, _ = build(name, settings.experiments, model.state_dict(keep_vars=True), model)
+    said = check_equal(dense, model, example)
+    if form.tensors is not None:
+        describe_gguf(pathlib.Path(), dense, form.tensors, tokenizer)
     result = prune(
-        capture_whole(model, (), example, device=device),
+        capture_whole(dense, (), example, device=device),
         calibration=calibration,
         config=own,
         costs=costs,
@@ -181,7 +178,7 @@ def prune_to(
         group=group,
         checkpoint=checkpoint,
     )
-    smaller, note = build(name, settings.experiments, smaller_weights(model, result), model)
+    smaller, note = build(name, settings.experiments, smaller_weights(dense, result), model)
     check_equal(smaller, result.module, example)
     lines = tuple(
         replace(line, reason=f"left whole: {settings.whole[line.name]}")
@@ -195,7 +192,7 @@ def prune_to(
         result.report,
         bytes=(round(counted.held(model.parameters())), round(counted.held(smaller.parameters()))),
         lines=lines,
-        notes=(note, *result.report.notes),
+        notes=(note, *said, *result.report.notes),
         config=asked,
     )
     made: Any = smaller
@@ -225,6 +222,8 @@ def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConf
             )
     experiments = experiments_for(name, type(model), model.config)
     _check_names(name, experiments, model.state_dict())
+    if form.as_llama:
+        refuse_unsaid(name, type(model), model.config)
     kind = CostSettings if isinstance(asked.allocator, CostAllocation) else Settings
     settings = kind(name, experiments, asked.allocator)
     default = asked.granularity == PruningConfig.granularity
@@ -238,18 +237,9 @@ def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConf
         ],
         allocation=settings,
         granularity=granularity if default else asked.granularity,
-        round_to=math.lcm(asked.round_to, form.multiple),
         loss="next-token" if asked.loss == "auto" and cast(Any, model).can_generate() else asked.loss,
     )
     return own, settings
-
-
-#: what the config of a Llama has that those of its like have under the same names
-_LLAMA = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
-    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "dtype"),
-)
 
 
 def experiments_for(name: str, kind: Any, config: Any) -> Experiments:
@@ -262,15 +252,19 @@ def experiments_for(name: str, kind: Any, config: Any) -> Experiments:
         ArgumentError: the config says something that the format cannot.
     """
     if FORMATS[name].as_llama:
-        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-        if kinds or getattr(config, "sliding_window", None) is not None:
-            raise ArgumentError(
-                f"the format {name!r} has no attention within a window, which {type(config).__name__} asks"
-                " for; choose another format"
-            )
-        given = config.to_dict()
-        kind, config = LlamaForCausalLM, LlamaConfig(**{own: given[own] for own in _LLAMA if own in given})
-    return Experiments(kind, config)
+        kind, config = LlamaForCausalLM, llama_of(config)
+    made = Experiments(kind, config)
+    # Each of its layers has to be one that transformers builds from a configuration and a number.
+    stacks = sorted({layer.rsplit(".", 2)[0] for layer in made.layers})
+    own = getattr(modeling_per_layer, f"PerLayer{kind.__name__}", None)
+    if FORMATS[name].by_layer and (
+        len(stacks) > 1 or own is None or Experiments(own, config).shapes != made.shapes
+    ):
+        raise ArgumentError(
+            f"the format {name!r} has layers that are built from a configuration and a number, which those of"
+            f" {kind.__name__} are not ({' and '.join(stacks)}); choose 'plain' or 'fasp-fx'"
+        )
+    return made
 
 
 def _check_names(name: str, experiments: Experiments, weights: Mapping[str, Tensor]) -> None:
@@ -349,7 +343,10 @@ class Settings:
         if all(place is None for place in found):
             raise NothingPrunableError("; ".join(dict.fromkeys(self.whole.values())))
         narrowed = budget.narrowed(found)
-        narrowed.groups = [replace(group, at_once=group.name in at_once) for group in narrowed.groups]
+        narrowed.groups = [
+            replace(group, at_once=group.name in at_once, multiple=math.lcm(group.multiple, form.multiple))
+            for group in narrowed.groups
+        ]
         return narrowed, found
 
 
@@ -474,10 +471,10 @@ def build(
         with quiet():
             made, info = kind.from_pretrained(None, output_loading_info=True, **options)
     except tolerable(Exception) as error:
-        raise _other(kind, f"its weights cannot be loaded: {first_line(error)}") from error
+        raise unlike(kind, f"its weights cannot be loaded: {first_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):
-            raise _other(kind, f"{problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]}")
+            raise unlike(kind, f"{problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]}")
     theirs = dict(model.named_parameters())
     for own, parameter in made.named_parameters():
         if own in theirs:
@@ -537,20 +534,14 @@ def _say_width(width: int, hidden: int) -> dict[str, float]:
 
 def _auto_class(kind: Any) -> str:
     """Which of transformers' Auto classes loads a class."""
-    for name in modeling_auto.__all__:
+
+    def loads(name: str) -> bool:
         mapping = getattr(getattr(modeling_auto, name), "_model_mapping", {})
-        if name.startswith("AutoModel") and kind.config_class in mapping:
-            found = mapping[kind.config_class]
-            if kind in (found if isinstance(found, tuple) else (found,)):
-                return name
-    return "AutoModel"
+        found = mapping.get(kind.config_class, None)
+        return kind in (found if isinstance(found, tuple) else (found,))
 
-
-def _other(kind: type, fault: str) -> VerificationError:
-    return VerificationError(
-        f"{kind.__name__} with these weights is not the model that it ought to be: {fault}; nothing is"
-        " returned; choose another format"
-    )
+    names = (name for name in modeling_auto.__all__ if name.startswith("AutoModel"))
+    return next(filter(loads, names), "AutoModel")
 
 
 def _batches(
@@ -571,38 +562,6 @@ def example_of(model: PreTrainedModel) -> dict[str, Any]:
     tokens = torch.zeros(_EXAMPLE, dtype=torch.long, device=device_of(model))
     decoded = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
     return {"input_ids": tokens, **decoded, "use_cache": False}
-
-
-def check_equal(made: PreTrainedModel, other: nn.Module, example: Mapping[str, Any]) -> None:
-    """Hold a model that was built from a config against what it ought to compute, on random tokens: zeros,
-    say, would look alike wherever they stand.
-
-    Raises:
-        VerificationError: they differ, or it does not run.
-    """
-    kind, device, table = type(made), device_of(other), made.get_input_embeddings()
-    given = {name: own.to(device) if isinstance(own, Tensor) else own for name, own in example.items()}
-    if isinstance(given.get("input_ids"), Tensor) and isinstance(table, nn.Embedding):
-        shape = tuple(given["input_ids"].shape)
-        generator = generator_of("format")
-        drawn = torch.randint(0, table.num_embeddings, shape, generator=generator, device="cpu")
-        given["input_ids"] = drawn.to(given["input_ids"])
-    expected = _outputs(other, given)
-    try:
-        found = _outputs(made, given)
-    except tolerable(Exception) as error:
-        raise _other(kind, f"it does not run: {first_line(error)}") from error
-    if not expected or [output.shape for output in found] != [output.shape for output in expected]:
-        raise _other(kind, "its outputs are others")
-    deviation = max(distance(own, other) for own, other in zip(found, expected, strict=True))
-    if not deviation <= max(tolerance("checkpoint", output.dtype) for output in expected):
-        raise _other(kind, f"its outputs differ by {deviation:.1e}")
-
-
-def _outputs(module: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """The floating-point outputs of a call."""
-    with torch.no_grad():
-        return [leaf for leaf in output_tensors(module(**inputs)) if leaf.is_floating_point()]
 
 
 def smaller_weights(model: nn.Module, result: Result) -> dict[str, Tensor]:

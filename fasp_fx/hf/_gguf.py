@@ -4,6 +4,7 @@ llama.cpp and what is built on it read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from ._gguf_tokenizer import add_tokenizer
 
 #: neurons of a feed-forward layer that gives zeros: llama.cpp skips the attention before an absent one too
 _ZEROS = 32
+#: the largest number of a type; blocks have a factor of 16 bits
+_LARGEST = {"F16": 65504, "Q8_0": 127 * 65504, "Q4_0": 8 * 65504}
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F32"}
 
 
@@ -55,9 +58,13 @@ def describe_gguf(
         "embedding_length": config.hidden_size,
         "block_count": len(layers),
         "feed_forward_length": [layer.intermediate_size or _ZEROS for layer in layers],
-        # llama.cpp takes a model whose first layer has no heads for one without attention: one gives zeros.
-        "head_count": [layer.num_attention_heads or int(not i) for i, layer in enumerate(layers)],
-        "head_count_kv": [layer.num_key_value_heads or int(not i) for i, layer in enumerate(layers)],
+        # llama.cpp takes a model whose first layer has no heads for one without attention: some give zeros.
+        "head_count": [
+            layer.num_attention_heads or _heads_of_zeros(config) * (not i) for i, layer in enumerate(layers)
+        ],
+        "head_count_kv": [
+            layer.num_key_value_heads or _heads_of_zeros(config) * (not i) for i, layer in enumerate(layers)
+        ],
         **dict.fromkeys(("key_length", "value_length", "rope_dimension_count"), config.head_dim),
         "rope_freq_base": config.rope_parameters["rope_theta"],
         "layer_norm_rms_eps": config.rms_norm_eps,
@@ -79,6 +86,11 @@ def describe_gguf(
     return writer, weights
 
 
+def _heads_of_zeros(config: Any) -> int:
+    """As many as fill whole blocks of a row."""
+    return _ZEROS // math.gcd(_ZEROS, config.head_dim)
+
+
 def bytes_each(weight: Tensor, tensors: str) -> float:
     """How many bytes a file takes for each number of a weight.
 
@@ -98,7 +110,7 @@ def _type(name: str, tensor: Tensor, kind: str) -> GGMLQuantizationType:
     """How a tensor is held.
 
     Raises:
-        ArgumentError: its rows are no whole blocks.
+        ArgumentError: its rows are no whole blocks, or a number is too large.
     """
     found = _held_as(tensor, kind)
     block, _ = gguf.GGML_QUANT_SIZES[found]
@@ -106,6 +118,13 @@ def _type(name: str, tensor: Tensor, kind: str) -> GGMLQuantizationType:
         raise ArgumentError(
             f"'{name}' has rows of {tensor.shape[-1]} numbers, and {kind} holds blocks of {block}; choose"
             f" another type, or have widths that are multiples of {block}"
+        )
+    low, high = tensor.detach().aminmax()
+    largest = max(float(-low), float(high))
+    if largest > _LARGEST.get(found.name, largest):
+        raise ArgumentError(
+            f"'{name}' has a number of the size {largest:.6g}, and {kind} holds none beyond"
+            f" {_LARGEST[found.name]}; choose 'gguf-bf16' or 'gguf'"
         )
     return found
 
@@ -124,7 +143,7 @@ def _tensors(model: Any, layers: list[Any]) -> Iterator[tuple[str, Tensor]]:
         if name.startswith(absent):
             continue
         if not tensor.numel():
-            width = _ZEROS if ".mlp." in name else model.config.head_dim
+            width = _ZEROS if ".mlp." in name else model.config.head_dim * _heads_of_zeros(model.config)
             tensor = tensor.new_zeros([size or width for size in tensor.shape])
         found = names.get_name(name, try_suffixes=(".weight",))
         if found is None:

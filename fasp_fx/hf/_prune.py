@@ -37,11 +37,12 @@ from ..pruning.eager import fused_weights
 from ..pruning.report import Report
 from ..storage._folder import kind_of, parsing, read_json
 from . import modeling_per_layer
+from ._claims import check_equal, refuse_unsaid
 from ._config import PrunedConfig, check_layers, original_of
 from ._convention import check_served, convention_of
 from ._flat import FlatProgram
 from ._folder import KIND, OWN, check_sums, save
-from ._formats import BY_LAYER, build, check_equal, example_of, experiments_for, format_of, prune_to
+from ._formats import BY_LAYER, build, example_of, experiments_for, format_of, prune_to
 from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
 from ._model import Parts, PrunedModel, StoredProgram
 from ._stages import CausalStages, Seq2SeqStages, stages_of
@@ -441,10 +442,11 @@ def convert(pruned: Pruned, format: str) -> Pruned:
         ArgumentError: the format is not known, or cannot hold the model; names the weight.
         VerificationError: the model that was built does not compute what the pruned one does.
     """
-    format_of(format)
-    model = pruned.model
+    form, model = format_of(format), pruned.model
     kind, config = dense_of(model)
     experiments = experiments_for(format, kind, config)
+    if form.as_llama:
+        refuse_unsaid(format, kind, config)
     held = model.state_dict(keep_vars=True)
     made = held | fused_weights(pruned.plan, held)
     own = (

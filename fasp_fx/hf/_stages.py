@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..base._tolerable import tolerable
@@ -73,12 +75,17 @@ class Stages:
         """
         try:
             with torch.no_grad(), rewound(self.model):
-                return self.model(**arguments, use_cache=use_cache, return_dict=True)
+                found = self.model(**arguments, use_cache=use_cache, return_dict=True)
+            if use_cache and found.get(CACHE) is None:
+                raise ValueError("it returns none")
+            return found
         except tolerable(Exception) as error:
-            shown = ", ".join(arguments)
+            kept = DynamicCache(config=self.model.config).layers
+            others = {type(own).__name__ for own in kept if not isinstance(own, DynamicLayer)}
+            why = f"its layers keep a {' and a '.join(sorted(others))}" if others else first_line(error)
             raise CaptureError(
-                f"{type(self.model).__name__} cannot generate with a cache that holds every token ({shown}):"
-                f" {first_line(error)}; use fasp_fx.prune"
+                f"{type(self.model).__name__} cannot generate with a cache that holds every token"
+                f" ({', '.join(arguments)}): {why}; use fasp_fx.prune"
             ) from error
 
 

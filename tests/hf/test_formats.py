@@ -277,7 +277,7 @@ def test_layers_say_what_the_configuration_leaves_open() -> None:
 REFUSED = {
     ("qwen2", "gguf"): r"has no place for 'model.layers.0.self_attn.q_proj.bias'",
     ("qwen3", "decilm"): r"has no place for 'model.layers.0.self_attn.q_norm.weight'",
-    ("mistral", "gguf"): "no attention within a window, which MistralConfig asks for",
+    ("mistral", "gguf"): "no place for what MistralConfig says with sliding_window=4096",
     ("phi3", "gguf"): r"has no place for 'model.layers.0.self_attn.qkv_proj.weight'",
     ("gpt2", "decilm"): r"has no place for 'transformer.wte.weight'",
     ("mixtral", "gguf"): r"has no place for 'model.layers.0.mlp",
@@ -288,11 +288,6 @@ REFUSED = {
 def test_what_a_format_has_no_place_for_is_said_before_anything_runs(model: str, name: str) -> None:
     with pytest.raises(fasp_fx.ArgumentError, match=REFUSED[model, name]):
         prune(dense(model), format=name, sparsity=0.2, calibration=iter(()))
-
-
-def test_a_model_that_computes_something_else_with_the_names_of_a_llama_is_refused() -> None:
-    with pytest.raises(fasp_fx.VerificationError, match="its outputs differ"):
-        prune(llama_with(hidden_act="gelu"), format="gguf", **RANDOM)
 
 
 def test_a_window_that_is_switched_off_does_not_matter() -> None:

@@ -25,6 +25,8 @@ from transformers import (
     MambaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
     StaticCache,
     TrOCRConfig,
     TrOCRForCausalLM,
@@ -457,7 +459,19 @@ def test_configuration_speaks_for_the_original(model: Any) -> None:
         _ = config.no_such_thing
 
 
-def test_a_model_that_generates_from_states_is_refused_in_words() -> None:
-    config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32, state_size=4)
-    with pytest.raises(fasp_fx.CaptureError, match=r"MambaForCausalLM.*use fasp_fx\.prune"):
-        hf.prune(MambaForCausalLM(config).eval(), calibration=[torch.randint(0, 32, (2, 8))])
+STATE: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+STATES: dict[str, tuple[Any, Any, str]] = {
+    "Mamba": (MambaForCausalLM, MambaConfig(**STATE, state_size=4), "its layers keep a LinearAttentionLayer"),
+    "RecurrentGemma": (
+        RecurrentGemmaForCausalLM,
+        RecurrentGemmaConfig(**STATE, num_attention_heads=2, intermediate_size=16, lru_width=16),
+        "its layers keep a LinearAttentionLayer",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", STATES)
+def test_a_model_that_generates_from_states_is_refused_in_words(family: str) -> None:
+    kind, config, why = STATES[family]
+    with pytest.raises(fasp_fx.CaptureError, match=rf"{family}ForCausalLM.*{why}; use fasp_fx\.prune"):
+        hf.prune(kind(config).eval(), calibration=[torch.randint(0, 32, (2, 8))])

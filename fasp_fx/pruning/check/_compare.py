@@ -115,9 +115,9 @@ def run(
         precision: nothing is computed in a lower one that can be computed in this; weights are widened one by
             one as they are used. ``None``: as the program says.
     """
-    given = [_widened(value, precision) for value in inputs]
+    given = [widened(value, precision) for value in inputs]
     written = {
-        name: _widened(attribute(module, name).detach().clone(), precision)
+        name: widened(attribute(module, name).detach().clone(), precision)
         for name in written_names(module.graph)
     }
     outputs, before = list[list[Any]](), torch.get_default_dtype()
@@ -127,7 +127,7 @@ def run(
         drawing_alike([*given, *module.parameters(), *module.buffers()]),
         torch.compiler.set_stance("force_eager"),
     ):
-        torch.set_default_dtype(_widened(before, precision))
+        torch.set_default_dtype(widened(before, precision))
         try:
             for _ in range(calls):
                 execution = _Execution(module, precision, written)
@@ -138,12 +138,12 @@ def run(
     return outputs
 
 
-def _widened(value: Any, precision: torch.dtype | None) -> Any:
+def widened(value: Any, precision: torch.dtype | None) -> Any:
     """A type of real or complex numbers, or a tensor of it, in this precision if its own is lower; anything
     else as it is.
     """
     if isinstance(value, Tensor):
-        return value.to(_widened(value.dtype, precision))
+        return value.to(widened(value.dtype, precision))
     if (
         precision is None
         or not isinstance(value, torch.dtype)
@@ -166,7 +166,7 @@ class _Execution(fx.Interpreter):
 
     def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
         # Where it is read: a graph may name all of its weights before the first of them is used.
-        return fx.map_arg(args, lambda node: _widened(self.env[node], self.precision))
+        return fx.map_arg(args, lambda node: widened(self.env[node], self.precision))
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         is_guard = self.precision is not None and isinstance(self.fetch_attr(target), Guards)
@@ -174,7 +174,7 @@ class _Execution(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if self.precision is not None:
-            args, kwargs = pytree.tree_map(lambda leaf: _widened(leaf, self.precision), (args, kwargs))
+            args, kwargs = pytree.tree_map(lambda leaf: widened(leaf, self.precision), (args, kwargs))
         return super().call_function(target, args, kwargs)
 
 
@@ -365,4 +365,5 @@ __all__ = [
     "compare_with_escalation",
     "inputs_for",
     "run",
+    "widened",
 ]
