@@ -114,7 +114,7 @@ def _trouble_in_layouts(program: Program, model: nn.Module, args: Any, kwargs: d
     for call, lie in itertools.product(calls, (laid_otherwise, _lying_apart)):
         try:
             check_sizes(program, program.flat_inputs(*call))
-            said = _otherwise(where, _difference(program, model, *call, lie=lie)[0])
+            said = _otherwise(where, _difference(program, model, call[0], call[1], lie=lie)[0])
         except CalibrationError as error:
             said = f"cannot be executed {where} ({error})"
         except tolerable(Exception):  # of the model, which refuses what it likes, or sizes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -154,7 +154,7 @@ class Runner:
         if self.device is not None:  # the capture made a constant of where values are made
             args, kwargs = pytree.tree_map_only(torch.device, lambda _: self.device, (args, kwargs))
         try:
-            return execute(node.target, args, kwargs)
+            return execute(cast(Any, node.target), args, kwargs)
         except tolerable(RuntimeError, IndexError, AssertionError) as error:
             raise CalibrationError(
                 f"calibration batch {self.numbers[number]} fails in the model at node '{node.name}'"
