@@ -212,10 +212,6 @@ def prune(
         ),
     ] = 0,
     format: Format = "fasp-fx",
-    dry_run: Annotated[
-        bool,
-        option("Say what it would take of memory and disk, and do nothing.", "--dry-run", more=False),
-    ] = False,
     config: Annotated[
         Path | None,
         option(
@@ -287,7 +283,6 @@ def prune(
             format=format,
             overwrite=overwrite,
             checkpoint=checkpoint,
-            dry_run=dry_run,
             scratch=scratch or (out.absolute().parent if stream else None),
         )
 

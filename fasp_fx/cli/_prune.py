@@ -1,40 +1,28 @@
-"""``fasp-fx prune`` and ``fasp-fx recover``: text, pruning, recovering, measuring, saving; and with
-``--dry-run`` what it would take of memory and disk.
-"""
+"""``fasp-fx prune`` and ``fasp-fx recover``: text, pruning, recovering, measuring, saving."""
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..allocation.budgets import Bytes
 from ..analysis._analysis import Analysis
-from ..base._offload import RESIDENT, offload
+from ..base._offload import offload
 from ..base._progress import process
 from ..base._tolerable import tolerable
-from ..base.compat import pytree
-from ..calibration._consumers import Consumers
-from ..capturing._fx import viewed
-from ..capturing._sizes import Sizes
 from ..errors import ArgumentError, StoreError, first_line
 from ..hf import Pruned, convert, prune
 from ..hf._folder import KIND, OWN, PLAIN
-from ..hf._formats import FORMATS, config_for
+from ..hf._formats import FORMATS
 from ..hf._stages import pruned_already
-from ..pruning._allocating import budget_for, check_request, expected_sparsity
-from ..pruning._calibrating import Method
-from ..pruning._prune import analyze
+from ..pruning._allocating import expected_sparsity
 from ..pruning.config import PruningConfig
 from ..pruning.report import Figure
 from ..pruning.report import counted as counted_weights
@@ -46,145 +34,6 @@ from ._models import Texts
 from .evaluation import agreement, latency
 
 _GIB = 2**30
-#: weights of float64 and of float32 take so many bytes
-DOUBLE, SINGLE = 8, 4
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a pruning will take, in bytes.
-
-    Attributes:
-        peak: the most memory at once, with the weights in memory.
-        streamed: the most with all that waits in files (:func:`fasp_fx.offload`).
-        disk: of files, with all in them that is put there.
-    """
-
-    peak: int
-    streamed: int
-    disk: int
-
-
-def forecast(
-    analysis: Analysis, config: PruningConfig, batches: int, *, dtype: torch.dtype | None = None
-) -> Forecast:
-    """What it takes to prune an analysed model on calibration batches like its example.
-
-    Args:
-        analysis: of the model, which may lie on the meta device.
-        config: what is asked for.
-        batches: how many batches calibrate.
-        dtype: of the weights; ``None``: as they are.
-    """
-    module, weights = analysis.program.module, analysis.program.weights()
-    consumers = list(Consumers(analysis).by_key.values())
-    read = {consumer.weight: consumer.matrices for consumer in consumers}
-    largest = max(weights.values(), key=Tensor.numel, default=torch.empty(0))
-    kind = largest.dtype if dtype is None else dtype
-    pruned_of, repaired, total = (
-        bytes_of_weights((tensor for name, tensor in weights.items() if name in names), kind)
-        for names in (analysis.walk.facts.matrices, read, weights)
-    )
-    sparsity = expected_sparsity(config, analysis)
-    sizes = Sizes(module, small=False)
-    live = live_bytes(module.graph, lambda shape: map(sizes.integer, shape))
-    place = {node: index for index, node in enumerate(module.graph.nodes)}
-    stops = [place[use.node] for consumer in consumers for use in consumer.uses]
-    narrower = kind.itemsize / largest.dtype.itemsize
-    # of each consumer, the Gram matrices of fitted tokens and of those held out; of the widest, as they are
-    # accumulated, made whole, and in the order of the system
-    grams = [2 * SINGLE * len(own.columns) * own.columns.shape[1] ** 2 for own in read.values()]
-    # The Gram matrix of one block, what is kept of it twice, the rows, and what is solved for.
-    solving = [
-        SINGLE * columns * (3 * columns + 2 * own.rows(weights[name]) // len(own.columns))
-        for name, own in read.items()
-        for columns in own.columns.shape[1:2]
-    ]
-    pruned = round(total - sparsity * pruned_of)
-    # Activations of all batches wait where a consumer is observed, repaired weights for the rewriting.
-    waiting = batches * round(max((live[stop] for stop in stops), default=0) * narrower)
-    matrices = max(3 * max(grams, default=0), sum(grams) if Method.of(config).needs_measuring else 0)
-    running = round(max(live[: max(stops, default=0) + 1], default=0) * narrower)
-    computing = running + max(solving, default=0)
-    checking = 2 * DOUBLE * largest.numel()  # the check widens a weight, as it is and masked
-    disk = total + repaired + pruned + waiting + matrices
-    base = psutil.Process().memory_info().rss
-    return Forecast(
-        peak=base + total + repaired + max(waiting + matrices + computing, pruned + checking),
-        streamed=base + min(RESIDENT, disk) + max(computing, checking),
-        disk=disk,
-    )
-
-
-def bytes_of_weights(tensors: Iterable[Tensor], kind: torch.dtype) -> int:
-    """Of different tensors, if those of real numbers had a type."""
-    different = {id(tensor): tensor for tensor in tensors}.values()
-    return sum(
-        tensor.numel() * (kind if tensor.is_floating_point() else tensor.dtype).itemsize
-        for tensor in different
-    )
-
-
-def live_bytes(graph: fx.Graph, sizes: Callable[[torch.Size], Iterable[int]]) -> list[int]:
-    """Bytes of all values that have been made and will be used again, after each node, in graph order; views
-    and weights take none.
-
-    What the program returns is not kept for that (see :class:`fasp_fx.capturing._runner.Runner`).
-
-    Args:
-        sizes: a recorded shape as numbers.
-    """
-    dies: dict[fx.Node, int] = {}
-    for index, node in enumerate(graph.nodes):
-        if node.op != "output":
-            dies |= {viewed(value): index for value in (node, *node.all_input_nodes)}
-    change = [0] * (len(graph.nodes) + 1)
-    for index, node in enumerate(graph.nodes):
-        if node in dies and node.op != "get_attr":
-            made = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
-            taken = sum(math.prod(sizes(leaf.shape)) * leaf.dtype.itemsize for leaf in made)
-            change[index] += taken
-            change[dies[node] + 1] -= taken  # what a node reads is there while it is executed
-    return list(accumulate(change[:-1]))
-
-
-def say_needs(
-    model: str,
-    config: PruningConfig,
-    format: str,
-    texts: Texts,
-    dtype: str,
-    stages: Stages,
-) -> None:
-    """Say what it would take to prune a model on batches of one text each.
-
-    Args:
-        format: of the files.
-
-    Raises:
-        FaspError: the model cannot be analysed, or not be pruned as asked for.
-    """
-    stages.begin("reading the configuration")
-    empty: Any = _models.load_empty(model)
-    _models.check_length(empty, texts.length)
-    if format != OWN:
-        config, _ = config_for(format, empty, config)
-    stages.begin(CAPTURING)
-    example = {
-        "input_ids": torch.zeros(1, texts.length, dtype=torch.long),
-        "use_cache": config.counts_cache,
-    }
-    analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
-    budget = budget_for(config, analysis)
-    check_request(Method.of(config), budget, analysis.groups)
-    kind = empty.dtype if dtype == "auto" else getattr(torch, dtype)
-    found = forecast(analysis, config, texts.batches if texts.used is None else len(texts.used), dtype=kind)
-    stages.end()
-    say(
-        f"memory: {found.peak / _GIB:.1f} GiB at most, or {found.streamed / _GIB:.1f} GiB with --stream and"
-        f" {found.disk / _GIB:.1f} GiB of disk; {psutil.virtual_memory().available / _GIB:.1f} GiB are free"
-    )
-
 
 #: tokens of a step of training, and of each text of it, as far as whole chunks allow: for as many tokens,
 #: short texts teach as much as long ones, and attention sees less (docs/benchmarks.md)
@@ -361,7 +210,6 @@ def run(
     format: str,
     overwrite: bool,
     checkpoint: Path | None,
-    dry_run: bool,
     scratch: Path | None,
 ) -> None:
     """Do what the command says, as its help describes it.
@@ -390,13 +238,9 @@ def run(
     _models.quieten()
     where = _models.find_device(device)
     torch.manual_seed(texts.seed)
-    if not dry_run or texts.file is not None:
-        stages.begin("loading the tokenizer and the text")
-        tokenizer = _models.load_tokenizer(model)
-        texts.read(tokenizer)
-    if dry_run:
-        say_needs(model, config, format, texts, dtype, stages)
-        return
+    stages.begin("loading the tokenizer and the text")
+    tokenizer = _models.load_tokenizer(model)
+    texts.read(tokenizer)
     with offload(scratch, device=where) if scratch is not None else nullcontext() as kept:
         stages.begin("loading the model")
         home = where if kept is None else "cpu"
