@@ -351,13 +351,13 @@ finally:
     assert done.stdout.splitlines()[-1].strip() == "[]"
 
 
-def test_help_has_an_example_and_ten_options_come_first() -> None:
+def test_help_has_an_example_and_nine_options_come_first() -> None:
     assert _done("--version") == f"fasp-fx {fasp_fx.__version__}"
     for command in ("prune", "recover", "inspect", "eval"):
         assert "Example:" in _done(command, "--help")
     common, _ = _done("prune", "--help").split("─ Options ─")[1].split("─ More ─")
     options = set(re.findall(r"│ (?:\* )?(--[a-z-]+) ", common))
-    assert len(options) == 10 + len(["--help"])
+    assert len(options) == 9 + len(["--help"])
 
 
 @pytest.mark.parametrize(("there", "used", "measured"), [(40, 6, 5), (8, 6, 2), (7, 6, 1), (3, 3, 0)])
