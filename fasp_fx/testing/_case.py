@@ -167,9 +167,11 @@ class Case:
 
     @cached_property
     def calls(self) -> list[Call]:
-        """The example, and calls of other shapes that the dense model takes."""
+        """The example, and calls of other shapes, and of tensors that lie otherwise, which the dense model
+        takes.
+        """
         found: list[Call] = [(self.args, self.kwargs)]
-        for call in [*self.others, *_resized((self.args, self.kwargs))]:
+        for call in [*self.others, pytree.tree_map_only(Tensor, _turned, found[0]), *_resized(found[0])]:
             try:
                 self.run(self.dense, call)
             except tolerable(Exception):
@@ -191,6 +193,12 @@ class Case:
         """
         with torch.no_grad():
             return in_a_row(called, *call, self.times)
+
+
+def _turned(leaf: Tensor) -> Tensor:
+    """A copy whose dimensions lie in reverse order in memory, which copies of it keep."""
+    dims = range(leaf.dim())[::-1]
+    return leaf.permute([*dims]).contiguous().permute([*dims]) if leaf.layout is torch.strided else leaf
 
 
 def _resized(call: Call) -> list[Call]:
