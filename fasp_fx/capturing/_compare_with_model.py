@@ -66,9 +66,9 @@ def compared(
     if not isinstance(model, nn.Module) or _is_elsewhere(program, model):
         return program
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
-    if any(map(draws, program.module.graph.nodes)):
-        return _noted(program, _SEEDS) if _seeds(program, model, args, kwargs) else program
     try:
+        if any(map(draws, program.module.graph.nodes)):
+            return _noted(program, _SEEDS) if _seeds(program, model, args, kwargs) else program
         worst, changed = _difference(program, model, args, kwargs, seen=seen)
         trouble = _otherwise("on the example inputs", worst)
     except tolerable(CalibrationError) as error:
@@ -115,7 +115,7 @@ def _trouble_in_layouts(program: Program, model: nn.Module, args: Any, kwargs: d
         try:
             check_sizes(program, program.flat_inputs(*call))
             said = _otherwise(where, _difference(program, model, call[0], call[1], lie=lie)[0])
-        except CalibrationError as error:
+        except tolerable(CalibrationError) as error:
             said = f"cannot be executed {where} ({error})"
         except tolerable(Exception):  # of the model, which refuses what it likes, or sizes
             continue
