@@ -21,7 +21,7 @@ from typing import Annotated, Any, Self, cast
 
 import torch
 from pydantic import Field
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from ..analysis.plan import PruningPlan
@@ -156,7 +156,7 @@ class Result:
             for path, part in self.parts.items():
                 smaller = eager(part.module, part.plan, model.get_submodule(path))
                 put(made, _places(made, made.get_submodule(path)), smaller)
-        _COPIES[made] = weakref.ref(self.module), fingerprint(made.state_dict())
+        _COPIES[made] = weakref.ref(self.module), _fingerprints(made)
         return made
 
     def _check_copies(self) -> None:
@@ -170,9 +170,10 @@ class Result:
         if _COPIES:
             gc.collect()  # a copy that nobody holds any more may be held by itself
         changed = [
-            copy.state_dict()
+            (name, copy.state_dict()[name])
             for copy, (module, before) in list(_COPIES.items())
-            if module() is self.module and fingerprint(copy.state_dict()) != before
+            if module() is self.module
+            for name, _ in sorted(_fingerprints(copy).items() - before.items())
         ]
         if not changed:
             return
@@ -181,17 +182,25 @@ class Result:
         for path, part in parts.items():
             own = weights_of(part.module, part.plan)
             held |= {f"{path}.{name}" if path else name: tensor for name, tensor in own.items()}
-        for name, tensor in chain(*(weights.items() for weights in changed)):
+        for name, tensor in changed:
             if name in held and not torch.equal(tensor, held[name].to(tensor)):
                 raise StoreError(
                     f"a copy that result.eager made was trained since, and result.module has other values in"
-                    f" '{name}'; take them with result.module.load_state_dict(copy.state_dict()), or save"
-                    " the copy's state_dict() and delete the copy"
+                    f" '{name}'; take them with result.module.load_state_dict(copy.state_dict(),"
+                    " strict=False), or save the copy's state_dict() and delete the copy"
                 )
 
 
 #: the copies that :meth:`Result.eager` has made: the module that each is like, and what its weights were
-_COPIES: MutableMapping[nn.Module, tuple[weakref.ref[nn.Module], str]] = weakref.WeakKeyDictionary()
+_COPIES: MutableMapping[nn.Module, tuple[weakref.ref[nn.Module], dict[str, str]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _fingerprints(module: nn.Module) -> dict[str, str]:
+    """What tells the weights of a module from others, but for those that were quantised."""
+    held = module.state_dict().items()
+    return {name: fingerprint({"": tensor}) for name, tensor in held if type(tensor) is Tensor}
 
 
 # --- Writing.
