@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import weakref
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,7 +21,7 @@ from fasp_fx.capturing._attention import make_traceable
 from fasp_fx.capturing._fx import attribute, target_name, views_may_copy
 from fasp_fx.capturing._program import ExportFacts, Program, graph_module
 from fasp_fx.capturing._rewrites import own_names
-from fasp_fx.capturing._signature import CallerCodeGen, CallSignature, Guards, Like, guard_calls
+from fasp_fx.capturing._signature import CallerCodeGen, CallSignature, Guards, float_types, guard_calls
 from fasp_fx.errors import StoreError
 
 
@@ -56,7 +57,6 @@ class PrunedModule(fx.GraphModule):
             _without_annotations(self.fasp_fx_origin.signature),
             preserved,
             self.training,
-            {name: part.like for name, part in self.named_children() if isinstance(part, Guards)},
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
@@ -71,7 +71,14 @@ class PrunedModule(fx.GraphModule):
         for name, module in self.named_modules():
             # A copy of a graph module saves all its buffers, those that a model leaves out as well.
             copied.get_submodule(name)._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+        copied.own_guards()
         return copied
+
+    def own_guards(self) -> None:
+        """Let the guards ask this module for its types."""
+        for part in self.children():
+            if isinstance(part, Guards):
+                part.owner = weakref.ref(self)
 
 
 class Origin:
@@ -116,7 +123,8 @@ class Origin:
 def wrap(exported: ExportedProgram, signature: CallSignature) -> PrunedModule:
     """The module of an exported program behind the caller's signature."""
     lifted = exported.module(check_guards=True)
-    guard_calls(lifted, exported)
+    recorded = (node.meta.get("val") for node in exported.graph.find_nodes(op="placeholder"))
+    guard_calls(lifted, exported, float_types(recorded))
     program = copy.copy(exported)
     program._state_dict = {name: without_values(tensor) for name, tensor in exported.state_dict.items()}
     program._constants = {
@@ -142,7 +150,7 @@ def wrap_graph(assembly: Assembly, tensors: nn.Module, signature: CallSignature)
     (output,) = lifted.graph.find_nodes(op="output")
     with lifted.graph.inserting_before(output):
         output.args = (assembly.fill(lifted.graph, held, seen),)
-    guard_calls(lifted, assembly.frame)
+    guard_calls(lifted, assembly.frame, float_types(weight.recorded for weight in assembly.weights))
     for name, guards in lifted.named_children():
         tensors.add_module(name, guards)
     return _wrapped(lifted, tensors, Origin(assembly, signature))
@@ -168,6 +176,7 @@ def _wrapped(lifted: fx.GraphModule, tensors: nn.Module, origin: Origin) -> Prun
     module = graph_module(tensors, lifted.graph, lifted.meta, PrunedModule)
     assert isinstance(module, PrunedModule)
     module.fasp_fx_origin = origin
+    module.own_guards()
     generated: Any = lifted.graph._codegen
     module.graph._codegen = CallerCodeGen(origin.signature, generated.pytree_info)
     module.recompile()
@@ -250,7 +259,6 @@ def _rebuilt(
     signature: CallSignature,
     preserved: dict[str, Any],
     training: bool,
-    types: dict[str, tuple[Like | None, ...]],
 ) -> PrunedModule:
     from fasp_fx.storage._graph_json import program_from_json
 
@@ -258,8 +266,6 @@ def _rebuilt(
     module.meta[PRESERVED] = preserved
     for name, value in preserved.items():
         setattr(module, name, value)
-    for name, like in types.items():
-        cast(Guards, module.get_submodule(name)).like = like
     return module.train(training)
 
 

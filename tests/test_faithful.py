@@ -116,6 +116,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], str | None]] =
         (X,),
         "where inputs lie otherwise in memory",
     ),
+    "orders memory behind a convolution": (
+        lambda: made(
+            lambda self, x: self.conv(x).contiguous().as_strided((2, 4, 5, 5), (100, 25, 5, 1)),
+            conv=nn.Conv2d(3, 4, 1),
+        ),
+        (torch.randn(2, 3, 5, 5),),
+        "where inputs lie otherwise in memory",
+    ),
     "a size of one that guards refuse": (
         lambda: layers(lambda self, x: block(self, x) * (1.0 if x.shape[0] % 4 == 1 else 2.0)),
         (torch.cat([X, X[:4]]),),

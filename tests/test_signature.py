@@ -115,15 +115,19 @@ def test_types_are_part_of_the_signature_and_follow_the_module(tmp_path: Path) -
     for module, other in (
         (result.module, torch.float64),
         (fasp_fx.load(result.save(tmp_path / "out")).module, torch.float16),
-        (wider, torch.float32),
-        (pickle.loads(pickle.dumps(wider)), torch.float32),
+        (wider, torch.float16),
+        (pickle.loads(pickle.dumps(wider)), torch.float16),
     ):
         own = module.get_parameter("up.weight").dtype
         assert module(i, x.to(own)).dtype == own
-        with pytest.raises(fasp_fx.CallError, match=f"'x' is .*{other}.*captured with .*{own}"):
+        with pytest.raises(fasp_fx.CallError, match=f"'x' is .*{other}.*captured with .*float32"):
             module(i, x.to(other))
         with pytest.raises(fasp_fx.CallError, match=r"'i' is .*torch\.int32.*captured with .*torch\.int64"):
             module(i.int(), x.to(own))
+    half = {name: tensor.half() for name, tensor in result.module.state_dict().items()}
+    assert torch.func.functional_call(result.module, half, (i, x.half())).dtype == torch.float16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert result.module(i, x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_constants_other_than_the_defaults() -> None:

@@ -149,6 +149,21 @@ def test_what_is_made_of_a_program_can_be_made_of_one_that_was_loaded(tmp_path: 
             torch.testing.assert_close(torch.export.unflatten(program)(x), expected)
 
 
+@pytest.mark.parametrize("name", ["user,item", "a;b", "a/b = c", "(", "x" * 900])
+def test_names_that_torch_parts_otherwise_are_saved_without_where_nodes_come_from(
+    name: str, tmp_path: Path
+) -> None:
+    model = wide(
+        lambda self, x: self.parts[name](block(self, x)), parts=nn.ModuleDict({name: nn.Linear(6, 6)})
+    )
+    result = fasp_fx.prune(model, (X,), score="random", restore=None, sparsity=0.3)
+    loaded = fasp_fx.load(result.save(tmp_path / "out"))
+    assert torch.equal(loaded.module(X), result.module(X))
+    assert torch.equal(pickle.loads(pickle.dumps(result.module))(X), result.module(X))
+    first = next(node for node in loaded.program.graph.nodes if node.op == "call_function")
+    assert first.meta["nn_module_stack"]
+
+
 def test_weights_of_a_copy_that_was_trained_are_not_forgotten(tmp_path: Path) -> None:
     model = wide(lambda self, x: self.norm(block(self, x)), norm=nn.BatchNorm1d(6))
     result = fasp_fx.prune(model, (X,), score="random", restore=None, sparsity=0.3)

@@ -209,11 +209,11 @@ def check_sizes(program: Program, inputs: list[Any]) -> None:
     Raises:
         AssertionError: a size does not fit.
     """
-    if program.facts is not None:
-        assembly = Assembly(program.module.graph, (), program.facts, program.example)
-        guards = getattr(assembly.frame.module(check_guards=True), "_guards_fn", None)
-        if guards is not None:
-            guards(*inputs)
+    assert program.facts is not None  # or it was not captured
+    frame = Assembly(program.module.graph, (), program.facts, program.example).frame
+    guards: Any = getattr(frame.module(check_guards=True), "_guards_fn", None)
+    if guards is not None:
+        guards(*inputs)
 
 
 def _weights(module: fx.GraphModule, mode: FakeTensorMode) -> Iterator[_Weight]:

@@ -36,6 +36,7 @@ _ALLOWED_ROUNDED = 1e-2
 #: the bound that an exporter has in mind for any size that varies, though one is let pass
 _LEAST = 2
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _SEEDS = (
     "draws other random numbers in each call, where the model repeats itself: forward seeds a generator,"
     " which a graph does not"
@@ -108,10 +109,9 @@ def _trouble_in_layouts(program: Program, model: nn.Module, args: Any, kwargs: d
     """What is wrong, in words, where the inputs lie otherwise in memory, in the first way that the model
     takes.
     """
-    whole = (args, kwargs)
-    calls = (_cut(program, args, kwargs, _LEAST) or whole, whole)
+    calls = (_cut(program, args, kwargs, _LEAST) or (args, kwargs), (args, kwargs))
     where = "where inputs lie otherwise in memory"
-    for call, lie in itertools.product(calls, (laid_otherwise, _lying_apart)):
+    for call, lie in itertools.product(calls, (_laid, _lying_apart)):
         try:
             check_sizes(program, program.flat_inputs(*call))
             said = _otherwise(where, _difference(program, model, call[0], call[1], lie=lie)[0])
@@ -206,6 +206,14 @@ def _seeds(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]
         _distance(drawn, other) and not _distance(given, repeated)
         for (drawn, given), (other, repeated) in zip(*again, strict=True)
     )
+
+
+def _laid(tensor: Tensor) -> Tensor:
+    """A copy as images lie where channels come last, which convolutions hand on; of others, in reverse
+    order.
+    """
+    order = _CHANNELS_LAST.get(tensor.dim()) if tensor.layout == torch.strided else None
+    return laid_otherwise(tensor) if order is None else tensor.clone(memory_format=order)
 
 
 def _lying_apart(tensor: Tensor) -> Tensor:

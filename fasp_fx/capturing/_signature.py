@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -380,15 +381,24 @@ class Guards(nn.Module):
         check: the function of torch's guards; takes the graph's inputs in order.
         names: what the caller calls each of those inputs, such as ``x`` or ``rest['left']``.
         like: what is fixed of each, ``None`` for what is no tensor.
+        types: of real numbers, those of the weights at the capture.
+
+    Attributes:
+        owner: the module whose weights are asked for their types.
     """
 
     _is_impure = True  # nothing uses its result: passes that remove dead code must leave it
 
     def __init__(
-        self, check: Callable[..., Any], names: tuple[str, ...], like: tuple[Like | None, ...]
+        self,
+        check: Callable[..., Any],
+        names: tuple[str, ...],
+        like: tuple[Like | None, ...],
+        types: set[torch.dtype],
     ) -> None:
         super().__init__()
-        self.check, self.names, self.like = check, names, like
+        self.check, self.names, self.like, self.types = check, names, like, types
+        self.owner: Callable[[], nn.Module | None] = weakref.ref(self)
 
     def forward(self, *inputs: Any) -> None:
         """Check one call.
@@ -415,21 +425,34 @@ class Guards(nn.Module):
                 " need"
             ) from None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Guards:
-        # A module that was cast (``half()``) takes inputs of the type that its weights have now.
-        self.like = tuple(like and (like[0], fn(torch.empty(0, dtype=like[1])).dtype) for like in self.like)
-        return self
-
     def _check_tensors(self, inputs: tuple[Any, ...]) -> None:
         for name, like, value in zip(self.names, self.like, inputs, strict=True):
             if like is None or isinstance(value, fx.Proxy):  # an fx tracer only looks on
                 continue
-            if not (isinstance(value, Tensor) and (value.dim(), value.dtype) == like):
+            if not (isinstance(value, Tensor) and value.dim() == like[0] and self._takes(value, like[1])):
                 raise _refusal(name, value, f"one of {like[0]} dimensions, {like[1]}")
 
+    def _takes(self, value: Tensor, captured: torch.dtype) -> bool:
+        """Whether a tensor is of the captured type. Where weights are of another than they were (after
+        ``half()``, say), real numbers are of theirs, and autocast mixes them.
+        """
+        if value.dtype == captured or not (captured.is_floating_point and value.is_floating_point()):
+            return value.dtype == captured
+        owner = self.owner()
+        return torch.is_autocast_enabled(value.device.type) or (
+            owner is not None and value.dtype in float_types(owner.parameters()) - self.types
+        )
 
-def guard_calls(lifted: fx.GraphModule, exported: ExportedProgram) -> None:
-    """Let the guards in the module of an exported program fail with :class:`CallError`."""
+
+def float_types(tensors: Iterable[Any]) -> set[torch.dtype]:
+    """The types of those tensors that hold real numbers."""
+    return {held.dtype for held in tensors if isinstance(held, Tensor) and held.is_floating_point()}
+
+
+def guard_calls(lifted: fx.GraphModule, exported: ExportedProgram, types: set[torch.dtype]) -> None:
+    """Let the guards in the module of an exported program fail with :class:`CallError`; ``types`` as for
+    :class:`Guards`.
+    """
     found = getattr(lifted, "_guards_fn", None)
     if found is None or exported.example_inputs is None:  # a program without inputs has none
         return
@@ -443,4 +466,4 @@ def guard_calls(lifted: fx.GraphModule, exported: ExportedProgram) -> None:
     )
     recorded = [node.meta.get("val") for node in lifted.graph.find_nodes(op="placeholder")]
     like = tuple((value.dim(), value.dtype) if isinstance(value, Tensor) else None for value in recorded)
-    lifted._guards_fn = Guards(found.forward, names, like)
+    lifted._guards_fn = Guards(found.forward, names, like, types)

@@ -186,8 +186,8 @@ class Result:
             if name in held and not torch.equal(tensor, held[name].to(tensor)):
                 raise StoreError(
                     f"a copy that result.eager made was trained since, and result.module has other values in"
-                    f" '{name}'; take them with result.module.load_state_dict(copy.state_dict(),"
-                    " strict=False), or save the copy's state_dict() and delete the copy"
+                    f" '{name}'; take them with result.module.load_state_dict(copy.state_dict()), or save"
+                    " the copy's state_dict() and delete the copy"
                 )
 
 
@@ -200,7 +200,8 @@ _COPIES: MutableMapping[nn.Module, tuple[weakref.ref[nn.Module], dict[str, str]]
 def _fingerprints(module: nn.Module) -> dict[str, str]:
     """What tells the weights of a module from others, but for those that were quantised."""
     held = module.state_dict().items()
-    return {name: fingerprint({"": tensor}) for name, tensor in held if type(tensor) is Tensor}
+    plain = ((name, tensor) for name, tensor in held if type(tensor) is Tensor and not tensor.is_meta)
+    return {name: fingerprint({"": tensor}) for name, tensor in plain}
 
 
 # --- Writing.

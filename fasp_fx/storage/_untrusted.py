@@ -136,7 +136,11 @@ def check_program(program: schema.ExportedProgram) -> None:
     program.graph_module.metadata.clear()
     for _, item in walk(program):
         if isinstance(item, schema.Node):
-            item.metadata = {name: item.metadata[name] for name in _METADATA if name in item.metadata}
+            item.metadata = {
+                name: text
+                for name, text in item.metadata.items()
+                if name in _METADATA and _METADATA[name].fullmatch(str(text))
+            }
     for place, item in walk(program):
         if place in _TEXTS and item is not None and not isinstance(item, (list, tuple, dict)):
             _TEXTS[place](item)
@@ -322,8 +326,13 @@ def _register(path: str) -> None:
         register_pytree_node(found)
 
 
-#: what is known of a node besides, by which quantisers find modules and torch unflattens a program
-_METADATA = ("nn_module_stack", "torch_fn")
+#: what is known of a node besides, by which quantisers find modules and torch unflattens a program; torch
+#: does not read what it writes of names with the signs that part them, and these are left out
+_FIELD = r"[^,;()\[\]\"\\\n\r{}]*"
+_METADATA = {
+    "nn_module_stack": re.compile(rf"{_FIELD},{_FIELD},{_FIELD}(?:;{_FIELD},{_FIELD},{_FIELD})*"),
+    "torch_fn": re.compile(r"[^\"\\\n\r{}]*"),
+}
 #: what each text of a stored program is held against, by the class and field that hold it: operators are
 #: given any, which generated code quotes. A text in another place is refused, whatever some torch makes of
 #: it.
@@ -355,7 +364,7 @@ _TEXTS: dict[str, Callable[[Any], object]] = {
     "ModuleCallSignature.out_spec": check_structure,
     "NamedArgument.name": _check_word,
     "NamedTupleDef.field_names": check_name,
-    "Node.metadata": _nothing_but("metadata", r"[\w.,;:<>@+()\[\] '-]"),
+    "Node.metadata": str,
     "Node.metadata key": str,
     "Node.name": check_name,
     "Node.target": check_operator,
