@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from fasp_fx.analysis import Analysis
-from fasp_fx.calibration._visit import Decision
+from fasp_fx.calibration._decision import Decision
 from fasp_fx.capturing._program import Program
 from fasp_fx.pruning import _prune
-from fasp_fx.pruning._subject import Subject
+from fasp_fx.pruning._subject import Whole
 
 
 def decide(program: Program, config: Any, calibration: Any, **how: Any) -> tuple[Analysis, Decision]:
-    subject = Subject({"": program})
-    ((_, decision),) = _prune.decide(subject, config, calibration, **how)
+    subject = Whole(program)
+    ((_, decision),) = _prune.decide(subject, config, calibration, _prune.Job(**how))
     return subject.analyses[""], decision

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import fasp_fx
-from fasp_fx.calibration._visit import Decision
+from fasp_fx.calibration._decision import Decision
 from fasp_fx.errors import CallError
 from fasp_fx.passes import remove
 from fasp_fx.passes._pruned_module import finish

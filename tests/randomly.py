@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fasp_fx.analysis import Analysis, analyze_program
-from fasp_fx.calibration._visit import Decision
+from fasp_fx.calibration._decision import Decision
 from fasp_fx.capturing import capture
 from fasp_fx.errors import CallError
 from fasp_fx.passes import remove, split_fused

@@ -28,7 +28,7 @@ from zoo import randomise
 import fasp_fx
 from fasp_fx.allocation import Budget, Global, Limit, uniform
 from fasp_fx.allocation.budgets import macs_of
-from fasp_fx.calibration._visit import Decision
+from fasp_fx.calibration._decision import Decision
 from fasp_fx.cli._app import read_amount
 from fasp_fx.hf._stages import stages_of
 from fasp_fx.passes import remove

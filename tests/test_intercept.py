@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fasp_fx
-from fasp_fx.calibration._visit import decided
+from fasp_fx.calibration._decision import decided
 from fasp_fx.pruning.check._check import restricted
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

@@ -21,7 +21,7 @@ from torch import nn
 import fasp_fx
 import fasp_fx.hf
 from fasp_fx.calibration import _visit
-from fasp_fx.calibration._visit import Decision
+from fasp_fx.calibration._decision import Decision
 from fasp_fx.errors import ArgumentError, StoreError
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

@@ -43,7 +43,7 @@ from fasp_fx.allocation._allocation import _counts, _neighbours
 from fasp_fx.calibration._consumers import Consumers
 from fasp_fx.calibration._ranks import Ranks
 from fasp_fx.calibration._trial import Divergence, ModelTrial
-from fasp_fx.calibration._visit import Decision
+from fasp_fx.calibration._decision import Decision
 from fasp_fx.errors import ArgumentError
 from fasp_fx.pruning._calibrating import Method, measure_costs
 from fasp_fx.pruning._prune import PROGRESS_SHARE_MEASURING

@@ -4,8 +4,9 @@ consumer that was done.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..base._json import Count
 from ..base._tensors import digest_of
 from ..errors import StoreError, first_line
 from ..storage._folder import claim, read_state
+from ._ranks import Ranks
 
 _EVENTS, _WEIGHTS = "events.json", "weights.safetensors"
 
@@ -100,6 +102,49 @@ class Journal:
             safetensors.torch.save_file(weights, made / _WEIGHTS)
             (made / _EVENTS).write_text(json.dumps(events), encoding="utf-8")
         self.stops, self.new = stops, {}
+
+
+#: makes a decision, or recalls it: a mapping with one tensor, its ``weight``
+Decide = Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
+
+
+class Ledger:
+    """Decisions, numbered as they are made, the same in all processes.
+
+    Args:
+        ranks: the processes.
+        journal: what was decided before, and where that is written which is decided now; of the first process
+            alone.
+
+    Attributes:
+        stops: of how many stops on the way through the graph the journal knows all.
+        unmatched: nodes whose padding could not be told, by name.
+    """
+
+    def __init__(self, ranks: Ranks, journal: Journal | None = None) -> None:
+        self.ranks, self._journal, self._numbers = ranks, journal, itertools.count()
+        before = (0, list[str]()) if journal is None else (journal.stops, journal.unmatched)
+        self.stops, self.unmatched = ranks.first(before)
+
+    def recall(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The next decision, as the journal has it."""
+        number = next(self._numbers)
+        decision: dict[str, Any] = self.ranks.share(0, self._journal and self._journal.known(number))
+        return decision
+
+    def settle(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The next decision, as the process makes it whose turn it is."""
+        number = next(self._numbers)
+        owner = number % self.ranks.size
+        decision: dict[str, Any] = self.ranks.share(owner, make() if owner == self.ranks.rank else None)
+        if self._journal is not None:
+            self._journal.new[number] = decision
+        return decision
+
+    def commit(self, stops: int, unmatched: list[str]) -> None:
+        """Write into the journal that so many stops are done; as :meth:`Journal.commit`."""
+        if self._journal is not None:
+            self._journal.commit(stops, unmatched)
 
 
 def open_journal(

@@ -84,14 +84,14 @@ class ConsumerMatrices:
         return flat.reshape(like.shape)
 
     def tokens(
-        self, activation: Tensor, marks: Tensor, ends: Tensor | None
+        self, activation: Tensor, roles: Tensor, ends: Tensor | None
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The input's tokens for each block, piece by piece: (block, ``[tokens, columns]``, their marks
+        """The input's tokens for each block, piece by piece: (block, ``[tokens, columns]``, their roles
         ``[tokens]``).
 
         Args:
             activation: the value of the use's activation.
-            marks: what each position is for (:mod:`fasp_fx.statistics`), with as many dimensions as the
+            roles: what each position is for (:mod:`fasp_fx.statistics`), with as many dimensions as the
                 activation, of its size or 1; of a routed use ``[tokens]``.
             ends: for a routed use, where each block's tokens end.
         """
@@ -101,7 +101,7 @@ class ConsumerMatrices:
             flat = activation.movedim(layout.columns[0], -1).reshape(-1, columns)
             start = 0
             for block, end in enumerate(ends.tolist()):
-                yield block, flat[start:end], marks[start:end]
+                yield block, flat[start:end], roles[start:end]
                 start = end
             return
         # Windows overlap, so that their tokens are many times the input: one sample at a time.
@@ -110,9 +110,9 @@ class ConsumerMatrices:
             or any(split[0] == 0 for split in layout.splits)
             or 0 in (*layout.blocks, *layout.columns, *(w.dim for w in layout.windows))
         )
-        marks = marks.expand(activation.shape)
+        roles = roles.expand(activation.shape)
         for piece, own in (
-            [(activation, marks)] if whole else zip(activation.split(1), marks.split(1), strict=True)
+            [(activation, roles)] if whole else zip(activation.split(1), roles.split(1), strict=True)
         ):
             matrix = _laid(_divided(piece, layout), layout)
             # A token is read along all its columns, and along a window: one position there stands for all, or

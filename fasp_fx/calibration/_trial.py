@@ -20,12 +20,10 @@ from ..base._offload import keep
 from ..base._undisturbed import drawing_alike
 from ..base.compare import unfilled
 from ..capturing._runner import Runner
-from ._calibration import Piece, returned
-from ._consumers import Consumers
-from ._gradients import outcome
-from ._marks import Marks
+from ._calibration import returned
+from ._consumers import Consumer
+from ._gradients import Observation, outcome
 from ._matrices import read_otherwise
-from ._ranks import Ranks
 from .losses import (
     Loss,
     Outputs,
@@ -103,59 +101,44 @@ class ModelTrial(ServedTrial):
     of products of activations stay.
 
     Args:
-        consumers: with the Gram matrices of the dense model's activations, which stay with this.
+        observation: of the dense model; its consumers, with their Gram matrices, stay with this, and some of
+            its pieces are taken, evenly.
         orders: of the groups that have one, by name.
-        pieces: calibration sequences, some of which are taken, evenly.
-        marks: which tokens of the pieces are padding.
-        loss: what a candidate is judged by (:mod:`fasp_fx.calibration._trial`).
         most: how many sequences are taken at most.
-        repairs: whether consumers are repaired; otherwise the removed columns are zero.
         precision: of products of float32 while a candidate runs.
-        ranks: the processes that share the sequences.
     """
 
     def __init__(
-        self,
-        consumers: Consumers,
-        orders: Mapping[str, Order],
-        pieces: Sequence[Piece],
-        marks: Marks,
-        loss: Loss | None,
-        most: int,
-        repairs: bool,
-        precision: str,
-        ranks: Ranks,
+        self, observation: Observation, orders: Mapping[str, Order], most: int, precision: str
     ) -> None:
-        self.analysis, self.ranks, self.fitness = consumers.analysis, ranks, fitness_of(loss)
-        self._consumers, self._marks, self._precision = consumers, marks, precision
+        self._observation, self._precision = observation, precision
+        consumers, ranks, pieces = observation.consumers, observation.ranks, observation.pieces
+        self.analysis, self.fitness = consumers.analysis, fitness_of(observation.loss)
         self._orders = {name: ranks.first(order.sets) for name, order in orders.items()}
         count = min(most, len(pieces))
         self._places = [index * len(pieces) // count for index in range(count)]
-        self._pieces = [pieces[place] for place in self._places]
-        own = consumers.by_key.values()
-        self._by_weight = {
-            name: [consumer for consumer in own if consumer.weight == name]
-            for name in dict.fromkeys(consumer.weight for consumer in own)
-        }
+        self._by_weight: dict[str, list[Consumer]] = {}
+        for consumer in consumers:
+            self._by_weight.setdefault(consumer.weight, []).append(consumer)
         self._touching = {
             name: [
                 index
                 for index, group in enumerate(self.analysis.chosen)
-                if not set(own).isdisjoint(consumers.of_group[group.name])
+                if not set(readers).isdisjoint(consumers.of_group[group.name])
             ]
-            for name, own in self._by_weight.items()
+            for name, readers in self._by_weight.items()
         }
         self._grams = {
             consumer: consumer.grams
-            for consumer in consumers.by_key.values()
-            if repairs
+            for consumer in consumers
+            if consumers.is_repaired
             and not consumers.weight(consumer).is_complex()
             and read_otherwise(self.analysis, consumer.matrices) is None
         }
         #: by name, and what the groups that it is a consumer of have lost
-        self._made: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._repairs: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._dense: dict[int, Any] = {}
-        super().__init__(min(most, len(pieces)), self.fitness.description, self.analysis.chosen)
+        super().__init__(count, self.fitness.description, self.analysis.chosen)
 
     def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
         """The loss on each of some of the sequences taken, in all processes.
@@ -164,39 +147,40 @@ class ModelTrial(ServedTrial):
             ArgumentError: what is to be lost cannot be.
         """
         weights = self._weights(self.taken(lost))
-        found = torch.zeros(len(sequences), dtype=torch.float64)
+        ranks, losses = self._observation.ranks, torch.zeros(len(sequences), dtype=torch.float64)
         for place, number in enumerate(sequences):
-            if number % self.ranks.size == self.ranks.rank:
+            if number % ranks.size == ranks.rank:
                 if number not in self._dense:
                     self._dense[number] = self.fitness.remember(*self._run(number, {}))
                 value = self.fitness.loss(self._dense[number], *self._run(number, weights))
-                found[place] = value if math.isfinite(value) else math.inf
-        return self.ranks.first(self.ranks.add(found).tolist())
+                losses[place] = value if math.isfinite(value) else math.inf
+        return ranks.first(ranks.add(losses).tolist())
 
     def _run(self, number: int, weights: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any], Padding]:
         """What the model returns for a sequence with these weights, the arguments of the call, and which
         tokens are padding.
         """
-        piece, program = self._pieces[number], self.analysis.program
+        place, program = self._places[number], self.analysis.program
+        piece = self._observation.pieces[place]
         with torch.no_grad(), drawing_alike(program.weights().values()), float32_products(self._precision):
             run = Runner(program, [piece.inputs], numbers=[piece.batch])
             run.overrides |= weights
             run.advance(len(run.nodes) - 1)
             leaves = returned(program, run)
-        return outcome(program, leaves, piece, self._marks, self._places[number])
+        return outcome(program, leaves, piece, self._observation.roles, place)
 
     def _weights(self, lost: Sequence[int]) -> dict[str, Tensor]:
         """The weights that are not as in the dense model."""
-        found = {}
+        weights = {}
         for name, touching in self._touching.items():
             levels = tuple(lost[index] for index in touching)
-            if any(levels) and (name, levels) not in self._made:
-                if len(self._made) >= _KEPT * len(self._by_weight):
-                    self._made.clear()
-                self._made[name, levels] = self._repaired(name, levels)
+            if any(levels) and (name, levels) not in self._repairs:
+                if len(self._repairs) >= _KEPT * len(self._by_weight):
+                    self._repairs.clear()
+                self._repairs[name, levels] = self._repaired(name, levels)
             if any(levels):
-                found[name] = self._made[name, levels]
-        return found
+                weights[name] = self._repairs[name, levels]
+        return weights
 
     @torch.no_grad()
     def _repaired(self, name: str, levels: tuple[int, ...]) -> Tensor:
@@ -208,7 +192,7 @@ class ModelTrial(ServedTrial):
             if count
         ]
         gone = np.isin(self.analysis.labels, np.concatenate(taken))
-        weight = self._consumers.weight(self._by_weight[name][0])
+        weight = self._observation.consumers.weight(self._by_weight[name][0])
         for consumer in self._by_weight[name]:
             kept = torch.from_numpy(~consumer.gone(gone)).to(weight.device)
             whole = torch.from_numpy(~consumer.blocks_gone(gone)).to(weight.device)
@@ -241,8 +225,8 @@ class Fitness:
 
     description = "the loss that was given"
 
-    def __init__(self, given: Loss = next_token) -> None:
-        self._loss = given
+    def __init__(self, loss: Loss = next_token) -> None:
+        self._loss = loss
 
     def remember(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Any:
         """What is kept of the dense model's outputs."""
@@ -253,7 +237,7 @@ class Fitness:
         return float(evaluated(self._loss, outputs, inputs, padding).double().mean())
 
 
-class Divergence(Fitness):
+class NextTokens(Fitness):
     """The mean over tokens of KL(dense ‖ pruned) of the next token, where the tokens that the dense model
     thinks less likely count as one outcome.
 
@@ -271,20 +255,20 @@ class Divergence(Fitness):
         """The likeliest tokens ``[tokens, likeliest]``, and the logarithms of their probabilities and of that
         of the others, ``[tokens, likeliest + 1]``.
         """
-        chosen, held = [], []
+        chosen, logarithms = [], []
         for logits in _pieces(outputs, inputs, padding):
             chosen.append(logits.topk(min(self.likeliest, logits.shape[1])).indices)
-            held.append(_coarse(logits, chosen[-1]))
-        return keep(torch.cat(chosen).to(torch.int32)), keep(torch.cat(held))
+            logarithms.append(_coarse(logits, chosen[-1]))
+        return keep(torch.cat(chosen).to(torch.int32)), keep(torch.cat(logarithms))
 
     def loss(self, remembered: Any, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> float:
         total, tokens = 0.0, 0
         chosen, dense = remembered
-        for logits, own, expected in zip(
+        for logits, places, expected in zip(
             _pieces(outputs, inputs, padding), chosen.split(_AT_ONCE), dense.split(_AT_ONCE), strict=True
         ):
             likely = expected.exp()
-            terms = torch.where(likely > 0, likely * (expected - _coarse(logits, own.long())), 0.0)
+            terms = torch.where(likely > 0, likely * (expected - _coarse(logits, places.long())), 0.0)
             total, tokens = total + float(terms.sum(dtype=torch.float32).double()), tokens + len(logits)
         return total / max(tokens, 1)
 
@@ -314,14 +298,14 @@ def fitness_of(loss: Loss | None) -> Fitness:
     """What a loss is searched by; ``None``: none was given."""
     if loss is None or isinstance(loss, Outputs):
         return Error()
-    return Divergence() if loss is next_token else Fitness(loss)
+    return NextTokens() if loss is next_token else Fitness(loss)
 
 
 def _pieces(outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Iterable[Tensor]:
     """The logits of tokens that count, ``[tokens, vocabulary]``, so many of these at a time."""
     logits, _, counts = predictions(outputs, inputs, padding)
-    for own in counts.to(logits.device).flatten().nonzero().flatten().split(_AT_ONCE):
-        yield logits.flatten(0, 1)[own].float()
+    for places in counts.to(logits.device).flatten().nonzero().flatten().split(_AT_ONCE):
+        yield logits.flatten(0, 1)[places].float()
 
 
 def _coarse(logits: Tensor, chosen: Tensor) -> Tensor:

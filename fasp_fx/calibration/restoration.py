@@ -69,16 +69,16 @@ class Problem:
     gram: Tensor
     held: Tensor | None
     kept: Tensor
-    has_ones: bool
+    has_ones: bool = False
 
 
 #: A restoration of your own: the weight of the kept columns, shape ``[rows, kept]``. It stays whatever error
 #: it makes; the report says which.
 Restoration = Callable[[Problem], Tensor]
 
-#: What a consumer is restored by inside the library: weight, Gram matrices fitted and held out, kept columns,
-#: and whether the last of these holds ones.
-Restore = Callable[[Tensor, Tensor, Tensor | None, Tensor, bool], Restored]
+#: What a consumer is restored by inside the library, its Gram matrices as they are or as X, where that has
+#: fewer rows than columns; and the least ridge, relative to the mean of the diagonal.
+Restore = Callable[[Problem, float], Restored]
 
 
 def together(blocks: Sequence[Restored]) -> Restored:
@@ -106,14 +106,7 @@ def without_values(outcome: Restored) -> Restored:
     return replace(outcome, weight=outcome.weight.to("meta"))
 
 
-def ridge(
-    weight: Tensor,
-    fitted: Tensor,
-    held: Tensor | None,
-    kept: Tensor,
-    has_ones: bool = False,
-    least: float = 0.0,
-) -> Restored:
+def ridge(problem: Problem, least: float = 0.0) -> Restored:
     """``V = W (G + δI)[:, M] (G[M, M] + δI)⁻¹``, which minimises ``‖X(W − V)ᵀ‖²_F + δ‖V − W[:, M]‖²_F`` over
     weights V on the columns M.
 
@@ -125,15 +118,11 @@ def ridge(
     system cannot be solved.
 
     Args:
-        weight: shape ``[rows, columns]``.
-        fitted, held: XᵀX over the fitted tokens and over those held out, shape ``[columns, columns]``,
-            symmetric, or X, where it has fewer rows than columns; ``None``: none were held out.
-        kept: M, the indices of kept columns, shape ``[kept]``.
-        has_ones: whether the last kept column holds ones. The ridge takes it as if it were as large as the
-            columns are in the mean.
+        problem: its Gram matrices symmetric, or X, where that has fewer rows than columns. A column of ones
+            the ridge takes as if it were as large as the columns are in the mean.
         least: no δ below that is tried.
     """
-    solver = _Solver(weight, fitted, held, kept, has_ones)
+    solver = _Solver(problem)
     strength, held_factor = solver.choose(least)
     found, (whole, held_out) = solver.solved(strength), solver.before
     if found.error_after < whole and (found.held_after or 0.0) < held_out:
@@ -149,19 +138,23 @@ def restored_by(restoration: Restoration) -> Restore:
             finite.
     """
 
-    def restore(
-        weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False
-    ) -> Restored:
+    def restore(problem: Problem, least: float) -> Restored:
+        weight, judging = problem.weight, problem.held
         # Copies: what it does to them in place is its own business.
-        own = None if held is None else whole(held).clone()
-        found = restoration(Problem(weight.clone(), whole(fitted).clone(), own, kept.clone(), has_ones))
-        found = dense_numbers("restore=", found, (len(weight), len(kept)))
-        if not bool(torch.isfinite(found.to(weight)).all()):
+        copies = replace(
+            problem,
+            weight=weight.clone(),
+            gram=whole(problem.gram).clone(),
+            held=None if judging is None else whole(judging).clone(),
+            kept=problem.kept.clone(),
+        )
+        stored = dense_numbers("restore=", restoration(copies), (len(weight), len(problem.kept))).to(weight)
+        if not bool(torch.isfinite(stored).all()):
             raise ArgumentError(
                 f"restore= returned a weight that is not finite as {weight.dtype}; return"
                 " problem.weight[:, problem.kept] where nothing can be solved"
             )
-        return _Solver(weight, fitted, held, kept, False).judged(found.to(weight), 0.0)
+        return _Solver(replace(problem, has_ones=False)).judged(stored, 0.0)
 
     return restore
 
@@ -196,11 +189,10 @@ class _Solver:
     pairs: over all tokens, and over those held out.
     """
 
-    def __init__(
-        self, weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool
-    ) -> None:
+    def __init__(self, problem: Problem) -> None:
+        weight, kept, fitted, held = problem.weight, problem.kept, problem.gram, problem.held
         self.weight, self.kept, self.count, self.judges = weight, kept, len(kept), held is not None
-        self.ones = _size_of_ones(fitted, int(kept[-1])) if has_ones else None
+        self.ones = _size_of_ones(fitted, int(kept[-1])) if problem.has_ones else None
         removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         removed[kept] = False
         order = torch.cat([kept, removed.nonzero()[:, 0]])

@@ -23,6 +23,7 @@ from ..hf._folder import KIND, OWN, PLAIN
 from ..hf._formats import FORMATS
 from ..hf._stages import pruned_already
 from ..pruning._allocating import expected_sparsity
+from ..pruning._method import Method
 from ..pruning.config import PruningConfig
 from ..pruning.report import Figure
 from ..pruning.report import counted as counted_weights
@@ -246,9 +247,9 @@ def run(
         home = where if kept is None else "cpu"
         dense = _models.load_model(model, dtype=dtype, device=home, scratch=kept)
         texts.check_against(dense)
-        if config.needs_data:
+        if (needs_data := Method.of(config).needs_data):
             texts.write(dense, tokenizer, stages)
-        chunks = texts.used if config.needs_data else None
+        chunks = texts.used if needs_data else None
         with _together(where) as group:
             asked: dict[str, Any] = {"group": group, "checkpoint": checkpoint, "format": format}
             made = [_pruned(dense, tokenizer, chunks, stages, out, config=config, **asked)]

@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Unpack, cast
+from typing import Any, Literal, Unpack
 
 import torch
 import torch.distributed as dist
@@ -19,25 +18,26 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from ..allocation import Allocation, Budget, CostAllocation, validate
 from ..allocation._allocation import Search
-from ..allocation._limits import joined
-from ..allocation.budgets import Bytes
+from ..allocation.budgets import Bytes, CacheBytes
 from ..allocation.costs import Costs
 from ..analysis._analysis import Analysis
 from ..analysis._depth import DEPTH
-from ..analysis.groups import PRUNABLE
+from ..analysis.groups import PRUNABLE, Group
 from ..analysis.plan import PruningPlan
 from ..base._device import device_of
 from ..base._progress import Shown
 from ..base._tolerable import tolerable
 from ..base.compat._transformers import quiet
 from ..calibration._calibration import as_calls, check_calibration
-from ..calibration._ranks import ended_together
+from ..calibration._ranks import Ranks, ended_together
 from ..capturing._capture import capture_whole
-from ..errors import ArgumentError, NothingPrunableError, SparsityError, first_line
-from ..pruning._prune import prune
+from ..errors import ArgumentError, NothingPrunableError, first_line
+from ..pruning._allocating import Step
+from ..pruning._method import Method, allocation_of
+from ..pruning._prune import Job, prune_subject
 from ..pruning._result import Result
+from ..pruning._subject import Whole
 from ..pruning.config import Granularity, PruningConfig, PruningOptions
 from ..pruning.eager import fused_weights
 from ..pruning.report import Report
@@ -155,39 +155,32 @@ def prune_to(
         CalibrationError, CaptureError: as for :func:`fasp_fx.prune`.
     """
     asked = PruningConfig.of(config, options)
-    own, settings = config_for(name, model, asked)
+    own, constraint = config_for(name, model, asked)
     assert isinstance(model, PreTrainedModel)
-    if asked.needs_data:
+    if Method.of(asked).needs_data:
         check_calibration(calibration)
     calibration, example = _batches(model, calibration)
     # A program that returns a cache says how large it is.
-    example["use_cache"] = asked.counts_cache
+    example["use_cache"] = any(isinstance(cap, CacheBytes) for cap in asked.budgets)
     form = FORMATS[name]
     # What the file cannot say is refused before the work.
-    dense, _ = build(name, settings.experiments, model.state_dict(keep_vars=True), model)
+    dense, _ = build(name, constraint.experiments, model.state_dict(keep_vars=True), model)
     said = check_equal(dense, model, example)
     if form.tensors is not None:
         describe_gguf(pathlib.Path(), dense, form.tensors, tokenizer)
-    result = prune(
-        capture_whole(dense, (), example, device=device),
-        calibration=calibration,
-        config=own,
-        costs=costs,
-        progress=progress,
-        on_analysis=on_analysis,
-        group=group,
-        checkpoint=checkpoint,
-    )
-    smaller, note = build(name, settings.experiments, smaller_weights(dense, result), model)
+    loss: Literal["outputs", "next-token"] = "next-token" if model.can_generate() else "outputs"
+    job = Job(progress, on_analysis, costs, Ranks.of(group), checkpoint, loss, constraint)
+    captured = capture_whole(dense, (), example, device=device)
+    result = prune_subject(Whole(captured.checked(), device), own, calibration, job)
+    smaller, note = build(name, constraint.experiments, smaller_weights(dense, result), model)
     check_equal(smaller, result.module, example)
     lines = tuple(
-        replace(line, reason=f"left whole: {settings.whole[line.name]}")
-        if line.status == PRUNABLE and line.name in settings.whole
+        replace(line, reason=f"left whole: {constraint.whole[line.name]}")
+        if line.status == PRUNABLE and line.name in constraint.whole
         else line
         for line in result.report.lines
     )
     counted = Bytes(1.0, form.stored)
-    # The settings are no allocation of the caller's.
     report = replace(
         result.report,
         bytes=(round(counted.held(model.parameters())), round(counted.held(smaller.parameters()))),
@@ -199,8 +192,8 @@ def prune_to(
     return made.to(device_of(model)), result.plan, report
 
 
-def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConfig, Settings]:
-    """The configuration with which a model is pruned to a format.
+def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConfig, FormatConstraint]:
+    """The configuration with which a model is pruned to a format, and what the format can say.
 
     Raises:
         ArgumentError: as for :func:`prune_to`.
@@ -213,7 +206,7 @@ def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConf
     for option, given in (
         ("include='depth'", DEPTH in asked.include and not form.by_layer),
         ("sparsity by pattern", isinstance(asked.sparsity, Mapping)),
-        ("allocation by trial", isinstance(asked.allocator, Search)),
+        ("allocation by trial", isinstance(allocation_of(asked), Search)),
     ):
         if given:
             raise ArgumentError(
@@ -224,8 +217,6 @@ def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConf
     _check_names(name, experiments, model.state_dict())
     if form.as_llama:
         refuse_unsaid(name, type(model), model.config)
-    kind = CostSettings if isinstance(asked.allocator, CostAllocation) else Settings
-    settings = kind(name, experiments, asked.allocator)
     default = asked.granularity == PruningConfig.granularity
     # Attention goes with all of its heads.
     granularity = Format.granularity if DEPTH in asked.include else form.granularity
@@ -235,11 +226,9 @@ def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConf
             replace(cap, stored=cap.stored or form.stored) if isinstance(cap, Bytes) else cap
             for cap in asked.budgets
         ],
-        allocation=settings,
         granularity=granularity if default else asked.granularity,
-        loss="next-token" if asked.loss == "auto" and cast(Any, model).can_generate() else asked.loss,
     )
-    return own, settings
+    return own, FormatConstraint(name, experiments)
 
 
 def experiments_for(name: str, kind: Any, config: Any) -> Experiments:
@@ -280,82 +269,47 @@ def _check_names(name: str, experiments: Experiments, weights: Mapping[str, Tens
             )
 
 
-class Settings:
-    """An allocation (see :data:`fasp_fx.allocation.Allocation`) that stays within what a format can say.
+class FormatConstraint:
+    """What a format can say of the sizes of a model (see :class:`fasp_fx.pruning._allocating.Constraint`).
 
     Args:
         name: of the format.
         experiments: builds the model's class.
-        allocate: how the channels share what is to go; it sees one group for all that shrink alike.
 
     Attributes:
-        whole: for each group that no field can shrink alone, why; known once the allocation was made.
+        whole: for each group that no field can shrink alone, why; known once it was called.
     """
 
-    def __init__(self, name: str, experiments: Experiments, allocate: Allocation) -> None:
-        self.name, self.experiments, self.allocate = name, experiments, allocate
+    def __init__(self, name: str, experiments: Experiments) -> None:
+        self.name, self.experiments, self.source = name, experiments, f"the format {name!r}"
         self.whole: dict[str, str] = {}
 
-    def __call__(self, budget: Budget, round_to: int, costs: Costs | None = None) -> list[int]:
-        """Channel sets lost per block of each group.
+    def __call__(self, groups: Sequence[Group]) -> tuple[list[int | None], list[Step]]:
+        """Groups that shrink together are tied.
 
         Raises:
             NothingPrunableError: the format can say nothing.
-            SparsityError: it cannot say enough, or its smallest step is too large.
-        """
-        narrowed, places = self._narrowed(budget)
-        given = []
-        if costs is not None:
-            shrunk = [group for group, place in zip(budget.groups, places, strict=True) if place is not None]
-            numbers = [place for place in places if place is not None]
-            given.append(joined(costs, shrunk, numbers))
-        allocate: Any = self.allocate
-        lost = validate(allocate(narrowed, round_to, *given), narrowed)
-        if not any(lost):
-            raise SparsityError(
-                f"the sparsity is less than half a step of what the format {self.name!r} can say; ask for"
-                " more"
-            )
-        return narrowed.spread(lost, budget)
-
-    def _narrowed(self, budget: Budget) -> tuple[Budget, list[int | None]]:
-        """The budget for groups that each stand for all that shrink together, and which those are; errors as
-        for a call.
         """
         own, form = self.experiments, FORMATS[self.name]
-        fields = _fields(self.name, own, (place for group in budget.groups for place in units(group)))
+        fields = _fields(self.name, own, (place for group in groups for place in units(group)))
         sized = {at for field in fields if field.path[0] not in form.at_once for at in field.moves}
-        at_once = {group.name for group in budget.groups if units(group).keys().isdisjoint(sized)}
+        steps = [Step(form.multiple, units(group).keys().isdisjoint(sized)) for group in groups]
         # vLLM's first layer cannot be without attention.
         can = [
-            group.name not in at_once
-            or not (group.needed or (form.at_once and group.name.startswith(own.layers[0])))
-            for group in budget.groups
+            not step.at_once or not (group.needed or (form.at_once and group.name.startswith(own.layers[0])))
+            for group, step in zip(groups, steps, strict=True)
         ]
-        some = iter(arrange([*itertools.compress(budget.groups, can)], fields, _scopes(self.name, own)))
-        found = [next(some) if able else None for able in can]
+        some = iter(arrange([*itertools.compress(groups, can)], fields, _scopes(self.name, own)))
+        ties = [next(some) if able else None for able in can]
         what = "layer of" if form.by_layer else "field of"
         self.whole = {
             group.name: f"no {what} {own.name} shrinks with it and nothing else, as {self.name!r} says it"
-            for group, place in zip(budget.groups, found, strict=True)
-            if place is None
+            for group, tie in zip(groups, ties, strict=True)
+            if tie is None
         }
-        if all(place is None for place in found):
+        if all(tie is None for tie in ties):
             raise NothingPrunableError("; ".join(dict.fromkeys(self.whole.values())))
-        narrowed = budget.narrowed(found)
-        narrowed.groups = [
-            replace(group, at_once=group.name in at_once, multiple=math.lcm(group.multiple, form.multiple))
-            for group in narrowed.groups
-        ]
-        return narrowed, found
-
-
-class CostSettings(Settings, CostAllocation):
-    """Settings whose channels are shared out by what they cost."""
-
-    def check(self, budget: Budget, round_to: int) -> None:
-        """Refuse what the format cannot say; errors as for a call."""
-        cast(CostAllocation, self.allocate).check(self._narrowed(budget)[0], round_to)
+        return ties, steps
 
 
 def _scopes(name: str, experiments: Experiments) -> tuple[str, ...]:

@@ -23,15 +23,16 @@ from ..base._options import check_callable
 from ..base._progress import Shown, shows
 from ..base._undisturbed import in_usual_modes, one_at_a_time
 from ..calibration._calibration import check_calibration
+from ..calibration._decision import Decision
 from ..calibration._ranks import Ranks, ended_together
-from ..calibration._visit import Decision
 from ..capturing._capture import Captured, capture_whole
 from ..capturing._program import Program
 from ..errors import ArgumentError, PlanError, StoreError, VerificationError
 from ..passes._pruned_module import PrunedModule
-from ..pruning._prune import decide, measure_subject, replay, restoring_config
+from ..pruning._method import Method
+from ..pruning._prune import Job, decide, measure_subject, replay, restoring_config
 from ..pruning._result import Result, read_told
-from ..pruning._subject import Subject, analyze_for, rewrite
+from ..pruning._subject import Subject, Whole, analyze_for, rewrite
 from ..pruning.config import PruningConfig, PruningOptions
 from ..pruning.eager import fused_weights
 from ..pruning.report import Report
@@ -162,7 +163,7 @@ def analyze(
         granularity, include: as for :func:`fasp_fx.prune`.
     """
     config = PruningConfig(granularity=granularity, include=include)
-    return Subject({"": _captured(model, device).planned()[1]}).analyze(config)
+    return Whole(_captured(model, device).planned()[1]).analyze(config)
 
 
 @shows("measuring")
@@ -186,12 +187,10 @@ def measure(
     captured = _captured(model, device)
     asked = PruningConfig.of(config, options)
     return measure_subject(
-        Subject({"": captured.planned()[1]}, device),
+        Whole(captured.planned()[1], device),
         asked,
         captured.read(calibration),
-        ranks=Ranks.of(group),
-        progress=progress,
-        loss="next-token",
+        Job(progress, ranks=Ranks.of(group), loss="next-token"),
     )
 
 
@@ -217,9 +216,9 @@ def apply(
     """
     asked = restoring_config(PruningConfig.of(config, options), plan, calibration is not None)
     captured = _captured(model, device)
-    subject = Subject({"": captured.planned()[1]}, device)
+    subject = Whole(captured.planned()[1], device)
     batches = captured.read(calibration)
-    ((_, decision),) = replay(subject, plan, asked, batches, progress=progress)
+    ((_, decision),) = replay(subject, plan, asked, batches, Job(progress))
     return _finished(captured, subject, decision, asked, None, tokenizer)
 
 
@@ -294,20 +293,11 @@ def prune(
         return Pruned(*held, tokenizer, format)
     captured = _captured(model, device)
     asked = PruningConfig.of(config, options)
-    if asked.needs_data:
+    if Method.of(asked).needs_data:
         check_calibration(calibration)
-    subject = Subject({"": captured.planned()[1]}, device)
-    ((_, decision),) = decide(
-        subject,
-        asked,
-        captured.read(calibration),
-        progress=progress,
-        on_analysis=on_analysis,
-        costs=costs,
-        loss="next-token",
-        ranks=Ranks.of(group),
-        checkpoint=checkpoint,
-    )
+    subject = Whole(captured.planned()[1], device)
+    job = Job(progress, on_analysis, costs, Ranks.of(group), checkpoint, "next-token")
+    ((_, decision),) = decide(subject, asked, captured.read(calibration), job)
     return _finished(captured, subject, decision, asked, asked, tokenizer)
 
 

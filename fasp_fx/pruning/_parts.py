@@ -11,19 +11,20 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
-from ..allocation.budgets import Cap, Latency, counted
+from ..allocation.budgets import Cap, Latency, Microseconds, counted
 from ..analysis import plan as plans
 from ..analysis._analysis import Analysis
-from ..analysis.groups import Group
+from ..analysis.groups import Group, Groups
 from ..analysis.plan import PruningPlan
 from ..analysis.resources import Resource, Sparsity
 from ..base._tolerable import tolerable
 from ..base._warn import warn
 from ..calibration._calibration import as_calls, check_inputs
+from ..calibration._decision import Decision
 from ..calibration._trial import ModelTrial, ServedTrial
-from ..calibration._visit import Decision
 from ..capturing._unchanged import rewound
 from ..errors import (
+    ArgumentError,
     CalibrationError,
     CallError,
     PlanError,
@@ -60,14 +61,16 @@ def group_within(paths: Sequence[str], group: Group) -> Group:
 _NAMES = frozenset({"name", "source", "sources", "producers", "consumers"})
 
 
-def renamed(held: Any, change: Callable[[str], str], is_name: bool = False) -> Any:
+def renamed(value: Any, change: Callable[[str], str], is_name: bool = False) -> Any:
     """A plan, or a line of a report, with other names of groups and weights."""
-    if is_dataclass(held) and not isinstance(held, type):
-        names = [own.name for own in fields(held)]
-        return replace(held, **{own: renamed(getattr(held, own), change, own in _NAMES) for own in names})
-    if isinstance(held, tuple):
-        return tuple(renamed(one, change, is_name) for one in held)
-    return change(held) if is_name and isinstance(held, str) else held
+    if is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in fields(value)]
+        return replace(
+            value, **{name: renamed(getattr(value, name), change, name in _NAMES) for name in names}
+        )
+    if isinstance(value, tuple):
+        return tuple(renamed(item, change, is_name) for item in value)
+    return change(value) if is_name and isinstance(value, str) else value
 
 
 # --- What is counted, and known, of all parts together.
@@ -90,13 +93,13 @@ class Joined(Resource):
         self._parts, self._times, self._around = parts, times, around
 
     def used(self, lost: Sequence[int]) -> float:
-        left, found = iter(lost), self._around
+        counts, total = iter(lost), self._around
         for part, times in zip(self._parts, self._times, strict=True):
-            found += times * part.used([next(left) for _ in part.groups])
-        return found
+            total += times * part.used([next(counts) for _ in part.groups])
+        return total
 
 
-class PartsAnalysis(Analysis):
+class PartsAnalysis(Groups):
     """What :func:`fasp_fx.analyze` returns for a model that cannot be captured as a whole.
 
     Attributes:
@@ -117,8 +120,23 @@ class PartsAnalysis(Analysis):
     @property
     def max_sparsity(self) -> float:
         """The highest sparsity of all parts together that can be asked for with ``round_to=1``."""
-        counted = [Sparsity(analysis) for analysis in self.parts.values()]
-        return Joined(self.chosen, counted, [1] * len(counted), 0).reach(1)
+        resources = [Sparsity(analysis) for analysis in self.parts.values()]
+        return Joined(self.chosen, resources, [1] * len(resources), 0).reach(1)
+
+    def explain(self, first: str, second: str) -> list[str]:
+        """As :meth:`fasp_fx.Analysis.explain`, of two weights of one part in the names of the whole model.
+
+        Raises:
+            ArgumentError: they are in no part together, or not coupled there.
+        """
+        for path, analysis in self.parts.items():
+            inside = f"{path}."
+            if first.startswith(inside) and second.startswith(inside):
+                lines = analysis.explain(first.removeprefix(inside), second.removeprefix(inside))
+                return [line if " = " in line else f"{inside}{line}" for line in lines]
+        raise ArgumentError(
+            f"'{first}' and '{second}' are in no part together that was captured ({', '.join(self.parts)})"
+        )
 
 
 class InParts(Subject):
@@ -139,16 +157,16 @@ class InParts(Subject):
         self.left, self.results = dict(captured.left), dict[str, Result]()
         self._failure: VerificationError | None = None
 
-    def analyze(self, asked: PruningConfig) -> Analysis:
-        found = {path: analyze_for(part.program, asked) for path, part in self.parts.items()}
-        self.analyses = {path: own for path, own in found.items() if own.chosen} or found
-        for path in [path for path in found if path not in self.analyses]:
-            reasons = sorted({group.reason for group in found[path].groups if group.reason})[:3]
+    def analyze(self, asked: PruningConfig) -> PartsAnalysis:
+        each = {path: analyze_for(part.program, asked) for path, part in self.parts.items()}
+        self.analyses = {path: analysis for path, analysis in each.items() if analysis.chosen} or each
+        for path in [path for path in each if path not in self.analyses]:
+            reasons = sorted({group.reason for group in each[path].groups if group.reason})[:3]
             self.left[path] = f"nothing in it can be pruned: {'; '.join(reasons) or 'no weights are coupled'}"
         groups = [
             group_within(self.parts[path].paths, group)
-            for path, own in self.analyses.items()
-            for group in own.groups
+            for path, analysis in self.analyses.items()
+            for group in analysis.groups
         ]
         self.whole = PartsAnalysis(self.analyses, self.left, groups)
         return self.whole
@@ -163,7 +181,7 @@ class InParts(Subject):
 
     def count(self, cap: Cap | None) -> Resource:
         if isinstance(cap, Latency):  # a function of all widths
-            return cap.resource(self.whole)
+            return Microseconds(self.whole.chosen, cap.seconds)
         times = [self.parts[path].calls if cap is not None and cap.per_call else 1 for path in self.analyses]
         inside = {id(tensor) for path in self.analyses for tensor in self.originals[path].parameters()}
         around = {id(tensor): tensor for tensor in self.before.values() if id(tensor) not in inside}
@@ -180,7 +198,7 @@ class InParts(Subject):
     def read(self, calibration: Iterable[Any] | None) -> list[Call]:
         device = next((tensor.device for tensor in self.captured.call.tensors()), None)
         batches = [Call(args, kwargs).to(device) for args, kwargs in as_calls(calibration)]
-        self._found(self.analyses, batches, keep=False)
+        self._calls(self.analyses, batches, lambda flat: [])
         if not self.served():
             path = next(iter(self.analyses))
             raise CalibrationError(f"the calibration data serve no part: of '{path}', {self.left[path]}")
@@ -190,28 +208,28 @@ class InParts(Subject):
         return [path for path in self.analyses if path not in self.left]
 
     def inputs(self, path: str, batches: list[Call]) -> list[list[Any]]:
-        return self._found([path], batches)[path]
+        return self._calls([path], batches, list)[path]
 
-    def _found(
-        self, paths: Iterable[str], batches: list[Call], keep: bool = True
+    def _calls(
+        self, paths: Iterable[str], batches: list[Call], kept: Callable[[list[Any]], list[Any]]
     ) -> dict[str, list[list[Any]]]:
         """What each call of some parts brings to the inputs of their graphs, while every batch runs once;
         nothing where a part does not take one of its calls.
 
         Args:
-            keep: ``False`` tells only how many calls there are.
+            kept: what is kept of a call's inputs.
         """
         modules = {self.originals[path]: path for path in paths}
-        found = {path: list[list[Any]]() for path in paths}
+        calls = {path: list[list[Any]]() for path in paths}
         unfit = dict[str, str]()
 
         def note(module: nn.Module, call: Call) -> None:
             path = modules[module]
             if all(tensor.numel() for tensor in call.tensors()):
                 try:
-                    taken = self.programs[path].flat_inputs(call.args, call.kwargs)
-                    check_inputs(self.programs[path], taken, "a call on the calibration data")
-                    found[path].append(taken if keep else [])
+                    flat = self.programs[path].flat_inputs(call.args, call.kwargs)
+                    check_inputs(self.programs[path], flat, "a call on the calibration data")
+                    calls[path].append(kept(flat))
                 except tolerable(CallError, CalibrationError) as error:
                     unfit.setdefault(path, first_line(error))
 
@@ -227,30 +245,29 @@ class InParts(Subject):
                     " takes no labels is given none: calibration=(batch[0] for batch in loader)"
                 ) from failure
         for path in paths:
-            if path in unfit or not found[path]:
+            if path in unfit or not calls[path]:
                 self.left[path] = unfit.get(path, "the calibration data never reaches it")
-                found[path].clear()
-        return found
+                calls[path].clear()
+        return calls
 
     def apart(self, plan: PruningPlan) -> dict[str, PruningPlan]:
-        """As for a whole model; of the parts that lose nothing, nothing."""
         plans.check_fingerprint(plan, whole_fingerprint(self.before))
-        found, left = {}, len(plan.groups)
+        parts, strange = {}, len(plan.groups)
         for path in self.analyses:
             groups = tuple(group for group in plan.groups if group.name.startswith(f"{path}."))
-            left -= len(groups)
+            strange -= len(groups)
             if groups:
-                own = replace(plan, groups=groups, splits=(), folds=(), fixed=())
-                found[path] = renamed(own, methodcaller("removeprefix", f"{path}."))
-        if left:
+                part = replace(plan, groups=groups, splits=(), folds=(), fixed=())
+                parts[path] = renamed(part, methodcaller("removeprefix", f"{path}."))
+        if strange:
             raise PlanError(
-                f"{left} groups of the plan are in no part that was captured here; use the example inputs"
+                f"{strange} groups of the plan are in no part that was captured here; use the example inputs"
                 " that the plan was made with"
             )
-        return found
+        return parts
 
     def put(self, path: str, decision: Decision, config: PruningConfig | None) -> None:
-        """If nothing of a part can go, it stays whole.
+        """As for a whole model; if nothing of a part can go, it stays whole.
 
         Raises:
             PlanError: it does, and a plan is replayed (``config=None``).
@@ -267,7 +284,7 @@ class InParts(Subject):
         self.results[path] = result
 
     def result(self, config: PruningConfig | None) -> Result:
-        """Everything put together.
+        """As for a whole model.
 
         Raises:
             VerificationError: nothing is left of what was decided.
@@ -277,25 +294,26 @@ class InParts(Subject):
         for path in [path for path in self.analyses if path not in self.results]:
             self.left.setdefault(path, "what was asked for takes nothing from it")
         named = [
-            (renamed(own.plan, f"{path}.".__add__), renamed(own.report.lines, f"{path}.".__add__))
-            for path, own in self.results.items()
+            (renamed(part.plan, f"{path}.".__add__), renamed(part.report.lines, f"{path}.".__add__))
+            for path, part in self.results.items()
         ]
+        joined = {
+            name: tuple(chain.from_iterable(getattr(plan, name) for plan, _ in named))
+            for name in ("groups", "splits", "folds", "fixed")
+        }
         plan = PruningPlan(
             whole_fingerprint(self.before),
-            tuple(chain.from_iterable(plan.groups for plan, _ in named)),
-            0.0,
-            tuple(chain.from_iterable(plan.splits for plan, _ in named)),
-            whole_fingerprint(self._parameters()),
+            sparsity=0.0,
+            result=whole_fingerprint(self._parameters()),
             granularity=tuple(sorted(self.whole.granularity)),
             include=tuple(sorted(self.whole.include)),
-            folds=tuple(chain.from_iterable(plan.folds for plan, _ in named)),
-            fixed=tuple(chain.from_iterable(plan.fixed for plan, _ in named)),
+            **joined,
         )
         removed = {group.name: group.removed_sets for group in plan.groups}
         lost = [removed.get(group.name, 0) for group in self.whole.chosen]
         plan = replace(plan, sparsity=self.count(None).removed(lost))
         old, new = weight_size(self.before), weight_size(self._parameters())
-        rules = sum((Counter(own.report.without_rule) for own in self.results.values()), Counter[str]())
+        rules = sum((Counter(part.report.without_rule) for part in self.results.values()), Counter[str]())
         report = Report(
             plan.sparsity,
             None if config is None else config.target_sparsity,
@@ -333,8 +351,8 @@ class JoinedTrial(ServedTrial):
 
     def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
         shares = self._subject.split(self.taken(lost))
-        found = [trial.losses(shares[path], sequences) for path, trial in self._trials.items()]
-        return [sum(own) for own in zip(*found, strict=True)]
+        losses = [trial.losses(shares[path], sequences) for path, trial in self._trials.items()]
+        return [sum(of_parts) for of_parts in zip(*losses, strict=True)]
 
 
 __all__ = ["InParts", "Joined", "PartsAnalysis"]

@@ -296,25 +296,6 @@ class PruningConfig:
         return configured(cls, config, options)
 
     @property
-    def needs_data(self) -> bool:
-        """Whether calibration data is needed."""
-        from ..allocation._allocation import CostAllocation
-        from ..calibration.obs import resolve_score
-
-        return (
-            resolve_score(self.effective_score).needs_data
-            or self.restore is not None
-            or isinstance(self.allocator, CostAllocation)
-        )
-
-    @property
-    def counts_cache(self) -> bool:
-        """Whether a budget is of the cache, which only a program that returns one shows."""
-        from ..allocation.budgets import CacheBytes
-
-        return any(isinstance(cap, CacheBytes) for cap in self.budgets)
-
-    @property
     def effective_score(self) -> Literal["fasp", "obs", "magnitude", "random"] | Score:
         """The score, or what stands for it where none is given."""
         if self.score is not None:
@@ -343,22 +324,6 @@ class PruningConfig:
             for field in fields(self)
             if field.name not in names and getattr(self, field.name) != getattr(usual, field.name)
         )
-
-    @property
-    def allocator(self) -> Allocation:
-        """The function that the allocation stands for."""
-        from ..allocation._allocation import Global, Search, uniform
-
-        if callable(self.allocation):
-            return self.allocation
-        if self.allocation == "search":
-            return Search()
-        is_global = (
-            self.effective_score == "obs" and not isinstance(self.sparsity, Mapping)
-            if self.allocation is None
-            else self.allocation == "global"
-        )
-        return Global() if is_global else uniform
 
     @property
     def budgets(self) -> tuple[Cap, ...]:

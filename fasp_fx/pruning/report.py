@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..allocation.budgets import Cap
     from ..analysis._analysis import Analysis
     from ..analysis.resources import Resource
-    from ..calibration._visit import Decision
+    from .check._check import Checked
 
 #: the operators whose weights sparsity counts
 COUNTED = "linear, convolution and recurrent operators"
@@ -51,8 +51,8 @@ def _cache(analysis: Analysis, removed: Mapping[str, int]) -> tuple[int, int] | 
         resource = cache_of(analysis)
     except BudgetError:
         return None
-    left = resource.used([removed.get(group.name, 0) for group in resource.groups])
-    return int(resource.whole), int(left)
+    rest = resource.used([removed.get(group.name, 0) for group in resource.groups])
+    return int(resource.whole), int(rest)
 
 
 @dataclass(frozen=True)
@@ -299,18 +299,19 @@ class Report:
 def make_report(
     analysis: Analysis,
     plan: PruningPlan,
-    decision: Decision,
+    checked: Checked,
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     config: PruningConfig | None,
-    left: Mapping[str, str] | None = None,
 ) -> Report:
     """Assemble the report of one pruning.
 
     Args:
+        checked: what was carried out.
+        before, after: the parameters of both models.
         config: what was asked for; ``None`` where a plan is replayed, or for a part of a model.
-        left: the groups that were to be pruned and stay whole, with what was seen.
     """
+    decision, whole = checked.decision, checked.whole
     removed = {group.name: group.removed_sets for group in plan.groups}
     lines = []
     for group in analysis.groups:
@@ -323,7 +324,7 @@ def make_report(
             replace(
                 line_of(group),
                 after=group.size - removed.get(group.name, 0),
-                reason=f"left whole: {left[group.name]}" if left and group.name in left else group.reason,
+                reason=f"left whole: {whole[group.name]}" if group.name in whole else group.reason,
                 error_cut=max((o.error_before for o in outcomes), default=None),
                 error_restored=max((o.error_after for o in outcomes), default=None),
                 held_cut=max((o.held_before for o in outcomes if o.held_before is not None), default=None),
@@ -337,7 +338,7 @@ def make_report(
         (old[0], new[0]),
         (old[1], new[1]),
         with_exclusions(lines, analysis.groups, config),
-        notes=(*notes_of(analysis), *decision.notes),
+        notes=(*notes_of(analysis), *decision.notes, *checked.notes),
         without_rule=dict(analysis.without_rule),
         cache=_cache(analysis, removed),
         include=tuple(sorted(analysis.include)),

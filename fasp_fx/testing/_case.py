@@ -20,7 +20,7 @@ from fasp_fx.analysis._analysis import Analysis
 from fasp_fx.analysis.plan import PruningPlan, gone_of, program_fingerprint
 from fasp_fx.analysis.resources import most_lost
 from fasp_fx.base._tolerable import tolerable
-from fasp_fx.calibration._visit import Decision
+from fasp_fx.calibration._decision import Decision
 from fasp_fx.errors import NothingPrunableError
 from fasp_fx.pruning._subject import make_plan
 

@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Unpack
 from unittest import mock
 
@@ -17,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..allocation import Budget, CostAllocation, check_reach, deepest_loss
+from ..allocation import Budget, check_reach, deepest_loss
 from ..allocation._limits import is_excluded
-from ..allocation.costs import CostCurve, Costs
+from ..allocation.budgets import counted
 from ..analysis import plan as plans
 from ..analysis._analysis import Analysis
 from ..analysis.channels import laid_by_block
@@ -28,7 +30,7 @@ from ..analysis.plan import PruningPlan
 from ..base._tolerable import tolerable
 from ..base._undisturbed import in_usual_modes, one_at_a_time
 from ..base._warn import warn
-from ..calibration._visit import Decision
+from ..calibration._decision import Decision
 from ..capturing._capture import capture_whole
 from ..capturing._compare_with_model import trouble_with
 from ..capturing._program import Program
@@ -39,10 +41,9 @@ from ..errors import (
     SparsityError,
     VerificationWarning,
 )
-from ..pruning._allocating import allocate, budget_for, check_request
-from ..pruning._calibrating import Method
-from ..pruning._prune import analyze
-from ..pruning._subject import make_plan
+from ..pruning._allocating import allocate, open_budget
+from ..pruning._method import Method
+from ..pruning._subject import analyze_for, make_plan
 from ..pruning.check._check import largest_passing_subset
 from ..pruning.check._reference import masked_program
 from ..pruning.config import PruningConfig, PruningOptions
@@ -58,34 +59,33 @@ _CLOSED = 1e6
 _TIE = 1e-9
 
 
-class Threshold(CostAllocation):
-    """Closes the gates with the least chances to be open, as many as meet the budget best (GRASPrune, arXiv
-    2604.19398; CoFi, 2204.00408).
+def threshold(chances: Mapping[str, np.ndarray], budget: Budget, round_to: int) -> list[int]:
+    """Channel sets lost per block of each group: the gates with the least chances to be open are closed, as
+    many as meet the budget best (GRASPrune, arXiv 2604.19398; CoFi, 2204.00408).
+
+    Args:
+        chances: of the groups that have gates, by name: how probable it is that each channel set stays, from
+            the least on, in the mean of all blocks. What has no gates goes last.
+        budget, round_to: as for :class:`fasp_fx.allocation.Global`, with its errors.
     """
+    check_reach(budget, round_to)
+    ties = (_TIE * (np.arange(deepest_loss(group)) + 1) / group.width for group in budget.groups)
+    levels = [
+        chances.get(group.name, np.full(group.width, _CLOSED))[: len(tie)] + tie
+        for group, tie in zip(budget.groups, ties, strict=True)
+    ]
+    thresholds = np.unique(np.concatenate([np.zeros(1), *levels]))
 
-    def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
-        """Channel sets lost per block of each group; arguments and errors as for
-        :class:`fasp_fx.allocation.Global`.
-        """
-        check_reach(budget, round_to)
-        chances = []
-        for group in budget.groups:
-            own = np.diff(costs[group.name].losses)[: deepest_loss(group)]
-            chances.append(own + _TIE * (np.arange(len(own)) + 1) / group.width)
-        thresholds = np.unique(np.concatenate([np.zeros(1), *chances]))
+    def lost(place: int) -> list[int]:
+        counts = (int(np.searchsorted(level, thresholds[place], "right")) for level in levels)
+        kept = [
+            -(-(group.width - count) // group.step(round_to)) * group.step(round_to)
+            for group, count in zip(budget.groups, counts, strict=True)
+        ]
+        return [max(group.width - width, 0) for group, width in zip(budget.groups, kept, strict=True)]
 
-        def lost(place: int) -> list[int]:
-            counts = (int(np.searchsorted(own, thresholds[place], "right")) for own in chances)
-            kept = [
-                -(-(group.width - count) // group.step(round_to)) * group.step(round_to)
-                for group, count in zip(budget.groups, counts, strict=True)
-            ]
-            return [max(group.width - own, 0) for group, own in zip(budget.groups, kept, strict=True)]
-
-        enough = bisect_left(
-            range(len(thresholds) - 1), True, key=lambda place: budget.over(lost(place)) <= 0
-        )
-        return budget.closest([lost(max(enough - 1, 0)), lost(enough)])
+    enough = bisect_left(range(len(thresholds) - 1), True, key=lambda place: budget.over(lost(place)) <= 0)
+    return budget.closest([lost(max(enough - 1, 0)), lost(enough)])
 
 
 class Target:
@@ -104,10 +104,9 @@ class Target:
         self, program: Program, analysis: Analysis, groups: list[Group], config: PruningConfig
     ) -> None:
         self.program, self.analysis, self.groups = program, analysis, groups
-        self._method = Method.of(config)
-        self.budget = budget_for(config, analysis)
-        none = self._costs([np.zeros(group.size) for group in groups])
-        check_request(self._method, self.budget, analysis.groups, none)
+        self._config = config
+        self.budget = open_budget(config, analysis, partial(counted, analysis))
+        self._lost([np.zeros(group.size) for group in groups])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Target:
         return self
@@ -128,35 +127,32 @@ class Target:
                     f"the scores of the gates of '{group.name}' are not {group.size} numbers; training has"
                     " made them NaN, which a lower learning rate may prevent"
                 )
-        counts, _ = allocate(self._method, self.budget, self.analysis.groups, self._costs(chances))
-        lost = {group.name: count for group, count in zip(self.budget.groups, counts, strict=True)}
-        if beyond := [
-            name for name in lost if lost[name] and name not in {group.name for group in self.groups}
-        ]:
+        lost = self._lost(chances)
+        if beyond := [name for name in lost if name not in {group.name for group in self.groups}]:
             raise SparsityError(
                 f"the groups that have gates do not reach the budget; '{beyond[0]}' has none; ask for less"
             )
-        found = []
+        gone = []
         for group, own in zip(self.groups, chances, strict=True):
             members = np.stack(by_block(group.block_of))
             order = np.take_along_axis(members, np.argsort(own[members], 1, kind="stable"), 1)
-            found.append(np.isin(np.arange(group.size), order[:, : lost[group.name]]))
-        return found
+            gone.append(np.isin(np.arange(group.size), order[:, : lost.get(group.name, 0)]))
+        return gone
 
     def decision(self, gone: list[np.ndarray]) -> Decision:
         """What is removed where these channel sets go, ``[sets]`` for each group."""
         sets = np.concatenate([group.sets[own] for group, own in zip(self.groups, gone, strict=True)])
         return Decision(np.isin(self.analysis.labels, sets))
 
-    def _costs(self, chances: list[np.ndarray]) -> Costs:
-        """Chances in the place of costs, the least first."""
-        curves = {
-            group.name: CostCurve(np.arange(group.width + 1) * _CLOSED) for group in self.analysis.chosen
+    def _lost(self, chances: list[np.ndarray]) -> dict[str, int]:
+        """How many channel sets each block of the groups loses that lose any, by name."""
+        by_name = {
+            group.name: np.sort(own[np.stack(by_block(group.block_of))], 1).mean(0)
+            for group, own in zip(self.groups, chances, strict=True)
         }
-        for group, own in zip(self.groups, chances, strict=True):
-            rows = np.sort(own[np.stack(by_block(group.block_of))], 1)
-            curves[group.name] = CostCurve(np.concatenate([[0.0], np.cumsum(rows.mean(0))]))
-        return Costs(curves, "")
+        method = Method.of(replace(self._config, allocation=partial(threshold, by_name)))
+        counts = zip(self.analysis.chosen, allocate(method, self.budget), strict=True)
+        return {group.name: count for group, count in counts if count}
 
 
 _MARK = "parametrizations."
@@ -315,9 +311,9 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; give the module that is to be trained")
-    asked = replace(_asked(PruningConfig.of(config, options)), score="fasp", allocation=Threshold())
+    asked = replace(_asked(PruningConfig.of(config, options)), score="fasp")
     captured = capture_whole(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    analysis = analyze(captured, granularity=asked.granularity, include=asked.include)
+    analysis = analyze_for(captured.program, asked)
     open_to = [group for group in analysis.chosen if not is_excluded(group, asked.exclude)]
     places, groups = _places(model, open_to)
     if not groups:

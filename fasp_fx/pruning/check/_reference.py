@@ -17,9 +17,9 @@ from torch import Tensor
 from ...analysis._analysis import Analysis
 from ...analysis.channels import Product, Slot, Use, Value
 from ...analysis.groups import APPROXIMATE, EXEMPT
+from ...calibration._decision import Decision
 from ...calibration._matrices import ConsumerMatrices
 from ...calibration._products import lying_along
-from ...calibration._visit import Decision
 from ...capturing._fx import arguments, attribute, way_from_weight
 from ...capturing._program import Program
 from ...patterns import lookup
