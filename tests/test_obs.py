@@ -10,21 +10,28 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from fasp_fx.losses import Outputs
-from fasp_fx.obs import OBS, Elimination, greedy
-from fasp_fx.scoring import Columns, GroupColumns
-from fasp_fx.statistics import InputGradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import made, parameter
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.calibration._calibration import whole_batches
-from fasp_fx.calibration._consumers import Consumers, _column_costs
-from fasp_fx.calibration._gradients import observe_batches
-from fasp_fx.calibration._marks import Marks
-from fasp_fx.calibration._ranks import Ranks
+from fasp_fx.calibration import (
+    ENOUGH,
+    OBS,
+    Columns,
+    Consumers,
+    Elimination,
+    GroupColumns,
+    InputGradients,
+    Observation,
+    Outputs,
+    Ranks,
+    TokenRoles,
+    greedy,
+    whole_batches,
+)
+from fasp_fx.calibration._consumers import _column_costs
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -103,7 +110,7 @@ def test_few_tokens_give_the_losses_of_their_gram_matrix(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(sets) // 2, len(sets), generator=generator, dtype=torch.float64)
     x[:, 0] *= 1e3 if large else 1.0
-    few = Columns(columns.weight, x.norm(dim=0), lambda: x.T @ x, sets, spread=lambda: x)
+    few = Columns(columns.weight, x.norm(dim=0), lambda: x.T @ x, sets, centred_gram=lambda: x)
     order = data.draw(st.permutations(range(size)))
     with mock.patch("fasp_fx.calibration._inverse._FEWER", data.draw(st.sampled_from([1, 1000]))):
         found, total = Elimination(few, size, x, root, DAMPING), 0.0
@@ -138,7 +145,7 @@ def test_what_few_tokens_decide_is_what_their_gram_matrices_do(
     batches = [torch.randn(8, 3, 4, 4) for _ in range(1)]
 
     def pruned(few: int) -> fasp_fx.Result:
-        monkeypatch.setattr("fasp_fx.calibration.statistics.FEW", few)
+        monkeypatch.setattr("fasp_fx.calibration._statistics.FEW", few)
         return fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.3, quality=quality)
 
     found, other = pruned(2), pruned(10**9)
@@ -218,9 +225,11 @@ def test_rounding_of_columns_that_hardly_vary_is_no_curvature(alive: int) -> Non
         gram.diagonal().sqrt(),
         gram.clone,
         np.arange(400)[:, None],
-        spread=lambda: gram - torch.outer(sums, sums) / (64 * 1.001),
+        centred_gram=lambda: gram - torch.outer(sums, sums) / (64 * 1.001),
     )
-    problem = Elimination(columns, 400, columns.spread(), OBS().root(columns, columns.spread()), DAMPING)
+    problem = Elimination(
+        columns, 400, columns.centred_gram(), OBS().root(columns, columns.centred_gram()), DAMPING
+    )
     for costs in (problem.losses(np.arange(400)), _column_costs(columns)):
         assert np.isfinite(costs).all()
         assert (costs[:alive] > 0).all()
@@ -267,17 +276,15 @@ def test_gradients_are_those_at_each_consumer_alone() -> None:
     model = _mixed()
     batches = [torch.randn(5, 3, 6) for _ in range(2)]
     analysis = fasp_fx.analyze(model, (batches[0],))
-    consumers = Consumers(analysis, repaired=False)
-    observe_batches(
+    consumers = Consumers(analysis, is_repaired=False)
+    Observation(
         consumers,
         whole_batches(consumers.analysis.program, [[x] for x in batches]),
+        TokenRoles(analysis.program, [[x] for x in batches], hold_out=False),
         {"gradients": InputGradients},
         squares,
-        Marks(analysis.program, [[x] for x in batches], hold_out=False),
-        lambda fraction: None,
-        at_least=2,
-        ranks=Ranks(),
-    )
+        Ranks(),
+    ).run(2, ENOUGH, lambda fraction: None)
     x = torch.cat(batches).flatten(0, 1)
     h = torch.relu(model.up(x))
     left, right = model.left(h), model.right(h)
@@ -306,7 +313,7 @@ def test_predicted_losses_come_true_where_the_loss_is_quadratic() -> None:
     captured = fasp_fx.capture(model, (data[0],))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"ROUNDS": 12, "SHRINKAGE": 0.0, "DAMPING": 1e-6}.items():
-            patch.setattr(fasp_fx.obs, name, value)
+            patch.setattr(f"fasp_fx.calibration._obs.{name}", value)
         costs = fasp_fx.measure(captured, calibration=data, score="obs")
     result = fasp_fx.prune(
         captured, calibration=data, score="obs", allocation=lambda budget, *_: [4], sparsity=0.3

@@ -18,8 +18,6 @@ import numpy as np
 import pytest
 import torch
 from deciding import decide
-from fasp_fx.budgets import Macs, Parameters
-from fasp_fx.obs import DAMPING
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_costs import Linear
@@ -31,21 +29,14 @@ from zoo import ZOO
 
 import fasp_fx
 import fasp_fx.hf
-from fasp_fx.allocation import (
-    Budget,
-    Global,
-    Limit,
-    Search,
-    Trial,
-    deepest_loss,
-)
+from fasp_fx.allocation import Budget, Global, Limit, Macs, Parameters, Search, Trial, deepest_loss
 from fasp_fx.allocation._allocation import _counts, _neighbours
-from fasp_fx.calibration._consumers import Consumers
-from fasp_fx.calibration._ranks import Ranks
-from fasp_fx.calibration._trial import Divergence, ModelTrial
-from fasp_fx.calibration._decision import Decision
+from fasp_fx.calibration import Consumers, Decision, ModelTrial, Ranks
+from fasp_fx.calibration._obs import DAMPING
+from fasp_fx.calibration._trial import NextTokens
 from fasp_fx.errors import ArgumentError
-from fasp_fx.pruning._calibrating import Method, measure_costs
+from fasp_fx.pruning import Method
+from fasp_fx.pruning._measuring import Measurement
 from fasp_fx.pruning._prune import PROGRESS_SHARE_MEASURING
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -205,16 +196,9 @@ def trial_of(loss: Any, restore: Any, **options: Any) -> tuple[ModelTrial, list[
     program = captured().program
     analysis = fasp_fx.analyze(captured())
     inputs = [program.flat_inputs((), batch) for batch in batches()]
-    _, _, trials = measure_costs(
-        Method.of(config),
-        {"": Consumers(analysis)},
-        lambda path: inputs,
-        "",
-        Ranks(),
-        lambda fraction: None,
-        part=1,
-    )
-    return trials[""], analysis.chosen
+    consumers = Consumers(analysis, restore is not None)
+    measurement = Measurement({"": consumers}, lambda path: inputs, Ranks(), wants_curves=True, part=1)
+    return measurement.run(Method.of(config), lambda fraction: None).trials[""], analysis.chosen
 
 
 def pruned_by_hand(
@@ -281,7 +265,7 @@ LOST = [(0, 0, 0, 0), (0, 5, 0, 0), (0, 3, 4, 7), (2, 3, 4, 7), (7, 11, 5, 11), 
 @pytest.mark.parametrize("likeliest", [64, 3])
 def test_divergence_is_that_of_the_module_pruned_by_hand(restore: Any, likeliest: int) -> None:
     trial, groups = trial_of("next-token", restore)
-    assert isinstance(trial.fitness, Divergence)
+    assert isinstance(trial.fitness, NextTokens)
     trial.fitness.likeliest = likeliest
     for lost in LOST:
         other = pruned_by_hand(trial, groups, lost, restore)
@@ -347,7 +331,7 @@ def test_the_divergence_of_long_sequences_leaves_out_padding(left: bool, padded:
     ids, filling = torch.randint(TOKENS, (2, 300), generator=generator), torch.zeros(2, 300, dtype=torch.bool)
     filling[1, slice(padded) if left else slice(300 - padded, 300)] = True
     given = {"input_ids": ids, "attention_mask": (~filling).long()}
-    fitness = Divergence()
+    fitness = NextTokens()
     fitness.likeliest = TOKENS
     kept = fitness.remember(dense, given, lambda leaf: filling)
     counts = ~filling

@@ -9,9 +9,9 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
-from ..analysis._analysis import Analysis
-from ..analysis.groups import Group
-from .restoration import Restored
+from fasp_fx.analysis import Analysis, Group
+
+from ._restoration import Restored
 
 T = TypeVar("T")
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ..analysis.channels import Use
-from ..capturing._runner import Runner
-from ..capturing._sizes import same_sizes
-from ..patterns import CASTS, CHECKS, RESHAPES
+from fasp_fx.analysis import Use
+from fasp_fx.capturing import Runner, same_sizes
+from fasp_fx.patterns import CASTS, CHECKS, RESHAPES
 
 #: products of tokens and a weight, and which argument the tokens are
 _PLAIN = {"aten.linear.default": 0, "aten.mm.default": 0, "aten.addmm.default": 1}

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base._offload import keep
-from ..base._warn import warn
-from ..capturing._fx import attribute
-from ..capturing._runner import Runner
-from ..errors import CalibrationWarning
+from fasp_fx.base import keep, warn
+from fasp_fx.capturing import Runner, attribute
+from fasp_fx.errors import CalibrationWarning
+
 from ._consumers import Consumer, Consumers
 from ._decision import Decision
 from ._journal import Decide
 from ._matrices import read_otherwise
-from .restoration import Problem, Restore, Restored, together, without_values
+from ._restoration import Problem, Restore, Restored, together, without_values
 
 #: tokens held out from which on they may choose any strength of the ridge
 _JUDGES = 8

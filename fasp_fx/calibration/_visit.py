@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from ..analysis.channels import Product, Use
-from ..analysis.groups import Group
-from ..base._device import float32_products
-from ..capturing._runner import Runner
+from fasp_fx.analysis import Group, Product, Use
+from fasp_fx.base import float32_products
+from fasp_fx.capturing import Runner
+
 from ._consumers import Consumer, Consumers
 from ._decision import Decision, nothing
 from ._drift import Drift
@@ -24,9 +24,9 @@ from ._journal import Ledger
 from ._matrices import ConsumerMatrices, states_before
 from ._ranks import Ranks
 from ._repair import Repairs, warn_of_few
+from ._restoration import Restore
 from ._roles import TokenRoles
-from .restoration import Restore
-from .statistics import MakeStatistic, precise
+from ._statistics import MakeStatistic, precise
 
 #: which channel sets of a group go, by their places among those of the group; is given what the weight of a
 #: consumer is now

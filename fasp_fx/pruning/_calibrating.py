@@ -10,16 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..analysis.groups import Group
-from ..base._offload import computing
-from ..base._undisturbed import drawing_alike
-from ..calibration._consumers import Consumer, Consumers, order_of
-from ..calibration._decision import Decision
-from ..calibration._drift import Drift
-from ..calibration._journal import Ledger
-from ..calibration._roles import TokenRoles
-from ..calibration._visit import Choices, Visit, without_data
-from ..capturing._runner import Runner
+from fasp_fx.analysis import Group
+from fasp_fx.base import computing, drawing_alike
+from fasp_fx.calibration import (
+    Choices,
+    Consumer,
+    Consumers,
+    Decision,
+    Drift,
+    Ledger,
+    TokenRoles,
+    Visit,
+    order_of,
+    without_data,
+)
+from fasp_fx.capturing import Runner
+
 from ._method import Method, precision_of
 
 

@@ -9,27 +9,28 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..allocation._allocation import Search
-from ..allocation.costs import CostCurve, Costs
-from ..base._device import float32_products
-from ..base._offload import computing
-from ..base._progress import between
-from ..base._tolerable import tolerable
-from ..base._undisturbed import drawing_alike
-from ..base._warn import warn
-from ..calibration._calibration import in_pieces, whole_batches
-from ..calibration._consumers import Consumers, curves_of, orders_of
-from ..calibration._gradients import ENOUGH, Observation
-from ..calibration._ranks import Ranks
-from ..calibration._roles import TokenRoles
-from ..calibration._trial import ModelTrial
-from ..calibration.losses import Outputs
-from ..calibration.scoring import ByColumns
-from ..calibration.statistics import InputGradients
-from ..capturing._fx import results
-from ..errors import ArgumentError, CalibrationError, CalibrationWarning
+from fasp_fx.allocation import CostCurve, Costs, Search
+from fasp_fx.base import between, computing, drawing_alike, float32_products, tolerable, warn
+from fasp_fx.calibration import (
+    ENOUGH,
+    ByColumns,
+    Consumers,
+    InputGradients,
+    ModelTrial,
+    Observation,
+    Outputs,
+    Ranks,
+    TokenRoles,
+    curves_of,
+    in_pieces,
+    orders_of,
+    whole_batches,
+)
+from fasp_fx.capturing import results
+from fasp_fx.errors import ArgumentError, CalibrationError, CalibrationWarning
+
+from ._config import MEASURED
 from ._method import Method, precision_of
-from .config import MEASURED
 
 
 @dataclass

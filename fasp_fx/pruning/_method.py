@@ -6,16 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ..allocation._allocation import Allocation, CostAllocation, Global, Search, uniform
-from ..base._device import device_of, multiplies_bfloat16
-from ..base._offload import computing
-from ..calibration.losses import Loss, Outputs, next_token, resolve_loss
-from ..calibration.obs import resolve_score
-from ..calibration.restoration import Restore, restored_by, ridge
-from ..calibration.scoring import GroupScore
-from ..calibration.statistics import MakeStatistic
-from ..capturing._program import Program
-from .config import PruningConfig
+from fasp_fx.allocation import Allocation, CostAllocation, Global, Search, uniform
+from fasp_fx.base import computing, device_of, multiplies_bfloat16
+from fasp_fx.calibration import (
+    GroupScore,
+    Loss,
+    MakeStatistic,
+    Outputs,
+    Restore,
+    next_token,
+    resolve_loss,
+    resolve_score,
+    restored_by,
+    ridge,
+)
+from fasp_fx.capturing import Program
+
+from ._config import PruningConfig
 
 
 @dataclass(frozen=True)

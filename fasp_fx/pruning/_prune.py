@@ -15,35 +15,46 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..allocation._limits import Budget
-from ..allocation.costs import Costs, check_costs
-from ..analysis import plan as plans
-from ..analysis._analysis import Analysis
-from ..analysis.groups import Groups
-from ..analysis.plan import PruningPlan
-from ..base._options import check_callable, path_of
-from ..base._progress import Shown, advance_of, between, shows
-from ..base._tolerable import tolerable
-from ..base._undisturbed import in_usual_modes, one_at_a_time
-from ..calibration._calibration import check_calibration
-from ..calibration._consumers import Consumers
-from ..calibration._decision import Decision, places_of
-from ..calibration._journal import Journal, Ledger, open_journal
-from ..calibration._ranks import Ranks, ended_together
-from ..calibration._trial import ServedTrial
-from ..capturing._capture import Captured, Model, capture_whole, check_given
-from ..errors import ArgumentError, CaptureError, NothingPrunableError, PlanError, SparsityError
-from ..storage._folder import claim, refuse_other
+from fasp_fx.allocation import Budget, Costs, check_costs
+from fasp_fx.analysis import Analysis, Groups, PruningPlan, gone_of, running_fingerprint
+from fasp_fx.base import (
+    Shown,
+    advance_of,
+    between,
+    check_callable,
+    in_usual_modes,
+    one_at_a_time,
+    path_of,
+    shows,
+    tolerable,
+)
+from fasp_fx.calibration import (
+    Consumers,
+    Decision,
+    Journal,
+    Ledger,
+    Ranks,
+    ServedTrial,
+    check_calibration,
+    ended_together,
+    open_journal,
+    places_of,
+)
+from fasp_fx.capturing import Captured, Model, capture_whole, check_given
+from fasp_fx.errors import ArgumentError, CaptureError, NothingPrunableError, PlanError, SparsityError
+from fasp_fx.storage import claim, refuse_other
+
 from ._allocating import Constraint, allocate, check_request, constrained, open_budget
 from ._calibrating import by_score, calibrate
+from ._config import PruningConfig, PruningOptions, key_of
+from ._joined import PartsAnalysis
 from ._measuring import Measurement
 from ._method import Method
-from ._parts import InParts, PartsAnalysis
+from ._parts import InParts
+from ._report import PREDICTED
 from ._result import Result
 from ._subject import Subject, Whole, analyze_for, make_plan
 from ._submodules import CapturedParts, capture_parts, check_parts_help
-from .config import PruningConfig, PruningOptions, key_of
-from .report import PREDICTED
 
 #: losses that make sense for a part of a model by itself
 _PARTIAL_LOSSES = ("auto", "outputs", None)
@@ -307,7 +318,7 @@ def plan_from_sets(
             )
         gone[group.sets[sets.astype(int)]] = True
     plan = make_plan(captured.program, analysis, Decision(gone[analysis.labels]))
-    plans.gone_of(plan, analysis)
+    gone_of(plan, analysis)
     return plan
 
 
@@ -487,9 +498,7 @@ def replay(
     """
     advance, method = advance_of(job.progress), Method.of(config)
     subject.analyze(config)
-    removed = {
-        path: plans.gone_of(part, subject.analyses[path]) for path, part in subject.apart(plan).items()
-    }
+    removed = {path: gone_of(part, subject.analyses[path]) for path, part in subject.apart(plan).items()}
     batches = None if calibration is None else subject.read(calibration)
     for number, (path, gone) in enumerate(removed.items()):
         analysis = subject.analyses[path]
@@ -535,7 +544,7 @@ def _journal(
     unnamed: dict[str, Any] = dict.fromkeys(code)
     options = json.loads(replace(config, **unnamed).to_json())
     options |= {name: getattr(config, name).key for name in code if name != "allocation"}
-    fingerprint = plans.running_fingerprint(consumers.analysis.program)
+    fingerprint = running_fingerprint(consumers.analysis.program)
     return open_journal(folder, fingerprint, options, lost, inputs, processes)
 
 

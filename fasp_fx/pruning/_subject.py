@@ -6,29 +6,34 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..allocation.budgets import Cap, counted
-from ..analysis import plan as plans
-from ..analysis._analysis import Analysis, analyze_program
-from ..analysis.plan import PruningPlan
-from ..analysis.resources import Resource, Sparsity
-from ..base._device import device_named
-from ..calibration._calibration import read_batches
-from ..calibration._decision import Decision
-from ..calibration._trial import ModelTrial, ServedTrial
-from ..capturing._program import Program
-from ..errors import ArgumentError
-from ..passes import split_fused
+from fasp_fx.allocation import Cap, counted
+from fasp_fx.analysis import (
+    Analysis,
+    PruningPlan,
+    Resource,
+    Sparsity,
+    analyze_program,
+    check_fingerprint,
+    computed_fingerprint,
+    fixed_of,
+    planned,
+    program_fingerprint,
+)
+from fasp_fx.base import device_named, fingerprint
+from fasp_fx.calibration import Decision, ModelTrial, ServedTrial, read_batches
+from fasp_fx.capturing import Program
+from fasp_fx.errors import ArgumentError
+from fasp_fx.passes import split_fused
+
+from ._config import PruningConfig
+from ._joined import PartsAnalysis
+from ._report import make_report
 from ._result import Result
 from .check._check import Checker
-from .config import PruningConfig
-from .report import make_report
-
-if TYPE_CHECKING:
-    from ._parts import PartsAnalysis
 
 
 class Subject(ABC):
@@ -134,13 +139,13 @@ class Whole(Subject):
         return self.analyses[""]
 
     def fingerprint(self) -> str:
-        return plans.computed_fingerprint(self.program)
+        return computed_fingerprint(self.program)
 
     def count(self, cap: Cap | None) -> Resource:
         return counted(self.analyses[""], cap)
 
     def apart(self, plan: PruningPlan) -> dict[str, PruningPlan]:
-        plans.check_fingerprint(plan, plans.program_fingerprint(self.program))
+        check_fingerprint(plan, program_fingerprint(self.program))
         return {"": plan}
 
     def read(self, calibration: Iterable[Any] | None) -> Any:
@@ -173,10 +178,10 @@ def make_plan(
     program: Program, analysis: Analysis, decision: Decision, result: str | None = None
 ) -> PruningPlan:
     """What was decided, as data; ``result`` is the fingerprint of what came of it."""
-    entries = plans.planned(analysis.chosen, decision.gone, analysis)
+    entries = planned(analysis.chosen, decision.gone, analysis)
     groups = tuple(entry for entry in entries if entry.removed_sets)
     return PruningPlan(
-        plans.program_fingerprint(program),
+        program_fingerprint(program),
         groups,
         Sparsity(analysis).removed([entry.removed_sets for entry in entries]),
         tuple(analysis.program.parts.values()) if groups else (),
@@ -184,7 +189,7 @@ def make_plan(
         granularity=tuple(sorted(analysis.granularity)),
         include=tuple(sorted(analysis.include)),
         folds=program.folds,
-        fixed=plans.fixed_of(program),
+        fixed=fixed_of(program),
     )
 
 
@@ -207,7 +212,7 @@ def rewrite(
     """
     checked = Checker(program, analysis, decision).run(whole)
     weights = dict(checked.module.named_parameters(remove_duplicate=False))
-    plan = make_plan(program, analysis, checked.decision, plans.fingerprint(weights))
+    plan = make_plan(program, analysis, checked.decision, fingerprint(weights))
     report = make_report(analysis, plan, checked, program.parameters(), weights, config)
     return Result(checked.module, plan, report, program.signature)
 
