@@ -1,4 +1,4 @@
-"""Several programs as one model: their groups in the names of the model, and what is counted in all of them."""
+"""Several programs as one model: groups in the names of the model, and what is counted in all of them."""
 
 from __future__ import annotations
 

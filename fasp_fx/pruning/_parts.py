@@ -9,13 +9,14 @@ from itertools import chain
 from operator import methodcaller
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx, nn
 
 from fasp_fx.allocation import Cap, Latency, Microseconds, counted
 from fasp_fx.analysis import PruningPlan, Resource, check_fingerprint
-from fasp_fx.base import tolerable, warn
+from fasp_fx.base import fingerprint, tolerable, warn
 from fasp_fx.calibration import Decision, ModelTrial, ServedTrial, as_calls, check_inputs
-from fasp_fx.capturing import rewound
+from fasp_fx.capturing import Call, Parts, dressed, put, rewound, watching
 from fasp_fx.errors import (
     CalibrationError,
     CallError,
@@ -30,25 +31,30 @@ from ._joined import Joined, PartsAnalysis, group_within, renamed
 from ._report import Report, spent, weight_size, with_exclusions
 from ._result import Result
 from ._subject import Subject, analyze_for, rewrite
-from ._submodules import Call, CapturedParts, copied, dressed, put, watching, whole_fingerprint
+
+
+def whole_fingerprint(parameters: Mapping[str, Tensor]) -> str:
+    """The fingerprint of a model; sparse weights, which no part holds, do not enter."""
+    return fingerprint(
+        {name: tensor for name, tensor in parameters.items() if tensor.layout == torch.strided}
+    )
 
 
 class InParts(Subject):
     """A model that is pruned in parts: each is exchanged for a smaller one while the others wait.
 
     Args:
-        captured: the model.
-        is_own: whether nobody else has it, so that it may become the result.
+        around: the model, with what was captured of it.
+        model: the model itself where nobody else has it, so that it may become the result, or else a copy.
     """
 
-    def __init__(self, captured: CapturedParts, is_own: bool) -> None:
-        super().__init__(captured.programs)
-        self.captured = captured
-        self.model = captured.model if is_own else copied(captured.model)
-        self.parts = {part.paths[0]: part for part in captured.parts}
+    def __init__(self, around: Parts, model: nn.Module) -> None:
+        super().__init__({part.paths[0]: part.program for part in around.parts})
+        self.around, self.model = around, model
+        self.parts = {part.paths[0]: part for part in around.parts}
         self.originals = {path: self.model.get_submodule(path) for path in self.parts}
         self.before = self._parameters()
-        self.left, self.results = dict(captured.left), dict[str, Result]()
+        self.left, self.results = dict(around.left), dict[str, Result]()
         self._failure: VerificationError | None = None
 
     def analyze(self, asked: PruningConfig) -> PartsAnalysis:
@@ -90,7 +96,7 @@ class InParts(Subject):
         return JoinedTrial(self, trials) if trials else None
 
     def read(self, calibration: Iterable[Any] | None) -> list[Call]:
-        device = next((tensor.device for tensor in self.captured.call.tensors()), None)
+        device = next((tensor.device for tensor in self.around.call.tensors()), None)
         batches = [Call(args, kwargs).to(device) for args, kwargs in as_calls(calibration)]
         self._calls(self.analyses, batches, lambda flat: [])
         if not self.served():
@@ -221,13 +227,13 @@ class InParts(Subject):
             config=config,
         )
         module = cast(fx.GraphModule, self.model)
-        return Result(module, plan, report, self.captured.signature, self.results, self.left)
+        return Result(module, plan, report, self.around.signature, self.results, self.left)
 
     def _parameters(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def _remarks(self) -> Iterator[str]:
-        reason = first_line(self.captured.error.__cause__ or self.captured.error)
+        reason = first_line(self.around.error.__cause__ or self.around.error)
         yield f"pruned in parts, because the model cannot be captured as a whole: {reason}"
         yield from (f"'{path}' is no part: {why}" for path, why in self.left.items())
         for path, result in self.results.items():

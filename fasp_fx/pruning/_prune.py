@@ -26,7 +26,6 @@ from fasp_fx.base import (
     one_at_a_time,
     path_of,
     shows,
-    tolerable,
 )
 from fasp_fx.calibration import (
     Consumers,
@@ -40,8 +39,8 @@ from fasp_fx.calibration import (
     open_journal,
     places_of,
 )
-from fasp_fx.capturing import Captured, Model, capture_whole, check_given
-from fasp_fx.errors import ArgumentError, CaptureError, NothingPrunableError, PlanError, SparsityError
+from fasp_fx.capturing import Captured, Model, capture_model, check_given, model_copy
+from fasp_fx.errors import ArgumentError, NothingPrunableError, PlanError, SparsityError
 from fasp_fx.storage import claim, refuse_other
 
 from ._allocating import Constraint, allocate, check_request, constrained, open_budget
@@ -54,7 +53,6 @@ from ._parts import InParts
 from ._report import PREDICTED
 from ._result import Result
 from ._subject import Subject, Whole, analyze_for, make_plan
-from ._submodules import CapturedParts, capture_parts, check_parts_help
 
 #: losses that make sense for a part of a model by itself
 _PARTIAL_LOSSES = ("auto", "outputs", None)
@@ -92,7 +90,7 @@ def capture(
         ArgumentError: the inputs do not fit the model.
         CaptureError: the model is in training mode, or neither it nor any of its submodules can be captured.
     """
-    return _captured(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device)
+    return capture_model(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device)
 
 
 @one_at_a_time
@@ -584,24 +582,16 @@ def _subject_of(
     """
     if isinstance(model, Captured):
         check_given(model.device(), args, kwargs, **how)
-    captured = model if isinstance(model, Captured) else _captured(model, args, kwargs, run=run, **how)
-    if not isinstance(captured, CapturedParts):
+    captured = model if isinstance(model, Captured) else capture_model(model, args, kwargs, run=run, **how)
+    around = captured.in_parts
+    if around is None:
         return Whole(captured.checked(), how["device"])
     if config is not None and config.loss not in _PARTIAL_LOSSES:
         raise ArgumentError(
             f"loss={config.loss!r} needs a model that is captured as a whole; leave it out to prune this one"
             " by its submodules"
-        ) from captured.error
-    return InParts(captured, captured is not model)
-
-
-def _captured(model: Model, args: Any, kwargs: dict[str, Any] | None, **how: Any) -> Captured:
-    """A model as one program, or else in parts, where nothing speaks of the whole of it."""
-    try:
-        return capture_whole(model, args, kwargs, **how)
-    except tolerable(CaptureError) as error:
-        check_parts_help(error, model, how["dynamic_shapes"], how["state"])
-        return capture_parts(error, model, args, kwargs, how["device"])
+        ) from around.error
+    return InParts(around, model_copy(around.model) if captured is model else around.model)
 
 
 __all__ = ["analyze", "apply", "capture", "measure", "plan_from_sets", "prune"]

@@ -26,7 +26,7 @@ from torch.export import ExportedProgram
 
 from fasp_fx.analysis import PruningPlan
 from fasp_fx.base import fingerprint, in_usual_modes, one_at_a_time, parse, path_of, tolerable
-from fasp_fx.capturing import CallSignature
+from fasp_fx.capturing import CallSignature, dressed, model_copy, put
 from fasp_fx.errors import ArgumentError, CaptureError, PlanError, StoreError
 from fasp_fx.passes import PrunedModule, program_now, wrap
 from fasp_fx.storage import (
@@ -48,7 +48,6 @@ from fasp_fx.storage import (
 
 from ._config import PruningConfig
 from ._report import Report
-from ._submodules import copied, dressed, put
 
 KIND = "whole"
 TOLD = ("plan.json", "report.json")
@@ -155,7 +154,7 @@ class Result:
         if not self.is_in_parts:
             made = eager(self.module, self.plan, model)
         else:
-            made = copied(self.module)
+            made = model_copy(self.module)
             for path, part in self.parts.items():
                 smaller = eager(part.module, part.plan, model.get_submodule(path))
                 put(made, _places(made, made.get_submodule(path)), smaller)
@@ -332,7 +331,7 @@ def _load_parts(folder: Path, model: nn.Module | None, device: torch.device | No
     layout = parse(Layout, read_text(folder / "parts.json"), "parts.json")
     count = len(layout.parts)
     verify(folder, PARTS_KIND, [f"{PARTS}/{index}/{name}" for index in range(count) for name in FILES])
-    made = copied(model).eval()
+    made = model_copy(model).eval()
     held = chain(made.parameters(), made.buffers())
     target = device or next((tensor.device for tensor in held if tensor.device.type != "meta"), None)
     rest = read_tensors(folder / "rest.safetensors", target)

@@ -23,6 +23,7 @@ from fasp_fx.capturing import (
     attribute,
     capture,
     is_pure,
+    model_copy,
     noting_reads,
     recorded_shapes,
     results,
@@ -35,7 +36,6 @@ from fasp_fx.errors import EagerError, first_line
 from fasp_fx.passes import PrunedModule, finish, split_fused
 from fasp_fx.patterns import RESHAPES, lookup
 
-from .._submodules import copied
 from ._sizes import left_of, observed, say_sizes, tagged
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -163,7 +163,7 @@ def copied_with(model: nn.Module, pruned: nn.Module, plan: PruningPlan) -> nn.Mo
             copied.
     """
     try:
-        smaller, module = weights_of(pruned, plan), copied(model)
+        smaller, module = weights_of(pruned, plan), model_copy(model)
     except tolerable(Exception) as error:  # a module copies itself as it likes
         raise EagerError(
             f"{type(model).__name__} cannot be copied with these weights ({type(error).__name__}:"
