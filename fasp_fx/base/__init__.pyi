@@ -7,6 +7,9 @@ from ._atomic import (
 from ._atomic import (
     write_text as write_text,  # Put text in the place of what a file holds, whole or not at all
 )
+from ._bisect import (
+    largest_passing_subset as largest_passing_subset,  # A part of items without fault that no other item can join
+)
 from ._compare import (
     deviation as deviation,  # max|a − b| / max|b| of two outputs, of fillings by themselves; infinite where they cannot be compared
 )

@@ -24,6 +24,7 @@ from fasp_fx.base import Shown, device_of, quiet_transformers, tolerable
 from fasp_fx.calibration import Ranks, as_calls, check_calibration, ended_together
 from fasp_fx.capturing import capture_whole
 from fasp_fx.errors import ArgumentError, NothingPrunableError, first_line
+from fasp_fx.passes import fused_weights
 from fasp_fx.pruning import (
     Granularity,
     Job,
@@ -35,7 +36,6 @@ from fasp_fx.pruning import (
     Step,
     Whole,
     allocation_of,
-    fused_weights,
     prune_subject,
 )
 

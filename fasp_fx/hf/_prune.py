@@ -20,7 +20,7 @@ from fasp_fx.base import Shown, __version__, check_callable, in_usual_modes, one
 from fasp_fx.calibration import Decision, Ranks, check_calibration, ended_together
 from fasp_fx.capturing import Captured, Program, capture_whole
 from fasp_fx.errors import ArgumentError, PlanError, StoreError, VerificationError
-from fasp_fx.passes import PrunedModule
+from fasp_fx.passes import PrunedModule, fused_weights
 from fasp_fx.pruning import (
     Job,
     Method,
@@ -32,7 +32,6 @@ from fasp_fx.pruning import (
     Whole,
     analyze_for,
     decide,
-    fused_weights,
     measure_subject,
     read_told,
     replay,

@@ -148,17 +148,11 @@ from ._subject import (
 from ._subject import (
     rewrite as rewrite,  # Take out of a program what was decided for its analysis, hold the result against the masked dense program, and report it
 )
-from .check._check import (
-    largest_passing_subset as largest_passing_subset,  # A part of items without fault that no other item can join
-)
 from .check._compare import (
     widened as widened,  # A type of real or complex numbers, or a tensor of it, in this precision if its own is lower; anything else as it is
 )
 from .check._reference import (
     masked_program as masked_program,  # A program with the decided weights in place of its own and what was removed masked; tensors are shared
-)
-from .eager import (
-    fused_weights as fused_weights,  # The weights of a model that a result holds in parts, put together again
 )
 
 __all__ = [

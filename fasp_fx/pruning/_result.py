@@ -11,9 +11,7 @@ they are named, so load only what you would also run.
 
 from __future__ import annotations
 
-import gc
-import weakref
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -25,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fasp_fx.analysis import PruningPlan
-from fasp_fx.base import fingerprint, in_usual_modes, one_at_a_time, parse, path_of, tolerable
+from fasp_fx.base import in_usual_modes, one_at_a_time, parse, path_of, tolerable
 from fasp_fx.capturing import CallSignature, dressed, model_copy, put
 from fasp_fx.errors import ArgumentError, CaptureError, PlanError, StoreError
 from fasp_fx.passes import PrunedModule, program_now, wrap
@@ -47,6 +45,7 @@ from fasp_fx.storage import (
 )
 
 from ._config import PruningConfig
+from ._copies import check_copies, note_copy
 from ._report import Report
 
 KIND = "whole"
@@ -122,7 +121,7 @@ class Result:
                 stored, or a copy that :meth:`eager` made was trained since.
         """
         path = path_of(path, "path").absolute()
-        self._check_copies()
+        check_copies(self.module, self._weights)
         with new_save(path, PARTS_KIND if self.is_in_parts else KIND, overwrite=overwrite) as folder:
             (_write_parts if self.is_in_parts else _write_whole)(folder, self)
         return path
@@ -152,58 +151,24 @@ class Result:
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"model must be the nn.Module that was pruned, not {type(model).__name__}")
         if not self.is_in_parts:
-            made = eager(self.module, self.plan, model)
+            smaller = eager(self.module, self.plan, model)
         else:
-            made = model_copy(self.module)
+            smaller = model_copy(self.module)
             for path, part in self.parts.items():
-                smaller = eager(part.module, part.plan, model.get_submodule(path))
-                put(made, _places(made, made.get_submodule(path)), smaller)
-        _COPIES[made] = weakref.ref(self.module), _fingerprints(made)
-        return made
+                places = _places(smaller, smaller.get_submodule(path))
+                put(smaller, places, eager(part.module, part.plan, model.get_submodule(path)))
+        note_copy(smaller, self.module)
+        return smaller
 
-    def _check_copies(self) -> None:
-        """Refuse to write other weights than those of a copy that was trained since it was made.
-
-        Raises:
-            StoreError: names one.
-        """
+    def _weights(self) -> dict[str, Tensor]:
+        """The weights that the module holds now, by their names in the model that was pruned."""
         from .eager import weights_of
 
-        if _COPIES:
-            gc.collect()  # a copy that nobody holds any more may be held by itself
-        changed = [
-            (name, copy.state_dict()[name])
-            for copy, (module, before) in list(_COPIES.items())
-            if module() is self.module
-            for name, _ in sorted(_fingerprints(copy).items() - before.items())
-        ]
-        if not changed:
-            return
-        parts = self.parts or {"": self}
-        held = self.module.state_dict() if self.parts else {}
-        for path, part in parts.items():
-            own = weights_of(part.module, part.plan)
-            held |= {f"{path}.{name}" if path else name: tensor for name, tensor in own.items()}
-        for name, tensor in changed:
-            if name in held and not torch.equal(tensor, held[name].to(tensor)):
-                raise StoreError(
-                    f"a copy that result.eager made was trained since, and result.module has other values in"
-                    f" '{name}'; take them with result.module.load_state_dict(copy.state_dict()), or save"
-                    " the copy's state_dict() and delete the copy"
-                )
-
-
-#: the copies that :meth:`Result.eager` has made: the module that each is like, and what its weights were
-_COPIES: MutableMapping[nn.Module, tuple[weakref.ref[nn.Module], dict[str, str]]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def _fingerprints(module: nn.Module) -> dict[str, str]:
-    """What tells the weights of a module from others, but for those that were quantised."""
-    held = module.state_dict().items()
-    plain = ((name, tensor) for name, tensor in held if type(tensor) is Tensor and not tensor.is_meta)
-    return {name: fingerprint({"": tensor}) for name, tensor in plain}
+        weights = self.module.state_dict() if self.parts else {}
+        for path, part in (self.parts or {"": self}).items():
+            own_weights = weights_of(part.module, part.plan).items()
+            weights |= {f"{path}.{name}" if path else name: tensor for name, tensor in own_weights}
+        return weights
 
 
 # --- Writing.

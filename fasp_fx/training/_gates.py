@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from fasp_fx.allocation import Budget, check_reach, counted, deepest_loss, is_excluded
 from fasp_fx.analysis import Analysis, Group, Member, PruningPlan, by_block, laid_by_block
-from fasp_fx.base import fingerprint, in_usual_modes, one_at_a_time, tolerable, warn
+from fasp_fx.base import fingerprint, in_usual_modes, largest_passing_subset, one_at_a_time, tolerable, warn
 from fasp_fx.calibration import Decision
 from fasp_fx.capturing import Program, capture_whole, trouble_with
 from fasp_fx.errors import (
@@ -37,7 +37,6 @@ from fasp_fx.pruning import (
     PruningOptions,
     allocate,
     analyze_for,
-    largest_passing_subset,
     make_plan,
     masked_program,
     open_budget,

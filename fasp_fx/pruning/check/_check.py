@@ -5,14 +5,12 @@ difference.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from torch import Tensor, fx
 
 from fasp_fx.analysis import APPROXIMATE, Analysis, Group
-from fasp_fx.base import pytree, tolerable, warn
+from fasp_fx.base import largest_passing_subset, pytree, tolerable, warn
 from fasp_fx.calibration import Decision, decided, restricted
 from fasp_fx.capturing import Program, draws, is_dynamic
 from fasp_fx.errors import CallError, VerificationError, VerificationWarning, first_line
@@ -211,33 +209,4 @@ def _failed(inputs: Inputs, cause: str) -> _Fault:
     return _Fault(f"{inputs.said} the pruned program fails, where the dense one runs: {cause}")
 
 
-T = TypeVar("T")
-
-
-def largest_passing_subset(
-    items: Sequence[T], fault: Callable[[list[T]], str | None]
-) -> tuple[list[T], list[tuple[T, str]]]:
-    """A part of ``items`` without fault that no other item can join, and what was seen when each of the
-    others tried to.
-
-    One faulty item among n costs about 2 log n trials.
-
-    Args:
-        fault: what is wrong with some of the items together, or ``None``.
-    """
-    faulty: list[tuple[T, str]] = []
-
-    def join(base: list[T], candidates: Sequence[T]) -> list[T]:
-        problem = fault([*base, *candidates]) if candidates else None
-        if problem is None:
-            return [*base, *candidates]
-        if len(candidates) == 1:
-            faulty.append((candidates[0], problem))
-            return base
-        middle = len(candidates) // 2
-        return join(join(base, candidates[:middle]), candidates[middle:])
-
-    return join([], items), faulty
-
-
-__all__ = ["Checked", "Checker", "largest_passing_subset"]
+__all__ = ["Checked", "Checker"]

@@ -33,7 +33,7 @@ from fasp_fx.capturing import (
     trouble_with,
 )
 from fasp_fx.errors import EagerError, first_line
-from fasp_fx.passes import PrunedModule, finish, split_fused
+from fasp_fx.passes import PrunedModule, finish, fused_weights, split_fused
 from fasp_fx.patterns import RESHAPES, lookup
 
 from ._sizes import left_of, observed, say_sizes, tagged
@@ -189,34 +189,9 @@ def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def weights_of(pruned: nn.Module, plan: PruningPlan) -> dict[str, Tensor]:
     """The tensors that the module of a result holds, under their names in the model that was pruned; errors
-    as for :func:`fused_weights`.
+    as for :func:`fasp_fx.passes.fused_weights`.
     """
     return dict(tensors(pruned)) | fused_weights(plan, dict(pruned.named_parameters(remove_duplicate=False)))
-
-
-def fused_weights(plan: PruningPlan, pruned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a model that a result holds in parts, put together again, each row where it stood among
-    those that stay.
-
-    Args:
-        plan: of the result.
-        pruned: the weights of the result.
-
-    Raises:
-        RuntimeError: the parts of one have lost different numbers of positions along another dimension.
-    """
-    splits: dict[str, list[SplitWeight]] = defaultdict(list)
-    for split in plan.splits:
-        splits[split.source].append(split)
-    slices = plan.slices() if splits else {}
-    made = {}
-    for name, own in splits.items():
-        dim = own[0].dim
-        removed = {index for _, index in slices.get((name, dim), ())}
-        rows = [row for split in own for row in split.rows if row not in removed]
-        parts = torch.cat([pruned[split.name].detach() for split in own], dim)
-        made[name] = parts.index_select(dim, torch.argsort(torch.tensor(rows, device=parts.device)))
-    return made
 
 
 # --- Whether two programs are the same: the same operators, wired alike, with the same constants, weights and
@@ -329,4 +304,4 @@ def _size(argument: Any) -> Any:
     return int(value.node.expr) if value.node.expr.is_Integer else value.node.expr
 
 
-__all__ = ["eager", "first_difference", "fused_weights", "weights_of"]
+__all__ = ["eager", "first_difference", "weights_of"]
