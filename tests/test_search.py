@@ -31,7 +31,7 @@ import fasp_fx
 import fasp_fx.hf
 from fasp_fx.allocation import Budget, Global, Limit, Macs, Parameters, Search, Trial, deepest_loss
 from fasp_fx.allocation._allocation import _counts, _neighbours
-from fasp_fx.calibration import Consumers, Decision, ModelTrial, Ranks
+from fasp_fx.calibration import BudgetTrial, Consumers, Decision, ModelTrial, Ranks
 from fasp_fx.calibration._obs import DAMPING
 from fasp_fx.calibration._trial import NextTokens
 from fasp_fx.errors import ArgumentError
@@ -318,7 +318,7 @@ def test_what_is_not_finite_is_infinitely_bad_and_repairs_are_kept_within_bounds
     trial, _ = trial_of("next-token", None)
     for first, last in product(range(1, 8), range(1, 8)):
         trial.losses([0, first, 1, last], [0])
-        assert len(trial._made) <= 2 * len(trial._by_weight)
+        assert len(trial._repairs) <= 2 * len(trial._by_weight)
     monkeypatch.setattr(trial.fitness, "loss", lambda *given: math.nan)
     assert trial.losses([1, 1, 1, 1], [0, 1]) == [math.inf, math.inf]
 
@@ -464,6 +464,6 @@ def test_models_that_cannot_be_searched_are_refused(zoo_captured: Any) -> None:
     ],
 )
 def test_what_a_trial_cannot_try_is_refused(lost: list[int], says: str) -> None:
-    trial, _ = trial_of("next-token", None)
+    candidates, groups = trial_of("next-token", None)
     with pytest.raises(ArgumentError, match=says):
-        trial.losses(lost, [0])
+        BudgetTrial(candidates, Budget(groups, []), print).losses(lost, [0])

@@ -227,10 +227,13 @@ from ._statistics import (
     whole as whole,  # The Gram matrix, of which X may be given
 )
 from ._trial import (
-    ModelTrial as ModelTrial,  # Runs the dense model with the weights of consumers as an allocation would leave them
+    BudgetTrial as BudgetTrial,  # Tries allocations of a budget, which may have fewer groups than the model, or groups that stand for others
 )
 from ._trial import (
-    ServedTrial as ServedTrial,  # A trial that serves budgets of fewer groups than the model has
+    Candidates as Candidates,  # Runs a model as it would be pruned
+)
+from ._trial import (
+    ModelTrial as ModelTrial,  # Runs the dense model with the weights of consumers as an allocation would leave them
 )
 from ._visit import (
     Choices as Choices,  # for each group that loses anything, by name, what says which of its channel sets go

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fasp_fx.allocation import Trial, check_counts
-from fasp_fx.analysis import Group
+from fasp_fx.allocation import Budget, Trial, check_counts
 from fasp_fx.base import drawing_alike, float32_products, keep, unfilled
 from fasp_fx.capturing import Runner
 
@@ -40,57 +40,60 @@ from ._statistics import SplitGram, whole
 _KEPT = 2
 
 
-class ServedTrial(Trial):
-    """A trial that serves budgets of fewer groups than the model has.
-
-    Args:
-        count: sequences.
-        description: of what a candidate is judged by.
-        groups: those of the model.
+class Candidates(Protocol):
+    """Runs a model as it would be pruned.
 
     Attributes:
+        count: sequences to run it on.
+        description: of what it is judged by.
+    """
+
+    count: int
+    description: str
+
+    def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
+        """As for :meth:`fasp_fx.allocation.Trial.losses`, of all groups of the model."""
+
+
+@dataclass
+class BudgetTrial(Trial):
+    """Tries allocations of a budget, which may have fewer groups than the model, or groups that stand for
+    others.
+
+    Attributes:
+        candidates: runs the model.
+        budget: whose groups lose what is tried.
+        advance: called with the fraction of a search done.
         notes: what came of the search, for the report.
     """
 
-    def __init__(self, count: int, description: str, groups: Sequence[Group]) -> None:
-        self.count, self._description, self.notes = count, description, list[str]()
-        self.serve(groups, list, lambda fraction: None)
+    candidates: Candidates
+    budget: Budget
+    advance: Callable[[float], None]
+    notes: list[str] = field(default_factory=list)
 
-    def serve(
-        self,
-        groups: Sequence[Group],
-        spread: Callable[[Sequence[int]], Sequence[int]],
-        advance: Callable[[float], None],
-    ) -> None:
-        """Try allocations of a budget that has fewer groups than the model, or groups that stand for others.
+    def __post_init__(self) -> None:
+        self.count = self.candidates.count
 
-        Args:
-            groups: those of the budget.
-            spread: what all groups lose, of what those of the budget lose.
-            advance: called with the fraction of the search done.
+    def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
+        """Raises:
+        ArgumentError: what is to be lost cannot be.
         """
-        self._groups, self._spread, self._advance = groups, spread, advance
-
-    def taken(self, lost: Sequence[int]) -> Sequence[int]:
-        """What all groups lose, of what those of the budget lose.
-
-        Raises:
-            ArgumentError: it cannot be.
-        """
-        return self._spread(check_counts(lost, self._groups))
+        checked = check_counts(lost, self.budget.groups)
+        return self.candidates.losses(self.budget.spread(checked), sequences)
 
     def progress(self, fraction: float) -> None:
-        self._advance(fraction)
+        self.advance(fraction)
 
     def note(self, before: float, after: float, tried: int) -> None:
         sequences = f"{self.count} sequence{'s' if self.count > 1 else ''}"
         self.notes.append(
-            f"search: {self._description} on {sequences} went from {before:.4g} to {after:.4g};"
+            f"search: {self.candidates.description} on {sequences} went from {before:.4g} to {after:.4g};"
             f" {tried} candidates were tried"
         )
 
 
-class ModelTrial(ServedTrial):
+class ModelTrial:
     """Runs the dense model with the weights of consumers as an allocation would leave them.
 
     Of each group the first channel sets of its order go. Every consumer is repaired in closed form on what
@@ -111,9 +114,9 @@ class ModelTrial(ServedTrial):
         self._observation, self._precision = observation, precision
         consumers, ranks, pieces = observation.consumers, observation.ranks, observation.pieces
         self.analysis, self.fitness = consumers.analysis, fitness_of(observation.loss)
+        self.count, self.description = min(most, len(pieces)), self.fitness.description
         self._orders = {name: ranks.first(order.sets) for name, order in orders.items()}
-        count = min(most, len(pieces))
-        self._places = [index * len(pieces) // count for index in range(count)]
+        self._places = [index * len(pieces) // self.count for index in range(self.count)]
         self._by_weight: dict[str, list[Consumer]] = {}
         for consumer in consumers:
             self._by_weight.setdefault(consumer.weight, []).append(consumer)
@@ -135,15 +138,10 @@ class ModelTrial(ServedTrial):
         #: by name, and what the groups that it is a consumer of have lost
         self._repairs: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._dense: dict[int, Any] = {}
-        super().__init__(count, self.fitness.description, self.analysis.chosen)
 
     def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
-        """The loss on each of some of the sequences taken, in all processes.
-
-        Raises:
-            ArgumentError: what is to be lost cannot be.
-        """
-        weights = self._weights(self.taken(lost))
+        """The loss on each of some of the sequences taken, in all processes."""
+        weights = self._weights(lost)
         ranks, losses = self._observation.ranks, torch.zeros(len(sequences), dtype=torch.float64)
         for place, number in enumerate(sequences):
             if number % ranks.size == ranks.rank:

@@ -24,7 +24,7 @@ from fasp_fx.allocation import (
     validate,
 )
 from fasp_fx.analysis import APPROXIMATE, Analysis, Group, Groups, Resource, Sparsity
-from fasp_fx.calibration import ServedTrial
+from fasp_fx.calibration import BudgetTrial
 from fasp_fx.errors import NothingPrunableError
 
 from ._config import PruningConfig
@@ -121,15 +121,13 @@ def allocate(
     method: Method,
     budget: Budget,
     costs: Costs | None = None,
-    trial: ServedTrial | None = None,
-    advance: Callable[[float], None] = lambda fraction: None,
+    trial: BudgetTrial | None = None,
 ) -> list[int]:
     """How many channel sets each block of each chosen group of the model loses.
 
     Args:
         costs: the cost curves, where the allocation wants them.
         trial: runs the model as it would be pruned, where the allocation wants that.
-        advance: called with the fraction of a search done.
 
     Raises:
         ArgumentError: a name pattern matches nothing, or the allocation returned what cannot be done.
@@ -139,8 +137,6 @@ def allocate(
     if isinstance(config.sparsity, Mapping):
         check_asked(config.sparsity, budget.groups)
         return budget.spread(lost_by_pattern(budget, config.sparsity, config.round_to))
-    if trial is not None:
-        trial.serve(budget.groups, budget.spread, advance)
     if not isinstance(allocation, CostAllocation):
         lost = allocation(budget, config.round_to)
     else:

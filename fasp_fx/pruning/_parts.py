@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from fasp_fx.allocation import Cap, Latency, Microseconds, counted
 from fasp_fx.analysis import PruningPlan, Resource, check_fingerprint
 from fasp_fx.base import fingerprint, tolerable, warn
-from fasp_fx.calibration import Decision, ModelTrial, ServedTrial, as_calls, check_inputs
+from fasp_fx.calibration import Candidates, Decision, ModelTrial, as_calls, check_inputs
 from fasp_fx.capturing import Call, Parts, dressed, put, rewound, watching
 from fasp_fx.errors import (
     CalibrationError,
@@ -92,7 +92,7 @@ class InParts(Subject):
             0 if cap is None else cap.held(around.values()),
         )
 
-    def trial(self, trials: Mapping[str, ModelTrial]) -> ServedTrial | None:
+    def trial(self, trials: Mapping[str, ModelTrial]) -> Candidates | None:
         return JoinedTrial(self, trials) if trials else None
 
     def read(self, calibration: Iterable[Any] | None) -> list[Call]:
@@ -240,17 +240,18 @@ class InParts(Subject):
             yield from (f"in '{path}': {note}" for note in result.report.notes)
 
 
-class JoinedTrial(ServedTrial):
+class JoinedTrial:
     """The trials of several parts as one: their losses are added up, each of its own outputs."""
 
     def __init__(self, subject: InParts, trials: Mapping[str, ModelTrial]) -> None:
         one = next(iter(trials.values()))
-        count = min(trial.count for trial in trials.values())
-        super().__init__(count, f"{one.fitness.description} of all parts together", subject.whole.chosen)
+        self.count = min(trial.count for trial in trials.values())
+        self.description = f"{one.description} of all parts together"
         self._subject, self._trials = subject, trials
 
     def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
-        shares = self._subject.split(self.taken(lost))
+        """As for one program, of what all groups of the model lose."""
+        shares = self._subject.split(lost)
         losses = [trial.losses(shares[path], sequences) for path, trial in self._trials.items()]
         return [sum(of_parts) for of_parts in zip(*losses, strict=True)]
 

@@ -28,12 +28,12 @@ from fasp_fx.base import (
     shows,
 )
 from fasp_fx.calibration import (
+    BudgetTrial,
     Consumers,
     Decision,
     Journal,
     Ledger,
     Ranks,
-    ServedTrial,
     check_calibration,
     ended_together,
     open_journal,
@@ -47,7 +47,7 @@ from ._allocating import Constraint, allocate, check_request, constrained, open_
 from ._calibrating import by_score, calibrate
 from ._config import PruningConfig, PruningOptions, key_of
 from ._joined import PartsAnalysis
-from ._measuring import Measurement
+from ._measuring import Measured, Measurement
 from ._method import Method
 from ._parts import InParts
 from ._report import PREDICTED
@@ -372,20 +372,19 @@ def decide(
         job.on_analysis(analysis)
     batches = subject.read(calibration) if method.needs_data else None
     ranks.check_alike(fingerprint, batches or (), vars(config))
-    consumers, measured = _consumers(subject, config), 0.0
-    trial: ServedTrial | None = None
-    inputs = functools.partial(subject.inputs, batches=batches)
+    consumers, inputs = _consumers(subject, config), functools.partial(subject.inputs, batches=batches)
+    measured, done = Measured(method), 0.0
     if batches is not None and method.needs_measuring:
-        measured = PROGRESS_SHARE_MEASURING
+        done = PROGRESS_SHARE_MEASURING
         wants_curves = method.needs_costs and (costs is None or method.runs_trials)
-        found = Measurement(consumers, inputs, ranks, wants_curves).run(method, between(advance, 0, measured))
-        method, trial = found.method, subject.trial(found.trials)
+        measured = Measurement(consumers, inputs, ranks, wants_curves).run(method, between(advance, 0, done))
+        method = measured.method
         if costs is None and wants_curves:
-            costs = found.costs(fingerprint())
-    searched = measured + PROGRESS_SHARE_SEARCHING * (1 - measured) if method.runs_trials else measured
-    lost = allocate(
-        method, served_budget(subject, budget, analysis), costs, trial, between(advance, measured, searched)
-    )
+            costs = measured.costs(fingerprint())
+    searched = done + PROGRESS_SHARE_SEARCHING * (1 - done) if method.runs_trials else done
+    budget, candidates = served_budget(subject, budget, analysis), subject.trial(measured.trials)
+    trial = None if candidates is None else BudgetTrial(candidates, budget, between(advance, done, searched))
+    lost = allocate(method, budget, costs, trial)
     subject.notes = [*(trial.notes if trial else ()), *_remarks(method, costs, analysis, lost)]
     if job.constraint is not None and not any(lost):
         raise SparsityError(

@@ -24,7 +24,7 @@ from fasp_fx.analysis import (
     program_fingerprint,
 )
 from fasp_fx.base import device_named, fingerprint
-from fasp_fx.calibration import Decision, ModelTrial, ServedTrial, read_batches
+from fasp_fx.calibration import Candidates, Decision, ModelTrial, read_batches
 from fasp_fx.capturing import Program
 from fasp_fx.errors import ArgumentError
 from fasp_fx.passes import split_fused
@@ -110,7 +110,7 @@ class Subject(ABC):
         """
 
     @abstractmethod
-    def trial(self, trials: Mapping[str, ModelTrial]) -> ServedTrial | None:
+    def trial(self, trials: Mapping[str, ModelTrial]) -> Candidates | None:
         """What runs the programs as they would be pruned, if anything does."""
 
     @abstractmethod
@@ -157,7 +157,7 @@ class Whole(Subject):
     def inputs(self, path: str, batches: Any) -> Any:
         return batches
 
-    def trial(self, trials: Mapping[str, ModelTrial]) -> ServedTrial | None:
+    def trial(self, trials: Mapping[str, ModelTrial]) -> Candidates | None:
         return trials.get("")
 
     def put(self, path: str, decision: Decision, config: PruningConfig | None) -> None:

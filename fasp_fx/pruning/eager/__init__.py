@@ -6,8 +6,7 @@ import itertools
 import math
 import re
 import traceback
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any, cast
 
 import torch
@@ -18,7 +17,6 @@ from fasp_fx.base import deviation, fingerprint, free_unbacked_symbols, pytree, 
 from fasp_fx.capturing import (
     ExportFacts,
     Program,
-    SplitWeight,
     arguments,
     attribute,
     capture,
