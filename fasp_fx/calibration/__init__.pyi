@@ -116,7 +116,7 @@ from ._obs import (
     resolve_score as resolve_score,  # The score of groups that a name, or a score of columns, stands for
 )
 from ._products import (
-    lying_along as lying_along,  # How the channels that a product sums over lie along one of its operands
+    layouts_along as layouts_along,  # How the channels that a product sums over lie along one of its operands
 )
 from ._ranks import (
     Ranks as Ranks,  # The processes of a group; without one, this process alone

@@ -301,8 +301,8 @@ def checked(order: Order, view: GroupColumns) -> Order:
         and len(sets) == len(members)
         and sets.shape[1] >= view.deepest
         and all(
-            len(np.unique(row)) == len(row) and np.isin(row, own).all()
-            for row, own in zip(sets, members, strict=True)
+            len(np.unique(row)) == len(row) and np.isin(row, of_block).all()
+            for row, of_block in zip(sets, members, strict=True)
         )
         and (losses is None or (losses.shape == (sets.shape[1] + 1,) and np.isfinite(losses).all()))
     ):

@@ -81,10 +81,10 @@ class ObservedProducts:
         """Add the squares of one operand of a product, or of its effects, in one batch, without padding."""
         operand = 0 if what == EFFECT else int(what)
         squares = value.detach().abs().to(torch.float32).square()
-        for lying in lying_along(self.analysis, product, operand):
-            counts = roles.of(number, product.operands[operand], value, tokens_of(lying)) != PADDING
-            more = lying.summed((squares * counts).to(precise(value.device))).reshape(-1)
-            numbers = lying.numbers.numpy().reshape(-1)
+        for layout in layouts_along(self.analysis, product, operand):
+            counts = roles.of(number, product.operands[operand], value, tokens_of(layout)) != PADDING
+            more = layout.summed((squares * counts).to(precise(value.device))).reshape(-1)
+            numbers = layout.numbers.numpy().reshape(-1)
             shared = np.isin(numbers, product.numbers)
             place = torch.from_numpy(np.searchsorted(product.numbers, numbers[shared])).to(more.device)
             self._sum(product, what, more.device).index_add_(0, place, more[torch.from_numpy(shared)])
@@ -135,16 +135,16 @@ class ObservedProducts:
         """Take removed channels out of products about to be executed: zeros in the first operand."""
         kept = torch.from_numpy(~np.append(gone, False))  # the last entry serves NONE (-1)
         for product in products:
-            for lying in lying_along(self.analysis, product, 0):
-                runner.change(product.operands[0], partial(_masked, kept, lying))
+            for layout in layouts_along(self.analysis, product, 0):
+                runner.change(product.operands[0], partial(_masked, kept, layout))
 
 
-def _masked(kept: Tensor, lying: Repeating, value: Tensor) -> Tensor:
+def _masked(kept: Tensor, layout: Repeating, value: Tensor) -> Tensor:
     """An operand with zeros in the channels that go; which are kept is given by channel number."""
-    return value * kept[lying.at(value.shape)].to(value)
+    return value * kept[layout.at(value.shape)].to(value)
 
 
-def lying_along(analysis: Analysis, product: Product, operand: int) -> list[Repeating]:
+def layouts_along(analysis: Analysis, product: Product, operand: int) -> list[Repeating]:
     """How the channels that a product sums over lie along one of its operands."""
     node = product.operands[operand]
     axes = [
@@ -155,12 +155,12 @@ def lying_along(analysis: Analysis, product: Product, operand: int) -> list[Repe
     # A node that a pass has written may have none: nothing is known then of sizes that vary.
     recorded = node.meta.get("val")
     layouts = [repeating(numbers, numbers.shape if recorded is None else recorded.shape) for numbers in axes]
-    return [lying for lying in layouts if lying is not None]  # the analysis leaves others whole
+    return [layout for layout in layouts if layout is not None]  # the analysis leaves others whole
 
 
-def tokens_of(lying: Repeating) -> list[int]:
+def tokens_of(layout: Repeating) -> list[int]:
     """The dimensions along which tokens lie."""
-    sizes = zip(lying.numbers.shape, lying.varies, strict=True)
+    sizes = zip(layout.numbers.shape, layout.varies, strict=True)
     return [dim for dim, (size, varies) in enumerate(sizes) if size == 1 or varies]
 
 

@@ -45,7 +45,7 @@ def without_data(consumers: Consumers, choices: Choices) -> Decision:
 
 
 @dataclass(frozen=True)
-class Stop:
+class ObservationPoint:
     """A node before which the batches wait.
 
     Attributes:
@@ -64,7 +64,7 @@ class Stop:
     cut: list[Product]
 
 
-def stops_of(consumers: Consumers, place: Callable[[fx.Node], int]) -> list[Stop]:
+def points_of(consumers: Consumers, place: Callable[[fx.Node], int]) -> list[ObservationPoint]:
     """Where the batches wait, in graph order, so that every group is decided.
 
     Args:
@@ -83,13 +83,13 @@ def stops_of(consumers: Consumers, place: Callable[[fx.Node], int]) -> list[Stop
         consumer: max((last[name] for name, some in of_group.items() if consumer in some), key=place)
         for consumer in consumers
     }
-    stops = []
+    points = []
     for node in order:
         ready = [group for group in groups if last[group.name] is node]
         uses = ((each, [use for use in each.uses if use.node is node]) for each in consumers)
         touched = dict.fromkeys(consumer for group in ready for consumer in of_group[group.name])
-        stops.append(
-            Stop(
+        points.append(
+            ObservationPoint(
                 node,
                 [(consumer, here, ends[consumer] is node) for consumer, here in uses if here],
                 [product for product in consumers.products.all if product.node is node],
@@ -98,7 +98,7 @@ def stops_of(consumers: Consumers, place: Callable[[fx.Node], int]) -> list[Stop
                 [product for group in ready for product in of(group) if product.node is node],
             )
         )
-    return stops
+    return points
 
 
 @dataclass(frozen=True)
@@ -139,37 +139,37 @@ class Visit:
         decision = nothing(analysis)
         repairs = Repairs(consumers, runner, self.restore, drift.strength if drift else 0.0, decision)
         self.roles.unmatched |= {node: None for node in runner.nodes if node.name in ledger.unmatched}
-        stops = stops_of(consumers, runner.index)
-        for count, stop in enumerate(stops):
-            is_new = count >= ledger.stops
+        points = points_of(consumers, runner.index)
+        for count, point in enumerate(points):
+            is_new = count >= ledger.points
             decide = ledger.settle if is_new else ledger.recall
             with float32_products(self.precision):
                 for each in (runner, drift.dense) if drift else (runner,):
-                    each.advance(each.index(stop.node))
+                    each.advance(each.index(point.node))
                 if is_new:
-                    self.observe(stop, runner, drift, ledger.ranks)
-                consumers.products.observe(runner, self.roles, stop.products, ledger.ranks)
-            for group in stop.groups:
+                    self.observe(point, runner, drift, ledger.ranks)
+                consumers.products.observe(runner, self.roles, point.products, ledger.ranks)
+            for group in point.groups:
                 if choose := self.choices.get(group.name):
                     chosen = decide(partial(_chosen, choose, repairs))
                     decision.take(analysis, group, chosen["weight"].numpy())
-            for consumer in stop.consumers:
+            for consumer in point.consumers:
                 repairs.finish(consumer, decide)
-            consumers.products.cut(runner, stop.cut, decision.gone)
+            consumers.products.cut(runner, point.cut, decision.gone)
             # Nothing that was seen may still be waited with.
             if is_new and all(consumer.grams is None for consumer in consumers):
                 ledger.commit(count + 1, [node.name for node in self.roles.unmatched])
-            progress((count + 1) / len(stops))
+            progress((count + 1) / len(points))
         if self.roles.unmatched:
             decision.notes.append(self.roles.remark())
         decision.notes.extend(warn_of_few(decision.outcomes))
         return decision
 
-    def observe(self, stop: Stop, runner: Runner, drift: Drift | None, ranks: Ranks) -> None:
+    def observe(self, point: ObservationPoint, runner: Runner, drift: Drift | None, ranks: Ranks) -> None:
         """Observe what a node is about to read; of a consumer that is read nowhere later, add up what all
         processes saw.
         """
-        for consumer, uses, is_last in stop.uses:
+        for consumer, uses, is_last in point.uses:
             for use in uses:
                 changes = drift.of(use) if drift is not None and len(consumer.uses) == 1 else None
                 self._observe(consumer, use, runner, changes)

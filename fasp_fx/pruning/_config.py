@@ -69,8 +69,8 @@ def _named(kind: Any, called: str = "") -> Check:
     known = f"not known; use {', '.join(map(repr, names))}" + f", a fasp_fx.{called} or None" * bool(called)
 
     def fits(value: Any) -> bool:
-        own = value is None or (callable(value) and not isinstance(value, type))
-        return (isinstance(value, str) and value in names) or (bool(called) and own)
+        is_code = value is None or (callable(value) and not isinstance(value, type))
+        return (isinstance(value, str) and value in names) or (bool(called) and is_code)
 
     return _where(fits, known)
 
@@ -303,8 +303,8 @@ class PruningConfig:
     def score_name(self) -> str:
         """The score's name; that of its class or function with its ``key``, where it is one of the user's."""
         score = self.effective_score
-        own = f"{getattr(score, '__qualname__', type(score).__qualname__)} {getattr(score, 'key', None)}"
-        return score if isinstance(score, str) else own
+        code = f"{getattr(score, '__qualname__', type(score).__qualname__)} {getattr(score, 'key', None)}"
+        return score if isinstance(score, str) else code
 
     @property
     def effective_drift(self) -> float:
@@ -366,13 +366,13 @@ class PruningConfig:
         from fasp_fx.base import from_document
 
         remedy = "write it again with PruningConfig.to_json()"
-        held = from_document("config", dict[str, Any], text, remedy, ArgumentError)
+        document = from_document("config", dict[str, Any], text, remedy, ArgumentError)
         # Earlier saves name options that are gone, and that few gave.
         known = {field.name for field in fields(cls)}
         values = {
-            name: held[name]
-            for name in held.keys() - {"format", "kind", "padding_mask"}
-            if name in known or held[name]
+            name: document[name]
+            for name in document.keys() - {"format", "kind", "padding_mask"}
+            if name in known or document[name]
         }
         return cls.of(None, {**values, "budget": budget_from_data(values.get("budget", []))})
 

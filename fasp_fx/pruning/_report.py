@@ -226,10 +226,10 @@ class Report:
         restored = max((line.error_restored or 0.0 for line in self.lines), default=0.0)
         if cut is None:
             return "unknown: nothing was calibrated; run both models on data of yours"
-        said = (
+        errors = (
             f"squared errors of what consumers put out are {restored:.1e} at most, {cut:.1e} without repair"
         )
-        return next((note for note in self.notes if note.startswith(PREDICTED)), said)
+        return next((note for note in self.notes if note.startswith(PREDICTED)), errors)
 
     def _trust(self) -> str:
         """How far what was lost can be relied on."""
@@ -240,9 +240,9 @@ class Report:
         ]
         if not errors:
             return "unknown: no calibration token was held out; run both models on data of yours"
-        held, restored, name = max(errors)
+        unseen, restored, name = max(errors)
         return (
-            f"squared errors of single layers are {held:.1e} at most ({name}) on calibration tokens that no"
+            f"squared errors of single layers are {unseen:.1e} at most ({name}) on calibration tokens that no"
             f" repair has seen, {restored:.1e} on all; far above that, more data would help; near 1, little"
             " of a layer is left"
         )
@@ -253,10 +253,10 @@ class Report:
 
     def __str__(self) -> str:
         asked = f" (asked for {self.requested:.2%})" if self.requested is not None else ""
-        (held, kept), less = self.parameters, self.parameters[1] / max(self.parameters[0], 1) - 1
+        (dense, kept), less = self.parameters, self.parameters[1] / max(self.parameters[0], 1) - 1
         out = [
             f"removed     {self.sparsity:.2%}{asked} of the weights of {COUNTED} in {counted(self.include)}:"
-            f" parameters {held:,} -> {kept:,} ({less:+.2%}), bytes {self.bytes[0]:,} -> {self.bytes[1]:,}",
+            f" parameters {dense:,} -> {kept:,} ({less:+.2%}), bytes {self.bytes[0]:,} -> {self.bytes[1]:,}",
             f"cost        {self._cost()}",
             f"trust       {self._trust()}",
         ]

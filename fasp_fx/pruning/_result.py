@@ -189,7 +189,7 @@ def is_inside(name: str, paths: Iterable[str]) -> bool:
 
 def _places(model: nn.Module, module: nn.Module) -> list[str]:
     """Where a submodule stands in a model."""
-    return [path for path, held in model.named_modules(remove_duplicate=False) if held is module]
+    return [path for path, other in model.named_modules(remove_duplicate=False) if other is module]
 
 
 def _write_whole(folder: Path, result: Result) -> None:
@@ -206,19 +206,19 @@ def _write_parts(folder: Path, result: Result) -> None:
     """Write the program of each part and the weights of everything else."""
     places = []
     for index, (name, part) in enumerate(result.parts.items()):
-        found = _places(result.module, part.module)
-        if name not in found:
+        paths = _places(result.module, part.module)
+        if name not in paths:
             raise StoreError(
                 f"the part '{name}' no longer stands at its place in result.module, so it cannot be saved;"
                 " save before exchanging modules"
             )
-        places.append([name, *(path for path in found if path != name)])
-        made = folder / PARTS / str(index)
-        made.mkdir(parents=True)
-        _write_whole(made, part)
+        places.append([name, *(path for path in paths if path != name)])
+        part_folder = folder / PARTS / str(index)
+        part_folder.mkdir(parents=True)
+        _write_whole(part_folder, part)
     inside = list(chain(*places))
-    held = result.module.state_dict(keep_vars=True)
-    rest = {name: value for name, value in held.items() if not is_inside(name, inside)}
+    tensors = result.module.state_dict(keep_vars=True)
+    rest = {name: value for name, value in tensors.items() if not is_inside(name, inside)}
     write_tensors(folder / "rest.safetensors", rest)
     write_json(folder / "signature.json", signature_to_json(result.signature))
     write_json(folder / "parts.json", asdict(Layout(places, dict(result.left))))
@@ -296,9 +296,9 @@ def _load_parts(folder: Path, model: nn.Module | None, device: torch.device | No
     layout = parse(Layout, read_text(folder / "parts.json"), "parts.json")
     count = len(layout.parts)
     verify(folder, PARTS_KIND, [f"{PARTS}/{index}/{name}" for index in range(count) for name in FILES])
-    made = model_copy(model).eval()
-    held = chain(made.parameters(), made.buffers())
-    target = device or next((tensor.device for tensor in held if tensor.device.type != "meta"), None)
+    rebuilt = model_copy(model).eval()
+    tensors = chain(rebuilt.parameters(), rebuilt.buffers())
+    target = device or next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)
     rest = read_tensors(folder / "rest.safetensors", target)
     parts = {
         paths[0]: _read_program(folder / PARTS / str(index), target)
@@ -307,16 +307,16 @@ def _load_parts(folder: Path, model: nn.Module | None, device: torch.device | No
     another = f"this {type(model).__name__} is not the model that was pruned, which has other weights around"
     try:
         for paths in layout.parts:
-            put(made, paths, dressed(parts[paths[0]].module, made.get_submodule(paths[0])))
+            put(rebuilt, paths, dressed(parts[paths[0]].module, rebuilt.get_submodule(paths[0])))
         # The very weights that were there, whatever types and ties those of the model have.
-        missing, strange = made.load_state_dict(rest, strict=False, assign=True)
+        missing, strange = rebuilt.load_state_dict(rest, strict=False, assign=True)
     except tolerable(AttributeError, RuntimeError) as error:  # no such submodule, or other sizes
         raise StoreError(f"{another} the parts: {error}; give that one") from error
     inside = list(chain(*layout.parts))
     stray = [*strange, *(name for name in missing if not is_inside(name, inside))]
-    stray += [name for name, tensor in made.named_buffers() if tensor.device.type == "meta"]
+    stray += [name for name, tensor in rebuilt.named_buffers() if tensor.device.type == "meta"]
     if stray:
         raise StoreError(f"{another} the parts, such as '{stray[0]}'; give that one, with its values")
-    made = made if device is None else made.to(device)
+    rebuilt = rebuilt if device is None else rebuilt.to(device)
     signature = signature_from_json(read_text(folder / "signature.json"))
-    return Result(cast(fx.GraphModule, made), *read_told(folder), signature, parts, layout.left)
+    return Result(cast(fx.GraphModule, rebuilt), *read_told(folder), signature, parts, layout.left)

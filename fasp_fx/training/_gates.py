@@ -115,8 +115,8 @@ class Target:
             ArgumentError: they are none, as where training has made scores NaN; names the group.
             SparsityError: the groups that have gates cannot meet the budget.
         """
-        for group, own in zip(self.groups, chances, strict=True):
-            if own.shape != (group.size,) or not ((own >= 0) & (own <= 1)).all():
+        for group, chance in zip(self.groups, chances, strict=True):
+            if chance.shape != (group.size,) or not ((chance >= 0) & (chance <= 1)).all():
                 raise ArgumentError(
                     f"the scores of the gates of '{group.name}' are not {group.size} numbers; training has"
                     " made them NaN, which a lower learning rate may prevent"
@@ -127,22 +127,23 @@ class Target:
                 f"the groups that have gates do not reach the budget; '{beyond[0]}' has none; ask for less"
             )
         gone = []
-        for group, own in zip(self.groups, chances, strict=True):
+        for group, chance in zip(self.groups, chances, strict=True):
             members = np.stack(by_block(group.block_of))
-            order = np.take_along_axis(members, np.argsort(own[members], 1, kind="stable"), 1)
+            order = np.take_along_axis(members, np.argsort(chance[members], 1, kind="stable"), 1)
             gone.append(np.isin(np.arange(group.size), order[:, : lost.get(group.name, 0)]))
         return gone
 
     def decision(self, gone: list[np.ndarray]) -> Decision:
         """What is removed where these channel sets go, ``[sets]`` for each group."""
-        sets = np.concatenate([group.sets[own] for group, own in zip(self.groups, gone, strict=True)])
+        pairs = zip(self.groups, gone, strict=True)
+        sets = np.concatenate([group.sets[places] for group, places in pairs])
         return Decision(np.isin(self.analysis.labels, sets))
 
     def _lost(self, chances: list[np.ndarray]) -> dict[str, int]:
         """How many channel sets each block of the groups loses that lose any, by name."""
         by_name = {
-            group.name: np.sort(own[np.stack(by_block(group.block_of))], 1).mean(0)
-            for group, own in zip(self.groups, chances, strict=True)
+            group.name: np.sort(chance[np.stack(by_block(group.block_of))], 1).mean(0)
+            for group, chance in zip(self.groups, chances, strict=True)
         }
         method = Method.of(replace(self._config, allocation=partial(threshold, by_name)))
         counts = zip(self.analysis.chosen, allocate(method, self.budget), strict=True)
@@ -213,16 +214,16 @@ class Gates(nn.Module):
 
     def original_parameters(self) -> dict[str, Tensor]:
         """The model's own parameters by the names that they have without gates."""
-        found: dict[str, Tensor] = {}
-        own = {id(parameter) for parameter in self.parameters()}
+        originals: dict[str, Tensor] = {}
+        of_gates = {id(parameter) for parameter in self.parameters()}
         gated = {(id(module), name) for module, name, _ in self.places}
         for name, parameter in self._model[0].named_parameters(remove_duplicate=False):
-            if id(parameter) in own:
+            if id(parameter) in of_gates:
                 continue
             path, mark, weight = name.removesuffix(".original").rpartition(_MARK)
             is_gated = mark and (id(self._model[0].get_submodule(path.rstrip("."))), weight) in gated
-            found[path + weight if is_gated else name] = parameter
-        return found
+            originals[path + weight if is_gated else name] = parameter
+        return originals
 
     def detach(self) -> None:
         """Take the gates off: the model is as it was, with its weights as they are now.
@@ -231,8 +232,8 @@ class Gates(nn.Module):
             ArgumentError: a weight has parametrizations of others since, or its gates are gone; names it.
         """
         for module, name, _ in self.places:
-            found = getattr(module, "parametrizations", {})
-            if name not in found or len(found[name]) != 1:
+            parametrizations = getattr(module, "parametrizations", {})
+            if name not in parametrizations or len(parametrizations[name]) != 1:
                 raise ArgumentError(
                     f"'{name}' of a {type(module).__name__} has other parametrizations than when its gates"
                     " were put on; take off what came since, and nothing else"
@@ -241,9 +242,11 @@ class Gates(nn.Module):
         for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
             del hooks[key]
         for module, name, _ in self.places:
-            own = type(module)  # copies of the model share it, and taking a parametrization off changes it
-            held = {key: value for key, value in vars(own).items() if key not in ("__dict__", "__weakref__")}
-            module.__class__ = type(own.__name__, own.__bases__, held)
+            kind = type(module)  # copies of the model share it, and taking a parametrization off changes it
+            attributes = dict(vars(kind))
+            for name_of_slot in ("__dict__", "__weakref__"):
+                attributes.pop(name_of_slot, None)
+            module.__class__ = type(kind.__name__, kind.__bases__, attributes)
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         for module, _, order in self.places:
             for parameter in order:  # as they stood, which optimizers and checkpoints go by
@@ -319,8 +322,8 @@ def attach_gates(
     gates = Gates(model, target)
     orders = [list(module._parameters) for module, _, _ in places]  # as they stand before any is replaced
     try:
-        for (module, name, own), order in zip(places, orders, strict=True):
-            scaled = Scaled(gates, own, getattr(module, name), holds=not gates.places)
+        for (module, name, members), order in zip(places, orders, strict=True):
+            scaled = Scaled(gates, members, getattr(module, name), holds=not gates.places)
             parametrize.register_parametrization(module, name, scaled)
             module.parametrizations.train(model.training)  # type: ignore[union-attr]
             gates.places.append((module, name, order))
@@ -372,11 +375,11 @@ def _places(
     for number, group in enumerate(groups):
         for member in group.consumers:
             owners = {
-                (id(module := model.get_submodule(path)), own): module
-                for path, _, own in (name.rpartition(".") for name in by_name[member.name])
+                (id(module := model.get_submodule(path)), weight): module
+                for path, _, weight in (name.rpartition(".") for name in by_name[member.name])
             }
-            for (key, own), module in owners.items():  # a module may have several names
-                places.setdefault((key, own), (module, own, []))[2].append((number, member))
+            for (key, weight), module in owners.items():  # a module may have several names
+                places.setdefault((key, weight), (module, weight, []))[2].append((number, member))
     return list(places.values()), groups
 
 

@@ -160,7 +160,7 @@ class Checker:
                 if inputs is not self.inputs[0]:
                     continue
                 return _Fault(
-                    f"{inputs.said} the dense program with the removed channels masked fails:"
+                    f"{inputs.text} the dense program with the removed channels masked fails:"
                     f" {first_line(error)}"
                 )
             except CallError as error:
@@ -179,7 +179,7 @@ class Checker:
                     else "in its integers, its shape or where it is not finite"
                 )
                 return _Fault(
-                    f"{inputs.said} an output differs from that of the dense program with the removed"
+                    f"{inputs.text} an output differs from that of the dense program with the removed"
                     f" channels masked, {size}",
                     differs=True,
                 )
@@ -206,7 +206,7 @@ def _drawn(graph: fx.Graph) -> list[list[int | None]]:
 
 
 def _failed(inputs: Inputs, cause: str) -> _Fault:
-    return _Fault(f"{inputs.said} the pruned program fails, where the dense one runs: {cause}")
+    return _Fault(f"{inputs.text} the pruned program fails, where the dense one runs: {cause}")
 
 
 __all__ = ["Checked", "Checker"]
