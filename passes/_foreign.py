@@ -12,7 +12,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fasp_fx.base._stamps import WRITTEN_BY, stamp
 from fasp_fx.base._tolerable import tolerable
 from fasp_fx.base.compare import deviation, tolerance
-from fasp_fx.base.compat import pytree
+from fasp_fx.base.compat import codegen_of, pytree
 from fasp_fx.capturing import export_again, is_plain_graph, recapture
 from fasp_fx.capturing._fx import results, written_names
 from fasp_fx.capturing._program import Program, graph_module
@@ -78,7 +78,7 @@ def _rewritten(call: Callable[[Any], Any], program: Program) -> Program:
             stamp(node, node.meta[WRITTEN_BY])
     copy.numbers.clear()
     # A pass that copies the graph forgets how inputs and outputs are nested.
-    module.graph.set_codegen(program.module.graph._codegen)
+    module.graph.set_codegen(codegen_of(program.module.graph))
     copy.module = graph_module(module, module.graph, module.meta)
     _same_shapes(program, copy)
     if is_plain_graph(module.graph):

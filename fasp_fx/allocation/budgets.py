@@ -25,7 +25,7 @@ from ..analysis.resources import (
 )
 from ..base._options import is_number
 from ..base._tolerable import tolerable
-from ..base.compat import HigherOrderOperator, OpOverload
+from ..base.compat import HigherOrderOperator, OpOverload, is_composite
 from ..capturing._fx import arguments, attribute
 from ..capturing._sizes import Sizes
 from ..errors import ArgumentError, BudgetError
@@ -328,7 +328,7 @@ def _terms(node: fx.Node, module: torch.nn.Module, shape: ShapeOf) -> list[Term]
         each = [matrix for matrix in given.get("params", ()) if len(shape(matrix)) == 2] or [None]
         return [_dims({**given, "params": matrix}, term, shape) for term in formula for matrix in each]
     if isinstance(node.target, OpOverload) and (
-        node.target._overloadpacket in flop_registry or _is_made_of_products(node, shape)
+        node.target.overloadpacket in flop_registry or _is_made_of_products(node, shape)
     ):
         raise BudgetError(
             f"the multiply-accumulates of '{node.name}' ({node.target}) are not counted, so macs are no"
@@ -360,7 +360,7 @@ def _is_made_of_products(node: fx.Node, shape: ShapeOf) -> bool:
     ``aten.inner``.
     """
     assert isinstance(node.target, OpOverload)
-    if not node.target._can_decompose():
+    if not is_composite(node.target):
         return False
 
     def empty(source: fx.Node) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from ..analysis.channels import Product, Use
 from ..base._device import device_of
 from ..base._tolerable import tolerable
-from ..base.compat import pytree
+from ..base.compat import codegen_of, pytree
 from ..capturing._fx import results
 from ..capturing._program import Program
 from ..capturing._runner import Runner
@@ -298,7 +298,7 @@ def outcome(
         for node, leaf in zip(results(program.module.graph), shown, strict=True)
         if isinstance(node, fx.Node) and isinstance(leaf, Tensor)
     }
-    info: Any = getattr(program.module.graph._codegen, "pytree_info", None)
+    info: Any = getattr(codegen_of(program.module.graph), "pytree_info", None)
     if info is None or info.out_spec is None or info.in_spec is None:
         names = (node.name for node in program.placeholders())
         return shown, dict(zip(names, piece.inputs, strict=True)), lambda leaf: padding.get(id(leaf))

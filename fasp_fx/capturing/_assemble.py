@@ -39,7 +39,9 @@ from ..base.compat import (
     FakeTensorMode,
     HigherOrderOperator,
     OpOverload,
+    guards_of_module,
     refuse_new_guards,
+    schema_of,
     take_guards,
 )
 from ..errors import VerificationError
@@ -211,7 +213,7 @@ def check_sizes(program: Program, inputs: list[Any]) -> None:
     """
     assert program.facts is not None  # or it was not captured
     frame = Assembly(program.module.graph, (), program.facts, program.example).frame
-    guards: Any = getattr(frame.module(check_guards=True), "_guards_fn", None)
+    guards = guards_of_module(frame.module(check_guards=True))
     if guards is not None:
         guards(*inputs)
 
@@ -245,7 +247,7 @@ def _is_functional(node: fx.Node) -> bool:
     if node.op != "call_function":
         return node.op != "call_module"
     if isinstance(node.target, OpOverload):
-        return not node.target._schema.is_mutable and "unbacked_bindings" not in node.meta
+        return not schema_of(node.target).is_mutable and "unbacked_bindings" not in node.meta
     return not isinstance(node.target, HigherOrderOperator)
 
 

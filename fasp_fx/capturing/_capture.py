@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from ..base._device import check_device
 from ..base._stamps import read_stamps
 from ..base._undisturbed import without_collections
-from ..base.compat import LazyGraphModule, compile_graphs, pytree
+from ..base.compat import LazyGraphModule, compile_graphs, pytree, rename, version_of
 from ..errors import ArgumentError, CaptureError
 from ._compare_with_model import compared
 from ._export import export
@@ -227,7 +227,7 @@ def recapture(program: Program, exported: ExportedProgram) -> Program:
         raise CaptureError("it changed the number of the program's inputs or outputs")
     for node, old in zip(inputs, before, strict=True):
         if node.name != old.name:
-            node._rename(old.name)
+            rename(node, old.name)
     own_names(module, module.graph)
     module.recompile()
     return replace(program, module=module, facts=ExportFacts.of(exported))
@@ -417,8 +417,4 @@ def _versions(program: Program) -> dict[str, int | None]:
     """
     own = set(written_names(program.module.graph))
     held = {**program.weights(), **program.replaced}  # a folded weight can have the name of one of those
-    return {
-        name: None if tensor.is_inference() else tensor._version
-        for name, tensor in held.items()
-        if name not in own
-    }
+    return {name: version_of(tensor) for name, tensor in held.items() if name not in own}

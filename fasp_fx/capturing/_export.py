@@ -16,12 +16,7 @@ from torch.export import ExportedProgram
 
 from ..base._tolerable import tolerable
 from ..base._warn import quiet
-from ..base.compat import (
-    PyTreeCodeGen,
-    compile_graphs,
-    compiled_when_called,
-    pytree,
-)
+from ..base.compat import PyTreeCodeGen, codegen_of, compile_graphs, compiled_when_called, pytree
 from ..errors import ArgumentError, ExportError, first_line
 from ._functional import functional, out_of_place, take_apart
 from ._rewrites import as_weights, fixed_sizes, settled_as_numbers
@@ -170,7 +165,7 @@ def _by_position(model: nn.Module, signature: CallSignature, leading: int) -> li
     """The arguments to pass by position: those that must be, those that an exported module has fixed there,
     and the ``leading`` ones given so.
     """
-    codegen = model.graph._codegen if isinstance(model, fx.GraphModule) else None
+    codegen = codegen_of(model.graph) if isinstance(model, fx.GraphModule) else None
     if isinstance(codegen, PyTreeCodeGen) and not isinstance(codegen, CallerCodeGen):
         return signature.given()[: codegen.pytree_info.in_spec.child(0).num_children]
     must = signature.by_position()

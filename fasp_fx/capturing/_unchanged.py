@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from ..base._undisturbed import drawing_alike
-from ..base.compat import pytree
+from ..base.compat import RECURRENT_LISTS, forward_pre_hooks, pytree, written_by_hook
 from ._signature import PLAIN
 
 #: kinds of attributes that can be changed without being set
@@ -33,10 +33,10 @@ def _set_by_torch(module: nn.Module) -> set[str]:
     """Attributes that torch itself sets in forward: those of its own hooks, which compute a weight, and the
     lists in which recurrent modules keep their parameters, made anew where an exporter has put stand-ins.
     """
-    names = {"_flat_weights", "_flat_weight_refs"} if isinstance(module, nn.RNNBase) else set()
-    for hook in filter(of_torch, module._forward_pre_hooks.values()):
-        names |= {getattr(hook, "name", ""), getattr(hook, "_tensor_name", "")}
-    return names
+    hooks = filter(of_torch, forward_pre_hooks(module).values())
+    return set().union(
+        RECURRENT_LISTS if isinstance(module, nn.RNNBase) else (), *map(written_by_hook, hooks)
+    )
 
 
 @contextlib.contextmanager

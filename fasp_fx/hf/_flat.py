@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
 from ..base._stamps import stamp
-from ..base.compat import forward_from_src, pytree
+from ..base.compat import codegen_of, forward_from_src, pytree
 from ..base.compat._transformers import CACHE
 from ..capturing import lower_bound, upper_bound
 from ..capturing._fx import arguments
@@ -70,7 +70,7 @@ class FlatProgram:
             CaptureError: it takes or returns a structure that is neither a tensor, a dict of tensors nor a
                 cache of keys and values.
         """
-        generated: Any = module.graph._codegen
+        generated: Any = codegen_of(module.graph)
         trees = generated.pytree_info
         return FlatProgram.of_graph(module.graph, trees.in_spec, trees.out_spec)
 
@@ -82,7 +82,7 @@ class FlatProgram:
         graph = fx.Graph()
         returned: Any = graph.graph_copy(body, {})
         graph.output(tuple(returned))
-        graph._codegen = CodeGen()
+        graph.set_codegen(CodeGen())
         for node in graph.nodes:
             node.type = None
         names = []

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..analysis.plan import PruningPlan
 from ..base._device import check_device
 from ..base._options import path_of
-from ..base.compat._transformers import quiet
+from ..base.compat._transformers import attention_of, quiet
 from ..errors import ArgumentError, StoreError
 from ..pruning._result import TOLD, read_told, write_told
 from ..pruning.report import Report
@@ -291,7 +291,7 @@ class SavedModel(PrunedModel):
                 raise ArgumentError(
                     f"argument '{name}' is not served when a pruned model is loaded; leave it out"
                 )
-        asked = getattr(config, "_attn_implementation", None)  # where the Auto classes put it
+        asked = attention_of(config)  # where the Auto classes put it
         if asked not in (None, "sdpa"):  # what a pruned model says of itself
             raise ArgumentError(
                 f"attn_implementation={asked!r} cannot be had: the programs fix attention; choose it for the"

@@ -26,6 +26,7 @@ from ..base.compat import (
     assign_attr,
     lookup_backend,
     tracing,
+    version_of,
 )
 from ..capturing import by_shapes, is_plain_graph, take_apart
 from ..capturing._attention import FLEX
@@ -252,7 +253,7 @@ class _Slice:
         # for autograd; and a tensor that does not count its versions
         if (torch.is_grad_enabled() and weight.requires_grad) or weight.is_inference():
             return self.cut(args)
-        now = (weight.data_ptr(), weight.dtype, weight._version)
+        now = (weight.data_ptr(), weight.dtype, version_of(weight))
         if self._made is None or self._made[1]() is not weight or self._made[3] != now:
             storage = weight.detach()  # keeps the storage, so that no other can come to lie at its address
             with torch.inference_mode(False), torch.no_grad():  # a slice outlives the call

@@ -161,7 +161,7 @@ def signature_from_json(text: str) -> CallSignature:
     held = parse(_Signature, text, "signature.json")
     with parsing("signature.json"):
         parameters = [
-            inspect.Parameter(one.name, inspect._ParameterKind[one.kind], default=one.default)
+            inspect.Parameter(one.name, getattr(inspect.Parameter, one.kind), default=one.default)
             for one in held.parameters
         ]
         return CallSignature(inspect.Signature(parameters), held.captured, held.constants, held.outlines)

@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from ..base._tolerable import tolerable
-from ..base.compat import OpOverload, pytree
+from ..base.compat import OpOverload, pytree, schema_of
 from ..base.compat._serde import ON_SIZES, Union, schema
 from ..errors import StoreError
 
@@ -216,7 +216,7 @@ def check_operator(target: Any) -> None:
         raise StoreError(
             f"the operator {target} is not known here; import the package that registers it before loading"
         )
-    for argument in found._schema.arguments:
+    for argument in schema_of(found).arguments:
         if "str" in str(argument.type) and re.search("file|path|name", argument.name):
             raise StoreError(
                 f"the stored graph calls {target}, which reaches outside of the model; such a program is not"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
@@ -50,9 +49,24 @@ from torch.fx.traceback import annotate as annotating
 from torch.fx.traceback import preserve_node_meta as annotated_nodes
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._sympy.numbers import int_oo
 
 from ...errors import VerificationError
+from ._objects import (
+    RECURRENT_LISTS,
+    codegen_of,
+    forward_pre_hooks,
+    guards_of_module,
+    is_view,
+    non_persistent_buffers,
+    rename,
+    schema_of,
+    set_guards,
+    storage_id,
+    version_of,
+    with_parts,
+    written_by_hook,
+)
+from ._sizes import asserted, bounds_of, conditions_on, count_assumptions, hint_of, settled_by
 
 #: the function that a graph of dynamo's calls where gradients are switched on or off
 SET_GRAD = torch._C._set_grad_enabled
@@ -187,16 +201,10 @@ def guards_of(program: ExportedProgram) -> tuple[str, ...]:
     return tuple(program._guards_code)
 
 
-def settled_by(size: torch.SymInt) -> traceback.FrameSummary | None:
-    """The line of Python, in a model or in torch, that settled what a size is, if one did."""
-    place = size.node.shape_env.replacements_slocs.get(size.node._expr)
-    found = None if place is None else place.framework_loc
-    return found if isinstance(found, traceback.FrameSummary) else None
-
-
 __all__ = [
     "FAKE_LOGGER",
     "PRESERVED",
+    "RECURRENT_LISTS",
     "SET_GRAD",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
@@ -214,27 +222,43 @@ __all__ = [
     "annotated_nodes",
     "annotating",
     "aot_export_module",
+    "asserted",
     "assign_attr",
+    "bounds_of",
+    "codegen_of",
     "compile_graphs",
     "compiled_when_called",
+    "conditions_on",
+    "count_assumptions",
     "decomposed_matmul",
     "decomposition_table",
     "enable_python_dispatcher",
     "forward_from_src",
+    "forward_pre_hooks",
     "free_unbacked_symbols",
     "guards_of",
-    "int_oo",
+    "guards_of_module",
+    "hint_of",
     "is_composite",
     "is_transform",
+    "is_view",
     "lookup_backend",
+    "non_persistent_buffers",
     "pytree",
     "refuse_new_guards",
+    "rename",
+    "schema_of",
+    "set_guards",
     "settled_by",
     "silent_export",
     "silent_fake_tensors",
+    "storage_id",
     "take_guards",
     "traced_by",
     "tracing",
+    "version_of",
+    "with_parts",
     "without_overrides",
     "without_stack_traces",
+    "written_by_hook",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -91,12 +91,39 @@ def kept_in_float32(model: nn.Module) -> set[str]:
     }
 
 
+def attention_of(config: Any) -> str | None:
+    """The implementation of attention that a configuration asks for, where it asks for one."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def classes_by_config(auto: type) -> Mapping[Any, Any]:
+    """The classes of models that an Auto class loads, by those of their configurations; none where it keeps
+    them elsewhere.
+    """
+    mapping: Mapping[Any, Any] = getattr(auto, "_model_mapping", {})
+    return mapping
+
+
+def forget_conversions(model: Any) -> None:
+    """Let a model be saved under the names that its parameters have."""
+    model._weight_conversions = None
+
+
+def mark_as_given(cache: Any) -> None:
+    """Say of a cache that the caller brought it, so that ``generate`` gives it back."""
+    cache._is_user_defined = True
+
+
 __all__ = [
     "CACHE",
+    "attention_of",
+    "classes_by_config",
     "export_program",
+    "forget_conversions",
     "get_auto_dynamic_shapes",
     "is_cache_class",
     "kept_in_float32",
+    "mark_as_given",
     "prepare_for_export",
     "quiet",
     "reading_gguf",

@@ -27,6 +27,7 @@ from fasp_fx.passes import verify
 from fasp_fx.passes.remove_channels import remove_channels
 from fasp_fx.patterns import Rule
 
+from ...base.compat import schema_of
 from .._case import draw_sets
 from ..oracle import Masked, error, floats
 from ._calls import Call, Draw
@@ -113,7 +114,7 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
     }
     arguments = {name: _argument(name, value, made) for name, value in call.arguments.items()}
     # as a captured graph has them: by position up to the keyword-only ones
-    first = [argument.name for argument in call.operator._schema.arguments if not argument.kwarg_only]
+    first = [argument.name for argument in schema_of(call.operator).arguments if not argument.kwarg_only]
     args = tuple(arguments.pop(name) for name in first)
     node: Any = graph.call_function(call.operator, args, arguments)
     if rule.creates:  # what is created meets an activation; what memory happens to hold is not compared
@@ -122,7 +123,7 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
         values = draw.tensor(list(result.shape), "real")
         met = _operand(root, graph, x, "met", values, True, draw, blocks, free)
         node = graph.call_function(_ATEN.add.Tensor, (met, node))
-    if len(call.operator._schema.returns) > 1 or "List" in str(call.operator._schema.returns[0].type):
+    if len(schema_of(call.operator).returns) > 1 or "List" in str(schema_of(call.operator).returns[0].type):
         node = graph.call_function(operators.getitem, (node, which))
     if result.is_complex():
         node = graph.call_function(_ATEN.abs.default, (node,))
