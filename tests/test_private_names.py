@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import fx, nn
+from torch.autograd import Function
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from fasp_fx.base import compat
+from fasp_fx.base.compat import PATCHES
 
 ROOT = Path(__file__).resolve().parent.parent
 #: is saved along with a model and stands alone there, so that it imports nothing of ours
@@ -28,6 +32,7 @@ UNDOCUMENTED = {
 }
 #: of torch's operators, private ones have rules as others have
 OPERATORS = ("torch.ops.aten", "_ATEN", "aten", "ATEN")
+relu = torch.ops.aten.relu.default
 BY_NAME = {"getattr", "setattr", "hasattr", "delattr"}
 
 
@@ -135,3 +140,43 @@ def test_a_private_name_is_seen(code: str) -> None:
 )
 def test_what_is_ours_or_public_is_none(code: str) -> None:
     assert not list(private_names(ast.parse(code), {"_parts"}))
+
+
+# --- Objects of others that are changed for a while.
+
+
+#: put what they change back where it was, on objects of our own
+OUR_OWN = {"fasp_fx/training/gates.py", "fasp_fx/testing/rule/__init__.py"}
+
+
+def test_objects_of_others_are_changed_in_one_file() -> None:
+    assert len(PATCHES) <= 8
+    assert all(callable(getattr(compat, name)) for name in PATCHES)
+    patching = [
+        file
+        for file, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and "mock" in ast.unparse(node)
+    ]
+    assert set(patching) <= OUR_OWN
+
+
+def test_what_is_changed_is_put_back() -> None:
+    class Double(Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    model, names, before = nn.Linear(1, 1), list[str](), (Function.__dict__["apply"], dict(relu.py_kernels))
+    with (
+        compat.attributes_read(lambda module, name: names.append(name)),
+        compat.applied_functions(lambda kind: names.append(kind.__name__)),
+        compat.called_as(model, lambda x: x),
+        compat.traced_by({relu: torch.empty_like}, {relu: torch.empty_like}),
+    ):
+        assert model.forward(1) == 1
+        assert float(Double.apply(torch.ones(()))) == 2
+    assert {"forward", "Double"} <= {*names}
+    assert (Function.__dict__["apply"], dict(relu.py_kernels)) == before
+    assert "__getattribute__" not in vars(nn.Module)
+    assert "forward" not in vars(model)

@@ -8,7 +8,6 @@ into inputs, and to say which input is which.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -256,7 +255,7 @@ def _recorded(module: fx.GraphModule) -> bool:
     environment = environment_of(module.graph)
     with (
         quiet(),
-        contextlib.nullcontext() if environment is None else refuse_new_guards(environment),
+        refuse_new_guards(environment),
     ):
         try:
             record(module, everything=False)

@@ -8,7 +8,6 @@ import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +15,7 @@ from torch.export import ExportedProgram
 
 from ..base._tolerable import tolerable
 from ..base._warn import quiet
-from ..base.compat import PyTreeCodeGen, codegen_of, compile_graphs, compiled_when_called, pytree
+from ..base.compat import PyTreeCodeGen, called_as, codegen_of, compile_graphs, compiled_when_called, pytree
 from ..errors import ArgumentError, ExportError, first_line
 from ._functional import functional, out_of_place, take_apart
 from ._rewrites import as_weights, fixed_sizes, settled_as_numbers
@@ -235,7 +234,7 @@ def _called_as(
     vars(named)["__signature__"] = inspect.Signature(
         [*known.values(), *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra)]
     )
-    return mock.patch.object(model, "forward", named)
+    return called_as(model, named)
 
 
 def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ExportedProgram:

@@ -4,6 +4,7 @@ file, dense or pruned; and text, of a file or of the model itself.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -11,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..base._device import check_device, device_of
 from ..base._offload import Scratch, keep_weights
 from ..base._progress import process
 from ..base._tolerable import tolerable
+from ..base.compat import reading_gguf
 from ..errors import ArgumentError, CalibrationError, FaspError, StoreError, first_line
 from ..storage._folder import MANIFEST, is_save, kind_of
 from ._console import Stages
@@ -228,8 +229,6 @@ def check_tokens(model: Any, tokens: Tensor, what: str) -> None:
 
 @contextmanager
 def _loading(what: str) -> Iterator[None]:
-    from ..base.compat._transformers import reading_gguf
-
     try:
         with reading_gguf():
             yield
@@ -448,9 +447,10 @@ def sample(
     settings = GenerationConfig(
         do_sample=False, max_length=length, bos_token_id=start, eos_token_id=None, pad_token_id=start
     )
+    # What a model brings along (an end token, a temperature) would be merged into settings given by call.
+    speaker = copy.copy(model)
+    speaker.generation_config = settings
     with (
-        # What a model brings along (an end token, a temperature) would be merged into settings given by call.
-        mock.patch.object(model, "generation_config", settings),
         torch.no_grad(),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
@@ -458,6 +458,8 @@ def sample(
         for first in range(0, count, SAMPLED_TOGETHER):
             prompt = torch.full((min(SAMPLED_TOGETHER, count - first), 1), start, device=device)
             check_output(model, prompt[0])  # sampling from what is no distribution fails in words of its own
-            own = LogitsProcessorList([Draw()])
-            texts.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), logits_processor=own))
+            draws = LogitsProcessorList([Draw()])
+            texts.append(
+                speaker.generate(prompt, attention_mask=torch.ones_like(prompt), logits_processor=own)
+            )
     return torch.cat(texts)

@@ -50,7 +50,7 @@ from torch.fx.traceback import preserve_node_meta as annotated_nodes
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...errors import VerificationError
+from .._undisturbed import for_a_while
 from ._objects import (
     RECURRENT_LISTS,
     codegen_of,
@@ -66,6 +66,16 @@ from ._objects import (
     with_parts,
     written_by_hook,
 )
+from ._patches import (
+    PATCHES,
+    applied_functions,
+    attributes_read,
+    called_as,
+    reading_gguf,
+    refuse_new_guards,
+    silent_export,
+    traced_by,
+)
 from ._sizes import asserted, bounds_of, conditions_on, count_assumptions, hint_of, settled_by
 
 #: the function that a graph of dynamo's calls where gradients are switched on or off
@@ -76,14 +86,13 @@ SET_GRAD = torch._C._set_grad_enabled
 FAKE_LOGGER = "torch._subclasses.fake_tensor"
 
 
-def silent_fake_tensors() -> contextlib.AbstractContextManager[object]:
+@contextlib.contextmanager
+def silent_fake_tensors() -> Iterator[None]:
     """Keep fake tensors from logging as an error what they go on to raise."""
-    return mock.patch.object(logging.getLogger(FAKE_LOGGER), "disabled", True)
-
-
-def silent_export() -> contextlib.AbstractContextManager[object]:
-    """Keep ``torch.export`` from printing, once for each attempt, the graph it had when it failed."""
-    return mock.patch.object(torch.export._trace, "print", create=True)
+    logger = logging.getLogger(FAKE_LOGGER)
+    with for_a_while(lambda: logger.level, logger.setLevel):
+        logger.setLevel(logging.CRITICAL)
+        yield
 
 
 def compiled_when_called() -> contextlib.AbstractContextManager[None]:
@@ -93,13 +102,17 @@ def compiled_when_called() -> contextlib.AbstractContextManager[None]:
     return _use_lazy_graph_module(True)
 
 
-def without_stack_traces() -> contextlib.AbstractContextManager[object]:
+@contextlib.contextmanager
+def without_stack_traces() -> Iterator[None]:
     """Let what is traced not look for the line of the model that made each node, which takes an eighth of a
     capture. Where torch cannot be told, it does.
     """
-    if not hasattr(torch.fx.config, "do_not_emit_stack_traces"):
-        return contextlib.nullcontext()
-    return mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", True)
+    option = "do_not_emit_stack_traces"
+    with for_a_while(
+        lambda: getattr(torch.fx.config, option, False), lambda on: setattr(torch.fx.config, option, on)
+    ):
+        setattr(torch.fx.config, option, True)
+        yield
 
 
 def compile_graphs(module: nn.Module) -> None:
@@ -113,7 +126,6 @@ def compile_graphs(module: nn.Module) -> None:
 settle = torch._check
 #: calls of operators inside are not intercepted by ``__torch_function__``, that of a mode included
 without_overrides = torch._C.DisableTorchFunction
-_TRACED = (DispatchKey.Autograd, DispatchKey.CompositeImplicitAutograd, DispatchKey.Meta)
 
 
 def is_composite(operator: OpOverload) -> bool:
@@ -126,67 +138,6 @@ def is_transform(target: Any) -> bool:
     changes what the calls after it mean.
     """
     return str(getattr(target, "__module__", "")).startswith("torch._functorch")
-
-
-@contextlib.contextmanager
-def traced_by(
-    kernels: Mapping[OpOverload, Callable[..., Any]], fakes: Mapping[OpOverload, Callable[..., Any]]
-) -> Iterator[None]:
-    """Let exporters find what operators return by functions of ours, and without torch's cache of what fake
-    tensors became: where sizes vary it costs more than it saves, and compares sizes that cannot be compared
-    (some products of three symbols, as in the table of a block mask over dynamic lengths).
-
-    Args:
-        kernels: of operators that an exporter records whole, or takes apart.
-        fakes: of those below, given fake tensors of sizes that vary.
-    """
-
-    def run(kernel: Callable[..., Any], mode: FakeTensorMode, *args: Any, **kwargs: Any) -> Any:
-        with mode:
-            return kernel(*args, **kwargs)
-
-    def made_by(operator: OpOverload, key: DispatchKey, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        composite = DispatchKey.CompositeImplicitAutograd
-        known, written = operator.py_kernels, functools.partial(operator._op_dk, composite)
-        own = known.get(key) or known.get(composite) or written
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            first = args[0] if args else next(iter(kwargs.values()))
-            # Tensors with values are computed with, and what is written down would be the kernel's steps.
-            shapes_alone = (is_fake(first) or first.device.type == "meta") and get_proxy_mode() is None
-            return (kernel if shapes_alone else own)(*args, **kwargs)
-
-        return call
-
-    made = {operator: functools.partial(run, kernel) for operator, kernel in fakes.items()}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch._dynamo.config.patch(fake_tensor_cache_enabled=False))
-        stack.enter_context(mock.patch.dict(get_fast_op_impls(), made))
-        for operator, kernel in kernels.items():
-            stack.callback(operator._dispatch_cache.clear)
-            given = {key: made_by(operator, key, kernel) for key in _TRACED}
-            stack.enter_context(mock.patch.dict(operator.py_kernels, given))
-            operator._dispatch_cache.clear()
-        yield
-
-
-@contextlib.contextmanager
-def refuse_new_guards(environment: ShapeEnv) -> Iterator[None]:
-    """Raise where anything new would be assumed of the sizes.
-
-    Frozen, an environment drops such an assumption, says so in its log alone, and remembers the answer that
-    depends on it; an error it does not remember.
-
-    Raises:
-        VerificationError: names the assumption.
-    """
-
-    def refuse(expression: object, value: object) -> None:
-        raise VerificationError(f"the sizes would have to fulfil {expression} == {value}")
-
-    freeze = mock.patch.object(environment, "frozen", True)
-    with freeze, mock.patch.object(environment, "_check_frozen", refuse):
-        yield
 
 
 def take_guards(program: ExportedProgram, other: ExportedProgram) -> None:
@@ -203,6 +154,7 @@ def guards_of(program: ExportedProgram) -> tuple[str, ...]:
 
 __all__ = [
     "FAKE_LOGGER",
+    "PATCHES",
     "PRESERVED",
     "RECURRENT_LISTS",
     "SET_GRAD",
@@ -222,9 +174,12 @@ __all__ = [
     "annotated_nodes",
     "annotating",
     "aot_export_module",
+    "applied_functions",
     "asserted",
     "assign_attr",
+    "attributes_read",
     "bounds_of",
+    "called_as",
     "codegen_of",
     "compile_graphs",
     "compiled_when_called",
@@ -245,6 +200,7 @@ __all__ = [
     "lookup_backend",
     "non_persistent_buffers",
     "pytree",
+    "reading_gguf",
     "refuse_new_guards",
     "rename",
     "schema_of",
