@@ -8,17 +8,14 @@ What imports transformers (``_transformers``) is imported where it is needed.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.export._trace
 import torch.fx.config
 from torch import nn
-from torch._C import DispatchKey
 from torch._decomp import decomposition_table
 from torch._decomp.decompositions import matmul as decomposed_matmul
 from torch._dispatch.python import enable_python_dispatcher
@@ -27,18 +24,15 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext, tracing
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_impls import get_fast_op_impls
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
-    is_fake,
 )
 from torch.export import ExportedProgram
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
 from torch.fx.graph import _PyTreeInfo as PyTreeInfo
