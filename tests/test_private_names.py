@@ -146,7 +146,7 @@ def test_what_is_ours_or_public_is_none(code: str) -> None:
 
 
 #: put what they change back where it was, on objects of our own
-OUR_OWN = {"fasp_fx/training/gates.py", "fasp_fx/testing/rule/__init__.py"}
+OUR_OWN = {"fasp_fx/training/_gates.py", "fasp_fx/testing/rule/__init__.py"}
 
 
 def test_objects_of_others_are_changed_in_one_file() -> None:

@@ -30,20 +30,21 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
-from ..base._tensors import without_values
-from ..base._tolerable import tolerable
-from ..base._warn import quiet
-from ..base.compat import (
+from fasp_fx.base import (
     FakeTensor,
     FakeTensorMode,
     HigherOrderOperator,
     OpOverload,
     guards_of_module,
+    quiet,
     refuse_new_guards,
     schema_of,
     take_guards,
+    tolerable,
+    without_values,
 )
-from ..errors import VerificationError
+from fasp_fx.errors import VerificationError
+
 from ._fx import attribute, results, target_name
 from ._program import ExportFacts, Program, assumed, environment_of
 from ._runner import record

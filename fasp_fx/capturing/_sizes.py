@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, TensorArgument
 
-from ..base.compat import asserted, bounds_of, conditions_on, hint_of, pytree
+from fasp_fx.base import asserted, bounds_of, conditions_on, hint_of, pytree
 
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ..base._undisturbed import drawing_alike
-from ..base.compat import (
+from fasp_fx.base import (
     RECURRENT_LISTS,
     applied_functions,
     attributes_read,
+    drawing_alike,
     forward_pre_hooks,
     pytree,
     written_by_hook,
 )
+
 from ._signature import PLAIN
 
 #: kinds of attributes that can be changed without being set

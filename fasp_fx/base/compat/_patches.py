@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ...errors import VerificationError
+from fasp_fx.errors import VerificationError
 
 #: by the function that changes them, the objects of others that are changed
 PATCHES: dict[str, str] = {

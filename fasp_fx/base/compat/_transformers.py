@@ -48,7 +48,7 @@ def export_program(model: PreTrainedModel, inputs: dict[str, Any], shapes: Any) 
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers from remarking on configs that are only tried, and from drawing bars."""
     with (
         for_a_while(logging.get_verbosity, logging.set_verbosity),
@@ -106,7 +106,7 @@ __all__ = [
     "kept_in_float32",
     "mark_as_given",
     "prepare_for_export",
-    "quiet",
+    "quiet_transformers",
     "register_cache_pytrees_for_model",
     "register_pytree_node",
 ]

@@ -12,17 +12,27 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ...base._tensors import laid_otherwise
-from ...base._tolerable import tolerable
-from ...base._undisturbed import drawing_alike
-from ...base.compare import deviation, tolerance
-from ...base.compat import bounds_of, conditions_on, hint_of, pytree
-from ...capturing._compare_with_model import coarsest
-from ...capturing._fx import attribute, written_by, written_names
-from ...capturing._program import Program
-from ...capturing._signature import Guards
-from ...capturing._sizes import is_dynamic
-from ...capturing._unchanged import copied
+from fasp_fx.base import (
+    bounds_of,
+    conditions_on,
+    deviation,
+    drawing_alike,
+    hint_of,
+    laid_otherwise,
+    pytree,
+    tolerable,
+    tolerance,
+)
+from fasp_fx.capturing import (
+    Guards,
+    Program,
+    attribute,
+    coarsest,
+    copied,
+    is_dynamic,
+    written_by,
+    written_names,
+)
 
 
 @dataclass(frozen=True)

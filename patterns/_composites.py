@@ -18,7 +18,7 @@ from itertools import permutations
 
 from torch import fx
 
-from fasp_fx.base.compat import OpOverload, schema_of
+from fasp_fx.base import OpOverload, schema_of
 
 from ._registry import lookup
 

@@ -6,7 +6,7 @@ they are pointwise.
 
 from __future__ import annotations
 
-from fasp_fx.base.compat import OpOverload, schema_of
+from fasp_fx.base import OpOverload, schema_of
 
 #: pointwise operators that torch does not tag
 UNTAGGED: tuple[str, ...] = (
