@@ -179,6 +179,9 @@ from .compat import (
     SET_GRAD as SET_GRAD,  # the function that a graph of dynamo's calls where gradients are switched on or off
 )
 from .compat import (
+    SIZE_FUNCTIONS as SIZE_FUNCTIONS,  # what an expression of sizes is made of, by name
+)
+from .compat import (
     DataDependentOutputException as DataDependentOutputException,  # torch: raised where a stand-in would need values
 )
 from .compat import (
@@ -210,6 +213,9 @@ from .compat import (
 )
 from .compat import (
     ShapeEnv as ShapeEnv,  # torch: what is known of the sizes of a program
+)
+from .compat import (
+    Symbols as Symbols,  # The symbolic sizes of a program that is put together of what was saved of it
 )
 from .compat import (
     TorchDispatchMode as TorchDispatchMode,  # torch: is told of every operator that runs
@@ -305,6 +311,9 @@ from .compat import (
     pytree as pytree,  # torch: nested containers as leaves and a structure
 )
 from .compat import (
+    ranges_of as ranges_of,  # The smallest and the largest size that a program takes each symbol to have
+)
+from .compat import (
     reading_gguf as reading_gguf,  # Have transformers read a GGUF file once, which takes seconds, and list the names of its tensors once
 )
 from .compat import (
@@ -329,7 +338,7 @@ from .compat import (
     silent_fake_tensors as silent_fake_tensors,  # Keep fake tensors from logging as an error what they go on to raise
 )
 from .compat import (
-    take_guards as take_guards,  # Give a program the guards on its sizes that another has
+    take_guards as take_guards,  # Give a program guards on the sizes of its inputs, in Python
 )
 from .compat import (
     traced_by as traced_by,  # Let exporters find what operators return by functions of ours, and without torch's cache of what fake tensors became
@@ -351,27 +360,6 @@ from .compat import (
 )
 from .compat import (
     written_by_hook as written_by_hook,  # The attributes that a hook of torch.nn.utils sets
-)
-from .compat._serde import (
-    ON_SIZES as ON_SIZES,  # operators on sizes, by the names that a written graph gives them
-)
-from .compat._serde import (
-    Union as Union,  # what an object of the schema is that is one of several things
-)
-from .compat._serde import (
-    graph_from_fields as graph_from_fields,  # A written graph of what JSON holds
-)
-from .compat._serde import (
-    graph_to_fields as graph_to_fields,  # A written graph as what JSON holds
-)
-from .compat._serde import (
-    read_graph as read_graph,  # The program of a written graph, over given tensors
-)
-from .compat._serde import (
-    schema as schema,  # torch: the classes that its saved graphs are made of
-)
-from .compat._serde import (
-    write_graph as write_graph,  # A program without its tensors, as objects of torch's schema
 )
 from .compat._transformers import (
     CACHE as CACHE,  # the name of the argument and of the output that holds keys and values of the tokens seen; until 5.23 it was a longer one

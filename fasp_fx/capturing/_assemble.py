@@ -35,6 +35,7 @@ from fasp_fx.base import (
     FakeTensorMode,
     HigherOrderOperator,
     OpOverload,
+    guards_of,
     guards_of_module,
     quiet,
     refuse_new_guards,
@@ -53,7 +54,8 @@ _log = logging.getLogger("fasp_fx")
 
 #: what an exporter calls the inputs that it makes of a module's tensors begins so
 _PREFIXES = {InputKind.PARAMETER: "p", InputKind.BUFFER: "b", InputKind.CONSTANT_TENSOR: "c"}
-_SYMBOLIC = (
+_KINDS: tuple[tuple[type, Any], ...] = (
+    (Tensor, TensorArgument),
     (torch.SymInt, SymIntArgument),
     (torch.SymFloat, SymFloatArgument),
     (torch.SymBool, SymBoolArgument),
@@ -95,7 +97,7 @@ class Assembly:
     def program(self) -> ExportedProgram:
         """The exported program; its tensors have no values."""
         made = self._exported(whole=True)
-        take_guards(made, self.frame)  # whatever was assumed of the symbols since
+        take_guards(made, guards_of(self.frame))  # whatever was assumed of the symbols since
         return made
 
     @cached_property
@@ -155,7 +157,7 @@ class Assembly:
         specs += self._take_inputs(graph, seen)
         outputs = self.fill(graph, lifted, seen) if whole else (None,) * len(results(self.graph))
         graph.output(outputs).meta.update(self.graph.find_nodes(op="output")[0].meta)
-        returned = [OutputSpec(OutputKind.USER_OUTPUT, _argument(output), None) for output in outputs]
+        returned = [OutputSpec(OutputKind.USER_OUTPUT, argument_of(output), None) for output in outputs]
         stored = {
             weight.name
             for weight in weights
@@ -266,12 +268,10 @@ def _recorded(module: fx.GraphModule) -> bool:
     return True
 
 
-def _argument(result: Any) -> Any:
-    """What an output is."""
-    if not isinstance(result, fx.Node):
-        return ConstantArgument("", result)
-    value = result.meta.get("val")
-    return next(
-        (argument(result.name) for kind, argument in _SYMBOLIC if isinstance(value, kind)),
-        TensorArgument(result.name),
-    )
+def argument_of(node: Any) -> Any:
+    """What an exported program says of an input or an output: a node, or a constant among the outputs."""
+    if not isinstance(node, fx.Node):
+        return ConstantArgument("", node)
+    value = node.meta.get("val")
+    argument = next((argument for kind, argument in _KINDS if isinstance(value, kind)), None)
+    return ConstantArgument(node.name, value) if argument is None else argument(node.name)

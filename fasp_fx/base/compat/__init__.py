@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ from ._patches import (
     traced_by,
 )
 from ._sizes import asserted, bounds_of, conditions_on, count_assumptions, hint_of, settled_by
+from ._symbols import SIZE_FUNCTIONS, Symbols, ranges_of
 
 #: the function that a graph of dynamo's calls where gradients are switched on or off
 SET_GRAD = torch._C._set_grad_enabled
@@ -134,11 +135,11 @@ def is_transform(target: Any) -> bool:
     return str(getattr(target, "__module__", "")).startswith("torch._functorch")
 
 
-def take_guards(program: ExportedProgram, other: ExportedProgram) -> None:
-    """Give a program the guards on its sizes that another has; by itself it has those that its symbols came
-    with when it was made.
+def take_guards(program: ExportedProgram, guards: Iterable[str]) -> None:
+    """Give a program guards on the sizes of its inputs, in Python; by itself it has those that its symbols
+    came with when it was made.
     """
-    program._guards_code = other._guards_code
+    program._guards_code = list(guards)
 
 
 def guards_of(program: ExportedProgram) -> tuple[str, ...]:
@@ -152,6 +153,7 @@ __all__ = [
     "PRESERVED",
     "RECURRENT_LISTS",
     "SET_GRAD",
+    "SIZE_FUNCTIONS",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",
@@ -163,6 +165,7 @@ __all__ = [
     "PyTreeCodeGen",
     "PyTreeInfo",
     "ShapeEnv",
+    "Symbols",
     "TorchDispatchMode",
     "TracingContext",
     "annotated_nodes",
@@ -194,6 +197,7 @@ __all__ = [
     "lookup_backend",
     "non_persistent_buffers",
     "pytree",
+    "ranges_of",
     "reading_gguf",
     "refuse_new_guards",
     "rename",

@@ -24,10 +24,12 @@ def hint_of(symbol: sympy.Symbol, environment: ShapeEnv) -> int | None:
 def bounds_of(symbol: sympy.Expr, environment: ShapeEnv) -> tuple[int | None, int | None]:
     """The smallest and the largest size that a capture takes a symbol to have, where there are such."""
     known = environment.var_to_range.get(symbol)
-    if known is None:
-        return None, None
-    lower, upper = (None if bound in _UNBOUNDED else int(bound) for bound in (known.lower, known.upper))
-    return lower, upper
+    return (None, None) if known is None else (finite(known.lower), finite(known.upper))
+
+
+def finite(bound: Any) -> int | None:
+    """A bound of a range as an integer; ``None`` where there is none."""
+    return None if bound in _UNBOUNDED else int(bound)
 
 
 def conditions_on(environment: ShapeEnv) -> list[sympy.Expr]:
