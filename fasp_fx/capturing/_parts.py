@@ -133,7 +133,7 @@ def put(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
     """Place a module at each of its paths."""
     for path in paths:
         parent, _, name = path.rpartition(".")
-        model.get_submodule(parent)._modules[name] = module
+        setattr(model.get_submodule(parent), name, module)
 
 
 def model_copy(model: nn.Module) -> nn.Module:

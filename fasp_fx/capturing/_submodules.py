@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasp_fx.base import deviation, device_named, pytree, storage_of, tolerable, tolerance
+from fasp_fx.base import deviation, device_named, pytree, storage_of, tolerable, tolerance, version_of
 from fasp_fx.errors import CallError, CaptureError, ExportError, first_line
 
 from ._assemble import check_sizes
@@ -56,10 +56,10 @@ class Search:
             largest[module] = max(largest.get(module, call), call, key=Call.size)
 
         candidates = [module for module in self.paths if module is not self.model and _is_candidate(module)]
-        versions = [(buffer, buffer._version) for buffer in self.model.buffers()]
+        versions = [(buffer, version_of(buffer)) for buffer in self.model.buffers()]
         with rewound(self.model) as self.changed, watching(candidates, note):
             self.expected = self.call.run(self.model)
-            self.written = {storage_of(buffer) for buffer, before in versions if buffer._version != before}
+            self.written = {storage_of(buffer) for buffer, before in versions if version_of(buffer) != before}
         parts: list[Part] = []
         waiting = list(self.model.children())
         for module in waiting:  # which grows
