@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fasp_fx.base import distance, pytree, tolerable, tolerance
-from fasp_fx.capturing import Program, Runner, is_dynamic, results, upper_bound
+from fasp_fx.capturing import Program, Runner, is_dynamic, upper_bound
 from fasp_fx.errors import CalibrationError, CallError
 
 from ._roles import sequences_of
@@ -259,13 +259,4 @@ def _is_divisible(program: Program, piece: Piece, parts: list[Piece]) -> bool:
 @torch.no_grad()
 def ran(program: Program, piece: Piece) -> list[Any]:
     """What the dense model returns for one piece, as leaves."""
-    run = Runner(program, [piece.inputs], numbers=[piece.batch])
-    run.advance(len(run.nodes) - 1)
-    return returned(program, run)
-
-
-def returned(program: Program, run: Runner) -> list[Any]:
-    """What a program returned that ran to its end, for one batch, as leaves."""
-    return [
-        next(run.read(node)) if isinstance(node, fx.Node) else node for node in results(program.module.graph)
-    ]
+    return Runner(program, [piece.inputs], numbers=[piece.batch]).outputs()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasp_fx.allocation import CostCurve, deepest_loss
+from fasp_fx.allocation import deepest_loss
 from fasp_fx.analysis import Analysis, Group, Use
 from fasp_fx.capturing import attribute
 from fasp_fx.errors import ArgumentError, CalibrationError
@@ -338,11 +338,6 @@ def orders_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) 
         most = order.sets.shape[1] if group.uses else deepest_loss(group)
         orders[group.name] = Order(order.sets[:, :most], losses[: most + 1])
     return orders
-
-
-def curves_of(orders: Mapping[str, Order]) -> dict[str, CostCurve]:
-    """The cost curve of each group, from its order with losses."""
-    return {name: CostCurve(order.losses) for name, order in orders.items() if order.losses is not None}
 
 
 def _column_costs(columns: Columns) -> np.ndarray:

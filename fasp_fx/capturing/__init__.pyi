@@ -38,9 +38,6 @@ from ._compare_with_model import (
     coarsest as coarsest,  # The floating-point type of the lowest precision among all that the program computes
 )
 from ._compare_with_model import (
-    outputs_of as outputs_of,  # What a program returns for the values of its placeholders, leaf for leaf
-)
-from ._compare_with_model import (
     trouble_with as trouble_with,  # What is wrong with what a program computes, in words, where it is to be what the model does
 )
 from ._export import (

@@ -28,7 +28,6 @@ from fasp_fx.pruning import (
     PruningOptions,
     Report,
     Result,
-    Subject,
     Whole,
     analyze_for,
     decide,
@@ -310,7 +309,7 @@ def _captured(model: Any, device: torch.device | str | None) -> CapturedModel:
 
 def _finished(
     captured: CapturedModel,
-    subject: Subject,
+    subject: Whole,
     decision: Decision,
     asked: PruningConfig,
     config: PruningConfig | None,

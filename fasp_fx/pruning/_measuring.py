@@ -21,7 +21,6 @@ from fasp_fx.calibration import (
     Outputs,
     Ranks,
     TokenRoles,
-    curves_of,
     in_pieces,
     orders_of,
     whole_batches,
@@ -100,8 +99,12 @@ class Measurement:
         consumers, method = observation.consumers, measured.method
         with torch.no_grad():
             orders = orders_of(consumers, consumers.analysis.chosen, method.score)
-        curves = curves_of(orders).items()
-        measured.curves |= {f"{path}.{name}" if path else name: curve for name, curve in curves}
+        within = f"{path}." if path else ""
+        measured.curves |= {
+            f"{within}{name}": CostCurve(order.losses)
+            for name, order in orders.items()
+            if order.losses is not None
+        }
         if isinstance(method.allocation, Search):
             precision = precision_of(consumers.analysis.program)
             trial = ModelTrial(observation, orders, method.allocation.sequences, precision)

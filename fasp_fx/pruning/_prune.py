@@ -49,10 +49,10 @@ from ._config import PruningConfig, PruningOptions, key_of
 from ._joined import PartsAnalysis
 from ._measuring import Measured, Measurement
 from ._method import Method
-from ._parts import InParts
+from ._parts import InParts, Subject
 from ._report import PREDICTED
 from ._result import Result
-from ._subject import Subject, Whole, analyze_for, make_plan
+from ._subject import Whole, analyze_for, check_weights, make_plan, split
 
 #: losses that make sense for a part of a model by itself
 _PARTIAL_LOSSES = ("auto", "outputs", None)
@@ -360,7 +360,7 @@ def decide(
     asking for the next lets that see it. Errors as for :func:`fasp_fx.prune`.
     """
     ranks, advance = job.ranks, advance_of(job.progress)
-    subject.check_weights()
+    check_weights(subject.programs.values())
     folder = _checkpoint_folder(job.checkpoint, config)
     fingerprint = functools.cache(subject.fingerprint)
     method = Method.of(config, job.loss)
@@ -392,7 +392,7 @@ def decide(
         )
     if folder is not None and "" not in consumers and not ranks.rank:
         claim(folder, "prune", {"parts": list(consumers)})
-    shares, advance = subject.split(lost), between(advance, searched, 1.0)
+    shares, advance = split(subject.analyses, lost), between(advance, searched, 1.0)
     for number, (path, share) in enumerate(shares.items()):
         within = between(advance, number / len(shares), (number + 1) / len(shares))
         within(0.0)
@@ -456,7 +456,7 @@ def measure_subject(subject: Subject, config: PruningConfig, calibration: Iterab
     if not Method.of(config).needs_costs:
         sparsity = None if config.budget else config.target_sparsity
         config = replace(config, sparsity=sparsity, allocation="global")
-    subject.check_weights()
+    check_weights(subject.programs.values())
     subject.analyze(config)
     batches, fingerprint = subject.read(calibration), subject.fingerprint()
     job.ranks.check_alike(lambda: fingerprint, batches, vars(config))
