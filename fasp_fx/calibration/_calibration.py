@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -106,8 +106,7 @@ def check_calibration(batches: Any, what: str = "calibration") -> Iterable[Any]:
         raise CalibrationError(
             f"{what} is a {type(batches).__name__}; pass an iterable of batches, for example [batch]"
         )
-    iterable: Iterable[Any] = batches
-    return iterable
+    return cast("Iterable[Any]", batches)
 
 
 _REMEDIES = {

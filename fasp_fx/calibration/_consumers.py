@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -158,8 +158,7 @@ class Consumers:
 
     def weight(self, consumer: Consumer) -> Tensor:
         """A consumer's weight as the program has it."""
-        weight: Tensor = attribute(self.analysis.program.module, consumer.weight).detach()
-        return weight
+        return cast(Tensor, attribute(self.analysis.program.module, consumer.weight).detach())
 
     def keep_gradients(self) -> None:
         """Keep nothing of what was seen but what needs gradients: later passes see other activations."""

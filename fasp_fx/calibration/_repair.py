@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,8 +50,7 @@ class Repairs:
 
     def brought(self, consumer: Consumer) -> Tensor:
         """The same where nodes are executed."""
-        weight: Tensor = self.runner.bring(self.weight(consumer))
-        return weight
+        return cast(Tensor, self.runner.bring(self.weight(consumer)))
 
     def finish(self, consumer: Consumer, decide: Decide) -> None:
         """Cut a consumer all of whose groups are decided, and repair it. What was seen of it is let go.
@@ -87,16 +86,16 @@ class Repairs:
         if otherwise is not None:
             self.decision.notes.append(f"'{consumer.weight}' is not repaired, because {otherwise}")
             return None
-        outcome = self._restored(consumer, matrices, kept, decide)
+        outcome = self._restored(self.restore, consumer, matrices, kept, decide)
         self.decision.outcomes.setdefault(consumer.weight, []).append(without_values(outcome))
         pruned = keep(consumer.matrices.write(outcome.weight.to(weight.device), weight))
         self.decision.weights[consumer.weight] = pruned
         return pruned
 
-    def _restored(self, consumer: Consumer, matrices: Tensor, kept: Tensor, decide: Decide) -> Restored:
+    def _restored(
+        self, restore: Restore, consumer: Consumer, matrices: Tensor, kept: Tensor, decide: Decide
+    ) -> Restored:
         """The repair of a consumer's matrices, whose bias is raised along."""
-        restore = self.restore
-        assert restore is not None
         if consumer.intercept is not None:
             # A column of ones that stays, whose weight is added to the bias.
             matrices = torch.cat([matrices, torch.zeros_like(matrices[:, :, :1])], 2)

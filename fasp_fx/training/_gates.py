@@ -252,9 +252,8 @@ class Gates(nn.Module):
             del hooks[key]
         for module, name, _ in self.places:
             kind = type(module)  # copies of the model share it, and taking a parametrization off changes it
-            attributes = dict(vars(kind))
-            for name_of_slot in ("__dict__", "__weakref__"):
-                attributes.pop(name_of_slot, None)
+            slots = ("__dict__", "__weakref__")
+            attributes = {key: value for key, value in vars(kind).items() if key not in slots}
             module.__class__ = type(kind.__name__, kind.__bases__, attributes)
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         for module, _, order in self.places:
