@@ -105,7 +105,7 @@ def _trouble_in_layouts(program: Program, model: nn.Module, args: Any, kwargs: d
     """What is wrong, in words, where the inputs lie otherwise in memory, in the first way that the model
     takes.
     """
-    calls = (_cut(program, args, kwargs, _LEAST) or (args, kwargs), (args, kwargs))
+    calls = [call for call in (_cut(program, args, kwargs, _LEAST), (args, kwargs)) if call is not None]
     where = "where inputs lie otherwise in memory"
     for call, lie in itertools.product(calls, (_laid, _lying_apart)):
         try:
