@@ -16,7 +16,7 @@ from fasp_fx.allocation import Cap, Latency, Microseconds, counted
 from fasp_fx.analysis import Analysis, PruningPlan, Resource, check_fingerprint
 from fasp_fx.base import fingerprint, tolerable, warn
 from fasp_fx.calibration import Candidates, Decision, ModelTrial, as_calls, check_inputs
-from fasp_fx.capturing import Call, Parts, dressed, put, rewound, watching
+from fasp_fx.capturing import Call, Parts, replace_submodule, rewound, watching, with_attributes_of
 from fasp_fx.errors import (
     CalibrationError,
     CallError,
@@ -190,7 +190,9 @@ class InParts:
             self.left[path], self._failure = first_line(failure), failure
             warn(f"part '{path}' stays whole: {first_line(failure)}", VerificationWarning)
             return
-        put(self.model, self.parts[path].paths, dressed(result.module, self.originals[path]))
+        replace_submodule(
+            self.model, self.parts[path].paths, with_attributes_of(result.module, self.originals[path])
+        )
         self.results[path] = result
 
     def result(self, config: PruningConfig | None) -> Result:
