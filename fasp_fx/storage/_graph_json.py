@@ -124,10 +124,13 @@ class _Writer:
         elif node.op == "get_attr":
             function = getattr(node.graph.owning_module, str(target))
             target = [_untrusted.check_name(target), self.graph(function.graph)]
-        args, kwargs = (value_to_json(value, self.argument) for value in (list(node.args), dict(node.kwargs)))
+        args = [value_to_json(value, self.argument) for value in node.args]
+        kwargs = {name: value_to_json(value, self.argument) for name, value in node.kwargs.items()}
         recorded = None if node.op == "output" else value_to_json(node.meta.get("val"), self.record)
         if node.op != "output":
             _untrusted.check_name(node.name)
+        if node.op == "placeholder" and not str(target).isidentifier():
+            target = node.name  # of a weight, which is known by its path
         return [node.name, node.op, target, args, kwargs, recorded, _about(node)]
 
     def argument(self, value: Any) -> Any:
@@ -269,7 +272,8 @@ class _Reader:
                 " or load with the fasp_fx that saved it"
             )
         self.fields, self.device, self.made = fields, device, Symbols()
-        self.structures = [_structure_from_json(written, device) for written in fields["structures"]]
+        given, returned = fields["structures"]
+        self.structures = (_structure_from_json(given, device), _structure_from_json(returned, device))
         self.symbols: dict[str, sympy.Symbol] = {}
         for name, (assumptions, *bounds, hint) in fields["symbols"].items():
             known = {assumption: True for assumption in assumptions if assumption in _ASSUMPTIONS}
@@ -298,13 +302,7 @@ class _Reader:
             for result, (kind, target) in zip(results(graph), fields["outputs"], strict=True)
         ]
         names = None if fields["arguments"] is None else list(map(_untrusted.check_name, fields["arguments"]))
-        call = ModuleCallSignature(
-            [spec.arg for spec in inputs if spec.kind is InputKind.USER_INPUT],
-            [spec.arg for spec in outputs if spec.kind is OutputKind.USER_OUTPUT],
-            in_spec=self.structures[0],
-            out_spec=self.structures[1],
-            forward_arg_names=names,
-        )
+        call = ModuleCallSignature([], [], *self.structures, names)
         program = ExportedProgram(
             root,
             graph,
@@ -339,16 +337,10 @@ class _Reader:
                 _untrusted.check_name(name)
             if name in nodes:
                 raise _untrusted.refuse("second node", name)
-            node = graph.create_node(
-                op,
-                target,
-                tuple(value_from_json(args, tags)),
-                {
-                    _untrusted.check_keyword(key): value
-                    for key, value in value_from_json(kwargs, tags).items()
-                },
-                name,
-            )
+            by_name = {
+                _untrusted.check_keyword(key): value_from_json(value, tags) for key, value in kwargs.items()
+            }
+            node = graph.create_node(op, target, tuple(value_from_json(args, tags)), by_name, name)
             node.name, nodes[name] = name, node
             self.describe(node, recorded, about)
         return graph
