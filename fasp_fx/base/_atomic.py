@@ -89,8 +89,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StoreError: it is a link or no file, or cannot be written; what was there stays.
     """
-    with new_file(path, replaceable=lambda file: True) as made:
-        made.write_text(text, encoding="utf-8")
+    with new_file(path, replaceable=lambda file: True) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _refuse_taken(path: Path, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:

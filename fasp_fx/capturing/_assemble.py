@@ -96,9 +96,9 @@ class Assembly:
 
     def program(self) -> ExportedProgram:
         """The exported program; its tensors have no values."""
-        made = self._exported(whole=True)
-        take_guards(made, guards_of(self.frame))  # whatever was assumed of the symbols since
-        return made
+        exported = self._exported(whole=True)
+        take_guards(exported, guards_of(self.frame))  # whatever was assumed of the symbols since
+        return exported
 
     @cached_property
     def frame(self) -> ExportedProgram:
@@ -118,8 +118,8 @@ class Assembly:
             if node.op == "get_attr":
                 seen[node] = tensors[target_name(node)]
             elif node.op not in ("placeholder", "output"):
-                made = seen[node] = graph.node_copy(node, seen.__getitem__)
-                made.meta.pop("tensor_meta", None)  # an exporter's, of the shapes before
+                copied = seen[node] = graph.node_copy(node, seen.__getitem__)
+                copied.meta.pop("tensor_meta", None)  # an exporter's, of the shapes before
         return tuple(fx.map_arg(results(self.graph), seen.__getitem__))
 
     def _lift(
@@ -144,10 +144,10 @@ class Assembly:
         inputs = self.graph.find_nodes(op="placeholder")
         for node, argument in zip(inputs, self.facts.inputs, strict=True):
             # By the caller's name, which a weight can have too.
-            made = seen[node] = graph.placeholder(str(node.target))
-            made.meta = dict(node.meta)
+            placeholder = seen[node] = graph.placeholder(str(node.target))
+            placeholder.meta = dict(node.meta)
             more = (argument.value,) if isinstance(argument, ConstantArgument) else ()
-            specs.append(InputSpec(InputKind.USER_INPUT, type(argument)(made.name, *more), None))
+            specs.append(InputSpec(InputKind.USER_INPUT, type(argument)(placeholder.name, *more), None))
         return specs
 
     def _exported(self, whole: bool) -> ExportedProgram:

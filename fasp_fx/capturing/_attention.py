@@ -80,12 +80,12 @@ def attend(
         )
         return plain
 
-    def score(*given: Tensor) -> Tensor:
-        return score_mod(*given, *score_mod_other_buffers)
+    def score(*inputs: Tensor) -> Tensor:
+        return score_mod(*inputs, *score_mod_other_buffers)
 
-    def mask(*given: Tensor) -> Tensor:
-        found: Tensor = block_mask[-1](*given, *mask_mod_other_buffers)
-        return found
+    def mask(*inputs: Tensor) -> Tensor:
+        masked: Tensor = block_mask[-1](*inputs, *mask_mod_other_buffers)
+        return masked
 
     attended: tuple[Tensor, Tensor, Tensor] = FLEX(
         query, key, value, score, (*block_mask[:-1], mask), scale, kernel_options

@@ -156,30 +156,32 @@ def _difference(
     written = written_names(program.module.graph)
     expected, changed = seen or called(model, args, kwargs, calls, written, lie)
     with torch.no_grad(), drawing_alike(program.weights().values(), seed=1):
-        found = _outputs(program, copied(program.flat_inputs(args, kwargs), lie))
+        outputs = _outputs(program, copied(program.flat_inputs(args, kwargs), lie))
     # leaf for leaf, but where a class of the caller's holds tensors, say
-    pairs = zip(found, expected) if len(found) == len(expected) else zip(_floats(found), _floats(expected))
+    pairs = (
+        zip(outputs, expected) if len(outputs) == len(expected) else zip(_floats(outputs), _floats(expected))
+    )
     coarse = coarsest(program)
     is_rounded = program.device().type != "cpu" or torch.get_float32_matmul_precision() != "highest"
     allowed = _ALLOWED_ROUNDED if coarse == torch.float32 and is_rounded else tolerance("capture", coarse)
     return max((far for pair in pairs if not (far := _distance(*pair)) <= allowed), default=0.0), changed
 
 
-def _distance(found: Any, expected: Any) -> float:
+def _distance(actual: Any, expected: Any) -> float:
     """How far one output is from another: relative in the 2-norm, of integers the part that differs; infinite
     where shapes do, or plain numbers.
     """
-    if isinstance(expected, (bool, int, float)) and isinstance(found, (bool, int, float)):
-        same = found == expected or (found != found and expected != expected)
-        return 0.0 if same or math.isclose(found, expected, rel_tol=1e-3) else math.inf
-    if not (isinstance(found, Tensor) and isinstance(expected, Tensor)):
+    if isinstance(expected, (bool, int, float)) and isinstance(actual, (bool, int, float)):
+        same = actual == expected or (actual != actual and expected != expected)
+        return 0.0 if same or math.isclose(actual, expected, rel_tol=1e-3) else math.inf
+    if not (isinstance(actual, Tensor) and isinstance(expected, Tensor)):
         return 0.0  # what no graph returns
-    if found.shape != expected.shape:
+    if actual.shape != expected.shape:
         return math.inf
-    found, expected = _plain(found), _plain(expected)
-    if expected.is_floating_point() and found.is_floating_point():
-        return distance(found, expected)
-    return float((found != expected).double().mean()) if expected.numel() else 0.0
+    actual, expected = _plain(actual), _plain(expected)
+    if expected.is_floating_point() and actual.is_floating_point():
+        return distance(actual, expected)
+    return float((actual != expected).double().mean()) if expected.numel() else 0.0
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -196,11 +198,11 @@ def _seeds(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]
     for seed in (1, 2):
         with torch.no_grad(), drawing_alike(program.weights().values(), seed):
             drawn = _outputs(program, copied(program.flat_inputs(args, kwargs)))
-        given, _ = called(model, args, kwargs, written=written_names(program.module.graph), seed=seed)
-        again.append(list(zip(drawn, given)))
+        outputs, _ = called(model, args, kwargs, written=written_names(program.module.graph), seed=seed)
+        again.append(list(zip(drawn, outputs)))
     return any(
-        _distance(drawn, other) and not _distance(given, repeated)
-        for (drawn, given), (other, repeated) in zip(*again, strict=True)
+        _distance(drawn, other) and not _distance(outputs, repeated)
+        for (drawn, outputs), (other, repeated) in zip(*again, strict=True)
     )
 
 
@@ -238,9 +240,9 @@ def _cut(program: Program, args: Any, kwargs: dict[str, Any], most: int) -> tupl
                 leaf = leaf.narrow(dim, 0, most)
         return leaf
 
-    found: tuple[Any, dict[str, Any]] = pytree.tree_map(cut, (args, kwargs))
-    same = map(operator.is_, pytree.tree_leaves(found), pytree.tree_leaves((args, kwargs)))
-    return None if all(same) else found
+    smaller: tuple[Any, dict[str, Any]] = pytree.tree_map(cut, (args, kwargs))
+    same = map(operator.is_, pytree.tree_leaves(smaller), pytree.tree_leaves((args, kwargs)))
+    return None if all(same) else smaller
 
 
 def _noted(program: Program, trouble: str) -> Program:

@@ -29,15 +29,15 @@ from ._sizes import same_sizes
 _ATEN = torch.ops.aten
 
 
-def _fit(found: Sequence[int | torch.SymInt], wanted: Sequence[int | torch.SymInt]) -> None:
+def _fit(sizes: Sequence[int | torch.SymInt], wanted: Sequence[int | torch.SymInt]) -> None:
     """Settle that sizes are those that a weight has.
 
     Raises:
         RuntimeError: they are not.
     """
-    said = f"sizes {[*found]} meet a weight for {[*wanted]}"
-    settle(len(found) == len(wanted), lambda: said)
-    for one, other in zip(found, wanted, strict=True):
+    said = f"sizes {[*sizes]} meet a weight for {[*wanted]}"
+    settle(len(sizes) == len(wanted), lambda: said)
+    for one, other in zip(sizes, wanted, strict=True):
         settle(one == other, lambda: said)  # of data, it is asserted when the program runs
 
 

@@ -57,24 +57,28 @@ def unchanged(model: Any) -> Iterator[list[str]]:
     for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, torch.jit.ScriptModule):
             continue  # cannot be captured, and keeps its attributes elsewhere
-        held = dict(vars(module))
-        contents = {name: copy.copy(value) for name, value in held.items() if type(value) in _CONTAINERS}
-        own = {name: value for name, value in held.items() if not name.startswith("_")}
-        values = _values(leaf for leaf in pytree.tree_leaves(own) if isinstance(leaf, Tensor))
-        saved.append((path, module, held, contents, values))
+        attributes = dict(vars(module))
+        contents = {
+            name: copy.copy(value) for name, value in attributes.items() if type(value) in _CONTAINERS
+        }
+        public = {name: value for name, value in attributes.items() if not name.startswith("_")}
+        values = _values(leaf for leaf in pytree.tree_leaves(public) if isinstance(leaf, Tensor))
+        saved.append((path, module, attributes, contents, values))
     changed: list[str] = []
     try:
         yield changed
     finally:
-        for path, module, held, contents, values in saved:
-            now, before = vars(module), {**held, **contents}
-            names = {**held, **now}.keys() - vars(nn.Module()).keys() - _set_by_torch(module)
-            same = {name for name in names & now.keys() & held.keys() if _is_same(now[name], before[name])}
+        for path, module, attributes, contents, values in saved:
+            now, before = vars(module), {**attributes, **contents}
+            names = {**attributes, **now}.keys() - vars(nn.Module()).keys() - _set_by_torch(module)
+            same = {
+                name for name in names & now.keys() & attributes.keys() if _is_same(now[name], before[name])
+            }
             changed += [f"{path}.{name}" if path else name for name in sorted(names - same)]
             now.clear()
-            now.update(held)
+            now.update(attributes)
             for name, content in contents.items():
-                value = held[name]
+                value = attributes[name]
                 value.clear()
                 (value.extend if isinstance(value, list) else value.update)(content)
             _write_back(values)
@@ -141,8 +145,8 @@ def called(
     ):
         for _ in range(calls):
             own_args, own_kwargs = copied((args, kwargs), lie)
-            given = copied(pytree.tree_leaves(model(*own_args, **own_kwargs)))
-    return given, changed
+            outputs = copied(pytree.tree_leaves(model(*own_args, **own_kwargs)))
+    return outputs, changed
 
 
 def copied(value: Any, lie: Callable[[Tensor], Tensor] = torch.clone) -> Any:
@@ -152,14 +156,14 @@ def copied(value: Any, lie: Callable[[Tensor], Tensor] = torch.clone) -> Any:
     Args:
         lie: copies a tensor, perhaps into another layout.
     """
-    made: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
 
     def copy_of(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if id(leaf) not in made:
-            made[id(leaf)] = lie(leaf.detach())
-        return made[id(leaf)]
+        if id(leaf) not in copies:
+            copies[id(leaf)] = lie(leaf.detach())
+        return copies[id(leaf)]
 
     return pytree.tree_map(copy_of, value)
 

@@ -272,8 +272,8 @@ class _Reader:
                 " or load with the fasp_fx that saved it"
             )
         self.fields, self.device, self.made = fields, device, Symbols()
-        given, returned = fields["structures"]
-        self.structures = (_structure_from_json(given, device), _structure_from_json(returned, device))
+        taken, returned = fields["structures"]
+        self.structures = (_structure_from_json(taken, device), _structure_from_json(returned, device))
         self.symbols: dict[str, sympy.Symbol] = {}
         for name, (assumptions, *bounds, hint) in fields["symbols"].items():
             known = {assumption: True for assumption in assumptions if assumption in _ASSUMPTIONS}
@@ -382,10 +382,10 @@ class _Reader:
         kind, *operands = part
         operands = list(map(self.expression, operands))
         _untrusted.check_power(kind, operands[-1])
-        made = SIZE_FUNCTIONS[kind](*operands)
-        if made.is_Integer and abs(made) >= 2**63:
+        value = SIZE_FUNCTIONS[kind](*operands)
+        if value.is_Integer and abs(value) >= 2**63:
             raise _untrusted.refuse("size", part)
-        return made
+        return value
 
 
 def _kinds(kinds: tuple[InputKind, ...]) -> list[str]:

@@ -96,11 +96,11 @@ class Symbols:
             self._environment.guard_or_defer_runtime_assert(said.node.expr, "", node)
         elif node.target is _CONSTRAINS and isinstance(said, torch.SymInt):
             self._environment._constrain_range_for_size(said.node.expr)
-        made = _free_unbacked_symbols_with_path(
+        bindings = _free_unbacked_symbols_with_path(
             node.meta.get("val"), (), shape_env=self._environment, pending=self._pending, simplify=True
         )
-        if made:
-            node.meta["unbacked_bindings"] = made
+        if bindings:
+            node.meta["unbacked_bindings"] = bindings
 
 
 def ranges_of(program: ExportedProgram) -> dict[sympy.Symbol, tuple[int | None, int | None]]:

@@ -37,14 +37,14 @@ def export_program(model: PreTrainedModel, inputs: dict[str, Any], shapes: Any) 
     exporter: Any = DynamoExporter()
     config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
     logger = exporter_dynamo.logger
-    found: ExportedProgram
+    program: ExportedProgram
     with for_a_while(lambda: logger.level, logger.setLevel):
         logger.setLevel(logging.ERROR)
         if hasattr(exporter, "export_program"):
-            found, _ = exporter.export_program(model, inputs, config)
+            program, _ = exporter.export_program(model, inputs, config)
         else:
-            found = exporter.export(model, inputs, config)
-    return found
+            program = exporter.export(model, inputs, config)
+    return program
 
 
 @contextlib.contextmanager
