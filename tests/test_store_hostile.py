@@ -70,6 +70,16 @@ def size(text: Any) -> Change:
     return recorded([text])
 
 
+def hints(size: int) -> Change:
+    """Sizes of the example."""
+
+    def change(data: Any) -> None:
+        for symbol in data["program"]["symbols"].values():
+            symbol[-1] = size
+
+    return change
+
+
 def guard(text: str) -> Change:
     return program(guards=[text])
 
@@ -196,14 +206,13 @@ FORGERIES: dict[str, tuple[str, Change]] = {
             "out_spec", "transformers.cache_utils:DynamicCache", json.dumps({"_t": "dtype", "n": "load"})
         ),
     ),
-    "example of no dtype": ("graph", lambda data: data["example"][0].update(dtype="load")),
     "a deep structure": ("graph", program(structures=[nested(900)])),
     "no structure": ("graph", program(structures=[])),
     "no nodes": ("graph", program(nodes=[])),
     "schema of the future": ("graph", program(version=99)),
     # what would be as large as it says
-    "a large example": ("graph", lambda data: data["example"][0].update(shape=[10**5, 10**5])),
-    "a negative example": ("graph", lambda data: data["example"][0].update(shape=[-1])),
+    "a large example": ("graph", hints(10**6)),
+    "a negative example": ("graph", hints(-1)),
     "a large symbol": ("graph", program(symbols={"u999999999": [["integer"], 0, 9, None]})),
     "a deep graph": ("graph", lambda data: data.update(more=nested(900))),
     "a deep default": ("signature", parameter(1, default=nested(900))),

@@ -92,9 +92,7 @@ class Journal:
             for number, own in self.new.items()
         }
         events = {"after": self.stops, "decided": decided, "unmatched": unmatched}
-        with new_folder(
-            self._folder / f"stop-{stops}", overwrite=False, replaceable=lambda folder: False
-        ) as made:
+        with new_folder(self._folder / f"stop-{stops}", replaceable=None) as made:
             safetensors.torch.save_file(weights, made / _WEIGHTS)
             (made / _EVENTS).write_text(json.dumps(events), encoding="utf-8")
         self.stops, self.new = stops, {}

@@ -202,18 +202,14 @@ _ZEROS = (_ATEN.zeros.default, _ATEN.new_zeros.default)
 
 
 def _layer_by_layer(
-    operator: OpOverload,
-    input: Tensor,
-    hx: Any,
-    params: list[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
+    operator: OpOverload, input: Tensor, hx: Any, params: list[Tensor], *settings: Any
 ) -> Any:
-    """A recurrent operator of several layers or both directions, as one of each."""
+    """A recurrent operator of several layers or both directions, as one of each.
+
+    Args:
+        settings: has_biases, num_layers, dropout, train, bidirectional, batch_first.
+    """
+    has_biases, num_layers, dropout, train, bidirectional, batch_first = settings
     directions, steps = (2 if bidirectional else 1), (1 if batch_first else 0)
     if num_layers * directions == 1:
         return NotImplemented
@@ -226,17 +222,8 @@ def _layer_by_layer(
             source = _ATEN.flip.default(input, [steps]) if turned else input
             states = [_ATEN.slice.Tensor(state, 0, index, index + 1) for state in (hx if listed else [hx])]
             weights = params[index * count : (index + 1) * count]
-            output, *after = operator(
-                source,
-                states if listed else states[0],
-                weights,
-                has_biases,
-                1,
-                0.0,
-                False,
-                False,
-                batch_first,
-            )
+            alone = (has_biases, 1, 0.0, False, False, batch_first)
+            output, *after = operator(source, states if listed else states[0], weights, *alone)
             outputs.append(_ATEN.flip.default(output, [steps]) if turned else output)
             last.append(after)
         input = _ATEN.cat.default(outputs, 2) if len(outputs) > 1 else outputs[0]

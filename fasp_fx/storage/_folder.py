@@ -53,9 +53,8 @@ def new_save(path: Path, kind: str, *, overwrite: bool, keep: bool = True) -> It
     Raises:
         StoreError: the path is taken or cannot be written.
     """
-    with new_folder(
-        path, overwrite=overwrite, replaceable=lambda folder: is_save(folder, kind), keep=keep
-    ) as folder:
+    replaceable = (lambda folder: is_save(folder, kind)) if overwrite else None
+    with new_folder(path, replaceable=replaceable, keep=keep) as folder:
         yield folder
         write_manifest(folder, kind)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import sympy
@@ -77,6 +78,11 @@ class Symbols:
         """A size."""
         hint = expression.xreplace(self._hints)
         return self._environment.create_symintnode(expression, hint=int(hint) if hint.is_Integer else None)
+
+    def example(self, sizes: Iterable[int | torch.SymInt]) -> list[int]:
+        """Sizes in the example."""
+        expressions = (size if isinstance(size, int) else size.node.expr for size in sizes)
+        return [int(sympy.sympify(expression).xreplace(self._hints)) for expression in expressions]
 
     def real(self, expression: sympy.Expr) -> float | torch.SymFloat:
         """A real number that is made of sizes."""

@@ -52,16 +52,12 @@ def quiet_transformers() -> Iterator[None]:
     """Keep transformers from remarking on configs that are only tried, and from drawing bars."""
     with (
         for_a_while(logging.get_verbosity, logging.set_verbosity),
-        for_a_while(logging.is_progress_bar_enabled, _draw_bars),
+        for_a_while(logging.is_progress_bar_enabled, lambda on: on and logging.enable_progress_bar()),
         warnings.catch_warnings(action="ignore"),
     ):
         logging.set_verbosity(logging.CRITICAL)
-        _draw_bars(False)
+        logging.disable_progress_bar()
         yield
-
-
-def _draw_bars(wanted: bool) -> None:
-    (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
 
 
 def kept_in_float32(model: nn.Module) -> set[str]:
