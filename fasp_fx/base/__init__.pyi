@@ -8,6 +8,9 @@ from ._atomic import (
     write_text as write_text,  # Put text in the place of what a file holds, whole or not at all
 )
 from ._compare import (
+    built_alike as built_alike,  # Whether two containers, or what else is registered as such, are built alike of parts that are the same
+)
+from ._compare import (
     deviation as deviation,  # max|a − b| / max|b| of two outputs, of fillings by themselves; infinite where they cannot be compared
 )
 from ._compare import (

@@ -5,11 +5,14 @@ they may be for what purpose.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .compat import pytree
 
 #: how far apart values may be, by purpose, in float64, float32, float16, and bfloat16 or less
 TOLERANCE: dict[str, tuple[float, float, float, float]] = {
@@ -46,6 +49,15 @@ _LARGE, _LARGE_POWER = 1e4, 13
 _FAR_POWER = 12
 #: elements compared at once: few enough to stay in the cache of a core
 _CHUNK = 1 << 18
+
+
+def built_alike(value: Any, expected: Any, same: Callable[[Any, Any], bool]) -> bool:
+    """Whether two containers, or what else is registered as such, are built alike of parts that are the
+    same.
+    """
+    leaves, structure = pytree.tree_flatten(value)
+    others, other = pytree.tree_flatten(expected)
+    return bool(structure == other) and all(map(same, leaves, others))
 
 
 def deviation(actual: Any, expected: Any) -> float:

@@ -9,7 +9,7 @@ into inputs, and to say which input is which.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -207,17 +207,14 @@ def ready(
     return Assembly(module.graph, tuple(_weights(module, mode)), facts, example)
 
 
-def check_sizes(program: Program, inputs: list[Any]) -> None:
-    """Hold inputs of a captured graph, in order, against the guards that its results will have.
-
-    Raises:
-        AssertionError: a size does not fit.
+def size_check(program: Program) -> Callable[..., None]:
+    """A function that holds inputs of a captured graph, in order, against the guards that its results will
+    have, and raises an AssertionError where a size does not fit.
     """
     assert program.facts is not None  # or it was not captured
     frame = Assembly(program.module.graph, (), program.facts, program.example).frame
     guards = guards_of_module(frame.module(check_guards=True))
-    if guards is not None:
-        guards(*inputs)
+    return guards if guards is not None else lambda *inputs: None
 
 
 def _weights(module: fx.GraphModule, mode: FakeTensorMode) -> Iterator[_Weight]:

@@ -188,7 +188,7 @@ class _Exporter:
             ArgumentError: it does not run on the caller's inputs.
         """
         try:
-            return called(self.model, *self._arguments(attempt.inputs))
+            return called(self.model, self._arguments(attempt.inputs))
         except tolerable(Exception) as error:  # of forward, which raises what it likes
             if attempt.is_doubled:
                 raise

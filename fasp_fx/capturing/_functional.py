@@ -70,7 +70,7 @@ def take_apart(graph: fx.Graph) -> None:
     What cannot be followed so (it asks for what a symbolic size is, say) stays whole.
     """
     views_may_copy(graph)  # what is executed can lie otherwise than what was traced
-    waiting, known = list(graph.nodes), dict[str, fx.Graph]()
+    waiting, known = list(graph.nodes), dict[str, fx.Graph | None]()
     while waiting:
         node = waiting.pop()
         way = _way_apart(node)
@@ -105,17 +105,21 @@ def _lacks_rule(node: fx.Node) -> bool:
     )
 
 
-def _written_out(node: fx.Node, way: Callable[..., Any], known: dict[str, fx.Graph]) -> list[fx.Node]:
+def _written_out(node: fx.Node, way: Callable[..., Any], known: dict[str, fx.Graph | None]) -> list[fx.Node]:
     """The nodes that stand in the place of one.
 
     Args:
-        known: what stands for others; that of a call just like one of these is not traced again.
+        known: what stands for others; that of a call just like one of these is not traced again, nor one that
+            stays whole.
     """
     graph, operands = node.graph, node.all_input_nodes
     call = call_in_words(node, lambda operand: operand.meta["val"])
     if call not in known:
+        known[call] = None  # if what follows raises
         known[call] = _traced(node, way)
     traced = known[call]
+    if traced is None:
+        raise NotImplementedError
     copied = dict(zip(traced.find_nodes(op="placeholder"), operands, strict=True))
     with graph.inserting_before(node):
         results: Any = graph.graph_copy(traced, copied)

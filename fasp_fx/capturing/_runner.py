@@ -13,6 +13,7 @@ from fasp_fx.base import (
     FakeTensor,
     FakeTensorMode,
     addresses,
+    built_alike,
     enable_python_dispatcher,
     keep_values,
     moved,
@@ -208,32 +209,23 @@ class _Recorder(fx.Interpreter):
                 f"node '{node.name}' ({node.target}) does not execute: {first_line(error)}"
             ) from error
         if node.op not in ("placeholder", "output"):
-            if not self.everything and _is_alike(result, before):
+            if not self.everything and built_alike(result, before, _is_recorded):
                 return before
             self.changed.add(node)
             node.meta["val"] = result
         return result
 
 
-def _is_alike(value: Any, before: Any) -> bool:
-    """Whether a node makes what is recorded of it."""
-    leaves, structure = pytree.tree_flatten(value)
-    others, other = pytree.tree_flatten(before)
-    return bool(structure == other) and all(
-        one is another
-        or (
-            isinstance(one, torch.SymInt)
-            and isinstance(another, torch.SymInt)
-            and same_sizes((one,), (another,))
-        )
-        or (
-            isinstance(one, FakeTensor)
-            and isinstance(another, FakeTensor)
-            and one.fake_mode is another.fake_mode
-            and (one.dtype, one.device) == (another.dtype, another.device)
-            and same_sizes((*one.shape, *one.stride()), (*another.shape, *another.stride()))
-        )
-        for one, another in zip(leaves, others, strict=True)
+def _is_recorded(value: Any, before: Any) -> bool:
+    """Whether a leaf of what a node makes is what was recorded."""
+    if isinstance(value, torch.SymInt) and isinstance(before, torch.SymInt):
+        return same_sizes((value,), (before,))
+    return value is before or (
+        isinstance(value, FakeTensor)
+        and isinstance(before, FakeTensor)
+        and value.fake_mode is before.fake_mode
+        and (value.dtype, value.device) == (before.dtype, before.device)
+        and same_sizes((*value.shape, *value.stride()), (*before.shape, *before.stride()))
     )
 
 

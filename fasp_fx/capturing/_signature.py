@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fasp_fx.base import PyTreeCodeGen, PyTreeInfo, guards_of_module, pytree, set_guards, tolerable
+from fasp_fx.base import (
+    PyTreeCodeGen,
+    PyTreeInfo,
+    built_alike,
+    guards_of_module,
+    pytree,
+    set_guards,
+    tolerable,
+)
 from fasp_fx.errors import ArgumentError, CallError, CaptureError
 
 #: constants that exporters take as arguments
@@ -205,9 +213,7 @@ def _alike(value: Any, expected: Any) -> bool:
     """
     if isinstance(expected, PLAIN):
         return _equal(value, expected)
-    leaves, spec = pytree.tree_flatten(value)
-    others, other = pytree.tree_flatten(expected)
-    return spec == other and all(map(_equal, leaves, others))
+    return built_alike(value, expected, _equal)
 
 
 def _equal(value: Any, expected: Any) -> bool:

@@ -17,6 +17,7 @@ from fasp_fx.base import (
     RECURRENT_LISTS,
     applied_functions,
     attributes_read,
+    built_alike,
     drawing_alike,
     forward_pre_hooks,
     pytree,
@@ -72,7 +73,9 @@ def unchanged(model: Any) -> Iterator[list[str]]:
             now, before = vars(module), {**attributes, **contents}
             names = {**attributes, **now}.keys() - vars(nn.Module()).keys() - _set_by_torch(module)
             same = {
-                name for name in names & now.keys() & attributes.keys() if _is_same(now[name], before[name])
+                name
+                for name in names & now.keys() & attributes.keys()
+                if built_alike(now[name], before[name], _is_same)
             }
             changed += [f"{path}.{name}" if path else name for name in sorted(names - same)]
             now.clear()
@@ -85,12 +88,9 @@ def unchanged(model: Any) -> Iterator[list[str]]:
 
 
 def _is_same(value: Any, before: Any) -> bool:
-    """Whether an attribute is what it was; exporters put back tuples, lists and dicts as equal copies."""
-    if type(value) is type(before) and isinstance(value, (tuple, list, dict)):
-        items, others = (
-            [*one, *one.values()] if isinstance(one, dict) else list(one) for one in (value, before)
-        )
-        return len(items) == len(others) and all(map(_is_same, items, others))
+    """Whether a part of an attribute is what it was; exporters put back tuples, lists and dicts as equal
+    copies.
+    """
     return value is before or (
         type(value) is type(before) and isinstance(value, (set, *PLAIN)) and value == before
     )
@@ -118,16 +118,17 @@ def rewound(model: nn.Module, written: Iterable[str] = (), seed: int = 0) -> Ite
         _write_back(values)
 
 
+#: what a model is called with, by position and by name
+Call = tuple[Any, dict[str, Any]]
 #: what a model gives, leaf by leaf, and the names of the attributes that it sets
 Seen = tuple[list[Any], list[str]]
 
 
 def called(
     model: nn.Module,
-    args: Any,
-    kwargs: dict[str, Any],
-    calls: int = 1,
+    call: Call,
     written: Iterable[str] = (),
+    calls: int = 1,
     lie: Callable[[Tensor], Tensor] = torch.clone,
     seed: int = 0,
 ) -> Seen:
@@ -144,7 +145,7 @@ def called(
         torch.compiler.set_stance("force_eager"),
     ):
         for _ in range(calls):
-            own_args, own_kwargs = copied((args, kwargs), lie)
+            own_args, own_kwargs = copied(call, lie)
             outputs = copied(pytree.tree_leaves(model(*own_args, **own_kwargs)))
     return outputs, changed
 
