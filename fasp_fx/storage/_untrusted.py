@@ -28,6 +28,7 @@ _HIGHER_ORDER = {
     f"torch.ops.higher_order.{name}"
     for name in (
         "cond",
+        "flex_attention",
         "while_loop",
         "scan",
         "map_impl",
