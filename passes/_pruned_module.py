@@ -281,7 +281,7 @@ def _rebuilt(
 ) -> PrunedModule:
     from fasp_fx.storage import program_from_json
 
-    module = wrap(program_from_json(program, weights, constants, None, cast=True), signature)
+    module = wrap(program_from_json(program, weights, constants, None, alike=("shape",)), signature)
     module.meta[PRESERVED] = preserved
     for name, value in preserved.items():
         setattr(module, name, value)

@@ -11,6 +11,9 @@ from ._bisect import (
     largest_passing_subset as largest_passing_subset,  # A part of items without fault that no other item can join
 )
 from ._compare import (
+    built_alike as built_alike,  # Whether two containers, or what else is registered as such, are built alike of parts that are the same
+)
+from ._compare import (
     deviation as deviation,  # max|a − b| / max|b| of two outputs, of fillings by themselves; infinite where they cannot be compared
 )
 from ._compare import (

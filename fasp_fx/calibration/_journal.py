@@ -98,9 +98,7 @@ class Journal:
             for number, decision in self.new.items()
         }
         events = {"after": self.points, "decided": decided, "unmatched": unmatched}
-        with new_folder(
-            self._folder / f"stop-{points}", overwrite=False, replaceable=lambda folder: False
-        ) as subfolder:
+        with new_folder(self._folder / f"stop-{points}", replaceable=None) as subfolder:
             safetensors.torch.save_file(weights, subfolder / _WEIGHTS)
             (subfolder / _EVENTS).write_text(json.dumps(events), encoding="utf-8")
         self.points, self.new = points, {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fasp_fx.base import deviation, device_named, pytree, storage_of, tolerable, tolerance, version_of
 from fasp_fx.errors import CallError, CaptureError, ExportError, first_line
 
-from ._assemble import check_sizes
+from ._assemble import size_check
 from ._capture import Captured, capture, capture_whole
 from ._parts import Call, Part, Parts, model_copy, replace_submodule, simple_attributes, watching
 from ._program import Program
@@ -161,15 +161,12 @@ class StandIn(nn.Module):
             self.register_parameter(f"weight_{index}", nn.Parameter(other, parameter.requires_grad))
         self.eval()
         vars(self).update(simple_attributes(original))
-        self._program, self._sizes = (program,), set[Any]()  # in a tuple, so that it is no submodule
+        self._captured = program, size_check(program)  # in a tuple, so that nothing is a submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        (program,) = self._program
+        program, check = self._captured
         flat, nodes = program.flat_inputs(args, kwargs), program.placeholders()
-        sizes = tuple(getattr(leaf, "shape", leaf) for leaf in flat)
-        if sizes not in self._sizes:
-            check_sizes(program, flat)
-            self._sizes.add(sizes)
+        check(*flat)
         for node, leaf in zip(nodes, flat, strict=True):
             if isinstance(leaf, Tensor) and leaf.dtype != node.meta["val"].dtype:
                 raise CallError(f"'{node.name}' is of {leaf.dtype} in one call, and was of another before")

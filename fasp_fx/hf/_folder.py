@@ -188,7 +188,7 @@ def _parts(folder: Path, device: torch.device) -> Parts:
     with parsing("programs.json"):
         for name, stored in programs.items():
             constants[name] = {inside: held[outside] for inside, outside in stored["constants"].items()}
-            kept = {"program": stored["program"], "example": stored["example"]}
+            kept = {"program": stored["program"]}
             module = program_from_json(kept, weights, constants[name], device).module(check_guards=False)
             made[name] = StoredProgram(kept, FlatProgram.of(module))
     return Parts(made, weights, constants, *read_told(folder))
