@@ -1,22 +1,21 @@
 """A captured program as one Python function of flat, named tensors over a tree of weights that several
-programs share, and its rewrites for speed: no checks inside, plain products for one token.
+programs share, and its rewrites for speed: no checks inside, no heads repeated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
+from torch.nn.functional import scaled_dot_product_attention
 
-from ..base._stamps import stamp
 from ..base.compat import forward_from_src, pytree
 from ..base.compat._transformers import CACHE
 from ..capturing import lower_bound, upper_bound
-from ..capturing._fx import arguments
 from ..capturing._program import copy_graph
 from ..errors import ArgumentError, CaptureError
 from ..patterns import RESHAPES
@@ -218,80 +217,51 @@ def without_checks(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _pads_width(node: Any) -> bool:
-    """Whether a node adds columns at the end of the last dimension, and nothing else."""
-    if node.target is not aten.constant_pad_nd.default:
-        return False
-    borders = node.args[1]
-    return len(borders) == 2 and bool(borders[0] == 0)
-
-
-def _repeated(node: Any) -> tuple[Any, int]:
-    """What is repeated and how often, if the node is ``[b, heads, l, d]`` repeated along a new dimension
-    after the heads; else itself and 1.
-    """
-    inner = node
-    for targets in (RESHAPES, {"aten.clone.default"}):
-        inner = inner.args[0] if str(inner.target) in targets else inner
-    opened: Any = inner.args[0] if inner.target is aten.expand.default else inner
-    if opened is inner or opened.target is not aten.unsqueeze.default or opened.args[1] != 2:
-        return node, 1
-    before, after = _shape(opened.args[0]), _shape(node)
-    fixed = all(isinstance(size, int) for size in (*before[1::2], *after[1::2]))
-    if not fixed or len(before) != 4 or len(after) != 4 or before[3] != after[3] or after[1] % before[1]:
-        return node, 1
-    return opened.args[0], int(after[1] // before[1])
-
-
 def _shape(node: Any) -> tuple[Any, ...]:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
-def one_token(graph: fx.Graph) -> None:
-    """Write out attention as it is for a query of one token (:func:`_attend`), where each key and value head
-    is read once, and not repeated for the query heads that share it.
+def share_heads(graph: fx.Graph) -> None:
+    """Let attention read each key and value head once, where they are repeated for the query heads that share
+    them. The values are the same bit by bit.
     """
-    for node in list(graph.find_nodes(op="call_function", target=_ATTENTION)):
-        given = arguments(node)
-        query, mask, value = given["query"], given["attn_mask"], given["value"]
-        masked = isinstance(mask, fx.Node)
-        heads = _shape(query)[1:2]
-        plain = not given["dropout_p"] and not given["is_causal"] and len(_shape(query)) == 4
-        if not plain or (masked and (len(_shape(mask)) != 4 or _shape(mask)[1:2] not in ((1,), heads))):
+    for node in graph.find_nodes(op="call_function", target=_ATTENTION):
+        holder, index = node, 2  # whose argument are the values: attention, or what pads them to its width
+        if node.args[2].target is aten.constant_pad_nd.default and len(node.args[2].users) == 1:
+            holder, index = node.args[2], 0
+        key, value = _unrepeated(node.args[1]), _unrepeated(holder.args[index])
+        if key is None or value is None or _shape(key)[1] != _shape(value)[1]:
             continue
-        cut = _cut_after(node) if _pads_width(value) else None
-        key, times = _repeated(given["key"])
-        value, same = _repeated(value if cut is None else value.args[0])
-        if times != same:
-            continue
-        with graph.inserting_before(node):
-            call = (query, key, value, mask, given["scale"])
-            made = stamp(graph.call_function(_attend, call), "one_token", node)
-        for replaced in (node,) if cut is None else (cut, node):
-            replaced.replace_all_uses_with(made)
-            graph.erase_node(replaced)
+        if _shape(node.args[0])[1:2] == _shape(node.args[1])[1:2]:
+            node.update_arg(1, key)
+            holder.update_arg(index, value)
+            node.target = _attend
     graph.eliminate_dead_code()
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Attention of a query of one token. The heads that share keys make one matrix product, where the fused
-    kernel reads the keys once per head, and values may be narrower than keys.
+def _unrepeated(node: Any) -> fx.Node | None:
+    """What is repeated, where a node is ``[b, heads, l, d]`` repeated along a new dimension after the heads
+    that was joined with them.
     """
-    heads, shared, width = query.shape[1], key.shape[1], query.shape[3]
-    rows = query.reshape(-1, shared, heads // shared, width)
-    scores = (rows * (width**-0.5 if scale is None else scale)) @ key.transpose(2, 3)
-    if mask is not None:
-        own = mask if mask.shape[1] == 1 else mask.unflatten(1, (shared, -1)).squeeze(3)
-        scores = scores.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else scores + own
-    return (aten._safe_softmax(scores, -1) @ value).reshape(-1, heads, 1, value.shape[3])
+    inner = node
+    for targets in (RESHAPES, {"aten.clone.default"}, {"aten.expand.default"}, {"aten.slice.Tensor"}):
+        inner = inner.args[0] if str(inner.target) in targets else inner
+    if inner.target is not aten.unsqueeze.default or inner.args[1] != 2:
+        return None
+    (batch, heads, *others), after = _shape(inner.args[0]), _shape(node)
+    if not (isinstance(heads, int) and len(after) == 4 and isinstance(after[1], int)) or after[1] % heads:
+        return None
+    same = str([batch, *others]) == str([after[0], *after[2:]])
+    return cast(fx.Node, inner.args[0]) if same else None
 
 
-def _cut_after(node: fx.Node) -> fx.Node | None:
-    """The slice that takes the padding of the values off the result, if that is all that reads it."""
-    value: Any = node.args[2]
-    width = _shape(value.args[0])[-1:]
-    users = list(node.users)
-    if len(users) == 1 and users[0].target is aten.slice.Tensor and users[0].args[1:] == (3, 0, *width):
-        return users[0]
-    return None
+def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Attention whose query heads share keys and values. With a mask, kernels of accelerators that are told
+    so materialise all scores; there heads are repeated.
+    """
+    grouped = query.device.type == "cpu"
+    if not grouped:
+        times = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    return scaled_dot_product_attention(query, key, value, *args, **kwargs, enable_gqa=grouped)

@@ -84,7 +84,7 @@ class PrunedForCausalLM(SavedModel):
         first = max(new - logits_to_keep, 0) if logits_to_keep else 0
         if inside:
             values["logits_to_keep"] = torch.arange(first, new, device=input_ids.device)
-        found = self._run("decode", values, one=new == 1)
+        found = self._run("decode", values)
         logits = found["logits"] if inside else found["logits"][:, first:]
         loss = loss_of(self.config.loss, logits, labels, kwargs.get("num_items_in_batch"))
         output = CausalLMOutputWithPast(
@@ -215,7 +215,7 @@ class PrunedForSeq2SeqLM(SavedModel):
         values["decoder_attention_mask"] = mask_of(
             "decoder_attention_mask", decoder_attention_mask, batch, past + new, decoder_input_ids
         )
-        found = self._run(program, values, one=new == 1)
+        found = self._run(program, values)
         loss = loss_of(self.config.loss, found["logits"], labels, kwargs.get("num_items_in_batch"))
         cache = self._extended(cache, given, found, use_cache)
         output = Seq2SeqLMOutput(

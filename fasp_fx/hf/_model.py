@@ -20,7 +20,7 @@ from ..pruning.report import Report
 from ..storage._graph_json import program_to_json
 from ._arguments import opened, read_cache, write_cache
 from ._config import PrunedConfig
-from ._flat import FlatProgram, one_token, without_checks
+from ._flat import FlatProgram, share_heads, without_checks
 
 CONSTANTS = "_constants"
 
@@ -111,7 +111,6 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         self._stored = parts.programs
         self._constant_names: dict[str, dict[str, str]] = {}
         self._programs: dict[str, FlatProgram] = {}
-        self._steps: dict[str, FlatProgram] = {}  # the forms for a query of one token
         for program, stored in parts.programs.items():
             names = {name: f"{CONSTANTS}.{program}{i}" for i, name in enumerate(parts.constants[program])}
             for name, tensor in parts.constants[program].items():  # outside of the state dict
@@ -120,11 +119,9 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
             for node in graph.find_nodes(op="get_attr"):
                 node.target = names.get(str(node.target), node.target)
             without_checks(graph)
+            share_heads(graph)
             self._constant_names[program] = names
             self._programs[program] = stored.flat.rewritten(graph)
-            step = copy_graph(graph)
-            one_token(step)
-            self._steps[program] = stored.flat.rewritten(step)
         self._cache_sizes = {name: program.cache_sizes() for name, program in self._programs.items()}
         self._bounds = {name: program.bounds() for name, program in self._programs.items()}
         self.eval()
@@ -140,12 +137,10 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
             inputs.pop("position_ids", None)
         return inputs
 
-    def _run(self, name: str, values: dict[str, Tensor], one: bool = False) -> dict[str, Tensor]:
-        """Run a program; ``one``: in the form for a query of one token."""
+    def _run(self, name: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
         for bound in self._bounds[name]:
             bound.check(values)
-        program = (self._steps if one else self._programs)[name]
-        return program(self, values)
+        return self._programs[name](self, values)
 
     def _like(self) -> Tensor:
         """A parameter that shows dtype and device."""
@@ -176,7 +171,7 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
             )
         super()._apply(fn, recurse)
         if moved.device != held.device:
-            for program in (*self._programs.values(), *self._steps.values()):
+            for program in self._programs.values():
                 program.to_device(moved.device)
         return self
 
