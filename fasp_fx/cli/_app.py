@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..base import __version__
-from ..errors import ArgumentError
-from ..pruning.config import FormatName, PruningConfig
+from fasp_fx.base import __version__
+from fasp_fx.errors import ArgumentError
+from fasp_fx.pruning import FormatName, PruningConfig
+
 from ._console import CAPTURING, USAGE, console, groups_table, say, session, table
 
 if TYPE_CHECKING:  # help, and what is wrong with options, does not wait for torch
@@ -144,7 +145,7 @@ def read_options(file: Path | None, given: Mapping[str, Any]) -> PruningConfig:
     caps = {name.replace("_", "-"): options.pop(name) for name in BUDGETS if name in options}
     amounts = {name: read_amount(f"--{name}", text) for name, text in caps.items()}
     if amounts:
-        from ..allocation.budgets import KINDS
+        from fasp_fx.allocation import KINDS
 
         options["budget"] = tuple(KINDS[name](amount) for name, amount in amounts.items())
     if "restore" in options:
@@ -271,31 +272,13 @@ def prune(
         options = read_options(config, given)
         from . import _prune
 
-        _prune.run(
-            model,
-            out,
-            options,
-            _texts(calibration, batches, text, eval_batches, length, seed),
-            stages,
-            epochs=recover,
-            device=device,
-            dtype=dtype,
-            format=format,
-            overwrite=overwrite,
-            checkpoint=checkpoint,
-            scratch=scratch or (out.absolute().parent if stream else None),
-        )
+        kept = scratch or (out.absolute().parent if stream else None)
+        job = _prune.Job(out, overwrite, format, device, dtype, checkpoint, kept)
+        texts = _texts("calibration", calibration, batches, length, seed)
+        _prune.run(model, job, options, texts.measured_on(text, eval_batches), recover, stages)
 
 
-def _texts(
-    source: str,
-    batches: int,
-    text: Path | None,
-    eval_batches: int | None,
-    length: int | None,
-    seed: int,
-    use: str = "calibration",
-) -> Texts:
+def _texts(use: str, source: str, batches: int, length: int | None, seed: int) -> Texts:
     """The text of a command.
 
     Args:
@@ -305,8 +288,8 @@ def _texts(
     from ._models import Texts
 
     if source == "self":
-        return Texts(None, batches, text, eval_batches or 16, length or 256, seed, use)
-    return Texts(Path(source), batches, text, eval_batches or 8, length or 1024, seed, use)
+        return Texts(None, batches, None, 16, length or 256, seed, use)
+    return Texts(Path(source), batches, None, 8, length or 1024, seed, use)
 
 
 @app.command()
@@ -354,14 +337,17 @@ def recover(
     Example: `fasp-fx recover small --dense model.gguf --data wiki.txt --batches 96 --out better`
     """
     with session() as stages:
-        from ..training.recovery import DistillationConfig
+        from fasp_fx.training import DistillationConfig
+
         from . import _prune
 
-        texts = _texts(data, batches, text, eval_batches, length, seed, "training")
-        given = {"epochs": epochs, "learning_rate": learning_rate}
-        options = {name: value for name, value in given.items() if value is not None}
-        config = DistillationConfig.of(None, {**options, "seed": seed})
-        _prune.recover_and_save(folder, dense, out, texts, config, checkpoint, device, overwrite, stages)
+        job = _prune.Job(out, overwrite, device=device, checkpoint=checkpoint)
+        texts = _texts("training", data, batches, length, seed).measured_on(text, eval_batches)
+        options = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
+        config = DistillationConfig.of(
+            None, {name: value for name, value in options.items() if value is not None}
+        )
+        _prune.recover_and_save(Path(folder), dense, job, texts, config, stages)
 
 
 @app.command("inspect")
@@ -395,10 +381,10 @@ def show_groups(
     with session() as stages:
         import torch
 
-        from ..interop.page import write_page
-        from ..pruning._prune import analyze
-        from ..pruning.report import Report, counted
-        from ..storage._folder import is_save, kind_of, read_text, verify
+        from fasp_fx.interop import write_page
+        from fasp_fx.pruning import Report, analyze, counted
+        from fasp_fx.storage import is_save, kind_of, read_text, verify
+
         from . import _models
 
         folder = Path(model)
@@ -447,7 +433,7 @@ def convert(
     with session() as stages:
         from . import _prune
 
-        _prune.convert_and_save(folder, out, format, overwrite, stages)
+        _prune.convert_and_save(Path(folder), _prune.Job(out, overwrite, format), stages)
 
 
 @app.command("eval")
@@ -480,8 +466,9 @@ def evaluate(
         chosen = read_range(chunks)
         import torch
 
+        from fasp_fx.hf import predictions
+
         from . import _models
-        from .evaluation import predictions
 
         _models.quieten()
         where = _models.find_device(device)

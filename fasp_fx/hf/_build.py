@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..base._tolerable import tolerable
-from ..base.compat._transformers import quiet
-from ..errors import ArgumentError, first_line
+from fasp_fx.base import quiet_transformers, tolerable
+from fasp_fx.errors import ArgumentError, first_line
+
 from ._claims import unlike
 from ._fields import Experiments, Path, lowered, written
 from ._offloaded import first_fault
@@ -43,7 +43,7 @@ def build(
     options = {} if attention is None else {"attn_implementation": attention}
     options |= {"config": config, "state_dict": dict(weights), "dtype": model.dtype}
     try:
-        with quiet():
+        with quiet_transformers():
             smaller, info = kind.from_pretrained(None, output_loading_info=True, **options)
     except tolerable(Exception) as error:
         raise unlike(kind, f"its weights cannot be loaded: {first_line(error)}") from error

@@ -14,10 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..analysis.groups import Group
-from ..base._tolerable import tolerable
-from ..base.compat._transformers import quiet
-from ..errors import ArgumentError, first_line
+from fasp_fx.analysis import Group
+from fasp_fx.base import quiet_transformers, tolerable
+from fasp_fx.errors import ArgumentError, first_line
 
 #: where a value stands in a config: keys of nested configs, positions of lists
 Path = tuple[str | int, ...]
@@ -45,7 +44,8 @@ class Experiments:
         config: what the class makes a dense model of.
 
     Attributes:
-        base: the config as a dictionary.
+        dense: the config.
+        base: it as a dictionary.
         values: what stands at each place of it.
         shapes: of the parameters and buffers that the class makes of the config, under all their names.
         layers: what the names begin with in each of the layers that the config counts.
@@ -55,7 +55,7 @@ class Experiments:
     """
 
     def __init__(self, kind: Any, config: PreTrainedConfig) -> None:
-        self.kind, self._config = kind, config
+        self.kind, self.dense = kind, config
         self.base: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
         if self.base.get("num_attention_heads") and self.base.get("hidden_size"):
             # Left out, it is computed of the number of heads, which then cannot be lowered alone.
@@ -73,7 +73,7 @@ class Experiments:
     @property
     def name(self) -> str:
         """The name of the config's class."""
-        return type(self._config).__name__
+        return type(self.dense).__name__
 
     def config(self, values: Assignment) -> PreTrainedConfig:
         """The config with other values in some places, as it will come back from a file."""
@@ -83,14 +83,14 @@ class Experiments:
             for step in path[:-1]:
                 held = held[step]
             held[path[-1]] = value
-        first = type(self._config).from_dict(made)
-        return type(self._config).from_dict(json.loads(first.to_json_string()))
+        first = type(self.dense).from_dict(made)
+        return type(self.dense).from_dict(json.loads(first.to_json_string()))
 
     def build(self, assignment: Assignment) -> Shapes | str:
         """The shapes that the class gives its parameters and buffers, or why it cannot be built."""
         key = repr(sorted(assignment.items(), key=repr))
         if key not in self._found:
-            with quiet(), torch.random.fork_rng(devices=[]):
+            with quiet_transformers(), torch.random.fork_rng(devices=[]):
                 try:
                     config = self.config(assignment)
                     with torch.device("meta"):

@@ -13,12 +13,10 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..base.compat import forward_from_src, pytree
-from ..base.compat._transformers import CACHE
-from ..capturing import lower_bound, upper_bound
-from ..capturing._program import copy_graph
-from ..errors import ArgumentError, CaptureError
-from ..patterns import RESHAPES
+from fasp_fx.base import CACHE, forward_from_src, pytree
+from fasp_fx.capturing import copy_graph, lower_bound, upper_bound
+from fasp_fx.errors import ArgumentError, CaptureError
+from fasp_fx.patterns import RESHAPES
 
 
 @dataclass(frozen=True)
@@ -264,4 +262,5 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     if not grouped:
         times = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
-    return scaled_dot_product_attention(query, key, value, *args, **kwargs, enable_gqa=grouped)
+    kwargs["enable_gqa"] = grouped
+    return scaled_dot_product_attention(query, key, value, *args, **kwargs)

@@ -5,8 +5,8 @@ loads. Of a pruned model ``config.json``, ``generation_config.json`` and the tok
 transformers'; ``model.safetensors`` holds the weights by the names of the original model, tied ones once;
 ``programs.json`` the programs, ``constants.safetensors`` what they hold besides. ``plan.json`` and
 ``report.json`` say of either what their names say, and ``manifest.json`` the size and SHA-256 of the files.
-As with :mod:`fasp_fx.store`, everything that torch would evaluate, import or turn into code is checked before
-it is.
+As with :class:`fasp_fx.Result`, everything that torch would evaluate, import or turn into code is checked
+before it is.
 """
 
 from __future__ import annotations
@@ -21,92 +21,33 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from ..analysis.plan import PruningPlan
-from ..base._device import check_device
-from ..base._options import path_of
-from ..base.compat._transformers import quiet
-from ..errors import ArgumentError, StoreError
-from ..pruning._result import TOLD, read_told, write_told
-from ..pruning.report import Report
-from ..storage._folder import (
+from fasp_fx.base import check_device
+from fasp_fx.errors import ArgumentError, StoreError
+from fasp_fx.pruning import TOLD, read_told, write_told
+from fasp_fx.storage import (
     MANIFEST,
     kind_of,
-    new_save,
     parsing,
+    program_from_json,
     read_json,
+    read_tensors,
     read_text,
     verify,
     write_json,
     write_manifest,
+    write_tensors,
 )
-from ..storage._graph_json import program_from_json
-from ..storage._tensors import read_tensors, write_tensors
+
 from ._arguments import LOSSES, POSITIONS
 from ._config import PrunedConfig, original_of
 from ._flat import FlatProgram
-from ._formats import FORMATS
-from ._gguf import write_gguf
-from ._gguf_tokenizer import keep_source
 from ._model import Parts, PrunedModel, StoredProgram
 
 KIND, PLAIN = "hf", "plain"
-#: the format of a pruned program
-OWN = "fasp-fx"
 #: what makes a pruned model, and with it what else is written
 FILES = ("config.json", "model.safetensors", "constants.safetensors", "programs.json", *TOLD)
 
 _OWN = (*FILES, "generation_config.json")
-
-
-def save(
-    model: Any,
-    tokenizer: Any,
-    plan: PruningPlan,
-    report: Report,
-    folder: str | Path,
-    *,
-    format: str = OWN,
-    overwrite: bool = False,
-) -> Path:
-    """Write a model of either kind and its tokenizer to a new folder, whole or not at all.
-
-    Args:
-        tokenizer: saved along, or ``None``.
-        format: of GGUF files, if one is written besides.
-        overwrite: replace an earlier save of the same kind (and nothing else) of that name.
-
-    Raises:
-        StoreError: the path is taken or cannot be written, or the model holds something that cannot be
-            stored.
-    """
-    path = path_of(folder, "folder").absolute()
-    plain = not isinstance(model, PrunedModel)
-    with new_save(path, PLAIN if plain else KIND, overwrite=overwrite) as made, quiet():
-        if plain:
-            model.save_pretrained(made)
-            _say_positions(made / "config.json")
-            write_told(made, plan, report)
-            tensors = None if format == OWN else FORMATS[format].tensors
-            if tensors is not None:
-                write_gguf(made / "model.gguf", model, tensors, tokenizer)
-        else:
-            _fill(made, model, None)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(made))
-            keep_source(tokenizer, made)
-    return path
-
-
-def _say_positions(file: Path) -> None:
-    """Say in a configuration what its positions are as it was said before transformers 5, too: readers that
-    look for that take numbers of their own where it is missing.
-    """
-    config = read_json(file)
-    scaling = dict(config.get("rope_parameters") or {})
-    if "rope_theta" in scaling:  # else there are none, or each kind of layer has its own
-        alone = {key: scaling.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in scaling}
-        scaled = {} if scaling.get("rope_type") == "default" else {"rope_scaling": scaling}
-        write_json(file, config | alone | scaled)
 
 
 def check_sums(folder: Path) -> None:
@@ -131,13 +72,18 @@ def save_into(model: PrunedModel, path: Path, state_dict: Mapping[str, Tensor] |
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _fill(path, model, state_dict)
+        fill(path, model, state_dict)
         write_manifest(path, KIND, _OWN)
     except (OSError, safetensors.SafetensorError) as error:
         raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
 
 
-def _fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> None:
+def fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> None:
+    """Write the files of a pruned model, but for its manifest; ``state_dict``: with other weights.
+
+    Raises:
+        StoreError: a weight no longer fits the program, or the program holds something that cannot be stored.
+    """
     weights = _weights(model, state_dict)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

@@ -1,70 +1,42 @@
-"""Prune to what a format of model files can hold: what that is, how pruning keeps to it, and how the model is
-built that is then written.
-"""
+"""Prune to what a format of model files can hold: what that is, and how pruning keeps to it."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
-import pathlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Unpack, cast
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
+from transformers import PreTrainedModel
 
-from ..allocation import Allocation, Budget, CostAllocation, validate
-from ..allocation._allocation import Search
-from ..allocation._limits import joined
-from ..allocation.budgets import Bytes
-from ..allocation.costs import Costs
-from ..analysis._analysis import Analysis
-from ..analysis._depth import DEPTH
-from ..analysis.groups import PRUNABLE
-from ..analysis.plan import PruningPlan
-from ..base._device import device_of
-from ..base._progress import Shown
-from ..base._tolerable import tolerable
-from ..base.compat._transformers import quiet
-from ..calibration._calibration import as_calls, check_calibration
-from ..calibration._ranks import ended_together
-from ..capturing._capture import capture_whole
-from ..errors import ArgumentError, NothingPrunableError, SparsityError, first_line
-from ..pruning._prune import prune
-from ..pruning._result import Result
-from ..pruning.config import Granularity, PruningConfig, PruningOptions
-from ..pruning.eager import fused_weights
-from ..pruning.report import Report
-from . import modeling_per_layer
-from ._claims import check_equal, llama_of, refuse_unsaid, unlike
-from ._fields import Experiments, Field, Path, arrange, find_fields, lowered, units, written
-from ._gguf import bytes_each, describe_gguf
+from fasp_fx.allocation import Allocation, Budget, Bytes, CostAllocation, Costs, Search, joined, validate
+from fasp_fx.analysis import DEPTH, PRUNABLE, PruningPlan
+from fasp_fx.base import device_of
+from fasp_fx.calibration import as_calls, check_calibration
+from fasp_fx.capturing import capture_whole
+from fasp_fx.errors import ArgumentError, NothingPrunableError, SparsityError
+from fasp_fx.pruning import PruningConfig, Report, Result, fused_weights, prune
+
+from ._build import build
+from ._claims import check_equal
+from ._fields import Experiments, arrange, units
+from ._registry import FORMATS, PerLayer, format_of
 
 #: tokens of an example where there is no calibration data to take one from
 _EXAMPLE = (2, 8)
 
 
-@ended_together
 def prune_to(
     name: str,
     model: nn.Module,
-    *,
-    calibration: Iterable[Any] | None = None,
-    config: PruningConfig | None = None,
-    costs: Costs | None = None,
-    device: torch.device | str | None = None,
-    progress: Shown = None,
-    on_analysis: Callable[[Analysis], None] | None = None,
-    group: dist.ProcessGroup | None = None,
-    checkpoint: str | pathlib.Path | None = None,
-    tokenizer: Any = None,
-    **options: Unpack[PruningOptions],
+    tokenizer: Any,
+    calibration: Iterable[Any] | None,
+    asked: PruningConfig,
+    device: torch.device | str | None,
+    **passed: Any,
 ) -> tuple[PreTrainedModel, PruningPlan, Report]:
     """Prune a transformers model by what a format can say: the result is a model of transformers in that
     format, with the plan and the report.
@@ -76,10 +48,11 @@ def prune_to(
     Args:
         name: of the format.
         model: a transformers model in evaluation mode; it is left as it was.
-        calibration, costs, device, progress, on_analysis, group, checkpoint: as for :func:`fasp_fx.prune`.
         tokenizer: that a GGUF file is to hold.
-        config, options: as for :func:`fasp_fx.prune`, with one sparsity or budgets. An allocation sees one
-            group for all that have one size.
+        calibration, device: as for :func:`fasp_fx.prune`.
+        asked: the options, with one sparsity or budgets. An allocation sees one group for all that have one
+            size.
+        passed: what :func:`fasp_fx.prune` takes besides.
 
     Raises:
         ArgumentError: the model is not one of transformers', its config does not describe it, or the format
@@ -89,8 +62,7 @@ def prune_to(
         VerificationError: the model that was built does not compute what the pruned program computes.
         CalibrationError, CaptureError: as for :func:`fasp_fx.prune`.
     """
-    asked = PruningConfig.of(config, options)
-    own, settings = config_for(name, model, asked)
+    config, settings = config_for(name, model, asked)
     assert isinstance(model, PreTrainedModel)
     if asked.needs_data:
         check_calibration(calibration)
@@ -100,18 +72,10 @@ def prune_to(
     form = FORMATS[name]
     # What the file cannot say is refused before the work.
     dense, _ = build(name, settings.experiments, model.state_dict(keep_vars=True), model)
-    said = check_equal(dense, model, example)
+    rounded = check_equal(dense, model, example)
     form.check_file(dense, tokenizer)
-    result = prune(
-        capture_whole(dense, (), example, device=device),
-        calibration=calibration,
-        config=own,
-        costs=costs,
-        progress=progress,
-        on_analysis=on_analysis,
-        group=group,
-        checkpoint=checkpoint,
-    )
+    captured = capture_whole(dense, (), example, device=device)
+    result = prune(captured, calibration=calibration, config=config, **passed)
     smaller, note = build(name, settings.experiments, smaller_weights(dense, result), model)
     check_equal(smaller, result.module, example)
     lines = tuple(
@@ -120,17 +84,16 @@ def prune_to(
         else line
         for line in result.report.lines
     )
-    counted = Bytes(1.0, form.stored)
+    bytes_of = Bytes(1.0, form.stored).held
     # The settings are no allocation of the caller's.
     report = replace(
         result.report,
-        bytes=(round(counted.held(model.parameters())), round(counted.held(smaller.parameters()))),
+        bytes=(round(bytes_of(model.parameters())), round(bytes_of(smaller.parameters()))),
         lines=lines,
-        notes=(note, *said, *result.report.notes),
+        notes=(note, *rounded, *result.report.notes),
         config=asked,
     )
-    made: Any = smaller
-    return made.to(device_of(model)), result.plan, report
+    return cast(Any, smaller).to(device_of(model)), result.plan, report
 
 
 def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConfig, Settings]:
@@ -278,9 +241,9 @@ def smaller_weights(model: nn.Module, result: Result) -> dict[str, Tensor]:
     A fused weight that the program holds in parts is put together again. A parameter that the program does
     not use is as it was.
     """
-    pruned = dict(result.module.named_parameters(remove_duplicate=False))
-    made = pruned | fused_weights(result.plan, pruned)
+    pruned: dict[str, Tensor] = dict(result.module.named_parameters(remove_duplicate=False))
+    pruned |= fused_weights(result.plan, pruned)
     return {
-        name: made[name].detach() if name in made else tensor.detach().clone()
+        name: pruned[name].detach() if name in pruned else tensor.detach().clone()
         for name, tensor in model.state_dict(keep_vars=True).items()
     }

@@ -16,14 +16,15 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from ..errors import ArgumentError, StoreError
-from ..pruning._result import write_told
-from ..pruning.config import Granularity
-from ..storage._folder import kind_of, parsing, read_json, write_json
+from fasp_fx.errors import ArgumentError, StoreError
+from fasp_fx.pruning import Granularity, write_told
+from fasp_fx.storage import kind_of, parsing, read_json, write_json
+
 from . import _generating, modeling_per_layer
 from ._claims import llama_of, refuse_unsaid
 from ._config import original_of
-from ._fields import Experiments, Field, Path as Place, find_fields
+from ._fields import Experiments, Field, find_fields
+from ._fields import Path as Place
 from ._folder import KIND, PLAIN, fill
 from ._gguf import bytes_each, describe_gguf, write_gguf
 from ._model import PrunedModel
@@ -197,7 +198,7 @@ class Program(Format):
 class PerLayer(Format):
     """A model of its original class, with layers of their own sizes."""
 
-    granularity = ("channel", "head")
+    granularity: ClassVar[tuple[Granularity, ...]] = ("channel", "head")
     by_layer = True
 
     def _check_layers(self, experiments: Experiments) -> None:
@@ -233,7 +234,8 @@ class PerLayer(Format):
             for number, lowered in enumerate(sizes.values())
             if dense | lowered
         }
-        by_layer = {("per_layer_config",): layers, ("allow_global_per_layer_attribute_access",): True}
+        by_layer: dict[Place, Any] = {("per_layer_config",): layers}
+        by_layer[("allow_global_per_layer_attribute_access",)] = True
         kind = _layered(experiments.kind)
         return _saved_along(kind, experiments), experiments.config({**by_layer, **least})
 
@@ -267,14 +269,12 @@ class DeciLM(PerLayer):
         base = experiments.base
         present = {"no_op": False, "replace_with_linear": False}
         heads = {"n_heads_in_group": base["num_attention_heads"] // base["num_key_value_heads"]}
-        blocks = [
-            {
-                "attention": present | (heads if lowered.get(("num_attention_heads",), 1) else {"no_op": True}),
-                "ffn": present | _say_width(width, base["hidden_size"]),
-            }
-            for lowered in sizes.values()
-            for width in [lowered.get(("intermediate_size",), base["intermediate_size"])]
-        ]
+        blocks = []
+        for lowered in sizes.values():
+            width = lowered.get(("intermediate_size",), base["intermediate_size"])
+            attention = heads if lowered.get(("num_attention_heads",), 1) else {"no_op": True}
+            feed_forward = _say_width(width, base["hidden_size"])
+            blocks.append({"attention": present | attention, "ffn": present | feed_forward})
         kept = {key: value for key, value in base.items() if key not in BY_LAYER}
         config = modeling_per_layer.DeciLMConfig(block_configs=blocks, **kept)
         return _saved_along(modeling_per_layer.DeciLMForCausalLM, experiments), config
