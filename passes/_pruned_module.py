@@ -98,8 +98,8 @@ class Origin:
         signature: the caller's.
     """
 
-    def __init__(self, made: ExportedProgram | Assembly, signature: CallSignature) -> None:
-        self._made, self.signature = made, signature
+    def __init__(self, source: ExportedProgram | Assembly, signature: CallSignature) -> None:
+        self._made, self.signature = source, signature
 
     @property
     def example(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -152,13 +152,15 @@ def wrap_graph(assembly: Assembly, tensors: nn.Module, signature: CallSignature)
     lifted = assembly.frame.module(check_guards=True)
     inputs = lifted.graph.find_nodes(op="placeholder")
     with lifted.graph.inserting_before(next(iter(lifted.graph.nodes))):
-        held = {weight.name: lifted.graph.create_node("get_attr", weight.name) for weight in assembly.weights}
+        lookups = {
+            weight.name: lifted.graph.create_node("get_attr", weight.name) for weight in assembly.weights
+        }
     for weight in assembly.weights:
-        held[weight.name].meta["val"] = weight.recorded
+        lookups[weight.name].meta["val"] = weight.recorded
     seen = dict(zip(assembly.graph.find_nodes(op="placeholder"), inputs, strict=True))
     (output,) = lifted.graph.find_nodes(op="output")
     with lifted.graph.inserting_before(output):
-        output.args = (assembly.fill(lifted.graph, held, seen),)
+        output.args = (assembly.fill(lifted.graph, lookups, seen),)
     guard_calls(lifted, assembly.frame, float_types(weight.recorded for weight in assembly.weights))
     for name, guards in lifted.named_children():
         tensors.add_module(name, guards)
@@ -218,8 +220,8 @@ def values_now(module: nn.Module, program: ExportedProgram) -> tuple[dict[str, T
         StoreError: one is gone, or is no plain tensor any more; names it.
     """
     weights, constants = (
-        {name: _now(module, name, value) for name, value in held.items()}
-        for held in (program.state_dict, program.constants)
+        {name: _now(module, name, value) for name, value in tensors.items()}
+        for tensors in (program.state_dict, program.constants)
     )
     return weights, constants
 
@@ -229,23 +231,23 @@ def _now(module: nn.Module, name: str, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     try:
-        found = attribute(module, name)
+        tensor = attribute(module, name)
     except AttributeError:
         raise StoreError(
             f"the module has no '{name}' any more, which its program reads; undo the change, or export the"
             " module again"
         ) from None
-    if type(found) not in (Tensor, nn.Parameter):
+    if type(tensor) not in (Tensor, nn.Parameter):
         raise StoreError(
-            f"'{name}' is a {type(found).__name__} now, and only plain tensors are stored; save the result"
+            f"'{name}' is a {type(tensor).__name__} now, and only plain tensors are stored; save the result"
             " before it is changed, and change what is loaded"
         )
-    if isinstance(value, nn.Parameter) and not isinstance(found, nn.Parameter):
+    if isinstance(value, nn.Parameter) and not isinstance(tensor, nn.Parameter):
         raise StoreError(
             f"'{name}' is no parameter any more but is computed; undo that (as"
             " torch.nn.utils.parametrize.remove_parametrizations does), or save the result before"
         )
-    return found
+    return tensor
 
 
 def _specs(spec: pytree.TreeSpec | None) -> list[pytree.TreeSpec]:
@@ -283,9 +285,9 @@ def own_storage(program: Program) -> Program:
     caller's model.
     """
     program = program.copy()
-    held = program.weights()
+    weights = program.weights()
     for name, names in program.aliases().items():
-        tensor = held[name]
+        tensor = weights[name]
         if (
             name in program.numbers
             and isinstance(tensor, nn.Parameter)
@@ -308,9 +310,9 @@ def finish(program: Program) -> PrunedModule:
     program = own_storage(program)
     assembly = None if program.facts is None else ready(program.module, program.example, program.facts)
     if assembly is not None:
-        made = wrap_graph(assembly, program.module, program.signature)
+        module = wrap_graph(assembly, program.module, program.signature)
         assembly.graph.owning_module = None  # or it would keep the weights alive
-        return made
+        return module
     exported = export_again(program.module, program.example)
     read_stamps(exported.graph)
     return wrap(exported, program.signature)

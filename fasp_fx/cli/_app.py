@@ -119,16 +119,16 @@ def with_pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
             kinds[each.name] = Annotated[form | None, option(text, more=each.name not in COMMON)]
     for name, text in BUDGETS.items():
         kinds[name] = Annotated[str | None, option(f"A budget: how much may stay {text}.", metavar="AMOUNT")]
-    made = [
+    parameters = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
         for name, kind in kinds.items()
     ]
-    *own, _ = inspect.signature(command, eval_str=True).parameters.values()
-    command.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
+    *first, _ = inspect.signature(command, eval_str=True).parameters.values()
+    command.__signature__ = inspect.Signature([*first, *parameters])  # type: ignore[attr-defined]
     return command
 
 
-def read_options(file: Path | None, given: Mapping[str, Any]) -> PruningConfig:
+def read_options(file: Path | None, values: Mapping[str, Any]) -> PruningConfig:
     """The options of a pruning.
 
     Args:
@@ -141,7 +141,7 @@ def read_options(file: Path | None, given: Mapping[str, Any]) -> PruningConfig:
     Raises:
         FaspError: an option is out of range, or conflicts with another.
     """
-    options = {name: value for name, value in given.items() if value not in (None, [])}
+    options = {name: value for name, value in values.items() if value not in (None, [])}
     caps = {name.replace("_", "-"): options.pop(name) for name in BUDGETS if name in options}
     amounts = {name: read_amount(f"--{name}", text) for name, text in caps.items()}
     if amounts:
@@ -472,7 +472,7 @@ def evaluate(
 
         _models.quieten()
         where = _models.find_device(device)
-        texts, found, what = [], [], ""
+        texts, predicted, what = [], [], ""
         for model in models:  # one is in memory at a time
             stages.begin(f"loading {model}")
             module, tokenizer = _models.load_any(model, where, dtype)
@@ -486,18 +486,20 @@ def evaluate(
             _models.check_length(module, length)
             _models.check_tokens(module, tokens, f"'{text}'")
             stages.begin(f"measuring perplexity of {model} on {len(numbers)} chunks")
-            found.append(predictions(module, tokens[chosen], stages.update))
+            predicted.append(predictions(module, tokens[chosen], stages.update))
             texts.append(tokens[chosen])
             what = (
                 f"perplexity on chunks {numbers[0]} to {numbers[-1]} of {text.name}"
                 f" ({len(numbers)} x {length} tokens)"
             )
         stages.end()
-        values = [one.perplexity for one in found]
+        values = [one.perplexity for one in predicted]
         rows = [[what, *(f"{value:.4f}" for value in values), f"{values[-1] / values[0] - 1:+.1%}"]]
         alike = all(torch.equal(one, texts[0]) for one in texts)
-        if alike and len(found) > 1:
-            shares = (f"{100 * part:.2f} ± {100 * doubt:.2f}" for part, doubt in map(found[0].same, found))
+        if alike and len(predicted) > 1:
+            shares = (
+                f"{100 * part:.2f} ± {100 * doubt:.2f}" for part, doubt in map(predicted[0].same, predicted)
+            )
             rows.append(["next tokens as the first model's, percent", *shares, ""])
         names = (Path(model).name for model in models)
         console().print(table(["", *names, "first to last"], rows))
@@ -511,7 +513,7 @@ def read_range(text: str) -> slice:
     Raises:
         ArgumentError: it does not parse.
     """
-    found = re.fullmatch(r"(\d*):(\d*)", text)
-    if found is None:
+    match = re.fullmatch(r"(\d*):(\d*)", text)
+    if match is None:
         raise ArgumentError(f"'{text}' is not a range of chunks; write first:last+1, for example 100:140")
-    return slice(*(int(end) if end else None for end in found.groups()))
+    return slice(*(int(end) if end else None for end in match.groups()))

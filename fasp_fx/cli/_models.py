@@ -53,11 +53,11 @@ def _named(model: str) -> tuple[str, dict[str, str]]:
         )
     with _loading(f"'{model}'"):
         reader = gguf.GGUFReader(path)
-    held = {found[1] for tensor in reader.tensors if (found := _BLOCK.match(tensor.name))}
+    layers = {block[1] for tensor in reader.tensors if (block := _BLOCK.match(tensor.name))}
     said = [field.contents() for name, field in reader.fields.items() if name.endswith(".block_count")]
-    if said != [len(held)]:
+    if said != [len(layers)]:
         raise ArgumentError(
-            f"'{model}' holds weights of {len(held)} layers, and its configuration says {said}; give the"
+            f"'{model}' holds weights of {len(layers)} layers, and its configuration says {said}; give the"
             " complete model"
         )
     return str(path.parent), {"gguf_file": path.name}
@@ -73,9 +73,9 @@ def load_tokenizer(model: str) -> Any:
 
     where, options = _named(model)
     with _loading(f"the tokenizer of '{model}'"):
-        found = AutoTokenizer.from_pretrained(where, **options)
-    found.name_or_path = model  # the very file: transformers remembers its folder alone
-    return found
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    tokenizer.name_or_path = model  # the very file: transformers remembers its folder alone
+    return tokenizer
 
 
 def load_model(
@@ -103,17 +103,17 @@ def load_model(
     more: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     loading: Any = AutoModelForCausalLM.from_pretrained
     with _loading(f"'{model}'"):
-        made, info = loading(where, **more, **options)
-    refuse_incomplete(made, info, model)
-    if getattr(made.config, "quantization_config", None) and getattr(made, "hf_quantizer", None) is None:
+        loaded, info = loading(where, **more, **options)
+    refuse_incomplete(loaded, info, model)
+    if getattr(loaded.config, "quantization_config", None) and getattr(loaded, "hf_quantizer", None) is None:
         raise ArgumentError(
             f"the configuration of '{model}' names a quantisation that transformers does not know, so the"
             ' weights cannot be read as they are meant; remove "quantization_config" if they are not'
             " quantised, or give the model before quantisation"
         )
     if scratch is not None:
-        keep_weights(made, scratch)
-    return made.eval().to(device)
+        keep_weights(loaded, scratch)
+    return loaded.eval().to(device)
 
 
 def load_empty(model: str) -> nn.Module:
@@ -151,8 +151,8 @@ def load_pruned(folder: Path, device: torch.device) -> Pruned:
         raise StoreError(
             f"'{folder}' holds no pruned language model; give a folder that `fasp-fx prune` wrote"
         )
-    found = read_pruned(folder, device)
-    return replace(found, tokenizer=found.tokenizer or load_tokenizer(str(folder)))
+    pruned = read_pruned(folder, device)
+    return replace(pruned, tokenizer=pruned.tokenizer or load_tokenizer(str(folder)))
 
 
 def load_any(model: str, device: torch.device, dtype: str) -> tuple[Any, Any]:
@@ -180,10 +180,10 @@ def find_device(name: str | None) -> torch.device:
     """
     if name is not None:
         return check_device(name)
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
         return torch.device("cpu")
-    return torch.device(found.type, process("LOCAL_RANK", 0) % torch.accelerator.device_count())
+    return torch.device(accelerator.type, process("LOCAL_RANK", 0) % torch.accelerator.device_count())
 
 
 def quieten() -> None:
@@ -460,6 +460,8 @@ def sample(
         for first in range(0, count, SAMPLED_TOGETHER):
             prompt = torch.full((min(SAMPLED_TOGETHER, count - first), 1), start, device=device)
             check_output(model, prompt[0])  # sampling from what is no distribution fails in words of its own
-            own = LogitsProcessorList([Draw()])
-            texts.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), logits_processor=own))
+            draw = LogitsProcessorList([Draw()])
+            texts.append(
+                model.generate(prompt, attention_mask=torch.ones_like(prompt), logits_processor=draw)
+            )
     return torch.cat(texts)

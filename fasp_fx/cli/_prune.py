@@ -61,11 +61,11 @@ def measure(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> tuple[F
     stages.begin("measuring latency")
     times = latency([dense, result.model], chunks[:1], progress=stages.update)
     stages.begin("measuring how far both models agree")
-    found = agreement(dense, result.model, chunks, stages.update)
-    (divergence, spread), (same, doubt) = found.divergence, found.same
+    agreed = agreement(dense, result.model, chunks, stages.update)
+    (divergence, spread), (same, doubt) = agreed.divergence, agreed.same
     return (
         Figure(f"milliseconds for one chunk of {chunks.shape[1]} tokens", times[0] * 1e3, times[1] * 1e3, 1),
-        Figure(texts.label, *found.perplexities, 3),
+        Figure(texts.label, *agreed.perplexities, 3),
         Figure(f"divergence from the dense model, nats a token (± {spread:.3f})", 0.0, divergence, 3),
         Figure(f"next tokens as the dense model's, percent (± {100 * doubt:.1f})", 100.0, 100 * same, 1),
     )

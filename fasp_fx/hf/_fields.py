@@ -63,12 +63,12 @@ class Experiments:
         self.layers: tuple[str, ...] = ()
         self.values = dict(leaves(self.base))
         self._found: dict[str, Shapes | str] = {}
-        found = self.build({})
-        if isinstance(found, str):
+        shapes = self.build({})
+        if isinstance(shapes, str):
             raise ArgumentError(
-                f"{self.kind.__name__} cannot be built from its own config: {found}; this format needs that"
+                f"{self.kind.__name__} cannot be built from its own config: {shapes}; this format needs that"
             )
-        self.shapes = found
+        self.shapes = shapes
 
     @property
     def name(self) -> str:
@@ -77,13 +77,13 @@ class Experiments:
 
     def config(self, values: Assignment) -> PreTrainedConfig:
         """The config with other values in some places, as it will come back from a file."""
-        made = copy.deepcopy(self.base)
+        data = copy.deepcopy(self.base)
         for path, value in values.items():
-            held: Any = made
+            place: Any = data
             for step in path[:-1]:
-                held = held[step]
-            held[path[-1]] = value
-        first = type(self.dense).from_dict(made)
+                place = place[step]
+            place[path[-1]] = value
+        first = type(self.dense).from_dict(data)
         return type(self.dense).from_dict(json.loads(first.to_json_string()))
 
     def build(self, assignment: Assignment) -> Shapes | str:
@@ -94,13 +94,13 @@ class Experiments:
                 try:
                     config = self.config(assignment)
                     with torch.device("meta"):
-                        made = self.kind(config)
+                        model = self.kind(config)
                     named = (
-                        made.named_parameters(remove_duplicate=False),
-                        made.named_buffers(remove_duplicate=False),
+                        model.named_parameters(remove_duplicate=False),
+                        model.named_buffers(remove_duplicate=False),
                     )
-                    self._found[key] = {name: tuple(own.shape) for part in named for name, own in part}
-                    self.layers = self.layers or tuple(_layers(made, config))
+                    self._found[key] = {name: tuple(tensor.shape) for part in named for name, tensor in part}
+                    self.layers = self.layers or tuple(_layers(model, config))
                 except tolerable(Exception) as error:  # a class raises what it likes about sizes
                     self._found[key] = first_line(error)
         return self._found[key]
@@ -109,14 +109,14 @@ class Experiments:
         """By how much each dimension of each parameter and buffer shrinks, where it does; ``None`` where
         that cannot be said.
         """
-        found = self.build(assignment)
-        return None if isinstance(found, str) or found.keys() != self.shapes.keys() else self.lost(found)
+        shapes = self.build(assignment)
+        return None if isinstance(shapes, str) or shapes.keys() != self.shapes.keys() else self.lost(shapes)
 
     def lost(self, shapes: Shapes) -> Losses | None:
         """By how much each dimension of some parameters and buffers is less than the class makes it;
         ``None`` where there are more dimensions or fewer.
         """
-        pairs = {name: (self.shapes[name], own) for name, own in shapes.items()}
+        pairs = {name: (self.shapes[name], shape) for name, shape in shapes.items()}
         if any(len(old) != len(new) for old, new in pairs.values()):
             return None
         return {
@@ -156,15 +156,15 @@ def find_fields(experiments: Experiments, lost: Iterable[tuple[str, int]]) -> li
     numbers = [
         (path, value) for path, value in experiments.values.items() if type(value) is int and value > 1
     ]
-    found = [_moved(experiments, *one) for one in numbers if any(size % one[1] == 0 for size in sizes)]
+    fields = [_moved(experiments, *one) for one in numbers if any(size % one[1] == 0 for size in sizes)]
     unset = [path for path, value in experiments.values.items() if value is None]
-    found += [
+    fields += [
         _moved(experiments, path, size)
         for path in unset
         for size in sizes
         if experiments.losses({path: size}) == {}
     ]
-    return [field for field in found if field.moves]
+    return [field for field in fields if field.moves]
 
 
 def _moved(experiments: Experiments, path: Path, value: int) -> Field:
@@ -190,7 +190,7 @@ def lowered(
     Returns:
         That, and what of ``lost`` no field says.
     """
-    found: dict[Path, int] = {}
+    steps_of: dict[Path, int] = {}
     left = dict(lost)
     for field in fields:
         moves = field.within(scope)
@@ -198,9 +198,9 @@ def lowered(
         by = {left.get(place, 0) / moves[place] for place in places}
         steps = by.pop() if len(by) == 1 else 0
         if steps > 0 and steps == int(steps):
-            found[field.path] = int(steps)
-            left = {place: own for place, own in left.items() if place not in places}
-    return found, left
+            steps_of[field.path] = int(steps)
+            left = {place: loss for place, loss in left.items() if place not in places}
+    return steps_of, left
 
 
 def units(group: Group) -> Losses:
@@ -227,15 +227,15 @@ def arrange(groups: Sequence[Group], fields: Sequence[Field], scopes: Sequence[s
     said: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
     usable: dict[str, list[Field]] = {}
     for scope in scopes:
-        inside = [own for own in lost if all(name.startswith(scope) for name, _ in own)]
-        touched = {place for own in inside for place in own}
+        inside = [losses for losses in lost if all(name.startswith(scope) for name, _ in losses)]
+        touched = {place for losses in inside for place in losses}
         usable[scope] = [field for field in fields if field.within(scope).keys() <= touched]
-    for number, own in enumerate(lost):
+    for number, losses in enumerate(lost):
         for scope in scopes:
-            if all(name.startswith(scope) for name, _ in own):
-                found, left = lowered(own, usable[scope], scope, partly=True)
-                if found and not left:
-                    said[scope, *found.items()].append(number)
+            if all(name.startswith(scope) for name, _ in losses):
+                steps_of, left = lowered(losses, usable[scope], scope, partly=True)
+                if steps_of and not left:
+                    said[scope, *steps_of.items()].append(number)
     places: list[int | None] = [None] * len(groups)
     place = itertools.count()
     for (scope, *steps), members in said.items():

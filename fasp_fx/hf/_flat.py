@@ -32,10 +32,10 @@ class Bound:
         Raises:
             ArgumentError: says by how much.
         """
-        given = sum(values[name].shape[dim] for name, dim in self.places)
-        if given > self.most:
+        count = sum(values[name].shape[dim] for name, dim in self.places)
+        if count > self.most:
             raise ArgumentError(
-                f"{' and '.join(name for name, _ in self.places)} hold {given} tokens, and the program takes"
+                f"{' and '.join(name for name, _ in self.places)} hold {count} tokens, and the program takes"
                 f" {self.most} at most: with more the original model does something else, or has no positions"
                 " for them; shorten the input, or generate fewer tokens"
             )
@@ -93,8 +93,8 @@ class FlatProgram:
         if self._function is None:
             code = self.graph.python_code("self")
             self._function = forward_from_src(code.src, code.globals)
-        found = self._function(weights, *[values[name] for name in self.inputs])
-        return dict(zip(self.outputs, found, strict=True))
+        results = self._function(weights, *[values[name] for name in self.inputs])
+        return dict(zip(self.outputs, results, strict=True))
 
     def rewritten(self, graph: fx.Graph) -> FlatProgram:
         """The same inputs and outputs over another graph."""
@@ -119,7 +119,7 @@ class FlatProgram:
         Raises:
             CaptureError: a cache of another layout.
         """
-        found = {}
+        sizes = {}
         for name, shape in self.shapes().items():
             if name.startswith("cache."):
                 if len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
@@ -127,8 +127,8 @@ class FlatProgram:
                         f"{name} was captured as {list(shape)}; only caches [batch, heads, length, width] of"
                         " fixed heads and width are served"
                     )
-                found[name] = (shape[1], shape[3])
-        return found
+                sizes[name] = (shape[1], shape[3])
+        return sizes
 
     def bounds(self) -> list[Bound]:
         """The numbers of tokens up to which the program computes what its model does.
@@ -144,14 +144,14 @@ class FlatProgram:
             if not isinstance(size, int)
         }
         most = {place: upper for place, size in sizes.items() if (upper := upper_bound(size)) is not None}
-        found, joint = list[Bound](), set[str]()
+        bounds, joint = list[Bound](), set[str]()
         for new in (place for place in most if place[0].endswith("input_ids")):
-            for held in (place for place in most if _is_of_tokens(place[0])):
-                sums = {most[new] + lower_bound(sizes[held]), most[held] + lower_bound(sizes[new])}
-                found.append(Bound((new, held), min(sums)))
+            for cached in (place for place in most if _is_of_tokens(place[0])):
+                sums = {most[new] + lower_bound(sizes[cached]), most[cached] + lower_bound(sizes[new])}
+                bounds.append(Bound((new, cached), min(sums)))
                 if len(sums) == 1:
-                    joint |= {str(sizes[new]), str(sizes[held])}
-        return found + [Bound((place,), most[place]) for place in most if str(sizes[place]) not in joint]
+                    joint |= {str(sizes[new]), str(sizes[cached])}
+        return bounds + [Bound((place,), most[place]) for place in most if str(sizes[place]) not in joint]
 
     def __deepcopy__(self, memo: Any) -> FlatProgram:
         copied = self.rewritten(copy_graph(self.graph))
@@ -170,14 +170,14 @@ def _names(tree: Any, count: int) -> tuple[str, ...]:
         if isinstance(tree, Mapping)
         else tree
     )
-    found = {index: name for name, index in _walk(named, "")}
-    missing = next((index for index in range(count) if index not in found), None)
+    named_leaves = {index: name for name, index in _walk(named, "")}
+    missing = next((index for index in range(count) if index not in named_leaves), None)
     if missing is not None:
         raise CaptureError(
             f"leaf {missing} of the program's inputs or outputs is neither a named tensor nor keys or values"
             " of a cache; such state is not served"
         )
-    return tuple(found[index] for index in range(count))
+    return tuple(named_leaves[index] for index in range(count))
 
 
 def _walk(tree: Any, path: str) -> Iterator[tuple[str, int]]:

@@ -88,7 +88,7 @@ def fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | No
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    names = (name for held in model._constant_names.values() for name in held.values())
+    names = (name for constants in model._constant_names.values() for name in constants.values())
     write_tensors(folder / "model.safetensors", weights)
     write_tensors(folder / "constants.safetensors", {name: buffers[name] for name in names})
     programs = {
@@ -101,19 +101,19 @@ def fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | No
 
 def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The weights to write, held against those that the programs need."""
-    own: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    given = own if state_dict is None else state_dict
-    found: dict[str, Tensor] = {}
-    for name, tensor in own.items():
-        value = given.get(name)
+    weights: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    values = weights if state_dict is None else state_dict
+    checked: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        value = values.get(name)
         if value is None or (value.shape, value.dtype) != (tensor.shape, tensor.dtype):
             raise StoreError(
                 f"'{name}' of state_dict is missing, or not {tensor.dtype} {list(tensor.shape)} as the"
                 " programs need it; pass the model's own state_dict()"
             )
         is_parameter = isinstance(tensor, nn.Parameter)
-        found[name] = nn.Parameter(value.detach(), tensor.requires_grad) if is_parameter else value
-    return found
+        checked[name] = nn.Parameter(value.detach(), tensor.requires_grad) if is_parameter else value
+    return checked
 
 
 #: fields of a configuration that say what the programs are
@@ -129,16 +129,16 @@ _WITHOUT_EFFECT = {
 def _parts(folder: Path, device: torch.device) -> Parts:
     programs = read_json(folder / "programs.json")
     weights = read_tensors(folder / "model.safetensors", device)
-    held = read_tensors(folder / "constants.safetensors", device)
+    tensors = read_tensors(folder / "constants.safetensors", device)
     constants: dict[str, dict[str, Tensor]] = {}
-    made: dict[str, StoredProgram] = {}
+    stored_programs: dict[str, StoredProgram] = {}
     with parsing("programs.json"):
         for name, stored in programs.items():
-            constants[name] = {inside: held[outside] for inside, outside in stored["constants"].items()}
+            constants[name] = {inside: tensors[outside] for inside, outside in stored["constants"].items()}
             kept = {"program": stored["program"], "example": stored["example"]}
             module = program_from_json(kept, weights, constants[name], device).module(check_guards=False)
-            made[name] = StoredProgram(kept, FlatProgram.of(module))
-    return Parts(made, weights, constants, *read_told(folder))
+            stored_programs[name] = StoredProgram(kept, FlatProgram.of(module))
+    return Parts(stored_programs, weights, constants, *read_told(folder))
 
 
 def _config(folder: Path) -> PrunedConfig:
@@ -157,16 +157,16 @@ def _config(folder: Path) -> PrunedConfig:
     return config
 
 
-def _overridden(found: PrunedConfig, given: Any) -> PrunedConfig:
+def _overridden(saved: PrunedConfig, changed: Any) -> PrunedConfig:
     """The configuration as the caller has changed it, as transformers takes it; what it says of the programs
     stays as it was saved.
     """
-    if not isinstance(given, PrunedConfig):
-        return found
-    made = copy.deepcopy(given)
+    if not isinstance(changed, PrunedConfig):
+        return saved
+    config = copy.deepcopy(changed)
     for name in (*_OF_THE_PROGRAMS, "dtype"):
-        setattr(made, name, getattr(found, name))
-    return made
+        setattr(config, name, getattr(saved, name))
+    return config
 
 
 def _device(device_map: Any) -> torch.device:
@@ -247,23 +247,23 @@ class SavedModel(PrunedModel):
         verify(folder, KIND, FILES)
         verify(folder, KIND, {"generation_config.json"} & read_json(folder / MANIFEST)["files"].keys())
         device = _device(device_map)
-        found = _overridden(_config(folder), config)
+        saved = _overridden(_config(folder), config)
         wanted = dtype if dtype is not None else torch_dtype
         wanted = getattr(torch, wanted, wanted) if isinstance(wanted, str) else wanted
-        if wanted not in (None, "auto", found.dtype):
+        if wanted not in (None, "auto", saved.dtype):
             raise ArgumentError(
-                f"dtype={wanted} cannot be had: the programs were captured in {found.dtype}; load the dense"
+                f"dtype={wanted} cannot be had: the programs were captured in {saved.dtype}; load the dense"
                 " model in that dtype and prune it again"
             )
         parts = _parts(folder, device)
         if set(parts.programs) != cls.program_names:
-            auto = "AutoModelForSeq2SeqLM" if found.is_encoder_decoder else "AutoModelForCausalLM"
+            auto = "AutoModelForSeq2SeqLM" if saved.is_encoder_decoder else "AutoModelForCausalLM"
             raise StoreError(
                 f"programs.json holds the programs {sorted(parts.programs)!r:.200}, not those of a"
                 f" {cls.__name__}, {sorted(cls.program_names)}; load it with {auto}, or save the model again"
             )
         with parsing("programs.json or config.json"):
-            model = cls(found, parts)
+            model = cls(saved, parts)
         generation = folder / "generation_config.json"
         if os.path.lexists(generation):
             with parsing("generation_config.json"):

@@ -107,12 +107,12 @@ def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConf
         raise ArgumentError(
             f"format={name!r} is for models of transformers, not for a {type(model).__name__}"
         )
-    for option, given in (
+    for option, is_asked in (
         ("include='depth'", DEPTH in asked.include and not form.by_layer),
         ("sparsity by pattern", isinstance(asked.sparsity, Mapping)),
         ("allocation by trial", isinstance(asked.allocator, Search)),
     ):
-        if given:
+        if is_asked:
             raise ArgumentError(
                 f"{option} cannot be had in the format {name!r}, which says sizes of several weights at"
                 " once; leave it out, or prune to 'fasp-fx'"
@@ -123,7 +123,7 @@ def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConf
     default = asked.granularity == PruningConfig.granularity
     # Attention goes with all of its heads.
     granularity = PerLayer.granularity if DEPTH in asked.include else form.granularity
-    own = replace(
+    narrower = replace(
         asked,
         budget=[
             replace(cap, stored=cap.stored or form.stored) if isinstance(cap, Bytes) else cap
@@ -133,7 +133,7 @@ def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConf
         granularity=granularity if default else asked.granularity,
         loss="next-token" if asked.loss == "auto" and cast(Any, model).can_generate() else asked.loss,
     )
-    return own, settings
+    return narrower, settings
 
 
 class Settings:
@@ -160,13 +160,13 @@ class Settings:
             SparsityError: it cannot say enough, or its smallest step is too large.
         """
         narrowed, places = self._narrowed(budget)
-        given = []
+        joined_costs = []
         if costs is not None:
             shrunk = [group for group, place in zip(budget.groups, places, strict=True) if place is not None]
             numbers = [place for place in places if place is not None]
-            given.append(joined(costs, shrunk, numbers))
+            joined_costs.append(joined(costs, shrunk, numbers))
         allocate: Any = self.allocate
-        lost = validate(allocate(narrowed, round_to, *given), narrowed)
+        lost = validate(allocate(narrowed, round_to, *joined_costs), narrowed)
         if not any(lost):
             raise SparsityError(
                 f"the sparsity is less than half a step of what the format {self.name!r} can say; ask for"
@@ -178,32 +178,33 @@ class Settings:
         """The budget for groups that each stand for all that shrink together, and which those are; errors as
         for a call.
         """
-        own, form = self.experiments, FORMATS[self.name]
-        fields = form.fields_of(own, (place for group in budget.groups for place in units(group)))
+        experiments, form = self.experiments, FORMATS[self.name]
+        fields = form.fields_of(experiments, (place for group in budget.groups for place in units(group)))
         sized = {at for field in fields if field.path[0] not in form.at_once for at in field.moves}
         at_once = {group.name for group in budget.groups if units(group).keys().isdisjoint(sized)}
         # vLLM's first layer cannot be without attention.
         can = [
             group.name not in at_once
-            or not (group.needed or (form.at_once and group.name.startswith(own.layers[0])))
+            or not (group.needed or (form.at_once and group.name.startswith(experiments.layers[0])))
             for group in budget.groups
         ]
-        some = iter(arrange([*itertools.compress(budget.groups, can)], fields, form.scopes(own)))
-        found = [next(some) if able else None for able in can]
+        some = iter(arrange([*itertools.compress(budget.groups, can)], fields, form.scopes(experiments)))
+        places = [next(some) if able else None for able in can]
         what = "layer of" if form.by_layer else "field of"
         self.whole = {
-            group.name: f"no {what} {own.name} shrinks with it and nothing else, as {self.name!r} says it"
-            for group, place in zip(budget.groups, found, strict=True)
+            group.name: f"no {what} {experiments.name} shrinks with it and nothing else, as {self.name!r}"
+            " says it"
+            for group, place in zip(budget.groups, places, strict=True)
             if place is None
         }
-        if all(place is None for place in found):
+        if all(place is None for place in places):
             raise NothingPrunableError("; ".join(dict.fromkeys(self.whole.values())))
-        narrowed = budget.narrowed(found)
+        narrowed = budget.narrowed(places)
         narrowed.groups = [
             replace(group, at_once=group.name in at_once, multiple=math.lcm(group.multiple, form.multiple))
             for group in narrowed.groups
         ]
-        return narrowed, found
+        return narrowed, places
 
 
 class CostSettings(Settings, CostAllocation):

@@ -350,12 +350,12 @@ def format_in(folder: Path) -> tuple[Format, type]:
     kind = kind_of(folder)
     with parsing("config.json"):
         name = str((read_json(folder / "config.json").get("architectures") or ["none"])[0])
-        places = (transformers, modeling_per_layer, _generating)
-        found = next((found for place in places if (found := getattr(place, name, None)) is not None), None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        homes = (transformers, modeling_per_layer, _generating)
+        model_class = next((getattr(home, name) for home in homes if hasattr(home, name)), None)
+        if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
             for form in FORMATS.values():
-                if form.folder == kind and form.holds(found):
-                    return form, found
+                if form.folder == kind and form.holds(model_class):
+                    return form, model_class
     raise StoreError(
         f"config.json names the class {name!r:.80}, and folders of the kind {kind!r:.80} hold none of that"
         " name; save the model again"

@@ -341,9 +341,9 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
             "it takes a float as an input, as dynamo makes of all of them with dynamic=True; set"
             " torch._dynamo.config.specialize_float = True, which compiles once for each value"
         )
-    given = [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")]
+    examples = [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")]
     try:
-        traced = _traced(module, given)
+        traced = _traced(module, examples)
         take_apart(traced.graph)
     except CaptureError:
         raise
@@ -357,14 +357,14 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
     return traced
 
 
-def _traced(module: nn.Module, given: list[Any]) -> fx.GraphModule:
+def _traced(module: nn.Module, examples: list[Any]) -> fx.GraphModule:
     with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad(), by_shapes():
-        made, signature = aot_export_module(
-            module, given, trace_joint=False, pre_dispatch=True, decompositions={}
+        traced, signature = aot_export_module(
+            module, examples, trace_joint=False, pre_dispatch=True, decompositions={}
         )
     if signature.buffers_to_mutate or signature.parameters_to_mutate or signature.user_inputs_to_mutate:
         raise CaptureError("the graph writes into its inputs or buffers")
-    return cast(fx.GraphModule, made)
+    return cast(fx.GraphModule, traced)
 
 
 def _alone(node: fx.Node) -> fx.Graph:
@@ -386,7 +386,9 @@ def _without_modes(graph: fx.Graph, grad: bool) -> None:
             with graph.inserting_after(node):
                 detached = graph.call_function(torch.ops.aten.detach.default, (node,))
             detached.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(detached, delete_user_cb=lambda user, own=detached: user is not own)
+            node.replace_all_uses_with(
+                detached, delete_user_cb=lambda user, replacement=detached: user is not replacement
+            )
 
 
 def as_program(
