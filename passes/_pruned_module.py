@@ -32,6 +32,7 @@ from fasp_fx.capturing import (
     views_may_copy,
 )
 from fasp_fx.errors import StoreError
+from fasp_fx.storage import program_from_json, program_to_json
 
 
 class PrunedModule(fx.GraphModule):
@@ -54,8 +55,6 @@ class PrunedModule(fx.GraphModule):
         Raises:
             StoreError: the program holds something that cannot be stored; names it.
         """
-        from fasp_fx.storage import program_to_json
-
         program = self.fasp_fx_origin.program
         weights, constants = values_now(self, program)
         preserved = self.meta.get(PRESERVED, {})
@@ -271,8 +270,6 @@ def _rebuilt(
     preserved: dict[str, Any],
     training: bool,
 ) -> PrunedModule:
-    from fasp_fx.storage import program_from_json
-
     module = wrap(program_from_json(program, weights, constants, None, cast=True), signature)
     module.meta[PRESERVED] = preserved
     for name, value in preserved.items():

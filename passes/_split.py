@@ -11,7 +11,9 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterator, Set
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -196,10 +198,8 @@ class _Finder:
                 if any(isinstance(o, tuple) or (isinstance(o, Value) and not o.constant) for o in others):
                     return None
                 moved = {lead: self._carry(user, label) for lead, label in labels.items()}
-                if not all(
-                    label is not None and _holds_at_every_size(user, label, recorded[lead])
-                    for lead, label in moved.items()
-                ):
+                gives = user.meta.get("val")
+                if not all(_lies_along(label, gives, recorded[lead]) for lead, label in moved.items()):
                     return None
                 value = self.values.get(user)
                 if isinstance(value, Value):
@@ -224,10 +224,9 @@ class _Finder:
         rule = lookup(node.target)
         if rule is None or rule.moves != "self" or not isinstance(label, Tensor):
             return None
-        try:
+        with suppress(ValueError):
             return run_on_numbers(node, label, self.values) if _moves_alike(node, rule) else None
-        except ValueError:
-            return None
+        return None
 
 
 def _upstream(use: Use) -> list[fx.Node]:
@@ -256,23 +255,15 @@ def _moves_alike(node: fx.Node, rule: Rule) -> bool:
     )
 
 
-def _holds_at_every_size(node: fx.Node, label: Any, size: Any) -> bool:
+def _lies_along(label: Any, recorded: Any, size: Any) -> bool:
     """Whether a dimension of the fused value lies, whole and in order, along one dimension of what a node
     gives, whatever its size.
 
     Labels show where it lies at the small sizes of the analysis alone, at which a single window may hold all
     tokens, and a cut may leave them all.
     """
-    recorded = node.meta.get("val")
-    if isinstance(label, (list, tuple)):
-        values = recorded if isinstance(recorded, (list, tuple)) else ()
-        return len(values) == len(label) and all(
-            _lies_along(one, value, size) for one, value in zip(label, values, strict=True)
-        )
-    return _lies_along(label, recorded, size)
-
-
-def _lies_along(label: Any, recorded: Any, size: Any) -> bool:
+    if isinstance(label, (list, tuple)) and isinstance(recorded, (list, tuple)):
+        return len(recorded) == len(label) and all(map(_lies_along, label, recorded, repeat(size)))
     if not (isinstance(label, Tensor) and isinstance(recorded, Tensor)):
         return False
     moved = Axis.of(label)

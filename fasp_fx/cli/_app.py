@@ -274,8 +274,8 @@ def prune(
 
         kept = scratch or (out.absolute().parent if stream else None)
         job = _prune.Job(out, overwrite, format, device, dtype, checkpoint, kept)
-        texts = _texts("calibration", calibration, batches, length, seed)
-        _prune.run(model, job, options, texts.measured_on(text, eval_batches), recover, stages)
+        texts = _texts("calibration", calibration, batches, length, seed).measured_on(text, eval_batches)
+        _prune.run(model, job, options, texts, recover, stages)
 
 
 def _texts(use: str, source: str, batches: int, length: int | None, seed: int) -> Texts:
@@ -471,8 +471,7 @@ def evaluate(
         from . import _models
 
         _models.quieten()
-        where = _models.find_device(device)
-        texts, predicted, what = [], [], ""
+        texts, predicted, what, where = [], [], "", _models.find_device(device)
         for model in models:  # one is in memory at a time
             stages.begin(f"loading {model}")
             module, tokenizer = _models.load_any(model, where, dtype)
@@ -497,12 +496,10 @@ def evaluate(
         rows = [[what, *(f"{value:.4f}" for value in values), f"{values[-1] / values[0] - 1:+.1%}"]]
         alike = all(torch.equal(one, texts[0]) for one in texts)
         if alike and len(predicted) > 1:
-            shares = (
-                f"{100 * part:.2f} ± {100 * doubt:.2f}" for part, doubt in map(predicted[0].same, predicted)
-            )
+            same = map(predicted[0].same, predicted)
+            shares = (f"{100 * part:.2f} ± {100 * doubt:.2f}" for part, doubt in same)
             rows.append(["next tokens as the first model's, percent", *shares, ""])
-        names = (Path(model).name for model in models)
-        console().print(table(["", *names, "first to last"], rows))
+        console().print(table(["", *(Path(model).name for model in models), "first to last"], rows))
         if not alike:
             say("note: the models cut the text into different tokens, so their figures cannot be compared")
 

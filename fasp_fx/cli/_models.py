@@ -10,36 +10,40 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
+import gguf
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
-from fasp_fx.base import Scratch, check_device, device_of, keep_weights, process, tolerable
+from fasp_fx.base import Scratch, check_device, device_of, keep_weights, process, reading_gguf, tolerable
 from fasp_fx.errors import ArgumentError, CalibrationError, FaspError, StoreError, first_line
+from fasp_fx.hf import KIND, PLAIN, Pruned, check_layers, load_offloaded, read_pruned, refuse_incomplete
 from fasp_fx.storage import MANIFEST, is_save, kind_of
 
 from ._console import Stages
-
-if TYPE_CHECKING:
-    from fasp_fx.hf import Pruned
 
 SAMPLED_TOGETHER = 64
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
-def _named(model: str) -> tuple[str, dict[str, str]]:
+def _named(model: str) -> tuple[str, dict[str, Any]]:
     """What transformers' loaders take for a command line argument: a GGUF file is named beside its folder.
 
     Raises:
         FaspError: it says a number of layers that it does not hold, which transformers would list one by one,
             or it is a GGUF file that was written for llama.cpp.
     """
-    import gguf
-
-    from fasp_fx.hf import check_layers
-
     path = Path(model)
     if path.suffix.lower() != ".gguf" or not path.is_file():
         if (path / "config.json").is_file():
@@ -69,8 +73,6 @@ def load_tokenizer(model: str) -> Any:
     Raises:
         ArgumentError: it cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
     where, options = _named(model)
     with _loading(f"the tokenizer of '{model}'"):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
@@ -91,19 +93,15 @@ def load_model(
     Raises:
         ArgumentError: it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
-    from fasp_fx.hf import load_offloaded, refuse_incomplete
-
     where, options = _named(model)
     if scratch is not None and not options and Path(where).is_dir():
         kind = None if dtype == "auto" else getattr(torch, dtype)
         with _loading(f"'{model}'"):
             return load_offloaded(where, scratch, dtype=kind).to(device)
-    more: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     loading: Any = AutoModelForCausalLM.from_pretrained
     with _loading(f"'{model}'"):
-        loaded, info = loading(where, **more, **options)
+        loaded, info = loading(where, **options)
     refuse_incomplete(loaded, info, model)
     if getattr(loaded.config, "quantization_config", None) and getattr(loaded, "hf_quantizer", None) is None:
         raise ArgumentError(
@@ -122,8 +120,6 @@ def load_empty(model: str) -> nn.Module:
     Raises:
         ArgumentError: its configuration cannot be loaded.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     where, options = _named(model)
     with _loading(f"'{model}'"):
         config = AutoConfig.from_pretrained(where, **options)
@@ -134,7 +130,7 @@ def load_empty(model: str) -> nn.Module:
 def is_saved(model: str) -> bool:
     """Whether a command line argument is a folder that fasp_fx wrote, rather than a model of transformers."""
     folder = Path(model)
-    stock = is_save(folder, "plain") and not (folder / "modeling_per_layer.py").is_file()
+    stock = is_save(folder, PLAIN) and not (folder / "modeling_per_layer.py").is_file()
     return (folder / MANIFEST).is_file() and not stock
 
 
@@ -145,9 +141,7 @@ def load_pruned(folder: Path, device: torch.device) -> Pruned:
         StoreError: a file is missing, damaged or of another version, or the folder is no pruned model.
         ArgumentError: there is no tokenizer with it.
     """
-    from fasp_fx.hf import read_pruned
-
-    if not (folder / MANIFEST).is_file() or kind_of(folder) not in ("hf", "plain"):
+    if not (folder / MANIFEST).is_file() or kind_of(folder) not in (KIND, PLAIN):
         raise StoreError(
             f"'{folder}' holds no pruned language model; give a folder that `fasp-fx prune` wrote"
         )
@@ -188,8 +182,6 @@ def find_device(name: str | None) -> torch.device:
 
 def quieten() -> None:
     """Keep transformers and the hub from writing to the terminal."""
-    import transformers
-
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -226,8 +218,6 @@ def check_tokens(model: Any, tokens: Tensor, what: str) -> None:
 
 @contextmanager
 def _loading(what: str) -> Iterator[None]:
-    from fasp_fx.base import reading_gguf
-
     try:
         with reading_gguf():
             yield
@@ -420,8 +410,6 @@ def sample(
     Raises:
         CalibrationError: the model predicts nothing finite.
     """
-    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-
     device = device_of(model)
     texts: list[Tensor] = []
 

@@ -106,15 +106,14 @@ def agreement(
     """Run two language models in evaluation mode over tokens ``[chunks, length]``, at least two chunks of two
     tokens; as many chunks as there are give the standard errors. Arguments as for :func:`perplexity`.
     """
-    losses, figures = [], []
+    figures = []
     for index, chunk in enumerate(chunks, 1):
         one, other = (_predictions(model, chunk) for model in (dense, pruned))
-        losses.append((_loss(one, chunk), _loss(other, chunk)))
         divergence = functional.kl_div(other, one, reduction="batchmean", log_target=True)
-        figures.append((float(divergence), float((one.argmax(-1) == other.argmax(-1)).double().mean())))
+        same = (one.argmax(-1) == other.argmax(-1)).double().mean()
+        figures.append((_loss(one, chunk), _loss(other, chunk), float(divergence), float(same)))
         progress(index / len(chunks))
-    first, second = zip(*losses, strict=True)
-    divergences, shares = zip(*figures, strict=True)
+    first, second, divergences, shares = zip(*figures, strict=True)
     return Agreement((_perplexity(first), _perplexity(second)), _estimate(divergences), _estimate(shares))
 
 

@@ -26,15 +26,16 @@ from ._flat import FlatProgram, share_heads, without_checks
 CONSTANTS = "_constants"
 
 
+@dataclass(frozen=True)
 class StoredProgram:
     """One program: as it is written to disk, and as it runs, with its weights under the model's names.
 
-    Args:
-        made: the program as it is written, or what it is made of when it is first written.
+    Attributes:
+        source: the program as it is written, or what it is made of when it is written.
     """
 
-    def __init__(self, source: Mapping[str, Any] | Origin, flat: FlatProgram) -> None:
-        self.flat, self._made = flat, source
+    source: Mapping[str, Any] | Origin
+    flat: FlatProgram
 
     @property
     def data(self) -> Mapping[str, Any]:
@@ -43,9 +44,7 @@ class StoredProgram:
         Raises:
             StoreError: it holds something that cannot be stored; names it.
         """
-        if isinstance(self._made, Origin):
-            self._made = program_to_json(self._made.program)
-        return self._made
+        return program_to_json(self.source.program) if isinstance(self.source, Origin) else self.source
 
     def __deepcopy__(self, memo: Any) -> StoredProgram:
         return self  # nobody changes it
