@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fasp_fx.base import quiet_transformers, tolerable
+from fasp_fx.base import attention_of, quiet_transformers, tolerable
 from fasp_fx.errors import ArgumentError, first_line
 
 from ._claims import unlike
@@ -35,12 +36,12 @@ def build(
     form = format_of(name)
     sizes = sizes_of(form, experiments, weights)
     kind, config = form.describe(experiments, sizes)
-    config._name_or_path = ""
+    config.name_or_path = ""
     if hasattr(config, "quantization_config"):
         # Of the file that the model came from: what is pruned are the weights it was expanded to.
         del config.quantization_config
-    attention = getattr(model.config, "_attn_implementation", None)
-    options = {} if attention is None else {"attn_implementation": attention}
+    attention = attention_of(model.config)
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     options |= {"config": config, "state_dict": dict(weights), "dtype": model.dtype}
     try:
         with quiet_transformers():

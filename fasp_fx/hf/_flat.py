@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.nn.functional import scaled_dot_product_attention
 
-from fasp_fx.base import CACHE, forward_from_src, pytree
+from fasp_fx.base import CACHE, codegen_of, forward_from_src, pytree
 from fasp_fx.capturing import copy_graph, lower_bound, upper_bound
 from fasp_fx.errors import ArgumentError, CaptureError
 from fasp_fx.patterns import RESHAPES
@@ -67,7 +67,7 @@ class FlatProgram:
             CaptureError: it takes or returns a structure that is neither a tensor, a dict of tensors nor a
                 cache of keys and values.
         """
-        generated: Any = module.graph._codegen
+        generated: Any = codegen_of(module.graph)
         trees = generated.pytree_info
         return FlatProgram.of_graph(module.graph, trees.in_spec, trees.out_spec)
 
@@ -79,7 +79,7 @@ class FlatProgram:
         graph = fx.Graph()
         returned: Any = graph.graph_copy(body, {})
         graph.output(tuple(returned))
-        graph._codegen = CodeGen()
+        graph.set_codegen(CodeGen())
         for node in graph.nodes:
             node.type = None
         names = []

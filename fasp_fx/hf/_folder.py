@@ -21,7 +21,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from fasp_fx.base import check_device
+from fasp_fx.base import attention_of, check_device
 from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.pruning import TOLD, read_told, write_told
 from fasp_fx.storage import (
@@ -237,7 +237,7 @@ class SavedModel(PrunedModel):
                 raise ArgumentError(
                     f"argument '{name}' is not served when a pruned model is loaded; leave it out"
                 )
-        asked = getattr(config, "_attn_implementation", None)  # where the Auto classes put it
+        asked = attention_of(config)  # where the Auto classes put it
         if asked not in (None, "sdpa"):  # what a pruned model says of itself
             raise ArgumentError(
                 f"attn_implementation={asked!r} cannot be had: the programs fix attention; choose it for the"

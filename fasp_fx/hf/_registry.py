@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from fasp_fx.base import classes_by_config, forget_conversions
 from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.pruning import Granularity, write_told
 from fasp_fx.storage import kind_of, parsing, read_json, write_json
@@ -124,7 +125,7 @@ class Format:
     def settle(self, model: Any) -> None:
         """Do to a model that was built what its files need."""
         # Names that were not converted on loading would not be on saving: others read those of checkpoints.
-        model._weight_conversions = None
+        forget_conversions(model)
 
     def dense(self, model: Any) -> tuple[Any, Any]:
         """The class and the configuration of the dense model, of which ``model`` is what is left.
@@ -378,8 +379,7 @@ def _auto_class(kind: Any) -> str:
     """Which of transformers' Auto classes loads a class."""
 
     def loads(name: str) -> bool:
-        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", {})
-        kinds = mapping.get(kind.config_class, None)
+        kinds = classes_by_config(getattr(modeling_auto, name)).get(kind.config_class, None)
         return kind in (kinds if isinstance(kinds, tuple) else (kinds,))
 
     names = (name for name in modeling_auto.__all__ if name.startswith("AutoModel"))
