@@ -39,6 +39,7 @@ from fasp_fx.pruning import (
     fused_weights,
     read_told,
     rewrite,
+    write_told,
 )
 from fasp_fx.storage import new_save, parsing, read_json
 
@@ -99,7 +100,8 @@ class Pruned:
         """
         form, path = format_of(self.format), path_of(folder, "folder").absolute()
         with new_save(path, form.folder, overwrite=overwrite) as target, quiet_transformers():
-            form.write(target, self)
+            form.write(target, self.model, self.tokenizer)
+            write_told(target, self.plan, self.report)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(str(target))
                 keep_source(self.tokenizer, target)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import transformers
 from torch import Tensor
@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 
 from fasp_fx.base import classes_by_config, forget_conversions
 from fasp_fx.errors import ArgumentError, StoreError
-from fasp_fx.pruning import Granularity, write_told
+from fasp_fx.pruning import Granularity
 from fasp_fx.storage import kind_of, parsing, read_json, write_json
 
 from . import _generating, modeling_per_layer
@@ -30,9 +30,6 @@ from ._folder import KIND, PLAIN, fill
 from ._gguf import bytes_each, describe_gguf, write_gguf
 from ._model import PrunedModel
 from ._offloaded import first_fault
-
-if TYPE_CHECKING:
-    from ._prune import Pruned
 
 #: what fields say instead of what they say of the dense model, for each scope
 Sizes = dict[str, dict[Place, int]]
@@ -146,16 +143,15 @@ class Format:
             ArgumentError: says what.
         """
 
-    def write(self, folder: Path, pruned: Pruned) -> None:
-        """Write all but the tokenizer.
+    def write(self, folder: Path, model: Any, tokenizer: Any) -> None:
+        """Write a model, in a file besides with its tokenizer.
 
         Raises:
             StoreError: the model holds something that cannot be stored.
             ArgumentError: a file cannot hold the tokenizer, or a weight in its type.
         """
-        pruned.model.save_pretrained(folder)
+        model.save_pretrained(folder)
         _say_positions(folder / "config.json")
-        write_told(folder, pruned.plan, pruned.report)
 
     def load(self, kind: Any, folder: Path, device: Any) -> Any:
         """The model of a folder that was held against its manifest.
@@ -189,8 +185,8 @@ class Program(Format):
     def holds(self, kind: type) -> bool:
         return issubclass(kind, PrunedModel)
 
-    def write(self, folder: Path, pruned: Pruned) -> None:
-        fill(folder, pruned.model, None)
+    def write(self, folder: Path, model: Any, tokenizer: Any) -> None:
+        fill(folder, model, None)
 
     def load(self, kind: Any, folder: Path, device: Any) -> Any:
         return kind.from_pretrained(folder, device_map=device)
@@ -306,9 +302,9 @@ class Gguf(PerLayer):
     def check_file(self, model: Any, tokenizer: Any) -> None:
         describe_gguf(Path(), model, self.tensors, tokenizer)
 
-    def write(self, folder: Path, pruned: Pruned) -> None:
-        super().write(folder, pruned)
-        write_gguf(folder / "model.gguf", pruned.model, self.tensors, pruned.tokenizer)
+    def write(self, folder: Path, model: Any, tokenizer: Any) -> None:
+        super().write(folder, model, tokenizer)
+        write_gguf(folder / "model.gguf", model, self.tensors, tokenizer)
 
 
 #: the format of a pruned program
