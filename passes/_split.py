@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fasp_fx.analysis import Analysis, Axis, Use, Value, marked, run_on_numbers
+from fasp_fx.analysis import Analysis, Axis, PruningPlan, Use, Value, marked, run_on_numbers
 from fasp_fx.base import pytree, stamp
 from fasp_fx.capturing import (
     Cut,
@@ -387,3 +387,28 @@ def _delete_unused(program: Program, names: Set[str]) -> None:
         program.numbers.pop(name, None)
         path, _, leaf = name.rpartition(".")
         delattr(attribute(program.module, path) if path else program.module, leaf)
+
+
+def fused_weights(plan: PruningPlan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse: the weights of a model that a result holds in parts, put together again, each row where it
+    stood among those that stay.
+
+    Args:
+        plan: of the result.
+        weights: of the result.
+
+    Raises:
+        RuntimeError: the parts of one have lost different numbers of positions along another dimension.
+    """
+    splits: dict[str, list[SplitWeight]] = {}
+    for split in plan.splits:
+        splits.setdefault(split.source, []).append(split)
+    slices = plan.slices() if splits else {}
+    fused = {}
+    for name, parts in splits.items():
+        dim = parts[0].dim
+        removed = {index for _, index in slices.get((name, dim), ())}
+        rows = [row for part in parts for row in part.rows if row not in removed]
+        joined = torch.cat([weights[part.name].detach() for part in parts], dim)
+        fused[name] = joined.index_select(dim, torch.argsort(torch.tensor(rows, device=joined.device)))
+    return fused

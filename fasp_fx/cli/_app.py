@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from fasp_fx.analysis import Analysis
 from fasp_fx.base import __version__
 from fasp_fx.errors import ArgumentError
 from fasp_fx.pruning import FormatName, PruningConfig
@@ -404,6 +405,7 @@ def show_groups(
             empty, (), example, granularity=granularity or PruningConfig.granularity, include=include or ()
         )
         stages.end()
+        assert isinstance(analysis, Analysis)  # a model without weights is captured whole
         if html is not None:
             write_page(analysis, model, html)
         console().print(groups_table(analysis))

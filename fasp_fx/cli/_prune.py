@@ -18,7 +18,7 @@ from fasp_fx.analysis import Analysis
 from fasp_fx.base import offload, process, tolerable
 from fasp_fx.errors import ArgumentError, StoreError, first_line
 from fasp_fx.hf import FORMATS, KIND, OWN, PLAIN, Pruned, agreement, convert, latency, prune, pruned_already
-from fasp_fx.pruning import Figure, PruningConfig, expected_sparsity
+from fasp_fx.pruning import Figure, Method, PruningConfig, expected_sparsity
 from fasp_fx.pruning import counted as counted_weights
 from fasp_fx.storage import is_save, new_save, refuse_other
 from fasp_fx.training import DistillationConfig, distil
@@ -245,9 +245,9 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
         home = device if scratch is None else "cpu"
         dense = _models.load_model(model, dtype=job.dtype, device=home, scratch=scratch)
         texts.check_against(dense)
-        if config.needs_data:
+        if needs_data := Method.of(config).needs_data:
             texts.write(dense, tokenizer, stages)
-        chunks = texts.used if config.needs_data else None
+        chunks = texts.used if needs_data else None
         with _together(device) as group:
             versions = [_pruned(dense, tokenizer, chunks, job, stages, config=config, group=group)]
         if process("RANK", 0):  # all processes have the same

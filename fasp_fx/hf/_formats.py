@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fasp_fx.allocation import Allocation, Budget, Bytes, CostAllocation, Costs, Search, joined, validate
-from fasp_fx.analysis import DEPTH, PRUNABLE, PruningPlan
+from fasp_fx.allocation import Bytes, CacheBytes, Search
+from fasp_fx.analysis import DEPTH, PRUNABLE, Group, PruningPlan
 from fasp_fx.base import device_of
-from fasp_fx.calibration import as_calls, check_calibration
+from fasp_fx.calibration import Ranks, as_calls, check_calibration
 from fasp_fx.capturing import capture_whole
-from fasp_fx.errors import ArgumentError, NothingPrunableError, SparsityError
-from fasp_fx.pruning import PruningConfig, Report, Result, fused_weights, prune
+from fasp_fx.errors import ArgumentError, NothingPrunableError
+from fasp_fx.passes import fused_weights
+from fasp_fx.pruning import (
+    Job,
+    Method,
+    PruningConfig,
+    Report,
+    Result,
+    Step,
+    Whole,
+    allocation_of,
+    prune_subject,
+)
 
 from ._build import build
 from ._claims import check_equal
 from ._fields import Experiments, arrange, units
-from ._registry import FORMATS, PerLayer, format_of
+from ._registry import Format, PerLayer, format_of
 
 #: tokens of an example where there is no calibration data to take one from
 _EXAMPLE = (2, 8)
@@ -62,30 +72,31 @@ def prune_to(
         VerificationError: the model that was built does not compute what the pruned program computes.
         CalibrationError, CaptureError: as for :func:`fasp_fx.prune`.
     """
-    config, settings = config_for(name, model, asked)
+    config, constraint = config_for(name, model, asked)
     assert isinstance(model, PreTrainedModel)
-    if asked.needs_data:
+    if Method.of(asked).needs_data:
         check_calibration(calibration)
     calibration, example = _batches(model, calibration)
     # A program that returns a cache says how large it is.
-    example["use_cache"] = asked.counts_cache
-    form = FORMATS[name]
+    example["use_cache"] = any(isinstance(cap, CacheBytes) for cap in asked.budgets)
+    form = constraint.form
     # What the file cannot say is refused before the work.
-    dense, _ = build(name, settings.experiments, model.state_dict(keep_vars=True), model)
+    dense, _ = build(name, constraint.experiments, model.state_dict(keep_vars=True), model)
     rounded = check_equal(dense, model, example)
     form.check_file(dense, tokenizer)
     captured = capture_whole(dense, (), example, device=device)
-    result = prune(captured, calibration=calibration, config=config, **passed)
-    smaller, note = build(name, settings.experiments, smaller_weights(dense, result), model)
+    loss: Literal["outputs", "next-token"] = "next-token" if model.can_generate() else "outputs"
+    job = Job(ranks=Ranks.of(passed.pop("group")), loss=loss, constraint=constraint, **passed)
+    result = prune_subject(Whole(captured.checked(), device), config, calibration, job)
+    smaller, note = build(name, constraint.experiments, smaller_weights(dense, result), model)
     check_equal(smaller, result.module, example)
     lines = tuple(
-        replace(line, reason=f"left whole: {settings.whole[line.name]}")
-        if line.status == PRUNABLE and line.name in settings.whole
+        replace(line, reason=f"left whole: {constraint.whole[line.name]}")
+        if line.status == PRUNABLE and line.name in constraint.whole
         else line
         for line in result.report.lines
     )
     bytes_of = Bytes(1.0, form.stored).held
-    # The settings are no allocation of the caller's.
     report = replace(
         result.report,
         bytes=(round(bytes_of(model.parameters())), round(bytes_of(smaller.parameters()))),
@@ -96,8 +107,8 @@ def prune_to(
     return cast(Any, smaller).to(device_of(model)), result.plan, report
 
 
-def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConfig, Settings]:
-    """The configuration with which a model is pruned to a format.
+def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConfig, FormatConstraint]:
+    """The configuration with which a model is pruned to a format, and what the format can say.
 
     Raises:
         ArgumentError: as for :func:`prune_to`.
@@ -110,7 +121,7 @@ def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConf
     for option, is_asked in (
         ("include='depth'", DEPTH in asked.include and not form.by_layer),
         ("sparsity by pattern", isinstance(asked.sparsity, Mapping)),
-        ("allocation by trial", isinstance(asked.allocator, Search)),
+        ("allocation by trial", isinstance(allocation_of(asked), Search)),
     ):
         if is_asked:
             raise ArgumentError(
@@ -118,8 +129,6 @@ def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConf
                 " once; leave it out, or prune to 'fasp-fx'"
             )
     experiments = form.experiments(type(model), model.config, model.state_dict())
-    kind = CostSettings if isinstance(asked.allocator, CostAllocation) else Settings
-    settings = kind(name, experiments, asked.allocator)
     default = asked.granularity == PruningConfig.granularity
     # Attention goes with all of its heads.
     granularity = PerLayer.granularity if DEPTH in asked.include else form.granularity
@@ -129,90 +138,54 @@ def config_for(name: str, model: Any, asked: PruningConfig) -> tuple[PruningConf
             replace(cap, stored=cap.stored or form.stored) if isinstance(cap, Bytes) else cap
             for cap in asked.budgets
         ],
-        allocation=settings,
         granularity=granularity if default else asked.granularity,
-        loss="next-token" if asked.loss == "auto" and cast(Any, model).can_generate() else asked.loss,
     )
-    return narrower, settings
+    return narrower, FormatConstraint(form, experiments)
 
 
-class Settings:
-    """An allocation (see :data:`fasp_fx.allocation.Allocation`) that stays within what a format can say.
+class FormatConstraint:
+    """What a format can say of the sizes of a model (see :class:`fasp_fx.pruning.Constraint`).
 
     Args:
-        name: of the format.
+        form: the format.
         experiments: builds the model's class.
-        allocate: how the channels share what is to go; it sees one group for all that shrink alike.
 
     Attributes:
-        whole: for each group that no field can shrink alone, why; known once the allocation was made.
+        whole: for each group that no field can shrink alone, why; known once it was called.
     """
 
-    def __init__(self, name: str, experiments: Experiments, allocate: Allocation) -> None:
-        self.name, self.experiments, self.allocate = name, experiments, allocate
+    def __init__(self, form: Format, experiments: Experiments) -> None:
+        self.form, self.experiments, self.source = form, experiments, f"the format {form.name!r}"
         self.whole: dict[str, str] = {}
 
-    def __call__(self, budget: Budget, round_to: int, costs: Costs | None = None) -> list[int]:
-        """Channel sets lost per block of each group.
+    def __call__(self, groups: Sequence[Group]) -> tuple[list[int | None], list[Step]]:
+        """Groups that shrink together are tied.
 
         Raises:
             NothingPrunableError: the format can say nothing.
-            SparsityError: it cannot say enough, or its smallest step is too large.
         """
-        narrowed, places = self._narrowed(budget)
-        joined_costs = []
-        if costs is not None:
-            shrunk = [group for group, place in zip(budget.groups, places, strict=True) if place is not None]
-            numbers = [place for place in places if place is not None]
-            joined_costs.append(joined(costs, shrunk, numbers))
-        allocate: Any = self.allocate
-        lost = validate(allocate(narrowed, round_to, *joined_costs), narrowed)
-        if not any(lost):
-            raise SparsityError(
-                f"the sparsity is less than half a step of what the format {self.name!r} can say; ask for"
-                " more"
-            )
-        return narrowed.spread(lost, budget)
-
-    def _narrowed(self, budget: Budget) -> tuple[Budget, list[int | None]]:
-        """The budget for groups that each stand for all that shrink together, and which those are; errors as
-        for a call.
-        """
-        experiments, form = self.experiments, FORMATS[self.name]
-        fields = form.fields_of(experiments, (place for group in budget.groups for place in units(group)))
+        experiments, form = self.experiments, self.form
+        fields = form.fields_of(experiments, (place for group in groups for place in units(group)))
         sized = {at for field in fields if field.path[0] not in form.at_once for at in field.moves}
-        at_once = {group.name for group in budget.groups if units(group).keys().isdisjoint(sized)}
+        steps = [Step(form.multiple, units(group).keys().isdisjoint(sized)) for group in groups]
         # vLLM's first layer cannot be without attention.
-        can = [
-            group.name not in at_once
-            or not (group.needed or (form.at_once and group.name.startswith(experiments.layers[0])))
-            for group in budget.groups
+        needed = [
+            group.needed or (form.at_once and group.name.startswith(experiments.layers[0]))
+            for group in groups
         ]
-        some = iter(arrange([*itertools.compress(budget.groups, can)], fields, form.scopes(experiments)))
-        places = [next(some) if able else None for able in can]
+        can = [not (step.at_once and need) for step, need in zip(steps, needed, strict=True)]
+        some = iter(arrange([*itertools.compress(groups, can)], fields, form.scopes(experiments)))
+        ties = [next(some) if able else None for able in can]
         what = "layer of" if form.by_layer else "field of"
         self.whole = {
-            group.name: f"no {what} {experiments.name} shrinks with it and nothing else, as {self.name!r}"
+            group.name: f"no {what} {experiments.name} shrinks with it and nothing else, as {form.name!r}"
             " says it"
-            for group, place in zip(budget.groups, places, strict=True)
-            if place is None
+            for group, tie in zip(groups, ties, strict=True)
+            if tie is None
         }
-        if all(place is None for place in places):
+        if all(tie is None for tie in ties):
             raise NothingPrunableError("; ".join(dict.fromkeys(self.whole.values())))
-        narrowed = budget.narrowed(places)
-        narrowed.groups = [
-            replace(group, at_once=group.name in at_once, multiple=math.lcm(group.multiple, form.multiple))
-            for group in narrowed.groups
-        ]
-        return narrowed, places
-
-
-class CostSettings(Settings, CostAllocation):
-    """Settings whose channels are shared out by what they cost."""
-
-    def check(self, budget: Budget, round_to: int) -> None:
-        """Refuse what the format cannot say; errors as for a call."""
-        cast(CostAllocation, self.allocate).check(self._narrowed(budget)[0], round_to)
+        return ties, steps
 
 
 def _batches(

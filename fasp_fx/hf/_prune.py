@@ -25,18 +25,19 @@ from fasp_fx.base import (
     one_at_a_time,
     path_of,
     quiet_transformers,
+    shows,
 )
 from fasp_fx.calibration import Decision, check_calibration, ended_together
 from fasp_fx.capturing import Captured, Program, capture_whole
 from fasp_fx.errors import ArgumentError, PlanError, VerificationError
-from fasp_fx.passes import PrunedModule
+from fasp_fx.passes import PrunedModule, fused_weights
 from fasp_fx.pruning import (
+    Method,
     PruningConfig,
     PruningOptions,
     Report,
     Result,
     analyze_for,
-    fused_weights,
     read_told,
     rewrite,
     write_told,
@@ -176,9 +177,10 @@ def analyze(
         granularity, include: as for :func:`fasp_fx.prune`.
     """
     planned = _captured(model, device).planned
-    return pruning.analyze(planned, granularity=granularity, include=include)
+    return cast(Analysis, pruning.analyze(planned, granularity=granularity, include=include))
 
 
+@shows("measuring")
 @one_at_a_time
 @in_usual_modes
 @ended_together
@@ -207,6 +209,7 @@ def measure(
     )
 
 
+@shows("pruning")
 @one_at_a_time
 @in_usual_modes
 def apply(
@@ -239,6 +242,7 @@ def apply(
     return _served(captured, result, tokenizer)
 
 
+@shows("pruning")
 @one_at_a_time
 @in_usual_modes
 @ended_together
@@ -309,7 +313,7 @@ def prune(
     captured = _captured(model, device)
     result = pruning.prune(
         captured.planned,
-        calibration=captured.read(calibration) if asked.needs_data else None,
+        calibration=captured.read(calibration) if Method.of(asked).needs_data else None,
         config=_by_next_token(asked),
         device=device,
         **passed,
