@@ -65,13 +65,12 @@ class PrunedModule(fx.GraphModule):
         """
         program = self.fasp_fx_origin.program
         weights, constants = values_now(self, program)
-        preserved = self.meta.get(PRESERVED, {})
         return _rebuilt, (
             program_to_json(program),
             weights,
             constants,
             _without_annotations(self.fasp_fx_origin.signature),
-            preserved,
+            self.meta.get(PRESERVED, {}),
             self.training,
         )
 

@@ -59,8 +59,8 @@ def _replace_by_bias(node: fx.Node, other: fx.Node) -> None:
         with graph.inserting_before(end):
             stand_in = stamp(graph.call_function(_ATEN.zeros_like.default, (other,)), _NAME, node)
             if bias is not None:
-                spread = _spread(node, bias)
-                stand_in = stamp(graph.call_function(_ATEN.add.Tensor, (stand_in, spread)), _NAME, node)
+                added = (stand_in, _spread(node, bias))
+                stand_in = stamp(graph.call_function(_ATEN.add.Tensor, added), _NAME, node)
         end.replace_all_uses_with(stand_in)
     while end is not node:  # views of it
         before = end.all_input_nodes[0]

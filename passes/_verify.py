@@ -159,11 +159,8 @@ def _subset(
 
 
 def _outputs(module: fx.GraphModule, walk: Walk) -> list[tuple[int, ...] | None]:
-    shapes: list[tuple[int, ...] | None] = []
-    for result in results(module.graph):
-        executed = walk.executed.get(result) if isinstance(result, fx.Node) else None
-        shapes.append(tuple(executed.shape) if isinstance(executed, Tensor) else None)
-    return shapes
+    executed = (walk.executed.get(result) for result in results(module.graph))
+    return [tuple(value.shape) if isinstance(value, Tensor) else None for value in executed]
 
 
 def _same_outputs(walk: Walk, reference: Analysis, program: Program) -> None:

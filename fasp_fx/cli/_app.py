@@ -42,8 +42,8 @@ def option(text: str, *flags: str, more: bool = True, **settings: Any) -> Any:
         more: it stands under a heading of its own, as what few people need does.
     """
     make: Any = typer.Option
-    heading = "More" if more else None
-    return make(*flags, help=text, show_default=False, rich_help_panel=heading, **settings)
+    settings["rich_help_panel"] = "More" if more else None
+    return make(*flags, help=text, show_default=False, **settings)
 
 
 #: a file to read, which is looked for before anything else is done

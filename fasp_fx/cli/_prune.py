@@ -18,8 +18,7 @@ from fasp_fx.analysis import Analysis
 from fasp_fx.base import offload, process, tolerable
 from fasp_fx.errors import ArgumentError, StoreError, first_line
 from fasp_fx.hf import FORMATS, KIND, OWN, PLAIN, Pruned, agreement, convert, latency, prune, pruned_already
-from fasp_fx.pruning import Figure, Method, PruningConfig, expected_sparsity
-from fasp_fx.pruning import counted as counted_weights
+from fasp_fx.pruning import Figure, Method, PruningConfig, counted, expected_sparsity
 from fasp_fx.storage import is_save, new_save, refuse_other
 from fasp_fx.training import DistillationConfig, distil
 
@@ -84,7 +83,7 @@ def show(result: Pruned, out: Path) -> None:
     code = ", trust_remote_code=True" if type(result.model)._auto_class is not None else ""
     file = out / "model.gguf"
     for line in (
-        f"removed {report.sparsity:.2%} of the linear weights of {counted_weights(report.include)}{asked}",
+        f"removed {report.sparsity:.2%} of the linear weights of {counted(report.include)}{asked}",
         *(f"budget: {spent}" for spent in report.budgets),
         *(() if recovery is None else (f"recovered: {recovery}",)),
         *(f"note: {note}" for note in (*(recovery.notes if recovery is not None else ()), *report.notes)),
@@ -256,8 +255,8 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
             texts.write(dense, tokenizer, stages)
             if epochs:
                 assert texts.used is not None
-                trained = recover(versions[0], dense, texts.used, stages, epochs=epochs, seed=texts.seed)
-                versions.append(trained)
+                how = {"epochs": epochs, "seed": texts.seed}
+                versions.append(recover(versions[0], dense, texts.used, stages, **how))
             versions.append(versions[-1].with_report(figures=measure(dense, versions[-1], texts, stages)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
 _NUMBERS = (torch.int32, torch.int64)
 
 
-def refuse(arguments: dict[str, Any], known: tuple[str, ...] = ()) -> None:
+def refuse(arguments: dict[str, Any], known: Container[str] = ()) -> None:
     """Refuse arguments that the programs do not take, unless they ask for nothing.
 
     Raises:

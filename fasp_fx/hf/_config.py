@@ -84,8 +84,7 @@ class PrunedConfig(PreTrainedConfig):
         }
 
     def __getattr__(self, name: str) -> Any:
-        original = self.__dict__.get("original")
-        if original and not name.startswith(("_", "rope_")) and name not in _HIDDEN:
+        if self.__dict__.get("original") and not name.startswith(("_", "rope_")) and name not in _HIDDEN:
             value = getattr(original_of(self), name)
             if not isinstance(value, PreTrainedConfig):
                 return value

@@ -19,15 +19,15 @@ from fasp_fx.base import quiet_transformers, tolerable
 from fasp_fx.errors import ArgumentError, first_line
 
 #: where a value stands in a config: keys of nested configs, positions of lists
-Path = tuple[str | int, ...]
+Place = tuple[str | int, ...]
 #: values to put in places of a config
-Assignment = Mapping[Path, Any]
+Assignment = Mapping[Place, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 #: by how much dimensions of parameters and buffers shrink
 Losses = dict[tuple[str, int], int]
 
 
-def written(path: Path) -> str:
+def written(path: Place) -> str:
     """A place as text: ``text_config.intermediate_size[3]``."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
 
@@ -83,8 +83,8 @@ class Experiments:
             for step in path[:-1]:
                 place = place[step]
             place[path[-1]] = value
-        first = type(self.dense).from_dict(data)
-        return type(self.dense).from_dict(json.loads(first.to_json_string()))
+        kind = type(self.dense)
+        return kind.from_dict(json.loads(kind.from_dict(data).to_json_string()))
 
     def build(self, assignment: Assignment) -> Shapes | str:
         """The shapes that the class gives its parameters and buffers, or why it cannot be built."""
@@ -137,7 +137,7 @@ class Field:
         moves: by how much each dimension shrinks where the number is lower by one.
     """
 
-    path: Path
+    path: Place
     value: int
     moves: Losses
 
@@ -167,7 +167,7 @@ def find_fields(experiments: Experiments, lost: Iterable[tuple[str, int]]) -> li
     return [field for field in fields if field.moves]
 
 
-def _moved(experiments: Experiments, path: Path, value: int) -> Field:
+def _moved(experiments: Experiments, path: Place, value: int) -> Field:
     """A field; it moves nothing where the class takes no other number, or sizes do not follow it evenly."""
     seen = []
     for steps in {1, value // 2}:
@@ -180,7 +180,7 @@ def _moved(experiments: Experiments, path: Path, value: int) -> Field:
 
 def lowered(
     lost: Losses, fields: Iterable[Field], scope: str = "", *, partly: bool = False
-) -> tuple[dict[Path, int], Losses]:
+) -> tuple[dict[Place, int], Losses]:
     """By how much fields are lower where some dimensions of tensors in a scope have shrunk.
 
     Args:
@@ -190,7 +190,7 @@ def lowered(
     Returns:
         That, and what of ``lost`` no field says.
     """
-    steps_of: dict[Path, int] = {}
+    steps_of: dict[Place, int] = {}
     left = dict(lost)
     for field in fields:
         moves = field.within(scope)
@@ -253,7 +253,7 @@ def _layers(model: nn.Module, config: Any) -> Iterator[str]:
             yield from (f"{path}.{index}." for index in range(len(module)))
 
 
-def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def leaves(value: Any, path: Place = ()) -> Iterator[tuple[Place, Any]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from leaves(inner, (*path, str(key)))

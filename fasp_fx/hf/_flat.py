@@ -93,8 +93,8 @@ class FlatProgram:
         if self._function is None:
             code = self.graph.python_code("self")
             self._function = forward_from_src(code.src, code.globals)
-        results = self._function(weights, *[values[name] for name in self.inputs])
-        return dict(zip(self.outputs, results, strict=True))
+        inputs = [values[name] for name in self.inputs]
+        return dict(zip(self.outputs, self._function(weights, *inputs), strict=True))
 
     def rewritten(self, graph: fx.Graph) -> FlatProgram:
         """The same inputs and outputs over another graph."""
@@ -110,8 +110,7 @@ class FlatProgram:
 
     def shapes(self) -> dict[str, tuple[Any, ...]]:
         """The shape of each input."""
-        placeholders = self.graph.find_nodes(op="placeholder")
-        return {name: _shape(node) for node, name in zip(placeholders, self.inputs, strict=True)}
+        return dict(zip(self.inputs, map(_shape, self.graph.find_nodes(op="placeholder")), strict=True))
 
     def cache_sizes(self) -> dict[str, tuple[int, int]]:
         """Heads and width of each cache tensor that the program takes, ``[batch, heads, length, width]``.

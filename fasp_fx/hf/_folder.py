@@ -38,7 +38,7 @@ from fasp_fx.storage import (
     write_tensors,
 )
 
-from ._arguments import LOSSES, POSITIONS
+from ._arguments import LOSSES, POSITIONS, refuse
 from ._config import PrunedConfig, original_of
 from ._flat import FlatProgram
 from ._model import Parts, PrunedModel, StoredProgram
@@ -170,11 +170,9 @@ def _overridden(saved: PrunedConfig, changed: Any) -> PrunedConfig:
 
 
 def _device(device_map: Any) -> torch.device:
-    if device_map is None:
-        return torch.get_default_device()
     if device_map == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return check_device(device_map, values=False)
+        device_map = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    return torch.get_default_device() if device_map is None else check_device(device_map, values=False)
 
 
 class SavedModel(PrunedModel):
@@ -231,19 +229,14 @@ class SavedModel(PrunedModel):
             StoreError: a file is missing, damaged or of another version.
             ArgumentError: an argument cannot be honoured.
         """
-        subfolder = options.pop("subfolder", "") or ""
-        for name, value in options.items():
-            if value is not None and name not in _WITHOUT_EFFECT:
-                raise ArgumentError(
-                    f"argument '{name}' is not served when a pruned model is loaded; leave it out"
-                )
-        asked = attention_of(config)  # where the Auto classes put it
-        if asked not in (None, "sdpa"):  # what a pruned model says of itself
+        folder = Path(pretrained_model_name_or_path) / (options.pop("subfolder", "") or "")
+        refuse(options, known=_WITHOUT_EFFECT)
+        # The Auto classes put it there; a pruned model says "sdpa" of itself.
+        if (asked := attention_of(config)) not in (None, "sdpa"):
             raise ArgumentError(
                 f"attn_implementation={asked!r} cannot be had: the programs fix attention; choose it for the"
                 " dense model and prune it again"
             )
-        folder = Path(pretrained_model_name_or_path) / subfolder
         verify(folder, KIND, FILES)
         verify(folder, KIND, {"generation_config.json"} & read_json(folder / MANIFEST)["files"].keys())
         device = _device(device_map)
@@ -264,10 +257,9 @@ class SavedModel(PrunedModel):
             )
         with parsing("programs.json or config.json"):
             model = cls(saved, parts)
-        generation = folder / "generation_config.json"
-        if os.path.lexists(generation):
+        if os.path.lexists(folder / "generation_config.json"):
             with parsing("generation_config.json"):
-                read_text(generation)
+                read_text(folder / "generation_config.json")
                 model.generation_config = model.generation_config_class.from_pretrained(folder)
         model.name_or_path = str(pretrained_model_name_or_path)
         return model

@@ -44,13 +44,12 @@ from fasp_fx.pruning import (
 )
 from fasp_fx.storage import new_save, parsing, read_json
 
-from ._build import build
 from ._claims import check_equal
 from ._config import PrunedConfig, check_layers
 from ._convention import check_served, convention_of
 from ._flat import FlatProgram
 from ._folder import check_sums
-from ._formats import example_of, prune_to
+from ._formats import build, example_of, prune_to
 from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
 from ._gguf_tokenizer import keep_source
 from ._model import Parts, PrunedModel, StoredProgram
@@ -389,8 +388,7 @@ def _carried_out(name: str, program: Program, plan: PruningPlan) -> Result:
     program = program.copy()  # holds what the graph looks up, and nothing else
     analysis = analyze_for(program, plan)
     try:
-        gone = gone_of(plan, analysis, partial=True)
-        return rewrite(program, analysis, Decision(gone), whole=True)
+        return rewrite(program, analysis, Decision(gone_of(plan, analysis, partial=True)), whole=True)
     except (PlanError, VerificationError) as error:
         raise type(error)(
             f"the program '{name}' of the model cannot lose what the plan removes: {error}; leave that"

@@ -24,8 +24,7 @@ from fasp_fx.storage import kind_of, parsing, read_json, write_json
 from . import _generating, modeling_per_layer
 from ._claims import llama_of, refuse_unsaid
 from ._config import original_of
-from ._fields import Experiments, Field, find_fields
-from ._fields import Path as Place
+from ._fields import Experiments, Field, Place, find_fields
 from ._folder import KIND, PLAIN, fill
 from ._gguf import bytes_each, describe_gguf, write_gguf
 from ._model import PrunedModel
@@ -233,8 +232,8 @@ class PerLayer(Format):
         }
         by_layer: dict[Place, Any] = {("per_layer_config",): layers}
         by_layer[("allow_global_per_layer_attribute_access",)] = True
-        kind = _layered(experiments.kind)
-        return _saved_along(kind, experiments), experiments.config({**by_layer, **least})
+        kind = _saved_along(_layered(experiments.kind), experiments)
+        return kind, experiments.config({**by_layer, **least})
 
     def settle(self, model: Any) -> None:
         if model.__module__ == modeling_per_layer.__name__:
@@ -270,8 +269,8 @@ class DeciLM(PerLayer):
         for lowered in sizes.values():
             width = lowered.get(("intermediate_size",), base["intermediate_size"])
             attention = heads if lowered.get(("num_attention_heads",), 1) else {"no_op": True}
-            feed_forward = _say_width(width, base["hidden_size"])
-            blocks.append({"attention": present | attention, "ffn": present | feed_forward})
+            said = {"attention": attention, "ffn": _say_width(width, base["hidden_size"])}
+            blocks.append({block: present | fields for block, fields in said.items()})
         kept = {key: value for key, value in base.items() if key not in BY_LAYER}
         config = modeling_per_layer.DeciLMConfig(block_configs=blocks, **kept)
         return _saved_along(modeling_per_layer.DeciLMForCausalLM, experiments), config

@@ -51,8 +51,8 @@ class Stages:
         """Random token numbers ``[batch, count]``."""
         vocabulary = int(getattr(self.model.config.get_text_config(), "vocab_size", 2))
         generator = torch.Generator(device="cpu").manual_seed(seed + 31 * count + batch)
-        drawn = torch.randint(0, vocabulary, (batch, count), generator=generator, device="cpu")
-        return drawn.to(self.model.device)
+        shape = (batch, count)
+        return torch.randint(0, vocabulary, shape, generator=generator, device="cpu").to(self.model.device)
 
     def ones(self, batch: int, count: int) -> Tensor:
         """A mask that shows everything, ``[batch, count]``."""
@@ -128,8 +128,8 @@ class CausalStages(Stages):
             cache = opened(None, DynamicCache)
             like = torch.empty(0, dtype=self.model.dtype, device=ids.device)
             write_cache(cache, read_cache(cache, caches, len(ids), like))
-            call = self._call(ids, self.mask(ids, named), cache, named.get("position_ids"))
-            yield {**call, "use_cache": True}
+            positions = named.get("position_ids")
+            yield {**self._call(ids, self.mask(ids, named), cache, positions), "use_cache": True}
 
 
 class Seq2SeqStages(Stages):

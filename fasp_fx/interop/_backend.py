@@ -215,8 +215,8 @@ class _Backend:
                 f" groups stay whole: {'; '.join(left)}",
                 PartialPlanWarning,
             )
-        gone = gone_of(replace(self.plan, groups=tuple(groups)), analysis)
-        return remove(analysis, gone) if groups else program
+        here = replace(self.plan, groups=tuple(groups))
+        return remove(analysis, gone_of(here, analysis)) if groups else program
 
 
 def _refuse(error: FaspError, *args: Any) -> Any:

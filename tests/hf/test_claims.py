@@ -20,9 +20,8 @@ from zoo import randomise
 
 import fasp_fx
 from fasp_fx.hf import convert, prune
-from fasp_fx.hf._build import build
 from fasp_fx.hf._claims import check_equal, refuse_unsaid
-from fasp_fx.hf._formats import config_for, example_of
+from fasp_fx.hf._formats import build, config_for, example_of
 from fasp_fx.hf._gguf import describe_gguf
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

@@ -29,7 +29,7 @@ from zoo import randomise
 import fasp_fx
 from fasp_fx.allocation import Bytes, CacheBytes
 from fasp_fx.hf import FORMATS, convert, prune
-from fasp_fx.hf._build import build, sizes_of
+from fasp_fx.hf._formats import build, sizes_of
 from fasp_fx.hf.modeling_per_layer import PerLayerLlamaForCausalLM
 from fasp_fx.pruning import FormatName
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import fasp_fx
 from fasp_fx import PruningPlan, Report
 from fasp_fx.hf import Pruned
-from fasp_fx.hf._build import build
+from fasp_fx.hf._formats import build
 from fasp_fx.hf._registry import format_of
 from fasp_fx.pruning import Line, read_told
 from fasp_fx.storage import MANIFEST, is_save, kind_of, read_json, write_json, write_manifest

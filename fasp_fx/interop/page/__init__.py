@@ -93,12 +93,11 @@ def page_data(source: Report | Analysis, title: str) -> dict[str, Any]:
     pruned = isinstance(source, Report)
     lines = source.lines if isinstance(source, Report) else tuple(map(line_of, source.groups))
     notes = source.notes if isinstance(source, Report) else notes_of(source)
-    tiles = _tiles_of_report(source) if isinstance(source, Report) else _tiles_of_analysis(source)
     return {
         "title": title,
         "version": __version__,
         "pruned": pruned,
-        "tiles": tiles,
+        "tiles": _tiles_of_report(source) if isinstance(source, Report) else _tiles_of_analysis(source),
         "notes": list(notes),
         "withoutRule": [[name, count] for name, count in source.without_rule.items()],
         "groups": [_group(line) for line in lines],
