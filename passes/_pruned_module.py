@@ -56,6 +56,8 @@ class PrunedModule(fx.GraphModule):
     """
 
     fasp_fx_origin: Origin
+    #: else transformers' Trainer gives the loss's own arguments to a model that takes **kwargs
+    accepts_loss_kwargs = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What a pickle holds.
@@ -199,11 +201,6 @@ def _wrapped(lifted: fx.GraphModule, tensors: nn.Module, origin: Origin) -> Prun
     generated: Any = codegen_of(lifted.graph)
     module.graph.set_codegen(CallerCodeGen(origin.signature, generated.pytree_info))
     module.recompile()
-    # transformers' Trainer gives the loss's own arguments to a model that takes **kwargs, unless it says
-    # this. Copies keep what is noted in ``meta``.
-    module.meta[PRESERVED] = {"accepts_loss_kwargs": False}
-    marked: Any = module
-    marked.accepts_loss_kwargs = False
     module.eval()
     return module
 

@@ -235,15 +235,9 @@ def _pick(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], ke
 def _sizes(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
     sizes_name, along = clause.words
     dim = int(arguments(node)[along]) % len(source.shape)
-    old = list(arguments(node)[sizes_name])
-    new = [kept.size(output, dim) for output in outputs]
-    if any(size != output.shape[dim] for size, output in zip(new, outputs, strict=True)):
-        return set_argument(
-            node,
-            sizes_name,
-            [was if isinstance(was, fx.Node) else now for was, now in zip(old, new, strict=True)],
-        )
-    return False
+    old, new = list(arguments(node)[sizes_name]), [kept.size(output, dim) for output in outputs]
+    sizes = [was if isinstance(was, fx.Node) else now for was, now in zip(old, new, strict=True)]
+    return set_argument(node, sizes_name, sizes)
 
 
 def _chunk(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:

@@ -333,13 +333,13 @@ def _served(captured: CapturedModel, result: Result, tokenizer: Any) -> Pruned:
     """Carry out in all programs what was decided for the first, with its weights."""
     model, plan, report = captured.model, result.plan, result.report
     first, *others = captured.programs
-    results = {first: result}
-    if others:  # which generation runs in the place of the first
-        results = {name: _carried_out(name, captured.programs[name].checked(), plan) for name in others}
-        reports = [report, *(other.report for other in results.values())]
-        notes = dict.fromkeys(note for each in reports for note in each.notes)
-        cache = next((each.cache for each in reports[1:] if each.cache is not None), None)
-        report = replace(report, notes=tuple(notes), cache=cache)
+    # Others are what generation runs in the place of the first.
+    carried_out = {name: _carried_out(name, captured.programs[name].checked(), plan) for name in others}
+    results = carried_out or {first: result}
+    reports = [other.report for other in results.values()]
+    notes = dict.fromkeys(note for each in (report, *reports) for note in each.notes)
+    cache = next((each.cache for each in reports if each.cache is not None), None)
+    report = replace(report, notes=tuple(notes), cache=cache)
     programs: dict[str, StoredProgram] = {}
     constants: dict[str, dict[str, Tensor]] = {}
     for name, other in results.items():
@@ -436,6 +436,8 @@ def convert(pruned: Pruned, format: str) -> Pruned:
         VerificationError: the model that was built does not compute what the pruned one does.
     """
     form, model = format_of(format), pruned.model
+    if form is OWN:
+        raise ArgumentError(f"nothing is converted to {format!r}, which prune writes; give another format")
     kind, config = format_of(pruned.format).dense(model)
     experiments = form.experiments(kind, config)
     weights = model.state_dict(keep_vars=True)

@@ -236,7 +236,7 @@ class PerLayer(Format):
         return kind, experiments.config({**by_layer, **least})
 
     def settle(self, model: Any) -> None:
-        if model.__module__ == modeling_per_layer.__name__:
+        if PerLayer.holds(self, type(model)):
             # vLLM looks for the model without its head.
             inner = f"PerLayer{type(model.base_model).__name__}"
             model.config.auto_map = {"AutoModel": f"modeling_per_layer.{inner}"}
@@ -274,9 +274,6 @@ class DeciLM(PerLayer):
         kept = {key: value for key, value in base.items() if key not in BY_LAYER}
         config = modeling_per_layer.DeciLMConfig(block_configs=blocks, **kept)
         return _saved_along(modeling_per_layer.DeciLMForCausalLM, experiments), config
-
-    def settle(self, model: Any) -> None:
-        pass
 
     def holds(self, kind: type) -> bool:
         return kind is modeling_per_layer.DeciLMForCausalLM

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -202,8 +202,6 @@ def stages_of(model: Any) -> CausalStages | Seq2SeqStages:
         ArgumentError: it is no generating model of transformers, or is asked for outputs that a program does
             not have.
     """
-    from transformers import PreTrainedModel
-
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise ArgumentError(
             f"model is a {type(model).__name__}; fasp_fx.hf prunes models of transformers that generate,"
