@@ -135,14 +135,10 @@ def _resize(originals: dict[fx.Node, fx.Node], walk: Walk, kept: Kept) -> None:
             for value in (results if isinstance(results, tuple) else [results])
             if isinstance(value, Value)
         ]
-        source = next(
-            (walk.values.get(n) for n in old.all_input_nodes if isinstance(walk.values.get(n), Value)), None
-        )
-        if rule.creates or rule.tallies is not None:
-            source = outputs[0] if outputs else None
-        if not isinstance(source, Value) or not (
-            kept.touches(source) or any(kept.touches(output) for output in outputs)
-        ):
+        inputs = (walk.values.get(read) for read in old.all_input_nodes)
+        sources = outputs if rule.creates or rule.tallies is not None else inputs
+        source = next((value for value in sources if isinstance(value, Value)), None)
+        if source is None or not any(map(kept.touches, (source, *outputs))):
             continue
         for clause in rule.clauses:
             rewrite = _REWRITES.get(clause.keyword)

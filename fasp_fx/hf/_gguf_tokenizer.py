@@ -222,8 +222,9 @@ def _write(writer: GGUFWriter, tokenizer: Any, data: Any, size: int, model: str,
         writer.add_token_merges([*map(" ".join, merges)])
     writer.add_token_list(tokens)
     kinds = {i: TokenType.BYTE if text in _BYTE_TOKENS else TokenType.NORMAL for i, text in names.items()}
-    own_kind = {True: TokenType.CONTROL, False: TokenType.USER_DEFINED}
-    kinds |= {i: own_kind[token["special"]] for i, token in added.items()}
+    kinds |= {
+        i: TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED for i, token in added.items()
+    }
     writer.add_token_types([kinds.get(i, TokenType.UNUSED) for i in range(size)])
     for name in ("bos", "eos", "unk", "pad"):
         if (number := getattr(tokenizer, f"{name}_token_id")) is not None:

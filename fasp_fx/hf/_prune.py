@@ -388,7 +388,10 @@ def _carried_out(name: str, program: Program, plan: PruningPlan) -> Result:
     program = program.copy()  # holds what the graph looks up, and nothing else
     analysis = analyze_for(program, plan)
     try:
-        return rewrite(program, analysis, Decision(gone_of(plan, analysis, partial=True)), whole=True)
+        result = rewrite(program, analysis, Decision(gone_of(plan, analysis, partial=True)), whole=True)
+        if not set(result.plan.splits) <= set(plan.splits):
+            raise PlanError("it takes weights apart in another way")
+        return result
     except (PlanError, VerificationError) as error:
         raise type(error)(
             f"the program '{name}' of the model cannot lose what the plan removes: {error}; leave that"
@@ -398,7 +401,8 @@ def _carried_out(name: str, program: Program, plan: PruningPlan) -> Result:
 
 def _one_set(model: nn.Module, results: Mapping[str, Result]) -> dict[str, Tensor]:
     """The weights of all programs, those of the first where it has them, one tensor for all names that were
-    tied in the original model.
+    tied in the original model. What goes of a weight in another program is a part of what goes in the first,
+    so that those of one shape are cut alike.
 
     Raises:
         PlanError: two programs would need different weights of one name.
