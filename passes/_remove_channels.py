@@ -90,9 +90,9 @@ def _left(slot: Slot, recipe: Recipe, shape: Sequence[int]) -> Tensor:
 
 
 def _cut_weights(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
-    numbering, held, aliases = analysis.numbering, program.weights(), program.aliases()
-    for name, recipe in recipes_of(numbering, gone, held).items():
-        weight, names = held[name].detach(), aliases.get(name, [name])
+    numbering, weights, aliases = analysis.numbering, program.weights(), program.aliases()
+    for name, recipe in recipes_of(numbering, gone, weights).items():
+        weight, names = weights[name].detach(), aliases.get(name, [name])
         program.numbers[name] = [
             None if (slot := numbering.get(name, dim)) is None else _left(slot, recipe, weight.shape)
             for dim in range(weight.dim())
@@ -135,14 +135,10 @@ def _resize(originals: dict[fx.Node, fx.Node], walk: Walk, kept: Kept) -> None:
             for value in (results if isinstance(results, tuple) else [results])
             if isinstance(value, Value)
         ]
-        source = next(
-            (walk.values.get(n) for n in old.all_input_nodes if isinstance(walk.values.get(n), Value)), None
-        )
-        if rule.creates or rule.tallies is not None:
-            source = outputs[0] if outputs else None
-        if not isinstance(source, Value) or not (
-            kept.touches(source) or any(kept.touches(output) for output in outputs)
-        ):
+        inputs = (walk.values.get(read) for read in old.all_input_nodes)
+        sources = outputs if rule.creates or rule.tallies is not None else inputs
+        source = next((value for value in sources if isinstance(value, Value)), None)
+        if source is None or not any(map(kept.touches, (source, *outputs))):
             continue
         for clause in rule.clauses:
             rewrite = _REWRITES.get(clause.keyword)
@@ -170,10 +166,10 @@ def _times(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], k
     before = len(times) - len(source.shape)
     for dim, size in enumerate(outputs[0].shape):
         new = kept.size(outputs[0], dim)
-        own = kept.size(source, dim - before) if dim >= before else 1
+        kept_before = kept.size(source, dim - before) if dim >= before else 1
         # As often as a size says is as often as before, and of nothing nothing comes.
-        if new != size and isinstance(times[dim], int) and own:
-            times[dim] = new // own
+        if new != size and isinstance(times[dim], int) and kept_before:
+            times[dim] = new // kept_before
     return set_argument(node, clause.words[0], times)
 
 
@@ -187,11 +183,11 @@ def _scaled(node: fx.Node, size: fx.Node, new: int, old: int) -> fx.Node:
 
 def _span(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
     along, start_name, end_name = clause.words
-    given = arguments(node)
-    dim, step = int(given[along]) % len(source.shape), int(given.get("step", 1))
+    call = arguments(node)
+    dim, step = int(call[along]) % len(source.shape), int(call.get("step", 1))
     length, changed = source.shape[dim], False
     start, end = (
-        _absolute(given[name], default, length) for name, default in ((start_name, 0), (end_name, length))
+        _absolute(call[name], default, length) for name, default in ((start_name, 0), (end_name, length))
     )
     if not (0 < start < length or 0 < end < length) or kept.size(source, dim) == length:
         return False
@@ -235,15 +231,9 @@ def _pick(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], ke
 def _sizes(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
     sizes_name, along = clause.words
     dim = int(arguments(node)[along]) % len(source.shape)
-    old = list(arguments(node)[sizes_name])
-    new = [kept.size(output, dim) for output in outputs]
-    if any(size != output.shape[dim] for size, output in zip(new, outputs, strict=True)):
-        return set_argument(
-            node,
-            sizes_name,
-            [was if isinstance(was, fx.Node) else now for was, now in zip(old, new, strict=True)],
-        )
-    return False
+    old, new = list(arguments(node)[sizes_name]), [kept.size(output, dim) for output in outputs]
+    sizes = [was if isinstance(was, fx.Node) else now for was, now in zip(old, new, strict=True)]
+    return set_argument(node, sizes_name, sizes)
 
 
 def _chunk(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
@@ -258,12 +248,12 @@ def _chunk(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], k
 
 def _factor(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
     letter, name = clause.words
-    given = arguments(node)[name]
-    if isinstance(given, fx.Node):
+    factor = arguments(node)[name]
+    if isinstance(factor, fx.Node):
         # Known only at run time, as the groups of a convolution with one weight for each sample: it follows
         # the samples.
         return False
-    old = int(given)
+    old = int(factor)
     rule = lookup(node.target)
     assert rule is not None
     dims = rule.alternatives[0].operands[0].dims

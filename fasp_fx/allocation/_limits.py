@@ -93,6 +93,26 @@ class Budget:
             return list(lost)
         return self._whole.spread([0 if place is None else lost[place] for place in self._places], whole)
 
+    def joined(self, costs: Costs) -> Costs:
+        """The cost curves of the groups here: of one that stands for several, the sums of theirs, and none
+        where one of them has none.
+
+        Args:
+            costs: of the groups of the first budget that this one was narrowed from.
+        """
+        if self._whole is None:
+            return costs
+        costs, names = self._whole.joined(costs), dict[int, list[str]]()
+        for group, place in zip(self._whole.groups, self._places, strict=True):
+            if place is not None:
+                names.setdefault(place, []).append(group.name)
+        curves = {}
+        for tied in names.values():
+            if all(name in costs for name in tied):
+                least = min(len(costs[name].losses) for name in tied)
+                curves[tied[0]] = CostCurve(np.sum([costs[name].losses[:least] for name in tied], 0))
+        return Costs(curves, costs.fingerprint, costs.score, costs.granularity)
+
     def counts(self, lost: Sequence[int]) -> list[int]:
         """Channel sets that the groups of the limits lose, in all their blocks together."""
         if self._whole is not None:
@@ -143,22 +163,6 @@ class Budget:
                 min(measured, key=lambda pair: pair[0])
             ]
         return min(measured, key=lambda pair: abs(pair[0]))[1]
-
-
-def joined(costs: Costs, groups: Sequence[Group], places: Sequence[int]) -> Costs:
-    """The sums of the cost curves of all groups at a place, by the name of the first; none where one has
-    none.
-    """
-    names: dict[int, list[str]] = {}
-    for group, place in zip(groups, places, strict=True):
-        names.setdefault(place, []).append(group.name)
-    curves = {}
-    for own in names.values():
-        if all(name in costs for name in own):
-            least = min(len(costs[name].losses) for name in own)
-            losses = [costs[name].losses[:least] for name in own]
-            curves[own[0]] = CostCurve(np.sum(losses, 0))
-    return Costs(curves, costs.fingerprint, costs.score, costs.granularity)
 
 
 def deepest_loss(group: Group) -> int:
@@ -340,7 +344,6 @@ __all__ = [
     "check_reach",
     "deepest_loss",
     "held_by",
-    "joined",
     "lost_by_pattern",
     "lost_per_block",
     "matches",

@@ -159,7 +159,7 @@ def _difference(
     written = written_names(program.module.graph)
     expected, changed = seen or called(model, call, written, calls, lie)
     with torch.no_grad(), drawing_alike(program.weights().values(), seed=1):
-        outputs = _outputs(program, copied(program.flat_inputs(*call), lie))
+        outputs = outputs_of(program, copied(program.flat_inputs(*call), lie))
     # leaf for leaf, but where a class of the caller's holds tensors, say
     pairs = (
         zip(outputs, expected) if len(outputs) == len(expected) else zip(_floats(outputs), _floats(expected))
@@ -200,7 +200,7 @@ def _seeds(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]
     again = []
     for seed in (1, 2):
         with torch.no_grad(), drawing_alike(program.weights().values(), seed):
-            drawn = _outputs(program, copied(program.flat_inputs(args, kwargs)))
+            drawn = outputs_of(program, copied(program.flat_inputs(args, kwargs)))
         outputs, _ = called(model, (args, kwargs), written_names(program.module.graph), seed=seed)
         again.append(list(zip(drawn, outputs)))
     return any(
@@ -261,7 +261,8 @@ def _is_elsewhere(program: Program, model: nn.Module) -> bool:
     return len({device.type for device in devices}) > 1 or any(device.type == "meta" for device in devices)
 
 
-def _outputs(program: Program, inputs: list[Any]) -> list[Any]:
+def outputs_of(program: Program, inputs: list[Any]) -> list[Any]:
+    """What a program returns for the values of its placeholders, leaf for leaf."""
     runner = Runner(program, [inputs])
     (output,) = program.module.graph.find_nodes(op="output")
     runner.advance(runner.index(output))
