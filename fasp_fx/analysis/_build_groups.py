@@ -92,12 +92,12 @@ def _status(
             reason[sets] = f"{remark.reason} of {inside}" if inside else remark.reason
 
     if exempt:
-        mark(facts.exempt, EXEMPT)
-    mark(facts.mixed, APPROXIMATE)
-    mark(facts.inside, FROZEN, something_else)
-    mark(facts.frozen, FROZEN)
+        mark(facts.remarks.exempt, EXEMPT)
+    mark(facts.remarks.mixed, APPROXIMATE)
+    mark(facts.remarks.inside, FROZEN, something_else)
+    mark(facts.remarks.frozen, FROZEN)
     if not exempt:
-        mark(facts.exempt, EXEMPT)
+        mark(facts.remarks.exempt, EXEMPT)
     return status, reason
 
 
@@ -239,10 +239,10 @@ class GroupBuilder:
         multiplied = facts.products if found.exempt else []
         self.headed, self.multiplied = (
             marked(found.count, *(labels[own] for own in numbers))
-            for numbers in ([own for _, own, _ in facts.heads], [product.numbers for product in multiplied])
+            for numbers in ([own for _, own, _ in facts.wishes.heads], [product.numbers for product in multiplied])
         )
         self.multiples = np.ones(found.count, dtype=np.int64)
-        for numbers, multiple in facts.aligned:
+        for numbers, multiple in facts.counts.aligned:
             own = labels[numbers[numbers >= 0]]
             self.multiples[own] = np.lcm(self.multiples[own], multiple)
         self.parameters = {
@@ -398,10 +398,10 @@ def needed_experts(labels: np.ndarray, count: int, walk: Walk) -> np.ndarray:
     An expert competes with its like in a softmax or top-k, and takes a whole matrix out of a stacked weight.
     """
     stacked = np.zeros(count, dtype=bool)
-    for numbers in walk.facts.stacked:
+    for numbers in walk.facts.counts.stacked:
         stacked[labels[numbers[numbers >= 0]]] = True
     needed = np.zeros(count, dtype=np.int64)
-    for numbers, times in walk.facts.chosen:
+    for numbers, times in walk.facts.counts.chosen:
         sets = np.unique(labels[numbers[numbers >= 0]])
         needed[sets] = np.maximum(needed[sets], times)
     return np.where(stacked, needed, 0)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from ..capturing import is_pure
 from ..capturing._fx import arguments, attribute, target_name
 from ..capturing._program import Program
 from ..capturing._sizes import same_sizes
-from ..patterns import RESHAPES
+from ..patterns import RESHAPES, affine
 from .channels import Value, Walk
 from .groups import FROZEN, PRUNABLE, Group
 
@@ -28,16 +27,6 @@ _SUM = _ATEN.add.Tensor
 _CHECK = _ATEN._assert_tensor_metadata.default
 #: how many operators may stand between a consumer and the sum
 _NEAR = 24
-#: what gives nothing but its bias where the dimension it sums over is empty, and the bias's name
-BIASES: dict[Any, str | None] = {
-    _ATEN.linear.default: "bias",
-    _ATEN.conv1d.default: "bias",
-    _ATEN.conv2d.default: "bias",
-    _ATEN.conv3d.default: "bias",
-    _ATEN.addmm.default: "self",
-    _ATEN.mm.default: None,
-    _ATEN.matmul.default: None,
-}
 
 
 def let_blocks_go(groups: list[Group], labels: np.ndarray, program: Program, walk: Walk) -> list[Group]:
@@ -99,7 +88,7 @@ def _is_a_block(group: Group, labels: np.ndarray, program: Program, walk: Walk, 
     for use in group.uses:
         read, end = use.columns[use.columns >= 0], laid_out(use.node)
         if (
-            use.node.target not in BIASES
+            affine(use.node.target) is None
             or use.route is not None
             or not np.isin(labels[read], group.sets).all()
             or not {arguments(use.node).get(factor, 1) for factor in ("alpha", "beta")} <= {1}
@@ -161,4 +150,4 @@ def _alike(node: fx.Node, other: fx.Node) -> bool:
     )
 
 
-__all__ = ["BIASES", "DEPTH", "beside", "goes_with_a_block", "laid_out", "let_blocks_go", "serving"]
+__all__ = ["DEPTH", "beside", "goes_with_a_block", "laid_out", "let_blocks_go", "serving"]

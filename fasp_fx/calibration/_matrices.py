@@ -17,7 +17,7 @@ from ..analysis._analysis import Analysis
 from ..analysis.channels import Layout, Use, run_on_numbers
 from ..base.compat import pytree
 from ..capturing._fx import arguments, attribute, way_from_weight, written_names
-from ..patterns import BIASES, CASTS
+from ..patterns import CASTS, affine
 
 
 class ConsumerMatrices:
@@ -229,11 +229,11 @@ def bias_of(analysis: Analysis, uses: Sequence[Use], matrices: ConsumerMatrices)
         matrices: the weight as matrices, whose rows are the bias' entries, block after block.
     """
     use, module, canonical = uses[0], analysis.program.module, analysis.program.canonical()
-    given, names = arguments(use.node), BIASES.get(str(use.node.target))
-    if len(uses) > 1 or names is None or any(given.get(name, 1) != 1 for name in ("alpha", "beta")):
+    given, form = arguments(use.node), affine(use.node.target)
+    if len(uses) > 1 or form is None or any(given.get(name, 1) != 1 for name in ("alpha", "beta")):
         return None
-    weight, bias = (given.get(name) for name in names)
-    if weight is not use.operand or not isinstance(bias, fx.Node) or list(bias.users) != [use.node]:
+    bias = given.get(str(form.bias))
+    if not isinstance(bias, fx.Node) or list(bias.users) != [use.node]:
         return None
     name, others = canonical.get(str(bias.target), ""), module.graph.find_nodes(op="get_attr")
     if [node for node in others if canonical.get(str(node.target)) == name] != [bias]:

@@ -18,11 +18,11 @@ from ..analysis.groups import Group
 from ..base._device import float32_products
 from ..base._offload import keep
 from ..base._warn import warn
-from ..capturing._fx import attribute
+from ..capturing._fx import arguments, attribute
 from ..capturing._runner import Runner
 from ..capturing._sizes import same_sizes
 from ..errors import CalibrationWarning
-from ..patterns import CASTS, CHECKS, RESHAPES
+from ..patterns import CASTS, CHECKS, RESHAPES, affine, lookup
 from ._consumers import Consumer, Consumers, order_of
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, read_otherwise, states_before
@@ -365,17 +365,17 @@ def warn_of_few(outcomes: Mapping[str, Sequence[Restored]]) -> list[str]:
     return [said]
 
 
-#: products of tokens and a weight, and which argument the tokens are
-_PLAIN = {"aten.linear.default": 0, "aten.mm.default": 0, "aten.addmm.default": 1}
-
-
 def added_to(use: Use) -> fx.Node | None:
     """What a consumer's output is added to, if that is a computed value, and the output is laid out as the
     tokens are: a product with the last dimension of its input, the rows in the last of its own, which is at
     most reshaped and cast before.
     """
-    end, at = use.node, _PLAIN.get(str(use.node.target))
-    if at is None or use.node.args[at] is not use.activation or len(use.columns) != 1:
+    end, rule = use.node, lookup(use.node.target)
+    if rule is None or affine(end.target) is None or len(rule.alternatives) != 1 or len(use.columns) != 1:
+        return None
+    form, given = rule.alternatives[0], arguments(end)
+    tokens = next((each.dims for each in form.operands if given.get(each.name) is use.activation), ())
+    if not tokens or tokens[-1] not in form.summed or {*form.results[0][-1:]} <= {*tokens}:
         return None
     while len(users := [user for user in end.users if str(user.target) not in CHECKS]) == 1:
         (user,) = users

@@ -17,8 +17,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ...capturing._sizes import Size, is_dynamic
-from ._numbering import DoesNotApplyError, collapse
+from fasp_fx.capturing._sizes import Size, is_dynamic
+from fasp_fx.patterns import DoesNotApplyError
+
+from ._numbering import collapse
 
 #: a factor of a dimension: the dimension, and its size
 Piece = tuple[int, Size]
