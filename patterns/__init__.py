@@ -7,7 +7,11 @@ documentation's *Writing a rule*.
 
 from __future__ import annotations
 
+from ._composites import COMPOSITES, find_composites
+from ._contractions import ONE_WIDTH, TOLD
 from ._grammar import ORDINALS, Alternative, Clause, Dims, Operand, Rule, letters_of, parse
+from ._movement import REARRANGEMENTS, RESHAPES
+from ._pointwise import CASTS, CHECKS, VANISHING, pointwise_rule
 from ._reading import DoesNotApplyError, Reading, read
 from ._registry import (
     Affine,
@@ -16,14 +20,9 @@ from ._registry import (
     argument_names,
     builtin,
     lookup,
-    name_of,
     register,
     unregister,
 )
-from .composites import COMPOSITES, find_composites
-from .contractions import ONE_WIDTH, TOLD
-from .movement import REARRANGEMENTS, RESHAPES
-from .pointwise import CASTS, CHECKS, VANISHING, pointwise_rule
 
 __all__ = [
     "CASTS",
@@ -50,7 +49,6 @@ __all__ = [
     "find_composites",
     "letters_of",
     "lookup",
-    "name_of",
     "parse",
     "pointwise_rule",
     "read",

@@ -303,7 +303,7 @@ class _Parser:
             results.append(self.dims())
         letters = {letter for operand in operands for letter in letters_of(operand.dims)}
         form = Alternative(tuple(operands), tuple(results))
-        added = next((letter for dims in results for letter in letters_of(dims) if letter not in letters), None)
+        added = next((each for dims in results for each in letters_of(dims) if each not in letters), None)
         if added is not None and not letters <= form.kept:
             self.fail(f"{added!r} stands in a result but in no operand")
         return replace(form, condition=self.name()) if self.accept("if") else form

@@ -1,5 +1,5 @@
-"""A rule read for one call: a letter for every dimension of its operands and results, which letters its clauses
-speak of, and which products it takes.
+"""A rule read for one call: a letter for every dimension of its operands and results, which letters its
+clauses speak of, and which products it takes.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Reading:
         What is summed over and mixed as well (the keys of attention, in a softmax) is summed over last: these
         are two products.
         """
-        repeated = dict(clause.words for clause in self.rule.all("repeat"))
+        repeated = {clause.words[0]: clause.words[1] for clause in self.rule.all("repeat")}
         letters = {
             name: frozenset(repeated.get(letter, letter) for letter in letters_of(dims))
             for name, dims in self.operands.items()
@@ -165,7 +165,9 @@ def read(rule: Rule, arguments: Mapping[str, Any], ranks: Mapping[str, int]) -> 
 
 
 def _form(rule: Rule, arguments: Mapping[str, Any], ranks: Mapping[str, int]) -> Alternative:
-    """The first alternative whose condition holds and whose operands have enough dimensions; else the last."""
+    """The first alternative whose condition holds and whose operands have enough dimensions; else the
+    last.
+    """
     for form in rule.alternatives[:-1]:
         stated = not form.condition or arguments.get(form.condition)
         if stated and all(_fits(each.dims, ranks.get(each.name)) for each in form.operands):

@@ -13,11 +13,11 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from torch import fx
 
-from ..capturing._fx import attribute
-from ..capturing._program import Program
-from ..patterns import find_composites
+from fasp_fx.capturing import Program, attribute
+from fasp_fx.patterns import find_composites
+
+from ._groups import APPROXIMATE, EXEMPT, FROZEN, PRUNABLE, Conflict, Group, Member
 from .channels import Numbering, Remark, Slot, Use, Walk, marked
-from .groups import APPROXIMATE, EXEMPT, FROZEN, PRUNABLE, Conflict, Group, Member
 
 LAYOUT = "layout"
 CODE = {PRUNABLE: 0, APPROXIMATE: 1, FROZEN: 2, EXEMPT: 3}
@@ -237,9 +237,10 @@ class GroupBuilder:
         self.consumes = {index_of[slot] for use in facts.uses for slot in use.slots}
         self.positions = {node: index for index, node in enumerate(program.module.graph.nodes)}
         multiplied = facts.products if found.exempt else []
+        in_heads = [numbers for _, numbers, _ in facts.wishes.heads]
         self.headed, self.multiplied = (
-            marked(found.count, *(labels[own] for own in numbers))
-            for numbers in ([own for _, own, _ in facts.wishes.heads], [product.numbers for product in multiplied])
+            marked(found.count, *(labels[numbers] for numbers in several))
+            for several in (in_heads, [product.numbers for product in multiplied])
         )
         self.multiples = np.ones(found.count, dtype=np.int64)
         for numbers, multiple in facts.counts.aligned:

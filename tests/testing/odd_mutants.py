@@ -15,8 +15,8 @@ from mutants import Mutant, attribute
 
 import fasp_fx.analysis.channels._interpreter
 import fasp_fx.analysis.channels._moves
-import fasp_fx.patterns._reading
 import fasp_fx.passes._split
+import fasp_fx.patterns._reading
 from fasp_fx.testing.specs import (
     Across,
     Activation,

@@ -1,4 +1,4 @@
-"""One call of an operator as the interpretation sees it, and its operands with a letter for every dimension."""
+"""One call of an operator as the interpretation sees it; its operands with a letter for every dimension."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fasp_fx.capturing._fx import elements
-from fasp_fx.patterns import Dims, DoesNotApplyError, Reading, Rule, letters_of, read
+from fasp_fx.capturing import elements
+from fasp_fx.patterns import Dims, DoesNotApplyError, Rule, letters_of, read
 
 from ._facts import Recurrence
 from ._numbering import Axis, Value, collapse, smallest_step
@@ -99,13 +99,14 @@ class Operands:
         ]
         for few, many in (clause.words for clause in call.rule.all("repeat")):
             size = next((each.size(many) for each in operands if many in each.letters), 1)
-            operands = [_repeated(each, few, many, size) if few in each.letters else each for each in operands]
+            operands = [_repeated(each, few, many, size) for each in operands]
         self.size: dict[str, int] = {}
         for operand in operands:
             for letter, size in zip(operand.letters, operand.value.shape, strict=True):
                 self.size[letter] = max(self.size.get(letter, 1), size)
         if reading.placed and any(o.size(one) != self.size[one] for o in operands for one in o.letters):
-            raise DoesNotApplyError(f"the operands of {call.node.target} differ in size")  # some positions stay
+            # Some positions stay as they are.
+            raise DoesNotApplyError(f"the operands of {call.node.target} differ in size")
         self.recurrences: dict[str, Recurrence] = {}
         for letter, of, start, second in (clause.words for clause in call.rule.all("recur")):
             operands.append(self._step_before(call.node, letter, of, operands))
@@ -159,6 +160,8 @@ def _as_activation(operand: Operand) -> Operand:
 
 def _repeated(operand: Operand, few: str, many: str, size: int) -> Operand:
     """An operand of which each position along one letter is repeated, up to the size of another."""
+    if few not in operand.letters:
+        return operand
     dim, value = operand.letters.index(few), operand.value
     times = size // value.shape[dim]
     axes = tuple(

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 from torch import fx
 
-from fasp_fx.capturing._fold import WHY_NOT_FOLDED
+from fasp_fx.capturing import WHY_NOT_FOLDED
 
 from ._call import Operand, Operands
 from ._facts import Layout, Use, Window
@@ -35,8 +35,8 @@ class Contraction:
 
     @cached_property
     def roles(self) -> dict[str, str]:
-        """What each letter of the weight is: block, column, window or row; ``none`` where it has one position,
-        ``lost`` where it is summed.
+        """What each letter of the weight is: block, column, window or row; ``none`` where it has one
+        position, ``lost`` where it is summed.
         """
         return {letter: self._role(letter) for letter in self.weight.letters}
 

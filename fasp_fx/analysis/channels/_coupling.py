@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.capturing._fx import arguments
+from fasp_fx.capturing import arguments
 from fasp_fx.patterns import lookup
 
 from ._call import Operand
@@ -18,8 +18,8 @@ from ._numbering import NONE, Axis
 
 
 class Meeting(NamedTuple):
-    """An axis that shrinks a letter: the operand that has it, and its numbers with one dimension per letter of
-    the call.
+    """An axis that shrinks a letter: the operand that has it, and its numbers with one dimension per letter
+    of the call.
     """
 
     operand: Operand
@@ -69,7 +69,8 @@ def _either(first: Tensor, second: Tensor) -> Tensor:
     """The numbers that vary along more dimensions, and the others' where they have none: what is fixed there,
     consumers of the result share.
     """
-    first, second = sorted((first, second), key=lambda each: sum(size > 1 for size in each.shape), reverse=True)
+    if sum(size > 1 for size in first.shape) < sum(size > 1 for size in second.shape):
+        first, second = second, first
     holes = first == NONE
     return (
         torch.where(holes, second.expand(first.shape), first)

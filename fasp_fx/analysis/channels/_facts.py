@@ -177,7 +177,8 @@ class Facts:
         both = (first != NONE) & (second != NONE)
         alone = np.concatenate([first[~both & (first != NONE)], second[~both & (second != NONE)]])
         if alone.size:
-            self.remarks.frozen.append(Remark(np.unique(alone), "meets a position that is not a channel", node))
+            why = "meets a position that is not a channel"
+            self.remarks.frozen.append(Remark(np.unique(alone), why, node))
         first, second = first[both], second[both]
         differ = first != second
         if differ.any():

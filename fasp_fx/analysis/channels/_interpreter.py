@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.base._tolerable import tolerable
-from fasp_fx.base.compat import (
+from fasp_fx.base import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
@@ -26,18 +25,20 @@ from fasp_fx.base.compat import (
     free_unbacked_symbols,
     pytree,
     silent_fake_tensors,
+    tolerable,
 )
-from fasp_fx.capturing._fx import (
+from fasp_fx.capturing import (
+    Program,
+    Sizes,
     arguments,
     attribute,
     call_in_words,
     elements,
+    is_dynamic,
     results,
     target_name,
     written_names,
 )
-from fasp_fx.capturing._program import Program
-from fasp_fx.capturing._sizes import Sizes, is_dynamic
 from fasp_fx.errors import RuleError, VerificationError, first_line
 from fasp_fx.patterns import CASTS, DoesNotApplyError, Rule, lookup
 
@@ -86,8 +87,8 @@ class Interpreter:
             are contracted head by head; with ``"expert"``, the numbers by which a router names experts are
             followed.
         overrides: for weights already rewritten, the original numbers along each dimension.
-        reference: of the program that this one was rewritten from: sizes are those; whatever does not execute,
-            and did there, has no numbers or does not fit its rule is an error.
+        reference: of the program that this one was rewritten from: sizes are those of that walk. What
+            executed there and does not here, or has channels here and had none there, is an error.
     """
 
     def __init__(
@@ -318,7 +319,7 @@ class Interpreter:
             except DoesNotApplyError as error:
                 # Numbers do not fit (sizes known only at run time, say): the operator freezes what it
                 # touches, as one without a rule.
-                why = f"{node.target} is called in a way that its rule does not speak of ({first_line(error)})"
+                why = f"{node.target} is called in a way that its rule does not speak of ({error})"
                 self._freeze_operands(node, walk, operands, why)
         if operands and all(value.created for value in operands):
             results = [replace(value, created=True) for value in results]

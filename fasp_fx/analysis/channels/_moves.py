@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.base._tolerable import tolerable
-from fasp_fx.base.compat import pytree
-from fasp_fx.capturing._fx import arguments as arguments_of
-from fasp_fx.capturing._sizes import Sizes, is_dynamic
+from fasp_fx.base import pytree, tolerable
+from fasp_fx.capturing import Sizes, is_dynamic
+from fasp_fx.capturing import arguments as arguments_of
 from fasp_fx.errors import first_line
 from fasp_fx.patterns import RESHAPES, DoesNotApplyError
 
@@ -128,10 +127,10 @@ class Move:
         touched: set[int] = set()
         for clause in self.call.rule.all("freeze"):
             argument = self.others.get(clause.words[0])
-            items = argument if isinstance(argument, (list, tuple)) else [] if argument is None else [argument]
+            items = argument if isinstance(argument, (list, tuple)) else [argument]
             if all(isinstance(item, int) for item in items):
                 touched |= {dim % rank for dim in items}
-            else:  # index tensors, for the leading dimensions one by one
+            elif argument is not None:  # index tensors, for the leading dimensions one by one
                 touched |= {dim for dim, index in enumerate(items) if index is not None}
         return touched
 
@@ -358,7 +357,8 @@ class Move:
         parts = self.call.written[str(self.call.rule.moves)]
         recorded = [part.meta.get("val") for part in parts if isinstance(part, fx.Node)]
         shapes = [val.shape for val in recorded if isinstance(val, Tensor)]
-        return any(is_dynamic(shape[joined]) for shape in shapes if joined < len(shape))  # not torch.tensor([])
+        shapes = [shape for shape in shapes if joined < len(shape)]  # not that of torch.tensor([])
+        return any(is_dynamic(shape[joined]) for shape in shapes)
 
 
 def _segments(node: fx.Node, before: tuple[int, ...], after: tuple[int, ...], sizes: Sizes) -> list[Segment]:

@@ -17,7 +17,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from fasp_fx.capturing._sizes import Size, is_dynamic
+from fasp_fx.capturing import Size, is_dynamic
 from fasp_fx.patterns import DoesNotApplyError
 
 from ._numbering import collapse

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.patterns import ORDINALS, TOLD, Dims, DoesNotApplyError, letters_of, name_of
+from fasp_fx.patterns import ORDINALS, TOLD, Dims, DoesNotApplyError, letters_of
 
 from ._call import Call, Operand, Operands, joined
 from ._choices import look_up
@@ -72,11 +72,8 @@ class Relation:
         for letter in self.operands.order:
             outgoing += [(letter, numbers) for numbers in self._meet(letter)]
         self._consume()
-        dropped = {
-            letter
-            for letter in self.operands.order
-            if letter not in self.reading.kept or letter in self.reading.along("reduce") | self.reading.windowed
-        }
+        kept = self.reading.kept - self.reading.along("reduce") - self.reading.windowed
+        dropped = {*self.operands.order} - kept
         return [
             (
                 [axis for item in outgoing for axis in self._laid(dims, dropped, *item)],
@@ -228,7 +225,8 @@ class Relation:
         """Channels that cannot go along this dimension can perhaps go along another one that they also vary
         along, those of a position together.
         """
-        order, fixed = self.operands.order, self.frozen | self.reading.windowed | self.reading.crossing | self.reading.inside
+        order, reading = self.operands.order, self.reading
+        fixed = self.frozen | reading.windowed | reading.crossing | reading.inside
         if any(size > 1 and one not in fixed for one, size in zip(order, numbers.shape, strict=True)):
             self.facts.want_together(numbers, order.index(letter), self.node)
 
@@ -338,7 +336,7 @@ def _told_apart(call: Call) -> dict[str, str]:
     """
     return {
         letter: f"'{name}' of {call.node.target} tells positions along this dimension apart"
-        for name, (letter, place) in TOLD.get(name_of(call.node.target), {}).items()
+        for name, (letter, place) in TOLD.get(str(call.node.target), {}).items()
         if not _are_alike(call.arguments.get(name), place)
     }
 

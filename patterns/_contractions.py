@@ -75,14 +75,15 @@ _CELLS = "input[x y i], params.0[(g c) i], params.1[(g c) k]"
 _PROJECTED = "hx.0[l b h], hx.1[l b c] -> [x y h], [l b h], [l b c]"
 _SINGLE = "freeze x; freeze y; freeze b; only num_layers 1; only bidirectional 0"
 
-#: letters whose sizes the passes make one, padding what is narrower: fused kernels want values as wide as keys
+#: letters whose sizes the passes make one, padding what is narrower: fused kernels want values as wide as
+#: keys
 ONE_WIDTH: dict[str, tuple[str, str]] = {"aten.scaled_dot_product_attention.default": ("d", "c")}
 
 #: operators that are given graphs: for each such argument a letter, and which of the graph's inputs is told
-#: positions along it. They stay where the graph's result depends on that, or where a table beside the graph in
-#: a list has them along the dimension of that number.
+#: positions along it. They stay where the graph's result depends on that, or where a table beside the graph
+#: in a list has them along the dimension of that number.
 TOLD: dict[str, dict[str, tuple[str, int]]] = {
-    "higher_order.flex_attention": {"score_mod": ("h", 2), "block_mask": ("h", 1)}
+    "flex_attention": {"score_mod": ("h", 2), "block_mask": ("h", 1)}
 }
 
 RECURRENT: dict[str, str] = {
