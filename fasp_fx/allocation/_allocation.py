@@ -14,7 +14,7 @@ from fasp_fx.analysis import EXEMPT, Group
 from fasp_fx.errors import ArgumentError
 
 from ._costs import Costs
-from ._limits import Budget, check_reach, deepest_loss, lost_per_block
+from ._limits import Budget, check_reach, lost_per_block
 
 
 class CostAllocation(ABC):
@@ -130,9 +130,9 @@ _Curve = tuple[np.ndarray, np.ndarray]
 
 
 def _steps(group: Group, round_to: int, costs: Costs) -> _Curve:
-    if group.name not in costs or len(costs[group.name].losses) <= deepest_loss(group):
+    if group.name not in costs or len(costs[group.name].losses) <= group.deepest_loss:
         raise ArgumentError(
-            f"there is no cost curve for '{group.name}' up to {deepest_loss(group)} channel sets of a block;"
+            f"there is no cost curve for '{group.name}' up to {group.deepest_loss} channel sets of a block;"
             " measure with the granularity= and include= of the pruning"
         )
     counts = np.array(_counts(group, round_to))
@@ -145,7 +145,7 @@ def _counts(group: Group, round_to: int) -> list[int]:
         0,
         *(
             count
-            for count in range(1, deepest_loss(group) + 1)
+            for count in range(1, group.deepest_loss + 1)
             if (group.width - count) % group.step(round_to) == 0
         ),
     ]

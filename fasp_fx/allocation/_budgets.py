@@ -363,6 +363,3 @@ def _is_made_of_products(node: fx.Node, shape: ShapeOf) -> bool:
         except tolerable(Exception):  # it needs more than shapes, as no product of matrices does
             return False
     return counter.get_total_flops() > 0
-
-
-__all__ = ["Bytes", "CacheBytes", "Cap", "Latency", "Macs", "Parameters", "counted", "macs_of"]

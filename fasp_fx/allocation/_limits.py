@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from fasp_fx.analysis import Group, Resource, most_lost
+from fasp_fx.analysis import Group, Resource
 from fasp_fx.errors import ArgumentError, BudgetError, SparsityError
 
 from ._budgets import Cap
@@ -123,7 +123,7 @@ class Budget:
         before = self.removed(lost)
         found = np.zeros((len(self.groups), len(self.limits)))
         for index, group in enumerate(self.groups):
-            step = -1 if lost[index] >= deepest_loss(group) and lost[index] else 1
+            step = -1 if lost[index] >= group.deepest_loss and lost[index] else 1
             after = self.removed([*lost[:index], lost[index] + step, *lost[index + 1 :]])
             found[index] = [abs(new - old) for new, old in zip(after, before, strict=True)]
         return found
@@ -161,11 +161,6 @@ def joined(costs: Costs, groups: Sequence[Group], places: Sequence[int]) -> Cost
     return Costs(curves, costs.fingerprint, costs.score, costs.granularity)
 
 
-def deepest_loss(group: Group) -> int:
-    """The most channel sets that a block of a group can lose."""
-    return max(group.width - group.needed, 0)
-
-
 def validate(lost: Iterable[int], budget: Budget) -> list[int]:
     """What an allocation returned, if it can be done.
 
@@ -195,10 +190,10 @@ def check_counts(lost: Iterable[int], groups: Sequence[Group]) -> list[int]:
             " each"
         )
     for group, sets in zip(groups, found, strict=True):
-        if not isinstance(sets, (int, np.integer)) or not 0 <= sets <= deepest_loss(group):
+        if not isinstance(sets, (int, np.integer)) or not 0 <= sets <= group.deepest_loss:
             raise ArgumentError(
                 f"the allocation takes {sets!r:.80} channel sets from a block of '{group.name}'; give a whole"
-                f" number from 0 to {deepest_loss(group)} for each group"
+                f" number from 0 to {group.deepest_loss} for each group"
             )
     return [int(sets) for sets in found]
 
@@ -221,7 +216,7 @@ def check_reach(budget: Budget, round_to: int) -> None:
         SparsityError: the message says which sparsity is in reach.
         BudgetError: likewise how much stays at least; or the dense model meets the budget.
     """
-    deepest = budget.counts([most_lost(group, round_to) for group in budget.groups])
+    deepest = budget.counts([group.most_lost(round_to) for group in budget.groups])
     rounds = any(group.step(round_to) > 1 for group in budget.groups)
     rounded = f" with round_to={round_to}" if rounds else ""
     smaller = ", or for a smaller round_to" if rounds else ""
@@ -329,21 +324,3 @@ def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: in
         else 0
         for group in budget.groups
     ]
-
-
-__all__ = [
-    "Budget",
-    "Limit",
-    "check_asked",
-    "check_counts",
-    "check_patterns",
-    "check_reach",
-    "deepest_loss",
-    "held_by",
-    "joined",
-    "lost_by_pattern",
-    "lost_per_block",
-    "matches",
-    "read_by",
-    "validate",
-]

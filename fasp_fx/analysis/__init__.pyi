@@ -107,9 +107,6 @@ from ._resources import (
     cache_of as cache_of,  # Bytes per token of one sequence that the caches among the outputs take: [batch, heads, length, width]
 )
 from ._resources import (
-    most_lost as most_lost,  # The most channel sets that one block of a group can lose when kept widths are multiples of round_to
-)
-from ._resources import (
     parameters_of as parameters_of,  # All parameters of a program, tied ones once, or how much their numbers are, each of a weight
 )
 from .channels._facts import (
@@ -189,7 +186,6 @@ __all__ = [
     "computed_fingerprint",
     "fixed_of",
     "gone_of",
-    "most_lost",
     "parameters_of",
     "planned",
     "program_fingerprint",

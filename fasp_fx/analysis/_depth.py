@@ -146,6 +146,3 @@ def _alike(node: fx.Node, other: fx.Node) -> bool:
         and first.dtype == second.dtype
         and same_sizes(first.shape, second.shape)
     )
-
-
-__all__ = ["DEPTH", "beside", "goes_with_a_block", "laid_out", "let_blocks_go", "serving"]

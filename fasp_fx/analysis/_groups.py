@@ -106,6 +106,16 @@ class Group:
         """Channel sets per block."""
         return self.size // self.blocks
 
+    @property
+    def deepest_loss(self) -> int:
+        """The most channel sets that one block can lose."""
+        return max(self.width - self.needed, 0)
+
+    def most_lost(self, round_to: int) -> int:
+        """The most channel sets that one block can lose when kept widths are multiples of ``round_to``."""
+        step = self.step(round_to)
+        return max(self.width - -(-self.needed // step) * step, 0)
+
     def step(self, round_to: int) -> int:
         """What the channel sets that stay of a block are a multiple of, where kept *widths* are multiples of
         ``round_to``: a whole head or expert that goes leaves the widths of the others as they are.

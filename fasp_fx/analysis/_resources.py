@@ -38,7 +38,7 @@ class Resource(ABC):
 
     def reach(self, round_to: int) -> float:
         """The largest fraction that can go."""
-        return self.removed([most_lost(group, round_to) * group.blocks for group in self.groups])
+        return self.removed([group.most_lost(round_to) * group.blocks for group in self.groups])
 
 
 class Counted(Resource):
@@ -77,15 +77,6 @@ class Sparsity(Counted):
         weights = {name: attribute(analysis.program.module, name) for name in sorted(touched)}
         left = _sizes_of_weights(analysis, weights, dict.fromkeys(weights, 1))
         super().__init__(analysis, left, sum(weight.numel() for weight in weights.values()))
-
-
-def most_lost(group: Group, round_to: int) -> int:
-    """The most channel sets that one block of a group can lose when kept widths are multiples of
-    ``round_to``.
-    """
-    step = group.step(round_to)
-    least = -(-group.needed // step) * step
-    return group.width - least if group.width > least else 0
 
 
 def parameters_of(analysis: Coupling, each: Callable[[Tensor], float] = lambda weight: 1) -> Counted:
@@ -249,17 +240,3 @@ class Products:
         return round(
             sum(factor * math.prod([left[place] for place in places]) for factor, places in self._terms)
         )
-
-
-__all__ = [
-    "Counted",
-    "Products",
-    "Resource",
-    "ShrinkingSizes",
-    "Size",
-    "Sparsity",
-    "Widest",
-    "cache_of",
-    "most_lost",
-    "parameters_of",
-]

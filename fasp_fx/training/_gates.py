@@ -23,7 +23,6 @@ from fasp_fx.allocation import (
     CostCurve,
     Costs,
     check_reach,
-    deepest_loss,
     is_excluded,
 )
 from fasp_fx.analysis import Analysis, Group, Member, PruningPlan, by_block, laid_by_block
@@ -73,7 +72,7 @@ class Threshold(CostAllocation):
         check_reach(budget, round_to)
         chances = []
         for group in budget.groups:
-            own = np.diff(costs[group.name].losses)[: deepest_loss(group)]
+            own = np.diff(costs[group.name].losses)[: group.deepest_loss]
             chances.append(own + _TIE * (np.arange(len(own)) + 1) / group.width)
         thresholds = np.unique(np.concatenate([np.zeros(1), *chances]))
 
