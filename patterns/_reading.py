@@ -54,23 +54,18 @@ class Reading:
         word = clause.words[0]
         if clause.argument:
             letters = letters_of(next(iter(self.operands.values())))
-            return [letters[dim] for dim in _dims_named(self.arguments.get(word), len(letters))]
+            dims = self.arguments.get(word)
+            several = dims if isinstance(dims, (list, tuple)) else [] if dims is None else [dims]
+            return [letters[int(dim)] for dim in several] or letters
         if word == ELLIPSIS:
             dims = (dim for each in self.operands.values() for dim in each)
             return [dim for dim in dims if isinstance(dim, str) and dim.startswith(".")]
         return [f"{word}{index}" for index in range(self.runs[word])] if word in self.runs else [word]
 
     @cached_property
-    def slides(self) -> list[Clause]:
-        """The windows of a weight that slide over positions, in the order of the dimensions in the operator's
-        arguments.
-        """
-        return self.rule.all("slide")
-
-    @cached_property
     def sliding(self) -> frozenset[str]:
-        """The letters of such windows."""
-        return frozenset(clause.words[1] for clause in self.slides)
+        """The letters of a weight's windows that slide over positions."""
+        return frozenset(clause.words[1] for clause in self.rule.all("slide"))
 
     @cached_property
     def crossing(self) -> frozenset[str]:
@@ -176,9 +171,8 @@ def _form(rule: Rule, arguments: Mapping[str, Any], ranks: Mapping[str, int]) ->
 
 
 def _fits(dims: Dims, rank: int | None) -> bool:
-    if any(str(token).endswith("*") for token in dims) or dims[:1] == (ELLIPSIS,):
-        return rank is None or rank >= len(dims) - 1
-    return rank is None or rank == len(dims)
+    flexible = any(str(token).endswith("*") for token in dims) or dims[:1] == (ELLIPSIS,)
+    return rank is None or rank == len(dims) or (flexible and rank >= len(dims) - 1)
 
 
 def _runs(
@@ -215,9 +209,3 @@ def _spelled(dims: Dims, rank: int, runs: Mapping[str, int]) -> Dims:
 def _fixed(dims: Dims, runs: Mapping[str, int]) -> int:
     """The number of dimensions without the ellipsis."""
     return sum(runs.get(str(token), 1) for token in dims if token != ELLIPSIS)
-
-
-def _dims_named(argument: Any, rank: int) -> list[int]:
-    if argument is None or argument == []:
-        return list(range(rank))
-    return [int(dim) % rank for dim in (argument if isinstance(argument, (list, tuple)) else [argument])]

@@ -115,30 +115,23 @@ def _settled(
 
 
 def _analyze(program: Program, granularity: frozenset[str], include: frozenset[str]) -> Analysis:
-    experts, exempt = "expert" in granularity, EXEMPT in include
     numbering, walk = walk_program(program, granularity)
     labels = label_sets(numbering.total, walk.facts.pairs)
     labels.setflags(write=False)
-    count = int(labels.max(initial=-1)) + 1
-    expert = needed_experts(labels, count, walk) if experts else np.zeros(count, dtype=np.int64)
-    found = ChannelSets.of(labels, expert, exempt, walk, program)
-    spared = np.full(count, not exempt) & (found.status == CODE[EXEMPT])
+    expert = needed_experts(labels, walk) * ("expert" in granularity)
+    judged = ChannelSets.of(labels, expert, EXEMPT in include, walk, program)
     for slot, sets in torn_blocks(numbering, labels):
-        found.freeze(sets[~spared[sets]], f"they are whole blocks of {slot}, which keep equal counts")
-    group_of, keys = group_sets(found, numbering, walk)
-    block, conflicts = find_blocks(
-        walk.facts.boxes.values(), labels, np.where(found.status == CODE[FROZEN], -1, group_of)
-    )
+        judged.freeze(sets, f"they are whole blocks of {slot}, which keep equal counts")
+    group_of, keys = group_sets(judged, numbering, walk)
+    layout = np.where(judged.status == CODE[FROZEN], -1, group_of)
+    block, conflicts = find_blocks(walk.facts.boxes.values(), labels, layout)
     for conflict in conflicts:
-        # An exempt group is not pruned unless asked; its status says more than its layout.
-        found.freeze(
-            conflict.classes[~spared[conflict.classes]],
-            f"equal counts cannot be kept in {conflict.node.name} = {conflict.node.target}",
-        )
+        node = conflict.node
+        judged.freeze(conflict.classes, f"equal counts cannot be kept in {node.name} = {node.target}")
     if conflicts:
-        group_of, keys = group_sets(found, numbering, walk)
-    groups = GroupBuilder(found, block, numbering, walk, program).groups(group_of, keys)
-    real = [c for c in conflicts if not spared[c.classes].all()]
+        group_of, keys = group_sets(judged, numbering, walk)
+    groups = GroupBuilder(judged, block, numbering, walk, program).groups(group_of, keys)
+    real = [conflict for conflict in conflicts if not judged.spared[conflict.classes].all()]
     return Analysis(program, groups, real, labels, numbering, walk, granularity, include)
 
 

@@ -110,11 +110,18 @@ class Operands:
         self.recurrences: dict[str, Recurrence] = {}
         for letter, of, start, second in (clause.words for clause in call.rule.all("recur")):
             operands.append(self._step_before(call.node, letter, of, operands))
-            first = call.nodes[start]
-            self.recurrences[operands[-1].name] = Recurrence(first, int(bool(arguments[second])))
+            recurrence = Recurrence(call.nodes[start], int(bool(arguments[second])))
+            self.recurrences[operands[-1].name] = recurrence
         self.order = list(dict.fromkeys(letter for operand in operands for letter in operand.letters))
         self.summed = reading.summed(operand.letters for operand in operands)
-        self.each = [_as_activation(each) if self.summed & {*each.letters} else each for each in operands]
+        # What no weight had a part in (a state of zeros before the first step) meets a weight as an activation
+        # does.
+        self.each = [
+            replace(each, value=replace(each.value, constant=False))
+            if each.value.created and self.summed & {*each.letters}
+            else each
+            for each in operands
+        ]
         self.constant = all(operand.value.constant for operand in self.each)
 
     def _step_before(self, node: fx.Node, letter: str, of: str, operands: list[Operand]) -> Operand:
@@ -142,20 +149,12 @@ class Operands:
 
 def _factors(call: Call) -> dict[str, int]:
     """The sizes of letters in brackets."""
-    stated = {clause.words[0]: clause.words[1] for clause in call.rule.all("factor")}
-    for name in stated.values():
-        if name in call.nodes:  # the groups of a convolution of all samples at once, say
-            raise DoesNotApplyError(f"'{name}' is computed at run time")
-    gates = {clause.words[0]: int(clause.words[1]) for clause in call.rule.all("gates")}
-    return {letter: int(call.arguments[name]) for letter, name in stated.items()} | gates
-
-
-def _as_activation(operand: Operand) -> Operand:
-    """What no weight had a part in (a state of zeros before the first step) meets a weight as an activation
-    does.
-    """
-    value = operand.value
-    return replace(operand, value=replace(value, constant=False)) if value.created else operand
+    stated = dict(clause.words[:2] for clause in call.rule.all("factor"))
+    if computed := call.nodes.keys() & stated.values():  # of a convolution of all samples at once, say
+        raise DoesNotApplyError(f"'{computed.pop()}' is computed at run time")
+    gates = dict(clause.words[:2] for clause in call.rule.all("gates"))
+    sizes = {letter: call.arguments[name] for letter, name in stated.items()} | gates
+    return {letter: int(size) for letter, size in sizes.items()}
 
 
 def _repeated(operand: Operand, few: str, many: str, size: int) -> Operand:
@@ -168,9 +167,9 @@ def _repeated(operand: Operand, few: str, many: str, size: int) -> Operand:
         Axis(axis.numbers.repeat_interleave(times if axis.numbers.shape[dim] > 1 else 1, dim), axis.dim)
         for axis in value.axes
     )
-    shape = (*value.shape[:dim], size, *value.shape[dim + 1 :])
+    value = Value((*value.shape[:dim], size, *value.shape[dim + 1 :]), axes, value.constant)
     letters = tuple(many if letter == few else letter for letter in operand.letters)
-    return replace(operand, value=Value(shape, axes, value.constant), letters=letters)
+    return replace(operand, value=value, letters=letters)
 
 
 # --- Dimensions that are products of two letters: an operand is divided before a rule is applied, a result

@@ -88,22 +88,27 @@ class Contraction:
                     if role in ("column", "row") and axis.numbers.shape[dim] == 1:
                         yield weight, axis, letter
 
-    def use(self) -> Use | None:
+    def axes(self) -> list[Axis]:
+        """The axes along letters that no other operand has."""
+        alone = [letter for letter in self.shared if len(self.operands.holders(letter)) == 2]
+        return [axis for one in (self.weight, self.activation) for letter in alone for axis in one.at(letter)]
+
+    def uses(self) -> list[Use]:
         """The use of the weight, if it has columns."""
         weight, activation, reading = self.weight, self.activation, self.operands.reading
         blocks, columns, windows = (self.letters(role) for role in ("block", "column", "window"))
         axes = [axis for letter in columns for axis in weight.at(letter)]
         if not axes:
-            return None
+            return []
         assert weight.node is not None
         assert activation.node is not None
         assert weight.value.origin is not None
-        others = (operand for operand in self.operands.each if operand is not weight)
+        others = [operand for operand in self.operands.each if operand is not weight]
         route = next((other.node for other in others if reading.routed & {*other.letters}), None)
         along = [*blocks, *columns, *windows]
         single = weight.at(blocks[0]) if len(blocks) == 1 else []
         alone = len(single) == 1 and len(single[0].varying()) == 1
-        return Use(
+        use = Use(
             self.node,
             weight.value.origin,
             weight.node,
@@ -121,18 +126,19 @@ class Contraction:
             single[0].numbers.reshape(-1).numpy() if alone else None,
             self.operands.recurrences.get(activation.name),
         )
+        return [use]
 
     def _window(self, letter: str) -> Window:
-        slides = self.operands.reading.slides
-        place, slide = next(item for item in enumerate(slides) if item[1].words[1] == letter)
+        reading = self.operands.reading
+        slides = enumerate(clause.words for clause in reading.rule.all("slide"))
+        place, (over, _, *names) = next(item for item in slides if item[1][1] == letter)
         stride, padding, dilation = (
             each[min(place, len(each) - 1)] if isinstance(each, (list, tuple)) else each
-            for each in (self.operands.reading.arguments[name] for name in slide.words[2:])
+            for each in (reading.arguments[name] for name in names)
         )
-        (dim,), size = self.activation.dims(slide.words[:1]), self.weight.size(letter)
-        total = dilation * (size - 1) if padding == "same" else 0
-        around = (total // 2, total - total // 2) if isinstance(padding, str) else (int(padding),) * 2
-        return Window(dim, size, int(stride), around, int(dilation))
+        (dim,), size = self.activation.dims([over]), self.weight.size(letter)
+        total = dilation * (size - 1) if padding == "same" else 0 if padding == "valid" else 2 * int(padding)
+        return Window(dim, size, int(stride), (total // 2, total - total // 2), int(dilation))
 
 
 def _columns(axis: Axis, weight: Operand, letters: list[str], blocks: int) -> np.ndarray:

@@ -409,8 +409,8 @@ class Interpreter:
                 f"the rule of {node.target} fails at node '{node.name}': {type(error).__name__}:"
                 f" {first_line(error)}; give it another one with fasp_fx.patterns.register()"
             ) from error
-        both = zip(call.shapes, results, strict=False)
-        values = [Value(shape, tuple(axes), constant) for shape, (axes, constant) in both]
+        constant = relation.operands.constant
+        values = [Value(shape, tuple(axes), constant) for shape, axes in zip(call.shapes, results)]
         if len(results) != len(call.shapes) or not fits(values, call.shapes):
             raise DoesNotApplyError("its results have other dimensions")
         return values

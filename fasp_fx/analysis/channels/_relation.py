@@ -6,6 +6,7 @@ decides what is said of its channels.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
@@ -41,6 +42,7 @@ class Relation:
         self.call, self.node, self.facts, self.numbering = call, call.node, facts, numbering
         self.operands = Operands(call)
         self.reading = self.operands.reading
+        self.activations = [operand for operand in self.operands.each if not operand.value.constant]
         #: letters along which graphs that the operator is given tell positions apart, with the reason
         self.told = _told_apart(call)
 
@@ -60,25 +62,16 @@ class Relation:
 
     # --- What follows for channels.
 
-    def run(self) -> list[tuple[list[Axis], bool]]:
-        """Say all that follows of the operands' channels; return the axes of each result and whether it is
-        constant.
-        """
-        outgoing: list[tuple[str, Tensor]] = []
+    def run(self) -> list[list[Axis]]:
+        """Say all that follows of the operands' channels; return the axes of each result."""
         for operand in self.operands.each:
-            if operand.splits:
-                self.facts.boxes_of(operand.value, self.node)
-        self._note_matrices()
-        for letter in self.operands.order:
-            outgoing += [(letter, numbers) for numbers in self._meet(letter)]
+            self._note(operand)
+        outgoing = [(letter, numbers) for letter in self.operands.order for numbers in self._meet(letter)]
         self._consume()
         kept = self.reading.kept - self.reading.along("reduce") - self.reading.windowed
         dropped = {*self.operands.order} - kept
         return [
-            (
-                [axis for item in outgoing for axis in self._laid(dims, dropped, *item)],
-                self.operands.constant,
-            )
+            [axis for item in outgoing for axis in self._laid(dims, dropped, *item)]
             for dims in self.reading.results
         ]
 
@@ -112,7 +105,7 @@ class Relation:
         """Where two activations are contracted, note which channels share a position of the dimensions that
         neither sums over.
         """
-        activations = [operand for operand in self.operands.each if not operand.value.constant]
+        activations = self.activations
         letters = [letter for operand in activations for letter in operand.letters]
         several = {letter for letter in letters if letters.count(letter) > 1}
         for operand in activations if several & self.operands.summed else ():
@@ -125,13 +118,15 @@ class Relation:
                     spread = leader.expand(axis.numbers.shape).reshape(-1).numpy()
                     self.facts.wishes.heads.append((spread, axis.numbers.reshape(-1).numpy(), self.node))
 
-    def _note_matrices(self) -> None:
-        for operand in self.operands.each if not self.operands.constant else ():
-            if operand.value.constant and self.operands.summed & {*operand.letters}:
-                # A part of a weight has no origin any more, and its channels have.
-                self.facts.matrices |= {axis.slot[0] for axis in operand.value.axes if axis.slot is not None}
-                if operand.value.origin is not None:
-                    self.facts.matrices.add(operand.value.origin)
+    def _note(self, operand: Operand) -> None:
+        """Note the boxes and the weight that an operand is."""
+        value, summed = operand.value, self.operands.summed & {*operand.letters}
+        if operand.splits:
+            self.facts.boxes_of(value, self.node)
+        if value.constant and summed and not self.operands.constant:
+            # A part of a weight has no origin any more, and its channels have.
+            names = {axis.slot[0] for axis in value.axes if axis.slot is not None}
+            self.facts.matrices |= names | ({value.origin} if value.origin is not None else set())
 
     def _meet(self, letter: str) -> list[Tensor]:
         """Couple all axes that shrink ``letter``; return those that survive, with a dimension for every
@@ -270,26 +265,17 @@ class Relation:
 
     def _consume(self) -> None:
         """Record each weight that is contracted with an activation."""
-        operands = self.operands.each
-        weights = [operand for operand in operands if operand.value.constant]
-        for weight in weights:
-            for activation in (operand for operand in operands if not operand.value.constant):
-                contraction = Contraction(self.node, self.operands, weight, activation)
-                if contraction.shared:
-                    self._use(contraction)
-
-    def _use(self, contraction: Contraction) -> None:
-        self.facts.counts.stacked += contraction.stacked()
-        problem = contraction.problem()
-        if problem is None:
-            self._want_blocks(contraction.alike_in_blocks())
-            use = contraction.use()
-            self.facts.uses += [] if use is None else [use]
-            return
-        alone = [letter for letter in contraction.shared if len(self.operands.holders(letter)) == 2]
-        pair = (contraction.weight, contraction.activation)
-        axes = (axis for operand in pair for letter in alone for axis in operand.at(letter))
-        self.facts.freeze(axes, problem, self.node)
+        weights = [operand for operand in self.operands.each if operand.value.constant]
+        pairs = itertools.product(weights, self.activations)
+        contractions = [Contraction(self.node, self.operands, *pair) for pair in pairs]
+        for contraction in (each for each in contractions if each.shared):
+            self.facts.counts.stacked += contraction.stacked()
+            problem = contraction.problem()
+            if problem is None:
+                self._want_blocks(contraction.alike_in_blocks())
+                self.facts.uses += contraction.uses()
+            else:
+                self.facts.freeze(contraction.axes(), problem, self.node)
 
     def _want_blocks(self, shared: Iterable[tuple[Operand, Axis, str]]) -> None:
         """Ask for numbers of their own for channels of every block, where blocks share them."""
