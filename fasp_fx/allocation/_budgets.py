@@ -5,22 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from fasp_fx.analysis import (
+    Analysis,
     Counted,
+    Group,
     Products,
     Resource,
     ShrinkingSizes,
-    Size,
     Sparsity,
-    Widest,
     cache_of,
     parameters_of,
 )
@@ -28,9 +28,6 @@ from fasp_fx.base import HigherOrderOperator, OpOverload, is_number, tolerable
 from fasp_fx.capturing import Sizes, arguments, attribute, elements
 from fasp_fx.errors import ArgumentError, BudgetError
 from fasp_fx.patterns import ONE_WIDTH, Reading, Rule, letters_of, lookup, read
-
-if TYPE_CHECKING:
-    from fasp_fx.analysis import Analysis, Group
 
 
 @dataclass(frozen=True)
@@ -172,7 +169,7 @@ class Microseconds(Resource):
 
     def used(self, lost: Sequence[int]) -> float:
         pairs = zip(self.groups, lost, strict=True)
-        return 1e6 * self._seconds({group.name: group.width - gone // group.blocks for group, gone in pairs})
+        return 1e6 * self._seconds({group.name: group.width - sets // group.blocks for group, sets in pairs})
 
 
 #: every kind of budget that can be stored, by its name
@@ -184,13 +181,13 @@ def counted(analysis: Analysis, cap: Cap | None) -> Resource:
     return Sparsity(analysis) if cap is None else cap.resource(analysis)
 
 
-def read_budget(given: Any) -> tuple[Cap, ...]:
+def read_budget(budget: Any) -> tuple[Cap, ...]:
     """The budgets that an option was given: one or several.
 
     Raises:
         ArgumentError: it is something else, or two budgets are of one resource.
     """
-    caps = tuple(given) if isinstance(given, Iterable) else (given,)
+    caps = tuple(budget) if isinstance(budget, Iterable) else (budget,)
     for cap in caps:
         if not isinstance(cap, Cap):
             raise ArgumentError(
@@ -246,34 +243,20 @@ def macs_of(analysis: Analysis) -> Counted:
     Raises:
         BudgetError: an operator multiplies in a way that is not counted; names it.
     """
-    left, shapes, sizes, dense = Products(), _example_shapes(analysis), ShrinkingSizes(analysis), 0
-
-    def size(dim: Dim) -> Size:
-        return sizes.of(dim[0], shapes(dim[0]), dim[1])
-
-    for node in _calls(analysis.program.module.graph):
-        for term in _terms(node, analysis.program.module, shapes):
-            factors = [[size(dim) for dim in dims] for dims in term]
-            left.add([own[0] if len(own) == 1 else Widest(tuple(own)) for own in factors])
-            dense += math.prod(own[0].whole for own in factors)
-    return Counted(analysis, left, dense)
-
-
-def _example_shapes(analysis: Analysis) -> ShapeOf:
-    """The shapes of what nodes make, at the sizes of the example inputs, as the capture recorded them; the
-    analysis runs at small sizes where it can.
-    """
-    module, sizes = analysis.program.module, Sizes(analysis.program.module, small=False)
+    program, left, sizes, dense = analysis.program, Products(), ShrinkingSizes(analysis), 0
+    # The analysis runs at small sizes where it can; these are those of the example inputs.
+    recorded = Sizes(program.module, small=False)
 
     def shape(node: fx.Node) -> tuple[int, ...]:
-        value = attribute(module, str(node.target)) if node.op == "get_attr" else node.meta["val"]
-        return tuple(sizes.integer(size) for size in value.shape)
+        value = attribute(program.module, str(node.target)) if node.op == "get_attr" else node.meta["val"]
+        return tuple(recorded.integer(size) for size in value.shape)
 
-    return shape
-
-
-def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
-    return (node for node in graph.nodes if node.op == "call_function")
+    for call in program.module.graph.nodes:
+        for term in _terms(call, program.module, shape) if call.op == "call_function" else ():
+            factors = [tuple(sizes.of(node, shape(node), dim) for node, dim in dims) for dims in term]
+            left.add(factors)
+            dense += math.prod(several[0].whole for several in factors)
+    return Counted(analysis, left, dense)
 
 
 def _terms(node: fx.Node, module: torch.nn.Module, shape: ShapeOf) -> list[Term]:
@@ -331,6 +314,11 @@ def _dims(
                 term[several] = dim
         if not letters.difference(*term):
             break
+    else:
+        raise BudgetError(
+            f"the rule of '{node.name}' ({node.target}) does not say how often it multiplies, so macs are no"
+            " budget here; use another"
+        )
     # Where the passes make two sizes one, the larger of them counts.
     wide = ONE_WIDTH.get(str(node.target), ())
     widths = {several[0]: dim for place in places.values() for several, dim in place if several[0] in wide}

@@ -101,9 +101,6 @@ from ._resources import (
     Sparsity as Sparsity,  # The weights of linear, convolution and recurrent operators that a prunable, exempt or included group touches
 )
 from ._resources import (
-    Widest as Widest,  # The largest of several sizes, to which the others are padded
-)
-from ._resources import (
     cache_of as cache_of,  # Bytes per token of one sequence that the caches among the outputs take: [batch, heads, length, width]
 )
 from ._resources import (
@@ -177,7 +174,6 @@ __all__ = [
     "ShrinkingSizes",
     "Size",
     "Sparsity",
-    "Widest",
     "analyze_program",
     "by_block",
     "cache_of",

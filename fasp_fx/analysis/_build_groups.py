@@ -110,9 +110,9 @@ def group_sets(judged: ChannelSets, numbering: Numbering, walk: Walk) -> tuple[n
         fresh += int(finer.max(initial=-1)) + 1
     _, first, group_of = np.unique(group_of, return_index=True, return_inverse=True)
     places = np.repeat(np.arange(len(items)), [len(sets) for sets in items])
-    sets = np.concatenate([np.zeros(0, dtype=np.int64), *items])
-    members = coo_matrix((np.ones(len(places)), (sets, places)), shape=(len(judged.status), len(items))).tocsr()
-    members, offset = members[first], len(numbering.slots)
+    sets, shape = np.concatenate([np.zeros(0, dtype=np.int64), *items]), (len(judged.status), len(items))
+    members = coo_matrix((np.ones(len(places)), (sets, places)), shape=shape).tocsr()[first]
+    offset = len(numbering.slots)
     keys = {
         index: (frozenset(by[by < offset].tolist()), frozenset((by[by >= offset] - offset).tolist()))
         for index, by in enumerate(np.split(members.indices, members.indptr[1:-1]))

@@ -102,6 +102,11 @@ class Group:
     multiple: int = 1
 
     @property
+    def members(self) -> tuple[Member, ...]:
+        """All weights that lose rows or columns with it."""
+        return (*self.producers, *self.consumers)
+
+    @property
     def width(self) -> int:
         """Channel sets per block."""
         return self.size // self.blocks
@@ -124,10 +129,8 @@ class Group:
             return self.width
         if self.granularity == "channel":
             return math.lcm(round_to, self.multiple)
-        each = max(
-            (len(own.indices) // (self.width * own.blocks) for own in (*self.producers, *self.consumers)),
-            default=1,
-        )
+        counts = [len(member.indices) // (self.width * member.blocks) for member in self.members]
+        each = max(counts, default=1)
         return self.multiple // math.gcd(self.multiple, each)
 
     def __str__(self) -> str:

@@ -114,8 +114,8 @@ class Operands:
             self.recurrences[operands[-1].name] = recurrence
         self.order = list(dict.fromkeys(letter for operand in operands for letter in operand.letters))
         self.summed = reading.summed(operand.letters for operand in operands)
-        # What no weight had a part in (a state of zeros before the first step) meets a weight as an activation
-        # does.
+        # What no weight had a part in (a state of zeros before the first step) meets a weight as an
+        # activation does.
         self.each = [
             replace(each, value=replace(each.value, constant=False))
             if each.value.created and self.summed & {*each.letters}
