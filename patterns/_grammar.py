@@ -117,8 +117,9 @@ def letters_of(dims: Dims) -> tuple[str, ...]:
     return tuple(letter for dim in dims for letter in ((dim,) if isinstance(dim, str) else dim))
 
 
-def _spelled(dims: Dims) -> str:
-    return " ".join(dim if isinstance(dim, str) else f"({' '.join(dim)})" for dim in dims)
+def _normalised(tokens: list[tuple[str, int]]) -> str:
+    text = re.sub(r" (?=[]),;=])|(?<=[[(@=]) ", "", " ".join(token for token, _ in tokens))
+    return re.sub(r"(?<=\w) (?=\[)", "", text)
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,6 @@ class Operand:
 
     name: str
     dims: Dims
-
-    def __str__(self) -> str:
-        return f"{self.name}[{_spelled(self.dims)}]"
 
 
 @dataclass(frozen=True)
@@ -151,11 +149,6 @@ class Alternative:
         letters = [letter for operand in self.operands for letter in letters_of(operand.dims)]
         return frozenset(letter for letter in letters if letters.count(letter) > 1) - self.kept
 
-    def __str__(self) -> str:
-        results = ", ".join(f"[{_spelled(dims)}]" for dims in self.results)
-        text = f"{', '.join(map(str, self.operands))} -> {results}"
-        return f"{text} if {self.condition}" if self.condition else text
-
 
 @dataclass(frozen=True)
 class Clause:
@@ -165,15 +158,12 @@ class Clause:
 
     keyword: str
     words: tuple[str, ...]
-    argument: bool = False
-    condition: str | None = None
+    argument: bool
+    condition: str | None
+    text: str
 
     def __str__(self) -> str:
-        first = ("@" if self.argument else "") + self.words[0]
-        rest = self.words[1:]
-        if self.keyword == "shape" and rest:
-            return f"shape {first}={rest[0]}"
-        return " ".join((self.keyword, first, *rest, *(("if", self.condition) if self.condition else ())))
+        return self.text
 
     def holds(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the clause speaks of a call with these arguments."""
@@ -187,21 +177,12 @@ class Rule:
     moves: str | None
     alternatives: tuple[Alternative, ...]
     clauses: tuple[Clause, ...]
-    creates: bool = False
-    tallies: str | None = None
+    creates: bool
+    tallies: str | None
+    text: str
 
     def __str__(self) -> str:
-        single = (
-            f"move {self.moves}"
-            if self.moves
-            else f"tally {self.tallies}"
-            if self.tallies
-            else "create"
-            if self.creates
-            else "check"
-        )
-        body = " | ".join(map(str, self.alternatives)) or single
-        return "; ".join((body, *map(str, self.clauses)))
+        return self.text
 
     @property
     def pointwise(self) -> bool:
@@ -254,72 +235,65 @@ class _Parser:
     def peek(self) -> str | None:
         return self.tokens[self.at][0] if self.at < len(self.tokens) else None
 
-    def take(self, expected: str | None = None) -> str:
+    def take(self, pattern: str, expected: str) -> str:
         token = self.peek()
-        if token is None or (expected is not None and token != expected):
-            self.fail(f"expected {expected!r}" if expected else "unexpected end")
+        if token is None or not re.fullmatch(pattern, token):
+            self.fail(f"expected {expected}")
         self.at += 1
         return token
 
     def accept(self, token: str) -> bool:
-        if self.peek() == token:
-            self.at += 1
-            return True
-        return False
+        taken = self.peek() == token
+        self.at += taken
+        return taken
 
     def name(self) -> str:
-        token = self.peek()
-        if token is None or not re.fullmatch(r"[A-Za-z_]\w*(\.\d+)?", token):
-            self.fail("expected a name")
-        return self.take()
-
-    def letter(self, pattern: str, before: list[str | tuple[str, str]]) -> str:
-        token = self.peek()
-        if token is None or not re.fullmatch(pattern, token):
-            self.fail("expected a letter, '(', '...' or ']'")
-        if token in letters_of(tuple(before)):
-            self.fail(f"{token!r} stands twice in one tensor")
-        return self.take()
+        return self.take(r"[A-Za-z_]\w*(\.\d+)?", "a name")
 
     def dims(self) -> Dims:
-        self.take("[")
+        self.take(r"\[", "'['")
         dims: list[str | tuple[str, str]] = []
         while not self.accept("]"):
             if self.accept("("):
                 first = self.letter(r"[A-Za-z_]\w*", dims)
                 dims.append((first, self.letter(r"[A-Za-z_]\w*", [*dims, first])))
-                self.take(")")
+                self.take(r"\)", "')'")
             else:
                 dims.append(self.letter(r"\.\.\.|[A-Za-z_]\w*\*?", dims))
         return tuple(dims)
+
+    def letter(self, pattern: str, before: list[str | tuple[str, str]]) -> str:
+        if self.peek() in letters_of(tuple(before)):
+            self.fail(f"{self.peek()!r} stands twice in one tensor")
+        return self.take(pattern, "a letter, '(', '...' or ']'")
 
     def alternative(self) -> Alternative:
         operands = [Operand(self.name(), self.dims())]
         while self.accept(","):
             operands.append(Operand(self.name(), self.dims()))
-        self.take("->")
+        self.take("->", "'->'")
         results = [self.dims()]
         while self.accept(","):
             results.append(self.dims())
         letters = {letter for operand in operands for letter in letters_of(operand.dims)}
         form = Alternative(tuple(operands), tuple(results))
-        added = next((each for dims in results for each in letters_of(dims) if each not in letters), None)
-        if added is not None and not letters <= form.kept:
-            self.fail(f"{added!r} stands in a result but in no operand")
+        added = form.kept - letters
+        if added and not letters <= form.kept:
+            self.fail(f"{min(added)!r} stands in a result but in no operand")
         return replace(form, condition=self.name()) if self.accept("if") else form
 
     def clause(self) -> Clause:
-        keyword = str(self.peek())
+        keyword, first = str(self.peek()), self.at
         if keyword not in _CLAUSES:
             self.fail(f"expected one of {', '.join(sorted(_CLAUSES))}")
         self.at += 1
         kinds, argument = _CLAUSES[keyword].split(), self.accept("@")
         if argument and kinds[0] != "where":
             self.fail(f"'@' is not allowed after {keyword!r}")
-        words = [self.take()]
-        while self.peek() not in (None, ";", "if"):
+        words: list[str] = []
+        while not words or self.peek() not in (None, ";", "if"):
             self.accept("=")
-            words.append(self.take())
+            words.append(self.take(".+", "a word"))
         if self.peek() == "if" and keyword not in _CONDITIONAL:
             self.fail(f"'if' is not allowed after {keyword!r}")
         condition = self.name() if self.accept("if") else None
@@ -331,26 +305,25 @@ class _Parser:
         needed = sum(not kind.endswith("?") for kind in kinds)
         if not needed <= len(words) <= len(kinds):
             self.fail(f"{keyword!r} takes {needed} to {len(kinds)} word(s), not {len(words)}")
-        return Clause(keyword, tuple(words), argument, condition)
+        return Clause(keyword, tuple(words), argument, condition, _normalised(self.tokens[first : self.at]))
 
     def rule(self) -> Rule:
         alternatives, clauses = [], []
-        subject, body = None, self.peek() if self.peek() in ("check", "create", "move", "tally") else None
-        if body is None:
+        creates = self.accept("create")
+        moves = self.name() if self.accept("move") else None
+        tallies = self.name() if self.accept("tally") else None
+        if not (creates or moves or tallies or self.accept("check")):
             alternatives.append(self.alternative())
             while self.accept("|"):
                 alternatives.append(self.alternative())
-        elif self.take() in ("move", "tally"):
-            subject = self.name()
         while self.accept(";"):
             clauses.append(self.clause())
         if self.peek() is not None:
             self.fail("expected ';' or the end")
-        moves, tallies = (subject if body == one else None for one in ("move", "tally"))
-        rule = Rule(moves, tuple(alternatives), tuple(clauses), body == "create", tallies)
-        if rule.creates and not rule.all("shape"):
+        if creates and not any(clause.keyword == "shape" for clause in clauses):
             self.fail("'create' needs the clause 'shape', which says what argument holds the sizes")
-        return rule
+        text = _normalised(self.tokens)
+        return Rule(moves, tuple(alternatives), tuple(clauses), creates, tallies, text)
 
 
 @cache

@@ -44,7 +44,7 @@ def _only_what_mixes(_: Any) -> Any:
 
 
 def _at_this_size(_: Any) -> Any:
-    return lambda self, shape: lambda numbers: _MOVES._outputs(self._run(numbers.expand(shape)))
+    return lambda self, shape: lambda numbers: self._run(numbers.expand(shape))
 
 
 ACROSS = Mutant(

@@ -64,24 +64,23 @@ def _looked_up(call: Call, name: str, names: Tensor) -> bool:
     source = _source(call)
     if not isinstance(source, Value):
         return False
-    named = [clause.words[0] for clause in call.rule.all("index") if clause.words[1] == name]
-    dims = [int(call.arguments[dim]) % len(source.shape) for dim in named]
+    clauses = (clause.words[0] for clause in call.rule.all("index") if clause.words[1] == name)
+    dims = [int(call.arguments[dim]) % len(source.shape) for dim in clauses]
     if name == "indices" and call.rule.moves:
         indices = enumerate(call.arguments[name])
         dims = [dim for dim, index in indices if isinstance(index, Value) and index.names is not None]
-    return bool(dims) and all(
-        bool(source.at(dim)) and all(_fits(axis, names) for axis in source.at(dim)) for dim in dims
-    )
+    axes = [source.at(dim) for dim in dims]
+    return bool(axes) and all(axes) and all(_fits(axis, names) for along in axes for axis in along)
 
 
 def name_results(call: Call, values: list[Value], facts: Facts) -> list[Value]:
     """Say which results name positions, and freeze positions that are named to an operator that makes
     something else of them.
     """
-    values = list(vanish(call, values))
-    for clause in call.rule.all("choose"):
-        source = _source(call)
-        if len(clause.words) == 2 and isinstance(source, Value):
+    values = vanish(call, values)
+    source = _source(call)
+    for clause in call.rule.all("choose") if isinstance(source, Value) else ():
+        if len(clause.words) == 2:
             _choose(call, source, clause, values, facts)
     for name, item in named(call.arguments):
         recorded = call.node.meta.get("val")
@@ -134,7 +133,7 @@ def vanish(call: Call, values: list[Value]) -> list[Value]:
         or any(clause.words[0] in zero for clause in rule.all("pass"))
     ):
         return [replace(value, vanishes=True) for value in values]
-    return values
+    return list(values)
 
 
 def _stays_zero(call: Call, clause: Clause, zero: set[str]) -> bool:

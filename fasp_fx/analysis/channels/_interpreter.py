@@ -152,16 +152,7 @@ class Interpreter:
     def _axes(self, name: str, shape: tuple[int, ...], kind: str, dims: list[int]) -> list[Axis]:
         axes = []
         for dim in (dim for dim in dims if shape[dim] > 1):
-            numbers = dict(enumerate(self.overrides.get(name, ()))).get(dim)
-            if numbers is None:
-                slot = self.numbering.get(name, dim)
-                if slot is None and self.reference is not None:
-                    raise VerificationError(
-                        f"'{name}' has {shape[dim]} channels along dimension {dim} that were not there before"
-                    )
-                slot = slot or self.numbering.add(name, dim, shape[dim], kind)
-                numbers = slot.numbers()
-            numbers, along = self._laid(self.numbering.speaking(numbers), name, dim, shape), dim
+            numbers, along = self._numbers(name, shape, kind, dim), dim
             if kind == "input" and bool((numbers == numbers.narrow(dim, 0, 1)).all()):
                 # Whole heads of a cache.
                 numbers = numbers.narrow(dim, 0, 1)
@@ -170,15 +161,19 @@ class Interpreter:
                 axes.append(Axis(numbers, along, (name, dim)))
         return axes
 
-    def _laid(self, numbers: Tensor, name: str, dim: int, shape: tuple[int, ...]) -> Tensor:
+    def _numbers(self, name: str, shape: tuple[int, ...], kind: str, dim: int) -> Tensor:
         """The numbers along one dimension of a weight, in its rank; those of blocks vary along the dimension
         that these divide.
         """
-        if numbers.dim() == 1:
+        slot, left = self.numbering.get(name, dim), dict(enumerate(self.overrides.get(name, ()))).get(dim)
+        if slot is None and self.reference is not None:
+            raise VerificationError(
+                f"'{name}' has {shape[dim]} channels along dimension {dim} that were not there before"
+            )
+        slot = slot or self.numbering.add(name, dim, shape[dim], kind)
+        numbers = self.numbering.speaking(slot.numbers() if left is None else left)
+        if numbers.dim() == 1 or slot.block_dim is None:
             return numbers.reshape([-1 if d == dim else 1 for d in range(len(shape))])
-        slot = self.numbering.get(name, dim)
-        assert slot is not None
-        assert slot.block_dim is not None
         if shape[slot.block_dim] % numbers.shape[0]:
             raise VerificationError(
                 f"dimension {slot.block_dim} of '{name}' is {shape[slot.block_dim]}, not a multiple of its"
@@ -190,8 +185,8 @@ class Interpreter:
         recorded = node.meta.get("val")
         with self.mode:
             executed = walk.sizes.concrete(recorded)
+        walk.executed[node] = walk.values[node] = executed
         if not isinstance(recorded, Tensor):
-            walk.executed[node] = walk.values[node] = executed
             return
         walk.executed[node] = executed = self._like(executed)
         # Part of other dimensions' numbers.
@@ -206,11 +201,10 @@ class Interpreter:
 
     def _get_attr(self, node: fx.Node, walk: Walk) -> None:
         tensor = attribute(self.module, target_name(node))
+        walk.values[node] = walk.executed[node] = tensor
         if not isinstance(tensor, Tensor):
-            walk.values[node] = walk.executed[node] = tensor
             return
-        name = self.canonical.get(target_name(node), target_name(node))
-        shape = tuple(tensor.shape)
+        name, shape = self.canonical.get(target_name(node), target_name(node)), tuple(tensor.shape)
         walk.executed[node] = self._like(tensor)
         axes = self._axes(name, shape, "weight", list(range(len(shape))))
         is_index = tensor.dtype in (torch.int32, torch.int64) and name not in self.written
@@ -230,26 +224,22 @@ class Interpreter:
     # --- operators
 
     def _call_function(self, node: fx.Node, walk: Walk) -> None:
-        executed = self._execute(node, walk)
-        walk.executed[node] = executed
-        if node.target is operator.getitem:
-            source, index = arguments(node)["0"], arguments(node)["1"]
-            if isinstance(walk.values.get(source), (list, tuple)):
-                walk.values[node] = walk.values[source][index]
-                return
-        shapes = _shapes(executed)
-        if not shapes:
+        walk.executed[node] = walk.values[node] = executed = self._execute(node, walk)
+        shapes = [tuple(leaf.shape) for leaf in _tensors(executed)]
+        several = walk.values.get(node.args[0]) if node.target is operator.getitem else None  # type: ignore[arg-type]
+        if isinstance(several, (list, tuple)):
+            walk.values[node] = several[arguments(node)["1"]]
+        elif not shapes:
             self._read(node, walk)
-            walk.values[node] = executed
-            return
-        values = self._apply(node, walk, shapes)
-        if node.name in walk.unexecuted:
-            operands = _tensors(_values(arguments(node), walk))
-            why = f"{node.target} does not run on stand-ins ({walk.unexecuted[node.name]})"
-            self._freeze_operands(node, walk, [*operands, *values], why)
-        for value in values:
-            walk.facts.boxes_of(value, node)
-        walk.values[node] = _in_place_of_tensors(executed, iter(values))
+        else:
+            values = self._apply(node, walk, shapes)
+            if node.name in walk.unexecuted:
+                operands = _known(_values(arguments(node), walk))
+                why = f"{node.target} does not run on stand-ins ({walk.unexecuted[node.name]})"
+                self._freeze_operands(node, walk, [*operands, *values], why)
+            for value in values:
+                walk.facts.boxes_of(value, node)
+            walk.values[node] = _in_place_of_tensors(executed, iter(values))
 
     _call_module = _call_method = _call_function
 
@@ -260,7 +250,7 @@ class Interpreter:
             counted = operands["self"].at(operands["dim"] % len(operands["self"].shape))
             walk.facts.freeze(counted, f"their number is read by {node.target}", node)
         elif lookup(node.target) is None:
-            self._freeze_operands(node, walk, _tensors(operands))
+            self._freeze_operands(node, walk, _known(operands))
 
     def _execute(self, node: fx.Node, walk: Walk) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), walk.executed.__getitem__)
@@ -281,7 +271,7 @@ class Interpreter:
             with self.mode:
                 # Decided by data, or higher-order, say: the recorded shape serves.
                 executed = walk.sizes.concrete(node.meta.get("val"))
-        full = all(0 not in shape for shape in _shapes(executed))
+        full = all(leaf.numel() for leaf in _tensors(executed))
         fit = full and walk.sizes.fit(node.meta.get("val"), executed)
         if walk.sizes.small and walk.sizes.assigned and self.reference is None and not fit:
             raise _Degenerate
@@ -301,7 +291,7 @@ class Interpreter:
     def _apply(self, node: fx.Node, walk: Walk, shapes: list[tuple[int, ...]]) -> list[Value]:
         written, rule = arguments(node), lookup(node.target)
         values = _values(written, walk)
-        operands, experts = _tensors(values), "expert" in self.granularity
+        operands, experts = _known(values), "expert" in self.granularity
         if rule is not None and rule.creates:
             return [self._created(node, rule, shapes[0])]
         constant = bool(operands) and all(value.constant for value in operands)
@@ -375,9 +365,9 @@ class Interpreter:
             for name, argument in elements(call.arguments).items()
             if name not in declared and name.partition(".")[0] not in (call.rule.moves, *declared)
         }
-        operands = _tensors(unnamed) if str(call.node.target) not in CASTS else []
-        axes = (axis for value in operands for axis in value.axes)
-        facts.freeze(axes, f"decides by position in {call.node.target}", call.node)
+        operands = _known(unnamed) if str(call.node.target) not in CASTS else []
+        why = f"decides by position in {call.node.target}"
+        facts.freeze((axis for value in operands for axis in value.axes), why, call.node)
 
     def _by_rule(self, call: Call, walk: Walk) -> list[Value]:
         """The results as the rule gives them.
@@ -438,8 +428,8 @@ def _writer(node: fx.Node) -> OpOverload | None:
     return called if isinstance(called, OpOverload) and schema_of(called).is_mutable else None
 
 
-def _shapes(executed: Any) -> list[tuple[int, ...]]:
-    return [tuple(leaf.shape) for leaf in pytree.tree_leaves(executed) if isinstance(leaf, Tensor)]
+def _tensors(executed: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(executed) if isinstance(leaf, Tensor)]
 
 
 def _in_place_of_tensors(executed: Any, values: Iterator[Value]) -> Any:
@@ -449,10 +439,9 @@ def _in_place_of_tensors(executed: Any, values: Iterator[Value]) -> Any:
     return next(values) if isinstance(executed, Tensor) else executed
 
 
-def _tensors(arguments: dict[str, Any]) -> list[Value]:
-    items = (item for item in arguments.values())
-    leaves = (leaf for item in items for leaf in (item if isinstance(item, (list, tuple)) else [item]))
-    return [leaf for leaf in leaves if isinstance(leaf, Value)]
+def _known(arguments: dict[str, Any]) -> list[Value]:
+    """What is known of the tensors among some arguments."""
+    return [leaf for leaf in elements(arguments).values() if isinstance(leaf, Value)]
 
 
 def _values(written: dict[str, Any], walk: Walk) -> dict[str, Any]:

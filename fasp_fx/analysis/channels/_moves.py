@@ -94,9 +94,7 @@ class Move:
             self._settle_sizes()
         shift = self._shift(source.shape)
         axes: list[list[Axis]] = [[] for _ in shapes]
-        for axis in source.axes:
-            if self._stays(source, axis, touched, unsettled):
-                continue
+        for axis in (each for each in source.axes if not self._stays(source, each, touched, unsettled)):
             for index, moved in enumerate(self._moved(axis, shift)):
                 axes[index] += self._axis_of(moved, [axis], axis)
         stacked = source.origin is not None and self._takes_single(source.shape)
@@ -109,13 +107,13 @@ class Move:
         )
         origin = source.origin if stacked or whole else None
         settled = source.data is not None and len(self.node.all_input_nodes) == 1
-        data = _outputs(self._run(source.data)) if settled else [None] * len(shapes)
-        items = zip(shapes, axes, data, strict=True)
-        return [Value(shape, tuple(own), source.constant, origin, content) for shape, own, content in items]
+        data = self._run(source.data) if settled else [None] * len(shapes)
+        items = zip(shapes, map(tuple, axes), data, strict=True)
+        return [Value(shape, each, source.constant, origin, content) for shape, each, content in items]
 
-    def _run(self, numbers: Any) -> Any:
+    def _run(self, numbers: Any) -> list[Tensor]:
         others = {name: value for name, value in self.others.items() if name != "self"}
-        return _run(self.node.target, numbers, others)
+        return _outputs(_run(self.node.target, numbers, others))
 
     def _say_frozen(self, numbers: Tensor, reason: str) -> None:
         self.facts.say(self.facts.remarks.frozen, numbers, reason, self.node)
@@ -159,11 +157,10 @@ class Move:
 
     def _dynamic(self, rank: int) -> set[int]:
         """The dimensions of what is moved whose sizes vary from call to call."""
-        source = self.call.written[str(self.call.rule.moves)]
-        recorded = source.meta.get("val") if isinstance(source, fx.Node) else None
-        if not isinstance(recorded, Tensor) or recorded.dim() != rank:
-            return set()
-        return {dim for dim, size in enumerate(recorded.shape) if self.sizes.varies(size)}
+        source = self.call.nodes.get(str(self.call.rule.moves))
+        recorded = None if source is None else source.meta.get("val")
+        shape = recorded.shape if isinstance(recorded, Tensor) and recorded.dim() == rank else ()
+        return {dim for dim, size in enumerate(shape) if self.sizes.varies(size)}
 
     def _stays(self, source: Value, axis: Axis, touched: set[int], unsettled: dict[int, str]) -> bool:
         """Say what stays of an axis; whether nothing of it is moved."""
@@ -176,11 +173,10 @@ class Move:
         if axis.dim in touched:
             reason = f"{self.node.target} names positions along this dimension one by one"
             self._say_frozen(axis.numbers, reason)
-            if self.unknown:
-                return True
-        if axis.dim in unsettled:  # the remaining positions are those of a sequence, not channels
+        cut = axis.dim in unsettled and not (self.unknown and axis.dim in touched)
+        if cut:  # the remaining positions are those of a sequence, not channels
             self._say_frozen(axis.numbers, f"{unsettled[axis.dim]} {self.node.target}")
-        return axis.dim in unsettled
+        return cut or (self.unknown and axis.dim in touched)
 
     # --- Numbers moved.
 
@@ -198,21 +194,20 @@ class Move:
         elements.
         """
         if not self.is_reshape or not _numel(shape):
-            return lambda numbers: _outputs(self._run(numbers.expand(shape)))
-        after = self.call.shapes[0]
+            return lambda numbers: self._run(numbers.expand(shape))
         # Most of what is reshaped holds no channels.
-        pieces = cache(partial(_segments, self.node, shape, after, self.sizes))
+        pieces = cache(partial(_segments, self.node, shape, self.call.shapes[0], self.sizes))
         couple = partial(self.facts.couple, node=self.node)
-        return lambda numbers: [regroup(numbers, after, pieces(), couple)]
+        return lambda numbers: [regroup(numbers, self.call.shapes[0], pieces(), couple)]
 
     def _settle_sizes(self) -> None:
         """Where a reshape is given a number, the size is that number, whatever was recorded of it."""
         written, recorded = self.call.written, self.node.meta.get("val")
         wanted = written.get("size") or written.get("shape") or ()
-        if isinstance(recorded, Tensor) and recorded.dim() == len(wanted):
-            for size, number in zip(recorded.shape, wanted, strict=True):
-                if isinstance(number, int) and number != -1:
-                    self.sizes.settle(size)
+        fits = isinstance(recorded, Tensor) and recorded.dim() == len(wanted)
+        for size, number in zip(recorded.shape, wanted) if fits else ():
+            if isinstance(number, int) and number != -1:
+                self.sizes.settle(size)
 
     def _settle_parts(self, shape: tuple[int, ...]) -> None:
         """Sizes of parts that are known only at run time, such as the tokens of each expert, are stood in for
@@ -285,9 +280,8 @@ class Move:
         if axis is not None and (source is None or not _one_of_each(axis, source)):
             return [axis]
         if moved.numel() and int(flat[0]) != NONE:
-            dealt = source is not None and self.is_reshape
-            why = "deals these channels out by a size that varies from call to call"
-            why = why if dealt else "takes channels out one by one"
+            dealt = "deals these channels out by a size that varies from call to call"
+            why = dealt if source is not None and self.is_reshape else "takes channels out one by one"
             self._say_frozen(moved, f"{self.node.target} {why}")
             if source is not None and len(source.varying()) > 1:
                 # One of every row: rows can go whole.
@@ -426,9 +420,8 @@ def _one_of_each(axis: Axis, source: Axis) -> bool:
     """Whether a move took one channel out of every row, so that what is left varies only from row to row and
     cannot shrink.
     """
-    if (
-        len(axis.varying()) >= len(source.varying())
-        or axis.numbers.unique().numel() == source.numbers.unique().numel()
-    ):
-        return False
-    return smallest_step(axis.numbers.numpy(), axis.dim) > smallest_step(source.numbers.numpy(), source.dim)
+    return (
+        len(axis.varying()) < len(source.varying())
+        and axis.numbers.unique().numel() != source.numbers.unique().numel()
+        and smallest_step(axis.numbers.numpy(), axis.dim) > smallest_step(source.numbers.numpy(), source.dim)
+    )
