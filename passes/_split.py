@@ -247,7 +247,7 @@ def _moves_alike(node: fx.Node, rule: Rule) -> bool:
     What is padded on one side by an amount that a size decides, and cut by as much on the other, keeps its
     shape and is shifted.
     """
-    if any(rule.all(keyword) for keyword in ("shape", "span")):
+    if rule.all("shape") or node.target is torch.ops.aten.slice.Tensor:
         return True
     others = [value for name, value in arguments(node).items() if name != rule.moves]
     return not any(

@@ -9,15 +9,13 @@ at the wrong rows, a size left unchanged, a swapped order: each makes numbers me
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor, fx
 
 from fasp_fx.analysis import NONE, Analysis, Interpreter, Numbering, Pairs, Remark, Value, Walk, marked
 from fasp_fx.capturing import Program, results
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import lookup
-
-#: clauses of operators that take parts out of a dimension
-_PARTS = ("span", "sizes", "chunk")
 
 
 def verify(program: Program, reference: Analysis) -> Walk:
@@ -29,26 +27,16 @@ def verify(program: Program, reference: Analysis) -> Walk:
     Raises:
         VerificationError: names the node and what differs.
     """
-    before = reference.program
-    walk = Interpreter(
-        program.module,
-        reference.numbering,
-        program.canonical(),
-        before.state_inputs,
-        before.state_outputs,
-        overrides=program.numbers,
-        strict=True,
-        experts=reference.experts,
-        unexecuted=reference.walk.unexecuted,
-    ).run(reference.walk.sizes.small)
+    granularity = reference.granularity & {"expert"}
+    walk = Interpreter(program, reference.numbering, granularity, program.numbers, reference.walk).run()
     labels, last = reference.labels, _last_ones(program, reference)
     last = np.union1d(last, _mistaken(walk.facts.pairs, labels, last))
     _meet(walk.facts.pairs, labels, last, reference.numbering)
-    known = reference.walk.facts
+    now, before = walk.facts.remarks, reference.walk.facts.remarks
     for kind, remarks, allowed in (
-        ("froze", walk.facts.frozen, known.frozen),
-        ("mixes", walk.facts.mixed, known.mixed),
-        ("contracts", walk.facts.exempt, known.exempt),
+        ("froze", now.frozen, before.frozen),
+        ("mixes", now.mixed, before.mixed),
+        ("contracts", now.exempt, before.exempt),
     ):
         _subset(kind, remarks, allowed, labels, last)
     _same_outputs(walk, reference, program)
@@ -131,7 +119,7 @@ def _alone_in_parts(reference: Analysis, gone: np.ndarray) -> list[np.ndarray]:
     alone_sets = []
     for node, value in reference.walk.values.items():
         rule = lookup(node.target)
-        if rule is None or not any(clause.keyword in _PARTS for clause in rule.clauses):
+        if rule is None or not rule.all("part") or node.target is torch.ops.aten.select.int:
             continue
         for part in value if isinstance(value, tuple) else (value,):
             for axis in part.axes if isinstance(part, Value) else ():
