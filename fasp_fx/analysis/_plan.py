@@ -170,8 +170,8 @@ class PruningPlan:
             if count:
                 removed = max(round(group.removed_sets * count / sum(part.count for part in group.parts)), 1)
                 size = group.size - sizes.get((group.name, group.granularity), 0)
-                changes = {"size": size, "producers": producers, "consumers": consumers}
-                groups.append(replace(group, removed_sets=removed, **changes))
+                sized = replace(group, size=size, removed_sets=removed)
+                groups.append(replace(sized, producers=producers, consumers=consumers))
         now, then = (sum(group.removed_sets for group in some) for some in (groups, self.groups))
         return PruningPlan(
             earlier.result,

@@ -125,10 +125,10 @@ class Move:
         touched: set[int] = set()
         for clause in self.call.rule.all("freeze"):
             argument = self.others.get(clause.words[0])
-            items = argument if isinstance(argument, (list, tuple)) else [argument]
+            items: Sequence[Any] = argument if isinstance(argument, (list, tuple)) else [argument]
             if all(isinstance(item, int) for item in items):
                 touched |= {dim % rank for dim in items}
-            elif argument is not None:  # index tensors, for the leading dimensions one by one
+            else:  # index tensors, for the leading dimensions one by one
                 touched |= {dim for dim, index in enumerate(items) if index is not None}
         return touched
 
@@ -204,8 +204,8 @@ class Move:
         """Where a reshape is given a number, the size is that number, whatever was recorded of it."""
         written, recorded = self.call.written, self.node.meta.get("val")
         wanted = written.get("size") or written.get("shape") or ()
-        fits = isinstance(recorded, Tensor) and recorded.dim() == len(wanted)
-        for size, number in zip(recorded.shape, wanted) if fits else ():
+        sizes = recorded.shape if isinstance(recorded, Tensor) and recorded.dim() == len(wanted) else ()
+        for size, number in zip(sizes, wanted):
             if isinstance(number, int) and number != -1:
                 self.sizes.settle(size)
 
