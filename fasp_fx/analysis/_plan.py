@@ -327,8 +327,10 @@ def _planned(group: Group, gone: np.ndarray, removed: int, analysis: Coupling) -
             indices.update((rows[places[places // width == block]] - first).tolist())
 
     def cut(members: Iterable[Member]) -> tuple[ParameterSlice, ...]:
-        sides = {m: tuple(tuple(sorted(block)) for block in lost[(m.name, m.dim)]) for m in members}
-        return tuple(_slice(m.name, m.dim, blocks, m.block_dim) for m, blocks in sides.items())
+        return tuple(
+            _slice(m.name, m.dim, tuple(tuple(sorted(each)) for each in lost[(m.name, m.dim)]), m.block_dim)
+            for m in members
+        )
 
     producers, consumers = cut(group.producers), cut(group.consumers)
     return PlannedGroup(
