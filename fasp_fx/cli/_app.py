@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fasp_fx.analysis import Analysis
 from fasp_fx.base import __version__
 from fasp_fx.errors import ArgumentError
 from fasp_fx.pruning import FormatName, PruningConfig
@@ -382,6 +381,7 @@ def show_groups(
     with session() as stages:
         import torch
 
+        from fasp_fx.analysis import Analysis
         from fasp_fx.interop import write_page
         from fasp_fx.pruning import Report, analyze, counted
         from fasp_fx.storage import is_save, kind_of, read_text, verify
