@@ -216,8 +216,7 @@ def prune(
     config: Annotated[
         Path | None,
         option(
-            "Options from a file, as PruningConfig.to_json() writes them; those given here stand in the place"
-            " of its own.",
+            "Options from a file, as PruningConfig.to_json() writes them; those given here precede.",
             more=False,
             **FILE,
         ),
