@@ -29,7 +29,7 @@ from zoo import ZOO
 
 import fasp_fx
 import fasp_fx.hf
-from fasp_fx.allocation import Budget, Global, Limit, Macs, Parameters, Search, Trial, deepest_loss
+from fasp_fx.allocation import Budget, Global, Limit, Macs, Parameters, Search, Trial
 from fasp_fx.allocation._allocation import _counts, _neighbours
 from fasp_fx.calibration import BudgetTrial, Consumers, Decision, ModelTrial, Ranks
 from fasp_fx.calibration._obs import DAMPING
@@ -82,7 +82,7 @@ def test_moves_keep_the_bounds_and_the_multiples(
     counts = [_counts(group, round_to) for group in budget.groups]
     for found in itertools.islice(_neighbours(budget, counts, lost, reach, draw), 20):
         for group, before, after in zip(budget.groups, lost, found, strict=True):
-            assert 0 <= after <= deepest_loss(group)
+            assert 0 <= after <= group.deepest_loss
             assert after == before or not after or (group.width - after) % round_to == 0
 
 

@@ -83,9 +83,6 @@ from ._limits import (
     check_reach as check_reach,  # Refuse a budget that the groups cannot meet together
 )
 from ._limits import (
-    deepest_loss as deepest_loss,  # The most channel sets that a block of a group can lose
-)
-from ._limits import (
     is_excluded as is_excluded,  # Whether a pattern names a group, or a weight that it takes rows or columns from
 )
 from ._limits import (
@@ -120,7 +117,6 @@ __all__ = [
     "check_costs",
     "check_reach",
     "counted",
-    "deepest_loss",
     "lost_per_block",
     "macs_of",
     "read_budget",

@@ -102,9 +102,24 @@ class Group:
     multiple: int = 1
 
     @property
+    def members(self) -> tuple[Member, ...]:
+        """All weights that lose rows or columns with it."""
+        return (*self.producers, *self.consumers)
+
+    @property
     def width(self) -> int:
         """Channel sets per block."""
         return self.size // self.blocks
+
+    @property
+    def deepest_loss(self) -> int:
+        """The most channel sets that one block can lose."""
+        return max(self.width - self.needed, 0)
+
+    def most_lost(self, round_to: int) -> int:
+        """The most channel sets that one block can lose when kept widths are multiples of ``round_to``."""
+        step = self.step(round_to)
+        return max(self.width - -(-self.needed // step) * step, 0)
 
     def step(self, round_to: int) -> int:
         """What the channel sets that stay of a block are a multiple of, where kept *widths* are multiples of
@@ -114,10 +129,8 @@ class Group:
             return self.width
         if self.granularity == "channel":
             return math.lcm(round_to, self.multiple)
-        each = max(
-            (len(own.indices) // (self.width * own.blocks) for own in (*self.producers, *self.consumers)),
-            default=1,
-        )
+        counts = [len(member.indices) // (self.width * member.blocks) for member in self.members]
+        each = max(counts, default=1)
         return self.multiple // math.gcd(self.multiple, each)
 
     def __str__(self) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasp_fx.allocation import deepest_loss
 from fasp_fx.analysis import Analysis, Group, Use
 from fasp_fx.capturing import attribute
 from fasp_fx.errors import ArgumentError, CalibrationError
@@ -328,13 +327,13 @@ def orders_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) 
     """
     orders = {}
     for group in groups:
-        order = order_of(consumers, group, score, deepest_loss(group), consumers.weight)
+        order = order_of(consumers, group, score, group.deepest_loss, consumers.weight)
         losses = order.losses
         if losses is None:
             view = consumers.view(group, order.sets.shape[1], consumers.weight)
             costs = by_set(view, _column_costs) if group.uses else consumers.products.costs(group)
             losses = np.concatenate([[0.0], np.cumsum(costs[order.sets].sum(0))])
-        most = order.sets.shape[1] if group.uses else deepest_loss(group)
+        most = order.sets.shape[1] if group.uses else group.deepest_loss
         orders[group.name] = Order(order.sets[:, :most], losses[: most + 1])
     return orders
 

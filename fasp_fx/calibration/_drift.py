@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from fasp_fx.analysis import Use
-from fasp_fx.capturing import Runner, same_sizes
-from fasp_fx.patterns import CASTS, CHECKS, RESHAPES
-
-#: products of tokens and a weight, and which argument the tokens are
-_PLAIN = {"aten.linear.default": 0, "aten.mm.default": 0, "aten.addmm.default": 1}
+from fasp_fx.capturing import Runner, arguments, same_sizes
+from fasp_fx.patterns import CASTS, CHECKS, RESHAPES, affine, lookup
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,12 @@ def added_to(use: Use) -> fx.Node | None:
     tokens are: a product with the last dimension of its input, the rows in the last of its own, which is at
     most reshaped and cast before.
     """
-    end, at = use.node, _PLAIN.get(str(use.node.target))
-    if at is None or use.node.args[at] is not use.activation or len(use.columns) != 1:
+    end, rule = use.node, lookup(use.node.target)
+    if rule is None or affine(end.target) is None or len(rule.alternatives) != 1 or len(use.columns) != 1:
+        return None
+    form, named = rule.alternatives[0], arguments(end)
+    tokens = next((each.dims for each in form.operands if named.get(each.name) is use.activation), ())
+    if not tokens or tokens[-1] not in form.summed or {*form.results[0][-1:]} <= {*tokens}:
         return None
     while len(users := [user for user in end.users if str(user.target) not in CHECKS]) == 1:
         (user,) = users

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from fasp_fx.analysis import Analysis, Layout, Use, run_on_numbers
 from fasp_fx.base import pytree
 from fasp_fx.capturing import arguments, attribute, way_from_weight, written_names
-from fasp_fx.patterns import BIASES, CASTS
+from fasp_fx.patterns import CASTS, affine
 
 
 class ConsumerMatrices:
@@ -228,11 +228,11 @@ def bias_of(analysis: Analysis, uses: Sequence[Use], matrices: ConsumerMatrices)
         matrices: the weight as matrices, whose rows are the bias' entries, block after block.
     """
     use, module, canonical = uses[0], analysis.program.module, analysis.program.canonical()
-    named, names = arguments(use.node), BIASES.get(str(use.node.target))
-    if len(uses) > 1 or names is None or any(named.get(name, 1) != 1 for name in ("alpha", "beta")):
+    named, form = arguments(use.node), affine(use.node.target)
+    if len(uses) > 1 or form is None or any(named.get(name, 1) != 1 for name in ("alpha", "beta")):
         return None
-    weight, bias = (named.get(name) for name in names)
-    if weight is not use.operand or not isinstance(bias, fx.Node) or list(bias.users) != [use.node]:
+    bias = named.get(str(form.bias))
+    if not isinstance(bias, fx.Node) or list(bias.users) != [use.node]:
         return None
     name, others = canonical.get(str(bias.target), ""), module.graph.find_nodes(op="get_attr")
     if [node for node in others if canonical.get(str(node.target)) == name] != [bias]:

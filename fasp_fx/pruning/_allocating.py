@@ -18,7 +18,6 @@ from fasp_fx.allocation import (
     check_asked,
     check_patterns,
     counted,
-    deepest_loss,
     is_excluded,
     lost_by_pattern,
     validate,
@@ -165,7 +164,7 @@ def _advice(config: PruningConfig, groups: Sequence[Group]) -> str:
     sizes = [
         group.size
         for group in groups
-        if group.status == APPROXIMATE and group.granularity in config.granularity and deepest_loss(group)
+        if group.status == APPROXIMATE and group.granularity in config.granularity and group.deepest_loss
         if APPROXIMATE not in config.include and not is_excluded(group, config.exclude)
     ]
     include = (*config.include, APPROXIMATE)

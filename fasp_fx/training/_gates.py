@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fasp_fx.allocation import Budget, check_reach, counted, deepest_loss, is_excluded
+from fasp_fx.allocation import Budget, check_reach, counted, is_excluded
 from fasp_fx.analysis import Analysis, Group, Member, PruningPlan, by_block, laid_by_block
 from fasp_fx.base import (
     fingerprint,
@@ -72,7 +72,7 @@ def threshold(chances: Mapping[str, np.ndarray], budget: Budget, round_to: int) 
         budget, round_to: as for :class:`fasp_fx.allocation.Global`, with its errors.
     """
     check_reach(budget, round_to)
-    ties = (_TIE * (np.arange(deepest_loss(group)) + 1) / group.width for group in budget.groups)
+    ties = (_TIE * (np.arange(group.deepest_loss) + 1) / group.width for group in budget.groups)
     levels = [
         chances.get(group.name, np.full(group.width, _CLOSED))[: len(tie)] + tie
         for group, tie in zip(budget.groups, ties, strict=True)

@@ -39,8 +39,6 @@ from ._sizes import left_of, observed, say_sizes, tagged
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 #: what is assumed of a size that does not vary
 _SETTLED = re.compile(r".+\.size\(\)\[\d+\] == \d+")
-#: clauses of the operators that part a dimension
-_PARTS = ("chunk", "sizes")
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -259,10 +257,11 @@ class _Text:
         if node.target is _ATTENTION and named["scale"] is None:
             named["scale"] = 1.0 / math.sqrt(named["query"].meta["val"].shape[-1])
         for clause in () if rule is None else rule.clauses:
-            if clause.keyword in ("shape", *_PARTS):
+            if clause.keyword == "shape":
                 named.pop(clause.words[0])
-            if clause.keyword in _PARTS:
-                operator, dim = "parts", clause.words[-1]
+            if clause.keyword == "part" and isinstance(node.meta.get("val"), (list, tuple)):
+                operator, (dim, sizes) = "parts", clause.words
+                named.pop(sizes)
                 named[dim] %= node.all_input_nodes[0].meta["val"].dim()
         words = ", ".join(f"{name}={self._value(value)}" for name, value in sorted(named.items()))
         return f"{operator}({words}): {_made(node)}"
