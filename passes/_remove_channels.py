@@ -89,9 +89,9 @@ def _left(slot: Slot, recipe: Recipe, shape: Sequence[int]) -> Tensor:
 
 
 def _cut_weights(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
-    numbering, held, aliases = analysis.numbering, program.weights(), program.aliases()
-    for name, recipe in recipes_of(numbering, gone, held).items():
-        weight, names = held[name].detach(), aliases.get(name, [name])
+    numbering, weights, aliases = analysis.numbering, program.weights(), program.aliases()
+    for name, recipe in recipes_of(numbering, gone, weights).items():
+        weight, names = weights[name].detach(), aliases.get(name, [name])
         program.numbers[name] = [
             None if (slot := numbering.get(name, dim)) is None else _left(slot, recipe, weight.shape)
             for dim in range(weight.dim())
@@ -135,14 +135,10 @@ def _resize(originals: dict[fx.Node, fx.Node], walk: Walk, kept: Kept) -> None:
             for value in (results if isinstance(results, tuple) else [results])
             if isinstance(value, Value)
         ]
-        source = next(
-            (walk.values.get(n) for n in old.all_input_nodes if isinstance(walk.values.get(n), Value)), None
-        )
-        if rule.creates or rule.tallies is not None:
-            source = outputs[0] if outputs else None
-        if not isinstance(source, Value) or not (
-            kept.touches(source) or any(kept.touches(output) for output in outputs)
-        ):
+        inputs = (walk.values.get(read) for read in old.all_input_nodes)
+        sources = outputs if rule.creates or rule.tallies is not None else inputs
+        source = next((value for value in sources if isinstance(value, Value)), None)
+        if source is None or not any(map(kept.touches, (source, *outputs))):
             continue
         if repeat is not None and repeat(node, source, outputs, kept):
             stamp(node, _NAME)
@@ -172,10 +168,10 @@ def _times(node: fx.Node, source: Value, outputs: list[Value], kept: Kept) -> bo
     before = len(times) - len(source.shape)
     for dim, size in enumerate(outputs[0].shape):
         new = kept.size(outputs[0], dim)
-        repeated = kept.size(source, dim - before) if dim >= before else 1
+        kept_before = kept.size(source, dim - before) if dim >= before else 1
         # As often as a size says is as often as before, and of nothing nothing comes.
-        if new != size and isinstance(times[dim], int) and repeated:
-            times[dim] = new // repeated
+        if new != size and isinstance(times[dim], int) and kept_before:
+            times[dim] = new // kept_before
     return set_argument(node, "repeats", times)
 
 
@@ -209,11 +205,11 @@ def _part(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], ke
 
 def _span(node: fx.Node, bounds: tuple[str, str], source: Value, dim: int, kept: Kept) -> bool:
     start_name, end_name = bounds
-    given = arguments(node)
-    step = int(given.get("step", 1))
+    call = arguments(node)
+    step = int(call.get("step", 1))
     length, changed = source.shape[dim], False
     start, end = (
-        _absolute(given[name], default, length) for name, default in ((start_name, 0), (end_name, length))
+        _absolute(call[name], default, length) for name, default in ((start_name, 0), (end_name, length))
     )
     if not (0 < start < length or 0 < end < length) or kept.size(source, dim) == length:
         return False
@@ -247,12 +243,12 @@ def _past(start: int, end: int, step: int) -> int:
 
 def _factor(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
     letter, name = clause.words
-    given = arguments(node)[name]
-    if isinstance(given, fx.Node):
+    factor = arguments(node)[name]
+    if isinstance(factor, fx.Node):
         # Known only at run time, as the groups of a convolution with one weight for each sample: it follows
         # the samples.
         return False
-    old = int(given)
+    old = int(factor)
     rule = lookup(node.target)
     assert rule is not None
     dims = rule.alternatives[0].operands[0].dims

@@ -56,11 +56,11 @@ def _replace_by_bias(node: fx.Node, other: fx.Node) -> None:
         graph.erase_node(total)
     else:
         with graph.inserting_before(end):
-            found = stamp(graph.call_function(_ATEN.zeros_like.default, (other,)), _NAME, node)
+            stand_in = stamp(graph.call_function(_ATEN.zeros_like.default, (other,)), _NAME, node)
             if bias is not None and form is not None:
                 spread = _spread(node, str(form.bias), bias)
-                found = stamp(graph.call_function(_ATEN.add.Tensor, (found, spread)), _NAME, node)
-        end.replace_all_uses_with(found)
+                stand_in = stamp(graph.call_function(_ATEN.add.Tensor, (stand_in, spread)), _NAME, node)
+        end.replace_all_uses_with(stand_in)
     while end is not node:  # views of it
         before = end.all_input_nodes[0]
         graph.erase_node(end)

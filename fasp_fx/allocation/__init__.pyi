@@ -86,9 +86,6 @@ from ._limits import (
     is_excluded as is_excluded,  # Whether a pattern names a group, or a weight that it takes rows or columns from
 )
 from ._limits import (
-    joined as joined,  # The sums of the cost curves of all groups at a place, by the name of the first; none where one has none
-)
-from ._limits import (
     lost_by_pattern as lost_by_pattern,  # Channel sets lost per block of each group: the fraction of the first pattern that matches it
 )
 from ._limits import (

@@ -93,6 +93,26 @@ class Budget:
             return list(lost)
         return self._whole.spread([0 if place is None else lost[place] for place in self._places], whole)
 
+    def joined(self, costs: Costs) -> Costs:
+        """The cost curves of the groups here: of one that stands for several, the sums of theirs, and none
+        where one of them has none.
+
+        Args:
+            costs: of the groups of the first budget that this one was narrowed from.
+        """
+        if self._whole is None:
+            return costs
+        costs, names = self._whole.joined(costs), dict[int, list[str]]()
+        for group, place in zip(self._whole.groups, self._places, strict=True):
+            if place is not None:
+                names.setdefault(place, []).append(group.name)
+        curves = {}
+        for tied in names.values():
+            if all(name in costs for name in tied):
+                least = min(len(costs[name].losses) for name in tied)
+                curves[tied[0]] = CostCurve(np.sum([costs[name].losses[:least] for name in tied], 0))
+        return Costs(curves, costs.fingerprint, costs.score, costs.granularity)
+
     def counts(self, lost: Sequence[int]) -> list[int]:
         """Channel sets that the groups of the limits lose, in all their blocks together."""
         if self._whole is not None:
@@ -140,20 +160,6 @@ class Budget:
         if self.is_ceiling and not under:
             return min(measured, key=lambda pair: pair[0])[1]
         return min(under if self.is_ceiling else measured, key=lambda pair: abs(pair[0]))[1]
-
-
-def joined(costs: Costs, groups: Sequence[Group], places: Sequence[int]) -> Costs:
-    """The sums of the cost curves of all groups at a place, by the name of the first; none where one has
-    none.
-    """
-    names: dict[int, list[str]] = {}
-    for group, place in zip(groups, places, strict=True):
-        names.setdefault(place, []).append(group.name)
-    curves = {}
-    for several in (each for each in names.values() if costs.keys() >= set(each)):
-        least = min(len(costs[name].losses) for name in several)
-        curves[several[0]] = CostCurve(np.sum([costs[name].losses[:least] for name in several], 0))
-    return Costs(curves, costs.fingerprint, costs.score, costs.granularity)
 
 
 def validate(lost: Iterable[int], budget: Budget) -> list[int]:

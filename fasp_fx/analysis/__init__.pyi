@@ -38,6 +38,9 @@ from ._groups import (
     Group as Group,  # All channel sets with the same producers and the same consumers
 )
 from ._groups import (
+    Groups as Groups,  # The coupled groups of a model, and those of them that are pruned
+)
+from ._groups import (
     Member as Member,  # One weight of a group: the channels indices along dim of the weight name belong to it
 )
 from ._groups import (

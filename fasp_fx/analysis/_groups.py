@@ -151,8 +151,41 @@ class Conflict:
     classes: np.ndarray
 
 
-@dataclass
-class Coupling:
+class Groups:
+    """The coupled groups of a model, and those of them that are pruned.
+
+    Attributes:
+        groups: all groups, in the order of the graph.
+        granularity, include: as for :func:`fasp_fx.prune`.
+    """
+
+    groups: list[Group]
+    granularity: frozenset[str]
+    include: frozenset[str]
+
+    def __repr__(self) -> str:
+        counts = Counter(group.status for group in self.groups)
+        return (
+            f"Analysis({', '.join(f'{count} {status}' for status, count in counts.items()) or 'no groups'})"
+        )
+
+    @property
+    def chosen(self) -> list[Group]:
+        """The groups that are pruned: prunable ones and those asked for, at the granularities asked for."""
+        return [
+            group
+            for group in self.groups
+            if (group.status == PRUNABLE or group.status in self.include)
+            and group.granularity in self.granularity
+        ]
+
+    def select(self, status: str) -> list[Group]:
+        """The groups of one status."""
+        return [group for group in self.groups if group.status == status]
+
+
+@dataclass(repr=False)
+class Coupling(Groups):
     """The coupled groups of one program.
 
     Attributes:
@@ -180,30 +213,10 @@ class Coupling:
             self, groups=list(self.groups), conflicts=list(self.conflicts), labels=self.labels.copy()
         )
 
-    def __repr__(self) -> str:
-        counts = Counter(group.status for group in self.groups)
-        return (
-            f"Analysis({', '.join(f'{count} {status}' for status, count in counts.items()) or 'no groups'})"
-        )
-
-    @property
-    def chosen(self) -> list[Group]:
-        """The groups that are pruned: prunable ones and those asked for, at the granularities asked for."""
-        return [
-            group
-            for group in self.groups
-            if (group.status == PRUNABLE or group.status in self.include)
-            and group.granularity in self.granularity
-        ]
-
     @property
     def experts(self) -> bool:
         """Whether the numbers by which routers name experts were followed."""
         return "expert" in self.granularity
-
-    def select(self, status: str) -> list[Group]:
-        """The groups of one status."""
-        return [group for group in self.groups if group.status == status]
 
     @cached_property
     def without_rule(self) -> dict[str, int]:

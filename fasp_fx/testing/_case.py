@@ -85,7 +85,9 @@ class Case:
     @cached_property
     def analysis(self) -> Analysis:
         """The analysis of the model."""
-        return fasp_fx.analyze(self.once, **self.choice)
+        analysis = fasp_fx.analyze(self.once, **self.choice)
+        assert isinstance(analysis, Analysis)
+        return analysis
 
     def apply(self, plan: PruningPlan, model: Any = None) -> fasp_fx.Result:
         """Replay a plan on the model, or on another."""

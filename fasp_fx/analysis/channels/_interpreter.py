@@ -301,8 +301,10 @@ class Interpreter:
         call = None if rule is None else Call(node, rule, values, written, shapes)
         if call is None:
             self._freeze_operands(node, walk, operands)
-        elif call.rule.moves or call.rule.tallies or (
-            call.rule.alternatives and any(value.axes for value in operands)
+        elif (
+            call.rule.moves
+            or call.rule.tallies
+            or (call.rule.alternatives and any(value.axes for value in operands))
         ):
             try:
                 results = self._by_rule(call, walk)
