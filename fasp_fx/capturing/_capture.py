@@ -38,6 +38,7 @@ from ._fold import fold as fold_weights
 from ._functional import functional, take_apart
 from ._fx import remove_dead, remove_dropouts, results, written_names
 from ._options import CaptureOptions
+from ._parts import Parts
 from ._program import ExportFacts, Program, graph_module
 from ._rewrites import as_weights, check_names, own_names
 from ._signature import CallSignature
@@ -298,12 +299,14 @@ class Captured:
     Attributes:
         programs: the graph, and how it is called, under the empty path; of a model that was captured in parts
             (docs/submodules.md), those of the parts by their paths.
+        in_parts: of such a model, what stands around the parts.
     """
 
     programs: dict[str, Program]
     _versions: dict[str, int | None] = field(repr=False)
     _model: Callable[[], object | None] = field(default=lambda: None, repr=False)
     _parameters: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
+    in_parts: Parts | None = field(default=None, repr=False)
 
     @property
     def program(self) -> Program:
@@ -339,7 +342,9 @@ class Captured:
         return self.program
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
-        """The same over weights of its own."""
+        """The same over weights of its own, which one in parts has already."""
+        if self.in_parts is not None:
+            return self
         program = copy.deepcopy(self.checked(), memo)
         return Captured({"": program}, _versions(program))
 

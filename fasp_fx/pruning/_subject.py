@@ -5,7 +5,6 @@ one becomes smaller.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from fasp_fx.analysis import (
     program_fingerprint,
 )
 from fasp_fx.base import device_named, fingerprint
-from fasp_fx.calibration import Decision, ModelTrial, ServedTrial, read_batches
+from fasp_fx.calibration import Candidates, Decision, ModelTrial, read_batches
 from fasp_fx.capturing import Program
 from fasp_fx.errors import ArgumentError
 from fasp_fx.passes import split_fused
@@ -35,31 +34,49 @@ from ._result import Result
 from .check._check import Checker
 
 
-class Subject:
-    """A model on its way to a smaller one; captured as one program, unless a subclass says otherwise.
+def check_weights(programs: Iterable[Program]) -> None:
+    """Refuse weights without values.
+
+    Raises:
+        ArgumentError: names one.
+    """
+    for program in programs:
+        for name, tensor in program.weights().items():
+            if tensor.device.type == "meta":
+                raise ArgumentError(
+                    f"'{name}' is on the meta device and has no values; analyze() works without weights,"
+                    " prune() needs them"
+                )
+
+
+def split(analyses: Mapping[str, Analysis], lost: Sequence[int]) -> dict[str, list[int]]:
+    """What the groups of each of some programs lose, of what all groups do."""
+    counts = iter(lost)
+    return {path: [next(counts) for _ in part.chosen] for path, part in analyses.items()}
+
+
+class Whole:
+    """A model on its way to a smaller one, captured as one program.
 
     Args:
-        programs: what it was captured as, in the order in which the model runs them.
+        program: that.
         device: where batches are moved.
 
     Attributes:
-        whole: the groups of all programs, in the names of the model, once :meth:`analyze` was called.
-        analyses: those of the programs that are pruned.
+        programs: what it was captured as, by path, in the order in which the model runs them.
+        analyses: those of the programs that are pruned, once :meth:`analyze` was called.
         notes: what there is to say of all programs together.
     """
 
-    whole: Analysis
-
-    def __init__(self, programs: Mapping[str, Program], device: torch.device | str | None = None) -> None:
-        self.programs, self._device = dict(programs), None if device is None else device_named(device)
+    def __init__(self, program: Program, device: torch.device | str | None = None) -> None:
+        self.programs, self._device = {"": program}, None if device is None else device_named(device)
         self.analyses: dict[str, Analysis] = {}
         self.notes: list[str] = []
 
     def analyze(self, asked: PruningConfig) -> Analysis:
         """The groups of all programs, in the names of the model."""
-        self.analyses = {path: analyze_for(program, asked) for path, program in self.programs.items()}
-        self.whole = self.analyses[""]
-        return self.whole
+        self.analyses = {"": analyze_for(self.programs[""], asked)}
+        return self.analyses[""]
 
     def fingerprint(self) -> str:
         """What tells the model, with its weights, from others."""
@@ -70,7 +87,7 @@ class Subject:
         return counted(self.analyses[""], cap)
 
     def apart(self, plan: PruningPlan) -> dict[str, PruningPlan]:
-        """What a plan says of each program, in the program's names.
+        """What a plan says of each program that loses anything, in the program's names.
 
         Raises:
             PlanError: the plan is for another model.
@@ -86,46 +103,27 @@ class Subject:
         """
         return read_batches(self.programs[""], calibration, self._device)
 
+    def served(self) -> list[str]:
+        """The programs that the batches serve, once :meth:`read` was called."""
+        return [""]
+
     def inputs(self, path: str, batches: Any) -> Any:
         """What the batches bring to the inputs of a program's graph, behind the programs that were put; none
         where the program has to stay as it is.
         """
         return batches
 
+    def trial(self, trials: Mapping[str, ModelTrial]) -> Candidates | None:
+        """What runs the programs as they would be pruned, if anything does."""
+        return trials.get("")
+
     def put(self, path: str, decision: Decision, config: PruningConfig | None) -> None:
         """Carry out what was decided for a program, and put what comes of it into the program's place."""
-        self._result = rewrite(self.programs[path], self.analyses[path], decision, config)
+        self._result = rewrite(self.programs[""], self.analyses[""], decision, config)
 
     def result(self, config: PruningConfig | None) -> Result:
         """The smaller model, once all programs were put."""
         return self._result
-
-    def check_weights(self) -> None:
-        """Refuse weights without values.
-
-        Raises:
-            ArgumentError: names one.
-        """
-        for program in self.programs.values():
-            for name, tensor in program.weights().items():
-                if tensor.device.type == "meta":
-                    raise ArgumentError(
-                        f"'{name}' is on the meta device and has no values; analyze() works without weights,"
-                        " prune() needs them"
-                    )
-
-    def served(self) -> list[str]:
-        """The programs that the batches serve, once :meth:`read` was called."""
-        return [*self.analyses]
-
-    def trial(self, trials: Mapping[str, ModelTrial]) -> ServedTrial | None:
-        """What runs the programs as they would be pruned, if anything does."""
-        return trials.get("")
-
-    def split(self, lost: Sequence[int]) -> dict[str, list[int]]:
-        """What the groups of each program lose, of what all groups do."""
-        left = iter(lost)
-        return {path: [next(left) for _ in own.chosen] for path, own in self.analyses.items()}
 
 
 def analyze_for(program: Program, asked: PruningConfig | PruningPlan) -> Analysis:
@@ -171,20 +169,11 @@ def rewrite(
     Raises:
         VerificationError: nothing of what was decided holds.
     """
-    held = Checker(program, analysis, decision).run(whole)
-    weights = dict(held.module.named_parameters(remove_duplicate=False))
-    plan = make_plan(program, analysis, held.decision, fingerprint(weights))
-    report = make_report(
-        analysis,
-        plan,
-        held.decision,
-        program.parameters(),
-        weights,
-        config,
-        held.left,
-    )
-    report = replace(report, notes=(*report.notes, *held.notes))
-    return Result(held.module, plan, report, program.signature)
+    checked = Checker(program, analysis, decision).run(whole)
+    weights = dict(checked.module.named_parameters(remove_duplicate=False))
+    plan = make_plan(program, analysis, checked.decision, fingerprint(weights))
+    report = make_report(analysis, plan, checked, program.parameters(), weights, config)
+    return Result(checked.module, plan, report, program.signature)
 
 
-__all__ = ["Subject", "analyze_for", "make_plan", "rewrite"]
+__all__ = ["Whole", "analyze_for", "check_weights", "make_plan", "rewrite", "split"]

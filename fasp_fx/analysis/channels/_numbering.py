@@ -127,10 +127,6 @@ def marked(count: int, *numbers: np.ndarray) -> np.ndarray:
 NONE = -1
 
 
-class DoesNotApplyError(ValueError):
-    """A rule does not serve for this call of its operator; says why."""
-
-
 #: in a rewritten program, how many channels of its weight stay before each channel
 _STAYING: ContextVar[np.ndarray | None] = ContextVar("staying", default=None)
 
@@ -154,19 +150,6 @@ def collapse(numbers: Tensor) -> Tensor:
         if numbers.stride(dim) == 0 or torch.equal(numbers, first.expand(numbers.shape)):
             numbers = first
     return numbers.contiguous()
-
-
-def innermost(numbers: Tensor) -> int | None:
-    """The dimension along which the numbers vary fastest, or ``None`` if they do not vary.
-
-    Channels of a weight are numbered consecutively, so the dimension with the smallest step is the one whose
-    positions are neighbours in the weight; that is the dimension that can shrink.
-    """
-    varying = [dim for dim in range(numbers.dim()) if numbers.shape[dim] > 1]
-    if len(varying) <= 1:
-        return varying[0] if varying else None
-    steps = {dim: smallest_step(numbers.numpy(), dim) for dim in varying}
-    return min(varying, key=lambda dim: (steps[dim], -dim))
 
 
 def smallest_step(numbers: np.ndarray, dim: int) -> int:
@@ -199,9 +182,15 @@ class Axis:
 
     @staticmethod
     def of(numbers: Tensor, slot: tuple[str, int] | None = None) -> Axis | None:
-        """The axis of these numbers, or ``None`` if they do not vary."""
+        """The axis of these numbers, or ``None`` if they do not vary.
+
+        The dimension that can shrink is the one along which they vary fastest: channels of a weight are
+        numbered consecutively, so that where the step is smallest neighbours in the weight lie.
+        """
         numbers = collapse(numbers)
-        dim = innermost(numbers)
+        varying = [dim for dim, size in enumerate(numbers.shape) if size > 1]
+        steps = {dim: smallest_step(numbers.numpy(), dim) for dim in varying if len(varying) > 1}
+        dim = min(varying, key=lambda dim: (steps.get(dim, 0), -dim), default=None)
         return None if dim is None else Axis(numbers, dim, slot)
 
     def varying(self) -> list[int]:
