@@ -24,7 +24,7 @@ from fasp_fx.allocation import (
 )
 from fasp_fx.analysis import APPROXIMATE, Analysis, Group, Groups, Resource, Sparsity
 from fasp_fx.calibration import BudgetTrial
-from fasp_fx.errors import NothingPrunableError
+from fasp_fx.errors import NothingPrunableError, SparsityError
 
 from ._config import PruningConfig
 from ._method import Method
@@ -108,12 +108,14 @@ def open_budget(config: PruningConfig, analysis: Groups, count: Callable[[Cap | 
     return budget
 
 
-def check_request(method: Method, budget: Budget, costs: Costs | None = None) -> None:
+def check_request(
+    method: Method, budget: Budget, costs: Costs | None = None, constraint: Constraint | None = None
+) -> None:
     """Validate a request before the costs are measured; arguments and errors as for :func:`allocate`."""
     if isinstance(method.allocation, CostAllocation) and costs is None:
         method.allocation.check(budget, method.config.round_to)
     else:
-        allocate(method, budget, costs)
+        allocate(method, budget, costs, constraint=constraint)
 
 
 def allocate(
@@ -121,28 +123,34 @@ def allocate(
     budget: Budget,
     costs: Costs | None = None,
     trial: BudgetTrial | None = None,
+    constraint: Constraint | None = None,
 ) -> list[int]:
     """How many channel sets each block of each chosen group of the model loses.
 
     Args:
         costs: the cost curves, where the allocation wants them.
         trial: runs the model as it would be pruned, where the allocation wants that.
+        constraint: what the budget was constrained by.
 
     Raises:
         ArgumentError: a name pattern matches nothing, or the allocation returned what cannot be done.
-        SparsityError, BudgetError: the sparsity or a budget is out of reach.
+        SparsityError, BudgetError: the sparsity or a budget is out of reach, or less than a step.
     """
     config, allocation = method.config, method.allocation
     if isinstance(config.sparsity, Mapping):
         check_asked(config.sparsity, budget.groups)
-        return budget.spread(lost_by_pattern(budget, config.sparsity, config.round_to))
-    if not isinstance(allocation, CostAllocation):
-        lost = allocation(budget, config.round_to)
+        lost = lost_by_pattern(budget, config.sparsity, config.round_to)
+    elif not isinstance(allocation, CostAllocation):
+        lost = validate(allocation(budget, config.round_to), budget)
     else:
         assert costs is not None
         more = (trial,) if isinstance(allocation, Search) else ()
-        lost = allocation(budget, config.round_to, budget.joined(costs), *more)
-    return budget.spread(validate(lost, budget))
+        lost = validate(allocation(budget, config.round_to, budget.joined(costs), *more), budget)
+    if constraint is not None and not any(lost):
+        raise SparsityError(
+            f"the sparsity is less than half a step of what {constraint.source} can say; ask for more"
+        )
+    return budget.spread(lost)
 
 
 def expected_sparsity(config: PruningConfig, analysis: Analysis) -> float:

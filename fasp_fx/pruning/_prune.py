@@ -41,7 +41,7 @@ from fasp_fx.calibration import (
     places_of,
 )
 from fasp_fx.capturing import Captured, Model, capture_model, check_given, model_copy
-from fasp_fx.errors import ArgumentError, NothingPrunableError, PlanError, SparsityError
+from fasp_fx.errors import ArgumentError, NothingPrunableError, PlanError
 from fasp_fx.storage import claim, refuse_other
 
 from ._allocating import Constraint, allocate, check_request, constrained, open_budget
@@ -364,7 +364,7 @@ def decide(
     costs = _checked_costs(job.costs, method, fingerprint)
     analysis = subject.analyze(config)
     budget = constrained(open_budget(config, analysis, subject.count), job.constraint)
-    check_request(method, budget, costs)
+    check_request(method, budget, costs, job.constraint)
     if job.on_analysis is not None:
         job.on_analysis(analysis)
     batches = subject.read(calibration) if method.needs_data else None
@@ -381,12 +381,8 @@ def decide(
     searched = done + PROGRESS_SHARE_SEARCHING * (1 - done) if method.runs_trials else done
     budget, candidates = served_budget(subject, budget, analysis), subject.trial(measured.trials)
     trial = None if candidates is None else BudgetTrial(candidates, budget, between(advance, done, searched))
-    lost = allocate(method, budget, costs, trial)
+    lost = allocate(method, budget, costs, trial, job.constraint)
     subject.notes = [*(trial.notes if trial else ()), *_remarks(method, costs, analysis, lost)]
-    if job.constraint is not None and not any(lost):
-        raise SparsityError(
-            f"the sparsity is less than half a step of what {job.constraint.source} can say; ask for more"
-        )
     if folder is not None and "" not in consumers and not ranks.rank:
         claim(folder, "prune", {"parts": list(consumers)})
     shares, advance = split(subject.analyses, lost), between(advance, searched, 1.0)
