@@ -29,25 +29,6 @@ from fasp_fx.pruning._subject import make_plan
 SIZES = ((2, 6), (3, 7), (5, 4))
 
 
-class Between(nn.Module):
-    """A function of twelve channels between two linear layers; what follows can be pruned whatever becomes of
-    it.
-    """
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.first, self.second, self.third, self.last = (
-            nn.Linear(8, 12),
-            nn.Linear(12, 5),
-            nn.Linear(5, 16),
-            nn.Linear(16, 4),
-        )
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(F.relu(self.third(self.second(self.function(F.relu(self.first(x)))))))
-
-
 def inputs(sizes: Sequence[tuple[int, ...]] = SIZES, width: int = 8) -> list[tuple[Tensor, ...]]:
     """One call for each size."""
     generator = torch.Generator().manual_seed(1)

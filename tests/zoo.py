@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from models import randomise
 from torch import Tensor, nn
 
 VOCABULARY = 96
@@ -22,17 +23,6 @@ _SMALL = {
     "num_attention_heads": 4,
     "vocab_size": VOCABULARY,
 }
-
-
-def randomise(module: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:
-    """Draw every parameter anew: matrices from N(0, std²), biases too, norm weights around one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator) * std
-            is_scale = parameter.dim() == 1 and name.endswith("weight")
-            parameter.copy_(noise + 1 if is_scale else noise)
-    return module.eval()
 
 
 @dataclass(frozen=True)
