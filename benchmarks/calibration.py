@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from _protocol import EVALUATION, LENGTH, Results, arguments, chunks, smollm2, timed
-from fasp_fx.evaluation import perplexity
 from torch import Tensor
 
 import fasp_fx
+from fasp_fx.hf import perplexity
 
 
 def write(model: Any, recipe: str, seed: int, folder: pathlib.Path) -> Tensor:

@@ -20,9 +20,9 @@ import sentences
 import torch
 import vision
 from _protocol import CALIBRATION, EVALUATION, Peak, Results, arguments, chunks, smollm2, timed
-from fasp_fx.evaluation import perplexity
 
 import fasp_fx
+from fasp_fx.hf import perplexity
 
 METHODS = ("fast", "fasp,global", "balanced", "best", "obs,uniform", "fasp,global,none", "fasp,uniform,none")
 HOW = (

@@ -12,9 +12,8 @@ import tempfile
 
 import torch
 from _protocol import EVALUATION, arguments, chunks, smollm2
-from fasp_fx.evaluation import perplexity
 
-from fasp_fx.hf import Pruned, prune
+from fasp_fx.hf import Pruned, perplexity, prune
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "tests" / "hf"))
 from llama_cpp import missing, predictions

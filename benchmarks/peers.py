@@ -97,7 +97,7 @@ def prune(model: nn.Module, method: str, images: Tensor) -> tuple[float, nn.Modu
         return halved(model, images[:1])
     how: dict[str, Any] = {"calibration": images.split(64), "progress": False, **OPTIONS[method]}
     start = time.process_time()
-    result = fasp_fx.prune(model, (images[:2],), budget=fasp_fx.budgets.Macs(0.5), **how)
+    result = fasp_fx.prune(model, (images[:2],), budget=fasp_fx.allocation.Macs(0.5), **how)
     seconds = time.process_time() - start
     try:
         return seconds, result.eager(model)  # whose batch norms can be trained

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fasp_fx
 from fasp_fx import hf
-from fasp_fx.passes._pruned_module import finish
+from fasp_fx.passes import finish
 
 
 def report(

@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from fasp_fx.evaluation import perplexity
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fasp_fx
+from fasp_fx.hf import perplexity
 
 
 class Comparison:

@@ -9,11 +9,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from fasp_fx.evaluation import perplexity
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fasp_fx
+from fasp_fx.hf import perplexity
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", type=Path)

@@ -8,9 +8,9 @@ with our repair in their place.
 import numpy as np
 import torch
 from chunks import Comparison
-from fasp_fx.scoring import GroupScore, Order, by_set, by_value
 
 from fasp_fx.allocation import CostAllocation, deepest_loss
+from fasp_fx.calibration import GroupScore, Order, by_set, by_value
 
 SHIFT = 100.0  # a cost curve never falls, and standardised scores lie around zero: they are counted from here
 

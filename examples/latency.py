@@ -9,10 +9,10 @@ import time
 
 import numpy as np
 import torch
-from fasp_fx.budgets import Latency
 from torch import nn
 
 import fasp_fx
+from fasp_fx.allocation import Latency
 
 GRID = (0.25, 0.5, 0.75, 1.0)
 

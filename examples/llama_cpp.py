@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fasp_fx.budgets import Latency
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fasp_fx import hf
+from fasp_fx.allocation import Latency
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model")

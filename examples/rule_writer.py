@@ -3,10 +3,10 @@ by a score of one's own.
 """
 
 import torch
-from fasp_fx.scoring import Columns
 from torch import Tensor, nn
 
 import fasp_fx
+from fasp_fx.calibration import Columns
 from fasp_fx.testing import check_program, check_rule
 
 

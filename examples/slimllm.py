@@ -10,9 +10,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 from chunks import Comparison
-from fasp_fx.scoring import GroupScore, Order, by_value
 
 from fasp_fx.allocation import deepest_loss, lost_per_block
+from fasp_fx.calibration import GroupScore, Order, by_value
 
 
 class Holistic(GroupScore):

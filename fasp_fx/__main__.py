@@ -1,5 +1,5 @@
 """``python -m fasp_fx`` is ``fasp-fx``."""
 
-from .cli import main
+from fasp_fx.cli import main
 
 main()

@@ -4,11 +4,6 @@
 others.
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from fasp_fx.base._stamps import WRITTEN_BY
-
-from ._run import Pipeline, Prune, remove, split_fused
-from ._verify import verify
-
-__all__ = ["WRITTEN_BY", "Pipeline", "Prune", "remove", "split_fused", "verify"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -9,15 +9,19 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fasp_fx.base._stamps import WRITTEN_BY, stamp
-from fasp_fx.base._tolerable import tolerable
-from fasp_fx.base.compare import deviation, tolerance
-from fasp_fx.base.compat import pytree
-from fasp_fx.capturing import export_again, is_plain_graph, recapture
-from fasp_fx.capturing._fx import results, written_names
-from fasp_fx.capturing._program import Program, graph_module
-from fasp_fx.capturing._runner import record
-from fasp_fx.capturing._unchanged import copied, rewound
+from fasp_fx.base import WRITTEN_BY, deviation, pytree, stamp, tolerable, tolerance
+from fasp_fx.capturing import (
+    Program,
+    copied,
+    export_again,
+    graph_module,
+    is_plain_graph,
+    recapture,
+    record,
+    results,
+    rewound,
+    written_names,
+)
 from fasp_fx.errors import FaspError, VerificationError, first_line
 
 from ._pruned_module import own_storage

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fasp_fx.analysis.channels import Value
+from fasp_fx.analysis import Value
 from fasp_fx.errors import VerificationError
 
 

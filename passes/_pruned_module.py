@@ -12,16 +12,25 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fasp_fx.base._stamps import read_stamps
-from fasp_fx.base._tensors import without_values
-from fasp_fx.base.compat import PRESERVED, pytree
-from fasp_fx.capturing import export_again
-from fasp_fx.capturing._assemble import Assembly, ready
-from fasp_fx.capturing._attention import make_traceable
-from fasp_fx.capturing._fx import attribute, target_name, views_may_copy
-from fasp_fx.capturing._program import ExportFacts, Program, graph_module
-from fasp_fx.capturing._rewrites import own_names
-from fasp_fx.capturing._signature import CallerCodeGen, CallSignature, Guards, float_types, guard_calls
+from fasp_fx.base import PRESERVED, pytree, read_stamps, without_values
+from fasp_fx.capturing import (
+    Assembly,
+    CallerCodeGen,
+    CallSignature,
+    ExportFacts,
+    Guards,
+    Program,
+    attribute,
+    export_again,
+    float_types,
+    graph_module,
+    guard_calls,
+    make_traceable,
+    own_names,
+    ready,
+    target_name,
+    views_may_copy,
+)
 from fasp_fx.errors import StoreError
 
 
@@ -29,8 +38,8 @@ class PrunedModule(fx.GraphModule):
     """A program behind the caller's signature.
 
     A graph module writes its code into a pickle and traces it again, which keeps neither the caller's
-    signature nor the sizes that may vary. This one writes the program as :func:`fasp_fx.store.save` does, and
-    its tensors as they are now. The pickle is read by ``pickle.load`` and by ``torch.load(…,
+    signature nor the sizes that may vary. This one writes the program as :meth:`fasp_fx.Result.save` does,
+    and its tensors as they are now. The pickle is read by ``pickle.load`` and by ``torch.load(…,
     weights_only=False)``, in any process that can import fasp_fx.
 
     Attributes:
@@ -45,7 +54,7 @@ class PrunedModule(fx.GraphModule):
         Raises:
             StoreError: the program holds something that cannot be stored; names it.
         """
-        from fasp_fx.storage._graph_json import program_to_json
+        from fasp_fx.storage import program_to_json
 
         program = self.fasp_fx_origin.program
         weights, constants = values_now(self, program)
@@ -260,7 +269,7 @@ def _rebuilt(
     preserved: dict[str, Any],
     training: bool,
 ) -> PrunedModule:
-    from fasp_fx.storage._graph_json import program_from_json
+    from fasp_fx.storage import program_from_json
 
     module = wrap(program_from_json(program, weights, constants, None, cast=True), signature)
     module.meta[PRESERVED] = preserved

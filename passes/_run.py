@@ -13,25 +13,27 @@ import numpy as np
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from fasp_fx.analysis._analysis import Analysis, analyze_program
-from fasp_fx.analysis.channels import Walk
-from fasp_fx.analysis.plan import PruningPlan, check_fingerprint, gone_of, program_fingerprint
-from fasp_fx.base._tolerable import tolerable
-from fasp_fx.base._undisturbed import without_collections
-from fasp_fx.capturing import capture
-from fasp_fx.capturing._program import Program
-from fasp_fx.capturing._runner import record
+from fasp_fx.analysis import (
+    Analysis,
+    PruningPlan,
+    Walk,
+    analyze_program,
+    check_fingerprint,
+    gone_of,
+    program_fingerprint,
+)
+from fasp_fx.base import tolerable, without_collections
+from fasp_fx.capturing import Program, capture, record
 from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
-from fasp_fx.passes._pruned_module import program_now
 
+from ._attention import pad_value_heads
+from ._dense_count import keep_dense_count
 from ._foreign import name_of, run_foreign
-from ._pruned_module import finish
+from ._pruned_module import finish, program_now
+from ._remove_channels import remove_channels
+from ._skip_blocks import skip_blocks
 from ._split import NAME, split
 from ._verify import verify
-from .attention import pad_value_heads
-from .dense_count import keep_dense_count
-from .remove_channels import remove_channels
-from .skip_blocks import skip_blocks
 
 #: of the program that is to be rewritten, the analysis of the program that all steps started from, what it
 #: does on the numbers of that, and which of these numbers go; returns the same object if there is nothing to

@@ -18,13 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fasp_fx.analysis._analysis import Analysis
-from fasp_fx.analysis.channels import Axis, Use, Value, marked, run_on_numbers
-from fasp_fx.base._stamps import stamp
-from fasp_fx.base.compat import pytree
-from fasp_fx.capturing._fx import arguments, attribute, target_name
-from fasp_fx.capturing._program import Cut, Program, SplitWeight, set_weight
-from fasp_fx.capturing._sizes import is_dynamic
+from fasp_fx.analysis import Analysis, Axis, Use, Value, marked, run_on_numbers
+from fasp_fx.base import pytree, stamp
+from fasp_fx.capturing import (
+    Cut,
+    Program,
+    SplitWeight,
+    arguments,
+    attribute,
+    is_dynamic,
+    set_weight,
+    target_name,
+)
 from fasp_fx.patterns import Rule, lookup
 
 #: of the pass, in messages and stamps

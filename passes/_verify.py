@@ -11,10 +11,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor, fx
 
-from fasp_fx.analysis._analysis import Analysis
-from fasp_fx.analysis.channels import NONE, Interpreter, Numbering, Pairs, Remark, Value, Walk, marked
-from fasp_fx.capturing._fx import results
-from fasp_fx.capturing._program import Program
+from fasp_fx.analysis import NONE, Analysis, Interpreter, Numbering, Pairs, Remark, Value, Walk, marked
+from fasp_fx.capturing import Program, results
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import lookup
 

@@ -7,12 +7,12 @@ documentation's *Writing a rule*.
 
 from __future__ import annotations
 
+from ._composites import COMPOSITES, find_composites
+from ._contractions import BIASES
 from ._grammar import ORDINALS, Alternative, Clause, Dims, Operand, Rule, letters_of, parse
+from ._movement import REARRANGEMENTS, RESHAPES
+from ._pointwise import CASTS, CHECKS, VANISHING, pointwise_rule
 from ._registry import Operator, argument_names, builtin, lookup, register, unregister
-from .composites import COMPOSITES, find_composites
-from .contractions import BIASES
-from .movement import REARRANGEMENTS, RESHAPES
-from .pointwise import CASTS, CHECKS, VANISHING, pointwise_rule
 
 __all__ = [
     "BIASES",

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from fasp_fx.base.compat import HigherOrderOperator, OpOverload
+from fasp_fx.base import HigherOrderOperator, OpOverload
 from fasp_fx.errors import RuleError
 
+from ._contractions import CONTRACTIONS, RECURRENT
 from ._grammar import Rule, parse
-from .contractions import CONTRACTIONS, RECURRENT
-from .mixing import MIXING
-from .movement import MOVEMENT
-from .pointwise import CHECKS, CREATIONS, UNLIKE_OPERANDS, UNTAGGED, pointwise_rule
+from ._mixing import MIXING
+from ._movement import MOVEMENT
+from ._pointwise import CHECKS, CREATIONS, UNLIKE_OPERANDS, UNTAGGED, pointwise_rule
 
 #: what a rule can speak of
 Operator = OpOverload | HigherOrderOperator

@@ -18,8 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from fasp_fx.capturing import _capture
-from fasp_fx.capturing._program import Program
+from fasp_fx.capturing import Program, _capture
 from fasp_fx.pruning import _submodules
 
 Capture = Callable[..., Program]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fasp_fx.analysis import Analysis
-from fasp_fx.calibration._visit import Decision
-from fasp_fx.capturing._program import Program
-from fasp_fx.pruning import _prune
-from fasp_fx.pruning._subject import Subject
+from fasp_fx.calibration import Decision
+from fasp_fx.capturing import Program
+from fasp_fx.pruning import Subject, _prune
 
 
 def decide(program: Program, config: Any, calibration: Any, **how: Any) -> tuple[Analysis, Decision]:

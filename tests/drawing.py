@@ -25,11 +25,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import fasp_fx
-from fasp_fx.calibration._visit import Decision
+from fasp_fx.calibration import Decision
 from fasp_fx.errors import CallError
-from fasp_fx.passes import remove
-from fasp_fx.passes._pruned_module import finish
-from fasp_fx.pruning._subject import make_plan
+from fasp_fx.passes import finish, remove
+from fasp_fx.pruning import make_plan
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._case import Case, draw_sets
 from fasp_fx.testing._odd import Odd

@@ -22,7 +22,7 @@ from whole_products import compute_in_full
 from zoo import VOCABULARY
 
 import fasp_fx
-from fasp_fx.capturing._runner import Runner
+from fasp_fx.capturing import Runner
 
 
 def recurrent() -> nn.Module:

@@ -18,12 +18,11 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fasp_fx.analysis import Analysis, analyze_program
-from fasp_fx.calibration._visit import Decision
+from fasp_fx.calibration import Decision
 from fasp_fx.capturing import capture
 from fasp_fx.errors import CallError
-from fasp_fx.passes import remove, split_fused
-from fasp_fx.passes._pruned_module import finish
-from fasp_fx.pruning._subject import make_plan
+from fasp_fx.passes import finish, remove, split_fused
+from fasp_fx.pruning import make_plan
 
 #: another batch and another length than the example's, shorter and longer
 SIZES = ((2, 6), (3, 7), (5, 4))

@@ -198,7 +198,7 @@ def command_line(rank: int, size: int, folder: Path) -> None:
 
 def dies(group: dist.ProcessGroup, rank: int) -> None:
     """One process ends in the middle; what becomes of the others."""
-    from fasp_fx.capturing._runner import Runner
+    from fasp_fx.capturing import Runner
 
     if rank == 1:
         Runner.advance = lambda self, stop: os._exit(3)  # type: ignore[method-assign, assignment]
@@ -215,9 +215,8 @@ def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
     """One process fails, wherever it is; it raises its own error, and the other one says what that was. Then
     they go on together.
     """
-    from fasp_fx.calibration._journal import Journal
-    from fasp_fx.calibration._visit import Observer
-    from fasp_fx.capturing._runner import Runner
+    from fasp_fx.calibration import Journal, Observer
+    from fasp_fx.capturing import Runner
     from fasp_fx.pruning import _prune, _subject
 
     shortage = torch.OutOfMemoryError("no memory is left")

@@ -175,7 +175,7 @@ def write_golden(folder: Path) -> None:
     save_file({kind: outputs(folder / kind).contiguous() for kind in MAKERS}, folder / "outputs.safetensors")
     measured = fasp_fx.measure(forked().first, (X,), calibration=[BATCH])
     measured.save(folder / "costs.json")
-    config = fasp_fx.PruningConfig(budget=fasp_fx.budgets.Parameters(0.8), exclude=("lm_head",), drift=0.3)
+    config = fasp_fx.PruningConfig(budget=fasp_fx.allocation.Parameters(0.8), exclude=("lm_head",), drift=0.3)
     (folder / "config.json").write_text(config.to_json())
 
 

@@ -13,8 +13,6 @@ import pytest
 import torch
 import transformers as hf
 from conftest import PROFILE
-from fasp_fx.budgets import KINDS, Bytes, CacheBytes, Cap, Latency, Macs, Parameters
-from fasp_fx.resources import Resource, parameters_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import block, made, parameter, wide
@@ -26,13 +24,26 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx.allocation import Budget, Global, Limit, uniform
-from fasp_fx.allocation.budgets import macs_of
-from fasp_fx.calibration._visit import Decision
+from fasp_fx.allocation import (
+    KINDS,
+    Budget,
+    Bytes,
+    CacheBytes,
+    Cap,
+    Global,
+    Latency,
+    Limit,
+    Macs,
+    Parameters,
+    macs_of,
+    uniform,
+)
+from fasp_fx.analysis import Resource, parameters_of
+from fasp_fx.calibration import Decision
 from fasp_fx.cli._app import read_amount
 from fasp_fx.hf._stages import stages_of
 from fasp_fx.passes import remove
-from fasp_fx.pruning._subject import make_plan
+from fasp_fx.pruning import make_plan
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._case import draw_sets
 from fasp_fx.testing.specs import Net
@@ -268,7 +279,7 @@ def test_a_model_that_generates_keeps_its_budgets() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": 0.8}, "budget=0.8 is no budget; pass one of fasp_fx.budgets"),
+        ({"budget": 0.8}, "budget=0.8 is no budget; pass one of fasp_fx.allocation"),
         ({"budget": "parameters"}, "is no budget"),
         ({"budget": {"resource": "parameters", "amount": 0.5}}, "is no budget"),
         ({"budget": (Parameters(0.5), Parameters(1000))}, "speaks of one resource twice"),

@@ -24,7 +24,7 @@ from fasp_fx import PruningConfig
 from fasp_fx.cli import _prune
 from fasp_fx.cli._app import app
 from fasp_fx.cli._models import Texts
-from fasp_fx.pruning._result import read_told
+from fasp_fx.pruning import read_told
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -202,7 +202,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--loss outputs --drift 0.5": {"loss": "outputs", "drift": 0.5},
     "--no-restore": {"restore": None},
     "--macs 70% --bytes 1MB": {
-        "budget": (fasp_fx.budgets.Macs(0.7), fasp_fx.budgets.Bytes(1_000_000)),
+        "budget": (fasp_fx.allocation.Macs(0.7), fasp_fx.allocation.Bytes(1_000_000)),
     },
     "--sparsity 0.5 --include approximate --config config.json": {
         "granularity": ("head", "channel"),

@@ -18,7 +18,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from fasp_fx.report import Figure, Line
 from safetensors.torch import load_file, save_file
 from saved import GOLDEN
 from tiny_llama import make_model
@@ -26,7 +25,8 @@ from typer.testing import CliRunner, Result
 
 from fasp_fx import Report
 from fasp_fx.cli._app import app
-from fasp_fx.storage._folder import write_manifest
+from fasp_fx.pruning import Figure, Line
+from fasp_fx.storage import write_manifest
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 import torch
 from decoders import Spec, build, tokens
-from fasp_fx.config import PruningOptions
-from fasp_fx.report import Report
 from hypothesis import given
 from hypothesis import strategies as st
 from models import made
@@ -25,6 +23,7 @@ from torch.nn import functional as F
 
 import fasp_fx
 from fasp_fx.base._json import DOCUMENT
+from fasp_fx.pruning import PruningOptions, Report
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -84,7 +83,7 @@ def test_a_result_says_what_was_asked_for_and_keeps_it(tmp_path: Path) -> None:
     assert fasp_fx.prune(model, (X,), config=result.config).plan == result.plan
     assert fasp_fx.apply(model, result.plan, (X,)).config is None
     assert fasp_fx.load(result.save(tmp_path / "saved")).config == result.config
-    own = fasp_fx.prune(model, (X,), calibration=[X], score=fasp_fx.scoring.magnitude, restore=None)
+    own = fasp_fx.prune(model, (X,), calibration=[X], score=fasp_fx.calibration.magnitude, restore=None)
     assert own.config is not None
     assert own.report.requested == 0.2
     assert fasp_fx.load(own.save(tmp_path / "own")).config is None  # no file holds a function
@@ -187,7 +186,7 @@ def test_excluded_groups_stay_whole_and_the_others_carry_the_sparsity() -> None:
     [
         ({"sparsity": 0.3}, ()),
         ({"sparsity": 0.9}, ("exempt",)),
-        ({"budget": fasp_fx.budgets.Macs(0.4)}, ()),
+        ({"budget": fasp_fx.allocation.Macs(0.4)}, ()),
     ],
 )
 @pytest.mark.parametrize("also", [(), (nn.Conv2d(4, 6, 1), nn.Conv2d(6, 3, 1))], ids=["alone", "beside"])

@@ -13,10 +13,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROFILE
-from fasp_fx.groups import Group
-from fasp_fx.resources import Resource, Sparsity
-from fasp_fx.scoring import Columns, GroupColumns, GroupScore, Order, by_set, by_value
-from fasp_fx.statistics import InputGradients, MakeStatistic
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import block, made, wide
@@ -25,6 +21,17 @@ from zoo import TwoLayers
 
 import fasp_fx
 from fasp_fx.allocation import Budget, Global, Limit, deepest_loss
+from fasp_fx.analysis import Group, Resource, Sparsity
+from fasp_fx.calibration import (
+    Columns,
+    GroupColumns,
+    GroupScore,
+    InputGradients,
+    MakeStatistic,
+    Order,
+    by_set,
+    by_value,
+)
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing.specs import Net
 

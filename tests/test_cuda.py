@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from decoders import Spec, build, tokens
-from fasp_fx.restoration import SKETCHED, _sketch
-from fasp_fx.scoring import Columns, Random
-from fasp_fx.statistics import Gram
 from oracle import TOLERANCE, error, masked, removed_columns
 
 import fasp_fx
+from fasp_fx.calibration import Columns, Gram, Random
+from fasp_fx.calibration._restoration import SKETCHED, _sketch
 
 SPEC = Spec(
     layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope"

@@ -12,7 +12,7 @@ from models import block, wide
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.base.compare import deviation, distance
+from fasp_fx.base import deviation, distance
 
 FILLINGS = (-1e9, torch.finfo(torch.float32).min, -65504.0)
 

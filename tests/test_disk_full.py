@@ -72,4 +72,4 @@ def test_what_a_file_held_stays(captured: fasp_fx.Captured, tmp_path: Path) -> N
     assert file.read_text() == before
     assert list(tmp_path.iterdir()) == [file]
     costs.save(file)
-    assert fasp_fx.costs.Costs.load(file).to_json() == costs.to_json()
+    assert fasp_fx.allocation.Costs.load(file).to_json() == costs.to_json()

@@ -18,8 +18,6 @@ from unittest import mock
 import pytest
 import torch
 from conftest import EXAMPLES
-from fasp_fx.recovery import Divergence, SquaredError
-from fasp_fx.report import Recovery
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import made as model_of
@@ -28,6 +26,8 @@ from torch.nn import functional as F
 
 import fasp_fx
 from fasp_fx.errors import ArgumentError, CalibrationError, FaspError
+from fasp_fx.pruning import Recovery
+from fasp_fx.training._recovery import Divergence, SquaredError
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

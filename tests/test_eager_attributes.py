@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fasp_fx
 from fasp_fx.capturing import capture
 from fasp_fx.errors import CallError, EagerError, NothingPrunableError
-from fasp_fx.passes._pruned_module import finish
+from fasp_fx.passes import finish
 from fasp_fx.pruning.eager import first_difference
 from fasp_fx.testing.oracle import Masked, error
 

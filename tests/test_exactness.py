@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fasp_fx
-import fasp_fx.passes.remove_channels
+import fasp_fx.passes._remove_channels
+from fasp_fx.pruning import largest_passing_subset
 from fasp_fx.pruning.check import _compare
-from fasp_fx.pruning.check._check import largest_passing_subset
 from fasp_fx.testing import Masked
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -394,9 +394,9 @@ def _cut_elsewhere(cut_weights: Any) -> Any:
 def test_a_pass_that_cuts_the_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The verifier refuses the program: the group is found, and the others go."""
     monkeypatch.setattr(
-        fasp_fx.passes.remove_channels,
+        fasp_fx.passes._remove_channels,
         "_cut_weights",
-        _cut_elsewhere(fasp_fx.passes.remove_channels._cut_weights),
+        _cut_elsewhere(fasp_fx.passes._remove_channels._cut_weights),
     )
     model = Blocks(same, same, same).eval()
     with pytest.warns(

@@ -142,7 +142,7 @@ def test_the_expert_that_gives_least_goes_and_as_many_stay_as_a_token_needs() ->
     (group,) = analysis.chosen
     assert (group.granularity, group.size, group.needed) == ("expert", 4, 2)
     assert "4 experts" in str(group)
-    counted = fasp_fx.resources.Sparsity(analysis)
+    counted = fasp_fx.analysis.Sparsity(analysis)
     assert analysis.max_sparsity == pytest.approx(counted.removed([2]))
     (removed,) = _experts(result.plan)
     assert all(part.removed == (1,) for part in (*removed.producers, *removed.consumers))

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from fasp_fx.channels import repeating
 from models import made
 from oracle import assert_exact
 from torch import Tensor, nn
 
 import fasp_fx
 import fasp_fx.patterns
+from fasp_fx.analysis import repeating
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -17,12 +17,9 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import fasp_fx
-from fasp_fx.capturing._fx import attribute
-from fasp_fx.passes import (
-    WRITTEN_BY,
-    Pipeline,
-    Prune,
-)
+from fasp_fx.base import WRITTEN_BY
+from fasp_fx.capturing import attribute
+from fasp_fx.passes import Pipeline, Prune
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

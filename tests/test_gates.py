@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from fasp_fx.budgets import Macs, Parameters
-from fasp_fx.gates import Gates, attach
 from models import made, parameter, stack, wide
 from rank import llama, tokens
 from torch import Tensor, nn
@@ -17,6 +15,8 @@ from torch.nn import functional as F
 from zoo import randomise
 
 import fasp_fx
+from fasp_fx.allocation import Macs, Parameters
+from fasp_fx.training import Gates, attach_gates
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -85,7 +85,7 @@ def test_closed_gates_are_removed_channels(name: str) -> None:
     make, args, kwargs = MODELS[name]
     model = make()
     before, left = copy.deepcopy(model.state_dict()), traces(model)
-    gates = attach(model, args, kwargs, sparsity=0.4, granularity=("channel", "head"))
+    gates = attach_gates(model, args, kwargs, sparsity=0.4, granularity=("channel", "head"))
     gates.plan()  # of other scores
     spread(gates)
     if name in ("weights of one module", "names"):
@@ -122,7 +122,7 @@ def test_what_says_nothing_goes() -> None:
     torch.manual_seed(0)
     model = half()
     dense = copy.deepcopy(model).requires_grad_(False)
-    gates = attach(model, (X,), sparsity=0.5)
+    gates = attach_gates(model, (X,), sparsity=0.5)
     model.requires_grad_(False)
     gates.requires_grad_(True)
     train(gates, model, dense)
@@ -135,7 +135,7 @@ def test_what_says_nothing_goes() -> None:
 
 def test_several_budgets_are_all_met() -> None:
     model = in_turn()
-    gates = attach(model, (X,), budget=(Macs(0.9), Parameters(0.5)), round_to=4)
+    gates = attach_gates(model, (X,), budget=(Macs(0.9), Parameters(0.5)), round_to=4)
     plan = gates.plan()
     gates.detach()
     whole, spent = fasp_fx.apply(model, plan, (X,)).report.parameters
@@ -145,7 +145,7 @@ def test_several_budgets_are_all_met() -> None:
 def test_gates_are_saved_once_and_a_copy_has_its_own() -> None:
     torch.manual_seed(0)
     model = half()
-    gates = attach(model, (X,), sparsity=0.4)
+    gates = attach_gates(model, (X,), sparsity=0.4)
     assert sum("scores" in name for name in model.state_dict()) == len(gates.scores)
     copied = copy.deepcopy(model).eval()
     before = copied(X)
@@ -176,13 +176,13 @@ def test_bad_input(options: Any, said: str) -> None:
     model = options() if callable(options) else half()
     before = traces(model)
     with pytest.raises(fasp_fx.FaspError, match=said):
-        attach(model, (X,), **{"sparsity": 0.3, **({} if callable(options) else options)})
+        attach_gates(model, (X,), **{"sparsity": 0.3, **({} if callable(options) else options)})
     assert traces(model) == before, "nothing half-attached is left"
 
 
 def test_scores_that_are_nan_are_named() -> None:
     model = in_turn()
-    gates = attach(model, (X,), sparsity=0.3)
+    gates = attach_gates(model, (X,), sparsity=0.3)
     with torch.no_grad():
         gates.scores[1][3] = float("nan")
     with pytest.raises(fasp_fx.ArgumentError, match=r"'4\.weight'.* NaN"):
@@ -214,10 +214,10 @@ def test_gates_without_effect_are_refused() -> None:
     model = randomise(listed())
     before, expected = traces(model), model(X)
     with pytest.raises(fasp_fx.ArgumentError, match=r"of 'b\.weight' are not .* exclude="):
-        attach(model, (X,), sparsity=0.3)
+        attach_gates(model, (X,), sparsity=0.3)
     assert traces(model) == before, "the model is as it was"
     assert torch.equal(model(X), expected)
-    gates = attach(model, (X,), sparsity=0.2, exclude=("b.weight",))
+    gates = attach_gates(model, (X,), sparsity=0.2, exclude=("b.weight",))
     assert "b.weight" not in gates.names, "what stays is not counted on, nor does it close in training"
     spread(gates)
     agrees(model, X, gates)
@@ -253,7 +253,7 @@ def test_what_checkpointing_computes_anew_has_the_same_gates(reentrant: bool) ->
     from torch.utils.checkpoint import checkpoint
 
     model = half()
-    gates = attach(model, (X,), sparsity=0.4)
+    gates = attach_gates(model, (X,), sparsity=0.4)
     model.train()(X).sum().backward()
     expected, gates.scores[0].grad = gates.scores[0].grad, None
     checkpoint(model, X.clone().requires_grad_(True), use_reentrant=reentrant).sum().backward()
@@ -263,7 +263,7 @@ def test_what_checkpointing_computes_anew_has_the_same_gates(reentrant: bool) ->
 def test_gates_are_those_of_the_scores_where_a_part_is_called() -> None:
     torch.manual_seed(0)
     model = Named().eval()
-    gates = attach(model, (X,), sparsity=0.4)
+    gates = attach_gates(model, (X,), sparsity=0.4)
     first = model.encode(X)
     assert torch.equal(model.encode(X), first)
     with torch.no_grad():
@@ -274,7 +274,7 @@ def test_gates_are_those_of_the_scores_where_a_part_is_called() -> None:
 
 def test_parametrizations_of_others_are_not_taken_off() -> None:
     model = half()
-    gates = attach(model, (X,), sparsity=0.4)
+    gates = attach_gates(model, (X,), sparsity=0.4)
     nn.utils.parametrize.register_parametrization(model.down, "weight", nn.Tanh())  # type: ignore[arg-type]
     expected = model(X)
     with pytest.raises(fasp_fx.ArgumentError, match=r"'weight' of a .*Linear"):
@@ -284,8 +284,8 @@ def test_parametrizations_of_others_are_not_taken_off() -> None:
 
 def test_a_model_with_gates_is_not_pruned() -> None:
     model = in_turn()
-    attach(model, (X,), sparsity=0.3)
-    for call in (fasp_fx.analyze, fasp_fx.capture, attach):
+    attach_gates(model, (X,), sparsity=0.3)
+    for call in (fasp_fx.analyze, fasp_fx.capture, attach_gates):
         for part, x in ((model, X), (model[4], torch.randn(8, 12))):  # type: ignore[index]
             with pytest.raises(fasp_fx.FaspError, match="detach"):
                 call(part, (x,))  # type: ignore[operator]

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from fasp_fx.statistics import FITTED, HELD, PADDING
 from models import made, wide
 from refusal import Vectors
 from torch import Tensor, nn
@@ -18,7 +17,8 @@ from torch.nn import functional
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx.calibration._marks import Marks
+from fasp_fx.calibration import Marks
+from fasp_fx.calibration._statistics import FITTED, HELD, PADDING
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

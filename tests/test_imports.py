@@ -1,8 +1,9 @@
-"""The floors of the house: a room imports from lower ones only, and no file leads back to itself."""
+"""The house: rooms import from lower floors, by their doors, and no file leads back to itself."""
 
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,9 +28,13 @@ FLOORS = (
     {"pruning"},
     {"hf", "interop"},
     {"training"},
-    {"", "cli"},  # fasp_fx itself
+    {"", "_load", "cli"},  # fasp_fx itself
     {"testing", "__main__"},
 )
+
+
+#: what a door defines itself
+DEFINED = {("fasp_fx.cli", "main"), ("fasp_fx.base", "__version__")}
 
 
 def files() -> dict[str, Path]:
@@ -44,19 +49,39 @@ def files() -> dict[str, Path]:
     return found
 
 
-def imported(name: str, file: Path, known: dict[str, Path]) -> Iterator[str]:
-    """The modules that a file imports, for annotations and inside of functions as well."""
-    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    found = set()
+def statements_of(name: str, file: Path) -> Iterator[tuple[str, str]]:
+    """What a file imports with ``from``, for annotations and inside of functions as well: source and name."""
+    package = name if file.stem == "__init__" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             source = ".".join([*above, *([node.module] if node.module else [])])
-            for alias in node.names:
-                found.add(f"{source}.{alias.name}" if f"{source}.{alias.name}" in known else source)
+            yield from ((source, alias.name) for alias in node.names)
         elif isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-    yield from (target for target in found if target in known and target != name)
+            yield from ((alias.name, "") for alias in node.names)
+
+
+@functools.cache
+def doors() -> dict[str, dict[str, str]]:
+    """What each room lends: the module of each name, by the room."""
+    lent = {}
+    for name, file in files().items():
+        if name.count(".") == 1 and file.name == "__init__.py":
+            stub = file.with_suffix(".pyi")
+            lent[name] = {
+                what: source for source, what in statements_of(name, stub if stub.exists() else file)
+            }
+    return lent
+
+
+def imported(name: str, file: Path, known: dict[str, Path]) -> Iterator[str]:
+    """The modules that a file imports, those behind doors too."""
+    lent = doors()
+    targets = set()
+    for source, what in statements_of(name, file):
+        behind = lent.get(source, {}).get(what, source) if source != name else source
+        targets.add(f"{source}.{what}" if f"{source}.{what}" in known else behind)
+    yield from (target for target in targets if target in known and target != name)
 
 
 def graph_of_imports() -> nx.DiGraph:
@@ -74,6 +99,24 @@ def floor_of(name: str) -> int:
 
 def room_of(name: str) -> str:
     return name.partition(".")[2].partition(".")[0]
+
+
+def test_rooms_are_entered_by_their_doors() -> None:
+    lent = doors()
+    assert len(lent["fasp_fx.calibration"]) > 20
+    inside = [
+        f"{name} imports {what} of {source}"
+        for name, file in files().items()
+        for source, what in statements_of(name, file)
+        if source.startswith("fasp_fx.") and source != "fasp_fx.errors" and room_of(source) != room_of(name)
+        if what not in lent.get(source, {})
+        and (source, what)
+        not in (
+            ("fasp_fx.cli", "main"),
+            ("fasp_fx.base", "__version__"),
+        )
+    ]
+    assert inside == []
 
 
 def test_rooms_import_from_lower_floors_only() -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from deciding import decide
-from fasp_fx.config import PruningConfig
 from models import block, made, parameter, wide
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fasp_fx
-from fasp_fx.calibration._visit import decided
+from fasp_fx.calibration import decided
+from fasp_fx.pruning import PruningConfig
 from fasp_fx.pruning.check._check import restricted
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

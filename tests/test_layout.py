@@ -209,7 +209,7 @@ def build(case: Case) -> nn.Module:
 
 
 def described(analysis: fasp_fx.Analysis) -> list[tuple[Side, Side, int]]:
-    def side(members: tuple[fasp_fx.groups.Member, ...]) -> Side:
+    def side(members: tuple[fasp_fx.analysis.Member, ...]) -> Side:
         return {m.name: None if len(m.indices) == m.size else list(m.indices) for m in members}
 
     return [(side(g.producers), side(g.consumers), g.blocks) for g in analysis.select("prunable")]

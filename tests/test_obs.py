@@ -10,21 +10,27 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from fasp_fx.losses import Outputs
-from fasp_fx.obs import OBS, Elimination, greedy
-from fasp_fx.scoring import Columns, GroupColumns
-from fasp_fx.statistics import InputGradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import made, parameter
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.calibration._calibration import whole_batches
-from fasp_fx.calibration._consumers import Consumers, _column_costs
-from fasp_fx.calibration._gradients import observe_batches
-from fasp_fx.calibration._marks import Marks
-from fasp_fx.calibration._ranks import Ranks
+from fasp_fx.calibration import (
+    OBS,
+    Columns,
+    Consumers,
+    Elimination,
+    GroupColumns,
+    InputGradients,
+    Marks,
+    Outputs,
+    Ranks,
+    greedy,
+    observe_batches,
+    whole_batches,
+)
+from fasp_fx.calibration._consumers import _column_costs
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -138,7 +144,7 @@ def test_what_few_tokens_decide_is_what_their_gram_matrices_do(
     batches = [torch.randn(8, 3, 4, 4) for _ in range(1)]
 
     def pruned(few: int) -> fasp_fx.Result:
-        monkeypatch.setattr("fasp_fx.calibration.statistics.FEW", few)
+        monkeypatch.setattr("fasp_fx.calibration._statistics.FEW", few)
         return fasp_fx.prune(model, (batches[0],), calibration=batches, sparsity=0.3, quality=quality)
 
     found, other = pruned(2), pruned(10**9)
@@ -306,7 +312,7 @@ def test_predicted_losses_come_true_where_the_loss_is_quadratic() -> None:
     captured = fasp_fx.capture(model, (data[0],))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"ROUNDS": 12, "SHRINKAGE": 0.0, "DAMPING": 1e-6}.items():
-            patch.setattr(fasp_fx.obs, name, value)
+            patch.setattr(f"fasp_fx.calibration._obs.{name}", value)
         costs = fasp_fx.measure(captured, calibration=data, score="obs")
     result = fasp_fx.prune(
         captured, calibration=data, score="obs", allocation=lambda budget, *_: [4], sparsity=0.3

@@ -25,19 +25,9 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCa
 
 import fasp_fx
 import fasp_fx.hf
-from fasp_fx.base._offload import (
-    _SCRATCH,
-    FILE_BYTES,
-    SMALLEST,
-    Scratch,
-    addresses,
-    keep,
-    keep_values,
-    keep_weights,
-    mapped_bytes,
-    offload,
-)
-from fasp_fx.capturing._runner import Runner
+from fasp_fx.base import Scratch, addresses, keep, keep_values, keep_weights, offload
+from fasp_fx.base._offload import _SCRATCH, FILE_BYTES, SMALLEST, mapped_bytes
+from fasp_fx.capturing import Runner
 from fasp_fx.errors import ArgumentError, OffloadError
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

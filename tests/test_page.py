@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fasp_fx.report import COUNTED, Figure, Line, Report
 
 import fasp_fx
-from fasp_fx.interop.page import to_html, write_page
+from fasp_fx.interop import write_page
+from fasp_fx.interop.page import to_html
+from fasp_fx.pruning import COUNTED, Figure, Line, Report
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from fasp_fx.scoring import Columns
 from refusal import Vectors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasp_fx
-from fasp_fx.base._device import float32_products
+from fasp_fx.base import float32_products
+from fasp_fx.calibration import Columns
 from fasp_fx.capturing._attention import execute
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

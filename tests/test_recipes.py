@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXAMPLES, PROFILE
-from fasp_fx.channels import Numbering
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fasp_fx.analysis import Analysis, analyze_program
-from fasp_fx.capturing import capture
-from fasp_fx.capturing._program import Cut, Recipe
+from fasp_fx.analysis import Analysis, Numbering, analyze_program
+from fasp_fx.capturing import Cut, Recipe, capture
 from fasp_fx.errors import VerificationError
 from fasp_fx.passes import remove, split_fused
-from fasp_fx.passes.remove_channels import recipes_of
+from fasp_fx.passes._remove_channels import recipes_of
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._case import draw_sets
 from fasp_fx.testing.specs import Net

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from fasp_fx.report import COLUMNS, Figure, Line, Report
 from models import block, made, wide
 from torch import nn
 from zoo import randomise
 
 import fasp_fx
+from fasp_fx.pruning import Figure, Line, Report
+from fasp_fx.pruning._report import COLUMNS
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from decoders import Spec, build, tokens
-from fasp_fx.restoration import GRID, ridge
 from hypothesis import given
 from hypothesis import strategies as st
 from models import made, wide
@@ -21,7 +20,9 @@ from torch import Tensor, nn
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx import restoration
+from fasp_fx.calibration import _restoration as restoration
+from fasp_fx.calibration import ridge
+from fasp_fx.calibration._restoration import GRID
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from deciding import decide
-from fasp_fx.config import PruningConfig
 from models import made
 from rank import llama, tokens
 from refusal import Vectors
@@ -20,9 +19,9 @@ from torch import nn
 
 import fasp_fx
 import fasp_fx.hf
-from fasp_fx.calibration import _visit
-from fasp_fx.calibration._visit import Decision
+from fasp_fx.calibration import Decision, _visit
 from fasp_fx.errors import ArgumentError, StoreError
+from fasp_fx.pruning import PruningConfig
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

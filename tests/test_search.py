@@ -18,8 +18,6 @@ import numpy as np
 import pytest
 import torch
 from deciding import decide
-from fasp_fx.budgets import Macs, Parameters
-from fasp_fx.obs import DAMPING
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_costs import Linear
@@ -31,21 +29,14 @@ from zoo import ZOO
 
 import fasp_fx
 import fasp_fx.hf
-from fasp_fx.allocation import (
-    Budget,
-    Global,
-    Limit,
-    Search,
-    Trial,
-    deepest_loss,
-)
+from fasp_fx.allocation import Budget, Global, Limit, Macs, Parameters, Search, Trial, deepest_loss
 from fasp_fx.allocation._allocation import _counts, _neighbours
-from fasp_fx.calibration._consumers import Consumers
-from fasp_fx.calibration._ranks import Ranks
-from fasp_fx.calibration._trial import Divergence, ModelTrial
-from fasp_fx.calibration._visit import Decision
+from fasp_fx.calibration import Consumers, Decision, ModelTrial, Ranks
+from fasp_fx.calibration._obs import DAMPING
+from fasp_fx.calibration._trial import Divergence
 from fasp_fx.errors import ArgumentError
-from fasp_fx.pruning._calibrating import Method, measure_costs
+from fasp_fx.pruning import Method
+from fasp_fx.pruning._calibrating import measure_costs
 from fasp_fx.pruning._prune import PROGRESS_SHARE_MEASURING
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

@@ -14,7 +14,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fasp_fx.capturing._shapes import _FAKES, by_shapes
+from fasp_fx.capturing import by_shapes
+from fasp_fx.capturing._shapes import _FAKES
 
 ATEN = torch.ops.aten
 #: what is laid out in several ways in memory: [any, 3, 5, 4]

@@ -22,8 +22,7 @@ from shortages import RAISED, says_so, tried
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.base import _offload
-from fasp_fx.base._tolerable import short_of_memory, tolerable
+from fasp_fx.base import _offload, short_of_memory, tolerable
 from fasp_fx.cli._console import session
 from fasp_fx.errors import OffloadError, TrainingMemoryError
 

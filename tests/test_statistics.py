@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fasp_fx.scoring import GroupColumns, GroupScore, Order
-from fasp_fx.statistics import FEW, HELD, PADDING, SplitGram, is_few, whole
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fasp_fx
+from fasp_fx.calibration import GroupColumns, GroupScore, Order, SplitGram, is_few, whole
+from fasp_fx.calibration._statistics import FEW, HELD, PADDING
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

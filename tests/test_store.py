@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import fasp_fx
 from fasp_fx.pruning import _result as folders
-from fasp_fx.storage._folder import FORMAT, MANIFEST
+from fasp_fx.storage import MANIFEST
+from fasp_fx.storage._folder import FORMAT
 
 pytestmark = [
     pytest.mark.usefixtures("shared_captures"),

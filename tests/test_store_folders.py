@@ -40,7 +40,7 @@ def test_golden_documents_are_read() -> None:
     )
     assert [(name, len(curve.losses)) for name, curve in costs.items()] == [("2.weight", 12)]
     assert config == fasp_fx.PruningConfig(
-        budget=fasp_fx.budgets.Parameters(0.8), exclude=("lm_head",), drift=0.3
+        budget=fasp_fx.allocation.Parameters(0.8), exclude=("lm_head",), drift=0.3
     )
     plan, report = (
         fasp_fx.PruningPlan.from_json(texts["hf/plan.json"]),

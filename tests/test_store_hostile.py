@@ -20,8 +20,8 @@ from saved import GOLDEN, IDS, forge, outputs, seal
 from test_store_fuzz import CODE, limited
 
 import fasp_fx
+from fasp_fx.base import schema
 from fasp_fx.base.compat import _serde
-from fasp_fx.base.compat._serde import schema
 from fasp_fx.storage._untrusted import (
     check_expression,
     check_guard,

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from fasp_fx.evaluation import perplexity
 from models import made as made_of
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fasp_fx import ArgumentError, CalibrationError
 from fasp_fx.cli._models import sample, start_token
+from fasp_fx.hf import perplexity
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -15,9 +15,7 @@ from torch import fx
 
 import fasp_fx
 from fasp_fx.analysis import Analysis, analyze_program
-from fasp_fx.capturing import capture
-from fasp_fx.capturing._fx import attribute
-from fasp_fx.capturing._program import Program, set_weight
+from fasp_fx.capturing import Program, attribute, capture, set_weight
 from fasp_fx.passes import _run, remove, split_fused, verify
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -122,7 +120,7 @@ def test_correct_passes_are_accepted_and_mark_what_they_write(analysed: tuple[st
     program = removed(analysis)
     assert str(analysis.program.module.graph) == before
     changed(program, analysis, lambda program: None)
-    marks = {node.meta.get(fasp_fx.passes.WRITTEN_BY) for node in program.module.graph.nodes}
+    marks = {node.meta.get(fasp_fx.base.WRITTEN_BY) for node in program.module.graph.nodes}
     assert "remove_channels" in marks
     assert {"pin_attention_scale", "pad_value_heads"} <= marks or not nodes(
         program, "scaled_dot_product_attention"

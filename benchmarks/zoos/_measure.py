@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from x.benchmarks.zoos import Entry
+from x.benchmarks.zoos._table import STATUSES, Record
+from x.benchmarks.zoos._weights import centring, randomise
 
 import fasp_fx
-from fasp_fx.capturing._capture import Captured, capture_whole
+from fasp_fx.capturing import Captured, capture_whole
 from fasp_fx.errors import CaptureError, EagerError, NothingPrunableError, SparsityError
 from fasp_fx.testing.oracle import Masked, error, floats
-
-from . import Entry
-from ._table import STATUSES, Record
-from ._weights import centring, randomise
 
 SPARSITY = 0.30
 #: tried in turn on models pruned in parts, which do not say beforehand how much they allow

@@ -18,8 +18,7 @@ import timm
 import torch
 from timm.models import _registry as registry
 from torch import nn
-
-from . import Entry, image
+from x.benchmarks.zoos import Entry, image
 
 CHOICE = pathlib.Path(__file__).with_name("timm_models.json")
 

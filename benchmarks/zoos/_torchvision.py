@@ -8,8 +8,7 @@ from typing import Any
 import torch
 import torchvision.models as zoo
 from torch import nn
-
-from . import Draw, Entry, constant, image, noise
+from x.benchmarks.zoos import Draw, Entry, constant, image, noise
 
 #: measured in float64: with random weights their own float32 outputs are 0.4 % and 1.3 % from their float64
 #: outputs

@@ -15,11 +15,10 @@ import torch
 import transformers
 from torch import nn
 from transformers.integrations import moe
-
-from . import VOCABULARY, Draw, Entry, constant
-from ._transformers_multi import MULTIMODAL
-from ._transformers_sight import AUDIO, VISION
-from ._transformers_text import DECODERS, ENCODER_DECODERS, ENCODERS, MIXTURES, STATE_SPACES
+from x.benchmarks.zoos import VOCABULARY, Draw, Entry, constant
+from x.benchmarks.zoos._transformers_multi import MULTIMODAL
+from x.benchmarks.zoos._transformers_sight import AUDIO, VISION
+from x.benchmarks.zoos._transformers_text import DECODERS, ENCODER_DECODERS, ENCODERS, MIXTURES, STATE_SPACES
 
 TABLES: dict[str, dict[str, dict[str, Any]]] = {
     "decoder": DECODERS,

@@ -5,9 +5,8 @@
 from __future__ import annotations
 
 import torch
-
-from . import Draw, ids, image, noise, ones, rows
-from ._transformers_text import BOXES, TEXT, sharing
+from x.benchmarks.zoos import Draw, ids, image, noise, ones, rows
+from x.benchmarks.zoos._transformers_text import BOXES, TEXT, sharing
 
 TEXT_IMAGE: dict[str, Draw] = {"input_ids": ids(), "pixel_values": image(32)}
 

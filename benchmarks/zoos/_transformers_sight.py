@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import Draw, ids, image, noise
-from ._transformers_text import sharing
+from x.benchmarks.zoos import Draw, ids, image, noise
+from x.benchmarks.zoos._transformers_text import sharing
 
 IMAGE: dict[str, Draw] = {"pixel_values": image(32)}
 LARGE: dict[str, Draw] = {"pixel_values": image(64)}

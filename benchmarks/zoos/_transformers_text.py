@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import Draw, ids, ones, rows
+from x.benchmarks.zoos import Draw, ids, ones, rows
 
 TEXT: dict[str, Draw] = {"input_ids": ids()}
 #: one box of a page per token

@@ -1,19 +1,5 @@
 """How much goes of each coupled group: budgets, cost curves, and the allocations that meet them."""
 
-from ._allocation import Allocation, CostAllocation, Global, Search, Trial, uniform
-from ._limits import Budget, Limit, check_reach, deepest_loss, lost_per_block, validate
+import lazy_loader
 
-__all__ = [
-    "Allocation",
-    "Budget",
-    "CostAllocation",
-    "Global",
-    "Limit",
-    "Search",
-    "Trial",
-    "check_reach",
-    "deepest_loss",
-    "lost_per_block",
-    "uniform",
-    "validate",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,10 +10,11 @@ from itertools import islice, pairwise
 
 import numpy as np
 
-from ..analysis.groups import EXEMPT, Group
-from ..errors import ArgumentError
+from fasp_fx.analysis import EXEMPT, Group
+from fasp_fx.errors import ArgumentError
+
+from ._costs import Costs
 from ._limits import Budget, check_reach, deepest_loss, lost_per_block
-from .costs import Costs
 
 
 class CostAllocation(ABC):
@@ -306,8 +307,8 @@ class Search(CostAllocation):
 
     A candidate is run as the dense model with other weights: of each group, the first channel sets of one
     order go that was found on the dense model, and what reads them is repaired in closed form on the dense
-    model's activations, with the ridge of :class:`fasp_fx.obs.OBS`. What is removed in the end is chosen and
-    repaired behind earlier removals, as always. Where removed channels cross a norm
+    model's activations, with the ridge of :class:`fasp_fx.calibration.OBS`. What is removed in the end is
+    chosen and repaired behind earlier removals, as always. Where removed channels cross a norm
     (``include=("approximate",)``) or experts go, norms and routers of a candidate still see the dense
     model's, as they do while a model is calibrated.
 

@@ -10,11 +10,11 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from ..analysis.groups import Group
-from ..analysis.resources import Resource, most_lost
-from ..errors import ArgumentError, BudgetError, SparsityError
-from .budgets import Cap
-from .costs import CostCurve, Costs
+from fasp_fx.analysis import Group, Resource, most_lost
+from fasp_fx.errors import ArgumentError, BudgetError, SparsityError
+
+from ._budgets import Cap
+from ._costs import CostCurve, Costs
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Limit:
 
     def over(self, lost: Sequence[int]) -> float:
         """By how much too much stays, as a fraction of what the dense model has; ``lost`` as for
-        :meth:`fasp_fx.resources.Resource.used`.
+        :meth:`fasp_fx.analysis.Resource.used`.
         """
         return self.need - self.resource.removed(lost)
 

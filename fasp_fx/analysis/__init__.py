@@ -1,7 +1,5 @@
 """Which channels go together: the coupled groups of a program, found on channel numbers; a plan is data."""
 
-from __future__ import annotations
+import lazy_loader
 
-from ._analysis import Analysis, analyze_program
-
-__all__ = ["Analysis", "analyze_program"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -15,11 +15,10 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
-from ..base._undisturbed import without_collections
-from ..base.compat import pytree
-from ..capturing._fx import attribute, target_name
-from ..capturing._program import Program
-from ..errors import ArgumentError
+from fasp_fx.base import pytree, without_collections
+from fasp_fx.capturing import Program, attribute, target_name
+from fasp_fx.errors import ArgumentError
+
 from ._build_groups import (
     CODE,
     ChannelSets,
@@ -30,9 +29,9 @@ from ._build_groups import (
     torn_blocks,
 )
 from ._depth import DEPTH, let_blocks_go
+from ._groups import EXEMPT, FROZEN, Coupling
+from ._resources import Sparsity
 from .channels import Interpreter, Numbering, Pairs, Slot, Value, Walk, marked
-from .groups import EXEMPT, FROZEN, Coupling
-from .resources import Sparsity
 
 
 @dataclass(repr=False)
@@ -42,7 +41,7 @@ class Analysis(Coupling):
     @property
     def max_sparsity(self) -> float:
         """The highest sparsity that can be asked for with ``round_to=1`` (see
-        :class:`fasp_fx.resources.Sparsity`).
+        :class:`fasp_fx.analysis.Sparsity`).
         """
         return Sparsity(self).reach(1)
 

@@ -13,11 +13,11 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from torch import fx
 
-from ..capturing._fx import attribute
-from ..capturing._program import Program
-from ..patterns import find_composites
+from fasp_fx.capturing import Program, attribute
+from fasp_fx.patterns import find_composites
+
+from ._groups import APPROXIMATE, EXEMPT, FROZEN, PRUNABLE, Conflict, Group, Member
 from .channels import Numbering, Remark, Slot, Use, Walk, marked
-from .groups import APPROXIMATE, EXEMPT, FROZEN, PRUNABLE, Conflict, Group, Member
 
 LAYOUT = "layout"
 CODE = {PRUNABLE: 0, APPROXIMATE: 1, FROZEN: 2, EXEMPT: 3}

@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ..capturing import is_pure
-from ..capturing._fx import arguments, attribute, target_name
-from ..capturing._program import Program
-from ..capturing._sizes import same_sizes
-from ..patterns import RESHAPES
+from fasp_fx.capturing import Program, arguments, attribute, is_pure, same_sizes, target_name
+from fasp_fx.patterns import RESHAPES
+
+from ._groups import FROZEN, PRUNABLE, Group
 from .channels import Value, Walk
-from .groups import FROZEN, PRUNABLE, Group
 
 #: the word of ``include=`` for it
 DEPTH = "depth"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..errors import StoreError
+from fasp_fx.errors import StoreError
 
 #: what is raised where a disk is full, or a file cannot be written for another reason
 _UNWRITTEN = (OSError, SafetensorError)

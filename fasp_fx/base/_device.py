@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ArgumentError, first_line
+from fasp_fx.errors import ArgumentError, first_line
+
 from ._tolerable import tolerable
 from ._undisturbed import for_a_while
 

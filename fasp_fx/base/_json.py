@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, GetCoreSchemaHandler, PlainValidator, TypeAdapter, ValidationError
 
-from ..errors import FaspError, StoreError
+from fasp_fx.errors import FaspError, StoreError
 
 T = TypeVar("T")
 #: of single documents: plans, cost curves, configurations, reports

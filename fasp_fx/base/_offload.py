@@ -22,7 +22,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, OffloadError, first_line
+from fasp_fx.errors import ArgumentError, OffloadError, first_line
+
 from ._device import check_device
 from ._tensors import storage_of
 from .compat import pytree

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import ArgumentError
+from fasp_fx.errors import ArgumentError
 
 C = TypeVar("C")
 

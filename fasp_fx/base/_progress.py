@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from ..errors import ArgumentError
+from fasp_fx.errors import ArgumentError
 
 P = ParamSpec("P")
 R = TypeVar("R")

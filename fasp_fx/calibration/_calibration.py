@@ -11,15 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from ..base._tolerable import tolerable
-from ..base.compare import distance, tolerance
-from ..base.compat import pytree
-from ..capturing import upper_bound
-from ..capturing._fx import results
-from ..capturing._program import Program
-from ..capturing._runner import Runner
-from ..capturing._sizes import is_dynamic
-from ..errors import CalibrationError, CallError
+from fasp_fx.base import distance, pytree, tolerable, tolerance
+from fasp_fx.capturing import Program, Runner, is_dynamic, results, upper_bound
+from fasp_fx.errors import CalibrationError, CallError
+
 from ._marks import sequences_of
 
 

@@ -10,19 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..allocation._limits import deepest_loss
-from ..allocation.costs import CostCurve
-from ..analysis._analysis import Analysis
-from ..analysis.channels import Use
-from ..analysis.groups import Group, by_block
-from ..capturing._fx import attribute
-from ..errors import ArgumentError, CalibrationError
+from fasp_fx.allocation import CostCurve, deepest_loss
+from fasp_fx.analysis import Analysis, Group, Use, by_block
+from fasp_fx.capturing import attribute
+from fasp_fx.errors import ArgumentError, CalibrationError
+
 from ._inverse import damped_inverse
 from ._matrices import ConsumerMatrices, bias_of
+from ._obs import DAMPING, spread_of
 from ._products import ObservedProducts, row_scores, sets_in
-from .obs import DAMPING, spread_of
-from .scoring import ByColumns, Columns, GroupColumns, GroupScore, Order, by_set, by_value
-from .statistics import (
+from ._scoring import ByColumns, Columns, GroupColumns, GroupScore, Order, by_set, by_value
+from ._statistics import (
     PADDING,
     InputGradients,
     MakeStatistic,
@@ -342,10 +340,10 @@ def orders_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) 
 
     A score that predicts losses gives its own. Of another, the order is taken, and each column costs ``½ Q_jj
     √(G_jj / [G⁻¹]_jj)``. Without repair it would cost ``½ Q_jj G_jj``, and ``½ Q_jj / [G⁻¹]_jj`` if all
-    others stayed and were repaired (:class:`fasp_fx.obs.OBS`); since many go that would make up for one
-    another, what it costs lies between, and the geometric mean stands for that. What no weight reads, but a
-    product of activations, costs what the loss loses with it, or where no loss was run back, its part of the
-    product's energy.
+    others stayed and were repaired (:class:`fasp_fx.calibration.OBS`); since many go that would make up
+    for one another, what it costs lies between, and the geometric mean stands for that. What no weight
+    reads, but a product of activations, costs what the loss loses with it, or where no loss was run back,
+    its part of the product's energy.
 
     Args:
         consumers: those of the groups, with Gram matrices and, where a loss was given, gradients.

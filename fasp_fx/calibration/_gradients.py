@@ -10,22 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..analysis.channels import Product, Use
-from ..base._device import device_of
-from ..base._tolerable import tolerable
-from ..base.compat import pytree
-from ..capturing._fx import results
-from ..capturing._program import Program
-from ..capturing._runner import Runner
-from ..errors import CalibrationError, first_line
+from fasp_fx.analysis import Product, Use
+from fasp_fx.base import device_of, pytree, tolerable
+from fasp_fx.capturing import Program, Runner, results
+from fasp_fx.errors import CalibrationError, first_line
+
 from ._calibration import Piece, ran, returned
 from ._consumers import Consumer, Consumers, counting
+from ._losses import Loss, Outputs, Padding, evaluated
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, states_before
 from ._products import EFFECT
 from ._ranks import Ranks
-from .losses import Loss, Outputs, Padding, evaluated
-from .statistics import InputGradients, MakeStatistic
+from ._statistics import InputGradients, MakeStatistic
 
 #: tokens for each column of a consumer from which its Gram matrix says enough to predict losses
 ENOUGH = 2.5

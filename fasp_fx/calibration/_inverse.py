@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError
-from .scoring import Columns
-from .statistics import add_product, diagonal_of, is_few, precise
+from fasp_fx.errors import CalibrationError
+
+from ._scoring import Columns
+from ._statistics import add_product, diagonal_of, is_few, precise
 
 #: the part of a Gram matrix's trace that rounding of its products stays below
 ROUNDING = 8 * torch.finfo(torch.float32).eps

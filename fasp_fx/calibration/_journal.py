@@ -13,11 +13,9 @@ from typing import Any
 import safetensors
 import safetensors.torch
 
-from ..base._atomic import new_folder
-from ..base._json import Count
-from ..base._tensors import digest_of
-from ..errors import StoreError, first_line
-from ..storage._folder import claim, read_state
+from fasp_fx.base import Count, digest_of, new_folder
+from fasp_fx.errors import StoreError, first_line
+from fasp_fx.storage import claim, read_state
 
 _EVENTS, _WEIGHTS = "events.json", "weights.safetensors"
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..analysis.channels import Use
-from ..capturing._program import Program
-from ..capturing._sizes import same_sizes
-from ..errors import CalibrationError
-from ..patterns import RESHAPES
+from fasp_fx.analysis import Use
+from fasp_fx.capturing import Program, same_sizes
+from fasp_fx.errors import CalibrationError
+from fasp_fx.patterns import RESHAPES
+
 from ._matrices import token_dims
-from .statistics import FITTED, HELD, PADDING
+from ._statistics import FITTED, HELD, PADDING
 
 #: what tokenizers, and the models that they serve, call the mask of padding: 0 where a token is padding
 MASK = "attention_mask"

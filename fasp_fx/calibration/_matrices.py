@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ..analysis._analysis import Analysis
-from ..analysis.channels import Layout, Use, run_on_numbers
-from ..base.compat import pytree
-from ..capturing._fx import arguments, attribute, way_from_weight, written_names
-from ..patterns import BIASES, CASTS
+from fasp_fx.analysis import Analysis, Layout, Use, run_on_numbers
+from fasp_fx.base import pytree
+from fasp_fx.capturing import arguments, attribute, way_from_weight, written_names
+from fasp_fx.patterns import BIASES, CASTS
 
 
 class ConsumerMatrices:
@@ -91,7 +90,7 @@ class ConsumerMatrices:
 
         Args:
             activation: the value of the use's activation.
-            marks: what each position is for (:mod:`fasp_fx.statistics`), with as many dimensions as the
+            marks: what each position is for (:mod:`fasp_fx.calibration`), with as many dimensions as the
                 activation, of its size or 1; of a routed use ``[tokens]``.
             ends: for a routed use, where each block's tokens end.
         """

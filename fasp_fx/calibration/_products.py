@@ -10,16 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..analysis._analysis import Analysis
-from ..analysis.channels import Product, Repeating, repeating
-from ..analysis.groups import Group
-from ..base._device import device_of
-from ..capturing._fx import attribute
-from ..capturing._runner import Runner
+from fasp_fx.analysis import Analysis, Group, Product, Repeating, repeating
+from fasp_fx.base import device_of
+from fasp_fx.capturing import Runner, attribute
+
 from ._marks import Marks
 from ._ranks import Ranks
-from .scoring import ByColumns, Columns
-from .statistics import PADDING, precise
+from ._scoring import ByColumns, Columns
+from ._statistics import PADDING, precise
 
 #: what is seen of a product besides its operands, 0 and 1
 EFFECT = "effect"
@@ -35,7 +33,7 @@ class ObservedProducts:
     Where a loss is run back, h_ti is its gradient with respect to the query's channel i at token t, so that
     to first order the loss falls by q_ti h_ti without it. The mean of the squares over the loss' terms is the
     curvature by Fisher's information, and half of it what the channel costs: the unit of the costs of
-    consumers (:class:`fasp_fx.obs.OBS`).
+    consumers (:class:`fasp_fx.calibration.OBS`).
 
     Args:
         groups: those that can be pruned; products decide those of them that no weight reads.

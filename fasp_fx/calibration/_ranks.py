@@ -12,10 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..base import __version__
-from ..base._tensors import digest_of
-from ..base._tolerable import tolerable
-from ..errors import ArgumentError, CalibrationError, RankError, first_line
+from fasp_fx.base import __version__, digest_of, tolerable
+from fasp_fx.errors import ArgumentError, CalibrationError, RankError, first_line
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -130,7 +128,7 @@ class Ranks:
         return tensor
 
     def add_up(self, sums: Iterable[Any]) -> None:
-        """Add up what the processes have seen, each in a :class:`fasp_fx.statistics.Statistic` or the
+        """Add up what the processes have seen, each in a :class:`fasp_fx.calibration.Statistic` or the
         like.
         """
         for one in sums if self.size > 1 else ():

@@ -12,21 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..allocation._allocation import Trial
-from ..allocation._limits import check_counts
-from ..analysis.groups import Group
-from ..base._device import float32_products
-from ..base._offload import keep
-from ..base._undisturbed import drawing_alike
-from ..base.compare import unfilled
-from ..capturing._runner import Runner
+from fasp_fx.allocation import Trial, check_counts
+from fasp_fx.analysis import Group
+from fasp_fx.base import drawing_alike, float32_products, keep, unfilled
+from fasp_fx.capturing import Runner
+
 from ._calibration import Piece, returned
 from ._consumers import Consumers
 from ._gradients import outcome
-from ._marks import Marks
-from ._matrices import read_otherwise
-from ._ranks import Ranks
-from .losses import (
+from ._losses import (
     Loss,
     Outputs,
     Padding,
@@ -36,10 +30,13 @@ from .losses import (
     predictions,
     without_padding,
 )
-from .obs import DAMPING
-from .restoration import damped
-from .scoring import Order
-from .statistics import SplitGram, whole
+from ._marks import Marks
+from ._matrices import read_otherwise
+from ._obs import DAMPING
+from ._ranks import Ranks
+from ._restoration import damped
+from ._scoring import Order
+from ._statistics import SplitGram, whole
 
 #: so many versions of all repaired weights are kept
 _KEPT = 2
@@ -99,8 +96,8 @@ class ModelTrial(ServedTrial):
     """Runs the dense model with the weights of consumers as an allocation would leave them.
 
     Of each group the first channel sets of its order go. Every consumer is repaired in closed form on what
-    was seen of the dense model, with the ridge that predicted losses count on (:mod:`fasp_fx.obs`); channels
-    of products of activations stay.
+    was seen of the dense model, with the ridge that predicted losses count on
+    (:class:`fasp_fx.calibration.OBS`); channels of products of activations stay.
 
     Args:
         consumers: with the Gram matrices of the dense model's activations, which stay with this.

@@ -12,24 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from ..analysis._analysis import Analysis
-from ..analysis.channels import Use
-from ..analysis.groups import Group
-from ..base._device import float32_products
-from ..base._offload import keep
-from ..base._warn import warn
-from ..capturing._fx import attribute
-from ..capturing._runner import Runner
-from ..capturing._sizes import same_sizes
-from ..errors import CalibrationWarning
-from ..patterns import CASTS, CHECKS, RESHAPES
+from fasp_fx.analysis import Analysis, Group, Use
+from fasp_fx.base import float32_products, keep, warn
+from fasp_fx.capturing import Runner, attribute, same_sizes
+from fasp_fx.errors import CalibrationWarning
+from fasp_fx.patterns import CASTS, CHECKS, RESHAPES
+
 from ._consumers import Consumer, Consumers, order_of
 from ._marks import Marks
 from ._matrices import ConsumerMatrices, read_otherwise, states_before
 from ._ranks import Ranks
-from .restoration import Restore, Restored, ridge, together, without_values
-from .scoring import GroupScore
-from .statistics import SplitGram, precise
+from ._restoration import Restore, Restored, ridge, together, without_values
+from ._scoring import GroupScore
+from ._statistics import SplitGram, precise
 
 if TYPE_CHECKING:
     from ._journal import Journal

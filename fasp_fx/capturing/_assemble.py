@@ -31,18 +31,19 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
-from ..base._tensors import without_values
-from ..base._tolerable import tolerable
-from ..base._warn import quiet
-from ..base.compat import (
+from fasp_fx.base import (
     FakeTensor,
     FakeTensorMode,
     HigherOrderOperator,
     OpOverload,
+    quiet,
     refuse_new_guards,
     take_guards,
+    tolerable,
+    without_values,
 )
-from ..errors import VerificationError
+from fasp_fx.errors import VerificationError
+
 from ._fx import attribute, results, target_name
 from ._program import ExportFacts, Program, assumed, environment_of
 from ._runner import record

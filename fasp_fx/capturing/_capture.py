@@ -19,11 +19,16 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 from torch.nn.parameter import is_lazy
 
-from ..base._device import check_device
-from ..base._stamps import read_stamps
-from ..base._undisturbed import without_collections
-from ..base.compat import LazyGraphModule, compile_graphs, pytree
-from ..errors import ArgumentError, CaptureError
+from fasp_fx.base import (
+    LazyGraphModule,
+    check_device,
+    compile_graphs,
+    pytree,
+    read_stamps,
+    without_collections,
+)
+from fasp_fx.errors import ArgumentError, CaptureError
+
 from ._compare_with_model import compared
 from ._export import export
 from ._fold import Folding
@@ -85,7 +90,7 @@ def capture(
     elif isinstance(model, nn.Module):
         if any(getattr(module, "is_fasp_fx_gates", False) for module in model.modules()):
             raise CaptureError(
-                "the model has gates on (fasp_fx.gates); take their plan, and call gates.detach() before"
+                "the model has gates on (fasp_fx.training); take their plan, and call gates.detach() before"
                 " anything else is done with the model"
             )
         training = next(in_training(model), None)

@@ -15,13 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..base._tensors import laid_otherwise
-from ..base._tolerable import tolerable
-from ..base._undisturbed import drawing_alike
-from ..base._warn import warn
-from ..base.compare import distance, tolerance
-from ..base.compat import pytree
-from ..errors import CalibrationError, CaptureError, CaptureWarning
+from fasp_fx.base import distance, drawing_alike, laid_otherwise, pytree, tolerable, tolerance, warn
+from fasp_fx.errors import CalibrationError, CaptureError, CaptureWarning
+
 from ._assemble import check_sizes
 from ._fx import draws, results, written_names
 from ._program import Program

@@ -14,28 +14,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from ..base._tolerable import tolerable
-from ..base._warn import quiet
-from ..base.compat import (
-    PyTreeCodeGen,
-    compile_graphs,
-    compiled_when_called,
-    pytree,
-)
-from ..errors import ArgumentError, ExportError, first_line
+from fasp_fx.base import PyTreeCodeGen, compile_graphs, compiled_when_called, pytree, quiet, tolerable
+from fasp_fx.errors import ArgumentError, ExportError, first_line
+
 from ._functional import functional, out_of_place, take_apart
 from ._rewrites import as_weights, fixed_sizes, settled_as_numbers
 from ._shapes import by_shapes
 from ._signature import CallerCodeGen, CallSignature, is_plain
-from ._sizes import (
-    all_dims,
-    first_dim,
-    images_of,
-    of_features,
-    recorded_shapes,
-    takes_any_number,
-    widened,
-)
+from ._sizes import all_dims, first_dim, images_of, of_features, recorded_shapes, takes_any_number, widened
 from ._transformers import export_transformers, is_transformers
 from ._unchanged import Seen, called, functions_called, unchanged
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..patterns import CASTS, letters_of, lookup
+from fasp_fx.patterns import CASTS, letters_of, lookup
+
 from ._fx import arguments, attribute, draws, is_pure, remove_dead, target_name, written_names
 from ._program import FoldedWeight, free_name, region
 

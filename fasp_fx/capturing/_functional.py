@@ -12,11 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from ..base._stamps import stand_for
-from ..base._tensors import lying_otherwise, storage_of
-from ..base._tolerable import tolerable
-from ..base._warn import quiet
-from ..base.compat import (
+from fasp_fx.base import (
     FakeTensor,
     HigherOrderOperator,
     OpOverload,
@@ -24,11 +20,17 @@ from ..base.compat import (
     decomposition_table,
     is_composite,
     is_transform,
+    lying_otherwise,
     pytree,
+    quiet,
+    stand_for,
+    storage_of,
+    tolerable,
     without_overrides,
 )
-from ..errors import first_line
-from ..patterns import lookup
+from fasp_fx.errors import first_line
+from fasp_fx.patterns import lookup
+
 from ._fx import call_in_words, remove_dropouts, views_may_copy
 from ._rewrites import LAYERS, own_states
 from ._shapes import by_shapes

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..base.compat import OpOverload, pytree
-from ..patterns import argument_names
+from fasp_fx.base import OpOverload, pytree
+from fasp_fx.patterns import argument_names
 
 
 def attribute(module: torch.nn.Module, target: str) -> Any:

@@ -15,9 +15,9 @@ from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry
 from torch.export.graph_signature import InputKind
 
-from ..base._offload import keep
-from ..base.compat import LazyGraphModule, ShapeEnv, guards_of, pytree
-from ..errors import VerificationError
+from fasp_fx.base import LazyGraphModule, ShapeEnv, guards_of, keep, pytree
+from fasp_fx.errors import VerificationError
+
 from ._fx import attribute, target_name, written_names
 from ._signature import CallSignature
 from ._unchanged import Seen

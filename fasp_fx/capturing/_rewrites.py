@@ -16,10 +16,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 
-from ..base._stamps import stand_for
-from ..base._tensors import storage_of
-from ..base.compat import OpOverload, settled_by
-from ..errors import CaptureError
+from fasp_fx.base import OpOverload, settled_by, stand_for, storage_of
+from fasp_fx.errors import CaptureError
+
 from ._fx import arguments
 from ._program import region
 from ._shapes import RECURRENT

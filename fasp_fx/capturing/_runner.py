@@ -8,11 +8,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ..base._offload import addresses, keep_values, moved
-from ..base._stamps import WRITTEN_BY
-from ..base._tolerable import tolerable
-from ..base.compat import FakeTensor, FakeTensorMode, enable_python_dispatcher, pytree
-from ..errors import CalibrationError, VerificationError, first_line
+from fasp_fx.base import (
+    WRITTEN_BY,
+    FakeTensor,
+    FakeTensorMode,
+    addresses,
+    enable_python_dispatcher,
+    keep_values,
+    moved,
+    pytree,
+    tolerable,
+)
+from fasp_fx.errors import CalibrationError, VerificationError, first_line
+
 from ._attention import execute
 from ._fx import attribute, written_inputs, written_names
 from ._program import Program

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.compat import (
+from fasp_fx.base import (
     OpOverload,
     decomposed_matmul,
     decomposition_table,
@@ -23,6 +23,7 @@ from ..base.compat import (
     traced_by,
     without_stack_traces,
 )
+
 from ._sizes import same_sizes
 
 _ATEN = torch.ops.aten

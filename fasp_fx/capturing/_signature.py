@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from ..base._tolerable import tolerable
-from ..base.compat import PyTreeCodeGen, PyTreeInfo, pytree
-from ..errors import ArgumentError, CallError, CaptureError
+from fasp_fx.base import PyTreeCodeGen, PyTreeInfo, pytree, tolerable
+from fasp_fx.errors import ArgumentError, CallError, CaptureError
 
 #: constants that exporters take as arguments
 PLAIN = (type(None), bool, int, float, str)

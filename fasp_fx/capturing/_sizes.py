@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, TensorArgument
 
-from ..base.compat import int_oo, pytree
+from fasp_fx.base import int_oo, pytree
 
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..base.compat import pytree
+from fasp_fx.base import pytree
+
 from ._sizes import all_dims, every_dim, images_of
 
 
@@ -30,7 +31,7 @@ def register_caches(model: Any) -> None:
     """Make torch see the tensors inside caches before arguments are told from constants; the exporter does so
     only later.
     """
-    from ..base.compat._transformers import register_cache_pytrees_for_model
+    from fasp_fx.base import register_cache_pytrees_for_model
 
     register_cache_pytrees_for_model(model)
 
@@ -40,7 +41,7 @@ def is_cache(kind: Any) -> bool:
 
 
 def export_transformers(model: Any, kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    from ..base.compat._transformers import export_program, prepare_for_export
+    from fasp_fx.base import export_program, prepare_for_export
 
     # So that the shapes speak of what the exporter will see.
     model, prepared, flags = prepare_for_export(model, dict(kwargs))
@@ -89,7 +90,7 @@ def cached_dims(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Every dimension dynamic, but in caches the number of heads and the width: a size that varies between
     calls is no channel that could go.
     """
-    from ..base.compat._transformers import get_auto_dynamic_shapes
+    from fasp_fx.base import get_auto_dynamic_shapes
 
     found = {}
     for name, value in kwargs.items():

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ..base._undisturbed import drawing_alike
-from ..base.compat import pytree
+from fasp_fx.base import drawing_alike, pytree
+
 from ._signature import PLAIN
 
 #: kinds of attributes that can be changed without being set

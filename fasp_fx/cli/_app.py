@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..base import __version__
-from ..errors import ArgumentError
-from ..pruning.config import FormatName, PruningConfig
+from fasp_fx.base import __version__
+from fasp_fx.errors import ArgumentError
+from fasp_fx.pruning import FormatName, PruningConfig
+
 from ._console import CAPTURING, USAGE, console, groups_table, say, session, table
 
 if TYPE_CHECKING:  # help, and what is wrong with options, does not wait for torch
@@ -144,7 +145,7 @@ def read_options(file: Path | None, given: Mapping[str, Any]) -> PruningConfig:
     caps = {name.replace("_", "-"): options.pop(name) for name in BUDGETS if name in options}
     amounts = {name: read_amount(f"--{name}", text) for name, text in caps.items()}
     if amounts:
-        from ..allocation.budgets import KINDS
+        from fasp_fx.allocation import KINDS
 
         options["budget"] = tuple(KINDS[name](amount) for name, amount in amounts.items())
     if "restore" in options:
@@ -354,7 +355,8 @@ def recover(
     Example: `fasp-fx recover small --dense model.gguf --data wiki.txt --batches 96 --out better`
     """
     with session() as stages:
-        from ..training.recovery import DistillationConfig
+        from fasp_fx.training import DistillationConfig
+
         from . import _prune
 
         texts = _texts(data, batches, text, eval_batches, length, seed, "training")
@@ -395,10 +397,10 @@ def show_groups(
     with session() as stages:
         import torch
 
-        from ..interop.page import write_page
-        from ..pruning._prune import analyze
-        from ..pruning.report import Report, counted
-        from ..storage._folder import is_save, kind_of, read_text, verify
+        from fasp_fx.interop import write_page
+        from fasp_fx.pruning import Report, analyze, counted
+        from fasp_fx.storage import is_save, kind_of, read_text, verify
+
         from . import _models
 
         folder = Path(model)
@@ -480,8 +482,9 @@ def evaluate(
         chosen = read_range(chunks)
         import torch
 
+        from fasp_fx.hf import predictions
+
         from . import _models
-        from .evaluation import predictions
 
         _models.quieten()
         where = _models.find_device(device)

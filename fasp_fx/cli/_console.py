@@ -18,14 +18,19 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..base._progress import bar_on, process
-from ..base._tolerable import short_of_memory
-from ..errors import CalibrationWarning, CaptureWarning, FaspError, RankError, VerificationWarning, first_line
+from fasp_fx.base import bar_on, process, short_of_memory
+from fasp_fx.errors import (
+    CalibrationWarning,
+    CaptureWarning,
+    FaspError,
+    RankError,
+    VerificationWarning,
+    first_line,
+)
 
 if TYPE_CHECKING:
-    from ..analysis._analysis import Analysis
-    from ..analysis.groups import Group, Member
-    from ..pruning.report import Figure
+    from fasp_fx.analysis import Analysis, Group, Member
+    from fasp_fx.pruning import Figure
 
 USAGE, INTERRUPTED = 2, 130
 #: a stage of several commands

@@ -16,16 +16,14 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from ..base._device import check_device, device_of
-from ..base._offload import Scratch, keep_weights
-from ..base._progress import process
-from ..base._tolerable import tolerable
-from ..errors import ArgumentError, CalibrationError, FaspError, StoreError, first_line
-from ..storage._folder import MANIFEST, is_save, kind_of
+from fasp_fx.base import Scratch, check_device, device_of, keep_weights, process, tolerable
+from fasp_fx.errors import ArgumentError, CalibrationError, FaspError, StoreError, first_line
+from fasp_fx.storage import MANIFEST, is_save, kind_of
+
 from ._console import Stages
 
 if TYPE_CHECKING:
-    from ..hf import Pruned
+    from fasp_fx.hf import Pruned
 
 SAMPLED_TOGETHER = 64
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -40,7 +38,7 @@ def _named(model: str) -> tuple[str, dict[str, str]]:
     """
     import gguf
 
-    from ..hf._config import check_layers
+    from fasp_fx.hf import check_layers
 
     path = Path(model)
     if path.suffix.lower() != ".gguf" or not path.is_file():
@@ -95,7 +93,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    from ..hf._offloaded import load_offloaded, refuse_incomplete
+    from fasp_fx.hf import load_offloaded, refuse_incomplete
 
     where, options = _named(model)
     if scratch is not None and not options and Path(where).is_dir():
@@ -147,7 +145,7 @@ def load_pruned(folder: Path, device: torch.device) -> Pruned:
         StoreError: a file is missing, damaged or of another version, or the folder is no pruned model.
         ArgumentError: there is no tokenizer with it.
     """
-    from ..hf._prune import read_pruned
+    from fasp_fx.hf import read_pruned
 
     if not (folder / MANIFEST).is_file() or kind_of(folder) not in ("hf", "plain"):
         raise StoreError(
@@ -228,7 +226,7 @@ def check_tokens(model: Any, tokens: Tensor, what: str) -> None:
 
 @contextmanager
 def _loading(what: str) -> Iterator[None]:
-    from ..base.compat._transformers import reading_gguf
+    from fasp_fx.base import reading_gguf
 
     try:
         with reading_gguf():

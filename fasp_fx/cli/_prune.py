@@ -12,26 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..allocation.budgets import Bytes
-from ..analysis._analysis import Analysis
-from ..base._offload import offload
-from ..base._progress import process
-from ..base._tolerable import tolerable
-from ..errors import ArgumentError, StoreError, first_line
-from ..hf import Pruned, convert, prune
-from ..hf._folder import KIND, OWN, PLAIN
-from ..hf._formats import FORMATS
-from ..hf._stages import pruned_already
-from ..pruning._allocating import expected_sparsity
-from ..pruning.config import PruningConfig
-from ..pruning.report import Figure
-from ..pruning.report import counted as counted_weights
-from ..storage._folder import is_save, new_save, refuse_other
-from ..training.recovery import DistillationConfig, distil
+from fasp_fx.allocation import Bytes
+from fasp_fx.analysis import Analysis
+from fasp_fx.base import offload, process, tolerable
+from fasp_fx.errors import ArgumentError, StoreError, first_line
+from fasp_fx.hf import FORMATS, KIND, OWN, PLAIN, Pruned, agreement, convert, latency, prune, pruned_already
+from fasp_fx.pruning import Figure, PruningConfig, expected_sparsity
+from fasp_fx.pruning import counted as counted_weights
+from fasp_fx.storage import is_save, new_save, refuse_other
+from fasp_fx.training import DistillationConfig, distil
+
 from . import _models
 from ._console import CAPTURING, Stages, console, figures_table, groups_table, say
 from ._models import Texts
-from .evaluation import agreement, latency
 
 _GIB = 2**30
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
-from ..errors import ArgumentError
+from fasp_fx.errors import ArgumentError
 
 LEFT_OUT = -100
 #: how positions follow from a mask ``[batch, tokens]``: one after the other, or counting tokens shown, where

@@ -17,15 +17,20 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, PreTrainedModel
 
-from ..base._device import device_of
-from ..base._tolerable import tolerable
-from ..base._undisturbed import generator_of
-from ..base.compare import distance, tolerance
-from ..base.compat import FakeTensorMode, pytree
-from ..base.compat._transformers import quiet
-from ..calibration.losses import output_tensors
-from ..errors import ArgumentError, VerificationError, first_line
-from ..pruning.check._compare import widened
+from fasp_fx.base import (
+    FakeTensorMode,
+    device_of,
+    distance,
+    generator_of,
+    pytree,
+    quiet_transformers,
+    tolerable,
+    tolerance,
+)
+from fasp_fx.calibration import output_tensors
+from fasp_fx.errors import ArgumentError, VerificationError, first_line
+from fasp_fx.pruning import widened
+
 from ._fields import leaves
 
 #: what the config of a Llama has that those of its like have under the same names
@@ -122,7 +127,7 @@ def _fields_read(kind: Any, config: Any) -> set[str]:
     watched = copy.deepcopy(config)
     watched.__class__ = Watched
     try:
-        with quiet(), FakeTensorMode(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with quiet_transformers(), FakeTensorMode(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             kind(watched).eval()(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=False)
     except tolerable(Exception):
         return set(config.to_dict())

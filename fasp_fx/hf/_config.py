@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from ..errors import StoreError
-from ..storage._folder import parsing
+from fasp_fx.errors import StoreError
+from fasp_fx.storage import parsing
 
 #: what would let transformers build a cache that the programs do not take: theirs holds every token of every
 #: layer

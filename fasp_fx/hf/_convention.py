@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base._tolerable import tolerable
-from ..base.compare import deviation, tolerance
-from ..base.compat._transformers import CACHE
-from ..capturing._program import Program
-from ..capturing._unchanged import rewound
-from ..errors import CaptureError
+from fasp_fx.base import CACHE, deviation, tolerable, tolerance
+from fasp_fx.capturing import Program, rewound
+from fasp_fx.errors import CaptureError
+
 from ._arguments import LEFT_OUT, LOSSES, POSITIONS, after_start, read_cache
 from ._flat import FlatProgram
 from ._stages import SOURCE, CausalStages, Seq2SeqStages

@@ -14,10 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..analysis.groups import Group
-from ..base._tolerable import tolerable
-from ..base.compat._transformers import quiet
-from ..errors import ArgumentError, first_line
+from fasp_fx.analysis import Group
+from fasp_fx.base import quiet_transformers, tolerable
+from fasp_fx.errors import ArgumentError, first_line
 
 #: where a value stands in a config: keys of nested configs, positions of lists
 Path = tuple[str | int, ...]
@@ -90,7 +89,7 @@ class Experiments:
         """The shapes that the class gives its parameters and buffers, or why it cannot be built."""
         key = repr(sorted(assignment.items(), key=repr))
         if key not in self._found:
-            with quiet(), torch.random.fork_rng(devices=[]):
+            with quiet_transformers(), torch.random.fork_rng(devices=[]):
                 try:
                     config = self.config(assignment)
                     with torch.device("meta"):

@@ -12,14 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
-from ..base._stamps import stamp
-from ..base.compat import forward_from_src, pytree
-from ..base.compat._transformers import CACHE
-from ..capturing import lower_bound, upper_bound
-from ..capturing._fx import arguments
-from ..capturing._program import copy_graph
-from ..errors import ArgumentError, CaptureError
-from ..patterns import RESHAPES
+from fasp_fx.base import CACHE, forward_from_src, pytree, stamp
+from fasp_fx.capturing import arguments, copy_graph, lower_bound, upper_bound
+from fasp_fx.errors import ArgumentError, CaptureError
+from fasp_fx.patterns import RESHAPES
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ loads. Of a pruned model ``config.json``, ``generation_config.json`` and the tok
 transformers'; ``model.safetensors`` holds the weights by the names of the original model, tied ones once;
 ``programs.json`` the programs, ``constants.safetensors`` what they hold besides. ``plan.json`` and
 ``report.json`` say of either what their names say, and ``manifest.json`` the size and SHA-256 of the files.
-As with :mod:`fasp_fx.store`, everything that torch would evaluate, import or turn into code is checked before
-it is.
+As with :class:`fasp_fx.Result`, everything that torch would evaluate, import or turn into code is checked
+before it is.
 """
 
 from __future__ import annotations
@@ -21,26 +21,25 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from ..analysis.plan import PruningPlan
-from ..base._device import check_device
-from ..base._options import path_of
-from ..base.compat._transformers import quiet
-from ..errors import ArgumentError, StoreError
-from ..pruning._result import TOLD, read_told, write_told
-from ..pruning.report import Report
-from ..storage._folder import (
+from fasp_fx.analysis import PruningPlan
+from fasp_fx.base import check_device, path_of, quiet_transformers
+from fasp_fx.errors import ArgumentError, StoreError
+from fasp_fx.pruning import TOLD, Report, read_told, write_told
+from fasp_fx.storage import (
     MANIFEST,
     kind_of,
     new_save,
     parsing,
+    program_from_json,
     read_json,
+    read_tensors,
     read_text,
     verify,
     write_json,
     write_manifest,
+    write_tensors,
 )
-from ..storage._graph_json import program_from_json
-from ..storage._tensors import read_tensors, write_tensors
+
 from ._arguments import LOSSES, POSITIONS
 from ._config import PrunedConfig, original_of
 from ._flat import FlatProgram
@@ -81,7 +80,7 @@ def save(
     """
     path = path_of(folder, "folder").absolute()
     plain = not isinstance(model, PrunedModel)
-    with new_save(path, PLAIN if plain else KIND, overwrite=overwrite) as made, quiet():
+    with new_save(path, PLAIN if plain else KIND, overwrite=overwrite) as made, quiet_transformers():
         if plain:
             model.save_pretrained(made)
             _say_positions(made / "config.json")

@@ -19,28 +19,14 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from ..allocation import Allocation, Budget, CostAllocation, validate
-from ..allocation._allocation import Search
-from ..allocation._limits import joined
-from ..allocation.budgets import Bytes
-from ..allocation.costs import Costs
-from ..analysis._analysis import Analysis
-from ..analysis._depth import DEPTH
-from ..analysis.groups import PRUNABLE
-from ..analysis.plan import PruningPlan
-from ..base._device import device_of
-from ..base._progress import Shown
-from ..base._tolerable import tolerable
-from ..base.compat._transformers import quiet
-from ..calibration._calibration import as_calls, check_calibration
-from ..calibration._ranks import ended_together
-from ..capturing._capture import capture_whole
-from ..errors import ArgumentError, NothingPrunableError, SparsityError, first_line
-from ..pruning._prune import prune
-from ..pruning._result import Result
-from ..pruning.config import Granularity, PruningConfig, PruningOptions
-from ..pruning.eager import fused_weights
-from ..pruning.report import Report
+from fasp_fx.allocation import Allocation, Budget, Bytes, CostAllocation, Costs, Search, joined, validate
+from fasp_fx.analysis import DEPTH, PRUNABLE, Analysis, PruningPlan
+from fasp_fx.base import Shown, device_of, quiet_transformers, tolerable
+from fasp_fx.calibration import as_calls, check_calibration, ended_together
+from fasp_fx.capturing import capture_whole
+from fasp_fx.errors import ArgumentError, NothingPrunableError, SparsityError, first_line
+from fasp_fx.pruning import Granularity, PruningConfig, PruningOptions, Report, Result, fused_weights, prune
+
 from . import modeling_per_layer
 from ._claims import check_equal, llama_of, refuse_unsaid, unlike
 from ._fields import Experiments, Field, Path, arrange, find_fields, lowered, units, written
@@ -468,7 +454,7 @@ def build(
     options = {} if attention is None else {"attn_implementation": attention}
     options |= {"config": config, "state_dict": dict(weights), "dtype": model.dtype}
     try:
-        with quiet():
+        with quiet_transformers():
             made, info = kind.from_pretrained(None, output_loading_info=True, **options)
     except tolerable(Exception) as error:
         raise unlike(kind, f"its weights cannot be loaded: {first_line(error)}") from error

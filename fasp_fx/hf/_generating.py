@@ -9,18 +9,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
-from ..base.compat._transformers import CACHE
-from ..errors import ArgumentError
-from ._arguments import (
-    POSITIONS,
-    after_start,
-    check_outputs,
-    checked_tokens,
-    loss_of,
-    mask_of,
-    refuse,
-    shown,
-)
+from fasp_fx.base import CACHE
+from fasp_fx.errors import ArgumentError
+
+from ._arguments import POSITIONS, after_start, check_outputs, checked_tokens, loss_of, mask_of, refuse, shown
 from ._config import PrunedConfig
 from ._folder import SavedModel
 

@@ -15,7 +15,8 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
-from ..errors import ArgumentError
+from fasp_fx.errors import ArgumentError
+
 from ._gguf_tokenizer import add_tokenizer
 
 #: neurons of a feed-forward layer that gives zeros: llama.cpp skips the attention before an absent one too

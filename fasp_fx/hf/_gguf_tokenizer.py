@@ -16,9 +16,9 @@ from typing import Any
 from gguf import GGUFReader, GGUFWriter, Keys, TokenType
 from tokenizers import pre_tokenizers
 
-from ..base._warn import warn
-from ..errors import ArgumentError, CalibrationWarning
-from ..storage._folder import MANIFEST
+from fasp_fx.base import warn
+from fasp_fx.errors import ArgumentError, CalibrationWarning
+from fasp_fx.storage import MANIFEST
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from ..analysis.plan import PruningPlan
-from ..base.compat._transformers import CACHE
-from ..capturing._program import copy_graph
-from ..errors import ArgumentError
-from ..passes._pruned_module import Origin
-from ..pruning.report import Report
-from ..storage._graph_json import program_to_json
+from fasp_fx.analysis import PruningPlan
+from fasp_fx.base import CACHE
+from fasp_fx.capturing import copy_graph
+from fasp_fx.errors import ArgumentError
+from fasp_fx.passes import Origin
+from fasp_fx.pruning import Report
+from fasp_fx.storage import program_to_json
+
 from ._arguments import opened, read_cache, write_cache
 from ._config import PrunedConfig
 from ._flat import FlatProgram, one_token, without_checks

@@ -13,9 +13,9 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from ..base._offload import Scratch, keep_weights
-from ..base.compat._transformers import kept_in_float32
-from ..errors import ArgumentError
+from fasp_fx.base import Scratch, keep_weights, kept_in_float32
+from fasp_fx.errors import ArgumentError
+
 from ._folder import check_sums
 
 _NUMBER = re.compile(r"\.\d+\.")

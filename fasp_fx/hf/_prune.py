@@ -14,28 +14,30 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 
-from ..allocation.costs import Costs
-from ..analysis import plan as plans
-from ..analysis._analysis import Analysis
-from ..analysis.plan import PruningPlan
-from ..base import __version__
-from ..base._options import check_callable
-from ..base._progress import Shown, shows
-from ..base._undisturbed import in_usual_modes, one_at_a_time
-from ..calibration._calibration import check_calibration
-from ..calibration._ranks import Ranks, ended_together
-from ..calibration._visit import Decision
-from ..capturing._capture import Captured, capture_whole
-from ..capturing._program import Program
-from ..errors import ArgumentError, PlanError, StoreError, VerificationError
-from ..passes._pruned_module import PrunedModule
-from ..pruning._prune import decide, measure_subject, replay, restoring_config
-from ..pruning._result import Result, read_told
-from ..pruning._subject import Subject, analyze_for, rewrite
-from ..pruning.config import PruningConfig, PruningOptions
-from ..pruning.eager import fused_weights
-from ..pruning.report import Report
-from ..storage._folder import kind_of, parsing, read_json
+from fasp_fx.allocation import Costs
+from fasp_fx.analysis import Analysis, PruningPlan, gone_of
+from fasp_fx.base import Shown, __version__, check_callable, in_usual_modes, one_at_a_time, shows
+from fasp_fx.calibration import Decision, Ranks, check_calibration, ended_together
+from fasp_fx.capturing import Captured, Program, capture_whole
+from fasp_fx.errors import ArgumentError, PlanError, StoreError, VerificationError
+from fasp_fx.passes import PrunedModule
+from fasp_fx.pruning import (
+    PruningConfig,
+    PruningOptions,
+    Report,
+    Result,
+    Subject,
+    analyze_for,
+    decide,
+    fused_weights,
+    measure_subject,
+    read_told,
+    replay,
+    restoring_config,
+    rewrite,
+)
+from fasp_fx.storage import kind_of, parsing, read_json
+
 from . import modeling_per_layer
 from ._claims import check_equal, refuse_unsaid
 from ._config import PrunedConfig, check_layers, original_of
@@ -395,7 +397,7 @@ def _carried_out(
         if same:
             weights[own] = decision.weights[same.pop()]
     try:
-        gone = plans.gone_of(plan, analysis, partial=True)
+        gone = gone_of(plan, analysis, partial=True)
         return rewrite(other, analysis, Decision(gone, weights), whole=True)
     except (PlanError, VerificationError) as error:
         raise type(error)(

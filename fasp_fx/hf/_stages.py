@@ -14,11 +14,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..base._tolerable import tolerable
-from ..base.compat._transformers import CACHE
-from ..calibration._calibration import as_calls
-from ..capturing._unchanged import rewound
-from ..errors import ArgumentError, CalibrationError, CaptureError, first_line
+from fasp_fx.base import CACHE, tolerable
+from fasp_fx.calibration import as_calls
+from fasp_fx.capturing import rewound
+from fasp_fx.errors import ArgumentError, CalibrationError, CaptureError, first_line
+
 from ._arguments import check_outputs, opened, read_cache, write_cache
 from ._model import PrunedModel
 

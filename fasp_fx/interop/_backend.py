@@ -13,25 +13,31 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from ..analysis._analysis import analyze_program
-from ..analysis.plan import PruningPlan, check_fingerprint, fingerprint, gone_of
-from ..base._tolerable import tolerable
-from ..base._warn import warn
-from ..base.compat import (
+from fasp_fx.analysis import PruningPlan, analyze_program, check_fingerprint, gone_of
+from fasp_fx.base import (
     SET_GRAD,
     FakeTensorMode,
     InstructionTranslator,
     TracingContext,
     aot_export_module,
     assign_attr,
+    fingerprint,
     lookup_backend,
+    tolerable,
     tracing,
+    warn,
 )
-from ..capturing import by_shapes, is_plain_graph, take_apart
-from ..capturing._attention import FLEX
-from ..capturing._program import Program, Recipe, graph_module
-from ..capturing._signature import CallSignature
-from ..errors import (
+from fasp_fx.capturing import (
+    FLEX,
+    CallSignature,
+    Program,
+    Recipe,
+    by_shapes,
+    graph_module,
+    is_plain_graph,
+    take_apart,
+)
+from fasp_fx.errors import (
     CaptureError,
     FaspError,
     PartialPlanWarning,
@@ -39,7 +45,7 @@ from ..errors import (
     VerificationError,
     first_line,
 )
-from ..passes import remove, split_fused
+from fasp_fx.passes import remove, split_fused
 
 Compiled = Callable[..., Any]
 

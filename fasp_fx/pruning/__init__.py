@@ -1,1 +1,5 @@
 """From a captured model to a smaller one: configuration, driver, check, result."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -6,26 +6,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from ..allocation._allocation import CostAllocation, Search
-from ..allocation._limits import (
+from fasp_fx.allocation import (
     Budget,
+    Cap,
+    CostAllocation,
+    Costs,
     Limit,
+    Search,
     check_asked,
     check_patterns,
+    counted,
     deepest_loss,
     is_excluded,
     lost_by_pattern,
     validate,
 )
-from ..allocation.budgets import Cap, counted
-from ..allocation.costs import Costs
-from ..analysis._analysis import Analysis
-from ..analysis.groups import APPROXIMATE, Group
-from ..analysis.resources import Resource, Sparsity
-from ..calibration._trial import ServedTrial
-from ..errors import NothingPrunableError
+from fasp_fx.analysis import APPROXIMATE, Analysis, Group, Resource, Sparsity
+from fasp_fx.calibration import ServedTrial
+from fasp_fx.errors import NothingPrunableError
+
 from ._calibrating import Method
-from .config import PruningConfig
+from ._config import PruningConfig
 
 
 def budget_for(

@@ -12,31 +12,49 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from ..allocation._allocation import Allocation, CostAllocation, Search
-from ..allocation.costs import CostCurve, Costs
-from ..base._device import device_of, float32_products, multiplies_bfloat16
-from ..base._offload import computing
-from ..base._tolerable import tolerable
-from ..base._undisturbed import drawing_alike
-from ..base._warn import warn
-from ..calibration._calibration import Piece, in_pieces, whole_batches
-from ..calibration._consumers import Consumers, curves_of, orders_of
-from ..calibration._gradients import ENOUGH, observe_batches
-from ..calibration._journal import Journal
-from ..calibration._marks import Marks
-from ..calibration._ranks import Ranks
-from ..calibration._trial import ModelTrial
-from ..calibration._visit import Decision, Observer, without_data
-from ..calibration.losses import Loss, Outputs, next_token, resolve_loss
-from ..calibration.obs import resolve_score
-from ..calibration.restoration import Restore, restored_by, ridge
-from ..calibration.scoring import ByColumns, GroupScore
-from ..calibration.statistics import InputGradients, MakeStatistic
-from ..capturing._fx import results
-from ..capturing._program import Program
-from ..capturing._runner import Runner
-from ..errors import ArgumentError, CalibrationError, CalibrationWarning
-from .config import MEASURED, PruningConfig
+from fasp_fx.allocation import Allocation, CostAllocation, CostCurve, Costs, Search
+from fasp_fx.base import (
+    computing,
+    device_of,
+    drawing_alike,
+    float32_products,
+    multiplies_bfloat16,
+    tolerable,
+    warn,
+)
+from fasp_fx.calibration import (
+    ENOUGH,
+    ByColumns,
+    Consumers,
+    Decision,
+    GroupScore,
+    InputGradients,
+    Journal,
+    Loss,
+    MakeStatistic,
+    Marks,
+    ModelTrial,
+    Observer,
+    Outputs,
+    Piece,
+    Ranks,
+    Restore,
+    curves_of,
+    in_pieces,
+    next_token,
+    observe_batches,
+    orders_of,
+    resolve_loss,
+    resolve_score,
+    restored_by,
+    ridge,
+    whole_batches,
+    without_data,
+)
+from fasp_fx.capturing import Program, Runner, results
+from fasp_fx.errors import ArgumentError, CalibrationError, CalibrationWarning
+
+from ._config import MEASURED, PruningConfig
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,12 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
-from ..allocation.budgets import Cap, Latency, counted
-from ..analysis import plan as plans
-from ..analysis._analysis import Analysis
-from ..analysis.groups import Group
-from ..analysis.plan import PruningPlan
-from ..analysis.resources import Resource, Sparsity
-from ..base._tolerable import tolerable
-from ..base._warn import warn
-from ..calibration._calibration import as_calls, check_inputs
-from ..calibration._trial import ModelTrial, ServedTrial
-from ..calibration._visit import Decision
-from ..capturing._unchanged import rewound
-from ..errors import (
+from fasp_fx.allocation import Cap, Latency, counted
+from fasp_fx.analysis import Analysis, Group, PruningPlan, Resource, Sparsity, check_fingerprint
+from fasp_fx.base import tolerable, warn
+from fasp_fx.calibration import Decision, ModelTrial, ServedTrial, as_calls, check_inputs
+from fasp_fx.capturing import rewound
+from fasp_fx.errors import (
     CalibrationError,
     CallError,
     PlanError,
@@ -31,11 +24,12 @@ from ..errors import (
     VerificationWarning,
     first_line,
 )
+
+from ._config import PruningConfig
+from ._report import Report, spent, weight_size, with_exclusions
 from ._result import Result
 from ._subject import Subject, analyze_for, rewrite
 from ._submodules import Call, CapturedParts, copied, dressed, put, watching, whole_fingerprint
-from .config import PruningConfig
-from .report import Report, spent, weight_size, with_exclusions
 
 # --- Plans and reports in the names of the whole model.
 
@@ -234,7 +228,7 @@ class InParts(Subject):
 
     def apart(self, plan: PruningPlan) -> dict[str, PruningPlan]:
         """As for a whole model; of the parts that lose nothing, nothing."""
-        plans.check_fingerprint(plan, whole_fingerprint(self.before))
+        check_fingerprint(plan, whole_fingerprint(self.before))
         found, left = {}, len(plan.groups)
         for path in self.analyses:
             groups = tuple(group for group in plan.groups if group.name.startswith(f"{path}."))

@@ -15,32 +15,41 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..allocation._allocation import CostAllocation
-from ..allocation.costs import Costs, check_costs
-from ..analysis import plan as plans
-from ..analysis._analysis import Analysis
-from ..analysis.plan import PruningPlan
-from ..base._options import check_callable, path_of
-from ..base._progress import Shown, advance_of, shows
-from ..base._tolerable import tolerable
-from ..base._undisturbed import in_usual_modes, one_at_a_time
-from ..calibration._calibration import check_calibration
-from ..calibration._consumers import Consumers, Planned
-from ..calibration._journal import Journal, open_journal
-from ..calibration._ranks import Ranks, ended_together
-from ..calibration._trial import ModelTrial
-from ..calibration._visit import Decision
-from ..capturing._capture import Captured, Model, capture_whole, check_given
-from ..errors import ArgumentError, CaptureError, PlanError
-from ..storage._folder import claim, refuse_other
+from fasp_fx.allocation import CostAllocation, Costs, check_costs
+from fasp_fx.analysis import Analysis, PruningPlan, gone_of, running_fingerprint
+from fasp_fx.base import (
+    Shown,
+    advance_of,
+    check_callable,
+    in_usual_modes,
+    one_at_a_time,
+    path_of,
+    shows,
+    tolerable,
+)
+from fasp_fx.calibration import (
+    Consumers,
+    Decision,
+    Journal,
+    ModelTrial,
+    Planned,
+    Ranks,
+    check_calibration,
+    ended_together,
+    open_journal,
+)
+from fasp_fx.capturing import Captured, Model, capture_whole, check_given
+from fasp_fx.errors import ArgumentError, CaptureError, PlanError
+from fasp_fx.storage import claim, refuse_other
+
 from ._allocating import allocate, budget_for, check_request
 from ._calibrating import Method, between, calibrate, measure_costs
+from ._config import PruningConfig, PruningOptions, key_of
 from ._parts import InParts
+from ._report import PREDICTED
 from ._result import Result
 from ._subject import Subject, analyze_for, make_plan
 from ._submodules import CapturedParts, capture_parts, check_parts_help
-from .config import PruningConfig, PruningOptions, key_of
-from .report import PREDICTED
 
 #: losses that make sense for a part of a model by itself
 _PARTIAL_LOSSES = ("auto", "outputs", None)
@@ -315,7 +324,7 @@ def plan_from_sets(
             )
         gone[group.sets[sets.astype(int)]] = True
     plan = make_plan(captured.program, analysis, Decision(gone[analysis.labels]))
-    plans.gone_of(plan, analysis)
+    gone_of(plan, analysis)
     return plan
 
 
@@ -474,7 +483,7 @@ def replay(
     """
     advance = advance_of(progress)
     subject.analyze(config)
-    removed = {path: plans.gone_of(own, subject.analyses[path]) for path, own in subject.apart(plan).items()}
+    removed = {path: gone_of(own, subject.analyses[path]) for path, own in subject.apart(plan).items()}
     batches = None if calibration is None else subject.read(calibration)
     for number, (path, gone) in enumerate(removed.items()):
         planned = Planned(subject.analyses[path], gone)
@@ -520,7 +529,7 @@ def _journal(
     }
     options = json.loads(replace(config, **own).to_json())
     options |= {name: getattr(config, name).key for name in own if name != "allocation"}
-    fingerprint = plans.running_fingerprint(consumers.analysis.program)
+    fingerprint = running_fingerprint(consumers.analysis.program)
     return open_journal(folder / name, fingerprint, options, lost, inputs, ranks.size)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -24,28 +24,31 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from ..analysis.plan import PruningPlan
-from ..base._device import check_device
-from ..base._json import parse
-from ..base._options import path_of
-from ..base._tensors import fingerprint
-from ..base._tolerable import tolerable
-from ..base._undisturbed import in_usual_modes, one_at_a_time
-from ..capturing._signature import CallSignature
-from ..errors import ArgumentError, CaptureError, PlanError, StoreError
-from ..passes._pruned_module import PrunedModule, program_now, wrap
-from ..storage._folder import kind_of, new_save, parsing, read_json, read_text, verify, write_json
-from ..storage._graph_json import (
+from fasp_fx.analysis import PruningPlan
+from fasp_fx.base import fingerprint, in_usual_modes, one_at_a_time, parse, path_of, tolerable
+from fasp_fx.capturing import CallSignature
+from fasp_fx.errors import ArgumentError, CaptureError, PlanError, StoreError
+from fasp_fx.passes import PrunedModule, program_now, wrap
+from fasp_fx.storage import (
     check_weights,
+    kind_of,
+    new_save,
+    parsing,
     program_from_json,
     program_to_json,
+    read_json,
+    read_tensors,
+    read_text,
     signature_from_json,
     signature_to_json,
+    verify,
+    write_json,
+    write_tensors,
 )
-from ..storage._tensors import read_tensors, write_tensors
+
+from ._config import PruningConfig
+from ._report import Report
 from ._submodules import copied, dressed, put
-from .config import PruningConfig
-from .report import Report
 
 KIND = "whole"
 TOLD = ("plan.json", "report.json")
@@ -103,7 +106,7 @@ class Result:
 
     @property
     def config(self) -> PruningConfig | None:
-        """What was asked for, as far as it is known (:class:`fasp_fx.report.Report`)."""
+        """What was asked for, as far as it is known (:class:`fasp_fx.pruning.Report`)."""
         return self.report.config
 
     def with_report(self, **fields: Any) -> Self:
@@ -111,7 +114,7 @@ class Result:
         return replace(self, report=replace(self.report, **fields))
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the result to a new folder, whole or not at all (:mod:`fasp_fx.store` says what the files
+        """Write the result to a new folder, whole or not at all (:mod:`fasp_fx.pruning` says what the files
         hold). Of a model pruned in parts, the code between them is not stored: :func:`fasp_fx.load` takes the
         dense model for it.
 
@@ -280,43 +283,16 @@ def read_told(folder: Path) -> tuple[PruningPlan, Report]:
 # --- Reading.
 
 
-#: what reads a folder of :mod:`fasp_fx.hf`, by the kind of save that it is
-READERS: dict[str, Callable[[Path, torch.device | None], Any]] = {}
+#: the kinds of saves that :func:`read_result` reads
+SAVES = (KIND, PARTS_KIND)
 
 
-@one_at_a_time
-@in_usual_modes
-def load(
-    path: str | Path, *, model: nn.Module | None = None, device: torch.device | str | None = None
-) -> Any:
-    """Read what was saved, whichever kind of folder it is.
-
-    Args:
-        path: the folder.
-        model: for a model that was pruned in parts, the dense one, whose code runs between them; its weights
-            do not matter, and it is left as it was; unused for others.
-        device: where the model shall be; ``None``: where it was, or where ``model`` is.
-
-    Returns:
-        A :class:`fasp_fx.Result`; of a folder of :mod:`fasp_fx.hf`, of any format, a
-        :class:`fasp_fx.hf.Pruned`.
-
-    Raises:
-        StoreError: a file is missing, damaged, or of another format; names the file and what to do.
-        ArgumentError: the path is none, ``model`` is missing, or there is no such
-            device here.
-    """
-    folder = path_of(path, "path")
-    target = None if device is None else check_device(device, values=False)
-    kind = kind_of(folder)
-    if kind == PARTS_KIND:
-        return _load_parts(folder, model, target)
-    if kind == KIND:
-        verify(folder, KIND, FILES)
-        return _read_program(folder, target)
-    if kind not in READERS:
-        raise StoreError(f"'{folder}' holds a save of the kind {kind!r:.80}, which is not known; save again")
-    return READERS[kind](folder, target)
+def read_result(folder: Path, model: nn.Module | None, device: torch.device | None) -> Result:
+    """Read what :meth:`Result.save` wrote; arguments and errors as for :func:`fasp_fx.load`."""
+    if kind_of(folder) == PARTS_KIND:
+        return _load_parts(folder, model, device)
+    verify(folder, KIND, FILES)
+    return _read_program(folder, device)
 
 
 def _read_program(folder: Path, device: torch.device | None) -> Result:
@@ -380,6 +356,3 @@ def _load_parts(folder: Path, model: nn.Module | None, device: torch.device | No
     made = made if device is None else made.to(device)
     signature = signature_from_json(read_text(folder / "signature.json"))
     return Result(cast(fx.GraphModule, made), *read_told(folder), signature, parts, layout.left)
-
-
-__all__ = ["Result", "load"]

@@ -10,22 +10,29 @@ from typing import Any
 
 import torch
 
-from ..allocation.budgets import Cap, counted
-from ..analysis import plan as plans
-from ..analysis._analysis import Analysis, analyze_program
-from ..analysis.plan import PruningPlan
-from ..analysis.resources import Resource, Sparsity
-from ..base._device import device_named
-from ..calibration._calibration import read_batches
-from ..calibration._trial import ModelTrial, ServedTrial
-from ..calibration._visit import Decision
-from ..capturing._program import Program
-from ..errors import ArgumentError
-from ..passes import split_fused
+from fasp_fx.allocation import Cap, counted
+from fasp_fx.analysis import (
+    Analysis,
+    PruningPlan,
+    Resource,
+    Sparsity,
+    analyze_program,
+    check_fingerprint,
+    computed_fingerprint,
+    fixed_of,
+    planned,
+    program_fingerprint,
+)
+from fasp_fx.base import device_named, fingerprint
+from fasp_fx.calibration import Decision, ModelTrial, ServedTrial, read_batches
+from fasp_fx.capturing import Program
+from fasp_fx.errors import ArgumentError
+from fasp_fx.passes import split_fused
+
+from ._config import PruningConfig
+from ._report import make_report
 from ._result import Result
 from .check._check import Checker
-from .config import PruningConfig
-from .report import make_report
 
 
 class Subject:
@@ -56,7 +63,7 @@ class Subject:
 
     def fingerprint(self) -> str:
         """What tells the model, with its weights, from others."""
-        return plans.computed_fingerprint(self.programs[""])
+        return computed_fingerprint(self.programs[""])
 
     def count(self, cap: Cap | None) -> Resource:
         """What a budget counts, of all programs together; ``None``: what sparsity is a fraction of."""
@@ -68,7 +75,7 @@ class Subject:
         Raises:
             PlanError: the plan is for another model.
         """
-        plans.check_fingerprint(plan, plans.program_fingerprint(self.programs[""]))
+        check_fingerprint(plan, program_fingerprint(self.programs[""]))
         return {"": plan}
 
     def read(self, calibration: Iterable[Any] | None) -> Any:
@@ -132,10 +139,10 @@ def make_plan(
     program: Program, analysis: Analysis, decision: Decision, result: str | None = None
 ) -> PruningPlan:
     """What was decided, as data; ``result`` is the fingerprint of what came of it."""
-    entries = plans.planned(analysis.chosen, decision.gone, analysis)
+    entries = planned(analysis.chosen, decision.gone, analysis)
     groups = tuple(entry for entry in entries if entry.removed_sets)
     return PruningPlan(
-        plans.program_fingerprint(program),
+        program_fingerprint(program),
         groups,
         Sparsity(analysis).removed([entry.removed_sets for entry in entries]),
         tuple(analysis.program.parts.values()) if groups else (),
@@ -143,7 +150,7 @@ def make_plan(
         granularity=tuple(sorted(analysis.granularity)),
         include=tuple(sorted(analysis.include)),
         folds=program.folds,
-        fixed=plans.fixed_of(program),
+        fixed=fixed_of(program),
     )
 
 
@@ -166,7 +173,7 @@ def rewrite(
     """
     held = Checker(program, analysis, decision).run(whole)
     weights = dict(held.module.named_parameters(remove_duplicate=False))
-    plan = make_plan(program, analysis, held.decision, plans.fingerprint(weights))
+    plan = make_plan(program, analysis, held.decision, fingerprint(weights))
     report = make_report(
         analysis,
         plan,

@@ -14,21 +14,36 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..analysis import plan as plans
-from ..base._device import device_named
-from ..base._tensors import storage_of
-from ..base._tolerable import tolerable
-from ..base.compare import deviation, tolerance
-from ..base.compat import PRESERVED, pytree
-from ..capturing import capture as capture_program
-from ..capturing._capture import Captured
-from ..capturing._program import Program
-from ..capturing._signature import PLAIN, CallSignature
-from ..capturing._transformers import is_transformers, register_caches
-from ..capturing._unchanged import copied as copied_values
-from ..capturing._unchanged import noting_reads, of_torch, rewound, said_of_reads
-from ..errors import CaptureError, ExportError, first_line
-from ..passes._pruned_module import finish
+from fasp_fx.base import (
+    PRESERVED,
+    deviation,
+    device_named,
+    fingerprint,
+    pytree,
+    storage_of,
+    tolerable,
+    tolerance,
+)
+from fasp_fx.capturing import (
+    PLAIN,
+    CallSignature,
+    Captured,
+    Program,
+    is_transformers,
+    noting_reads,
+    of_torch,
+    register_caches,
+    rewound,
+    said_of_reads,
+)
+from fasp_fx.capturing import (
+    capture as capture_program,
+)
+from fasp_fx.capturing import (
+    copied as copied_values,
+)
+from fasp_fx.errors import CaptureError, ExportError, first_line
+from fasp_fx.passes import finish
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -289,7 +304,7 @@ def _same_leaf(found: Any, expected: Any) -> bool:
 
 def whole_fingerprint(parameters: Mapping[str, Tensor]) -> str:
     """The fingerprint of a model; sparse weights, which no part holds, do not enter."""
-    return plans.fingerprint(
+    return fingerprint(
         {name: tensor for name, tensor in parameters.items() if tensor.layout == torch.strided}
     )
 

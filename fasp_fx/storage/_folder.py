@@ -15,11 +15,8 @@ from typing import Any
 
 import torch
 
-from ..base import __version__
-from ..base._atomic import new_folder, write_text
-from ..base._json import Count, parse
-from ..base._tolerable import tolerable
-from ..errors import FaspError, StoreError, first_line
+from fasp_fx.base import Count, __version__, new_folder, parse, tolerable, write_text
+from fasp_fx.errors import FaspError, StoreError, first_line
 
 FORMAT = "fasp_fx/1"
 MANIFEST = "manifest.json"

@@ -14,13 +14,22 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from ..base._json import Count, ReadBy, parse
-from ..base._tolerable import tolerable
-from ..base._warn import quiet
-from ..base.compat import _serde, pytree
-from ..capturing._fx import results
-from ..capturing._signature import HELD, CallSignature
-from ..errors import StoreError, first_line
+from fasp_fx.base import (
+    Count,
+    ReadBy,
+    graph_from_fields,
+    graph_to_fields,
+    parse,
+    pytree,
+    quiet,
+    read_graph,
+    schema,
+    tolerable,
+    write_graph,
+)
+from fasp_fx.capturing import HELD, CallSignature, results
+from fasp_fx.errors import StoreError, first_line
+
 from ._folder import parsing
 from ._tensors import device_of, to_device
 from ._untrusted import check_name, check_program, walk
@@ -194,12 +203,12 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
         )
     try:
         with quiet():
-            written = _serde.write(program)
+            written = write_graph(program)
         example = [_leaf(value) for value in pytree.tree_leaves(program.example_inputs)]
     except tolerable(Exception) as error:
         raise StoreError(f"the program cannot be written as JSON: {first_line(error)}") from error
     check_program(written)  # what is refused on loading is refused now
-    return {"program": _serde.to_fields(written), "example": example}
+    return {"program": graph_to_fields(written), "example": example}
 
 
 def _leaf(value: Any) -> dict[str, Any]:
@@ -229,14 +238,14 @@ def program_from_json(
         StoreError: the data holds anything that :func:`program_to_json` does not write.
     """
     with parsing("graph.json"):
-        parsed = _serde.from_fields(data["program"])
+        parsed = graph_from_fields(data["program"])
         check_program(parsed)
         if device is not None:
             _move(parsed, device)
         structure = parsed.graph_module.module_call_graph[0].signature.in_spec
         example = _example_from_json(json.dumps(data["example"]), structure, device)
         with quiet():
-            program = _serde.read(parsed, weights, constants, example)
+            program = read_graph(parsed, weights, constants, example)
         check_weights(program, cast=cast)
         return program
 
@@ -273,9 +282,9 @@ def check_weights(program: ExportedProgram, *, cast: bool = False) -> None:
 def _move(item: Any, device: torch.device) -> None:
     """Put every device that a parsed program names on ``device``."""
     for _, part in walk(item):
-        if isinstance(part, _serde.schema.Device):
+        if isinstance(part, schema.Device):
             part.type, part.index = device.type, device.index
-        elif isinstance(part, _serde.schema.ModuleCallSignature):
+        elif isinstance(part, schema.ModuleCallSignature):
             part.in_spec, part.out_spec = (
                 _DEVICE.sub(rf"\g<1>{device}", spec) for spec in (part.in_spec, part.out_spec)
             )

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..base._json import Count, parse
-from ..base._tolerable import tolerable
-from ..errors import StoreError, first_line
+from fasp_fx.base import Count, parse, tolerable
+from fasp_fx.errors import StoreError, first_line
+
 from ._folder import parsing
 from ._untrusted import check_weight_name
 

@@ -19,10 +19,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..base._tolerable import tolerable
-from ..base.compat import OpOverload, pytree
-from ..base.compat._serde import ON_SIZES, Union, schema
-from ..errors import StoreError
+from fasp_fx.base import ON_SIZES, OpOverload, Union, pytree, schema, tolerable
+from fasp_fx.errors import StoreError
 
 _OPERATOR = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)")
 _HIGHER_ORDER = {
@@ -319,7 +317,7 @@ def _transformers_class(path: str) -> type:
 
 def _register(path: str) -> None:
     """Make a cache class of transformers known to torch; its outputs are by their own import."""
-    from ..base.compat._transformers import is_cache_class, register_pytree_node
+    from fasp_fx.base import is_cache_class, register_pytree_node
 
     found = _transformers_class(path)
     if is_cache_class(found):

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from ..base._tolerable import tolerable
-from ..base.compat import pytree
+from fasp_fx.base import pytree, tolerable
+
 from ._case import Case, alike, rewinding, with_own
 from ._exact import call_result, refused, shapes
 from ._verdict import Skipped, Violation, hold

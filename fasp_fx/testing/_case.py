@@ -16,15 +16,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import fasp_fx
-from fasp_fx.analysis._analysis import Analysis
-from fasp_fx.analysis.plan import PruningPlan, gone_of, program_fingerprint
-from fasp_fx.analysis.resources import most_lost
-from fasp_fx.base._tolerable import tolerable
-from fasp_fx.calibration._visit import Decision
+from fasp_fx.analysis import Analysis, PruningPlan, gone_of, most_lost, program_fingerprint
+from fasp_fx.base import pytree, tolerable
+from fasp_fx.calibration import Decision
 from fasp_fx.errors import NothingPrunableError
-from fasp_fx.pruning._subject import make_plan
+from fasp_fx.pruning import make_plan
 
-from ..base.compat import pytree
 from ._verdict import Skipped
 from .oracle import Masked, callable_of, tensors_of
 

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import fasp_fx
-from fasp_fx.analysis.plan import PruningPlan
+from fasp_fx.analysis import PruningPlan
+from fasp_fx.base import pytree, tolerable
 from fasp_fx.errors import NothingPrunableError
 
-from ..base._tolerable import tolerable
-from ..base.compat import pytree
 from ._case import Call, Case, draw_part
 from ._verdict import Skipped, Violation, hold
 from .oracle import Masked, callable_of, error, kept, tensors_of

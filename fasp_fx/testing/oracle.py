@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fasp_fx.analysis.plan import ParameterSlice, PruningPlan
+from fasp_fx.analysis import ParameterSlice, PruningPlan
+from fasp_fx.base import TorchDispatchMode, pytree
 from fasp_fx.errors import ArgumentError
-
-from ..base.compat import TorchDispatchMode, pytree
 
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default}
 _LOOKUPS = {torch.ops.aten.embedding.default, torch.ops.aten.index_select.default}

@@ -11,10 +11,9 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fasp_fx import patterns
-from fasp_fx.base._tolerable import tolerable
+from fasp_fx.base import OpOverload, tolerable
 from fasp_fx.errors import ArgumentError, CaptureError
 
-from ..base.compat import OpOverload
 from . import _alone, _exact, _restored
 from ._case import Call, Case
 from ._verdict import Broken, CheckFailed, ProgramVerdict, Skipped, Violation, hold

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ..base._options import configured, is_number
-from ..calibration.losses import output_tensors, token_mask
-from ..errors import ArgumentError, CalibrationError
+from fasp_fx.base import configured, is_number
+from fasp_fx.calibration import output_tensors, token_mask
+from fasp_fx.errors import ArgumentError, CalibrationError
 
 
 @runtime_checkable
@@ -192,7 +192,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loss": (
         lambda value: value in ("auto", "divergence", "outputs") or isinstance(value, Match),
         "known; use 'auto', 'divergence', 'outputs', or an object with targets() and terms()"
-        " (fasp_fx.recovery.Match)",
+        " (fasp_fx.training.Match)",
     ),
 }
 

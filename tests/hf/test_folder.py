@@ -27,7 +27,7 @@ from transformers import (
 
 import fasp_fx
 from fasp_fx import hf
-from fasp_fx.base.compat._transformers import CACHE
+from fasp_fx.base import CACHE
 from fasp_fx.hf._folder import FILES
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

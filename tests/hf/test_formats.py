@@ -16,7 +16,6 @@ import gguf
 import pytest
 import torch
 import transformers as hf
-from fasp_fx.budgets import Bytes, CacheBytes
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_cpp import missing, predictions
@@ -28,10 +27,11 @@ from torch import Tensor
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx.hf import convert, prune
-from fasp_fx.hf._formats import FORMATS, _sizes, build, experiments_for
+from fasp_fx.allocation import Bytes, CacheBytes
+from fasp_fx.hf import FORMATS, convert, prune
+from fasp_fx.hf._formats import _sizes, build, experiments_for
 from fasp_fx.hf.modeling_per_layer import PerLayerLlamaForCausalLM
-from fasp_fx.pruning.config import FormatName
+from fasp_fx.pruning import FormatName
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

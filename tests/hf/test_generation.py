@@ -14,7 +14,7 @@ from generators import TOKENS, Case, dense, expected, pruned
 from oracle import masked, removed_columns
 
 from fasp_fx import hf
-from fasp_fx.base.compat._transformers import CACHE
+from fasp_fx.base import CACHE
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

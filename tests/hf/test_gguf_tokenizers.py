@@ -20,7 +20,7 @@ import fasp_fx
 from fasp_fx.hf import Pruned, convert
 from fasp_fx.hf._gguf import write_gguf
 from fasp_fx.hf._gguf_tokenizer import add_tokenizer
-from fasp_fx.pruning._result import read_told
+from fasp_fx.pruning import read_told
 
 SIZE = 420
 TRAINED_ON = (

@@ -16,7 +16,7 @@ from zoo import randomise
 
 import fasp_fx
 from fasp_fx import hf
-from fasp_fx.base.compat._transformers import CACHE
+from fasp_fx.base import CACHE
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

@@ -37,7 +37,7 @@ from zoo import randomise
 
 import fasp_fx
 from fasp_fx import hf
-from fasp_fx.base.compat._transformers import CACHE
+from fasp_fx.base import CACHE
 from fasp_fx.pruning.check import _check
 from fasp_fx.pruning.check._compare import Seen
 

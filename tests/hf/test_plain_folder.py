@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from fasp_fx.report import Line
 from safetensors.torch import load_file, save_file
 from saved import GOLDEN
 from torch import Tensor
@@ -20,8 +19,8 @@ from fasp_fx import PruningPlan, Report
 from fasp_fx.hf import Pruned
 from fasp_fx.hf._folder import save
 from fasp_fx.hf._formats import build, experiments_for
-from fasp_fx.pruning._result import read_told
-from fasp_fx.storage._folder import MANIFEST, is_save, kind_of, read_json, write_json, write_manifest
+from fasp_fx.pruning import Line, read_told
+from fasp_fx.storage import MANIFEST, is_save, kind_of, read_json, write_json, write_manifest
 
 PLAN = PruningPlan("0" * 64, (), 0.25)
 LINE = Line("a.weight", "prunable", 8, 6, 1, "")

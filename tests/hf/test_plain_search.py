@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fasp_fx.groups import Group, Member
 from plain_models import gemma3n, mixtral
 from torch import nn
 from zoo import ZOO
 
+from fasp_fx.analysis import Group, Member
 from fasp_fx.hf._fields import Experiments, arrange, find_fields, lowered, units, written
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

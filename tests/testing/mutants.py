@@ -12,24 +12,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import fasp_fx.plan
 import numpy as np
 import pytest
 import torch
 
+import fasp_fx.analysis
 import fasp_fx.analysis._analysis
+import fasp_fx.analysis._plan
 import fasp_fx.analysis.channels._facts
 import fasp_fx.analysis.channels._interpreter
 import fasp_fx.analysis.channels._moves
 import fasp_fx.capturing._program
+import fasp_fx.passes._attention
 import fasp_fx.passes._kept
 import fasp_fx.passes._pruned_module
+import fasp_fx.passes._remove_channels
 import fasp_fx.passes._run
-import fasp_fx.passes.attention
-import fasp_fx.passes.remove_channels
 from fasp_fx import patterns
-from fasp_fx.passes import remove
-from fasp_fx.passes._pruned_module import finish
+from fasp_fx.passes import finish, remove
 from fasp_fx.pruning.check._check import Checked, Checker
 from fasp_fx.testing.specs import (
     Activation,
@@ -211,7 +211,7 @@ def _never_couples_sums(couple: Any) -> Any:
 
 def _same_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     for keyword in ("shape", "chunk"):
-        monkeypatch.setitem(fasp_fx.passes.remove_channels._REWRITES, keyword, lambda *_: False)
+        monkeypatch.setitem(fasp_fx.passes._remove_channels._REWRITES, keyword, lambda *_: False)
 
 
 def _one_block(find_blocks: Any) -> Any:
@@ -231,7 +231,7 @@ def _transposed(call: Any) -> Any:
 
 def _scale_of_next_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        fasp_fx.passes.attention, "math", types.SimpleNamespace(sqrt=lambda width: (width + 1) ** 0.5)
+        fasp_fx.passes._attention, "math", types.SimpleNamespace(sqrt=lambda width: (width + 1) ** 0.5)
     )
 
 
@@ -356,7 +356,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("sizes that are not updated", _same_sizes, HEADS),
     Mutant(
         "weights cut at the wrong rows",
-        attribute(fasp_fx.passes.remove_channels, "_cut_weights", _wrong_channels),
+        attribute(fasp_fx.passes._remove_channels, "_cut_weights", _wrong_channels),
         CHAIN,
     ),
     Mutant(
@@ -385,20 +385,20 @@ MUTANTS: tuple[Mutant, ...] = (
     # plans and results
     Mutant(
         "plans renumbered off by one",
-        attribute(fasp_fx.plan, "_renumber", _shifted),
+        attribute(fasp_fx.analysis._plan, "_renumber", _shifted),
         Net((Linear(12), Activation(), Linear(2))),
         ("steps",),
         seed=3,
     ),
     Mutant(
         "a plan that says less than was done",
-        attribute(fasp_fx.plan, "planned", _short_plan),
+        attribute(fasp_fx.analysis._plan, "planned", _short_plan),
         CHAIN,
         ("plan",),
     ),
     Mutant(
         "a plan for every model",
-        attribute(fasp_fx.plan, "fingerprint", lambda _: lambda weights: "same"),
+        attribute(fasp_fx.analysis._plan, "fingerprint", lambda _: lambda weights: "same"),
         CHAIN,
         ("plan",),
     ),

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from fasp_fx.plan import ParameterSlice, PlannedGroup, PruningPlan
 from models import made
 from torch import nn
 from torch.nn import functional as F
 
+from fasp_fx.analysis import ParameterSlice, PlannedGroup, PruningPlan
 from fasp_fx.testing import Masked
 from fasp_fx.testing.oracle import error, kept
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import PROFILE
-from fasp_fx.channels import Interpreter
 from mutants import MUTANTS as ORDINARY
 from mutants import Mutant, not_run
 from odd_mutants import ODD
 
 import fasp_fx.passes._run
 import fasp_fx.testing.rule
+from fasp_fx.analysis import Interpreter
 from fasp_fx.testing import CheckFailed, build, check_program, check_rule, example
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

@@ -15,11 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.base._tolerable import tolerable
-from fasp_fx.errors import RuleError, VerificationError, first_line
-from fasp_fx.patterns import CASTS, Rule, lookup
-
-from ...base.compat import (
+from fasp_fx.base import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
@@ -29,17 +25,22 @@ from ...base.compat import (
     free_unbacked_symbols,
     pytree,
     silent_fake_tensors,
+    tolerable,
 )
-from ...capturing._fx import (
+from fasp_fx.capturing import (
+    Sizes,
     arguments,
     attribute,
     call_in_words,
     elements,
+    is_dynamic,
     results,
     target_name,
     written_names,
 )
-from ...capturing._sizes import Sizes, is_dynamic
+from fasp_fx.errors import RuleError, VerificationError, first_line
+from fasp_fx.patterns import CASTS, Rule, lookup
+
 from ._facts import Facts
 from ._letters import Relation, result_shapes_ok
 from ._moves import move

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ...patterns import ORDINALS, Alternative, Clause, Dims, Rule
+from fasp_fx.patterns import ORDINALS, Alternative, Clause, Dims, Rule
+
 from ._facts import Facts, Recurrence
 from ._numbering import Axis, DoesNotApplyError, Numbering, Value, collapse, smallest_step
 

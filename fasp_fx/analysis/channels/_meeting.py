@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from ...capturing._fold import WHY_NOT_FOLDED
-from ...capturing._fx import arguments
-from ...patterns import lookup
+from fasp_fx.capturing import WHY_NOT_FOLDED, arguments
+from fasp_fx.patterns import lookup
+
 from ._facts import Facts, Layout, Use, Window
 from ._lettered import Lettered, Operand, Slide
 from ._numbering import NONE, Axis, Numbering

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.base._tolerable import tolerable
+from fasp_fx.base import pytree, tolerable
+from fasp_fx.capturing import Sizes, is_dynamic
+from fasp_fx.capturing import arguments as arguments_of
 from fasp_fx.errors import first_line
 from fasp_fx.patterns import RESHAPES, Rule
 
-from ...base.compat import pytree
-from ...capturing._fx import arguments as arguments_of
-from ...capturing._sizes import Sizes, is_dynamic
 from ._facts import Facts
 from ._named import look_up
 from ._numbering import NONE, Axis, DoesNotApplyError, Value, collapse, smallest_step

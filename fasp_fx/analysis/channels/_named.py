@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...patterns import ORDINALS, VANISHING, Clause, Rule
+from fasp_fx.patterns import ORDINALS, VANISHING, Clause, Rule
+
 from ._facts import Facts
 from ._numbering import Axis, Value
 

@@ -17,7 +17,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ...capturing._sizes import Size, is_dynamic
+from fasp_fx.capturing import Size, is_dynamic
+
 from ._numbering import DoesNotApplyError, collapse
 
 #: a factor of a dimension: the dimension, and its size

@@ -52,7 +52,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.numbers import int_oo
 
-from ...errors import VerificationError
+from fasp_fx.errors import VerificationError
 
 #: the function that a graph of dynamo's calls where gradients are switched on or off
 SET_GRAD = torch._C._set_grad_enabled

@@ -19,14 +19,14 @@ ON_SIZES = frozenset(f"{target.__module__}.{target.__name__}" for target in _ser
 Union = _serialize._Union
 
 
-def write(program: ExportedProgram) -> schema.ExportedProgram:
+def write_graph(program: ExportedProgram) -> schema.ExportedProgram:
     """A program without its tensors, as objects of the schema."""
     # until 2.12 the tensors are always written, into bytes that nobody reads
     with mock.patch.object(_serialize, "serialize_torch_artifact", return_value=b""):
         return _serialize.ExportedProgramSerializer().serialize(program).exported_program
 
 
-def to_fields(written: schema.ExportedProgram) -> dict[str, Any]:
+def graph_to_fields(written: schema.ExportedProgram) -> dict[str, Any]:
     """Such objects as what JSON holds.
 
     Raises:
@@ -52,17 +52,17 @@ _TYPING = types.ModuleType(typing.__name__)
 vars(_TYPING).update({**vars(typing), "get_type_hints": _hints_of})
 
 
-def from_fields(fields: dict[str, Any]) -> Any:
-    """What :func:`to_fields` was given, as far as torch checks that."""
+def graph_from_fields(fields: dict[str, Any]) -> Any:
+    """What :func:`graph_to_fields` was given, as far as torch checks that."""
     with mock.patch.object(_serialize, "typing", _TYPING, create=True):
         return _serialize._dict_to_dataclass(schema.ExportedProgram, fields)
 
 
-def read(
+def read_graph(
     written: schema.ExportedProgram, weights: dict[str, Tensor], constants: dict[str, Tensor], example: Any
 ) -> ExportedProgram:
     """The program over the given tensors."""
     return _serialize.ExportedProgramDeserializer().deserialize(written, weights, constants, example)
 
 
-__all__ = ["ON_SIZES", "Union", "from_fields", "read", "schema", "to_fields", "write"]
+__all__ = ["ON_SIZES", "Union", "graph_from_fields", "graph_to_fields", "read_graph", "schema", "write_graph"]

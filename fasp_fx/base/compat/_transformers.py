@@ -50,7 +50,7 @@ def export_program(model: PreTrainedModel, inputs: dict[str, Any], shapes: Any) 
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers from remarking on configs that are only tried, and from drawing bars."""
     with (
         for_a_while(logging.get_verbosity, logging.set_verbosity),
@@ -98,7 +98,7 @@ __all__ = [
     "is_cache_class",
     "kept_in_float32",
     "prepare_for_export",
-    "quiet",
+    "quiet_transformers",
     "reading_gguf",
     "register_cache_pytrees_for_model",
     "register_pytree_node",

@@ -17,11 +17,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ...analysis._analysis import Analysis
-from ...analysis.groups import PRUNABLE
-from ...base import __version__
-from ...base._atomic import new_file
-from ...pruning.report import COUNTED, Line, Report, line_of, notes_of, weight_size
+from fasp_fx.analysis import PRUNABLE, Analysis
+from fasp_fx.base import __version__, new_file
+from fasp_fx.pruning import COUNTED, Line, Report, line_of, notes_of, weight_size
 
 SCRIPTS = ("dom.js", "tips.js", "summary.js", "charts.js", "table.js")
 MARK = '<meta name="generator" content="fasp_fx report">'

@@ -12,18 +12,13 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor, fx
 
-from ...analysis._analysis import Analysis
-from ...analysis.groups import APPROXIMATE, Group
-from ...base._tolerable import tolerable
-from ...base._warn import warn
-from ...base.compat import pytree
-from ...calibration._visit import Decision, decided
-from ...capturing._fx import draws
-from ...capturing._program import Program
-from ...capturing._sizes import is_dynamic
-from ...errors import CallError, VerificationError, VerificationWarning, first_line
-from ...passes import remove
-from ...passes._pruned_module import finish
+from fasp_fx.analysis import APPROXIMATE, Analysis, Group
+from fasp_fx.base import pytree, tolerable, warn
+from fasp_fx.calibration import Decision, decided
+from fasp_fx.capturing import Program, draws, is_dynamic
+from fasp_fx.errors import CallError, VerificationError, VerificationWarning, first_line
+from fasp_fx.passes import finish, remove
+
 from ._compare import Inputs, ReferenceFailedError, compare, inputs_for
 from ._reference import masked_program
 

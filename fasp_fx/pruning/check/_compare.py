@@ -12,17 +12,17 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ...base._tensors import laid_otherwise
-from ...base._tolerable import tolerable
-from ...base._undisturbed import drawing_alike
-from ...base.compare import deviation, tolerance
-from ...base.compat import int_oo, pytree
-from ...capturing._compare_with_model import coarsest
-from ...capturing._fx import attribute, written_by, written_names
-from ...capturing._program import Program
-from ...capturing._signature import Guards
-from ...capturing._sizes import is_dynamic
-from ...capturing._unchanged import copied
+from fasp_fx.base import deviation, drawing_alike, int_oo, laid_otherwise, pytree, tolerable, tolerance
+from fasp_fx.capturing import (
+    Guards,
+    Program,
+    attribute,
+    coarsest,
+    copied,
+    is_dynamic,
+    written_by,
+    written_names,
+)
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...analysis._analysis import Analysis
-from ...analysis.channels import Product, Slot, Use, Value
-from ...analysis.groups import APPROXIMATE, EXEMPT
-from ...calibration._matrices import ConsumerMatrices
-from ...calibration._products import lying_along
-from ...calibration._visit import Decision
-from ...capturing._fx import arguments, attribute, way_from_weight
-from ...capturing._program import Program
-from ...patterns import lookup
+from fasp_fx.analysis import APPROXIMATE, EXEMPT, Analysis, Product, Slot, Use, Value
+from fasp_fx.calibration import ConsumerMatrices, Decision, lying_along
+from fasp_fx.capturing import Program, arguments, attribute, way_from_weight
+from fasp_fx.patterns import lookup
 
 #: zero in the kind of what it is put into: as a number of floats it would make floats of integers
 _ZERO = False

@@ -13,21 +13,28 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from ...analysis import plan as plans
-from ...analysis._analysis import analyze_program
-from ...analysis.plan import PruningPlan
-from ...base._tolerable import tolerable
-from ...base.compare import deviation, tolerance
-from ...base.compat import free_unbacked_symbols, pytree
-from ...capturing import capture, recorded_shapes
-from ...capturing._compare_with_model import trouble_with
-from ...capturing._fx import arguments, attribute, is_pure, results, target_name
-from ...capturing._program import ExportFacts, Program, SplitWeight
-from ...capturing._unchanged import noting_reads, rewound, said_of_reads
-from ...errors import EagerError, first_line
-from ...passes import split_fused
-from ...passes._pruned_module import PrunedModule, finish
-from ...patterns import RESHAPES, lookup
+from fasp_fx.analysis import PruningPlan, analyze_program, check_fingerprint
+from fasp_fx.base import deviation, fingerprint, free_unbacked_symbols, pytree, tolerable, tolerance
+from fasp_fx.capturing import (
+    ExportFacts,
+    Program,
+    SplitWeight,
+    arguments,
+    attribute,
+    capture,
+    is_pure,
+    noting_reads,
+    recorded_shapes,
+    results,
+    rewound,
+    said_of_reads,
+    target_name,
+    trouble_with,
+)
+from fasp_fx.errors import EagerError, first_line
+from fasp_fx.passes import PrunedModule, finish, split_fused
+from fasp_fx.patterns import RESHAPES, lookup
+
 from .._submodules import copied
 from ._sizes import left_of, observed, say_sizes, tagged
 
@@ -141,7 +148,7 @@ def _check(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> None:
     known |= {source for weight in plan.folds for source in weight.sources}
     parameters = model.named_parameters(remove_duplicate=False)
     held = {name: tensor for name, tensor in parameters if name in known}
-    plans.check_fingerprint(plan, plans.fingerprint(held))
+    check_fingerprint(plan, fingerprint(held))
 
 
 def copied_with(model: nn.Module, pruned: nn.Module, plan: PruningPlan) -> nn.Module:

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from ...analysis.plan import PruningPlan
-from ...base.compat import annotated_nodes, annotating, pytree
+from fasp_fx.analysis import PruningPlan
+from fasp_fx.base import annotated_nodes, annotating, pytree
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -12,11 +12,10 @@ from unittest import mock
 from torch import Tensor
 
 from fasp_fx import patterns
-from fasp_fx.base._tolerable import tolerable
+from fasp_fx.base import OpOverload, silent_fake_tensors, tolerable
 from fasp_fx.errors import ArgumentError, RuleError
 from fasp_fx.patterns import Rule
 
-from ...base.compat import OpOverload, silent_fake_tensors
 from .._verdict import CheckFailed
 from ._calls import KINDS, Call, Draw, repeatable
 from ._claims import Lie, Trials, lies

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from ...base.compat import OpOverload, pytree
+from fasp_fx.base import OpOverload, pytree
+
 from .._case import copied
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasp_fx.base._tolerable import tolerable
+from fasp_fx.base import tolerable
 from fasp_fx.errors import first_line
 
 from ._calls import Call, Draw, close, same

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasp_fx.base._tolerable import tolerable
+from fasp_fx.base import tolerable
 from fasp_fx.errors import first_line
 from fasp_fx.patterns import ORDINALS, Clause, Rule
 

@@ -17,14 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fasp_fx.analysis._analysis import analyze_program
-from fasp_fx.analysis.plan import PruningPlan, planned
-from fasp_fx.base._tolerable import tolerable
-from fasp_fx.capturing._program import Program
-from fasp_fx.capturing._signature import CallSignature
+from fasp_fx.analysis import PruningPlan, analyze_program, planned
+from fasp_fx.base import tolerable
+from fasp_fx.capturing import CallSignature, Program
 from fasp_fx.errors import FaspError, first_line
-from fasp_fx.passes import verify
-from fasp_fx.passes.remove_channels import remove_channels
+from fasp_fx.passes import remove_channels, verify
 from fasp_fx.patterns import Rule
 
 from .._case import draw_sets

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from fasp_fx.base import OpOverload
 from fasp_fx.patterns import Alternative, Rule
 
-from ...base.compat import OpOverload
 from ._calls import Call, Draw
 
 #: arguments that hold positions rather than values

@@ -12,11 +12,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from fasp_fx.analysis._analysis import Analysis
-from fasp_fx.analysis.channels import Value, Walk
-from fasp_fx.base._stamps import stamp
-from fasp_fx.capturing._fx import arguments
-from fasp_fx.capturing._program import Program
+from fasp_fx.analysis import Analysis, Value, Walk
+from fasp_fx.base import stamp
+from fasp_fx.capturing import Program, arguments
 
 from ._kept import Kept
 

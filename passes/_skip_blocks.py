@@ -8,12 +8,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from fasp_fx.analysis._analysis import Analysis
-from fasp_fx.analysis._depth import BIASES, beside, goes_with_a_block, laid_out, serving
-from fasp_fx.analysis.channels import Walk
-from fasp_fx.base._stamps import stamp
-from fasp_fx.capturing._fx import arguments, results, viewed
-from fasp_fx.capturing._program import Program
+from fasp_fx.analysis import BIASES, Analysis, Walk, beside, goes_with_a_block, laid_out, serving
+from fasp_fx.base import stamp
+from fasp_fx.capturing import Program, arguments, results, viewed
 from fasp_fx.errors import VerificationError
 
 _ATEN = torch.ops.aten

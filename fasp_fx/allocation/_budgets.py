@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from ..analysis.resources import (
+from fasp_fx.analysis import (
     Counted,
     Products,
     Resource,
@@ -23,16 +23,12 @@ from ..analysis.resources import (
     cache_of,
     parameters_of,
 )
-from ..base._options import is_number
-from ..base._tolerable import tolerable
-from ..base.compat import HigherOrderOperator, OpOverload
-from ..capturing._fx import arguments, attribute
-from ..capturing._sizes import Sizes
-from ..errors import ArgumentError, BudgetError
+from fasp_fx.base import HigherOrderOperator, OpOverload, is_number, tolerable
+from fasp_fx.capturing import Sizes, arguments, attribute
+from fasp_fx.errors import ArgumentError, BudgetError
 
 if TYPE_CHECKING:
-    from ..analysis._analysis import Analysis
-    from ..analysis.groups import Group
+    from fasp_fx.analysis import Analysis, Group
 
 
 @dataclass(frozen=True)
@@ -196,7 +192,7 @@ def read_budget(given: Any) -> tuple[Cap, ...]:
     for cap in caps:
         if not isinstance(cap, Cap):
             raise ArgumentError(
-                f"budget={cap!r} is no budget; pass one of fasp_fx.budgets, such as Parameters(0.8), or a"
+                f"budget={cap!r} is no budget; pass one of fasp_fx.allocation, such as Parameters(0.8), or a"
                 " tuple of them"
             )
     if len({cap.name for cap in caps}) < len(caps):

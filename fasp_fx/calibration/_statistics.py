@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..base._offload import keep, zeros
+from fasp_fx.base import keep, zeros
 
 #: columns per block of a symmetric matrix, of which only blocks on and below the diagonal are computed
 BLOCK = 384
@@ -29,8 +29,7 @@ class Statistic(Protocol):
     ``add`` makes of it (:data:`Add`).
 
     Attributes:
-        needs_gradient: whether the gradient of the loss (:mod:`fasp_fx.losses`) with respect to the tokens is
-            needed.
+        needs_gradient: whether the gradient of the loss with respect to the tokens is needed.
     """
 
     needs_gradient: ClassVar[bool]

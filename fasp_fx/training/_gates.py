@@ -1,6 +1,6 @@
 """Learned gates: a number for each channel set, trained with any loop of yours, that says what goes.
 
-:func:`attach` puts gates on a model, ``gates.plan()`` is the plan that they stand for, and
+:func:`attach_gates` puts gates on a model, ``gates.plan()`` is the plan that they stand for, and
 ``fasp_fx.apply(model, plan, args, calibration=batches)`` carries it out and restores what stays
 (docs/recovery.md).
 """
@@ -17,35 +17,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..allocation import Budget, CostAllocation, check_reach, deepest_loss
-from ..allocation._limits import is_excluded
-from ..allocation.costs import CostCurve, Costs
-from ..analysis import plan as plans
-from ..analysis._analysis import Analysis
-from ..analysis.channels import laid_by_block
-from ..analysis.groups import Group, Member, by_block
-from ..analysis.plan import PruningPlan
-from ..base._tolerable import tolerable
-from ..base._undisturbed import in_usual_modes, one_at_a_time
-from ..base._warn import warn
-from ..calibration._visit import Decision
-from ..capturing._capture import capture_whole
-from ..capturing._compare_with_model import trouble_with
-from ..capturing._program import Program
-from ..errors import (
+from fasp_fx.allocation import (
+    Budget,
+    CostAllocation,
+    CostCurve,
+    Costs,
+    check_reach,
+    deepest_loss,
+    is_excluded,
+)
+from fasp_fx.analysis import Analysis, Group, Member, PruningPlan, by_block, laid_by_block
+from fasp_fx.base import fingerprint, in_usual_modes, one_at_a_time, tolerable, warn
+from fasp_fx.calibration import Decision
+from fasp_fx.capturing import Program, capture_whole, trouble_with
+from fasp_fx.errors import (
     ArgumentError,
     CalibrationError,
     NothingPrunableError,
     SparsityError,
     VerificationWarning,
 )
-from ..pruning._allocating import allocate, budget_for, check_request
-from ..pruning._calibrating import Method
-from ..pruning._prune import analyze
-from ..pruning._subject import make_plan
-from ..pruning.check._check import largest_passing_subset
-from ..pruning.check._reference import masked_program
-from ..pruning.config import PruningConfig, PruningOptions
+from fasp_fx.pruning import (
+    Method,
+    PruningConfig,
+    PruningOptions,
+    allocate,
+    analyze,
+    budget_for,
+    check_request,
+    largest_passing_subset,
+    make_plan,
+    masked_program,
+)
 
 #: a gate is open with the chance ``σ(score / τ)``
 TEMPERATURE = 1.5
@@ -163,7 +166,7 @@ _MARK = "parametrizations."
 
 
 class Gates(nn.Module):
-    """One gate for every channel set of a model's groups; :func:`fasp_fx.gates.attach` makes them.
+    """One gate for every channel set of a model's groups; :func:`fasp_fx.training.attach_gates` makes them.
 
     They are a part of the model while they are attached, so that its optimizers, checkpoints and trainers
     take them along. A gate is zero where the plan of the scores removes its channel set, and else one. In
@@ -219,7 +222,7 @@ class Gates(nn.Module):
         self._known = None
         plan = make_plan(self.target.program, self.target.analysis, self.target.decision(self._gone()))
         # Buffers have gone on since the capture, as they do in training; who applies the plan sees them.
-        return replace(plan, fingerprint=plans.fingerprint(self.original_parameters()), fixed=())
+        return replace(plan, fingerprint=fingerprint(self.original_parameters()), fixed=())
 
     def original_parameters(self) -> dict[str, Tensor]:
         """The model's own parameters by the names that they have without gates."""
@@ -281,7 +284,7 @@ _SAID = ("sparsity", "budget", "granularity", "include", "exclude", "round_to")
 
 @one_at_a_time
 @in_usual_modes
-def attach(
+def attach_gates(
     model: nn.Module,
     args: Any = (),
     kwargs: dict[str, Any] | None = None,
@@ -468,4 +471,4 @@ class Scaled(nn.Module):
         return weight
 
 
-__all__ = ["Gates", "attach"]
+__all__ = ["Gates", "attach_gates"]

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import fx, nn
 
-from ..base._json import Count, from_document, to_document
-from ..base._tensors import fingerprint as fingerprint
-from ..capturing._fx import attribute
-from ..capturing._program import FoldedWeight, Program, SplitWeight
-from ..errors import ArgumentError, PlanError
-from .groups import Group, Member, by_block, ranges
+from fasp_fx.base import Count, from_document, to_document
+from fasp_fx.base import fingerprint as fingerprint
+from fasp_fx.capturing import FoldedWeight, Program, SplitWeight, attribute
+from fasp_fx.errors import ArgumentError, PlanError
+
+from ._groups import Group, Member, by_block, ranges
 
 if TYPE_CHECKING:
     from ._analysis import Analysis

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..base._undisturbed import generator_of
-from ..base.compare import unfilled
-from ..base.compat import pytree
-from ..errors import CalibrationError
-from .statistics import precise
+from fasp_fx.base import generator_of, pytree, unfilled
+from fasp_fx.errors import CalibrationError
+
+from ._statistics import precise
 
 #: a loss maps what the model returned, and the arguments of the call by name, to its terms: one value for
 #: each prediction, or their sum

@@ -13,10 +13,11 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from ..base._offload import keep
-from ..errors import ArgumentError
-from .scoring import dense_numbers
-from .statistics import diagonal_of, energy_of, is_few, joined, precise, whole
+from fasp_fx.base import keep
+from fasp_fx.errors import ArgumentError
+
+from ._scoring import dense_numbers
+from ._statistics import diagonal_of, energy_of, is_few, joined, precise, whole
 
 #: strengths to choose from, relative to the mean of the Gram matrix's diagonal; beside them stands infinity,
 #: which leaves the kept columns as they are

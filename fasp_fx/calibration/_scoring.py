@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..analysis.groups import by_block
-from ..base._undisturbed import generator_of
-from ..errors import ArgumentError, CalibrationError
-from .statistics import MakeStatistic, Statistic
+from fasp_fx.analysis import by_block
+from fasp_fx.base import generator_of
+from fasp_fx.errors import ArgumentError, CalibrationError
+
+from ._statistics import MakeStatistic, Statistic
 
 
 @dataclass(frozen=True)

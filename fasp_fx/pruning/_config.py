@@ -10,15 +10,12 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
 
-from ..base._options import configured, is_number, names_of
-from ..errors import ArgumentError, SparsityError
+from fasp_fx.base import configured, is_number, names_of
+from fasp_fx.errors import ArgumentError, SparsityError
 
 if TYPE_CHECKING:  # the command line shows and checks options before torch is there
-    from ..allocation._allocation import Allocation
-    from ..allocation.budgets import Cap
-    from ..calibration.losses import Loss
-    from ..calibration.restoration import Restoration
-    from ..calibration.scoring import Score
+    from fasp_fx.allocation import Allocation, Cap
+    from fasp_fx.calibration import Loss, Restoration, Score
 
 #: what goes where nothing is asked for
 SPARSITY = 0.2
@@ -97,7 +94,7 @@ def _budgets(option: str, value: Any) -> Any:
     """Budgets, as a tuple."""
     if value is None or (isinstance(value, tuple) and not value):
         return ()
-    from ..allocation.budgets import read_budget
+    from fasp_fx.allocation import read_budget
 
     return read_budget(value)
 
@@ -162,7 +159,7 @@ class PruningConfig:
         (),
         _budgets,
         "How much may stay of something else, instead of a sparsity.",
-        "One of :mod:`fasp_fx.budgets`, such as ``Parameters(0.8)``, or a tuple of several, which are all"
+        "One of :mod:`fasp_fx.allocation`, such as ``Parameters(0.8)``, or a tuple of several, which are all"
         " met. As much stays as steps of whole channel sets allow, and never more than may.",
     )
     quality: Quality = _option(
@@ -179,14 +176,14 @@ class PruningConfig:
         _named(ScoreName, "scoring.Score"),
         "What goes first. fasp: the paper's score; obs: the least loss once what stays was repaired;"
         " magnitude, random: baselines that need no data. Default: by quality.",
-        "Or a callable or :class:`fasp_fx.scoring.GroupScore` of your own.",
+        "Or a callable or :class:`fasp_fx.calibration.GroupScore` of your own.",
         form=ScoreName,
     )
     restore: RestoreName | Restoration | None = _option(
         "least-squares",
         _named(RestoreName, "restoration.Restoration"),
         "Repair the weights that stay, by least squares.",
-        "Or one of your own (:data:`fasp_fx.restoration.Restoration`); or ``None``: what stays is left as it"
+        "Or one of your own (:data:`fasp_fx.calibration.Restoration`); or ``None``: what stays is left as it"
         " is.",
         form=bool,
     )
@@ -205,7 +202,7 @@ class PruningConfig:
         "What obs and global predict the rise of, by its gradients on some of the calibration data, and what"
         " search judges by. outputs: the squared error of all outputs. auto: next-token for a model that"
         " generates, else outputs.",
-        "Or a function of outputs and arguments (:mod:`fasp_fx.losses`). ``None``: no gradients; each"
+        "Or a function of outputs and arguments (:mod:`fasp_fx.calibration`). ``None``: no gradients; each"
         " consumer counts by the relative error of its own output.",
         form=LossName,
     )
@@ -298,8 +295,8 @@ class PruningConfig:
     @property
     def needs_data(self) -> bool:
         """Whether calibration data is needed."""
-        from ..allocation._allocation import CostAllocation
-        from ..calibration.obs import resolve_score
+        from fasp_fx.allocation import CostAllocation
+        from fasp_fx.calibration import resolve_score
 
         return (
             resolve_score(self.effective_score).needs_data
@@ -310,7 +307,7 @@ class PruningConfig:
     @property
     def counts_cache(self) -> bool:
         """Whether a budget is of the cache, which only a program that returns one shows."""
-        from ..allocation.budgets import CacheBytes
+        from fasp_fx.allocation import CacheBytes
 
         return any(isinstance(cap, CacheBytes) for cap in self.budgets)
 
@@ -347,7 +344,7 @@ class PruningConfig:
     @property
     def allocator(self) -> Allocation:
         """The function that the allocation stands for."""
-        from ..allocation._allocation import Global, Search, uniform
+        from fasp_fx.allocation import Global, Search, uniform
 
         if callable(self.allocation):
             return self.allocation
@@ -378,8 +375,8 @@ class PruningConfig:
         Raises:
             ArgumentError: an option is a function, which text cannot hold.
         """
-        from ..allocation.budgets import budget_data
-        from ..base._json import to_document
+        from fasp_fx.allocation import budget_data
+        from fasp_fx.base import to_document
 
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("score", "restore", "allocation", "loss"):
@@ -400,8 +397,8 @@ class PruningConfig:
         Raises:
             ArgumentError: the text is none, or of a version that is not read here.
         """
-        from ..allocation.budgets import budget_from_data
-        from ..base._json import from_document
+        from fasp_fx.allocation import budget_from_data
+        from fasp_fx.base import from_document
 
         remedy = "write it again with PruningConfig.to_json()"
         held = from_document("config", dict[str, Any], text, remedy, ArgumentError)

@@ -10,21 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 from torch import Tensor
 
-from ..allocation._limits import is_excluded
-from ..analysis.groups import APPROXIMATE, Group
-from ..analysis.plan import PruningPlan
-from ..analysis.resources import cache_of
-from ..base._json import Count, ReadBy, from_document, to_document
-from ..base.compat import OpOverload
-from ..errors import ArgumentError, BudgetError, StoreError
-from ..patterns import pointwise_rule
-from .config import PruningConfig
+from fasp_fx.allocation import is_excluded
+from fasp_fx.analysis import APPROXIMATE, Group, PruningPlan, cache_of
+from fasp_fx.base import Count, OpOverload, ReadBy, from_document, to_document
+from fasp_fx.errors import ArgumentError, BudgetError, StoreError
+from fasp_fx.patterns import pointwise_rule
+
+from ._config import PruningConfig
 
 if TYPE_CHECKING:
-    from ..allocation.budgets import Cap
-    from ..analysis._analysis import Analysis
-    from ..analysis.resources import Resource
-    from ..calibration._visit import Decision
+    from fasp_fx.allocation import Cap
+    from fasp_fx.analysis import Analysis, Resource
+    from fasp_fx.calibration import Decision
 
 #: the operators whose weights sparsity counts
 COUNTED = "linear, convolution and recurrent operators"
@@ -147,7 +144,7 @@ class Spent:
     """One budget, and how it was kept.
 
     Attributes:
-        resource: what is counted (:mod:`fasp_fx.budgets`); ``unit`` is what several of it are called.
+        resource: what is counted (:mod:`fasp_fx.allocation`); ``unit`` is what several of it are called.
         allowed: how much may stay.
         dense, used: how much the dense and the pruned model have.
     """

@@ -18,7 +18,7 @@ from itertools import permutations
 
 from torch import fx
 
-from fasp_fx.base.compat import OpOverload
+from fasp_fx.base import OpOverload
 
 from ._registry import lookup
 

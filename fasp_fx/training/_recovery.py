@@ -22,36 +22,37 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..analysis import plan as plans
-from ..base._atomic import new_file
-from ..base._device import device_of, multiplies_bfloat16, products_in_bfloat16
-from ..base._options import path_of
-from ..base._progress import Shown, advance_of, shows
-from ..base._tensors import digest_of
-from ..base._tolerable import short_of_memory, tolerable
-from ..base._undisturbed import drawing_alike, in_usual_modes, seed_of
-from ..base.compat import pytree
-from ..calibration._calibration import as_calls
-from ..capturing import in_training
-from ..capturing._unchanged import copied, rewound
-from ..errors import ArgumentError, CalibrationError, StoreError, TrainingMemoryError, first_line
-from ..pruning._result import Result
-from ..pruning.config import key_of
-from ..pruning.report import CurvePoint, Recovery
-from ..storage._folder import claim
-from ._distillation import (
-    DistillationConfig,
-    DistillationOptions,
-    Divergence,
-    Match,
-    SquaredError,
-    terms_of,
+from fasp_fx.analysis import check_fixed
+from fasp_fx.base import (
+    Shown,
+    advance_of,
+    device_of,
+    digest_of,
+    drawing_alike,
+    fingerprint,
+    in_usual_modes,
+    multiplies_bfloat16,
+    new_file,
+    path_of,
+    products_in_bfloat16,
+    pytree,
+    seed_of,
+    short_of_memory,
+    shows,
+    tolerable,
 )
+from fasp_fx.calibration import as_calls
+from fasp_fx.capturing import copied, in_training, rewound
+from fasp_fx.errors import ArgumentError, CalibrationError, StoreError, TrainingMemoryError, first_line
+from fasp_fx.pruning import CurvePoint, Recovery, Result, key_of
+from fasp_fx.storage import claim
+
+from ._distillation import DistillationConfig, DistillationOptions, Divergence, Match, SquaredError, terms_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from ..hf import Pruned
+    from fasp_fx.hf import Pruned
 
 R = TypeVar("R", bound="Result | Pruned")
 
@@ -92,7 +93,7 @@ def distil(
         checkpoint: a folder for the state of the training, written after each evaluation; the same call with
             the same folder goes on from there, to the same end. ``None``: nothing is kept.
         progress: as for :func:`fasp_fx.prune`, of the training.
-        options: fields of :class:`fasp_fx.recovery.DistillationConfig` (``epochs=2``, ``learning_rate=3e-5``,
+        options: fields of :class:`fasp_fx.training.DistillationConfig` (``epochs=2``, ``learning_rate=3e-5``,
             …) in the place of those of ``config``.
 
     Returns:
@@ -159,8 +160,7 @@ def _called(result: Any) -> tuple[nn.Module, dict[str, Any], bool]:
     """
     if isinstance(result, Result):
         return result.module, {}, True
-    from ..hf import Pruned
-    from ..hf._model import PrunedModel
+    from fasp_fx.hf import Pruned, PrunedModel
 
     if isinstance(result, Pruned):
         return result.model, {"use_cache": False}, not isinstance(result.model, PrunedModel)
@@ -184,13 +184,13 @@ def _check(dense: Any, result: Result | Pruned, modal: dict[str, Any]) -> None:
             raise ArgumentError(
                 f"{part} is in training mode, where dropout is at random; call eval() on it first"
             )
-    found = plans.fingerprint(dict(dense.named_parameters(remove_duplicate=False)))
+    found = fingerprint(dict(dense.named_parameters(remove_duplicate=False)))
     if found != result.plan.fingerprint:
         raise ArgumentError(
             f"dense is not the model that was pruned: its fingerprint is {found[:12]}…, that of the plan"
             f" {result.plan.fingerprint[:12]}…; pass the model as it was given to prune"
         )
-    plans.check_fixed(result.plan, dense)
+    check_fixed(result.plan, dense)
 
 
 def _match(config: DistillationConfig, result: Any) -> Match:
@@ -223,7 +223,7 @@ def _run(
     return {
         "options": json.loads(config.to_json()),
         "dense": [result.plan.fingerprint, *(buffer.digest for buffer in result.plan.fixed)],
-        "pruned": plans.fingerprint(dict(pruned.named_parameters(remove_duplicate=False))),
+        "pruned": fingerprint(dict(pruned.named_parameters(remove_duplicate=False))),
         "trained parameters": trained,
         "data": digest_of([*leaves, str(spec)] for leaves, spec in given),
     }

@@ -6,7 +6,7 @@ they are pointwise.
 
 from __future__ import annotations
 
-from fasp_fx.base.compat import OpOverload
+from fasp_fx.base import OpOverload
 
 #: pointwise operators that torch does not tag
 UNTAGGED: tuple[str, ...] = (

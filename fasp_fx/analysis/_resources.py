@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, fx
 
-from ..capturing._fx import attribute, results, target_name
-from ..errors import BudgetError
+from fasp_fx.capturing import attribute, results, target_name
+from fasp_fx.errors import BudgetError
+
+from ._groups import EXEMPT, PRUNABLE, Coupling, Group
 from .channels import Value
-from .groups import EXEMPT, PRUNABLE, Coupling, Group
 
 
 class Resource(ABC):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..base._device import device_of
-from ..calibration.losses import output_tensors
-from ..errors import ArgumentError
+from fasp_fx.base import device_of
+from fasp_fx.calibration import output_tensors
+from fasp_fx.errors import ArgumentError
 
 
 @dataclass(frozen=True)

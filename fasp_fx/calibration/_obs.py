@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from ._inverse import ROUNDING, damped_inverse, raised_root
-from .scoring import ByColumns, Columns, GroupColumns, GroupScore, Order, Random, Score, fasp, magnitude
-from .statistics import (
-    InputGradients,
-    MakeStatistic,
-    diagonal_of,
-    energy_of,
-    is_few,
-    whole,
-)
+from ._scoring import ByColumns, Columns, GroupColumns, GroupScore, Order, Random, Score, fasp, magnitude
+from ._statistics import InputGradients, MakeStatistic, diagonal_of, energy_of, is_few, whole
 
 #: the diagonal of the Gram matrix is raised by this part of its mean, as OSSCAR (arXiv 2403.12983) and ZipLM
 #: (2302.04089) do

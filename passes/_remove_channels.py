@@ -12,16 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.analysis._analysis import Analysis
-from fasp_fx.analysis.channels import Numbering, Slot, Value, Walk
-from fasp_fx.base._stamps import stamp
-from fasp_fx.base.compat import pytree
-from fasp_fx.capturing._fx import arguments, set_argument
-from fasp_fx.capturing._program import Cut, Program, Recipe
+from fasp_fx.analysis import Analysis, Numbering, Slot, Value, Walk
+from fasp_fx.base import pytree, stamp
+from fasp_fx.capturing import Cut, Program, Recipe, arguments, set_argument
 from fasp_fx.patterns import Clause, lookup
 
+from ._attention import pin_attention_scale
 from ._kept import Kept
-from .attention import pin_attention_scale
 
 _NAME = "remove_channels"
 

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.analysis._analysis import Analysis
-from fasp_fx.analysis.channels import Walk
-from fasp_fx.base._stamps import stamp
-from fasp_fx.capturing._program import Program
+from fasp_fx.analysis import Analysis, Walk
+from fasp_fx.base import stamp
+from fasp_fx.capturing import Program
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 

@@ -11,7 +11,8 @@ from typing import Any, Self
 import numpy as np
 from torch import fx
 
-from ..capturing._program import Program
+from fasp_fx.capturing import Program
+
 from .channels import Numbering, Slot, Use, Walk
 
 PRUNABLE, EXEMPT, APPROXIMATE, FROZEN = "prunable", "exempt", "approximate", "frozen"

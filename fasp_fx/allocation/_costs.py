@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..base._atomic import write_text
-from ..base._json import from_document, to_document
-from ..base._options import path_of
-from ..errors import ArgumentError
+from fasp_fx.base import from_document, path_of, to_document, write_text
+from fasp_fx.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Costs(dict[str, CostCurve]):
     Args:
         curves: those of the groups.
         fingerprint: of all that the model that was measured computes with
-            (:func:`fasp_fx.plan.computed_fingerprint`).
+            (:func:`fasp_fx.analysis.computed_fingerprint`).
         score: what tells the score that gave the orders from others (``PruningConfig.score_name``); the
             curves hold for no other. Empty: for any.
         granularity: what the channel sets are that the curves count.
