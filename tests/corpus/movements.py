@@ -353,6 +353,12 @@ def _filled(h: Tensor) -> Tensor:
     return empty
 
 
+COMPLEX: dict[str, Function] = {
+    "pairs as complex numbers": lambda h: torch.view_as_real(_complex(h) * 1j).flatten(-2),
+    "lengths of pairs": lambda h: _complex(h).abs().repeat(1, 1, 2),
+    "mixed over tokens": lambda h: torch.fft.fft(h, dim=1).real,
+    "filtered over tokens": lambda h: torch.fft.irfft(torch.fft.rfft(h, dim=1) * 0.5, n=h.shape[1], dim=1),
+}
 FUNCTIONS: dict[str, Function] = {
     # Reshapes that mix a dimension that varies from call to call with channels, and cuts by a size.
     "heads without the transpose": lambda h: h.reshape(h.shape[0], 3, -1, 4).transpose(1, 2).reshape(h.shape),
@@ -410,11 +416,6 @@ FUNCTIONS: dict[str, Function] = {
     "softmax across heads": across(lambda h: h.softmax(-2)),
     "centred across heads": across(lambda h: h - h.mean(-2, keepdim=True)),
     "heads that only move": across(lambda h: h.flip(-2)),
-    # Complex numbers.
-    "pairs as complex numbers": lambda h: torch.view_as_real(_complex(h) * 1j).flatten(-2),
-    "lengths of pairs": lambda h: _complex(h).abs().repeat(1, 1, 2),
-    "mixed over tokens": lambda h: torch.fft.fft(h, dim=1).real,
-    "filtered over tokens": lambda h: torch.fft.irfft(torch.fft.rfft(h, dim=1) * 0.5, n=h.shape[1], dim=1),
     # Operators of any return freeze what they are given; a width that the exporter writes out is the dense one.
     "a number and a tensor": lambda h: torch.ops.fasp_fx_read.pair(h)[1],
     "nothing, written into an argument": _filled,
@@ -548,6 +549,11 @@ ENTRIES: dict[str, Entry] = {
     **MIXERS,
     **entries({f"beside {name}": lambda own=own: _beside(*own) for name, own in BESIDE.items()}, MASKED),
     **entries({name: between(function) for name, function in FUNCTIONS.items()}, sequences(8)),
+    **entries(
+        {name: between(function) for name, function in COMPLEX.items()},
+        sequences(8),
+        invariants=("mask-exact", "nothing", "shapes", "rules", "restored"),
+    ),
     "the one of a pair that data picks": Entry(
         between(lambda h: h * h.unflatten(-1, (6, 2))[..., (h.sum() > 0).long()].repeat(1, 1, 2)),
         sequences(8),
@@ -578,7 +584,15 @@ ENTRIES: dict[str, Entry] = {
         f"chunks, {length} of them": Entry(behind, sequences(6, (2, length), (3, length)))
         for length in (7, 8)
     },
-    "inputs side by side": Entry(joined, (drawn((3, 4), (3, 4), (3, 4)), drawn((5, 4), (5, 4), (5, 4)))),
-    **{f"one channel appended, {last}": Entry(lambda last=last: appended(last), rows(4)) for last in (False, True)},
-    "the only matrix": Entry(only_matrix, (drawn(()), (torch.tensor(2.0),))),
+    "inputs side by side": Entry(
+        joined, tuple(drawn(*shapes) for shapes in ([(3, 4)] * 3, [(5, 4)] * 3, [(3, 5), (3, 4), (3, 3)]))
+    ),
+    # until one is left beside the appended one
+    **{
+        f"one channel appended, {last}": Entry(
+            lambda last=last: appended(last), rows(4), invariants=("mask-exact", "steps")
+        )
+        for last in (False, True)
+    },
+    "the only matrix": Entry(only_matrix, (drawn(()), (torch.tensor(2.0),)), invariants=("mask-exact",)),
 }
