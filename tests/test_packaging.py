@@ -21,13 +21,13 @@ TOP = {"passes": "fasp_fx/passes", "patterns": "fasp_fx/patterns"}
 
 
 def _sources() -> dict[str, Path]:
-    """Every Python file of the package by its path in a wheel."""
+    """Every Python file and stub of the package by its path in a wheel."""
     found = {}
     for folder, inside in {"fasp_fx": "fasp_fx", **TOP}.items():
         for directory, names, files in os.walk(ROOT / folder):  # does not follow the symbolic links
             names[:] = [name for name in names if name != "__pycache__"]
             for file in files:
-                if file.endswith(".py"):
+                if file.endswith((".py", ".pyi")):
                     path = Path(directory) / file
                     found[f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"] = path
     return found
