@@ -18,11 +18,10 @@ import torch._inductor.config
 from captures import equal_captures
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import none
-from quick import capture_quickly
+from models import ZOO
+from patched import PROFILE, patch_torch
 from saved import small_result
 from torch import nn
-from whole_products import compute_in_full
-from zoo import ZOO
 
 import fasp_fx
 
@@ -39,7 +38,6 @@ settings.register_profile(
     **_COMMON,
 )
 settings.register_profile("slow", max_examples=500, derandomize=False, print_blob=True, **_COMMON)
-PROFILE = os.environ.get("FASP_FX_PROFILE", "fast")
 settings.load_profile(PROFILE)
 #: examples per property
 EXAMPLES = settings.default.max_examples
@@ -47,11 +45,10 @@ EXAMPLES = settings.default.max_examples
 
 def pytest_configure(config: pytest.Config) -> None:
     gc.disable()  # until everything is imported: what modules leave is no garbage
-    capture_quickly()
+    patch_torch()
     # Kernels are compiled here, not by processes that would first take seconds to begin.
     torch._inductor.config.compile_threads = 1
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-    compute_in_full()
     if PROFILE == "slow" and getattr(config.option, "hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
 

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from tiny_llama import make_model
+from models import make_model
 
 COMMAND = (
     "--sparsity",

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from refusal import BATCH, IDS, Net, Vectors, X, untouched
+from checks import untouched
+from models import BATCH, IDS, Net, Vectors, X
 from torch import nn
 
 import fasp_fx

@@ -15,13 +15,12 @@ import transformers as hf
 from conftest import PROFILE
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import block, made, parameter, wide
+from models import block, made, parameter, randomise, wide
 from test_costs import Linear
 from test_submodules import Forks, X
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.allocation import (

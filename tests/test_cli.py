@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llama import make_model
+from models import make_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result

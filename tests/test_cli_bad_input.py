@@ -18,9 +18,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from models import make_model
 from safetensors.torch import load_file, save_file
 from saved import GOLDEN
-from tiny_llama import make_model
 from typer.testing import CliRunner, Result
 
 from fasp_fx import Report

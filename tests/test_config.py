@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoders import Spec, build, tokens
 from hypothesis import given
 from hypothesis import strategies as st
-from models import made
+from models import Spec, build, made, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -94,7 +94,7 @@ class Subject:
         """The dense model without what a plan takes; with its weights as they were folded."""
         names = {part.name for group in plan.groups for part in (*group.producers, *group.consumers)}
         own = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        model = self.model if names <= own else self.untouched.module
+        model = self.model if names <= own and not plan.folds else self.untouched.module
         return (self.entry.reference or zeroed)(model, plan, **self.entry.masking)
 
     def run(self, module: Any, calls: list[Call]) -> list[Any]:
@@ -112,7 +112,7 @@ class Subject:
 
     @cached_property
     def dense(self) -> list[Any]:
-        return self.run(copy.deepcopy(self.model), self.calls)
+        return self.run(self.entry.build(), self.calls)
 
     @cached_property
     def pruned(self) -> list[list[Any]]:
@@ -146,7 +146,9 @@ class Subject:
             sections[title] = sorted([*others, *lines], key=lambda line: KINDS.index(_kind(line)))
             path.write_text("\n".join("\n".join([head, *body, ""]) for head, body in sections.items()))
             return
-        assert lines == expected, "it is not as expected; if that is meant, FASP_FX_REGENERATE=1 writes it anew"
+        assert lines == expected, (
+            "it is not as expected; if that is meant, FASP_FX_REGENERATE=1 writes it anew"
+        )
 
 
 KINDS = ("group", "note", "refuses", "eager", "saved")

@@ -15,9 +15,8 @@ import torch
 from conftest import PROFILE
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import block, made, wide
+from models import TwoLayers, block, made, wide
 from torch import Tensor, nn
-from zoo import TwoLayers
 
 import fasp_fx
 from fasp_fx.allocation import Budget, Global, Limit, deepest_loss

@@ -13,11 +13,10 @@ from conftest import EXAMPLES
 from corpus.blocks import ENTRIES, WAYS, WIDE, attention, feed_forward, handed, residual
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import wide
+from models import ZOO, wide
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from zoo import ZOO
 
 import fasp_fx
 

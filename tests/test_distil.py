@@ -445,10 +445,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 import fasp_fx
-from whole_products import compute_in_full
+from patched import patch_torch
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
-compute_in_full()
+patch_torch()
 
 {inspect.getsource(net)}
 {inspect.getsource(batches)}

@@ -16,11 +16,10 @@ import transformers as hf
 from conftest import EXAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import block, made, wide
+from models import block, made, randomise, wide
 from oracle import zeroed
 from test_submodules import Forks, X
 from torch import Tensor, nn
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.errors import ArgumentError, EagerError, PlanError

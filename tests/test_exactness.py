@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from checks import untouched
 from models import made, wide
 from oracle import error
-from refusal import untouched
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_llama import make_model
+from models import make_model
 
 import fasp_fx
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import made
+from models import made, randomise
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import randomise
 
 import fasp_fx
 

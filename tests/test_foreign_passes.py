@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import Spec, build, tokens
-from models import block, wide
+from models import Spec, block, build, tokens, wide
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram

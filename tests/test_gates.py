@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import made, parameter, stack, wide
+from models import made, parameter, randomise, stack, wide
 from rank import llama, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.allocation import Macs, Parameters

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import ZOO, randomise
 from oracle import TOLERANCE, error, zeroed
 from torch import nn
-from zoo import ZOO, randomise
 
 import fasp_fx
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 def test_heads_and_channels_in_one_plan_of_which_widths_alone_are_rounded() -> None:
     entry = ZOO["gpt2"]

@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import made, wide
-from refusal import Vectors
+from models import Vectors, made, randomise, wide
 from torch import Tensor, nn
 from torch.nn import functional
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.calibration import Marks

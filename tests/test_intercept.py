@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from deciding import decide
+from checks import decide
 from models import block, made, parameter, wide
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import Decoder, Spec, build, tokens
+from models import Decoder, Spec, build, tokens
 from torch import nn
 
 import fasp_fx

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from corpus.oddities import Mode, lenient, nested, options, pictures, returning
-from models import stack, wide
-from refusal import Vectors, X
+from models import Vectors, X, stack, wide
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 import torch
 from elsewhere_runs import CASES
-from models import block, wide
-from tiny_llama import make_model
+from models import block, make_model, wide
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from refusal import Vectors
+from models import Vectors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import block, made, wide
+from models import block, made, randomise, wide
 from torch import nn
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.pruning import Figure, Line, Report

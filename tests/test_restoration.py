@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoders import Spec, build, tokens
 from hypothesis import given
 from hypothesis import strategies as st
-from models import made, wide
+from models import Spec, build, made, randomise, tokens, wide
 from torch import Tensor, nn
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.calibration import _restoration as restoration

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deciding import decide
-from models import made
+from checks import decide
+from models import Vectors, made
 from rank import llama, tokens
-from refusal import Vectors
 from torch import nn
 
 import fasp_fx

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import made
+from models import made, randomise
 from oracle import error, zeroed
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from zoo import randomise
 
 import fasp_fx
 

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deciding import decide
+from checks import decide
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from models import ZOO
 from test_costs import Linear
 from test_submodules import Forks, X
 from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
-from zoo import ZOO
 
 import fasp_fx
 import fasp_fx.hf

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import block, wide
-from refusal import X
+from models import X, block, wide
 from saved import Mode, Small, forge, small_result
 from torch import Tensor, nn
 

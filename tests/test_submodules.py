@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from checks import untouched
 from corpus.forking import ENTRIES, Forks, twice, uneven
-from models import made
+from models import BATCH, Vectors, X, made
 from oracle import error, zeroed
-from refusal import BATCH, Vectors, X, untouched
 from torch import Tensor, nn
 
 import fasp_fx

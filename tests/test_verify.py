@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoders import Spec, build, tokens
+from models import Spec, build, tokens
 from torch import fx
 
 import fasp_fx

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import made
-from refusal import Vectors, X
+from models import Vectors, X, made
 from torch import Tensor, nn
 
 import fasp_fx

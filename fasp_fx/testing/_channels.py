@@ -262,10 +262,10 @@ class Residual(Block):
     body: tuple[Block, ...]
 
     def behind(self, shape: Shape) -> Shape:
-        found = after(self.body, shape)
-        if (found.layout, found.sizes) != (shape.layout, shape.sizes):
-            raise self.refuse(shape, f"the body leads to {found}")
-        return found
+        result = after(self.body, shape)
+        if (result.layout, result.sizes) != (shape.layout, shape.sizes):
+            raise self.refuse(shape, f"the body leads to {result}")
+        return result
 
     def module(self, shape: Shape) -> nn.Module:
         wide = self.result(shape).channels
@@ -296,19 +296,18 @@ class _Joined(Block):
         return [shape] * len(self.bodies)
 
     def behind(self, shape: Shape) -> Shape:
-        given = zip(self.bodies, self.entries(shape), strict=True)
-        found = joined([after(body, entry) for body, entry in given], self.join)
-        if isinstance(found, str):
-            raise self.refuse(shape, f"parts {found}")
-        return found
+        bodies = zip(self.bodies, self.entries(shape), strict=True)
+        result = joined([after(body, entry) for body, entry in bodies], self.join)
+        if isinstance(result, str):
+            raise self.refuse(shape, f"parts {result}")
+        return result
 
     def module(self, shape: Shape) -> nn.Module:
         def join_parts(m: Any, x: Tensor) -> Tensor:
             parts = zip(m.bodies, self.parts(x, shape), strict=True)
             return join([body(part) for body, part in parts], self.join, shape.channel_dim)
 
-        given = zip(self.bodies, self.entries(shape), strict=True)
-        bodies = nn.ModuleList(sequence(body, entry) for body, entry in given)
+        bodies = nn.ModuleList(map(sequence, self.bodies, self.entries(shape)))
         return Assembled(join_parts, bodies=bodies)
 
     def parts(self, x: Tensor, shape: Shape) -> Sequence[Tensor]:

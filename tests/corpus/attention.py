@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 import transformers as hf
-from models import linear, made, parameter
+from models import ZOO, linear, made, parameter
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
-from zoo import ZOO
 
 from . import Args, Entry, Keywords, Make, drawn, entries, rows, sequences
 
@@ -147,7 +146,10 @@ MASKED_HEADS: dict[str, Any] = {"options": {"granularity": ("head",)}}
 
 ENTRIES: dict[str, Entry] = {
     **entries(CROSS, BOTH_ENDS),
-    **{f"{name}, heads": Entry(make, BOTH_ENDS, slow=name == "decoder", **MASKED_HEADS) for name, make in CROSS.items()},
+    **{
+        f"{name}, heads": Entry(make, BOTH_ENDS, slow=name == "decoder", **MASKED_HEADS)
+        for name, make in CROSS.items()
+    },
     # norms go on over the dense count
     "decoder, streams too": Entry(decoder, BOTH_ENDS, slow=True, **STREAM),
     "keys and values of one, queries too": Entry(cross, BOTH_ENDS, **EXEMPT),
@@ -168,9 +170,7 @@ ENTRIES: dict[str, Entry] = {
         lambda: heads_of_low_rank(fused=False), sequences(32, (2, 5), (3, 4)), **AGAIN, **EXEMPT
     ),
     "image": Entry(image, tuple(drawn((n, 3, 8, 8)) for n in (2, 5)), **AGAIN),
-    "gated": Entry(
-        lambda: made(gated, **linear(up=(8, 48), down=(24, 8))), rows(8, 3, 6), **AGAIN
-    ),
+    "gated": Entry(lambda: made(gated, **linear(up=(8, 48), down=(24, 8))), rows(8, 3, 6), **AGAIN),
     "llama_gqa, heads": of_zoo("llama_gqa", **MASKED_HEADS),
     "bert, heads": of_zoo("bert", slow=True, **MASKED_HEADS),
     "vit, heads": Entry(

@@ -391,9 +391,7 @@ BLOCKS: dict[str, Entry] = {
     "random numbers": Entry(served, ROWS, **DEPTH),
     "read twice before its sum": Entry(_plain(again), ROWS, **DEPTH),
     **{
-        f"no batch, {dims}d": Entry(
-            lambda dims=dims: unbatched(dims), (drawn((3, *[8] * dims)),), **DEPTH
-        )
+        f"no batch, {dims}d": Entry(lambda dims=dims: unbatched(dims), (drawn((3, *[8] * dims)),), **DEPTH)
         for dims in (1, 2, 3)
     },
     **{
@@ -444,6 +442,11 @@ ENTRIES: dict[str, Entry] = {
         std=None,
         reference=_out_of_competition,
     ),
-    **{f"{width} channels for each expert": Entry(lambda width=width: experts(width), rows(5, 6, 9), invariants=("steps",)) for width in (1, 2)},
+    **{
+        f"{width} channels for each expert": Entry(
+            lambda width=width: experts(width), rows(5, 6, 9), invariants=("steps",)
+        )
+        for width in (1, 2)
+    },
     **BLOCKS,
 }

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from models import made
-from refusal import Vectors, X
+from models import Vectors, X, made
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -185,9 +184,7 @@ MODELS: dict[str, Make] = {
     "numbers that are read": reading(lambda block, x: x * block.width + block.config["scale"]),
     "a type that is read": reading(lambda block, x: x.to(next(block.parameters()).dtype)),
     "a method that is called": reading(lambda block, x: x + block.forward(x)),
-    "a moving mean": lambda: forking(
-        moving_mean, counted=Vectors(), mean=torch.full((6,), 0.5), log=[]
-    ),
+    "a moving mean": lambda: forking(moving_mean, counted=Vectors(), mean=torch.full((6,), 0.5), log=[]),
 }
 CALLS: tuple[Args, ...] = ((X,), (2 * X,), (X[:2],), (X - 1,))
 IMAGES = [torch.rand(3, 20, 24), torch.rand(3, 16, 16), torch.rand(3, 36, 18)]

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from models import block, linear, made, parameter, wide
-from refusal import Vectors
+from models import Vectors, block, linear, made, parameter, wide
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -274,7 +273,10 @@ def _column(way: Callable[[Tensor], Tensor]) -> nn.Module:
 
 
 ENTRIES: dict[str, Entry] = {
-    **{name: Entry(make, calls, invariants=("rules", "shapes")) for name, (make, calls) in AT_RUN_TIME.items()},
+    **{
+        name: Entry(make, calls, invariants=("rules", "shapes"))
+        for name, (make, calls) in AT_RUN_TIME.items()
+    },
     **entries(MESSAGES, (graph(5, 4), graph(7, 6)), invariants=("rules",)),
     **entries(
         {f"stacked, {name}": lambda step=step: stacked(step) for name, step in STEPS.items()}, rows(5, 9, 7)
@@ -295,9 +297,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     **entries(
         {
-            name: lambda operator=operator: wide(
-                lambda self, x: self.down(operator(self.up(x))), hidden=12
-            )
+            name: lambda operator=operator: wide(lambda self, x: self.down(operator(self.up(x))), hidden=12)
             for name, operator in PASSING.items()
         },
         (drawn((3, 5, 6)),),

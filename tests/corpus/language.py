@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoo import ZOO
+from models import ZOO
 
 from . import Entry, Keywords
 

@@ -4,7 +4,6 @@ from others, and weights that no module multiplies.
 
 from __future__ import annotations
 
-
 from collections.abc import Callable
 from typing import Any
 
@@ -216,15 +215,11 @@ def flexible(
 
     def forward(m: Any, x: Tensor) -> Any:
         batch, length, _ = x.shape
-        q, k, v = (
-            turn(layer(x).view(batch, length, -1, WIDTH).transpose(1, 2)) for layer in (m.q, m.k, m.v)
-        )
+        q, k, v = (turn(layer(x).view(batch, length, -1, WIDTH).transpose(1, 2)) for layer in (m.q, m.k, m.v))
         blocks = mask and create_block_mask(mask, None, mask_heads, length, length, device="cpu")
         scored = score and (lambda *given: score(*given) if score is capped else score(m, *given))
         aux = AuxRequest(lse=True) if more else None
-        found = flex_attention(
-            q, k, v, score_mod=scored, block_mask=blocks, enable_gqa=True, return_aux=aux
-        )
+        found = flex_attention(q, k, v, score_mod=scored, block_mask=blocks, enable_gqa=True, return_aux=aux)
         mixed, extra = found if more else (found, None)
         result = m.out(mixed.transpose(1, 2).reshape(batch, length, -1))
         return (result, extra.lse) if more else result
@@ -407,9 +402,7 @@ def _plane(self: Any, x: Tensor) -> Tensor:
 
 BARE: dict[str, Entry] = {
     "a matrix for every position of a plane": Entry(
-        lambda: made(
-            _plane, first=nn.Conv2d(3, 6, 1), last=nn.Conv2d(8, 2, 1), weight=parameter(6, 8, 3, 3)
-        ),
+        lambda: made(_plane, first=nn.Conv2d(3, 6, 1), last=nn.Conv2d(8, 2, 1), weight=parameter(6, 8, 3, 3)),
         images(3, (2, 3, 3), (4, 3, 3)),
     ),
     "assignments to slices": Entry(
@@ -517,10 +510,11 @@ ENTRIES: dict[str, Entry] = {
     **entries(SOUNDS, tuple(drawn((n, 4, length)) for n, length in ((3, 20), (2, 15)))),
     "weight standardisation": Entry(_standardised, images(3, (3, 9, 9), (2, 11, 8))),
     **BARE,
-    **{f"one mask of {dims} dimensions": Entry(lambda dims=dims: _shared_mask(dims), FIVE) for dims in (2, 3, 4)},
-    "one mask, heads as well": Entry(
-        lambda: _shared_mask(3), FIVE, {"granularity": ("channel", "head")}
-    ),
+    **{
+        f"one mask of {dims} dimensions": Entry(lambda dims=dims: _shared_mask(dims), FIVE)
+        for dims in (2, 3, 4)
+    },
+    "one mask, heads as well": Entry(lambda: _shared_mask(3), FIVE, {"granularity": ("channel", "head")}),
     "queries, keys and values side by side": Entry(
         lambda: made(_side_by_side, **linear(fused=(6, 36), out=(12, 6))),
         sequences(6, (2, 5), (2, 8)),

@@ -103,9 +103,7 @@ LAYOUTS: dict[str, Make] = {
     "a factor for each head": scaled(_per_head, 4, 1),
     # channel i of all heads goes together
     "factors shared by heads": scaled(_per_head, 2),
-    "a sum over heads": layered(
-        lambda self, x: self.short(self.up(x).view(-1, 4, 2).sum(1)), short=(2, 6)
-    ),
+    "a sum over heads": layered(lambda self, x: self.short(self.up(x).view(-1, 4, 2).sum(1)), short=(2, 6)),
     # two groups of four are dealt out in turn, so that both lose the same places
     "shuffled": layered(lambda self, x: self.down(self.up(x).view(-1, 2, 4).transpose(1, 2).flatten(1))),
     # two branches stacked and taken apart again
@@ -152,9 +150,7 @@ MIXERS: dict[str, Entry] = {
         lambda: made(
             _mixes,
             norm=nn.LayerNorm(6),
-            **linear(
-                token_up=(5, 7), token_down=(7, 5), channel_up=(6, 9), channel_down=(9, 6), head=(6, 3)
-            ),
+            **linear(token_up=(5, 7), token_down=(7, 5), channel_up=(6, 9), channel_down=(9, 6), head=(6, 3)),
         ),
         sequences(6, (2, 5), (3, 5)),
     ),
@@ -240,7 +236,9 @@ def _beside(form: Form, width: int) -> nn.Module:
     )
 
 
-MASKED = tuple((x, (mask > -0.5).double()) for x, mask in (drawn((b, t, 5), (b, t)) for b, t in ((2, 4), (3, 7))))
+MASKED = tuple(
+    (x, (mask > -0.5).double()) for x, mask in (drawn((b, t, 5), (b, t)) for b, t in ((2, 4), (3, 7)))
+)
 
 # --- Functions of twelve channels of a sequence.
 

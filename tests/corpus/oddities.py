@@ -190,9 +190,7 @@ COMPLEX = {count: torch.randn(count, 6, dtype=torch.complex64) for count in (4, 
 ENTRIES: dict[str, Entry] = {
     **entries(ALIKE, rows(6, 3, 5), **AS_MADE),
     "complex": Entry(lambda: _complex(False), tuple((x,) for x in COMPLEX.values()), **AS_MADE),
-    "a buffer of hidden channels": Entry(
-        lambda: wide(hidden_mean, mean=torch.zeros(24)), CALLS, **AS_MADE
-    ),
+    "a buffer of hidden channels": Entry(lambda: wide(hidden_mean, mean=torch.zeros(24)), CALLS, **AS_MADE),
     "running mean": Entry(
         lambda: wide(averages, count=torch.zeros(1), mean=torch.zeros(6)), CALLS, **AS_MADE
     ),
@@ -201,9 +199,7 @@ ENTRIES: dict[str, Entry] = {
         for number, own in enumerate(OPTIONS)
     },
     "a list": Entry(lambda: wide(pictures), (([X, X[:2]],), ([2 * X, X[:1]],)), **AS_MADE),
-    "a dict": Entry(
-        lambda: wide(nested), (({"x": X, "k": 2},), ({"x": X[:2], "k": 2},)), **AS_MADE
-    ),
+    "a dict": Entry(lambda: wide(nested), (({"x": X, "k": 2},), ({"x": X[:2], "k": 2},)), **AS_MADE),
     **{
         f"a mask of {dtype}": Entry(
             lambda: wide(lenient),

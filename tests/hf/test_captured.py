@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from zoo import ZOO
+from models import ZOO
 
 import fasp_fx
 from fasp_fx import hf

@@ -14,9 +14,9 @@ import gguf
 import pytest
 import torch
 import transformers as hf
+from models import randomise
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.hf import convert, prune

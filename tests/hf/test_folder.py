@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from generators import Case, pruned
+from models import make_model
 from safetensors.torch import load_file
 from saved import GOLDEN
-from tiny_llama import make_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

@@ -19,12 +19,12 @@ import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_cpp import missing, predictions
+from models import randomise
 from oracle import TOLERANCE, error, zeroed
 from plain_models import dense, tokens
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.allocation import Bytes, CacheBytes

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from models import randomise
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx import hf

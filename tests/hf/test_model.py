@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from generators import dense, pruned
+from models import randomise
 from oracle import error, masked, removed_columns, zeroed
 from torch._dynamo.testing import CompileCounter
 from transformers import (
@@ -33,7 +34,6 @@ from transformers import (
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx import hf

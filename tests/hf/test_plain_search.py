@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import ZOO
 from plain_models import gemma3n, mixtral
 from torch import nn
-from zoo import ZOO
 
 from fasp_fx.analysis import Group, Member
 from fasp_fx.hf._fields import Experiments, arrange, find_fields, lowered, units, written

@@ -11,7 +11,7 @@ import torch
 from generators import dense, pruned
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_llama import make_model
+from models import make_model
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
