@@ -78,12 +78,6 @@ def pytest_collection_finish() -> None:
 #: files that share captures, so that one worker runs them; the dearest first
 TOGETHER = (
     (
-        "tests/test_mask_exact.py",
-        "tests/test_groups_golden.py",
-        "tests/test_granularity.py",
-        "tests/test_exempt.py",
-    ),
-    (
         "tests/hf/test_model.py",
         "tests/hf/test_recovering.py",
         "tests/hf/test_generation.py",
@@ -114,7 +108,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Together(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            return str(_TURN.get(file, file))
+            # The runs of a model share what is made of it.
+            return nodeid.rpartition("-")[0] if "test_corpus" in file else str(_TURN.get(file, file))
 
     config.option.loadscopereorder = False
     return Together(config, log)

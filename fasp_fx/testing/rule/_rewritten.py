@@ -126,7 +126,7 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
     if result.dtype != torch.float64:
         node = graph.call_function(_ATEN._to_copy.default, (node,), {"dtype": torch.float64})
     if result.dim():
-        dims = (draw.integer(-result.dim(), -1),) if not blocks else blocks
+        dims = blocks or (draw.integer(-result.dim(), -1),)
         laid = _last(dims, result.dim())
         columns = math.prod(result.shape[dim] for dim in dims)
         node = graph.call_function(_ATEN.permute.default, (node, laid))
