@@ -1,5 +1,5 @@
-"""What it means to refuse an input: a typed error, and nothing changed; and what goes of one program, without taking
-it out, which takes longest.
+"""What it means to refuse an input: a typed error, and nothing changed; and what goes of one program, without
+taking it out, which takes longest.
 """
 
 from __future__ import annotations

@@ -7,21 +7,18 @@ from __future__ import annotations
 import gc
 import os
 import random
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config
-from captures import equal_captures
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import none
 from models import ZOO
 from patched import PROFILE, patch_torch
 from saved import small_result
-from torch import nn
 
 import fasp_fx
 
@@ -125,45 +122,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-@cache
-def _model(name: str) -> nn.Module:
-    return ZOO[name].build()
-
-
-@cache
-def _captured(name: str) -> fasp_fx.Captured:
-    with equal_captures():
-        return fasp_fx.capture(_model(name), (), ZOO[name].example())
-
-
-@cache
-def _analysis(name: str) -> fasp_fx.Analysis:
-    return fasp_fx.analyze(_captured(name))
-
-
 @pytest.fixture(scope="session")
-def zoo_model() -> Callable[[str], nn.Module]:
-    """The shared model of a zoo entry; tests must not change it."""
-    return _model
-
-
-@pytest.fixture(scope="session")
-def zoo_captured() -> Callable[[str], fasp_fx.Captured]:
-    """The shared capture of a zoo entry."""
-    return _captured
-
-
-@pytest.fixture(scope="session")
-def zoo_analysis() -> Callable[[str], fasp_fx.Analysis]:
-    """The shared analysis of a zoo entry."""
-    return _analysis
-
-
-@pytest.fixture(scope="module")
-def shared_captures() -> Iterator[None]:
-    """What is captured alike in several tests is captured once; for tests of what comes after."""
-    with equal_captures():
-        yield
+def llama() -> fasp_fx.Captured:
+    """A small Llama; tests must not change it."""
+    return fasp_fx.capture(ZOO["llama_gqa"].build(), (), ZOO["llama_gqa"].example())
 
 
 @pytest.fixture

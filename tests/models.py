@@ -1,8 +1,8 @@
-"""Small models of many kinds: made of a forward and of what it reads, of transformers, by a specification, and in
-folders.
+"""Small models of many kinds: made of a forward and of what it reads, of transformers, by a specification,
+and in folders.
 
-Weights of the zoo are scaled up and biases and norm weights randomised, so that outputs are far from zero, every term
-matters and a wrong channel shows.
+Weights of the zoo are scaled up and biases and norm weights randomised, so that outputs are far from zero,
+every term matters and a wrong channel shows.
 """
 
 from __future__ import annotations

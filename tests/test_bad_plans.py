@@ -17,7 +17,7 @@ import fasp_fx
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),
-    pytest.mark.usefixtures("no_files", "shared_captures"),
+    pytest.mark.usefixtures("no_files"),
 ]
 
 

@@ -47,8 +47,6 @@ from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._case import draw_sets
 from fasp_fx.testing.specs import Net
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 FAST: dict[str, Any] = {"score": "magnitude", "restore": None}
 
 

@@ -26,8 +26,6 @@ from fasp_fx.cli._app import app
 from fasp_fx.cli._models import Texts
 from fasp_fx.pruning import read_told
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 LENGTH = 32
 SMALL = f"--length {LENGTH} --batches 4 --eval-batches 3 --device cpu".split()
 

@@ -28,8 +28,6 @@ from fasp_fx.cli._app import app
 from fasp_fx.pruning import Figure, Line
 from fasp_fx.storage import write_manifest
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 SMALL = ["--length", "16", "--batches", "2", "--eval-batches", "1", "--device", "cpu"]
 PRUNE, EVAL = ["prune", "@model", "--out", "out", *SMALL], ["eval", "@model", "--length", "16"]
 

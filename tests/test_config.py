@@ -24,8 +24,6 @@ import fasp_fx
 from fasp_fx.base._json import DOCUMENT
 from fasp_fx.pruning import PruningOptions, Report
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 SPEC = Spec(
     layers=1, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope"
 )

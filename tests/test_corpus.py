@@ -1,5 +1,6 @@
-"""Every model of the corpus in every way: what may go of it, what it computes without that, at other sizes, and
-of tensors that lie otherwise; saved and loaded, by its plan alone, as the caller's own class, and compiled.
+"""Every model of the corpus in every way: what may go of it, what it computes without that, at other sizes,
+and of tensors that lie otherwise; saved and loaded, by its plan alone, as the caller's own class, and
+compiled.
 
 The oracle is the dense model in which what goes is zero (tests/oracle.py). What else is expected of a model
 stands in ``golden/corpus``, a line each.
@@ -77,8 +78,8 @@ class Subject:
 
     @cached_property
     def results(self) -> list[fasp_fx.Result]:
-        """Pruned by a few channels and by nearly all (by whole blocks, where these can go); by none, where none
-        can.
+        """Pruned by a few channels and by nearly all (by whole blocks, where these can go); by none, where
+        none can.
         """
         asked: dict[str, Any] = {"score": "random", "restore": None, "round_to": 1, **self.entry.options}
         most = self.analysis.max_sparsity

@@ -34,8 +34,6 @@ from fasp_fx.calibration import (
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing.specs import Net
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 DATA = [torch.randn(30, 8, generator=torch.Generator().manual_seed(index)) for index in range(8)]
 
 

@@ -20,8 +20,6 @@ from transformers import AutoModelForCausalLM
 
 import fasp_fx
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 DEPTH: dict[str, Any] = {"include": ("depth",), "granularity": ("channel", "head")}
 
 

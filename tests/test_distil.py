@@ -29,9 +29,6 @@ from fasp_fx.errors import ArgumentError, CalibrationError, FaspError
 from fasp_fx.pruning import Recovery
 from fasp_fx.training._recovery import Divergence, SquaredError
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
-
 #: a dense model, its data, and what it was pruned to
 Made = tuple[nn.Module, list[Tensor], fasp_fx.Result]
 

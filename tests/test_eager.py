@@ -28,8 +28,6 @@ from fasp_fx.testing._case import Case
 from fasp_fx.testing._verdict import Skipped
 from fasp_fx.testing.oracle import Masked, error
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 TOLERANCE = 1e-5
 HEADS: dict[str, Any] = {"granularity": ("channel", "head")}
 

@@ -1,5 +1,5 @@
-"""Sizes that vary from call to call beside channels: what the caller lets vary, and what saves hold of it. Models
-for which it matters are in corpus/movements.py.
+"""Sizes that vary from call to call beside channels: what the caller lets vary, and what saves hold of it.
+Models for which it matters are in corpus/movements.py.
 """
 
 from __future__ import annotations

@@ -22,8 +22,6 @@ from fasp_fx.pruning import largest_passing_subset
 from fasp_fx.pruning.check import _compare
 from fasp_fx.testing import Masked
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 MAGNITUDE: dict[str, Any] = {"score": "magnitude", "restore": None}
 
 

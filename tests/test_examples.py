@@ -18,8 +18,6 @@ from models import make_model
 
 import fasp_fx
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 Run = Callable[..., str]
 TEXT = "A smaller model answers sooner, and says much the same. " * 30
 

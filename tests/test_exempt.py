@@ -14,8 +14,6 @@ from torch.nn import functional as F
 
 import fasp_fx
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 def heads(form: Callable[[Any, Tensor, Tensor], Any] = lambda m, q, x: q, shown: bool = False) -> nn.Module:
     """Attention of two heads, its scale left implicit; ``form`` stands at the queries."""

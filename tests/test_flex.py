@@ -1,5 +1,5 @@
-"""Flex attention as a kernel: what a smaller graph gives it, compiled and behind a backend. Which of its channels
-and heads go is in corpus/layers.py.
+"""Flex attention as a kernel: what a smaller graph gives it, compiled and behind a backend. Which of its
+channels and heads go is in corpus/layers.py.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def test_values_are_narrower_or_heads_fewer_and_the_scale_stays(granularity: str
 def test_narrower_values_compile_and_a_backend_leaves_them_whole() -> None:
     """Inductor's kernel takes values narrower than queries, so nothing need be padded.
 
-    Something stands between projections and attention: inductor fails where nothing does, of the dense model as
-    well.
+    Something stands between projections and attention: inductor fails where nothing does, of the dense model
+    as well.
     """
     torch.manual_seed(0)
     model = flexible(by_head, turn=torch.tanh)

@@ -1,5 +1,5 @@
-"""Weights that a model computes from parameters are folded into parameters; those that are pruned exactly are in
-corpus/layers.py.
+"""Weights that a model computes from parameters are folded into parameters; those that are pruned exactly are
+in corpus/layers.py.
 """
 
 from __future__ import annotations

@@ -15,8 +15,6 @@ import fasp_fx
 import fasp_fx.patterns
 from fasp_fx.analysis import repeating
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 def drawn(samples: int, tokens: int = 5) -> Tensor:
     return torch.randn(samples, tokens, 8, generator=torch.Generator().manual_seed(samples))

@@ -20,8 +20,6 @@ from fasp_fx.base import WRITTEN_BY
 from fasp_fx.capturing import attribute
 from fasp_fx.passes import Pipeline, Prune
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 ATEN = torch.ops.aten
 SPEC = Spec(hidden=8, kv_heads=1, repeat=2, head_dim=6, ffn=12, bias=True, gated=True)
 

@@ -17,8 +17,6 @@ import fasp_fx
 from fasp_fx.allocation import Macs, Parameters
 from fasp_fx.training import Gates, attach_gates
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 
 

@@ -1,5 +1,5 @@
-"""Heads beside channels, and norms whose eps is not given. Models of which heads go, or whose stream does, are in
-corpus/attention.py.
+"""Heads beside channels, and norms whose eps is not given. Models of which heads go, or whose stream does,
+are in corpus/attention.py.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from oracle import TOLERANCE, error, zeroed
 from torch import nn
 
 import fasp_fx
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
 def test_heads_and_channels_in_one_plan_of_which_widths_alone_are_rounded() -> None:

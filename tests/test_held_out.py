@@ -18,8 +18,6 @@ import fasp_fx
 from fasp_fx.calibration import Marks
 from fasp_fx.calibration._statistics import FITTED, HELD, PADDING
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 def _encoder(arranged: Callable[[Any, Tensor], Tensor], pooled: bool = True) -> nn.Module:
     """Two pairs of linear layers over tokens, between them the mean over a sequence; the second pair sees no

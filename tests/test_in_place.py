@@ -1,5 +1,5 @@
-"""What models write into their inputs stays theirs, and callers' programs and tensors stay as they are. Models
-that write are in corpus/movements.py.
+"""What models write into their inputs stays theirs, and callers' programs and tensors stay as they are.
+Models that write are in corpus/movements.py.
 """
 
 from __future__ import annotations

@@ -17,8 +17,6 @@ from fasp_fx.calibration import decided
 from fasp_fx.pruning import PruningConfig
 from fasp_fx.pruning.check._check import restricted
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 def data(width: int, count: int = 8, rows: int = 64) -> list[Tensor]:
     return [torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) for seed in range(count)]

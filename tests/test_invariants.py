@@ -15,8 +15,6 @@ from torch import nn
 import fasp_fx
 from fasp_fx.testing import check_program
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 SPEC = Spec(
     layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope"
 )

@@ -32,8 +32,6 @@ from fasp_fx.calibration import (
 )
 from fasp_fx.calibration._consumers import _column_costs
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 DAMPING = 1e-2
 
 

@@ -29,8 +29,6 @@ from fasp_fx.base._offload import _SCRATCH, FILE_BYTES, SMALLEST, mapped_bytes
 from fasp_fx.capturing import Runner
 from fasp_fx.errors import ArgumentError, OffloadError
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 BATCHES = [torch.arange(64).reshape(2, 32) * step % 97 for step in (3, 5, 7)]
 
 

@@ -21,8 +21,6 @@ from torch.nn import functional as F
 
 import fasp_fx
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 _READ = """
 import pickle, sys, torch
 for folder in sys.argv[1:]:

@@ -16,8 +16,6 @@ import fasp_fx
 from fasp_fx.pruning import Figure, Line, Report
 from fasp_fx.pruning._report import COLUMNS
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 def _normed() -> nn.Module:
     """A stream through a norm, and neurons beside it."""

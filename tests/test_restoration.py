@@ -22,8 +22,6 @@ from fasp_fx.calibration import _restoration as restoration
 from fasp_fx.calibration import ridge
 from fasp_fx.calibration._restoration import GRID
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 SPEC = Spec(
     layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope"
 )

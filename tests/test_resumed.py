@@ -22,8 +22,6 @@ from fasp_fx.calibration import Decision, _visit
 from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.pruning import PruningConfig
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "best, with drift": {"quality": "best"},
     "products": {"quality": "fast", "include": ("exempt",)},

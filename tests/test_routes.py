@@ -19,8 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fasp_fx
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 #: for the same arithmetic in another order
 CLOSE = 1e-5
 

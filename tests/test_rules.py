@@ -17,9 +17,6 @@ from torch import Tensor, nn
 import fasp_fx
 from fasp_fx.patterns import register, unregister
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
-
 OPS = torch.ops.fasp_fx_tests
 
 

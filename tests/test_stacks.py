@@ -1,5 +1,5 @@
-"""Stacks of weights of which a model takes one by one are repaired, each matrix by itself; those that are pruned
-exactly are in corpus/indices.py.
+"""Stacks of weights of which a model takes one by one are repaired, each matrix by itself; those that are
+pruned exactly are in corpus/indices.py.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from fasp_fx.storage import MANIFEST
 from fasp_fx.storage._folder import FORMAT
 
 pytestmark = [
-    pytest.mark.usefixtures("shared_captures"),
     pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),
 ]
 

@@ -1,5 +1,5 @@
-"""Models that cannot be captured as a whole: their largest submodules that can are pruned and put back. Those that
-are pruned exactly, with what stays whole and why, are in corpus/forking.py.
+"""Models that cannot be captured as a whole: their largest submodules that can are pruned and put back. Those
+that are pruned exactly, with what stays whole and why, are in corpus/forking.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import fasp_fx
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),
-    pytest.mark.usefixtures("no_files", "shared_captures"),
+    pytest.mark.usefixtures("no_files"),
 ]
 
 

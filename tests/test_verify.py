@@ -18,8 +18,6 @@ from fasp_fx.analysis import Analysis, analyze_program
 from fasp_fx.capturing import Program, attribute, capture, set_weight
 from fasp_fx.passes import _run, remove, split_fused, verify
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 ATEN = torch.ops.aten
 Change = Callable[[Program, Analysis, str], None]
 

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 import fasp_fx
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 def _ending(end: Callable[[Tensor], Tensor]) -> nn.Module:
     return made(lambda self, x: end(self.inner(x)), inner=Vectors())

@@ -1,4 +1,5 @@
-"""Models as data: each is one entry of a table, and every entry gets all the runs of ``tests/test_corpus.py``.
+"""Models as data: each is one entry of a table, and every entry gets all the runs of
+``tests/test_corpus.py``.
 
 What a run finds of an entry (its groups, what is remarked, which calls are refused) is written into
 ``tests/golden/corpus``, a line each: that is what is expected of it. ``FASP_FX_REGENERATE=1`` writes it anew.

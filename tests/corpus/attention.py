@@ -1,5 +1,5 @@
-"""Attention of every make: between two sequences, with heads folded into the batch, of fused weights of low rank;
-and models of transformers with whole heads, queries and keys, or the residual stream.
+"""Attention of every make: between two sequences, with heads folded into the batch, of fused weights of low
+rank; and models of transformers with whole heads, queries and keys, or the residual stream.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from . import Entry, Keywords, Make, drawn, entries, images, rows, sequences
 
-# --- Fused weights are taken apart only where every token stays in its place at every size: not across windows,
-# cuts, or an order of tokens.
+# --- Fused weights are taken apart only where every token stays in its place at every size: not across
+# windows, cuts, or an order of tokens.
 
 Parts = tuple[Tensor, Tensor, Tensor]
 
@@ -86,8 +86,9 @@ def _rows() -> dict[str, Any]:
     return {"weight": parameter(48, 8), "second": nn.Linear(48, 8)}
 
 
-#: models that keep a weight together where what it is made of is not for these rows alone, so that tied weights
-#: would not stay tied, or a plan would name two weights by one name; and one that a graph stands beside
+#: models that keep a weight together where what it is made of is not for these rows alone, so that tied
+#: weights would not stay tied, or a plan would name two weights by one name; and one that a graph stands
+#: beside
 FUSED: dict[str, Make] = {
     **{name: (lambda layout=layout: fused(layout)) for name, layout in {**TORN, **WHOLE}.items()},
     "lifted by one number": (
@@ -190,8 +191,8 @@ ROUTERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def soft(m: Any, x: Tensor) -> Tensor:
     """A soft mixture: every expert computes on slots, which are means of all tokens by one softmax of the
-    logits, over tokens; by another, over all slots, their results are handed back. Experts compete only in the
-    latter.
+    logits, over tokens; by another, over all slots, their results are handed back. Experts compete only in
+    the latter.
     """
     logits = torch.einsum("bnd,des->bnes", x, m.phi)
     competing = logits.index_fill(2, m.gone, -math.inf) if len(m.gone) else logits

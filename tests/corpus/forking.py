@@ -1,5 +1,5 @@
-"""Models that cannot be captured as a whole: their largest submodules that can are pruned and put back, and the
-notes say which of them stay whole, and why.
+"""Models that cannot be captured as a whole: their largest submodules that can are pruned and put back, and
+the notes say which of them stay whole, and why.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Positions that are known only at run time, or taken one by one: masks, counts, messages along the edges of a
-graph, tokens dealt out to experts, stacks of weights; and operators that ask how their operands lie in memory.
+"""Positions that are known only at run time, or taken one by one: masks, counts, messages along the edges of
+a graph, tokens dealt out to experts, stacks of weights; and operators that ask how their operands lie in
+memory.
 """
 
 from __future__ import annotations
@@ -112,8 +113,8 @@ AT_RUN_TIME: dict[str, tuple[Make, tuple[Args, ...]]] = {
 
 
 def scattering(scatter: Callable[..., Tensor], **held: Any) -> Make:
-    """Every node adds up what its neighbours say, in a tensor made of its own, and goes on with all channels of
-    that; an index has a number for each element: one for all channels, spread out.
+    """Every node adds up what its neighbours say, in a tensor made of its own, and goes on with all channels
+    of that; an index has a number for each element: one for all channels, spread out.
     """
 
     def forward(self: Any, x: Tensor, source: Tensor, target: Tensor) -> Tensor:

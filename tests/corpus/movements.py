@@ -414,7 +414,8 @@ FUNCTIONS: dict[str, Function] = {
     "softmax across heads": across(lambda h: h.softmax(-2)),
     "centred across heads": across(lambda h: h - h.mean(-2, keepdim=True)),
     "heads that only move": across(lambda h: h.flip(-2)),
-    # Operators of any return freeze what they are given; a width that the exporter writes out is the dense one.
+    # Operators of any return freeze what they are given; a width that the exporter writes out is the dense
+    # one.
     "a number and a tensor": lambda h: torch.ops.fasp_fx_read.pair(h)[1],
     "nothing, written into an argument": _filled,
     "a list of tensors and a tensor": (

@@ -1,5 +1,5 @@
-"""Models that are odd in how they are called, in what they return, remember and write into, or in what hangs on
-them.
+"""Models that are odd in how they are called, in what they return, remember and write into, or in what hangs
+on them.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ from models import ZOO
 import fasp_fx
 from fasp_fx import hf
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 TOKENS = [torch.randint(0, 96, (4, 12), generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
 
 

@@ -24,8 +24,6 @@ from fasp_fx.hf._claims import check_equal, refuse_unsaid
 from fasp_fx.hf._formats import build, config_for, example_of
 from fasp_fx.hf._gguf import describe_gguf
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 SIZES: dict[str, Any] = {
     **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 96, "max_position_embeddings": 64},

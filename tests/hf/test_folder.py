@@ -30,8 +30,6 @@ from fasp_fx import hf
 from fasp_fx.base import CACHE
 from fasp_fx.hf._folder import FILES
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 CHAT = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}{% if"
     " add_generation_prompt %}assistant: {% endif %}"

@@ -33,8 +33,6 @@ from fasp_fx.hf._formats import _sizes, build, experiments_for
 from fasp_fx.hf.modeling_per_layer import PerLayerLlamaForCausalLM
 from fasp_fx.pruning import FormatName
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 SIZES: dict[str, Any] = {
     **{"hidden_size": 192, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 6},
     **{"num_key_value_heads": 3, "head_dim": 32, "vocab_size": 400, "max_position_embeddings": 2048},

@@ -18,8 +18,6 @@ import fasp_fx
 from fasp_fx import hf
 from fasp_fx.base import CACHE
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 SIZES = {
     "vocab_size": 64,
     "max_position_embeddings": 64,

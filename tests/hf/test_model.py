@@ -41,8 +41,6 @@ from fasp_fx.base import CACHE
 from fasp_fx.pruning.check import _check
 from fasp_fx.pruning.check._compare import Seen
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 @pytest.fixture(scope="module")
 def model() -> Any:

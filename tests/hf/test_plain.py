@@ -27,8 +27,6 @@ import fasp_fx
 from fasp_fx.hf import _formats as plain_module
 from fasp_fx.hf import measure, prune
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 #: those that are read elsewhere in every profile
 NAMES = [*CASES, *MORE] if PROFILE == "slow" else ["llama", "gpt2", "opt"]
 UNREPAIRED: dict[str, Any] = {"format": "plain", "score": "random", "restore": None}

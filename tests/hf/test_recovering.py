@@ -22,8 +22,6 @@ from fasp_fx import hf
 from fasp_fx.cli._app import app
 from fasp_fx.cli._prune import training_steps
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 LENGTH = 32
 SMALL = ["--length", str(LENGTH), "--batches", "6", "--eval-batches", "3", "--device", "cpu"]
 CHEAP = ["--score", "magnitude", "--no-restore"]  # leaves something to learn

@@ -19,8 +19,6 @@ import fasp_fx.testing.rule
 from fasp_fx.analysis import Interpreter
 from fasp_fx.testing import CheckFailed, build, check_program, check_rule, example
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 MUTANTS = (*ORDINARY, *ODD)
 
 #: faults that only the library's own checks notice, because what they do cannot be written down at all
