@@ -123,20 +123,19 @@ class Remember(Odd):
 
     def remembered(self, m: Any, x: Tensor) -> Tensor:
         """What is made of a tensor and of the buffers, which this writes."""
-        if self.kind == "counter":
-            scaled = x * (1 + 0.5 * m.calls)
-            m.calls.add_(1)
-            return scaled
-        if self.kind == "trace":
-            scaled = x + m.trace
-            m.trace.copy_(x.detach().mean(tuple(range(x.dim() - 1))))
-            return scaled
-        if self.kind == "blocks":
-            scaled = x.unflatten(-1, (self.blocks, -1))[..., m.order, :].flatten(-2)
-        else:
-            scaled = x[..., m.order]
-        m.order.copy_(m.order.roll(1))
-        return x + scaled if self.kind == "beside" else scaled
+        output = {
+            "counter": lambda: x * (1 + 0.5 * m.calls),
+            "trace": lambda: x + m.trace,
+            "blocks": lambda: x.unflatten(-1, (self.blocks, -1))[..., m.order, :].flatten(-2),
+            "order": lambda: x[..., m.order],
+            "beside": lambda: x + x[..., m.order],
+        }[self.kind]()
+        written, value = {
+            "counter": lambda: (m.calls, m.calls + 1),
+            "trace": lambda: (m.trace, x.detach().mean(tuple(range(x.dim() - 1)))),
+        }.get(self.kind, lambda: (m.order, m.order.roll(1)))()
+        written.copy_(value)
+        return output
 
 
 # --- operators that no rule describes, one for each form that a return can have. All mix the last dimension,

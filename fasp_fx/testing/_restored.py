@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import fasp_fx
 
-from ._case import Case, with_own
+from ._case import Case, rewinding, with_own
 from ._verdict import Skipped, hold
 from .oracle import kept, tensors_of
 
@@ -130,7 +130,7 @@ def _linear_inputs(case: Case) -> dict[str, Tensor]:
 
     handle = register_module_forward_pre_hook(note)
     try:
-        with torch.no_grad():  # one call, where what remembers takes two
+        with torch.no_grad(), rewinding(case.dense):  # one call, where what remembers takes two
             with_own(case.dense, case.args, case.kwargs)
     finally:
         handle.remove()
