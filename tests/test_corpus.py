@@ -94,7 +94,8 @@ class Subject:
     def reference(self, plan: fasp_fx.PruningPlan) -> nn.Module:
         """The dense model without what a plan takes; with its weights as they were folded."""
         names = {part.name for group in plan.groups for part in (*group.producers, *group.consumers)}
-        own = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        tensors = (self.model.named_parameters, self.model.named_buffers)
+        own = {name for named in tensors for name, _ in named(remove_duplicate=False)}
         model = self.model if names <= own and not plan.folds else self.untouched.module
         return (self.entry.reference or zeroed)(model, plan, **self.entry.masking)
 

@@ -342,6 +342,11 @@ _define(
     lambda x: ([x * 2, x.flip(-1)], x * 3),
     lambda x: ([torch.empty_like(x), torch.empty_like(x)], torch.empty_like(x)),
 )
+_define(
+    "count(Tensor x) -> SymInt",
+    lambda x: int((x > 0).sum()),
+    lambda x: torch.library.get_ctx().new_dynamic_size(),
+)
 _define("width(Tensor x) -> int", lambda x: x.shape[-1], lambda x: x.shape[-1])
 
 
@@ -416,6 +421,7 @@ FUNCTIONS: dict[str, Function] = {
     "heads that only move": across(lambda h: h.flip(-2)),
     # Operators of any return freeze what they are given; a width that the exporter writes out is the dense
     # one.
+    "a number": lambda h: h.detach() * (1 + torch.ops.fasp_fx_read.count(h.detach())),
     "a number and a tensor": lambda h: torch.ops.fasp_fx_read.pair(h)[1],
     "nothing, written into an argument": _filled,
     "a list of tensors and a tensor": (
@@ -434,16 +440,16 @@ def between(function: Function) -> Make:
     return lambda: Between(function)
 
 
-def _remembering(beside: bool) -> nn.Module:
-    """Channels in an order that changes with every call: a written buffer is no constant."""
+def _remembering(blocks: int, beside: bool) -> nn.Module:
+    """Channels, or blocks of them, in an order that changes with every call: a written buffer is no constant."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         hidden = F.relu(self.first(x))
-        moved = hidden[..., self.order]
+        moved = hidden.unflatten(-1, (blocks, -1))[..., self.order, :].flatten(-2)
         self.order.copy_(self.order.roll(1))
         return self.last(F.relu(self.second(hidden + moved if beside else moved)))
 
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(blocks, generator=torch.Generator().manual_seed(0))
     return made(forward, order=order, **linear(first=(8, 12), second=(12, 5), last=(5, 4)))
 
 
@@ -559,9 +565,10 @@ ENTRIES: dict[str, Entry] = {
         since="2.13",
     ),
     **{
-        f"an order that changes, {beside}": Entry(
-            lambda beside=beside: _remembering(beside), sequences(8), times=2
+        f"an order of {blocks} that changes, {beside}": Entry(
+            lambda own=(blocks, beside): _remembering(*own), sequences(8), times=2
         )
+        for blocks in (12, 3)
         for beside in (False, True)
     },
     # an input lies beside channels
