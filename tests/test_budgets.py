@@ -13,11 +13,11 @@ import pytest
 import torch
 import transformers as hf
 from conftest import PROFILE
+from corpus.forking import Forks, X
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import block, made, parameter, randomise, wide
 from test_costs import Linear
-from test_submodules import Forks, X
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.utils.flop_counter import FlopCounterMode

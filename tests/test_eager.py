@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from conftest import EXAMPLES
+from corpus.forking import Forks, X
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import block, made, randomise, wide
 from oracle import zeroed
-from test_submodules import Forks, X
 from torch import Tensor, nn
 
 import fasp_fx

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 from checks import decide
+from corpus.forking import Forks, X
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from models import ZOO
 from test_costs import Linear
-from test_submodules import Forks, X
 from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
