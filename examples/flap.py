@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from chunks import Comparison
 
-from fasp_fx.allocation import CostAllocation, deepest_loss
+from fasp_fx.allocation import CostAllocation
 from fasp_fx.calibration import GroupScore, Order, by_set, by_value
 
 SHIFT = 100.0  # a cost curve never falls, and standardised scores lie around zero: they are counted from here
@@ -46,7 +46,7 @@ class Fluctuation(GroupScore):  # Var(X_j) ‖W_j‖² (FLAP, equation 5), stand
 
 class Threshold(CostAllocation):  # what lies below one number goes, whatever group it is in
     def __call__(self, budget, round_to, costs):
-        scores = [np.diff(costs[group.name].losses)[: deepest_loss(group)] for group in budget.groups]
+        scores = [np.diff(costs[group.name].losses)[: group.deepest_loss] for group in budget.groups]
         thresholds = np.quantile(np.concatenate(scores), np.linspace(0, 1, 1000))
         lost = [[int((own < limit).sum()) // round_to * round_to for own in scores] for limit in thresholds]
         return budget.closest(lost)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from chunks import Comparison
 
-from fasp_fx.allocation import deepest_loss, lost_per_block
+from fasp_fx.allocation import lost_per_block
 from fasp_fx.calibration import GroupScore, Order, by_value
 
 
@@ -46,7 +46,7 @@ def by_angle(turns):  # a layer that turns its input further keeps more
     def lost(group, part, round_to):
         own = next(share[name] for name in share if group.name.startswith(name))
         return min(
-            lost_per_block(group.width, min(own * part, 1), round_to, group.needed), deepest_loss(group)
+            lost_per_block(group.width, min(own * part, 1), round_to, group.needed), group.deepest_loss
         )
 
     def allocate(budget, round_to):

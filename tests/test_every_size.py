@@ -36,7 +36,7 @@ def test_sizes_in_results_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         for one in (result, again)
     ]
     assert copies[0] == copies[1]
-    monkeypatch.setattr(_untrusted, "LENGTH", 10)
+    monkeypatch.setattr(_untrusted, "PARTS", 1)
     with pytest.raises(fasp_fx.StoreError, match="longer than what is stored"):
         result.save(tmp_path / "out")
     assert not list(tmp_path.iterdir())

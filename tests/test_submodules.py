@@ -58,6 +58,14 @@ def test_attributes_of_a_part_are_there_to_be_read() -> None:
     assert copy.deepcopy(result.module).block.config == {"scale": 2.0, "names": ["a"]}
 
 
+def test_why_two_weights_of_a_part_are_coupled() -> None:
+    analysis = fasp_fx.analyze(Forks().eval(), (X,))
+    lines = analysis.explain("first.up.weight", "first.down.weight")
+    assert (lines[0], len(lines), lines[-1]) == ("first.up.weight", 5, "first.down.weight")
+    with pytest.raises(fasp_fx.ArgumentError, match=r"in no part together .*first, second"):
+        analysis.explain("first.up.weight", "second.down.weight")
+
+
 # --- what is refused, and why
 
 
