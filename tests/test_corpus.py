@@ -99,13 +99,17 @@ class Subject:
         model = self.model if names <= own and not plan.folds else self.untouched.module
         return (self.entry.reference or zeroed)(model, plan, **self.entry.masking)
 
-    def run(self, module: Any, calls: list[Call]) -> list[Any]:
-        """What calls in a row return, with what they leave of their arguments, or why one is refused."""
+    def run(self, module: Any, calls: list[Call], stance: str = "force_eager") -> list[Any]:
+        """What calls in a row return, with what they leave of their arguments, or why one is refused.
+
+        Args:
+            stance: of the compiler: flexible attention compiles itself wherever it may.
+        """
         outcomes: list[Any] = []
         for args, kwargs in (copy.deepcopy(call) for call in calls for _ in range(self.entry.times)):
             torch.manual_seed(1)
             try:
-                with torch.no_grad():
+                with torch.no_grad(), torch.compiler.set_stance(stance):
                     output = module(*args, **kwargs)
                 outcomes.append((output, args, kwargs))
             except REFUSALS as refusal:
@@ -298,7 +302,7 @@ def compiled(own: Subject) -> None:
     torch.compiler.reset()
     module = torch.compile(copy.deepcopy(own.results[0].module), backend=COMPILER)
     expected = own.pruned[0][: own.entry.times]
-    assert difference(own.run(module, own.calls[:1]), expected) <= own.tolerance
+    assert difference(own.run(module, own.calls[:1], "default"), expected) <= own.tolerance
 
 
 def promised(own: Subject) -> None:
