@@ -496,8 +496,12 @@ ENTRIES: dict[str, Entry] = {
         tuple(drawn((n, 4, 3), (1, n, HIDDEN)) for n in (2, 5)),
     ),
     **{
-        name: Entry(make, FLEX, {"granularity": ("channel", "head")}, None, False, slow=name in SLOWLY)
+        name: Entry(make, FLEX, std=None, double=False, slow=name in SLOWLY)
         for name, make in FLEXIBLE.items()
+    },
+    **{
+        f"{name}, heads": Entry(FLEXIBLE[name], FLEX, {"granularity": ("head",)}, None, False)
+        for name in ("bias by head", "capped and causal")
     },
     "narrower queries and keys": Entry(
         FLEXIBLE["capped and causal"], FLEX, std=None, double=False, slow=True, **EXEMPT
