@@ -1,4 +1,4 @@
-"""Convolutions: scored and restored by their windows. Those that are pruned exactly are in corpus/layers.py."""
+"""Convolutions: scored and restored by their windows. Exact ones are in corpus/layers.py."""
 
 from __future__ import annotations
 

@@ -306,7 +306,7 @@ def compiled(own: Subject) -> None:
 
 
 def promised(own: Subject) -> None:
-    """The invariants of :mod:`fasp_fx.testing`, which draws itself what goes, and has an oracle of its own."""
+    """The invariants of :mod:`fasp_fx.testing`, which draws itself what goes, by an oracle of its own."""
     args, kwargs = own.calls[0]
     names = own.entry.invariants or tuple(INVARIANTS)
     check_program(own.entry.build(), args, kwargs, invariants=names, **own.entry.options)

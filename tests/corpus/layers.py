@@ -443,7 +443,7 @@ def _shared_mask(dims: int) -> nn.Module:
 
 
 def _side_by_side(self: Any, x: Tensor) -> Tensor:
-    """A fused weight whose rows are a query, a key and a value in turn: the three of a channel go together."""
+    """A fused weight whose rows are a query, a key and a value in turn: the three of one go together."""
     heads = self.fused(x).view(*x.shape[:2], 3, 4, 3).transpose(1, 2)
     mixed = F.scaled_dot_product_attention(*heads.unbind(-1), scale=0.5)
     return self.out(mixed.transpose(1, 2).flatten(2))

@@ -441,7 +441,7 @@ def between(function: Function) -> Make:
 
 
 def _remembering(blocks: int, beside: bool) -> nn.Module:
-    """Channels, or blocks of them, in an order that changes with every call: a written buffer is no constant."""
+    """Channels, or blocks of them, in an order that changes with each call: a buffer is no constant."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         hidden = F.relu(self.first(x))
