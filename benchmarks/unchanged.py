@@ -32,7 +32,7 @@ def digest(value: Any) -> str:
 
 
 def small() -> Iterator[_Model]:
-    from zoo import ZOO
+    from models import ZOO
 
     for name, entry in ZOO.items():
         yield name, entry.build(), entry.example(), [entry.inputs(4, 12, seed) for seed in range(2, 8)]

@@ -7,22 +7,18 @@ from __future__ import annotations
 import gc
 import os
 import random
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config
-from captures import equal_captures
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import none
-from quick import capture_quickly
+from models import ZOO
+from patched import PROFILE, patch_torch
 from saved import small_result
-from torch import nn
-from whole_products import compute_in_full
-from zoo import ZOO
 
 import fasp_fx
 
@@ -39,7 +35,6 @@ settings.register_profile(
     **_COMMON,
 )
 settings.register_profile("slow", max_examples=500, derandomize=False, print_blob=True, **_COMMON)
-PROFILE = os.environ.get("FASP_FX_PROFILE", "fast")
 settings.load_profile(PROFILE)
 #: examples per property
 EXAMPLES = settings.default.max_examples
@@ -47,11 +42,10 @@ EXAMPLES = settings.default.max_examples
 
 def pytest_configure(config: pytest.Config) -> None:
     gc.disable()  # until everything is imported: what modules leave is no garbage
-    capture_quickly()
+    patch_torch()
     # Kernels are compiled here, not by processes that would first take seconds to begin.
     torch._inductor.config.compile_threads = 1
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-    compute_in_full()
     if PROFILE == "slow" and getattr(config.option, "hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
 
@@ -80,12 +74,6 @@ def pytest_collection_finish() -> None:
 
 #: files that share captures, so that one worker runs them; the dearest first
 TOGETHER = (
-    (
-        "tests/test_mask_exact.py",
-        "tests/test_groups_golden.py",
-        "tests/test_granularity.py",
-        "tests/test_exempt.py",
-    ),
     (
         "tests/hf/test_model.py",
         "tests/hf/test_recovering.py",
@@ -117,7 +105,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Together(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            return str(_TURN.get(file, file))
+            # The runs of a model share what is made of it.
+            return nodeid.rpartition("-")[0] if "test_corpus" in file else str(_TURN.get(file, file))
 
     config.option.loadscopereorder = False
     return Together(config, log)
@@ -133,45 +122,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-@cache
-def _model(name: str) -> nn.Module:
-    return ZOO[name].build()
-
-
-@cache
-def _captured(name: str) -> fasp_fx.Captured:
-    with equal_captures():
-        return fasp_fx.capture(_model(name), (), ZOO[name].example())
-
-
-@cache
-def _analysis(name: str) -> fasp_fx.Analysis:
-    return fasp_fx.analyze(_captured(name))
-
-
 @pytest.fixture(scope="session")
-def zoo_model() -> Callable[[str], nn.Module]:
-    """The shared model of a zoo entry; tests must not change it."""
-    return _model
-
-
-@pytest.fixture(scope="session")
-def zoo_captured() -> Callable[[str], fasp_fx.Captured]:
-    """The shared capture of a zoo entry."""
-    return _captured
-
-
-@pytest.fixture(scope="session")
-def zoo_analysis() -> Callable[[str], fasp_fx.Analysis]:
-    """The shared analysis of a zoo entry."""
-    return _analysis
-
-
-@pytest.fixture(scope="module")
-def shared_captures() -> Iterator[None]:
-    """What is captured alike in several tests is captured once; for tests of what comes after."""
-    with equal_captures():
-        yield
+def llama() -> fasp_fx.Captured:
+    """A small Llama; tests must not change it."""
+    return fasp_fx.capture(ZOO["llama_gqa"].build(), (), ZOO["llama_gqa"].example())
 
 
 @pytest.fixture

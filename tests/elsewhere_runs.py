@@ -15,11 +15,9 @@ from typing import Any
 import torch
 import transformers as hf
 from elsewhere import register
-from models import made, wide
-from quick import capture_quickly
+from models import VOCABULARY, made, wide
+from patched import patch_torch
 from torch import Tensor, nn
-from whole_products import compute_in_full
-from zoo import VOCABULARY
 
 import fasp_fx
 from fasp_fx.capturing import Runner
@@ -151,8 +149,7 @@ def refusals(folder: Path, elsewhere: torch.device) -> dict[str, str]:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    compute_in_full()
-    capture_quickly()
+    patch_torch()
     given = Path(sys.argv[1]), register()
     found = {"runs": {name: run(name, *given) for name in CASES}}
     print(json.dumps({**found, "refusals": refusals(*given)}))

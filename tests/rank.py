@@ -15,11 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import block, made
-from quick import capture_quickly
+from patched import patch_torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
-from whole_products import compute_in_full
 
 import fasp_fx
 from fasp_fx.allocation import Search
@@ -29,8 +28,7 @@ from fasp_fx.errors import ArgumentError, CalibrationError, RankError, StoreErro
 TOKENS = 100
 
 warnings.simplefilter("ignore")
-compute_in_full()
-capture_quickly()
+patch_torch()
 
 
 def parts() -> nn.Module:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from refusal import BATCH, X
+from models import BATCH, X
 from torch import Tensor, nn
 
 import fasp_fx

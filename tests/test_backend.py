@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import Spec, build, tokens
-from models import made, parameter
+from models import Spec, build, made, parameter, randomise, tokens
 from oracle import TOLERANCE, error
 from torch import Tensor, fx, nn
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.testing import Masked

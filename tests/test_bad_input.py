@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import made
-from refusal import BATCH, IDS, Net, Vectors, X, refused, untouched
+from checks import refused, untouched
+from models import BATCH, IDS, Net, Vectors, X, made
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -21,7 +21,7 @@ import fasp_fx
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),
-    pytest.mark.usefixtures("no_files", "shared_captures"),
+    pytest.mark.usefixtures("no_files"),
 ]
 
 

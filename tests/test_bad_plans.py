@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from refusal import BATCH, IDS, Net, Vectors, X, untouched
+from checks import untouched
+from models import BATCH, IDS, Net, Vectors, X
 from torch import nn
 
 import fasp_fx
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),
-    pytest.mark.usefixtures("no_files", "shared_captures"),
+    pytest.mark.usefixtures("no_files"),
 ]
 
 

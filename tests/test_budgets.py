@@ -13,15 +13,14 @@ import pytest
 import torch
 import transformers as hf
 from conftest import PROFILE
+from corpus.forking import Forks, X
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import block, made, parameter, wide
+from models import block, made, parameter, randomise, wide
 from test_costs import Linear
-from test_submodules import Forks, X
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.allocation import (
@@ -47,8 +46,6 @@ from fasp_fx.pruning import make_plan
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._case import draw_sets
 from fasp_fx.testing.specs import Net
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 FAST: dict[str, Any] = {"score": "magnitude", "restore": None}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llama import make_model
+from models import make_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
@@ -25,8 +25,6 @@ from fasp_fx.cli import _prune
 from fasp_fx.cli._app import app
 from fasp_fx.cli._models import Texts
 from fasp_fx.pruning import read_told
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 LENGTH = 32
 SMALL = f"--length {LENGTH} --batches 4 --eval-batches 3 --device cpu".split()

@@ -18,17 +18,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from models import make_model
 from safetensors.torch import load_file, save_file
 from saved import GOLDEN
-from tiny_llama import make_model
 from typer.testing import CliRunner, Result
 
 from fasp_fx import Report
 from fasp_fx.cli._app import app
 from fasp_fx.pruning import Figure, Line
 from fasp_fx.storage import write_manifest
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 SMALL = ["--length", "16", "--batches", "2", "--eval-batches", "1", "--device", "cpu"]
 PRUNE, EVAL = ["prune", "@model", "--out", "out", *SMALL], ["eval", "@model", "--length", "16"]

@@ -14,18 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoders import Spec, build, tokens
 from hypothesis import given
 from hypothesis import strategies as st
-from models import made
+from models import Spec, build, made, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fasp_fx
 from fasp_fx.base._json import DOCUMENT
 from fasp_fx.pruning import PruningOptions, Report
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 SPEC = Spec(
     layers=1, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope"

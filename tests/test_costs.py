@@ -15,9 +15,8 @@ import torch
 from conftest import PROFILE
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import block, made, wide
+from models import TwoLayers, block, made, wide
 from torch import Tensor, nn
-from zoo import TwoLayers
 
 import fasp_fx
 from fasp_fx.allocation import Budget, Global, Limit
@@ -34,8 +33,6 @@ from fasp_fx.calibration import (
 )
 from fasp_fx.testing import build, example, programs
 from fasp_fx.testing.specs import Net
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 DATA = [torch.randn(30, 8, generator=torch.Generator().manual_seed(index)) for index in range(8)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoders import Spec, build, tokens
+from models import Spec, build, tokens
 from oracle import TOLERANCE, error, masked, removed_columns
 
 import fasp_fx

@@ -29,9 +29,6 @@ from fasp_fx.errors import ArgumentError, CalibrationError, FaspError
 from fasp_fx.pruning import Recovery
 from fasp_fx.training._recovery import Divergence, SquaredError
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
-
 #: a dense model, its data, and what it was pruned to
 Made = tuple[nn.Module, list[Tensor], fasp_fx.Result]
 
@@ -445,10 +442,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 import fasp_fx
-from whole_products import compute_in_full
+from patched import patch_torch
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
-compute_in_full()
+patch_torch()
 
 {inspect.getsource(net)}
 {inspect.getsource(batches)}

@@ -28,8 +28,6 @@ from torch.nn import functional as F
 import fasp_fx
 from fasp_fx.errors import ArgumentError, CalibrationError, StoreError, TrainingMemoryError
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 @pytest.fixture(scope="module")
 def made() -> Made:

@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from conftest import EXAMPLES
+from corpus.forking import Forks, X
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import block, made, wide
+from models import block, made, randomise, wide
 from oracle import zeroed
-from test_submodules import Forks, X
 from torch import Tensor, nn
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.errors import ArgumentError, EagerError, PlanError
@@ -28,8 +27,6 @@ from fasp_fx.testing import build, example, programs
 from fasp_fx.testing._case import Case
 from fasp_fx.testing._verdict import Skipped
 from fasp_fx.testing.oracle import Masked, error
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 TOLERANCE = 1e-5
 HEADS: dict[str, Any] = {"granularity": ("channel", "head")}

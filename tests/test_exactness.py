@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from checks import untouched
 from models import made, wide
 from oracle import error
-from refusal import untouched
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,8 +21,6 @@ import fasp_fx.passes._remove_channels
 from fasp_fx.base import largest_passing_subset
 from fasp_fx.pruning.check import _compare
 from fasp_fx.testing import Masked
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 MAGNITUDE: dict[str, Any] = {"score": "magnitude", "restore": None}
 

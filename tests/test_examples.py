@@ -14,11 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_llama import make_model
+from models import make_model
 
 import fasp_fx
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 Run = Callable[..., str]
 TEXT = "A smaller model answers sooner, and says much the same. " * 30

@@ -7,56 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import made
+from models import made, randomise
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import ZOO, randomise
 
 import fasp_fx
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
-
-@pytest.mark.parametrize(
-    ("name", "include"),
-    [
-        ("llama_gqa", ("exempt",)),
-        pytest.param("qwen3", ("exempt", "approximate"), marks=pytest.mark.slow),
-    ],
-)
-def test_query_and_key_channels_when_asked(name: str, include: tuple[str, ...]) -> None:
-    entry = ZOO[name]
-    model = entry.build()
-    options: dict[str, Any] = {"include": include, "score": "random", "restore": None}
-    result = fasp_fx.prune(model, (), entry.example(), sparsity=0.4, **options)
-    assert result.plan.sparsity == pytest.approx(0.4, abs=0.06)
-    queries = ("q_proj", "k_proj")
-    lost = [
-        group
-        for group in result.plan.groups
-        if not group.consumers and any(part.name.split(".")[-2] in queries for part in group.producers)
-    ]
-    assert lost or name == "qwen3"
-    with torch.no_grad():
-        found, expected, dense = (
-            called(**entry.example(3)).logits
-            for called in (result.module, zeroed(model, result.plan, producers=True), model)
-        )
-        assert error(found, expected) <= TOLERANCE
-        assert error(expected, dense) > 100 * TOLERANCE
-    for group in lost if name == "llama_gqa" else ():  # what the rotation turns into each other goes together
-        rows = {
-            part.name: {row % 16 for row in part.removed}
-            for part in group.producers
-            if part.name.endswith("proj.weight")
-        }
-        assert all(
-            {row % 8 for row in own}
-            == {row for row in own if row < 8}
-            == {row - 8 for row in own if row >= 8}
-            for own in rows.values()
-        )
 
 
 def heads(form: Callable[[Any, Tensor, Tensor], Any] = lambda m, q, x: q, shown: bool = False) -> nn.Module:

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import Spec, build, tokens
-from models import block, wide
+from models import Spec, block, build, tokens, wide
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -20,8 +19,6 @@ import fasp_fx
 from fasp_fx.base import WRITTEN_BY
 from fasp_fx.capturing import attribute
 from fasp_fx.passes import Pipeline, Prune
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 ATEN = torch.ops.aten
 SPEC = Spec(hidden=8, kv_heads=1, repeat=2, head_dim=6, ffn=12, bias=True, gated=True)

@@ -8,17 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import made, parameter, stack, wide
+from models import made, parameter, randomise, stack, wide
 from rank import llama, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.allocation import Macs, Parameters
 from fasp_fx.training import Gates, attach_gates
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 

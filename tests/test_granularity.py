@@ -1,74 +1,16 @@
-"""Whole heads, and groups that cross a norm: pruned only when asked, and then exactly as said."""
+"""Heads beside channels, and norms whose eps is not given. Models of which heads go, or whose stream does,
+are in corpus/attention.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-import transformers as hf
+from models import ZOO, randomise
 from oracle import TOLERANCE, error, zeroed
-from torch import Tensor, nn
-from zoo import ZOO, randomise
+from torch import nn
 
 import fasp_fx
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
-_SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-def _vit() -> nn.Module:
-    return hf.ViTModel(hf.ViTConfig(image_size=16, patch_size=4, **_SMALL))
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Any]]]] = {
-    **{
-        name: (ZOO[name].build, lambda batch, name=name: ZOO[name].example(batch))
-        for name in ("llama_gqa", "bert")
-    },
-    "vit": (
-        lambda: randomise(_vit()),
-        lambda batch: {
-            "pixel_values": torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(batch))
-        },
-    ),
-}
-
-
-def _main(output: Any) -> Tensor:
-    return output["logits"] if "logits" in output else output["last_hidden_state"]
-
-
-@pytest.mark.parametrize("name", ["llama_gqa", pytest.param("bert", marks=pytest.mark.slow), "vit"])
-def test_whole_heads_are_mask_exact(name: str) -> None:
-    build, inputs = MODELS[name]
-    model = build()
-    analysis = fasp_fx.analyze(model, (), inputs(2), granularity=("head",))
-    result = fasp_fx.prune(
-        model,
-        (),
-        inputs(2),
-        granularity=("head",),
-        sparsity=analysis.max_sparsity,
-        score="random",
-        restore=None,
-    )
-    heads = analysis.chosen
-    assert heads
-    assert all(group.granularity == "head" and group.size in (2, 4) for group in heads)
-    assert all(group.producers for group in heads)
-    before, after = dict(model.named_parameters()), dict(result.module.named_parameters())
-    for member in (member for group in heads for member in (*group.producers, *group.consumers)):
-        if member.name in before:
-            assert after[member.name].shape[member.dim] < before[member.name].shape[member.dim], member.name
-    with torch.no_grad():
-        found, expected, dense = (
-            _main(called(**inputs(3))) for called in (result.module, zeroed(model, result.plan), model)
-        )
-    assert error(found, expected) <= TOLERANCE
-    assert error(expected, dense) > 100 * TOLERANCE
 
 
 def test_heads_and_channels_in_one_plan_of_which_widths_alone_are_rounded() -> None:
@@ -94,30 +36,6 @@ def test_heads_and_channels_in_one_plan_of_which_widths_alone_are_rounded() -> N
         found, again = (one.module(**entry.example(3)) for one in (result, replayed))
         assert error(found, zeroed(model, plan)(**entry.example(3))) <= TOLERANCE
     assert torch.equal(again.logits, found.logits)
-
-
-@pytest.mark.parametrize(
-    "name", ["llama_gqa", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "gemma2"))]
-)
-def test_the_residual_stream_when_asked(name: str) -> None:
-    """Layer norms and norms by mean squares go on to divide by the dense count."""
-    entry = ZOO[name]
-    model = entry.build()
-    stream = [
-        group
-        for group in fasp_fx.analyze(model, (), entry.example(), include=("approximate",)).chosen
-        if group.status == "approximate"
-    ]
-    result = fasp_fx.prune(
-        model, (), entry.example(), include=("approximate",), sparsity=0.4, score="random", restore=None
-    )
-    assert stream
-    removed = {group.name for group in result.plan.groups}
-    assert {group.name for group in stream} <= removed
-    with torch.no_grad():
-        expected = zeroed(model, result.plan, producers=True)(**entry.example(3))
-        assert error(result.module(**entry.example(3)), expected) <= TOLERANCE
-        assert error(expected, model(**entry.example(3))) > 100 * TOLERANCE
 
 
 def _normed(dtype: torch.dtype) -> nn.Module:

@@ -10,17 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import made, wide
-from refusal import Vectors
+from models import Vectors, made, randomise, wide
 from torch import Tensor, nn
 from torch.nn import functional
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.calibration import TokenRoles
 from fasp_fx.calibration._statistics import FITTED, HELD, PADDING
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
 def _encoder(arranged: Callable[[Any, Tensor], Tensor], pooled: bool = True) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from deciding import decide
+from checks import decide
 from models import block, made, parameter, wide
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,8 +16,6 @@ import fasp_fx
 from fasp_fx.calibration import decided
 from fasp_fx.pruning import PruningConfig
 from fasp_fx.pruning.check._check import restricted
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
 def data(width: int, count: int = 8, rows: int = 64) -> list[Tensor]:

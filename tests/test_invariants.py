@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import Decoder, Spec, build, tokens
+from models import Decoder, Spec, build, tokens
 from torch import nn
 
 import fasp_fx
 from fasp_fx.testing import check_program
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 SPEC = Spec(
     layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope"

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import fasp_fx
 from fasp_fx.testing import check_program
 
-pytestmark = pytest.mark.usefixtures("no_files", "shared_captures")
+pytestmark = pytest.mark.usefixtures("no_files")
 
 IMAGE = torch.randn(2, 3, 8, 8)
 

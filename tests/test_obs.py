@@ -33,8 +33,6 @@ from fasp_fx.calibration import (
 )
 from fasp_fx.calibration._consumers import _column_costs
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 DAMPING = 1e-2
 
 

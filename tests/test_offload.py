@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 import torch
 from elsewhere_runs import CASES
-from models import block, wide
-from tiny_llama import make_model
+from models import block, make_model, wide
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -29,8 +28,6 @@ from fasp_fx.base import Scratch, addresses, keep, keep_values, keep_weights, of
 from fasp_fx.base._offload import _SCRATCH, FILE_BYTES, SMALLEST, mapped_bytes
 from fasp_fx.capturing import Runner
 from fasp_fx.errors import ArgumentError, OffloadError
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 BATCHES = [torch.arange(64).reshape(2, 32) * step % 97 for step in (3, 5, 7)]
 

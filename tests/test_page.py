@@ -17,8 +17,6 @@ from fasp_fx.interop import write_page
 from fasp_fx.interop.page import to_html
 from fasp_fx.pruning import COUNTED, Figure, Line, Report
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 LAYERS = 30
 EMBEDDING = "aten.embedding.default cannot lose positions along this dimension"
 HOSTILE = "</script><img src=x onerror='window.hacked=1'><b>@@data@@&lt;\u2028"
@@ -84,9 +82,9 @@ def decoder(layers: int = LAYERS) -> Report:
 
 
 def test_an_analysis_is_shown_as_far_as_there_is_something(
-    zoo_analysis: Callable[[str], fasp_fx.Analysis],
+    llama: fasp_fx.Captured,
 ) -> None:
-    analysis = zoo_analysis("llama_gqa")
+    analysis = fasp_fx.analyze(llama)
     data = json.loads(re.search(r'id="data">(.*?)</script>', to_html(analysis, "Llama"), re.S)[1])  # type: ignore[index]
     assert [group["name"] for group in data["groups"]] == [group.name for group in analysis.groups]
     assert not data["pruned"]
@@ -262,8 +260,8 @@ def test_hostile_names_stay_text(show: Open) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_removed_and_no_groups(show: Open, zoo_analysis: Callable[[str], fasp_fx.Analysis]) -> None:
+def test_nothing_removed_and_no_groups(show: Open, llama: fasp_fx.Captured) -> None:
     tab = show(Report(0.0, None, (0, 0), (0, 0), ()))
     assert tab.inner_text("#count") == "0 of 0 groups"
-    tab = show(zoo_analysis("llama_gqa"))
+    tab = show(fasp_fx.analyze(llama))
     assert tab.locator(".is, .gauge-box").count() == 0

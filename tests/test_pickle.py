@@ -15,14 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import block, wide
-from refusal import X
+from models import X, block, wide
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fasp_fx
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 _READ = """
 import pickle, sys, torch

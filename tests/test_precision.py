@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from refusal import Vectors
+from models import Vectors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,8 +15,6 @@ import fasp_fx
 from fasp_fx.base import float32_products
 from fasp_fx.calibration import Columns
 from fasp_fx.capturing._attention import execute
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 BATCHES = [torch.randn(64, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 OWN = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)

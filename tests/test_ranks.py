@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import rank
 import torch
-from tiny_llama import make_model
+from models import make_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 

@@ -9,15 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import block, made, wide
+from models import block, made, randomise, wide
 from torch import nn
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.pruning import Figure, Line, Report
 from fasp_fx.pruning._report import COLUMNS
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
 def _normed() -> nn.Module:

@@ -12,19 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoders import Spec, build, tokens
 from hypothesis import given
 from hypothesis import strategies as st
-from models import made, wide
+from models import Spec, build, made, randomise, tokens, wide
 from torch import Tensor, nn
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.calibration import Problem, ridge
 from fasp_fx.calibration import _restoration as restoration
 from fasp_fx.calibration._restoration import GRID
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 SPEC = Spec(
     layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope"

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deciding import decide
-from models import made
+from checks import decide
+from models import Vectors, made
 from rank import llama, tokens
-from refusal import Vectors
 from torch import nn
 
 import fasp_fx
@@ -22,8 +21,6 @@ import fasp_fx.hf
 from fasp_fx.calibration import Decision, Ledger, _repair, _visit
 from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.pruning import PruningConfig
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "best, with drift": {"quality": "best"},

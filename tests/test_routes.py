@@ -12,15 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import made
+from models import made, randomise
 from oracle import error, zeroed
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from zoo import randomise
 
 import fasp_fx
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 #: for the same arithmetic in another order
 CLOSE = 1e-5

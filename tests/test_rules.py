@@ -10,17 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import block, made, parameter
+from models import Vectors, block, made, parameter, randomise
 from oracle import assert_mask_exact
-from refusal import Vectors
 from torch import Tensor, nn
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.patterns import register, unregister
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 OPS = torch.ops.fasp_fx_tests
 

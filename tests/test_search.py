@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deciding import decide
+from checks import decide
+from corpus.forking import Forks, X
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from models import ZOO
 from test_costs import Linear
-from test_submodules import Forks, X
 from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
-from zoo import ZOO
 
 import fasp_fx
 import fasp_fx.hf
@@ -38,8 +38,6 @@ from fasp_fx.errors import ArgumentError
 from fasp_fx.pruning import Method
 from fasp_fx.pruning._measuring import Measurement
 from fasp_fx.pruning._prune import PROGRESS_SHARE_MEASURING
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 TOKENS, WIDTH = 20, 8
 
@@ -444,13 +442,11 @@ def test_parts_are_searched_together() -> None:
     assert abs(result.report.sparsity - 0.3) < 0.05
 
 
-def test_models_that_cannot_be_searched_are_refused(zoo_captured: Any) -> None:
+def test_models_that_cannot_be_searched_are_refused(llama: Any) -> None:
     with pytest.raises(ArgumentError, match=r"allocation by trial cannot be had in the format 'plain'"):
         fasp_fx.hf.prune(ZOO["llama_gqa"].build(), format="plain", calibration=iter(()), allocation="search")
     with pytest.raises(ArgumentError, match=r"cannot try .* which no weight reads; exclude it"):
-        fasp_fx.prune(
-            zoo_captured("llama_gqa"), calibration=iter(()), allocation="search", include=("exempt",)
-        )
+        fasp_fx.prune(llama, calibration=iter(()), allocation="search", include=("exempt",))
     with pytest.raises(ArgumentError, match="a sparsity for each pattern is an allocation by itself"):
         fasp_fx.PruningConfig(allocation="search", sparsity={"*": 0.3})
 

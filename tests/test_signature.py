@@ -15,10 +15,9 @@ import numpy
 import pytest
 import torch
 import transformers
-from models import block, made, wide
+from models import TwoLayers, block, made, randomise, wide
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
-from zoo import TwoLayers, randomise
 
 import fasp_fx
 from fasp_fx.capturing._signature import check_constant

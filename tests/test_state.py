@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import block, made, wide
+from models import BATCH, Vectors, X, block, made, randomise, wide
 from oracle import zeroed
-from refusal import BATCH, Vectors, X
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import randomise
 
 import fasp_fx
 

@@ -15,8 +15,6 @@ import fasp_fx
 from fasp_fx.calibration import GroupColumns, GroupScore, Order, SplitGram, is_few, whole
 from fasp_fx.calibration._statistics import FEW, HELD, PADDING
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 def net() -> nn.Module:
     """Two coupled groups in a row."""

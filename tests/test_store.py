@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import block, wide
-from refusal import X
+from models import X, block, wide
 from saved import Mode, Small, forge, small_result
 from torch import Tensor, nn
 
@@ -22,7 +21,6 @@ from fasp_fx.storage import MANIFEST
 from fasp_fx.storage._folder import FORMAT
 
 pytestmark = [
-    pytest.mark.usefixtures("shared_captures"),
     pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),
 ]
 

@@ -14,8 +14,6 @@ from fasp_fx import ArgumentError, CalibrationError
 from fasp_fx.cli._models import sample, start_token
 from fasp_fx.hf import perplexity
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:

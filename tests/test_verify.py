@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoders import Spec, build, tokens
+from models import Spec, build, tokens
 from torch import fx
 
 import fasp_fx
 from fasp_fx.analysis import Analysis, analyze_program
 from fasp_fx.capturing import Program, attribute, capture, set_weight
 from fasp_fx.passes import _run, remove, split_fused, verify
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 ATEN = torch.ops.aten
 Change = Callable[[Program, Analysis, str], None]

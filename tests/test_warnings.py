@@ -8,13 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import made
-from refusal import Vectors, X
+from models import Vectors, X, made
 from torch import Tensor, nn
 
 import fasp_fx
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
 def _ending(end: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -17,8 +17,6 @@ from torch.nn import functional
 
 import fasp_fx
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 WIDE = torch.float64
 
 

@@ -27,48 +27,49 @@ def signature(case: Case) -> None:
     those of the caller's model.
     """
     dense = case.run(case.dense, (case.args, case.kwargs))
-    found = case.run(case.result.module, (case.args, case.kwargs))
+    output = case.run(case.result.module, (case.args, case.kwargs))
     hold(
-        pytree.tree_structure(found) == pytree.tree_structure(dense),
-        f"the output is {pytree.tree_structure(found)} instead of {pytree.tree_structure(dense)}",
+        pytree.tree_structure(output) == pytree.tree_structure(dense),
+        f"the output is {pytree.tree_structure(output)} instead of {pytree.tree_structure(dense)}",
     )
     if isinstance(case.model, nn.Module):
         before, after = inspect.signature(case.model.forward), inspect.signature(case.result.module.forward)
         hold(_outline(before) == _outline(after), f"forward{after} instead of forward{before}")
-        _by_keyword(case, before, found)
+        _by_keyword(case, before, output)
         _constants_are_refused(case, before)
     for call in case.calls:
-        given, expected = call_result(case, case.result, call), case.run(case.dense, call)
-        if given is not None:
-            for a, b in zip(pytree.tree_leaves(given), pytree.tree_leaves(expected), strict=True):
+        result_output, expected = call_result(case, case.result, call), case.run(case.dense, call)
+        if result_output is not None:
+            for a, b in zip(pytree.tree_leaves(result_output), pytree.tree_leaves(expected), strict=True):
                 hold(
                     not isinstance(a, Tensor) or a.dtype == b.dtype,
                     f"on inputs {shapes(call)} an output has type {getattr(a, 'dtype', type(a))}",
                 )
 
 
-def _outline(found: inspect.Signature) -> list[tuple[str, Any, bool]]:
-    return [(p.name, p.kind, p.default is not inspect.Parameter.empty) for p in found.parameters.values()]
+def _outline(outlined: inspect.Signature) -> list[tuple[str, Any, bool]]:
+    return [(p.name, p.kind, p.default is not inspect.Parameter.empty) for p in outlined.parameters.values()]
 
 
-def _by_keyword(case: Case, given: inspect.Signature, expected: Any) -> None:
-    kinds = {name: parameter.kind for name, parameter in given.parameters.items()}
+def _by_keyword(case: Case, signature: inspect.Signature, expected: Any) -> None:
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
     unnamed = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL}
     if unnamed & set(kinds.values()):
         return
     keywords: dict[str, Any] = {}
-    for name, value in given.bind(*case.args, **case.kwargs).arguments.items():
+    for name, value in signature.bind(*case.args, **case.kwargs).arguments.items():
         keywords |= value if kinds[name] is inspect.Parameter.VAR_KEYWORD else {name: value}
-    found = case.run(case.result.module, ((), keywords))
+    output = case.run(case.result.module, ((), keywords))
     hold(
-        error(found, expected) == 0.0, f"called by keyword ({', '.join(keywords)}) it computes something else"
+        error(output, expected) == 0.0,
+        f"called by keyword ({', '.join(keywords)}) it computes something else",
     )
 
 
-def _constants_are_refused(case: Case, given: inspect.Signature) -> None:
+def _constants_are_refused(case: Case, signature: inspect.Signature) -> None:
     """An argument without tensors is part of the program: another value has to be refused, never ignored."""
     for name, value in case.kwargs.items():
-        default = given.parameters[name].default if name in given.parameters else None
+        default = signature.parameters[name].default if name in signature.parameters else None
         if not isinstance(value, bool) or default is not inspect.Parameter.empty:
             continue
         refused(
@@ -81,10 +82,10 @@ def _constants_are_refused(case: Case, given: inspect.Signature) -> None:
 def recorded_shapes(case: Case) -> None:
     """The shape recorded at every node is the one that is executed."""
     program: ExportedProgram = case.result.program
-    own = iter(pytree.tree_leaves(case.captured.flat_inputs(case.args, case.kwargs)))
-    held = {**program.constants, **program.state_dict}
+    leaves = iter(pytree.tree_leaves(case.captured.flat_inputs(case.args, case.kwargs)))
+    tensors = {**program.constants, **program.state_dict}
     inputs = [
-        next(own) if spec.kind == InputKind.USER_INPUT else held[str(spec.target)]
+        next(leaves) if spec.kind == InputKind.USER_INPUT else tensors[str(spec.target)]
         for spec in program.graph_signature.input_specs
     ]
     runner = _Runner(program)
@@ -102,18 +103,18 @@ class _Runner(fx.Interpreter):
         self.checked = 0
 
     def run_node(self, n: fx.Node) -> Any:
-        found = super().run_node(n)
+        value = super().run_node(n)
         recorded = n.meta.get("val") if n.op != "output" else None
-        leaves = () if recorded is None else zip(*map(pytree.tree_leaves, (recorded, found)), strict=True)
+        leaves = () if recorded is None else zip(*map(pytree.tree_leaves, (recorded, value)), strict=True)
         for expected, actual in leaves:
             if isinstance(expected, Tensor):
                 self._compare(n, expected, actual)
-        return found
+        return value
 
-    def _compare(self, node: fx.Node, recorded: Tensor, found: Tensor) -> None:
-        sizes = zip(recorded.shape, found.shape, strict=True)
+    def _compare(self, node: fx.Node, recorded: Tensor, value: Tensor) -> None:
+        sizes = zip(recorded.shape, value.shape, strict=True)
         expected = [self._size(node, size, actual) for size, actual in sizes], recorded.dtype
-        actual = list(found.shape), found.dtype
+        actual = list(value.shape), value.dtype
         hold(expected == actual, f"node '{node.name}' ({node.target}) records {expected} and has {actual}")
         self.checked += 1
 
@@ -129,16 +130,16 @@ class _Runner(fx.Interpreter):
 def ties_stay(case: Case) -> None:
     """Parameters that were one are one, under all their names."""
     named = list(case.dense.named_parameters(remove_duplicate=False))
-    alike = [[name for name, other in named if other is own] for own in case.dense.parameters()]
+    alike = [[name for name, other in named if other is parameter] for parameter in case.dense.parameters()]
     tied = [group for group in alike if len(group) > 1]
     if not tied:
         raise Skipped("no weights are tied")
     for result in (case.result, case.untouched):
-        found = dict(result.module.named_parameters(remove_duplicate=False))
+        parameters = dict(result.module.named_parameters(remove_duplicate=False))
         for group in tied:
-            present = [name for name in group if name in found]
+            present = [name for name in group if name in parameters]
             hold(
-                len({id(found[name]) for name in present}) <= 1,
+                len({id(parameters[name]) for name in present}) <= 1,
                 f"{', '.join(present)} were one parameter and are several",
             )
             hold(
@@ -222,9 +223,9 @@ def _copies(case: Case, module: nn.Module, expected: Any) -> None:
     if len(kinds) != 1:
         return
     other = torch.float64 if kinds == {torch.float32} else torch.float32
-    (own,) = kinds
+    (dtype,) = kinds
     moved = pytree.tree_map(
-        lambda leaf: leaf.to(other) if isinstance(leaf, Tensor) and leaf.dtype == own else leaf,
+        lambda leaf: leaf.to(other) if isinstance(leaf, Tensor) and leaf.dtype == dtype else leaf,
         (case.args, case.kwargs),
     )
     try:
@@ -234,8 +235,8 @@ def _copies(case: Case, module: nn.Module, expected: Any) -> None:
     if not all(leaf.dtype == other for leaf in floats(dense)):
         return
     try:
-        found = case.run(copied.to(other), moved)
+        output = case.run(copied.to(other), moved)
     except tolerable(Exception) as problem:
         raise Violation(f"in {other} it does not run: {problem}") from problem
-    as_before = [leaf.to(own) for leaf in floats(found)]
+    as_before = [leaf.to(dtype) for leaf in floats(output)]
     hold(error(as_before, floats(expected)) <= 1e-3, f"in {other} it computes something else")

@@ -56,11 +56,11 @@ class Case:
 
     def __post_init__(self) -> None:
         self.worst, self.seen, self.compared = 0.0, float("inf"), 0
-        given = self.options.items()
-        self.capture_options = {name: value for name, value in given if name in ("dynamic_shapes", "state")}
-        self.prune_options = {name: value for name, value in given if name not in self.capture_options}
+        options = self.options.items()
+        self.capture_options = {name: value for name, value in options if name in ("dynamic_shapes", "state")}
+        self.prune_options = {name: value for name, value in options if name not in self.capture_options}
         self.choice: dict[str, Any] = {
-            name: tuple(value) for name, value in given if name in ("granularity", "include")
+            name: tuple(value) for name, value in options if name in ("granularity", "include")
         }
         self.before = {name: tensor.detach().clone() for name, tensor in tensors_of(self.dense).items()}
 
@@ -76,11 +76,11 @@ class Case:
 
         That the latter computes what the model does is a check of its own.
         """
-        own = {*tensors_of(self.dense)}
+        names = {*tensors_of(self.dense)}
         cut = {
             member.name for group in self.analysis.chosen for member in (*group.producers, *group.consumers)
         }
-        return self.dense if not self.captured.folds and cut <= own else callable_of(self.untouched.module)
+        return self.dense if not self.captured.folds and cut <= names else callable_of(self.untouched.module)
 
     @cached_property
     def analysis(self) -> Analysis:
@@ -91,9 +91,9 @@ class Case:
 
     def apply(self, plan: PruningPlan, model: Any = None) -> fasp_fx.Result:
         """Replay a plan on the model, or on another."""
-        given = () if model is None else (self.args, self.kwargs)
+        example = () if model is None else (self.args, self.kwargs)
         options = {} if model is None else self.capture_options
-        return fasp_fx.apply(self.once if model is None else model, plan, *given, **options)
+        return fasp_fx.apply(self.once if model is None else model, plan, *example, **options)
 
     @cached_property
     def once(self) -> fasp_fx.Captured:
@@ -169,14 +169,14 @@ class Case:
         """The example, and calls of other shapes, and of tensors that lie otherwise, which the dense model
         takes.
         """
-        found: list[Call] = [(self.args, self.kwargs)]
-        for call in [*self.others, pytree.tree_map_only(Tensor, _turned, found[0]), *_resized(found[0])]:
+        calls: list[Call] = [(self.args, self.kwargs)]
+        for call in [*self.others, pytree.tree_map_only(Tensor, _turned, calls[0]), *_resized(calls[0])]:
             try:
                 self.run(self.dense, call)
             except tolerable(Exception):
                 continue
-            found.append(call)
-        return found
+            calls.append(call)
+        return calls
 
     @cached_property
     def times(self) -> int:
@@ -234,12 +234,12 @@ def _resize(call: Call, changes: dict[int, tuple[int, int]]) -> Call:
 @contextmanager
 def rewinding(module: nn.Module) -> Iterator[None]:
     """Afterwards the buffers of a module hold what they held before."""
-    held = [(buffer, copied(buffer.detach())) for buffer in module.buffers()]
+    buffers = [(buffer, copied(buffer.detach())) for buffer in module.buffers()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, before in held:
+            for buffer, before in buffers:
                 if not alike(buffer, before):
                     # A write of the same is a write to those who count them.
                     buffer.copy_(before)
@@ -297,7 +297,7 @@ def draw_sets(analysis: Analysis, random: np.random.Generator) -> np.ndarray:
     groups = [group for group in analysis.chosen if group.width > 1 and group.most_lost(1)]
     sure = int(random.integers(len(groups))) if groups else -1
     for index, group in enumerate(groups):
-        count = _draw_count(group.most_lost(1), group.multiple, index == sure, random)
+        count = _draw_count(group.most_lost(1), group.multiple, int(index == sure), random)
         if not group.needed and random.integers(2):
             count = group.width
         for block in np.unique(group.block_of):
@@ -314,15 +314,15 @@ def draw_part(analysis: Analysis, chosen: np.ndarray, random: np.random.Generato
         blocks = [
             group.sets[(group.block_of == block) & chosen[group.sets]] for block in np.unique(group.block_of)
         ]
-        count = _draw_count(len(blocks[0]), group.multiple, index == sure, random)
+        count = _draw_count(len(blocks[0]), group.multiple, int(index == sure), random)
         if count == group.width - 1 and len(blocks[0]) == group.width:
             count = group.width  # a dimension of one channel is none that a second step could take it from
-        for own in blocks:
-            part[random.choice(own, count, replace=False)] = True
+        for block in blocks:
+            part[random.choice(block, count, replace=False)] = True
     return part
 
 
-def _draw_count(most: int, step: int, some: bool, random: np.random.Generator) -> int:
-    """``most``, or less by a multiple of ``step``; 0 unless ``some`` have to go."""
+def _draw_count(most: int, step: int, least: int, random: np.random.Generator) -> int:
+    """``most``, or less by a multiple of ``step``; 0 unless the ``least`` number of steps is 1."""
     steps = -(-most // step)
-    return max(most - step * (steps - int(random.integers(int(some), steps + 1))), 0)
+    return max(most - step * (steps - int(random.integers(least, steps + 1))), 0)

@@ -20,16 +20,22 @@ JOINS = ("cat", "add", "mul")
 ROWS: tuple[Layout, ...] = ("vector", "sequence")
 
 
-@dataclass(frozen=True, repr=False)
-class Linear(Block):
-    """A linear layer to ``width`` channels."""
+class Widened(Block):
+    """A block over rows that leads to ``width`` channels."""
 
     width: int
-    bias: bool = True
     layouts = ROWS
 
     def behind(self, shape: Shape) -> Shape:
         return shape.wide(self.width)
+
+
+@dataclass(frozen=True, repr=False)
+class Linear(Widened):
+    """A linear layer to ``width`` channels."""
+
+    width: int
+    bias: bool = True
 
     def module(self, shape: Shape) -> nn.Module:
         return nn.Linear(shape.channels, self.width, self.bias)
@@ -158,7 +164,7 @@ def _silu_gate(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, repr=False)
-class Gated(Block):
+class Gated(Widened):
     """``silu(gate(x)) * up(x)`` to ``width`` channels; ``form``: two ``separate`` weights, one cut by
     ``chunk``, or one through torch's ``glu``.
     """
@@ -166,11 +172,7 @@ class Gated(Block):
     width: int
     form: str = "separate"
     bias: bool = False
-    layouts = ROWS
     choices: ClassVar = {"form": tuple(_GATES)}
-
-    def behind(self, shape: Shape) -> Shape:
-        return shape.wide(self.width)
 
     def module(self, shape: Shape) -> nn.Module:
         names, width = (
@@ -188,7 +190,7 @@ _TIED: dict[str, Any] = {
 
 
 @dataclass(frozen=True, repr=False)
-class Tied(Block):
+class Tied(Widened):
     """One weight used twice, to ``width`` channels.
 
     ``repeat``: a square linear layer applied twice, then one to ``width``; ``pair``: two branches through one
@@ -198,18 +200,17 @@ class Tied(Block):
 
     width: int
     form: str = "repeat"
-    layouts = ROWS
     choices: ClassVar = {"form": tuple(_TIED)}
 
     def behind(self, shape: Shape) -> Shape:
-        return shape if self.form == "transpose" else shape.wide(self.width)
+        return shape if self.form == "transpose" else super().behind(shape)
 
     def module(self, shape: Shape) -> nn.Module:
         channels, width = shape.channels, self.width
         if self.form == "repeat":
-            parts = {"again": nn.Linear(channels, channels), "out": nn.Linear(channels, width)}
-        else:
-            parts = {"up": nn.Linear(channels, width)}
+            again, out = nn.Linear(channels, channels), nn.Linear(channels, width)
+            return Assembled(_TIED[self.form], again=again, out=out)
+        parts = {"up": nn.Linear(channels, width)}
         if self.form == "pair":
             parts |= {"down": nn.Linear(width, width), "up_again": nn.Linear(channels, width)}
             parts["down_again"] = nn.Linear(width, width)
@@ -262,10 +263,10 @@ class Residual(Block):
     body: tuple[Block, ...]
 
     def behind(self, shape: Shape) -> Shape:
-        found = after(self.body, shape)
-        if (found.layout, found.sizes) != (shape.layout, shape.sizes):
-            raise self.refuse(shape, f"the body leads to {found}")
-        return found
+        result = after(self.body, shape)
+        if (result.layout, result.sizes) != (shape.layout, shape.sizes):
+            raise self.refuse(shape, f"the body leads to {result}")
+        return result
 
     def module(self, shape: Shape) -> nn.Module:
         wide = self.result(shape).channels
@@ -296,19 +297,18 @@ class _Joined(Block):
         return [shape] * len(self.bodies)
 
     def behind(self, shape: Shape) -> Shape:
-        given = zip(self.bodies, self.entries(shape), strict=True)
-        found = joined([after(body, entry) for body, entry in given], self.join)
-        if isinstance(found, str):
-            raise self.refuse(shape, f"parts {found}")
-        return found
+        bodies = zip(self.bodies, self.entries(shape), strict=True)
+        result = joined([after(body, entry) for body, entry in bodies], self.join)
+        if isinstance(result, str):
+            raise self.refuse(shape, f"parts {result}")
+        return result
 
     def module(self, shape: Shape) -> nn.Module:
         def join_parts(m: Any, x: Tensor) -> Tensor:
             parts = zip(m.bodies, self.parts(x, shape), strict=True)
             return join([body(part) for body, part in parts], self.join, shape.channel_dim)
 
-        given = zip(self.bodies, self.entries(shape), strict=True)
-        bodies = nn.ModuleList(sequence(body, entry) for body, entry in given)
+        bodies = nn.ModuleList(map(sequence, self.bodies, self.entries(shape)))
         return Assembled(join_parts, bodies=bodies)
 
     def parts(self, x: Tensor, shape: Shape) -> Sequence[Tensor]:
@@ -357,10 +357,10 @@ class Split(_Joined):
 
     def parts(self, x: Tensor, shape: Shape) -> Sequence[Tensor]:
         dim, sizes = shape.channel_dim % x.dim(), self.sizes(shape)
-        if self.how == "chunk":
-            return x.chunk(len(sizes), dim)
-        if self.how == "split":
-            return x.split(sizes, dim)
-        if self.how == "unbind":
-            return x.unflatten(dim, (len(sizes), sizes[0])).unbind(dim)
-        return [x.narrow(dim, sum(sizes[:index]), size) for index, size in enumerate(sizes)]
+        ways = {
+            "chunk": lambda: x.chunk(len(sizes), dim),
+            "split": lambda: x.split(sizes, dim),
+            "unbind": lambda: x.unflatten(dim, (len(sizes), sizes[0])).unbind(dim),
+            "slice": lambda: [x.narrow(dim, sum(sizes[:index]), size) for index, size in enumerate(sizes)],
+        }
+        return ways[self.how]()

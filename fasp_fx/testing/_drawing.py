@@ -54,12 +54,15 @@ WIDEST = 12
 
 @dataclass(frozen=True)
 class Limits:
-    """What may be drawn: the kinds of blocks, how deep they nest, and whether sizes must stay."""
+    """What may be drawn: the kinds of blocks, how deep they nest, and whether sizes must stay,
+    and the last layer is the embedding.
+    """
 
     kinds: tuple[str, ...]
     depth: int = 1
     keep: bool = False
     longest: int = 3
+    tied: bool = False
 
     def inside(self) -> Limits:
         """The limits inside a block."""
@@ -91,23 +94,23 @@ def dense(draw: st.DrawFn, shape: Shape, channels: int | None = None) -> Block:
 
 def body(draw: st.DrawFn, shape: Shape, limits: Limits, channels: int | None = None) -> tuple[Block, ...]:
     """A dense layer and what follows; with ``channels``, it ends with that many."""
-    found = [dense(draw, shape)]
-    found += more(draw, found[0].result(shape), limits)
-    if channels is not None and after(tuple(found), shape).channels != channels:
-        found.append(dense(draw, after(tuple(found), shape), channels))
-    return tuple(found)
+    blocks = [dense(draw, shape)]
+    blocks += more(draw, blocks[0].result(shape), limits)
+    if channels is not None and after(tuple(blocks), shape).channels != channels:
+        blocks.append(dense(draw, after(tuple(blocks), shape), channels))
+    return tuple(blocks)
 
 
 def more(draw: st.DrawFn, shape: Shape, limits: Limits) -> list[Block]:
     """Blocks one after another, often none."""
-    found: list[Block] = []
-    while draw(st.integers(0, 2 if len(found) < limits.longest else 0)):
+    blocks: list[Block] = []
+    while draw(st.integers(0, 2 if len(blocks) < limits.longest else 0)):
         # The last one is drawn too: without a block, every other choice stays in place.
         fitting = [kind for kind in limits.kinds if fits(kind, shape, limits)]
         block = DRAWERS[draw(st.sampled_from(fitting))](draw, shape, limits)
-        found.append(block)
+        blocks.append(block)
         shape = block.result(shape)
-    return found
+    return blocks
 
 
 #: the classes of the kinds that do not follow every layout

@@ -27,11 +27,11 @@ def mask_exact(case: Case) -> None:
     """The pruned program equals the dense one with the removed entries of every consumer's input at zero."""
     hold(bool(case.plan.groups), "the plan removes nothing, although channels were chosen")
     for call in case.calls:
-        found = call_result(case, case.result, call)
-        if found is None:
+        output = call_result(case, case.result, call)
+        if output is None:
             continue
         expected, dense = case.run(case.masked, call), case.run(case.dense, call)
-        wrong = error(found, expected)
+        wrong = error(output, expected)
         case.worst, case.compared = max(case.worst, wrong), case.compared + 1
         case.seen = min(case.seen, error(expected, dense))
         hold(
@@ -64,11 +64,11 @@ def shapes(call: Call) -> str:
 def nothing_removed(case: Case) -> None:
     """Removing nothing returns a program bit-equal to the captured one, with the caller's weights."""
     result, program = case.untouched, case.captured
-    found = pytree.tree_leaves(case.run(result.module, (case.args, case.kwargs)))
+    leaves = pytree.tree_leaves(case.run(result.module, (case.args, case.kwargs)))
     expected = pytree.tree_leaves(
         case.run(program.module, (tuple(program.flat_inputs(case.args, case.kwargs)), {}))
     )
-    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+    for index, (a, b) in enumerate(zip(leaves, expected, strict=True)):
         same = (
             torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
             if isinstance(a, Tensor)
@@ -115,7 +115,7 @@ def _partition(case: Case) -> None:
             f"group '{group.name}' counts {group.size} channel sets but holds {len(np.unique(group.sets))}",
         )
     for planned in case.plan.groups:
-        own: dict[tuple[str, int], set[int]] = {}
+        sets: dict[tuple[str, int], set[int]] = {}
         for part in (*planned.producers, *planned.consumers):
             hold(part.name in tensors, f"the plan names '{part.name}', which the model does not have")
             size = tensors[part.name].shape[part.dim]
@@ -124,8 +124,8 @@ def _partition(case: Case) -> None:
                 inside = all(0 <= index < size for index in removed)
                 hold(inside, f"{part} is out of range: the dimension has {size}")
             if part.block_dim is None:
-                own[part.name, part.dim] = set(part.by_block()[0])
-        for place, indices in own.items():
+                sets[part.name, part.dim] = set(part.by_block()[0])
+        for place, indices in sets.items():
             taken = seen.setdefault(place, set())
             hold(not taken & indices, f"two groups remove the same index of {place}")
             taken |= indices
@@ -133,14 +133,14 @@ def _partition(case: Case) -> None:
 
 def _weights_are_slices(case: Case) -> None:
     """Every weight of the result is the model's without what the plan lists."""
-    tensors, found = tensors_of(case.reference), tensors_of(case.result.module)
+    tensors, pruned = tensors_of(case.reference), tensors_of(case.result.module)
     masks = {name: torch.ones(tensor.shape, dtype=torch.bool) for name, tensor in tensors.items()}
     for part in (part for group in case.plan.groups for part in (*group.producers, *group.consumers)):
         left = kept(tensors[part.name].detach().cpu(), part)
         for name in (name for name, tensor in tensors.items() if tensor is tensors[part.name]):
             masks[name] &= left
     pieces = {split.name: split for split in case.result.plan.splits}
-    for name, tensor in found.items():
+    for name, tensor in pruned.items():
         whole = pieces[name].source if name in pieces else name
         if whole not in tensors:
             continue
@@ -198,11 +198,11 @@ def two_steps(case: Case) -> None:
         f"two steps lead to other weights than one; first\n{first.plan}\nthen\n{case.plan_of(rest)}",
     )
     call = case.calls[-1]
-    found, expected = call_result(case, second, call), call_result(case, at_once, call)
-    if found is not None and expected is not None:
+    output, expected = call_result(case, second, call), call_result(case, at_once, call)
+    if output is not None and expected is not None:
         hold(
-            error(found, expected) <= case.tolerance,
-            f"two steps compute something else than one: {error(found, expected):.2e}",
+            error(output, expected) <= case.tolerance,
+            f"two steps compute something else than one: {error(output, expected):.2e}",
         )
 
 
@@ -231,7 +231,7 @@ def unseen_operator(case: Case) -> None:
     """
     program = case.captured.copy()
     module: fx.GraphModule = program.module
-    nodes: list[fx.Node] = [node for node, given in _activations(module.graph) if given.dim() > 1]
+    nodes: list[fx.Node] = [node for node, value in _activations(module.graph) if value.dim() > 1]
     if not nodes:
         raise Skipped("no node of the graph has a floating-point activation")
     for index in sorted({int(case.random.integers(len(nodes))) for _ in range(2)}):
@@ -253,9 +253,9 @@ def unseen_operator(case: Case) -> None:
     case.run(module, (inputs, {}))
     before = list(_seen)
     _seen.clear()
-    found = case.run(result.module, (inputs, {}))
+    output = case.run(result.module, (inputs, {}))
     hold(before == _seen, f"the operator saw {before} in the dense program and sees {_seen}")
-    wrong = error(found, case.run(Masked(module, result.plan), (inputs, {})))
+    wrong = error(output, case.run(Masked(module, result.plan), (inputs, {})))
     hold(
         wrong <= case.tolerance,
         f"behind an unseen operator the error against the masked dense model is {wrong:.2e};"

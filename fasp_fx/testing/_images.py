@@ -41,11 +41,11 @@ class Conv(Block):
         return Shape("image", self.channels, tuple(sizes))
 
     def module(self, shape: Shape) -> nn.Module:
-        given = (shape.channels, self.channels, self.kernel, self.stride, self.kernel // 2)
+        geometry = (shape.channels, self.channels, self.kernel, self.stride, self.kernel // 2)
         groups = shape.channels if self.depthwise else self.groups
         if self.transposed:
-            return shape.kind_of("ConvTranspose")(*given, self.stride - 1, groups, self.bias)
-        return shape.kind_of("Conv")(*given, groups=groups, bias=self.bias)
+            return shape.kind_of("ConvTranspose")(*geometry, self.stride - 1, groups, self.bias)
+        return shape.kind_of("Conv")(*geometry, groups=groups, bias=self.bias)
 
 
 @dataclass(frozen=True, repr=False)

@@ -85,12 +85,12 @@ class Attention(Block):
         if self.projection == "interleaved":
             parts = m.qkv(x).view(batch, tokens, self.kv_heads, self.repeat + 2, d)
             queries = parts[..., :-2, :].reshape(batch, tokens, self.heads, d)
-            found: tuple[Tensor, ...] = (queries, parts[..., -2, :], parts[..., -1, :])
+            projected: tuple[Tensor, ...] = (queries, parts[..., -2, :], parts[..., -1, :])
         else:
             separate = self.projection == "separate"
             flat = (m.q(x), m.k(x), m.v(x)) if separate else m.qkv(x).split([q, kv, kv], dim=-1)
-            found = tuple(part.view(batch, tokens, -1, d) for part in flat)
-        return tuple(part.transpose(1, 2) for part in found)
+            projected = tuple(part.view(batch, tokens, -1, d) for part in flat)
+        return tuple(part.transpose(1, 2) for part in projected)
 
     def share(self, x: Tensor) -> Tensor:
         """Give every query head its key or value head."""
@@ -109,7 +109,7 @@ class Attention(Block):
             angles = torch.arange(tokens, device=x.device)[:, None] * m.frequencies
             pairs = self.positions == "rope_pairs"
             angles = angles.repeat_interleave(2, dim=-1) if pairs else torch.cat([angles, angles], dim=-1)
-            q, k = (_rotate(part, angles.cos(), angles.sin(), pairs) for part in (q, k))
+            q, k = (_rotate(part, angles.cos(), angles.sin(), self.positions) for part in (q, k))
         native = self.kernel == "sdpa" and self.sharing == "native"
         if self.repeat > 1 and not native:
             k, v = self.share(k), self.share(v)
@@ -123,8 +123,8 @@ class Attention(Block):
         return m.out(mixed.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
-    if pairs:  # neighbours turn together
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: str) -> Tensor:
+    if positions == "rope_pairs":  # neighbours turn together
         turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
     else:  # the halves turn together
         first, second = x.chunk(2, dim=-1)

@@ -119,10 +119,10 @@ class Net(Spec):
         Raises:
             ArgumentError: they do not fit together.
         """
-        found = joined([source.shape() for source in self.inputs], self.join)
-        if isinstance(found, str):
-            raise ArgumentError(f"inputs {found}")
-        return found
+        shape = joined([source.shape() for source in self.inputs], self.join)
+        if isinstance(shape, str):
+            raise ArgumentError(f"inputs {shape}")
+        return shape
 
     def shapes(self) -> list[Shape]:
         """The shapes of the outputs.
@@ -190,14 +190,18 @@ class NetModule(nn.Module):
 
     def run(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
         """The outputs for these inputs, however many they are."""
-        entered = [entry(given) for entry, given in zip(self.entries, inputs, strict=True)]
+        entered = [entry(value) for entry, value in zip(self.entries, inputs, strict=True)]
         x = self.blocks(join(entered, self.spec.join, self.channel_dim))
         if self.spec.tied:
             return self.head(x)
-        found = tuple(head(x) for head in self.heads)
-        if not found:
+        outputs = tuple(head(x) for head in self.heads)
+        if not outputs:
             return x
-        return {f"output_{index}": output for index, output in enumerate(found)} if self.spec.named else found
+        return (
+            {f"output_{index}": output for index, output in enumerate(outputs)}
+            if self.spec.named
+            else outputs
+        )
 
     def forward(self, first: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
         return self.run(first)

@@ -123,20 +123,19 @@ class Remember(Odd):
 
     def remembered(self, m: Any, x: Tensor) -> Tensor:
         """What is made of a tensor and of the buffers, which this writes."""
-        if self.kind == "counter":
-            found = x * (1 + 0.5 * m.calls)
-            m.calls.add_(1)
-            return found
-        if self.kind == "trace":
-            found = x + m.trace
-            m.trace.copy_(x.detach().mean(tuple(range(x.dim() - 1))))
-            return found
-        if self.kind == "blocks":
-            found = x.unflatten(-1, (self.blocks, -1))[..., m.order, :].flatten(-2)
-        else:
-            found = x[..., m.order]
-        m.order.copy_(m.order.roll(1))
-        return x + found if self.kind == "beside" else found
+        output = {
+            "counter": lambda: x * (1 + 0.5 * m.calls),
+            "trace": lambda: x + m.trace,
+            "blocks": lambda: x.unflatten(-1, (self.blocks, -1))[..., m.order, :].flatten(-2),
+            "order": lambda: x[..., m.order],
+            "beside": lambda: x + x[..., m.order],
+        }[self.kind]()
+        written, value = {
+            "counter": lambda: (m.calls, m.calls + 1),
+            "trace": lambda: (m.trace, x.detach().mean(tuple(range(x.dim() - 1)))),
+        }.get(self.kind, lambda: (m.order, m.order.roll(1)))()
+        written.copy_(value)
+        return output
 
 
 # --- operators that no rule describes, one for each form that a return can have. All mix the last dimension,
@@ -201,14 +200,14 @@ class Foreign(Odd):
         if self.kind == "number":
             return x * (1 + operators.number(x))
         if self.kind == "pair":
-            count, found = operators.pair(x)
-            return found / count
+            count, values = operators.pair(x)
+            return values / count
         if self.kind == "several":
             first, second = operators.several(x)
             return first[1] + second
-        made = torch.zeros_like(x)
-        operators.fill(made, x)
-        return made
+        target = torch.zeros_like(x)
+        operators.fill(target, x)
+        return target
 
 
 _SIZED: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -396,10 +395,10 @@ class Fused(Odd):
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2)
         if self.kind in ("windows", "batch"):
             mixed = mixed.reshape(batch, windows * _WINDOW, self.heads * self.width)
-        found = m.out(mixed)
+        output = m.out(mixed)
         if self.kind in ("cut", "half"):  # nothing comes of what was cut off
-            found = F.pad(found, (0, 0, 0, tokens))
-        return found[:, :tokens] if self.kind in ("windows", "batch", "across", "cut", "half") else found
+            output = F.pad(output, (0, 0, 0, tokens))
+        return output[:, :tokens] if self.kind in ("windows", "batch", "across", "cut", "half") else output
 
     def parts(self, fused: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each ``[batch, …, heads, tokens, width]``."""

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import fasp_fx
 
-from ._case import Case, with_own
+from ._case import Case, rewinding, with_own
 from ._verdict import Skipped, hold
 from .oracle import kept, tensors_of
 
@@ -30,20 +30,22 @@ def restored(case: Case) -> None:
     batch = {**dict(zip(names, case.args)), **case.kwargs} if case.kwargs else case.args
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = fasp_fx.prune(
+        repaired_result = fasp_fx.prune(
             case.once,
             sparsity=sparsity,
             score="magnitude",
             calibration=[batch],
             **case.prune_options,
         )
-    if not found.plan.groups:
+    if not repaired_result.plan.groups:
         raise Skipped("the sparsity removes nothing")
-    plain = case.apply(found.plan)
-    consumers = {part.name for group in found.plan.groups for part in group.consumers or group.producers}
-    pieces = {split.name: split.source for split in found.plan.splits}
+    plain = case.apply(repaired_result.plan)
+    consumers = {
+        part.name for group in repaired_result.plan.groups for part in group.consumers or group.producers
+    }
+    pieces = {split.name: split.source for split in repaired_result.plan.splits}
     changed = consumers | _biases(case, consumers | {pieces[name] for name in consumers & pieces.keys()})
-    cut, repaired = tensors_of(plain.module), tensors_of(found.module)
+    cut, repaired = tensors_of(plain.module), tensors_of(repaired_result.module)
     for name, tensor in cut.items():
         hold(repaired[name].shape == tensor.shape, f"restoring '{name}' changed its shape")
         hold(
@@ -52,17 +54,17 @@ def restored(case: Case) -> None:
         )
         if name not in changed and pieces.get(name) not in changed and not _tied_to(case, name, consumers):
             hold(torch.equal(repaired[name], tensor), f"'{name}' is no consumer, but restoring changed it")
-    _closer(case, found, cut, repaired)
+    _closer(case, repaired_result, cut, repaired)
 
 
 def _biases(case: Case, consumers: set[str]) -> set[str]:
     """The vectors that the operators which read consumers are given beside them."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in case.captured.module.graph.nodes:
         read = [weight for argument in node.all_input_nodes if (weight := _origin(argument)) is not None]
         if not consumers.isdisjoint(str(weight.target) for weight in read):
-            found |= {str(weight.target) for weight in read if weight.meta["val"].dim() == 1}
-    return found
+            names |= {str(weight.target) for weight in read if weight.meta["val"].dim() == 1}
+    return names
 
 
 def _origin(node: fx.Node) -> fx.Node | None:
@@ -79,10 +81,10 @@ def _tied_to(case: Case, name: str, consumers: set[str]) -> bool:
     )
 
 
-def _closer(case: Case, found: fasp_fx.Result, cut: dict[str, Tensor], repaired: dict[str, Tensor]) -> None:
-    inputs, first = _linear_inputs(case), _read_first(case, found)
+def _closer(case: Case, result: fasp_fx.Result, cut: dict[str, Tensor], repaired: dict[str, Tensor]) -> None:
+    inputs, first = _linear_inputs(case), _read_first(case, result)
     dense = tensors_of(case.reference)
-    consumers = [part for group in found.plan.groups for part in group.consumers]
+    consumers = [part for group in result.plan.groups for part in group.consumers]
     for part in consumers:
         owner = part.name.rpartition(".")[0]
         if owner not in inputs or part.name != f"{owner}.weight" or part.name not in cut.keys() & first:
@@ -91,7 +93,7 @@ def _closer(case: Case, found: fasp_fx.Result, cut: dict[str, Tensor], repaired:
         if part.dim != 1 or part.block_dim is not None or not left.numel() or len(left) != len(weight):
             continue  # it loses rows as well
         alike = [p for p in consumers if (p.name, p.dim) == (part.name, 1)]
-        keep = torch.stack([kept(weight, own)[0] for own in alike]).all(0)
+        keep = torch.stack([kept(weight, consumer)[0] for consumer in alike]).all(0)
         x, bias = inputs[owner], f"{owner}.bias"
         raised = (repaired[bias].double() - cut[bias].double()).detach() if bias in cut else 0.0
         wanted, fewer = x @ weight.t(), x[:, keep]
@@ -104,9 +106,9 @@ def _closer(case: Case, found: fasp_fx.Result, cut: dict[str, Tensor], repaired:
         )
 
 
-def _read_first(case: Case, found: fasp_fx.Result) -> set[str]:
+def _read_first(case: Case, result: fasp_fx.Result) -> set[str]:
     """The consumers whose inputs no removal has changed: later ones are repaired behind earlier ones."""
-    consumers = {part.name for group in found.plan.groups for part in group.consumers}
+    consumers = {part.name for group in result.plan.groups for part in group.consumers}
     first, changed = set[str](), set[fx.Node]()
     for node in case.captured.module.graph.nodes:
         weights = {str(origin.target) for argument in node.all_input_nodes if (origin := _origin(argument))}
@@ -128,7 +130,7 @@ def _linear_inputs(case: Case) -> dict[str, Tensor]:
 
     handle = register_module_forward_pre_hook(note)
     try:
-        with torch.no_grad():  # one call, where what remembers takes two
+        with torch.no_grad(), rewinding(case.dense):  # one call, where what remembers takes two
             with_own(case.dense, case.args, case.kwargs)
     finally:
         handle.remove()

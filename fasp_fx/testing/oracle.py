@@ -112,8 +112,8 @@ def kept(tensor: Tensor, part: ParameterSlice) -> Tensor:
     blocks = part.by_block()
     step = 0 if part.block_dim is None else tensor.shape[part.block_dim] // len(blocks)
     for block, removed in enumerate(blocks):
-        own = mask if part.block_dim is None else mask.narrow(part.block_dim, block * step, step)
-        own.index_fill_(part.dim, torch.tensor(removed, dtype=torch.long, device=tensor.device), False)
+        part_mask = mask if part.block_dim is None else mask.narrow(part.block_dim, block * step, step)
+        part_mask.index_fill_(part.dim, torch.tensor(removed, dtype=torch.long, device=tensor.device), False)
     return mask
 
 
@@ -142,12 +142,12 @@ def _tensors(output: Any) -> list[Tensor]:
     ]
 
 
-def error(found: Any, expected: Any) -> float:
+def error(output: Any, expected: Any) -> float:
     """``max|a−b| / max|b|`` of the worst output of real or complex numbers; infinite where shapes, integers
     or truths differ, or infinities and NaN do not stand at the same places.
     """
     worst = 0.0
-    for a, b in zip(_tensors(found), _tensors(expected), strict=True):
+    for a, b in zip(_tensors(output), _tensors(expected), strict=True):
         if a.shape != b.shape or a.is_complex() != b.is_complex():
             return float("inf")
         if a.is_complex():

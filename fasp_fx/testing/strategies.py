@@ -83,7 +83,6 @@ def _nets(
     layouts: Sequence[str],
     inputs: st.SearchStrategy[int],
     heads: st.SearchStrategy[int],
-    tied: bool = False,
 ) -> Net:
     layout = draw(st.sampled_from(layouts))
     sources, join = _sources(draw, layout, draw(inputs))
@@ -97,7 +96,7 @@ def _nets(
         blocks += more(draw, after(tuple(blocks), shape), limits)
     last, source = after(tuple(blocks), shape), sources[0]
     alone = len(sources) == 1 and last.layout == "sequence"
-    if isinstance(source, Tokens) and alone and (tied or draw(st.booleans())):
+    if isinstance(source, Tokens) and alone and (limits.tied or draw(st.booleans())):
         blocks.append(dense(draw, last, source.width))
         return Net(tuple(blocks), sources, tied=True)
     count = draw(heads)
@@ -109,13 +108,13 @@ def _nets(
 
 def _with(draw: st.DrawFn, kind: str, shape: Shape, limits: Limits) -> list[Block]:
     """The block that makes the family, behind a dense layer where it cannot follow directly."""
-    found: list[Block] = []
+    blocks: list[Block] = []
     if not fits(kind, shape, limits):
-        found.append(dense(draw, shape, 2))
+        blocks.append(dense(draw, shape, 2))
     if kind == "Odd" and (wide := draw(st.sampled_from(_MANY))):
         # What goes wrong there shows on several blocks of several channels.
-        found.append(dense(draw, shape, wide))
-    return [*found, DRAWERS[kind](draw, after(tuple(found), shape), limits)]
+        blocks.append(dense(draw, shape, wide))
+    return [*blocks, DRAWERS[kind](draw, after(tuple(blocks), shape), limits)]
 
 
 def _sources(draw: st.DrawFn, layout: str, count: int) -> tuple[tuple[Source, ...], str]:
@@ -124,22 +123,22 @@ def _sources(draw: st.DrawFn, layout: str, count: int) -> tuple[tuple[Source, ..
     sizes = tuple(draw(pair)) if layout == "images" else ()
     tokens = draw(st.sampled_from([3, 2, 4])) if layout in ("sequences", "tokens") else 0
     common = draw(st.sampled_from([2, 3, 4]))
-    found: list[Source] = []
+    sources: list[Source] = []
     for index in range(count):
-        own = common if index == 0 else draw(st.sampled_from([common, 2, 3]))
-        plain = join == "cat" or own == common
+        width = common if index == 0 else draw(st.sampled_from([common, 2, 3]))
+        plain = join == "cat" or width == common
         make: dict[str, Callable[..., Source]] = {
-            "vectors": lambda blocks, own=own: Vectors(own, blocks),
-            "sequences": lambda blocks, own=own: Sequences(own, tokens, blocks),
-            "images": lambda blocks, own=own: Images(own, sizes, blocks),
-            "tokens": lambda blocks, own=own: Tokens(
-                draw(st.sampled_from([5, 7])), own, tokens, draw(st.booleans()), blocks
+            "vectors": lambda blocks, width=width: Vectors(width, blocks),
+            "sequences": lambda blocks, width=width: Sequences(width, tokens, blocks),
+            "images": lambda blocks, width=width: Images(width, sizes, blocks),
+            "tokens": lambda blocks, width=width: Tokens(
+                draw(st.sampled_from([5, 7])), width, tokens, draw(st.booleans()), blocks
             ),
         }
-        first = (Sequences(own, tokens) if layout == "tokens" else make[layout](())).first()
+        first = (Sequences(width, tokens) if layout == "tokens" else make[layout](())).first()
         blocks = (dense(draw, first, common),) if not plain or (count > 1 and draw(st.booleans())) else ()
-        found.append(make[layout](blocks))
-    return tuple(found), join
+        sources.append(make[layout](blocks))
+    return tuple(sources), join
 
 
 def _ending(draw: st.DrawFn, shape: Shape) -> tuple[Block, ...]:
@@ -153,8 +152,8 @@ def _ending(draw: st.DrawFn, shape: Shape) -> tuple[Block, ...]:
 def _family(
     must: str | None, kinds: Sequence[str] = (), layouts: Sequence[str] = _LAYOUTS, depth: int = 1
 ) -> st.SearchStrategy[Net]:
-    own = () if must in (None, "Dense") else (must,)
-    limits = Limits(tuple(dict.fromkeys((*_PLAIN, *kinds, *own))), depth)
+    needed = () if must in (None, "Dense") else (must,)
+    limits = Limits(tuple(dict.fromkeys((*_PLAIN, *kinds, *needed))), depth)
     return _nets(limits, must, layouts, st.just(1), st.just(0))
 
 
@@ -206,8 +205,8 @@ def mixing() -> st.SearchStrategy[Net]:
 
 def tied() -> st.SearchStrategy[Net]:
     """With one weight used twice, inside a block or as embedding and output head."""
-    limits = Limits((*_PLAIN, "Residual"), 1)
-    heads = _nets(limits, None, ("tokens",), st.just(1), st.just(0), tied=True)
+    limits = Limits((*_PLAIN, "Residual"), 1, tied=True)
+    heads = _nets(limits, None, ("tokens",), st.just(1), st.just(0))
     return _family("Tied", ("Residual",), ("vectors", "sequences", "tokens")) | heads
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import transformers
+from models import VOCABULARY, ZOO, randomise
 from oracle import masked, removed_columns
 from torch import Tensor
-from zoo import VOCABULARY, ZOO, randomise
 
 from fasp_fx import hf
 

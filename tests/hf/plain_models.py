@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import transformers as hf
+from models import VOCABULARY, ZOO, randomise
 from torch import Tensor, nn
-from zoo import VOCABULARY, ZOO, randomise
 
 from fasp_fx.hf import Pruned, prune
 

@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from zoo import ZOO
+from models import ZOO
 
 import fasp_fx
 from fasp_fx import hf
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 TOKENS = [torch.randint(0, 96, (4, 12), generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
 

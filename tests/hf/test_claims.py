@@ -14,17 +14,15 @@ import gguf
 import pytest
 import torch
 import transformers as hf
+from models import randomise
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.hf import convert, prune
 from fasp_fx.hf._claims import check_equal, refuse_unsaid
 from fasp_fx.hf._formats import build, config_for, example_of
 from fasp_fx.hf._gguf import describe_gguf
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 SIZES: dict[str, Any] = {
     **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from generators import Case, pruned
+from models import make_model
 from safetensors.torch import load_file
 from saved import GOLDEN
-from tiny_llama import make_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,8 +29,6 @@ import fasp_fx
 from fasp_fx import hf
 from fasp_fx.base import CACHE
 from fasp_fx.hf._folder import FILES
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 CHAT = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}{% if"

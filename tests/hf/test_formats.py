@@ -19,12 +19,12 @@ import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_cpp import missing, predictions
+from models import randomise
 from oracle import TOLERANCE, error, zeroed
 from plain_models import dense, tokens
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx.allocation import Bytes, CacheBytes
@@ -32,8 +32,6 @@ from fasp_fx.hf import FORMATS, convert, prune
 from fasp_fx.hf._formats import build, sizes_of
 from fasp_fx.hf.modeling_per_layer import PerLayerLlamaForCausalLM
 from fasp_fx.pruning import FormatName
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 SIZES: dict[str, Any] = {
     **{"hidden_size": 192, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 6},

@@ -16,8 +16,6 @@ from oracle import masked, removed_columns
 from fasp_fx import hf
 from fasp_fx.base import CACHE
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 CASES = [Case(batch, beams) for batch in (1, 4) for beams in (1, 3)]
 NAMES = ("llama_gqa", "gpt2", "opt", "qwen3", "gemma2", "t5")
 #: what runs in every profile

@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from models import randomise
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx import hf
 from fasp_fx.base import CACHE
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 SIZES = {
     "vocab_size": 64,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from generators import dense, pruned
+from models import randomise
 from oracle import error, masked, removed_columns, zeroed
 from torch._dynamo.testing import CompileCounter
 from transformers import (
@@ -33,15 +34,12 @@ from transformers import (
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
-from zoo import randomise
 
 import fasp_fx
 from fasp_fx import hf
 from fasp_fx.base import CACHE
 from fasp_fx.pruning.check import _check
 from fasp_fx.pruning.check._compare import Seen
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from fasp_fx import hf
 from fasp_fx.allocation import Search
 
 pytestmark = [
-    pytest.mark.usefixtures("shared_captures"),
     pytest.mark.filterwarnings("ignore::fasp_fx.CalibrationWarning"),
 ]
 

@@ -16,18 +16,16 @@ import pytest
 import torch
 import transformers as hf
 from conftest import PROFILE
+from models import VOCABULARY, ZOO, randomise
 from oracle import TOLERANCE, error, zeroed
 from plain_models import CASES, MORE, dense, plain, tokens
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 from transformers.utils.quantization_config import GgufConfig
-from zoo import VOCABULARY, ZOO, randomise
 
 import fasp_fx
 from fasp_fx.hf import _formats as plain_module
 from fasp_fx.hf import measure, prune
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 #: those that are read elsewhere in every profile
 NAMES = [*CASES, *MORE] if PROFILE == "slow" else ["llama", "gpt2", "opt"]

@@ -6,16 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
+from models import ZOO
 from plain_models import gemma3n, mixtral
 from torch import nn
-from zoo import ZOO
 
 from fasp_fx.analysis import Group, Member
 from fasp_fx.hf._fields import Experiments, arrange, find_fields, lowered, units, written
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
 def _meta(make: Callable[[], nn.Module]) -> nn.Module:

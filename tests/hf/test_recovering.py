@@ -11,7 +11,7 @@ import torch
 from generators import dense, pruned
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_llama import make_model
+from models import make_model
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -21,8 +21,6 @@ import fasp_fx
 from fasp_fx import hf
 from fasp_fx.cli._app import app
 from fasp_fx.cli._prune import training_steps
-
-pytestmark = pytest.mark.usefixtures("shared_captures")
 
 LENGTH = 32
 SMALL = ["--length", str(LENGTH), "--batches", "6", "--eval-batches", "3", "--device", "cpu"]

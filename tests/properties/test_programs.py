@@ -14,8 +14,6 @@ from fasp_fx.testing import build, check_program, example, programs
 from fasp_fx.testing.specs import Net
 from fasp_fx.testing.strategies import FAMILIES
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 SLOW = PROFILE == "slow"
 #: programs of all kinds combined, programs of each family, and programs on which every invariant is checked:
 #: over 3,000 in the slow profile

@@ -25,9 +25,6 @@ from fasp_fx.testing.specs import (
     Tied,
 )
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
-
 CHAIN = Net((Linear(6), Activation(), Linear(4)))
 
 

@@ -24,8 +24,6 @@ from fasp_fx.testing._net import blocks_of
 from fasp_fx.testing._verdict import Violation
 from fasp_fx.testing.specs import Linear, Net, Odd, Remember, Vectors
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-
 #: draws from the family among which each fault has to be found
 DRAWS = 2000
 

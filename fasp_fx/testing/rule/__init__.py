@@ -141,10 +141,10 @@ def check_rule(
     # Calls that an operator refuses are drawn anew; torch need not speak of them.
     with mock.patch.dict(patterns._registry._USER), silent_fake_tensors(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = patterns.lookup(operator) if rule is None else patterns.register(operator, str(rule))
-        if found is None:
+        known = patterns.lookup(operator) if rule is None else patterns.register(operator, str(rule))
+        if known is None:
             raise RuleError(f"there is no rule for {operator}; pass one, or register it first")
-        return _Check(operator, found, seed, samples, programs).run(examples)
+        return _Check(operator, known, seed, samples, programs).run(examples)
 
 
 def assert_rule(operator: OpOverload, rule: str | Rule | None = None, **options: Any) -> RuleVerdict:
@@ -222,8 +222,8 @@ class _Check:
     def _smaller(self, worst: Lie) -> Lie:
         """Look for a smaller call with a fault."""
         if self.given is not None:
-            found = [lie for index in range(len(self.given)) if (lie := self._try(index, 2)) is not None]
-            return min(found, key=lambda lie: lie.weight, default=worst)
+            lies = [lie for index in range(len(self.given)) if (lie := self._try(index, 2)) is not None]
+            return min(lies, key=lambda lie: lie.weight, default=worst)
         since = 0
         for attempt in range(_SEARCH):
             lie = self._try(
@@ -296,8 +296,8 @@ class _Check:
             if name in SAMPLES:
                 call = filled(self.operator, {**SAMPLES[name](draw), **fixed}, draw)
             else:
-                made = moving if self.rule.moves else lettered
-                call = made(self.operator, self.rule, draw).with_(**fixed)
+                calls = moving if self.rule.moves else lettered
+                call = calls(self.operator, self.rule, draw).with_(**fixed)
             numbers = [result for result in call.run() if result.numel()]
             if self.rule.creates:
                 # What memory happens to hold (``empty``) may differ, and be no number.
@@ -310,21 +310,23 @@ class _Check:
     @cached_property
     def kinds(self) -> list[str]:
         """The kinds of numbers that the operator takes."""
-        found = []
+        kinds = []
         for number, kind in enumerate(KINDS):
             draw = Draw(self.seed + number, 3, kind)
             if any(self._made_up(draw) is not None for _ in range(_PATIENCE)):
-                found.append(kind)
-            if kind == "above" and found:
+                kinds.append(kind)
+            if kind == "above" and kinds:
                 break  # real numbers will do
-        if not found:
+        if not kinds:
             raise ArgumentError(
                 f"no call of {self.operator} could be made up from its schema {schema_of(self.operator)};"
                 " give some as samples=[(args, kwargs), …]"
             )
-        return found
+        return kinds
 
 
 def _needless(trials: Trials) -> tuple[str, ...]:
     """The clauses that were tried often and never needed."""
-    return tuple(clause for clause, found in trials.items() if len(found) >= _LEAST and not any(found))
+    return tuple(
+        clause for clause, outcomes in trials.items() if len(outcomes) >= _LEAST and not any(outcomes)
+    )

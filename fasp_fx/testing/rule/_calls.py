@@ -45,24 +45,24 @@ class Call:
             Exception: whatever the operator raises.
         """
         with torch.no_grad():
-            found = self.operator(**copied(dict(self.arguments)))
-        return tensors(found)
+            result = self.operator(**copied(dict(self.arguments)))
+        return tensors(result)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor arguments; those of a list are named ``name.index``, as rules name them."""
-        found: dict[str, Any] = {}
+        operands: dict[str, Any] = {}
         for name, value in self.arguments.items():
             listed = isinstance(value, (list, tuple))
-            found |= {f"{name}.{at}": item for at, item in enumerate(value)} if listed else {name: value}
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+            operands |= {f"{name}.{at}": item for at, item in enumerate(value)} if listed else {name: value}
+        return {name: value for name, value in operands.items() if isinstance(value, Tensor)}
 
     @property
     def size(self) -> tuple[int, int, int]:
         """How large a call is, for finding the smallest: elements, dimensions, arguments that are not at
         their default.
         """
-        given = self.tensors().values()
-        return sum(t.numel() for t in given), sum(t.dim() for t in given), len(self.shown())
+        operands = self.tensors().values()
+        return sum(t.numel() for t in operands), sum(t.dim() for t in operands), len(self.shown())
 
     def shown(self) -> dict[str, Any]:
         """The arguments that are not at their default."""
@@ -92,9 +92,9 @@ def _spell(value: Any) -> str:
     return repr(value)
 
 
-def tensors(found: Any) -> list[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
     """The tensors of an operator's result."""
-    return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def same(first: Tensor, second: Tensor) -> bool:

@@ -81,10 +81,10 @@ def _kept(reading: Reading, results: list[Tensor], letter: str, gone: list[int],
         claim = f"{claim} once zeros are in the columns {_name(columns)}"
         for operand in reading.holders(columns):
             results = zeroed(reading, operand, columns, gone).run()
-    found = _smaller(reading, letter, gone, claim)
-    if isinstance(found, Lie):
-        return found
-    for index, (spelled, before, after) in enumerate(zip(reading.results, results, found, strict=True)):
+    smaller = _smaller(reading, letter, gone, claim)
+    if isinstance(smaller, Lie):
+        return smaller
+    for index, (spelled, before, after) in enumerate(zip(reading.results, results, smaller, strict=True)):
         if spelled is None:
             continue
         expected = without_positions(reading, spelled, before, letter, gone)
@@ -115,12 +115,12 @@ def _contracted(reading: Reading, letter: str, gone: list[int]) -> Lie | None:
         f"letter {letter!r} is contracted: to take positions out of {' and '.join(holders)} is to put zeros"
         " there in either"
     )
-    found = _smaller(reading, letter, gone, claim)
-    if isinstance(found, Lie):
-        return found
+    smaller = _smaller(reading, letter, gone, claim)
+    if isinstance(smaller, Lie):
+        return smaller
     for operand in holders:
         masked = zeroed(reading, operand, letter, gone).run()
-        for index, (after, expected) in enumerate(zip(found, masked, strict=True)):
+        for index, (after, expected) in enumerate(zip(smaller, masked, strict=True)):
             if reading.results[index] is not None and not same(after, expected):
                 what = f"zeros at positions {gone} of '{operand}' give another result {index}"
                 return Lie(reading.call, claim, f"{what} than taking them out")
@@ -131,16 +131,16 @@ def _needed(reading: Reading, results: list[Tensor], letter: str, gone: list[int
     """Whether the operator would break the claim that a clause does not make."""
     if letter in reading.reduced:
         return _reaches_further(reading, results, letter, draw)
-    found = _smaller(reading, letter, gone, "")
-    if isinstance(found, Lie):
+    smaller = _smaller(reading, letter, gone, "")
+    if isinstance(smaller, Lie):
         return True
     if letter in reading.kept():
         return any(
             spelled is not None and not same(after, _cut_or_whole(reading, spelled, before, letter, gone))
-            for spelled, before, after in zip(reading.results, results, found, strict=True)
+            for spelled, before, after in zip(reading.results, results, smaller, strict=True)
         )
     masked = [zeroed(reading, operand, letter, gone).run() for operand in reading.holders(letter)]
-    return any(not same(a, b) for expected in masked for a, b in zip(found, expected, strict=True))
+    return any(not same(a, b) for expected in masked for a, b in zip(smaller, expected, strict=True))
 
 
 def _cut_or_whole(reading: Reading, spelled: Spelled, before: Tensor, letter: str, gone: list[int]) -> Tensor:
@@ -160,13 +160,13 @@ def _reaches_further(reading: Reading, results: list[Tensor], letter: str, draw:
 def _nudged(reading: Reading, letter: str, position: int, draw: Draw) -> list[Tensor]:
     """The results once the operands hold other numbers at one position of a letter."""
     changed: dict[str, Tensor] = {}
-    given = reading.call.tensors()
+    operands = reading.call.tensors()
     for name in reading.holders(letter):
         spelled = reading.operands[name]
-        unfolded = spelled.unfold(given[name], reading.sizes).clone()
+        unfolded = spelled.unfold(operands[name], reading.sizes).clone()
         dim = spelled.letters.index(letter)
-        own = unfolded.narrow(dim, position, 1)
-        own.copy_(draw.like(own))
+        entry = unfolded.narrow(dim, position, 1)
+        entry.copy_(draw.like(entry))
         changed[name] = spelled.fold(unfolded)
     return reading.call.with_(**changed).run()
 
@@ -203,10 +203,10 @@ def _at(tensor: Tensor, where: tuple[int, ...]) -> str:
 
 def without(reading: Reading, letter: str, gone: list[int]) -> Call:
     """The call after these positions of a letter went."""
-    given = reading.call.tensors()
+    operands = reading.call.tensors()
     changed: dict[str, object] = {}
     for name, spelled in reading.operands.items():
-        cut = without_positions(reading, spelled, given[name], letter, gone)
+        cut = without_positions(reading, spelled, operands[name], letter, gone)
         columns = (reading.recurs[letter],) if letter in reading.recurs else ()
         for dim, letters in enumerate(spelled.dims):
             cut = cut.index_select(dim, left(cut.shape[dim], gone)) if letters == columns else cut

@@ -93,13 +93,13 @@ def _needed(
     numbers = torch.arange(_FIRST, _FIRST + source.numel()).reshape(source.shape)
     kept = numbers.index_select(dim, left)
     try:
-        found = call.with_(**{name: kept}).run()
+        result = call.with_(**{name: kept}).run()
     except tolerable(Exception):
         return True
     return any(
         after.dim() != before.dim()
         or not torch.equal(after.reshape(-1), before[torch.isin(before, kept)].reshape(-1))
-        for before, after in zip(moved, found, strict=True)
+        for before, after in zip(moved, result, strict=True)
     )
 
 
@@ -207,11 +207,11 @@ def _passed(rule: Rule, clause: Clause, call: Call, draw: Draw) -> Lie | None:
     source = call.arguments[clause.words[0]]
     numbers = torch.arange(source.numel()).reshape(source.shape)
     try:
-        found = call.with_(**{clause.words[0]: numbers}).run()[ORDINALS[clause.words[1]]]
+        result = call.with_(**{clause.words[0]: numbers}).run()[ORDINALS[clause.words[1]]]
     except tolerable(Exception):  # not on integers
         return None
-    if found.dtype in (torch.bool, torch.uint8, torch.int8) or torch.equal(
-        found.reshape(-1).to(torch.int64).sort().values, numbers.reshape(-1)
+    if result.dtype in (torch.bool, torch.uint8, torch.int8) or torch.equal(
+        result.reshape(-1).to(torch.int64).sort().values, numbers.reshape(-1)
     ):
         return None
     return Lie(call, str(clause), "other integers come back")

@@ -84,12 +84,12 @@ class Reading:
 
     def holders(self, letter: str) -> list[str]:
         """Operands that have more than one position along a letter (or the only one there is)."""
-        given = self.call.tensors()
+        operands = self.call.tensors()
         return [
             name
             for name, spelled in self.operands.items()
             if letter in spelled.letters
-            and spelled.unfold(given[name], self.sizes).shape[spelled.letters.index(letter)]
+            and spelled.unfold(operands[name], self.sizes).shape[spelled.letters.index(letter)]
             == self.sizes[letter]
         ]
 
@@ -110,21 +110,23 @@ def read(rule: Rule, call: Call, results: list[Tensor]) -> Reading:
         Mismatch: an operand or a result has other dimensions than the rule says.
     """
     alternative = _choose(rule, call)
-    given = call.tensors()
+    operands = call.tensors()
     reading = Reading(call)
     spelled_out = {dim for operand in alternative.operands for dim in operand.dims if isinstance(dim, str)}
     runs = {
         letter: _run_length(rule, alternative, call, letter) for letter in spelled_out if letter.endswith("*")
     }
     for operand in alternative.operands:
-        if operand.name in given:
-            reading.operands[operand.name] = _spell(operand.dims, given[operand.name].dim(), runs, right=True)
+        if operand.name in operands:
+            reading.operands[operand.name] = _spell(
+                operand.dims, operands[operand.name].dim(), runs, right=True
+            )
     dots = max(
         (sum(letter.startswith(".") for letter in spelled.letters) for spelled in reading.operands.values()),
         default=0,
     )
     _read_clauses(rule, call, reading, runs, next(iter(reading.operands.values()), Spelled(())))
-    _solve_sizes(reading, given)
+    _solve_sizes(reading, operands)
     if len(alternative.results) != len(results):
         raise Mismatch(
             f"the operator returns {len(results)} tensors, the rule speaks of {len(alternative.results)}"
@@ -147,11 +149,11 @@ def read(rule: Rule, call: Call, results: list[Tensor]) -> Reading:
 
 
 def _choose(rule: Rule, call: Call) -> Alternative:
-    given = call.tensors()
+    operands = call.tensors()
     for alternative in rule.alternatives[:-1]:
         condition = alternative.condition
-        if (not condition or condition in given or call.arguments.get(condition)) and all(
-            operand.name not in given or _takes(operand.dims, given[operand.name].dim())
+        if (not condition or condition in operands or call.arguments.get(condition)) and all(
+            operand.name not in operands or _takes(operand.dims, operands[operand.name].dim())
             for operand in alternative.operands
         ):
             return alternative
@@ -165,10 +167,10 @@ def _takes(dims: tuple[Any, ...], rank: int) -> bool:
 
 
 def _run_length(rule: Rule, alternative: Alternative, call: Call, letter: str) -> int:
-    given = call.tensors()
+    operands = call.tensors()
     for operand in alternative.operands:
-        if letter in operand.dims and operand.name in given and "..." not in operand.dims:
-            return given[operand.name].dim() - sum(dim != letter for dim in operand.dims)
+        if letter in operand.dims and operand.name in operands and "..." not in operand.dims:
+            return operands[operand.name].dim() - sum(dim != letter for dim in operand.dims)
     for clause in rule.all("shape"):
         if len(clause.words) == 2 and clause.words[1] == letter:
             return len(call.arguments[clause.words[0]])
@@ -233,19 +235,19 @@ def _place(reading: Reading, clause: str, letter: str) -> None:
     """What is placed among the positions of the first operand has others than that."""
     reading.special[letter] = clause
     for name in list(reading.operands)[1:]:
-        own = f"{letter} of {name}"
+        position = f"{letter} of {name}"
         reading.operands[name] = Spelled(
             tuple(
-                tuple(own if other == letter else other for other in letters)
+                tuple(position if other == letter else other for other in letters)
                 for letters in reading.operands[name].dims
             )
         )
-        reading.special[own] = clause
-    given = reading.call.tensors()
+        reading.special[position] = clause
+    operands = reading.call.tensors()
     others = [
         [
             (item, size)
-            for item, size in zip(spelled.letters, given[name].shape, strict=True)
+            for item, size in zip(spelled.letters, operands[name].shape, strict=True)
             if item not in reading.special
         ]
         for name, spelled in reading.operands.items()
@@ -274,13 +276,13 @@ def _run(word: str, runs: dict[str, int]) -> list[str]:
     return [f"{word}{index}" for index in range(runs[word])] if word in runs else [word]
 
 
-def _solve_sizes(reading: Reading, given: dict[str, Tensor]) -> None:
+def _solve_sizes(reading: Reading, operands: dict[str, Tensor]) -> None:
     """Sizes of single letters first, then those that divide a dimension with another."""
     for letter, argument in reading.factors.items():
         reading.sizes[letter] = int(reading.call.arguments[argument])
     pending: list[tuple[tuple[str, ...], int]] = []
     for name, spelled in reading.operands.items():
-        for letters, size in zip(spelled.dims, given[name].shape, strict=True):
+        for letters, size in zip(spelled.dims, operands[name].shape, strict=True):
             if len(letters) > 1:
                 pending.append((letters, size))
                 continue

@@ -67,14 +67,14 @@ def rewritten(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Outc
     try:
         small = remove_channels(program, analysis, analysis.walk, gone)
         with torch.no_grad():
-            found = [fx.Interpreter(small.module).run(x) for x in inputs]
+            outputs = [fx.Interpreter(small.module).run(x) for x in inputs]
     except tolerable(FaspError) as problem:
         return lie(f"removing {removed} is refused: {str(problem).strip()}")
     except tolerable(Exception) as problem:
         return lie(f"after removing {removed} the program does not run: {first_line(problem)}")
     masked = Masked(program.module, plan)
     most = 1e-4 if torch.float32 in {tensor.dtype for tensor in call.tensors().values()} else 1e-8
-    for x, after in zip(inputs, found, strict=True):
+    for x, after in zip(inputs, outputs, strict=True):
         expected = masked(x)
         if not all(bool(torch.isfinite(t).all()) for t in floats(expected)):
             return Outcome()
@@ -101,14 +101,14 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
     operands = [name for name, tensor in call.tensors().items() if _varies(tensor)]
     if not operands and not rule.creates:
         return None
-    free = _in_blocks(rule, call)
-    blocks = _blocks(rule, call, result.dim(), draw) if free else None
+    blocks = _blocks(rule, call, result.dim(), draw) if _in_blocks(rule, call) else None
     moving = set(draw.some(operands, least=1))
-    made = {
-        name: _operand(root, graph, x, name, tensor, name in moving, draw, blocks, free)
-        for name, tensor in call.tensors().items()
+    nodes = {
+        name: _operand(root, graph, name, tensor, draw, blocks) for name, tensor in call.tensors().items()
     }
-    arguments = {name: _argument(name, value, made) for name, value in call.arguments.items()}
+    for name in filter(moving.__contains__, [*nodes]):
+        nodes[name] = graph.call_function(_ATEN.add.Tensor, (nodes[name], x))
+    arguments = {name: _argument(name, value, nodes) for name, value in call.arguments.items()}
     # as a captured graph has them: by position up to the keyword-only ones
     first = [argument.name for argument in schema_of(call.operator).arguments if not argument.kwarg_only]
     args = tuple(arguments.pop(name) for name in first)
@@ -117,8 +117,8 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
         if "empty" in str(call.operator):
             node = graph.call_function(_ATEN.zeros_like.default, (node,))
         values = draw.tensor(list(result.shape), "real")
-        met = _operand(root, graph, x, "met", values, True, draw, blocks, free)
-        node = graph.call_function(_ATEN.add.Tensor, (met, node))
+        met = _operand(root, graph, "met", values, draw, blocks)
+        node = graph.call_function(_ATEN.add.Tensor, (graph.call_function(_ATEN.add.Tensor, (met, x)), node))
     if len(schema_of(call.operator).returns) > 1 or "List" in str(schema_of(call.operator).returns[0].type):
         node = graph.call_function(operators.getitem, (node, which))
     if result.is_complex():
@@ -126,7 +126,7 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
     if result.dtype != torch.float64:
         node = graph.call_function(_ATEN._to_copy.default, (node,), {"dtype": torch.float64})
     if result.dim():
-        dims = (draw.integer(-result.dim(), -1),) if blocks is None else blocks
+        dims = blocks or (draw.integer(-result.dim(), -1),)
         laid = _last(dims, result.dim())
         columns = math.prod(result.shape[dim] for dim in dims)
         node = graph.call_function(_ATEN.permute.default, (node, laid))
@@ -146,7 +146,7 @@ def _varies(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dim() > 0
 
 
-def _blocks(rule: Rule, call: Call, rank: int, draw: Draw) -> tuple[int, int] | None:
+def _blocks(rule: Rule, call: Call, rank: int, draw: Draw) -> tuple[int, ...]:
     """Two dimensions of a result, counted from the right, along which the consumer has columns of its own for
     every position of the first; or none.
 
@@ -154,7 +154,7 @@ def _blocks(rule: Rule, call: Call, rank: int, draw: Draw) -> tuple[int, int] | 
     other positions of the second.
     """
     if rank < 2 or draw.flag():
-        return None
+        return ()
     outer, inner, *_ = draw.order(range(-rank, 0))
     values = [call.arguments.get(clause.words[0]) for clause in rule.clauses if clause.argument]
     named = [
@@ -191,16 +191,13 @@ def _last(dims: tuple[int, ...], rank: int) -> list[int]:
 def _operand(
     root: nn.Module,
     graph: fx.Graph,
-    x: fx.Node,
     name: str,
     tensor: Tensor,
-    moving: bool,
     draw: Draw,
-    blocks: tuple[int, int] | None,
-    free: bool,
+    blocks: tuple[int, ...] | None,
 ) -> fx.Node:
     """A tensor as a weight: as it is, with its dimensions in another order, or with two of them stored as
-    one, often those of the consumer's blocks.
+    one, often those of the consumer's blocks (``None``: other positions may not go in every block).
 
     Positions along the inner one of these are then others at each position of the outer one, and different
     ones are taken away there.
@@ -211,13 +208,13 @@ def _operand(
         return graph.get_attr(attribute)
     stored, node, rank = tensor.clone(), graph.get_attr(attribute), tensor.dim()
     if rank > 1 and draw.flag(0.6):
-        alike = blocks is not None and -min(blocks) <= rank and draw.flag(0.7)
+        alike = bool(blocks) and -min(blocks or ()) <= rank and draw.flag(0.7)
         merged = alike or draw.flag(0.7)
-        if alike and blocks is not None:
+        if alike and blocks:
             laid = _last(blocks, rank)
         else:
             laid = list(range(rank)) if merged and not draw.flag(0.3) else draw.order(range(rank))
-        laid = sorted(laid) if merged and not free else laid
+        laid = sorted(laid) if merged and blocks is None else laid
         stored = stored.permute(laid).contiguous()
         if merged:
             dim, shape = rank - 2 if alike else draw.integer(0, rank - 2), list(stored.shape)
@@ -230,10 +227,10 @@ def _operand(
             whole: dict[str, Any] = {"memory_format": torch.contiguous_format}
             node = graph.call_function(_ATEN.clone.default, (node,), whole)
     root.register_parameter(attribute, nn.Parameter(stored))
-    return graph.call_function(_ATEN.add.Tensor, (node, x)) if moving else node
+    return node
 
 
-def _argument(name: str, value: Any, made: dict[str, fx.Node]) -> Any:
+def _argument(name: str, value: Any, nodes: dict[str, fx.Node]) -> Any:
     if isinstance(value, (list, tuple)):
-        return [made.get(f"{name}.{index}", item) for index, item in enumerate(value)]
-    return made.get(name, value)
+        return [nodes.get(f"{name}.{index}", item) for index, item in enumerate(value)]
+    return nodes.get(name, value)

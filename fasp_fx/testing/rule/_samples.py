@@ -74,9 +74,9 @@ def _expand(draw: Draw) -> dict[str, Any]:
 
 
 def _broadcast(draw: Draw) -> dict[str, Any]:
-    found = _expand(draw)
-    own = [1] * (len(found["size"]) - found["self"].dim()) + list(found["self"].shape)
-    return {**found, "size": [old if size == -1 else size for old, size in zip(own, found["size"])]}
+    arguments = _expand(draw)
+    shape = [1] * (len(arguments["size"]) - arguments["self"].dim()) + list(arguments["self"].shape)
+    return {**arguments, "size": [old if size == -1 else size for old, size in zip(shape, arguments["size"])]}
 
 
 def _parts(draw: Draw, size: int) -> list[int]:
@@ -92,10 +92,9 @@ def _movedim(draw: Draw, shape: list[int]) -> dict[str, Any]:
     return {name: draw.order(range(len(shape)))[:many] for name in ("source", "destination")}
 
 
-def _squeeze(draw: Draw, several: bool) -> dict[str, Any]:
+def _squeeze(draw: Draw, dims: Callable[[Draw, int], Any]) -> dict[str, Any]:
     shape = _thin(draw, 4)
-    dim = draw.some(range(len(shape)), least=1) if several else draw.dim(len(shape))
-    return {"self": draw.tensor(shape), "dim": dim}
+    return {"self": draw.tensor(shape), "dim": dims(draw, len(shape))}
 
 
 def _index(draw: Draw, shape: list[int]) -> dict[str, Any]:
@@ -119,10 +118,10 @@ _select = partial(_along, 4, lambda draw, shape, dim: {"index": draw.integer(-sh
 
 
 def _scatter(draw: Draw, value: str | None) -> dict[str, Any]:
-    found = _gather(draw)
-    index = found["index"][tuple(slice(0, size) for size in found["self"].shape)]
+    arguments = _gather(draw)
+    index = arguments["index"][tuple(slice(0, size) for size in arguments["self"].shape)]
     source = {"value": draw.float()} if value is None else {value: draw.tensor(list(index.shape))}
-    return {**found, "index": index, **source}
+    return {**arguments, "index": index, **source}
 
 
 def _index_put(draw: Draw, shape: list[int]) -> dict[str, Any]:
@@ -132,10 +131,12 @@ def _index_put(draw: Draw, shape: list[int]) -> dict[str, Any]:
 
 
 def _index_add(draw: Draw) -> dict[str, Any]:
-    found = _index_select(draw)
+    arguments = _index_select(draw)
     return {
-        **found,
-        "source": draw.tensor(_resized(list(found["self"].shape), found["dim"], len(found["index"]))),
+        **arguments,
+        "source": draw.tensor(
+            _resized(list(arguments["self"].shape), arguments["dim"], len(arguments["index"]))
+        ),
     }
 
 
@@ -146,10 +147,10 @@ def _slice_scatter(draw: Draw, shape: list[int], dim: int) -> dict[str, Any]:
 
 
 def _select_scatter(draw: Draw) -> dict[str, Any]:
-    found = _select(draw)
-    source = list(found["self"].shape)
-    del source[found["dim"]]
-    return {**found, "src": draw.tensor(source)}
+    arguments = _select(draw)
+    source = list(arguments["self"].shape)
+    del source[arguments["dim"]]
+    return {**arguments, "src": draw.tensor(source)}
 
 
 def _cat(draw: Draw) -> dict[str, Any]:
@@ -196,19 +197,23 @@ def _attention(draw: Draw) -> dict[str, Any]:
     shared = draw.flag()
     few = draw.integer(1, 2)
     many = few * draw.integer(1, 3) if shared else few
-    heads, own = ([many], [few]) if shared or draw.flag() else ([], [])
-    found = {"query": [*lead, *heads, q, d], "key": [*lead, *own, k, d], "value": [*lead, *own, k, c]}
-    arguments: dict[str, Any] = {name: draw.tensor(shape, "real") for name, shape in found.items()}
+    heads, few_heads = ([many], [few]) if shared or draw.flag() else ([], [])
+    shapes = {
+        "query": [*lead, *heads, q, d],
+        "key": [*lead, *few_heads, k, d],
+        "value": [*lead, *few_heads, k, c],
+    }
+    arguments: dict[str, Any] = {name: draw.tensor(shape, "real") for name, shape in shapes.items()}
     if draw.flag():
         mask = draw.tensor([*heads, q, k] if draw.flag() else [q, k], "real")
         arguments |= {"attn_mask": mask, "is_causal": False}  # both together are refused by some kernels
     return {**arguments, "enable_gqa": shared, "scale": draw.float()}
 
 
-def _upsample(draw: Draw, name: str, rank: int, integers: bool) -> dict[str, Any]:
+def _upsample(draw: Draw, name: str, rank: int) -> dict[str, Any]:
     source = {name: draw.tensor([draw.size() for _ in range(2 + rank)], "real")}
     sizes = [draw.integer(1, 5) for _ in range(rank)]
-    if not integers and draw.flag():
+    if name == "input" and draw.flag():
         factors = [draw.choice([0.5, 1.5, 2.0]) for _ in range(rank)]
         return {**source, "output_size": None, "scale_factors": factors, "align_corners": False}
     return {**source, "output_size": sizes, "scale_factors": None, "align_corners": draw.flag()}
@@ -248,10 +253,10 @@ def _fft(draw: Draw, kind: str) -> dict[str, Any]:
     shape = [draw.size() for _ in range(draw.integer(1, 3))]
     dims = draw.some(range(len(shape)), least=1)
     values = draw.tensor(shape, "real" if kind == "r2c" else "complex")
-    found = {"self": values, "dim": dims, "normalization": draw.integer(0, 2)}
+    arguments = {"self": values, "dim": dims, "normalization": draw.integer(0, 2)}
     if kind == "c2r":
-        return {**found, "last_dim_size": 2 * (shape[dims[-1]] - 1) or 1}
-    return {**found, "onesided" if kind == "r2c" else "forward": draw.flag()}
+        return {**arguments, "last_dim_size": 2 * (shape[dims[-1]] - 1) or 1}
+    return {**arguments, "onesided" if kind == "r2c" else "forward": draw.flag()}
 
 
 def _grid(draw: Draw) -> dict[str, Any]:
@@ -271,16 +276,17 @@ def _grouped(draw: Draw, names: Sequence[str]) -> dict[str, Any]:
     return dict(zip(names, (tokens, draw.tensor([experts, 8 * k, 8 * n], "real").float(), offsets)))
 
 
-def _recurrent(draw: Draw, gates: int, listed: bool) -> dict[str, Any]:
+def _recurrent(draw: Draw, gates: int) -> dict[str, Any]:
     """One layer in one direction, with or without biases and (an LSTM) projections."""
+    listed = gates == 4  # only an LSTM has two states
     steps, batch, width, hidden = (draw.size() for _ in range(4))
     second, biases = draw.flag(), draw.flag()
     projected = draw.integer(1, hidden - 1) if listed and hidden > 1 and draw.flag(0.4) else None
-    own = projected or hidden
-    params = [draw.tensor([gates * hidden, width], "real"), draw.tensor([gates * hidden, own], "real")]
+    state = projected or hidden
+    params = [draw.tensor([gates * hidden, width], "real"), draw.tensor([gates * hidden, state], "real")]
     params += [draw.tensor([gates * hidden], "real") for _ in range(2 * biases)]
-    params += [draw.tensor([own, hidden], "real")] if projected else []
-    states = [draw.tensor([1, batch, size], "real") for size in ((own, hidden) if listed else (hidden,))]
+    params += [draw.tensor([state, hidden], "real")] if projected else []
+    states = [draw.tensor([1, batch, size], "real") for size in ((state, hidden) if listed else (hidden,))]
     return {
         "input": draw.tensor([batch, steps, width] if second else [steps, batch, width], "real"),
         "hx": states if listed else states[0],
@@ -307,9 +313,9 @@ def _tallied(draw: Draw, count: str, last: str | None) -> dict[str, Any]:
 
 
 SAMPLES: dict[str, Sample] = {
-    "aten.lstm.input": partial(_recurrent, gates=4, listed=True),
-    "aten.gru.input": partial(_recurrent, gates=3, listed=False),
-    **{f"aten.rnn_{kind}.input": partial(_recurrent, gates=1, listed=False) for kind in ("tanh", "relu")},
+    "aten.lstm.input": partial(_recurrent, gates=4),
+    "aten.gru.input": partial(_recurrent, gates=3),
+    **{f"aten.rnn_{kind}.input": partial(_recurrent, gates=1) for kind in ("tanh", "relu")},
     "aten.histc.default": partial(_tallied, count="bins", last="max"),
     "aten.one_hot.default": partial(_tallied, count="num_classes", last=None),
     "aten.reshape.default": _reshape,
@@ -356,8 +362,8 @@ SAMPLES: dict[str, Sample] = {
     **{f"aten.{name}.default": partial(_of, 2, lambda draw, shape: {}) for name in ("t", "numpy_T")},
     "aten.mT.default": lambda draw: {"self": draw.tensor([*draw.shape(most=2), draw.size()])},
     "aten.movedim.intlist": partial(_of, 4, _movedim),
-    "aten.squeeze.dim": partial(_squeeze, several=False),
-    "aten.squeeze.dims": partial(_squeeze, several=True),
+    "aten.squeeze.dim": partial(_squeeze, dims=Draw.dim),
+    "aten.squeeze.dims": partial(_squeeze, dims=lambda draw, rank: draw.some(range(rank), least=1)),
     "aten.unsqueeze.default": partial(
         _of, 3, lambda draw, shape: {"dim": draw.integer(-len(shape) - 1, len(shape))}
     ),
@@ -412,15 +418,15 @@ SAMPLES: dict[str, Sample] = {
     "transformers.grouped_mm_fallback.default": partial(_grouped, names=("input", "weight", "offs")),
     **{f"aten._fft_{kind}.default": partial(_fft, kind=kind) for kind in ("r2c", "c2r", "c2c")},
     **{
-        f"aten.upsample_{name}.vec": partial(_upsample, name="input", rank=rank, integers=False)
+        f"aten.upsample_{name}.vec": partial(_upsample, name="input", rank=rank)
         for name, rank in _RESAMPLERS.items()
     },
     **{
-        f"aten.upsample_{name}.default": partial(_upsample, name="self", rank=rank, integers=True)
+        f"aten.upsample_{name}.default": partial(_upsample, name="self", rank=rank)
         for name, rank in _RESAMPLERS.items()
     },
     **{
-        f"aten._upsample_{name}.vec": partial(_upsample, name="input", rank=rank, integers=False)
+        f"aten._upsample_{name}.vec": partial(_upsample, name="input", rank=rank)
         for name, rank in _EXACT.items()
     },
 }

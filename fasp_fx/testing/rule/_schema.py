@@ -40,26 +40,28 @@ def lettered(operator: OpOverload, rule: Rule, draw: Draw) -> Call:
     """A call whose tensors have the shapes that one alternative of a rule names."""
     index = draw.integer(0, len(rule.alternatives) - 1)
     alternative = rule.alternatives[index]
-    given: dict[str, Any] = {other.condition: False for other in rule.alternatives[:index] if other.condition}
+    arguments: dict[str, Any] = {
+        other.condition: False for other in rule.alternatives[:index] if other.condition
+    }
     if alternative.condition:
-        given[alternative.condition] = True
+        arguments[alternative.condition] = True
     shapes = _Shapes(rule, alternative, draw)
     schema = {argument.name: argument for argument in schema_of(operator).arguments}
     several = len(alternative.operands) > 1
     for number, operand in enumerate(alternative.operands):
         argument = schema[operand.name]
         if number and "Optional" in str(argument.type) and draw.flag(0.3):
-            given[operand.name] = None
+            arguments[operand.name] = None
             continue
         shape = shapes.of(operand.dims, broadcast=several and draw.flag(0.4))
-        given[operand.name] = _tensor(operand.name, shape, draw)
+        arguments[operand.name] = _tensor(operand.name, shape, draw)
     for clause in rule.clauses:
         if clause.keyword == "factor":
-            given[clause.words[1]] = shapes.size(clause.words[0])
+            arguments[clause.words[1]] = shapes.size(clause.words[0])
         elif clause.keyword == "shape" and len(clause.words) == 2:
-            given[clause.words[0]] = shapes.run(clause.words[1])
-    first = given[alternative.operands[0].name]
-    return Call(operator, _complete(operator, given, list(first.shape), draw))
+            arguments[clause.words[0]] = shapes.run(clause.words[1])
+    first = arguments[alternative.operands[0].name]
+    return Call(operator, _complete(operator, arguments, list(first.shape), draw))
 
 
 def moving(operator: OpOverload, rule: Rule, draw: Draw) -> Call:
@@ -77,18 +79,18 @@ def moving(operator: OpOverload, rule: Rule, draw: Draw) -> Call:
 _OTHERWISE = 0.15
 
 
-def filled(operator: OpOverload, given: dict[str, Any], draw: Draw) -> Call:
+def filled(operator: OpOverload, arguments: dict[str, Any], draw: Draw) -> Call:
     """A call with these arguments, the others at their defaults or made up; now and then one that says yes or
     no says the other.
     """
-    first = next((value for value in given.values() if isinstance(value, torch.Tensor)), torch.zeros(()))
-    return Call(operator, _complete(operator, given, list(first.shape), draw, made_up=False))
+    first = next((value for value in arguments.values() if isinstance(value, torch.Tensor)), torch.zeros(()))
+    return Call(operator, _complete(operator, arguments, list(first.shape), draw, made_up=False))
 
 
 def _complete(
-    operator: OpOverload, given: dict[str, Any], shape: list[int], draw: Draw, made_up: bool = True
+    operator: OpOverload, arguments: dict[str, Any], shape: list[int], draw: Draw, made_up: bool = True
 ) -> dict[str, Any]:
-    arguments = dict(given)
+    arguments = dict(arguments)
     for argument in schema_of(operator).arguments:
         if argument.name in arguments:
             continue

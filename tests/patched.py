@@ -1,15 +1,20 @@
-"""For processes that capture many small models, once each."""
+"""What the suite changes of torch, to be quicker and to compare exactly; the slow profile changes nothing."""
 
 from __future__ import annotations
 
 import logging
+import os
 
 import torch
 from torch._subclasses import FakeTensor
 
+PROFILE = os.environ.get("FASP_FX_PROFILE", "fast")
 
-def capture_quickly() -> None:
-    """Let torch keep and write down less of a capture, of which nobody here has any use."""
+
+def patch_torch() -> None:
+    """For processes that capture many small models, once each, and hold oracles that are exact."""
+    if PROFILE == "slow":
+        return
     # Pytest listens to loggers that do not propagate, and for whoever listens torch writes down every step of
     # a capture, which takes a tenth of the time.
     logging.getLogger("torch.__trace").propagate = True
@@ -19,13 +24,17 @@ def capture_quickly() -> None:
 
     def export(*args: object, **kwargs: object) -> torch.export.ExportedProgram:
         with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
-            made = original(*args, **kwargs)
-        for value in (node.meta.get("val") for node in made.graph.nodes):
+            program = original(*args, **kwargs)
+        for value in (node.meta.get("val") for node in program.graph.nodes):
             if isinstance(value, FakeTensor):
                 value.fake_mode.cache_enabled = True
-        return made
+        return program
 
     torch.export.export = export
     # Nobody reads which line of a model made a node, and to find that for each takes a tenth of a capture.
     if hasattr(torch.fx.config, "do_not_emit_stack_traces"):  # not in every version
         torch.fx.config.do_not_emit_stack_traces = True
+    # Processors that multiply bfloat16 faster round by themselves; tests/test_precision.py holds that.
+    if hasattr(torch.cpu, "get_capabilities"):
+        able = torch.cpu.get_capabilities
+        torch.cpu.get_capabilities = lambda: {**able(), "amx_bf16": False}

@@ -1,4 +1,6 @@
-"""Small models and what it means to refuse an input: a typed error, and nothing changed."""
+"""What it means to refuse an input: a typed error, and nothing changed; and what goes of one program, without
+taking it out, which takes longest.
+"""
 
 from __future__ import annotations
 
@@ -8,38 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from models import BATCH, Vectors, X
 from torch import Tensor, nn
 
 import fasp_fx
-
-
-class Net(nn.Module):
-    """Token numbers or vectors through one feed-forward block with a residual."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(10, 6)
-        self.up, self.down = nn.Linear(6, 24), nn.Linear(24, 6)
-
-    def forward(self, ids: Tensor, bias: Tensor | None = None) -> Tensor:
-        hidden = self.embed(ids)
-        if bias is not None:
-            hidden = hidden + bias
-        return hidden + self.down(torch.relu(self.up(hidden)))
-
-
-class Vectors(nn.Module):
-    def __init__(self, size: int = 6) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(size, 24), nn.Linear(24, size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.up(x)))
-
-
-IDS = torch.arange(10).reshape(2, 5)
-X = torch.linspace(-1, 1, 18).reshape(3, 6)
-BATCH = torch.linspace(-2, 2, 240).reshape(40, 6).sin()
+from fasp_fx.analysis import Analysis
+from fasp_fx.calibration import Decision
+from fasp_fx.capturing import Program
+from fasp_fx.pruning import Whole, _prune
 
 
 @contextlib.contextmanager
@@ -83,3 +61,9 @@ def refused(
     with untouched(model), pytest.raises(error, match=match) as caught:
         fasp_fx.prune(model, args, **options)
     assert isinstance(caught.value, fasp_fx.FaspError)
+
+
+def decide(program: Program, config: Any, calibration: Any, **how: Any) -> tuple[Analysis, Decision]:
+    subject = Whole(program)
+    ((_, decision),) = _prune.decide(subject, config, calibration, _prune.Job(**how))
+    return subject.analyses[""], decision
