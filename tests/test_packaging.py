@@ -27,7 +27,7 @@ def _sources() -> dict[str, Path]:
         for directory, names, files in os.walk(ROOT / folder):  # does not follow the symbolic links
             names[:] = [name for name in names if name != "__pycache__"]
             for file in files:
-                if file.endswith(".py"):
+                if file.endswith((".py", ".pyi")):
                     path = Path(directory) / file
                     found[f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"] = path
     return found
@@ -76,8 +76,8 @@ def test_every_subpackage_is_listed() -> None:
     folders = {name.rpartition("/")[0] for name in _sources()}
     assert {folder.replace("/", ".") for folder in folders} == set(settings["packages"])
     assert not {folder for folder in folders if f"{folder}/__init__.py" not in _sources()}
+    assert settings["package-dir"] == {"": "."}  # else an editable install is a hook, which no type checker runs
     for top, inside in TOP.items():
-        assert settings["package-dir"][inside.replace("/", ".")] == top
         assert (ROOT / inside).is_symlink()
         assert (ROOT / inside).resolve() == ROOT / top
 

@@ -17,7 +17,7 @@ from fasp_fx.analysis import Analysis
 from fasp_fx.base import offload, process, tolerable
 from fasp_fx.errors import ArgumentError, StoreError, first_line
 from fasp_fx.hf import FORMATS, KIND, OWN, PLAIN, Pruned, agreement, convert, latency, prune, pruned_already
-from fasp_fx.pruning import Figure, PruningConfig, expected_sparsity
+from fasp_fx.pruning import Figure, FormatName, PruningConfig, expected_sparsity
 from fasp_fx.pruning import counted as counted_weights
 from fasp_fx.storage import is_save, new_save, refuse_other
 from fasp_fx.training import DistillationConfig, distil
@@ -79,7 +79,7 @@ def show(result: Pruned, out: Path) -> None:
     console().print(figures_table([*sizes, *cache, *report.figures]))
     asked = "" if report.requested is None else f" (asked for {report.requested:.2%})"
     recovery = report.recovery
-    loader = " after `import fasp_fx`" if result.format == OWN else ""
+    loader = " after `import fasp_fx.hf`" if result.format == OWN else ""
     code = ", trust_remote_code=True" if type(result.model)._auto_class is not None else ""
     file = out / "model.gguf"
     for line in (
@@ -170,7 +170,7 @@ def recover_and_save(
     show(made[-1], out)
 
 
-def convert_and_save(folder: str, out: Path, format: str, overwrite: bool, stages: Stages) -> None:
+def convert_and_save(folder: str, out: Path, format: FormatName, overwrite: bool, stages: Stages) -> None:
     """Do what the command says, as its help describes it.
 
     Raises:

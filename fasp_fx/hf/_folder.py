@@ -15,7 +15,7 @@ import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import safetensors
 import torch
@@ -50,7 +50,7 @@ from ._model import Parts, PrunedModel, StoredProgram
 
 KIND, PLAIN = "hf", "plain"
 #: the format of a pruned program
-OWN = "fasp-fx"
+OWN: Final = "fasp-fx"
 #: what makes a pruned model, and with it what else is written
 FILES = ("config.json", "model.safetensors", "constants.safetensors", "programs.json", *TOLD)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, Unpack, cast
@@ -22,6 +22,9 @@ from fasp_fx.capturing import Captured, Program, capture_whole
 from fasp_fx.errors import ArgumentError, PlanError, StoreError, VerificationError
 from fasp_fx.passes import PrunedModule
 from fasp_fx.pruning import (
+    FormatName,
+    Granularity,
+    Include,
     PruningConfig,
     PruningOptions,
     Report,
@@ -66,7 +69,7 @@ class Pruned:
     plan: PruningPlan
     report: Report
     tokenizer: Any = None
-    format: str = OWN
+    format: FormatName = OWN
 
     def with_report(self, **fields: Any) -> Self:
         """The same, sharing its model, with some fields of its report replaced, which is saved along."""
@@ -83,7 +86,7 @@ class Pruned:
             overwrite: replace an earlier save (and nothing else) of that name.
 
         Returns:
-            The folder, as ``AutoModelForCausalLM.from_pretrained`` reads it: once fasp_fx is imported,
+            The folder, as ``AutoModelForCausalLM.from_pretrained`` reads it: once fasp_fx.hf is imported,
             with ``trust_remote_code=True`` where layers have sizes of their own, and as it is where not.
             A format of GGUF files has ``model.gguf`` in it besides.
 
@@ -153,8 +156,8 @@ def capture(model: Any, *, device: torch.device | str | None = None) -> Captured
 def analyze(
     model: Any,
     *,
-    granularity: Iterable[str] = PruningConfig.granularity,
-    include: Iterable[str] = (),
+    granularity: Collection[Granularity] = PruningConfig.granularity,
+    include: Collection[Include] = (),
     device: torch.device | str | None = None,
 ) -> Analysis:
     """The coupled groups of a generating model, as :func:`fasp_fx.analyze`.
@@ -236,7 +239,7 @@ def prune(
     calibration: Iterable[Any] | None = None,
     config: PruningConfig | None = None,
     costs: Costs | None = None,
-    format: str = OWN,
+    format: FormatName = OWN,
     device: torch.device | str | None = None,
     progress: Shown = None,
     on_analysis: Callable[[Analysis], None] | None = None,
@@ -433,7 +436,7 @@ def one_set(model: nn.Module, results: dict[str, Result]) -> dict[str, Tensor]:
     return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
 
-def convert(pruned: Pruned, format: str) -> Pruned:
+def convert(pruned: Pruned, format: FormatName) -> Pruned:
     """Put a pruned model into another format, which has to be able to hold what was pruned.
 
     Args:
@@ -515,5 +518,5 @@ def read_pruned(folder: Path, device: torch.device | None) -> Pruned:
             " be made up or left out; save the model again"
         )
     own = found.__module__ == modeling_per_layer.__name__
-    said = ("decilm" if found is modeling_per_layer.DeciLMForCausalLM else "per-layer") if own else "plain"
+    said: FormatName = ("decilm" if found is modeling_per_layer.DeciLMForCausalLM else "per-layer") if own else "plain"
     return Pruned(model, plan, report, tokenizer, said)

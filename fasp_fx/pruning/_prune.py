@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -44,7 +44,7 @@ from fasp_fx.storage import claim, refuse_other
 
 from ._allocating import allocate, budget_for, check_request
 from ._calibrating import Method, between, calibrate, measure_costs
-from ._config import PruningConfig, PruningOptions, key_of
+from ._config import Granularity, Include, PruningConfig, PruningOptions, key_of
 from ._parts import InParts
 from ._report import PREDICTED
 from ._result import Result
@@ -101,8 +101,8 @@ def analyze(
     *,
     dynamic_shapes: Any = None,
     state: tuple[str, ...] = (),
-    granularity: Iterable[str] = ("channel",),
-    include: Iterable[str] = (),
+    granularity: Collection[Granularity] = PruningConfig.granularity,
+    include: Collection[Include] = (),
 ) -> Analysis:
     """Find the coupled groups of a model. Weights are not read: a model on the meta device will do.
 
@@ -292,8 +292,8 @@ def plan_from_sets(
     captured: Captured,
     removed: Mapping[str, Iterable[int]],
     *,
-    granularity: Iterable[str] = ("channel",),
-    include: Iterable[str] = (),
+    granularity: Collection[Granularity] = PruningConfig.granularity,
+    include: Collection[Include] = (),
 ) -> PruningPlan:
     """The plan that removes given channel sets, however they were chosen; :func:`apply` carries it out.
 
@@ -463,7 +463,7 @@ def restoring_config(config: PruningConfig, plan: Any, has_data: bool) -> Prunin
         raise ArgumentError(f"the plan says what goes, so that {others[0]}= has nothing to say; leave it out")
     if not has_data and config.non_default_fields(()):
         raise ArgumentError("nothing is restored without data; give calibration=, or leave out how to")
-    return replace(config, granularity=plan.granularity, include=plan.include)
+    return PruningConfig.of(config, {"granularity": plan.granularity, "include": plan.include})
 
 
 def replay(
