@@ -21,7 +21,7 @@ TOP = {"passes": "fasp_fx/passes", "patterns": "fasp_fx/patterns"}
 
 
 def _sources() -> dict[str, Path]:
-    """Every Python file of the package by its path in a wheel."""
+    """Every Python file and stub of the package by its path in a wheel."""
     found = {}
     for folder, inside in {"fasp_fx": "fasp_fx", **TOP}.items():
         for directory, names, files in os.walk(ROOT / folder):  # does not follow the symbolic links
