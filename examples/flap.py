@@ -30,16 +30,18 @@ class Moments:  # a statistic: sums over tokens, so that batches add up; padding
 
     def variance(self) -> Tensor:
         first, second = self.sums / self.count
-        return second - first.square()
+        variance: Tensor = second - first.square()
+        return variance
 
 
 class Fluctuation(GroupScore):  # Var(X_j) ‖W_j‖² (FLAP, equation 5), standardised within the group
-    statistics = {"moments": Moments}
+    statistics: ClassVar = {"moments": Moments}
 
     def __call__(self, group: GroupColumns) -> Order:
         def values(columns: Columns) -> np.ndarray:
             moments: Any = columns.seen["moments"]
-            return (moments.variance() * columns.weight.square().sum(0)).cpu().numpy()
+            scores: np.ndarray = (moments.variance() * columns.weight.square().sum(0)).cpu().numpy()
+            return scores
 
         total = by_set(group, values)
         scores = (total - total.mean()) / total.std()
@@ -55,7 +57,9 @@ class Threshold(CostAllocation):  # what lies below one number goes, whatever gr
         return budget.closest(lost)
 
 
-def by_bias(problem: Problem) -> Tensor:  # what stays is left as it is, and the bias gives the mean of what goes
+def by_bias(
+    problem: Problem,
+) -> Tensor:  # what stays is left as it is, and the bias gives the mean of what goes
     ones = problem.kept[-1]
     means = problem.gram[:, ones] / problem.gram[ones, ones]
     kept = problem.weight[:, problem.kept].clone()

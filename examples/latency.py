@@ -7,6 +7,7 @@ latency looks the times up.
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -55,10 +56,12 @@ with torch.no_grad():
     for group in groups:
         widths = [round(part * group.width) for part in GRID]
         blocks = [feed_forward(256, width).eval() for width in widths]
-        tables[group.name] = widths, [seconds_of(lambda block=block: block(x)) for block in blocks]
+        tables[group.name] = widths, [seconds_of(partial(block, x)) for block in blocks]
 
 
-def seconds(widths: Mapping[str, int]) -> float:  # what is left of each group -> how long all of them take together
+def seconds(
+    widths: Mapping[str, int],
+) -> float:  # what is left of each group -> how long all of them take together
     return float(sum(np.interp(width, *tables[name]) for name, width in widths.items()))
 
 

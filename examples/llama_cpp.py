@@ -59,7 +59,9 @@ def seconds_of(*files: Path) -> list[Any]:
 
 options.out.mkdir()
 files = [losing(kind, count) for kind in steps for count in steps[kind]]
-near, *others = [answer["token"] for answer in seconds_of(losing("channel", steps["channel"][0], of=1), *files)]
+near, *others = [
+    answer["token"] for answer in seconds_of(losing("channel", steps["channel"][0], of=1), *files)
+]
 full = near + (near - others[0]) / (layers - 1)  # the first lacks a step of one layer
 saved = iter(full - each for each in others)  # by all layers together
 tables = {}

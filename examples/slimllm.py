@@ -22,7 +22,8 @@ from fasp_fx.calibration import GroupColumns, GroupScore, Order, Problem, by_val
 class Holistic(GroupScore):
     def __call__(self, group: GroupColumns) -> Order:
         (columns,) = group.consumers
-        assert columns.norms is not None  # it asks for data
+        assert columns.norms is not None
+        assert columns.gram is not None  # there are data
         gram, weight, sets = columns.gram().double(), columns.weight.double(), columns.sets[:, 0]
         if np.bincount(sets[sets >= 0]).max() == 1:
             # Neurons: the length of W_j among the outputs' principal directions, times that of X_j.
@@ -78,6 +79,10 @@ with torch.no_grad():
     states = comparison.dense.model(**comparison.calls[0], output_hidden_states=True).hidden_states
 angles = [1 - torch.cosine_similarity(*pair, -1).mean().item() for pair in pairwise(states)]
 turns = {f"model.layers.{layer}": angle for layer, angle in enumerate(angles)}
-choice: dict[str, Any] = {"score": Holistic(), "allocation": by_angle(turns), "granularity": ("head", "channel")}
+choice: dict[str, Any] = {
+    "score": Holistic(),
+    "allocation": by_angle(turns),
+    "granularity": ("head", "channel"),
+}
 comparison.run("SlimLLM", **choice, restore=by_outputs)
 comparison.run("SlimLLM, repaired", **choice)

@@ -1,12 +1,15 @@
-"""What type checkers and editors see of fasp_fx: `mypy --strict` and pyright on all Python of README.md, docs/ and
-examples/, beside an editable install and beside a wheel; and each must see mistakes that are seeded.
+"""What type checkers and editors see of fasp_fx: ``mypy --strict`` and pyright on all Python of README.md,
+docs/ and examples/, beside an editable install and beside a wheel; and each must see mistakes that are
+seeded.
 
-pyright is basedpyright, which brings its own node: nothing is fetched when it runs. What is not ours to mend is
-passed over: calls of untyped functions of torch and transformers, and packages that are not installed here.
+pyright is basedpyright, which brings its own node: nothing is fetched when it runs. What is not ours to mend
+is passed over: functions of torch without types may be called, lm_eval has no types, packages that are not
+installed here are not looked at.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -43,9 +46,9 @@ scratch: Any
 tables: dict[str, tuple[list[float], list[float]]]
 class MyModel(nn.Module): ...
 class YourLayer(nn.Module): ...
-from transformers import Trainer as Trainer, TrainingArguments as TrainingArguments
 """
-PREAMBLE = "import numpy as np, torch, fasp_fx; from torch import Tensor, nn; from given import *"
+PREAMBLE = "import numpy as np, torch, fasp_fx; from torch import Tensor, nn"
+ALL_GIVEN = re.findall(r"^(?:class )?(\w+)(?::|\()", GIVEN, flags=re.MULTILINE)
 
 #: each of these lines must be an error for both
 SEEDED = """
@@ -81,7 +84,14 @@ def snippets(page: Path) -> str:
         fence = line.startswith("```")
         lines.append(line if code and not fence else "")
         code = not code and line in ("```python", "```py") if fence else code
-    return "\n".join([PREAMBLE, *lines[1:]]) + "\n"
+    names = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.Name)]
+    first = {
+        name: min((node.lineno, isinstance(node.ctx, ast.Store)) for node in names if node.id == name)
+        for name in {node.id for node in names}.intersection(ALL_GIVEN)
+    }
+    taken = sorted(name for name, (_, is_bound) in first.items() if not is_bound)
+    given = f"; from given import {', '.join(taken)}" if taken else ""
+    return "\n".join([PREAMBLE + given, *lines[1:]]) + "\n"
 
 
 def write_sources(folder: Path) -> None:
@@ -90,11 +100,16 @@ def write_sources(folder: Path) -> None:
             (folder / f"{page.stem.replace('-', '_')}_md.py").write_text(snippets(page), encoding="utf-8")
     for example in sorted((ROOT / "examples").glob("*.py")):
         shutil.copy(example, folder)
-    (folder / "seeded.py").write_text(PREAMBLE + SEEDED, encoding="utf-8")
+    (folder / "seeded.py").write_text(f"{PREAMBLE}; from given import *{SEEDED}", encoding="utf-8")
     (folder / "given.pyi").write_text(GIVEN, encoding="utf-8")
+    for name in ("__init__", "models/__init__", "models/huggingface"):
+        stub = folder / "typings" / "lm_eval" / f"{name}.pyi"
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        stub.write_text("from typing import Any\ndef __getattr__(name: str) -> Any: ...\n")
     (folder / "mypy.ini").write_text(
-        "[mypy]\nstrict = True\nwarn_unused_ignores = False\nuntyped_calls_exclude = torch\n"
-        f"[mypy-{','.join(f'{name}.*' for name in UNREAD)}]\nignore_missing_imports = True\nfollow_imports = skip\n"
+        "[mypy]\nstrict = True\nwarn_unused_ignores = False\ndisallow_untyped_calls = False\n"
+        f"[mypy-{','.join(f'{name}.*' for name in UNREAD)}]\n"
+        "ignore_missing_imports = True\nfollow_imports = skip\n"
     )
     (folder / "pyrightconfig.json").write_text(
         json.dumps({"typeCheckingMode": "standard", "reportMissingModuleSource": False})
@@ -102,7 +117,7 @@ def write_sources(folder: Path) -> None:
 
 
 def wheel_python(folder: Path) -> Path:
-    """An interpreter whose fasp_fx is a freshly built wheel, and whose other packages are those of this one."""
+    """An interpreter whose fasp_fx is a fresh wheel, and whose other packages are those of this one."""
     source = folder / "source"
     source.mkdir()
     for name in ("fasp_fx", "passes", "patterns"):

@@ -147,25 +147,8 @@ from .eager import (
 )
 
 __all__ = [
-    "CurvePoint",
-    "Figure",
-    "Line",
+    "PruningConfig",
     "PruningOptions",
-    "Recovery",
     "Report",
-    "Spent",
-    "analyze",
-    "apply",
-    "capture",
-    "counted",
-    "key_of",
-    "line_of",
-    "make_report",
-    "measure",
-    "notes_of",
-    "plan_from_sets",
-    "prune",
-    "spent",
-    "weight_size",
-    "with_exclusions",
+    "Result",
 ]

@@ -1,4 +1,7 @@
 from ._distillation import (
+    Match as Match,  # what a distillation compares: a loss of your own
+)
+from ._distillation import (
     DistillationConfig as DistillationConfig,  # The options of one distillation
 )
 from ._gates import (
@@ -36,15 +39,9 @@ from ._recovery import (
 )
 
 __all__ = [
+    "DistillationConfig",
     "Gates",
-    "Lessons",
-    "Scaled",
-    "State",
-    "Target",
-    "Threshold",
-    "Trained",
-    "Training",
+    "Match",
     "attach_gates",
     "distil",
-    "split",
 ]
