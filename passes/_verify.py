@@ -28,6 +28,9 @@ def verify(program: Program, reference: Analysis) -> Walk:
 
     Raises:
         VerificationError: names the node and what differs.
+
+    Example:
+        >>> walk = fasp_fx.passes.verify(captured.program, analysis)
     """
     before = reference.program
     walk = Interpreter(

@@ -274,6 +274,12 @@ def offload(
     Raises:
         ArgumentError: the device cannot be used.
         OffloadError: the folder cannot be written, or its disk is full.
+
+    Example:
+        >>> with fasp_fx.offload(resident=2**20) as scratch:
+        ...     in_files = fasp_fx.prune(captured, calibration=batches, sparsity=0.3)
+        >>> in_files.plan.groups == result.plan.groups
+        True
     """
     found = torch.device("cpu") if device is None else check_device(device)
     scratch = Scratch(
@@ -297,6 +303,13 @@ def keep_weights(model: nn.Module, scratch: Scratch) -> None:
     Raises:
         ArgumentError: ``scratch`` is not what :func:`offload` gave.
         OffloadError: the disk is full.
+
+    Example:
+        >>> layer = nn.Linear(512, 512)
+        >>> with fasp_fx.offload() as scratch:
+        ...     fasp_fx.keep_weights(layer, scratch)
+        >>> layer(torch.randn(2, 512)).shape
+        torch.Size([2, 512])
     """
     if not isinstance(scratch, Scratch):
         raise ArgumentError(

@@ -64,6 +64,12 @@ class Problem:
         kept: M, indices of columns, shape ``[kept]``.
         has_ones: whether the last kept column holds ones, whose coefficients are added to the bias. Its
             weights are zero.
+
+    Example:
+        >>> from fasp_fx.calibration import Problem, damped
+        >>> def tikhonov(problem: Problem) -> torch.Tensor:  # a repair of one's own
+        ...     return damped(problem.weight, problem.gram, problem.kept, 1e-3)[:, problem.kept]
+        >>> repaired = fasp_fx.prune(captured, calibration=batches, restore=tikhonov, sparsity=0.3)
     """
 
     weight: Tensor
@@ -133,6 +139,12 @@ def ridge(
         has_ones: whether the last kept column holds ones. The ridge takes it as if it were as large as the
             columns are in the mean.
         least: no δ below that is tried.
+
+    Example:
+        >>> from fasp_fx.calibration import ridge
+        >>> weight, gram = torch.ones(1, 2), torch.ones(2, 2)  # two columns whose inputs are alike
+        >>> ridge(weight, gram, held=gram, kept=torch.tensor([0])).weight.round(decimals=2)
+        tensor([[2., 0.]])
     """
     solver = _Solver(weight, fitted, held, kept, has_ones)
     strength, held_factor = solver.choose(least)
@@ -177,6 +189,12 @@ def damped(weight: Tensor, gram: Tensor, kept: Tensor, strength: float) -> Tenso
         kept: as for :func:`ridge`.
         strength: δ relative to the mean of the Gram matrix's diagonal. Where the system is singular to
             rounding all the same, nothing is repaired.
+
+    Example:
+        >>> from fasp_fx.calibration import damped
+        >>> weight, gram = torch.ones(1, 2), torch.ones(2, 2)  # two columns whose inputs are alike
+        >>> damped(weight, gram, kept=torch.tensor([0]), strength=1e-6).round(decimals=3)
+        tensor([[2., 0.]])
     """
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     removed[kept] = False

@@ -312,6 +312,11 @@ class Captured:
     Attributes:
         programs: the graph, and how it is called, under the empty path; of a model that was captured in parts
             (docs/submodules.md), those of the parts by their paths.
+
+    Example:
+        >>> captured = fasp_fx.capture(model, (x,))
+        >>> list(captured.programs)
+        ['']
     """
 
     programs: dict[str, Program]

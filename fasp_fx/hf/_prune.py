@@ -63,6 +63,13 @@ class Pruned:
         report: what it cost; ``report.cache`` says how much narrower the key-value cache became.
         tokenizer: the tokenizer that was given, saved along with the model.
         format: of the files that it is saved in.
+
+    Example:
+        >>> pruned.model.generate(texts[0][:, :4], max_new_tokens=2, min_new_tokens=2).shape
+        torch.Size([4, 6])
+        >>> folder = pruned.save_pretrained("small")
+        >>> isinstance(fasp_fx.load("small"), hf.Pruned)
+        True
     """
 
     model: Any
@@ -105,6 +112,10 @@ class CapturedModel:
     Attributes:
         model: the caller's.
         programs: by name; a plan is made for the first of them, and carried out in all others.
+
+    Example:
+        >>> list(captured_llama.programs)  # those that generation needs
+        ['decode']
     """
 
     model: Any
@@ -140,6 +151,10 @@ def capture(model: Any, *, device: torch.device | str | None = None) -> Captured
     Raises:
         ArgumentError: the model does not generate.
         CaptureError: the model cannot be captured.
+
+    Example:
+        >>> hf.capture(llama).model is llama
+        True
     """
     stages = stages_of(model)
     programs: dict[str, Captured] = {}
@@ -165,6 +180,10 @@ def analyze(
     Args:
         model, device: as for :func:`prune`.
         granularity, include: as for :func:`fasp_fx.prune`.
+
+    Example:
+        >>> [group.name for group in hf.analyze(captured_llama).groups if group.status == "prunable"]
+        ['model.layers.0.self_attn.o_proj.weight', 'model.layers.0.mlp.down_proj.weight']
     """
     config = PruningConfig(granularity=granularity, include=include)
     return Subject({"": _captured(model, device).planned()[1]}).analyze(config)
@@ -186,6 +205,10 @@ def measure(
 ) -> Costs:
     """Predict what each coupled group of a generating model costs, as :func:`fasp_fx.measure`; arguments as
     for :func:`prune`.
+
+    Example:
+        >>> costs = hf.measure(captured_llama, calibration=texts)
+        >>> cheaper = hf.prune(captured_llama, calibration=texts, sparsity=0.3, costs=costs)
     """
     check_calibration(calibration)
     captured = _captured(model, device)
@@ -219,6 +242,11 @@ def apply(
     Args:
         model, tokenizer, device, progress: as for :func:`prune`.
         plan, calibration, config, options: as for :func:`fasp_fx.apply`.
+
+    Example:
+        >>> again = hf.apply(captured_llama, pruned.plan, calibration=texts)
+        >>> again.plan.groups == pruned.plan.groups
+        True
     """
     asked = restoring_config(PruningConfig.of(config, options), plan, calibration is not None)
     captured = _captured(model, device)
@@ -278,6 +306,11 @@ def prune(
             some size.
         PlanError: the plan cannot be carried out in one of the programs.
         FaspError: see :func:`fasp_fx.prune`.
+
+    Example:
+        >>> pruned = hf.prune(captured_llama, calibration=texts, sparsity=0.2)  # or of the model itself
+        >>> pruned.report.parameters
+        (3632, 3104)
     """
     check_callable(on_analysis=on_analysis)
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
@@ -446,6 +479,11 @@ def convert(pruned: Pruned, format: FormatName) -> Pruned:
     Raises:
         ArgumentError: the format is not known, or cannot hold the model; names the weight.
         VerificationError: the model that was built does not compute what the pruned one does.
+
+    Example:
+        >>> plain = hf.convert(pruned, "per-layer")
+        >>> type(plain.model).__name__
+        'PerLayerLlamaForCausalLM'
     """
     form, model = format_of(format), pruned.model
     kind, config = dense_of(model)
@@ -518,5 +556,7 @@ def read_pruned(folder: Path, device: torch.device | None) -> Pruned:
             " be made up or left out; save the model again"
         )
     own = found.__module__ == modeling_per_layer.__name__
-    said: FormatName = ("decilm" if found is modeling_per_layer.DeciLMForCausalLM else "per-layer") if own else "plain"
+    said: FormatName = "plain"
+    if own:
+        said = "decilm" if found is modeling_per_layer.DeciLMForCausalLM else "per-layer"
     return Pruned(model, plan, report, tokenizer, said)

@@ -143,6 +143,13 @@ class PruningConfig:
 
     Raises:
         ArgumentError, SparsityError: an option is out of range or not known.
+
+    Example:
+        >>> config = fasp_fx.PruningConfig(sparsity=0.5, round_to=8, exclude=("4",))
+        >>> fasp_fx.PruningConfig.from_json(config.to_json()) == config
+        True
+        >>> fasp_fx.prune(captured, calibration=batches, config=config).report.parameters
+        (884, 484)
     """
 
     sparsity: float | Mapping[str, float] | None = _option(

@@ -88,6 +88,14 @@ def capture(
     Raises:
         ArgumentError: the inputs do not fit the model.
         CaptureError: the model is in training mode, or neither it nor any of its submodules can be captured.
+
+    Example:
+        >>> captured = fasp_fx.capture(model, (x,))
+        >>> for sparsity in (0.2, 0.5):
+        ...     result = fasp_fx.prune(captured, score="magnitude", restore=None, sparsity=sparsity)
+        ...     print(result.report.parameters)
+        (884, 718)
+        (884, 453)
     """
     return _captured(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device)
 
@@ -119,6 +127,14 @@ def analyze(
 
     Raises:
         ArgumentError, CaptureError: see :func:`fasp_fx.capture`.
+
+    Example:
+        >>> for group in fasp_fx.analyze(captured).groups:
+        ...     print(group.name, group.status, group.size)
+        0.weight frozen 8
+        2.weight prunable 32
+        4.weight prunable 16
+        4.weight#2 frozen 4
     """
     config = PruningConfig(granularity=granularity, include=include)
     how: dict[str, Any] = {"state": state, "dynamic_shapes": dynamic_shapes, "device": None}
@@ -180,6 +196,13 @@ def prune(
         CaptureError: see :func:`fasp_fx.capture`.
         RankError: another process of the group is gone.
         StoreError: the checkpoint is that of another run, or cannot be written.
+
+    Example:
+        >>> result = fasp_fx.prune(model, (x,), calibration=batches, sparsity=0.3)
+        >>> result.module(torch.randn(3, 8)).shape
+        torch.Size([3, 4])
+        >>> [tuple(weight.shape) for weight in result.module.parameters() if weight.dim() == 2]
+        [(22, 8), (16, 22), (4, 16)]
     """
     check_callable(on_analysis=on_analysis)
     config = PruningConfig.of(config, options)
@@ -240,6 +263,12 @@ def measure(
         CalibrationError: the batches do not fit, the loss fails or does not depend on the weights, or its
             gradients vanish or are not finite.
         CaptureError: see :func:`fasp_fx.capture`.
+
+    Example:
+        >>> costs = fasp_fx.measure(captured, calibration=batches)
+        >>> sorted(costs)
+        ['2.weight', '4.weight']
+        >>> smaller = fasp_fx.prune(captured, calibration=batches, sparsity=0.4, costs=costs)
     """
     config = PruningConfig.of(config, options)
     check_calibration(calibration)
@@ -278,6 +307,11 @@ def apply(
         ArgumentError: the plan is none, or an option says what goes or how to restore without data.
         PlanError: the plan is for another model (or for this one before it was pruned).
         CalibrationError: the calibration data does not fit.
+
+    Example:
+        >>> again = fasp_fx.apply(model, result.plan, (x,), calibration=batches)
+        >>> again.plan.groups == result.plan.groups
+        True
     """
     config = restoring_config(PruningConfig.of(config, options), plan, calibration is not None)
     subject = _subject_of(
@@ -306,6 +340,11 @@ def plan_from_sets(
     Raises:
         PlanError: a group is not known or cannot be pruned, or a set is not there; or the blocks of a group
             would lose unequal counts, or too many.
+
+    Example:
+        >>> plan = fasp_fx.plan_from_sets(captured, {"4.weight": [0, 5]})
+        >>> fasp_fx.apply(captured, plan).module.get_parameter("2.weight").shape
+        torch.Size([14, 32])
     """
     analysis = analyze_for(captured.checked(), PruningConfig(granularity=granularity, include=include))
     groups = {group.name: group for group in analysis.chosen}

@@ -1,8 +1,8 @@
 from ._distillation import (
-    Match as Match,  # what a distillation compares: a loss of your own
+    DistillationConfig as DistillationConfig,  # The options of one distillation
 )
 from ._distillation import (
-    DistillationConfig as DistillationConfig,  # The options of one distillation
+    Match as Match,  # what a distillation compares: a loss of your own
 )
 from ._gates import (
     Gates as Gates,  # One gate for every channel set of a model's groups; fasp_fx.training.attach makes them
