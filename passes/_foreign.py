@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fasp_fx.base import WRITTEN_BY, deviation, pytree, stamp, tolerable, tolerance
+from fasp_fx.base import WRITTEN_BY, codegen_of, deviation, pytree, stamp, tolerable, tolerance
 from fasp_fx.capturing import (
     Program,
     copied,
@@ -82,7 +82,7 @@ def _rewritten(call: Callable[[Any], Any], program: Program) -> Program:
             stamp(node, node.meta[WRITTEN_BY])
     copy.numbers.clear()
     # A pass that copies the graph forgets how inputs and outputs are nested.
-    module.graph.set_codegen(program.module.graph._codegen)
+    module.graph.set_codegen(codegen_of(program.module.graph))
     copy.module = graph_module(module, module.graph, module.meta)
     _same_shapes(program, copy)
     if is_plain_graph(module.graph):

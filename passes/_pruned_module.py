@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import weakref
 from dataclasses import replace
@@ -12,7 +11,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fasp_fx.base import PRESERVED, pytree, read_stamps, without_values
+from fasp_fx.base import (
+    PRESERVED,
+    codegen_of,
+    is_view,
+    non_persistent_buffers,
+    pytree,
+    read_stamps,
+    with_parts,
+    without_values,
+)
 from fasp_fx.capturing import (
     Assembly,
     CallerCodeGen,
@@ -79,7 +87,7 @@ class PrunedModule(fx.GraphModule):
         copied.fasp_fx_origin = self.fasp_fx_origin
         for name, module in self.named_modules():
             # A copy of a graph module saves all its buffers, those that a model leaves out as well.
-            copied.get_submodule(name)._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+            non_persistent_buffers(copied.get_submodule(name)).update(non_persistent_buffers(module))
         copied.own_guards()
         return copied
 
@@ -134,12 +142,14 @@ def wrap(exported: ExportedProgram, signature: CallSignature) -> PrunedModule:
     lifted = exported.module(check_guards=True)
     recorded = (node.meta.get("val") for node in exported.graph.find_nodes(op="placeholder"))
     guard_calls(lifted, exported, float_types(recorded))
-    program = copy.copy(exported)
-    program._state_dict = {name: without_values(tensor) for name, tensor in exported.state_dict.items()}
-    program._constants = {
-        name: without_values(value) if isinstance(value, Tensor) else value
-        for name, value in exported.constants.items()
-    }
+    program = with_parts(
+        exported,
+        state_dict={name: without_values(tensor) for name, tensor in exported.state_dict.items()},
+        constants={
+            name: without_values(value) if isinstance(value, Tensor) else value
+            for name, value in exported.constants.items()
+        },
+    )
     return _wrapped(lifted, lifted, Origin(program, signature))
 
 
@@ -186,8 +196,8 @@ def _wrapped(lifted: fx.GraphModule, tensors: nn.Module, origin: Origin) -> Prun
     assert isinstance(module, PrunedModule)
     module.fasp_fx_origin = origin
     module.own_guards()
-    generated: Any = lifted.graph._codegen
-    module.graph._codegen = CallerCodeGen(origin.signature, generated.pytree_info)
+    generated: Any = codegen_of(lifted.graph)
+    module.graph.set_codegen(CallerCodeGen(origin.signature, generated.pytree_info))
     module.recompile()
     # transformers' Trainer gives the loss's own arguments to a model that takes **kwargs, unless it says
     # this. Copies keep what is noted in ``meta``.
@@ -205,9 +215,9 @@ def program_now(module: nn.Module) -> ExportedProgram:
         StoreError: see :func:`values_now`.
     """
     assert isinstance(module, PrunedModule)
-    program = copy.copy(module.fasp_fx_origin.program)
-    program._state_dict, program._constants = values_now(module, program)
-    return program
+    program = module.fasp_fx_origin.program
+    weights, constants = values_now(module, program)
+    return with_parts(program, state_dict=weights, constants=constants)
 
 
 def values_now(module: nn.Module, program: ExportedProgram) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -289,7 +299,7 @@ def own_storage(program: Program) -> Program:
         if (
             name in program.numbers
             and isinstance(tensor, nn.Parameter)
-            and tensor._base is None
+            and not is_view(tensor)
             and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
         ):
             continue  # made by a pass

@@ -18,7 +18,7 @@ from itertools import permutations
 
 from torch import fx
 
-from fasp_fx.base import OpOverload
+from fasp_fx.base import OpOverload, schema_of
 
 from ._registry import lookup
 
@@ -30,7 +30,7 @@ COMPOSITES: dict[str, str] = {
 
 
 def _name(node: fx.Node) -> str:
-    return node.target._schema.name.rpartition("::")[2] if isinstance(node.target, OpOverload) else ""
+    return schema_of(node.target).name.rpartition("::")[2] if isinstance(node.target, OpOverload) else ""
 
 
 def _transparent(node: fx.Node) -> bool:

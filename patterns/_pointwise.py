@@ -6,7 +6,7 @@ they are pointwise.
 
 from __future__ import annotations
 
-from fasp_fx.base import OpOverload
+from fasp_fx.base import OpOverload, schema_of
 
 #: pointwise operators that torch does not tag
 UNTAGGED: tuple[str, ...] = (
@@ -84,6 +84,6 @@ def pointwise_rule(operator: OpOverload) -> str:
     """The rule of a pointwise operator, derived from its schema: every tensor argument broadcasts into every
     result.
     """
-    tensors = [argument.name for argument in operator._schema.arguments if "Tensor" in str(argument.type)]
-    results = max(1, sum("Tensor" in str(result.type) for result in operator._schema.returns))
+    tensors = [argument.name for argument in schema_of(operator).arguments if "Tensor" in str(argument.type)]
+    results = max(1, sum("Tensor" in str(result.type) for result in schema_of(operator).returns))
     return f"{', '.join(f'{name}[...]' for name in tensors)} -> {', '.join(['[...]'] * results)}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fasp_fx.base import HigherOrderOperator, OpOverload
+from fasp_fx.base import HigherOrderOperator, OpOverload, schema_of
 from fasp_fx.errors import RuleError
 
 from ._contractions import CONTRACTIONS, RECURRENT
@@ -49,7 +49,7 @@ def argument_names(operator: object) -> Mapping[str, Any]:
 @cache
 def _declared(operator: Operator) -> Mapping[str, Any]:
     if isinstance(operator, OpOverload):
-        schema = operator._schema.arguments
+        schema = schema_of(operator).arguments
         return {
             argument.name: argument.default_value if argument.has_default_value() else inspect.Parameter.empty
             for argument in schema

@@ -1,13 +1,10 @@
-"""Private names of torch and transformers stand in one package, and those whose failing nothing else would
-show do what is expected of them.
+"""Private names of torch and transformers whose failing nothing else would show do what is expected of them
+(where they may stand: ``test_private_names.py``).
 """
 
 from __future__ import annotations
 
-import ast
 import logging
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +18,6 @@ from fasp_fx.base import compat as _compat
 from fasp_fx.errors import VerificationError
 
 ATEN = torch.ops.aten
-ROOT = Path(__file__).resolve().parent.parent
-#: what of torch begins with an underscore, in an import or as an attribute of the module
-PRIVATE = re.compile(
-    r"\btorch(?!\.ops\b)(\.\w+)*\._(?!_)\w+|\btransformers(\.\w+)*(\._(?!_)\w+|\.exporters\b)"
-)
-
-
-def _used() -> Iterator[tuple[str, str]]:
-    """Every private name that a file outside of the package imports or looks up."""
-    for folder in ("fasp_fx", "passes", "patterns"):
-        for file in (ROOT / folder).rglob("*.py"):
-            if "compat" in file.parts:
-                continue
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                names = []
-                if isinstance(node, ast.Import):
-                    names = [alias.name for alias in node.names]
-                elif isinstance(node, ast.ImportFrom) and not node.level:
-                    names = [f"{node.module}.{alias.name}" for alias in node.names]
-                elif isinstance(node, ast.Attribute):
-                    names = [ast.unparse(node)]
-                yield from ((str(file.relative_to(ROOT)), name) for name in names if PRIVATE.match(name))
-
-
-def test_private_names_stand_in_one_package() -> None:
-    assert PRIVATE.match("torch._ops.OpOverload")
-    assert PRIVATE.match("torch.utils._pytree")
-    assert PRIVATE.match("transformers.exporters.utils")
-    assert not PRIVATE.match("torch.__version__")
-    assert list(_used()) == []
 
 
 def test_what_fake_tensors_raise_they_log_there(

@@ -23,7 +23,7 @@ from fasp_fx.analysis import (
     cache_of,
     parameters_of,
 )
-from fasp_fx.base import HigherOrderOperator, OpOverload, is_number, tolerable
+from fasp_fx.base import HigherOrderOperator, OpOverload, is_composite, is_number, tolerable
 from fasp_fx.capturing import Sizes, arguments, attribute
 from fasp_fx.errors import ArgumentError, BudgetError
 
@@ -358,7 +358,7 @@ def _terms(node: fx.Node, module: torch.nn.Module, shape: ShapeOf) -> list[Term]
         each = [matrix for matrix in given.get("params", ()) if len(shape(matrix)) == 2] or [None]
         return [_dims({**given, "params": matrix}, term, shape) for term in formula for matrix in each]
     if isinstance(node.target, OpOverload) and (
-        node.target._overloadpacket in flop_registry or _is_made_of_products(node, shape)
+        node.target.overloadpacket in flop_registry or _is_made_of_products(node, shape)
     ):
         raise BudgetError(
             f"the multiply-accumulates of '{node.name}' ({node.target}) are not counted, so macs are no"
@@ -390,7 +390,7 @@ def _is_made_of_products(node: fx.Node, shape: ShapeOf) -> bool:
     ``aten.inner``.
     """
     assert isinstance(node.target, OpOverload)
-    if not node.target._can_decompose():
+    if not is_composite(node.target):
         return False
 
     def empty(source: fx.Node) -> Any:

@@ -173,7 +173,13 @@ from .compat import (
     PRESERVED as PRESERVED,  # torch: key under which graph modules keep attributes of the caller's
 )
 from .compat import (
+    RECURRENT_LISTS as RECURRENT_LISTS,  # lists of their own parameters that recurrent modules make anew as they run
+)
+from .compat import (
     SET_GRAD as SET_GRAD,  # the function that a graph of dynamo's calls where gradients are switched on or off
+)
+from .compat import (
+    SIZE_FUNCTIONS as SIZE_FUNCTIONS,  # what an expression of sizes is made of, by name
 )
 from .compat import (
     DataDependentOutputException as DataDependentOutputException,  # torch: raised where a stand-in would need values
@@ -209,6 +215,9 @@ from .compat import (
     ShapeEnv as ShapeEnv,  # torch: what is known of the sizes of a program
 )
 from .compat import (
+    Symbols as Symbols,  # The symbolic sizes of a program that is put together of what was saved of it
+)
+from .compat import (
     TorchDispatchMode as TorchDispatchMode,  # torch: is told of every operator that runs
 )
 from .compat import (
@@ -224,13 +233,37 @@ from .compat import (
     aot_export_module as aot_export_module,  # torch: a module as a functional graph of core operators
 )
 from .compat import (
+    applied_functions as applied_functions,  # Tell a function of each class with a derivative of its own that is applied
+)
+from .compat import (
+    asserted as asserted,  # What a program asserts of sizes that only a run tells
+)
+from .compat import (
     assign_attr as assign_attr,  # torch: sets an attribute of a graph module, by a dotted name
+)
+from .compat import (
+    attributes_read as attributes_read,  # Tell a function of each attribute of a module that is read
+)
+from .compat import (
+    bounds_of as bounds_of,  # The smallest and the largest size that a capture takes a symbol to have, where there are such
+)
+from .compat import (
+    called_as as called_as,  # Have a model compute what a function does, for a while
+)
+from .compat import (
+    codegen_of as codegen_of,  # What writes the code of a graph and knows how its inputs and outputs are nested
 )
 from .compat import (
     compile_graphs as compile_graphs,  # Compile what waits for its first call in a module, whose forward has no signature before
 )
 from .compat import (
     compiled_when_called as compiled_when_called,  # Let what is traced compile its graph when it is first called
+)
+from .compat import (
+    conditions_on as conditions_on,  # What a capture took for true of its sizes
+)
+from .compat import (
+    count_assumptions as count_assumptions,  # How many conditions and settled symbols there are: more, once anything new was assumed
 )
 from .compat import (
     decomposed_matmul as decomposed_matmul,  # torch: matmul in products of matrices
@@ -245,13 +278,19 @@ from .compat import (
     forward_from_src as forward_from_src,  # torch: a forward function of its source
 )
 from .compat import (
+    forward_pre_hooks as forward_pre_hooks,  # The hooks that a module calls before its forward, by number, to be read and changed
+)
+from .compat import (
     free_unbacked_symbols as free_unbacked_symbols,  # torch: the sizes in an expression that only data decide
 )
 from .compat import (
     guards_of as guards_of,  # What a program assumes of the sizes of its inputs, in Python
 )
 from .compat import (
-    int_oo as int_oo,  # torch: the bound of a size that has none
+    guards_of_module as guards_of_module,  # The module that checks the sizes of a call of an exported program's module
+)
+from .compat import (
+    hint_of as hint_of,  # The size that a symbol stands for in the example; None where only a run tells
 )
 from .compat import (
     is_composite as is_composite,  # Whether an operator is made of others, so that its schema need not say that it returns a view
@@ -260,13 +299,34 @@ from .compat import (
     is_transform as is_transform,  # Whether a call of a graph is a step of a transformation of torch.func (vmap, grad)
 )
 from .compat import (
+    is_view as is_view,  # Whether a tensor shows a part of another one to autograd
+)
+from .compat import (
     lookup_backend as lookup_backend,  # torch: a compiler of torch.compile, by its name
+)
+from .compat import (
+    non_persistent_buffers as non_persistent_buffers,  # The names of a module's own buffers that its state dict leaves out, to be read and changed
 )
 from .compat import (
     pytree as pytree,  # torch: nested containers as leaves and a structure
 )
 from .compat import (
+    ranges_of as ranges_of,  # The smallest and the largest size that a program takes each symbol to have
+)
+from .compat import (
+    reading_gguf as reading_gguf,  # Have transformers read a GGUF file once, which takes seconds, and list the names of its tensors once
+)
+from .compat import (
     refuse_new_guards as refuse_new_guards,  # Raise where anything new would be assumed of the sizes
+)
+from .compat import (
+    rename as rename,  # Give a node of a graph another name, with a number behind it where a node has that already
+)
+from .compat import (
+    schema_of as schema_of,  # The schema of an operator: its arguments, what it writes into, and what it returns
+)
+from .compat import (
+    set_guards as set_guards,  # Put another module in the place of the one that checks sizes
 )
 from .compat import (
     settle as settle,  # says of sizes what has to be true, or raises a RuntimeError; what data decide, a program asserts
@@ -278,7 +338,7 @@ from .compat import (
     silent_fake_tensors as silent_fake_tensors,  # Keep fake tensors from logging as an error what they go on to raise
 )
 from .compat import (
-    take_guards as take_guards,  # Give a program the guards on its sizes that another has
+    take_guards as take_guards,  # Give a program guards on the sizes of its inputs, in Python
 )
 from .compat import (
     traced_by as traced_by,  # Let exporters find what operators return by functions of ours, and without torch's cache of what fake tensors became
@@ -287,37 +347,34 @@ from .compat import (
     tracing as tracing,  # torch: the context in which dynamo compiles
 )
 from .compat import (
+    version_of as version_of,  # How often a tensor was written into; None where torch does not count
+)
+from .compat import (
+    with_parts as with_parts,  # A copy of an exported program with some of its parts others
+)
+from .compat import (
     without_overrides as without_overrides,  # calls of operators inside are not intercepted by __torch_function__, that of a mode included
 )
 from .compat import (
     without_stack_traces as without_stack_traces,  # Let what is traced not look for the line of the model that made each node
 )
-from .compat._serde import (
-    ON_SIZES as ON_SIZES,  # operators on sizes, by the names that a written graph gives them
-)
-from .compat._serde import (
-    Union as Union,  # what an object of the schema is that is one of several things
-)
-from .compat._serde import (
-    graph_from_fields as graph_from_fields,  # A written graph of what JSON holds
-)
-from .compat._serde import (
-    graph_to_fields as graph_to_fields,  # A written graph as what JSON holds
-)
-from .compat._serde import (
-    read_graph as read_graph,  # The program of a written graph, over given tensors
-)
-from .compat._serde import (
-    schema as schema,  # torch: the classes that its saved graphs are made of
-)
-from .compat._serde import (
-    write_graph as write_graph,  # A program without its tensors, as objects of torch's schema
+from .compat import (
+    written_by_hook as written_by_hook,  # The attributes that a hook of torch.nn.utils sets
 )
 from .compat._transformers import (
     CACHE as CACHE,  # the name of the argument and of the output that holds keys and values of the tokens seen; until 5.23 it was a longer one
 )
 from .compat._transformers import (
+    attention_of as attention_of,  # The implementation of attention that a configuration asks for, where it asks for one
+)
+from .compat._transformers import (
+    classes_by_config as classes_by_config,  # The classes of models that an Auto class loads, by those of their configurations
+)
+from .compat._transformers import (
     export_program as export_program,  # The program of a model by the exporter of transformers
+)
+from .compat._transformers import (
+    forget_conversions as forget_conversions,  # Let a model be saved under the names that its parameters have
 )
 from .compat._transformers import (
     get_auto_dynamic_shapes as get_auto_dynamic_shapes,  # transformers: which sizes of a model's arguments vary
@@ -329,13 +386,13 @@ from .compat._transformers import (
     kept_in_float32 as kept_in_float32,  # Parts of the names of weights that transformers may keep in float32, whatever the model's type
 )
 from .compat._transformers import (
+    mark_as_given as mark_as_given,  # Say of a cache that the caller brought it, so that generate gives it back
+)
+from .compat._transformers import (
     prepare_for_export as prepare_for_export,  # transformers: puts a model's attention into a form that exporters take
 )
 from .compat._transformers import (
     quiet_transformers as quiet_transformers,  # Keep transformers from remarking on configs that are only tried, and from drawing bars
-)
-from .compat._transformers import (
-    reading_gguf as reading_gguf,  # Have transformers read a GGUF file once, which takes seconds, and list the names of its tensors once
 )
 from .compat._transformers import (
     register_cache_pytrees_for_model as register_cache_pytrees_for_model,  # transformers: lets torch take the caches of a model apart

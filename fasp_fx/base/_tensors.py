@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .compat import storage_id
+
 #: whole numbers of 32 bits that are hashed into one of 64
 _WIDTH = 2048
 #: of so many bytes at a time: what stays in the cache of a core, and what keeps an accelerator at work
@@ -76,7 +78,7 @@ def storage_of(value: object) -> object:
     """
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return object()
-    return value.untyped_storage()._cdata
+    return storage_id(value)
 
 
 def lying_otherwise(tensor: Tensor) -> Tensor:

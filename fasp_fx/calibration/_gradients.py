@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fasp_fx.analysis import Product, Use
-from fasp_fx.base import device_of, pytree, tolerable
+from fasp_fx.base import codegen_of, device_of, pytree, tolerable
 from fasp_fx.capturing import Program, Runner, results
 from fasp_fx.errors import CalibrationError, first_line
 
@@ -295,7 +295,7 @@ def outcome(
         for node, leaf in zip(results(program.module.graph), shown, strict=True)
         if isinstance(node, fx.Node) and isinstance(leaf, Tensor)
     }
-    info: Any = getattr(program.module.graph._codegen, "pytree_info", None)
+    info: Any = getattr(codegen_of(program.module.graph), "pytree_info", None)
     if info is None or info.out_spec is None or info.in_spec is None:
         names = (node.name for node in program.placeholders())
         return shown, dict(zip(names, piece.inputs, strict=True)), lambda leaf: padding.get(id(leaf))

@@ -2,6 +2,9 @@ from ._assemble import (
     Assembly as Assembly,  # All that an exported program is put together of, but for the values of its tensors
 )
 from ._assemble import (
+    argument_of as argument_of,  # What an exported program says that an input or an output is
+)
+from ._assemble import (
     ready as ready,  # What the exported program of a graph module is put together of, when somebody asks for it
 )
 from ._attention import (

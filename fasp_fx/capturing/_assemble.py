@@ -8,7 +8,6 @@ into inputs, and to say which input is which.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,8 +35,11 @@ from fasp_fx.base import (
     FakeTensorMode,
     HigherOrderOperator,
     OpOverload,
+    guards_of,
+    guards_of_module,
     quiet,
     refuse_new_guards,
+    schema_of,
     take_guards,
     tolerable,
     without_values,
@@ -52,7 +54,8 @@ _log = logging.getLogger("fasp_fx")
 
 #: what an exporter calls the inputs that it makes of a module's tensors begins so
 _PREFIXES = {InputKind.PARAMETER: "p", InputKind.BUFFER: "b", InputKind.CONSTANT_TENSOR: "c"}
-_SYMBOLIC = (
+_KINDS: tuple[tuple[type, Any], ...] = (
+    (Tensor, TensorArgument),
     (torch.SymInt, SymIntArgument),
     (torch.SymFloat, SymFloatArgument),
     (torch.SymBool, SymBoolArgument),
@@ -94,7 +97,7 @@ class Assembly:
     def program(self) -> ExportedProgram:
         """The exported program; its tensors have no values."""
         made = self._exported(whole=True)
-        take_guards(made, self.frame)  # whatever was assumed of the symbols since
+        take_guards(made, guards_of(self.frame))  # whatever was assumed of the symbols since
         return made
 
     @cached_property
@@ -154,7 +157,7 @@ class Assembly:
         specs += self._take_inputs(graph, seen)
         outputs = self.fill(graph, lifted, seen) if whole else (None,) * len(results(self.graph))
         graph.output(outputs).meta.update(self.graph.find_nodes(op="output")[0].meta)
-        returned = [OutputSpec(OutputKind.USER_OUTPUT, _argument(output), None) for output in outputs]
+        returned = [OutputSpec(OutputKind.USER_OUTPUT, argument_of(output), None) for output in outputs]
         stored = {
             weight.name
             for weight in weights
@@ -212,7 +215,7 @@ def check_sizes(program: Program, inputs: list[Any]) -> None:
     """
     assert program.facts is not None  # or it was not captured
     frame = Assembly(program.module.graph, (), program.facts, program.example).frame
-    guards: Any = getattr(frame.module(check_guards=True), "_guards_fn", None)
+    guards = guards_of_module(frame.module(check_guards=True))
     if guards is not None:
         guards(*inputs)
 
@@ -246,7 +249,7 @@ def _is_functional(node: fx.Node) -> bool:
     if node.op != "call_function":
         return node.op != "call_module"
     if isinstance(node.target, OpOverload):
-        return not node.target._schema.is_mutable and "unbacked_bindings" not in node.meta
+        return not schema_of(node.target).is_mutable and "unbacked_bindings" not in node.meta
     return not isinstance(node.target, HigherOrderOperator)
 
 
@@ -255,7 +258,7 @@ def _recorded(module: fx.GraphModule) -> bool:
     environment = environment_of(module.graph)
     with (
         quiet(),
-        contextlib.nullcontext() if environment is None else refuse_new_guards(environment),
+        refuse_new_guards(environment),
     ):
         try:
             record(module, everything=False)
@@ -265,12 +268,10 @@ def _recorded(module: fx.GraphModule) -> bool:
     return True
 
 
-def _argument(result: Any) -> Any:
-    """What an output is."""
-    if not isinstance(result, fx.Node):
-        return ConstantArgument("", result)
-    value = result.meta.get("val")
-    return next(
-        (argument(result.name) for kind, argument in _SYMBOLIC if isinstance(value, kind)),
-        TensorArgument(result.name),
-    )
+def argument_of(node: Any) -> Any:
+    """What an exported program says of an input or an output: a node, or a constant among the outputs."""
+    if not isinstance(node, fx.Node):
+        return ConstantArgument("", node)
+    value = node.meta.get("val")
+    argument = next((argument for kind, argument in _KINDS if isinstance(value, kind)), None)
+    return ConstantArgument(node.name, value) if argument is None else argument(node.name)

@@ -25,6 +25,8 @@ from fasp_fx.base import (
     compile_graphs,
     pytree,
     read_stamps,
+    rename,
+    version_of,
     without_collections,
 )
 from fasp_fx.errors import ArgumentError, CaptureError
@@ -232,7 +234,7 @@ def recapture(program: Program, exported: ExportedProgram) -> Program:
         raise CaptureError("it changed the number of the program's inputs or outputs")
     for node, old in zip(inputs, before, strict=True):
         if node.name != old.name:
-            node._rename(old.name)
+            rename(node, old.name)
     own_names(module, module.graph)
     module.recompile()
     return replace(program, module=module, facts=ExportFacts.of(exported))
@@ -427,8 +429,4 @@ def _versions(program: Program) -> dict[str, int | None]:
     """
     own = set(written_names(program.module.graph))
     held = {**program.weights(), **program.replaced}  # a folded weight can have the name of one of those
-    return {
-        name: None if tensor.is_inference() else tensor._version
-        for name, tensor in held.items()
-        if name not in own
-    }
+    return {name: version_of(tensor) for name, tensor in held.items() if name not in own}

@@ -8,13 +8,21 @@ import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fasp_fx.base import PyTreeCodeGen, compile_graphs, compiled_when_called, pytree, quiet, tolerable
+from fasp_fx.base import (
+    PyTreeCodeGen,
+    called_as,
+    codegen_of,
+    compile_graphs,
+    compiled_when_called,
+    pytree,
+    quiet,
+    tolerable,
+)
 from fasp_fx.errors import ArgumentError, ExportError, first_line
 
 from ._functional import functional, out_of_place, take_apart
@@ -156,7 +164,7 @@ def _by_position(model: nn.Module, signature: CallSignature, leading: int) -> li
     """The arguments to pass by position: those that must be, those that an exported module has fixed there,
     and the ``leading`` ones given so.
     """
-    codegen = model.graph._codegen if isinstance(model, fx.GraphModule) else None
+    codegen = codegen_of(model.graph) if isinstance(model, fx.GraphModule) else None
     if isinstance(codegen, PyTreeCodeGen) and not isinstance(codegen, CallerCodeGen):
         return signature.given()[: codegen.pytree_info.in_spec.child(0).num_children]
     must = signature.by_position()
@@ -226,7 +234,7 @@ def _called_as(
     vars(named)["__signature__"] = inspect.Signature(
         [*known.values(), *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra)]
     )
-    return mock.patch.object(model, "forward", named)
+    return called_as(model, named)
 
 
 def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ExportedProgram:

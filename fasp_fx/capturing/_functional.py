@@ -23,6 +23,8 @@ from fasp_fx.base import (
     lying_otherwise,
     pytree,
     quiet,
+    rename,
+    schema_of,
     stand_for,
     storage_of,
     tolerable,
@@ -211,7 +213,7 @@ def _is_simple(node: fx.Node) -> bool:
     if node.op != "call_function":
         return node.op != "get_attr"
     target = node.target
-    return isinstance(target, OpOverload) and not target._schema.is_mutable and not is_composite(target)
+    return isinstance(target, OpOverload) and not schema_of(target).is_mutable and not is_composite(target)
 
 
 def is_plain_graph(graph: fx.Graph) -> bool:
@@ -301,8 +303,8 @@ def _write_beside(graph: fx.Graph, alike: list[fx.Node]) -> None:
                 node.replace_input_with(operand, found)
                 if node.op == "output":  # a program knows by name what it returns
                     name = operand.name
-                    operand._rename(f"{name}_before")
-                    found._rename(name)
+                    rename(operand, f"{name}_before")
+                    rename(found, name)
         if node in twins:
             made, now = node, {node: node}
             for part in _way(node, whole, twins):
@@ -354,9 +356,7 @@ def _made(node: fx.Node, operator: Any) -> Any:
 
 
 def _writes(node: fx.Node) -> bool:
-    return (
-        node.op == "call_function" and isinstance(node.target, OpOverload) and node.target._schema.is_mutable
-    )
+    return isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable
 
 
 def _twin(node: fx.Node) -> OpOverload | None:
@@ -364,12 +364,13 @@ def _twin(node: fx.Node) -> OpOverload | None:
     same arguments; ``None`` also for assignments, which become operators of other kinds.
     """
     target: Any = node.target
-    packet = getattr(getattr(torch.ops, target.namespace), target._opname.removesuffix("_"), None)
-    twin = getattr(packet, target._overloadname, None)
-    if not isinstance(twin, OpOverload) or twin._schema.is_mutable:
+    name, _, overload = target.name().partition("::")[2].partition(".")
+    packet = getattr(getattr(torch.ops, target.namespace), name.removesuffix("_"), None)
+    twin = getattr(packet, overload or "default", None)
+    if not isinstance(twin, OpOverload) or schema_of(twin).is_mutable:
         return None
-    first, *rest = target._schema.arguments
-    others = [argument.name for argument in twin._schema.arguments[1:]]
+    first, *rest = schema_of(target).arguments
+    others = [argument.name for argument in schema_of(twin).arguments[1:]]
     alone = first.is_write and not any(argument.is_write for argument in rest)
     same = [argument.name for argument in rest] == others
     return twin if alone and same and _keeps_type(node, twin) else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.base import OpOverload, pytree
+from fasp_fx.base import OpOverload, pytree, schema_of
 from fasp_fx.patterns import argument_names
 
 
@@ -76,7 +76,7 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     if not isinstance(node.target, OpOverload) or not _may_write(node.target):
         return []
     given = arguments(node)
-    taken = [given.get(argument.name) for argument in node.target._schema.arguments if argument.is_write]
+    taken = [given.get(argument.name) for argument in schema_of(node.target).arguments if argument.is_write]
     if any(given.get(flag) for flag in _WRITES_STATISTICS):
         taken += [given.get("running_mean"), given.get("running_var")]
     return [viewed(value) for value in pytree.tree_leaves(taken) if isinstance(value, fx.Node)]
@@ -86,7 +86,7 @@ def written_by(node: fx.Node) -> list[fx.Node]:
 def _may_write(operator: OpOverload) -> bool:
     """Whether an operator writes into any of its arguments, always or when a flag says so."""
     return any(
-        argument.is_write or argument.name in _WRITES_STATISTICS for argument in operator._schema.arguments
+        argument.is_write or argument.name in _WRITES_STATISTICS for argument in schema_of(operator).arguments
     )
 
 
@@ -110,7 +110,7 @@ def viewed(node: fx.Node) -> fx.Node:
     that.
     """
     while isinstance(node.target, OpOverload) and node.args and isinstance(node.args[0], fx.Node):
-        if not any(result.alias_info is not None for result in node.target._schema.returns):
+        if not any(result.alias_info is not None for result in schema_of(node.target).returns):
             break
         node = node.args[0]
     return node

@@ -15,7 +15,16 @@ from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry
 from torch.export.graph_signature import InputKind
 
-from fasp_fx.base import LazyGraphModule, ShapeEnv, guards_of, keep, pytree
+from fasp_fx.base import (
+    LazyGraphModule,
+    ShapeEnv,
+    codegen_of,
+    count_assumptions,
+    guards_of,
+    keep,
+    non_persistent_buffers,
+    pytree,
+)
 from fasp_fx.errors import VerificationError
 
 from ._fx import attribute, target_name, written_names
@@ -277,7 +286,7 @@ class Program:
     def copy(self) -> Program:
         """A program whose graph and module tree can be changed; tensors are shared."""
         graph = copy_graph(self.module.graph)
-        graph._codegen = self.module.graph._codegen
+        graph.set_codegen(codegen_of(self.module.graph))
         return self._over(graph)
 
     def with_own_weights(self) -> Program:
@@ -374,11 +383,11 @@ def graph_module(
             source = attribute(root, path) if path else root
         except AttributeError:
             continue
-        module._non_persistent_buffers_set |= {
-            name
-            for name in module._buffers
-            if name not in source._buffers or name in source._non_persistent_buffers_set
-        }
+        own, theirs = (
+            {name for name, _ in holder.named_buffers(recurse=False, remove_duplicate=False)}
+            for holder in (module, source)
+        )
+        non_persistent_buffers(module).update(own - (theirs - non_persistent_buffers(source)))
     return made
 
 
@@ -389,18 +398,13 @@ def set_weight(module: nn.Module, name: str, value: Tensor) -> None:
     value = keep(value)
     path, _, leaf = name.rpartition(".")
     owner = attribute(module, path) if path else module
-    if leaf in owner._buffers:
+    before = getattr(owner, leaf, None)
+    if isinstance(before, nn.Parameter) and not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=before.requires_grad)
+    elif isinstance(before, Tensor) and not isinstance(before, nn.Parameter):
         # A constant of the graph can be a weight that the model also holds elsewhere, in a list say.
-        owner._buffers[leaf] = value.detach() if isinstance(value, nn.Parameter) else value
-    elif leaf in owner._parameters:
-        trained = attribute(module, name).requires_grad
-        owner._parameters[leaf] = (
-            value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=trained)
-        )
-    elif isinstance(value, nn.Parameter):
-        owner.register_parameter(leaf, value)
-    else:
-        setattr(owner, leaf, value)
+        value = value.detach() if isinstance(value, nn.Parameter) else value
+    setattr(owner, leaf, value)
 
 
 # --- What an exported program knows besides its graph and its weights.
@@ -452,4 +456,4 @@ def environment_of(graph: fx.Graph) -> ShapeEnv | None:
 def assumed(graph: fx.Graph) -> int:
     """How many guards and settled symbols the sizes of a graph's inputs come with."""
     environment = environment_of(graph)
-    return 0 if environment is None else len(environment.guards) + len(environment.replacements)
+    return 0 if environment is None else count_assumptions(environment)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 
-from fasp_fx.base import OpOverload, settled_by, stand_for, storage_of
+from fasp_fx.base import OpOverload, rename, settled_by, stand_for, storage_of, with_parts
 from fasp_fx.errors import CaptureError
 
 from ._fx import arguments
@@ -119,12 +119,15 @@ def as_weights(exported: ExportedProgram) -> ExportedProgram:
             )
     if not found:
         return exported
-    made = copy.copy(exported)
-    made._graph_module = copy.deepcopy(exported.graph_module)
-    made._graph_signature = copy.copy(exported.graph_signature)
-    made._graph_signature.input_specs = [spec for spec in specs if spec.arg.name not in found]
-    kept = {str(spec.target) for spec in made._graph_signature.input_specs}
-    made._constants = {name: value for name, value in exported.constants.items() if name in kept}
+    signature = copy.copy(exported.graph_signature)
+    signature.input_specs = [spec for spec in specs if spec.arg.name not in found]
+    kept = {str(spec.target) for spec in signature.input_specs}
+    made = with_parts(
+        exported,
+        graph_module=copy.deepcopy(exported.graph_module),
+        graph_signature=signature,
+        constants={name: value for name, value in exported.constants.items() if name in kept},
+    )
     nodes = {node.name: node for node in made.graph.find_nodes(op="placeholder")}
     for name, weight in found.items():
         nodes[name].replace_all_uses_with(nodes[weight])
@@ -189,7 +192,7 @@ def own_names(module: nn.Module, graph: fx.Graph) -> None:
         wanted, called = node.name, weights if node.op != "get_attr" else set()
         while node.name in called or node.name == "self":
             wanted = f"{wanted}_node"
-            node._rename(wanted)
+            rename(node, wanted)
 
 
 # --- Recurrent layers of a graph, one by one.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fasp_fx.base import PyTreeCodeGen, PyTreeInfo, pytree, tolerable
+from fasp_fx.base import PyTreeCodeGen, PyTreeInfo, guards_of_module, pytree, set_guards, tolerable
 from fasp_fx.errors import ArgumentError, CallError, CaptureError
 
 #: constants that exporters take as arguments
@@ -452,7 +452,7 @@ def guard_calls(lifted: fx.GraphModule, exported: ExportedProgram, types: set[to
     """Let the guards in the module of an exported program fail with :class:`CallError`; ``types`` as for
     :class:`Guards`.
     """
-    found = getattr(lifted, "_guards_fn", None)
+    found = guards_of_module(lifted)
     if found is None or exported.example_inputs is None:  # a program without inputs has none
         return
     args, kwargs = exported.example_inputs
@@ -465,4 +465,4 @@ def guard_calls(lifted: fx.GraphModule, exported: ExportedProgram, types: set[to
     )
     recorded = [node.meta.get("val") for node in lifted.graph.find_nodes(op="placeholder")]
     like = tuple((value.dim(), value.dtype) if isinstance(value, Tensor) else None for value in recorded)
-    lifted._guards_fn = Guards(found.forward, names, like, types)
+    set_guards(lifted, Guards(found.forward, names, like, types))

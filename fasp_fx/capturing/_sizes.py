@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, TensorArgument
 
-from fasp_fx.base import int_oo, pytree
+from fasp_fx.base import asserted, bounds_of, conditions_on, hint_of, pytree
 
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
@@ -100,12 +100,10 @@ class Sizes:
         """Numbers known only at run time that the program says add up to a size, such as how many tokens each
         expert gets, share it.
         """
-        for asserted in [
-            item.expr for items in environment.deferred_runtime_asserts.values() for item in items
-        ]:
-            if not isinstance(asserted, sympy.Eq):
+        for equation in asserted(environment):
+            if not isinstance(equation, sympy.Eq):
                 continue
-            difference = sympy.expand(asserted.lhs - asserted.rhs)
+            difference = sympy.expand(equation.lhs - equation.rhs)
             self._choose_total(difference, environment)
             difference = sympy.expand(difference.xreplace(self.assigned))
             parts = sorted(difference.free_symbols, key=str)
@@ -129,8 +127,8 @@ class Sizes:
             self._choose(symbol, size.node.shape_env)
 
     def _choose(self, symbol: sympy.Symbol, environment: Any) -> None:
-        hint = environment.backed_var_to_val.get(symbol)
-        wanted = _PRIMES[len(self.assigned) % len(_PRIMES)] if hint is None or self.small else int(hint)
+        hint = hint_of(symbol, environment)
+        wanted = _PRIMES[len(self.assigned) % len(_PRIMES)] if hint is None or self.small else hint
         lower, upper = _range(symbol, environment)
         self.assigned[symbol] = max(wanted if upper is None else min(wanted, upper), lower)
 
@@ -310,10 +308,10 @@ def _tied_to_weights(size: torch.SymInt) -> Iterator[Any]:
     """The sizes that a capture allows only where so many channels, times what division leaves of one of them,
     are a fixed number.
     """
-    for guard in size.node.shape_env.guards:
-        if not isinstance(guard.expr, sympy.Eq):
+    for condition in conditions_on(size.node.shape_env):
+        if not isinstance(condition, sympy.Eq):
             continue
-        for made, fixed in (guard.expr.args, guard.expr.args[::-1]):
+        for made, fixed in (condition.args, condition.args[::-1]):
             functions = {type(part).__name__ for part in made.atoms(sympy.Function)}
             channels, _ = made.as_content_primitive()
             if (
@@ -327,12 +325,8 @@ def _tied_to_weights(size: torch.SymInt) -> Iterator[Any]:
 
 def _range(expression: sympy.Expr, environment: Any) -> tuple[int, int | None]:
     """The smallest size that the capture had in mind for a symbol, and the largest that it allows, if any."""
-    bounds = environment.var_to_range.get(expression)
-    if bounds is None:
-        return 0, None
-    lower = 0 if bounds.lower in (-int_oo, -sympy.oo) else int(bounds.lower)
-    limited = bounds.upper not in (int_oo, sympy.oo) and bounds.upper < torch.iinfo(torch.int32).max
-    return lower, int(bounds.upper) if limited else None
+    lower, upper = bounds_of(expression, environment)
+    return lower or 0, upper if upper is not None and upper < torch.iinfo(torch.int32).max else None
 
 
 def upper_bound(size: torch.SymInt) -> int | None:

@@ -8,13 +8,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from fasp_fx.base import drawing_alike, pytree
+from fasp_fx.base import (
+    RECURRENT_LISTS,
+    applied_functions,
+    attributes_read,
+    drawing_alike,
+    forward_pre_hooks,
+    pytree,
+    written_by_hook,
+)
 
 from ._signature import PLAIN
 
@@ -33,10 +40,10 @@ def _set_by_torch(module: nn.Module) -> set[str]:
     """Attributes that torch itself sets in forward: those of its own hooks, which compute a weight, and the
     lists in which recurrent modules keep their parameters, made anew where an exporter has put stand-ins.
     """
-    names = {"_flat_weights", "_flat_weight_refs"} if isinstance(module, nn.RNNBase) else set()
-    for hook in filter(of_torch, module._forward_pre_hooks.values()):
-        names |= {getattr(hook, "name", ""), getattr(hook, "_tensor_name", "")}
-    return names
+    hooks = filter(of_torch, forward_pre_hooks(module).values())
+    return set().union(
+        RECURRENT_LISTS if isinstance(module, nn.RNNBase) else (), *map(written_by_hook, hooks)
+    )
 
 
 @contextlib.contextmanager
@@ -188,19 +195,21 @@ def noting_reads(model: nn.Module, copy: nn.Module) -> Iterator[list[str]]:
     """Note every attribute of a model's modules that is read meanwhile, but of those that the copy has as
     well: a class may copy itself so.
     """
-    own = {id(inner) for inner in copy.modules()}
-    paths = {id(inner): path for path, inner in model.named_modules() if id(inner) not in own}
-    noted: list[str] = []
+    copied_as_well = {id(inner) for inner in copy.modules()}
+    paths, attributes, noted = dict[int, str](), dict[int, set[str]](), list[str]()
+    for path, inner in model.named_modules():
+        if id(inner) not in copied_as_well:
+            names = (set(dir(inner)) - set(dir(type(inner)))) | vars(inner).keys()
+            names -= dict(inner.named_children()).keys()
+            paths[id(inner)] = path
+            attributes[id(inner)] = {name for name in names if not name.startswith("_")}
 
-    def read(module: nn.Module, name: str) -> Any:
-        if id(module) in paths and not name.startswith("_"):
-            held = vars(module)
-            if any(name in table for table in (held, held["_parameters"], held["_buffers"])):
-                path = paths[id(module)]
-                noted.append(f"{path}.{name}" if path else name)
-        return object.__getattribute__(module, name)
+    def note(module: nn.Module, name: str) -> None:
+        if name in attributes.get(id(module), ()):
+            path = paths[id(module)]
+            noted.append(f"{path}.{name}" if path else name)
 
-    with mock.patch.object(nn.Module, "__getattribute__", read):
+    with attributes_read(note):
         yield noted
 
 
@@ -218,16 +227,11 @@ def said_of_reads(model: nn.Module, read: list[str]) -> str:
 @contextlib.contextmanager
 def functions_called() -> Iterator[dict[str, None]]:
     """The names of the functions that are applied meanwhile, but for torch's own."""
-    found: dict[str, None] = {}
-    own = Function.__dict__["apply"]
+    names: dict[str, None] = {}
 
-    def apply(kind: type[Function], *args: Any, **kwargs: Any) -> Any:
+    def note(kind: type[Function]) -> None:
         if kind.__module__.partition(".")[0] != "torch":
-            found[kind.__qualname__] = None
-        return own.__get__(None, kind)(*args, **kwargs)
+            names[kind.__qualname__] = None
 
-    setattr(Function, "apply", classmethod(apply))  # noqa: B010 - to a type checker it is a method
-    try:
-        yield found
-    finally:
-        setattr(Function, "apply", own)  # noqa: B010
+    with applied_functions(note):
+        yield names

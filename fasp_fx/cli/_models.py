@@ -4,6 +4,7 @@ file, dense or pruned; and text, of a file or of the model itself.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -11,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -446,9 +446,10 @@ def sample(
     settings = GenerationConfig(
         do_sample=False, max_length=length, bos_token_id=start, eos_token_id=None, pad_token_id=start
     )
+    # What a model brings along (an end token, a temperature) would be merged into settings given by call.
+    speaker = copy.copy(model)
+    speaker.generation_config = settings
     with (
-        # What a model brings along (an end token, a temperature) would be merged into settings given by call.
-        mock.patch.object(model, "generation_config", settings),
         torch.no_grad(),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
@@ -456,6 +457,8 @@ def sample(
         for first in range(0, count, SAMPLED_TOGETHER):
             prompt = torch.full((min(SAMPLED_TOGETHER, count - first), 1), start, device=device)
             check_output(model, prompt[0])  # sampling from what is no distribution fails in words of its own
-            own = LogitsProcessorList([Draw()])
-            texts.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), logits_processor=own))
+            draws = LogitsProcessorList([Draw()])
+            texts.append(
+                speaker.generate(prompt, attention_mask=torch.ones_like(prompt), logits_processor=draws)
+            )
     return torch.cat(texts)

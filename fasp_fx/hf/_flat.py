@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
-from fasp_fx.base import CACHE, forward_from_src, pytree, stamp
+from fasp_fx.base import CACHE, codegen_of, forward_from_src, pytree, stamp
 from fasp_fx.capturing import arguments, copy_graph, lower_bound, upper_bound
 from fasp_fx.errors import ArgumentError, CaptureError
 from fasp_fx.patterns import RESHAPES
@@ -66,7 +66,7 @@ class FlatProgram:
             CaptureError: it takes or returns a structure that is neither a tensor, a dict of tensors nor a
                 cache of keys and values.
         """
-        generated: Any = module.graph._codegen
+        generated: Any = codegen_of(module.graph)
         trees = generated.pytree_info
         return FlatProgram.of_graph(module.graph, trees.in_spec, trees.out_spec)
 
@@ -78,7 +78,7 @@ class FlatProgram:
         graph = fx.Graph()
         returned: Any = graph.graph_copy(body, {})
         graph.output(tuple(returned))
-        graph._codegen = CodeGen()
+        graph.set_codegen(CodeGen())
         for node in graph.nodes:
             node.type = None
         names = []

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fasp_fx.analysis import PruningPlan
-from fasp_fx.base import check_device, path_of, quiet_transformers
+from fasp_fx.base import attention_of, check_device, path_of, quiet_transformers
 from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.pruning import TOLD, Report, read_told, write_told
 from fasp_fx.storage import (
@@ -290,7 +290,7 @@ class SavedModel(PrunedModel):
                 raise ArgumentError(
                     f"argument '{name}' is not served when a pruned model is loaded; leave it out"
                 )
-        asked = getattr(config, "_attn_implementation", None)  # where the Auto classes put it
+        asked = attention_of(config)  # where the Auto classes put it
         if asked not in (None, "sdpa"):  # what a pruned model says of itself
             raise ArgumentError(
                 f"attn_implementation={asked!r} cannot be had: the programs fix attention; choose it for the"

@@ -21,7 +21,15 @@ from transformers.models.auto import modeling_auto
 
 from fasp_fx.allocation import Allocation, Budget, Bytes, CostAllocation, Costs, Search, joined, validate
 from fasp_fx.analysis import DEPTH, PRUNABLE, Analysis, PruningPlan
-from fasp_fx.base import Shown, device_of, quiet_transformers, tolerable
+from fasp_fx.base import (
+    Shown,
+    attention_of,
+    classes_by_config,
+    device_of,
+    forget_conversions,
+    quiet_transformers,
+    tolerable,
+)
 from fasp_fx.calibration import as_calls, check_calibration, ended_together
 from fasp_fx.capturing import capture_whole
 from fasp_fx.errors import ArgumentError, NothingPrunableError, SparsityError, first_line
@@ -446,12 +454,12 @@ def build(
     if kind.__module__ == modeling_per_layer.__name__:  # whose file is saved along
         kind.register_for_auto_class(_auto_class(experiments.kind))
         modeling_per_layer.DeciLMConfig.register_for_auto_class()
-    config._name_or_path = ""
+    config.name_or_path = ""
     if hasattr(config, "quantization_config"):
         # Of the file that the model came from: what is pruned are the weights it was expanded to.
         del config.quantization_config
-    attention = getattr(model.config, "_attn_implementation", None)
-    options = {} if attention is None else {"attn_implementation": attention}
+    attention = attention_of(model.config)
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     options |= {"config": config, "state_dict": dict(weights), "dtype": model.dtype}
     try:
         with quiet_transformers():
@@ -472,7 +480,7 @@ def build(
     made.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     if not FORMATS[name].by_layer:
         # Names that were not converted on loading would not be on saving: others read those of checkpoints.
-        made._weight_conversions = None
+        forget_conversions(made)
     return made.eval().to(next(iter(weights.values())).device), _note(experiments, said)
 
 
@@ -522,8 +530,7 @@ def _auto_class(kind: Any) -> str:
     """Which of transformers' Auto classes loads a class."""
 
     def loads(name: str) -> bool:
-        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", {})
-        found = mapping.get(kind.config_class, None)
+        found = classes_by_config(getattr(modeling_auto, name)).get(kind.config_class, None)
         return kind in (found if isinstance(found, tuple) else (found,))
 
     names = (name for name in modeling_auto.__all__ if name.startswith("AutoModel"))

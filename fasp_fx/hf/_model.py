@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from fasp_fx.analysis import PruningPlan
-from fasp_fx.base import CACHE
+from fasp_fx.base import CACHE, mark_as_given
 from fasp_fx.capturing import copy_graph
 from fasp_fx.errors import ArgumentError
 from fasp_fx.passes import Origin
@@ -82,9 +82,9 @@ def place(root: nn.Module, name: str, tensor: Tensor, *, persistent: bool) -> No
     path, _, leaf = name.rpartition(".")
     owner = root
     for part in path.split(".") if path else ():
-        if part not in owner._modules:
+        if part not in dict(owner.named_children()):
             owner.add_module(part, Branch())
-        owner = owner._modules[part]  # type: ignore[assignment]
+        owner = owner.get_submodule(part)
     if isinstance(tensor, nn.Parameter):
         owner.register_parameter(leaf, tensor)
     else:
@@ -193,7 +193,7 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
             )
         given = model_kwargs.get(CACHE)
         if given is not None:
-            self._opened(given)._is_user_defined = True
+            mark_as_given(self._opened(given))
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE] = self._opened(None)
             if generation_config.is_assistant:

@@ -72,7 +72,7 @@ def load_offloaded(
     model, info = type(empty).from_pretrained(None, output_loading_info=True, **options)
     refuse_incomplete(model, info, str(folder))
     keep_weights(model, scratch)  # what transformers had to convert
-    model.name_or_path = model.config._name_or_path = str(folder)
+    model.name_or_path = model.config.name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         with contextlib.suppress(OSError, ValueError):
             # Transformers makes one of the configuration where there is none that can be read.

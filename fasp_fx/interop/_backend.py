@@ -25,6 +25,7 @@ from fasp_fx.base import (
     lookup_backend,
     tolerable,
     tracing,
+    version_of,
     warn,
 )
 from fasp_fx.capturing import (
@@ -264,7 +265,7 @@ class _Slice:
         # for autograd; and a tensor that does not count its versions
         if (torch.is_grad_enabled() and weight.requires_grad) or weight.is_inference():
             return self.cut(args)
-        now = (weight.data_ptr(), weight.dtype, weight._version)
+        now = (weight.data_ptr(), weight.dtype, version_of(weight))
         if self._made is None or self._made[1]() is not weight or self._made[3] != now:
             storage = weight.detach()  # keeps the storage, so that no other can come to lie at its address
             with torch.inference_mode(False), torch.no_grad():  # a slice outlives the call

@@ -23,6 +23,7 @@ from fasp_fx.base import (
     storage_of,
     tolerable,
     tolerance,
+    version_of,
 )
 from fasp_fx.capturing import (
     PLAIN,
@@ -142,10 +143,10 @@ class Search:
             largest[module] = max(largest.get(module, call), call, key=Call.size)
 
         candidates = [module for module in self.paths if module is not self.model and _is_candidate(module)]
-        versions = [(buffer, buffer._version) for buffer in self.model.buffers()]
+        versions = [(buffer, version_of(buffer)) for buffer in self.model.buffers()]
         with rewound(self.model) as self.changed, watching(candidates, note):
             self.expected = self.call.run(self.model)
-            self.written = {storage_of(buffer) for buffer, before in versions if buffer._version != before}
+            self.written = {storage_of(buffer) for buffer, before in versions if version_of(buffer) != before}
         parts: list[Part] = []
         waiting = list(self.model.children())
         for module in waiting:  # which grows
@@ -284,7 +285,7 @@ def put(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
     """Place a module at each of its paths."""
     for path in paths:
         parent, _, name = path.rpartition(".")
-        model.get_submodule(parent)._modules[name] = module
+        setattr(model.get_submodule(parent), name, module)
 
 
 def same_output(found: Any, expected: Any) -> bool:

@@ -46,10 +46,10 @@ from ._graph_json import (
 from ._graph_json import (
     program_to_json as program_to_json,  # The graph, its signature, ranges and guards, and the shapes of the example inputs; no tensor
 )
-from ._graph_json import (
+from ._signature_json import (
     signature_from_json as signature_from_json,  # The signature that signature_to_json wrote
 )
-from ._graph_json import (
+from ._signature_json import (
     signature_to_json as signature_to_json,  # Names, kinds and defaults of the parameters, and what was captured
 )
 from ._tensors import (

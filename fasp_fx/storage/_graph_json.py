@@ -1,192 +1,57 @@
-"""An exported program, and the signature that its caller sees, as JSON, and back."""
+"""An exported program as JSON, in a schema of ours, and back (docs/saves.md).
+
+Nothing that is read is evaluated: operators are looked up by name, sizes are put together of known functions,
+and what generated code or an import would see is checked first (:mod:`._untrusted`).
+"""
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
+import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec
 
 from fasp_fx.base import (
+    SIZE_FUNCTIONS,
     Count,
     ReadBy,
-    graph_from_fields,
-    graph_to_fields,
+    Symbols,
+    guards_of,
+    hint_of,
     parse,
     pytree,
     quiet,
-    read_graph,
-    schema,
+    ranges_of,
+    take_guards,
     tolerable,
-    write_graph,
 )
-from fasp_fx.capturing import HELD, CallSignature, results
+from fasp_fx.capturing import argument_of, results
 from fasp_fx.errors import StoreError, first_line
 
+from . import _untrusted
 from ._folder import parsing
+from ._signature_json import constant_of, readers_with, value_from_json, value_to_json
 from ._tensors import device_of, to_device
-from ._untrusted import check_name, check_program, walk
 
+#: what a graph of that version holds is read by every later one
+VERSION = 1
 #: elements of all example inputs of a program together
 EXAMPLE = 2**28
-#: how the structure of arguments and outputs names a device: in JSON that is a text of JSON
-_DEVICE = re.compile(r'(\\+"_t\\+": \\+"device\\+", \\+"s\\+": \\+")\w+(:\d+)?')
-
-
-def signature_to_json(signature: CallSignature) -> dict[str, Any]:
-    """Names, kinds and defaults of the parameters, and what was captured.
-
-    Raises:
-        StoreError: an argument given at capture is not plain data; names it.
-    """
-    parameters = []
-    for parameter in signature.parameters.parameters.values():
-        entry: dict[str, Any] = {"name": parameter.name, "kind": parameter.kind.name}
-        if parameter.default is not inspect.Parameter.empty:
-            try:
-                entry["default"] = value_to_json(parameter.default)
-            except TypeError:
-                entry["default"] = {"not_stored": repr(parameter.default)}
-        parameters.append(entry)
-    for name in (*signature.captured, *signature.constants):
-        check_name(name)
-    return {
-        "parameters": parameters,
-        "captured": list(signature.captured),
-        "constants": _values_to_json(signature.constants),
-        "outlines": _values_to_json(signature.outlines),
-    }
-
-
-def _values_to_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
-    for name, value in values.items():
-        try:
-            found[name] = value_to_json(value)
-        except TypeError as error:
-            raise StoreError(
-                f"argument '{name}' was captured as {value!r}: {error}; capture the model with plain data"
-                " (None, bool, int, float, str, list, tuple, dict with text for keys)"
-            ) from error
-    return found
-
-
-def value_to_json(value: Any) -> Any:
-    """Plain data with a tag where JSON lacks the type.
-
-    Raises:
-        TypeError: the value is not plain data.
-    """
-    if type(value) is float and not math.isfinite(value):
-        return {"float": repr(value)}
-    if type(value) in (type(None), bool, int, float, str):
-        return value
-    if value is HELD:
-        return {"held": None}
-    if type(value) is list:
-        return [value_to_json(item) for item in value]
-    if type(value) is tuple:
-        return {"tuple": [value_to_json(item) for item in value]}
-    if type(value) is dict and all(type(key) is str for key in value):
-        return {"dict": {key: value_to_json(item) for key, item in value.items()}}
-    if isinstance(value, (torch.dtype, torch.device)):
-        return {type(value).__name__: str(value).removeprefix("torch.")}
-    raise TypeError(f"a {type(value).__name__} is not stored")
-
-
-def dtype_of(name: Any) -> torch.dtype:
-    """The dtype of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = getattr(torch, name, None) if isinstance(name, str) else None
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"{name!r:.80} is no dtype")
-    return found
-
-
-#: by the tag that says of which type a value is
-_READERS: dict[str, Callable[[Any], Any]] = {
-    "tuple": lambda content: tuple(map(value_from_json, content)),
-    "dict": lambda content: {key: value_from_json(item) for key, item in content.items()},
-    "float": {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}.__getitem__,
-    "device": device_of,
-    "dtype": dtype_of,
-    "held": lambda content: HELD,
-    "not_stored": str,  # what the default of an argument that was not given at capture was shown as
-}
-
-
-def value_from_json(value: Any) -> Any:
-    """The value that :func:`value_to_json` wrote.
-
-    Raises:
-        ValueError: it wrote none such.
-    """
-    if isinstance(value, list):
-        return [value_from_json(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    try:
-        ((tag, content),) = value.items()
-        return _READERS[tag](content)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{value!r:.200} is not a stored value") from error
-
-
-_Name = Annotated[str, ReadBy(check_name)]
-_Value = Annotated[Any, ReadBy(value_from_json)]
-
-
-@dataclass(frozen=True)
-class _Parameter:
-    name: _Name
-    kind: Literal["POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD", "VAR_POSITIONAL", "KEYWORD_ONLY", "VAR_KEYWORD"]
-    default: _Value = inspect.Parameter.empty
-
-
-@dataclass(frozen=True)
-class _Signature:
-    parameters: tuple[_Parameter, ...]
-    captured: tuple[_Name, ...]
-    constants: dict[_Name, _Value]
-    outlines: dict[_Name, _Value]
-
-
-def signature_from_json(text: str) -> CallSignature:
-    """The signature that :func:`signature_to_json` wrote.
-
-    Raises:
-        StoreError: the text is of none.
-    """
-    held = parse(_Signature, text, "signature.json")
-    with parsing("signature.json"):
-        parameters = [
-            inspect.Parameter(one.name, inspect._ParameterKind[one.kind], default=one.default)
-            for one in held.parameters
-        ]
-        return CallSignature(inspect.Signature(parameters), held.captured, held.constants, held.outlines)
-
-
-# --- Programs.
-
-
-@dataclass(frozen=True)
-class _Leaf:
-    """A tensor among the example inputs, or another value."""
-
-    shape: tuple[Count, ...] | None = None
-    dtype: Annotated[torch.dtype, ReadBy(dtype_of)] = torch.float32
-    device: str = "cpu"
-    value: Annotated[Any, ReadBy(value_from_json)] = None
+#: dimensions of a tensor
+_DIMENSIONS = 64
+#: how the structure of arguments and outputs names a device
+_DEVICE = re.compile(r'(\\*"_t\\*": \\*"device\\*", \\*"s\\*": \\*")\w+(:\d+)?')
+_INPUTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.USER_INPUT)
+_ASSUMPTIONS = ("integer", "positive", "nonnegative")
 
 
 def program_to_json(program: ExportedProgram) -> dict[str, Any]:
@@ -196,19 +61,167 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
         StoreError: the program holds something that JSON cannot.
     """
     text = next((item for item in results(program.graph) if isinstance(item, str)), None)
-    if text is not None:  # which torch writes, and does not read again
+    if text is not None:
         raise StoreError(
             f"the model returns the text {text!r} among its outputs, which is not stored; let forward return"
             " tensors and numbers"
         )
     try:
-        with quiet():
-            written = write_graph(program)
-        example = [_leaf(value) for value in pytree.tree_leaves(program.example_inputs)]
+        return {
+            "program": _Writer().program(program),
+            "example": [_leaf(value) for value in pytree.tree_leaves(program.example_inputs)],
+        }
+    except StoreError:
+        raise
     except tolerable(Exception) as error:
         raise StoreError(f"the program cannot be written as JSON: {first_line(error)}") from error
-    check_program(written)  # what is refused on loading is refused now
-    return {"program": graph_to_fields(written), "example": example}
+
+
+class _Writer:
+    """Writes one program; what is refused on loading is refused here."""
+
+    def __init__(self) -> None:
+        self.symbols: dict[str, sympy.Symbol] = {}
+        self.environment: Any = None
+
+    def program(self, program: ExportedProgram) -> dict[str, Any]:
+        call = program.module_call_graph[0].signature
+        assert call is not None  # or it would not be the whole module's
+        signature, graph = program.graph_signature, self.graph(program.graph)
+        for symbol in program.range_constraints:
+            self.expression(symbol)
+        ranges = ranges_of(program)
+        return {
+            "version": VERSION,
+            "torch": torch.__version__,
+            "nodes": graph,
+            "inputs": [
+                [_INPUTS[_INPUTS.index(spec.kind)].name, spec.target, spec.persistent]
+                for spec in signature.input_specs
+            ],
+            "outputs": [[spec.kind.name, spec.target] for spec in signature.output_specs],
+            "symbols": {
+                name: [
+                    [assumption for assumption in _ASSUMPTIONS if getattr(symbol, f"is_{assumption}")],
+                    *ranges.get(symbol, (None, None)),
+                    None if self.environment is None else hint_of(symbol, self.environment),
+                ]
+                for name, symbol in sorted(self.symbols.items())
+            },
+            "guards": [_untrusted.check_guard(guard) for guard in guards_of(program)],
+            "arguments": call.forward_arg_names,
+            "structures": [_structure_to_json(spec) for spec in (call.in_spec, call.out_spec)],
+        }
+
+    def graph(self, graph: fx.Graph) -> list[list[Any]]:
+        return [self.node(node) for node in graph.nodes]
+
+    def node(self, node: fx.Node) -> list[Any]:
+        """What :class:`_Reader` reads of a node."""
+        target: Any = node.target
+        if node.op == "call_function":
+            target = _untrusted.name_of(target)
+        elif node.op == "get_attr":
+            function = getattr(node.graph.owning_module, str(target))
+            target = [_untrusted.check_name(target), self.graph(function.graph)]
+        args, kwargs = (value_to_json(value, self.argument) for value in (list(node.args), dict(node.kwargs)))
+        recorded = None if node.op == "output" else value_to_json(node.meta.get("val"), self.record)
+        if node.op != "output":
+            _untrusted.check_name(node.name)
+        return [node.name, node.op, target, args, kwargs, recorded, _about(node)]
+
+    def argument(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return {"node": value.name}
+        return self.container(value)
+
+    def container(self, value: Any) -> Any:
+        """fx has lists and dicts of its own."""
+        kind = next((kind for kind in (list, dict) if isinstance(value, kind)), None)
+        if kind is None or type(value) is kind:
+            raise TypeError(f"a {type(value).__name__} is not stored")
+        return value_to_json(kind(value), self.argument)
+
+    def record(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided:
+                raise TypeError(f"a tensor of the layout {value.layout} is not stored")
+            dtype, device = (str(part).removeprefix("torch.") for part in (value.dtype, value.device))
+            shape, strides = ([self.size(size) for size in sizes] for sizes in (value.shape, value.stride()))
+            return {"tensor": [dtype, shape, strides, device, value.requires_grad]}
+        for tag, kind in (("size", torch.SymInt), ("real", torch.SymFloat), ("truth", torch.SymBool)):
+            if isinstance(value, kind):
+                return {tag: self.size(value)}
+        if isinstance(value, fx.GraphModule):
+            return None
+        return self.container(value)
+
+    def size(self, size: Any) -> Any:
+        if isinstance(size, int):
+            return size
+        self.environment = size.node.shape_env
+        return _untrusted.check_expression(self.expression(size.node.expr))
+
+    def expression(self, expression: Any) -> Any:
+        if expression.is_Symbol:
+            self.symbols[expression.name] = expression
+            return expression.name
+        if expression.is_Integer or expression.is_Float:
+            return int(expression) if expression.is_Integer else float(expression)
+        if expression in (sympy.true, sympy.false):
+            return bool(expression)
+        parts = (expression.p, expression.q) if expression.is_Rational else None
+        kind = "Rational" if parts else type(expression).__name__
+        return [kind, *(parts or map(self.expression, expression.args))]
+
+
+def _about(node: fx.Node) -> dict[str, Any]:
+    """What else is known of a node, by which quantisers find modules and torch unflattens a program."""
+    about: dict[str, Any] = {}
+    if stack := node.meta.get("nn_module_stack"):
+        about["modules"] = [
+            [key, path, kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"]
+            for key, (path, kind) in stack.items()
+        ]
+    if "torch_fn" in node.meta:
+        about["function"] = list(node.meta["torch_fn"])
+    return about
+
+
+def _structure_to_json(spec: pytree.TreeSpec) -> Any:
+    """A structure as ``[type, context, children]``, a leaf as nothing; the context is that of the type."""
+
+    def part(tree: dict[str, Any]) -> Any:
+        children = list(map(part, tree["children_spec"]))
+        return None if tree["type"] is None else [tree["type"], tree["context"], children]
+
+    written = part(json.loads(pytree.treespec_dumps(spec))[1])
+    _untrusted.check_structure(written)
+    return written
+
+
+def _structure_from_json(written: Any, device: torch.device | None) -> pytree.TreeSpec:
+    _untrusted.check_structure(written)
+
+    def part(tree: Any) -> dict[str, Any]:
+        kind, context, children = (None, None, []) if tree is None else tree
+        return {"type": kind, "context": context, "children_spec": list(map(part, children))}
+
+    text = json.dumps([1, part(written)])
+    return pytree.treespec_loads(text if device is None else _DEVICE.sub(rf"\g<1>{device}", text))
+
+
+# --- Reading.
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A tensor among the example inputs, or another value."""
+
+    shape: tuple[Count, ...] | None = None
+    dtype: Annotated[torch.dtype, ReadBy(constant_of(torch.dtype))] = torch.float32
+    device: str = "cpu"
+    value: Annotated[Any, ReadBy(value_from_json)] = None
 
 
 def _leaf(value: Any) -> dict[str, Any]:
@@ -238,16 +251,175 @@ def program_from_json(
         StoreError: the data holds anything that :func:`program_to_json` does not write.
     """
     with parsing("graph.json"):
-        parsed = graph_from_fields(data["program"])
-        check_program(parsed)
-        if device is not None:
-            _move(parsed, device)
-        structure = parsed.graph_module.module_call_graph[0].signature.in_spec
-        example = _example_from_json(json.dumps(data["example"]), structure, device)
+        reader = _Reader(data["program"], device)
+        example = _example_from_json(json.dumps(data["example"]), reader.structures[0], device)
         with quiet():
-            program = read_graph(parsed, weights, constants, example)
+            program = reader.program(example, weights, constants)
         check_weights(program, cast=cast)
         return program
+
+
+class _Reader:
+    """Reads what :class:`_Writer` wrote, and nothing else: whatever else it meets raises."""
+
+    def __init__(self, fields: Mapping[str, Any], device: torch.device | None) -> None:
+        if fields["version"] != VERSION:
+            raise StoreError(
+                f"the graph is of the version {fields['version']!r:.80}, and {VERSION} is read; save again,"
+                " or load with the fasp_fx that saved it"
+            )
+        self.fields, self.device, self.made = fields, device, Symbols()
+        self.structures = [_structure_from_json(written, device) for written in fields["structures"]]
+        self.symbols: dict[str, sympy.Symbol] = {}
+        for name, (assumptions, *bounds, hint) in fields["symbols"].items():
+            known = {assumption: True for assumption in assumptions if assumption in _ASSUMPTIONS}
+            symbol = self.symbols[name] = sympy.Symbol(_untrusted.check_symbol(name), **known)
+            lower, upper, example = (None if one is None else int(one) for one in (*bounds, hint))
+            self.made.add(symbol, (lower, upper), example)
+        self.records = readers_with(
+            tensor=self.tensor,
+            size=lambda part: self.made.size(self.size(part)),
+            real=lambda part: self.made.real(self.size(part)),
+            truth=lambda part: self.made.truth(self.size(part)),
+        )
+
+    def program(self, example: Any, weights: dict[str, Tensor], constants: dict[str, Any]) -> ExportedProgram:
+        """The program over these tensors, with the example as its inputs."""
+        root = nn.Module()
+        fields, graph = self.fields, self.graph(self.fields["nodes"], root)
+        inputs = [
+            InputSpec(_INPUTS[_kinds(_INPUTS).index(kind)], argument_of(node), _path(target), persistent)
+            for node, (kind, target, persistent) in zip(
+                graph.find_nodes(op="placeholder"), fields["inputs"], strict=True
+            )
+        ]
+        outputs = [
+            OutputSpec(OutputKind[kind], argument_of(result), _path(target))
+            for result, (kind, target) in zip(results(graph), fields["outputs"], strict=True)
+        ]
+        names = None if fields["arguments"] is None else list(map(_untrusted.check_name, fields["arguments"]))
+        call = ModuleCallSignature(
+            [spec.arg for spec in inputs if spec.kind is InputKind.USER_INPUT],
+            [spec.arg for spec in outputs if spec.kind is OutputKind.USER_OUTPUT],
+            in_spec=self.structures[0],
+            out_spec=self.structures[1],
+            forward_arg_names=names,
+        )
+        program = ExportedProgram(
+            root,
+            graph,
+            ExportGraphSignature(inputs, outputs),
+            weights,
+            dict(self.made.ranges),
+            [ModuleCallEntry("", call)],
+            example,
+            constants,
+        )
+        take_guards(program, [_untrusted.check_guard(guard) for guard in fields["guards"]])
+        return program
+
+    def graph(self, listed: list[Any], root: nn.Module) -> fx.Graph:
+        """A graph whose functions are put into ``root``."""
+        graph, nodes = fx.Graph(), dict[str, fx.Node]()
+        tags = readers_with(node=nodes.__getitem__, device=lambda name: self.device or device_of(name))
+        for name, op, target, args, kwargs, recorded, about in listed:
+            if op == "call_function":
+                target = _untrusted.operator_called(target)
+            elif op == "get_attr":
+                path, function = target
+                _untrusted.check_path(path)
+                inner = nn.Module()
+                root.add_module(path, fx.GraphModule(inner, self.graph(function, inner)))
+                target = path
+            elif op == "placeholder":
+                _untrusted.check_name(target)
+            elif op != "output":
+                raise _untrusted.refuse("operation", op)
+            if op != "output":
+                _untrusted.check_name(name)
+            if name in nodes:
+                raise _untrusted.refuse("second node", name)
+            node = graph.create_node(
+                op,
+                target,
+                tuple(value_from_json(args, tags)),
+                {
+                    _untrusted.check_keyword(key): value
+                    for key, value in value_from_json(kwargs, tags).items()
+                },
+                name,
+            )
+            node.name, nodes[name] = name, node
+            self.describe(node, recorded, about)
+        return graph
+
+    def describe(self, node: fx.Node, recorded: Any, about: Mapping[str, Any]) -> None:
+        """Note on a node what it makes, and where it comes from."""
+        if node.op == "output":
+            node.meta["val"] = fx.map_arg(node.args[0], lambda one: one.meta["val"])
+            return
+        node.meta["val"] = value_from_json(recorded, self.records)
+        if node.op == "call_function":
+            words = _untrusted.check_word
+            node.meta["nn_module_stack"] = {
+                words(key): (words(path), words(kind)) for key, path, kind in about.get("modules", ())
+            }
+        if "function" in about:
+            node.meta["torch_fn"] = tuple(map(_untrusted.check_word, about["function"]))
+        self.made.note(node)
+
+    def tensor(self, content: Any) -> Tensor:
+        dtype, shape, strides, device, trained = content
+        if len(shape) > _DIMENSIONS or len(strides) != len(shape):
+            raise _untrusted.refuse("shape", shape)
+        sizes, steps = ([self.made.size(self.size(size)) for size in part] for part in (shape, strides))
+        kind, place = constant_of(torch.dtype)(dtype), self.device or device_of(device)
+        with self.made.mode:
+            return torch.empty_strided(sizes, steps, dtype=kind, device=place, requires_grad=bool(trained))
+
+    def size(self, part: Any) -> Any:
+        """An expression of sizes."""
+        _untrusted.check_expression(part)
+        return self.expression(part)
+
+    def expression(self, part: Any) -> Any:
+        if isinstance(part, str):
+            return self.symbols[part]
+        if not isinstance(part, list):
+            return sympy.sympify(part)
+        kind, *operands = part
+        operands = list(map(self.expression, operands))
+        _untrusted.check_power(kind, operands[-1])
+        made = SIZE_FUNCTIONS[kind](*operands)
+        if made.is_Integer and abs(made) >= 2**63:
+            raise _untrusted.refuse("size", part)
+        return made
+
+
+def _kinds(kinds: tuple[InputKind, ...]) -> list[str]:
+    return [kind.name for kind in kinds]
+
+
+def _path(name: Any) -> str | None:
+    return None if name is None else _untrusted.check_path(name)
+
+
+def _example_from_json(text: str, structure: pytree.TreeSpec, device: torch.device | None) -> Any:
+    """Example inputs of the stored shapes, all zero."""
+    leaves = parse(tuple[_Leaf, ...], text, "the example in graph.json")
+    elements = sum(math.prod(leaf.shape) for leaf in leaves if leaf.shape is not None)
+    if elements > EXAMPLE:
+        raise StoreError(
+            f"the example inputs in graph.json have {elements:,} elements, and at most {EXAMPLE:,} are made;"
+            " save with smaller ones"
+        )
+    values = [
+        leaf.value
+        if leaf.shape is None
+        else to_device(torch.zeros(leaf.shape, dtype=leaf.dtype), device or device_of(leaf.device))
+        for leaf in leaves
+    ]
+    return pytree.tree_unflatten(values, structure)
 
 
 def check_weights(program: ExportedProgram, *, cast: bool = False) -> None:
@@ -271,38 +443,9 @@ def check_weights(program: ExportedProgram, *, cast: bool = False) -> None:
         name, expected = names[node.name], node.meta["val"]
         tensor = program.state_dict.get(name, program.constants.get(name))
         for what in ("shape",) if cast else ("shape", "dtype", "device"):
-            found, wanted = getattr(tensor, what, None), getattr(expected, what)
-            if found != wanted:
+            actual, wanted = getattr(tensor, what, None), getattr(expected, what)
+            if actual != wanted:
                 raise StoreError(
-                    f"'{name}' has {what} {found}, the program was captured with {wanted}; undo the change,"
+                    f"'{name}' has {what} {actual}, the program was captured with {wanted}; undo the change,"
                     " or export the module again"
                 )
-
-
-def _move(item: Any, device: torch.device) -> None:
-    """Put every device that a parsed program names on ``device``."""
-    for _, part in walk(item):
-        if isinstance(part, schema.Device):
-            part.type, part.index = device.type, device.index
-        elif isinstance(part, schema.ModuleCallSignature):
-            part.in_spec, part.out_spec = (
-                _DEVICE.sub(rf"\g<1>{device}", spec) for spec in (part.in_spec, part.out_spec)
-            )
-
-
-def _example_from_json(text: str, structure: str, device: torch.device | None) -> Any:
-    """Example inputs of the stored shapes, all zero."""
-    leaves = parse(tuple[_Leaf, ...], text, "the example in graph.json")
-    elements = sum(math.prod(leaf.shape) for leaf in leaves if leaf.shape is not None)
-    if elements > EXAMPLE:
-        raise StoreError(
-            f"the example inputs in graph.json have {elements:,} elements, and at most {EXAMPLE:,} are made;"
-            " save with smaller ones"
-        )
-    values = [
-        leaf.value
-        if leaf.shape is None
-        else to_device(torch.zeros(leaf.shape, dtype=leaf.dtype), device or device_of(leaf.device))
-        for leaf in leaves
-    ]
-    return pytree.tree_unflatten(values, pytree.treespec_loads(structure))

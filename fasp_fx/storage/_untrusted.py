@@ -7,19 +7,20 @@ refused, never executed.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import json
 import keyword
+import math
+import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fasp_fx.base import ON_SIZES, OpOverload, Union, pytree, schema, tolerable
+from fasp_fx.base import SIZE_FUNCTIONS, HigherOrderOperator, OpOverload, pytree, schema_of, tolerable
 from fasp_fx.errors import StoreError
 
 _OPERATOR = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)")
@@ -33,6 +34,40 @@ _HIGHER_ORDER = {
         "wrap_with_set_grad_enabled",
         "wrap_with_autocast",
     )
+}
+#: functions on sizes, by the names that a graph gives them
+_ON_SIZES: dict[str, Any] = {
+    **{
+        f"_operator.{name}": getattr(operator, name)
+        for name in [
+            "add",
+            "and_",
+            "eq",
+            "floordiv",
+            "ge",
+            "getitem",
+            "gt",
+            "le",
+            "lshift",
+            "lt",
+            "mod",
+            "mul",
+            "ne",
+            "neg",
+            "or_",
+            "pos",
+            "pow",
+            "rshift",
+            "sub",
+            "truediv",
+        ]
+    },
+    **{
+        f"torch.{name}": getattr(torch, name)
+        for name in ["_sym_sqrt", "sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not"]
+        if hasattr(torch, name)
+    },
+    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
 }
 _MODULE, _GRAPH_MODULE = nn.Module(), fx.GraphModule({}, fx.Graph())
 _TRANSFORMERS = re.compile(
@@ -49,17 +84,8 @@ _PLAIN_CLASSES = {
 
 #: characters of a text that torch hands to sympy or to Python, far more than models have
 LENGTH = 8000
-#: of sizes: constructors as sympy.srepr writes them, torch's own among them, and what symbols are taken to be
-_CONSTRUCTORS = (
-    "Integer Rational Add Mul Pow Mod Max Min floor ceiling Abs Piecewise ExprCondPair Tuple Equality"
-    " Unequality StrictLessThan LessThan StrictGreaterThan GreaterThan And Or Not FloorDiv ModularIndexing"
-    " Where PythonMod CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift PowByNatural FloatPow FloatTrueDiv"
-    " IntTrueDiv IsNonOverlappingAndDenseIndicator TruncToFloat TruncToInt RoundToInt RoundDecimal ToFloat"
-    " Identity"
-)
-_ASSUMPTIONS = (
-    "positive integer nonnegative real zero finite rational commutative evaluate negative extended_real"
-)
+#: numbers, symbols and functions of one expression of sizes
+PARTS = 500
 _GUARD_CALLS = (
     "max min abs int float bool IsNonOverlappingAndDenseIndicator cast_symbool_to_symint_guardless math.floor"
     " math.ceil math.trunc math.sqrt math.pow torch.sym_float torch.sym_int torch.sym_max torch.sym_min"
@@ -83,17 +109,6 @@ def _nothing_but(what: str, *tokens: str) -> Callable[[Any], str]:
     return check
 
 
-check_expression = _nothing_but(
-    "expression",
-    r"Symbol\('\w{1,80}'",
-    r"Float\('-?[\d.]{1,80}(?:[eE][+-]?\d{1,3})?'",
-    rf"{_one_of(_CONSTRUCTORS)}\(",
-    rf"{_one_of(_ASSUMPTIONS)}=(?:True|False)\b",
-    r"precision=\d{1,4}\b",
-    r"(?:true|false)\b",
-    r"-?\d{1,20}(?!\d)",
-    r"[), ]",
-)
 check_guard = _nothing_but(
     "guard",
     r"L(?:\[(?:\d{1,9}|'[^'\"\\\n\r{}]{0,200}')\])+"
@@ -104,9 +119,12 @@ check_guard = _nothing_but(
     r"-(?! *-)",
     r"[() <>=!+*/%&|^,]",
 )
-_check_word = _nothing_but("word", r"[\w.@+-]{1,1000}", r"\Z")
-#: a size, or an expression of sizes; torch counts up to the number of one that only the data say
-_check_size = _nothing_but("size", r"(?!(?:u|zuf)\d{5,})[\w +*/()%,.-]")
+#: where a node comes from
+check_word = _nothing_but("word", r"[^\"\\\n\r{}]", r"\Z")
+#: a size that varies; torch counts up to the number of one that only the data say
+check_symbol = _nothing_but("symbol", r"\A[a-z]{1,9}\d{1,4}\Z")
+#: of an argument of an operator, which generated code writes before a sign of equality
+check_keyword = _nothing_but("keyword", rf"\A(?!{_one_of(' '.join(keyword.kwlist))}\Z)[^\W\d]\w{{0,99}}\Z")
 #: what generated code calls its own
 _TAKEN = " ".join(["self", "_call", "_name", "_value", "fx_pytree", "torch", *keyword.kwlist])
 check_name = _nothing_but("name", rf"\A(?!__)(?!{_one_of(_TAKEN)}\Z)[^\W\d]\w{{0,999}}\Z")
@@ -125,59 +143,44 @@ def is_key(key: Any) -> bool:
     return isinstance(key, str) and not set(key) & set("\"'\\\n\r{}")
 
 
-def check_program(program: schema.ExportedProgram) -> None:
-    """Refuse a program with anything in it that save() does not write.
+def check_expression(written: Any) -> Any:
+    """Refuse an expression of sizes with more parts than models have, or with others than numbers, symbols
+    and calls of known functions; gives others back.
 
     Raises:
-        StoreError: names the expression, operator, name or type.
+        StoreError: quotes it.
     """
-    program.graph_module.metadata.clear()
-    for _, item in walk(program):
-        if isinstance(item, schema.Node):
-            item.metadata = {
-                name: text
-                for name, text in item.metadata.items()
-                if name in _METADATA and _METADATA[name].fullmatch(str(text))
-            }
-    for place, item in walk(program):
-        if place in _TEXTS and item is not None and not isinstance(item, (list, tuple, dict)):
-            _TEXTS[place](item)
-        elif isinstance(item, str):
-            raise refuse(place, item)
-    calls = program.graph_module.module_call_graph
-    if not calls or calls[0].fqn != "" or calls[0].signature is None:
-        raise StoreError(
-            "the stored graph does not say how the model itself is called; save the result again"
-        )
+    waiting = [written]
+    for count, part in enumerate(waiting):  # which grows
+        is_call = isinstance(part, list) and len(part) > 1 and part[0] in SIZE_FUNCTIONS
+        is_number = isinstance(part, (int, float)) and abs(part) < 2**63
+        if count >= PARTS or not (is_call or is_number or isinstance(part, str)):
+            raise refuse("expression", written)
+        waiting += part[1:] if is_call else ()
+    return written
 
 
-def walk(item: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """An object of the schema and all that it holds, each with the class and the field that hold it, and
-    whether it is a key there: ``"Node.target"``, ``"Graph.tensor_values key"``.
+def check_power(function: str, last: Any) -> None:
+    """Refuse to raise or to shift a number by much.
+
+    Raises:
+        StoreError: names the function.
     """
-    yield place, item
-    kind = type(item).__name__
-    if isinstance(item, Union):
-        yield from walk(item.value, f"{kind}.{item.type}")
-    elif dataclasses.is_dataclass(item):
-        for field in dataclasses.fields(item):
-            yield from walk(getattr(item, field.name), f"{kind}.{field.name}")
-    elif isinstance(item, (list, tuple)):
-        for child in item:
-            yield from walk(child, place)
-    elif isinstance(item, dict):
-        for key, child in item.items():
-            yield f"{place} key", key
-            yield from walk(child, place)
+    if ("Pow" in function or "Shift" in function) and last.is_number and not abs(last) < 64:
+        raise refuse("expression", f"{function} by {last}")
 
 
-def _check_path(path: Any) -> None:
+def check_path(path: Any) -> str:
+    """Refuse the name of a weight, as :func:`check_weight_name` does, or one that would take the place of an
+    attribute of graph modules; gives others back.
+    """
     check_weight_name(path)
     if hasattr(_GRAPH_MODULE, path.partition(".")[0]):
         raise StoreError(
             f"the stored graph names a weight {path!r}, which would take the place of an attribute of graph"
             " modules; rename that submodule"
         )
+    return str(path)
 
 
 def check_weight_name(path: Any) -> None:
@@ -192,39 +195,52 @@ def check_weight_name(path: Any) -> None:
         raise refuse("name of a weight", path)
 
 
-def check_operator(target: Any) -> None:
-    """Refuse a target that is not an operator of torch on tensors or sizes.
+def name_of(target: Any) -> str:
+    """The name of what a node of a graph calls; errors as for :func:`operator_called`."""
+    if isinstance(target, (OpOverload, HigherOrderOperator)):
+        name = f"torch.ops.{'' if isinstance(target, OpOverload) else 'higher_order.'}{target}"
+    else:
+        name = f"{target.__module__}.{target.__name__}"
+    operator_called(name)
+    return name
+
+
+def operator_called(name: Any) -> Any:
+    """What a graph calls by that name: an operator of torch, or a function on sizes.
 
     Raises:
-        StoreError: names the target.
+        StoreError: it is none, or reaches outside of the model.
     """
-    if target in ON_SIZES or target in _HIGHER_ORDER:
-        return
-    match = _OPERATOR.fullmatch(target) if isinstance(target, str) else None
-    if match is None:
+    if name in _ON_SIZES:
+        return _ON_SIZES[name]
+    match = _OPERATOR.fullmatch(name) if isinstance(name, str) else None
+    if match is None and name not in _HIGHER_ORDER:
         raise StoreError(
-            f"the stored graph calls {target!r}, which is not a torch operator that can be stored; save the"
+            f"the stored graph calls {name!r}, which is not a torch operator that can be stored; save the"
             " result again"
         )
     try:
-        found = getattr(getattr(getattr(torch.ops, match[1]), match[2]), match[3])
+        target = functools.reduce(getattr, name.split(".")[2:], torch.ops)
     except tolerable(AttributeError, RuntimeError):
-        found = None
-    if not isinstance(found, OpOverload):
+        target = None
+    if match is None and isinstance(target, HigherOrderOperator):
+        return target
+    if not isinstance(target, OpOverload):
         raise StoreError(
-            f"the operator {target} is not known here; import the package that registers it before loading"
+            f"the operator {name} is not known here; import the package that registers it before loading"
         )
-    for argument in found._schema.arguments:
+    for argument in schema_of(target).arguments:
         if "str" in str(argument.type) and re.search("file|path|name", argument.name):
             raise StoreError(
-                f"the stored graph calls {target}, which reaches outside of the model; such a program is not"
+                f"the stored graph calls {name}, which reaches outside of the model; such a program is not"
                 " loaded"
             )
+    return target
 
 
-def check_structure(text: Any, *, keywords: bool = False) -> None:
-    """Refuse a container structure that names classes other than plain containers, outputs and caches of
-    transformers, and registered types.
+def check_structure(written: Any) -> None:
+    """Refuse a container structure, of arguments or outputs, that names classes other than plain containers,
+    outputs and caches of transformers, and registered types.
 
     Classes of transformers are imported and registered as the exporter does.
 
@@ -232,21 +248,17 @@ def check_structure(text: Any, *, keywords: bool = False) -> None:
         StoreError: names the type.
     """
     try:
-        _, tree = json.loads(text)
-        _check_spec(tree)
-        if keywords:
-            for name in json.loads(tree["children_spec"][1]["context"]):
-                check_name(name)
+        _check_container(written)
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-        raise refuse("structure", text) from error
+        raise refuse("structure", written) from error
 
 
-def _check_spec(tree: Any) -> None:
-    kind, context = tree["type"], tree["context"]
-    for child in tree["children_spec"]:
-        _check_spec(child)
-    if kind is None:
+def _check_container(written: Any) -> None:
+    if written is None:
         return
+    kind, context, children = written
+    for child in children:
+        _check_container(child)
     keys = json.loads(context) if kind in ("builtins.dict", "collections.OrderedDict") else ()
     odd = next((key for key in keys if not isinstance(key, (str, int))), None)
     if odd is not None:
@@ -255,11 +267,8 @@ def _check_spec(tree: Any) -> None:
         raise StoreError(
             "the program takes or returns a defaultdict, whose factory would have to be imported; use a dict"
         )
-    if (
-        isinstance(kind, str)
-        and kind not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
-        and _TRANSFORMERS.fullmatch(kind)
-    ):
+    is_known = kind in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
+    if isinstance(kind, str) and not is_known and _TRANSFORMERS.fullmatch(kind):
         _register(kind)
     for name in (kind, context) if kind == "collections.namedtuple" else (kind,):
         if name not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
@@ -267,11 +276,8 @@ def _check_spec(tree: Any) -> None:
                 f"the program takes or returns a {name}, a type that is not registered here; import the"
                 " module that registers it as a pytree first"
             )
-    plain = (
-        pytree.SUPPORTED_SERIALIZED_TYPES[pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE[kind]].from_dumpable_context
-        is None
-    )
-    _check_context(json.loads(context) if plain else context)
+    registered = pytree.SUPPORTED_SERIALIZED_TYPES[pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE[kind]]
+    _check_context(json.loads(context) if registered.from_dumpable_context is None else context)
 
 
 def _check_context(value: Any) -> None:
@@ -322,56 +328,3 @@ def _register(path: str) -> None:
     found = _transformers_class(path)
     if is_cache_class(found):
         register_pytree_node(found)
-
-
-#: what is known of a node besides, by which quantisers find modules and torch unflattens a program; torch
-#: does not read what it writes of names with the signs that part them, and these are left out
-_FIELD = r"[^,;()\[\]\"\\\n\r{}]*"
-_METADATA = {
-    "nn_module_stack": re.compile(rf"{_FIELD},{_FIELD},{_FIELD}(?:;{_FIELD},{_FIELD},{_FIELD})*"),
-    "torch_fn": re.compile(r"[^\"\\\n\r{}]*"),
-}
-#: what each text of a stored program is held against, by the class and field that hold it: operators are
-#: given any, which generated code quotes. A text in another place is refused, whatever some torch makes of
-#: it.
-_TEXTS: dict[str, Callable[[Any], object]] = {
-    "Argument.as_operator": check_operator,
-    "Argument.as_string": str,
-    "Argument.as_strings": str,
-    "BufferMutationSpec.buffer_name": _check_path,
-    "ConstantValue.as_string": str,
-    "Device.type": _check_word,
-    "ExportedProgram.guards_code": check_guard,
-    "ExportedProgram.opset_version key": _check_word,
-    "ExportedProgram.range_constraints key": _check_size,
-    "ExportedProgram.torch_version": _check_word,
-    "ExportedProgram.verifiers": _check_word,
-    "Graph.sym_bool_values key": check_name,
-    "Graph.sym_float_values key": check_name,
-    "Graph.sym_int_values key": check_name,
-    "Graph.tensor_values key": check_name,
-    "GraphArgument.name": check_name,
-    "GraphModule.treespec_namedtuple_fields key": _check_word,
-    "InputToBufferSpec.buffer_name": _check_path,
-    "InputToConstantInputSpec.name": check_name,
-    "InputToParameterSpec.parameter_name": _check_path,
-    "InputToTensorConstantSpec.tensor_constant_name": _check_path,
-    "ModuleCallEntry.fqn": _check_word,
-    "ModuleCallSignature.forward_arg_names": check_name,
-    "ModuleCallSignature.in_spec": functools.partial(check_structure, keywords=True),
-    "ModuleCallSignature.out_spec": check_structure,
-    "NamedArgument.name": _check_word,
-    "NamedTupleDef.field_names": check_name,
-    "Node.metadata": str,
-    "Node.metadata key": str,
-    "Node.name": check_name,
-    "Node.target": check_operator,
-    "ParameterMutationSpec.parameter_name": _check_path,
-    "SymBoolArgument.as_name": check_name,
-    "SymExpr.expr_str": check_expression,
-    "SymFloatArgument.as_name": check_name,
-    "SymIntArgument.as_name": check_name,
-    "TensorArgument.name": check_name,
-    "TokenArgument.name": check_name,
-    "UserInputMutationSpec.user_input_name": check_name,
-}

@@ -27,7 +27,15 @@ from fasp_fx.allocation import (
     is_excluded,
 )
 from fasp_fx.analysis import Analysis, Group, Member, PruningPlan, by_block, laid_by_block
-from fasp_fx.base import fingerprint, in_usual_modes, one_at_a_time, tolerable, warn
+from fasp_fx.base import (
+    fingerprint,
+    forward_pre_hooks,
+    in_usual_modes,
+    one_at_a_time,
+    tolerable,
+    version_of,
+    warn,
+)
 from fasp_fx.calibration import Decision
 from fasp_fx.capturing import Program, capture_whole, trouble_with
 from fasp_fx.errors import (
@@ -197,7 +205,7 @@ class Gates(nn.Module):
             nn.Parameter(torch.full((group.size,), START, device=device)) for group in target.groups
         )
         self.places: list[tuple[nn.Module, str, list[str]]] = []
-        self._known: tuple[list[int], list[np.ndarray]] | None = None
+        self._known: tuple[list[int | None], list[np.ndarray]] | None = None
         #: gates that are closed in evaluation mode whatever the scores say, for each group ``[sets]``
         self.closed: list[np.ndarray] | None = None
 
@@ -257,7 +265,7 @@ class Gates(nn.Module):
                     f"'{name}' of a {type(module).__name__} has other parametrizations than when its gates"
                     " were put on; take off what came since, and nothing else"
                 )
-        hooks = self._model[0]._forward_pre_hooks
+        hooks = forward_pre_hooks(self._model[0])
         for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
             del hooks[key]
         for module, name, _ in self.places:
@@ -267,14 +275,16 @@ class Gates(nn.Module):
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         for module, _, order in self.places:
             for parameter in order:  # as they stood, which optimizers and checkpoints go by
-                module._parameters[parameter] = module._parameters.pop(parameter)
+                tensor = getattr(module, parameter)
+                delattr(module, parameter)
+                module.register_parameter(parameter, tensor)
         self.places = []
 
     def _gone(self) -> list[np.ndarray]:
         """Which channel sets the plan removes, for each group; worked out once for the scores of a call."""
         if self.closed is not None:
             return self.closed
-        versions = [scores._version for scores in self.scores]  # of a part that is called by itself
+        versions = [version_of(scores) for scores in self.scores]  # of a part that is called by itself
         if self._known is None or self._known[0] != versions:
             chances = [
                 torch.sigmoid(scores.detach().double() / TEMPERATURE).cpu().numpy() for scores in self.scores
@@ -345,7 +355,10 @@ def attach_gates(
         )
     target = Target(captured.program, analysis, groups, asked)
     gates = Gates(model, target)
-    orders = [list(module._parameters) for module, _, _ in places]  # as they stand before any is replaced
+    orders = [  # as they stand before any is replaced
+        [own for own, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
+        for module, _, _ in places
+    ]
     try:
         for (module, name, own), order in zip(places, orders, strict=True):
             scaled = Scaled(gates, own, getattr(module, name), holds=not gates.places)

@@ -28,6 +28,7 @@ import fasp_fx.passes._kept
 import fasp_fx.passes._pruned_module
 import fasp_fx.passes._remove_channels
 import fasp_fx.passes._run
+import fasp_fx.pruning._subject
 from fasp_fx import patterns
 from fasp_fx.passes import finish, remove
 from fasp_fx.pruning.check._check import Checked, Checker
@@ -392,7 +393,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a plan that says less than was done",
-        attribute(fasp_fx.analysis._plan, "planned", _short_plan),
+        attribute(fasp_fx.pruning._subject, "planned", _short_plan),
         CHAIN,
         ("plan",),
     ),

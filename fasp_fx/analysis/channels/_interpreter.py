@@ -24,6 +24,7 @@ from fasp_fx.base import (
     OpOverload,
     free_unbacked_symbols,
     pytree,
+    schema_of,
     silent_fake_tensors,
     tolerable,
 )
@@ -304,7 +305,7 @@ class Interpreter:
             return node.target(*args, **kwargs)  # type: ignore[operator]
         call = call_in_words(node, walk.executed.__getitem__)
         if call not in self.known:
-            if node.target._schema.is_mutable:  # writes into a copy
+            if schema_of(node.target).is_mutable:  # writes into a copy
                 args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
             self.known[call] = node.target(*args, **kwargs)
         return self.known[call]
@@ -442,7 +443,7 @@ def _writer(node: fx.Node) -> OpOverload | None:
     changed arguments back.
     """
     called = node.args[0] if isinstance(node.target, HigherOrderOperator) and node.args else node.target
-    return called if isinstance(called, OpOverload) and called._schema.is_mutable else None
+    return called if isinstance(called, OpOverload) and schema_of(called).is_mutable else None
 
 
 def _shapes(executed: Any) -> list[tuple[int, ...]]:

@@ -8,18 +8,14 @@ What imports transformers (``_transformers``) is imported where it is needed.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.export._trace
 import torch.fx.config
 from torch import nn
-from torch._C import DispatchKey
 from torch._decomp import decomposition_table
 from torch._decomp.decompositions import matmul as decomposed_matmul
 from torch._dispatch.python import enable_python_dispatcher
@@ -28,18 +24,15 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext, tracing
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_impls import get_fast_op_impls
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
-    is_fake,
 )
 from torch.export import ExportedProgram
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
 from torch.fx.graph import _PyTreeInfo as PyTreeInfo
@@ -50,9 +43,35 @@ from torch.fx.traceback import annotate as annotating
 from torch.fx.traceback import preserve_node_meta as annotated_nodes
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._sympy.numbers import int_oo
 
-from fasp_fx.errors import VerificationError
+from .._undisturbed import for_a_while
+from ._objects import (
+    RECURRENT_LISTS,
+    codegen_of,
+    forward_pre_hooks,
+    guards_of_module,
+    is_view,
+    non_persistent_buffers,
+    rename,
+    schema_of,
+    set_guards,
+    storage_id,
+    version_of,
+    with_parts,
+    written_by_hook,
+)
+from ._patches import (
+    PATCHES,
+    applied_functions,
+    attributes_read,
+    called_as,
+    reading_gguf,
+    refuse_new_guards,
+    silent_export,
+    traced_by,
+)
+from ._sizes import asserted, bounds_of, conditions_on, count_assumptions, hint_of, settled_by
+from ._symbols import SIZE_FUNCTIONS, Symbols, ranges_of
 
 #: the function that a graph of dynamo's calls where gradients are switched on or off
 SET_GRAD = torch._C._set_grad_enabled
@@ -62,14 +81,13 @@ SET_GRAD = torch._C._set_grad_enabled
 FAKE_LOGGER = "torch._subclasses.fake_tensor"
 
 
-def silent_fake_tensors() -> contextlib.AbstractContextManager[object]:
+@contextlib.contextmanager
+def silent_fake_tensors() -> Iterator[None]:
     """Keep fake tensors from logging as an error what they go on to raise."""
-    return mock.patch.object(logging.getLogger(FAKE_LOGGER), "disabled", True)
-
-
-def silent_export() -> contextlib.AbstractContextManager[object]:
-    """Keep ``torch.export`` from printing, once for each attempt, the graph it had when it failed."""
-    return mock.patch.object(torch.export._trace, "print", create=True)
+    logger = logging.getLogger(FAKE_LOGGER)
+    with for_a_while(lambda: logger.level, logger.setLevel):
+        logger.setLevel(logging.CRITICAL)
+        yield
 
 
 def compiled_when_called() -> contextlib.AbstractContextManager[None]:
@@ -79,13 +97,17 @@ def compiled_when_called() -> contextlib.AbstractContextManager[None]:
     return _use_lazy_graph_module(True)
 
 
-def without_stack_traces() -> contextlib.AbstractContextManager[object]:
+@contextlib.contextmanager
+def without_stack_traces() -> Iterator[None]:
     """Let what is traced not look for the line of the model that made each node, which takes an eighth of a
     capture. Where torch cannot be told, it does.
     """
-    if not hasattr(torch.fx.config, "do_not_emit_stack_traces"):
-        return contextlib.nullcontext()
-    return mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", True)
+    option = "do_not_emit_stack_traces"
+    with for_a_while(
+        lambda: getattr(torch.fx.config, option, False), lambda on: setattr(torch.fx.config, option, on)
+    ):
+        setattr(torch.fx.config, option, True)
+        yield
 
 
 def compile_graphs(module: nn.Module) -> None:
@@ -99,7 +121,6 @@ def compile_graphs(module: nn.Module) -> None:
 settle = torch._check
 #: calls of operators inside are not intercepted by ``__torch_function__``, that of a mode included
 without_overrides = torch._C.DisableTorchFunction
-_TRACED = (DispatchKey.Autograd, DispatchKey.CompositeImplicitAutograd, DispatchKey.Meta)
 
 
 def is_composite(operator: OpOverload) -> bool:
@@ -114,72 +135,11 @@ def is_transform(target: Any) -> bool:
     return str(getattr(target, "__module__", "")).startswith("torch._functorch")
 
 
-@contextlib.contextmanager
-def traced_by(
-    kernels: Mapping[OpOverload, Callable[..., Any]], fakes: Mapping[OpOverload, Callable[..., Any]]
-) -> Iterator[None]:
-    """Let exporters find what operators return by functions of ours, and without torch's cache of what fake
-    tensors became: where sizes vary it costs more than it saves, and compares sizes that cannot be compared
-    (some products of three symbols, as in the table of a block mask over dynamic lengths).
-
-    Args:
-        kernels: of operators that an exporter records whole, or takes apart.
-        fakes: of those below, given fake tensors of sizes that vary.
+def take_guards(program: ExportedProgram, guards: Iterable[str]) -> None:
+    """Give a program guards on the sizes of its inputs, in Python; by itself it has those that its symbols
+    came with when it was made.
     """
-
-    def run(kernel: Callable[..., Any], mode: FakeTensorMode, *args: Any, **kwargs: Any) -> Any:
-        with mode:
-            return kernel(*args, **kwargs)
-
-    def made_by(operator: OpOverload, key: DispatchKey, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        composite = DispatchKey.CompositeImplicitAutograd
-        known, written = operator.py_kernels, functools.partial(operator._op_dk, composite)
-        own = known.get(key) or known.get(composite) or written
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            first = args[0] if args else next(iter(kwargs.values()))
-            # Tensors with values are computed with, and what is written down would be the kernel's steps.
-            shapes_alone = (is_fake(first) or first.device.type == "meta") and get_proxy_mode() is None
-            return (kernel if shapes_alone else own)(*args, **kwargs)
-
-        return call
-
-    made = {operator: functools.partial(run, kernel) for operator, kernel in fakes.items()}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch._dynamo.config.patch(fake_tensor_cache_enabled=False))
-        stack.enter_context(mock.patch.dict(get_fast_op_impls(), made))
-        for operator, kernel in kernels.items():
-            stack.callback(operator._dispatch_cache.clear)
-            given = {key: made_by(operator, key, kernel) for key in _TRACED}
-            stack.enter_context(mock.patch.dict(operator.py_kernels, given))
-            operator._dispatch_cache.clear()
-        yield
-
-
-@contextlib.contextmanager
-def refuse_new_guards(environment: ShapeEnv) -> Iterator[None]:
-    """Raise where anything new would be assumed of the sizes.
-
-    Frozen, an environment drops such an assumption, says so in its log alone, and remembers the answer that
-    depends on it; an error it does not remember.
-
-    Raises:
-        VerificationError: names the assumption.
-    """
-
-    def refuse(expression: object, value: object) -> None:
-        raise VerificationError(f"the sizes would have to fulfil {expression} == {value}")
-
-    freeze = mock.patch.object(environment, "frozen", True)
-    with freeze, mock.patch.object(environment, "_check_frozen", refuse):
-        yield
-
-
-def take_guards(program: ExportedProgram, other: ExportedProgram) -> None:
-    """Give a program the guards on its sizes that another has; by itself it has those that its symbols came
-    with when it was made.
-    """
-    program._guards_code = other._guards_code
+    program._guards_code = list(guards)
 
 
 def guards_of(program: ExportedProgram) -> tuple[str, ...]:
@@ -187,17 +147,13 @@ def guards_of(program: ExportedProgram) -> tuple[str, ...]:
     return tuple(program._guards_code)
 
 
-def settled_by(size: torch.SymInt) -> traceback.FrameSummary | None:
-    """The line of Python, in a model or in torch, that settled what a size is, if one did."""
-    place = size.node.shape_env.replacements_slocs.get(size.node._expr)
-    found = None if place is None else place.framework_loc
-    return found if isinstance(found, traceback.FrameSummary) else None
-
-
 __all__ = [
     "FAKE_LOGGER",
+    "PATCHES",
     "PRESERVED",
+    "RECURRENT_LISTS",
     "SET_GRAD",
+    "SIZE_FUNCTIONS",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",
@@ -209,32 +165,54 @@ __all__ = [
     "PyTreeCodeGen",
     "PyTreeInfo",
     "ShapeEnv",
+    "Symbols",
     "TorchDispatchMode",
     "TracingContext",
     "annotated_nodes",
     "annotating",
     "aot_export_module",
+    "applied_functions",
+    "asserted",
     "assign_attr",
+    "attributes_read",
+    "bounds_of",
+    "called_as",
+    "codegen_of",
     "compile_graphs",
     "compiled_when_called",
+    "conditions_on",
+    "count_assumptions",
     "decomposed_matmul",
     "decomposition_table",
     "enable_python_dispatcher",
     "forward_from_src",
+    "forward_pre_hooks",
     "free_unbacked_symbols",
     "guards_of",
-    "int_oo",
+    "guards_of_module",
+    "hint_of",
     "is_composite",
     "is_transform",
+    "is_view",
     "lookup_backend",
+    "non_persistent_buffers",
     "pytree",
+    "ranges_of",
+    "reading_gguf",
     "refuse_new_guards",
+    "rename",
+    "schema_of",
+    "set_guards",
     "settled_by",
     "silent_export",
     "silent_fake_tensors",
+    "storage_id",
     "take_guards",
     "traced_by",
     "tracing",
+    "version_of",
+    "with_parts",
     "without_overrides",
     "without_stack_traces",
+    "written_by_hook",
 ]

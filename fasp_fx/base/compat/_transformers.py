@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
-from unittest import mock
 
 from torch import nn
 from torch.export import ExportedProgram
@@ -66,23 +64,6 @@ def _draw_bars(wanted: bool) -> None:
     (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
 
 
-@contextlib.contextmanager
-def reading_gguf() -> Iterator[None]:
-    """Have transformers read a GGUF file once, which takes seconds, and list the names of its tensors once,
-    not for each module; and keep it from drawing a bar of its own, which no setting turns off.
-    """
-    import gguf
-
-    with (
-        mock.patch(
-            "transformers.modeling_gguf_pytorch_utils.tqdm", lambda items, **options: items, create=True
-        ),
-        mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
-        mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
-    ):
-        yield
-
-
 def kept_in_float32(model: nn.Module) -> set[str]:
     """Parts of the names of weights that transformers may keep in float32, whatever the model's type."""
     lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
@@ -91,15 +72,41 @@ def kept_in_float32(model: nn.Module) -> set[str]:
     }
 
 
+def attention_of(config: Any) -> str | None:
+    """The implementation of attention that a configuration asks for, where it asks for one."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def classes_by_config(auto: type) -> Mapping[Any, Any]:
+    """The classes of models that an Auto class loads, by those of their configurations; none where it keeps
+    them elsewhere.
+    """
+    mapping: Mapping[Any, Any] = getattr(auto, "_model_mapping", {})
+    return mapping
+
+
+def forget_conversions(model: Any) -> None:
+    """Let a model be saved under the names that its parameters have."""
+    model._weight_conversions = None
+
+
+def mark_as_given(cache: Any) -> None:
+    """Say of a cache that the caller brought it, so that ``generate`` gives it back."""
+    cache._is_user_defined = True
+
+
 __all__ = [
     "CACHE",
+    "attention_of",
+    "classes_by_config",
     "export_program",
+    "forget_conversions",
     "get_auto_dynamic_shapes",
     "is_cache_class",
     "kept_in_float32",
+    "mark_as_given",
     "prepare_for_export",
     "quiet_transformers",
-    "reading_gguf",
     "register_cache_pytrees_for_model",
     "register_pytree_node",
 ]

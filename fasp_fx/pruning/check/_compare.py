@@ -12,7 +12,17 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.base import deviation, drawing_alike, int_oo, laid_otherwise, pytree, tolerable, tolerance
+from fasp_fx.base import (
+    bounds_of,
+    conditions_on,
+    deviation,
+    drawing_alike,
+    hint_of,
+    laid_otherwise,
+    pytree,
+    tolerable,
+    tolerance,
+)
 from fasp_fx.capturing import (
     Guards,
     Program,
@@ -318,14 +328,13 @@ def _symbols(dynamic: dict[_Place, torch.SymInt]) -> dict[sympy.Symbol, _Symbol]
     for (_, dim), size in dynamic.items():
         environment = size.node.shape_env
         for symbol in sorted(size.node.expr.free_symbols - found.keys(), key=str):
-            hint, known = environment.backed_var_to_val.get(symbol), environment.var_to_range.get(symbol)
-            lower, upper = (2, int_oo) if known is None else (known.lower, known.upper)
-            lower = 2 if lower in (-int_oo, -sympy.oo) else max(int(lower), 1)
-            upper = 1 << 31 if upper in (int_oo, sympy.oo) else int(upper)
+            hint, (least, most) = hint_of(symbol, environment), bounds_of(symbol, environment)
+            lower = 2 if least is None else max(least, 1)
+            upper = 1 << 31 if most is None else most
             if hint is not None and lower < upper:
-                own = (dim, int(hint)) if size.node.expr == symbol and dim is not None else symbol
+                own = (dim, hint) if size.node.expr == symbol and dim is not None else symbol
                 place = places.setdefault(own, len(places))
-                found[symbol] = _Symbol(int(hint), lower, upper, place, symbol not in beyond)
+                found[symbol] = _Symbol(hint, lower, upper, place, symbol not in beyond)
     return found
 
 
@@ -334,7 +343,7 @@ def _assignments(dynamic: dict[_Place, torch.SymInt], grow: bool) -> list[dict[s
     example's own.
     """
     symbols, environments = _symbols(dynamic), {size.node.shape_env for size in dynamic.values()}
-    guards = {shapes.replace(guard.expr) for shapes in environments for guard in shapes.guards}
+    guards = {shapes.replace(one) for shapes in environments for one in conditions_on(shapes)}
     offered: list[dict[sympy.Symbol, int]] = []
     if not grow:
         offered.append(

@@ -182,7 +182,11 @@ def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     for path, inner in module.named_modules(remove_duplicate=False):
         if not isinstance(inner, torch.jit.ScriptModule):
-            for name, value in {**vars(inner), **inner._buffers, **inner._parameters}.items():
+            for name, value in (
+                *vars(inner).items(),
+                *inner.named_buffers(recurse=False, remove_duplicate=False),
+                *inner.named_parameters(recurse=False, remove_duplicate=False),
+            ):
                 if isinstance(value, Tensor):
                     yield f"{path}.{name}" if path else name, value
 

@@ -12,7 +12,7 @@ from unittest import mock
 from torch import Tensor
 
 from fasp_fx import patterns
-from fasp_fx.base import OpOverload, silent_fake_tensors, tolerable
+from fasp_fx.base import OpOverload, schema_of, silent_fake_tensors, tolerable
 from fasp_fx.errors import ArgumentError, RuleError
 from fasp_fx.patterns import Rule
 
@@ -191,10 +191,10 @@ class _Check:
         self.tried = self.pruned = 0
 
     def _named(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
-        names = [argument.name for argument in self.operator._schema.arguments]
+        names = [argument.name for argument in schema_of(self.operator).arguments]
         if len(args) > len(names) or any(name not in names for name in kwargs):
             raise ArgumentError(
-                f"the sample {tuple(args)!r}, {kwargs!r} does not fit {self.operator._schema}"
+                f"the sample {tuple(args)!r}, {kwargs!r} does not fit {schema_of(self.operator)}"
             )
         return filled(self.operator, {**dict(zip(names, args, strict=False)), **kwargs}, Draw(self.seed))
 
@@ -211,7 +211,7 @@ class _Check:
 
     def _silent(self) -> RuleVerdict:
         """``check`` says that nothing comes back that could carry channels."""
-        kinds = [str(result.type) for result in self.operator._schema.returns]
+        kinds = [str(result.type) for result in schema_of(self.operator).returns]
         returned = ", ".join(kind for kind in kinds if "Tensor" in kind)
         self.tried, claim = 1, "the operator returns nothing that carries channels"
         lie = Lie(Call(self.operator, {}), claim, f"it returns {returned}") if returned else None
@@ -332,8 +332,8 @@ class _Check:
                 break  # real numbers will do
         if not found:
             raise ArgumentError(
-                f"no call of {self.operator} could be made up from its schema {self.operator._schema}; give"
-                " some as samples=[(args, kwargs), …]"
+                f"no call of {self.operator} could be made up from its schema {schema_of(self.operator)};"
+                " give some as samples=[(args, kwargs), …]"
             )
         return found
 

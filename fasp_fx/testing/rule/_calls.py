@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from fasp_fx.base import OpOverload, pytree
+from fasp_fx.base import OpOverload, pytree, schema_of
 
 from .._case import copied
 
@@ -68,7 +68,7 @@ class Call:
         """The arguments that are not at their default."""
         defaults = {
             argument.name: argument.default_value
-            for argument in self.operator._schema.arguments
+            for argument in schema_of(self.operator).arguments
             if argument.has_default_value()
         }
         return {

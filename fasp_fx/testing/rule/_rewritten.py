@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fasp_fx.analysis import PruningPlan, analyze_program, planned
-from fasp_fx.base import tolerable
+from fasp_fx.base import schema_of, tolerable
 from fasp_fx.capturing import CallSignature, Program
 from fasp_fx.errors import FaspError, first_line
 from fasp_fx.passes import remove_channels, verify
@@ -110,7 +110,7 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
     }
     arguments = {name: _argument(name, value, made) for name, value in call.arguments.items()}
     # as a captured graph has them: by position up to the keyword-only ones
-    first = [argument.name for argument in call.operator._schema.arguments if not argument.kwarg_only]
+    first = [argument.name for argument in schema_of(call.operator).arguments if not argument.kwarg_only]
     args = tuple(arguments.pop(name) for name in first)
     node: Any = graph.call_function(call.operator, args, arguments)
     if rule.creates:  # what is created meets an activation; what memory happens to hold is not compared
@@ -119,7 +119,7 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
         values = draw.tensor(list(result.shape), "real")
         met = _operand(root, graph, x, "met", values, True, draw, blocks, free)
         node = graph.call_function(_ATEN.add.Tensor, (met, node))
-    if len(call.operator._schema.returns) > 1 or "List" in str(call.operator._schema.returns[0].type):
+    if len(schema_of(call.operator).returns) > 1 or "List" in str(schema_of(call.operator).returns[0].type):
         node = graph.call_function(operators.getitem, (node, which))
     if result.is_complex():
         node = graph.call_function(_ATEN.abs.default, (node,))

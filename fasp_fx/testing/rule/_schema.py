@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fasp_fx.base import OpOverload
+from fasp_fx.base import OpOverload, schema_of
 from fasp_fx.patterns import Alternative, Rule
 
 from ._calls import Call, Draw
@@ -44,7 +44,7 @@ def lettered(operator: OpOverload, rule: Rule, draw: Draw) -> Call:
     if alternative.condition:
         given[alternative.condition] = True
     shapes = _Shapes(rule, alternative, draw)
-    schema = {argument.name: argument for argument in operator._schema.arguments}
+    schema = {argument.name: argument for argument in schema_of(operator).arguments}
     several = len(alternative.operands) > 1
     for number, operand in enumerate(alternative.operands):
         argument = schema[operand.name]
@@ -65,7 +65,7 @@ def lettered(operator: OpOverload, rule: Rule, draw: Draw) -> Call:
 def moving(operator: OpOverload, rule: Rule, draw: Draw) -> Call:
     """A call of a moving operator on a tensor of any shape."""
     assert rule.moves is not None
-    argument = next(a for a in operator._schema.arguments if a.name == rule.moves)
+    argument = next(a for a in schema_of(operator).arguments if a.name == rule.moves)
     shape = draw.shape()
     count = draw.integer(1, 3) if "List" in str(argument.type) else 1
     tensors = [draw.tensor(shape, "real") for _ in range(count)]
@@ -89,7 +89,7 @@ def _complete(
     operator: OpOverload, given: dict[str, Any], shape: list[int], draw: Draw, made_up: bool = True
 ) -> dict[str, Any]:
     arguments = dict(given)
-    for argument in operator._schema.arguments:
+    for argument in schema_of(operator).arguments:
         if argument.name in arguments:
             continue
         value = argument.default_value
@@ -98,7 +98,7 @@ def _complete(
         elif not made_up and isinstance(value, bool) and draw.flag(_OTHERWISE):
             value = not value
         arguments[argument.name] = value
-    return {argument.name: arguments[argument.name] for argument in operator._schema.arguments}
+    return {argument.name: arguments[argument.name] for argument in schema_of(operator).arguments}
 
 
 def _value(argument: Any, shape: list[int], draw: Draw) -> Any:
