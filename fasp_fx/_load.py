@@ -39,7 +39,7 @@ def load(
         ArgumentError: the path is none, ``model`` is missing, or there is no such
             device here.
 
-    Example:
+    Examples:
         >>> folder = result.save("smaller")
         >>> loaded = fasp_fx.load("smaller")
         >>> isinstance(loaded, fasp_fx.Result) and torch.equal(loaded.module(x), result.module(x))

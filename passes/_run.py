@@ -61,7 +61,7 @@ def remove(analysis: Analysis, gone: np.ndarray, restored: Mapping[str, Tensor] 
         VerificationError: a step failed, or left a program that does not compute what the analysis says;
             names the step and the node.
 
-    Example:
+    Examples:
         >>> gone = np.zeros(len(analysis.labels), dtype=bool)  # of every channel number
         >>> fasp_fx.passes.remove(analysis, gone).parameters().keys() == captured.program.parameters().keys()
         True
@@ -93,7 +93,7 @@ def restore_weights(program: Program, restored: Mapping[str, Tensor]) -> Program
 def split_fused(program: Program, analysis: Analysis) -> Program | None:
     """Split fused producers that stand in the way; ``None`` if there is nothing to do.
 
-    Example:
+    Examples:
         >>> fasp_fx.passes.split_fused(captured.program, analysis) is None  # no fused weight here
         True
     """
@@ -132,7 +132,7 @@ class Prune:
     The program is of the model that the plan was made for; foreign passes may have run on it in the same
     :class:`Pipeline`.
 
-    Example:
+    Examples:
         >>> exported = torch.export.export(model, (x,))
         >>> fasp_fx.passes.Prune(result.plan)(exported).state_dict["0.weight"].shape
         torch.Size([22, 8])
@@ -162,7 +162,7 @@ class Pipeline:
             value. ``None``: the square root of the output type's precision (3e-4 for float32); 0: outputs
             are not compared.
 
-    Example:
+    Examples:
         >>> from fasp_fx.passes import Pipeline, Prune
         >>> exported = torch.export.export(model, (x,))
         >>> smaller = Pipeline([Prune(result.plan)])(exported)

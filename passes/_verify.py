@@ -29,7 +29,7 @@ def verify(program: Program, reference: Analysis) -> Walk:
     Raises:
         VerificationError: names the node and what differs.
 
-    Example:
+    Examples:
         >>> walk = fasp_fx.passes.verify(captured.program, analysis)
     """
     before = reference.program

@@ -93,7 +93,7 @@ def register(operator: Operator, text: str) -> Rule:
         RuleError: the text does not parse, names an argument that the schema lacks, or ``operator`` is not an
             overload.
 
-    Example:
+    Examples:
         >>> @torch.library.custom_op("docs::scaled", mutates_args=())
         ... def scaled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         ...     return x * scale
@@ -112,7 +112,7 @@ def register(operator: Operator, text: str) -> Rule:
 def unregister(operator: Operator) -> None:
     """Forget a rule given to :func:`register`; a built-in rule that it had replaced is in force again.
 
-    Example:
+    Examples:
         >>> operator = torch.ops.aten.softmax.int
         >>> rule = fasp_fx.patterns.register(operator, "self[...] -> [...]; freeze @dim")
         >>> fasp_fx.patterns.unregister(operator)
@@ -126,7 +126,7 @@ def lookup(operator: object) -> Rule | None:
     """The rule of an operator: the user's, the built-in one, or one derived from ``torch.Tag.pointwise``;
     else ``None``.
 
-    Example:
+    Examples:
         >>> print(fasp_fx.patterns.lookup(torch.ops.aten.linear.default))
         input[... i], weight[o i], bias[o] -> [... o]
     """
@@ -148,7 +148,7 @@ def lookup(operator: object) -> Rule | None:
 def builtin() -> dict[str, str]:
     """Every built-in rule that is written out (not derived), by operator name.
 
-    Example:
+    Examples:
         >>> fasp_fx.patterns.builtin()["aten.linear.default"]
         'input[... i], weight[o i], bias[o] -> [... o]'
     """

@@ -5,6 +5,7 @@ names that the reference lists.
 from __future__ import annotations
 
 import ast
+import functools
 import posixpath
 import re
 from pathlib import Path
@@ -37,6 +38,17 @@ def public_names(room: str) -> dict[str, str]:
     raise PluginError(f"{room} has no __all__")
 
 
+@functools.cache
+def shown_names() -> frozenset[str]:
+    """The full names that the reference has a place for."""
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    lent, shown = public_names("fasp_fx"), set()
+    for room, some in _ROOM.findall(text):
+        names = dict.fromkeys(some.split(), "") if some else public_names(room)
+        shown |= {f"{room}.{name}" for name in names if room == "fasp_fx" or lent.get(name) != names[name]}
+    return frozenset(shown)
+
+
 def on_files(files: Any, config: Any) -> Any:
     for name, source in PAGES.items():
         files.append(File.generated(config, name, content=(ROOT / source).read_text(encoding="utf-8")))
@@ -66,10 +78,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return f"]({posixpath.relpath(uri, posixpath.dirname(page.file.src_uri) or '.')}{anchor})"
 
     def room(match: re.Match[str]) -> str:
-        names = dict.fromkeys(match[2].split(), "") if match[2] else public_names(match[1])
-        lent = public_names("fasp_fx")
-        also = [name for name in names if match[1] != "fasp_fx" and lent.get(name) == names[name]]
-        own = [f"::: {match[1]}.{name}" for name in names if name not in also]
+        names = match[2].split() if match[2] else public_names(match[1])
+        shown = [name for name in names if f"{match[1]}.{name}" in shown_names()]
+        also = [name for name in names if name not in shown]
+        own = [f"::: {match[1]}.{name}" for name in shown]
         links = ", ".join(f"[{name}][fasp_fx.{name}]" for name in also)
         return "\n\n".join([*([f"Also here: {links}."] if also else []), *own])
 

@@ -21,7 +21,7 @@ class CostAllocation(ABC):
     """An allocation that wants to know what each group costs; the cost curves are measured before it is
     asked.
 
-    Example:
+    Examples:
         >>> from fasp_fx.allocation import CostAllocation
         >>> class Cheapest(CostAllocation):  # from one group alone, the one that costs least
         ...     def __call__(self, budget, round_to, costs):
@@ -60,7 +60,7 @@ def uniform(budget: Budget, round_to: int) -> list[int]:
     Raises:
         SparsityError, BudgetError: see :func:`check_reach`.
 
-    Example:
+    Examples:
         >>> from fasp_fx.allocation import uniform
         >>> even = fasp_fx.prune(captured, calibration=batches, allocation=uniform, sparsity=0.3)
         >>> {group.name: group.removed_sets for group in even.plan.groups}
@@ -96,7 +96,7 @@ class Global(CostAllocation):
 
     What the last step took too much of a budget is given back, where it costs most.
 
-    Example:
+    Examples:
         >>> from fasp_fx.allocation import Global
         >>> fasp_fx.prune(captured, calibration=batches, allocation=Global(), sparsity=0.3).report.parameters
         (884, 634)
@@ -255,7 +255,7 @@ class Trial(ABC):
     Attributes:
         count: how many calibration sequences there are to try it on.
 
-    Example:
+    Examples:
         >>> from fasp_fx.allocation import Global, Search, uniform
         >>> class Better(Search):  # the better of two
         ...     def __call__(self, budget, round_to, costs, trial=None):
@@ -360,7 +360,7 @@ class Search(CostAllocation):
     Raises:
         ArgumentError: one of them is no positive integer, or the seed none from 0 on.
 
-    Example:
+    Examples:
         >>> from fasp_fx.allocation import Search
         >>> search = Search(generations=1, offspring=2, sequences=8)
         >>> searched = fasp_fx.prune(captured, calibration=batches, allocation=search, sparsity=0.3)

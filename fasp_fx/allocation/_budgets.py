@@ -43,7 +43,7 @@ class Cap(ABC):
     Raises:
         ArgumentError: the amount is no positive number, or the int 1, which says neither one nor all.
 
-    Example:
+    Examples:
         >>> from fasp_fx.allocation import Cap, Macs
         >>> print(Macs(0.5).name, issubclass(Macs, Cap))
         macs True
@@ -84,7 +84,7 @@ class Cap(ABC):
 class Parameters(Cap):
     """The number of all parameters, tied ones once, as the report's line ``parameters`` has them.
 
-    Example:
+    Examples:
         >>> from fasp_fx.allocation import Parameters
         >>> fasp_fx.prune(captured, calibration=batches, budget=Parameters(600)).report.parameters
         (884, 584)
@@ -112,7 +112,7 @@ class Bytes(Parameters):
         stored: how many bytes each number of a weight takes; ``None``: as many as in the model, or in the
             file of the format.
 
-    Example:
+    Examples:
         >>> from fasp_fx.allocation import Bytes
         >>> fasp_fx.prune(captured, calibration=batches, budget=Bytes(0.75)).report.bytes
         (3536, 2636)
@@ -135,7 +135,7 @@ class Macs(Cap):
     :func:`fasp_fx.hf.prune` has example inputs of its own: 2 sequences of 3 tokens that follow 5 others. Of a
     model that is pruned in parts, those of the parts are counted, as often as each is called.
 
-    Example:
+    Examples:
         >>> from fasp_fx.allocation import Macs, Parameters
         >>> both = fasp_fx.prune(captured, calibration=batches, budget=(Macs(0.7), Parameters(800)))
         >>> [spent.used <= spent.allowed for spent in both.report.budgets]
@@ -152,7 +152,7 @@ class CacheBytes(Cap):
     """The bytes that the key-value cache takes per token of one sequence, as the report's line ``cache`` has
     them: those of a context, divided by its tokens.
 
-    Example:
+    Examples:
         >>> from fasp_fx.allocation import CacheBytes
         >>> CacheBytes(2**31 // 8192).amount  # 2 GiB at a context of 8,192 tokens; for fasp_fx.hf.prune
         262144
@@ -174,7 +174,7 @@ class Latency(Cap):
             group's name, and returns seconds. It is asked thousands of times in one pruning: look times up,
             rather than measure there. More width may never take less time than less of it.
 
-    Example:
+    Examples:
         >>> from fasp_fx.allocation import Latency
         >>> budget = Latency(0.8, lambda widths: 1e-6 * sum(widths.values()))
         >>> (spent,) = fasp_fx.prune(captured, calibration=batches, budget=budget).report.budgets

@@ -20,7 +20,7 @@ class CostCurve:
         losses: the predicted rise of the loss once each block of the group lost 0, 1, 2, … channel sets;
             begins with 0 and never falls.
 
-    Example:
+    Examples:
         >>> curve = costs["2.weight"]
         >>> bool((np.diff(curve.losses) >= 0).all())
         True
@@ -66,7 +66,7 @@ class Costs(dict[str, CostCurve]):
             curves hold for no other. Empty: for any.
         granularity: what the channel sets are that the curves count.
 
-    Example:
+    Examples:
         >>> costs.save("costs.json")
         >>> smaller = fasp_fx.prune(captured, calibration=batches, costs=fasp_fx.Costs.load("costs.json"))
     """

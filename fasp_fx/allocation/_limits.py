@@ -59,7 +59,7 @@ class Budget:
     Attributes:
         advice: what would let more go than all groups here can lose, in words.
 
-    Example:
+    Examples:
         >>> def half(budget, round_to):  # an allocation of one's own
         ...     return budget.closest([[group.width // 2 for group in budget.groups]])
         >>> fasp_fx.prune(captured, calibration=batches, allocation=half).report.parameters
@@ -170,7 +170,7 @@ def joined(costs: Costs, groups: Sequence[Group], places: Sequence[int]) -> Cost
 def deepest_loss(group: Group) -> int:
     """The most channel sets that a block of a group can lose.
 
-    Example:
+    Examples:
         >>> from fasp_fx.allocation import deepest_loss
         >>> deepest_loss(group)  # one channel stays
         31
@@ -219,7 +219,7 @@ def lost_per_block(width: int, fraction: float, round_to: int, needed: int = 1) 
     """The removal nearest to ``fraction`` of a block that leaves a multiple of ``round_to``, and at least as
     many as are needed.
 
-    Example:
+    Examples:
         >>> from fasp_fx.allocation import lost_per_block
         >>> lost_per_block(100, 0.3, round_to=16)  # 64 stay
         36

@@ -38,7 +38,7 @@ from .channels import Interpreter, Numbering, Pairs, Slot, Value, Walk, marked
 class Analysis(Coupling):
     """The coupled groups of one program, and what can be asked of them.
 
-    Example:
+    Examples:
         >>> print(f"{analysis.max_sparsity:.0%}")  # the most that can be removed
         98%
         >>> analysis.explain("2.weight", "4.weight")  # the way through the graph that couples them

@@ -43,7 +43,7 @@ class Member:
     sets it belongs to, counted from zero. ``aliases`` are the weight's other names in the model (it is tied),
     and those of what the model computes it of (it was folded).
 
-    Example:
+    Examples:
         >>> (reader,) = group.consumers
         >>> print(reader.name, reader.dim, reader.size)
         2.weight 1 32
@@ -87,7 +87,7 @@ class Group:
         at_once: whether all of them go or none.
         multiple: channels of each block stay in multiples of it.
 
-    Example:
+    Examples:
         >>> group = analysis.groups[1]
         >>> print(group.name, group.status, group.size)
         2.weight prunable 32

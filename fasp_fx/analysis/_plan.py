@@ -30,7 +30,7 @@ class ParameterSlice:
     With ``block_dim`` there is one tuple of indices for each of the equal blocks into which that dimension is
     divided: an expert each of a stacked weight, a group each of a grouped convolution.
 
-    Example:
+    Examples:
         >>> removed = result.plan.groups[0].consumers[0]
         >>> print(removed.name, removed.dim, len(removed.removed))
         2.weight 1 10
@@ -66,7 +66,7 @@ class ParameterSlice:
 class PlannedGroup:
     """What one coupled group loses; ``granularity`` says what a channel set of it is.
 
-    Example:
+    Examples:
         >>> (planned,) = result.plan.groups
         >>> print(planned.name, planned.removed_sets, "of", planned.size)
         2.weight 10 of 32
@@ -109,7 +109,7 @@ class PruningPlan:
         fixed: what else the model read and did not write into when the plan was made. The plan serves also
             where it holds something else; the repairs of the result do not.
 
-    Example:
+    Examples:
         >>> plan = fasp_fx.PruningPlan.from_json(result.plan.to_json())
         >>> [(group.name, group.removed_sets) for group in plan.groups]
         [('2.weight', 10)]

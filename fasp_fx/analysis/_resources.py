@@ -24,7 +24,7 @@ class Resource(ABC):
         groups: the groups that can lose channel sets.
         whole: how much the dense model has of it.
 
-    Example:
+    Examples:
         >>> from fasp_fx.allocation import Macs
         >>> resource = Macs(0.5).resource(analysis)
         >>> [resource.used([lost, 0]) for lost in (0, 16)]  # channel sets that the two groups lose

@@ -275,7 +275,7 @@ def offload(
         ArgumentError: the device cannot be used.
         OffloadError: the folder cannot be written, or its disk is full.
 
-    Example:
+    Examples:
         >>> with fasp_fx.offload(resident=2**20) as scratch:
         ...     in_files = fasp_fx.prune(captured, calibration=batches, sparsity=0.3)
         >>> in_files.plan.groups == result.plan.groups
@@ -304,7 +304,7 @@ def keep_weights(model: nn.Module, scratch: Scratch) -> None:
         ArgumentError: ``scratch`` is not what :func:`offload` gave.
         OffloadError: the disk is full.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(512, 512)
         >>> with fasp_fx.offload() as scratch:
         ...     fasp_fx.keep_weights(layer, scratch)

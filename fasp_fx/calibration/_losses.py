@@ -46,7 +46,7 @@ def next_token(outputs: Any, inputs: Mapping[str, Any], padding: Padding = lambd
     Raises:
         CalibrationError: there are no such tensors.
 
-    Example:
+    Examples:
         >>> from fasp_fx.calibration import next_token
         >>> ids = torch.tensor([[1, 2, 3]])
         >>> logits = nn.functional.one_hot(torch.tensor([[2, 3, 0]]), 4) * 100.0  # right of both

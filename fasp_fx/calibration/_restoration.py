@@ -65,7 +65,7 @@ class Problem:
         has_ones: whether the last kept column holds ones, whose coefficients are added to the bias. Its
             weights are zero.
 
-    Example:
+    Examples:
         >>> from fasp_fx.calibration import Problem, damped
         >>> def tikhonov(problem: Problem) -> torch.Tensor:  # a repair of one's own
         ...     return damped(problem.weight, problem.gram, problem.kept, 1e-3)[:, problem.kept]
@@ -140,7 +140,7 @@ def ridge(
             columns are in the mean.
         least: no δ below that is tried.
 
-    Example:
+    Examples:
         >>> from fasp_fx.calibration import ridge
         >>> weight, gram = torch.ones(1, 2), torch.ones(2, 2)  # two columns whose inputs are alike
         >>> ridge(weight, gram, held=gram, kept=torch.tensor([0])).weight.round(decimals=2)
@@ -190,7 +190,7 @@ def damped(weight: Tensor, gram: Tensor, kept: Tensor, strength: float) -> Tenso
         strength: δ relative to the mean of the Gram matrix's diagonal. Where the system is singular to
             rounding all the same, nothing is repaired.
 
-    Example:
+    Examples:
         >>> from fasp_fx.calibration import damped
         >>> weight, gram = torch.ones(1, 2), torch.ones(2, 2)  # two columns whose inputs are alike
         >>> damped(weight, gram, kept=torch.tensor([0]), strength=1e-6).round(decimals=3)

@@ -37,7 +37,7 @@ class Columns:
             changes along, and so gives the means; X itself where it has fewer rows than columns.
         name: tells the block from others of the model, the same in every run.
 
-    Example:
+    Examples:
         >>> from fasp_fx.calibration import Columns
         >>> def loudest(columns: Columns) -> torch.Tensor:  # a score of one's own: quiet channels go first
         ...     return columns.norms
@@ -64,7 +64,7 @@ class GroupColumns:
         consumers: what loses columns with it, block by block.
         deepest: how many channel sets of a block may go at most; an order need not be longer.
 
-    Example:
+    Examples:
         >>> from fasp_fx.calibration import Columns, GroupColumns, by_set
         >>> columns = Columns(torch.tensor([[1.0, 2.0, 2.0]]), None, None, sets=np.array([[0], [1], [1]]))
         >>> two = GroupColumns("fc.weight", block_of=np.zeros(2, int), consumers=[columns], deepest=1)
@@ -92,7 +92,7 @@ class Order:
         losses: the predicted rise of the loss once each block lost 0, 1, 2, … of them, shape ``[steps + 1]``;
             ``None``: the score does not predict it.
 
-    Example:
+    Examples:
         >>> from fasp_fx.calibration import Order
         >>> order = Order(np.array([[2, 0, 1]]))  # one block, whose third channel set goes first
         >>> order.first(1)
@@ -115,7 +115,7 @@ class GroupScore(ABC):
             consumer with its number of columns.
         needs_data: whether calibration data is needed.
 
-    Example:
+    Examples:
         >>> from fasp_fx.calibration import GroupScore, by_value
         >>> class Last(GroupScore):  # the last channel sets go first
         ...     needs_data = False
@@ -143,7 +143,7 @@ Score = ColumnScore | GroupScore
 def fasp(columns: Columns) -> Tensor:
     """``Σ_i |W_ij| · ‖X_j‖₂`` (FASP, arXiv 2501.09412, the column form of Wanda's metric).
 
-    Example:
+    Examples:
         >>> from fasp_fx.calibration import Columns, fasp
         >>> fasp(Columns(torch.tensor([[1.0, -2.0], [3.0, 4.0]]), norms=torch.tensor([1.0, 0.5]), gram=None))
         tensor([4., 3.])
@@ -155,7 +155,7 @@ def fasp(columns: Columns) -> Tensor:
 def magnitude(columns: Columns) -> Tensor:
     """``‖W_j‖₂``: the length of the column, without data.
 
-    Example:
+    Examples:
         >>> from fasp_fx.calibration import Columns, magnitude
         >>> magnitude(Columns(torch.tensor([[3.0, 0.0], [4.0, 2.0]]), norms=None, gram=None))
         tensor([5., 2.], dtype=torch.float64)
@@ -225,7 +225,7 @@ def by_set(group: GroupColumns, values_of: Callable[[Columns], np.ndarray]) -> n
     Args:
         values_of: the value of each column, shape ``[columns]``.
 
-    Example:
+    Examples:
         >>> from fasp_fx.calibration import Columns, GroupColumns, by_set
         >>> columns = Columns(torch.tensor([[1.0, 2.0, 2.0]]), None, None, sets=np.array([[0], [1], [1]]))
         >>> heads = GroupColumns("fc.weight", np.zeros(2, int), [columns], deepest=1)
@@ -249,7 +249,7 @@ def by_value(group: GroupColumns, values: np.ndarray) -> Order:
     Raises:
         CalibrationError: they are not finite.
 
-    Example:
+    Examples:
         >>> from fasp_fx.calibration import GroupColumns, by_value
         >>> three = GroupColumns("fc.weight", np.zeros(3, int), [], deepest=2)
         >>> by_value(three, np.array([0.5, 0.1, 0.9])).sets

@@ -31,7 +31,7 @@ class Statistic(Protocol):
     Attributes:
         needs_gradient: whether the gradient of the loss with respect to the tokens is needed.
 
-    Example:
+    Examples:
         >>> class Count:  # how many tokens there were
         ...     needs_gradient = False
         ...     def __init__(self, columns, device):
@@ -82,7 +82,7 @@ class Gram:
     Attributes:
         tokens: the number of rows of X seen.
 
-    Example:
+    Examples:
         >>> from fasp_fx.calibration import Gram
         >>> gram = Gram(8, x.device)
         >>> for rows in x.split(16):  # batches add up
@@ -262,7 +262,7 @@ class InputGradients:
         tokens: how many gradients were seen.
         terms: of how many terms the loss was the sum.
 
-    Example:
+    Examples:
         >>> from fasp_fx.calibration import GroupScore, InputGradients, by_set, by_value
         >>> class Taylor(GroupScore):  # the first-order change of the loss
         ...     statistics = {"gradients": InputGradients}

@@ -315,7 +315,7 @@ class Captured:
         programs: the graph, and how it is called, under the empty path; of a model that was captured in parts
             (docs/submodules.md), those of the parts by their paths.
 
-    Example:
+    Examples:
         >>> captured = fasp_fx.capture(model, (x,))
         >>> list(captured.programs)
         ['']

@@ -47,7 +47,7 @@ class PrunedConfig(PreTrainedConfig):
         labels_moved: how an encoder-decoder makes tokens of labels: behind its token for the ``"start"``, or
             in another way, which is not served.
 
-    Example:
+    Examples:
         >>> print(pruned.model.config.model_type, pruned.model.config.original["model_type"])
         fasp_fx llama
     """

@@ -74,7 +74,7 @@ def perplexity(
     Raises:
         ArgumentError: there is nothing to predict.
 
-    Example:
+    Examples:
         >>> hf.perplexity(llama, texts[0]) > 1
         True
     """
@@ -95,7 +95,7 @@ class Agreement:
             the first one's, in nats, averaged over predictions; and its standard error.
         same: how often both hold the same token for the most probable, and the standard error of that.
 
-    Example:
+    Examples:
         >>> print(hf.agreement(llama, llama, texts[0]).same)
         (1.0, 0.0)
     """
@@ -114,7 +114,7 @@ def agreement(
     """Run two language models in evaluation mode over tokens ``[chunks, length]``, at least two chunks of two
     tokens; as many chunks as there are give the standard errors. Arguments as for :func:`perplexity`.
 
-    Example:
+    Examples:
         >>> compared = hf.agreement(llama, pruned.model, texts[0])
         >>> compared.divergence[0] < 0.01
         True
@@ -171,7 +171,7 @@ def latency(
         repeats: passes that count.
         progress: called with the fraction done.
 
-    Example:
+    Examples:
         >>> dense, smaller = hf.latency([llama, pruned.model], texts[0], repeats=2)
     """
     seconds: list[list[float]] = [[] for _ in models]

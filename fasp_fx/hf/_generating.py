@@ -20,7 +20,7 @@ from ._folder import SavedModel
 class PrunedForCausalLM(SavedModel):
     """A pruned decoder that generates as its original does.
 
-    Example:
+    Examples:
         >>> isinstance(pruned.model, hf.PrunedForCausalLM)
         True
         >>> pruned.model(input_ids=texts[0]).logits.shape
@@ -141,7 +141,7 @@ class Encoder(nn.Module):
 class PrunedForSeq2SeqLM(SavedModel):
     """A pruned encoder-decoder that generates as its original does.
 
-    Example:
+    Examples:
         >>> from transformers import GenerationMixin
         >>> issubclass(hf.PrunedForSeq2SeqLM, GenerationMixin)  # of T5, BART, …
         True

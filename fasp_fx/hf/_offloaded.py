@@ -43,7 +43,7 @@ def load_offloaded(
             wrong with it, transformers and safetensors say.
         OffloadError: the disk is full.
 
-    Example:
+    Examples:
         >>> llama.save_pretrained("dense")
         >>> with fasp_fx.offload() as scratch:
         ...     model = hf.load_offloaded("dense", scratch)

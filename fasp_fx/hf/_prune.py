@@ -64,7 +64,7 @@ class Pruned:
         tokenizer: the tokenizer that was given, saved along with the model.
         format: of the files that it is saved in.
 
-    Example:
+    Examples:
         >>> pruned.model.generate(texts[0][:, :4], max_new_tokens=2, min_new_tokens=2).shape
         torch.Size([4, 6])
         >>> folder = pruned.save_pretrained("small")
@@ -113,7 +113,7 @@ class CapturedModel:
         model: the caller's.
         programs: by name; a plan is made for the first of them, and carried out in all others.
 
-    Example:
+    Examples:
         >>> list(captured_llama.programs)  # those that generation needs
         ['decode']
     """
@@ -152,7 +152,7 @@ def capture(model: Any, *, device: torch.device | str | None = None) -> Captured
         ArgumentError: the model does not generate.
         CaptureError: the model cannot be captured.
 
-    Example:
+    Examples:
         >>> hf.capture(llama).model is llama
         True
     """
@@ -181,7 +181,7 @@ def analyze(
         model, device: as for :func:`prune`.
         granularity, include: as for :func:`fasp_fx.prune`.
 
-    Example:
+    Examples:
         >>> [group.name for group in hf.analyze(captured_llama).groups if group.status == "prunable"]
         ['model.layers.0.self_attn.o_proj.weight', 'model.layers.0.mlp.down_proj.weight']
     """
@@ -206,7 +206,7 @@ def measure(
     """Predict what each coupled group of a generating model costs, as :func:`fasp_fx.measure`; arguments as
     for :func:`prune`.
 
-    Example:
+    Examples:
         >>> costs = hf.measure(captured_llama, calibration=texts)
         >>> cheaper = hf.prune(captured_llama, calibration=texts, sparsity=0.3, costs=costs)
     """
@@ -243,7 +243,7 @@ def apply(
         model, tokenizer, device, progress: as for :func:`prune`.
         plan, calibration, config, options: as for :func:`fasp_fx.apply`.
 
-    Example:
+    Examples:
         >>> again = hf.apply(captured_llama, pruned.plan, calibration=texts)
         >>> again.plan.groups == pruned.plan.groups
         True
@@ -307,7 +307,7 @@ def prune(
         PlanError: the plan cannot be carried out in one of the programs.
         FaspError: see :func:`fasp_fx.prune`.
 
-    Example:
+    Examples:
         >>> pruned = hf.prune(captured_llama, calibration=texts, sparsity=0.2)  # or of the model itself
         >>> pruned.report.parameters
         (3632, 3104)
@@ -480,7 +480,7 @@ def convert(pruned: Pruned, format: FormatName) -> Pruned:
         ArgumentError: the format is not known, or cannot hold the model; names the weight.
         VerificationError: the model that was built does not compute what the pruned one does.
 
-    Example:
+    Examples:
         >>> plain = hf.convert(pruned, "per-layer")
         >>> type(plain.model).__name__
         'PerLayerLlamaForCausalLM'

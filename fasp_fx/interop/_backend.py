@@ -93,7 +93,7 @@ def backend(
         PlanError: the plan names weights that were folded at capture, which the model does not have; (in the
             call) the plan is for another model.
 
-    Example:
+    Examples:
         >>> fast = torch.compile(model, backend=fasp_fx.backend(result.plan, inner="eager"))
         >>> with torch.no_grad():
         ...     print(fast(x).shape)

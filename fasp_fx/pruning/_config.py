@@ -144,7 +144,7 @@ class PruningConfig:
     Raises:
         ArgumentError, SparsityError: an option is out of range or not known.
 
-    Example:
+    Examples:
         >>> config = fasp_fx.PruningConfig(sparsity=0.5, round_to=8, exclude=("4",))
         >>> fasp_fx.PruningConfig.from_json(config.to_json()) == config
         True

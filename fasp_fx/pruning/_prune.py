@@ -89,7 +89,7 @@ def capture(
         ArgumentError: the inputs do not fit the model.
         CaptureError: the model is in training mode, or neither it nor any of its submodules can be captured.
 
-    Example:
+    Examples:
         >>> captured = fasp_fx.capture(model, (x,))
         >>> for sparsity in (0.2, 0.5):
         ...     result = fasp_fx.prune(captured, score="magnitude", restore=None, sparsity=sparsity)
@@ -128,7 +128,7 @@ def analyze(
     Raises:
         ArgumentError, CaptureError: see :func:`fasp_fx.capture`.
 
-    Example:
+    Examples:
         >>> for group in fasp_fx.analyze(captured).groups:
         ...     print(group.name, group.status, group.size)
         0.weight frozen 8
@@ -197,7 +197,7 @@ def prune(
         RankError: another process of the group is gone.
         StoreError: the checkpoint is that of another run, or cannot be written.
 
-    Example:
+    Examples:
         >>> result = fasp_fx.prune(model, (x,), calibration=batches, sparsity=0.3)
         >>> result.module(torch.randn(3, 8)).shape
         torch.Size([3, 4])
@@ -264,7 +264,7 @@ def measure(
             gradients vanish or are not finite.
         CaptureError: see :func:`fasp_fx.capture`.
 
-    Example:
+    Examples:
         >>> costs = fasp_fx.measure(captured, calibration=batches)
         >>> sorted(costs)
         ['2.weight', '4.weight']
@@ -308,7 +308,7 @@ def apply(
         PlanError: the plan is for another model (or for this one before it was pruned).
         CalibrationError: the calibration data does not fit.
 
-    Example:
+    Examples:
         >>> again = fasp_fx.apply(model, result.plan, (x,), calibration=batches)
         >>> again.plan.groups == result.plan.groups
         True
@@ -341,7 +341,7 @@ def plan_from_sets(
         PlanError: a group is not known or cannot be pruned, or a set is not there; or the blocks of a group
             would lose unequal counts, or too many.
 
-    Example:
+    Examples:
         >>> plan = fasp_fx.plan_from_sets(captured, {"4.weight": [0, 5]})
         >>> fasp_fx.apply(captured, plan).module.get_parameter("2.weight").shape
         torch.Size([14, 32])

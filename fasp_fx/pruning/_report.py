@@ -184,7 +184,7 @@ class Report:
         config: what :func:`fasp_fx.prune` was asked for; ``None`` for a plan that was replayed, and for what
             was loaded if the score, the allocation or the loss was a function, which no file holds.
 
-    Example:
+    Examples:
         >>> report = result.report
         >>> print(f"{report.sparsity:.1%}, {report.requested:.0%} asked for; parameters {report.parameters}")
         28.8%, 30% asked for; parameters (884, 634)

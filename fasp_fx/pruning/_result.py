@@ -71,7 +71,7 @@ class Result:
             use the names of the submodule.
         left: for each submodule that stayed whole, why.
 
-    Example:
+    Examples:
         >>> print(result.eager(model)[0])  # the caller's own class, smaller
         Linear(in_features=8, out_features=22, bias=True)
         >>> result.program.module()(x).shape  # an ExportedProgram

@@ -254,7 +254,7 @@ def build(spec: Net, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Mo
     Equal specifications, seeds and types give equal weights. ``forward`` names its inputs ``first``,
     ``second`` and ``third``.
 
-    Example:
+    Examples:
         >>> from fasp_fx.testing import build, example
         >>> from fasp_fx.testing.specs import Linear, Net
         >>> net = Net(blocks=(Linear(width=6), Linear(width=2)))
@@ -277,7 +277,7 @@ def example(
         dtype: the type of inputs that are not tokens.
         tokens: another length for sequences and tokens, where the net allows it.
 
-    Example:
+    Examples:
         >>> from fasp_fx.testing import example
         >>> from fasp_fx.testing.specs import Linear, Net
         >>> [tuple(value.shape) for value in example(Net(blocks=(Linear(width=2),)), batch=3)]

@@ -35,7 +35,7 @@ class ProgramVerdict:
             comparison proves little.
         seed: what the choice of channels was drawn with.
 
-    Example:
+    Examples:
         >>> verdict = fasp_fx.testing.check_program(model, (x,), invariants=("mask-exact",))
         >>> verdict.ok, verdict.checked
         (True, ('mask-exact',))

@@ -35,7 +35,7 @@ class Masked:
         ArgumentError: the plan names a weight that the model does not hold, one that it computes from others,
             say.
 
-    Example:
+    Examples:
         >>> from fasp_fx.testing import Masked
         >>> unrepaired = fasp_fx.apply(captured, result.plan)
         >>> torch.allclose(Masked(model, result.plan)(x), unrepaired.module(x), atol=1e-5)

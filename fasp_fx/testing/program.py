@@ -101,7 +101,7 @@ def check_program(
         CaptureError, ArgumentError: the model cannot be captured with these inputs, or an invariant is not
             known.
 
-    Example:
+    Examples:
         >>> from fasp_fx.testing import check_program
         >>> check_program(model, (x,), invariants=("signature",)).ok
         True
@@ -161,7 +161,7 @@ def program_test(factory: Callable[[], tuple[Any, ...]], **options: Any) -> Call
         factory: returns the model and its example inputs: ``(model, args)`` or ``(model, args, kwargs)``.
         options: arguments of :func:`check_program`.
 
-    Example:
+    Examples:
         >>> test_prunes = fasp_fx.testing.program_test(lambda: (model, (x,)), invariants=("mask-exact",))
         >>> test_prunes()
     """

@@ -58,7 +58,7 @@ def programs(
     Raises:
         ArgumentError: a kind is not known, or a bound is negative.
 
-    Example:
+    Examples:
         >>> from hypothesis import strategies as st
         >>> isinstance(fasp_fx.testing.programs(max_blocks=2), st.SearchStrategy)
         True

@@ -24,7 +24,7 @@ class Match(Protocol):
     """A loss between what two models return for the same batch, of which the dense model's part is kept on
     disk.
 
-    Example:
+    Examples:
         >>> class Absolute:  # the mean absolute difference
         ...     def targets(self, outputs):
         ...         return {"outputs": outputs}
@@ -249,7 +249,7 @@ class DistillationConfig:
     Raises:
         ArgumentError: an option is out of range or not known.
 
-    Example:
+    Examples:
         >>> from fasp_fx.training import DistillationConfig
         >>> config = DistillationConfig(epochs=1, learning_rate=1e-3)
         >>> trained = fasp_fx.distil(result, model, batches, config=config)

@@ -184,7 +184,7 @@ class Gates(nn.Module):
         scores: what is learned, for each group ``[sets]``.
         names: the groups' names, in the order of ``scores``.
 
-    Example:
+    Examples:
         >>> gated = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4)).eval()
         >>> gates = fasp_fx.training.attach_gates(gated, (x,), sparsity=0.5)
         >>> [(name, len(scores)) for name, scores in zip(gates.names, gates.scores)]
@@ -333,7 +333,7 @@ def attach_gates(
         NothingPrunableError: no group has weights of the model's own to put gates on.
         SparsityError, BudgetError: what is asked for is out of reach.
 
-    Example:
+    Examples:
         >>> gated = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4)).eval()
         >>> gates = fasp_fx.training.attach_gates(gated, (x,), sparsity=0.5)
         >>> optimizer = torch.optim.Adam(gates.parameters(), lr=0.05)  # for a loop of one's own

@@ -108,7 +108,7 @@ def distil(
         TrainingMemoryError: the memory does not hold the training.
         StoreError: the checkpoint is that of another run, or cannot be written.
 
-    Example:
+    Examples:
         >>> trained = fasp_fx.distil(result, model, batches, epochs=1, learning_rate=1e-3)
         >>> trained.report.recovery.method
         'distillation'

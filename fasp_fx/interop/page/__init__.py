@@ -40,7 +40,7 @@ def to_html(source: Report | Analysis, title: str = "Model") -> str:
     Raises:
         CaptureError: an analysis of several parts has no single page.
 
-    Example:
+    Examples:
         >>> page = fasp_fx.to_html(result.report, title="A small model")
         >>> page.startswith("<!doctype html>")
         True

@@ -72,7 +72,7 @@ class RuleVerdict:
         refused: calls around which the library's verifier refused a pruned program that was right. That is no
             fault of the rule.
 
-    Example:
+    Examples:
         >>> verdict = fasp_fx.testing.check_rule(torch.ops.aten.relu.default, examples=5)
         >>> print(verdict.kind)
         right
@@ -137,7 +137,7 @@ def check_rule(
             lacks, or there is none.
         ArgumentError: no call could be made up; give some as ``samples``.
 
-    Example:
+    Examples:
         >>> from fasp_fx.testing import check_rule
         >>> check_rule(torch.ops.aten.softmax.int, "self[...] -> [...]", examples=10).kind
         'claims too much'
@@ -163,7 +163,7 @@ def assert_rule(operator: OpOverload, rule: str | Rule | None = None, **options:
     Raises:
         CheckFailed: the rule claims too much or too little; carries the verdict.
 
-    Example:
+    Examples:
         >>> verdict = fasp_fx.testing.assert_rule(torch.ops.aten.relu.default, examples=5)
     """
     verdict = check_rule(operator, rule, **options)
