@@ -1,5 +1,5 @@
-"""What mkdocstrings is told of our docstrings: roles become links, pages of docs/ too, and what an option does
-is what its declaration says.
+"""What mkdocstrings is told of our docstrings: roles become links, pages of docs/ too, and what an option
+does is what its declaration says.
 """
 
 from __future__ import annotations

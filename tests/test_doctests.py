@@ -11,6 +11,7 @@ import doctest
 import functools
 import importlib
 import inspect
+import pkgutil
 import re
 import warnings
 from collections.abc import Iterator
@@ -89,3 +90,19 @@ def test_example(room: str, value: Any, tmp_path: Path, monkeypatch: pytest.Monk
         warnings.simplefilter("ignore")  # as in a program: a warning does not end it
         outcome = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=told.append)
     assert not outcome.failed, "".join(told)
+
+
+def test_what_docstrings_refer_to_is_there() -> None:
+    files = [path for top in ("fasp_fx", "passes", "patterns") for path in (ROOT / top).rglob("*.py")]
+    texts = [path.read_text(encoding="utf-8") for path in files]
+    named = {name for text in texts for name in re.findall(r":\w+:`~?(fasp_fx\.[\w.]+)`", text)}
+    assert named
+    assert sorted(name for name in named if not is_reachable(name)) == []
+
+
+def is_reachable(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True

@@ -266,7 +266,7 @@ def budget_from_data(data: Any) -> tuple[Cap, ...]:
 #: one dimension of what a node makes, negative ones from the last
 Dim = tuple[fx.Node, int]
 #: dimensions whose sizes are multiplied; of several in one place the largest, which the passes pad the others
-#: to (:func:`fasp_fx.passes.attention.pad_value_heads`)
+#: to (``pad_value_heads`` in ``passes/_attention.py``)
 Term = list[tuple[Dim, ...]]
 #: the shape of what a node makes
 ShapeOf = Callable[[fx.Node], tuple[int, ...]]
