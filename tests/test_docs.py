@@ -1,4 +1,4 @@
-"""What pages of the documentation name is there: files, and where links lead; ``scripts/docs`` has anchors."""
+"""What pages of the documentation name is there: files, and where links lead. Anchors: ``scripts/docs``."""
 
 from __future__ import annotations
 
