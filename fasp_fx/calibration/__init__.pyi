@@ -167,7 +167,7 @@ from ._scoring import (
     magnitude as magnitude,  # ‖W_j‖₂: the length of the column, without data
 )
 from ._statistics import (
-    Gram as Gram,  # Accumulates G = XᵀX over tokens, on the device of the activations (FASP, section 3; DESIGN: sums, so they can be all-reduced)
+    Gram as Gram,  # Accumulates G = XᵀX over tokens, on the device of the activations (FASP, section 3): a sum, so that it can be all-reduced
 )
 from ._statistics import (
     InputGradients as InputGradients,  # Accumulates HᵀH of the gradients of a loss with respect to a consumer's input
