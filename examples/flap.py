@@ -12,7 +12,7 @@ import torch
 from chunks import Comparison
 from torch import Tensor
 
-from fasp_fx.allocation import Budget, CostAllocation, Costs, deepest_loss
+from fasp_fx.allocation import Budget, CostAllocation, Costs
 from fasp_fx.calibration import Columns, GroupColumns, GroupScore, Order, Problem, by_set, by_value
 
 SHIFT = 100.0  # a cost curve never falls, and standardised scores lie around zero: they are counted from here
@@ -51,7 +51,7 @@ class Fluctuation(GroupScore):  # Var(X_j) ‖W_j‖² (FLAP, equation 5), stand
 
 class Threshold(CostAllocation):  # what lies below one number goes, whatever group it is in
     def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
-        scores = [np.diff(costs[group.name].losses)[: deepest_loss(group)] for group in budget.groups]
+        scores = [np.diff(costs[group.name].losses)[: group.deepest_loss] for group in budget.groups]
         thresholds = np.quantile(np.concatenate(scores), np.linspace(0, 1, 1000))
         lost = [[int((each < limit).sum()) // round_to * round_to for each in scores] for limit in thresholds]
         return budget.closest(lost)

@@ -15,7 +15,7 @@ from chunks import Comparison
 from torch import Tensor
 
 from fasp_fx import Group
-from fasp_fx.allocation import Budget, deepest_loss, lost_per_block
+from fasp_fx.allocation import Budget, lost_per_block
 from fasp_fx.calibration import GroupColumns, GroupScore, Order, Problem, by_value
 
 
@@ -54,7 +54,7 @@ def by_angle(turns: Mapping[str, float]) -> Callable[[Budget, int], list[int]]:
     def lost(group: Group, part: float, round_to: int) -> int:
         fraction = part * next(share[name] for name in share if group.name.startswith(name))
         count = lost_per_block(group.width, min(fraction, 1), round_to, group.needed)
-        return min(count, deepest_loss(group))
+        return min(count, group.deepest_loss)
 
     def allocate(budget: Budget, round_to: int) -> list[int]:
         parts = np.linspace(0, 1, 400)

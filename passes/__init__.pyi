@@ -28,6 +28,9 @@ from ._run import (
 from ._run import (
     split_fused as split_fused,  # Split fused producers that stand in the way; None if there is nothing to do
 )
+from ._split import (
+    fused_weights as fused_weights,  # The weights of a model that a result holds in parts, put together again
+)
 from ._verify import (
     verify as verify,  # Check program against the analysis of its origin
 )

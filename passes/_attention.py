@@ -36,23 +36,23 @@ def pad_value_heads(program: Program, analysis: Analysis, walk: Walk, gone: np.n
     Fused attention kernels want query, key and value heads of one width; a narrower one leaves them for a
     slower path. Scales are written out by now.
     """
-    found = program.module.graph.find_nodes(op="call_function", target=_ATTENTION)
-    widths = [[_width(walk.executed[node.args[index]]) for index in range(3)] for node in found]
-    if all(len(set(own)) == 1 for own in widths):
+    nodes = program.module.graph.find_nodes(op="call_function", target=_ATTENTION)
+    widths = [[_width(walk.executed[node.args[index]]) for index in range(3)] for node in nodes]
+    if all(len(set(each)) == 1 for each in widths):
         return program
-    ranks = [walk.executed[node].dim() for node in found]
+    ranks = [walk.executed[node].dim() for node in nodes]
     program = program.copy()
     graph = program.module.graph
     copies = graph.find_nodes(op="call_function", target=_ATTENTION)
-    for node, own, rank in zip(copies, widths, ranks, strict=True):
-        for index, width in enumerate(own):
-            if width < max(own):
-                padding = (node.args[index], [0, max(own) - width], 0.0)
+    for node, each, rank in zip(copies, widths, ranks, strict=True):
+        for index, width in enumerate(each):
+            if width < max(each):
+                padding = (node.args[index], [0, max(each) - width], 0.0)
                 with graph.inserting_before(node):
                     wide = graph.call_function(torch.ops.aten.constant_pad_nd.default, padding)
                 node.update_arg(index, stamp(wide, "pad_value_heads", node))
-        value = own[2]
-        if value < max(own):
+        value = each[2]
+        if value < max(each):
             with graph.inserting_after(node):
                 part = (node, rank - 1, 0, value)
                 cut = stamp(graph.call_function(torch.ops.aten.slice.Tensor, part), "pad_value_heads", node)

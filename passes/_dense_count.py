@@ -51,15 +51,15 @@ def _share(node: fx.Node, kept: Kept, walk: Walk) -> float:
     """The share of positions that stay, of those over which the node takes a mean; 1 for other nodes."""
     if node.op != "call_function" or node.target not in (*_MEANS, *_NORMS):
         return 1.0
-    given = arguments(node)
-    source = walk.values.get(next(iter(given.values())))
+    call = arguments(node)
+    source = walk.values.get(next(iter(call.values())))
     if not isinstance(source, Value):
         return 1.0
     rank = len(source.shape)
     if node.target in _MEANS:
-        dims = [dim % rank for dim in given["dim"]] if given.get("dim") else list(range(rank))
+        dims = [dim % rank for dim in call["dim"]] if call.get("dim") else list(range(rank))
     else:
-        dims = list(range(rank - len(given["normalized_shape"]), rank))
+        dims = list(range(rank - len(call["normalized_shape"]), rank))
     share = 1.0
     for dim in dims:
         share *= kept.size(source, dim) / source.shape[dim]
@@ -77,14 +77,14 @@ def _norm(node: fx.Node, share: float, dtype: torch.dtype) -> fx.Node:
         return _written(node, operator, *args)
 
     def mean(of: fx.Node) -> fx.Node:
-        dims = list(range(-len(given["normalized_shape"]), 0))
+        dims = list(range(-len(call["normalized_shape"]), 0))
         return write(_ATEN.mul.Tensor, write(_ATEN.mean.dim, of, dims, True), share)
 
-    given = arguments(node)
+    call = arguments(node)
     # Narrow types are computed in float32, whose precision stands for an eps that is not given.
     computed = torch.float32 if dtype in _NARROW else dtype
-    eps = given["eps"] if given["eps"] is not None else torch.finfo(computed).eps
-    value = given["input"] if computed == dtype else write(_ATEN.to.dtype, given["input"], computed)
+    eps = call["eps"] if call["eps"] is not None else torch.finfo(computed).eps
+    value = call["input"] if computed == dtype else write(_ATEN.to.dtype, call["input"], computed)
     if node.target is _ATEN.layer_norm.default:
         centre = mean(value)
         value = write(_ATEN.sub.Tensor, value, centre)
@@ -98,6 +98,6 @@ def _norm(node: fx.Node, share: float, dtype: torch.dtype) -> fx.Node:
     if computed != dtype:
         result = write(_ATEN.to.dtype, result, dtype)
     for operator, factor in ((_ATEN.mul.Tensor, "weight"), (_ATEN.add.Tensor, "bias")):
-        if given.get(factor) is not None:
-            result = write(operator, result, given[factor])
+        if call.get(factor) is not None:
+            result = write(operator, result, call[factor])
     return result

@@ -112,12 +112,12 @@ def _outputs(program: Program) -> list[Any]:
 def _same_values(expected: list[Any], after: Program, tolerated: float | None) -> None:
     """Compare what a program returns on the example inputs with what it returned before."""
     try:
-        found = _outputs(after)
+        outputs = _outputs(after)
     except tolerable(Exception) as error:  # somebody else's functions raise what they like
         raise VerificationError(
             f"the program no longer runs on its example inputs: {type(error).__name__}: {first_line(error)}"
         ) from error
-    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+    for index, (a, b) in enumerate(zip(outputs, expected, strict=True)):
         exact = tolerance("foreign pass", b.dtype) if isinstance(b, Tensor) else 0.0
         apart, allowed = deviation(a, b), exact if tolerated is None else tolerated
         if apart > allowed:

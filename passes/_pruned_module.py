@@ -40,6 +40,7 @@ from fasp_fx.capturing import (
     views_may_copy,
 )
 from fasp_fx.errors import StoreError
+from fasp_fx.storage import program_from_json, program_to_json
 
 
 class PrunedModule(fx.GraphModule):
@@ -55,6 +56,8 @@ class PrunedModule(fx.GraphModule):
     """
 
     fasp_fx_origin: Origin
+    #: else transformers' Trainer gives the loss's own arguments to a model that takes **kwargs
+    accepts_loss_kwargs = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What a pickle holds.
@@ -62,17 +65,14 @@ class PrunedModule(fx.GraphModule):
         Raises:
             StoreError: the program holds something that cannot be stored; names it.
         """
-        from fasp_fx.storage import program_to_json
-
         program = self.fasp_fx_origin.program
         weights, constants = values_now(self, program)
-        preserved = self.meta.get(PRESERVED, {})
         return _rebuilt, (
             program_to_json(program),
             weights,
             constants,
             _without_annotations(self.fasp_fx_origin.signature),
-            preserved,
+            self.meta.get(PRESERVED, {}),
             self.training,
         )
 
@@ -106,8 +106,8 @@ class Origin:
         signature: the caller's.
     """
 
-    def __init__(self, made: ExportedProgram | Assembly, signature: CallSignature) -> None:
-        self._made, self.signature = made, signature
+    def __init__(self, source: ExportedProgram | Assembly, signature: CallSignature) -> None:
+        self._made, self.signature = source, signature
 
     @property
     def example(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -162,13 +162,15 @@ def wrap_graph(assembly: Assembly, tensors: nn.Module, signature: CallSignature)
     lifted = assembly.frame.module(check_guards=True)
     inputs = lifted.graph.find_nodes(op="placeholder")
     with lifted.graph.inserting_before(next(iter(lifted.graph.nodes))):
-        held = {weight.name: lifted.graph.create_node("get_attr", weight.name) for weight in assembly.weights}
+        lookups = {
+            weight.name: lifted.graph.create_node("get_attr", weight.name) for weight in assembly.weights
+        }
     for weight in assembly.weights:
-        held[weight.name].meta["val"] = weight.recorded
+        lookups[weight.name].meta["val"] = weight.recorded
     seen = dict(zip(assembly.graph.find_nodes(op="placeholder"), inputs, strict=True))
     (output,) = lifted.graph.find_nodes(op="output")
     with lifted.graph.inserting_before(output):
-        output.args = (assembly.fill(lifted.graph, held, seen),)
+        output.args = (assembly.fill(lifted.graph, lookups, seen),)
     guard_calls(lifted, assembly.frame, float_types(weight.recorded for weight in assembly.weights))
     for name, guards in lifted.named_children():
         tensors.add_module(name, guards)
@@ -199,11 +201,6 @@ def _wrapped(lifted: fx.GraphModule, tensors: nn.Module, origin: Origin) -> Prun
     generated: Any = codegen_of(lifted.graph)
     module.graph.set_codegen(CallerCodeGen(origin.signature, generated.pytree_info))
     module.recompile()
-    # transformers' Trainer gives the loss's own arguments to a model that takes **kwargs, unless it says
-    # this. Copies keep what is noted in ``meta``.
-    module.meta[PRESERVED] = {"accepts_loss_kwargs": False}
-    marked: Any = module
-    marked.accepts_loss_kwargs = False
     module.eval()
     return module
 
@@ -228,8 +225,8 @@ def values_now(module: nn.Module, program: ExportedProgram) -> tuple[dict[str, T
         StoreError: one is gone, or is no plain tensor any more; names it.
     """
     weights, constants = (
-        {name: _now(module, name, value) for name, value in held.items()}
-        for held in (program.state_dict, program.constants)
+        {name: _now(module, name, value) for name, value in tensors.items()}
+        for tensors in (program.state_dict, program.constants)
     )
     return weights, constants
 
@@ -239,23 +236,23 @@ def _now(module: nn.Module, name: str, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     try:
-        found = attribute(module, name)
+        tensor = attribute(module, name)
     except AttributeError:
         raise StoreError(
             f"the module has no '{name}' any more, which its program reads; undo the change, or export the"
             " module again"
         ) from None
-    if type(found) not in (Tensor, nn.Parameter):
+    if type(tensor) not in (Tensor, nn.Parameter):
         raise StoreError(
-            f"'{name}' is a {type(found).__name__} now, and only plain tensors are stored; save the result"
+            f"'{name}' is a {type(tensor).__name__} now, and only plain tensors are stored; save the result"
             " before it is changed, and change what is loaded"
         )
-    if isinstance(value, nn.Parameter) and not isinstance(found, nn.Parameter):
+    if isinstance(value, nn.Parameter) and not isinstance(tensor, nn.Parameter):
         raise StoreError(
             f"'{name}' is no parameter any more but is computed; undo that (as"
             " torch.nn.utils.parametrize.remove_parametrizations does), or save the result before"
         )
-    return found
+    return tensor
 
 
 def _specs(spec: pytree.TreeSpec | None) -> list[pytree.TreeSpec]:
@@ -279,9 +276,7 @@ def _rebuilt(
     preserved: dict[str, Any],
     training: bool,
 ) -> PrunedModule:
-    from fasp_fx.storage import program_from_json
-
-    module = wrap(program_from_json(program, weights, constants, None, cast=True), signature)
+    module = wrap(program_from_json(program, weights, constants, None, alike=("shape",)), signature)
     module.meta[PRESERVED] = preserved
     for name, value in preserved.items():
         setattr(module, name, value)
@@ -293,9 +288,9 @@ def own_storage(program: Program) -> Program:
     caller's model.
     """
     program = program.copy()
-    held = program.weights()
+    weights = program.weights()
     for name, names in program.aliases().items():
-        tensor = held[name]
+        tensor = weights[name]
         if (
             name in program.numbers
             and isinstance(tensor, nn.Parameter)
@@ -318,9 +313,9 @@ def finish(program: Program) -> PrunedModule:
     program = own_storage(program)
     assembly = None if program.facts is None else ready(program.module, program.example, program.facts)
     if assembly is not None:
-        made = wrap_graph(assembly, program.module, program.signature)
+        module = wrap_graph(assembly, program.module, program.signature)
         assembly.graph.owning_module = None  # or it would keep the weights alive
-        return made
+        return module
     exported = export_again(program.module, program.example)
     read_stamps(exported.graph)
     return wrap(exported, program.signature)

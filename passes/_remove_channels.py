@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Callable, Container, Sequence
@@ -90,9 +89,9 @@ def _left(slot: Slot, recipe: Recipe, shape: Sequence[int]) -> Tensor:
 
 
 def _cut_weights(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
-    numbering, held, aliases = analysis.numbering, program.weights(), program.aliases()
-    for name, recipe in recipes_of(numbering, gone, held).items():
-        weight, names = held[name].detach(), aliases.get(name, [name])
+    numbering, weights, aliases = analysis.numbering, program.weights(), program.aliases()
+    for name, recipe in recipes_of(numbering, gone, weights).items():
+        weight, names = weights[name].detach(), aliases.get(name, [name])
         program.numbers[name] = [
             None if (slot := numbering.get(name, dim)) is None else _left(slot, recipe, weight.shape)
             for dim in range(weight.dim())
@@ -127,7 +126,8 @@ def _cut_inputs(program: Program, analysis: Analysis, gone: np.ndarray) -> None:
 def _resize(originals: dict[fx.Node, fx.Node], walk: Walk, kept: Kept) -> None:
     for node, old in originals.items():
         rule = lookup(node.target) if node.op == "call_function" else None
-        if rule is None or not rule.clauses:
+        repeat = _REPEATS.get(str(node.target))
+        if rule is None or not (rule.clauses or repeat):
             continue
         results = walk.values.get(old)
         outputs = [
@@ -135,15 +135,13 @@ def _resize(originals: dict[fx.Node, fx.Node], walk: Walk, kept: Kept) -> None:
             for value in (results if isinstance(results, tuple) else [results])
             if isinstance(value, Value)
         ]
-        source = next(
-            (walk.values.get(n) for n in old.all_input_nodes if isinstance(walk.values.get(n), Value)), None
-        )
-        if rule.creates or rule.tallies is not None:
-            source = outputs[0] if outputs else None
-        if not isinstance(source, Value) or not (
-            kept.touches(source) or any(kept.touches(output) for output in outputs)
-        ):
+        inputs = (walk.values.get(read) for read in old.all_input_nodes)
+        sources = outputs if rule.creates or rule.tallies is not None else inputs
+        source = next((value for value in sources if isinstance(value, Value)), None)
+        if source is None or not any(map(kept.touches, (source, *outputs))):
             continue
+        if repeat is not None and repeat(node, source, outputs, kept):
+            stamp(node, _NAME)
         for clause in rule.clauses:
             rewrite = _REWRITES.get(clause.keyword)
             if rewrite is not None and rewrite(node, clause, source, outputs, kept):
@@ -165,16 +163,16 @@ def _shape(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], k
     return set_argument(node, clause.words[0], sizes)
 
 
-def _times(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
-    times = list(arguments(node)[clause.words[0]])
+def _times(node: fx.Node, source: Value, outputs: list[Value], kept: Kept) -> bool:
+    times = list(arguments(node)["repeats"])
     before = len(times) - len(source.shape)
     for dim, size in enumerate(outputs[0].shape):
         new = kept.size(outputs[0], dim)
-        own = kept.size(source, dim - before) if dim >= before else 1
+        kept_before = kept.size(source, dim - before) if dim >= before else 1
         # As often as a size says is as often as before, and of nothing nothing comes.
-        if new != size and isinstance(times[dim], int) and own:
-            times[dim] = new // own
-    return set_argument(node, clause.words[0], times)
+        if new != size and isinstance(times[dim], int) and kept_before:
+            times[dim] = new // kept_before
+    return set_argument(node, "repeats", times)
 
 
 def _scaled(node: fx.Node, size: fx.Node, new: int, old: int) -> fx.Node:
@@ -185,13 +183,33 @@ def _scaled(node: fx.Node, size: fx.Node, new: int, old: int) -> fx.Node:
         return node.graph.call_function(operator.floordiv, (times, old // common))
 
 
-def _span(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
-    along, start_name, end_name = clause.words
-    given = arguments(node)
-    dim, step = int(given[along]) % len(source.shape), int(given.get("step", 1))
+def _part(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
+    along, *bounds = clause.words
+    dim = int(arguments(node)[along]) % len(source.shape)
+    if len(bounds) == 2:
+        return _span(node, (bounds[0], bounds[1]), source, dim, kept)
+    taken = arguments(node)[bounds[0]]
+    if len(outputs[0].shape) < len(source.shape):  # one position
+        if isinstance(taken, fx.Node) or kept.size(source, dim) == source.shape[dim]:
+            return False
+        return set_argument(node, bounds[0], kept.before(source, dim, taken % source.shape[dim]))
+    sizes: list[Any] = [kept.size(output, dim) for output in outputs]
+    if all(size == output.shape[dim] for size, output in zip(sizes, outputs, strict=True)):
+        return False
+    if isinstance(taken, (list, tuple)):  # what only data decide is left to the graph
+        sizes = [was if isinstance(was, fx.Node) else now for was, now in zip(taken, sizes, strict=True)]
+    node.args, node.kwargs = (node.args[0], sizes, dim), {}
+    node.target = torch.ops.aten.split_with_sizes.default
+    return True
+
+
+def _span(node: fx.Node, bounds: tuple[str, str], source: Value, dim: int, kept: Kept) -> bool:
+    start_name, end_name = bounds
+    call = arguments(node)
+    step = int(call.get("step", 1))
     length, changed = source.shape[dim], False
     start, end = (
-        _absolute(given[name], default, length) for name, default in ((start_name, 0), (end_name, length))
+        _absolute(call[name], default, length) for name, default in ((start_name, 0), (end_name, length))
     )
     if not (0 < start < length or 0 < end < length) or kept.size(source, dim) == length:
         return False
@@ -223,47 +241,14 @@ def _past(start: int, end: int, step: int) -> int:
     return last - last % step + step
 
 
-def _pick(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
-    along, index_name = clause.words
-    dim = int(arguments(node)[along]) % len(source.shape)
-    index = arguments(node)[index_name]
-    if isinstance(index, fx.Node) or kept.size(source, dim) == source.shape[dim]:
-        return False
-    return set_argument(node, index_name, kept.before(source, dim, index % source.shape[dim]))
-
-
-def _sizes(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
-    sizes_name, along = clause.words
-    dim = int(arguments(node)[along]) % len(source.shape)
-    old = list(arguments(node)[sizes_name])
-    new = [kept.size(output, dim) for output in outputs]
-    if any(size != output.shape[dim] for size, output in zip(new, outputs, strict=True)):
-        return set_argument(
-            node,
-            sizes_name,
-            [was if isinstance(was, fx.Node) else now for was, now in zip(old, new, strict=True)],
-        )
-    return False
-
-
-def _chunk(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
-    dim = int(arguments(node)[clause.words[1]]) % len(source.shape)
-    sizes = [kept.size(output, dim) for output in outputs]
-    if all(size == output.shape[dim] for size, output in zip(sizes, outputs, strict=True)):
-        return False
-    node.args, node.kwargs = (node.args[0], sizes, dim), {}
-    node.target = torch.ops.aten.split_with_sizes.default
-    return True
-
-
 def _factor(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
     letter, name = clause.words
-    given = arguments(node)[name]
-    if isinstance(given, fx.Node):
+    factor = arguments(node)[name]
+    if isinstance(factor, fx.Node):
         # Known only at run time, as the groups of a convolution with one weight for each sample: it follows
         # the samples.
         return False
-    old = int(given)
+    old = int(factor)
     rule = lookup(node.target)
     assert rule is not None
     dims = rule.alternatives[0].operands[0].dims
@@ -274,29 +259,27 @@ def _factor(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], 
     )
 
 
-def _count(
-    node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept, last: int = 0
-) -> bool:
-    return set_argument(node, clause.words[0], kept.size(outputs[0], len(outputs[0].shape) - 1) - last)
+def _count(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
+    name, *less = clause.words
+    return set_argument(node, name, kept.size(outputs[0], len(outputs[0].shape) - 1) - sum(map(int, less)))
 
 
-def _length(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
-    length, along = (arguments(node)[word] for word in clause.words)
+def _length(node: fx.Node, source: Value, outputs: list[Value], kept: Kept) -> bool:
+    length, along = (arguments(node)[name] for name in ("output_size", "dim"))
     dim = 0 if along is None else int(along) % len(outputs[0].shape)
     if length is None or isinstance(length, fx.Node) or kept.size(outputs[0], dim) == outputs[0].shape[dim]:
         return False
-    return set_argument(node, clause.words[0], kept.size(outputs[0], dim))
+    return set_argument(node, "output_size", kept.size(outputs[0], dim))
 
 
 _REWRITES: dict[str, Callable[[fx.Node, Clause, Value, list[Value], Kept], bool]] = {
     "shape": _shape,
-    "times": _times,
-    "span": _span,
-    "pick": _pick,
-    "sizes": _sizes,
-    "chunk": _chunk,
+    "part": _part,
     "factor": _factor,
     "count": _count,
-    "length": _length,
-    "last": functools.partial(_count, last=1),
+}
+#: operators that repeat positions, which their rules do not say
+_REPEATS: dict[str, Callable[[fx.Node, Value, list[Value], Kept], bool]] = {
+    "aten.repeat.default": _times,
+    "aten.repeat_interleave.self_int": _length,
 }

@@ -199,8 +199,8 @@ class Pipeline:
         start, brought = program, None
         for step in self.passes:
             if isinstance(step, Prune):
-                found = analyze_program(program, None, step.plan.granularity, step.plan.include)
-                analysis = replace(found, brought=brought)
+                how = step.plan.granularity, step.plan.include
+                analysis = replace(analyze_program(program, None, *how), brought=brought)
                 program = remove(analysis, gone_of(step.plan, analysis))
             else:
                 with _named(name_of(step)):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import fx
 
-from fasp_fx.analysis import BIASES, Analysis, Walk, beside, goes_with_a_block, laid_out, serving
+from fasp_fx.analysis import Analysis, Walk, beside, goes_with_a_block, laid_out, serving
 from fasp_fx.base import stamp
 from fasp_fx.capturing import Program, arguments, results, viewed
 from fasp_fx.errors import VerificationError
+from fasp_fx.patterns import affine, lookup
 
 _ATEN = torch.ops.aten
 _NAME = "skip_blocks"
@@ -48,8 +47,8 @@ def _replace_by_bias(node: fx.Node, other: fx.Node) -> None:
     """Put the bias of a contraction in its place, in the shape of the value that it ends in a sum with; where
     there is none, and nothing stands between it and the sum, that value in the place of the sum.
     """
-    graph, key, end = node.graph, BIASES[node.target], laid_out(node)
-    bias = None if key is None else arguments(node)[key]
+    graph, form, end = node.graph, affine(node.target), laid_out(node)
+    bias = None if form is None or form.bias is None else arguments(node)[form.bias]
     total = next(iter(end.users))
     is_sum = total.target is _ATEN.add.Tensor and other in total.all_input_nodes
     if bias is None and len(end.users) == 1 and is_sum and _stands_for(other, total):
@@ -57,11 +56,11 @@ def _replace_by_bias(node: fx.Node, other: fx.Node) -> None:
         graph.erase_node(total)
     else:
         with graph.inserting_before(end):
-            found = stamp(graph.call_function(_ATEN.zeros_like.default, (other,)), _NAME, node)
-            if bias is not None:
-                spread = _spread(node, bias)
-                found = stamp(graph.call_function(_ATEN.add.Tensor, (found, spread)), _NAME, node)
-        end.replace_all_uses_with(found)
+            stand_in = stamp(graph.call_function(_ATEN.zeros_like.default, (other,)), _NAME, node)
+            if bias is not None and form is not None:
+                spread = _spread(node, str(form.bias), bias)
+                stand_in = stamp(graph.call_function(_ATEN.add.Tensor, (stand_in, spread)), _NAME, node)
+        end.replace_all_uses_with(stand_in)
     while end is not node:  # views of it
         before = end.all_input_nodes[0]
         graph.erase_node(end)
@@ -76,14 +75,14 @@ def _stands_for(other: fx.Node, total: fx.Node) -> bool:
     return viewed(other).op == "call_function" and total not in returned
 
 
-def _spread(node: fx.Node, bias: fx.Node) -> fx.Node:
+def _spread(node: fx.Node, name: str, bias: fx.Node) -> fx.Node:
     """A bias as it is added to the output of a contraction; that of a convolution is along its channels."""
-    beyond = _BEYOND.get(node.target, 0)
+    rule = lookup(node.target)
+    assert rule is not None
+    form = rule.alternatives[0]
+    dims = next(operand.dims for operand in form.operands if operand.name == name)
+    beyond = form.results[0][::-1].index(dims[-1])
     if not beyond:
         return bias
     shape = [-1] + [1] * beyond
     return stamp(node.graph.call_function(_ATEN.reshape.default, (bias, shape)), _NAME, node)
-
-
-#: how many dimensions the output of a convolution has behind its channels
-_BEYOND: dict[Any, int] = {_ATEN.conv1d.default: 1, _ATEN.conv2d.default: 2, _ATEN.conv3d.default: 3}

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fasp_fx.analysis import Analysis, Axis, Use, Value, marked, run_on_numbers
+from fasp_fx.analysis import Analysis, Axis, PruningPlan, Use, Value, marked, run_on_numbers
 from fasp_fx.base import pytree, stamp
 from fasp_fx.capturing import (
     Cut,
@@ -78,15 +80,15 @@ def split(program: Program, analysis: Analysis) -> Program:
     The parts, named ``<weight>_0``, ``<weight>_1`` … where these names are free, are recorded in
     ``program.parts`` and take the place of the whole.
     """
-    found = list(_Finder(analysis).found()) if analysis.conflicts else []
-    if not found:
+    splits = list(_Finder(analysis).found()) if analysis.conflicts else []
+    if not splits:
         return program
     program = program.copy()
     nodes = {node.name: node for node in program.module.graph.nodes}
-    for fused in found:
+    for fused in splits:
         for index, part in enumerate(fused.parts):
             _take_out(program, analysis, nodes, fused, part, index)
-    _delete_unused(program, {target_name(weight) for fused in found for weight in fused.row_dims})
+    _delete_unused(program, {target_name(weight) for fused in splits for weight in fused.row_dims})
     return program
 
 
@@ -187,7 +189,7 @@ class _Finder:
             for lead, size in enumerate(shape)
             if lead != dim
         }
-        found: list[_Part] = []
+        parts: list[_Part] = []
         pending: list[tuple[fx.Node, dict[int, Any]]] = [(root, leads)]
         while pending:
             node, labels = pending.pop(0)
@@ -196,24 +198,22 @@ class _Finder:
                 if any(isinstance(o, tuple) or (isinstance(o, Value) and not o.constant) for o in others):
                     return None
                 moved = {lead: self._carry(user, label) for lead, label in labels.items()}
-                if not all(
-                    label is not None and _holds_at_every_size(user, label, recorded[lead])
-                    for lead, label in moved.items()
-                ):
+                gives = user.meta.get("val")
+                if not all(_lies_along(label, gives, recorded[lead]) for lead, label in moved.items()):
                     return None
                 value = self.values.get(user)
                 if isinstance(value, Value):
-                    held = [axis for axis in value.axes if np.isin(axis.numbers.numpy(), rows).any()]
-                    if len(held) != 1:
+                    axes = [axis for axis in value.axes if np.isin(axis.numbers.numpy(), rows).any()]
+                    if len(axes) != 1:
                         return None
-                    if len(np.unique(held[0].numbers.numpy())) < len(np.unique(rows)):
-                        part = _part(user, value, held[0], moved)
+                    if len(np.unique(axes[0].numbers.numpy())) < len(np.unique(rows)):
+                        part = _part(user, value, axes[0], moved)
                         if part is None:
                             return None
-                        found.append(part)
+                        parts.append(part)
                         continue
                 pending.append((user, moved))
-        return found
+        return parts
 
     def _carry(self, node: fx.Node, label: Any) -> Any:
         """A label tensor moved the way ``node`` moves its input at every size, or ``None`` if the node does
@@ -224,21 +224,20 @@ class _Finder:
         rule = lookup(node.target)
         if rule is None or rule.moves != "self" or not isinstance(label, Tensor):
             return None
-        try:
+        with suppress(ValueError):
             return run_on_numbers(node, label, self.values) if _moves_alike(node, rule) else None
-        except ValueError:
-            return None
+        return None
 
 
 def _upstream(use: Use) -> list[fx.Node]:
     """The nodes that lead from weights to the product, apart from its activation, weights first."""
-    found: list[fx.Node] = []
+    upstream: list[fx.Node] = []
     pending = [node for node in use.node.all_input_nodes if node is not use.activation]
     while pending:
         node = pending.pop()
-        found.insert(0, node)
+        upstream.insert(0, node)
         pending += node.all_input_nodes
-    return found
+    return upstream
 
 
 def _moves_alike(node: fx.Node, rule: Rule) -> bool:
@@ -248,7 +247,7 @@ def _moves_alike(node: fx.Node, rule: Rule) -> bool:
     What is padded on one side by an amount that a size decides, and cut by as much on the other, keeps its
     shape and is shifted.
     """
-    if any(rule.all(keyword) for keyword in ("shape", "span")):
+    if rule.all("shape") or node.target is torch.ops.aten.slice.Tensor:
         return True
     others = [value for name, value in arguments(node).items() if name != rule.moves]
     return not any(
@@ -256,23 +255,15 @@ def _moves_alike(node: fx.Node, rule: Rule) -> bool:
     )
 
 
-def _holds_at_every_size(node: fx.Node, label: Any, size: Any) -> bool:
+def _lies_along(label: Any, recorded: Any, size: Any) -> bool:
     """Whether a dimension of the fused value lies, whole and in order, along one dimension of what a node
     gives, whatever its size.
 
     Labels show where it lies at the small sizes of the analysis alone, at which a single window may hold all
     tokens, and a cut may leave them all.
     """
-    recorded = node.meta.get("val")
-    if isinstance(label, (list, tuple)):
-        found = recorded if isinstance(recorded, (list, tuple)) else ()
-        return len(found) == len(label) and all(
-            _lies_along(one, made, size) for one, made in zip(label, found, strict=True)
-        )
-    return _lies_along(label, recorded, size)
-
-
-def _lies_along(label: Any, recorded: Any, size: Any) -> bool:
+    if isinstance(label, (list, tuple)) and isinstance(recorded, (list, tuple)):
+        return len(recorded) == len(label) and all(map(_lies_along, label, recorded, repeat(size)))
     if not (isinstance(label, Tensor) and isinstance(recorded, Tensor)):
         return False
     moved = Axis.of(label)
@@ -314,45 +305,45 @@ def _take_out(
     """
     graph, anchor = program.module.graph, nodes[part.node.name]
     rows = part.rows - analysis.numbering.slot_of(int(part.rows.min())).base
-    made: dict[fx.Node, fx.Node] = {}
+    copies: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(anchor):
         for node in fused.chain:
             original = nodes[node.name]
             if node in fused.row_dims:
                 name = program.free_name(f"{node.target}_{index}")
                 _add_part(program, analysis, target_name(node), name, rows, fused.row_dims[node])
-                made[original] = stamp(graph.get_attr(name), NAME)
+                copies[original] = stamp(graph.get_attr(name), NAME)
             else:
-                made[original] = stamp(graph.node_copy(original, lambda n: made.get(n, n)), NAME, anchor)
-        result = _laid_out(made[nodes[fused.chain[-1].name]], fused.dim, part, analysis, anchor)
+                copies[original] = stamp(graph.node_copy(original, lambda n: copies.get(n, n)), NAME, anchor)
+        result = _laid_out(copies[nodes[fused.chain[-1].name]], fused.dim, part, analysis, anchor)
     anchor.replace_all_uses_with(result)
 
 
-def _laid_out(made: fx.Node, dim: int, part: _Part, analysis: Analysis, anchor: fx.Node) -> fx.Node:
+def _laid_out(value: fx.Node, dim: int, part: _Part, analysis: Analysis, anchor: fx.Node) -> fx.Node:
     """Bring what was computed of the rows of one part into the shape that the original took out."""
 
     def call(target: Any, *args: Any) -> fx.Node:
         return stamp(anchor.graph.call_function(target, args), NAME, anchor)
 
-    own = [at for at, source in enumerate(part.sources) if source is None]
+    dims = [at for at, source in enumerate(part.sources) if source is None]
     order: list[int] = []  # the dimensions of the part, as they lie in what was computed
-    for source in range(len(part.sources) - len(own) + 1):
-        order += own if source == dim else [part.sources.index(source)]
+    for source in range(len(part.sources) - len(dims) + 1):
+        order += dims if source == dim else [part.sources.index(source)]
     shape, recorded = analysis.walk.values[part.node].shape, part.node.meta["val"].shape
-    if len(own) != 1:
-        made = call(
+    if len(dims) != 1:
+        value = call(
             torch.ops.aten.reshape.default,
-            made,
+            value,
             [
-                call(torch.ops.aten.sym_size.int, made, part.sources[at])
+                call(torch.ops.aten.sym_size.int, value, part.sources[at])
                 if isinstance(recorded[at], torch.SymInt) and part.sources[at] is not None
                 else shape[at]
                 for at in order
             ],
         )
     if order != sorted(order):
-        made = call(torch.ops.aten.permute.default, made, [order.index(at) for at in range(len(order))])
-    return made
+        value = call(torch.ops.aten.permute.default, value, [order.index(at) for at in range(len(order))])
+    return value
 
 
 def _add_part(program: Program, analysis: Analysis, name: str, new: str, rows: np.ndarray, dim: int) -> None:
@@ -360,15 +351,15 @@ def _add_part(program: Program, analysis: Analysis, name: str, new: str, rows: n
     whole.
     """
     weight, whole, cut = attribute(program.module, name), program.parts.get(name), Cut(dim, rows[None])
-    held = _view_of(weight.detach(), rows, dim)
-    held = cut.apply(weight.detach()) if held is None else held
-    set_weight(program.module, new, nn.Parameter(held, requires_grad=weight.requires_grad))
+    part = _view_of(weight.detach(), rows, dim)
+    part = cut.apply(weight.detach()) if part is None else part
+    set_weight(program.module, new, nn.Parameter(part, requires_grad=weight.requires_grad))
     program.recipes[new] = program.recipe(name).then(cut)
     source, indices = (name, rows) if whole is None else (whole.source, np.array(whole.rows)[rows])
     program.parts[new] = SplitWeight(new, source, dim, tuple(indices.tolist()))
     numbers = [analysis.numbering.numbers(name, d) for d in range(weight.dim())]
-    own = numbers[dim]
-    numbers[dim] = None if own is None else own[torch.from_numpy(rows)]
+    dim_numbers = numbers[dim]
+    numbers[dim] = None if dim_numbers is None else dim_numbers[torch.from_numpy(rows)]
     program.numbers[new] = numbers
 
 
@@ -396,3 +387,28 @@ def _delete_unused(program: Program, names: Set[str]) -> None:
         program.numbers.pop(name, None)
         path, _, leaf = name.rpartition(".")
         delattr(attribute(program.module, path) if path else program.module, leaf)
+
+
+def fused_weights(plan: PruningPlan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse: the weights of a model that a result holds in parts, put together again, each row where it
+    stood among those that stay.
+
+    Args:
+        plan: of the result.
+        weights: of the result.
+
+    Raises:
+        RuntimeError: the parts of one have lost different numbers of positions along another dimension.
+    """
+    splits: dict[str, list[SplitWeight]] = {}
+    for split in plan.splits:
+        splits.setdefault(split.source, []).append(split)
+    slices = plan.slices() if splits else {}
+    fused = {}
+    for name, parts in splits.items():
+        dim = parts[0].dim
+        removed = {index for _, index in slices.get((name, dim), ())}
+        rows = [row for part in parts for row in part.rows if row not in removed]
+        joined = torch.cat([weights[part.name].detach() for part in parts], dim)
+        fused[name] = joined.index_select(dim, torch.argsort(torch.tensor(rows, device=joined.device)))
+    return fused

@@ -9,15 +9,13 @@ at the wrong rows, a size left unchanged, a swapped order: each makes numbers me
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor, fx
 
 from fasp_fx.analysis import NONE, Analysis, Interpreter, Numbering, Pairs, Remark, Value, Walk, marked
 from fasp_fx.capturing import Program, results
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import lookup
-
-#: clauses of operators that take parts out of a dimension
-_PARTS = ("span", "sizes", "chunk")
 
 
 def verify(program: Program, reference: Analysis) -> Walk:
@@ -32,28 +30,18 @@ def verify(program: Program, reference: Analysis) -> Walk:
     Examples:
         >>> walk = fasp_fx.passes.verify(captured.program, analysis)
     """
-    before = reference.program
-    walk = Interpreter(
-        program.module,
-        reference.numbering,
-        program.canonical(),
-        before.state_inputs,
-        before.state_outputs,
-        overrides=program.numbers,
-        strict=True,
-        experts=reference.experts,
-        unexecuted=reference.walk.unexecuted,
-    ).run(reference.walk.sizes.small)
+    granularity = reference.granularity & {"expert"}
+    walk = Interpreter(program, reference.numbering, granularity, program.numbers, reference.walk).run()
     labels, last = reference.labels, _last_ones(program, reference)
     last = np.union1d(last, _mistaken(walk.facts.pairs, labels, last))
     _meet(walk.facts.pairs, labels, last, reference.numbering)
-    known = reference.walk.facts
-    for kind, found, allowed in (
-        ("froze", walk.facts.frozen, known.frozen),
-        ("mixes", walk.facts.mixed, known.mixed),
-        ("contracts", walk.facts.exempt, known.exempt),
+    now, before = walk.facts.remarks, reference.walk.facts.remarks
+    for kind, remarks, allowed in (
+        ("froze", now.frozen, before.frozen),
+        ("mixes", now.mixed, before.mixed),
+        ("contracts", now.exempt, before.exempt),
     ):
-        _subset(kind, found, allowed, labels, last)
+        _subset(kind, remarks, allowed, labels, last)
     _same_outputs(walk, reference, program)
     return walk
 
@@ -96,13 +84,13 @@ def _last_ones(program: Program, reference: Analysis) -> np.ndarray:
     gone = _gone(program, reference)
     if not gone.any():
         return np.zeros(0, dtype=np.int64)
-    found: list[int] = []
+    last: list[int] = []
     for group in reference.groups:
         for block in np.unique(group.block_of) if gone[group.sets].any() else ():
             members = group.sets[group.block_of == block]
             if gone[members].sum() == len(members) - 1:
-                found += members[~gone[members]].tolist()
-    return np.concatenate([np.array(found, dtype=np.int64), *_alone_in_parts(reference, gone)])
+                last += members[~gone[members]].tolist()
+    return np.concatenate([np.array(last, dtype=np.int64), *_alone_in_parts(reference, gone)])
 
 
 def _gone(program: Program, reference: Analysis) -> np.ndarray:
@@ -122,7 +110,7 @@ def _gone(program: Program, reference: Analysis) -> np.ndarray:
     gone = np.zeros(int(reference.labels.max(initial=-1)) + 1, dtype=bool)
     if cut:
         cut_sets, block_sets, kept_sets = (
-            reference.labels[np.concatenate(found)] for found in (cut, with_blocks, kept)
+            reference.labels[np.concatenate(rows)] for rows in (cut, with_blocks, kept)
         )
         gone[cut_sets] = True
         gone[np.setdiff1d(block_sets, kept_sets)] = True
@@ -131,42 +119,39 @@ def _gone(program: Program, reference: Analysis) -> np.ndarray:
 
 def _alone_in_parts(reference: Analysis, gone: np.ndarray) -> list[np.ndarray]:
     """The channel sets of which one position is all that is left of what a node takes out."""
-    found = []
+    alone_sets = []
     for node, value in reference.walk.values.items():
         rule = lookup(node.target)
-        if rule is None or not any(clause.keyword in _PARTS for clause in rule.clauses):
+        if rule is None or not rule.all("part") or node.target is torch.ops.aten.select.int:
             continue
         for part in value if isinstance(value, tuple) else (value,):
             for axis in part.axes if isinstance(part, Value) else ():
                 rows = axis.numbers.movedim(axis.dim, -1).reshape(-1, axis.numbers.shape[axis.dim]).numpy()
                 left = (rows != NONE) & ~gone[reference.labels[rows]]
                 alone = left & (left.sum(1, keepdims=True) == 1)
-                found.append(np.unique(reference.labels[rows[alone]]))
-    return found
+                alone_sets.append(np.unique(reference.labels[rows[alone]]))
+    return alone_sets
 
 
 def _subset(
-    kind: str, found: list[Remark], allowed: list[Remark], labels: np.ndarray, last: np.ndarray
+    kind: str, remarks: list[Remark], allowed: list[Remark], labels: np.ndarray, last: np.ndarray
 ) -> None:
     # What a node says of the last ones it says of all that they meet there, and of neither for a reason of
     # their own.
     before = marked(int(labels.max(initial=-1)) + 1, last)
-    misled = {(remark.node, remark.reason) for remark in found if before[labels[remark.numbers]].any()}
-    also = [remark for remark in found if (remark.node, remark.reason) in misled]
+    misled = {(remark.node, remark.reason) for remark in remarks if before[labels[remark.numbers]].any()}
+    also = [remark for remark in remarks if (remark.node, remark.reason) in misled]
     for remark in (*also, *allowed):
         before[labels[remark.numbers]] = True
-    for remark in found:
+    for remark in remarks:
         if not before[labels[remark.numbers]].all():
             where = f"node '{remark.node.name}'" if remark.node is not None else "the graph"
             raise VerificationError(f"{where} {kind} channels that were free before: {remark.reason}")
 
 
 def _outputs(module: fx.GraphModule, walk: Walk) -> list[tuple[int, ...] | None]:
-    shapes: list[tuple[int, ...] | None] = []
-    for result in results(module.graph):
-        executed = walk.executed.get(result) if isinstance(result, fx.Node) else None
-        shapes.append(tuple(executed.shape) if isinstance(executed, Tensor) else None)
-    return shapes
+    executed = (walk.executed.get(result) for result in results(module.graph))
+    return [tuple(value.shape) if isinstance(value, Tensor) else None for value in executed]
 
 
 def _same_outputs(walk: Walk, reference: Analysis, program: Program) -> None:

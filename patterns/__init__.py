@@ -8,27 +8,42 @@ documentation's *Writing a rule*.
 from __future__ import annotations
 
 from ._composites import COMPOSITES, find_composites
-from ._contractions import BIASES
+from ._contractions import ONE_WIDTH, TOLD
 from ._grammar import ORDINALS, Alternative, Clause, Dims, Operand, Rule, letters_of, parse
 from ._movement import REARRANGEMENTS, RESHAPES
 from ._pointwise import CASTS, CHECKS, VANISHING, pointwise_rule
-from ._registry import Operator, argument_names, builtin, lookup, register, unregister
+from ._reading import DoesNotApplyError, Reading, read
+from ._registry import (
+    Affine,
+    Operator,
+    affine,
+    argument_names,
+    builtin,
+    lookup,
+    register,
+    unregister,
+)
 
 __all__ = [
-    "BIASES",
     "CASTS",
     "CHECKS",
     "COMPOSITES",
+    "ONE_WIDTH",
     "ORDINALS",
     "REARRANGEMENTS",
     "RESHAPES",
+    "TOLD",
     "VANISHING",
+    "Affine",
     "Alternative",
     "Clause",
     "Dims",
+    "DoesNotApplyError",
     "Operand",
     "Operator",
+    "Reading",
     "Rule",
+    "affine",
     "argument_names",
     "builtin",
     "find_composites",
@@ -36,6 +51,7 @@ __all__ = [
     "lookup",
     "parse",
     "pointwise_rule",
+    "read",
     "register",
     "unregister",
 ]

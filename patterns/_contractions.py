@@ -28,17 +28,6 @@ def _transposed(rank: int) -> str:
     )
 
 
-#: operators that add a bias to every token of their output: the arguments that hold the weight and the bias
-BIASES: dict[str, tuple[str, str]] = {
-    "aten.linear.default": ("weight", "bias"),
-    "aten.addmm.default": ("mat2", "self"),
-    **{
-        f"aten.conv{rank}d.{overload}": ("weight", "bias")
-        for rank in _SPATIAL
-        for overload in ("default", "padding")
-    },
-}
-
 _EXPERTS = "route t e; freeze t; align k 8; align n 8"
 
 CONTRACTIONS: dict[str, str] = {
@@ -64,7 +53,7 @@ CONTRACTIONS: dict[str, str] = {
     ),
     "higher_order.flex_attention": (
         "query[b h q d], key[b g k d], value[b g k c] -> [b h q c], [b h q], [b h q]"
-        "; mix k; repeat g h; freeze b; freeze q; freeze k; told h score_mod third; told h block_mask second"
+        "; mix k; repeat g h; freeze b; freeze q; freeze k"
     ),
     **{
         f"aten.conv{rank}d.{overload}": _convolution(rank)
@@ -85,6 +74,17 @@ _WEIGHTS = "input[x y i], params.0[(g h) i], params.1[(g h) k], params.2[(g h)],
 _CELLS = "input[x y i], params.0[(g c) i], params.1[(g c) k]"
 _PROJECTED = "hx.0[l b h], hx.1[l b c] -> [x y h], [l b h], [l b c]"
 _SINGLE = "freeze x; freeze y; freeze b; only num_layers 1; only bidirectional 0"
+
+#: letters whose sizes the passes make one, padding what is narrower: fused kernels want values as wide as
+#: keys
+ONE_WIDTH: dict[str, tuple[str, str]] = {"aten.scaled_dot_product_attention.default": ("d", "c")}
+
+#: operators that are given graphs: for each such argument a letter, and which of the graph's inputs is told
+#: positions along it. They stay where the graph's result depends on that, or where a table beside the graph
+#: in a list has them along the dimension of that number.
+TOLD: dict[str, dict[str, tuple[str, int]]] = {
+    "flex_attention": {"score_mod": ("h", 2), "block_mask": ("h", 1)}
+}
 
 RECURRENT: dict[str, str] = {
     "aten.lstm.input": (

@@ -35,18 +35,14 @@
                  |  "choose" WHERE NAME*             positions along WHERE compete by their values, and one
                                                      whose value is lowest takes no part; number NAME (first,
                                                      second) of the results names those chosen
-                 |  "index" WHERE NAME               the integers of result number NAME (first, second) number
-                                                     positions along WHERE
+                 |  "index" WHERE NAME               the integers of argument NAME, or of result number NAME
+                                                     (first, second), number positions along WHERE
                  |  "add" WHERE                      positions along WHERE are added up: zeros make no
                                                      difference
-                 |  "look" NAME NAME                 arguments: dimension, integers that name positions along
-                                                     it
                  |  "pass" NAME NAME                 the integers of the argument come back, perhaps moved, as
                                                      result number (first, second)
-                 |  "last" NAME                      argument NAME is the highest of the numbers that are
-                                                     tallied
-                 |  "count" NAME                     argument NAME is how many numbers are tallied
-                 |  "ignore" NAME                    of argument NAME nothing but type and device are read
+                 |  "count" NAME NUMBER*             argument NAME is how many numbers are tallied, less
+                                                     NUMBER
                  |  "factor" LETTER NAME             argument NAME is the size of a letter in brackets
                  |  "gates" LETTER NUMBER            a letter in brackets has NUMBER positions, rows of
                                                      weights of which each does other things
@@ -54,10 +50,6 @@
                                                      second, of the first result one step before; arguments:
                                                      the state before the first step, whether steps lie along
                                                      the second dimension
-                 |  "told" LETTER NAME NAME          the graph in an argument is told positions along LETTER
-                                                     by its input number NAME (second, third), and tables
-                                                     beside it in a list have them along that dimension: they
-                                                     stay where its result depends on it
                  |  "only" NAME NUMBER               the rule speaks of calls with that value of argument
                                                      NAME; in others the operator has no rule
                  |  "align" LETTER NUMBER            positions along LETTER stay in multiples of NUMBER
@@ -65,15 +57,8 @@
                                                      second
                  |  "shape" NAME                     argument NAME is the shape of the result
                  |  "shape" NAME "=" LETTER "*"      argument NAME holds the sizes of a run of dimensions
-                 |  "times" NAME                     argument NAME says how often each dimension is repeated
-                 |  "span" NAME NAME NAME            arguments: dimension, start, end of a slice
-                 |  "pick" NAME NAME                 arguments: dimension, index of a selection
-                 |  "sizes" NAME NAME                arguments: sizes of the results along a dimension, that
-                                                     dimension
-                 |  "chunk" NAME NAME                arguments: size of each result along a dimension, that
-                                                     dimension
-                 |  "length" NAME NAME               arguments: size of the result along a dimension (if
-                                                     given), that dimension (none: the only one)
+                 |  "part" NAME NAME NAME*           arguments: a dimension, and where along it what is taken
+                                                     lies: an index, a size or sizes, a start and an end
     WHERE       :=  LETTER | LETTER "*" | "..." | "@" NAME
                                                      "@" NAME: the dimensions named by an argument
 
@@ -86,8 +71,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any, NoReturn
 
 from fasp_fx.errors import RuleError
@@ -99,42 +84,32 @@ Dims = tuple[str | tuple[str, str], ...]
 
 _TOKEN = re.compile(r"\s*(\.\.\.|->|[A-Za-z_][A-Za-z_0-9]*(?:\.\d+)?\*?|\d+|[\[\](),;|@=])")
 
-#: clause keyword -> how many words follow it
+#: clause keyword -> what the words after it are; those with "?" may be left out
 _CLAUSES = {
-    "mix": (1,),
-    "reduce": (1,),
-    "freeze": (1,),
-    "window": (1,),
-    "slide": (5,),
-    "place": (2,),
-    "route": (2,),
-    "factor": (2,),
-    "gates": (2,),
-    "recur": (4,),
-    "told": (3,),
-    "only": (2,),
-    "ignore": (1,),
-    "choose": (1, 2),
-    "index": (2,),
-    "add": (1,),
-    "look": (2,),
-    "pass": (2,),
-    "last": (1,),
-    "count": (1,),
-    "align": (2,),
-    "repeat": (2,),
-    "shape": (1, 3),
-    "times": (1,),
-    "span": (3,),
-    "pick": (2,),
-    "sizes": (2,),
-    "chunk": (2,),
-    "length": (2,),
+    "mix": "where",
+    "reduce": "where",
+    "freeze": "where",
+    "window": "where",
+    "slide": "letter letter argument argument argument",
+    "place": "letter argument",
+    "route": "letter letter",
+    "factor": "letter argument",
+    "gates": "letter number",
+    "recur": "letter letter argument argument",
+    "only": "argument number",
+    "choose": "where ordinal?",
+    "index": "where integers",
+    "add": "where",
+    "pass": "argument ordinal",
+    "count": "argument number?",
+    "align": "letter number",
+    "repeat": "letter letter",
+    "shape": "argument letter?",
+    "part": "argument argument argument?",
 }
-_WITH_ARGUMENT = {"mix", "reduce", "freeze", "window", "choose", "index", "add"}
 _CONDITIONAL = {"mix", "freeze", "window"}
-#: how a clause counts results, or the inputs of a graph
-ORDINALS = {"first": 0, "second": 1, "third": 2}
+#: how a clause counts results
+ORDINALS = {"first": 0, "second": 1}
 
 
 def letters_of(dims: Dims) -> tuple[str, ...]:
@@ -142,8 +117,9 @@ def letters_of(dims: Dims) -> tuple[str, ...]:
     return tuple(letter for dim in dims for letter in ((dim,) if isinstance(dim, str) else dim))
 
 
-def _spelled(dims: Dims) -> str:
-    return " ".join(dim if isinstance(dim, str) else f"({' '.join(dim)})" for dim in dims)
+def _normalised(tokens: list[tuple[str, int]]) -> str:
+    text = re.sub(r" (?=[]),;=])|(?<=[[(@=]) ", "", " ".join(token for token, _ in tokens))
+    return re.sub(r"(?<=\w) (?=\[)", "", text)
 
 
 @dataclass(frozen=True)
@@ -152,9 +128,6 @@ class Operand:
 
     name: str
     dims: Dims
-
-    def __str__(self) -> str:
-        return f"{self.name}[{_spelled(self.dims)}]"
 
 
 @dataclass(frozen=True)
@@ -165,10 +138,16 @@ class Alternative:
     results: tuple[Dims, ...]
     condition: str | None = None
 
-    def __str__(self) -> str:
-        results = ", ".join(f"[{_spelled(dims)}]" for dims in self.results)
-        text = f"{', '.join(map(str, self.operands))} -> {results}"
-        return f"{text} if {self.condition}" if self.condition else text
+    @cached_property
+    def kept(self) -> frozenset[str]:
+        """The letters of the results."""
+        return frozenset(letter for dims in self.results for letter in letters_of(dims))
+
+    @cached_property
+    def summed(self) -> frozenset[str]:
+        """The letters that stand in several operands and in no result."""
+        letters = [letter for operand in self.operands for letter in letters_of(operand.dims)]
+        return frozenset(letter for letter in letters if letters.count(letter) > 1) - self.kept
 
 
 @dataclass(frozen=True)
@@ -179,15 +158,12 @@ class Clause:
 
     keyword: str
     words: tuple[str, ...]
-    argument: bool = False
-    condition: str | None = None
+    argument: bool
+    condition: str | None
+    text: str
 
     def __str__(self) -> str:
-        first = ("@" if self.argument else "") + self.words[0]
-        rest = self.words[1:]
-        if self.keyword == "shape" and rest:
-            return f"shape {first}={rest[0]}"
-        return " ".join((self.keyword, first, *rest, *(("if", self.condition) if self.condition else ())))
+        return self.text
 
     def holds(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the clause speaks of a call with these arguments."""
@@ -201,29 +177,20 @@ class Rule:
     moves: str | None
     alternatives: tuple[Alternative, ...]
     clauses: tuple[Clause, ...]
-    creates: bool = False
-    tallies: str | None = None
+    creates: bool
+    tallies: str | None
+    text: str
 
     def __str__(self) -> str:
-        single = (
-            f"move {self.moves}"
-            if self.moves
-            else f"tally {self.tallies}"
-            if self.tallies
-            else "create"
-            if self.creates
-            else "check"
-        )
-        body = " | ".join(map(str, self.alternatives)) or single
-        return "; ".join((body, *map(str, self.clauses)))
+        return self.text
 
     @property
     def pointwise(self) -> bool:
         """Whether each element of the results is computed from those at the same place of the operands."""
         forms = self.alternatives
-        dims = [own for form in forms for own in (*form.results, *(o.dims for o in form.operands))]
-        plain = all(clause.keyword in ("pass", "ignore") for clause in self.clauses)
-        return plain and bool(dims) and all(own == (ELLIPSIS,) for own in dims)
+        dims = [each for form in forms for each in (*form.results, *(o.dims for o in form.operands))]
+        plain = all(clause.keyword == "pass" for clause in self.clauses)
+        return plain and bool(dims) and all(each == (ELLIPSIS,) for each in dims)
 
     def all(self, keyword: str) -> list[Clause]:
         """The clauses that start with ``keyword``, in order."""
@@ -232,23 +199,18 @@ class Rule:
 
     def names(self) -> set[str]:
         """Every argument name the rule mentions; all must be in the operator's schema."""
-        found = {name for name in (self.moves, self.tallies) if name}
+        names = [self.moves, self.tallies, *(clause.condition for clause in self.clauses)]
         for alternative in self.alternatives:
-            found |= {operand.name for operand in alternative.operands}
-            found |= {alternative.condition} if alternative.condition else set()
+            names += [alternative.condition, *(operand.name for operand in alternative.operands)]
         for clause in self.clauses:
-            found |= {clause.condition} if clause.condition else set()
-            if clause.argument:
-                found.add(clause.words[0])
-            elif clause.keyword in ("span", "pick", "sizes", "chunk", "length", "look"):
-                found |= set(clause.words)
-            elif clause.keyword in ("shape", "times", "ignore", "pass", "last", "count", "only"):
-                found.add(clause.words[0])
-            elif clause.keyword in ("slide", "recur"):
-                found |= set(clause.words[2:])
-            elif clause.keyword in ("factor", "told", "place"):
-                found.add(clause.words[1])
-        return {name.partition(".")[0] for name in found}
+            names += [
+                word
+                for word, kind in zip(clause.words, _CLAUSES[clause.keyword].split(), strict=False)
+                if kind.startswith("argument")
+                or (kind == "where" and clause.argument)
+                or (kind == "integers" and word not in ORDINALS)
+            ]
+        return {name.partition(".")[0] for name in names if name}
 
 
 class _Parser:
@@ -273,110 +235,95 @@ class _Parser:
     def peek(self) -> str | None:
         return self.tokens[self.at][0] if self.at < len(self.tokens) else None
 
-    def take(self, expected: str | None = None) -> str:
+    def take(self, pattern: str, expected: str) -> str:
         token = self.peek()
-        if token is None or (expected is not None and token != expected):
-            self.fail(f"expected {expected!r}" if expected else "unexpected end")
+        if token is None or not re.fullmatch(pattern, token):
+            self.fail(f"expected {expected}")
         self.at += 1
         return token
 
     def accept(self, token: str) -> bool:
-        if self.peek() == token:
-            self.at += 1
-            return True
-        return False
+        taken = self.peek() == token
+        self.at += taken
+        return taken
 
     def name(self) -> str:
-        token = self.peek()
-        if token is None or not re.fullmatch(r"[A-Za-z_]\w*(\.\d+)?", token):
-            self.fail("expected a name")
-        return self.take()
-
-    def letter(self, pattern: str, found: list[str | tuple[str, str]]) -> str:
-        token = self.peek()
-        if token is None or not re.fullmatch(pattern, token):
-            self.fail("expected a letter, '(', '...' or ']'")
-        if token in letters_of(tuple(found)):
-            self.fail(f"{token!r} stands twice in one tensor")
-        return self.take()
+        return self.take(r"[A-Za-z_]\w*(\.\d+)?", "a name")
 
     def dims(self) -> Dims:
-        self.take("[")
-        found: list[str | tuple[str, str]] = []
+        self.take(r"\[", "'['")
+        dims: list[str | tuple[str, str]] = []
         while not self.accept("]"):
             if self.accept("("):
-                first = self.letter(r"[A-Za-z_]\w*", found)
-                found.append((first, self.letter(r"[A-Za-z_]\w*", [*found, first])))
-                self.take(")")
+                first = self.letter(r"[A-Za-z_]\w*", dims)
+                dims.append((first, self.letter(r"[A-Za-z_]\w*", [*dims, first])))
+                self.take(r"\)", "')'")
             else:
-                found.append(self.letter(r"\.\.\.|[A-Za-z_]\w*\*?", found))
-        return tuple(found)
+                dims.append(self.letter(r"\.\.\.|[A-Za-z_]\w*\*?", dims))
+        return tuple(dims)
+
+    def letter(self, pattern: str, before: list[str | tuple[str, str]]) -> str:
+        if self.peek() in letters_of(tuple(before)):
+            self.fail(f"{self.peek()!r} stands twice in one tensor")
+        return self.take(pattern, "a letter, '(', '...' or ']'")
 
     def alternative(self) -> Alternative:
         operands = [Operand(self.name(), self.dims())]
         while self.accept(","):
             operands.append(Operand(self.name(), self.dims()))
-        self.take("->")
+        self.take("->", "'->'")
         results = [self.dims()]
         while self.accept(","):
             results.append(self.dims())
-        known = {letter for operand in operands for letter in letters_of(operand.dims)}
-        kept = {letter for dims in results for letter in letters_of(dims)}
-        added = next((letter for letter in kept if letter not in known), None)
-        if added is not None and not known <= kept:
-            self.fail(f"{added!r} stands in a result but in no operand")
-        return Alternative(tuple(operands), tuple(results), self.name() if self.accept("if") else None)
+        letters = {letter for operand in operands for letter in letters_of(operand.dims)}
+        form = Alternative(tuple(operands), tuple(results))
+        added = form.kept - letters
+        if added and not letters <= form.kept:
+            self.fail(f"{min(added)!r} stands in a result but in no operand")
+        return replace(form, condition=self.name()) if self.accept("if") else form
 
     def clause(self) -> Clause:
-        keyword = self.peek()
+        keyword, first = str(self.peek()), self.at
         if keyword not in _CLAUSES:
             self.fail(f"expected one of {', '.join(sorted(_CLAUSES))}")
         self.at += 1
-        argument = self.accept("@")
-        if argument and keyword not in _WITH_ARGUMENT:
+        kinds, argument = _CLAUSES[keyword].split(), self.accept("@")
+        if argument and kinds[0] != "where":
             self.fail(f"'@' is not allowed after {keyword!r}")
-        words, condition = [self.take()], None
-        while self.peek() not in (None, ";", "if"):
-            words.append(self.take())
+        words: list[str] = []
+        while not words or self.peek() not in (None, ";", "if"):
+            self.accept("=")
+            words.append(self.take(".+", "a word"))
         if self.peek() == "if" and keyword not in _CONDITIONAL:
             self.fail(f"'if' is not allowed after {keyword!r}")
-        if self.accept("if"):
-            condition = self.name()
-        numbered = {"choose": words[1:], "pass": words[1:], "told": words[2:]}.get(str(keyword), [])
-        if any(word not in ORDINALS for word in numbered):
-            self.fail(f"{keyword!r} counts as {' or '.join(ORDINALS)}")
-        if keyword in ("gates", "only", "align") and not words[-1].isdecimal():
-            self.fail(f"{keyword!r} ends in a number")
-        if len(words) not in _CLAUSES[str(keyword)]:
-            self.fail(
-                f"{keyword!r} takes {' or '.join(map(str, _CLAUSES[str(keyword)]))} word(s), not {len(words)}"
-            )
-        return Clause(str(keyword), tuple(word for word in words if word != "="), argument, condition)
+        condition = self.name() if self.accept("if") else None
+        for word, kind in zip(words, kinds, strict=False):
+            if kind.startswith("ordinal") and word not in ORDINALS:
+                self.fail(f"{keyword!r} counts as {' or '.join(ORDINALS)}")
+            if kind.startswith("number") and not word.isdecimal():
+                self.fail(f"{keyword!r} ends in a number")
+        needed = sum(not kind.endswith("?") for kind in kinds)
+        if not needed <= len(words) <= len(kinds):
+            self.fail(f"{keyword!r} takes {needed} to {len(kinds)} word(s), not {len(words)}")
+        return Clause(keyword, tuple(words), argument, condition, _normalised(self.tokens[first : self.at]))
 
     def rule(self) -> Rule:
-        moves, tallies, alternatives = None, None, []
-        creates = self.peek() == "create"
-        if self.peek() in ("check", "create"):
-            self.take()
-        elif self.peek() == "move":
-            self.take()
-            moves = self.name()
-        elif self.peek() == "tally":
-            self.take()
-            tallies = self.name()
-        else:
+        alternatives, clauses = [], []
+        creates = self.accept("create")
+        moves = self.name() if self.accept("move") else None
+        tallies = self.name() if self.accept("tally") else None
+        if not (creates or moves or tallies or self.accept("check")):
             alternatives.append(self.alternative())
             while self.accept("|"):
                 alternatives.append(self.alternative())
-        clauses = []
         while self.accept(";"):
             clauses.append(self.clause())
         if self.peek() is not None:
             self.fail("expected ';' or the end")
-        rule = Rule(moves, tuple(alternatives), tuple(clauses), creates, tallies)
-        if creates and not rule.all("shape"):
+        if creates and not any(clause.keyword == "shape" for clause in clauses):
             self.fail("'create' needs the clause 'shape', which says what argument holds the sizes")
-        return rule
+        text = _normalised(self.tokens)
+        return Rule(moves, tuple(alternatives), tuple(clauses), creates, tallies, text)
 
 
 @cache

@@ -109,7 +109,7 @@ MIXING: dict[str, str] = {
     "aten.sort.stable": "self[...] -> [...], [...]; freeze @dim; pass self first",
     "aten.argsort.default": "self[...] -> [...]; freeze @dim",
     "aten.topk.default": "self[...] -> [...], [...]; window @dim; choose @dim second",
-    "aten.histc.default": "tally self; count bins; last max; only min 0",
+    "aten.histc.default": "tally self; count bins; count max 1; only min 0",
     "aten.one_hot.default": "tally self; count num_classes",
     "aten.roll.default": "self[...] -> [...]; freeze @dims",
     "aten.tril.default": "self[... i j] -> [... i j]; freeze i; freeze j",

@@ -36,7 +36,7 @@ UNTAGGED: tuple[str, ...] = (
 #: pointwise operators whose second operand does not broadcast against the first
 UNLIKE_OPERANDS: dict[str, str] = {
     "aten.prelu.default": "self[n c x*], weight[c] -> [n c x*]",
-    "aten.type_as.default": "self[...] -> [...]; ignore other; pass self first",
+    "aten.type_as.default": "self[...] -> [...]; pass self first",
     "aten._to_copy.default": "self[...] -> [...]; pass self first",
     "aten.to.dtype": "self[...] -> [...]; pass self first",
 }

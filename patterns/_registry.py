@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fasp_fx.base import HigherOrderOperator, OpOverload, schema_of
+from fasp_fx.base import HigherOrderOperator, OpOverload, schema_of, tolerable
 from fasp_fx.errors import RuleError
 
 from ._contractions import CONTRACTIONS, RECURRENT
-from ._grammar import Rule, parse
+from ._grammar import ELLIPSIS, Rule, letters_of, parse
 from ._mixing import MIXING
 from ._movement import MOVEMENT
 from ._pointwise import CHECKS, CREATIONS, UNLIKE_OPERANDS, UNTAGGED, pointwise_rule
@@ -143,6 +146,51 @@ def lookup(operator: object) -> Rule | None:
     ):
         text = pointwise_rule(operator)
     return parse(text) if text is not None else None
+
+
+@dataclass(frozen=True)
+class Affine:
+    """An operator that sums products of its operands over letters of its rule, and at most adds a bias."""
+
+    bias: str | None
+
+
+def affine(operator: object) -> Affine | None:
+    """What an operator is if it is linear in each of its operands but for a bias; else ``None``.
+
+    The rule says which operand may be the bias: the one that has no letter that is summed over. Whether it is
+    added is seen by running the operator: of zeros it gives zeros, and ones where the bias is ones.
+    """
+    rule = lookup(operator)
+    if rule is None or not rule.alternatives or not all(form.summed for form in rule.alternatives):
+        return None
+    stated = {clause.keyword for clause in rule.clauses}
+    return _affine(operator, rule) if stated <= {"factor", "slide", "align"} else None
+
+
+@cache
+def _affine(operator: Any, rule: Rule) -> Affine | None:
+    form = rule.alternatives[0]
+    biases = [each.name for each in form.operands if not form.summed & {*letters_of(each.dims)}]
+    factors = {clause.words[0] for clause in rule.all("factor")}
+    tensors = {
+        each.name: torch.full(
+            [
+                math.prod(1 if letter in factors else 2 for letter in letters_of((dim,)))
+                for dim in each.dims
+                if dim != ELLIPSIS
+            ],
+            float(each.name in biases),
+            device="cpu",
+        )
+        for each in form.operands
+    }
+    try:
+        result = operator(**tensors)
+    except tolerable(Exception):  # it wants other arguments than tensors of this kind
+        return None
+    seen = isinstance(result, Tensor) and len(biases) < 2 and bool((result == len(biases)).all())
+    return Affine(next(iter(biases), None)) if seen else None
 
 
 def builtin() -> dict[str, str]:

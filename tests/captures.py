@@ -18,8 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from fasp_fx.capturing import Program, _capture
-from fasp_fx.pruning import _submodules
+from fasp_fx.capturing import Program, _capture, _submodules
 
 Capture = Callable[..., Program]
 
@@ -184,6 +183,6 @@ def equal_captures() -> Iterator[None]:
     Each is handed out over the weights of the model that is asked for.
     """
     with ExitStack() as stack:
-        for module, name in ((_capture, "capture"), (_submodules, "capture_program")):
+        for module, name in ((_capture, "capture"), (_submodules, "capture")):
             stack.enter_context(mock.patch.object(module, name, _once(getattr(module, name))))
         yield

@@ -215,17 +215,18 @@ def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
     """One process fails, wherever it is; it raises its own error, and the other one says what that was. Then
     they go on together.
     """
-    from fasp_fx.calibration import Journal, Observer
+    from fasp_fx.calibration import Journal, _visit
+    from fasp_fx.calibration._repair import Repairs
     from fasp_fx.capturing import Runner
     from fasp_fx.pruning import _prune, _subject
 
     shortage = torch.OutOfMemoryError("no memory is left")
     places: list[tuple[int, BaseException, Any, str, dict[str, Any]]] = [
         (1, shortage, Runner, "advance", {"quality": "fast"}),
-        (1, shortage, Observer, "_repair", {"quality": "best"}),
+        (1, shortage, Repairs, "finish", {"quality": "best"}),
         (0, StoreError("no space is left"), Journal, "commit", {"checkpoint": folder / "run"}),
         (1, KeyboardInterrupt(), Runner, "_execute", {"quality": "balanced"}),
-        (0, SystemExit(3), Observer, "_choose", {}),
+        (0, SystemExit(3), _visit, "_chosen", {}),
         (1, Own("mine"), _prune, "check_given", {}),
         (0, CalibrationError("one batch"), Runner, "advance", {"quality": "fast"}),
         (1, Own("late"), _subject, "rewrite", {}),

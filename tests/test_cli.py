@@ -76,7 +76,7 @@ def test_room_for_the_result_is_looked_for_before_the_work(
 ) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    monkeypatch.setattr("fasp_fx.calibration._visit.visit", pytest.fail, raising=False)
+    monkeypatch.setattr("fasp_fx.calibration.Visit.run", pytest.fail)
     said = _refused(*prune, "--out", tmp_path / "small", "--format", form, "--sparsity", 0.2)
     assert re.search(r"small' will take .* GiB at least, and 9.31e-07 GiB are free there", said)
     assert list(tmp_path.iterdir()) == []

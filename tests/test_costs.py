@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from zoo import TwoLayers
 
 import fasp_fx
-from fasp_fx.allocation import Budget, Global, Limit, deepest_loss
+from fasp_fx.allocation import Budget, Global, Limit
 from fasp_fx.analysis import Group, Resource, Sparsity
 from fasp_fx.calibration import (
     Columns,
@@ -103,7 +103,7 @@ def test_no_other_allocation_of_convex_costs_is_better(data: st.DataObject) -> N
         counted.removed(lost),
     )
     assert abs(reached - sparsity) <= max(shares) / counted.whole / 2 + 1e-9
-    for other in product(*(range(deepest_loss(group) + 1) for group in counted.groups)):
+    for other in product(*(range(group.deepest_loss + 1) for group in counted.groups)):
         if counted.removed(other) >= reached - 1e-12:
             step = max(
                 curve.losses[lost[int(name)]] - curve.losses[max(lost[int(name)] - 1, 0)]

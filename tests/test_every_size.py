@@ -288,7 +288,7 @@ def test_sizes_that_are_too_long_to_be_stored_are_refused_in_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = fasp_fx.prune(behind(), (torch.randn(2, 7, 6),), score="random", restore=None, sparsity=0.2)
-    monkeypatch.setattr(_untrusted, "LENGTH", 10)
+    monkeypatch.setattr(_untrusted, "PARTS", 1)
     with pytest.raises(StoreError, match="longer than what is stored"):
         result.save(tmp_path / "out")
     assert not list(tmp_path.iterdir())

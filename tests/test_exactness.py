@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import fasp_fx
 import fasp_fx.passes._remove_channels
-from fasp_fx.pruning import largest_passing_subset
+from fasp_fx.base import largest_passing_subset
 from fasp_fx.pruning.check import _compare
 from fasp_fx.testing import Masked
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from zoo import randomise
 
 import fasp_fx
-from fasp_fx.calibration import Marks
+from fasp_fx.calibration import TokenRoles
 from fasp_fx.calibration._statistics import FITTED, HELD, PADDING
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -67,32 +67,32 @@ def padded(lengths: list[int], size: int, seed: int = 0) -> tuple[Tensor, Tensor
     return x, mask.float()
 
 
-def marks_of(
+def roles_of(
     model: nn.Module, batches: list[Any], shape: tuple[int, ...] | None = None, **options: Any
 ) -> list[Tensor]:
-    """The marks of the first consumer's input, for each batch, in full."""
+    """The roles in the first consumer's input, for each batch, in full."""
     analysis = fasp_fx.analyze(model, batches[0])
     node = analysis.chosen[0].uses[0].activation
-    marks = Marks(analysis.program, [list(batch) for batch in batches], **options)
+    roles = TokenRoles(analysis.program, [list(batch) for batch in batches], **options)
     found = []
     for index, batch in enumerate(batches):
         activation = torch.zeros(shape or (*batch[0].shape[:-1], 16))
         dims = list(range(activation.dim() - 1))
-        found.append(marks.of(index, node, activation, dims).expand(activation.shape)[..., 0])
+        found.append(roles.of(index, node, activation, dims).expand(activation.shape)[..., 0])
     return found
 
 
 def test_whole_sequences_are_held_out_however_they_are_batched() -> None:
     one = padded([5] * 8, 5)
-    (found,) = marks_of(encoder(), [one])
+    (found,) = roles_of(encoder(), [one])
     assert (found == torch.tensor([FITTED, FITTED, FITTED, HELD] * 2)[:, None]).all()
     halves = [tuple(part[i : i + 2] for part in one) for i in range(0, 8, 2)]
-    assert torch.equal(torch.cat(marks_of(encoder(), halves)), found)
+    assert torch.equal(torch.cat(roles_of(encoder(), halves)), found)
 
 
 @pytest.mark.parametrize("sequences", [2, 3])
 def test_of_few_sequences_the_last_quarter_is_held_out(sequences: int) -> None:
-    (found,) = marks_of(encoder(), [padded([8] * sequences, 8)])
+    (found,) = roles_of(encoder(), [padded([8] * sequences, 8)])
     assert (found == torch.tensor([FITTED] * 6 + [HELD] * 2)).all()
 
 
@@ -100,8 +100,8 @@ def test_of_few_sequences_the_last_quarter_is_held_out(sequences: int) -> None:
 @pytest.mark.parametrize("lengths", [[5] * 8, [4, 2, 3, 3, 3]], ids=len)
 def test_of_tokens_in_one_row_the_same_are_held_out(in_turn: bool, lengths: list[int]) -> None:
     batch = padded(lengths, 5 if len(lengths) == 8 else 4)
-    (expected,) = marks_of(encoder(), [batch])
-    (found,) = marks_of(in_one_row(in_turn), [batch], (batch[1].numel(), 16))
+    (expected,) = roles_of(encoder(), [batch])
+    (found,) = roles_of(in_one_row(in_turn), [batch], (batch[1].numel(), 16))
     assert torch.equal(found, (expected.T if in_turn else expected).reshape(-1))
     assert set(expected.unique().tolist()) == (
         {FITTED, HELD} if len(lengths) == 8 else {FITTED, HELD, PADDING}
@@ -115,11 +115,11 @@ def test_where_the_order_of_tokens_is_unknown_padding_counts_and_that_is_said() 
     batch = padded([6, 3, 4, 2, 5], 6)
     analysis = fasp_fx.analyze(model, batch)
     (use,) = (use for use in analysis.walk.facts.uses if use.weight == "down.weight")
-    marks = Marks(analysis.program, [list(batch)] * 4)
+    roles = TokenRoles(analysis.program, [list(batch)] * 4)
     for index, held in enumerate([False, False, False, True]):
-        found = marks.of(index, use.activation, torch.zeros(30, 16), [0])
+        found = roles.of(index, use.activation, torch.zeros(30, 16), [0])
         assert (found == (HELD if held else FITTED)).all(), "whole batches"
-    assert use.activation in marks.unmatched
+    assert use.activation in roles.unmatched
 
 
 def test_a_loss_that_counts_padding_is_said() -> None:

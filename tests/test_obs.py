@@ -17,17 +17,18 @@ from torch import Tensor, nn
 
 import fasp_fx
 from fasp_fx.calibration import (
+    ENOUGH,
     OBS,
     Columns,
     Consumers,
     Elimination,
     GroupColumns,
     InputGradients,
-    Marks,
+    Observation,
     Outputs,
     Ranks,
+    TokenRoles,
     greedy,
-    observe_batches,
     whole_batches,
 )
 from fasp_fx.calibration._consumers import _column_costs
@@ -109,7 +110,7 @@ def test_few_tokens_give_the_losses_of_their_gram_matrix(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(sets) // 2, len(sets), generator=generator, dtype=torch.float64)
     x[:, 0] *= 1e3 if large else 1.0
-    few = Columns(columns.weight, x.norm(dim=0), lambda: x.T @ x, sets, spread=lambda: x)
+    few = Columns(columns.weight, x.norm(dim=0), lambda: x.T @ x, sets, centred_gram=lambda: x)
     order = data.draw(st.permutations(range(size)))
     with mock.patch("fasp_fx.calibration._inverse._FEWER", data.draw(st.sampled_from([1, 1000]))):
         found, total = Elimination(few, size, x, root, DAMPING), 0.0
@@ -224,9 +225,11 @@ def test_rounding_of_columns_that_hardly_vary_is_no_curvature(alive: int) -> Non
         gram.diagonal().sqrt(),
         gram.clone,
         np.arange(400)[:, None],
-        spread=lambda: gram - torch.outer(sums, sums) / (64 * 1.001),
+        centred_gram=lambda: gram - torch.outer(sums, sums) / (64 * 1.001),
     )
-    problem = Elimination(columns, 400, columns.spread(), OBS().root(columns, columns.spread()), DAMPING)
+    problem = Elimination(
+        columns, 400, columns.centred_gram(), OBS().root(columns, columns.centred_gram()), DAMPING
+    )
     for costs in (problem.losses(np.arange(400)), _column_costs(columns)):
         assert np.isfinite(costs).all()
         assert (costs[:alive] > 0).all()
@@ -273,17 +276,15 @@ def test_gradients_are_those_at_each_consumer_alone() -> None:
     model = _mixed()
     batches = [torch.randn(5, 3, 6) for _ in range(2)]
     analysis = fasp_fx.analyze(model, (batches[0],))
-    consumers = Consumers(analysis, repaired=False)
-    observe_batches(
+    consumers = Consumers(analysis, is_repaired=False)
+    Observation(
         consumers,
         whole_batches(consumers.analysis.program, [[x] for x in batches]),
+        TokenRoles(analysis.program, [[x] for x in batches], hold_out=False),
         {"gradients": InputGradients},
         squares,
-        Marks(analysis.program, [[x] for x in batches], hold_out=False),
-        lambda fraction: None,
-        at_least=2,
-        ranks=Ranks(),
-    )
+        Ranks(),
+    ).run(2, ENOUGH, lambda fraction: None)
     x = torch.cat(batches).flatten(0, 1)
     h = torch.relu(model.up(x))
     left, right = model.left(h), model.right(h)

@@ -60,7 +60,7 @@ def precisions(**options: Any) -> dict[str, set[str]]:
 def rounding(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Makes the hardware one that multiplies bfloat16, or one that does not."""
     return lambda able: monkeypatch.setattr(
-        "fasp_fx.pruning._calibrating.multiplies_bfloat16", lambda device: able
+        "fasp_fx.pruning._method.multiplies_bfloat16", lambda device: able
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import fasp_fx
 from fasp_fx import RuleError, patterns
-from fasp_fx.analysis.channels._letters import Relation
+from fasp_fx.analysis.channels._relation import Relation
 from fasp_fx.patterns import lookup, register, unregister
 
 
@@ -71,7 +71,7 @@ VALID = {
     ),
     "condition": ("a[x] -> [x] if flag | a[y] -> [y]", "a[x] -> [x] if flag | a[y] -> [y]"),
     "move": ("move self;shape size", "move self; shape size"),
-    "span": ("move self; span dim start end", "move self; span dim start end"),
+    "part": ("move self; part dim start end", "move self; part dim start end"),
     "argument": ("self[...] -> [...]; reduce @dim", "self[...] -> [...]; reduce @dim"),
     "several_results": ("self[a b] -> [a], [b]", "self[a b] -> [a], [b]"),
     "check": ("check", "check"),
@@ -86,7 +86,7 @@ INVALID = {
     "letter_twice": ("x[a a] -> [a]", 4),
     "letter_from_nowhere": ("x[a] -> [b]", 11),
     "unknown_clause": ("x[a] -> [a]; melt a", 13),
-    "too_few_words": ("move self; span dim start", 25),
+    "too_few_words": ("move self; part dim", 19),
     "stray_character": ("x[a] -> [a] ?", 12),
     "argument_where_none_goes": ("move self; shape @size", 18),
     "left_over": ("move self self", 10),

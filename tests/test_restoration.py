@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from zoo import randomise
 
 import fasp_fx
+from fasp_fx.calibration import Problem, ridge
 from fasp_fx.calibration import _restoration as restoration
-from fasp_fx.calibration import ridge
 from fasp_fx.calibration._restoration import GRID
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -165,10 +165,12 @@ def test_a_repair_never_raises_the_error_nor_that_on_tokens_held_out(
     x[:, random.integers(columns)] = 0  # a channel that is never active
     kept = np.sort(random.permutation(columns)[: random.integers(1, columns)])
     outcome = ridge(
-        torch.from_numpy(weight),
-        torch.from_numpy(x.T @ x),
-        torch.from_numpy(held.T @ held),
-        torch.from_numpy(kept),
+        Problem(
+            torch.from_numpy(weight),
+            torch.from_numpy(x.T @ x),
+            torch.from_numpy(held.T @ held),
+            torch.from_numpy(kept),
+        )
     )
     found = outcome.weight.double().numpy()
     assert np.isfinite(found).all()
@@ -224,8 +226,8 @@ def test_a_repair_by_few_tokens_themselves_is_that_by_their_gram_matrix(
         for x in seen:
             x[:, kept[-1]] = 1
     fitted, held = (x if own else x.T @ x for x, own in zip(seen, few, strict=True))
-    found = ridge(weight, fitted, held, kept, has_ones, 1e-2)
-    other = ridge(weight, *(x.T @ x for x in seen), kept, has_ones, 1e-2)
+    found = ridge(Problem(weight, fitted, held, kept, has_ones), 1e-2)
+    other = ridge(Problem(weight, *(x.T @ x for x in seen), kept, has_ones), 1e-2)
     assert (found.used, found.strength) == (other.used, other.strength)
     torch.testing.assert_close(found.weight, other.weight, rtol=1e-5, atol=1e-6)
     for own in ("error_before", "error_after", "held_before", "held_after"):
@@ -245,10 +247,12 @@ def test_held_out_error_is_that_of_a_repair_that_did_not_see_the_tokens() -> Non
     )
     kept = np.arange(15)
     outcome = ridge(
-        torch.from_numpy(weight),
-        torch.from_numpy(x.T @ x),
-        torch.from_numpy(held.T @ held),
-        torch.from_numpy(kept),
+        Problem(
+            torch.from_numpy(weight),
+            torch.from_numpy(x.T @ x),
+            torch.from_numpy(held.T @ held),
+            torch.from_numpy(kept),
+        )
     )
     assert outcome.used
     expected = (
@@ -265,7 +269,7 @@ def test_without_tokens_held_out_nothing_is_repaired() -> None:
         torch.randn(9, 5, generator=torch.Generator().manual_seed(1)),
     )
     kept = torch.tensor([0, 2, 3])
-    outcome = ridge(weight, x.T @ x, None, kept)
+    outcome = ridge(Problem(weight, x.T @ x, None, kept))
     assert (outcome.used, outcome.held_before) == (False, None)
     assert torch.equal(outcome.weight[:, kept], weight[:, kept])
 

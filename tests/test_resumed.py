@@ -19,7 +19,7 @@ from torch import nn
 
 import fasp_fx
 import fasp_fx.hf
-from fasp_fx.calibration import Decision, _visit
+from fasp_fx.calibration import Decision, Ledger, _repair, _visit
 from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.pruning import PruningConfig
 
@@ -86,7 +86,7 @@ def test_it_goes_on_to_the_same_bits(
     program, config = captured.program, PruningConfig.of(None, {"sparsity": 0.3, **options})
     calibration = [{"input_ids": batch} for batch in tokens()]
     expected = decide(program, config, calibration)[1]
-    where = [(_visit, "_restored"), (_visit.Observer, "_record"), (_visit.Observer, "_advance")]
+    where = [(_repair, "restored"), (Ledger, "commit"), (_visit.Visit, "observe")]
     ends = 0
     for number, (place, at) in enumerate(zip(where, (1, 3, 2), strict=True)):
         folder = tmp_path / str(number)
@@ -179,7 +179,7 @@ def test_a_model_in_parts_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     how: dict[str, Any] = {"calibration": [x], "sparsity": 0.3}
     expected = fasp_fx.prune(model, (x,), **how)
     first = fasp_fx.prune(model, (x,), checkpoint=state, **how)
-    monkeypatch.setattr(_visit.Observer, "_observe", None)  # nothing is seen a second time
+    monkeypatch.setattr(_visit.Visit, "observe", None)  # nothing is seen a second time
     again = fasp_fx.prune(model, (x,), checkpoint=state, **how)
     assert first.plan == again.plan == expected.plan
     for found in (first, again):

@@ -29,14 +29,14 @@ from zoo import ZOO
 
 import fasp_fx
 import fasp_fx.hf
-from fasp_fx.allocation import Budget, Global, Limit, Macs, Parameters, Search, Trial, deepest_loss
+from fasp_fx.allocation import Budget, Global, Limit, Macs, Parameters, Search, Trial
 from fasp_fx.allocation._allocation import _counts, _neighbours
-from fasp_fx.calibration import Consumers, Decision, ModelTrial, Ranks
+from fasp_fx.calibration import BudgetTrial, Consumers, Decision, ModelTrial, Ranks
 from fasp_fx.calibration._obs import DAMPING
-from fasp_fx.calibration._trial import Divergence
+from fasp_fx.calibration._trial import NextTokens
 from fasp_fx.errors import ArgumentError
 from fasp_fx.pruning import Method
-from fasp_fx.pruning._calibrating import measure_costs
+from fasp_fx.pruning._measuring import Measurement
 from fasp_fx.pruning._prune import PROGRESS_SHARE_MEASURING
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -82,7 +82,7 @@ def test_moves_keep_the_bounds_and_the_multiples(
     counts = [_counts(group, round_to) for group in budget.groups]
     for found in itertools.islice(_neighbours(budget, counts, lost, reach, draw), 20):
         for group, before, after in zip(budget.groups, lost, found, strict=True):
-            assert 0 <= after <= deepest_loss(group)
+            assert 0 <= after <= group.deepest_loss
             assert after == before or not after or (group.width - after) % round_to == 0
 
 
@@ -196,16 +196,9 @@ def trial_of(loss: Any, restore: Any, **options: Any) -> tuple[ModelTrial, list[
     program = captured().program
     analysis = fasp_fx.analyze(captured())
     inputs = [program.flat_inputs((), batch) for batch in batches()]
-    _, _, trials = measure_costs(
-        Method.of(config),
-        {"": Consumers(analysis)},
-        lambda path: inputs,
-        "",
-        Ranks(),
-        lambda fraction: None,
-        part=1,
-    )
-    return trials[""], analysis.chosen
+    consumers = Consumers(analysis, restore is not None)
+    measurement = Measurement({"": consumers}, lambda path: inputs, Ranks(), wants_curves=True, part=1)
+    return measurement.run(Method.of(config), lambda fraction: None).trials[""], analysis.chosen
 
 
 def pruned_by_hand(
@@ -272,7 +265,7 @@ LOST = [(0, 0, 0, 0), (0, 5, 0, 0), (0, 3, 4, 7), (2, 3, 4, 7), (7, 11, 5, 11), 
 @pytest.mark.parametrize("likeliest", [64, 3])
 def test_divergence_is_that_of_the_module_pruned_by_hand(restore: Any, likeliest: int) -> None:
     trial, groups = trial_of("next-token", restore)
-    assert isinstance(trial.fitness, Divergence)
+    assert isinstance(trial.fitness, NextTokens)
     trial.fitness.likeliest = likeliest
     for lost in LOST:
         other = pruned_by_hand(trial, groups, lost, restore)
@@ -325,7 +318,7 @@ def test_what_is_not_finite_is_infinitely_bad_and_repairs_are_kept_within_bounds
     trial, _ = trial_of("next-token", None)
     for first, last in product(range(1, 8), range(1, 8)):
         trial.losses([0, first, 1, last], [0])
-        assert len(trial._made) <= 2 * len(trial._by_weight)
+        assert len(trial._repairs) <= 2 * len(trial._by_weight)
     monkeypatch.setattr(trial.fitness, "loss", lambda *given: math.nan)
     assert trial.losses([1, 1, 1, 1], [0, 1]) == [math.inf, math.inf]
 
@@ -338,7 +331,7 @@ def test_the_divergence_of_long_sequences_leaves_out_padding(left: bool, padded:
     ids, filling = torch.randint(TOKENS, (2, 300), generator=generator), torch.zeros(2, 300, dtype=torch.bool)
     filling[1, slice(padded) if left else slice(300 - padded, 300)] = True
     given = {"input_ids": ids, "attention_mask": (~filling).long()}
-    fitness = Divergence()
+    fitness = NextTokens()
     fitness.likeliest = TOKENS
     kept = fitness.remember(dense, given, lambda leaf: filling)
     counts = ~filling
@@ -471,6 +464,6 @@ def test_models_that_cannot_be_searched_are_refused(zoo_captured: Any) -> None:
     ],
 )
 def test_what_a_trial_cannot_try_is_refused(lost: list[int], says: str) -> None:
-    trial, _ = trial_of("next-token", None)
+    candidates, groups = trial_of("next-token", None)
     with pytest.raises(ArgumentError, match=says):
-        trial.losses(lost, [0])
+        BudgetTrial(candidates, Budget(groups, []), print).losses(lost, [0])

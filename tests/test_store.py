@@ -151,9 +151,7 @@ def test_what_is_made_of_a_program_can_be_made_of_one_that_was_loaded(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["user,item", "a;b", "a/b = c", "(", "x" * 900])
-def test_names_that_torch_parts_otherwise_are_saved_without_where_nodes_come_from(
-    name: str, tmp_path: Path
-) -> None:
+def test_odd_names_are_saved_with_where_nodes_come_from(name: str, tmp_path: Path) -> None:
     model = wide(
         lambda self, x: self.parts[name](block(self, x)), parts=nn.ModuleDict({name: nn.Linear(6, 6)})
     )
@@ -161,8 +159,8 @@ def test_names_that_torch_parts_otherwise_are_saved_without_where_nodes_come_fro
     loaded = fasp_fx.load(result.save(tmp_path / "out"))
     assert torch.equal(loaded.module(X), result.module(X))
     assert torch.equal(pickle.loads(pickle.dumps(result.module))(X), result.module(X))
-    first = next(node for node in loaded.program.graph.nodes if node.op == "call_function")
-    assert first.meta["nn_module_stack"]
+    stacks = [node.meta.get("nn_module_stack") for node in loaded.program.graph.nodes]
+    assert any(name in str(stack) for stack in stacks)
 
 
 def test_weights_of_a_copy_that_was_trained_are_not_forgotten(tmp_path: Path) -> None:
@@ -233,11 +231,7 @@ def test_nothing_is_pickled(result: fasp_fx.Result, tmp_path: Path, monkeypatch:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_missing_device_is_named_with_the_remedy(saved: Path) -> None:
     def to_cuda(data: dict[str, Any]) -> None:
-        for leaf in data["example"]:
-            leaf["device"] = "cuda:0"
-        values = data["program"]["graph_module"]["graph"]["tensor_values"].values()
-        for value in values:
-            value["device"] = {"type": "cuda", "index": 0}
+        data["program"] = json.loads(json.dumps(data["program"]).replace('"cpu"', '"cuda:0"'))
 
     forge(saved, "graph.json", to_cuda)
     for name in ("weights", "constants"):

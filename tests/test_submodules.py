@@ -157,6 +157,14 @@ def test_a_module_at_two_paths_is_pruned_once_and_put_back_at_both(folder: Path)
     assert set(dict(result.module.named_parameters())) == set(dict(model.named_parameters()))
 
 
+def test_why_two_weights_of_a_part_are_coupled() -> None:
+    analysis = fasp_fx.analyze(Forks().eval(), (X,))
+    lines = analysis.explain("first.up.weight", "first.down.weight")
+    assert (lines[0], len(lines), lines[-1]) == ("first.up.weight", 5, "first.down.weight")
+    with pytest.raises(fasp_fx.ArgumentError, match=r"in no part together .*first, second"):
+        analysis.explain("first.up.weight", "second.down.weight")
+
+
 # --- what is refused, and why
 
 

@@ -83,13 +83,7 @@ from ._limits import (
     check_reach as check_reach,  # Refuse a budget that the groups cannot meet together
 )
 from ._limits import (
-    deepest_loss as deepest_loss,  # The most channel sets that a block of a group can lose
-)
-from ._limits import (
     is_excluded as is_excluded,  # Whether a pattern names a group, or a weight that it takes rows or columns from
-)
-from ._limits import (
-    joined as joined,  # The sums of the cost curves of all groups at a place, by the name of the first; none where one has none
 )
 from ._limits import (
     lost_by_pattern as lost_by_pattern,  # Channel sets lost per block of each group: the fraction of the first pattern that matches it
@@ -116,7 +110,6 @@ __all__ = [
     "Parameters",
     "Search",
     "Trial",
-    "deepest_loss",
     "lost_per_block",
     "uniform",
 ]

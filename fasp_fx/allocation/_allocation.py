@@ -14,7 +14,7 @@ from fasp_fx.analysis import EXEMPT, Group
 from fasp_fx.errors import ArgumentError
 
 from ._costs import Costs
-from ._limits import Budget, check_reach, deepest_loss, lost_per_block
+from ._limits import Budget, check_reach, lost_per_block
 
 
 class CostAllocation(ABC):
@@ -76,10 +76,8 @@ def uniform(budget: Budget, round_to: int) -> list[int]:
 
     whole = 2**60
     enough = bisect_left(range(whole), True, key=lambda part: budget.over(lost(part / whole)) <= 0)
-    found = budget.closest([lost(max(enough - 1, 0) / whole), lost(enough / whole)])
-    if not budget.is_ceiling:
-        return found
-    return _given_back(budget, round_to, found, lambda index, count, _: count / budget.groups[index].width)
+    nearest = budget.closest([lost(max(enough - 1, 0) / whole), lost(enough / whole)])
+    return _given_back(budget, round_to, nearest, lambda at, count, _: count / budget.groups[at].width)
 
 
 class Global(CostAllocation):
@@ -118,17 +116,11 @@ class Global(CostAllocation):
         several = np.stack([*np.eye(len(needs)), 1 / needs]) if len(needs) > 1 else np.ones((1, 1))
         tried = [self._by_threshold(budget, curves, prices) for prices in several]
         losses = [costs[group.name].losses for group in budget.groups]
-        if budget.is_ceiling:
-            tried = [
-                _given_back(
-                    budget,
-                    round_to,
-                    lost,
-                    lambda at, more, fewer: losses[at][more] - losses[at][fewer],
-                )
-                for lost in tried
-            ]
-        return min(tried, key=lambda lost: sum(own[count] for own, count in zip(losses, lost, strict=True)))
+        tried = [
+            _given_back(budget, round_to, lost, lambda at, more, fewer: losses[at][more] - losses[at][fewer])
+            for lost in tried
+        ]
+        return min(tried, key=lambda lost: sum(each[count] for each, count in zip(losses, lost, strict=True)))
 
     def _by_threshold(self, budget: Budget, curves: Sequence[_Curve], prices: np.ndarray) -> list[int]:
         """What goes when a channel set is worth what it takes of each resource, times its price."""
@@ -140,10 +132,9 @@ class Global(CostAllocation):
                 for index, (curve, share) in enumerate(zip(curves, worth, strict=True))
                 for slope, first, last in _hull(*curve)
             )
-            found = _down_to(budget, curves, moves)
-            if found == lost:
+            before, lost = lost, _down_to(budget, curves, moves)
+            if lost == before:
                 break
-            lost = found
         return lost
 
 
@@ -152,9 +143,9 @@ _Curve = tuple[np.ndarray, np.ndarray]
 
 
 def _steps(group: Group, round_to: int, costs: Costs) -> _Curve:
-    if group.name not in costs or len(costs[group.name].losses) <= deepest_loss(group):
+    if group.name not in costs or len(costs[group.name].losses) <= group.deepest_loss:
         raise ArgumentError(
-            f"there is no cost curve for '{group.name}' up to {deepest_loss(group)} channel sets of a block;"
+            f"there is no cost curve for '{group.name}' up to {group.deepest_loss} channel sets of a block;"
             " measure with the granularity= and include= of the pruning"
         )
     counts = np.array(_counts(group, round_to))
@@ -163,14 +154,8 @@ def _steps(group: Group, round_to: int, costs: Costs) -> _Curve:
 
 def _counts(group: Group, round_to: int) -> list[int]:
     """How many channel sets of a block can go."""
-    return [
-        0,
-        *(
-            count
-            for count in range(1, deepest_loss(group) + 1)
-            if (group.width - count) % group.step(round_to) == 0
-        ),
-    ]
+    step, counts = group.step(round_to), range(1, group.deepest_loss + 1)
+    return [0, *(count for count in counts if (group.width - count) % step == 0)]
 
 
 def _hull(counts: np.ndarray, losses: np.ndarray) -> list[tuple[float, int, int]]:
@@ -195,12 +180,9 @@ def _down_to(
     """Make the moves in their order until the budget is met, the last of them as far as it takes."""
 
     def after(count: int, part: int | None = None) -> list[int]:
-        places = [0] * len(curves)
-        for _, index, _, last in moves[:count]:
-            places[index] = last
-        if part is not None:
-            places[moves[count][1]] = part
-        return [int(counts[place]) for (counts, _), place in zip(curves, places, strict=True)]
+        places = {index: last for _, index, _, last in moves[:count]}
+        places |= {} if part is None else {moves[count][1]: part}
+        return [int(counts[places.get(index, 0)]) for index, (counts, _) in enumerate(curves)]
 
     if not moves:
         return after(0)
@@ -213,25 +195,23 @@ def _down_to(
 def _given_back(
     budget: Budget, round_to: int, lost: Sequence[int], worth: Callable[[int, int, int], float]
 ) -> list[int]:
-    """Leave channel sets where they are as long as the budget is met without, step by step.
+    """Under a ceiling, leave channel sets where they are as long as the budget is met without, step by step.
 
     Args:
         worth: of giving back one step: the place of the group, and what it loses before and after; the
             largest goes first.
     """
-    given, counts = list(lost), [_counts(group, round_to) for group in budget.groups]
-    waiting = {
-        index: place for index, count in enumerate(given) if (place := bisect_left(counts[index], count))
-    }
+    lost, counts = list(lost), [_counts(group, round_to) for group in budget.groups]
+    places = {index: bisect_left(counts[index], count) for index, count in enumerate(lost)}
+    waiting = {index: place for index, place in places.items() if place and budget.is_ceiling}
     while waiting:
-        index = max(waiting, key=lambda index: worth(index, given[index], counts[index][waiting[index] - 1]))
+        index = max(waiting, key=lambda index: worth(index, lost[index], counts[index][waiting[index] - 1]))
         place = waiting.pop(index) - 1
-        fewer = [*given[:index], counts[index][place], *given[index + 1 :]]
+        fewer = _with(lost, index, counts[index][place])
         if budget.over(fewer) <= 0:
-            given = fewer
-            if place:
-                waiting[index] = place
-    return given
+            lost = fewer
+            waiting |= {index: place} if place else {}
+    return lost
 
 
 # --- Search: what an allocation really costs is found out by trying it.
@@ -294,22 +274,20 @@ def _neighbours(
         reach: the largest part of its channel sets that a group loses more in one exchange; a single step may
             always be exchanged.
     """
-    free = [index for index, own in enumerate(counts) if len(own) > 1]
+    free = [index for index, several in enumerate(counts) if len(several) > 1]
     while len(free) > 1:
-        found = lost
+        neighbour = lost
         for _ in range(int(draw.integers(1, PAIRS + 1))):
             more, less = draw.choice(free, 2, replace=False).tolist()
-            own, other = counts[more], counts[less]
-            step = int(draw.integers(1, max(round(reach * (len(own) - 1)), 1) + 1))
-            raised = _with(found, more, own[min(bisect_left(own, found[more]) + step, len(own) - 1)])
-            now = bisect_left(other, found[less])
+            up, down = counts[more], counts[less]
+            step = int(draw.integers(1, max(round(reach * (len(up) - 1)), 1) + 1))
+            raised = _with(neighbour, more, up[min(bisect_left(up, neighbour[more]) + step, len(up) - 1)])
+            fewer = down[: bisect_left(down, neighbour[less])]
             # The least place at which enough goes.
-            enough = bisect_left(
-                other[:now], True, key=lambda count: budget.over(_with(raised, less, count)) <= 0
-            )
+            enough = bisect_left(fewer, True, key=lambda count: budget.over(_with(raised, less, count)) <= 0)
             places = (enough, max(enough - 1, 0))
-            found = budget.closest(_with(raised, less, other[place]) for place in places)
-        yield found
+            neighbour = budget.closest(_with(raised, less, down[place]) for place in places)
+        yield neighbour
 
 
 def _mean(losses: Sequence[float]) -> float:
@@ -399,30 +377,29 @@ class Search(CostAllocation):
         Args:
             trial: runs candidates; without one, what the search would begin with.
         """
-        found = Global()(budget, round_to, costs)
+        best = Global()(budget, round_to, costs)
         if trial is None:
-            return found
+            return best
         counts = [_counts(group, round_to) for group in budget.groups]
-        slack = max(abs(budget.over(found)), _NEAR)
+        slack = max(abs(budget.over(best)), _NEAR)
 
         def is_met(lost: list[int]) -> bool:
             over = budget.over(lost)
             return over <= 0 if budget.is_ceiling else abs(over) <= slack
 
-        first = least = _mean(trial.losses(found, range(trial.count)))
+        first = least = _mean(trial.losses(best, range(trial.count)))
         tried = 0
         for generation in range(self.generations):
             draw = np.random.default_rng((self.seed, generation))
             reach = COARSE * (FINE / COARSE) ** (generation / max(self.generations - 1, 1))
-            drawn = islice(_neighbours(budget, counts, found, reach, draw), ATTEMPTS * self.offspring)
+            drawn = islice(_neighbours(budget, counts, best, reach, draw), ATTEMPTS * self.offspring)
             candidates = list(islice(filter(is_met, drawn), self.offspring))
             if candidates:
                 some = draw.permutation(trial.count)[: -(-trial.count // PART)].tolist()
-                best = min(candidates, key=lambda lost: _mean(trial.losses(lost, some)))
-                loss = _mean(trial.losses(best, range(trial.count)))
-                if loss < least:
-                    found, least = best, loss
+                candidate = min(candidates, key=lambda lost: _mean(trial.losses(lost, some)))
+                loss = _mean(trial.losses(candidate, range(trial.count)))
+                best, least = (candidate, loss) if loss < least else (best, least)
             tried += len(candidates)
             trial.progress((generation + 1) / self.generations)
         trial.note(first, least, tried)
-        return found
+        return best

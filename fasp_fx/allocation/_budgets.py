@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from fasp_fx.analysis import (
+    Analysis,
     Counted,
+    Group,
     Products,
     Resource,
     ShrinkingSizes,
-    Size,
     Sparsity,
-    Widest,
     cache_of,
     parameters_of,
 )
 from fasp_fx.base import HigherOrderOperator, OpOverload, is_composite, is_number, tolerable
-from fasp_fx.capturing import Sizes, arguments, attribute
+from fasp_fx.capturing import Sizes, arguments, attribute, elements
 from fasp_fx.errors import ArgumentError, BudgetError
-
-if TYPE_CHECKING:
-    from fasp_fx.analysis import Analysis, Group
+from fasp_fx.patterns import ONE_WIDTH, Reading, Rule, letters_of, lookup, read
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ class Microseconds(Resource):
 
     def used(self, lost: Sequence[int]) -> float:
         pairs = zip(self.groups, lost, strict=True)
-        return 1e6 * self._seconds({group.name: group.width - gone // group.blocks for group, gone in pairs})
+        return 1e6 * self._seconds({group.name: group.width - sets // group.blocks for group, sets in pairs})
 
 
 #: every kind of budget that can be stored, by its name
@@ -216,13 +215,13 @@ def counted(analysis: Analysis, cap: Cap | None) -> Resource:
     return Sparsity(analysis) if cap is None else cap.resource(analysis)
 
 
-def read_budget(given: Any) -> tuple[Cap, ...]:
+def read_budget(budget: Any) -> tuple[Cap, ...]:
     """The budgets that an option was given: one or several.
 
     Raises:
         ArgumentError: it is something else, or two budgets are of one resource.
     """
-    caps = tuple(given) if isinstance(given, Iterable) else (given,)
+    caps = tuple(budget) if isinstance(budget, Iterable) else (budget,)
     for cap in caps:
         if not isinstance(cap, Cap):
             raise ArgumentError(
@@ -263,54 +262,13 @@ def budget_from_data(data: Any) -> tuple[Cap, ...]:
         ) from error
 
 
-#: one dimension of what a node makes, negative ones from the last
+#: one dimension of what a node makes
 Dim = tuple[fx.Node, int]
 #: dimensions whose sizes are multiplied; of several in one place the largest, which the passes pad the others
 #: to (``pad_value_heads`` in ``passes/_attention.py``)
 Term = list[tuple[Dim, ...]]
 #: the shape of what a node makes
 ShapeOf = Callable[[fx.Node], tuple[int, ...]]
-
-#: of an argument, or the widest of several, one dimension, or all but some
-Factor = tuple[str | tuple[str, ...], int | tuple[int, ...]]
-#: all dimensions of an argument, and all but the last
-ALL: tuple[int, ...] = ()
-BUT_LAST: tuple[int, ...] = (-1,)
-_SCORES: list[Factor] = [("query", BUT_LAST), ("key", -2)]
-_FUSED = ("query", "value")  # heads of both are of one width once the passes have run
-#: products of sizes by operator: of each argument (``out``: the result) one dimension, or all but some; the
-#: whole kernel of a convolution at every position of its output, or, where it is transposed, of its input;
-#: attention's products with keys and with values; every matrix of a recurrent layer at every step
-_FORMULAS: dict[str, list[list[Factor]]] = {
-    "aten.linear.default": [[("input", ALL), ("weight", 0)]],
-    "aten.bilinear.default": [[("input1", ALL), ("weight", 0), ("weight", 2)]],
-    "aten.matmul.default": [[("out", ALL), ("self", -1)]],
-    "aten.mm.default": [[("self", ALL), ("mat2", -1)]],
-    "aten.bmm.default": [[("self", ALL), ("mat2", -1)]],
-    "aten.addmm.default": [[("mat1", ALL), ("mat2", -1)]],
-    "aten.baddbmm.default": [[("batch1", ALL), ("batch2", -1)]],
-    "aten.mv.default": [[("self", ALL)]],
-    "aten.dot.default": [[("self", ALL)]],
-    "aten.scaled_dot_product_attention.default": [[*_SCORES, (_FUSED, -1)], [*_SCORES, (_FUSED[::-1], -1)]],
-    "flex_attention": [[*_SCORES, ("query", -1)], [*_SCORES, ("value", -1)]],
-    **{
-        f"aten.conv{rank}d.{overload}": [[("weight", ALL), ("out", (-rank - 1,))]]
-        for rank in (1, 2, 3)
-        for overload in ("default", "padding")
-    },
-    **{
-        f"aten.conv_transpose{rank}d.{'default' if rank == 1 else 'input'}": [
-            [("weight", ALL), ("input", (-rank - 1,))]
-        ]
-        for rank in (1, 2, 3)
-    },
-    "aten._grouped_mm.default": [[("self", ALL), ("mat2", 2)]],
-    "transformers.grouped_mm_fallback.default": [[("input", ALL), ("weight", 2)]],
-    **{
-        f"aten.{kind}.input": [[("input", BUT_LAST), ("params", ALL)]]
-        for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")
-    },
-}
 
 
 def macs_of(analysis: Analysis) -> Counted:
@@ -319,44 +277,33 @@ def macs_of(analysis: Analysis) -> Counted:
     Raises:
         BudgetError: an operator multiplies in a way that is not counted; names it.
     """
-    left, shapes, sizes, dense = Products(), _example_shapes(analysis), ShrinkingSizes(analysis), 0
-
-    def size(dim: Dim) -> Size:
-        return sizes.of(dim[0], shapes(dim[0]), dim[1])
-
-    for node in _calls(analysis.program.module.graph):
-        for term in _terms(node, analysis.program.module, shapes):
-            factors = [[size(dim) for dim in dims] for dims in term]
-            left.add([own[0] if len(own) == 1 else Widest(tuple(own)) for own in factors])
-            dense += math.prod(own[0].whole for own in factors)
-    return Counted(analysis, left, dense)
-
-
-def _example_shapes(analysis: Analysis) -> ShapeOf:
-    """The shapes of what nodes make, at the sizes of the example inputs, as the capture recorded them; the
-    analysis runs at small sizes where it can.
-    """
-    module, sizes = analysis.program.module, Sizes(analysis.program.module, small=False)
+    program, left, sizes, dense = analysis.program, Products(), ShrinkingSizes(analysis), 0
+    # The analysis runs at small sizes where it can; these are those of the example inputs.
+    recorded = Sizes(program.module, small=False)
 
     def shape(node: fx.Node) -> tuple[int, ...]:
-        value = attribute(module, str(node.target)) if node.op == "get_attr" else node.meta["val"]
-        return tuple(sizes.integer(size) for size in value.shape)
+        value = attribute(program.module, str(node.target)) if node.op == "get_attr" else node.meta["val"]
+        return tuple(recorded.integer(size) for size in value.shape)
 
-    return shape
-
-
-def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
-    return (node for node in graph.nodes if node.op == "call_function")
+    for call in program.module.graph.nodes:
+        for term in _terms(call, program.module, shape) if call.op == "call_function" else ():
+            factors = [tuple(sizes.of(node, shape(node), dim) for node, dim in dims) for dims in term]
+            left.add(factors)
+            dense += math.prod(several[0].whole for several in factors)
+    return Counted(analysis, left, dense)
 
 
 def _terms(node: fx.Node, module: torch.nn.Module, shape: ShapeOf) -> list[Term]:
     """The products of sizes that one call takes."""
-    formula = _FORMULAS.get(str(node.target))
-    if formula is not None:
-        given = {**arguments(node), "out": node}
-        # The matrices of a recurrent layer come in one argument, among its biases.
-        each = [matrix for matrix in given.get("params", ()) if len(shape(matrix)) == 2] or [None]
-        return [_dims({**given, "params": matrix}, term, shape) for term in formula for matrix in each]
+    rule, operands = lookup(node.target), elements(arguments(node))
+    if rule is not None and rule.all("recur"):
+        return _of_steps(operands, rule, shape)
+    if rule is not None and any(form.summed for form in rule.alternatives):
+        names = {operand.name for form in rule.alternatives for operand in form.operands}
+        tensors = {name: operand for name, operand in operands.items() if name in names}
+        ranks = {name: len(shape(each)) for name, each in tensors.items() if isinstance(each, fx.Node)}
+        reading = read(rule, arguments(node), ranks)
+        return [_dims(node, reading, tensors, *product) for product in reading.products()]
     if isinstance(node.target, OpOverload) and (
         node.target.overloadpacket in flop_registry or _is_made_of_products(node, shape)
     ):
@@ -374,15 +321,45 @@ def _terms(node: fx.Node, module: torch.nn.Module, shape: ShapeOf) -> list[Term]
     return []
 
 
-def _dims(given: dict[str, Any], term: list[Factor], shape: ShapeOf) -> Term:
-    """The dimensions of one product of sizes, of the arguments of a call."""
-    found: Term = []
-    for names, which in term:
-        sources = [given[name] for name in ([names] if isinstance(names, str) else names)]
-        rank = len(shape(sources[0]))
-        dims = [which] if isinstance(which, int) else [dim for dim in range(rank) if dim - rank not in which]
-        found += [tuple((source, dim) for source in sources) for dim in dims]
-    return found
+def _of_steps(operands: Mapping[str, Any], rule: Rule, shape: ShapeOf) -> list[Term]:
+    """The products of a recurrent operator: every matrix, of all layers and both ways, at every step."""
+    tokens = operands[rule.alternatives[0].operands[0].name]
+    steps = [(tokens, dim) for dim in range(len(shape(tokens)) - 1)]
+    matrices = [each for name, each in operands.items() if "." in name and len(shape(each)) == 2]
+    return [[(dim,) for dim in (*steps, (matrix, 0), (matrix, 1))] for matrix in matrices]
+
+
+def _dims(
+    node: fx.Node, reading: Reading, tensors: Mapping[str, fx.Node], letters: frozenset[str], names: list[str]
+) -> Term:
+    """The dimensions that have each of some letters once, of some operands and the result."""
+    places = {
+        name: [(letters_of((letter,)), (tensors[name], dim)) for dim, letter in enumerate(dims)]
+        for name, dims in reading.operands.items()
+    }
+    # Positions that a window slides over are those of the result, and what broadcasts is whole there.
+    late = {letter for letter in letters if letter.startswith(".")} | reading.along("slide")
+    early = [[place for place in places[name] if not late & {*place[0]}] for name in names]
+    last = [(letters_of((letter,)), (node, dim)) for dim, letter in enumerate(reading.results[0])]
+    for order in itertools.permutations([*early, last]):
+        term: dict[tuple[str, ...], Dim] = {}
+        for several, dim in itertools.chain(*order):
+            if letters.difference(*term).issuperset(several):
+                term[several] = dim
+        if not letters.difference(*term):
+            break
+    else:
+        raise BudgetError(
+            f"the rule of '{node.name}' ({node.target}) does not say how often it multiplies, so macs are no"
+            " budget here; use another"
+        )
+    # Where the passes make two sizes one, the larger of them counts.
+    wide = ONE_WIDTH.get(str(node.target), ())
+    widths = {several[0]: dim for place in places.values() for several, dim in place if several[0] in wide}
+    return [
+        (dim, *(width for letter, width in widths.items() if several[0] in wide and letter != several[0]))
+        for several, dim in term.items()
+    ]
 
 
 def _is_made_of_products(node: fx.Node, shape: ShapeOf) -> bool:
@@ -408,6 +385,3 @@ def _is_made_of_products(node: fx.Node, shape: ShapeOf) -> bool:
         except tolerable(Exception):  # it needs more than shapes, as no product of matrices does
             return False
     return counter.get_total_flops() > 0
-
-
-__all__ = ["Bytes", "CacheBytes", "Cap", "Latency", "Macs", "Parameters", "counted", "macs_of"]

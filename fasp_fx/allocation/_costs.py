@@ -158,6 +158,3 @@ def check_costs(costs: Costs, fingerprint: str, score: str, granularity: Iterabl
             f"the cost curves are of {of}, and this pruning is by {by}, where other channels go in another"
             " order; measure with that"
         )
-
-
-__all__ = ["CostCurve", "Costs", "check_costs"]

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from fasp_fx.analysis import Group, Resource, most_lost
+from fasp_fx.analysis import Group, Resource
 from fasp_fx.errors import ArgumentError, BudgetError, SparsityError
 
 from ._budgets import Cap
@@ -99,6 +99,26 @@ class Budget:
             return list(lost)
         return self._whole.spread([0 if place is None else lost[place] for place in self._places], whole)
 
+    def joined(self, costs: Costs) -> Costs:
+        """The cost curves of the groups here: of one that stands for several, the sums of theirs, and none
+        where one of them has none.
+
+        Args:
+            costs: of the groups of the first budget that this one was narrowed from.
+        """
+        if self._whole is None:
+            return costs
+        costs, names = self._whole.joined(costs), dict[int, list[str]]()
+        for group, place in zip(self._whole.groups, self._places, strict=True):
+            if place is not None:
+                names.setdefault(place, []).append(group.name)
+        curves = {}
+        for tied in names.values():
+            if all(name in costs for name in tied):
+                least = min(len(costs[name].losses) for name in tied)
+                curves[tied[0]] = CostCurve(np.sum([costs[name].losses[:least] for name in tied], 0))
+        return Costs(curves, costs.fingerprint, costs.score, costs.granularity)
+
     def counts(self, lost: Sequence[int]) -> list[int]:
         """Channel sets that the groups of the limits lose, in all their blocks together."""
         if self._whole is not None:
@@ -110,13 +130,13 @@ class Budget:
         negative where enough goes.
         """
         counts = self.counts(lost)
-        found = [limit.over(counts) for limit in self.limits]
-        if any(map(math.isnan, found)):
+        excess = [limit.over(counts) for limit in self.limits]
+        if any(map(math.isnan, excess)):
             raise ArgumentError(
                 f"a resource's used() gives no number where the groups lose {counts} channel sets; it must"
                 " say how much is left for every loss within reach"
             )
-        return max(found)
+        return max(excess)
 
     def removed(self, lost: Sequence[int]) -> list[float]:
         """The fraction of each resource that goes."""
@@ -126,13 +146,11 @@ class Budget:
         """The fraction of each resource that one more channel set of each block of a group takes, ``[groups,
         resources]``.
         """
-        before = self.removed(lost)
-        found = np.zeros((len(self.groups), len(self.limits)))
+        effects = np.zeros((len(self.groups), len(self.limits)))
         for index, group in enumerate(self.groups):
-            step = -1 if lost[index] >= deepest_loss(group) and lost[index] else 1
-            after = self.removed([*lost[:index], lost[index] + step, *lost[index + 1 :]])
-            found[index] = [abs(new - old) for new, old in zip(after, before, strict=True)]
-        return found
+            step = -1 if lost[index] >= group.deepest_loss and lost[index] else 1
+            effects[index] = self.removed([*lost[:index], lost[index] + step, *lost[index + 1 :]])
+        return np.abs(effects - np.array(self.removed(lost)))
 
     @property
     def is_ceiling(self) -> bool:
@@ -144,38 +162,10 @@ class Budget:
         if there are any.
         """
         measured = [(self.over(lost), lost) for lost in candidates]
-        if self.is_ceiling:
-            measured = [(over, lost) for over, lost in measured if over <= 0] or [
-                min(measured, key=lambda pair: pair[0])
-            ]
-        return min(measured, key=lambda pair: abs(pair[0]))[1]
-
-
-def joined(costs: Costs, groups: Sequence[Group], places: Sequence[int]) -> Costs:
-    """The sums of the cost curves of all groups at a place, by the name of the first; none where one has
-    none.
-    """
-    names: dict[int, list[str]] = {}
-    for group, place in zip(groups, places, strict=True):
-        names.setdefault(place, []).append(group.name)
-    curves = {}
-    for own in names.values():
-        if all(name in costs for name in own):
-            least = min(len(costs[name].losses) for name in own)
-            losses = [costs[name].losses[:least] for name in own]
-            curves[own[0]] = CostCurve(np.sum(losses, 0))
-    return Costs(curves, costs.fingerprint, costs.score, costs.granularity)
-
-
-def deepest_loss(group: Group) -> int:
-    """The most channel sets that a block of a group can lose.
-
-    Examples:
-        >>> from fasp_fx.allocation import deepest_loss
-        >>> deepest_loss(group)  # one channel stays
-        31
-    """
-    return max(group.width - group.needed, 0)
+        under = [pair for pair in measured if pair[0] <= 0]
+        if self.is_ceiling and not under:
+            return min(measured, key=lambda pair: pair[0])[1]
+        return min(under if self.is_ceiling else measured, key=lambda pair: abs(pair[0]))[1]
 
 
 def validate(lost: Iterable[int], budget: Budget) -> list[int]:
@@ -185,13 +175,13 @@ def validate(lost: Iterable[int], budget: Budget) -> list[int]:
         ArgumentError: see :func:`check_counts`.
         BudgetError: it leaves more than a budget allows.
     """
-    found = check_counts(lost, budget.groups)
-    if budget.is_ceiling and (over := budget.over(found)) > 0:
+    counts = check_counts(lost, budget.groups)
+    if budget.is_ceiling and (over := budget.over(counts)) > 0:
         raise BudgetError(
             f"the allocation leaves {over:.2%} of the dense model's more than the budget allows; it must"
             " bring budget.over(…) to 0"
         )
-    return found
+    return counts
 
 
 def check_counts(lost: Iterable[int], groups: Sequence[Group]) -> list[int]:
@@ -200,19 +190,19 @@ def check_counts(lost: Iterable[int], groups: Sequence[Group]) -> list[int]:
     Raises:
         ArgumentError: not one whole number for each group, or one that leaves less than the group needs.
     """
-    found = list(lost) if isinstance(lost, Iterable) else [lost]
-    if len(found) != len(groups):
+    counts = list(lost) if isinstance(lost, Iterable) else [lost]
+    if len(counts) != len(groups):
         raise ArgumentError(
-            f"the allocation returned {len(found)} numbers for {len(groups)} groups; it must return one for"
+            f"the allocation returned {len(counts)} numbers for {len(groups)} groups; it must return one for"
             " each"
         )
-    for group, sets in zip(groups, found, strict=True):
-        if not isinstance(sets, (int, np.integer)) or not 0 <= sets <= deepest_loss(group):
+    for group, sets in zip(groups, counts, strict=True):
+        if not isinstance(sets, (int, np.integer)) or not 0 <= sets <= group.deepest_loss:
             raise ArgumentError(
                 f"the allocation takes {sets!r:.80} channel sets from a block of '{group.name}'; give a whole"
-                f" number from 0 to {deepest_loss(group)} for each group"
+                f" number from 0 to {group.deepest_loss} for each group"
             )
-    return [int(sets) for sets in found]
+    return [int(sets) for sets in counts]
 
 
 def lost_per_block(width: int, fraction: float, round_to: int, needed: int = 1) -> int:
@@ -238,7 +228,7 @@ def check_reach(budget: Budget, round_to: int) -> None:
         SparsityError: the message says which sparsity is in reach.
         BudgetError: likewise how much stays at least; or the dense model meets the budget.
     """
-    deepest = budget.counts([most_lost(group, round_to) for group in budget.groups])
+    deepest = budget.counts([group.most_lost(round_to) for group in budget.groups])
     rounds = any(group.step(round_to) > 1 for group in budget.groups)
     rounded = f" with round_to={round_to}" if rounds else ""
     smaller = ", or for a smaller round_to" if rounds else ""
@@ -264,16 +254,9 @@ def check_reach(budget: Budget, round_to: int) -> None:
         raise BudgetError(f"the model meets the budget as it is: it has {', '.join(has)}; allow less")
 
 
-def matches(pattern: str, name: str) -> bool:
+def names_any(pattern: str, names: Iterable[str]) -> bool:
     """Whether a pattern names a weight, a module that holds it, or a group."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
-
-
-def held_by(group: Group) -> list[str]:
-    """The names that a group can be excluded by: its own, and all those of the weights that it takes rows or
-    columns from.
-    """
-    return [group.name, *(name for member in (*group.producers, *group.consumers) for name in member.names)]
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for name in names)
 
 
 def read_by(group: Group) -> list[str]:
@@ -285,7 +268,8 @@ def read_by(group: Group) -> list[str]:
 
 def is_excluded(group: Group, patterns: Iterable[str]) -> bool:
     """Whether a pattern names a group, or a weight that it takes rows or columns from."""
-    return any(matches(pattern, name) for pattern in patterns for name in held_by(group))
+    names = (name for member in group.members for name in member.names)
+    return any(names_any(pattern, [group.name, *names]) for pattern in patterns)
 
 
 def check_patterns(option: str, patterns: Iterable[str], groups: Sequence[Group]) -> None:
@@ -317,7 +301,7 @@ def check_asked(fractions: Mapping[str, float], open_to: Sequence[Group]) -> Non
         ArgumentError: a pattern names none of them.
     """
     for pattern, fraction in fractions.items():
-        if not any(matches(pattern, name) for group in open_to for name in read_by(group)):
+        if not any(names_any(pattern, read_by(group)) for group in open_to):
             raise ArgumentError(
                 f"sparsity asks for {fraction} of '{pattern}', which matches no group that can be pruned and"
                 " is not excluded, and no weight that loses columns with one; analyze(...).groups has their"
@@ -330,37 +314,10 @@ def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: in
     if none does.
     """
 
-    def fraction_of(group: Group) -> float:
-        return next(
-            (
-                fraction
-                for pattern, fraction in fractions.items()
-                if any(matches(pattern, name) for name in read_by(group))
-            ),
-            0.0,
-        )
-
-    return [
-        lost_per_block(group.width, fraction, group.step(round_to), group.needed)
-        if (fraction := fraction_of(group))
-        else 0
-        for group in budget.groups
-    ]
-
-
-__all__ = [
-    "Budget",
-    "Limit",
-    "check_asked",
-    "check_counts",
-    "check_patterns",
-    "check_reach",
-    "deepest_loss",
-    "held_by",
-    "joined",
-    "lost_by_pattern",
-    "lost_per_block",
-    "matches",
-    "read_by",
-    "validate",
-]
+    lost = []
+    for group in budget.groups:
+        asked = (each for pattern, each in fractions.items() if names_any(pattern, read_by(group)))
+        fraction = next(asked, 0.0)
+        count = lost_per_block(group.width, fraction, group.step(round_to), group.needed)
+        lost.append(count if fraction else 0)
+    return lost

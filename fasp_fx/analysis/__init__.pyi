@@ -5,9 +5,6 @@ from ._analysis import (
     analyze_program as analyze_program,  # Analyse a captured program; if split is given, let it split fused producers that a layout ties together
 )
 from ._depth import (
-    BIASES as BIASES,  # what gives nothing but its bias where the dimension it sums over is empty, and the bias's name
-)
-from ._depth import (
     DEPTH as DEPTH,  # the word of include= for it
 )
 from ._depth import (
@@ -39,6 +36,9 @@ from ._groups import (
 )
 from ._groups import (
     Group as Group,  # All channel sets with the same producers and the same consumers
+)
+from ._groups import (
+    Groups as Groups,  # The coupled groups of a model, and those of them that are pruned
 )
 from ._groups import (
     Member as Member,  # One weight of a group: the channels indices along dim of the weight name belong to it
@@ -104,13 +104,7 @@ from ._resources import (
     Sparsity as Sparsity,  # The weights of linear, convolution and recurrent operators that a prunable, exempt or included group touches
 )
 from ._resources import (
-    Widest as Widest,  # The largest of several sizes, to which the others are padded
-)
-from ._resources import (
     cache_of as cache_of,  # Bytes per token of one sequence that the caches among the outputs take: [batch, heads, length, width]
-)
-from ._resources import (
-    most_lost as most_lost,  # The most channel sets that one block of a group can lose when kept widths are multiples of round_to
 )
 from ._resources import (
     parameters_of as parameters_of,  # All parameters of a program, tied ones once, or how much their numbers are, each of a weight

@@ -122,30 +122,23 @@ def _settled(
 
 
 def _analyze(program: Program, granularity: frozenset[str], include: frozenset[str]) -> Analysis:
-    experts, exempt = "expert" in granularity, EXEMPT in include
-    numbering, walk = walk_program(program, "head" in granularity, experts)
+    numbering, walk = walk_program(program, granularity)
     labels = label_sets(numbering.total, walk.facts.pairs)
     labels.setflags(write=False)
-    count = int(labels.max(initial=-1)) + 1
-    expert = needed_experts(labels, count, walk) if experts else np.zeros(count, dtype=np.int64)
-    found = ChannelSets.of(labels, expert, exempt, walk, program)
-    spared = np.full(count, not exempt) & (found.status == CODE[EXEMPT])
+    expert = needed_experts(labels, walk) * ("expert" in granularity)
+    judged = ChannelSets.of(labels, expert, EXEMPT in include, walk, program)
     for slot, sets in torn_blocks(numbering, labels):
-        found.freeze(sets[~spared[sets]], f"they are whole blocks of {slot}, which keep equal counts")
-    group_of, keys = group_sets(found, numbering, walk)
-    block, conflicts = find_blocks(
-        walk.facts.boxes.values(), labels, np.where(found.status == CODE[FROZEN], -1, group_of)
-    )
+        judged.freeze(sets, f"they are whole blocks of {slot}, which keep equal counts")
+    group_of, keys = group_sets(judged, numbering, walk)
+    layout = np.where(judged.status == CODE[FROZEN], -1, group_of)
+    block, conflicts = find_blocks(walk.facts.boxes.values(), labels, layout)
     for conflict in conflicts:
-        # An exempt group is not pruned unless asked; its status says more than its layout.
-        found.freeze(
-            conflict.classes[~spared[conflict.classes]],
-            f"equal counts cannot be kept in {conflict.node.name} = {conflict.node.target}",
-        )
+        node = conflict.node
+        judged.freeze(conflict.classes, f"equal counts cannot be kept in {node.name} = {node.target}")
     if conflicts:
-        group_of, keys = group_sets(found, numbering, walk)
-    groups = GroupBuilder(found, block, numbering, walk, program).groups(group_of, keys)
-    real = [c for c in conflicts if not spared[c.classes].all()]
+        group_of, keys = group_sets(judged, numbering, walk)
+    groups = GroupBuilder(judged, block, numbering, walk, program).groups(group_of, keys)
+    real = [conflict for conflict in conflicts if not judged.spared[conflict.classes].all()]
     return Analysis(program, groups, real, labels, numbering, walk, granularity, include)
 
 
@@ -153,7 +146,7 @@ def _analyze(program: Program, granularity: frozenset[str], include: frozenset[s
 # that the graph asks for.
 
 
-def walk_program(program: Program, heads: bool, experts: bool) -> tuple[Numbering, Walk]:
+def walk_program(program: Program, granularity: frozenset[str]) -> tuple[Numbering, Walk]:
     """Interpret the program, again where a weight is better numbered block by block or some channels go
     together.
     """
@@ -161,22 +154,23 @@ def walk_program(program: Program, heads: bool, experts: bool) -> tuple[Numberin
     stretched: set[tuple[str, int]] = set()
     while True:
         numbering = Numbering(blocked, stretched)
-        walk = _interpret(program, numbering, heads, experts)
-        if walk.facts.blocks.keys() <= blocked.keys() and walk.facts.stretched <= stretched:
+        walk = Interpreter(program, numbering, granularity).run()
+        wishes = walk.facts.wishes
+        if wishes.blocks.keys() <= blocked.keys() and wishes.stretched <= stretched:
             break
-        blocked = {**walk.facts.blocks, **blocked}
-        stretched |= walk.facts.stretched
+        blocked = {**wishes.blocks, **blocked}
+        stretched |= wishes.stretched
     walk.facts.pairs += _columns_of_parts(program, numbering)
-    in_heads, coupled = _numbered(walk.facts.heads), _numbered(walk.facts.heads + walk.facts.together)
+    in_heads, coupled = _numbered(wishes.heads), _numbered(wishes.heads + wishes.together)
     coupled += _same_elsewhere(coupled, walk.facts.pairs, numbering.total) if coupled else []
-    before = -1
+    before, again = -1, granularity - {"head"}
     while coupled and (sets := int(label_sets(numbering.total, coupled).max())) != before:
         # What goes together along one dimension may have to along the next.
-        walk, before = _walk_together(program, numbering, coupled, coupled, experts), sets
-        coupled = coupled + _numbered(walk.facts.together)
+        walk, before = _walk_together(program, numbering, coupled, coupled, again), sets
+        coupled = coupled + _numbered(walk.facts.wishes.together)
     if coupled:
-        walk = _walk_together(program, numbering, coupled, walk.facts.pairs, experts)
-    walk.facts.heads = in_heads
+        walk = _walk_together(program, numbering, coupled, walk.facts.pairs, again)
+    walk.facts.wishes.heads = in_heads
     return numbering, walk
 
 
@@ -238,7 +232,7 @@ def _same_elsewhere(coupled: Pairs, pairs: Pairs, total: int) -> Pairs:
 
 
 def _walk_together(
-    program: Program, numbering: Numbering, coupled: Pairs, pairs: Pairs, experts: bool
+    program: Program, numbering: Numbering, coupled: Pairs, pairs: Pairs, granularity: frozenset[str]
 ) -> Walk:
     """Interpret with one number for all channels that ``coupled`` puts together, and those that ``pairs``
     couples with them.
@@ -249,22 +243,10 @@ def _walk_together(
     first[labels[::-1]] = everyone[::-1]  # the lowest number of each set is written last
     speaking = np.where(within[labels], first[labels], everyone)
     numbering.representative = torch.from_numpy(speaking)
-    walk = _interpret(program, numbering, False, experts)
+    walk = Interpreter(program, numbering, granularity).run()
     spoken_for = np.flatnonzero(speaking != everyone)
     walk.facts.pairs.append((spoken_for, speaking[spoken_for], coupled[0][2]))
     return walk
-
-
-def _interpret(program: Program, numbering: Numbering, heads: bool, experts: bool) -> Walk:
-    return Interpreter(
-        program.module,
-        numbering,
-        program.canonical(),
-        program.state_inputs,
-        program.state_outputs,
-        heads=heads,
-        experts=experts,
-    ).run()
 
 
 def label_sets(total: int, pairs: Pairs) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from torch import fx
 
-from fasp_fx.capturing import Program, attribute
+from fasp_fx.capturing import Program
 from fasp_fx.patterns import find_composites
 
 from ._groups import APPROXIMATE, EXEMPT, FROZEN, PRUNABLE, Conflict, Group, Member
@@ -22,6 +22,7 @@ from .channels import Numbering, Remark, Slot, Use, Walk, marked
 LAYOUT = "layout"
 CODE = {PRUNABLE: 0, APPROXIMATE: 1, FROZEN: 2, EXEMPT: 3}
 STATUS = {code: name for name, code in CODE.items()}
+FREE = (CODE[PRUNABLE], CODE[APPROXIMATE])
 
 #: of each group, the slots and the uses that hold its channel sets
 Keys = dict[int, tuple[frozenset[int], frozenset[int]]]
@@ -49,68 +50,58 @@ class ChannelSets:
 
     @staticmethod
     def of(labels: np.ndarray, expert: np.ndarray, exempt: bool, walk: Walk, program: Program) -> ChannelSets:
-        """Judge each channel set by the remarks of an interpretation."""
-        stuck = np.zeros(len(expert), dtype=bool)
-        return ChannelSets(labels, expert, exempt, *_status(labels, expert, exempt, walk, program), stuck)
+        """Judge each channel set by the remarks of an interpretation: an exemption outweighs freezing (unless
+        what is exempt is to be pruned), freezing outweighs mixing.
 
-    @property
-    def count(self) -> int:
-        return len(self.status)
+        What a router does to experts, and sums in which those that it never chooses are zero, leaves those
+        that stay as they are; positions of windows are frozen where they are something else as well: those of
+        a kernel that is computed, or of a weight that is read in another way elsewhere.
+        """
+        composites, facts = find_composites(program.module.graph), walk.facts
+        status = np.full(len(expert), CODE[PRUNABLE], dtype=np.int8)
+        reason = np.full(len(expert), "", dtype=object)
+
+        def mark(remarks: list[Remark], code: str, among: np.ndarray | None = None) -> None:
+            for remark in reversed(remarks):  # the first remark in graph order is the one shown
+                sets = labels[remark.numbers]
+                sets = sets[expert[sets] == 0] if remark.routing else sets
+                sets = sets if among is None else sets[among[sets]]
+                inside = composites.get(remark.node) if remark.node is not None else None
+                reason[sets] = f"{remark.reason} of {inside}" if inside else remark.reason
+                status[sets] = CODE[code]
+
+        elsewhere = [*(numbers for numbers, _ in facts.produced), *(use.columns for use in facts.uses)]
+        elsewhere += [product.numbers for product in facts.products]
+        something_else = marked(len(expert), *(labels[numbers[numbers >= 0]] for numbers in elsewhere))
+        mark(facts.remarks.exempt if exempt else [], EXEMPT)
+        mark(facts.remarks.mixed, APPROXIMATE)
+        mark(facts.remarks.inside, FROZEN, something_else)
+        mark(facts.remarks.frozen, FROZEN)
+        mark([] if exempt else facts.remarks.exempt, EXEMPT)
+        return ChannelSets(labels, expert, exempt, status, reason, np.zeros(len(expert), dtype=bool))
 
     def freeze(self, sets: np.ndarray, reason: str) -> None:
-        """Freeze some sets for want of a layout that can lose them."""
+        """Freeze some sets for want of a layout that can lose them; what is exempt and not to be pruned says
+        more than its layout.
+        """
+        sets = sets[~self.spared[sets]]
         self.status[sets], self.stuck[sets] = CODE[FROZEN], True
         self.reason[sets] = f"{LAYOUT}: {reason}"
 
-
-def _status(
-    labels: np.ndarray, expert: np.ndarray, exempt: bool, walk: Walk, program: Program
-) -> tuple[np.ndarray, np.ndarray]:
-    """A status code and a reason for each channel set; an exemption outweighs freezing (unless what is exempt
-    is to be pruned), freezing outweighs mixing.
-
-    What a router does to experts, and sums in which those that it never chooses are zero, leaves those that
-    stay as they are; positions of windows are frozen where they are something else as well: those of a kernel
-    that is computed, or of a weight that is read in another way elsewhere.
-    """
-    composites = find_composites(program.module.graph)
-    status = np.full(len(expert), CODE[PRUNABLE], dtype=np.int8)
-    reason = np.full(len(expert), "", dtype=object)
-
-    facts = walk.facts
-    columns, multiplied = [use.columns for use in facts.uses], [product.numbers for product in facts.products]
-    elsewhere = [*(numbers for numbers, _ in facts.produced), *columns, *multiplied]
-    something_else = marked(len(expert), *(labels[numbers[numbers >= 0]] for numbers in elsewhere))
-
-    def mark(remarks: list[Remark], code: str, among: np.ndarray | None = None) -> None:
-        for remark in reversed(remarks):  # the first remark in graph order is the one shown
-            sets = labels[remark.numbers]
-            sets = sets[expert[sets] == 0] if remark.routing else sets
-            sets = sets if among is None else sets[among[sets]]
-            status[sets] = CODE[code]
-            inside = composites.get(remark.node) if remark.node is not None else None
-            reason[sets] = f"{remark.reason} of {inside}" if inside else remark.reason
-
-    if exempt:
-        mark(facts.exempt, EXEMPT)
-    mark(facts.mixed, APPROXIMATE)
-    mark(facts.inside, FROZEN, something_else)
-    mark(facts.frozen, FROZEN)
-    if not exempt:
-        mark(facts.exempt, EXEMPT)
-    return status, reason
+    @property
+    def spared(self) -> np.ndarray:
+        """Whether each set is exempt and not to be pruned."""
+        return (self.status == CODE[EXEMPT]) & (not self.exempt)
 
 
-def group_sets(found: ChannelSets, numbering: Numbering, walk: Walk) -> tuple[np.ndarray, Keys]:
+def group_sets(judged: ChannelSets, numbering: Numbering, walk: Walk) -> tuple[np.ndarray, Keys]:
     """The group of each channel set: those with the same status, slots and uses; and per group its slots and
     uses.
     """
-    labels = found.labels
-    group_of = found.status.astype(np.int64) * 2 + found.stuck
-    offset = len(numbering.slots)
+    labels = judged.labels
+    group_of = judged.status.astype(np.int64) * 2 + judged.stuck
     items = [np.unique(labels[slot.base : slot.base + slot.size]) for slot in numbering.slots]
-    for use in walk.facts.uses:
-        items.append(np.unique(labels[use.columns[use.columns >= 0]]))
+    items += [np.unique(labels[use.columns[use.columns >= 0]]) for use in walk.facts.uses]
     fresh = int(group_of.max(initial=-1)) + 1
     # Partition refinement: two sets stay together as long as every item holds both or neither.
     for sets in items:
@@ -119,11 +110,12 @@ def group_sets(found: ChannelSets, numbering: Numbering, walk: Walk) -> tuple[np
         fresh += int(finer.max(initial=-1)) + 1
     _, first, group_of = np.unique(group_of, return_index=True, return_inverse=True)
     places = np.repeat(np.arange(len(items)), [len(sets) for sets in items])
-    holds = (np.ones(len(places)), (np.concatenate([np.zeros(0, dtype=np.int64), *items]), places))
-    held = coo_matrix(holds, shape=(found.count, len(items))).tocsr()[first]
+    sets, shape = np.concatenate([np.zeros(0, dtype=np.int64), *items]), (len(judged.status), len(items))
+    members = coo_matrix((np.ones(len(places)), (sets, places)), shape=shape).tocsr()[first]
+    offset = len(numbering.slots)
     keys = {
         index: (frozenset(by[by < offset].tolist()), frozenset((by[by >= offset] - offset).tolist()))
-        for index, by in enumerate(np.split(held.indices, held.indptr[1:-1]))
+        for index, by in enumerate(np.split(members.indices, members.indptr[1:-1]))
     }
     return group_of, keys
 
@@ -180,71 +172,61 @@ def torn_blocks(numbering: Numbering, labels: np.ndarray) -> Iterator[tuple[Slot
         if divider is None:
             continue
         rows, parts = (
-            labels[own.base : own.base + own.size].reshape(slot.blocks, -1) for own in (slot, divider)
+            labels[each.base : each.base + each.size].reshape(slot.blocks, -1) for each in (slot, divider)
         )
         first = rows[:, :1]
-        torn = first[(rows == first).all(1) & (parts != first).any(1)]
-        if torn.size:
-            yield slot, np.unique(torn)
+        yield slot, np.unique(first[(rows == first).all(1) & (parts != first).any(1)])
 
 
 def _uneven(
     rows: np.ndarray, sets: np.ndarray, block: np.ndarray, sizes: np.ndarray, group_of: np.ndarray
 ) -> np.ndarray:
     """The channel sets of a box that equal counts per block do not keep equal in every row."""
-    held, column = np.unique(sets, return_inverse=True)
-    blocks, first, own = np.unique(block[held], return_index=True, return_inverse=True)
+    distinct, column = np.unique(sets, return_inverse=True)
+    blocks, first, place = np.unique(block[distinct], return_index=True, return_inverse=True)
     size = sizes[blocks]
     times = coo_matrix((np.ones(len(rows)), (rows, column))).tocsr()
-    members = coo_matrix((np.ones(len(held)), (np.arange(len(held)), own))).tocsr()
+    members = coo_matrix((np.ones(len(distinct)), (np.arange(len(distinct)), place))).tocsr()
     totals, squares = (times @ members).toarray(), (times.multiply(times) @ members).toarray()
     # All of a block must lie in a row equally often: of numbers whose mean has their mean square.
     broken = (squares * size != totals**2).any(0)
     # Blocks of one group and one size lose equal counts; each row must hold the same number of them, with
     # multiplicity.
-    _, kind = np.unique(np.stack([group_of[held[first]], size]), axis=1, return_inverse=True)
+    _, kind = np.unique(np.stack([group_of[distinct[first]], size]), axis=1, return_inverse=True)
     kind = kind.reshape(-1)
     per_kind = totals @ coo_matrix((~broken / size, (np.arange(len(blocks)), kind))).tocsr()
     uneven = ~np.isclose(per_kind, per_kind[:1]).all(0)
-    return held[(broken | uneven[kind])[own]]
+    return distinct[(broken | uneven[kind])[place]]
 
 
 class GroupBuilder:
     """Builds groups of one interpretation.
 
     Args:
-        found: what is known of each channel set.
+        judged: what is known of each channel set.
         block: the block of each channel set within its layout.
         numbering, walk, program: what was interpreted, and how.
     """
 
     def __init__(
-        self, found: ChannelSets, block: np.ndarray, numbering: Numbering, walk: Walk, program: Program
+        self, judged: ChannelSets, block: np.ndarray, numbering: Numbering, walk: Walk, program: Program
     ) -> None:
-        self.found, self.block, self.numbering, self.walk, self.program = (
-            found,
-            block,
-            numbering,
-            walk,
-            program,
-        )
-        self.known_as = program.known_as()
-        labels, facts = found.labels, walk.facts
+        self.judged, self.block, self.numbering, self.program = judged, block, numbering, program
+        self.uses, labels, facts, count = walk.facts.uses, judged.labels, walk.facts, len(judged.status)
+        self.names = program.known_as()
         index_of = {(slot.name, slot.dim): index for index, slot in enumerate(numbering.slots)}
         self.produces = {index_of[slot] for _, slot in facts.produced if slot in index_of}
         for numbers in (numbers for numbers, slot in facts.produced if slot is None):
             self.produces |= set(numbering.slot_ids(numbers[numbers >= 0]).tolist())
         self.consumes = {index_of[slot] for use in facts.uses for slot in use.slots}
         self.positions = {node: index for index, node in enumerate(program.module.graph.nodes)}
-        multiplied = facts.products if found.exempt else []
-        self.headed, self.multiplied = (
-            marked(found.count, *(labels[own] for own in numbers))
-            for numbers in ([own for _, own, _ in facts.heads], [product.numbers for product in multiplied])
-        )
-        self.multiples = np.ones(found.count, dtype=np.int64)
-        for numbers, multiple in facts.aligned:
-            own = labels[numbers[numbers >= 0]]
-            self.multiples[own] = np.lcm(self.multiples[own], multiple)
+        products = [product.numbers for product in facts.products if judged.exempt]
+        self.multiplied = marked(count, *(labels[numbers] for numbers in products))
+        self.headed = marked(count, *(labels[numbers] for _, numbers, _ in facts.wishes.heads))
+        self.multiples = np.ones(count, dtype=np.int64)
+        for numbers, multiple in facts.counts.aligned:
+            sets = labels[numbers[numbers >= 0]]
+            self.multiples[sets] = np.lcm(self.multiples[sets], multiple)
         self.parameters = {
             program.parts[name].source if name in program.parts else name
             for name, _ in program.module.named_parameters(remove_duplicate=False)
@@ -258,150 +240,134 @@ class GroupBuilder:
         """
         order = np.argsort(group_of, kind="stable")
         bounds = np.searchsorted(group_of[order], np.arange(len(keys) + 1))
-        found: list[tuple[Any, Group]] = []
+        placed: list[tuple[Any, Group]] = []
         for index, (slot_ids, use_ids) in keys.items():
-            for sets in self._of_one_size(order[bounds[index] : bounds[index + 1]]):
-                found += self._group(sets, sorted(slot_ids), sorted(use_ids))
-        return _named([group for _, group in sorted(found, key=lambda item: item[0])])
-
-    def _of_one_size(self, members: np.ndarray) -> Iterator[np.ndarray]:
-        """Blocks of unequal size are groups of their own."""
-        _, inverse = np.unique(self.block[members], return_inverse=True)
-        sizes = np.bincount(inverse)
-        for size in np.unique(sizes):
-            yield members[sizes[inverse] == size]
+            members = order[bounds[index] : bounds[index + 1]]
+            # Blocks of unequal size are groups of their own.
+            _, block, sizes = np.unique(self.block[members], return_inverse=True, return_counts=True)
+            for size in np.unique(sizes):
+                placed += self._group(members[sizes[block] == size], sorted(slot_ids), sorted(use_ids))
+        taken: Counter[str] = Counter()
+        groups = []
+        for _, group in sorted(placed, key=lambda item: item[0]):
+            base = (group.consumers or group.producers)[0].name
+            taken[base] += 1
+            groups.append(replace(group, name=base if taken[base] == 1 else f"{base}#{taken[base]}"))
+        return groups
 
     def _group(self, sets: np.ndarray, slot_ids: list[int], use_ids: list[int]) -> list[tuple[Any, Group]]:
         """The group of some channel sets and its place in graph order, or nothing if there is nothing to say
         of it.
         """
-        found = self.found
-        slots = tuple(self.numbering.slots[i] for i in slot_ids)
-        along = [np.isin(found.labels[slot.base : slot.base + slot.size], sets) for slot in slots]
-        numbers = [slot.base + np.flatnonzero(own) for slot, own in zip(slots, along, strict=True)]
-        uses = tuple(self.walk.facts.uses[i] for i in use_ids)
-        experts = bool(found.expert[sets].all())
-        if experts:
-            uses = (*uses, *self._last_product(sets))
-        held = [item for item in zip(slot_ids, slots, numbers, strict=True) if item[1].kind == "weight"]
+        judged, slots = self.judged, tuple(self.numbering.slots[i] for i in slot_ids)
+        numbers = [
+            slot.base + np.flatnonzero(np.isin(judged.labels[slot.base : slot.base + slot.size], sets))
+            for slot in slots
+        ]
+        uses, experts = tuple(self.uses[i] for i in use_ids), bool(judged.expert[sets].all())
+        uses += self._last_product(sets) if experts else ()
+        weights = [item for item in zip(slot_ids, slots, numbers, strict=True) if item[1].kind == "weight"]
         taking = {use.weight for use in uses}
-        if experts:
-            rows = [item for item in held if item[1].name not in taking]
-            columns = [item for item in held if item[1].name in taking]
-        else:
-            rows = [item for item in held if item[0] in self.produces or item[0] not in self.consumes]
-            columns = [item for item in held if item[0] in self.consumes]
-        producers, consumers = self._members(rows, sets), self._members(columns, sets)
-        blocks = len(np.unique(self.block[sets]))
-        size = len(sets) // blocks
-        code, why = STATUS[int(found.status[sets[0]])], str(found.reason[sets[0]])
-        if not uses and code in (PRUNABLE, APPROXIMATE) and not self.multiplied[sets].all():
-            if not any(i in self.produces for i in slot_ids):
-                return []  # a dimension that nothing in the graph speaks of
-            lost = f"{why}, and no weight consumes what is left of them"
-            code, why = FROZEN, lost if code == APPROXIMATE else "no weight consumes these channels"
-        if size == 1 and (code in (PRUNABLE, APPROXIMATE) or (found.exempt and code == EXEMPT)):
-            code, why = FROZEN, f"{LAYOUT}: one channel set takes the whole of a dimension"
-        if not any(member.name in self.parameters for member in (*producers, *consumers)):
+        columns = {i for i, slot, _ in weights if (slot.name in taking if experts else i in self.consumes)}
+        rows = {i for i, _, _ in weights if i not in columns or (i in self.produces and not experts)}
+        producers, consumers = (
+            tuple(self._members([item[1:] for item in weights if item[0] in side], sets))
+            for side in (rows, columns)
+        )
+        if not {member.name for member in (*producers, *consumers)} & self.parameters:
             return []  # positions of buffers alone
-        if code == FROZEN:
-            blocks = 1  # frozen channels need no layout: they are shown as one block
-        granularity = "expert" if experts else "head" if self.headed[sets].all() else "channel"
-        needed = int(found.expert[sets].max()) if experts else 1
-        if code == PRUNABLE and size <= needed:
-            code, why = FROZEN, f"each token is sent to {needed} of them"
+        needed = int(judged.expert[sets].max()) if experts else 1
+        blocks = len(np.unique(self.block[sets]))
+        is_read = bool(uses) or bool(self.multiplied[sets].all())
+        if judged.status[sets[0]] in FREE and not is_read and not self.produces & {*slot_ids}:
+            return []  # a dimension that nothing in the graph speaks of
+        status, reason = self._status(sets, len(sets) // blocks, needed, is_read)
         group = Group(
             "",
             len(sets),
-            blocks,
-            code,
-            why,
-            tuple(producers),
-            tuple(consumers),
+            1 if status == FROZEN else blocks,  # frozen channels need no layout: they are shown as one block
+            status,
+            reason,
+            producers,
+            consumers,
             sets,
             self.block[sets],
-            granularity,
+            "expert" if experts else "head" if self.headed[sets].all() else "channel",
             needed,
             uses,
             slots,
             multiple=int(np.lcm.reduce(self.multiples[sets])),
         )
         at = min((self.positions[use.node] for use in uses), default=len(self.positions))
-        return [((at, min(int(own.min()) for own in numbers)), group)]
+        return [((at, min(int(each.min()) for each in numbers)), group)]
 
-    def _last_product(self, sets: np.ndarray) -> list[Use]:
+    def _status(self, sets: np.ndarray, size: int, needed: int, is_read: bool) -> tuple[str, str]:
+        """The status of channel sets as a group, and why."""
+        status, reason = STATUS[int(self.judged.status[sets[0]])], str(self.judged.reason[sets[0]])
+        free = CODE[status] in FREE
+        if free and not is_read:
+            lost = f"{reason}, and no weight consumes what is left of them"
+            return FROZEN, lost if status == APPROXIMATE else "no weight consumes these channels"
+        if size == 1 and (free or (self.judged.exempt and status == EXEMPT)):
+            return FROZEN, f"{LAYOUT}: one channel set takes the whole of a dimension"
+        if status == PRUNABLE and size <= needed:
+            return FROZEN, f"each token is sent to {needed} of them"
+        return status, reason
+
+    def _last_product(self, sets: np.ndarray) -> tuple[Use, ...]:
         """The last use of a stacked weight, one block an expert: what it gives is what an expert gives."""
+        labels = self.judged.labels
         uses = [
             use
-            for use in self.walk.facts.uses
-            if use.block_numbers is not None and np.isin(self.found.labels[use.block_numbers], sets).any()
+            for use in self.uses
+            if use.block_numbers is not None and np.isin(labels[use.block_numbers], sets).any()
         ]
-        return sorted(uses, key=lambda use: self.positions[use.node])[-1:]
+        return tuple(sorted(uses, key=lambda use: self.positions[use.node])[-1:])
 
-    def _members(self, held: list[tuple[int, Slot, np.ndarray]], sets: np.ndarray) -> list[Member]:
-        """One member per weight of the caller's; the parts of a split one are shown together."""
+    def _members(self, slots: list[tuple[Slot, np.ndarray]], sets: np.ndarray) -> Iterator[Member]:
+        """One member per weight of the caller's; the parts of a split one are shown together.
+
+        Args:
+            slots: with the numbers of those channels that belong to the sets.
+        """
         order = np.argsort(sets)
-        ordered = sets[order]
-        found: dict[tuple[str, int], list[tuple[Slot, np.ndarray, np.ndarray]]] = {}
-        for _, slot, numbers in held:
+        pieces: dict[tuple[str, int], list[tuple[Slot, np.ndarray, np.ndarray]]] = {}
+        for slot, numbers in slots:
             name, rows = self.program.origin(slot.name, slot.dim, slot.size)
-            positions = order[np.searchsorted(ordered, self.found.labels[numbers])]
-            found.setdefault((name, slot.dim), []).append((slot, rows[numbers - slot.base], positions))
-        return [
-            _member(name, self.program, tuple(o for o in self.known_as.get(name, ()) if o != name), pieces)
-            for (name, _), pieces in found.items()
-        ]
+            positions = order[np.searchsorted(sets[order], self.judged.labels[numbers])]
+            pieces.setdefault((name, slot.dim), []).append((slot, rows[numbers - slot.base], positions))
+        for (name, dim), several in pieces.items():
+            slot = several[-1][0]
+            indices, positions = (np.concatenate([piece[side] for piece in several[::-1]]) for side in (1, 2))
+            indices, first = np.unique(indices, return_index=True)
+            aliases = tuple(other for other in self.names.get(name, ()) if other != name)
+            yield Member(
+                name,
+                dim,
+                tuple(indices.tolist()),
+                self._whole_size(slot, name),
+                slot.block_dim,
+                slot.blocks,
+                tuple(positions[first].tolist()),
+                aliases,
+            )
+
+    def _whole_size(self, slot: Slot, name: str) -> int:
+        """The size of a dimension before its weight was split."""
+        parts = [part for part in self.program.parts.values() if part.source == name]
+        if slot.name in self.program.parts and slot.dim == parts[0].dim:
+            return sum(len(part.rows) for part in parts)
+        return slot.size
 
 
-def _named(groups: list[Group]) -> list[Group]:
-    taken: Counter[str] = Counter()
-    named = []
-    for group in groups:
-        base = (group.consumers or group.producers)[0].name
-        taken[base] += 1
-        named.append(replace(group, name=base if taken[base] == 1 else f"{base}#{taken[base]}"))
-    return named
-
-
-def _member(
-    name: str, program: Program, aliases: tuple[str, ...], pieces: list[tuple[Slot, np.ndarray, np.ndarray]]
-) -> Member:
-    """The member that all pieces of a weight make up; columns are those of every piece."""
-    slot = pieces[-1][0]
-    indices, positions = (np.concatenate([piece[side] for piece in pieces[::-1]]) for side in (1, 2))
-    indices, first = np.unique(indices, return_index=True)
-    size = _size_before_split(program, slot, name) if slot.name in program.parts else slot.size
-    return Member(
-        name,
-        slot.dim,
-        tuple(indices.tolist()),
-        size,
-        slot.block_dim,
-        slot.blocks,
-        tuple(positions[first].tolist()),
-        aliases,
-    )
-
-
-def _size_before_split(program: Program, slot: Slot, original: str) -> int:
-    parts = [part for part in program.parts.values() if part.source == original]
-    return (
-        sum(len(part.rows) for part in parts)
-        if slot.dim == parts[0].dim
-        else int(attribute(program.module, slot.name).shape[slot.dim])
-    )
-
-
-def needed_experts(labels: np.ndarray, count: int, walk: Walk) -> np.ndarray:
+def needed_experts(labels: np.ndarray, walk: Walk) -> np.ndarray:
     """For each channel set that is an expert, how many a router needs at once; 0 for the others.
 
     An expert competes with its like in a softmax or top-k, and takes a whole matrix out of a stacked weight.
     """
-    stacked = np.zeros(count, dtype=bool)
-    for numbers in walk.facts.stacked:
-        stacked[labels[numbers[numbers >= 0]]] = True
-    needed = np.zeros(count, dtype=np.int64)
-    for numbers, times in walk.facts.chosen:
-        sets = np.unique(labels[numbers[numbers >= 0]])
+    needed, counts = np.zeros(int(labels.max(initial=-1)) + 1, dtype=np.int64), walk.facts.counts
+    for numbers, times in counts.chosen:
+        sets = labels[numbers[numbers >= 0]]
         needed[sets] = np.maximum(needed[sets], times)
+    stacked = marked(len(needed), *(labels[numbers[numbers >= 0]] for numbers in counts.stacked))
     return np.where(stacked, needed, 0)

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from fasp_fx.capturing import Program, arguments, attribute, is_pure, same_sizes, target_name
-from fasp_fx.patterns import RESHAPES
+from fasp_fx.patterns import RESHAPES, affine
 
 from ._groups import FROZEN, PRUNABLE, Group
 from .channels import Value, Walk
@@ -26,16 +25,6 @@ _SUM = _ATEN.add.Tensor
 _CHECK = _ATEN._assert_tensor_metadata.default
 #: how many operators may stand between a consumer and the sum
 _NEAR = 24
-#: what gives nothing but its bias where the dimension it sums over is empty, and the bias's name
-BIASES: dict[Any, str | None] = {
-    _ATEN.linear.default: "bias",
-    _ATEN.conv1d.default: "bias",
-    _ATEN.conv2d.default: "bias",
-    _ATEN.conv3d.default: "bias",
-    _ATEN.addmm.default: "self",
-    _ATEN.mm.default: None,
-    _ATEN.matmul.default: None,
-}
 
 
 def let_blocks_go(groups: list[Group], labels: np.ndarray, program: Program, walk: Walk) -> list[Group]:
@@ -97,7 +86,7 @@ def _is_a_block(group: Group, labels: np.ndarray, program: Program, walk: Walk, 
     for use in group.uses:
         read, end = use.columns[use.columns >= 0], laid_out(use.node)
         if (
-            use.node.target not in BIASES
+            affine(use.node.target) is None
             or use.route is not None
             or not np.isin(labels[read], group.sets).all()
             or not {arguments(use.node).get(factor, 1) for factor in ("alpha", "beta")} <= {1}
@@ -157,6 +146,3 @@ def _alike(node: fx.Node, other: fx.Node) -> bool:
         and first.dtype == second.dtype
         and same_sizes(first.shape, second.shape)
     )
-
-
-__all__ = ["BIASES", "DEPTH", "beside", "goes_with_a_block", "laid_out", "let_blocks_go", "serving"]

@@ -114,9 +114,24 @@ class Group:
     multiple: int = 1
 
     @property
+    def members(self) -> tuple[Member, ...]:
+        """All weights that lose rows or columns with it."""
+        return (*self.producers, *self.consumers)
+
+    @property
     def width(self) -> int:
         """Channel sets per block."""
         return self.size // self.blocks
+
+    @property
+    def deepest_loss(self) -> int:
+        """The most channel sets that one block can lose."""
+        return max(self.width - self.needed, 0)
+
+    def most_lost(self, round_to: int) -> int:
+        """The most channel sets that one block can lose when kept widths are multiples of ``round_to``."""
+        step = self.step(round_to)
+        return max(self.width - -(-self.needed // step) * step, 0)
 
     def step(self, round_to: int) -> int:
         """What the channel sets that stay of a block are a multiple of, where kept *widths* are multiples of
@@ -126,10 +141,8 @@ class Group:
             return self.width
         if self.granularity == "channel":
             return math.lcm(round_to, self.multiple)
-        each = max(
-            (len(own.indices) // (self.width * own.blocks) for own in (*self.producers, *self.consumers)),
-            default=1,
-        )
+        counts = [len(member.indices) // (self.width * member.blocks) for member in self.members]
+        each = max(counts, default=1)
         return self.multiple // math.gcd(self.multiple, each)
 
     def __str__(self) -> str:
@@ -150,8 +163,41 @@ class Conflict:
     classes: np.ndarray
 
 
-@dataclass
-class Coupling:
+class Groups:
+    """The coupled groups of a model, and those of them that are pruned.
+
+    Attributes:
+        groups: all groups, in the order of the graph.
+        granularity, include: as for :func:`fasp_fx.prune`.
+    """
+
+    groups: list[Group]
+    granularity: frozenset[str]
+    include: frozenset[str]
+
+    def __repr__(self) -> str:
+        counts = Counter(group.status for group in self.groups)
+        return (
+            f"Analysis({', '.join(f'{count} {status}' for status, count in counts.items()) or 'no groups'})"
+        )
+
+    @property
+    def chosen(self) -> list[Group]:
+        """The groups that are pruned: prunable ones and those asked for, at the granularities asked for."""
+        return [
+            group
+            for group in self.groups
+            if (group.status == PRUNABLE or group.status in self.include)
+            and group.granularity in self.granularity
+        ]
+
+    def select(self, status: str) -> list[Group]:
+        """The groups of one status."""
+        return [group for group in self.groups if group.status == status]
+
+
+@dataclass(repr=False)
+class Coupling(Groups):
     """The coupled groups of one program.
 
     Attributes:
@@ -179,30 +225,10 @@ class Coupling:
             self, groups=list(self.groups), conflicts=list(self.conflicts), labels=self.labels.copy()
         )
 
-    def __repr__(self) -> str:
-        counts = Counter(group.status for group in self.groups)
-        return (
-            f"Analysis({', '.join(f'{count} {status}' for status, count in counts.items()) or 'no groups'})"
-        )
-
-    @property
-    def chosen(self) -> list[Group]:
-        """The groups that are pruned: prunable ones and those asked for, at the granularities asked for."""
-        return [
-            group
-            for group in self.groups
-            if (group.status == PRUNABLE or group.status in self.include)
-            and group.granularity in self.granularity
-        ]
-
     @property
     def experts(self) -> bool:
         """Whether the numbers by which routers name experts were followed."""
         return "expert" in self.granularity
-
-    def select(self, status: str) -> list[Group]:
-        """The groups of one status."""
-        return [group for group in self.groups if group.status == status]
 
     @cached_property
     def without_rule(self) -> dict[str, int]:

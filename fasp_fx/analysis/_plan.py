@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import fx, nn
@@ -16,10 +15,8 @@ from fasp_fx.base import fingerprint as fingerprint
 from fasp_fx.capturing import FoldedWeight, Program, SplitWeight, attribute
 from fasp_fx.errors import ArgumentError, PlanError
 
-from ._groups import Group, Member, by_block, ranges
-
-if TYPE_CHECKING:
-    from ._analysis import Analysis
+from ._groups import Coupling, Group, Member, by_block, ranges
+from .channels import marked
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,11 @@ class PlannedGroup:
     producers: tuple[ParameterSlice, ...]
     consumers: tuple[ParameterSlice, ...]
     granularity: str = "channel"
+
+    @property
+    def parts(self) -> tuple[ParameterSlice, ...]:
+        """What goes of every weight."""
+        return (*self.producers, *self.consumers)
 
     def __str__(self) -> str:
         left, right = ", ".join(map(str, self.producers)), ", ".join(map(str, self.consumers))
@@ -146,14 +148,12 @@ class PruningPlan:
 
     def slices(self) -> dict[tuple[str, int], frozenset[tuple[int, int]]]:
         """All removed (block, index) pairs by weight and dimension."""
-        found: dict[tuple[str, int], frozenset[tuple[int, int]]] = {}
+        slices: dict[tuple[str, int], frozenset[tuple[int, int]]] = {}
         for group in self.groups:
-            for part in (*group.producers, *group.consumers):
-                pairs = frozenset(
-                    (block, index) for block, indices in enumerate(part.by_block()) for index in indices
-                )
-                found[(part.name, part.dim)] = found.get((part.name, part.dim), frozenset()) | pairs
-        return found
+            for part in group.parts:
+                pairs = {(block, index) for block, indices in enumerate(part.by_block()) for index in indices}
+                slices[(part.name, part.dim)] = slices.get((part.name, part.dim), frozenset()) | pairs
+        return slices
 
     def after(self, earlier: PruningPlan) -> PruningPlan:
         """This plan, made for the same model as ``earlier``, renumbered for the model that ``earlier`` makes.
@@ -173,52 +173,21 @@ class PruningPlan:
             raise PlanError(
                 "the earlier plan was never applied, so its result is not known; take the plan of a result"
             )
-        gone = earlier.slices()
-        experts = {
-            (part.name, part.dim): set(part.by_block()[0])
-            for group in earlier.groups
-            if group.granularity == "expert"
-            for part in (*group.producers, *group.consumers)
-        }
-
-        def renumber(part: ParameterSlice) -> list[ParameterSlice]:
-            before = gone.get((part.name, part.dim), frozenset())
-            pieces = [split for split in earlier.splits if split.source == part.name]
-            blocks = tuple(
-                _renumber(indices, (index for block, index in before if block == own))
-                for own, indices in enumerate(part.by_block())
-            )
-            if part.block_dim is not None:  # one block for each expert, some of which are gone
-                lost = experts.get((part.name, part.block_dim), set())
-                blocks = tuple(block for own, block in enumerate(blocks) if own not in lost)
-            if not pieces:
-                return [_slice(part.name, part.dim, blocks, part.block_dim)]
-            if pieces[0].dim != part.dim:
-                return [_slice(piece.name, part.dim, blocks, part.block_dim) for piece in pieces]
-            by_rows = []
-            for piece in pieces:
-                at = {row: index for index, row in enumerate(piece.rows)}
-                own, gone_there = (
-                    [at[row] for row in rows if row in at]
-                    for rows in (part.by_block()[0], [row for _, row in before])
-                )
-                if own:
-                    by_rows.append(ParameterSlice(piece.name, part.dim, _renumber(own, gone_there)))
-            return by_rows
-
+        renumbering = _Renumbering(earlier)
         # Of another granularity the channel sets are others, whose number nobody has counted.
         sizes = {(group.name, group.granularity): group.removed_sets for group in earlier.groups}
         groups = []
         for group in self.groups:
-            parts = (group.producers, group.consumers)
-            producers, consumers = (tuple(new for part in side for new in renumber(part)) for side in parts)
-            left = sum(part.count for part in producers + consumers)
-            if left:
-                before = sum(part.count for part in group.producers + group.consumers)
+            sides = (group.producers, group.consumers)
+            producers, consumers = (
+                tuple(new for part in side for new in renumbering(part)) for side in sides
+            )
+            count = sum(part.count for part in (*producers, *consumers))
+            if count:
+                removed = max(round(group.removed_sets * count / sum(part.count for part in group.parts)), 1)
                 size = group.size - sizes.get((group.name, group.granularity), 0)
-                removed = max(round(group.removed_sets * left / before), 1)
-                new = replace(group, size=size, removed_sets=removed)
-                groups.append(replace(new, producers=producers, consumers=consumers))
+                changes = {"size": size, "producers": producers, "consumers": consumers}
+                groups.append(replace(group, removed_sets=removed, **changes))
         now, then = (sum(group.removed_sets for group in some) for some in (groups, self.groups))
         return PruningPlan(
             earlier.result,
@@ -229,11 +198,49 @@ class PruningPlan:
         )
 
 
+class _Renumbering:
+    """What goes of a weight, in the indices that an earlier plan leaves."""
+
+    def __init__(self, earlier: PruningPlan) -> None:
+        self.removed, self.splits = earlier.slices(), earlier.splits
+        #: the experts that are gone, by the stacked weights and the dimensions that they lie along
+        self.experts: dict[tuple[str, int | None], set[int]] = {
+            (part.name, part.dim): set(part.by_block()[0])
+            for group in earlier.groups
+            if group.granularity == "expert"
+            for part in group.parts
+        }
+
+    def __call__(self, part: ParameterSlice) -> list[ParameterSlice]:
+        """The slices, one for each part that the earlier plan splits the weight into."""
+        before = self.removed.get((part.name, part.dim), frozenset())
+        pieces = [split for split in self.splits if split.source == part.name]
+        if pieces and pieces[0].dim == part.dim:
+            return [each for piece in pieces for each in self._of_rows(part, piece, before)]
+        lost = self.experts.get((part.name, part.block_dim), set())
+        blocks = tuple(
+            _renumber(indices, [index for at, index in before if at == block])
+            for block, indices in enumerate(part.by_block())
+            if block not in lost  # one block for each expert
+        )
+        names = [piece.name for piece in pieces] or [part.name]
+        return [_slice(name, part.dim, blocks, part.block_dim) for name in names]
+
+    def _of_rows(
+        self, part: ParameterSlice, piece: SplitWeight, before: Iterable[tuple[int, int]]
+    ) -> list[ParameterSlice]:
+        """What goes of a part that has some of the rows."""
+        places = {row: index for index, row in enumerate(piece.rows)}
+        now = [places[row] for row in part.by_block()[0] if row in places]
+        earlier = [places[row] for _, row in before if row in places]
+        return [ParameterSlice(piece.name, part.dim, _renumber(now, earlier))] if now else []
+
+
 def _renumber(removed: Iterable[int], before: Iterable[int]) -> tuple[int, ...]:
     """``removed`` without ``before``, counted in what ``before`` leaves."""
-    gone = np.array(sorted(before), dtype=np.int64)
-    left = np.setdiff1d(np.fromiter(removed, dtype=np.int64), gone)
-    return tuple((left - np.searchsorted(gone, left)).tolist())
+    earlier = np.array(sorted(before), dtype=np.int64)
+    others = np.setdiff1d(np.fromiter(removed, dtype=np.int64), earlier)
+    return tuple((others - np.searchsorted(earlier, others)).tolist())
 
 
 def _slice(name: str, dim: int, blocks: tuple[tuple[int, ...], ...], block_dim: int | None) -> ParameterSlice:
@@ -287,85 +294,65 @@ def check_fixed(plan: PruningPlan, dense: nn.Module) -> None:
     Raises:
         ArgumentError: a buffer that its forward does not write into holds other values; names it.
     """
-    held = dict(dense.named_buffers(remove_duplicate=False))
+    buffers = dict(dense.named_buffers(remove_duplicate=False))
     saved = dense.state_dict(keep_vars=True)
-    for buffer in plan.fixed:
-        name = buffer.name
+    for name, digest in ((buffer.name, buffer.digest) for buffer in plan.fixed):
         # What is not saved (a table that grows with the longest call so far) follows from what is.
-        if name in held and name in saved and fingerprint({"": held[name]}) != buffer.digest:
+        if name in buffers and name in saved and fingerprint({"": buffers[name]}) != digest:
             raise ArgumentError(
                 f"dense is not the model that was pruned: its buffer '{name}' holds other values than it did"
                 " then; pass the model as it was given to prune"
             )
 
 
-def check_fingerprint(plan: PruningPlan, found: str) -> None:
+def check_fingerprint(plan: PruningPlan, digest: str) -> None:
     """Refuse a model that the plan was not made for.
 
     Args:
         plan: the plan.
-        found: the model's fingerprint.
+        digest: the model's fingerprint.
 
     Raises:
         PlanError: says whether the plan was applied to the model already.
     """
-    if found != plan.fingerprint:
-        own = found == plan.result
+    if digest == plan.result != plan.fingerprint:
+        raise PlanError("the plan was already applied to this model: it is the plan's own result")
+    if digest != plan.fingerprint:
         raise PlanError(
-            "the plan was already applied to this model: it is the plan's own result"
-            if own
-            else (
-                f"the plan is for another model: its fingerprint is {plan.fingerprint[:12]}…, this model's is"
-                f" {found[:12]}…; make a plan for this model"
-            )
+            f"the plan is for another model: its fingerprint is {plan.fingerprint[:12]}…, this model's is"
+            f" {digest[:12]}…; make a plan for this model"
         )
 
 
-def planned(groups: Iterable[Group], gone: np.ndarray, analysis: Analysis) -> list[PlannedGroup]:
+def planned(groups: Iterable[Group], gone: np.ndarray, analysis: Coupling) -> list[PlannedGroup]:
     """One entry per group; ``gone`` says for each channel number whether it is removed."""
-    gone_sets = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
-    gone_sets[analysis.labels[gone]] = True
+    gone_sets = marked(int(analysis.labels.max(initial=-1)) + 1, analysis.labels[gone])
     return [_planned(group, gone, int(gone_sets[group.sets].sum()), analysis) for group in groups]
 
 
-def _planned(group: Group, gone: np.ndarray, removed: int, analysis: Analysis) -> PlannedGroup:
-    lost: dict[tuple[str, int], list[list[int]]] = {}
+def _planned(group: Group, gone: np.ndarray, removed: int, analysis: Coupling) -> PlannedGroup:
+    lost: dict[tuple[str, int], list[set[int]]] = {}
     for slot in group.slots:
-        own = np.flatnonzero(
-            gone[slot.base : slot.base + slot.size]
-            & np.isin(analysis.labels[slot.base : slot.base + slot.size], group.sets)
-        )
+        along = slice(slot.base, slot.base + slot.size)
+        places = np.flatnonzero(gone[along] & np.isin(analysis.labels[along], group.sets))
         name, rows = analysis.program.origin(slot.name, slot.dim, slot.size)
-        blocks = lost.setdefault((name, slot.dim), [[] for _ in range(slot.blocks)])
+        width = slot.size // slot.blocks
+        blocks = lost.setdefault((name, slot.dim), [set() for _ in range(slot.blocks)])
         for block, indices in enumerate(blocks):
-            width = slot.size // slot.blocks
-            indices.extend(
-                (rows[own[own // width == block]] - block * width if slot.blocks > 1 else rows[own]).tolist()
-            )
+            first = block * width if slot.blocks > 1 else 0
+            indices.update((rows[places[places // width == block]] - first).tolist())
 
     def cut(members: Iterable[Member]) -> tuple[ParameterSlice, ...]:
-        return tuple(
-            _slice(
-                m.name,
-                m.dim,
-                tuple(tuple(sorted(set(block))) for block in lost[(m.name, m.dim)]),
-                m.block_dim,
-            )
-            for m in members
-        )
+        sides = {m: tuple(tuple(sorted(block)) for block in lost[(m.name, m.dim)]) for m in members}
+        return tuple(_slice(m.name, m.dim, blocks, m.block_dim) for m, blocks in sides.items())
 
+    producers, consumers = cut(group.producers), cut(group.consumers)
     return PlannedGroup(
-        group.name,
-        group.size,
-        group.blocks,
-        removed,
-        cut(group.producers),
-        cut(group.consumers),
-        group.granularity,
+        group.name, group.size, group.blocks, removed, producers, consumers, group.granularity
     )
 
 
-def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> np.ndarray:
+def gone_of(plan: PruningPlan, analysis: Coupling, *, partial: bool = False) -> np.ndarray:
     """For every channel number of the analysis, whether the plan removes it.
 
     Args:
@@ -376,64 +363,66 @@ def gone_of(plan: PruningPlan, analysis: Analysis, *, partial: bool = False) -> 
         PlanError: the plan names a weight or index that the model lacks, cuts through a channel set, or takes
             channels that cannot go.
     """
-    program, numbering = analysis.program, analysis.numbering
-    canonical = program.canonical()
-    wanted: dict[tuple[str, int], frozenset[tuple[int, int]]] = {}
-    for (name, dim), removed in plan.slices().items():
-        place = (canonical.get(name, name), dim)
-        wanted[place] = wanted.get(place, frozenset()) | removed
-    labels, brought = analysis.labels, analysis.brought
-    gone = np.zeros(numbering.total, dtype=bool)
-    known: dict[tuple[str, int], tuple[int, int]] = {}
-    for slot in numbering.slots:
-        name, rows = program.origin(slot.name, slot.dim, slot.size)
-        width = slot.size // slot.blocks
-        known[(name, slot.dim)] = (
-            slot.blocks,
-            max(known.get((name, slot.dim), (0, 0))[1], width if slot.blocks > 1 else int(rows.max()) + 1),
-        )
-        taken = wanted.get((name, slot.dim))
-        if taken:
-            gone[slot.base : slot.base + slot.size] |= np.isin(
-                rows, np.array([block * width + index for block, index in taken], dtype=np.int64)
-            )
-    for (name, dim), removed in wanted.items():
-        blocks, size = known.get((name, dim), (0, 0))
-        if (partial or brought is not None) and not blocks:
-            continue
-        outside = [index for block, index in removed if not (0 <= index < size and 0 <= block < blocks)]
-        if outside:
-            raise PlanError(
-                f"the plan removes index {max(outside)} along dimension {dim} of '{name}', which the model"
-                " does not have; it is a plan for another model"
-            )
-    for entry in plan.groups if brought is not None else ():
-        if not any((part.name, part.dim) in known for part in (*entry.producers, *entry.consumers)):
-            raise PlanError(f"foreign passes have replaced all weights of the plan's group '{entry.name}'")
+    gone = _named_in(plan, analysis, partial or analysis.brought is not None)
+    numbering, labels, brought = analysis.numbering, analysis.labels, analysis.brought or ()
     # A plan names weights; inputs that hold state, tensors that the graph makes, and weights that foreign
     # passes have brought go with them.
-    weights = np.zeros(numbering.total, dtype=bool)
-    for slot in numbering.slots:
-        is_named = slot.kind == "weight" and slot.name not in (brought or ())
-        weights[slot.base : slot.base + slot.size] = is_named
-    counted = np.bincount(labels, weights=gone & weights, minlength=int(labels.max(initial=-1)) + 1)
-    whole = np.bincount(labels, weights=weights, minlength=len(counted))
-    allowed = np.zeros(len(counted), dtype=bool)
-    for group in analysis.chosen:
-        allowed[group.sets] = True
-    for wrong, says in (
+    named = [slot.kind == "weight" and slot.name not in brought for slot in numbering.slots]
+    weights = np.repeat(np.array(named, dtype=bool), [slot.size for slot in numbering.slots])
+    count = int(labels.max(initial=-1)) + 1
+    counted, whole = (np.bincount(labels, each, minlength=count) for each in (gone & weights, weights))
+    allowed = marked(count, *(group.sets for group in analysis.chosen))
+    for wrong, problem in (
         ((counted > 0) & (counted < whole), "cuts through a channel set of {}, of which a part stays"),
         (~allowed & (counted > 0), "removes channels of {}, which cannot be pruned in this model"),
     ):
         if wrong.any():
             slot = numbering.slot_of(int(np.flatnonzero(wrong[labels])[0]))
-            raise PlanError(f"the plan {says.format(slot)}; make the plan again")
+            raise PlanError(f"the plan {problem.format(slot)}; make the plan again")
     for group in analysis.chosen:
         per_block = [int((counted[group.sets[block]] > 0).sum()) for block in by_block(group.block_of)]
-        if len(set(per_block)) > 1 or (any(per_block) and group.width - per_block[0] < group.needed):
+        if len(set(per_block)) > 1 or max(per_block, default=0) > group.deepest_loss:
             least = "one" if group.needed == 1 else str(group.needed)
             raise PlanError(
                 f"the plan removes {per_block} channel sets from blocks of group '{group.name}'; each must"
                 f" lose the same number and keep {least}"
             )
     return counted[labels] > 0
+
+
+def _named_in(plan: PruningPlan, analysis: Coupling, partial: bool) -> np.ndarray:
+    """For every channel number, whether the plan names it.
+
+    Args:
+        partial: weights that the program lacks are none of its business.
+
+    Raises:
+        PlanError: the plan names a weight or an index that the program lacks.
+    """
+    program, numbering = analysis.program, analysis.numbering
+    canonical = program.canonical()
+    wanted: dict[tuple[str, int], frozenset[tuple[int, int]]] = {}
+    for (name, dim), removed in plan.slices().items():
+        place = (canonical.get(name, name), dim)
+        wanted[place] = wanted.get(place, frozenset()) | removed
+    gone = np.zeros(numbering.total, dtype=bool)
+    sizes: dict[tuple[str, int], tuple[int, int]] = {}
+    for slot in numbering.slots:
+        name, rows = program.origin(slot.name, slot.dim, slot.size)
+        place, width = (name, slot.dim), slot.size // slot.blocks
+        size = width if slot.blocks > 1 else int(rows.max()) + 1
+        sizes[place] = slot.blocks, max(sizes.get(place, (0, 0))[1], size)
+        indices = [block * width + index for block, index in wanted.get(place, ())]
+        gone[slot.base : slot.base + slot.size] |= np.isin(rows, np.array(indices, dtype=np.int64))
+    for (name, dim), removed in wanted.items():
+        blocks, size = sizes.get((name, dim), (0, 0))
+        outside = [index for block, index in removed if not (0 <= index < size and 0 <= block < blocks)]
+        if outside and (blocks or not partial):
+            raise PlanError(
+                f"the plan removes index {max(outside)} along dimension {dim} of '{name}', which the model"
+                " does not have; it is a plan for another model"
+            )
+    for entry in plan.groups if analysis.brought is not None else ():
+        if not any((part.name, part.dim) in sizes for part in entry.parts):
+            raise PlanError(f"foreign passes have replaced all weights of the plan's group '{entry.name}'")
+    return gone

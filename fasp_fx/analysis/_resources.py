@@ -44,7 +44,7 @@ class Resource(ABC):
 
     def reach(self, round_to: int) -> float:
         """The largest fraction that can go."""
-        return self.removed([most_lost(group, round_to) * group.blocks for group in self.groups])
+        return self.removed([group.most_lost(round_to) * group.blocks for group in self.groups])
 
 
 class Counted(Resource):
@@ -85,28 +85,19 @@ class Sparsity(Counted):
         super().__init__(analysis, left, sum(weight.numel() for weight in weights.values()))
 
 
-def most_lost(group: Group, round_to: int) -> int:
-    """The most channel sets that one block of a group can lose when kept widths are multiples of
-    ``round_to``.
-    """
-    step = group.step(round_to)
-    least = -(-group.needed // step) * step
-    return group.width - least if group.width > least else 0
-
-
 def parameters_of(analysis: Coupling, each: Callable[[Tensor], float] = lambda weight: 1) -> Counted:
     """All parameters of a program, tied ones once, or how much their numbers are, ``each`` of a weight.
 
     What the dense model has are the parameters of the caller, also where the capture has folded some into
     others.
     """
-    given = analysis.program.parameters()
-    first = {id(tensor): name for name, tensor in reversed(given.items())}
-    held = {name: given[name] for name in first.values()}
+    parameters = analysis.program.parameters()
+    first = {id(tensor): name for name, tensor in reversed(parameters.items())}
+    whole = {name: parameters[name] for name in first.values()}
     kept = dict(analysis.program.module.named_parameters())
-    units = {name: each(tensor) for name, tensor in {**held, **kept}.items()}
+    units = {name: each(tensor) for name, tensor in {**whole, **kept}.items()}
     left = _sizes_of_weights(analysis, kept, units)
-    return Counted(analysis, left, round(sum(tensor.numel() * units[name] for name, tensor in held.items())))
+    return Counted(analysis, left, round(sum(tensor.numel() * units[name] for name, tensor in whole.items())))
 
 
 def cache_of(analysis: Coupling) -> Counted:
@@ -117,20 +108,14 @@ def cache_of(analysis: Coupling) -> Counted:
         BudgetError: the program holds no cache.
     """
     program, left, sizes = analysis.program, Products(), ShrinkingSizes(analysis)
-    found = False
-    for index, node in enumerate(results(program.module.graph)):
+    returned = results(program.module.graph)
+    for node in (returned[index] for index in sorted(program.state_outputs)):
         value = node.meta.get("val") if isinstance(node, fx.Node) else None
-        if (
-            index not in program.state_outputs
-            or not isinstance(node, fx.Node)
-            or not isinstance(value, Tensor)
-            or value.dim() != 4
-        ):
-            continue
-        if isinstance(value.shape[1], int) and isinstance(value.shape[3], int):
-            left.add([sizes.of(node, value.shape, 1), sizes.of(node, value.shape, 3)], value.element_size())
-            found = True
-    if not found:
+        if isinstance(value, Tensor) and value.dim() == 4:
+            heads, width = value.shape[1], value.shape[3]
+            if isinstance(heads, int) and isinstance(width, int):
+                left.add([sizes.of(node, value.shape, dim) for dim in (1, 3)], value.element_size())
+    if not left.terms:
         raise BudgetError(
             "the program that is pruned holds no cache of keys and values; give another budget, or prune a"
             " decoder by fasp_fx.hf.prune"
@@ -164,13 +149,13 @@ class ShrinkingSizes:
         value = None if node is None else self.values.get(node)
         axes = value.at(dim) if isinstance(value, Value) else []
         cuts: list[tuple[tuple[int, float], ...]] = []
-        seen: list[np.ndarray] = []
+        distinct: list[np.ndarray] = []
         for axis in axes:
             labels = self._labels[axis.numbers.movedim(dim, -1).numpy()]
-            if any(bool((labels == other).all()) for other in seen):
+            if any(bool((labels == other).all()) for other in distinct):
                 continue  # coupled with what another axis says of the same positions
-            seen.append(labels)
-            cut = tuple(self._cut(labels.reshape(-1, labels.shape[-1]), int(shape[dim])))
+            distinct.append(labels)
+            cut = tuple(self._cut(labels, int(shape[dim])))
             if {group for group, _ in cut} & {group for other in cuts for group, _ in other}:
                 raise BudgetError(
                     f"what is left of dimension {dim} of '{node}' depends on which channels go, so it"
@@ -223,49 +208,29 @@ class Size:
         return left
 
 
-@dataclass(frozen=True)
-class Widest:
-    """The largest of several sizes, to which the others are padded."""
-
-    sizes: tuple[Size, ...]
-
-    def left(self, lost: Sequence[int]) -> float:
-        """What is left of it."""
-        return max(size.left(lost) for size in self.sizes)
-
-
 class Products:
-    """A sum of products of sizes; those that many products share are worked out once."""
+    """A sum of products of sizes; those that many products share are worked out once.
+
+    Attributes:
+        terms: of each product, how often it counts, and the places of its sizes.
+    """
 
     def __init__(self) -> None:
-        self._places: dict[Size | Widest, int] = {}
-        self._terms: list[tuple[float, tuple[int, ...]]] = []
+        self._places: dict[tuple[Size, ...], int] = {}
+        self.terms: list[tuple[float, tuple[int, ...]]] = []
 
-    def add(self, sizes: Iterable[Size | Widest], factor: float = 1) -> None:
-        """Add a product of sizes, so many times."""
-        self._terms.append(
-            (factor, tuple(self._places.setdefault(size, len(self._places)) for size in sizes))
-        )
+    def add(self, sizes: Iterable[Size | tuple[Size, ...]], factor: float = 1) -> None:
+        """Add a product of sizes, so many times; of several in one place the largest, to which the others are
+        padded.
+        """
+        each = (size if isinstance(size, tuple) else (size,) for size in sizes)
+        self.terms.append((factor, tuple(self._places.setdefault(one, len(self._places)) for one in each)))
 
     def count(self, lost: Sequence[int]) -> int:
         """The sum in whole numbers, for losses that are alike in all blocks of a group: sizes are whole then,
         but for what rounding took from shares.
         """
-        left = [round(size.left(lost)) for size in self._places]
+        left = [round(max(size.left(lost) for size in several)) for several in self._places]
         return round(
-            sum(factor * math.prod([left[place] for place in places]) for factor, places in self._terms)
+            sum(factor * math.prod([left[place] for place in places]) for factor, places in self.terms)
         )
-
-
-__all__ = [
-    "Counted",
-    "Products",
-    "Resource",
-    "ShrinkingSizes",
-    "Size",
-    "Sparsity",
-    "Widest",
-    "cache_of",
-    "most_lost",
-    "parameters_of",
-]

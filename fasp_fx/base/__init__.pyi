@@ -7,6 +7,12 @@ from ._atomic import (
 from ._atomic import (
     write_text as write_text,  # Put text in the place of what a file holds, whole or not at all
 )
+from ._bisect import (
+    largest_passing_subset as largest_passing_subset,  # A part of items without fault that no other item can join
+)
+from ._compare import (
+    built_alike as built_alike,  # Whether two containers, or what else is registered as such, are built alike of parts that are the same
+)
 from ._compare import (
     deviation as deviation,  # max|a − b| / max|b| of two outputs, of fillings by themselves; infinite where they cannot be compared
 )
@@ -102,6 +108,9 @@ from ._progress import (
 )
 from ._progress import (
     bar_on as bar_on,  # A bar with the time that remains, which goes when the work is done; none in a file or a pipe
+)
+from ._progress import (
+    between as between,  # The progress of a step, as a part of that of all
 )
 from ._progress import (
     process as process,  # What torchrun says of this process: RANK, LOCAL_RANK or WORLD_SIZE

@@ -19,25 +19,25 @@ _UNWRITTEN = (OSError, SafetensorError)
 
 @contextlib.contextmanager
 def new_folder(
-    path: Path, *, overwrite: bool, replaceable: Callable[[Path], bool], keep: bool = True
+    path: Path, *, replaceable: Callable[[Path], bool] | None, keep: bool = True
 ) -> Iterator[Path]:
     """Give a temporary sibling of ``path`` to fill; it takes the name ``path`` when the block ends, and is
     removed when the block raises.
 
     Args:
         path: the folder to make; missing folders above it are made too.
-        overwrite: replace a folder of that name, if ``replaceable`` says that it may be.
+        replaceable: whether a folder of that name may be replaced; ``None``: none may.
         keep: ``False`` leaves nothing behind: it only finds out whether the folder could be made.
 
     Raises:
         StoreError: the path is taken or cannot be written.
     """
-    _refuse_taken(path, overwrite, replaceable)
+    _refuse_taken(path, replaceable)
     with _sibling(path) as temporary:
         temporary.mkdir()
         yield temporary
         if keep:
-            _refuse_taken(path, overwrite, replaceable)
+            _refuse_taken(path, replaceable)
             _install(temporary, path)
 
 
@@ -89,14 +89,14 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StoreError: it is a link or no file, or cannot be written; what was there stays.
     """
-    with new_file(path, replaceable=lambda file: True) as made:
-        made.write_text(text, encoding="utf-8")
+    with new_file(path, replaceable=lambda file: True) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
-def _refuse_taken(path: Path, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
+def _refuse_taken(path: Path, replaceable: Callable[[Path], bool] | None) -> None:
     if not os.path.lexists(path):
         return
-    if not overwrite:
+    if replaceable is None:
         raise StoreError(
             f"'{path}' exists; choose another path, or pass overwrite=True to replace an earlier save"
         )

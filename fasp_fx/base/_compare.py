@@ -5,11 +5,14 @@ they may be for what purpose.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .compat import pytree
 
 #: how far apart values may be, by purpose, in float64, float32, float16, and bfloat16 or less
 TOLERANCE: dict[str, tuple[float, float, float, float]] = {
@@ -48,32 +51,41 @@ _FAR_POWER = 12
 _CHUNK = 1 << 18
 
 
-def deviation(found: Any, expected: Any) -> float:
+def built_alike(value: Any, expected: Any, same: Callable[[Any, Any], bool]) -> bool:
+    """Whether two containers, or what else is registered as such, are built alike of parts that are the
+    same.
+    """
+    leaves, structure = pytree.tree_flatten(value)
+    others, other = pytree.tree_flatten(expected)
+    return bool(structure == other) and all(map(same, leaves, others))
+
+
+def deviation(actual: Any, expected: Any) -> float:
     """``max|a − b| / max|b|`` of two outputs, of fillings by themselves; infinite where they cannot be
     compared, or are integers that differ.
     """
-    if not (isinstance(found, Tensor) and isinstance(expected, Tensor)):
-        return 0.0 if type(found) is type(expected) and found == expected else math.inf
-    if found.shape != expected.shape or found.dtype != expected.dtype:
+    if not (isinstance(actual, Tensor) and isinstance(expected, Tensor)):
+        return 0.0 if type(actual) is type(expected) and actual == expected else math.inf
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return math.inf
-    if found.layout != torch.strided or found.is_quantized:
-        found, expected = (
+    if actual.layout != torch.strided or actual.is_quantized:
+        actual, expected = (
             value.to_dense() if value.layout != torch.strided else value.dequantize()
-            for value in (found, expected)
+            for value in (actual, expected)
         )
     if not (expected.is_floating_point() or expected.is_complex()):
-        return 0.0 if torch.equal(found, expected) else math.inf
-    return _apart(found.reshape(-1), expected.reshape(-1))
+        return 0.0 if torch.equal(actual, expected) else math.inf
+    return _apart(actual.reshape(-1), expected.reshape(-1))
 
 
-def _apart(found: Tensor, expected: Tensor) -> float:
+def _apart(actual: Tensor, expected: Tensor) -> float:
     """The deviation of flat tensors of real or complex numbers.
 
     Fillings (masked scores of -1e9, say) take no part in what the others are computed of, and would hide
     whatever is wrong with those.
     """
     difference = top = 0.0
-    for a, b in zip(found.split(_CHUNK), expected.split(_CHUNK)):
+    for a, b in zip(actual.split(_CHUNK), expected.split(_CHUNK)):
         odd = ~torch.isfinite(b)
         if bool(odd.any()):
             if not _same_oddities(a[odd], b[odd]):
@@ -88,10 +100,10 @@ def _apart(found: Tensor, expected: Tensor) -> float:
     filled = _fillings(expected) if top >= _LARGE else None
     if filled is None:
         return difference / (top or 1.0)
-    a, b = found[filled], expected[filled]
+    a, b = actual[filled], expected[filled]
     wrong = ((a - b).abs() / b.abs())[b.isfinite()]
     apart = float(wrong.max()) if wrong.numel() else 0.0
-    return max(apart, _apart(found[~filled], expected[~filled]))
+    return max(apart, _apart(actual[~filled], expected[~filled]))
 
 
 def _fillings(values: Tensor) -> Tensor | None:
@@ -123,14 +135,14 @@ def _same_oddities(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def distance(found: Tensor, expected: Tensor, dim: int | None = None) -> float:
+def distance(actual: Tensor, expected: Tensor, dim: int | None = None) -> float:
     """``‖a − b‖₂ / ‖b‖₂`` of two tensors of real numbers, without large entries that are the same (see
     :func:`deviation`); infinite where shapes, or the places of NaN and infinities, differ.
 
     Args:
         dim: the largest of all vectors along it, instead of the tensors'.
     """
-    a, b = (part.detach() for part in (found, expected))
+    a, b = (part.detach() for part in (actual, expected))
     a, b = (part if part.dtype == torch.float64 else part.float() for part in (a, b))
     finite = torch.isfinite(b)
     if not torch.equal(torch.isfinite(a), finite):

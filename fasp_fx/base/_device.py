@@ -31,21 +31,21 @@ def check_device(device: torch.device | str, values: bool = True) -> torch.devic
         ArgumentError: there is no such device here.
     """
     try:
-        found = device_named(device)
-        made = torch.empty(1, device=found)
+        place = device_named(device)
+        probe = torch.empty(1, device=place)
         if values:
-            made.tolist()
+            probe.tolist()
     except tolerable(Exception) as error:  # each backend raises what it likes
         raise ArgumentError(
             f"the device '{device}' cannot be used here: {first_line(error)}; try 'cpu', or leave it out"
         ) from error
-    return found
+    return place
 
 
 def device_named(device: torch.device | str) -> torch.device:
     """The device of a name; that of the CPU has no number, as tensors there say it."""
-    found = torch.device(device)
-    return torch.device("cpu") if found.type == "cpu" else found
+    place = torch.device(device)
+    return torch.device("cpu") if place.type == "cpu" else place
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -72,12 +72,12 @@ class Scratch:
         Raises:
             OffloadError: the disk is full.
         """
-        held = tensor.detach()
-        if not _is_plain(held) or held.nbytes < SMALLEST or self._holds(held):
+        values = tensor.detach()
+        if not _is_plain(values) or values.nbytes < SMALLEST or self._holds(values):
             return tensor
-        made = self.empty(held.shape, held.dtype).copy_(held)
+        kept = self.empty(values.shape, values.dtype).copy_(values)
         is_parameter = isinstance(tensor, nn.Parameter)
-        return nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
+        return nn.Parameter(kept, requires_grad=tensor.requires_grad) if is_parameter else kept
 
     def keep_storage(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
         """The memory of tensors on the CPU, copied into a file if it is not small and not there already.
@@ -87,9 +87,9 @@ class Scratch:
         """
         if storage.nbytes() < SMALLEST or self._lies_within(storage):
             return storage
-        made = self.empty((storage.nbytes(),), torch.uint8)
-        made.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
-        return made.untyped_storage()
+        kept = self.empty((storage.nbytes(),), torch.uint8)
+        kept.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
+        return kept.untyped_storage()
 
     def empty(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor in a file, to be written; until then it holds zeros.
@@ -105,17 +105,17 @@ class Scratch:
             if self._last is None or self._used + size > len(self._last):
                 self._last, self._used = self._mapped(max(size, FILE_BYTES)), 0
             # ``frombuffer`` keeps the mapping for as long as a tensor shares its storage
-            made = torch.frombuffer(self._last, dtype=dtype, count=count, offset=self._used).view(shape)
+            tensor = torch.frombuffer(self._last, dtype=dtype, count=count, offset=self._used).view(shape)
             self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return made
+        return tensor
 
     def release(self) -> None:
         """Give back the memory that mapped values take; they are read again when they are used."""
         with self._lock:
             maps = list(self._maps)
-        for held in maps:
+        for mapping in maps:
             # Of a shared mapping, which writes what was changed: nothing is lost.
-            held.madvise(mmap.MADV_DONTNEED)
+            mapping.madvise(mmap.MADV_DONTNEED)
 
     def _holds(self, tensor: Tensor) -> bool:
         """Whether a tensor has a storage of its own in one of the files."""
@@ -124,7 +124,9 @@ class Scratch:
 
     def _lies_within(self, storage: torch.UntypedStorage) -> bool:
         with self._lock:
-            return any(start <= storage.data_ptr() < start + len(held) for held, start in self._maps.items())
+            return any(
+                start <= storage.data_ptr() < start + len(mapping) for mapping, start in self._maps.items()
+            )
 
     def _mapped(self, size: int) -> mmap.mmap:
         try:
@@ -132,15 +134,15 @@ class Scratch:
                 dir=self.folder
             ) as file:  # has no name, so that nothing is left behind
                 _reserve(file.fileno(), size)
-                made = mmap.mmap(file.fileno(), size)
+                mapping = mmap.mmap(file.fileno(), size)
         except OSError as error:
             raise OffloadError(
                 f"{size:,} bytes of weights do not fit '{self.folder}': {first_line(error)}; free space, or"
                 " give another folder"
             ) from error
         with self._lock:
-            self._maps[made] = torch.frombuffer(made, dtype=torch.uint8).data_ptr()
-        return made
+            self._maps[mapping] = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
+        return mapping
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -211,8 +213,8 @@ def keep_values(values: Mapping[K, Any], stay: Container[int] = ()) -> dict[K, A
             moved[address] = scratch.keep_storage(storage)
         if moved[address].data_ptr() == address:
             return tensor
-        made = torch.empty(0, dtype=tensor.dtype)
-        return made.set_(moved[address], tensor.storage_offset(), tensor.shape, tensor.stride())
+        view = torch.empty(0, dtype=tensor.dtype)
+        return view.set_(moved[address], tensor.storage_offset(), tensor.shape, tensor.stride())
 
     return {key: pytree.tree_map_only(Tensor, move, value) for key, value in values.items()}
 
@@ -281,9 +283,9 @@ def offload(
         >>> in_files.plan.groups == result.plan.groups
         True
     """
-    found = torch.device("cpu") if device is None else check_device(device)
+    place = torch.device("cpu") if device is None else check_device(device)
     scratch = Scratch(
-        tempfile.gettempdir() if folder is None else folder, None if found.type == "cpu" else found
+        tempfile.gettempdir() if folder is None else folder, None if place.type == "cpu" else place
     )
     token = _SCRATCH.set(scratch)
     try:

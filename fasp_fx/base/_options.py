@@ -29,15 +29,15 @@ def configured(kind: type[C], config: C | None, options: Mapping[str, Any]) -> C
         raise ArgumentError(
             f"config is a {type(config).__name__}; pass a {kind.__name__}, or the options as keywords"
         )
-    held: Any = config if config is not None else kind()
-    known = [field.name for field in fields(held)]
+    before: Any = config if config is not None else kind()
+    known = [field.name for field in fields(before)]
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             guess = f"did you mean '{near[0]}'? There" if near else "there"
             raise ArgumentError(f"the option '{name}' is not known; {guess} are {', '.join(known)}")
-    found: C = replace(held, **options)
-    return found
+    changed: C = replace(before, **options)
+    return changed
 
 
 def is_number(value: Any) -> bool:
@@ -46,29 +46,29 @@ def is_number(value: Any) -> bool:
     return is_one and abs(value) <= sys.float_info.max
 
 
-def check_callable(**given: object) -> None:
+def check_callable(**arguments: object) -> None:
     """Refuse arguments that are to be called and cannot be.
 
     Raises:
         ArgumentError: names one.
     """
-    for name, value in given.items():
+    for name, value in arguments.items():
         if value is not None and not callable(value):
             raise ArgumentError(f"{name} is a {type(value).__name__}; pass a function, or leave it out")
 
 
-def path_of(given: object, name: str) -> Path:
+def path_of(path: object, name: str) -> Path:
     """A path that an argument gives.
 
     Raises:
         ArgumentError: it gives none; names the argument.
     """
-    if not isinstance(given, str | os.PathLike):
-        raise ArgumentError(f"{name} is a {type(given).__name__}; pass a path")
-    return Path(given)
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentError(f"{name} is a {type(path).__name__}; pass a path")
+    return Path(path)
 
 
-def names_of(option: str, given: Any, known: tuple[str, ...] | None) -> tuple[str, ...]:
+def names_of(option: str, value: Any, known: tuple[str, ...] | None) -> tuple[str, ...]:
     """The names that an option was given, as a tuple.
 
     Args:
@@ -78,7 +78,7 @@ def names_of(option: str, given: Any, known: tuple[str, ...] | None) -> tuple[st
         ArgumentError: it was given something else.
     """
     try:
-        names = None if isinstance(given, str) else tuple(given)
+        names = None if isinstance(value, str) else tuple(value)
     except TypeError:  # a number, or a tensor of one
         names = None
     if names is None or not all(isinstance(name, str) and (known is None or name in known) for name in names):
@@ -87,5 +87,5 @@ def names_of(option: str, given: Any, known: tuple[str, ...] | None) -> tuple[st
             if known
             else "a tuple of name patterns, such as ('lm_head', 'layers.0.*')"
         )
-        raise ArgumentError(f"{option}={given!r} is not known; pass {wanted}")
+        raise ArgumentError(f"{option}={value!r} is not known; pass {wanted}")
     return names

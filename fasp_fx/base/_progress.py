@@ -77,3 +77,8 @@ def shows(doing: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 def advance_of(progress: Shown) -> Callable[[float], None]:
     """The function to call with the fraction done."""
     return progress if callable(progress) else lambda fraction: None
+
+
+def between(advance: Callable[[float], None], start: float, end: float) -> Callable[[float], None]:
+    """The progress of a step, as a part of that of all."""
+    return lambda fraction: advance(start + (end - start) * fraction)

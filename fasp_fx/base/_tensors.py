@@ -52,13 +52,13 @@ def _hashed(values: Tensor) -> Iterator[Tensor]:
     run = 4 * _WIDTH
     size = min(_BYTES if values.device.type == "cpu" else _BYTES_ACCELERATED, -(-len(values) // run) * run)
     keys = torch.from_numpy(_KEYS.copy()).to(values.device)
-    held = torch.empty(size, dtype=torch.uint8, device=values.device)
+    padded = torch.empty(size, dtype=torch.uint8, device=values.device)
     for chunk in values.split(size):
-        own = held[: -(-len(chunk) // run) * run]
-        own[: len(chunk)].copy_(chunk)
-        own[len(chunk) :].zero_()
+        piece = padded[: -(-len(chunk) // run) * run]
+        piece[: len(chunk)].copy_(chunk)
+        piece[len(chunk) :].zero_()
         # Numbers of 32 bits: whichever of their bits differ, the product with an odd number of 64 bits does.
-        numbers = own.view(torch.int32).view(-1, _WIDTH).to(torch.int64)
+        numbers = piece.view(torch.int32).view(-1, _WIDTH).to(torch.int64)
         yield numbers.mul_(keys).sum(1)
 
 

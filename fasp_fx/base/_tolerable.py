@@ -63,19 +63,19 @@ def _raised(catching: FrameType) -> list[BaseException]:
     frame's own callers were handling when they called it.
     """
     callers = {caller for caller, _ in traceback.walk_stack(catching)} - {catching}
-    found: list[BaseException] = []
+    errors: list[BaseException] = []
     waiting = [sys.exception()]
     while waiting:
         error = waiting.pop()
-        if error is None or any(error is known for known in found):
+        if error is None or any(error is known for known in errors):
             continue
-        found.append(error)
+        errors.append(error)
         waiting.append(error.__cause__)
         # A traceback begins in the frame that caught what was raised.
         begun = getattr(error.__context__, "__traceback__", None)
         if begun is None or begun.tb_frame not in callers:
             waiting.append(error.__context__)
-    return found
+    return errors
 
 
 def _is_short(error: BaseException, numbers: set[int]) -> bool:

@@ -20,25 +20,49 @@ from ._calibration import (
     whole_batches as whole_batches,  # Batches as they came
 )
 from ._consumers import (
-    Consumers as Consumers,  # All consumers of the groups that can be pruned
+    Consumer as Consumer,  # One weight read as matrices, with all uses that read it so, and what is seen of it
 )
 from ._consumers import (
-    Planned as Planned,  # Takes of each group the channel sets that were chosen before, in no order
+    Consumers as Consumers,  # All consumers of the groups that can be pruned
 )
 from ._consumers import (
     curves_of as curves_of,  # The cost curve of each group, from its order with losses
 )
 from ._consumers import (
+    order_of as order_of,  # The order of one group
+)
+from ._consumers import (
     orders_of as orders_of,  # The order of each group, with its losses
+)
+from ._decision import (
+    Decision as Decision,  # What was chosen
+)
+from ._decision import (
+    decided as decided,  # The groups that lose anything, in graph order
+)
+from ._decision import (
+    nothing as nothing,  # The decision to leave a program as it is
+)
+from ._decision import (
+    places_of as places_of,  # Which channel sets go of each group that loses any, by their places among those of the group
+)
+from ._decision import (
+    restricted as restricted,  # The decision for some of its groups alone
+)
+from ._drift import (
+    Drift as Drift,  # The dense model beside the pruned one, on the same batches
 )
 from ._gradients import (
     ENOUGH as ENOUGH,  # tokens for each column of a consumer from which its Gram matrix says enough to predict losses
 )
 from ._gradients import (
-    observe_batches as observe_batches,  # Show every consumer the dense model's activations, and where a loss is given
+    Observation as Observation,  # What is observed of the dense model
 )
 from ._journal import (
     Journal as Journal,  # A folder with one subfolder for each time that everything seen so far was decided
+)
+from ._journal import (
+    Ledger as Ledger,  # Decisions, numbered as they are made, the same in all processes
 )
 from ._journal import (
     open_journal as open_journal,  # The journal of a calibration
@@ -73,9 +97,6 @@ from ._losses import (
 from ._losses import (
     without_padding as without_padding,  # What counts of an output, and how many elements of it each row holds
 )
-from ._marks import (
-    Marks as Marks,  # Marks of the tokens of every batch, as tensors that broadcast to an activation
-)
 from ._matrices import (
     ConsumerMatrices as ConsumerMatrices,  # One use of a weight, read as one matrix per block
 )
@@ -86,16 +107,16 @@ from ._obs import (
     Elimination as Elimination,  # One block of a consumer, whose columns are eliminated one set after another
 )
 from ._obs import (
+    centred_of as centred_of,  # What repair has to make up for, XᵀX, without means where a bias gives them
+)
+from ._obs import (
     greedy as greedy,  # Take out the cheapest channel sets round by round, equally many of each block
 )
 from ._obs import (
     resolve_score as resolve_score,  # The score of groups that a name, or a score of columns, stands for
 )
-from ._obs import (
-    spread_of as spread_of,  # What repair has to make up for: XᵀX, without means where a bias gives them
-)
 from ._products import (
-    lying_along as lying_along,  # How the channels that a product sums over lie along one of its operands
+    layouts_along as layouts_along,  # How the channels that a product sums over lie along one of its operands
 )
 from ._ranks import (
     Ranks as Ranks,  # The processes of a group; without one, this process alone
@@ -129,6 +150,9 @@ from ._restoration import (
 )
 from ._restoration import (
     without_values as without_values,  # An outcome whose weight has a shape alone: its values are elsewhere
+)
+from ._roles import (
+    TokenRoles as TokenRoles,  # Roles of the tokens of every batch, as tensors that broadcast to an activation
 )
 from ._scoring import (
     ByColumns as ByColumns,  # The order by a score of single columns, the lowest first
@@ -203,22 +227,22 @@ from ._statistics import (
     whole as whole,  # The Gram matrix, of which X may be given
 )
 from ._trial import (
-    ModelTrial as ModelTrial,  # Runs the dense model with the weights of consumers as an allocation would leave them
+    BudgetTrial as BudgetTrial,  # Tries allocations of a budget, which may have fewer groups than the model, or groups that stand for others
 )
 from ._trial import (
-    ServedTrial as ServedTrial,  # A trial that serves budgets of fewer groups than the model has
+    Candidates as Candidates,  # Runs a model as it would be pruned
+)
+from ._trial import (
+    ModelTrial as ModelTrial,  # Runs the dense model with the weights of consumers as an allocation would leave them
 )
 from ._visit import (
-    Decision as Decision,  # What was chosen
+    Choices as Choices,  # for each group that loses anything, by name, what says which of its channel sets go
 )
 from ._visit import (
-    Observer as Observer,  # Decides all groups of one analysis
+    Visit as Visit,  # How the consumers of a program are visited
 )
 from ._visit import (
-    decided as decided,  # The groups that lose anything, in graph order
-)
-from ._visit import (
-    without_data as without_data,  # What goes where nothing is observed, by a score of weights alone
+    without_data as without_data,  # What goes where nothing is observed
 )
 
 __all__ = [

@@ -15,7 +15,7 @@ from fasp_fx.base import distance, pytree, tolerable, tolerance
 from fasp_fx.capturing import Program, Runner, is_dynamic, results, upper_bound
 from fasp_fx.errors import CalibrationError, CallError
 
-from ._marks import sequences_of
+from ._roles import sequences_of
 
 
 def read_batches(
@@ -65,14 +65,14 @@ def as_calls(batches: Any, what: str = "calibration") -> Iterator[tuple[tuple[An
     Raises:
         CalibrationError: what was given is no iterable of batches, or yields none.
     """
-    index, is_held = -1, isinstance(batches, list | tuple)
+    index, keeps_all = -1, isinstance(batches, list | tuple)
 
     def of(leaf: Any) -> Any:
         """A tensor that no graph of the caller's leads to, and that autograd may keep; a copy unless the
         caller holds all of them, since what makes one after another may fill the same memory again.
         """
         is_free = not isinstance(leaf, Tensor) or not (leaf.requires_grad or leaf.is_inference())
-        return leaf if is_free and (is_held or not isinstance(leaf, Tensor)) else leaf.detach().clone()
+        return leaf if is_free and (keeps_all or not isinstance(leaf, Tensor)) else leaf.detach().clone()
 
     for index, batch in enumerate(check_calibration(batches, what)):
         if not isinstance(batch, Tensor | Mapping | tuple | list):
@@ -106,8 +106,8 @@ def check_calibration(batches: Any, what: str = "calibration") -> Iterable[Any]:
         raise CalibrationError(
             f"{what} is a {type(batches).__name__}; pass an iterable of batches, for example [batch]"
         )
-    found: Iterable[Any] = batches
-    return found
+    iterable: Iterable[Any] = batches
+    return iterable
 
 
 _REMEDIES = {
@@ -140,9 +140,9 @@ def check_inputs(program: Program, flat: list[Any], what: str) -> None:
         if not isinstance(leaf, Tensor):
             raise CalibrationError(f"{where}: expected a tensor, found {type(leaf).__name__}")
         for kind, remedy in _REMEDIES.items():
-            found, wanted = getattr(leaf, kind), getattr(expected, kind)
-            if found != wanted:
-                raise CalibrationError(f"{where}: {kind} {found}, expected {wanted}; {remedy}")
+            has, wanted = getattr(leaf, kind), getattr(expected, kind)
+            if has != wanted:
+                raise CalibrationError(f"{where}: {kind} {has}, expected {wanted}; {remedy}")
         _check_shape(leaf, expected, where)
         if leaf.numel() == 0 and node.name not in program.state_inputs:  # a cache may be empty
             raise CalibrationError(
@@ -211,7 +211,7 @@ def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
         return whole
     same = [bool(shape) and str(shape[0]) == str(first) for shape in shapes]
     free = [len(shape) > 1 and is_dynamic(shape[0]) and str(shape[0]) not in inner for shape in shapes]
-    found: list[Piece] = []
+    pieces: list[Piece] = []
     divisible: dict[tuple[bool, ...], bool] = {}
     for piece in whole:
         leaf = piece.inputs[same.index(True)]
@@ -225,8 +225,8 @@ def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
             divisible[along] = _is_divisible(program, piece, parts)
         if not divisible.get(along, True):
             return whole
-        found += parts
-    return found
+        pieces += parts
+    return pieces
 
 
 def _part(piece: Piece, along: Sequence[bool], start: int, size: int) -> Piece:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasp_fx.allocation import CostCurve, deepest_loss
-from fasp_fx.analysis import Analysis, Group, Use, by_block
+from fasp_fx.allocation import CostCurve
+from fasp_fx.analysis import Analysis, Group, Use
 from fasp_fx.capturing import attribute
 from fasp_fx.errors import ArgumentError, CalibrationError
 
 from ._inverse import damped_inverse
 from ._matrices import ConsumerMatrices, bias_of
-from ._obs import DAMPING, spread_of
+from ._obs import DAMPING, centred_of
 from ._products import ObservedProducts, row_scores, sets_in
 from ._scoring import ByColumns, Columns, GroupColumns, GroupScore, Order, by_set, by_value
 from ._statistics import (
@@ -38,10 +38,10 @@ class Consumer:
 
     Attributes:
         grams: one for each block, once its input was seen; behind the columns come a column of ones, where
-            there is an intercept, and those of ``beside``.
+            there is an intercept, and those of the drift.
         intercept: the bias that a repair may change along, by name, if there is one.
-        beside: how many rows the consumer has where what earlier removals changed of its output is seen as
-            well; else 0.
+        drift_rows: how many rows the consumer has where what earlier removals changed of its output is seen
+            as well; else 0.
         seen: for each block, the statistics that a score asked for, by name.
     """
 
@@ -51,7 +51,7 @@ class Consumer:
         self.uses: list[Use] = []
         self.grams: list[SplitGram] | None = None
         self.intercept: str | None = None
-        self.beside = 0
+        self.drift_rows = 0
         self.seen: list[dict[str, Statistic]] = []
 
     def check_finite(self) -> None:
@@ -81,7 +81,7 @@ class Consumer:
         columns = self.matrices.columns.shape[1]
         if self.grams is None:
             self.grams = [
-                SplitGram(columns + (self.intercept is not None) + self.beside, device, dtype)
+                SplitGram(columns + (self.intercept is not None) + self.drift_rows, device, dtype)
                 for _ in self.matrices.columns
             ]
         if not self.seen:
@@ -95,29 +95,27 @@ class Consumer:
         self,
         pieces: Iterable[tuple[int, Tensor, Tensor]],
         takes: Callable[[Statistic], bool],
-        beside: Tensor | None = None,
+        drift: Tensor | None = None,
     ) -> None:
         """Add tokens, without gradients.
 
         Args:
-            pieces: block, tokens ``[tokens, columns]`` and their marks ``[tokens]``.
+            pieces: block, tokens ``[tokens, columns]`` and their roles ``[tokens]``.
             takes: which statistics they are for, besides the Gram matrices.
-            beside: of a consumer of one piece, what the output is to make up for, ``[tokens, rows]``.
+            drift: of a consumer of one piece, what the output is to make up for, ``[tokens, rows]``.
         """
         assert self.grams is not None
-        for block, tokens, kinds in pieces:
+        for block, tokens, roles in pieces:
             ones = [] if self.intercept is None else [tokens.new_ones((len(tokens), 1))]
-            seen = torch.cat([tokens, *ones, *([] if beside is None else [beside])], 1)
-            self.grams[block].update(seen, kinds)
+            seen = torch.cat([tokens, *ones, *([] if drift is None else [drift])], 1)
+            self.grams[block].update(seen, roles)
             for statistic in filter(takes, self.seen[block].values()):
-                statistic.update(tokens.clone(), None, counting(kinds, tokens))
+                statistic.update(tokens.clone(), None, counting(roles, tokens))
 
-    def sums(self, gradients: bool) -> list[Any]:
-        """What is seen as the batches pass, in an order that is always the same: Gram matrices and
-        statistics, those of gradients as well or not.
-        """
-        own = (one for seen in self.seen for _, one in sorted(seen.items()))
-        return [*(self.grams or ()), *(one for one in own if gradients or not one.needs_gradient)]
+    @property
+    def statistics(self) -> list[Any]:
+        """What a score asked for, of all blocks, in an order that is always the same."""
+        return [statistic for seen in self.seen for _, statistic in sorted(seen.items())]
 
     def gone(self, gone: np.ndarray) -> np.ndarray:
         """Which columns go, shape ``[blocks, columns]``."""
@@ -125,52 +123,59 @@ class Consumer:
 
     def blocks_gone(self, gone: np.ndarray) -> np.ndarray:
         """Which blocks go whole, shape ``[blocks]``."""
-        own = self.matrices.use.block_numbers
-        return np.zeros(len(self.matrices.columns), dtype=bool) if own is None else gone[own]
+        numbers = self.matrices.use.block_numbers
+        return np.zeros(len(self.matrices.columns), dtype=bool) if numbers is None else gone[numbers]
 
 
 class Consumers:
     """All consumers of the groups that can be pruned.
 
     Args:
-        repaired: whether they are to be repaired, with an intercept where there is a bias.
+        is_repaired: whether they are to be repaired, with an intercept where there is a bias.
         within: the path of the submodule that was captured, if it was none of the whole model.
     """
 
-    def __init__(self, analysis: Analysis, repaired: bool = True, within: str = "") -> None:
-        self.analysis, self.within = analysis, within
+    def __init__(self, analysis: Analysis, is_repaired: bool = True, within: str = "") -> None:
+        self.analysis, self.is_repaired, self.within = analysis, is_repaired, within
         self.by_key: dict[tuple[Any, ...], Consumer] = {}
         self.of_group = {
             group.name: list(dict.fromkeys(self.of(use) for use in group.uses)) for group in analysis.chosen
         }
         self.products = ObservedProducts(analysis, analysis.chosen)
-        for consumer in self.by_key.values() if repaired else ():
+        for consumer in self if is_repaired else ():
             consumer.intercept = bias_of(analysis, consumer.uses, consumer.matrices)
+
+    def __iter__(self) -> Iterator[Consumer]:
+        return iter(self.by_key.values())
 
     def of(self, use: Use) -> Consumer:
         """The consumer that a use belongs to."""
-        made = Consumer(self.analysis, use)
-        consumer = self.by_key.setdefault(made.matrices.key, made)
+        new = Consumer(self.analysis, use)
+        consumer = self.by_key.setdefault(new.matrices.key, new)
         if use not in consumer.uses:
             consumer.uses.append(use)
         return consumer
 
     def weight(self, consumer: Consumer) -> Tensor:
         """A consumer's weight as the program has it."""
-        found: Tensor = attribute(self.analysis.program.module, consumer.weight).detach()
-        return found
+        weight: Tensor = attribute(self.analysis.program.module, consumer.weight).detach()
+        return weight
 
-    def forget(self, gradients: bool = True) -> None:
-        """Keep nothing of what was seen, or nothing but what needs gradients: later passes see other
-        activations.
-        """
-        self.products.forget(gradients)
-        for consumer in self.by_key.values():
-            consumer.grams, consumer.beside = None, 0
+    def keep_gradients(self) -> None:
+        """Keep nothing of what was seen but what needs gradients: later passes see other activations."""
+        self.products.keep_effects()
+        for consumer in self:
+            consumer.grams, consumer.drift_rows = None, 0
             consumer.seen = [
                 {name: statistic for name, statistic in seen.items() if statistic.needs_gradient}
-                for seen in (() if gradients else consumer.seen)
+                for seen in consumer.seen
             ]
+
+    def forget(self) -> None:
+        """Keep nothing of what was seen."""
+        self.products = ObservedProducts(self.analysis, self.analysis.chosen)
+        for consumer in self:
+            consumer.grams, consumer.drift_rows, consumer.seen = None, 0, []
 
     def view(self, group: Group, deepest: int, weight_of: Callable[[Consumer], Tensor]) -> GroupColumns:
         """A group as a score sees it.
@@ -179,45 +184,42 @@ class Consumers:
             deepest: how many channel sets of a block may go at most.
             weight_of: what a consumer's weight is now.
         """
-        own = [
+        blocks = [
             columns
             for consumer in self.of_group[group.name]
             for columns in self._columns(group, consumer, weight_of(consumer))
         ]
-        return GroupColumns(group.name, np.asarray(group.block_of), own, deepest)
+        return GroupColumns(group.name, np.asarray(group.block_of), blocks, deepest)
 
     def _columns(self, group: Group, consumer: Consumer, weight: Tensor) -> list[Columns]:
         """A consumer as a score sees it, block by block."""
-        labels = self.analysis.labels
-        own = consumer.matrices.use.block_numbers
-        whole = (
-            group.granularity == "expert" and own is not None and bool(np.isin(labels[own], group.sets).all())
-        )
-        found = []
+        labels, has_ones = self.analysis.labels, consumer.intercept is not None
+        experts = consumer.matrices.use.block_numbers if group.granularity == "expert" else None
+        if experts is not None and not np.isin(labels[experts], group.sets).all():
+            experts = None
+        blocks = []
         for block, matrix in enumerate(consumer.matrices.read(weight)):
             gram = None if consumer.grams is None else consumer.grams[block]
-            numbers = consumer.matrices.columns[block]
-            if whole and own is not None:  # a block that goes takes all of its columns along
-                numbers = np.broadcast_to(own[block], (len(numbers), 1))
-            found.append(
+            numbers, width = consumer.matrices.columns[block], matrix.shape[1]
+            if experts is not None:  # a block that goes takes all of its columns along
+                numbers = np.broadcast_to(experts[block], (len(numbers), 1))
+            blocks.append(
                 Columns(
                     matrix.clone(),  # what a score does to it in place is its own business
-                    None if gram is None else gram.norms()[: matrix.shape[1]],
-                    None if gram is None else partial(_first, gram, matrix.shape[1]),
+                    None if gram is None else gram.norms()[:width],
+                    None if gram is None else partial(_first, gram, width),
                     sets_in(group, labels, numbers),
                     consumer.seen[block] if consumer.seen else {},
-                    None
-                    if gram is None
-                    else partial(_spread, gram, matrix.shape[1], consumer.intercept is not None),
+                    None if gram is None else partial(_centred if has_ones else _uncentred, gram, width),
                     f"{self.within}, {consumer.weight}, {block}",
                 )
             )
-        return found
+        return blocks
 
 
-def counting(kinds: Tensor, tokens: Tensor) -> Tensor:
+def counting(roles: Tensor, tokens: Tensor) -> Tensor:
     """One for each token that counts and zero for padding, as real numbers also where tokens are complex."""
-    return (kinds != PADDING).to(tokens.dtype.to_real())
+    return (roles != PADDING).to(tokens.dtype.to_real())
 
 
 def _first(gram: SplitGram, columns: int) -> Tensor:
@@ -229,37 +231,40 @@ def _first(gram: SplitGram, columns: int) -> Tensor:
 STAYING = 1e-3
 
 
-def _spread(gram: SplitGram, columns: int, centred: bool) -> Tensor:
-    """The same, or X where it has fewer rows than columns; where an intercept takes the means over, of what
-    is left of the columns without them.
+def _uncentred(gram: SplitGram, columns: int) -> Tensor:
+    """The same, or X where it has fewer rows than columns."""
+    total = gram.total()
+    x = total[:, :columns]
+    if not is_few(total):
+        return x[:columns]
+    return x if is_few(x) else x.T @ x
+
+
+def _centred(gram: SplitGram, columns: int) -> Tensor:
+    """What is left of the same without the means of the columns, which an intercept takes over.
 
     A thousandth of the means stays, as if the ones behind the columns were damped: of few tokens a mean says
     little, and all columns may be constant.
     """
     total = gram.total()
-    own, ones = total[:, :columns], total[:, columns : columns + 1]
+    x, ones = total[:, :columns], total[:, columns : columns + 1]
     if not is_few(total):
-        own, sums = own[:columns], ones[:columns]
-        return own - sums @ sums.T / (ones[columns].clamp_min(1.0) * (1 + STAYING)) if centred else own
-    if centred:
-        own = own - ones @ (ones.T @ own) * (
-            (1 - (STAYING / (1 + STAYING)) ** 0.5) / ones.sum().clamp_min(1.0)
-        )
-    return own if is_few(own) else own.T @ own
+        sums = ones[:columns]
+        return x[:columns] - sums @ sums.T / (ones[columns].clamp_min(1.0) * (1 + STAYING))
+    x = x - ones @ (ones.T @ x) * ((1 - (STAYING / (1 + STAYING)) ** 0.5) / ones.sum().clamp_min(1.0))
+    return x if is_few(x) else x.T @ x
 
 
 def order_of(
     consumers: Consumers,
     group: Group,
     score: GroupScore,
-    observed: bool,
     deepest: int,
     weight_of: Callable[[Consumer], Tensor],
 ) -> Order:
     """The order of one group.
 
     Args:
-        observed: whether anything was, of consumers and products of activations.
         deepest: how many channel sets of a block may go at most.
         weight_of: what a consumer's weight is now.
 
@@ -269,11 +274,9 @@ def order_of(
         CalibrationError: a score is not finite.
     """
     view = consumers.view(group, deepest, weight_of)
-    if isinstance(score, Planned):
-        return score(view)
     if view.consumers:
         return checked(score(view), view)
-    if observed and score.needs_data:
+    if score.needs_data:
         return by_value(view, consumers.products.costs(group))
     if isinstance(score, ByColumns):
         return by_value(view, row_scores(consumers.analysis, group, score, consumers.within))
@@ -298,8 +301,8 @@ def checked(order: Order, view: GroupColumns) -> Order:
         and len(sets) == len(members)
         and sets.shape[1] >= view.deepest
         and all(
-            len(np.unique(row)) == len(row) and np.isin(row, own).all()
-            for row, own in zip(sets, members, strict=True)
+            len(np.unique(row)) == len(row) and np.isin(row, of_block).all()
+            for row, of_block in zip(sets, members, strict=True)
         )
         and (losses is None or (losses.shape == (sets.shape[1] + 1,) and np.isfinite(losses).all()))
     ):
@@ -309,30 +312,6 @@ def checked(order: Order, view: GroupColumns) -> Order:
             " finite number for each number of channel sets from 0 on"
         )
     return Order(sets.astype(np.int64), losses)
-
-
-class Planned(GroupScore):
-    """Takes of each group the channel sets that were chosen before, in no order.
-
-    Args:
-        analysis: the analysis of the program.
-        gone: for every channel number, whether it goes.
-
-    Attributes:
-        lost: channel sets that each block of each chosen group loses.
-    """
-
-    def __init__(self, analysis: Analysis, gone: np.ndarray) -> None:
-        sets = np.unique(analysis.labels[: len(gone)][gone])
-        self._orders: dict[str, np.ndarray] = {}
-        self.lost: list[int] = []
-        for group in analysis.chosen:
-            rows = [own[np.isin(group.sets[own], sets)] for own in by_block(group.block_of)]
-            self._orders[group.name] = np.stack(rows)
-            self.lost.append(len(rows[0]))
-
-    def __call__(self, group: GroupColumns) -> Order:
-        return Order(self._orders[group.name])
 
 
 def orders_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) -> dict[str, Order]:
@@ -348,17 +327,17 @@ def orders_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) 
     Args:
         consumers: those of the groups, with Gram matrices and, where a loss was given, gradients.
     """
-    found = {}
+    orders = {}
     for group in groups:
-        order = order_of(consumers, group, score, True, deepest_loss(group), consumers.weight)
+        order = order_of(consumers, group, score, group.deepest_loss, consumers.weight)
         losses = order.losses
         if losses is None:
             view = consumers.view(group, order.sets.shape[1], consumers.weight)
             costs = by_set(view, _column_costs) if group.uses else consumers.products.costs(group)
             losses = np.concatenate([[0.0], np.cumsum(costs[order.sets].sum(0))])
-        most = order.sets.shape[1] if group.uses else deepest_loss(group)
-        found[group.name] = Order(order.sets[:, :most], losses[: most + 1])
-    return found
+        most = order.sets.shape[1] if group.uses else group.deepest_loss
+        orders[group.name] = Order(order.sets[:, :most], losses[: most + 1])
+    return orders
 
 
 def curves_of(orders: Mapping[str, Order]) -> dict[str, CostCurve]:
@@ -368,16 +347,16 @@ def curves_of(orders: Mapping[str, Order]) -> dict[str, CostCurve]:
 
 def _column_costs(columns: Columns) -> np.ndarray:
     """``½ Q_jj √(G_jj / [G⁻¹]_jj)`` of each column, shape ``[columns]``."""
-    gram = spread_of(columns)
+    gram = centred_of(columns)
     energies = diagonal_of(gram).clamp_min(0)
     each = torch.arange(len(energies), device=gram.device)[:, None]
     alone = energies / damped_inverse(columns, gram, DAMPING).blocks(each)[:, 0, 0]
-    own = columns.weight.abs().to(gram.dtype).square().sum(0)
+    squares = columns.weight.abs().to(gram.dtype).square().sum(0)
     gradients = columns.seen.get("gradients")
     if not isinstance(gradients, InputGradients) or not gradients.tokens:
         # By the relative squared error of the output.
-        curvature = own / (float((own * energies).sum()) or 1.0)
+        curvature = squares / (float((squares * energies).sum()) or 1.0)
     else:
-        found = gradients.mean()
-        curvature = own * gradients.mean_square() if found is None else found.diagonal().to(gram)
+        mean = gradients.mean()
+        curvature = squares * gradients.mean_square() if mean is None else mean.diagonal().to(gram)
     return (0.5 * curvature * alone.clamp_min(0).sqrt()).cpu().numpy().astype(np.float64)

@@ -58,23 +58,24 @@ class _OfFew(Inverse):
     dtype: torch.dtype
 
     def blocks(self, at: Tensor) -> Tensor:
-        own, unit = self.matrix.T[at], at[:, :, None] == at[:, None, :]
-        return ((own @ -own.mT).add_(unit) / self.raised).to(self.dtype)
+        columns, unit = self.matrix.T[at], at[:, :, None] == at[:, None, :]
+        return ((columns @ -columns.mT).add_(unit) / self.raised).to(self.dtype)
 
     def rows(self, places: Tensor) -> Tensor:
         unit = places[:, None] == torch.arange(self.matrix.shape[1], device=places.device)
         return ((-self.matrix[:, places].T @ self.matrix).add_(unit) / self.raised).to(self.dtype)
 
     def eliminate(self, places: Tensor, across: Tensor) -> None:
-        own = self.matrix[:, places]
-        left = raised_root(torch.eye(len(own), dtype=own.dtype, device=own.device) - own @ own.T, 0.0)
-        self.matrix = torch.linalg.solve_triangular(left, self.matrix, upper=False)
+        columns = self.matrix[:, places]
+        unit = torch.eye(len(columns), dtype=columns.dtype, device=columns.device)
+        factor = raised_root(unit - columns @ columns.T, 0.0)
+        self.matrix = torch.linalg.solve_triangular(factor, self.matrix, upper=False)
 
     def keep(self, places: Tensor) -> None:
         self.matrix = self.matrix.index_select(1, places)
 
 
-def damped_inverse(columns: Columns, spread: Tensor, damping: float) -> Inverse:
+def damped_inverse(columns: Columns, gram: Tensor, damping: float) -> Inverse:
     """``(G + δI)⁻¹`` of the columns; with few rows X that is ``(I − Xᵀ (XXᵀ + δI)⁻¹ X) / δ``.
 
     δ is ``damping`` of the mean of G's diagonal, but more than what rounding can have made of G, which adds
@@ -83,28 +84,28 @@ def damped_inverse(columns: Columns, spread: Tensor, damping: float) -> Inverse:
 
     Args:
         columns: the block.
-        spread: G, of which the means may have been taken out, or X; G's diagonal is raised in place.
+        gram: G, of which the means may have been taken out, or X; G's diagonal is raised in place.
 
     Raises:
         CalibrationError: G is not finite.
     """
     assert columns.norms is not None
-    energy, mean = float(columns.norms.square().sum()), float(diagonal_of(spread).mean())
+    energy, mean = float(columns.norms.square().sum()), float(diagonal_of(gram).mean())
     raised = max(damping * mean, ROUNDING * energy) if energy != 0 else 1.0
     try:
-        if not is_few(spread):
-            return Inverse(torch.cholesky_inverse(raised_root(spread, raised)))
-        seen = spread.to(precise(spread.device))
-        factor = raised_root(seen @ seen.T, raised)
+        if not is_few(gram):
+            return Inverse(torch.cholesky_inverse(raised_root(gram, raised)))
+        x = gram.to(precise(gram.device))
+        factor = raised_root(x @ x.T, raised)
     except CalibrationError as error:
         raise CalibrationError(f"what was seen at '{columns.name}' {error}") from None
-    solved = torch.linalg.solve_triangular(factor, seen, upper=False)
+    solved = torch.linalg.solve_triangular(factor, x, upper=False)
     if _FEWER * len(solved) <= solved.shape[1]:
-        return _OfFew(solved, raised, spread.dtype)
+        return _OfFew(solved, raised, gram.dtype)
     # Little is left of the unit matrix where a column is large: it is rounded after the difference.
-    found = torch.eye(solved.shape[1], dtype=spread.dtype, device=spread.device)
-    add_product(found, solved, solved, alpha=-1)
-    return Inverse(found.div_(raised))
+    inverse = torch.eye(solved.shape[1], dtype=gram.dtype, device=gram.device)
+    add_product(inverse, solved, solved, alpha=-1)
+    return Inverse(inverse.div_(raised))
 
 
 def raised_root(matrix: Tensor, raised: float) -> Tensor:

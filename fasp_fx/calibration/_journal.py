@@ -4,8 +4,9 @@ consumer that was done.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import safetensors.torch
 from fasp_fx.base import Count, digest_of, new_folder
 from fasp_fx.errors import StoreError, first_line
 from fasp_fx.storage import claim, read_state
+
+from ._ranks import Ranks
 
 _EVENTS, _WEIGHTS = "events.json", "weights.safetensors"
 
@@ -39,7 +42,7 @@ class Journal:
         run: what the calibration is of; equal for those that decide alike.
 
     Attributes:
-        stops: of how many stops on the way through the graph it knows all.
+        points: of how many observation points it knows all.
         unmatched: nodes whose padding could not be told, by name.
         new: what was decided since, by number, until it is written.
 
@@ -50,19 +53,19 @@ class Journal:
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
         claim(folder, "prune", run)
         self._folder = folder
-        self.stops = 0
+        self.points = 0
         self.unmatched: list[str] = []
         self.new: dict[int, Mapping[str, Any]] = {}
         self._known: dict[int, tuple[Path, dict[str, Any]]] = {}
-        for made in sorted(
+        for subfolder in sorted(
             (path for path in folder.glob("stop-*") if path.name[5:].isdigit()),
             key=lambda path: int(path.name[5:]),
         ):
-            events = read_state(_Events, made / _EVENTS)
-            if events.after != self.stops:
-                raise _damaged(made, ValueError(f"it follows stop {events.after}, which is missing"))
-            self.stops, self.unmatched = int(made.name[5:]), events.unmatched
-            self._known |= {number: (made, decided) for number, decided in events.decided.items()}
+            events = read_state(_Events, subfolder / _EVENTS)
+            if events.after != self.points:
+                raise _damaged(subfolder, ValueError(f"it follows stop {events.after}, which is missing"))
+            self.points, self.unmatched = int(subfolder.name[5:]), events.unmatched
+            self._known |= {number: (subfolder, decided) for number, decided in events.decided.items()}
 
     def known(self, number: int) -> dict[str, Any]:
         """The decision of that number.
@@ -77,8 +80,8 @@ class Journal:
         except (OSError, safetensors.SafetensorError, KeyError) as error:
             raise _damaged(self._folder, error) from error
 
-    def commit(self, stops: int, unmatched: list[str]) -> None:
-        """Write what is new: so many stops are done.
+    def commit(self, points: int, unmatched: list[str]) -> None:
+        """Write what is new: so many points are done.
 
         Args:
             unmatched: all nodes so far whose padding could not be told.
@@ -86,18 +89,62 @@ class Journal:
         Raises:
             StoreError: the folder cannot be written.
         """
-        weights = {str(number): own["weight"].detach().cpu().contiguous() for number, own in self.new.items()}
-        decided = {
-            number: {name: value for name, value in own.items() if name != "weight"}
-            for number, own in self.new.items()
+        weights = {
+            str(number): decision["weight"].detach().cpu().contiguous()
+            for number, decision in self.new.items()
         }
-        events = {"after": self.stops, "decided": decided, "unmatched": unmatched}
-        with new_folder(
-            self._folder / f"stop-{stops}", overwrite=False, replaceable=lambda folder: False
-        ) as made:
-            safetensors.torch.save_file(weights, made / _WEIGHTS)
-            (made / _EVENTS).write_text(json.dumps(events), encoding="utf-8")
-        self.stops, self.new = stops, {}
+        decided = {
+            number: {name: value for name, value in decision.items() if name != "weight"}
+            for number, decision in self.new.items()
+        }
+        events = {"after": self.points, "decided": decided, "unmatched": unmatched}
+        with new_folder(self._folder / f"stop-{points}", replaceable=None) as subfolder:
+            safetensors.torch.save_file(weights, subfolder / _WEIGHTS)
+            (subfolder / _EVENTS).write_text(json.dumps(events), encoding="utf-8")
+        self.points, self.new = points, {}
+
+
+#: makes a decision, or recalls it: a mapping with one tensor, its ``weight``
+Decide = Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
+
+
+class Ledger:
+    """Decisions, numbered as they are made, the same in all processes.
+
+    Args:
+        ranks: the processes.
+        journal: what was decided before, and where that is written which is decided now; of the first process
+            alone.
+
+    Attributes:
+        points: of how many observation points the journal knows all.
+        unmatched: nodes whose padding could not be told, by name.
+    """
+
+    def __init__(self, ranks: Ranks, journal: Journal | None = None) -> None:
+        self.ranks, self._journal, self._numbers = ranks, journal, itertools.count()
+        before = (0, list[str]()) if journal is None else (journal.points, journal.unmatched)
+        self.points, self.unmatched = ranks.first(before)
+
+    def recall(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The next decision, as the journal has it."""
+        number = next(self._numbers)
+        decision: dict[str, Any] = self.ranks.share(0, self._journal and self._journal.known(number))
+        return decision
+
+    def settle(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The next decision, as the process makes it whose turn it is."""
+        number = next(self._numbers)
+        owner = number % self.ranks.size
+        decision: dict[str, Any] = self.ranks.share(owner, make() if owner == self.ranks.rank else None)
+        if self._journal is not None:
+            self._journal.new[number] = decision
+        return decision
+
+    def commit(self, points: int, unmatched: list[str]) -> None:
+        """Write into the journal that so many points are done; as :meth:`Journal.commit`."""
+        if self._journal is not None:
+            self._journal.commit(points, unmatched)
 
 
 def open_journal(

@@ -160,8 +160,8 @@ class Outputs:
             squares, count = self._seen.get(index, (0.0, 1))
             size = math.sqrt(squares / max(count, 1))
             wide = counted if counted.dtype == torch.float64 else counted.float()
-            found = wide / size * self._drawn(index, counted, rows) if size > 0 else wide * 0
-            terms.append(unfilled(found, counted).flatten())
+            products = wide / size * self._drawn(index, counted, rows) if size > 0 else wide * 0
+            terms.append(unfilled(products, counted).flatten())
         return torch.cat(terms)
 
     def _drawn(self, index: int, counted: Tensor, rows: list[int]) -> Tensor:
@@ -198,12 +198,12 @@ def number_outputs(outputs: Any) -> list[Tensor]:
     Raises:
         CalibrationError: there are none.
     """
-    found = [leaf for leaf in output_tensors(outputs) if leaf.is_floating_point() and leaf.numel()]
-    if not found:
+    numbers = [leaf for leaf in output_tensors(outputs) if leaf.is_floating_point() and leaf.numel()]
+    if not numbers:
         raise CalibrationError(
             "loss='outputs' needs a floating-point output; pass a loss of your own, or loss=None"
         )
-    return found
+    return numbers
 
 
 def without_padding(leaf: Tensor, padding: Tensor | None) -> tuple[Tensor, list[int]]:

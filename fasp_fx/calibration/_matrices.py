@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from fasp_fx.analysis import Analysis, Layout, Use, run_on_numbers
 from fasp_fx.base import pytree
 from fasp_fx.capturing import arguments, attribute, way_from_weight, written_names
-from fasp_fx.patterns import BIASES, CASTS
+from fasp_fx.patterns import CASTS, affine
 
 
 class ConsumerMatrices:
@@ -83,14 +83,14 @@ class ConsumerMatrices:
         return flat.reshape(like.shape)
 
     def tokens(
-        self, activation: Tensor, marks: Tensor, ends: Tensor | None
+        self, activation: Tensor, roles: Tensor, ends: Tensor | None
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The input's tokens for each block, piece by piece: (block, ``[tokens, columns]``, their marks
+        """The input's tokens for each block, piece by piece: (block, ``[tokens, columns]``, their roles
         ``[tokens]``).
 
         Args:
             activation: the value of the use's activation.
-            marks: what each position is for (:mod:`fasp_fx.calibration`), with as many dimensions as the
+            roles: what each position is for (``_statistics.py``), with as many dimensions as the
                 activation, of its size or 1; of a routed use ``[tokens]``.
             ends: for a routed use, where each block's tokens end.
         """
@@ -100,7 +100,7 @@ class ConsumerMatrices:
             flat = activation.movedim(layout.columns[0], -1).reshape(-1, columns)
             start = 0
             for block, end in enumerate(ends.tolist()):
-                yield block, flat[start:end], marks[start:end]
+                yield block, flat[start:end], roles[start:end]
                 start = end
             return
         # Windows overlap, so that their tokens are many times the input: one sample at a time.
@@ -109,14 +109,14 @@ class ConsumerMatrices:
             or any(split[0] == 0 for split in layout.splits)
             or 0 in (*layout.blocks, *layout.columns, *(w.dim for w in layout.windows))
         )
-        marks = marks.expand(activation.shape)
-        for piece, own in (
-            [(activation, marks)] if whole else zip(activation.split(1), marks.split(1), strict=True)
+        roles = roles.expand(activation.shape)
+        for piece, its_roles in (
+            [(activation, roles)] if whole else zip(activation.split(1), roles.split(1), strict=True)
         ):
             matrix = _laid(_divided(piece, layout), layout)
             # A token is read along all its columns, and along a window: one position there stands for all, or
             # the most of them.
-            first = _divided(own, layout)
+            first = _divided(its_roles, layout)
             for dim in layout.columns:
                 first = first.narrow(dim, 0, 1)
             kinds = _laid(first, layout).amax(-1)
@@ -228,15 +228,16 @@ def bias_of(analysis: Analysis, uses: Sequence[Use], matrices: ConsumerMatrices)
         matrices: the weight as matrices, whose rows are the bias' entries, block after block.
     """
     use, module, canonical = uses[0], analysis.program.module, analysis.program.canonical()
-    given, names = arguments(use.node), BIASES.get(str(use.node.target))
-    if len(uses) > 1 or names is None or any(given.get(name, 1) != 1 for name in ("alpha", "beta")):
+    named, form = arguments(use.node), affine(use.node.target)
+    if len(uses) > 1 or form is None or any(named.get(name, 1) != 1 for name in ("alpha", "beta")):
         return None
-    weight, bias = (given.get(name) for name in names)
-    if weight is not use.operand or not isinstance(bias, fx.Node) or list(bias.users) != [use.node]:
+    bias = named.get(str(form.bias))
+    if not isinstance(bias, fx.Node) or list(bias.users) != [use.node]:
         return None
     name, others = canonical.get(str(bias.target), ""), module.graph.find_nodes(op="get_attr")
     if [node for node in others if canonical.get(str(node.target)) == name] != [bias]:
         return None
-    held, own = attribute(module, str(bias.target)), attribute(module, use.weight)
-    fits = isinstance(held, nn.Parameter) and name not in written_names(module.graph)
-    return name if fits and held.dtype == own.dtype and held.shape == (matrices.rows(own),) else None
+    parameter, matrix = attribute(module, str(bias.target)), attribute(module, use.weight)
+    fits = isinstance(parameter, nn.Parameter) and name not in written_names(module.graph)
+    is_one = parameter.dtype == matrix.dtype and parameter.shape == (matrices.rows(matrix),)
+    return name if fits and is_one else None

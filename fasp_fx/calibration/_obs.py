@@ -42,9 +42,9 @@ class OBS(GroupScore):
     def __call__(self, group: GroupColumns) -> Order:
         problems = []
         for columns in group.consumers:
-            spread = spread_of(columns)
-            root = self.root(columns, spread)
-            problems.append(Elimination(columns, len(group.block_of), spread, root, DAMPING))
+            gram = centred_of(columns)
+            root = self.root(columns, gram)
+            problems.append(Elimination(columns, len(group.block_of), gram, root, DAMPING))
         return greedy(group, problems, ROUNDS)
 
     def root(self, columns: Columns, gram: Tensor) -> Tensor:
@@ -55,18 +55,18 @@ class OBS(GroupScore):
         weight = weight / unit
         gradients = columns.seen.get("gradients")
         seen = gradients if isinstance(gradients, InputGradients) and gradients.tokens else None
-        found = None if seen is None else seen.compact()
-        if seen is not None and found is None:
+        curvature = None if seen is None else seen.compact()
+        if seen is not None and curvature is None:
             return weight * (unit * seen.mean_square() ** 0.5)
         energy = energy_of(weight, gram)
-        if found is None:
+        if curvature is None:
             return weight / energy**0.5 if energy > 0 else weight
-        met = energy_of(found, gram) if is_few(found) else float((found * whole(gram)).sum())
-        own = SHRINKAGE * (met / energy if energy > 0 else 0.0)
-        if is_few(found):
-            return torch.cat([found * (1 - SHRINKAGE) ** 0.5, weight * own**0.5])
-        found.mul_(1 - SHRINKAGE).addmm_(weight.T, weight, alpha=own)
-        return raised_root(found, ROUNDING * float(found.diagonal().mean())).T
+        met = energy_of(curvature, gram) if is_few(curvature) else float((curvature * whole(gram)).sum())
+        share = SHRINKAGE * (met / energy if energy > 0 else 0.0)
+        if is_few(curvature):
+            return torch.cat([curvature * (1 - SHRINKAGE) ** 0.5, weight * share**0.5])
+        curvature.mul_(1 - SHRINKAGE).addmm_(weight.T, weight, alpha=share)
+        return raised_root(curvature, ROUNDING * float(curvature.diagonal().mean())).T
 
 
 class Elimination:
@@ -75,21 +75,21 @@ class Elimination:
     Args:
         columns: the block.
         sets: how many channel sets the group has.
-        spread: G, which is used up, or X with few rows.
+        gram: G, which is used up, or X with few rows.
         root: F, shape ``[any, columns]``, of the curvature Q = FᵀF.
         damping: raises the diagonal of G by this part of its mean.
     """
 
-    def __init__(self, columns: Columns, sets: int, spread: Tensor, root: Tensor, damping: float) -> None:
+    def __init__(self, columns: Columns, sets: int, gram: Tensor, root: Tensor, damping: float) -> None:
         # What is never anything but zero costs nothing, however large its weight; damping alone would have it
         # vary.
-        self.root = root * (diagonal_of(spread) > 0)
-        self.inverse = damped_inverse(columns, spread, damping)
+        self.root = root * (diagonal_of(gram) > 0)
+        self.inverse = damped_inverse(columns, gram, damping)
         #: of each column in the matrices; -1: gone, and last, none
         self.place = np.append(np.arange(root.shape[1]), -1)
         # A column can name a set twice, where one operand is contracted with another of the same channels.
-        own = {(set_, column) for column, row in enumerate(columns.sets) for set_ in row if set_ >= 0}
-        belongs = np.array(sorted(own), dtype=np.int64).reshape(-1, 2)
+        pairs = {(set_, column) for column, row in enumerate(columns.sets) for set_ in row if set_ >= 0}
+        belongs = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
         nth = np.arange(len(belongs)) - np.searchsorted(belongs[:, 0], belongs[:, 0])
         self.columns = np.full((sets, nth.max(initial=0) + 1), -1)
         self.columns[belongs[:, 0], nth] = belongs[:, 1]
@@ -104,15 +104,15 @@ class Elimination:
         used = torch.from_numpy(places >= 0).to(self.root.device)
         at = torch.from_numpy(np.maximum(places, 0)).to(self.root.device)
         if at.shape[1] == 1:
-            own = self.root.square().sum(0)[at[:, 0]] * used[:, 0]
-            found = 0.5 * own / self.inverse.blocks(at)[:, 0, 0]
+            curvature = self.root.square().sum(0)[at[:, 0]] * used[:, 0]
+            losses = 0.5 * curvature / self.inverse.blocks(at)[:, 0, 0]
         else:
             both = used[:, :, None] & used[:, None, :]
             inner = self.inverse.blocks(at) * both + torch.diag_embed((~used).to(self.root.dtype))
             root = self.root.T[at] * used[:, :, None]  # [sets, columns, any]
-            own = torch.cholesky_solve(root @ root.mT, torch.linalg.cholesky(inner))
-            found = 0.5 * own.diagonal(dim1=1, dim2=2).sum(1)
-        return found.clamp_min(0).cpu().numpy().astype(np.float64)
+            solved = torch.cholesky_solve(root @ root.mT, torch.linalg.cholesky(inner))
+            losses = 0.5 * solved.diagonal(dim1=1, dim2=2).sum(1)
+        return losses.clamp_min(0).cpu().numpy().astype(np.float64)
 
     def remove(self, sets: np.ndarray) -> float:
         """Take these channel sets out together; the loss that it adds."""
@@ -123,14 +123,14 @@ class Elimination:
         gone = torch.from_numpy(self.place[columns]).to(self.root.device)
         across = self.inverse.rows(gone)
         factor = raised_root(across[:, gone], 0.0)
-        own, across = (
+        root, across = (
             torch.linalg.solve_triangular(factor, part, upper=False)
             for part in (self.root[:, gone].T, across)
         )
         # Rows and columns of what goes become zero in both, and are cut out once they are an eighth: a copy
         # costs more than the update.
         self.inverse.eliminate(gone, across)
-        self.root.addmm_(own.T, across, alpha=-1)
+        self.root.addmm_(root.T, across, alpha=-1)
         self.place[columns] = -1
         alive = np.flatnonzero(self.place >= 0)
         if len(alive) * 8 <= self.root.shape[1] * 7:
@@ -138,12 +138,12 @@ class Elimination:
             self.inverse.keep(left)
             self.root = self.root.index_select(1, left)
             self.place[alive] = np.arange(len(alive))
-        return 0.5 * float(own.square().sum())
+        return 0.5 * float(root.square().sum())
 
 
-def spread_of(columns: Columns) -> Tensor:
+def centred_of(columns: Columns) -> Tensor:
     """What repair has to make up for: XᵀX, without means where a bias gives them."""
-    gram = columns.spread or columns.gram
+    gram = columns.centred_gram or columns.gram
     assert gram is not None
     return gram()
 
@@ -193,4 +193,4 @@ def resolve_score(score: Literal["fasp", "magnitude", "random", "obs"] | Score) 
     return score if isinstance(score, GroupScore) else ByColumns(score)
 
 
-__all__ = ["OBS", "Elimination", "greedy", "resolve_score", "spread_of"]
+__all__ = ["OBS", "Elimination", "centred_of", "greedy", "resolve_score"]

@@ -14,8 +14,8 @@ from fasp_fx.analysis import Analysis, Group, Product, Repeating, repeating
 from fasp_fx.base import device_of
 from fasp_fx.capturing import Runner, attribute
 
-from ._marks import Marks
 from ._ranks import Ranks
+from ._roles import TokenRoles
 from ._scoring import ByColumns, Columns
 from ._statistics import PADDING, precise
 
@@ -61,33 +61,33 @@ class ObservedProducts:
     @property
     def all(self) -> list[Product]:
         """The products of all groups, each once."""
-        return list(dict.fromkeys(product for found in self.of_group.values() for product in found))
+        return list(dict.fromkeys(product for products in self.of_group.values() for product in products))
 
     def of(self, group: Group) -> list[Product]:
         """The products that decide a group: those of one without consumers."""
         return self.of_group.get(group.name, [])
 
-    def observe(self, runner: Runner, marks: Marks, products: list[Product], ranks: Ranks) -> None:
+    def observe(self, runner: Runner, roles: TokenRoles, products: list[Product], ranks: Ranks) -> None:
         """Add the squares of the operands of products about to be executed, without padding, over the batches
         of all processes.
         """
         for product in products:
             for operand, node in enumerate(product.operands):
                 for number, batch in zip(runner.numbers, runner.read(node), strict=True):
-                    self.see(product, operand, batch, marks, number)
+                    self.see(product, operand, batch, roles, number)
                 self.add_up(product, operand, ranks, runner.device)
 
-    def see(self, product: Product, what: int | str, value: Tensor, marks: Marks, number: int) -> None:
+    def see(self, product: Product, what: int | str, value: Tensor, roles: TokenRoles, number: int) -> None:
         """Add the squares of one operand of a product, or of its effects, in one batch, without padding."""
         operand = 0 if what == EFFECT else int(what)
         squares = value.detach().abs().to(torch.float32).square()
-        for lying in lying_along(self.analysis, product, operand):
-            counts = marks.of(number, product.operands[operand], value, tokens_of(lying)) != PADDING
-            more = lying.summed((squares * counts).to(precise(value.device))).reshape(-1)
-            numbers = lying.numbers.numpy().reshape(-1)
-            own = np.isin(numbers, product.numbers)
-            place = torch.from_numpy(np.searchsorted(product.numbers, numbers[own])).to(more.device)
-            self._sum(product, what, more.device).index_add_(0, place, more[torch.from_numpy(own)])
+        for layout in layouts_along(self.analysis, product, operand):
+            counts = roles.of(number, product.operands[operand], value, tokens_of(layout)) != PADDING
+            more = layout.summed((squares * counts).to(precise(value.device))).reshape(-1)
+            numbers = layout.numbers.numpy().reshape(-1)
+            shared = np.isin(numbers, product.numbers)
+            place = torch.from_numpy(np.searchsorted(product.numbers, numbers[shared])).to(more.device)
+            self._sum(product, what, more.device).index_add_(0, place, more[torch.from_numpy(shared)])
 
     def _sum(self, product: Product, what: int | str, device: torch.device) -> Tensor:
         zeros = torch.zeros(len(product.numbers), dtype=precise(device), device=device)
@@ -107,9 +107,9 @@ class ObservedProducts:
         """The sums of the squared effects."""
         return [value for (_, what), value in self._sums.items() if what == EFFECT]
 
-    def forget(self, effects: bool = True) -> None:
-        """Keep nothing of what was seen, or nothing but effects on the loss."""
-        self._sums = {key: value for key, value in self._sums.items() if key[1] == EFFECT and not effects}
+    def keep_effects(self) -> None:
+        """Keep nothing of what was seen but effects on the loss."""
+        self._sums = {key: value for key, value in self._sums.items() if key[1] == EFFECT}
 
     def costs(self, group: Group) -> np.ndarray:
         """What each channel set of a group costs, in the order of ``group.sets``: by its effects on the loss,
@@ -135,16 +135,16 @@ class ObservedProducts:
         """Take removed channels out of products about to be executed: zeros in the first operand."""
         kept = torch.from_numpy(~np.append(gone, False))  # the last entry serves NONE (-1)
         for product in products:
-            for lying in lying_along(self.analysis, product, 0):
-                runner.change(product.operands[0], partial(_masked, kept, lying))
+            for layout in layouts_along(self.analysis, product, 0):
+                runner.change(product.operands[0], partial(_masked, kept, layout))
 
 
-def _masked(kept: Tensor, lying: Repeating, value: Tensor) -> Tensor:
+def _masked(kept: Tensor, layout: Repeating, value: Tensor) -> Tensor:
     """An operand with zeros in the channels that go; which are kept is given by channel number."""
-    return value * kept[lying.at(value.shape)].to(value)
+    return value * kept[layout.at(value.shape)].to(value)
 
 
-def lying_along(analysis: Analysis, product: Product, operand: int) -> list[Repeating]:
+def layouts_along(analysis: Analysis, product: Product, operand: int) -> list[Repeating]:
     """How the channels that a product sums over lie along one of its operands."""
     node = product.operands[operand]
     axes = [
@@ -154,13 +154,13 @@ def lying_along(analysis: Analysis, product: Product, operand: int) -> list[Repe
     ]
     # A node that a pass has written may have none: nothing is known then of sizes that vary.
     recorded = node.meta.get("val")
-    found = [repeating(numbers, numbers.shape if recorded is None else recorded.shape) for numbers in axes]
-    return [lying for lying in found if lying is not None]  # the analysis leaves others whole
+    layouts = [repeating(numbers, numbers.shape if recorded is None else recorded.shape) for numbers in axes]
+    return [layout for layout in layouts if layout is not None]  # the analysis leaves others whole
 
 
-def tokens_of(lying: Repeating) -> list[int]:
+def tokens_of(layout: Repeating) -> list[int]:
     """The dimensions along which tokens lie."""
-    sizes = zip(lying.numbers.shape, lying.varies, strict=True)
+    sizes = zip(layout.numbers.shape, layout.varies, strict=True)
     return [dim for dim, (size, varies) in enumerate(sizes) if size == 1 or varies]
 
 

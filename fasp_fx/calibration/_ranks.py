@@ -34,7 +34,7 @@ def ended_together(function: Callable[P, T]) -> Callable[P, T]:
         token = _CURRENT.set(ranks)
         try:
             ranks.with_all(lambda: None)
-            found = function(*args, **kwargs)
+            result = function(*args, **kwargs)
         except BaseException as error:
             if not ranks.parted:
                 with contextlib.suppress(RankError):
@@ -43,7 +43,7 @@ def ended_together(function: Callable[P, T]) -> Callable[P, T]:
         finally:
             _CURRENT.reset(token)
         ranks.with_all(lambda: None)
-        return found
+        return result
 
     return run
 
@@ -111,10 +111,10 @@ class Ranks:
         if self.size == 1:
             return
         plain = {name: value for name, value in options.items() if not callable(value)}
-        own = {"model": fingerprint(), "calibration data": digest_of(batches), "options": repr(plain)}
-        own |= {"release of fasp_fx": __version__, "release of torch": torch.__version__}
-        found = self._gathered(own)
-        different = [what for what in own if any(other[what] != own[what] for other in found)]
+        mine = {"model": fingerprint(), "calibration data": digest_of(batches), "options": repr(plain)}
+        mine |= {"release of fasp_fx": __version__, "release of torch": torch.__version__}
+        all_of_them = self._gathered(mine)
+        different = [what for what in mine if any(other[what] != mine[what] for other in all_of_them)]
         if different:
             raise ArgumentError(
                 f"the processes were given other {' and other '.join(different)}; all are given the same, and"
@@ -136,8 +136,8 @@ class Ranks:
 
     def first(self, value: T) -> T:
         """What the first process has."""
-        found: T = self.share(0, value)
-        return found
+        of_first: T = self.share(0, value)
+        return of_first
 
     def check_all(self, error: CalibrationError | None) -> None:
         """Raise if any process has failed, in all of them.
@@ -156,16 +156,16 @@ class Ranks:
         """What the owner has made; what others give does not count."""
         if self.size == 1:
             return value
-        held = [value]
-        self.with_all(lambda: dist.broadcast_object_list(held, group=self._group, group_src=owner))
-        return held[0]
+        values = [value]
+        self.with_all(lambda: dist.broadcast_object_list(values, group=self._group, group_src=owner))
+        return values[0]
 
     def _gathered(self, value: Any) -> list[Any]:
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        self.with_all(lambda: dist.all_gather_object(found, value, group=self._group))
-        return found
+        values: list[Any] = [None] * self.size
+        self.with_all(lambda: dist.all_gather_object(values, value, group=self._group))
+        return values
 
     def with_all(self, work: Callable[[], Any]) -> None:
         """Do what all processes do at once, unless one of them has failed.
@@ -185,16 +185,16 @@ class Ranks:
         """
         if self.size == 1:
             return
-        said: list[Any] = [None] * self.size
-        own = None if error is None else f"{type(error).__name__}: {first_line(error)}"
+        failures: list[Any] = [None] * self.size
+        failure = None if error is None else f"{type(error).__name__}: {first_line(error)}"
         with self._connected():
-            dist.all_gather_object(said, own, group=self._group)
-        failed = next((rank for rank, text in enumerate(said) if text is not None), None)
+            dist.all_gather_object(failures, failure, group=self._group)
+        failed = next((rank for rank, text in enumerate(failures) if text is not None), None)
         self.parted |= failed is not None
         if failed is not None and error is None:
             raise RankError(
-                f"process {failed} of {self.size} has failed ({said[failed]}), so that process {self.rank}"
-                " stops; start all of them again once that is mended"
+                f"process {failed} of {self.size} has failed ({failures[failed]}), so that process"
+                f" {self.rank} stops; start all of them again once that is mended"
             )
 
     @contextlib.contextmanager

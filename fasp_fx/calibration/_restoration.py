@@ -76,23 +76,23 @@ class Problem:
     gram: Tensor
     held: Tensor | None
     kept: Tensor
-    has_ones: bool
+    has_ones: bool = False
 
 
 #: A restoration of your own: the weight of the kept columns, shape ``[rows, kept]``. It stays whatever error
 #: it makes; the report says which.
 Restoration = Callable[[Problem], Tensor]
 
-#: What a consumer is restored by inside the library: weight, Gram matrices fitted and held out, kept columns,
-#: and whether the last of these holds ones.
-Restore = Callable[[Tensor, Tensor, Tensor | None, Tensor, bool], Restored]
+#: What a consumer is restored by inside the library, its Gram matrices as they are or as X, where that has
+#: fewer rows than columns; and the least ridge, relative to the mean of the diagonal.
+Restore = Callable[[Problem, float], Restored]
 
 
 def together(blocks: Sequence[Restored]) -> Restored:
     """The outcome for a consumer of several blocks: weight ``[blocks, rows, columns]``, errors averaged over
     the blocks.
     """
-    held = [
+    judged = [
         (block.held_before, block.held_after)
         for block in blocks
         if block.held_before is not None and block.held_after is not None
@@ -101,8 +101,8 @@ def together(blocks: Sequence[Restored]) -> Restored:
         torch.stack([block.weight for block in blocks]),
         fmean([block.error_before for block in blocks]),
         fmean([block.error_after for block in blocks]),
-        fmean([before for before, _ in held]) if held else None,
-        fmean([after for _, after in held]) if held else None,
+        fmean([before for before, _ in judged]) if judged else None,
+        fmean([after for _, after in judged]) if judged else None,
         any(block.used for block in blocks),
         min(block.strength for block in blocks),
     )
@@ -113,14 +113,7 @@ def without_values(outcome: Restored) -> Restored:
     return replace(outcome, weight=outcome.weight.to("meta"))
 
 
-def ridge(
-    weight: Tensor,
-    fitted: Tensor,
-    held: Tensor | None,
-    kept: Tensor,
-    has_ones: bool = False,
-    least: float = 0.0,
-) -> Restored:
+def ridge(problem: Problem, least: float = 0.0) -> Restored:
     """``V = W (G + δI)[:, M] (G[M, M] + δI)⁻¹``, which minimises ``‖X(W − V)ᵀ‖²_F + δ‖V − W[:, M]‖²_F`` over
     weights V on the columns M.
 
@@ -132,25 +125,21 @@ def ridge(
     system cannot be solved.
 
     Args:
-        weight: shape ``[rows, columns]``.
-        fitted, held: XᵀX over the fitted tokens and over those held out, shape ``[columns, columns]``,
-            symmetric, or X, where it has fewer rows than columns; ``None``: none were held out.
-        kept: M, the indices of kept columns, shape ``[kept]``.
-        has_ones: whether the last kept column holds ones. The ridge takes it as if it were as large as the
-            columns are in the mean.
+        problem: its Gram matrices symmetric, or X, where that has fewer rows than columns. A column of ones
+            the ridge takes as if it were as large as the columns are in the mean.
         least: no δ below that is tried.
 
     Examples:
         >>> from fasp_fx.calibration import ridge
         >>> weight, gram = torch.ones(1, 2), torch.ones(2, 2)  # two columns whose inputs are alike
-        >>> ridge(weight, gram, held=gram, kept=torch.tensor([0])).weight.round(decimals=2)
+        >>> ridge(weight, gram, gram, kept=torch.tensor([0])).weight.round(decimals=2)
         tensor([[2., 0.]])
     """
-    solver = _Solver(weight, fitted, held, kept, has_ones)
+    solver = _Solver(problem)
     strength, held_factor = solver.choose(least)
-    found, (whole, held_out) = solver.solved(strength), solver.before
-    if found.error_after < whole and (found.held_after or 0.0) < held_out:
-        return replace(found, held_after=held_out * held_factor)
+    outcome, (whole, held_out) = solver.solved(strength), solver.before
+    if outcome.error_after < whole and (outcome.held_after or 0.0) < held_out:
+        return replace(outcome, held_after=held_out * held_factor)
     return solver.unchanged()
 
 
@@ -162,19 +151,23 @@ def restored_by(restoration: Restoration) -> Restore:
             finite.
     """
 
-    def restore(
-        weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool = False
-    ) -> Restored:
+    def restore(problem: Problem, least: float) -> Restored:
+        weight, judging = problem.weight, problem.held
         # Copies: what it does to them in place is its own business.
-        own = None if held is None else whole(held).clone()
-        found = restoration(Problem(weight.clone(), whole(fitted).clone(), own, kept.clone(), has_ones))
-        found = dense_numbers("restore=", found, (len(weight), len(kept)))
-        if not bool(torch.isfinite(found.to(weight)).all()):
+        copies = replace(
+            problem,
+            weight=weight.clone(),
+            gram=whole(problem.gram).clone(),
+            held=None if judging is None else whole(judging).clone(),
+            kept=problem.kept.clone(),
+        )
+        stored = dense_numbers("restore=", restoration(copies), (len(weight), len(problem.kept))).to(weight)
+        if not bool(torch.isfinite(stored).all()):
             raise ArgumentError(
                 f"restore= returned a weight that is not finite as {weight.dtype}; return"
                 " problem.weight[:, problem.kept] where nothing can be solved"
             )
-        return _Solver(weight, fitted, held, kept, False).judged(found.to(weight), 0.0)
+        return _Solver(replace(problem, has_ones=False)).judged(stored, 0.0)
 
     return restore
 
@@ -198,13 +191,13 @@ def damped(weight: Tensor, gram: Tensor, kept: Tensor, strength: float) -> Tenso
     """
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     removed[kept] = False
-    found = torch.where(removed, torch.zeros_like(weight), weight)
+    repaired = torch.where(removed, torch.zeros_like(weight), weight)
     raised = strength * (float(gram.diagonal().mean()) or 1.0)
     gone = weight[:, removed].to(gram.dtype)
     order = torch.cat([kept, removed.nonzero()[:, 0]])
     if (added := _solve(gram[order[:, None], order], len(kept), gone, raised)) is not None:
-        found[:, kept] = (weight[:, kept] + added).to(weight.dtype)
-    return found
+        repaired[:, kept] = (weight[:, kept] + added).to(weight.dtype)
+    return repaired
 
 
 class _Solver:
@@ -215,15 +208,14 @@ class _Solver:
     pairs: over all tokens, and over those held out.
     """
 
-    def __init__(
-        self, weight: Tensor, fitted: Tensor, held: Tensor | None, kept: Tensor, has_ones: bool
-    ) -> None:
-        self.weight, self.kept, self.count, self.judges = weight, kept, len(kept), held is not None
-        self.ones = _size_of_ones(fitted, int(kept[-1])) if has_ones else None
+    def __init__(self, problem: Problem) -> None:
+        weight, kept, fitted, judging = problem.weight, problem.kept, problem.gram, problem.held
+        self.weight, self.kept, self.count, self.judges = weight, kept, len(kept), judging is not None
+        self.ones = _size_of_ones(fitted, int(kept[-1])) if problem.has_ones else None
         removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         removed[kept] = False
         order = torch.cat([kept, removed.nonzero()[:, 0]])
-        grams = [self._ordered(gram, order) for gram in (fitted, fitted[:0] if held is None else held)]
+        grams = [self._ordered(gram, order) for gram in (fitted, fitted[:0] if judging is None else judging)]
         scale = sum(float(diagonal_of(gram).mean()) for gram in grams) or 1.0
         self.fitted, self.held = (keep(gram.div_(scale**0.5 if is_few(gram) else scale)) for gram in grams)
         self.rows = weight[:, order].to(torch.promote_types(self.fitted.dtype, weight.dtype))
@@ -300,8 +292,8 @@ class _Solver:
 
     def _energies(self, rows: Tensor) -> tuple[float, float]:
         """Of the last of the ordered columns."""
-        fitted, held = energy_of(rows, self.fitted), energy_of(rows, self.held)
-        return fitted + held, held
+        fitted, judging = energy_of(rows, self.fitted), energy_of(rows, self.held)
+        return fitted + judging, judging
 
     def _relative(self, rows: Tensor) -> list[float]:
         pairs = zip(self._energies(rows), self.totals, strict=True)
@@ -329,12 +321,12 @@ def _solve(gram: Tensor, count: int, gone: Tensor, raised: Tensor | float) -> Te
     if int(failed):
         return None
     if few:
-        found = torch.cholesky_solve(gram[:, count:] @ gone.T, factor).T @ start
+        added = torch.cholesky_solve(gram[:, count:] @ gone.T, factor).T @ start
     elif gone.shape[1] < len(gone):  # fewer columns went than there are rows to solve for
-        found = gone @ torch.cholesky_solve(across, factor).T
+        added = gone @ torch.cholesky_solve(across, factor).T
     else:
-        found = torch.cholesky_solve(across @ gone.T, factor).T
-    return found if bool(torch.isfinite(found).all()) else None
+        added = torch.cholesky_solve(across @ gone.T, factor).T
+    return added if bool(torch.isfinite(added).all()) else None
 
 
 def _size_of_ones(gram: Tensor, place: int) -> float:

@@ -33,8 +33,8 @@ class Columns:
         sets: which of the group's channel sets takes a column along, shape ``[columns, axes]``; -1 where none
             does. A column with several goes with any.
         seen: the statistics that the score asked for, by name.
-        spread: as ``gram``, but of X without its columns' means where the consumer adds a bias that a repair
-            changes along, and so gives the means; X itself where it has fewer rows than columns.
+        centred_gram: as ``gram``, but of X without its columns' means where the consumer adds a bias that a
+            repair changes along, and so gives the means; X itself where it has fewer rows than columns.
         name: tells the block from others of the model, the same in every run.
 
     Examples:
@@ -50,7 +50,7 @@ class Columns:
     gram: Callable[[], Tensor] | None
     sets: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), dtype=np.int64))
     seen: Mapping[str, Statistic] = field(default_factory=dict)
-    spread: Callable[[], Tensor] | None = None
+    centred_gram: Callable[[], Tensor] | None = None
     name: str = ""
 
 
@@ -206,16 +206,16 @@ class ByColumns(GroupScore):
         return values.detach().to("cpu", torch.float64).numpy()
 
 
-def dense_numbers(what: str, found: Any, shape: tuple[int, ...]) -> Tensor:
+def dense_numbers(what: str, values: Any, shape: tuple[int, ...]) -> Tensor:
     """What code of the user's returned, if it is a tensor of real numbers of a shape.
 
     Raises:
         ArgumentError: it is none; begins with ``what``.
     """
-    is_dense = isinstance(found, Tensor) and found.layout is torch.strided and not found.is_meta
-    if not is_dense or found.is_complex() or found.shape != shape:
+    is_dense = isinstance(values, Tensor) and values.layout is torch.strided and not values.is_meta
+    if not is_dense or values.is_complex() or values.shape != shape:
         raise ArgumentError(f"{what} must return a dense tensor of real numbers, shape {shape}")
-    return found
+    return values
 
 
 def by_set(group: GroupColumns, values_of: Callable[[Columns], np.ndarray]) -> np.ndarray:

@@ -69,7 +69,7 @@ MakeStatistic = Callable[[int, torch.device], Statistic]
 
 class Gram:
     """Accumulates ``G = XᵀX`` over tokens, on the device of the activations (FASP, section 3): a sum, so
-    that it can be all-reduced.
+    so that they can be all-reduced.
 
     Each batch's product is one of float32. Added up in float64 these give the same sum in any order, as far
     as float32 can tell, so that it does not matter which process saw which batch. Few rows are kept as they
@@ -158,14 +158,14 @@ def diagonal_of(gram: Tensor) -> Tensor:
 
 def _mirrored(matrix: Tensor) -> Tensor:
     """The whole of a symmetric matrix of which blocks up to the diagonal are given, float32."""
-    found = torch.empty_like(matrix, dtype=torch.float32)
-    for start in range(0, len(found), BLOCK):
-        stop = min(start + BLOCK, len(found))
-        found[start:stop, :start] = matrix[start:stop, :start]
-        found[:start, start:stop] = matrix[start:stop, :start].T
-        own = matrix[start:stop, start:stop].tril()
-        found[start:stop, start:stop] = own + own.tril(-1).T
-    return found
+    mirrored = torch.empty_like(matrix, dtype=torch.float32)
+    for start in range(0, len(mirrored), BLOCK):
+        stop = min(start + BLOCK, len(mirrored))
+        mirrored[start:stop, :start] = matrix[start:stop, :start]
+        mirrored[:start, start:stop] = matrix[start:stop, :start].T
+        block = matrix[start:stop, start:stop].tril()
+        mirrored[start:stop, start:stop] = block + block.tril(-1).T
+    return mirrored
 
 
 def add_product(matrix: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
@@ -177,11 +177,11 @@ def add_product(matrix: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0)
     """
     for start in range(0, len(matrix) if len(left) else 0, BLOCK):
         stop = min(start + BLOCK, len(matrix))
-        own, lines = matrix[start:stop, :stop], left[:, start:stop].T
-        if own.dtype == left.dtype:
-            own.addmm_(lines, right[:, :stop], alpha=alpha)
+        blocks, lines = matrix[start:stop, :stop], left[:, start:stop].T
+        if blocks.dtype == left.dtype:
+            blocks.addmm_(lines, right[:, :stop], alpha=alpha)
         else:
-            own.add_(lines @ right[:, :stop], alpha=alpha)
+            blocks.add_(lines @ right[:, :stop], alpha=alpha)
 
 
 def energy_of(rows: Tensor, gram: Tensor) -> float:
@@ -194,10 +194,10 @@ def energy_of(rows: Tensor, gram: Tensor) -> float:
     gram, total = gram[first:, first:], 0.0
     for start in range(0, len(gram), BLOCK):
         stop = start + BLOCK
-        own, before = rows[:, start:stop], rows[:, :start]
+        block, before = rows[:, start:stop], rows[:, :start]
         # It is symmetric: what lies on one side of the diagonal counts twice.
-        sides = own @ gram[start:stop, start:stop] + 2 * (before @ gram[:start, start:stop])
-        total += float((sides * own).sum())
+        sides = block @ gram[start:stop, start:stop] + 2 * (before @ gram[:start, start:stop])
+        total += float((sides * block).sum())
     return max(total, 0.0)
 
 
@@ -208,17 +208,17 @@ class SplitGram:
         dtype: what products are added up in.
 
     Attributes:
-        fitted: of the tokens marked :data:`FITTED`.
-        held: of the tokens marked :data:`HELD`.
+        fitted: of the tokens of the role :data:`FITTED`.
+        held: of the tokens of the role :data:`HELD`.
     """
 
     def __init__(self, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.fitted, self.held = (Gram(columns, device, dtype) for _ in range(2))
 
-    def update(self, tokens: Tensor, marks: Tensor) -> None:
-        """Add tokens ``[tokens, columns]``, each as its mark ``[tokens]`` says."""
-        for mark, gram in ((FITTED, self.fitted), (HELD, self.held)):
-            chosen = marks == mark
+    def update(self, tokens: Tensor, roles: Tensor) -> None:
+        """Add tokens ``[tokens, columns]``, each as its role ``[tokens]`` says."""
+        for role, gram in ((FITTED, self.fitted), (HELD, self.held)):
+            chosen = roles == role
             if bool(chosen.any()):
                 gram.update(tokens if bool(chosen.all()) else tokens[chosen])
 
@@ -310,15 +310,15 @@ class InputGradients:
         """The mean of ``hᵀh`` over tokens, for one term of the loss; ``None`` where gradients were seen at
         the output alone.
         """
-        found = self.compact()
-        return None if found is None else whole(found)
+        gram = self.compact()
+        return None if gram is None else whole(gram)
 
     def compact(self) -> Tensor | None:
         """The same, or H with ``HᵀH`` equal to it where it :func:`is_few`."""
         if not self._gram.tokens:
             return None
-        found, count = self._gram.compact(), max(self.tokens * self.terms, 1)
-        return found / (count**0.5 if is_few(found) else count)
+        gram, count = self._gram.compact(), max(self.tokens * self.terms, 1)
+        return gram / (count**0.5 if is_few(gram) else count)
 
     def mean_square(self) -> float:
         """The mean square of the gradients at the output, for one term of the loss."""

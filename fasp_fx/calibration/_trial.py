@@ -6,20 +6,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fasp_fx.allocation import Trial, check_counts
-from fasp_fx.analysis import Group
+from fasp_fx.allocation import Budget, Trial, check_counts
 from fasp_fx.base import drawing_alike, float32_products, keep, unfilled
 from fasp_fx.capturing import Runner
 
-from ._calibration import Piece, returned
-from ._consumers import Consumers
-from ._gradients import outcome
+from ._calibration import returned
+from ._consumers import Consumer
+from ._gradients import Observation, outcome
 from ._losses import (
     Loss,
     Outputs,
@@ -30,10 +30,8 @@ from ._losses import (
     predictions,
     without_padding,
 )
-from ._marks import Marks
 from ._matrices import read_otherwise
 from ._obs import DAMPING
-from ._ranks import Ranks
 from ._restoration import damped
 from ._scoring import Order
 from ._statistics import SplitGram, whole
@@ -42,57 +40,60 @@ from ._statistics import SplitGram, whole
 _KEPT = 2
 
 
-class ServedTrial(Trial):
-    """A trial that serves budgets of fewer groups than the model has.
-
-    Args:
-        count: sequences.
-        description: of what a candidate is judged by.
-        groups: those of the model.
+class Candidates(Protocol):
+    """Runs a model as it would be pruned.
 
     Attributes:
+        count: sequences to run it on.
+        description: of what it is judged by.
+    """
+
+    count: int
+    description: str
+
+    def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
+        """As for :meth:`fasp_fx.allocation.Trial.losses`, of all groups of the model."""
+
+
+@dataclass
+class BudgetTrial(Trial):
+    """Tries allocations of a budget, which may have fewer groups than the model, or groups that stand for
+    others.
+
+    Attributes:
+        candidates: runs the model.
+        budget: whose groups lose what is tried.
+        advance: called with the fraction of a search done.
         notes: what came of the search, for the report.
     """
 
-    def __init__(self, count: int, description: str, groups: Sequence[Group]) -> None:
-        self.count, self._description, self.notes = count, description, list[str]()
-        self.serve(groups, list, lambda fraction: None)
+    candidates: Candidates
+    budget: Budget
+    advance: Callable[[float], None]
+    notes: list[str] = field(default_factory=list)
 
-    def serve(
-        self,
-        groups: Sequence[Group],
-        spread: Callable[[Sequence[int]], Sequence[int]],
-        advance: Callable[[float], None],
-    ) -> None:
-        """Try allocations of a budget that has fewer groups than the model, or groups that stand for others.
+    def __post_init__(self) -> None:
+        self.count = self.candidates.count
 
-        Args:
-            groups: those of the budget.
-            spread: what all groups lose, of what those of the budget lose.
-            advance: called with the fraction of the search done.
+    def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
+        """Raises:
+        ArgumentError: what is to be lost cannot be.
         """
-        self._groups, self._spread, self._advance = groups, spread, advance
-
-    def taken(self, lost: Sequence[int]) -> Sequence[int]:
-        """What all groups lose, of what those of the budget lose.
-
-        Raises:
-            ArgumentError: it cannot be.
-        """
-        return self._spread(check_counts(lost, self._groups))
+        checked = check_counts(lost, self.budget.groups)
+        return self.candidates.losses(self.budget.spread(checked), sequences)
 
     def progress(self, fraction: float) -> None:
-        self._advance(fraction)
+        self.advance(fraction)
 
     def note(self, before: float, after: float, tried: int) -> None:
         sequences = f"{self.count} sequence{'s' if self.count > 1 else ''}"
         self.notes.append(
-            f"search: {self._description} on {sequences} went from {before:.4g} to {after:.4g};"
+            f"search: {self.candidates.description} on {sequences} went from {before:.4g} to {after:.4g};"
             f" {tried} candidates were tried"
         )
 
 
-class ModelTrial(ServedTrial):
+class ModelTrial:
     """Runs the dense model with the weights of consumers as an allocation would leave them.
 
     Of each group the first channel sets of its order go. Every consumer is repaired in closed form on what
@@ -100,100 +101,81 @@ class ModelTrial(ServedTrial):
     (:class:`fasp_fx.calibration.OBS`); channels of products of activations stay.
 
     Args:
-        consumers: with the Gram matrices of the dense model's activations, which stay with this.
+        observation: of the dense model; its consumers, with their Gram matrices, stay with this, and some of
+            its pieces are taken, evenly.
         orders: of the groups that have one, by name.
-        pieces: calibration sequences, some of which are taken, evenly.
-        marks: which tokens of the pieces are padding.
-        loss: what a candidate is judged by (:mod:`fasp_fx.calibration._trial`).
         most: how many sequences are taken at most.
-        repairs: whether consumers are repaired; otherwise the removed columns are zero.
         precision: of products of float32 while a candidate runs.
-        ranks: the processes that share the sequences.
     """
 
     def __init__(
-        self,
-        consumers: Consumers,
-        orders: Mapping[str, Order],
-        pieces: Sequence[Piece],
-        marks: Marks,
-        loss: Loss | None,
-        most: int,
-        repairs: bool,
-        precision: str,
-        ranks: Ranks,
+        self, observation: Observation, orders: Mapping[str, Order], most: int, precision: str
     ) -> None:
-        self.analysis, self.ranks, self.fitness = consumers.analysis, ranks, fitness_of(loss)
-        self._consumers, self._marks, self._precision = consumers, marks, precision
+        self._observation, self._precision = observation, precision
+        consumers, ranks, pieces = observation.consumers, observation.ranks, observation.pieces
+        self.analysis, self.fitness = consumers.analysis, fitness_of(observation.loss)
+        self.count, self.description = min(most, len(pieces)), self.fitness.description
         self._orders = {name: ranks.first(order.sets) for name, order in orders.items()}
-        count = min(most, len(pieces))
-        self._places = [index * len(pieces) // count for index in range(count)]
-        self._pieces = [pieces[place] for place in self._places]
-        own = consumers.by_key.values()
-        self._by_weight = {
-            name: [consumer for consumer in own if consumer.weight == name]
-            for name in dict.fromkeys(consumer.weight for consumer in own)
-        }
+        self._places = [index * len(pieces) // self.count for index in range(self.count)]
+        self._by_weight: dict[str, list[Consumer]] = {}
+        for consumer in consumers:
+            self._by_weight.setdefault(consumer.weight, []).append(consumer)
         self._touching = {
             name: [
                 index
                 for index, group in enumerate(self.analysis.chosen)
-                if not set(own).isdisjoint(consumers.of_group[group.name])
+                if not set(readers).isdisjoint(consumers.of_group[group.name])
             ]
-            for name, own in self._by_weight.items()
+            for name, readers in self._by_weight.items()
         }
         self._grams = {
             consumer: consumer.grams
-            for consumer in consumers.by_key.values()
-            if repairs
+            for consumer in consumers
+            if consumers.is_repaired
             and not consumers.weight(consumer).is_complex()
             and read_otherwise(self.analysis, consumer.matrices) is None
         }
         #: by name, and what the groups that it is a consumer of have lost
-        self._made: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._repairs: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._dense: dict[int, Any] = {}
-        super().__init__(min(most, len(pieces)), self.fitness.description, self.analysis.chosen)
 
     def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
-        """The loss on each of some of the sequences taken, in all processes.
-
-        Raises:
-            ArgumentError: what is to be lost cannot be.
-        """
-        weights = self._weights(self.taken(lost))
-        found = torch.zeros(len(sequences), dtype=torch.float64)
+        """The loss on each of some of the sequences taken, in all processes."""
+        weights = self._weights(lost)
+        ranks, losses = self._observation.ranks, torch.zeros(len(sequences), dtype=torch.float64)
         for place, number in enumerate(sequences):
-            if number % self.ranks.size == self.ranks.rank:
+            if number % ranks.size == ranks.rank:
                 if number not in self._dense:
                     self._dense[number] = self.fitness.remember(*self._run(number, {}))
                 value = self.fitness.loss(self._dense[number], *self._run(number, weights))
-                found[place] = value if math.isfinite(value) else math.inf
-        return self.ranks.first(self.ranks.add(found).tolist())
+                losses[place] = value if math.isfinite(value) else math.inf
+        return ranks.first(ranks.add(losses).tolist())
 
     def _run(self, number: int, weights: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any], Padding]:
         """What the model returns for a sequence with these weights, the arguments of the call, and which
         tokens are padding.
         """
-        piece, program = self._pieces[number], self.analysis.program
+        place, program = self._places[number], self.analysis.program
+        piece = self._observation.pieces[place]
         with torch.no_grad(), drawing_alike(program.weights().values()), float32_products(self._precision):
             run = Runner(program, [piece.inputs], numbers=[piece.batch])
             run.overrides |= weights
             run.advance(len(run.nodes) - 1)
             leaves = returned(program, run)
-        return outcome(program, leaves, piece, self._marks, self._places[number])
+        return outcome(program, leaves, piece, self._observation.roles, place)
 
     def _weights(self, lost: Sequence[int]) -> dict[str, Tensor]:
         """The weights that are not as in the dense model."""
-        found = {}
+        weights = {}
         for name, touching in self._touching.items():
             levels = tuple(lost[index] for index in touching)
-            if any(levels) and (name, levels) not in self._made:
-                if len(self._made) >= _KEPT * len(self._by_weight):
-                    self._made.clear()
-                self._made[name, levels] = self._repaired(name, levels)
+            if any(levels) and (name, levels) not in self._repairs:
+                if len(self._repairs) >= _KEPT * len(self._by_weight):
+                    self._repairs.clear()
+                self._repairs[name, levels] = self._repaired(name, levels)
             if any(levels):
-                found[name] = self._made[name, levels]
-        return found
+                weights[name] = self._repairs[name, levels]
+        return weights
 
     @torch.no_grad()
     def _repaired(self, name: str, levels: tuple[int, ...]) -> Tensor:
@@ -205,7 +187,7 @@ class ModelTrial(ServedTrial):
             if count
         ]
         gone = np.isin(self.analysis.labels, np.concatenate(taken))
-        weight = self._consumers.weight(self._by_weight[name][0])
+        weight = self._observation.consumers.weight(self._by_weight[name][0])
         for consumer in self._by_weight[name]:
             kept = torch.from_numpy(~consumer.gone(gone)).to(weight.device)
             whole = torch.from_numpy(~consumer.blocks_gone(gone)).to(weight.device)
@@ -238,8 +220,8 @@ class Fitness:
 
     description = "the loss that was given"
 
-    def __init__(self, given: Loss = next_token) -> None:
-        self._loss = given
+    def __init__(self, loss: Loss = next_token) -> None:
+        self._loss = loss
 
     def remember(self, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Any:
         """What is kept of the dense model's outputs."""
@@ -250,7 +232,7 @@ class Fitness:
         return float(evaluated(self._loss, outputs, inputs, padding).double().mean())
 
 
-class Divergence(Fitness):
+class NextTokens(Fitness):
     """The mean over tokens of KL(dense ‖ pruned) of the next token, where the tokens that the dense model
     thinks less likely count as one outcome.
 
@@ -268,20 +250,20 @@ class Divergence(Fitness):
         """The likeliest tokens ``[tokens, likeliest]``, and the logarithms of their probabilities and of that
         of the others, ``[tokens, likeliest + 1]``.
         """
-        chosen, held = [], []
+        chosen, logarithms = [], []
         for logits in _pieces(outputs, inputs, padding):
             chosen.append(logits.topk(min(self.likeliest, logits.shape[1])).indices)
-            held.append(_coarse(logits, chosen[-1]))
-        return keep(torch.cat(chosen).to(torch.int32)), keep(torch.cat(held))
+            logarithms.append(_coarse(logits, chosen[-1]))
+        return keep(torch.cat(chosen).to(torch.int32)), keep(torch.cat(logarithms))
 
     def loss(self, remembered: Any, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> float:
         total, tokens = 0.0, 0
         chosen, dense = remembered
-        for logits, own, expected in zip(
+        for logits, places, expected in zip(
             _pieces(outputs, inputs, padding), chosen.split(_AT_ONCE), dense.split(_AT_ONCE), strict=True
         ):
             likely = expected.exp()
-            terms = torch.where(likely > 0, likely * (expected - _coarse(logits, own.long())), 0.0)
+            terms = torch.where(likely > 0, likely * (expected - _coarse(logits, places.long())), 0.0)
             total, tokens = total + float(terms.sum(dtype=torch.float32).double()), tokens + len(logits)
         return total / max(tokens, 1)
 
@@ -311,14 +293,14 @@ def fitness_of(loss: Loss | None) -> Fitness:
     """What a loss is searched by; ``None``: none was given."""
     if loss is None or isinstance(loss, Outputs):
         return Error()
-    return Divergence() if loss is next_token else Fitness(loss)
+    return NextTokens() if loss is next_token else Fitness(loss)
 
 
 def _pieces(outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Iterable[Tensor]:
     """The logits of tokens that count, ``[tokens, vocabulary]``, so many of these at a time."""
     logits, _, counts = predictions(outputs, inputs, padding)
-    for own in counts.to(logits.device).flatten().nonzero().flatten().split(_AT_ONCE):
-        yield logits.flatten(0, 1)[own].float()
+    for places in counts.to(logits.device).flatten().nonzero().flatten().split(_AT_ONCE):
+        yield logits.flatten(0, 1)[places].float()
 
 
 def _coarse(logits: Tensor, chosen: Tensor) -> Tensor:

@@ -38,6 +38,9 @@ from ._compare_with_model import (
     coarsest as coarsest,  # The floating-point type of the lowest precision among all that the program computes
 )
 from ._compare_with_model import (
+    outputs_of as outputs_of,  # What a program returns for the values of its placeholders, leaf for leaf
+)
+from ._compare_with_model import (
     trouble_with as trouble_with,  # What is wrong with what a program computes, in words, where it is to be what the model does
 )
 from ._export import (
@@ -93,6 +96,24 @@ from ._fx import (
 )
 from ._fx import (
     written_names as written_names,  # The names of the tensors that a graph looks up and writes into
+)
+from ._parts import (
+    Call as Call,  # The arguments of one call
+)
+from ._parts import (
+    Parts as Parts,  # A model that was captured by its submodules
+)
+from ._parts import (
+    dressed as dressed,  # The pruned part with the simple attributes of the original, which copies and pickles keep
+)
+from ._parts import (
+    model_copy as model_copy,  # A copy of a model that shares no storage
+)
+from ._parts import (
+    put as put,  # Place a module at each of its paths
+)
+from ._parts import (
+    watching as watching,  # Report every call that one of some modules gets inside, with copies of what it gets
 )
 from ._program import (
     Cut as Cut,  # Which indices stay along one dimension
@@ -174,6 +195,9 @@ from ._sizes import (
 )
 from ._sizes import (
     upper_bound as upper_bound,  # The largest value that the capture allows for a dynamic size, or None if there is no limit
+)
+from ._submodules import (
+    capture_model as capture_model,  # A model as one program, or else in parts
 )
 from ._transformers import (
     is_transformers as is_transformers,  # Whether a model is one of transformers

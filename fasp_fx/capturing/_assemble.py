@@ -9,7 +9,7 @@ into inputs, and to say which input is which.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -96,9 +96,9 @@ class Assembly:
 
     def program(self) -> ExportedProgram:
         """The exported program; its tensors have no values."""
-        made = self._exported(whole=True)
-        take_guards(made, guards_of(self.frame))  # whatever was assumed of the symbols since
-        return made
+        exported = self._exported(whole=True)
+        take_guards(exported, guards_of(self.frame))  # whatever was assumed of the symbols since
+        return exported
 
     @cached_property
     def frame(self) -> ExportedProgram:
@@ -118,8 +118,8 @@ class Assembly:
             if node.op == "get_attr":
                 seen[node] = tensors[target_name(node)]
             elif node.op not in ("placeholder", "output"):
-                made = seen[node] = graph.node_copy(node, seen.__getitem__)
-                made.meta.pop("tensor_meta", None)  # an exporter's, of the shapes before
+                copied = seen[node] = graph.node_copy(node, seen.__getitem__)
+                copied.meta.pop("tensor_meta", None)  # an exporter's, of the shapes before
         return tuple(fx.map_arg(results(self.graph), seen.__getitem__))
 
     def _lift(
@@ -144,10 +144,10 @@ class Assembly:
         inputs = self.graph.find_nodes(op="placeholder")
         for node, argument in zip(inputs, self.facts.inputs, strict=True):
             # By the caller's name, which a weight can have too.
-            made = seen[node] = graph.placeholder(str(node.target))
-            made.meta = dict(node.meta)
+            placeholder = seen[node] = graph.placeholder(str(node.target))
+            placeholder.meta = dict(node.meta)
             more = (argument.value,) if isinstance(argument, ConstantArgument) else ()
-            specs.append(InputSpec(InputKind.USER_INPUT, type(argument)(made.name, *more), None))
+            specs.append(InputSpec(InputKind.USER_INPUT, type(argument)(placeholder.name, *more), None))
         return specs
 
     def _exported(self, whole: bool) -> ExportedProgram:
@@ -207,17 +207,14 @@ def ready(
     return Assembly(module.graph, tuple(_weights(module, mode)), facts, example)
 
 
-def check_sizes(program: Program, inputs: list[Any]) -> None:
-    """Hold inputs of a captured graph, in order, against the guards that its results will have.
-
-    Raises:
-        AssertionError: a size does not fit.
+def size_check(program: Program) -> Callable[..., None]:
+    """A function that holds inputs of a captured graph, in order, against the guards that its results will
+    have, and raises an AssertionError where a size does not fit.
     """
     assert program.facts is not None  # or it was not captured
     frame = Assembly(program.module.graph, (), program.facts, program.example).frame
     guards = guards_of_module(frame.module(check_guards=True))
-    if guards is not None:
-        guards(*inputs)
+    return guards if guards is not None else lambda *inputs: None
 
 
 def _weights(module: fx.GraphModule, mode: FakeTensorMode) -> Iterator[_Weight]:

@@ -49,48 +49,24 @@ def execute(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
 FLEX = torch.ops.higher_order.flex_attention
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    score_mod: Callable[..., Tensor],
-    block_mask: tuple[Any, ...],
-    scale: float,
-    kernel_options: dict[str, Any],
-    score_mod_other_buffers: tuple[Any, ...] = (),
-    mask_mod_other_buffers: tuple[Any, ...] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
+def attend(*inputs: Any) -> Any:
     """The operator itself; for ``torch.compile``, with the tensors that its graphs read bound to them.
 
-    An exported program hands those tensors to the operator as arguments of their own. ``torch.compile``
-    traces only calls without them, in which the graphs are functions that hold what they read, as it finds
-    them in a model.
+    An exported program hands those tensors to the operator as arguments of their own, the last two.
+    ``torch.compile`` traces only calls without them, in which the graphs are functions that hold what they
+    read, as it finds them in a model.
     """
     if not torch.compiler.is_dynamo_compiling():
-        plain: tuple[Tensor, Tensor, Tensor] = FLEX(
-            query,
-            key,
-            value,
-            score_mod,
-            block_mask,
-            scale,
-            kernel_options,
-            score_mod_other_buffers,
-            mask_mod_other_buffers,
-        )
-        return plain
+        return FLEX(*inputs)
+    query, key, value, score_mod, block_mask, scale, options, of_scores, of_masks = (*inputs, (), ())[:9]
 
-    def score(*given: Tensor) -> Tensor:
-        return score_mod(*given, *score_mod_other_buffers)
+    def score(*numbers: Tensor) -> Tensor:
+        return score_mod(*numbers, *of_scores)
 
-    def mask(*given: Tensor) -> Tensor:
-        found: Tensor = block_mask[-1](*given, *mask_mod_other_buffers)
-        return found
+    def mask(*numbers: Tensor) -> Tensor:
+        return block_mask[-1](*numbers, *of_masks)
 
-    attended: tuple[Tensor, Tensor, Tensor] = FLEX(
-        query, key, value, score, (*block_mask[:-1], mask), scale, kernel_options
-    )
-    return attended
+    return FLEX(query, key, value, score, (*block_mask[:-1], mask), scale, options)
 
 
 def make_traceable(graph: fx.Graph) -> None:

@@ -32,138 +32,123 @@ from fasp_fx.base import (
 from fasp_fx.errors import ArgumentError, CaptureError
 
 from ._compare_with_model import compared
-from ._export import export
+from ._export import Exported, export
 from ._fold import Folding
 from ._fold import fold as fold_weights
 from ._functional import functional, take_apart
 from ._fx import remove_dead, remove_dropouts, results, written_names
+from ._options import CaptureOptions
+from ._parts import Parts
 from ._program import ExportFacts, Program, graph_module
 from ._rewrites import as_weights, check_names, own_names
 from ._signature import CallSignature
-from ._sizes import all_dims, every_dim
 from ._transformers import is_cache, is_transformers, register_caches
 
 
 @without_collections()
 def capture(
     model: nn.Module | fx.GraphModule | ExportedProgram,
-    args: tuple[Any, ...] = (),
+    args: Any = (),
     kwargs: dict[str, Any] | None = None,
-    *,
-    dynamic_shapes: Any = None,
-    state: tuple[str, ...] = (),
-    device: torch.device | str | None = None,
-    image_sizes: bool = False,
-    fold: bool = True,
-    own_defaults: bool = False,
-    doubles: bool = True,
+    **options: Any,
 ) -> Program:
     """Capture ``model`` as it behaves on the example inputs.
 
     Args:
         model: a module in evaluation mode, a graph module, or an exported program.
         args, kwargs: example inputs; an exported program brings its own.
-        dynamic_shapes: as for ``torch.export.export``; ``None`` keeps every dimension dynamic that the model
-            lets vary, of images (floating-point tensors of four dimensions and more) only the first.
-        state: names of arguments and outputs that hold state (a cache) and may become narrower.
-        device: move the captured copy there; ``None`` leaves it where the model is.
-        image_sizes: let heights and widths of images vary as well.
-        own_defaults: an argument that is left out has the default that ``forward`` gives it, rather than what
-            it was captured with.
-        doubles: whether an example of one sample may be captured as one of two, so that their number varies.
-        fold: put parameters in the place of weights that the model computes from others (see
-            :mod:`fasp_fx.capturing._fold`).
+        options: those of :class:`CaptureOptions`.
 
     Raises:
         ArgumentError: the inputs do not fit the model.
         CaptureError: the model is in training mode, has gates, or cannot be exported; the message carries the
             exporter's reason.
     """
+    how = CaptureOptions(**options)
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise ArgumentError(f"kwargs is a {type(kwargs).__name__}; pass a dict of arguments by name")
-    if isinstance(state, str) or not isinstance(state, (tuple, list)):
-        raise ArgumentError(f"state={state!r:.80} is no tuple of names of arguments and outputs")
-    kwargs = dict(kwargs or {})
-    target = None if device is None else check_device(device)
-    notes: tuple[str, ...] = ()
-    doubled, seen = False, None
+    if isinstance(how.state, str) or not isinstance(how.state, (tuple, list)):
+        raise ArgumentError(f"state={how.state!r:.80} is no tuple of names of arguments and outputs")
+    device = None if how.device is None else check_device(how.device)
     if isinstance(model, ExportedProgram):
-        exported, signature = functional(as_weights(model)), _exported_signature(model, args, kwargs)
+        signature = _exported_signature(model, args, dict(kwargs or {}))
+        exported = Exported(functional(as_weights(model)), signature)
     elif isinstance(model, nn.Module):
-        if any(getattr(module, "is_fasp_fx_gates", False) for module in model.modules()):
-            raise CaptureError(
-                "the model has gates on (fasp_fx.training); take their plan, and call gates.detach() before"
-                " anything else is done with the model"
-            )
-        training = next(in_training(model), None)
-        if training is not None:
-            part = f"'{training}' of {type(model).__name__}" if training else type(model).__name__
-            raise CaptureError(
-                f"{part} is in training mode, which the capture would make permanent; call model.eval() first"
-            )
-        _check_modes(model)
-        compile_graphs(model)  # which is no attribute that forward sets
-        if (
-            isinstance(args, Mapping)
-            and args
-            and args.keys() <= inspect.signature(model.forward).parameters.keys()
-        ):
-            raise ArgumentError(
-                f"args holds what {type(model).__name__} takes by name ({', '.join(map(repr, args))}); pass"
-                " it as kwargs="
-            )
-        args = args if isinstance(args, tuple) else (args,)
-        if is_transformers(model):
-            register_caches(model)
-        signature = CallSignature.of(model.forward, args, kwargs, own_defaults)
-        bound = signature.bound(args, kwargs)
-        given = pytree.tree_map(
-            lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf,
-            {name: bound[name] for name in signature.captured},
-        )
-        free = every_dim if image_sizes else all_dims
-        exported, notes, doubled, seen = export(
-            model, signature, given, dynamic_shapes, free, len(args), doubles
-        )
+        exported = _export(model, args, dict(kwargs or {}), how)
     else:
         raise ArgumentError(
             f"model must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}"
         )
-    if target is not None:
-        exported = move_to_device_pass(exported, target)
-    check_names((*exported.state_dict, *exported.constants))
-    _check_generators(exported)
-    module = exported.module(check_guards=False)
+    program, signature = exported.program, exported.signature
+    if device is not None:
+        program = move_to_device_pass(program, device)
+    check_names((*program.state_dict, *program.constants))
+    _check_generators(program)
+    module = program.module(check_guards=False)
     own_names(module, module.graph)
     if isinstance(model, ExportedProgram):
         take_apart(module.graph)
     remove_dropouts(module.graph)
     remove_dead(module.graph)
-    example = exported.example_inputs
-    assert example is not None  # or there was no signature
-    inputs, outputs = state_positions(module, exported, signature.given(), state)
+    assert program.example_inputs is not None  # or there was no signature
+    inputs, outputs = state_positions(module, program, signature.given(), how.state)
     order = _order(model)
-    folding = fold_weights(module, order) if fold else Folding()
-    notes = (*notes, *folding.notes)
+    folding = fold_weights(module, order) if how.fold else Folding()
     return Program(
         _plain(module),
         signature,
-        example,
+        program.example_inputs,
         inputs,
         outputs,
-        notes=notes,
+        notes=(*exported.notes, *folding.notes),
         order=order,
         folds=folding.folds,
         replaced=folding.replaced,
-        doubled=doubled,
-        seen=seen,
-        facts=ExportFacts.of(exported),
+        doubled=exported.doubled,
+        seen=exported.seen,
+        facts=ExportFacts.of(program),
     )
+
+
+def _export(model: nn.Module, args: Any, kwargs: dict[str, Any], how: CaptureOptions) -> Exported:
+    """What a module becomes; errors as for :func:`capture`."""
+    if any(getattr(module, "is_fasp_fx_gates", False) for module in model.modules()):
+        raise CaptureError(
+            "the model has gates on (fasp_fx.gates); take their plan, and call gates.detach() before"
+            " anything else is done with the model"
+        )
+    training = next(in_training(model), None)
+    if training is not None:
+        part = f"'{training}' of {type(model).__name__}" if training else type(model).__name__
+        raise CaptureError(
+            f"{part} is in training mode, which the capture would make permanent; call model.eval() first"
+        )
+    _check_modes(model)
+    compile_graphs(model)  # which is no attribute that forward sets
+    if (
+        isinstance(args, Mapping)
+        and args
+        and args.keys() <= inspect.signature(model.forward).parameters.keys()
+    ):
+        raise ArgumentError(
+            f"args holds what {type(model).__name__} takes by name ({', '.join(map(repr, args))}); pass"
+            " it as kwargs="
+        )
+    args = args if isinstance(args, tuple) else (args,)
+    if is_transformers(model):
+        register_caches(model)
+    signature = CallSignature.of(model.forward, args, kwargs, how.own_defaults)
+    bound = signature.bound(args, kwargs)
+    inputs = pytree.tree_map(
+        lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf,
+        {name: bound[name] for name in signature.captured},
+    )
+    return export(model, signature, inputs, how, len(args))
 
 
 def _check_generators(exported: ExportedProgram) -> None:
     """Refuse a program that holds a generator of random numbers."""
-    if any(isinstance(held, torch.Generator) for held in exported.constants.values()):
+    if any(isinstance(constant, torch.Generator) for constant in exported.constants.values()):
         raise CaptureError(
             "forward makes a torch.Generator: a program keeps it and draws other numbers in each call, where"
             " forward begins anew; draw the numbers once, and keep them in a buffer"
@@ -273,10 +258,10 @@ def state_positions(
     Raises:
         ArgumentError: nothing goes by one of the names.
     """
-    given, returned = exported.call_spec.in_spec, exported.call_spec.out_spec
-    by_position = zip(arguments, given.child(0).children(), strict=False)
+    taken, returned = exported.call_spec.in_spec, exported.call_spec.out_spec
+    by_position = zip(arguments, taken.child(0).children(), strict=False)
     inputs = [leaf for name, spec in by_position for leaf in _leaves(spec, (name,))]
-    inputs += _leaves(given.child(1))
+    inputs += _leaves(taken.child(1))
     outputs = list(_leaves(returned))
     known = {name for path, _ in (*inputs, *outputs) for name in path if name is not None}
     if unknown := [name for name in state if name not in known]:
@@ -314,6 +299,7 @@ class Captured:
     Attributes:
         programs: the graph, and how it is called, under the empty path; of a model that was captured in parts
             (docs/submodules.md), those of the parts by their paths.
+        in_parts: of such a model, what stands around the parts.
 
     Examples:
         >>> captured = fasp_fx.capture(model, (x,))
@@ -325,6 +311,7 @@ class Captured:
     _versions: dict[str, int | None] = field(repr=False)
     _model: Callable[[], object | None] = field(default=lambda: None, repr=False)
     _parameters: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
+    in_parts: Parts | None = field(default=None, repr=False)
 
     @property
     def program(self) -> Program:
@@ -350,7 +337,9 @@ class Captured:
             ArgumentError: one has been written into, or the model has another in its place; names it.
         """
         now = _parameters(self._model())
-        changed = [name for name, held in self._parameters.items() if now.get(name, held) is not held]
+        changed = [
+            name for name, parameter in self._parameters.items() if now.get(name, parameter) is not parameter
+        ]
         versions = _versions(self.program).items()
         changed += [name for name, version in versions if version != self._versions.get(name)]
         if changed:
@@ -358,7 +347,9 @@ class Captured:
         return self.program
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
-        """The same over weights of its own."""
+        """The same over weights of its own, which one in parts has already."""
+        if self.in_parts is not None:
+            return self
         program = copy.deepcopy(self.checked(), memo)
         return Captured({"": program}, _versions(program))
 
@@ -366,8 +357,8 @@ class Captured:
 def capture_whole(model: Model, args: Any, kwargs: dict[str, Any] | None, **options: Any) -> Captured:
     """Capture a model as one program; arguments and errors as for :func:`fasp_fx.capture`."""
     program = _captured(model, args, kwargs, **options)
-    held = weakref.ref(model) if isinstance(model, nn.Module) else lambda: None
-    return Captured({"": program}, _versions(program), held, _parameters(model))
+    origin = weakref.ref(model) if isinstance(model, nn.Module) else lambda: None
+    return Captured({"": program}, _versions(program), origin, _parameters(model))
 
 
 def _parameters(model: object) -> dict[str, nn.Parameter]:
@@ -406,13 +397,13 @@ def check_given(
     Raises:
         ArgumentError: names the argument.
     """
-    given = {
+    said = {
         "args": args != (),
         "kwargs": bool(kwargs),
         "state": bool(state),
         "dynamic_shapes": dynamic_shapes is not None,
     }
-    for name, is_given in given.items():
+    for name, is_given in said.items():
         if is_given:
             raise ArgumentError(
                 f"a captured model holds what {name}= says already; give {name}= to fasp_fx.capture"
@@ -427,6 +418,6 @@ def _versions(program: Program) -> dict[str, int | None]:
     """How often each weight was written into, and what weights were computed of at the capture, but for those
     that the model itself writes into; ``None`` where torch does not count.
     """
-    own = set(written_names(program.module.graph))
-    held = {**program.weights(), **program.replaced}  # a folded weight can have the name of one of those
-    return {name: version_of(tensor) for name, tensor in held.items() if name not in own}
+    written = set(written_names(program.module.graph))
+    weights = {**program.weights(), **program.replaced}  # a folded weight can have the name of one of those
+    return {name: version_of(tensor) for name, tensor in weights.items() if name not in written}

@@ -18,12 +18,12 @@ from torch import Tensor, fx, nn
 from fasp_fx.base import distance, drawing_alike, laid_otherwise, pytree, tolerable, tolerance, warn
 from fasp_fx.errors import CalibrationError, CaptureError, CaptureWarning
 
-from ._assemble import check_sizes
+from ._assemble import size_check
 from ._fx import draws, results, written_names
 from ._program import Program
 from ._runner import Runner
 from ._sizes import is_dynamic, lower_bound
-from ._unchanged import Seen, called, copied
+from ._unchanged import Call, Seen, called, copied
 
 #: relative deviation in the 2-norm that rounding accounts for in float32 where factors are rounded, as
 #: convolutions on CUDA do by default
@@ -66,7 +66,7 @@ def compared(
     try:
         if any(map(draws, program.module.graph.nodes)):
             return _noted(program, _SEEDS) if _seeds(program, model, args, kwargs) else program
-        worst, changed = _difference(program, model, args, kwargs, seen=seen)
+        worst, changed = _difference(program, model, (args, kwargs), seen)
         trouble = _otherwise("on the example inputs", worst)
     except tolerable(CalibrationError) as error:
         trouble = f"cannot be executed on the example inputs ({error})"
@@ -76,41 +76,45 @@ def compared(
     if trouble:
         return _noted(program, f"{trouble}: {_TRACED}")
     if changed and not written_names(program.module.graph):
-        worst, _ = _difference(program, model, args, kwargs, calls=2)
+        worst, _ = _difference(program, model, (args, kwargs), calls=2)
         if worst:
             names = ", ".join(f"'{name}'" for name in changed[:3])
             why = f"forward keeps something in {names}, and a graph only in buffers"
             return _noted(program, f"{_otherwise('in the second of two calls', worst)}: {why}")
-    trouble = _trouble_at_one(program, model, args, kwargs)
-    trouble = trouble or _trouble_in_layouts(program, model, args, kwargs)
+    try:
+        check = size_check(program)
+    except tolerable(Exception):  # no exported program can be made of it, and so no other sizes be tried
+        return program
+    trouble = _trouble_at_one(program, model, (args, kwargs), check)
+    trouble = trouble or _trouble_in_layouts(program, model, (args, kwargs), check)
     return _noted(program, trouble) if trouble else program
 
 
-def _trouble_at_one(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> str:
+def _trouble_at_one(program: Program, model: nn.Module, call: Call, check: Callable[..., None]) -> str:
     """What is wrong, in words, where every size that varies is one; either may refuse such sizes as it likes,
     when it is called.
     """
-    least = _cut(program, args, kwargs, 1)
+    least = _cut(program, call, 1)
     if least is None:
         return ""
     try:
-        check_sizes(program, program.flat_inputs(*least))
-        said = _otherwise("where sizes are one", _difference(program, model, *least)[0])
+        check(*program.flat_inputs(*least))
+        said = _otherwise("where sizes are one", _difference(program, model, least)[0])
     except tolerable(Exception):
         return ""
     return said and f"{said}: forward asks for such a size, which no exporter sees"
 
 
-def _trouble_in_layouts(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> str:
+def _trouble_in_layouts(program: Program, model: nn.Module, example: Call, check: Callable[..., None]) -> str:
     """What is wrong, in words, where the inputs lie otherwise in memory, in the first way that the model
     takes.
     """
-    calls = (_cut(program, args, kwargs, _LEAST) or (args, kwargs), (args, kwargs))
+    calls = (_cut(program, example, _LEAST) or example, example)
     where = "where inputs lie otherwise in memory"
     for call, lie in itertools.product(calls, (_laid, _lying_apart)):
         try:
-            check_sizes(program, program.flat_inputs(*call))
-            said = _otherwise(where, _difference(program, model, call[0], call[1], lie=lie)[0])
+            check(*program.flat_inputs(*call))
+            said = _otherwise(where, _difference(program, model, call, lie=lie)[0])
         except tolerable(CalibrationError) as error:
             said = f"cannot be executed {where} ({error})"
         except tolerable(Exception):  # of the model, which refuses what it likes, or sizes
@@ -125,7 +129,7 @@ def trouble_with(program: Program, model: nn.Module, args: Any, kwargs: dict[str
     Raises:
         CalibrationError: the program does not run on these inputs.
     """
-    return _otherwise("on the example inputs", _difference(program, model, args, kwargs)[0]) or None
+    return _otherwise("on the example inputs", _difference(program, model, (args, kwargs))[0]) or None
 
 
 def _otherwise(where: str, worst: float) -> str:
@@ -136,10 +140,9 @@ def _otherwise(where: str, worst: float) -> str:
 def _difference(
     program: Program,
     model: nn.Module,
-    args: Any,
-    kwargs: dict[str, Any],
-    calls: int = 1,
+    call: Call,
     seen: Seen | None = None,
+    calls: int = 1,
     lie: Callable[[Tensor], Tensor] = torch.clone,
 ) -> tuple[float, list[str]]:
     """How far the outputs of the program are from those of the last of some calls of the model, zero if no
@@ -154,32 +157,34 @@ def _difference(
         CalibrationError: the program does not run on these inputs.
     """
     written = written_names(program.module.graph)
-    expected, changed = seen or called(model, args, kwargs, calls, written, lie)
+    expected, changed = seen or called(model, call, written, calls, lie)
     with torch.no_grad(), drawing_alike(program.weights().values(), seed=1):
-        found = _outputs(program, copied(program.flat_inputs(args, kwargs), lie))
+        outputs = outputs_of(program, copied(program.flat_inputs(*call), lie))
     # leaf for leaf, but where a class of the caller's holds tensors, say
-    pairs = zip(found, expected) if len(found) == len(expected) else zip(_floats(found), _floats(expected))
+    pairs = (
+        zip(outputs, expected) if len(outputs) == len(expected) else zip(_floats(outputs), _floats(expected))
+    )
     coarse = coarsest(program)
     is_rounded = program.device().type != "cpu" or torch.get_float32_matmul_precision() != "highest"
     allowed = _ALLOWED_ROUNDED if coarse == torch.float32 and is_rounded else tolerance("capture", coarse)
     return max((far for pair in pairs if not (far := _distance(*pair)) <= allowed), default=0.0), changed
 
 
-def _distance(found: Any, expected: Any) -> float:
+def _distance(actual: Any, expected: Any) -> float:
     """How far one output is from another: relative in the 2-norm, of integers the part that differs; infinite
     where shapes do, or plain numbers.
     """
-    if isinstance(expected, (bool, int, float)) and isinstance(found, (bool, int, float)):
-        same = found == expected or (found != found and expected != expected)
-        return 0.0 if same or math.isclose(found, expected, rel_tol=1e-3) else math.inf
-    if not (isinstance(found, Tensor) and isinstance(expected, Tensor)):
+    if isinstance(expected, (bool, int, float)) and isinstance(actual, (bool, int, float)):
+        same = actual == expected or (actual != actual and expected != expected)
+        return 0.0 if same or math.isclose(actual, expected, rel_tol=1e-3) else math.inf
+    if not (isinstance(actual, Tensor) and isinstance(expected, Tensor)):
         return 0.0  # what no graph returns
-    if found.shape != expected.shape:
+    if actual.shape != expected.shape:
         return math.inf
-    found, expected = _plain(found), _plain(expected)
-    if expected.is_floating_point() and found.is_floating_point():
-        return distance(found, expected)
-    return float((found != expected).double().mean()) if expected.numel() else 0.0
+    actual, expected = _plain(actual), _plain(expected)
+    if expected.is_floating_point() and actual.is_floating_point():
+        return distance(actual, expected)
+    return float((actual != expected).double().mean()) if expected.numel() else 0.0
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -195,12 +200,12 @@ def _seeds(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]
     again = []
     for seed in (1, 2):
         with torch.no_grad(), drawing_alike(program.weights().values(), seed):
-            drawn = _outputs(program, copied(program.flat_inputs(args, kwargs)))
-        given, _ = called(model, args, kwargs, written=written_names(program.module.graph), seed=seed)
-        again.append(list(zip(drawn, given)))
+            drawn = outputs_of(program, copied(program.flat_inputs(args, kwargs)))
+        outputs, _ = called(model, (args, kwargs), written_names(program.module.graph), seed=seed)
+        again.append(list(zip(drawn, outputs)))
     return any(
-        _distance(drawn, other) and not _distance(given, repeated)
-        for (drawn, given), (other, repeated) in zip(*again, strict=True)
+        _distance(drawn, other) and not _distance(outputs, repeated)
+        for (drawn, outputs), (other, repeated) in zip(*again, strict=True)
     )
 
 
@@ -217,11 +222,11 @@ def _lying_apart(tensor: Tensor) -> Tensor:
     return torch.stack((tensor, tensor), 1)[:, 1] if tensor.dim() else tensor.clone()
 
 
-def _cut(program: Program, args: Any, kwargs: dict[str, Any], most: int) -> tuple[Any, dict[str, Any]] | None:
+def _cut(program: Program, call: Call, most: int) -> Call | None:
     """The first entries of the example inputs along every dimension that varies and may be as small; ``None``
     if there are no others, or some vary together with others.
     """
-    leaves = program.flat_inputs(args, kwargs)
+    leaves = program.flat_inputs(*call)
     shapes = {
         id(leaf): getattr(node.meta.get("val"), "shape", ())
         for node, leaf in zip(program.placeholders(), leaves, strict=True)
@@ -238,9 +243,9 @@ def _cut(program: Program, args: Any, kwargs: dict[str, Any], most: int) -> tupl
                 leaf = leaf.narrow(dim, 0, most)
         return leaf
 
-    found: tuple[Any, dict[str, Any]] = pytree.tree_map(cut, (args, kwargs))
-    same = map(operator.is_, pytree.tree_leaves(found), pytree.tree_leaves((args, kwargs)))
-    return None if all(same) else found
+    smaller: Call = pytree.tree_map(cut, call)
+    same = map(operator.is_, pytree.tree_leaves(smaller), pytree.tree_leaves(call))
+    return None if all(same) else smaller
 
 
 def _noted(program: Program, trouble: str) -> Program:
@@ -256,7 +261,8 @@ def _is_elsewhere(program: Program, model: nn.Module) -> bool:
     return len({device.type for device in devices}) > 1 or any(device.type == "meta" for device in devices)
 
 
-def _outputs(program: Program, inputs: list[Any]) -> list[Any]:
+def outputs_of(program: Program, inputs: list[Any]) -> list[Any]:
+    """What a program returns for the values of its placeholders, leaf for leaf."""
     runner = Runner(program, [inputs])
     (output,) = program.module.graph.find_nodes(op="output")
     runner.advance(runner.index(output))

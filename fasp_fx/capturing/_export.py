@@ -6,8 +6,9 @@ import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,86 +27,83 @@ from fasp_fx.base import (
 from fasp_fx.errors import ArgumentError, ExportError, first_line
 
 from ._functional import functional, out_of_place, take_apart
+from ._options import CaptureOptions
 from ._rewrites import as_weights, fixed_sizes, settled_as_numbers
 from ._shapes import by_shapes
 from ._signature import CallerCodeGen, CallSignature, is_plain
-from ._sizes import all_dims, first_dim, images_of, of_features, recorded_shapes, takes_any_number, widened
+from ._sizes import (
+    all_dims,
+    every_dim,
+    first_dim,
+    images_of,
+    of_features,
+    recorded_shapes,
+    takes_any_number,
+    widened,
+)
 from ._transformers import export_transformers, is_transformers
 from ._unchanged import Seen, called, functions_called, unchanged
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What a model became.
+
+    Attributes:
+        program: the program, in functional operators.
+        signature: the calling convention of the model.
+        notes: what a user should know of it.
+        doubled: whether its example is a batch of one that was doubled, and of which a single sample can be
+            run.
+        seen: what the model gave for the inputs as they were given.
+    """
+
+    program: ExportedProgram
+    signature: CallSignature
+    notes: tuple[str, ...] = ()
+    doubled: bool = False
+    seen: Seen | None = None
+
+
+class _Attempt(NamedTuple):
+    """One way to export a model.
+
+    Attributes:
+        note: what a user should know of a program that comes of it; empty where nothing was given up.
+        inputs: the example inputs by name.
+        shapes: as for ``torch.export.export``, or a function that gives that.
+        is_doubled: whether the inputs are twice the caller's.
+    """
+
+    note: str
+    inputs: dict[str, Any]
+    shapes: Any
+    is_doubled: bool = False
+
+
 def export(
-    model: nn.Module,
-    signature: CallSignature,
-    given: dict[str, Any],
-    dynamic_shapes: Any,
-    free: Any,
-    leading: int,
-    doubles: bool = True,
-) -> tuple[ExportedProgram, tuple[str, ...], bool, Seen | None]:
-    """The program of a module, what a user should know of it, whether its example is a batch of one that was
-    doubled and of which a single sample can be run, and what the model gave for the inputs as they were
-    given.
+    model: nn.Module, signature: CallSignature, inputs: dict[str, Any], how: CaptureOptions, leading: int
+) -> Exported:
+    """The program of a module, with as much freedom in its sizes as it allows.
 
     Args:
         model, signature: the module and its calling convention.
-        given: the example inputs by name.
-        dynamic_shapes: as for ``torch.export.export``; ``None`` tries one freedom after the other, the
-            greatest first.
-        free: which dimensions may vary at most.
+        inputs: the example inputs by name.
+        how: ``dynamic_shapes``, ``image_sizes`` and ``doubles`` say what may vary; where no shapes are given,
+            one freedom after the other is tried, the greatest first.
         leading: how many arguments were given by position.
-        doubles: whether a batch of one may be captured as one of two, so that it can vary.
 
     Raises:
         ArgumentError: the model does not run on the inputs.
         ExportError: no attempt succeeded; the message carries the reason of the first.
     """
-    names = _by_position(model, signature, leading)
-    meta = any(parameter.device.type == "meta" for parameter in model.parameters())
-    if meta:
-        given = pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, given)
-    double = widened(given) if doubles and dynamic_shapes is None else None
-    wide = given if double is None else double
-    attempts: list[tuple[str, dict[str, Any], Any]] = [
-        *([("", double, free)] if double is not None else []),
-        ("", given, free),
-        ("only the first dimension of each input is dynamic", wide, first_dim),
-        ("the shapes of the inputs are fixed to those of the example", given, None),
-    ]
-    if dynamic_shapes is not None:
-        attempts = [("", given, dynamic_shapes)]
+    exporter = _Exporter(model, signature, _by_position(model, signature, leading))
+    if exporter.is_empty:
+        inputs = pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, inputs)
     failures: list[Exception] = []
-    for note, inputs, shapes in attempts:
+    for attempt in _attempts(inputs, how):
         try:
-            called_with = _arguments(signature, names, inputs)
-            seen = None if meta else _run(model, *called_with, inputs is given)
-            with functions_called() as functions:
-                exported, sets = _undisturbed(model, signature, names, inputs, shapes)
-            if inputs is not given and not takes_any_number(exported):
-                raise ValueError("it takes a batch of two where one was given")
-            features = of_features(exported) if dynamic_shapes is None and callable(shapes) else frozenset()
-            if features:
-                exported, sets = _undisturbed(
-                    model, signature, names, inputs, functools.partial(shapes, fixed=features)
-                )
-            images = images_of(inputs.values()) if dynamic_shapes is None and shapes is all_dims else set()
-            fixed = (
-                f"all sizes of {', '.join(repr(name) for name in inputs if id(inputs[name]) in images)}"
-                " but the first are fixed to those of the example, as images have four dimensions and more;"
-                " dynamic_shapes= lets them vary"
-            )
-            said = (
-                *filter(None, (note, fixed if images else "")),
-                *(fixed_sizes(exported) if shapes is not None else ()),
-                *(f"forward sets the attribute '{name}', which a graph does not" for name in sets),
-            )
-            return (
-                exported,
-                (*said, *(_GRADIENTS.format(name) for name in functions)),
-                # Freedom can have been taken away since that was asked above.
-                inputs is not given and takes_any_number(exported),
-                seen if inputs is given else None,
-            )
+            return exporter.tried(attempt)
         except ArgumentError:
             raise
         except tolerable(Exception) as error:
@@ -117,29 +115,17 @@ def export(
     ) from failures[0]
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_given: bool) -> Seen:
-    """Call the model itself, so that what functions of its code remember (``functools.cache``, a dictionary
-    of the module) are tensors with values: those of a trace have none, and would be there in every later
-    call.
-
-    Args:
-        is_given: whether these are the caller's inputs.
-
-    Returns:
-        As for :func:`called`.
-
-    Raises:
-        ArgumentError: it does not run on the caller's inputs.
-    """
-    try:
-        return called(model, args, kwargs)
-    except tolerable(Exception) as error:  # of forward, which raises what it likes
-        if not is_given:
-            raise
-        raise ArgumentError(
-            f"the model does not run on the example inputs: {type(error).__name__}: {first_line(error)}; pass"
-            " others"
-        ) from error
+def _attempts(inputs: dict[str, Any], how: CaptureOptions) -> Iterator[_Attempt]:
+    if how.dynamic_shapes is not None:
+        yield _Attempt("", inputs, how.dynamic_shapes)
+        return
+    free, double = every_dim if how.image_sizes else all_dims, widened(inputs) if how.doubles else None
+    if double is not None:
+        yield _Attempt("", double, free, True)
+    yield _Attempt("", inputs, free)
+    wide = inputs if double is None else double
+    yield _Attempt("only the first dimension of each input is dynamic", wide, first_dim, double is not None)
+    yield _Attempt("the shapes of the inputs are fixed to those of the example", inputs, None)
 
 
 #: of a function with a derivative of its own
@@ -149,15 +135,99 @@ _GRADIENTS = (
 )
 
 
-def _undisturbed(
-    model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any
-) -> tuple[ExportedProgram, list[str]]:
-    """One attempt, which finds the model as it was and leaves it so, and the names of the attributes that its
-    forward sets.
+@dataclass(frozen=True)
+class _Exporter:
+    """Exports one model.
+
+    Attributes:
+        by_position: the arguments that are passed so.
     """
-    with quiet(), torch.no_grad(), by_shapes(), unchanged(model) as changed:
-        exported = _export_once(model, signature, names, inputs, shapes)
-    return exported, changed
+
+    model: nn.Module
+    signature: CallSignature
+    by_position: list[str]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the model has no values to run with."""
+        return any(parameter.device.type == "meta" for parameter in self.model.parameters())
+
+    def tried(self, attempt: _Attempt) -> Exported:
+        """What comes of an attempt; raises what the model or the exporter does."""
+        inputs, shapes = attempt.inputs, attempt.shapes
+        seen = None if self.is_empty else self._run(attempt)
+        with functions_called() as functions:
+            program, attributes = self._undisturbed(inputs, shapes)
+        if attempt.is_doubled and not takes_any_number(program):
+            raise ValueError("it takes a batch of two where one was given")
+        features = of_features(program) if shapes in _OF_OURS else frozenset()
+        if features:
+            program, attributes = self._undisturbed(inputs, functools.partial(shapes, fixed=features))
+        images = images_of(inputs.values()) if shapes is all_dims else set()
+        fixed = (
+            f"all sizes of {', '.join(repr(name) for name in inputs if id(inputs[name]) in images)}"
+            " but the first are fixed to those of the example, as images have four dimensions and more;"
+            " dynamic_shapes= lets them vary"
+        )
+        notes = (
+            *filter(None, (attempt.note, fixed if images else "")),
+            *(fixed_sizes(program) if shapes is not None else ()),
+            *(f"forward sets the attribute '{name}', which a graph does not" for name in attributes),
+            *map(_GRADIENTS.format, functions),
+        )
+        # Freedom can have been taken away since that was asked above.
+        doubled = attempt.is_doubled and takes_any_number(program)
+        return Exported(program, self.signature, notes, doubled, None if attempt.is_doubled else seen)
+
+    def _run(self, attempt: _Attempt) -> Seen:
+        """Call the model itself, so that what functions of its code remember (``functools.cache``, a
+        dictionary of the module) are tensors with values: those of a trace have none, and would be there in
+        every later call.
+
+        Raises:
+            ArgumentError: it does not run on the caller's inputs.
+        """
+        try:
+            return called(self.model, self._arguments(attempt.inputs))
+        except tolerable(Exception) as error:  # of forward, which raises what it likes
+            if attempt.is_doubled:
+                raise
+            raise ArgumentError(
+                f"the model does not run on the example inputs: {type(error).__name__}: {first_line(error)};"
+                " pass others"
+            ) from error
+
+    def _undisturbed(self, inputs: dict[str, Any], shapes: Any) -> tuple[ExportedProgram, list[str]]:
+        """The program, of a model that is found as it was and left so, and the names of the attributes that
+        its forward sets.
+        """
+        with quiet(), torch.no_grad(), by_shapes(), unchanged(self.model) as attributes:
+            program = self._traced(inputs, shapes)
+        return program, attributes
+
+    def _arguments(self, inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a call is given, by position and by name."""
+        constants = self.signature.constants
+        named = {**inputs, **{name: one for name, one in constants.items() if name not in inputs}}
+        return tuple(named.pop(name) for name in self.by_position), named
+
+    def _traced(self, inputs: dict[str, Any], shapes: Any) -> ExportedProgram:
+        model, (args, kwargs) = self.model, self._arguments(inputs)
+        if is_transformers(model) and not args:
+            return _rewritten(lambda: export_transformers(model, kwargs, shapes))
+        objects = {
+            name: value for name, value in kwargs.items() if name not in inputs and not is_plain(value)
+        }
+        kwargs = {name: value for name, value in kwargs.items() if name not in objects}
+        with _called_as(model, objects, kwargs):
+            spec = shapes(args, kwargs).dynamic_shapes(model, args, kwargs) if callable(shapes) else shapes
+            return _rewritten(
+                lambda: torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)
+            )
+
+
+#: where the freedom is of ours to choose
+_OF_OURS = (all_dims, every_dim, first_dim)
 
 
 def _by_position(model: nn.Module, signature: CallSignature, leading: int) -> list[str]:
@@ -170,36 +240,11 @@ def _by_position(model: nn.Module, signature: CallSignature, leading: int) -> li
     must = signature.by_position()
     if is_transformers(model):
         return must  # its exporter takes keywords
-    first = list(
-        itertools.takewhile(
-            lambda name: name not in signature.constants or is_plain(signature.constants[name]),
-            signature.given()[:leading],
-        )
+    first = itertools.takewhile(
+        lambda name: name not in signature.constants or is_plain(signature.constants[name]),
+        signature.given()[:leading],
     )
-    return max(must, first, key=len)
-
-
-def _arguments(
-    signature: CallSignature, names: list[str], inputs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a call is given, those of ``names`` by position."""
-    held = {**inputs, **{name: one for name, one in signature.constants.items() if name not in inputs}}
-    return tuple(held.pop(name) for name in names), held
-
-
-def _export_once(
-    model: nn.Module, signature: CallSignature, names: list[str], inputs: dict[str, Any], shapes: Any
-) -> ExportedProgram:
-    args, kwargs = _arguments(signature, names, inputs)
-    if is_transformers(model) and not args:
-        return _rewritten(lambda: export_transformers(model, kwargs, shapes))
-    kwargs = {name: value for name, value in kwargs.items() if name in inputs}
-    constants = {name: value for name, value in signature.constants.items() if name not in names}
-    kwargs |= {name: value for name, value in constants.items() if is_plain(value)}
-    held = {name: value for name, value in constants.items() if not is_plain(value)}
-    with _called_as(model, held, kwargs):
-        spec = shapes(args, kwargs).dynamic_shapes(model, args, kwargs) if callable(shapes) else shapes
-        return _rewritten(lambda: torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False))
+    return max(must, list(first), key=len)
 
 
 def _rewritten(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
@@ -215,26 +260,26 @@ def _rewritten(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
 
 
 def _called_as(
-    model: nn.Module, held: dict[str, Any], kwargs: dict[str, Any]
+    model: nn.Module, objects: dict[str, Any], kwargs: dict[str, Any]
 ) -> contextlib.AbstractContextManager[Any]:
-    """Let forward hold arguments that the exporter does not take, such as members of an enum, and its
-    signature name those that it takes as ``**kwargs``: of sizes given for all of these by one name an
-    exporter makes nothing.
+    """Let forward hold objects that the exporter does not take, such as members of an enum, and its signature
+    name the arguments that it takes as ``**kwargs``: of sizes given for all of these by one name an exporter
+    makes nothing.
     """
-    forward = functools.partial(model.forward, **held)
+    forward = functools.partial(model.forward, **objects)
     parameters = inspect.signature(forward).parameters
-    known = {name: one for name, one in parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
-    extra = [name for name in kwargs if name not in known]
-    if not (held or extra):
+    named = {name: one for name, one in parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
+    extra = [name for name in kwargs if name not in named]
+    if not (objects or extra):
         return contextlib.nullcontext()
 
-    def named(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
-    vars(named)["__signature__"] = inspect.Signature(
-        [*known.values(), *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra)]
+    vars(call)["__signature__"] = inspect.Signature(
+        [*named.values(), *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra)]
     )
-    return called_as(model, named)
+    return called_as(model, call)
 
 
 def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ExportedProgram:

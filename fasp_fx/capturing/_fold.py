@@ -57,23 +57,23 @@ def fold(module: fx.GraphModule, order: Iterable[str]) -> Folding:
     weights = dict(
         [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     )
-    found = _computed_weights(module, weights)
-    chosen, freed = _chosen(module, found)
-    notes = tuple(_refused(module, entry) for entry in found if entry not in chosen)
+    computed = _computed_weights(module, weights)
+    chosen, freed = _chosen(module, computed)
+    notes = tuple(_refused(module, entry) for entry in computed if entry not in chosen)
     if not chosen:
         return Folding(notes=notes)
     gone = {name for name, tensor in weights.items() if region(tensor, name) in freed}
     taken = {*order, *weights} - gone
-    made = []
+    folded = []
     for entry in chosen:
         name = free_name(_name(entry, weights, gone), taken)
         taken.add(name)
         trained = any(attribute(module, source).requires_grad for source in entry.sources.values())
-        made.append((entry, name, nn.Parameter(_evaluate(module, entry), requires_grad=trained)))
+        folded.append((entry, name, nn.Parameter(_evaluate(module, entry), requires_grad=trained)))
     for name in gone:
         owner, _, leaf = name.rpartition(".")
         delattr(module.get_submodule(owner), leaf)
-    for entry, name, parameter in made:
+    for entry, name, parameter in folded:
         owner, _, leaf = name.rpartition(".")
         module.get_submodule(owner).register_parameter(leaf, parameter)
         with module.graph.inserting_before(entry.node):
@@ -85,7 +85,7 @@ def fold(module: fx.GraphModule, order: Iterable[str]) -> Folding:
     for node in module.graph.find_nodes(op="get_attr"):
         if not node.users and target_name(node) in gone:
             module.graph.erase_node(node)
-    folds = tuple(FoldedWeight(name, tuple(entry.sources.values())) for entry, name, _ in made)
+    folds = tuple(FoldedWeight(name, tuple(entry.sources.values())) for entry, name, _ in folded)
     return Folding(folds, {name: weights[name] for name in gone}, (_told(folds), *notes))
 
 
@@ -112,16 +112,18 @@ def _refused(module: fx.GraphModule, entry: Computed) -> str:
     return f"a weight that the model computes of {of} stays as it is: {why}"
 
 
-def _chosen(module: fx.GraphModule, found: list[Computed]) -> tuple[list[Computed], set[Region]]:
+def _chosen(module: fx.GraphModule, computed: list[Computed]) -> tuple[list[Computed], set[Region]]:
     """Those that take no more bytes than the weights that go with them, and the memory of those weights; of
     several that are computed of one weight, the first has its bytes.
     """
-    chosen, lookups = found, module.graph.find_nodes(op="get_attr")
-    held = {node: attribute(module, target_name(node)) for node in lookups}
+    chosen, lookups = computed, module.graph.find_nodes(op="get_attr")
+    constants = {node: attribute(module, target_name(node)) for node in lookups}
     regions = {
-        node: region(tensor, target_name(node)) for node, tensor in held.items() if isinstance(tensor, Tensor)
+        node: region(tensor, target_name(node))
+        for node, tensor in constants.items()
+        if isinstance(tensor, Tensor)
     }
-    sources = {key: name for entry in found for key, name in entry.sources.items()}
+    sources = {key: name for entry in computed for key, name in entry.sources.items()}
     while True:
         needless = {entry.node for entry in chosen}
         for node in reversed(module.graph.nodes):
@@ -150,8 +152,8 @@ def _name(entry: Computed, weights: dict[str, Tensor], gone: set[str]) -> str:
     """
     names = list(entry.sources.values())
     for name in names:
-        owner, found, rest = f".{name}".partition(_PARAMETRIZED)
-        if found:
+        owner, is_parametrized, rest = f".{name}".partition(_PARAMETRIZED)
+        if is_parametrized:
             return f"{owner}.{rest.partition('.')[0]}".lstrip(".")
     parameters = {name for name in names if isinstance(weights[name], nn.Parameter)}
     main = max(names, key=lambda name: (name in gone, name in parameters, weights[name].numel()))
@@ -184,8 +186,8 @@ class Computed:
     @property
     def value(self) -> Tensor:
         """Its shape and type, as recorded."""
-        found: Tensor = self.node.meta["val"]
-        return found
+        recorded: Tensor = self.node.meta["val"]
+        return recorded
 
     @property
     def bytes(self) -> int:
@@ -206,7 +208,7 @@ def _computed_weights(module: fx.GraphModule, weights: Mapping[str, Tensor]) -> 
         if unread and node.all_input_nodes and cones.keys() >= set(node.all_input_nodes):
             module.graph.erase_node(node)  # it asserts what is known of constants, say
     positions = {node: index for index, node in enumerate(module.graph.nodes)}
-    found: dict[fx.Node, Computed] = {}
+    computed: dict[fx.Node, Computed] = {}
     for node in [node for node in module.graph.nodes if node not in cones]:
         for role, part in [(role, part) for role, operand in _operands(node) for part in _computed(operand)]:
             value = part.meta.get("val")
@@ -219,8 +221,8 @@ def _computed_weights(module: fx.GraphModule, weights: Mapping[str, Tensor]) -> 
                 if name in weights:  # not a constant that forward makes
                     sources.setdefault(region(weights[name], name), name)
             if any(isinstance(weights[name], nn.Parameter) for name in sources.values()):
-                found.setdefault(moved, Computed(moved, role, cone, sources))
-    return list(found.values())
+                computed.setdefault(moved, Computed(moved, role, cone, sources))
+    return list(computed.values())
 
 
 def _moved_on(node: fx.Node) -> fx.Node:
@@ -247,20 +249,20 @@ def _constant(module: fx.GraphModule) -> dict[fx.Node, set[fx.Node]]:
     included: no input, no chance, and nothing that the graph writes to takes part.
     """
     written = {region(attribute(module, name), name) for name in written_names(module.graph)}
-    found: dict[fx.Node, set[fx.Node]] = {}
+    cones: dict[fx.Node, set[fx.Node]] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
             tensor = attribute(module, target_name(node))
             if isinstance(tensor, Tensor) and region(tensor, target_name(node)) not in written:
-                found[node] = {node}
+                cones[node] = {node}
         elif (
             node.op == "call_function"
             and is_pure(node)
             and "empty" not in str(node.target)
-            and found.keys() >= set(node.all_input_nodes)
+            and cones.keys() >= set(node.all_input_nodes)
         ):
-            found[node] = {node}.union(*(found[source] for source in node.all_input_nodes))
-    return found
+            cones[node] = {node}.union(*(cones[source] for source in node.all_input_nodes))
+    return cones
 
 
 def _operands(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
@@ -270,7 +272,7 @@ def _operands(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
     rule = lookup(node.target) if node.op == "call_function" else None
     if rule is None or rule.all("mix"):
         return
-    given = arguments(node)
+    operands = arguments(node)
     for alternative in rule.alternatives:
         kept = {letter for dims in alternative.results for letter in letters_of(dims)}
         letters = [
@@ -278,9 +280,9 @@ def _operands(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
         ]
         if len(letters) > len(set(letters)):
             yield from (
-                (operand.name, given[operand.name])
+                (operand.name, operands[operand.name])
                 for operand in alternative.operands
-                if isinstance(given.get(operand.name), fx.Node)
+                if isinstance(operands.get(operand.name), fx.Node)
             )
             return
 

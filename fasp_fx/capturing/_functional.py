@@ -70,7 +70,7 @@ def take_apart(graph: fx.Graph) -> None:
     What cannot be followed so (it asks for what a symbolic size is, say) stays whole.
     """
     views_may_copy(graph)  # what is executed can lie otherwise than what was traced
-    waiting, known = list(graph.nodes), dict[str, fx.Graph]()
+    waiting, known = list(graph.nodes), dict[str, fx.Graph | None]()
     while waiting:
         node = waiting.pop()
         way = _way_apart(node)
@@ -99,24 +99,28 @@ def _lacks_rule(node: fx.Node) -> bool:
     """Whether nothing is known of what an operator does to channels; what computes positions and indices of
     nothing, or of one another, touches none.
     """
-    given = [operand.meta.get("val") for operand in node.all_input_nodes]
+    values = [operand.meta.get("val") for operand in node.all_input_nodes]
     return lookup(node.target) is None and any(
-        isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) for value in given
+        isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) for value in values
     )
 
 
-def _written_out(node: fx.Node, way: Callable[..., Any], known: dict[str, fx.Graph]) -> list[fx.Node]:
+def _written_out(node: fx.Node, way: Callable[..., Any], known: dict[str, fx.Graph | None]) -> list[fx.Node]:
     """The nodes that stand in the place of one.
 
     Args:
-        known: what stands for others; that of a call just like one of these is not traced again.
+        known: what stands for others; that of a call just like one of these is not traced again, nor one that
+            stays whole.
     """
-    graph, given = node.graph, node.all_input_nodes
+    graph, operands = node.graph, node.all_input_nodes
     call = call_in_words(node, lambda operand: operand.meta["val"])
     if call not in known:
+        known[call] = None  # if what follows raises
         known[call] = _traced(node, way)
     traced = known[call]
-    copied = dict(zip(traced.find_nodes(op="placeholder"), given, strict=True))
+    if traced is None:
+        raise NotImplementedError
+    copied = dict(zip(traced.find_nodes(op="placeholder"), operands, strict=True))
     with graph.inserting_before(node):
         results: Any = graph.graph_copy(traced, copied)
     written = [copied[each] for each in traced.nodes if each.op == "call_function"]
@@ -137,24 +141,26 @@ def _written_out(node: fx.Node, way: Callable[..., Any], known: dict[str, fx.Gra
 
 def _traced(node: fx.Node, way: Callable[..., Any]) -> fx.Graph:
     """What an operator is made of, in terms of its operands."""
-    given = node.all_input_nodes
+    operands = node.all_input_nodes
 
     def compute(*values: Any) -> Any:
-        known = dict(zip(given, values, strict=True))
+        known = dict(zip(operands, values, strict=True))
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
         with without_overrides():  # a tracer's own would record the operator as it is
-            made = way(*args, **kwargs)
-        if made is NotImplemented:
+            results = way(*args, **kwargs)
+        if results is NotImplemented:
             raise NotImplementedError
-        return (made,) if isinstance(made, Tensor) else tuple(made)
+        return (results,) if isinstance(results, Tensor) else tuple(results)
 
     module = nn.Module()
     module.forward = compute
     with quiet(), torch.no_grad(), by_shapes():
         # Of what lies in order, an operator would not write down that it must (``contiguous``).
-        recorded = [_stand_in(operand.meta["val"]) for operand in given]
-        made, _ = aot_export_module(module, recorded, trace_joint=False, pre_dispatch=True, decompositions={})
-    traced = cast(fx.GraphModule, made).graph
+        recorded = [_stand_in(operand.meta["val"]) for operand in operands]
+        module_traced, _ = aot_export_module(
+            module, recorded, trace_joint=False, pre_dispatch=True, decompositions={}
+        )
+    traced = cast(fx.GraphModule, module_traced).graph
     views_may_copy(traced)
     if any(
         each.op == "get_attr"
@@ -190,8 +196,8 @@ def _read_off_inputs(size: fx.Node) -> None:
             size.replace_all_uses_with(node)
             size.graph.erase_node(size)
             return
-        for dim, given in enumerate(getattr(recorded, "shape", ()) if node.op == "placeholder" else ()):
-            if isinstance(given, torch.SymInt) and given.node.expr == expression:
+        for dim, length in enumerate(getattr(recorded, "shape", ()) if node.op == "placeholder" else ()):
+            if isinstance(length, torch.SymInt) and length.node.expr == expression:
                 size.args = (node, dim)
                 return
 
@@ -284,41 +290,41 @@ def _write_beside(graph: fx.Graph, alike: list[fx.Node]) -> None:
         )
     ):
         return
-    held = {base: base}  # what has the value of a node since the last write
+    current = {base: base}  # what has the value of a node since the last write
 
     def read(node: fx.Node, user: fx.Node) -> fx.Node:
-        if node not in held and node in whole:
+        if node not in current and node in whole:
             if node in twins:
                 return read(whole[node], user)
             with graph.inserting_before(user):
-                held[node] = graph.node_copy(node, lambda operand: read(operand, user))
-            _record(held[node], node)
-        return held.get(node, node)
+                current[node] = graph.node_copy(node, lambda operand: read(operand, user))
+            _record(current[node], node)
+        return current.get(node, node)
 
     nodes = list(graph.nodes)
     for node in nodes[nodes.index(base) + 1 :]:
         for operand in node.all_input_nodes:
-            found = read(operand, node)
-            if found is not operand:
-                node.replace_input_with(operand, found)
+            operand_now = read(operand, node)
+            if operand_now is not operand:
+                node.replace_input_with(operand, operand_now)
                 if node.op == "output":  # a program knows by name what it returns
                     name = operand.name
                     rename(operand, f"{name}_before")
-                    rename(found, name)
+                    rename(operand_now, name)
         if node in twins:
-            made, now = node, {node: node}
+            written_value, now = node, {node: node}
             for part in _way(node, whole, twins):
                 if part.target in _BACK:
-                    put = (read(whole[part], node), made, *part.args[1:])
-                    with graph.inserting_after(made):
-                        made = graph.call_function(_BACK[part.target], put, part.kwargs)
-                    _record(made, node)
-                now[whole[part]] = made
+                    put = (read(whole[part], node), written_value, *part.args[1:])
+                    with graph.inserting_after(written_value):
+                        written_value = graph.call_function(_BACK[part.target], put, part.kwargs)
+                    _record(written_value, node)
+                now[whole[part]] = written_value
             node.target = twins[node]
-            held.clear()
-            held.update(now)
+            current.clear()
+            current.update(now)
         elif node in whole:
-            held[node] = node
+            current[node] = node
 
 
 def _way(node: fx.Node, whole: Mapping[fx.Node, fx.Node], twins: Collection[fx.Node]) -> Iterator[fx.Node]:
@@ -384,10 +390,10 @@ def _keeps_type(node: fx.Node, twin: OpOverload) -> bool:
     if not isinstance(recorded, FakeTensor):
         return False
     try:
-        made = _made(node, twin)
+        result = _made(node, twin)
     except tolerable(Exception):
         return False  # an operator raises what it likes; the write stays one, and the graph is traced again
-    return isinstance(made, Tensor) and made.dtype == recorded.dtype
+    return isinstance(result, Tensor) and result.dtype == recorded.dtype
 
 
 # --- Assignments to a slice (``x[:, 1:] += y``), written as what they are to channels: a concatenation of

@@ -16,10 +16,10 @@ from fasp_fx.patterns import argument_names
 
 def attribute(module: torch.nn.Module, target: str) -> Any:
     """The attribute of a nested module by its dotted path."""
-    found: Any = module
+    value: Any = module
     for part in target.split("."):
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 def target_name(node: fx.Node) -> str:
@@ -34,19 +34,19 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     declared = argument_names(node.target)
     if not declared:
         return {str(index): value for index, value in enumerate(node.args)} | dict(node.kwargs)
-    given: dict[str, Any] = {**dict(zip(declared, node.args, strict=False)), **node.kwargs}
-    return given | {
+    passed: dict[str, Any] = {**dict(zip(declared, node.args, strict=False)), **node.kwargs}
+    return passed | {
         name: default
         for name, default in declared.items()
-        if name not in given and default is not inspect.Parameter.empty
+        if name not in passed and default is not inspect.Parameter.empty
     }
 
 
-def elements(given: dict[str, Any]) -> dict[str, Any]:
+def elements(arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments with those that are lists taken apart, ``name.0``, ``name.1`` …, as rules name them."""
     return {
         key: item
-        for name, value in given.items()
+        for name, value in arguments.items()
         for key, item in (
             [(f"{name}.{index}", item) for index, item in enumerate(value)]
             if isinstance(value, (list, tuple))
@@ -75,10 +75,10 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     """The nodes whose storage a node writes into."""
     if not isinstance(node.target, OpOverload) or not _may_write(node.target):
         return []
-    given = arguments(node)
-    taken = [given.get(argument.name) for argument in schema_of(node.target).arguments if argument.is_write]
-    if any(given.get(flag) for flag in _WRITES_STATISTICS):
-        taken += [given.get("running_mean"), given.get("running_var")]
+    named = arguments(node)
+    taken = [named.get(argument.name) for argument in schema_of(node.target).arguments if argument.is_write]
+    if any(named.get(flag) for flag in _WRITES_STATISTICS):
+        taken += [named.get("running_mean"), named.get("running_var")]
     return [viewed(value) for value in pytree.tree_leaves(taken) if isinstance(value, fx.Node)]
 
 
@@ -122,13 +122,13 @@ def call_in_words(node: fx.Node, value: Callable[[fx.Node], Any]) -> str:
     Args:
         value: what an operand gives.
     """
-    given = node.all_input_nodes
+    operands = node.all_input_nodes
 
     def said(operand: fx.Node) -> str:
-        made = value(operand)
-        if isinstance(made, Tensor):
-            made = f"{made.dtype} {made.shape} {made.stride()} {made.device} {made.requires_grad}"
-        return f"{given.index(operand)}: {made}"
+        shown = value(operand)
+        if isinstance(shown, Tensor):
+            shown = f"{shown.dtype} {shown.shape} {shown.stride()} {shown.device} {shown.requires_grad}"
+        return f"{operands.index(operand)}: {shown}"
 
     return f"{node.target}{fx.map_arg((node.args, dict(node.kwargs)), said)}"
 
@@ -173,9 +173,9 @@ def remove_dropouts(graph: fx.Graph) -> None:
     """
     for operator in _DROPOUTS:
         for node in graph.find_nodes(op="call_function", target=operator):
-            given = arguments(node)
-            if given["train"] is False and not any(user.op == "output" for user in node.users):
-                node.replace_all_uses_with(given["input"])
+            named = arguments(node)
+            if named["train"] is False and not any(user.op == "output" for user in node.users):
+                node.replace_all_uses_with(named["input"])
                 graph.erase_node(node)
 
 
@@ -203,5 +203,5 @@ def draws(node: fx.Node) -> bool:
     """
     if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
-    given = arguments(node)
-    return given.get("dropout_p") != 0.0 and given.get("train") is not False
+    named = arguments(node)
+    return named.get("dropout_p") != 0.0 and named.get("train") is not False

@@ -78,7 +78,7 @@ class Cut:
         if self.block_dim is None:
             return weight.index_select(self.dim, kept[0])
         blocks = zip(weight.chunk(len(kept), self.block_dim), kept, strict=True)
-        return torch.cat([block.index_select(self.dim, own) for block, own in blocks], self.block_dim)
+        return torch.cat([block.index_select(self.dim, indices) for block, indices in blocks], self.block_dim)
 
 
 @dataclass(frozen=True)
@@ -198,28 +198,28 @@ class Program:
         what folded weights are computed of for these.
         """
         folded = {weight.name for weight in self.folds}
-        own = self.module.named_parameters(remove_duplicate=False)
+        of_graph = self.module.named_parameters(remove_duplicate=False)
         gone = {name: tensor for name, tensor in self.replaced.items() if isinstance(tensor, nn.Parameter)}
-        return {**{name: tensor for name, tensor in own if name not in folded}, **gone}
+        return {**{name: tensor for name, tensor in of_graph if name not in folded}, **gone}
 
     def unread(self) -> list[str]:
         """The parameters that the graph does not read, by their canonical names."""
-        names, held = self.canonical(), self.module.graph.find_nodes(op="get_attr")
-        read = {names.get(target_name(node)) for node in held if node.users}
+        names, lookups = self.canonical(), self.module.graph.find_nodes(op="get_attr")
+        read = {names.get(target_name(node)) for node in lookups if node.users}
         return [names[name] for name, _ in self.module.named_parameters() if names[name] not in read]
 
     def fixed(self) -> dict[str, Tensor]:
         """The buffers and constants that the graph reads and does not write into, by name."""
         written = {region(attribute(self.module, name), name) for name in written_names(self.module.graph)}
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
-        found = {
+        tensors = {
             name: tensor
             for node in self.module.graph.find_nodes(op="get_attr")
             if node.users
             and (name := target_name(node)) not in parameters
             and isinstance(tensor := attribute(self.module, name), Tensor)
         }
-        return {name: tensor for name, tensor in found.items() if region(tensor, name) not in written}
+        return {name: tensor for name, tensor in tensors.items() if region(tensor, name) not in written}
 
     def canonical(self) -> dict[str, str]:
         """For each weight's name, the first of the names of the same storage region, in the order of the
@@ -236,23 +236,23 @@ class Program:
 
     def aliases(self) -> dict[str, list[str]]:
         """For each canonical name, all names of that storage."""
-        found: dict[str, list[str]] = {}
+        names: dict[str, list[str]] = {}
         for name, canonical in self.canonical().items():
-            found.setdefault(canonical, []).append(name)
-        return found
+            names.setdefault(canonical, []).append(name)
+        return names
 
     def known_as(self) -> dict[str, list[str]]:
         """For each canonical name, all names that the caller's model has for the weight, and for what it is
         computed of.
         """
-        found = self.aliases()
+        names = self.aliases()
         for weight in self.folds:
             regions = {
                 region(gone, name) for name in weight.sources if (gone := self.replaced.get(name)) is not None
             }
             tied = [name for name, gone in self.replaced.items() if region(gone, name) in regions]
-            found[weight.name] = [*found.get(weight.name, [weight.name]), *weight.sources, *tied]
-        return found
+            names[weight.name] = [*names.get(weight.name, [weight.name]), *weight.sources, *tied]
+        return names
 
     def free_name(self, wanted: str) -> str:
         """The dotted name itself, or with a suffix if the program or the caller's model has something else by
@@ -267,9 +267,9 @@ class Program:
         first: Any = keep(value)
         for name in names:
             set_weight(self.module, name, first)
-            made = attribute(self.module, name)
-            if isinstance(made, nn.Parameter) or not isinstance(first, nn.Parameter):
-                first = made
+            placed = attribute(self.module, name)
+            if isinstance(placed, nn.Parameter) or not isinstance(first, nn.Parameter):
+                first = placed
 
     def recipe(self, name: str) -> Recipe:
         """How a weight comes of the captured ones; one that no pass has made is itself."""
@@ -295,9 +295,9 @@ class Program:
         """
         graph = self.module.graph
         owner = graph.owning_module
-        made = self._over(graph)
+        program = self._over(graph)
         graph.owning_module = owner  # or it would keep the other weights alive
-        return made
+        return program
 
     def _over(self, graph: fx.Graph) -> Program:
         """The program with a graph for its own, and a module tree that can be changed."""
@@ -376,19 +376,19 @@ def graph_module(
     ``fx.GraphModule`` registers every tensor that is not a parameter as a persistent buffer; here a buffer
     stays out of the state dict if it was, and so does a constant, which must still move with the module.
     """
-    made = kind(root, graph)
-    made.meta.update(meta)
-    for path, module in made.named_modules():
+    built = kind(root, graph)
+    built.meta.update(meta)
+    for path, module in built.named_modules():
         try:
             source = attribute(root, path) if path else root
         except AttributeError:
             continue
-        own, theirs = (
+        buffers, theirs = (
             {name for name, _ in holder.named_buffers(recurse=False, remove_duplicate=False)}
             for holder in (module, source)
         )
-        non_persistent_buffers(module).update(own - (theirs - non_persistent_buffers(source)))
-    return made
+        non_persistent_buffers(module).update(buffers - (theirs - non_persistent_buffers(source)))
+    return built
 
 
 def set_weight(module: nn.Module, name: str, value: Tensor) -> None:

@@ -36,16 +36,16 @@ def settled_as_numbers(exported: ExportedProgram) -> ExportedProgram:
     """Write such sizes as the numbers that they are, in the program's own graph, which nobody else may hold;
     those that the program returns stay.
     """
-    found = {node: number for node in exported.graph.nodes if (number := _number(node)) is not None}
+    numbers = {node: number for node in exported.graph.nodes if (number := _number(node)) is not None}
     for user in exported.graph.nodes:
-        if user.op != "output" and not found.keys().isdisjoint(user.all_input_nodes):
+        if user.op != "output" and not numbers.keys().isdisjoint(user.all_input_nodes):
             user.args, user.kwargs = fx.map_arg(
-                (user.args, user.kwargs), lambda given: found.get(given, given)
+                (user.args, user.kwargs), lambda operand: numbers.get(operand, operand)
             )
-    for node in reversed(found):
+    for node in reversed(numbers):
         if not node.users:
             exported.graph.erase_node(node)
-    if found:
+    if numbers:
         exported.graph_module.recompile()
     return exported
 
@@ -97,47 +97,47 @@ def as_weights(exported: ExportedProgram) -> ExportedProgram:
     Raises:
         CaptureError: it reads a part of a parameter as a constant; names it.
     """
-    held = {**exported.constants, **exported.state_dict}
+    tensors = {**exported.constants, **exported.state_dict}
     specs = exported.graph_signature.input_specs
     weights = {
-        _memory(held, spec): spec.arg.name
+        _memory(tensors, spec): spec.arg.name
         for spec in reversed(specs)  # the first of several
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
     }
-    found = {
+    replaced = {
         spec.arg.name: weights[memory]
         for spec in specs
-        if spec.kind is InputKind.CONSTANT_TENSOR and (memory := _memory(held, spec)) in weights
+        if spec.kind is InputKind.CONSTANT_TENSOR and (memory := _memory(tensors, spec)) in weights
     }
-    parameters = {storage_of(held[name]): name for name in exported.graph_signature.parameters}
+    parameters = {storage_of(tensors[name]): name for name in exported.graph_signature.parameters}
     for spec in specs:
-        storage = storage_of(held[str(spec.target)]) if spec.kind is InputKind.CONSTANT_TENSOR else None
-        if storage in parameters and spec.arg.name not in found:
+        storage = storage_of(tensors[str(spec.target)]) if spec.kind is InputKind.CONSTANT_TENSOR else None
+        if storage in parameters and spec.arg.name not in replaced:
             raise CaptureError(
                 f"forward reads a part of '{parameters[storage]}' that it keeps elsewhere (a slice, say),"
                 " which would be a constant and not be trained; take the part of it in forward"
             )
-    if not found:
+    if not replaced:
         return exported
     signature = copy.copy(exported.graph_signature)
-    signature.input_specs = [spec for spec in specs if spec.arg.name not in found]
+    signature.input_specs = [spec for spec in specs if spec.arg.name not in replaced]
     kept = {str(spec.target) for spec in signature.input_specs}
-    made = with_parts(
+    rewritten = with_parts(
         exported,
         graph_module=copy.deepcopy(exported.graph_module),
         graph_signature=signature,
         constants={name: value for name, value in exported.constants.items() if name in kept},
     )
-    nodes = {node.name: node for node in made.graph.find_nodes(op="placeholder")}
-    for name, weight in found.items():
+    nodes = {node.name: node for node in rewritten.graph.find_nodes(op="placeholder")}
+    for name, weight in replaced.items():
         nodes[name].replace_all_uses_with(nodes[weight])
-        made.graph.erase_node(nodes[name])
-    made.graph_module.recompile()
-    return made
+        rewritten.graph.erase_node(nodes[name])
+    rewritten.graph_module.recompile()
+    return rewritten
 
 
-def _memory(held: Mapping[str, Any], spec: InputSpec) -> tuple[Any, ...]:
-    tensor = held[str(spec.target)]
+def _memory(tensors: Mapping[str, Any], spec: InputSpec) -> tuple[Any, ...]:
+    tensor = tensors[str(spec.target)]
     return *region(tensor, str(spec.target)), tensor.dtype
 
 
@@ -202,18 +202,14 @@ _ZEROS = (_ATEN.zeros.default, _ATEN.new_zeros.default)
 
 
 def _layer_by_layer(
-    operator: OpOverload,
-    input: Tensor,
-    hx: Any,
-    params: list[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
+    operator: OpOverload, input: Tensor, hx: Any, params: list[Tensor], *settings: Any
 ) -> Any:
-    """A recurrent operator of several layers or both directions, as one of each."""
+    """A recurrent operator of several layers or both directions, as one of each.
+
+    Args:
+        settings: has_biases, num_layers, dropout, train, bidirectional, batch_first.
+    """
+    has_biases, num_layers, dropout, train, bidirectional, batch_first = settings
     directions, steps = (2 if bidirectional else 1), (1 if batch_first else 0)
     if num_layers * directions == 1:
         return NotImplemented
@@ -226,17 +222,8 @@ def _layer_by_layer(
             source = _ATEN.flip.default(input, [steps]) if turned else input
             states = [_ATEN.slice.Tensor(state, 0, index, index + 1) for state in (hx if listed else [hx])]
             weights = params[index * count : (index + 1) * count]
-            output, *after = operator(
-                source,
-                states if listed else states[0],
-                weights,
-                has_biases,
-                1,
-                0.0,
-                False,
-                False,
-                batch_first,
-            )
+            alone = (has_biases, 1, 0.0, False, False, batch_first)
+            output, *after = operator(source, states if listed else states[0], weights, *alone)
             outputs.append(_ATEN.flip.default(output, [steps]) if turned else output)
             last.append(after)
         input = _ATEN.cat.default(outputs, 2) if len(outputs) > 1 else outputs[0]
@@ -263,7 +250,7 @@ def own_states(graph: fx.Graph) -> None:
                 continue
             with graph.inserting_before(node):
                 size = [1, *arguments(zeros)["size"][1:]]
-                own = graph.call_function(_ATEN.new_zeros.default, (arguments(node)["input"], size))
-            stand_for(own, node)
-            own.meta |= {"custom": zeros.meta.get("custom", {}), "val": state.meta["val"]}
-            node.replace_input_with(state, own)
+                zero = graph.call_function(_ATEN.new_zeros.default, (arguments(node)["input"], size))
+            stand_for(zero, node)
+            zero.meta |= {"custom": zeros.meta.get("custom", {}), "val": state.meta["val"]}
+            node.replace_input_with(state, zero)

@@ -13,6 +13,7 @@ from fasp_fx.base import (
     FakeTensor,
     FakeTensorMode,
     addresses,
+    built_alike,
     enable_python_dispatcher,
     keep_values,
     moved,
@@ -143,18 +144,18 @@ class Runner:
         if argument.op != "get_attr":
             return self.bring(self._memory[number][argument])
         name = self.canonical.get(str(argument.target), str(argument.target))
-        for held in (self.overrides, self._written[number]):
-            if name in held:
-                return self._weight(name, held[name])
+        for weights in (self.overrides, self._written[number]):
+            if name in weights:
+                return self._weight(name, weights[name])
         return self._weight(name, attribute(self.module, str(argument.target)))
 
-    def _weight(self, name: str, held: Any) -> Any:
+    def _weight(self, name: str, weight: Any) -> Any:
         """A weight where nodes are executed, which it is brought to once for all batches."""
-        if self.device is None or not isinstance(held, Tensor) or held.device == self.device:
-            return held
+        if self.device is None or not isinstance(weight, Tensor) or weight.device == self.device:
+            return weight
         known = self._brought.get(name)
-        if known is None or known[0] is not held:
-            known = self._brought[name] = held, held.to(self.device)
+        if known is None or known[0] is not weight:
+            known = self._brought[name] = weight, weight.to(self.device)
         return known[1]
 
     def _execute(self, node: fx.Node, number: int) -> Any:
@@ -202,38 +203,29 @@ class _Recorder(fx.Interpreter):
         ):
             return before
         try:
-            made = super().run_node(node)
+            result = super().run_node(node)
         except tolerable(Exception) as error:
             raise VerificationError(
                 f"node '{node.name}' ({node.target}) does not execute: {first_line(error)}"
             ) from error
         if node.op not in ("placeholder", "output"):
-            if not self.everything and _is_alike(made, before):
+            if not self.everything and built_alike(result, before, _is_recorded):
                 return before
             self.changed.add(node)
-            node.meta["val"] = made
-        return made
+            node.meta["val"] = result
+        return result
 
 
-def _is_alike(made: Any, before: Any) -> bool:
-    """Whether a node makes what is recorded of it."""
-    leaves, structure = pytree.tree_flatten(made)
-    others, other = pytree.tree_flatten(before)
-    return bool(structure == other) and all(
-        one is another
-        or (
-            isinstance(one, torch.SymInt)
-            and isinstance(another, torch.SymInt)
-            and same_sizes((one,), (another,))
-        )
-        or (
-            isinstance(one, FakeTensor)
-            and isinstance(another, FakeTensor)
-            and one.fake_mode is another.fake_mode
-            and (one.dtype, one.device) == (another.dtype, another.device)
-            and same_sizes((*one.shape, *one.stride()), (*another.shape, *another.stride()))
-        )
-        for one, another in zip(leaves, others, strict=True)
+def _is_recorded(value: Any, before: Any) -> bool:
+    """Whether a leaf of what a node makes is what was recorded."""
+    if isinstance(value, torch.SymInt) and isinstance(before, torch.SymInt):
+        return same_sizes((value,), (before,))
+    return value is before or (
+        isinstance(value, FakeTensor)
+        and isinstance(before, FakeTensor)
+        and value.fake_mode is before.fake_mode
+        and (value.dtype, value.device) == (before.dtype, before.device)
+        and same_sizes((*value.shape, *value.stride()), (*before.shape, *before.stride()))
     )
 
 
@@ -247,12 +239,12 @@ def record(module: fx.GraphModule, everything: bool = True) -> None:
     Raises:
         VerificationError: a node does not execute; names it.
     """
-    given = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
-    mode = next((value.fake_mode for value in given if isinstance(value, FakeTensor)), None)
+    inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
     if mode is None:
         return
     recorder = _Recorder(module, mode, everything)
     recorder.extra_traceback = False
     # operators that are made of others take symbolic sizes only in Python
     with torch.no_grad(), by_shapes(), mode, enable_python_dispatcher():
-        recorder.run(*given, enable_io_processing=False)
+        recorder.run(*inputs, enable_io_processing=False)

@@ -29,33 +29,26 @@ from ._sizes import same_sizes
 _ATEN = torch.ops.aten
 
 
-def _fit(found: Sequence[int | torch.SymInt], wanted: Sequence[int | torch.SymInt]) -> None:
+def _fit(sizes: Sequence[int | torch.SymInt], wanted: Sequence[int | torch.SymInt]) -> None:
     """Settle that sizes are those that a weight has.
 
     Raises:
         RuntimeError: they are not.
     """
-    said = f"sizes {[*found]} meet a weight for {[*wanted]}"
-    settle(len(found) == len(wanted), lambda: said)
-    for one, other in zip(found, wanted, strict=True):
+    said = f"sizes {[*sizes]} meet a weight for {[*wanted]}"
+    settle(len(sizes) == len(wanted), lambda: said)
+    for one, other in zip(sizes, wanted, strict=True):
         settle(one == other, lambda: said)  # of data, it is asserted when the program runs
 
 
-def _recurrent(
-    input: Tensor,
-    hx: Any,
-    params: list[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> Any:
+def _recurrent(input: Tensor, hx: Any, params: list[Tensor], *settings: Any) -> Any:
     """An output for each step, ``[steps, sequences, width]`` or ``[sequences, steps, width]`` as the input
     is, and states as those given.
+
+    Args:
+        settings: has_biases, num_layers, dropout, train, bidirectional, batch_first.
     """
-    states = hx if isinstance(hx, (list, tuple)) else [hx]
+    states, bidirectional = hx if isinstance(hx, (list, tuple)) else [hx], settings[4]
     width = states[0].shape[-1] * (2 if bidirectional else 1)
     return input.new_empty([*input.shape[:2], width]), *map(torch.empty_like, states)
 

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fasp_fx.base import PyTreeCodeGen, PyTreeInfo, guards_of_module, pytree, set_guards, tolerable
+from fasp_fx.base import (
+    PyTreeCodeGen,
+    PyTreeInfo,
+    built_alike,
+    guards_of_module,
+    pytree,
+    set_guards,
+    tolerable,
+)
 from fasp_fx.errors import ArgumentError, CallError, CaptureError
 
 #: constants that exporters take as arguments
@@ -74,21 +82,21 @@ class CallSignature:
             ) from error
         if "self" in signature.parameters:  # the pruned module's forward has a self of its own
             raise CaptureError("forward has an argument named 'self'; rename it")
-        given = _bind(signature, args, kwargs)
+        arguments = _bind(signature, args, kwargs)
         captured = tuple(
             name
-            for name, value in given.items()
+            for name, value in arguments.items()
             if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
         )
-        constants = {name: _kept(value) for name, value in given.items() if name not in captured}
+        constants = {name: _kept(value) for name, value in arguments.items() if name not in captured}
         if not captured:
             raise ArgumentError(
                 "the example inputs hold no tensor; pass at least one tensor in args or kwargs"
             )
         outlines = {
-            name: outline_of(given[name])
+            name: outline_of(arguments[name])
             for name in captured
-            if isinstance(given[name], (Mapping, list, tuple))
+            if isinstance(arguments[name], (Mapping, list, tuple))
         }
         if not own_defaults:
             signature = signature.replace(
@@ -105,12 +113,12 @@ class CallSignature:
             CallError: an argument was not captured, is missing, or differs from the constant seen at capture.
         """
         try:
-            given = {**self.defaults, **_bind(self.parameters, args, kwargs)}
+            arguments = {**self.defaults, **_bind(self.parameters, args, kwargs)}
         except ArgumentError as error:
             raise CallError(str(error)) from error
-        return self.checked(given)
+        return self.checked(arguments)
 
-    def checked(self, given: dict[str, Any]) -> dict[str, Any]:
+    def checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name, defaults included, with the constants seen at capture for those left out.
 
         Raises:
@@ -118,17 +126,17 @@ class CallSignature:
         """
         expected = self.expected
         for name in self.captured:
-            if given.get(name) is None:
+            if arguments.get(name) is None:
                 raise CallError(
                     f"argument '{name}' is missing: the program was captured with it; pass it, or capture"
                     " without it"
                 )
-        for name, value in given.items():
+        for name, value in arguments.items():
             if name not in self.captured:
                 check_constant(name, value, expected.get(name))
             elif name in self.outlines and not _fits(value, self.outlines[name]):
                 raise _refusal(name, value, str(self.outlines[name]).replace(str(HELD), "a tensor"))
-        return {**given, **self.constants}
+        return {**arguments, **self.constants}
 
     @cached_property
     def expected(self) -> dict[str, Any]:
@@ -155,16 +163,16 @@ class CallSignature:
 
     def _kinds(self) -> list[tuple[str, Any]]:
         known = [*self.captured, *self.constants]
-        found: list[tuple[str, Any]] = []
+        kinds: list[tuple[str, Any]] = []
         for name, parameter in self.parameters.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
                 count = sum(
                     other.rpartition("_")[0] == name and other.rpartition("_")[2].isdigit() for other in known
                 )
-                found += [(f"{name}_{index}", parameter.kind) for index in range(count)]
+                kinds += [(f"{name}_{index}", parameter.kind) for index in range(count)]
             elif name in known:
-                found.append((name, parameter.kind))
-        return found + [(name, inspect.Parameter.VAR_KEYWORD) for name in known if name not in dict(found)]
+                kinds.append((name, parameter.kind))
+        return kinds + [(name, inspect.Parameter.VAR_KEYWORD) for name in known if name not in dict(kinds)]
 
 
 def _with_default(parameter: inspect.Parameter, constants: Mapping[str, Any]) -> inspect.Parameter:
@@ -178,16 +186,16 @@ def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str,
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise ArgumentError(f"the inputs do not fit the model's forward{signature}: {error}") from error
-    given: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_KEYWORD:
-            given.update(value)
+            arguments.update(value)
         elif kind is inspect.Parameter.VAR_POSITIONAL:
-            given.update({f"{name}_{index}": item for index, item in enumerate(value)})
+            arguments.update({f"{name}_{index}": item for index, item in enumerate(value)})
         else:
-            given[name] = value
-    return given
+            arguments[name] = value
+    return arguments
 
 
 # --- A call, held against that of the capture.
@@ -205,9 +213,7 @@ def _alike(value: Any, expected: Any) -> bool:
     """
     if isinstance(expected, PLAIN):
         return _equal(value, expected)
-    leaves, spec = pytree.tree_flatten(value)
-    others, other = pytree.tree_flatten(expected)
-    return spec == other and all(map(_equal, leaves, others))
+    return built_alike(value, expected, _equal)
 
 
 def _equal(value: Any, expected: Any) -> bool:
@@ -222,8 +228,8 @@ def _equal(value: Any, expected: Any) -> bool:
     if type(value).__eq__ is object.__eq__ and hasattr(value, "__dict__"):  # by what it holds
         return _alike(vars(value), vars(expected))
     try:
-        found = value == expected
-        return bool(found.all() if hasattr(found, "all") else found)
+        same = value == expected
+        return bool(same.all() if hasattr(same, "all") else same)
     except tolerable(ValueError, TypeError, RuntimeError):  # an object raises what it likes
         return False
 
@@ -292,20 +298,20 @@ class _Call:
         self.keywords = spec.child(1).context or []
 
     def inputs(
-        self, given: dict[str, Any], rest: str, items: tuple[Any, ...]
+        self, arguments: dict[str, Any], rest: str, items: tuple[Any, ...]
     ) -> tuple[list[Any], dict[str, Any]]:
         """The arguments of a call as the graph takes them, by position and by name.
 
         Args:
-            given: those with names.
+            arguments: those with names.
             rest, items: the name of ``*args``, and what it holds.
 
         Raises:
             CallError: an argument was not captured, is missing, or differs from the constant seen at capture.
         """
-        given.update({f"{rest}_{index}": item for index, item in enumerate(items)})
-        given = self.signature.checked(given)
-        return [given[name] for name in self.by_position], {key: given[key] for key in self.keywords}
+        arguments.update({f"{rest}_{index}": item for index, item in enumerate(items)})
+        arguments = self.signature.checked(arguments)
+        return [arguments[name] for name in self.by_position], {key: arguments[key] for key in self.keywords}
 
 
 class _Code(str):
@@ -339,8 +345,8 @@ class CallerCodeGen(PyTreeCodeGen):
             for parameter in self.signature.parameters.parameters.values()
         ]
         kinds = {parameter.kind for parameter in parameters} & {inspect.Parameter.POSITIONAL_ONLY}
-        own = inspect.Parameter("self", *(kinds or {inspect.Parameter.POSITIONAL_OR_KEYWORD}))
-        return str(inspect.Signature([own, *parameters]))
+        first = inspect.Parameter("self", *(kinds or {inspect.Parameter.POSITIONAL_OR_KEYWORD}))
+        return str(inspect.Signature([first, *parameters]))
 
     def gen_fn_def(
         self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False
@@ -445,15 +451,15 @@ class Guards(nn.Module):
 
 def float_types(tensors: Iterable[Any]) -> set[torch.dtype]:
     """The types of those tensors that hold real numbers."""
-    return {held.dtype for held in tensors if isinstance(held, Tensor) and held.is_floating_point()}
+    return {tensor.dtype for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_floating_point()}
 
 
 def guard_calls(lifted: fx.GraphModule, exported: ExportedProgram, types: set[torch.dtype]) -> None:
     """Let the guards in the module of an exported program fail with :class:`CallError`; ``types`` as for
     :class:`Guards`.
     """
-    found = guards_of_module(lifted)
-    if found is None or exported.example_inputs is None:  # a program without inputs has none
+    guards = guards_of_module(lifted)
+    if guards is None or exported.example_inputs is None:  # a program without inputs has none
         return
     args, kwargs = exported.example_inputs
     bound = inspect.signature(lifted.forward).bind(*args, **kwargs)
@@ -465,4 +471,4 @@ def guard_calls(lifted: fx.GraphModule, exported: ExportedProgram, types: set[to
     )
     recorded = [node.meta.get("val") for node in lifted.graph.find_nodes(op="placeholder")]
     like = tuple((value.dim(), value.dtype) if isinstance(value, Tensor) else None for value in recorded)
-    set_guards(lifted, Guards(found.forward, names, like, types))
+    set_guards(lifted, Guards(guards.forward, names, like, types))

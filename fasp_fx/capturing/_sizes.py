@@ -206,12 +206,12 @@ class Sizes:
 # --- Which dimensions of the inputs vary from call to call.
 
 
-def widened(given: dict[str, Any]) -> dict[str, Any] | None:
+def widened(inputs: dict[str, Any]) -> dict[str, Any] | None:
     """Inputs of batch size 1 doubled, since the exporter takes a size of 1 for a constant."""
-    tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     if not all(tensor.dim() and tensor.shape[0] == 1 for tensor in tensors):
         return None
-    return pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) else leaf, given)
+    return pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) else leaf, inputs)
 
 
 def takes_any_number(exported: ExportedProgram) -> bool:
@@ -281,7 +281,9 @@ def of_features(exported: ExportedProgram) -> _Places:
     which weights meet the next. Others are tied to a weight by what strides leave of them (frequencies of
     speech after convolutions, ``5 * ((size - 1) // 2) + 5 == 15``), so that few sizes do.
     """
-    given = [spec.arg for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    arguments = [
+        spec.arg for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
+    ]
     recorded = {
         node.name: node.meta["val"].shape
         for node in exported.graph.find_nodes(op="placeholder")
@@ -289,7 +291,7 @@ def of_features(exported: ExportedProgram) -> _Places:
     }
     sizes = {
         (index, dim): size.node.expr
-        for index, argument in enumerate(given)
+        for index, argument in enumerate(arguments)
         if isinstance(argument, TensorArgument)
         for dim, size in enumerate(recorded[argument.name])
         if isinstance(size, torch.SymInt)
@@ -311,16 +313,16 @@ def _tied_to_weights(size: torch.SymInt) -> Iterator[Any]:
     for condition in conditions_on(size.node.shape_env):
         if not isinstance(condition, sympy.Eq):
             continue
-        for made, fixed in (condition.args, condition.args[::-1]):
-            functions = {type(part).__name__ for part in made.atoms(sympy.Function)}
-            channels, _ = made.as_content_primitive()
+        for product, fixed in (condition.args, condition.args[::-1]):
+            functions = {type(part).__name__ for part in product.atoms(sympy.Function)}
+            channels, _ = product.as_content_primitive()
             if (
                 fixed.is_Integer
                 and functions == {"FloorDiv"}
-                and len(made.free_symbols) == 1
+                and len(product.free_symbols) == 1
                 and channels > 1
             ):
-                yield from made.free_symbols
+                yield from product.free_symbols
 
 
 def _range(expression: sympy.Expr, environment: Any) -> tuple[int, int | None]:

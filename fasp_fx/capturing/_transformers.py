@@ -50,12 +50,12 @@ def export_transformers(model: Any, kwargs: dict[str, Any], shapes: Any) -> Expo
         shapes = cached_dims(kwargs)
     elif callable(shapes):
         shapes = shapes((), kwargs).dynamic_shapes(model, (), kwargs)
-    own = vars(model).get("forward")
+    forward = vars(model).get("forward")
     try:
         with _told_to_parts(model, flags):
             return export_program(model, {**kwargs, **flags}, shapes)
     finally:
-        if own is None:
+        if forward is None:
             vars(model).pop("forward", None)  # the exporter puts the method back as an attribute
 
 
@@ -64,11 +64,11 @@ def _told_to_parts(model: nn.Module, flags: dict[str, Any]) -> Iterator[None]:
     """Let submodules with a configuration of their own return what the model is asked for: the exporter
     writes that into the model's alone.
     """
-    own = getattr(model, "config", None)
+    config_of_model = getattr(model, "config", None)
     configs = {
         id(config): config
         for module in model.modules()
-        if (config := getattr(module, "config", None)) is not None and config is not own
+        if (config := getattr(module, "config", None)) is not None and config is not config_of_model
     }
     asked = {
         name: flags[name]
@@ -92,15 +92,15 @@ def cached_dims(kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     from fasp_fx.base import get_auto_dynamic_shapes
 
-    found = {}
+    dims = {}
     for name, value in kwargs.items():
-        found[name] = get_auto_dynamic_shapes(value)
+        dims[name] = get_auto_dynamic_shapes(value)
         if is_cache(type(value)):
-            found[name] = [
+            dims[name] = [
                 _cache_dims(leaf) if isinstance(leaf, Tensor) else spec
-                for leaf, spec in zip(pytree.tree_leaves(value), found[name], strict=True)
+                for leaf, spec in zip(pytree.tree_leaves(value), dims[name], strict=True)
             ]
-    return found
+    return dims
 
 
 def _cache_dims(tensor: Tensor) -> dict[int, Any]:

@@ -17,6 +17,7 @@ from fasp_fx.base import (
     RECURRENT_LISTS,
     applied_functions,
     attributes_read,
+    built_alike,
     drawing_alike,
     forward_pre_hooks,
     pytree,
@@ -57,36 +58,39 @@ def unchanged(model: Any) -> Iterator[list[str]]:
     for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, torch.jit.ScriptModule):
             continue  # cannot be captured, and keeps its attributes elsewhere
-        held = dict(vars(module))
-        contents = {name: copy.copy(value) for name, value in held.items() if type(value) in _CONTAINERS}
-        own = {name: value for name, value in held.items() if not name.startswith("_")}
-        values = _values(leaf for leaf in pytree.tree_leaves(own) if isinstance(leaf, Tensor))
-        saved.append((path, module, held, contents, values))
+        attributes = dict(vars(module))
+        contents = {
+            name: copy.copy(value) for name, value in attributes.items() if type(value) in _CONTAINERS
+        }
+        public = {name: value for name, value in attributes.items() if not name.startswith("_")}
+        values = _values(leaf for leaf in pytree.tree_leaves(public) if isinstance(leaf, Tensor))
+        saved.append((path, module, attributes, contents, values))
     changed: list[str] = []
     try:
         yield changed
     finally:
-        for path, module, held, contents, values in saved:
-            now, before = vars(module), {**held, **contents}
-            names = {**held, **now}.keys() - vars(nn.Module()).keys() - _set_by_torch(module)
-            same = {name for name in names & now.keys() & held.keys() if _is_same(now[name], before[name])}
+        for path, module, attributes, contents, values in saved:
+            now, before = vars(module), {**attributes, **contents}
+            names = {**attributes, **now}.keys() - vars(nn.Module()).keys() - _set_by_torch(module)
+            same = {
+                name
+                for name in names & now.keys() & attributes.keys()
+                if built_alike(now[name], before[name], _is_same)
+            }
             changed += [f"{path}.{name}" if path else name for name in sorted(names - same)]
             now.clear()
-            now.update(held)
+            now.update(attributes)
             for name, content in contents.items():
-                value = held[name]
+                value = attributes[name]
                 value.clear()
                 (value.extend if isinstance(value, list) else value.update)(content)
             _write_back(values)
 
 
 def _is_same(value: Any, before: Any) -> bool:
-    """Whether an attribute is what it was; exporters put back tuples, lists and dicts as equal copies."""
-    if type(value) is type(before) and isinstance(value, (tuple, list, dict)):
-        items, others = (
-            [*one, *one.values()] if isinstance(one, dict) else list(one) for one in (value, before)
-        )
-        return len(items) == len(others) and all(map(_is_same, items, others))
+    """Whether a part of an attribute is what it was; exporters put back tuples, lists and dicts as equal
+    copies.
+    """
     return value is before or (
         type(value) is type(before) and isinstance(value, (set, *PLAIN)) and value == before
     )
@@ -114,16 +118,17 @@ def rewound(model: nn.Module, written: Iterable[str] = (), seed: int = 0) -> Ite
         _write_back(values)
 
 
+#: what a model is called with, by position and by name
+Call = tuple[Any, dict[str, Any]]
 #: what a model gives, leaf by leaf, and the names of the attributes that it sets
 Seen = tuple[list[Any], list[str]]
 
 
 def called(
     model: nn.Module,
-    args: Any,
-    kwargs: dict[str, Any],
-    calls: int = 1,
+    call: Call,
     written: Iterable[str] = (),
+    calls: int = 1,
     lie: Callable[[Tensor], Tensor] = torch.clone,
     seed: int = 0,
 ) -> Seen:
@@ -140,9 +145,9 @@ def called(
         torch.compiler.set_stance("force_eager"),
     ):
         for _ in range(calls):
-            own_args, own_kwargs = copied((args, kwargs), lie)
-            given = copied(pytree.tree_leaves(model(*own_args, **own_kwargs)))
-    return given, changed
+            own_args, own_kwargs = copied(call, lie)
+            outputs = copied(pytree.tree_leaves(model(*own_args, **own_kwargs)))
+    return outputs, changed
 
 
 def copied(value: Any, lie: Callable[[Tensor], Tensor] = torch.clone) -> Any:
@@ -152,14 +157,14 @@ def copied(value: Any, lie: Callable[[Tensor], Tensor] = torch.clone) -> Any:
     Args:
         lie: copies a tensor, perhaps into another layout.
     """
-    made: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
 
     def copy_of(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if id(leaf) not in made:
-            made[id(leaf)] = lie(leaf.detach())
-        return made[id(leaf)]
+        if id(leaf) not in copies:
+            copies[id(leaf)] = lie(leaf.detach())
+        return copies[id(leaf)]
 
     return pytree.tree_map(copy_of, value)
 

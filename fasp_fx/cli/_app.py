@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from fasp_fx.analysis import Analysis
 from fasp_fx.base import __version__
 from fasp_fx.errors import ArgumentError
 from fasp_fx.pruning import FormatName, PruningConfig
@@ -41,8 +42,8 @@ def option(text: str, *flags: str, more: bool = True, **settings: Any) -> Any:
         more: it stands under a heading of its own, as what few people need does.
     """
     make: Any = typer.Option
-    heading = "More" if more else None
-    return make(*flags, help=text, show_default=False, rich_help_panel=heading, **settings)
+    settings["rich_help_panel"] = "More" if more else None
+    return make(*flags, help=text, show_default=False, **settings)
 
 
 #: a file to read, which is looked for before anything else is done
@@ -119,16 +120,16 @@ def with_pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
             kinds[each.name] = Annotated[form | None, option(text, more=each.name not in COMMON)]
     for name, text in BUDGETS.items():
         kinds[name] = Annotated[str | None, option(f"A budget: how much may stay {text}.", metavar="AMOUNT")]
-    made = [
+    parameters = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
         for name, kind in kinds.items()
     ]
-    *own, _ = inspect.signature(command, eval_str=True).parameters.values()
-    command.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
+    *first, _ = inspect.signature(command, eval_str=True).parameters.values()
+    command.__signature__ = inspect.Signature([*first, *parameters])  # type: ignore[attr-defined]
     return command
 
 
-def read_options(file: Path | None, given: Mapping[str, Any]) -> PruningConfig:
+def read_options(file: Path | None, values: Mapping[str, Any]) -> PruningConfig:
     """The options of a pruning.
 
     Args:
@@ -141,7 +142,7 @@ def read_options(file: Path | None, given: Mapping[str, Any]) -> PruningConfig:
     Raises:
         FaspError: an option is out of range, or conflicts with another.
     """
-    options = {name: value for name, value in given.items() if value not in (None, [])}
+    options = {name: value for name, value in values.items() if value not in (None, [])}
     caps = {name.replace("_", "-"): options.pop(name) for name in BUDGETS if name in options}
     amounts = {name: read_amount(f"--{name}", text) for name, text in caps.items()}
     if amounts:
@@ -272,31 +273,13 @@ def prune(
         options = read_options(config, given)
         from . import _prune
 
-        _prune.run(
-            model,
-            out,
-            options,
-            _texts(calibration, batches, text, eval_batches, length, seed),
-            stages,
-            epochs=recover,
-            device=device,
-            dtype=dtype,
-            format=format,
-            overwrite=overwrite,
-            checkpoint=checkpoint,
-            scratch=scratch or (out.absolute().parent if stream else None),
-        )
+        kept = scratch or (out.absolute().parent if stream else None)
+        job = _prune.Job(out, overwrite, format, device, dtype, checkpoint, kept)
+        texts = _texts("calibration", calibration, batches, length, seed).measured_on(text, eval_batches)
+        _prune.run(model, job, options, texts, recover, stages)
 
 
-def _texts(
-    source: str,
-    batches: int,
-    text: Path | None,
-    eval_batches: int | None,
-    length: int | None,
-    seed: int,
-    use: str = "calibration",
-) -> Texts:
+def _texts(use: str, source: str, batches: int, length: int | None, seed: int) -> Texts:
     """The text of a command.
 
     Args:
@@ -306,8 +289,8 @@ def _texts(
     from ._models import Texts
 
     if source == "self":
-        return Texts(None, batches, text, eval_batches or 16, length or 256, seed, use)
-    return Texts(Path(source), batches, text, eval_batches or 8, length or 1024, seed, use)
+        return Texts(None, batches, None, 16, length or 256, seed, use)
+    return Texts(Path(source), batches, None, 8, length or 1024, seed, use)
 
 
 @app.command()
@@ -359,11 +342,13 @@ def recover(
 
         from . import _prune
 
-        texts = _texts(data, batches, text, eval_batches, length, seed, "training")
-        given = {"epochs": epochs, "learning_rate": learning_rate}
-        options = {name: value for name, value in given.items() if value is not None}
-        config = DistillationConfig.of(None, {**options, "seed": seed})
-        _prune.recover_and_save(folder, dense, out, texts, config, checkpoint, device, overwrite, stages)
+        job = _prune.Job(out, overwrite, device=device, checkpoint=checkpoint)
+        texts = _texts("training", data, batches, length, seed).measured_on(text, eval_batches)
+        options = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
+        config = DistillationConfig.of(
+            None, {name: value for name, value in options.items() if value is not None}
+        )
+        _prune.recover_and_save(Path(folder), dense, job, texts, config, stages)
 
 
 @app.command("inspect")
@@ -420,6 +405,7 @@ def show_groups(
         config = PruningConfig.of(None, asked)
         analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
         stages.end()
+        assert isinstance(analysis, Analysis)  # a model without weights is captured whole
         if html is not None:
             write_page(analysis, model, html)
         console().print(groups_table(analysis))
@@ -449,7 +435,7 @@ def convert(
     with session() as stages:
         from . import _prune
 
-        _prune.convert_and_save(folder, out, format, overwrite, stages)
+        _prune.convert_and_save(Path(folder), _prune.Job(out, overwrite, format), stages)
 
 
 @app.command("eval")
@@ -487,8 +473,7 @@ def evaluate(
         from . import _models
 
         _models.quieten()
-        where = _models.find_device(device)
-        texts, found, what = [], [], ""
+        texts, predicted, what, where = [], [], "", _models.find_device(device)
         for model in models:  # one is in memory at a time
             stages.begin(f"loading {model}")
             module, tokenizer = _models.load_any(model, where, dtype)
@@ -502,21 +487,21 @@ def evaluate(
             _models.check_length(module, length)
             _models.check_tokens(module, tokens, f"'{text}'")
             stages.begin(f"measuring perplexity of {model} on {len(numbers)} chunks")
-            found.append(predictions(module, tokens[chosen], stages.update))
+            predicted.append(predictions(module, tokens[chosen], stages.update))
             texts.append(tokens[chosen])
             what = (
                 f"perplexity on chunks {numbers[0]} to {numbers[-1]} of {text.name}"
                 f" ({len(numbers)} x {length} tokens)"
             )
         stages.end()
-        values = [one.perplexity for one in found]
+        values = [one.perplexity for one in predicted]
         rows = [[what, *(f"{value:.4f}" for value in values), f"{values[-1] / values[0] - 1:+.1%}"]]
         alike = all(torch.equal(one, texts[0]) for one in texts)
-        if alike and len(found) > 1:
-            shares = (f"{100 * part:.2f} ± {100 * doubt:.2f}" for part, doubt in map(found[0].same, found))
+        if alike and len(predicted) > 1:
+            same = map(predicted[0].same, predicted)
+            shares = (f"{100 * part:.2f} ± {100 * doubt:.2f}" for part, doubt in same)
             rows.append(["next tokens as the first model's, percent", *shares, ""])
-        names = (Path(model).name for model in models)
-        console().print(table(["", *names, "first to last"], rows))
+        console().print(table(["", *(Path(model).name for model in models), "first to last"], rows))
         if not alike:
             say("note: the models cut the text into different tokens, so their figures cannot be compared")
 
@@ -527,7 +512,7 @@ def read_range(text: str) -> slice:
     Raises:
         ArgumentError: it does not parse.
     """
-    found = re.fullmatch(r"(\d*):(\d*)", text)
-    if found is None:
+    match = re.fullmatch(r"(\d*):(\d*)", text)
+    if match is None:
         raise ArgumentError(f"'{text}' is not a range of chunks; write first:last+1, for example 100:140")
-    return slice(*(int(end) if end else None for end in found.groups()))
+    return slice(*(int(end) if end else None for end in match.groups()))

@@ -48,10 +48,10 @@ def console(*, errors: bool = False) -> Console:
     """Shows text as it is, without markup; results that go to a file are wide enough for tables. Of several
     processes the first speaks.
     """
-    made = Console(stderr=errors, markup=False, highlight=False, quiet=process("RANK", 0) > 0)
-    if not errors and not made.is_terminal:
-        made.width = 160
-    return made
+    terminal = Console(stderr=errors, markup=False, highlight=False, quiet=process("RANK", 0) > 0)
+    if not errors and not terminal.is_terminal:
+        terminal.width = 160
+    return terminal
 
 
 def say(line: str, *, keep: str = "") -> None:
@@ -128,8 +128,8 @@ def _explained(error: BaseException) -> str:
 
 def _tell(caught: list[warnings.WarningMessage]) -> None:
     """Each warning once: of several processes the first speaks, and each of the groups that it checked."""
-    own = VerificationWarning if process("RANK", 0) else Warning
-    for message in dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, own)):
+    category = VerificationWarning if process("RANK", 0) else Warning
+    for message in dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, category)):
         _complain("warning", message)
 
 
@@ -149,33 +149,35 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, title: str 
     Args:
         left: so many columns hold words; the others hold numbers.
     """
-    made = Table(title=title or None, title_justify="left")
+    rows_table = Table(title=title or None, title_justify="left")
     for index, heading in enumerate(headings):
-        made.add_column(printable(heading), justify="left" if index < left else "right", overflow="fold")
+        rows_table.add_column(
+            printable(heading), justify="left" if index < left else "right", overflow="fold"
+        )
     for row in rows:
         style = next((_COLOURS[cell] for cell in row if cell in _COLOURS), None)
-        made.add_row(*(printable(cell, keep="\n") for cell in row), style=style)
-    return made
+        rows_table.add_row(*(printable(cell, keep="\n") for cell in row), style=style)
+    return rows_table
 
 
 def kinds(groups: Iterable[Group]) -> list[list[Group]]:
     """Groups that differ only in the numbers in their names, such as the same group of every layer, together;
     what can be pruned first.
     """
-    found: dict[Any, list[Group]] = {}
+    alike: dict[Any, list[Group]] = {}
     for group in sorted(groups, key=lambda group: group.status != "prunable"):
         members = ((m.name, m.dim) for m in (*group.producers, *group.consumers))
         texts = dict.fromkeys(
             (re.sub(r"\d+", "*", text), dim) for text, dim in ((group.reason, -1), *members)
         )
-        found.setdefault((group.status, group.size, group.blocks, *texts), []).append(group)
-    return list(found.values())
+        alike.setdefault((group.status, group.size, group.blocks, *texts), []).append(group)
+    return list(alike.values())
 
 
 def short(members: Sequence[Member]) -> str:
     """The layers of these weights by their last name: ``gate_proj, up_proj``."""
     weights = (member.name.removesuffix(".weight") for member in members)
-    names = dict.fromkeys(found[0] if (found := _LAYER.search(name)) else name for name in weights)
+    names = dict.fromkeys(match[0] if (match := _LAYER.search(name)) else name for name in weights)
     named = [name for name in names if name.removesuffix(".bias") not in names.keys() - {name}]
     return ", ".join([*named[:SHOWN], *(["…"] if len(named) > SHOWN else [])]) or "-"
 

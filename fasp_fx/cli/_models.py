@@ -11,35 +11,39 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import gguf
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
-from fasp_fx.base import Scratch, check_device, device_of, keep_weights, process, tolerable
+from fasp_fx.base import Scratch, check_device, device_of, keep_weights, process, reading_gguf, tolerable
 from fasp_fx.errors import ArgumentError, CalibrationError, FaspError, StoreError, first_line
+from fasp_fx.hf import KIND, PLAIN, Pruned, check_layers, load_offloaded, read_pruned, refuse_incomplete
 from fasp_fx.storage import MANIFEST, is_save, kind_of
 
 from ._console import Stages
-
-if TYPE_CHECKING:
-    from fasp_fx.hf import Pruned
 
 SAMPLED_TOGETHER = 64
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
-def _named(model: str) -> tuple[str, dict[str, str]]:
+def _named(model: str) -> tuple[str, dict[str, Any]]:
     """What transformers' loaders take for a command line argument: a GGUF file is named beside its folder.
 
     Raises:
         FaspError: it says a number of layers that it does not hold, which transformers would list one by one,
             or it is a GGUF file that was written for llama.cpp.
     """
-    import gguf
-
-    from fasp_fx.hf import check_layers
-
     path = Path(model)
     if path.suffix.lower() != ".gguf" or not path.is_file():
         if (path / "config.json").is_file():
@@ -53,11 +57,11 @@ def _named(model: str) -> tuple[str, dict[str, str]]:
         )
     with _loading(f"'{model}'"):
         reader = gguf.GGUFReader(path)
-    held = {found[1] for tensor in reader.tensors if (found := _BLOCK.match(tensor.name))}
+    layers = {block[1] for tensor in reader.tensors if (block := _BLOCK.match(tensor.name))}
     said = [field.contents() for name, field in reader.fields.items() if name.endswith(".block_count")]
-    if said != [len(held)]:
+    if said != [len(layers)]:
         raise ArgumentError(
-            f"'{model}' holds weights of {len(held)} layers, and its configuration says {said}; give the"
+            f"'{model}' holds weights of {len(layers)} layers, and its configuration says {said}; give the"
             " complete model"
         )
     return str(path.parent), {"gguf_file": path.name}
@@ -69,13 +73,11 @@ def load_tokenizer(model: str) -> Any:
     Raises:
         ArgumentError: it cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
     where, options = _named(model)
     with _loading(f"the tokenizer of '{model}'"):
-        found = AutoTokenizer.from_pretrained(where, **options)
-    found.name_or_path = model  # the very file: transformers remembers its folder alone
-    return found
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    tokenizer.name_or_path = model  # the very file: transformers remembers its folder alone
+    return tokenizer
 
 
 def load_model(
@@ -91,29 +93,25 @@ def load_model(
     Raises:
         ArgumentError: it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
-    from fasp_fx.hf import load_offloaded, refuse_incomplete
-
     where, options = _named(model)
     if scratch is not None and not options and Path(where).is_dir():
         kind = None if dtype == "auto" else getattr(torch, dtype)
         with _loading(f"'{model}'"):
             return load_offloaded(where, scratch, dtype=kind).to(device)
-    more: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     loading: Any = AutoModelForCausalLM.from_pretrained
     with _loading(f"'{model}'"):
-        made, info = loading(where, **more, **options)
-    refuse_incomplete(made, info, model)
-    if getattr(made.config, "quantization_config", None) and getattr(made, "hf_quantizer", None) is None:
+        loaded, info = loading(where, **options)
+    refuse_incomplete(loaded, info, model)
+    if getattr(loaded.config, "quantization_config", None) and getattr(loaded, "hf_quantizer", None) is None:
         raise ArgumentError(
             f"the configuration of '{model}' names a quantisation that transformers does not know, so the"
             ' weights cannot be read as they are meant; remove "quantization_config" if they are not'
             " quantised, or give the model before quantisation"
         )
     if scratch is not None:
-        keep_weights(made, scratch)
-    return made.eval().to(device)
+        keep_weights(loaded, scratch)
+    return loaded.eval().to(device)
 
 
 def load_empty(model: str) -> nn.Module:
@@ -122,8 +120,6 @@ def load_empty(model: str) -> nn.Module:
     Raises:
         ArgumentError: its configuration cannot be loaded.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     where, options = _named(model)
     with _loading(f"'{model}'"):
         config = AutoConfig.from_pretrained(where, **options)
@@ -134,7 +130,7 @@ def load_empty(model: str) -> nn.Module:
 def is_saved(model: str) -> bool:
     """Whether a command line argument is a folder that fasp_fx wrote, rather than a model of transformers."""
     folder = Path(model)
-    stock = is_save(folder, "plain") and not (folder / "modeling_per_layer.py").is_file()
+    stock = is_save(folder, PLAIN) and not (folder / "modeling_per_layer.py").is_file()
     return (folder / MANIFEST).is_file() and not stock
 
 
@@ -145,14 +141,12 @@ def load_pruned(folder: Path, device: torch.device) -> Pruned:
         StoreError: a file is missing, damaged or of another version, or the folder is no pruned model.
         ArgumentError: there is no tokenizer with it.
     """
-    from fasp_fx.hf import read_pruned
-
-    if not (folder / MANIFEST).is_file() or kind_of(folder) not in ("hf", "plain"):
+    if not (folder / MANIFEST).is_file() or kind_of(folder) not in (KIND, PLAIN):
         raise StoreError(
             f"'{folder}' holds no pruned language model; give a folder that `fasp-fx prune` wrote"
         )
-    found = read_pruned(folder, device)
-    return replace(found, tokenizer=found.tokenizer or load_tokenizer(str(folder)))
+    pruned = read_pruned(folder, device)
+    return replace(pruned, tokenizer=pruned.tokenizer or load_tokenizer(str(folder)))
 
 
 def load_any(model: str, device: torch.device, dtype: str) -> tuple[Any, Any]:
@@ -180,16 +174,14 @@ def find_device(name: str | None) -> torch.device:
     """
     if name is not None:
         return check_device(name)
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
         return torch.device("cpu")
-    return torch.device(found.type, process("LOCAL_RANK", 0) % torch.accelerator.device_count())
+    return torch.device(accelerator.type, process("LOCAL_RANK", 0) % torch.accelerator.device_count())
 
 
 def quieten() -> None:
     """Keep transformers and the hub from writing to the terminal."""
-    import transformers
-
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -226,8 +218,6 @@ def check_tokens(model: Any, tokens: Tensor, what: str) -> None:
 
 @contextmanager
 def _loading(what: str) -> Iterator[None]:
-    from fasp_fx.base import reading_gguf
-
     try:
         with reading_gguf():
             yield
@@ -272,6 +262,10 @@ class Texts:
             f"perplexity on text that the model wrote itself, not seen by this {self.use}"
             f" ({self.eval_batches} x {self.length} tokens)"
         )
+
+    def measured_on(self, text: Path | None, batches: int | None) -> Texts:
+        """The same, to be measured on chunks of another file, or on so many; ``None``: as they are."""
+        return replace(self, text=text, eval_batches=batches or self.eval_batches)
 
     def read(self, tokenizer: Any) -> None:
         """Read what comes from files.
@@ -416,8 +410,6 @@ def sample(
     Raises:
         CalibrationError: the model predicts nothing finite.
     """
-    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-
     device = device_of(model)
     texts: list[Tensor] = []
 
@@ -457,8 +449,8 @@ def sample(
         for first in range(0, count, SAMPLED_TOGETHER):
             prompt = torch.full((min(SAMPLED_TOGETHER, count - first), 1), start, device=device)
             check_output(model, prompt[0])  # sampling from what is no distribution fails in words of its own
-            draws = LogitsProcessorList([Draw()])
+            draw = LogitsProcessorList([Draw()])
             texts.append(
-                speaker.generate(prompt, attention_mask=torch.ones_like(prompt), logits_processor=draws)
+                speaker.generate(prompt, attention_mask=torch.ones_like(prompt), logits_processor=draw)
             )
     return torch.cat(texts)

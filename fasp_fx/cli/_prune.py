@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from fasp_fx.analysis import Analysis
 from fasp_fx.base import offload, process, tolerable
 from fasp_fx.errors import ArgumentError, StoreError, first_line
 from fasp_fx.hf import FORMATS, KIND, OWN, PLAIN, Pruned, agreement, convert, latency, prune, pruned_already
-from fasp_fx.pruning import Figure, FormatName, PruningConfig, expected_sparsity
-from fasp_fx.pruning import counted as counted_weights
+from fasp_fx.pruning import Figure, FormatName, Method, PruningConfig, counted, expected_sparsity
 from fasp_fx.storage import is_save, new_save, refuse_other
 from fasp_fx.training import DistillationConfig, distil
 
@@ -60,11 +60,11 @@ def measure(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> tuple[F
     stages.begin("measuring latency")
     times = latency([dense, result.model], chunks[:1], progress=stages.update)
     stages.begin("measuring how far both models agree")
-    found = agreement(dense, result.model, chunks, stages.update)
-    (divergence, spread), (same, doubt) = found.divergence, found.same
+    agreed = agreement(dense, result.model, chunks, stages.update)
+    (divergence, spread), (same, doubt) = agreed.divergence, agreed.same
     return (
         Figure(f"milliseconds for one chunk of {chunks.shape[1]} tokens", times[0] * 1e3, times[1] * 1e3, 1),
-        Figure(texts.label, *found.perplexities, 3),
+        Figure(texts.label, *agreed.perplexities, 3),
         Figure(f"divergence from the dense model, nats a token (± {spread:.3f})", 0.0, divergence, 3),
         Figure(f"next tokens as the dense model's, percent (± {100 * doubt:.1f})", 100.0, 100 * same, 1),
     )
@@ -79,11 +79,11 @@ def show(result: Pruned, out: Path) -> None:
     console().print(figures_table([*sizes, *cache, *report.figures]))
     asked = "" if report.requested is None else f" (asked for {report.requested:.2%})"
     recovery = report.recovery
-    loader = " after `import fasp_fx.hf`" if result.format == OWN else ""
+    loader = " after `import fasp_fx.hf`" if result.format == OWN.name else ""
     code = ", trust_remote_code=True" if type(result.model)._auto_class is not None else ""
     file = out / "model.gguf"
     for line in (
-        f"removed {report.sparsity:.2%} of the linear weights of {counted_weights(report.include)}{asked}",
+        f"removed {report.sparsity:.2%} of the linear weights of {counted(report.include)}{asked}",
         *(f"budget: {spent}" for spent in report.budgets),
         *(() if recovery is None else (f"recovered: {recovery}",)),
         *(f"note: {note}" for note in (*(recovery.notes if recovery is not None else ()), *report.notes)),
@@ -94,170 +94,174 @@ def show(result: Pruned, out: Path) -> None:
         say(line)
 
 
-def check_target(out: Path, *, overwrite: bool, own: bool) -> None:
-    """Refuse a folder that could not be written later.
+@dataclass(frozen=True)
+class Job:
+    """What a command writes, and how it works.
 
-    Raises:
-        StoreError: something is there that must not be replaced, or the folder cannot be made.
+    Attributes:
+        out: the folder to write.
+        overwrite: whether an earlier save there is replaced.
+        format: of the files.
+        device: ``None``: the accelerator if there is one.
+        dtype: of the dense model.
+        checkpoint: the folder that keeps the state of the work, if any.
+        scratch: where the weights are kept; ``None``: in memory.
     """
-    with new_save(out.absolute(), KIND if own else PLAIN, overwrite=overwrite, keep=False):
-        pass
 
+    out: Path
+    overwrite: bool
+    format: FormatName = OWN.name
+    device: str | None = None
+    dtype: str = "auto"
+    checkpoint: Path | None = None
+    scratch: Path | None = None
 
-def check_room(out: Path, model: Any, format: str, kept: float = 1.0) -> None:
-    """Refuse a folder on a disk that has no room for a model.
+    def check(self, kind: str) -> None:
+        """Refuse folders that could not be written later.
 
-    Args:
-        kept: the part of the model's bytes that will be left at least.
+        Args:
+            kind: of the folder to write.
 
-    Raises:
-        StoreError: says how many bytes it takes, and how many are free.
-    """
-    files = {None, FORMATS[format].stored if format != OWN else None}  # a GGUF file comes besides
-    needed = kept * sum(Bytes(1.0, stored).held(model.parameters()) for stored in files)
-    there = next(folder for folder in out.absolute().parents if folder.exists())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise StoreError(
-            f"'{out}' will take {needed / _GIB:.3g} GiB at least, and {free / _GIB:.3g} GiB are free there;"
-            " free some, or give another --out"
-        )
+        Raises:
+            StoreError: something is there that must not be replaced, or the folder cannot be made.
+            ArgumentError: one of them lies in the other.
+        """
+        out, checkpoint = self.out.absolute(), self.checkpoint
+        with new_save(out, kind, overwrite=self.overwrite, keep=False):
+            pass
+        if checkpoint is not None:
+            refuse_other(checkpoint, "--checkpoint")
+            if out in (checkpoint.absolute(), *checkpoint.absolute().parents):
+                raise ArgumentError(
+                    f"--checkpoint '{checkpoint}' lies in --out '{self.out}'; give another folder"
+                )
 
+    def check_room(self, model: Any, format: str, kept: float = 1.0) -> None:
+        """Refuse a folder on a disk that has no room for a model.
 
-@contextmanager
-def saving(out: Path, overwrite: bool, stages: Stages, made: list[Pruned]) -> Iterator[None]:
-    """Save the last that was made, whole or not at all, even if it could not be improved or measured."""
-    try:
-        yield
-    finally:
-        stages.begin("saving")
-        made[-1].save_pretrained(out, overwrite=overwrite)
-        stages.end()
+        Args:
+            format: of its files.
+            kept: the part of the model's bytes that will be left at least.
+
+        Raises:
+            StoreError: says how many bytes it takes, and how many are free.
+        """
+        files = {None, FORMATS[format].stored}  # a GGUF file comes besides
+        needed = kept * sum(Bytes(1.0, stored).held(model.parameters()) for stored in files)
+        there = next(folder for folder in self.out.absolute().parents if folder.exists())
+        free = shutil.disk_usage(there).free
+        if needed > free:
+            raise StoreError(
+                f"'{self.out}' will take {needed / _GIB:.3g} GiB at least, and {free / _GIB:.3g} GiB are free"
+                " there; free some, or give another --out"
+            )
+
+    @contextmanager
+    def saving(self, stages: Stages, versions: list[Pruned]) -> Iterator[None]:
+        """Save the last version, whole or not at all, even if it could not be improved or measured."""
+        try:
+            yield
+        finally:
+            stages.begin("saving")
+            versions[-1].save_pretrained(self.out, overwrite=self.overwrite)
+            stages.end()
+        show(versions[-1], self.out)
 
 
 def recover_and_save(
-    folder: str,
-    dense: str,
-    out: Path,
-    texts: Texts,
-    config: DistillationConfig,
-    checkpoint: Path | None,
-    device: str | None,
-    overwrite: bool,
-    stages: Stages,
+    folder: Path, dense: str, job: Job, texts: Texts, config: DistillationConfig, stages: Stages
 ) -> None:
     """Do what the command says, as its help describes it.
 
     Raises:
         FaspError: it cannot be met; nothing is written then but the checkpoint.
     """
-    check_target(out, overwrite=overwrite, own=is_save(Path(folder), KIND))
+    job.check(KIND if is_save(folder, KIND) else PLAIN)
     _models.quieten()
-    where = _models.find_device(device)
+    device = _models.find_device(job.device)
     stages.begin("loading the models and the text")
-    made = [_models.load_pruned(Path(folder), where)]
-    check_room(out, made[0].model, made[0].format)
-    tokenizer, pruned = made[0].tokenizer, made[0].model
+    versions = [_models.load_pruned(folder, device)]
+    tokenizer, pruned = versions[0].tokenizer, versions[0].model
+    job.check_room(pruned, versions[0].format)
     texts.read(tokenizer)
-    teacher = _models.load_model(dense, dtype=str(pruned.dtype).removeprefix("torch."), device=where)
+    teacher = _models.load_model(dense, dtype=str(pruned.dtype).removeprefix("torch."), device=device)
     texts.check_against(teacher)
     torch.manual_seed(texts.seed)
     texts.write(teacher, tokenizer, stages)
     assert texts.used is not None
-    made.append(recover(made[0], teacher, texts.used, stages, config=config, checkpoint=checkpoint))
-    with saving(out, overwrite, stages, made):
-        made.append(made[-1].with_report(figures=measure(teacher, made[-1], texts, stages)))
-    show(made[-1], out)
+    versions.append(
+        recover(versions[0], teacher, texts.used, stages, config=config, checkpoint=job.checkpoint)
+    )
+    with job.saving(stages, versions):
+        versions.append(versions[-1].with_report(figures=measure(teacher, versions[-1], texts, stages)))
 
 
-def convert_and_save(folder: str, out: Path, format: FormatName, overwrite: bool, stages: Stages) -> None:
+def convert_and_save(folder: Path, job: Job, stages: Stages) -> None:
     """Do what the command says, as its help describes it.
 
     Raises:
         FaspError: it cannot be met; nothing is written then.
     """
-    check_target(out, overwrite=overwrite, own=False)
-    if format == OWN:
-        raise ArgumentError(f"nothing is converted to --format {OWN}, which prune writes; give another")
+    if job.format == OWN.name:
+        raise ArgumentError(f"nothing is converted to --format {OWN.name}, which prune writes; give another")
+    job.check(FORMATS[job.format].folder)
     _models.quieten()
     stages.begin("loading the model")
-    pruned = _models.load_pruned(Path(folder), torch.device("cpu"))
-    check_room(out, pruned.model, format)
+    pruned = _models.load_pruned(folder, torch.device("cpu"))
+    job.check_room(pruned.model, job.format)
     stages.begin("converting")
-    made = convert(pruned, format)
-    with saving(out, overwrite, stages, [made]):
+    with job.saving(stages, [convert(pruned, job.format)]):
         pass
-    show(made, out)
 
 
-def run(
-    model: str,
-    out: Path,
-    config: PruningConfig,
-    texts: Texts,
-    stages: Stages,
-    *,
-    epochs: int,
-    device: str | None,
-    dtype: str,
-    format: str,
-    overwrite: bool,
-    checkpoint: Path | None,
-    scratch: Path | None,
-) -> None:
+def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, stages: Stages) -> None:
     """Do what the command says, as its help describes it.
 
     Args:
         config: how to prune.
         texts: what to calibrate and to measure on.
         epochs: of the training that follows.
-        scratch: where the weights are kept; ``None``: in memory.
 
     Raises:
         FaspError: it cannot be met; nothing is written then.
     """
-    if epochs and scratch is not None:
+    if epochs and job.scratch is not None:
         raise ArgumentError(
             "--recover trains all weights at once, which --stream avoids to hold; run fasp-fx recover"
             " afterwards, or leave one out"
         )
-    check_target(out, overwrite=overwrite, own=format == OWN)
-    if checkpoint is not None:
-        refuse_other(checkpoint, "--checkpoint")
-        if out.absolute() in (checkpoint.absolute(), *checkpoint.absolute().parents):
-            raise ArgumentError(f"--checkpoint '{checkpoint}' lies in --out '{out}'; give another folder")
+    job.check(FORMATS[job.format].folder)
     if _models.is_saved(model):
         raise pruned_already(f"'{model}'")
     _models.quieten()
-    where = _models.find_device(device)
+    device = _models.find_device(job.device)
     torch.manual_seed(texts.seed)
     stages.begin("loading the tokenizer and the text")
     tokenizer = _models.load_tokenizer(model)
     texts.read(tokenizer)
-    with offload(scratch, device=where) if scratch is not None else nullcontext() as kept:
+    with offload(job.scratch, device=device) if job.scratch is not None else nullcontext() as scratch:
         stages.begin("loading the model")
-        home = where if kept is None else "cpu"
-        dense = _models.load_model(model, dtype=dtype, device=home, scratch=kept)
+        home = device if scratch is None else "cpu"
+        dense = _models.load_model(model, dtype=job.dtype, device=home, scratch=scratch)
         texts.check_against(dense)
-        if config.needs_data:
+        if needs_data := Method.of(config).needs_data:
             texts.write(dense, tokenizer, stages)
-        chunks = texts.used if config.needs_data else None
-        with _together(where) as group:
-            asked: dict[str, Any] = {"group": group, "checkpoint": checkpoint, "format": format}
-            made = [_pruned(dense, tokenizer, chunks, stages, out, config=config, **asked)]
+        chunks = texts.used if needs_data else None
+        with _together(device) as group:
+            versions = [_pruned(dense, tokenizer, chunks, job, stages, config=config, group=group)]
         if process("RANK", 0):  # all processes have the same
             return
-        with saving(out, overwrite, stages, made):
+        with job.saving(stages, versions):
             texts.write(dense, tokenizer, stages)
             if epochs:
                 assert texts.used is not None
-                made.append(recover(made[0], dense, texts.used, stages, epochs=epochs, seed=texts.seed))
-            made.append(made[-1].with_report(figures=measure(dense, made[-1], texts, stages)))
-    show(made[-1], out)
+                how = {"epochs": epochs, "seed": texts.seed}
+                versions.append(recover(versions[0], dense, texts.used, stages, **how))
+            versions.append(versions[-1].with_report(figures=measure(dense, versions[-1], texts, stages)))
 
 
 def _pruned(
-    model: Any, tokenizer: Any, chunks: Tensor | None, stages: Stages, out: Path, **options: Any
+    model: Any, tokenizer: Any, chunks: Tensor | None, job: Job, stages: Stages, **options: Any
 ) -> Pruned:
     """What :func:`fasp_fx.hf.prune` gives, with stages for what it does, if there is room for it."""
     device = next(model.parameters()).device
@@ -265,7 +269,7 @@ def _pruned(
 
     def show_groups(analysis: Analysis) -> None:
         stages.end()
-        check_room(out, model, options["format"], 1 - expected_sparsity(options["config"], analysis))
+        job.check_room(model, job.format, 1 - expected_sparsity(options["config"], analysis))
         console().print(groups_table(analysis))
         if chunks is not None:
             stages.begin(f"calibrating on {len(chunks)} x {chunks.shape[1]} tokens")
@@ -276,8 +280,16 @@ def _pruned(
             stages.begin("rewriting the model")
 
     stages.begin(CAPTURING)
-    told: dict[str, Any] = {"progress": calibrated, "on_analysis": show_groups}
-    return prune(model, tokenizer, calibration=batches, **told, **options)
+    return prune(
+        model,
+        tokenizer,
+        calibration=batches,
+        format=job.format,
+        checkpoint=job.checkpoint,
+        progress=calibrated,
+        on_analysis=show_groups,
+        **options,
+    )
 
 
 @contextmanager

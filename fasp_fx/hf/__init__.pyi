@@ -26,13 +26,7 @@ from ._folder import (
     KIND as KIND,  # the kind of a save that holds programs
 )
 from ._folder import (
-    OWN as OWN,  # the format of a pruned program
-)
-from ._folder import (
     PLAIN as PLAIN,  # the kind of a save in a format of others
-)
-from ._formats import (
-    FORMATS as FORMATS,  # every format of the files, by its name
 )
 from ._generating import (
     PrunedForCausalLM as PrunedForCausalLM,  # A pruned decoder that generates as its original does
@@ -75,6 +69,12 @@ from ._prune import (
 )
 from ._prune import (
     read_pruned as read_pruned,  # A pruned model as fasp_fx.hf.prune returned it, from a folder of either kind, with its tokenizer if there is one
+)
+from ._registry import (
+    FORMATS as FORMATS,  # every format of the files, by its name
+)
+from ._registry import (
+    OWN as OWN,  # the format of a pruned program
 )
 from ._stages import (
     pruned_already as pruned_already,  # What is said of a model that is the result of a pruning

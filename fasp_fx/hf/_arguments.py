@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
 _NUMBERS = (torch.int32, torch.int64)
 
 
-def refuse(arguments: dict[str, Any], known: tuple[str, ...] = ()) -> None:
+def refuse(arguments: dict[str, Any], known: Container[str] = ()) -> None:
     """Refuse arguments that the programs do not take, unless they ask for nothing.
 
     Raises:
@@ -146,23 +146,23 @@ def check_outputs(config: Any) -> None:
 # --- Caches of transformers as named tensors, and back.
 
 
-def opened(cache: Any, encoder_decoder: bool) -> Any:
+def opened(cache: Any, kind: type[Cache]) -> Any:
     """The caller's cache, or without one an empty cache that holds every token of every layer.
 
     Raises:
         ArgumentError: it is of another kind; names the kind.
     """
     if cache is None:
-        return EncoderDecoderCache(DynamicCache(), DynamicCache()) if encoder_decoder else DynamicCache()
-    expected = EncoderDecoderCache if encoder_decoder else DynamicCache
+        parts = [DynamicCache(), DynamicCache()]
+        return EncoderDecoderCache(*parts) if kind is EncoderDecoderCache else parts[0]
     parts = [cache]
     if isinstance(cache, EncoderDecoderCache):
         parts = [cache.self_attention_cache, cache.cross_attention_cache]
-    kinds = [type(layer) for part in parts for layer in getattr(part, "layers", ())]
-    if not isinstance(cache, expected) or any(kind is not DynamicLayer for kind in kinds):
+    layers = [type(layer) for part in parts for layer in getattr(part, "layers", ())]
+    if not isinstance(cache, kind) or any(layer is not DynamicLayer for layer in layers):
         raise ArgumentError(
-            f"cache is a {type(cache).__name__} of {', '.join(sorted({kind.__name__ for kind in kinds}))}; a"
-            f" pruned model takes a {expected.__name__} that keeps every token of every layer: make it"
+            f"cache is a {type(cache).__name__} of {', '.join(sorted({layer.__name__ for layer in layers}))};"
+            f" a pruned model takes a {kind.__name__} that keeps every token of every layer: make it"
             " without a config, or pass none to begin with"
         )
     return cache
@@ -181,26 +181,26 @@ def read_cache(
     Raises:
         ArgumentError: the cache holds another number of sequences or heads, another width, dtype or device.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, (heads, width) in sizes.items():
         part, number, kind = _place(cache, name)
         layer = part.layers[number] if number < len(part.layers) else None
-        held = getattr(layer, kind) if layer is not None and layer.is_initialized else None
-        if held is None or held.dim() != 4:
+        tensor = getattr(layer, kind) if layer is not None and layer.is_initialized else None
+        if tensor is None or tensor.dim() != 4:
             # A layer that was made and never written holds a tensor without dimensions.
-            held = torch.empty((batch, heads, 0, width), dtype=like.dtype, device=like.device)
+            tensor = torch.empty((batch, heads, 0, width), dtype=like.dtype, device=like.device)
         elif (
-            (held.shape[0], held.shape[1], held.shape[3]) != (batch, heads, width)
-            or held.dtype != like.dtype
-            or held.device != like.device
+            (tensor.shape[0], tensor.shape[1], tensor.shape[3]) != (batch, heads, width)
+            or tensor.dtype != like.dtype
+            or tensor.device != like.device
         ):
             raise ArgumentError(
-                f"{name} of the cache is {held.dtype} {list(held.shape)} on {held.device}, this model needs"
-                f" {like.dtype} [{batch}, {heads}, any, {width}] on {like.device}; give it a cache that it"
-                " has written itself"
+                f"{name} of the cache is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, this model"
+                f" needs {like.dtype} [{batch}, {heads}, any, {width}] on {like.device}; give it a cache that"
+                " it has written itself"
             )
-        found[name] = held
-    return found
+        tensors[name] = tensor
+    return tensors
 
 
 def write_cache(cache: Cache, tensors: dict[str, Tensor]) -> None:

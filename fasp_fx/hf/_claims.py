@@ -76,8 +76,8 @@ _BEHIND, _LONGEST, _NUMBERS = 8, 2**12 + 8, 2**29
 
 def llama_of(config: Any) -> LlamaConfig:
     """The configuration of the Llama that a model may be."""
-    given = config.to_dict()
-    return LlamaConfig(**{own: given[own] for own in _LLAMA if own in given})
+    fields = config.to_dict()
+    return LlamaConfig(**{name: fields[name] for name in _LLAMA if name in fields})
 
 
 def refuse_unsaid(name: str, kind: Any, config: Any) -> None:
@@ -90,19 +90,19 @@ def refuse_unsaid(name: str, kind: Any, config: Any) -> None:
     Raises:
         ArgumentError: names all of it.
     """
-    given, llama = config.to_dict(), llama_of(config).to_dict()
-    turns = dict(given.get("rope_parameters") or {})
-    own = turns.get("rope_type")
-    known = ("rope_theta", "type", *(("rope_type", *_POSITIONS[own]) if own in _POSITIONS else ()))
+    fields, llama = config.to_dict(), llama_of(config).to_dict()
+    turns = dict(fields.get("rope_parameters") or {})
+    turn = turns.get("rope_type")
+    known = ("rope_theta", "type", *(("rope_type", *_POSITIONS[turn]) if turn in _POSITIONS else ()))
     said = {
-        own: given[own] for own in sorted(_fields_read(kind, config) & given.keys() - _SILENT.union(_LLAMA))
+        key: fields[key] for key in sorted(_fields_read(kind, config) & fields.keys() - _SILENT.union(_LLAMA))
     }
-    said |= {f"rope_parameters.{own}": value for own, value in turns.items() if own not in known}
+    said |= {f"rope_parameters.{key}": value for key, value in turns.items() if key not in known}
     unsaid = [
-        f"{own}={value!r:.80}"
-        for own, value in said.items()
-        if value is not None and value != llama.get(own)
-        if any(at != _NEUTRAL.get(own) for at in (value if isinstance(value, (list, tuple)) else [value]))
+        f"{key}={value!r:.80}"
+        for key, value in said.items()
+        if value is not None and value != llama.get(key)
+        if any(at != _NEUTRAL.get(key) for at in (value if isinstance(value, (list, tuple)) else [value]))
     ]
     if unsaid:
         raise ArgumentError(
@@ -134,7 +134,7 @@ def _fields_read(kind: Any, config: Any) -> set[str]:
     return read
 
 
-def check_equal(made: PreTrainedModel, other: nn.Module, example: Mapping[str, Any]) -> tuple[str, ...]:
+def check_equal(model: PreTrainedModel, other: nn.Module, example: Mapping[str, Any]) -> tuple[str, ...]:
     """Hold a model that was built from a config against what it ought to compute, at each position of a few
     rows of tokens.
 
@@ -155,11 +155,11 @@ def check_equal(made: PreTrainedModel, other: nn.Module, example: Mapping[str, A
     """
     buffers = {
         name: fresh
-        for name, own in other.named_buffers()
-        for fresh in made.buffers()
-        if fresh.dtype != own.dtype and torch.equal(fresh.to(own), own)
+        for name, buffer in other.named_buffers()
+        for fresh in model.buffers()
+        if fresh.dtype != buffer.dtype and torch.equal(fresh.to(buffer), buffer)
     }
-    for number, call in enumerate(_calls(made, other, example)):
+    for number, call in enumerate(_calls(model, other, example)):
         for precision in (torch.float32, torch.float64):
             try:
                 expected = _outputs(other, call, precision, buffers)
@@ -167,14 +167,14 @@ def check_equal(made: PreTrainedModel, other: nn.Module, example: Mapping[str, A
                 if not number:
                     raise
                 break  # a program of one length, say
-            found = _outputs(made, call, precision)
-            alike = [own.shape for own in found] == [own.shape for own in expected]
-            pairs = zip(found, expected, strict=True)
-            deviation = max(distance(*pair, dim=-1) for pair in pairs) if alike and found else math.inf
+            outputs = _outputs(model, call, precision)
+            alike = [output.shape for output in outputs] == [output.shape for output in expected]
+            pairs = zip(outputs, expected, strict=True)
+            deviation = max(distance(*pair, dim=-1) for pair in pairs) if alike and outputs else math.inf
             if deviation <= tolerance("checkpoint", precision):
                 break
         else:
-            raise unlike(type(made), f"its outputs differ by {deviation:.1e}")
+            raise unlike(type(model), f"its outputs differ by {deviation:.1e}")
     said = ", ".join(f"'{name}'" for name in buffers)
     return (f"a cast of the model has rounded {said}; here they are as its configuration says",) * bool(said)
 
@@ -197,23 +197,25 @@ def _outputs(
     """
     try:
         with torch.no_grad(), _Widened(precision):
-            found = functional_call(module, dict(buffers), (), call)
+            output = functional_call(module, dict(buffers), (), call)
     except tolerable(Exception) as error:
         raise unlike(type(module), f"it does not run: {first_line(error)}") from error
-    return [leaf for leaf in output_tensors(found) if leaf.is_floating_point()]
+    return [leaf for leaf in output_tensors(output) if leaf.is_floating_point()]
 
 
-def _calls(made: PreTrainedModel, other: nn.Module, example: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _calls(model: PreTrainedModel, other: nn.Module, example: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The example, with other tokens in its second half: zeros, say, would look alike wherever they stand. A
     row that ends behind the last position at which the configurations say that something changes, as far as
     that can be afforded. And where both take positions, a row of those beside each number that the
     configurations hold, whatever it means.
     """
-    table, device = made.get_input_embeddings(), device_of(other)
-    given = {name: own.to(device) if isinstance(own, Tensor) else own for name, own in example.items()}
-    ids = given.get("input_ids")
+    table, device = model.get_input_embeddings(), device_of(other)
+    arguments = {
+        name: value.to(device) if isinstance(value, Tensor) else value for name, value in example.items()
+    }
+    ids = arguments.get("input_ids")
     if not (isinstance(ids, Tensor) and isinstance(table, nn.Embedding)):
-        yield given
+        yield arguments
         return
     generator, size, length = generator_of("format"), table.num_embeddings, ids.shape[-1]
 
@@ -221,25 +223,25 @@ def _calls(made: PreTrainedModel, other: nn.Module, example: Mapping[str, Any]) 
         return torch.randint(0, size, shape, generator=generator, device="cpu").to(ids)
 
     half = length // 2
-    yield {**given, "input_ids": torch.cat([ids[:, :half], drawn(len(ids), length - half)], 1)}
+    yield {**arguments, "input_ids": torch.cat([ids[:, :half], drawn(len(ids), length - half)], 1)}
     numbers = [
         (str(path[-1]), value)
-        for own in (made, other)
-        for path, value in (leaves(own.config.to_dict()) if isinstance(own, PreTrainedModel) else ())
+        for each in (model, other)
+        for path, value in (leaves(each.config.to_dict()) if isinstance(each, PreTrainedModel) else ())
         if type(value) is int
     ]
     marks = (value + _BEHIND for name, value in numbers if _MARKS.search(name))
     long = max((mark for mark in marks if mark <= min(_LONGEST, _NUMBERS // size)), default=0)
     if long > length:
         tiled = {
-            name: own.repeat(1, long // length + 1)[:1, :long]
-            for name, own in given.items()
-            if isinstance(own, Tensor) and own.dim() == 2
+            name: value.repeat(1, long // length + 1)[:1, :long]
+            for name, value in arguments.items()
+            if isinstance(value, Tensor) and value.dim() == 2
         }
-        yield {**given, **tiled, "input_ids": drawn(1, long)}
+        yield {**arguments, **tiled, "input_ids": drawn(1, long)}
     last = max((value for name, value in numbers if name == "max_position_embeddings"), default=0)
-    end = last * 2 if getattr(made.config, "rope_parameters", None) else last
-    if end and all("position_ids" in inspect.signature(own.forward).parameters for own in (made, other)):
+    end = last * 2 if getattr(model.config, "rope_parameters", None) else last
+    if end and all("position_ids" in inspect.signature(each.forward).parameters for each in (model, other)):
         beside = {value + by for _, value in numbers for by in (-1, 0, 1)} | {*range(_BEHIND), end - 1}
         positions = torch.tensor([sorted(at for at in beside if 0 <= at < end)], device=device)
         # With a mask, positions that are not one behind the other are still those of one text.
@@ -257,16 +259,16 @@ class _Widened(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, precision = kwargs or {}, self.precision
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        real = [own for own in tensors if own.is_floating_point()]
-        if all(widened(own.dtype, precision) != own.dtype for own in real):
-            made = func(*args, **kwargs)  # of weights: their sizes and views are taken as they are
-            places = {own.untyped_storage().data_ptr() for own in real}
+        real = [tensor for tensor in tensors if tensor.is_floating_point()]
+        if all(widened(tensor.dtype, precision) != tensor.dtype for tensor in real):
+            result = func(*args, **kwargs)  # of weights: their sizes and views are taken as they are
+            places = {tensor.untyped_storage().data_ptr() for tensor in real}
             if (
-                not isinstance(made, Tensor)
-                or widened(made.dtype, precision) == made.dtype  # what is written in place is written once
-                or made.untyped_storage().data_ptr() in places
+                not isinstance(result, Tensor)
+                or widened(result.dtype, precision) == result.dtype  # written in place: once
+                or result.untyped_storage().data_ptr() in places
             ):
-                return made
+                return result
         if func is Tensor.float:
             func, args = Tensor.to, (*args, torch.float32)
         args, kwargs = pytree.tree_map(lambda leaf: widened(leaf, precision), (args, kwargs))

@@ -88,8 +88,7 @@ class PrunedConfig(PreTrainedConfig):
         }
 
     def __getattr__(self, name: str) -> Any:
-        original = self.__dict__.get("original")
-        if original and not name.startswith(("_", "rope_")) and name not in _HIDDEN:
+        if self.__dict__.get("original") and not name.startswith(("_", "rope_")) and name not in _HIDDEN:
             value = getattr(original_of(self), name)
             if not isinstance(value, PreTrainedConfig):
                 return value
@@ -102,16 +101,16 @@ def original_of(config: PrunedConfig) -> PreTrainedConfig:
     Raises:
         StoreError: it cannot be made of what was stored.
     """
-    held: PreTrainedConfig | None = getattr(config, "_read", None)
-    if held is None:
+    original: PreTrainedConfig | None = getattr(config, "_read", None)
+    if original is None:
         with parsing("config.json"):
             check_layers(config.original)
             data: dict[str, Any] = copy.deepcopy(config.original or {})
             kind: Any = data.get("model_type")
             known: Any = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PreTrainedConfig  # noqa: SIM401 - get() of this mapping loads nothing
-            held = known.from_dict(data)
-        object.__setattr__(config, "_read", held)
-    return held
+            original = known.from_dict(data)
+        object.__setattr__(config, "_read", original)
+    return original
 
 
 def check_layers(data: Any) -> None:
@@ -121,10 +120,10 @@ def check_layers(data: Any) -> None:
     Raises:
         StoreError: quotes it.
     """
-    found = _TOO_MANY.search(json.dumps(data))
-    if found is not None:
+    number = _TOO_MANY.search(json.dumps(data))
+    if number is not None:
         raise StoreError(
-            f"config.json says {found[0]:.80}, more than any model has; correct it, or save the model again"
+            f"config.json says {number[0]:.80}, more than any model has; correct it, or save the model again"
         )
 
 

@@ -46,14 +46,14 @@ def convention_of(stages: AnyStages, program: Program) -> dict[str, Any]:
 def _called(stages: AnyStages, arguments: dict[str, Any]) -> Any:
     """What the model gives without a cache; ``None`` where it does not take this."""
     try:
-        return stages.run({**arguments, CACHE: None}, use_cache=False)
+        return stages.run({**arguments, CACHE: None, "use_cache": False})
     except tolerable(CaptureError):
         return None
 
 
-def _far(found: Tensor, expected: Tensor) -> bool:
+def _far(value: Tensor, expected: Tensor) -> bool:
     """Whether values differ by more than rounding."""
-    return deviation(found.to(expected.dtype), expected) > tolerance("two ways", expected.dtype)
+    return deviation(value.to(expected.dtype), expected) > tolerance("two ways", expected.dtype)
 
 
 def _labels(stages: AnyStages) -> dict[str, Any]:
@@ -67,21 +67,21 @@ def _labels(stages: AnyStages) -> dict[str, Any]:
     if decoder and (plain := _called(stages, source)) is not None:
         labels = plain.logits.argmax(-1)  # the likeliest ones, so that each way gives a loss of its own
     labels[0, 4:] = LEFT_OUT
-    given = _called(stages, {**source, "labels": labels})
-    expected = getattr(given, "loss", None)
-    if not isinstance(expected, Tensor) or given.logits.shape[:2] != labels.shape:
+    labelled = _called(stages, {**source, "labels": labels})
+    expected = getattr(labelled, "loss", None)
+    if not isinstance(expected, Tensor) or labelled.logits.shape[:2] != labels.shape:
         return {}
-    expected = expected.to(given.logits.dtype)  # a model may round its loss
+    expected = expected.to(labelled.logits.dtype)  # a model may round its loss
     ways = LOSSES if decoder else ("same",)
-    losses = [way for way in ways if not _far(LOSSES[way](given.logits, labels, None), expected)]
-    found: dict[str, Any] = {"loss": losses[0] if losses else None}
+    losses = [way for way in ways if not _far(LOSSES[way](labelled.logits, labels, None), expected)]
+    fields: dict[str, Any] = {"loss": losses[0] if losses else None}
     config: Any = stages.model.config
     if decoder or getattr(config, "pad_token_id", None) is None:
-        return found if decoder else {}
+        return fields if decoder else {}
     read = after_start(labels, getattr(config, "decoder_start_token_id", None), config.pad_token_id)
     moved = _called(stages, {**source, "decoder_input_ids": read})
-    same = moved is not None and not _far(moved.logits, given.logits)
-    return found | {"labels_moved": "start"} if same else {}
+    same = moved is not None and not _far(moved.logits, labelled.logits)
+    return fields | {"labels_moved": "start"} if same else {}
 
 
 def _counting(stages: CausalStages) -> str:
@@ -90,13 +90,13 @@ def _counting(stages: CausalStages) -> str:
     """
     padded = stages.arguments(batch=2, new=6, past=0, padding=3)
     padded.pop("logits_to_keep", None)
-    own = stages.run({**padded, "position_ids": None, CACHE: None}).logits
+    expected = stages.run({**padded, "position_ids": None, CACHE: None}).logits
     mask = padded.get("attention_mask", stages.ones(2, 6))
     fitting = {}
     for name, count in POSITIONS.items():
         output = _called(stages, {**padded, "position_ids": count(mask)})
-        if output is not None and not _far(_shown(output.logits, padded), _shown(own, padded)):
-            fitting[name] = _far(output.logits, own)
+        if output is not None and not _far(_shown(output.logits, padded), _shown(expected, padded)):
+            fitting[name] = _far(output.logits, expected)
     if not fitting:
         raise CaptureError(
             f"{type(stages.model).__name__} counts positions in a way that is neither one after the other nor"
@@ -128,12 +128,12 @@ def _check_captured(stages: CausalStages, program: Program, flat: FlatProgram) -
         try:
             with torch.no_grad(), rewound(program.module):
                 moved = {name: tensor.to(device) for name, tensor in values.items()}
-                found = flat(program.module, moved)["logits"].to(expected.device)
+                logits = flat(program.module, moved)["logits"].to(expected.device)
         except tolerable(RuntimeError, AssertionError, IndexError):
             # A check of the capture, which the served program does not have; that one is held against the
             # model later.
             continue
-        if _far(_shown(found, arguments), _shown(expected, arguments)):
+        if _far(_shown(logits, arguments), _shown(expected, arguments)):
             raise CaptureError(
                 f"the program captured of {type(stages.model).__name__} computes something else than the"
                 f" model for {batch} sequences, {new} new and {past} cached tokens, {padding} of padding; it"
@@ -149,18 +149,18 @@ def check_served(model: Any, stages: AnyStages) -> None:
         CaptureError: they differ; names the size.
     """
     for batch, padding in ((1, 0), (3, 2)):
-        given = stages.arguments(batch=batch, new=6, past=0, padding=padding)
-        whole = {name: given[name].to(model.device) for name in _TEXT if name in given}
+        arguments = stages.arguments(batch=batch, new=6, past=0, padding=padding)
+        whole = {name: arguments[name].to(model.device) for name in _TEXT if name in arguments}
         if isinstance(stages, Seq2SeqStages):
             whole["input_ids"] = stages.tokens(SOURCE, batch).to(model.device)
         with torch.no_grad(), rewound(model):
             expected = model(**whole, use_cache=False).logits
-            cache, found = None, []
+            cache, pieces = None, []
             for piece in _pieces(whole):
                 output = model(**piece, **{CACHE: cache}, use_cache=True)
                 cache = output[CACHE]
-                found.append(output.logits)
-        if _far(_shown(torch.cat(found, 1), whole), _shown(expected, whole)):
+                pieces.append(output.logits)
+        if _far(_shown(torch.cat(pieces, 1), whole), _shown(expected, whole)):
             raise CaptureError(
                 f"the pruned {type(stages.model).__name__} does not continue a sequence as it computes it at"
                 f" once ({batch} sequences, {padding} tokens of padding); it cannot be served"

@@ -51,12 +51,12 @@ def predictions(
             f"chunks is a {type(chunks).__name__} of shape {shape}; perplexity needs a tensor of token"
             " numbers [chunks, length] with at least one chunk of two tokens"
         )
-    found = []
+    figures = []
     for index, chunk in enumerate(chunks, 1):
         predicted = _predictions(model, chunk)
-        found.append((_loss(predicted, chunk), predicted.argmax(-1)))
+        figures.append((_loss(predicted, chunk), predicted.argmax(-1)))
         progress(index / len(chunks))
-    losses, likeliest = zip(*found, strict=True)
+    losses, likeliest = zip(*figures, strict=True)
     return Predictions(losses, torch.stack(likeliest))
 
 
@@ -80,9 +80,9 @@ def perplexity(
     """
     training = model.training
     model.eval()
-    found = predictions(model, chunks, progress).perplexity
+    result = predictions(model, chunks, progress).perplexity
     model.train(training)
-    return found
+    return result
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,14 @@ def agreement(
         >>> compared.divergence[0] < 0.01
         True
     """
-    losses, figures = [], []
+    figures = []
     for index, chunk in enumerate(chunks, 1):
         one, other = (_predictions(model, chunk) for model in (dense, pruned))
-        losses.append((_loss(one, chunk), _loss(other, chunk)))
         divergence = functional.kl_div(other, one, reduction="batchmean", log_target=True)
-        figures.append((float(divergence), float((one.argmax(-1) == other.argmax(-1)).double().mean())))
+        same = (one.argmax(-1) == other.argmax(-1)).double().mean()
+        figures.append((_loss(one, chunk), _loss(other, chunk), float(divergence), float(same)))
         progress(index / len(chunks))
-    first, second = zip(*losses, strict=True)
-    divergences, shares = zip(*figures, strict=True)
+    first, second, divergences, shares = zip(*figures, strict=True)
     return Agreement((_perplexity(first), _perplexity(second)), _estimate(divergences), _estimate(shares))
 
 
@@ -177,10 +176,10 @@ def latency(
     seconds: list[list[float]] = [[] for _ in models]
     for turn in range(repeats + 1):
         for model, taken in zip(models, seconds):
-            held = ids.to(device_of(model))
+            moved = ids.to(device_of(model))
             start = time.perf_counter()
             with torch.no_grad():
-                logits = output_tensors(model(input_ids=held, use_cache=False))[0]
+                logits = output_tensors(model(input_ids=moved, use_cache=False))[0]
             logits[..., -1, -1].cpu()  # waits until they are computed
             taken.append(time.perf_counter() - start)
         progress((turn + 1) / (repeats + 1))

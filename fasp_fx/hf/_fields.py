@@ -19,15 +19,15 @@ from fasp_fx.base import quiet_transformers, tolerable
 from fasp_fx.errors import ArgumentError, first_line
 
 #: where a value stands in a config: keys of nested configs, positions of lists
-Path = tuple[str | int, ...]
+Place = tuple[str | int, ...]
 #: values to put in places of a config
-Assignment = Mapping[Path, Any]
+Assignment = Mapping[Place, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 #: by how much dimensions of parameters and buffers shrink
 Losses = dict[tuple[str, int], int]
 
 
-def written(path: Path) -> str:
+def written(path: Place) -> str:
     """A place as text: ``text_config.intermediate_size[3]``."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
 
@@ -44,7 +44,8 @@ class Experiments:
         config: what the class makes a dense model of.
 
     Attributes:
-        base: the config as a dictionary.
+        dense: the config.
+        base: it as a dictionary.
         values: what stands at each place of it.
         shapes: of the parameters and buffers that the class makes of the config, under all their names.
         layers: what the names begin with in each of the layers that the config counts.
@@ -54,7 +55,7 @@ class Experiments:
     """
 
     def __init__(self, kind: Any, config: PreTrainedConfig) -> None:
-        self.kind, self._config = kind, config
+        self.kind, self.dense = kind, config
         self.base: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
         if self.base.get("num_attention_heads") and self.base.get("hidden_size"):
             # Left out, it is computed of the number of heads, which then cannot be lowered alone.
@@ -62,28 +63,28 @@ class Experiments:
         self.layers: tuple[str, ...] = ()
         self.values = dict(leaves(self.base))
         self._found: dict[str, Shapes | str] = {}
-        found = self.build({})
-        if isinstance(found, str):
+        shapes = self.build({})
+        if isinstance(shapes, str):
             raise ArgumentError(
-                f"{self.kind.__name__} cannot be built from its own config: {found}; this format needs that"
+                f"{self.kind.__name__} cannot be built from its own config: {shapes}; this format needs that"
             )
-        self.shapes = found
+        self.shapes = shapes
 
     @property
     def name(self) -> str:
         """The name of the config's class."""
-        return type(self._config).__name__
+        return type(self.dense).__name__
 
     def config(self, values: Assignment) -> PreTrainedConfig:
         """The config with other values in some places, as it will come back from a file."""
-        made = copy.deepcopy(self.base)
+        data = copy.deepcopy(self.base)
         for path, value in values.items():
-            held: Any = made
+            place: Any = data
             for step in path[:-1]:
-                held = held[step]
-            held[path[-1]] = value
-        first = type(self._config).from_dict(made)
-        return type(self._config).from_dict(json.loads(first.to_json_string()))
+                place = place[step]
+            place[path[-1]] = value
+        kind = type(self.dense)
+        return kind.from_dict(json.loads(kind.from_dict(data).to_json_string()))
 
     def build(self, assignment: Assignment) -> Shapes | str:
         """The shapes that the class gives its parameters and buffers, or why it cannot be built."""
@@ -93,13 +94,13 @@ class Experiments:
                 try:
                     config = self.config(assignment)
                     with torch.device("meta"):
-                        made = self.kind(config)
+                        model = self.kind(config)
                     named = (
-                        made.named_parameters(remove_duplicate=False),
-                        made.named_buffers(remove_duplicate=False),
+                        model.named_parameters(remove_duplicate=False),
+                        model.named_buffers(remove_duplicate=False),
                     )
-                    self._found[key] = {name: tuple(own.shape) for part in named for name, own in part}
-                    self.layers = self.layers or tuple(_layers(made, config))
+                    self._found[key] = {name: tuple(tensor.shape) for part in named for name, tensor in part}
+                    self.layers = self.layers or tuple(_layers(model, config))
                 except tolerable(Exception) as error:  # a class raises what it likes about sizes
                     self._found[key] = first_line(error)
         return self._found[key]
@@ -108,14 +109,14 @@ class Experiments:
         """By how much each dimension of each parameter and buffer shrinks, where it does; ``None`` where
         that cannot be said.
         """
-        found = self.build(assignment)
-        return None if isinstance(found, str) or found.keys() != self.shapes.keys() else self.lost(found)
+        shapes = self.build(assignment)
+        return None if isinstance(shapes, str) or shapes.keys() != self.shapes.keys() else self.lost(shapes)
 
     def lost(self, shapes: Shapes) -> Losses | None:
         """By how much each dimension of some parameters and buffers is less than the class makes it;
         ``None`` where there are more dimensions or fewer.
         """
-        pairs = {name: (self.shapes[name], own) for name, own in shapes.items()}
+        pairs = {name: (self.shapes[name], shape) for name, shape in shapes.items()}
         if any(len(old) != len(new) for old, new in pairs.values()):
             return None
         return {
@@ -136,7 +137,7 @@ class Field:
         moves: by how much each dimension shrinks where the number is lower by one.
     """
 
-    path: Path
+    path: Place
     value: int
     moves: Losses
 
@@ -155,18 +156,18 @@ def find_fields(experiments: Experiments, lost: Iterable[tuple[str, int]]) -> li
     numbers = [
         (path, value) for path, value in experiments.values.items() if type(value) is int and value > 1
     ]
-    found = [_moved(experiments, *one) for one in numbers if any(size % one[1] == 0 for size in sizes)]
+    fields = [_moved(experiments, *one) for one in numbers if any(size % one[1] == 0 for size in sizes)]
     unset = [path for path, value in experiments.values.items() if value is None]
-    found += [
+    fields += [
         _moved(experiments, path, size)
         for path in unset
         for size in sizes
         if experiments.losses({path: size}) == {}
     ]
-    return [field for field in found if field.moves]
+    return [field for field in fields if field.moves]
 
 
-def _moved(experiments: Experiments, path: Path, value: int) -> Field:
+def _moved(experiments: Experiments, path: Place, value: int) -> Field:
     """A field; it moves nothing where the class takes no other number, or sizes do not follow it evenly."""
     seen = []
     for steps in {1, value // 2}:
@@ -179,7 +180,7 @@ def _moved(experiments: Experiments, path: Path, value: int) -> Field:
 
 def lowered(
     lost: Losses, fields: Iterable[Field], scope: str = "", *, partly: bool = False
-) -> tuple[dict[Path, int], Losses]:
+) -> tuple[dict[Place, int], Losses]:
     """By how much fields are lower where some dimensions of tensors in a scope have shrunk.
 
     Args:
@@ -189,7 +190,7 @@ def lowered(
     Returns:
         That, and what of ``lost`` no field says.
     """
-    found: dict[Path, int] = {}
+    steps_of: dict[Place, int] = {}
     left = dict(lost)
     for field in fields:
         moves = field.within(scope)
@@ -197,9 +198,9 @@ def lowered(
         by = {left.get(place, 0) / moves[place] for place in places}
         steps = by.pop() if len(by) == 1 else 0
         if steps > 0 and steps == int(steps):
-            found[field.path] = int(steps)
-            left = {place: own for place, own in left.items() if place not in places}
-    return found, left
+            steps_of[field.path] = int(steps)
+            left = {place: loss for place, loss in left.items() if place not in places}
+    return steps_of, left
 
 
 def units(group: Group) -> Losses:
@@ -226,15 +227,15 @@ def arrange(groups: Sequence[Group], fields: Sequence[Field], scopes: Sequence[s
     said: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
     usable: dict[str, list[Field]] = {}
     for scope in scopes:
-        inside = [own for own in lost if all(name.startswith(scope) for name, _ in own)]
-        touched = {place for own in inside for place in own}
+        inside = [losses for losses in lost if all(name.startswith(scope) for name, _ in losses)]
+        touched = {place for losses in inside for place in losses}
         usable[scope] = [field for field in fields if field.within(scope).keys() <= touched]
-    for number, own in enumerate(lost):
+    for number, losses in enumerate(lost):
         for scope in scopes:
-            if all(name.startswith(scope) for name, _ in own):
-                found, left = lowered(own, usable[scope], scope, partly=True)
-                if found and not left:
-                    said[scope, *found.items()].append(number)
+            if all(name.startswith(scope) for name, _ in losses):
+                steps_of, left = lowered(losses, usable[scope], scope, partly=True)
+                if steps_of and not left:
+                    said[scope, *steps_of.items()].append(number)
     places: list[int | None] = [None] * len(groups)
     place = itertools.count()
     for (scope, *steps), members in said.items():
@@ -252,7 +253,7 @@ def _layers(model: nn.Module, config: Any) -> Iterator[str]:
             yield from (f"{path}.{index}." for index in range(len(module)))
 
 
-def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def leaves(value: Any, path: Place = ()) -> Iterator[tuple[Place, Any]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from leaves(inner, (*path, str(key)))

@@ -1,19 +1,20 @@
 """A captured program as one Python function of flat, named tensors over a tree of weights that several
-programs share, and its rewrites for speed: no checks inside, plain products for one token.
+programs share, and its rewrites for speed: no checks inside, no heads repeated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
+from torch.nn.functional import scaled_dot_product_attention
 
-from fasp_fx.base import CACHE, codegen_of, forward_from_src, pytree, stamp
-from fasp_fx.capturing import arguments, copy_graph, lower_bound, upper_bound
+from fasp_fx.base import CACHE, codegen_of, forward_from_src, pytree
+from fasp_fx.capturing import copy_graph, lower_bound, upper_bound
 from fasp_fx.errors import ArgumentError, CaptureError
 from fasp_fx.patterns import RESHAPES
 
@@ -31,10 +32,10 @@ class Bound:
         Raises:
             ArgumentError: says by how much.
         """
-        given = sum(values[name].shape[dim] for name, dim in self.places)
-        if given > self.most:
+        count = sum(values[name].shape[dim] for name, dim in self.places)
+        if count > self.most:
             raise ArgumentError(
-                f"{' and '.join(name for name, _ in self.places)} hold {given} tokens, and the program takes"
+                f"{' and '.join(name for name, _ in self.places)} hold {count} tokens, and the program takes"
                 f" {self.most} at most: with more the original model does something else, or has no positions"
                 " for them; shorten the input, or generate fewer tokens"
             )
@@ -92,8 +93,8 @@ class FlatProgram:
         if self._function is None:
             code = self.graph.python_code("self")
             self._function = forward_from_src(code.src, code.globals)
-        found = self._function(weights, *[values[name] for name in self.inputs])
-        return dict(zip(self.outputs, found, strict=True))
+        inputs = [values[name] for name in self.inputs]
+        return dict(zip(self.outputs, self._function(weights, *inputs), strict=True))
 
     def rewritten(self, graph: fx.Graph) -> FlatProgram:
         """The same inputs and outputs over another graph."""
@@ -109,8 +110,7 @@ class FlatProgram:
 
     def shapes(self) -> dict[str, tuple[Any, ...]]:
         """The shape of each input."""
-        placeholders = self.graph.find_nodes(op="placeholder")
-        return {name: _shape(node) for node, name in zip(placeholders, self.inputs, strict=True)}
+        return dict(zip(self.inputs, map(_shape, self.graph.find_nodes(op="placeholder")), strict=True))
 
     def cache_sizes(self) -> dict[str, tuple[int, int]]:
         """Heads and width of each cache tensor that the program takes, ``[batch, heads, length, width]``.
@@ -118,7 +118,7 @@ class FlatProgram:
         Raises:
             CaptureError: a cache of another layout.
         """
-        found = {}
+        sizes = {}
         for name, shape in self.shapes().items():
             if name.startswith("cache."):
                 if len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
@@ -126,8 +126,8 @@ class FlatProgram:
                         f"{name} was captured as {list(shape)}; only caches [batch, heads, length, width] of"
                         " fixed heads and width are served"
                     )
-                found[name] = (shape[1], shape[3])
-        return found
+                sizes[name] = (shape[1], shape[3])
+        return sizes
 
     def bounds(self) -> list[Bound]:
         """The numbers of tokens up to which the program computes what its model does.
@@ -143,14 +143,14 @@ class FlatProgram:
             if not isinstance(size, int)
         }
         most = {place: upper for place, size in sizes.items() if (upper := upper_bound(size)) is not None}
-        found, joint = list[Bound](), set[str]()
+        bounds, joint = list[Bound](), set[str]()
         for new in (place for place in most if place[0].endswith("input_ids")):
-            for held in (place for place in most if _is_of_tokens(place[0])):
-                sums = {most[new] + lower_bound(sizes[held]), most[held] + lower_bound(sizes[new])}
-                found.append(Bound((new, held), min(sums)))
+            for cached in (place for place in most if _is_of_tokens(place[0])):
+                sums = {most[new] + lower_bound(sizes[cached]), most[cached] + lower_bound(sizes[new])}
+                bounds.append(Bound((new, cached), min(sums)))
                 if len(sums) == 1:
-                    joint |= {str(sizes[new]), str(sizes[held])}
-        return found + [Bound((place,), most[place]) for place in most if str(sizes[place]) not in joint]
+                    joint |= {str(sizes[new]), str(sizes[cached])}
+        return bounds + [Bound((place,), most[place]) for place in most if str(sizes[place]) not in joint]
 
     def __deepcopy__(self, memo: Any) -> FlatProgram:
         copied = self.rewritten(copy_graph(self.graph))
@@ -169,14 +169,14 @@ def _names(tree: Any, count: int) -> tuple[str, ...]:
         if isinstance(tree, Mapping)
         else tree
     )
-    found = {index: name for name, index in _walk(named, "")}
-    missing = next((index for index in range(count) if index not in found), None)
+    named_leaves = {index: name for name, index in _walk(named, "")}
+    missing = next((index for index in range(count) if index not in named_leaves), None)
     if missing is not None:
         raise CaptureError(
             f"leaf {missing} of the program's inputs or outputs is neither a named tensor nor keys or values"
             " of a cache; such state is not served"
         )
-    return tuple(found[index] for index in range(count))
+    return tuple(named_leaves[index] for index in range(count))
 
 
 def _walk(tree: Any, path: str) -> Iterator[tuple[str, int]]:
@@ -214,80 +214,52 @@ def without_checks(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _pads_width(node: Any) -> bool:
-    """Whether a node adds columns at the end of the last dimension, and nothing else."""
-    if node.target is not aten.constant_pad_nd.default:
-        return False
-    borders = node.args[1]
-    return len(borders) == 2 and bool(borders[0] == 0)
-
-
-def _repeated(node: Any) -> tuple[Any, int]:
-    """What is repeated and how often, if the node is ``[b, heads, l, d]`` repeated along a new dimension
-    after the heads; else itself and 1.
-    """
-    inner = node
-    for targets in (RESHAPES, {"aten.clone.default"}):
-        inner = inner.args[0] if str(inner.target) in targets else inner
-    opened: Any = inner.args[0] if inner.target is aten.expand.default else inner
-    if opened is inner or opened.target is not aten.unsqueeze.default or opened.args[1] != 2:
-        return node, 1
-    before, after = _shape(opened.args[0]), _shape(node)
-    fixed = all(isinstance(size, int) for size in (*before[1::2], *after[1::2]))
-    if not fixed or len(before) != 4 or len(after) != 4 or before[3] != after[3] or after[1] % before[1]:
-        return node, 1
-    return opened.args[0], int(after[1] // before[1])
-
-
 def _shape(node: Any) -> tuple[Any, ...]:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
-def one_token(graph: fx.Graph) -> None:
-    """Write out attention as it is for a query of one token (:func:`_attend`), where each key and value head
-    is read once, and not repeated for the query heads that share it.
+def share_heads(graph: fx.Graph) -> None:
+    """Let attention read each key and value head once, where they are repeated for the query heads that share
+    them. The values are the same bit by bit.
     """
-    for node in list(graph.find_nodes(op="call_function", target=_ATTENTION)):
-        given = arguments(node)
-        query, mask, value = given["query"], given["attn_mask"], given["value"]
-        masked = isinstance(mask, fx.Node)
-        heads = _shape(query)[1:2]
-        plain = not given["dropout_p"] and not given["is_causal"] and len(_shape(query)) == 4
-        if not plain or (masked and (len(_shape(mask)) != 4 or _shape(mask)[1:2] not in ((1,), heads))):
+    for node in graph.find_nodes(op="call_function", target=_ATTENTION):
+        holder, index = node, 2  # whose argument are the values: attention, or what pads them to its width
+        if node.args[2].target is aten.constant_pad_nd.default and len(node.args[2].users) == 1:
+            holder, index = node.args[2], 0
+        key, value = _unrepeated(node.args[1]), _unrepeated(holder.args[index])
+        if key is None or value is None or _shape(key)[1] != _shape(value)[1]:
             continue
-        cut = _cut_after(node) if _pads_width(value) else None
-        key, times = _repeated(given["key"])
-        value, same = _repeated(value if cut is None else value.args[0])
-        if times != same:
-            continue
-        with graph.inserting_before(node):
-            call = (query, key, value, mask, given["scale"])
-            made = stamp(graph.call_function(_attend, call), "one_token", node)
-        for replaced in (node,) if cut is None else (cut, node):
-            replaced.replace_all_uses_with(made)
-            graph.erase_node(replaced)
+        if _shape(node.args[0])[1:2] == _shape(node.args[1])[1:2]:
+            node.update_arg(1, key)
+            holder.update_arg(index, value)
+            node.target = _attend
     graph.eliminate_dead_code()
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Attention of a query of one token. The heads that share keys make one matrix product, where the fused
-    kernel reads the keys once per head, and values may be narrower than keys.
+def _unrepeated(node: Any) -> fx.Node | None:
+    """What is repeated, where a node is ``[b, heads, l, d]`` repeated along a new dimension after the heads
+    that was joined with them.
     """
-    heads, shared, width = query.shape[1], key.shape[1], query.shape[3]
-    rows = query.reshape(-1, shared, heads // shared, width)
-    scores = (rows * (width**-0.5 if scale is None else scale)) @ key.transpose(2, 3)
-    if mask is not None:
-        own = mask if mask.shape[1] == 1 else mask.unflatten(1, (shared, -1)).squeeze(3)
-        scores = scores.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else scores + own
-    return (aten._safe_softmax(scores, -1) @ value).reshape(-1, heads, 1, value.shape[3])
+    inner = node
+    for targets in (RESHAPES, {"aten.clone.default"}, {"aten.expand.default"}, {"aten.slice.Tensor"}):
+        inner = inner.args[0] if str(inner.target) in targets else inner
+    if inner.target is not aten.unsqueeze.default or inner.args[1] != 2:
+        return None
+    (batch, heads, *others), after = _shape(inner.args[0]), _shape(node)
+    if not (isinstance(heads, int) and len(after) == 4 and isinstance(after[1], int)) or after[1] % heads:
+        return None
+    same = str([batch, *others]) == str([after[0], *after[2:]])
+    return cast(fx.Node, inner.args[0]) if same else None
 
 
-def _cut_after(node: fx.Node) -> fx.Node | None:
-    """The slice that takes the padding of the values off the result, if that is all that reads it."""
-    value: Any = node.args[2]
-    width = _shape(value.args[0])[-1:]
-    users = list(node.users)
-    if len(users) == 1 and users[0].target is aten.slice.Tensor and users[0].args[1:] == (3, 0, *width):
-        return users[0]
-    return None
+def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Attention whose query heads share keys and values. With a mask, kernels of accelerators that are told
+    so materialise all scores; there heads are repeated.
+    """
+    grouped = query.device.type == "cpu"
+    if not grouped:
+        times = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    kwargs["enable_gqa"] = grouped
+    return scaled_dot_product_attention(query, key, value, *args, **kwargs)

@@ -15,20 +15,18 @@ import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import safetensors
 import torch
 from torch import Tensor, nn
 
-from fasp_fx.analysis import PruningPlan
-from fasp_fx.base import attention_of, check_device, path_of, quiet_transformers
+from fasp_fx.base import attention_of, check_device
 from fasp_fx.errors import ArgumentError, StoreError
-from fasp_fx.pruning import TOLD, Report, read_told, write_told
+from fasp_fx.pruning import TOLD, read_told, write_told
 from fasp_fx.storage import (
     MANIFEST,
     kind_of,
-    new_save,
     parsing,
     program_from_json,
     read_json,
@@ -40,72 +38,16 @@ from fasp_fx.storage import (
     write_tensors,
 )
 
-from ._arguments import LOSSES, POSITIONS
+from ._arguments import LOSSES, POSITIONS, refuse
 from ._config import PrunedConfig, original_of
 from ._flat import FlatProgram
-from ._formats import FORMATS
-from ._gguf import write_gguf
-from ._gguf_tokenizer import keep_source
 from ._model import Parts, PrunedModel, StoredProgram
 
 KIND, PLAIN = "hf", "plain"
-#: the format of a pruned program
-OWN: Final = "fasp-fx"
 #: what makes a pruned model, and with it what else is written
 FILES = ("config.json", "model.safetensors", "constants.safetensors", "programs.json", *TOLD)
 
 _OWN = (*FILES, "generation_config.json")
-
-
-def save(
-    model: Any,
-    tokenizer: Any,
-    plan: PruningPlan,
-    report: Report,
-    folder: str | Path,
-    *,
-    format: str = OWN,
-    overwrite: bool = False,
-) -> Path:
-    """Write a model of either kind and its tokenizer to a new folder, whole or not at all.
-
-    Args:
-        tokenizer: saved along, or ``None``.
-        format: of GGUF files, if one is written besides.
-        overwrite: replace an earlier save of the same kind (and nothing else) of that name.
-
-    Raises:
-        StoreError: the path is taken or cannot be written, or the model holds something that cannot be
-            stored.
-    """
-    path = path_of(folder, "folder").absolute()
-    plain = not isinstance(model, PrunedModel)
-    with new_save(path, PLAIN if plain else KIND, overwrite=overwrite) as made, quiet_transformers():
-        if plain:
-            model.save_pretrained(made)
-            _say_positions(made / "config.json")
-            write_told(made, plan, report)
-            tensors = None if format == OWN else FORMATS[format].tensors
-            if tensors is not None:
-                write_gguf(made / "model.gguf", model, tensors, tokenizer)
-        else:
-            _fill(made, model, None)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(made))
-            keep_source(tokenizer, made)
-    return path
-
-
-def _say_positions(file: Path) -> None:
-    """Say in a configuration what its positions are as it was said before transformers 5, too: readers that
-    look for that take numbers of their own where it is missing.
-    """
-    config = read_json(file)
-    scaling = dict(config.get("rope_parameters") or {})
-    if "rope_theta" in scaling:  # else there are none, or each kind of layer has its own
-        alone = {key: scaling.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in scaling}
-        scaled = {} if scaling.get("rope_type") == "default" else {"rope_scaling": scaling}
-        write_json(file, config | alone | scaled)
 
 
 def check_sums(folder: Path) -> None:
@@ -130,18 +72,23 @@ def save_into(model: PrunedModel, path: Path, state_dict: Mapping[str, Tensor] |
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _fill(path, model, state_dict)
+        fill(path, model, state_dict)
         write_manifest(path, KIND, _OWN)
     except (OSError, safetensors.SafetensorError) as error:
         raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
 
 
-def _fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> None:
+def fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> None:
+    """Write the files of a pruned model, but for its manifest; ``state_dict``: with other weights.
+
+    Raises:
+        StoreError: a weight no longer fits the program, or the program holds something that cannot be stored.
+    """
     weights = _weights(model, state_dict)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    names = (name for held in model._constant_names.values() for name in held.values())
+    names = (name for constants in model._constant_names.values() for name in constants.values())
     write_tensors(folder / "model.safetensors", weights)
     write_tensors(folder / "constants.safetensors", {name: buffers[name] for name in names})
     programs = {
@@ -154,19 +101,19 @@ def _fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | N
 
 def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The weights to write, held against those that the programs need."""
-    own: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    given = own if state_dict is None else state_dict
-    found: dict[str, Tensor] = {}
-    for name, tensor in own.items():
-        value = given.get(name)
+    weights: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    values = weights if state_dict is None else state_dict
+    checked: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        value = values.get(name)
         if value is None or (value.shape, value.dtype) != (tensor.shape, tensor.dtype):
             raise StoreError(
                 f"'{name}' of state_dict is missing, or not {tensor.dtype} {list(tensor.shape)} as the"
                 " programs need it; pass the model's own state_dict()"
             )
         is_parameter = isinstance(tensor, nn.Parameter)
-        found[name] = nn.Parameter(value.detach(), tensor.requires_grad) if is_parameter else value
-    return found
+        checked[name] = nn.Parameter(value.detach(), tensor.requires_grad) if is_parameter else value
+    return checked
 
 
 #: fields of a configuration that say what the programs are
@@ -182,16 +129,16 @@ _WITHOUT_EFFECT = {
 def _parts(folder: Path, device: torch.device) -> Parts:
     programs = read_json(folder / "programs.json")
     weights = read_tensors(folder / "model.safetensors", device)
-    held = read_tensors(folder / "constants.safetensors", device)
+    tensors = read_tensors(folder / "constants.safetensors", device)
     constants: dict[str, dict[str, Tensor]] = {}
-    made: dict[str, StoredProgram] = {}
+    stored_programs: dict[str, StoredProgram] = {}
     with parsing("programs.json"):
         for name, stored in programs.items():
-            constants[name] = {inside: held[outside] for inside, outside in stored["constants"].items()}
-            kept = {"program": stored["program"], "example": stored["example"]}
+            constants[name] = {inside: tensors[outside] for inside, outside in stored["constants"].items()}
+            kept = {"program": stored["program"]}
             module = program_from_json(kept, weights, constants[name], device).module(check_guards=False)
-            made[name] = StoredProgram(kept, FlatProgram.of(module))
-    return Parts(made, weights, constants, *read_told(folder))
+            stored_programs[name] = StoredProgram(kept, FlatProgram.of(module))
+    return Parts(stored_programs, weights, constants, *read_told(folder))
 
 
 def _config(folder: Path) -> PrunedConfig:
@@ -210,24 +157,22 @@ def _config(folder: Path) -> PrunedConfig:
     return config
 
 
-def _overridden(found: PrunedConfig, given: Any) -> PrunedConfig:
+def _overridden(saved: PrunedConfig, changed: Any) -> PrunedConfig:
     """The configuration as the caller has changed it, as transformers takes it; what it says of the programs
     stays as it was saved.
     """
-    if not isinstance(given, PrunedConfig):
-        return found
-    made = copy.deepcopy(given)
+    if not isinstance(changed, PrunedConfig):
+        return saved
+    config = copy.deepcopy(changed)
     for name in (*_OF_THE_PROGRAMS, "dtype"):
-        setattr(made, name, getattr(found, name))
-    return made
+        setattr(config, name, getattr(saved, name))
+    return config
 
 
 def _device(device_map: Any) -> torch.device:
-    if device_map is None:
-        return torch.get_default_device()
     if device_map == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return check_device(device_map, values=False)
+        device_map = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    return torch.get_default_device() if device_map is None else check_device(device_map, values=False)
 
 
 class SavedModel(PrunedModel):
@@ -284,43 +229,37 @@ class SavedModel(PrunedModel):
             StoreError: a file is missing, damaged or of another version.
             ArgumentError: an argument cannot be honoured.
         """
-        subfolder = options.pop("subfolder", "") or ""
-        for name, value in options.items():
-            if value is not None and name not in _WITHOUT_EFFECT:
-                raise ArgumentError(
-                    f"argument '{name}' is not served when a pruned model is loaded; leave it out"
-                )
-        asked = attention_of(config)  # where the Auto classes put it
-        if asked not in (None, "sdpa"):  # what a pruned model says of itself
+        folder = Path(pretrained_model_name_or_path) / (options.pop("subfolder", "") or "")
+        refuse(options, known=_WITHOUT_EFFECT)
+        # The Auto classes put it there; a pruned model says "sdpa" of itself.
+        if (asked := attention_of(config)) not in (None, "sdpa"):
             raise ArgumentError(
                 f"attn_implementation={asked!r} cannot be had: the programs fix attention; choose it for the"
                 " dense model and prune it again"
             )
-        folder = Path(pretrained_model_name_or_path) / subfolder
         verify(folder, KIND, FILES)
         verify(folder, KIND, {"generation_config.json"} & read_json(folder / MANIFEST)["files"].keys())
         device = _device(device_map)
-        found = _overridden(_config(folder), config)
+        saved = _overridden(_config(folder), config)
         wanted = dtype if dtype is not None else torch_dtype
         wanted = getattr(torch, wanted, wanted) if isinstance(wanted, str) else wanted
-        if wanted not in (None, "auto", found.dtype):
+        if wanted not in (None, "auto", saved.dtype):
             raise ArgumentError(
-                f"dtype={wanted} cannot be had: the programs were captured in {found.dtype}; load the dense"
+                f"dtype={wanted} cannot be had: the programs were captured in {saved.dtype}; load the dense"
                 " model in that dtype and prune it again"
             )
         parts = _parts(folder, device)
         if set(parts.programs) != cls.program_names:
-            auto = "AutoModelForSeq2SeqLM" if found.is_encoder_decoder else "AutoModelForCausalLM"
+            auto = "AutoModelForSeq2SeqLM" if saved.is_encoder_decoder else "AutoModelForCausalLM"
             raise StoreError(
                 f"programs.json holds the programs {sorted(parts.programs)!r:.200}, not those of a"
                 f" {cls.__name__}, {sorted(cls.program_names)}; load it with {auto}, or save the model again"
             )
         with parsing("programs.json or config.json"):
-            model = cls(found, parts)
-        generation = folder / "generation_config.json"
-        if os.path.lexists(generation):
+            model = cls(saved, parts)
+        if os.path.lexists(folder / "generation_config.json"):
             with parsing("generation_config.json"):
-                read_text(generation)
+                read_text(folder / "generation_config.json")
                 model.generation_config = model.generation_config_class.from_pretrained(folder)
         model.name_or_path = str(pretrained_model_name_or_path)
         return model

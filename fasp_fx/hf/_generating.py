@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
+from transformers.utils import can_return_tuple
 
 from fasp_fx.base import CACHE
 from fasp_fx.errors import ArgumentError
@@ -29,6 +30,7 @@ class PrunedForCausalLM(SavedModel):
 
     program_names = frozenset({"decode"})
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -38,7 +40,6 @@ class PrunedForCausalLM(SavedModel):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        return_dict: bool | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
@@ -64,7 +65,7 @@ class PrunedForCausalLM(SavedModel):
         check_outputs(self.config)
         input_ids = checked_tokens("input_ids", input_ids)
         batch, new = input_ids.shape
-        given, cache = cache is not None, self._opened(cache)
+        cache = self._opened(cache)
         values = self._cached("decode", cache, batch)
         past = next(iter(values.values())).shape[2] if values else 0
         values["input_ids"] = input_ids
@@ -83,29 +84,27 @@ class PrunedForCausalLM(SavedModel):
         first = max(new - logits_to_keep, 0) if logits_to_keep else 0
         if inside:
             values["logits_to_keep"] = torch.arange(first, new, device=input_ids.device)
-        found = self._run("decode", values, one=new == 1)
-        logits = found["logits"] if inside else found["logits"][:, first:]
+        results = self._run("decode", values)
+        logits = results["logits"] if inside else results["logits"][:, first:]
         loss = loss_of(self.config.loss, logits, labels, kwargs.get("num_items_in_batch"))
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, **{CACHE: self._extended(cache, given, found, use_cache)}
-        )
-        return output if return_dict is not False else output.to_tuple()
+        cache = self._extended(cache, results, use_cache)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     def _positions(
-        self, given: Tensor | None, mask: Tensor | None, batch: int, new: int, past: int, ids: Tensor
+        self, positions: Tensor | None, mask: Tensor | None, batch: int, new: int, past: int, ids: Tensor
     ) -> Tensor:
-        if given is not None:
-            if not isinstance(given, Tensor) or given.shape not in ((batch, new), (1, new)):
+        if positions is not None:
+            if not isinstance(positions, Tensor) or positions.shape not in ((batch, new), (1, new)):
                 raise ArgumentError(
-                    f"position_ids is {shown(given)}; give one for each new token: [{batch}, {new}]"
+                    f"position_ids is {shown(positions)}; give one for each new token: [{batch}, {new}]"
                 )
-            if mask is None and not past and bool((given.diff(dim=1) != 1).any()):
+            if mask is None and not past and bool((positions.diff(dim=1) != 1).any()):
                 raise ArgumentError(
                     "position_ids begin again, and no attention_mask is given: many models keep such texts"
                     " apart, and the program of a pruned one does not; give each text a row of its own, or an"
                     " attention_mask where they are one text"
                 )
-            return given.expand(batch, new)
+            return positions.expand(batch, new)
         if mask is None:
             return torch.arange(past, past + new, device=ids.device).expand(batch, new)
         return POSITIONS[self.config.positions](mask.long())[:, past:]
@@ -118,11 +117,11 @@ class Encoder(nn.Module):
         super().__init__()
         vars(self)["_model"] = (model,)  # in a tuple, so that it is no submodule
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Hidden states ``[batch, source, width]`` of token numbers ``[batch, source]``."""
@@ -130,12 +129,8 @@ class Encoder(nn.Module):
         input_ids = checked_tokens("input_ids", input_ids)
         (model,) = vars(self)["_model"]
         mask = mask_of("attention_mask", attention_mask, input_ids.shape[0], input_ids.shape[1], input_ids)
-        output = BaseModelOutput(
-            last_hidden_state=model._run("encode", {"input_ids": input_ids, "attention_mask": mask})[
-                "last_hidden_state"
-            ]
-        )
-        return output if return_dict is not False else output.to_tuple()
+        results = model._run("encode", {"input_ids": input_ids, "attention_mask": mask})
+        return BaseModelOutput(last_hidden_state=results["last_hidden_state"])
 
 
 class PrunedForSeq2SeqLM(SavedModel):
@@ -153,6 +148,7 @@ class PrunedForSeq2SeqLM(SavedModel):
         """The encoder, called with ``input_ids`` and ``attention_mask``."""
         return Encoder(self)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -163,7 +159,6 @@ class PrunedForSeq2SeqLM(SavedModel):
         cache: Any = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        return_dict: bool | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
@@ -194,7 +189,7 @@ class PrunedForSeq2SeqLM(SavedModel):
         decoder_input_ids = checked_tokens("decoder_input_ids", decoder_input_ids)
         batch, new = decoder_input_ids.shape
         hidden = self._hidden(encoder_outputs, batch)
-        given, cache = cache is not None, self._opened(cache)
+        cache = self._opened(cache)
         known = bool(cache.is_updated) and all(cache.is_updated.values())
         if not known and cache.get_seq_length():
             raise ArgumentError(
@@ -220,13 +215,12 @@ class PrunedForSeq2SeqLM(SavedModel):
         values["decoder_attention_mask"] = mask_of(
             "decoder_attention_mask", decoder_attention_mask, batch, past + new, decoder_input_ids
         )
-        found = self._run(program, values, one=new == 1)
-        loss = loss_of(self.config.loss, found["logits"], labels, kwargs.get("num_items_in_batch"))
-        cache = self._extended(cache, given, found, use_cache)
-        output = Seq2SeqLMOutput(
-            loss=loss, logits=found["logits"], encoder_last_hidden_state=hidden, **{CACHE: cache}
+        results = self._run(program, values)
+        loss = loss_of(self.config.loss, results["logits"], labels, kwargs.get("num_items_in_batch"))
+        cache = self._extended(cache, results, use_cache)
+        return Seq2SeqLMOutput(
+            loss=loss, logits=results["logits"], encoder_last_hidden_state=hidden, **{CACHE: cache}
         )
-        return output if return_dict is not False else output.to_tuple()
 
     def _hidden(self, outputs: Any, batch: int) -> Tensor:
         """The hidden states among an encoder's outputs.

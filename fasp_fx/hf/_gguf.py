@@ -41,8 +41,8 @@ def write_gguf(file: Path, model: Any, tensors: str, tokenizer: Any = None) -> N
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor, own in weights:
-        writer.write_tensor_data(gguf.quantize(tensor.detach().float().cpu().numpy(), own))
+    for tensor, kind in weights:
+        writer.write_tensor_data(gguf.quantize(tensor.detach().float().cpu().numpy(), kind))
     writer.close()
 
 
@@ -78,12 +78,12 @@ def describe_gguf(
     add_tokenizer(writer, tokenizer, config.vocab_size)
     weights = []
     for name, tensor in _tensors(model, layers):
-        own = _type(name, tensor, kind)
-        weights.append((tensor, own))
-        raw = own != GGMLQuantizationType.F32
-        shape = gguf.quant_shape_to_byte_shape(tensor.shape, own) if raw else tuple(tensor.shape)
+        storage = _type(name, tensor, kind)
+        weights.append((tensor, storage))
+        raw = storage != GGMLQuantizationType.F32
+        shape = gguf.quant_shape_to_byte_shape(tensor.shape, storage) if raw else tuple(tensor.shape)
         number: Any = np.dtype(np.uint8 if raw else np.float32)
-        writer.add_tensor_info(name, shape, number, int(np.prod(shape)) * number.itemsize, own)
+        writer.add_tensor_info(name, shape, number, int(np.prod(shape)) * number.itemsize, storage)
     return writer, weights
 
 
@@ -113,8 +113,8 @@ def _type(name: str, tensor: Tensor, kind: str) -> GGMLQuantizationType:
     Raises:
         ArgumentError: its rows are no whole blocks, or a number is too large.
     """
-    found = _held_as(tensor, kind)
-    block, _ = gguf.GGML_QUANT_SIZES[found]
+    storage = _held_as(tensor, kind)
+    block, _ = gguf.GGML_QUANT_SIZES[storage]
     if tensor.shape[-1] % block:
         raise ArgumentError(
             f"'{name}' has rows of {tensor.shape[-1]} numbers, and {kind} holds blocks of {block}; choose"
@@ -122,12 +122,12 @@ def _type(name: str, tensor: Tensor, kind: str) -> GGMLQuantizationType:
         )
     low, high = tensor.detach().aminmax()
     largest = max(float(-low), float(high))
-    if largest > _LARGEST.get(found.name, largest):
+    if largest > _LARGEST.get(storage.name, largest):
         raise ArgumentError(
             f"'{name}' has a number of the size {largest:.6g}, and {kind} holds none beyond"
-            f" {_LARGEST[found.name]}; choose 'gguf-bf16' or 'gguf'"
+            f" {_LARGEST[storage.name]}; choose 'gguf-bf16' or 'gguf'"
         )
-    return found
+    return storage
 
 
 def _tensors(model: Any, layers: list[Any]) -> Iterator[tuple[str, Tensor]]:
@@ -138,7 +138,7 @@ def _tensors(model: Any, layers: list[Any]) -> Iterator[tuple[str, Tensor]]:
     """
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(layers))
     tied = model.config.tie_word_embeddings
-    without = [f"model.layers.{i}." for i, own in enumerate(layers) if i and not own.num_attention_heads]
+    without = [f"model.layers.{i}." for i, said in enumerate(layers) if i and not said.num_attention_heads]
     absent = tuple(layer + part for layer in without for part in ("self_attn.", "input_layernorm."))
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name.startswith(absent):
@@ -146,15 +146,15 @@ def _tensors(model: Any, layers: list[Any]) -> Iterator[tuple[str, Tensor]]:
         if not tensor.numel():
             width = _ZEROS if ".mlp." in name else model.config.head_dim * _heads_of_zeros(model.config)
             tensor = tensor.new_zeros([size or width for size in tensor.shape])
-        found = names.get_name(name, try_suffixes=(".weight",))
-        if found is None:
+        file_name = names.get_name(name, try_suffixes=(".weight",))
+        if file_name is None:
             raise ArgumentError(f"a GGUF file has no place for '{name}'; choose another format")
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             # The file has the two numbers that turn together side by side, the model half a head apart.
             halves = tensor.reshape(-1, 2, model.config.head_dim // 2, tensor.shape[1])
             tensor = halves.transpose(1, 2).reshape(tensor.shape)
         if not (tied and name == "lm_head.weight"):
-            yield found, tensor
+            yield file_name, tensor
     rotary, width = model.get_decoder().rotary_emb, model.config.head_dim
     if rotary.attention_scaling != 1 or rotary.rope_type in ("dynamic", "longrope"):
         raise ArgumentError(

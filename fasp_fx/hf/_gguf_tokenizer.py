@@ -65,10 +65,10 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, size: int) -> None:
         writer.add_tokenizer_model("no_vocab")
         return
     backend, source = getattr(tokenizer, "backend_tokenizer", None), source_of(tokenizer)
-    own = {"model": {"type": "Python"}} if backend is None else json.loads(backend.to_str())
-    kind, part = _kind(own)
+    data = {"model": {"type": "Python"}} if backend is None else json.loads(backend.to_str())
+    kind, part = _kind(data)
     if source is None:
-        faults = [part] if kind is None else _left_over(tokenizer, own, size)
+        faults = [part] if kind is None else _left_over(tokenizer, data, size)
     else:
         faults = ["other tokens than its GGUF file, or than the model"] * (
             count_shared(source, tokenizer) != size
@@ -90,7 +90,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, size: int) -> None:
                 CalibrationWarning,
             )
     elif kind is not None:
-        _write(writer, tokenizer, own, size, *kind)
+        _write(writer, tokenizer, data, size, *kind)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 
@@ -104,19 +104,19 @@ def source_of(tokenizer: Any) -> GGUFReader | None:
     path = Path(named)
     if not named or ((path / "tokenizer_config.json").is_file() and not (path / MANIFEST).is_file()):
         return None
-    found = [*map(GGUFReader, [path] if path.is_file() else sorted(path.glob("*.gguf")))]
-    same = (own for own in found if count_shared(own, tokenizer))
-    return next(same, found[0] if found else None)
+    files = [*map(GGUFReader, [path] if path.is_file() else sorted(path.glob("*.gguf")))]
+    same = (file for file in files if count_shared(file, tokenizer))
+    return next(same, files[0] if files else None)
 
 
 def count_shared(source: GGUFReader, tokenizer: Any) -> int:
     """How many tokens a GGUF file has, if a tokenizer has the same; transformers may add some behind them."""
-    own = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     said = field.contents() if (field := source.get_field(Keys.Tokenizer.LIST)) else []
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
     # Transformers spells some tokens in bytes that the file does not.
-    same = (a == b or a == "".join(part for part, _ in spell(b)) for a, b in zip(own, said))
-    return len(said) if len(said) <= len(own) and all(same) else 0
+    same = (a == b or a == "".join(part for part, _ in spell(b)) for a, b in zip(tokens, said))
+    return len(said) if len(said) <= len(tokens) and all(same) else 0
 
 
 def keep_source(tokenizer: Any, folder: Path) -> None:
@@ -138,13 +138,13 @@ def copy_tokenizer(source: GGUFReader, writer: GGUFWriter) -> None:
             writer.add_key_value(name, field.contents(), *field.types)
 
 
-def _kind(own: Any) -> tuple[tuple[str, str | bool] | None, str]:
+def _kind(data: Any) -> tuple[tuple[str, str | bool] | None, str]:
     """The kind that does with text what a tokenizer does, or which part of that no kind does."""
-    model, fitting = own["model"], list(_KINDS)
+    model, fitting = data["model"], list(_KINDS)
     kind = model["type"] + ", byte_fallback" * model.get("byte_fallback", False)
-    steps = (_steps(own.get(name)) for name in ("normalizer", "pre_tokenizer"))
+    steps = (_steps(data.get(name)) for name in ("normalizer", "pre_tokenizer"))
     for at, value in enumerate((kind, *steps, model.get("ignore_merges"))):
-        fitting = [own for own in fitting if own[2][at] == value]
+        fitting = [each for each in fitting if each[2][at] == value]
         if not fitting:
             return None, f"{_PARTS[at]} {json.dumps(value, ensure_ascii=False):.200}"
     return fitting[0][:2], ""
@@ -156,14 +156,14 @@ def _steps(part: Any) -> list[Any]:
     return [{name: value for name, value in step.items() if name != "trim_offsets"} for step in steps]
 
 
-def _left_over(tokenizer: Any, own: Any, size: int) -> list[str]:
+def _left_over(tokenizer: Any, data: Any, size: int) -> list[str]:
     """What else a tokenizer does that llama.cpp does not."""
-    model, added, names = own["model"], own["added_tokens"], own["model"]["vocab"]
+    model, added, names = data["model"], data["added_tokens"], data["model"]["vocab"]
     letters = _BYTE_TOKENS if model["byte_fallback"] else {*pre_tokenizers.ByteLevel.alphabet()}
-    flags = ("lstrip", "rstrip", "single_word", *["normalized"] * (own["normalizer"] is not None))
-    found = {
+    flags = ("lstrip", "rstrip", "single_word", *["normalized"] * (data["normalizer"] is not None))
+    faults = {
         **{f"{name} {model[name]!r:.80}": model[name] for name in sorted(model.keys() - _KNOWN)},
-        **{f"the token {own['content']!r:.80} with {name}": own[name] for own in added for name in flags},
+        **{f"the token {each['content']!r:.80} with {name}": each[name] for each in added for name in flags},
         **{text: True for one in added for other in added for text in _overlap(one, other)},
         "no token for some bytes": not names.keys() >= letters,
         f"{len(tokenizer)} tokens, and the model {size}": len(tokenizer) > size,
@@ -172,15 +172,15 @@ def _left_over(tokenizer: Any, own: Any, size: int) -> list[str]:
         "merges that are not all that make a token, in the order of tokens": model["byte_fallback"]
         and not _merges_all(names, added, model["merges"]),
     }
-    return [what for what, is_so in found.items() if is_so]
+    return [what for what, is_so in faults.items() if is_so]
 
 
 def _ends(tokenizer: Any) -> list[tuple[bool, bool]]:
     """Whether the tokens of the beginning and of the end are put around a text; nothing, if it is others."""
-    whole, text = (tokenizer("a", add_special_tokens=own).input_ids for own in (True, False))
+    whole, text = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     return [
-        own for own in product((False, True), (False, True)) if whole == bos * own[0] + text + eos * own[1]
+        put for put in product((False, True), (False, True)) if whole == bos * put[0] + text + eos * put[1]
     ]
 
 
@@ -199,18 +199,18 @@ def _merges_all(names: Mapping[str, int], added: list[Any], merges: list[list[st
     """Whether merges are those of SentencePiece, as llama.cpp does them: all that make a token, in the order
     of tokens.
     """
-    made, pairs = [*map("".join, merges)], {(left, right) for left, right in merges}
+    merged, pairs = [*map("".join, merges)], {(left, right) for left, right in merges}
     tokens = names.keys() - {token["content"] for token in added}
     parts = ((token[:at], token[at:]) for token in tokens for at in range(1, len(token)))
-    return len([*groupby(made)]) == len({*made}) and all(
+    return len([*groupby(merged)]) == len({*merged}) and all(
         pair in pairs or any(len(part) > 1 and part not in names for part in pair) for pair in parts
     )
 
 
-def _write(writer: GGUFWriter, tokenizer: Any, own: Any, size: int, model: str, split: Any) -> None:
+def _write(writer: GGUFWriter, tokenizer: Any, data: Any, size: int, model: str, split: Any) -> None:
     """Write a tokenizer of a kind that llama.cpp has."""
-    added, merges = {token["id"]: token for token in own["added_tokens"]}, own["model"]["merges"]
-    names = {number: text for text, number in own["model"]["vocab"].items()}
+    added, merges = {token["id"]: token for token in data["added_tokens"]}, data["model"]["merges"]
+    names = {number: text for text, number in data["model"]["vocab"].items()}
     tokens = [added[i]["content"] if i in added else names.get(i, f"[PAD{i}]") for i in range(size)]
     writer.add_tokenizer_model(model)
     if model == "llama":  # what is merged first has the highest score
@@ -222,7 +222,9 @@ def _write(writer: GGUFWriter, tokenizer: Any, own: Any, size: int, model: str, 
         writer.add_token_merges([*map(" ".join, merges)])
     writer.add_token_list(tokens)
     kinds = {i: TokenType.BYTE if text in _BYTE_TOKENS else TokenType.NORMAL for i, text in names.items()}
-    kinds |= {i: TokenType.CONTROL if own["special"] else TokenType.USER_DEFINED for i, own in added.items()}
+    kinds |= {
+        i: TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED for i, token in added.items()
+    }
     writer.add_token_types([kinds.get(i, TokenType.UNUSED) for i in range(size)])
     for name in ("bos", "eos", "unk", "pad"):
         if (number := getattr(tokenizer, f"{name}_token_id")) is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
 
 from fasp_fx.analysis import PruningPlan
 from fasp_fx.base import CACHE, mark_as_given
@@ -21,20 +21,21 @@ from fasp_fx.storage import program_to_json
 
 from ._arguments import opened, read_cache, write_cache
 from ._config import PrunedConfig
-from ._flat import FlatProgram, one_token, without_checks
+from ._flat import FlatProgram, share_heads, without_checks
 
 CONSTANTS = "_constants"
 
 
+@dataclass(frozen=True)
 class StoredProgram:
     """One program: as it is written to disk, and as it runs, with its weights under the model's names.
 
-    Args:
-        made: the program as it is written, or what it is made of when it is first written.
+    Attributes:
+        source: the program as it is written, or what it is made of when it is written.
     """
 
-    def __init__(self, made: Mapping[str, Any] | Origin, flat: FlatProgram) -> None:
-        self.flat, self._made = flat, made
+    source: Mapping[str, Any] | Origin
+    flat: FlatProgram
 
     @property
     def data(self) -> Mapping[str, Any]:
@@ -43,9 +44,7 @@ class StoredProgram:
         Raises:
             StoreError: it holds something that cannot be stored; names it.
         """
-        if isinstance(self._made, Origin):
-            self._made = program_to_json(self._made.program)
-        return self._made
+        return program_to_json(self.source.program) if isinstance(self.source, Origin) else self.source
 
     def __deepcopy__(self, memo: Any) -> StoredProgram:
         return self  # nobody changes it
@@ -77,8 +76,10 @@ class Branch(nn.Module):
     main_input_name = "input_ids"  # generate() asks an encoder for it
 
 
-def place(root: nn.Module, name: str, tensor: Tensor, *, persistent: bool) -> None:
-    """Put a parameter or buffer where its dotted name says, making the modules on the way."""
+def place(root: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a parameter or buffer where its dotted name says, making the modules on the way; constants stay
+    outside of the state dict.
+    """
     path, _, leaf = name.rpartition(".")
     owner = root
     for part in path.split(".") if path else ():
@@ -88,7 +89,7 @@ def place(root: nn.Module, name: str, tensor: Tensor, *, persistent: bool) -> No
     if isinstance(tensor, nn.Parameter):
         owner.register_parameter(leaf, tensor)
     else:
-        owner.register_buffer(leaf, tensor, persistent=persistent)
+        owner.register_buffer(leaf, tensor, persistent=path != CONSTANTS)
 
 
 class PrunedModel(PreTrainedModel, GenerationMixin):
@@ -108,24 +109,21 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.plan, self.report = parts.plan, parts.report
         for name, tensor in parts.weights.items():
-            place(self, name, tensor, persistent=True)
+            place(self, name, tensor)
         self._stored = parts.programs
         self._constant_names: dict[str, dict[str, str]] = {}
         self._programs: dict[str, FlatProgram] = {}
-        self._steps: dict[str, FlatProgram] = {}  # the forms for a query of one token
         for program, stored in parts.programs.items():
             names = {name: f"{CONSTANTS}.{program}{i}" for i, name in enumerate(parts.constants[program])}
-            for name, tensor in parts.constants[program].items():  # outside of the state dict
-                place(self, names[name], tensor.clone(), persistent=False)
+            for name, tensor in parts.constants[program].items():
+                place(self, names[name], tensor.clone())
             graph = copy_graph(stored.flat.graph)
             for node in graph.find_nodes(op="get_attr"):
                 node.target = names.get(str(node.target), node.target)
             without_checks(graph)
+            share_heads(graph)
             self._constant_names[program] = names
             self._programs[program] = stored.flat.rewritten(graph)
-            step = copy_graph(graph)
-            one_token(step)
-            self._steps[program] = stored.flat.rewritten(step)
         self._cache_sizes = {name: program.cache_sizes() for name, program in self._programs.items()}
         self._bounds = {name: program.bounds() for name, program in self._programs.items()}
         self.eval()
@@ -141,12 +139,10 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
             inputs.pop("position_ids", None)
         return inputs
 
-    def _run(self, name: str, values: dict[str, Tensor], one: bool = False) -> dict[str, Tensor]:
-        """Run a program; ``one``: in the form for a query of one token."""
+    def _run(self, name: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
         for bound in self._bounds[name]:
             bound.check(values)
-        program = (self._steps if one else self._programs)[name]
-        return program(self, values)
+        return self._programs[name](self, values)
 
     def _like(self) -> Tensor:
         """A parameter that shows dtype and device."""
@@ -158,26 +154,25 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
 
     def _opened(self, cache: Any) -> Any:
         """The caller's cache, or an empty one."""
-        return opened(cache, self.config.is_encoder_decoder)
+        return opened(cache, EncoderDecoderCache if self.config.is_encoder_decoder else DynamicCache)
 
-    def _extended(self, cache: Any, given: bool, found: dict[str, Tensor], use_cache: bool | None) -> Any:
+    def _extended(self, cache: Any, results: dict[str, Tensor], use_cache: bool | None) -> Any:
         """Write what a program returned into the cache; ``None`` if the output shall not hold it."""
+        write_cache(cache, {name: value for name, value in results.items() if name.startswith("cache.")})
         wanted = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
-        if wanted or given:
-            write_cache(cache, {name: own for name, own in found.items() if name.startswith("cache.")})
         return cache if wanted else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        held = self._like()
-        moved = fn(held.detach().new_empty(0))
-        if moved.dtype != held.dtype:
+        weight = self._like()
+        moved = fn(weight.detach().new_empty(0))
+        if moved.dtype != weight.dtype:
             raise ArgumentError(
-                f"the programs were captured in {held.dtype} and cannot be made {moved.dtype}; load the dense"
-                " model in that dtype and prune it again"
+                f"the programs were captured in {weight.dtype} and cannot be made {moved.dtype}; load the"
+                " dense model in that dtype and prune it again"
             )
         super()._apply(fn, recurse)
-        if moved.device != held.device:
-            for program in (*self._programs.values(), *self._steps.values()):
+        if moved.device != weight.device:
+            for program in self._programs.values():
                 program.to_device(moved.device)
         return self
 
@@ -191,9 +186,9 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
                 f"cache_implementation={kind!r} is not served: the programs take a cache that grows; leave"
                 " it out"
             )
-        given = model_kwargs.get(CACHE)
-        if given is not None:
-            mark_as_given(self._opened(given))
+        cache = model_kwargs.get(CACHE)
+        if cache is not None:
+            mark_as_given(self._opened(cache))
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE] = self._opened(None)
             if generation_config.is_assistant:

@@ -108,18 +108,27 @@ def refuse_incomplete(model: nn.Module, info: Mapping[str, Any], where: str) -> 
     """
     check_sums(Path(where))
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
-        found = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(kind) or ())
-        if found:
-            rest = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        if lacking := _named(info, kind):
+            rest = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
             raise ArgumentError(
-                f"'{where}' lacks the weights {', '.join(found[:3])}{rest}, or holds them in another size:"
+                f"'{where}' lacks the weights {', '.join(lacking[:3])}{rest}, or holds them in another size:"
                 " they would be made up; give the complete model"
             )
-    known = {_NUMBER.sub(".", name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    left_out = sorted(map(str, info.get("unexpected_keys") or ()))
-    layers = [name for name in left_out if _NUMBER.search(name) and _NUMBER.sub(".", name) in known]
+    numberless = {_NUMBER.sub(".", name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    unexpected = [name for name in _named(info, "unexpected_keys") if _NUMBER.search(name)]
+    layers = [name for name in unexpected if _NUMBER.sub(".", name) in numberless]
     if layers:
         raise ArgumentError(
             f"'{where}' holds weights of more layers than its configuration says"
             f" ({layers[0]}), which would be left out; correct the configuration"
         )
+
+
+def first_fault(info: Mapping[str, Any]) -> str:
+    """A weight that transformers made up or left out, as it says of a loading; ``""``: none."""
+    return next((f"{kind.replace('_', ' ')}: {_named(info, kind)[0]}" for kind in info if info[kind]), "")
+
+
+def _named(info: Mapping[str, Any], kind: str) -> list[str]:
+    """The weights of one kind of fault."""
+    return sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(kind) or ())

@@ -14,42 +14,49 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 
+from fasp_fx import pruning
 from fasp_fx.allocation import Costs
 from fasp_fx.analysis import Analysis, PruningPlan, gone_of
-from fasp_fx.base import Shown, __version__, check_callable, in_usual_modes, one_at_a_time, shows
-from fasp_fx.calibration import Decision, Ranks, check_calibration, ended_together
+from fasp_fx.base import (
+    Shown,
+    __version__,
+    check_callable,
+    in_usual_modes,
+    one_at_a_time,
+    path_of,
+    quiet_transformers,
+    shows,
+)
+from fasp_fx.calibration import Decision, check_calibration, ended_together
 from fasp_fx.capturing import Captured, Program, capture_whole
-from fasp_fx.errors import ArgumentError, PlanError, StoreError, VerificationError
-from fasp_fx.passes import PrunedModule
+from fasp_fx.errors import ArgumentError, PlanError, VerificationError
+from fasp_fx.passes import PrunedModule, fused_weights
 from fasp_fx.pruning import (
     FormatName,
     Granularity,
     Include,
+    Method,
     PruningConfig,
     PruningOptions,
     Report,
     Result,
-    Subject,
     analyze_for,
-    decide,
-    fused_weights,
-    measure_subject,
     read_told,
-    replay,
-    restoring_config,
     rewrite,
+    write_told,
 )
-from fasp_fx.storage import kind_of, parsing, read_json
+from fasp_fx.storage import new_save, parsing, read_json
 
-from . import modeling_per_layer
-from ._claims import check_equal, refuse_unsaid
-from ._config import PrunedConfig, check_layers, original_of
+from ._claims import check_equal
+from ._config import PrunedConfig, check_layers
 from ._convention import check_served, convention_of
 from ._flat import FlatProgram
-from ._folder import KIND, OWN, check_sums, save
-from ._formats import BY_LAYER, build, example_of, experiments_for, format_of, prune_to
+from ._folder import check_sums
+from ._formats import build, example_of, prune_to
 from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
+from ._gguf_tokenizer import keep_source
 from ._model import Parts, PrunedModel, StoredProgram
+from ._registry import OWN, format_in, format_of
 from ._stages import CausalStages, Seq2SeqStages, stages_of
 
 
@@ -76,7 +83,7 @@ class Pruned:
     plan: PruningPlan
     report: Report
     tokenizer: Any = None
-    format: FormatName = OWN
+    format: FormatName = OWN.name
 
     def with_report(self, **fields: Any) -> Self:
         """The same, sharing its model, with some fields of its report replaced, which is saved along."""
@@ -101,8 +108,14 @@ class Pruned:
             StoreError: the path is taken or cannot be written.
             ArgumentError: a GGUF file cannot hold the tokenizer, or a weight in its type.
         """
-        told = self.plan, self.report
-        return save(self.model, self.tokenizer, *told, folder, format=self.format, overwrite=overwrite)
+        form, path = format_of(self.format), path_of(folder, "folder").absolute()
+        with new_save(path, form.folder, overwrite=overwrite) as target, quiet_transformers():
+            form.write(target, self.model, self.tokenizer)
+            write_told(target, self.plan, self.report)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(str(target))
+                keep_source(self.tokenizer, target)
+        return path
 
 
 @dataclass(frozen=True)
@@ -123,20 +136,19 @@ class CapturedModel:
     stages: CausalStages | Seq2SeqStages = field(repr=False)
     convention: Mapping[str, Any] = field(repr=False)
 
-    def planned(self) -> tuple[str, Program]:
-        """The program that plans are made for, and its name.
-
-        Raises:
-            ArgumentError: a weight has changed since the capture.
-        """
-        name = next(iter(self.programs))
-        return name, self.programs[name].checked()
+    @property
+    def planned(self) -> Captured:
+        """What plans are made for."""
+        return next(iter(self.programs.values()))
 
     def read(self, calibration: Iterable[Any] | None) -> Any:
-        """Calibration batches as the planned program takes them."""
-        if calibration is None:
-            return None
-        return self.stages.batches(calibration, FlatProgram.of(self.planned()[1].module).cache_sizes())
+        """Calibration batches as the planned program takes them.
+
+        Raises:
+            CalibrationError: they are none.
+        """
+        sizes = FlatProgram.of(self.planned.program.module).cache_sizes()
+        return self.stages.batches(check_calibration(calibration), sizes)
 
 
 @one_at_a_time
@@ -162,8 +174,8 @@ def capture(model: Any, *, device: torch.device | str | None = None) -> Captured
         programs[stage.name] = capture_whole(
             stage.model, (), dict(stage.example), state=stage.state, device=device
         )
-    convention = convention_of(stages, next(iter(programs.values())).program)
-    return CapturedModel(model, programs, stages, convention)
+    first = next(iter(programs.values()))
+    return CapturedModel(model, programs, stages, convention_of(stages, first.program))
 
 
 @one_at_a_time
@@ -185,8 +197,8 @@ def analyze(
         >>> [group.name for group in hf.analyze(captured_llama).groups if group.status == "prunable"]
         ['model.layers.0.self_attn.o_proj.weight', 'model.layers.0.mlp.down_proj.weight']
     """
-    config = PruningConfig(granularity=granularity, include=include)
-    return Subject({"": _captured(model, device).planned()[1]}).analyze(config)
+    planned = _captured(model, device).planned
+    return cast(Analysis, pruning.analyze(planned, granularity=granularity, include=include))
 
 
 @shows("measuring")
@@ -211,15 +223,14 @@ def measure(
         >>> cheaper = hf.prune(captured_llama, calibration=texts, sparsity=0.3, costs=costs)
     """
     check_calibration(calibration)
-    captured = _captured(model, device)
-    asked = PruningConfig.of(config, options)
-    return measure_subject(
-        Subject({"": captured.planned()[1]}, device),
-        asked,
-        captured.read(calibration),
-        ranks=Ranks.of(group),
+    captured, asked = _captured(model, device), PruningConfig.of(config, options)
+    return pruning.measure(
+        captured.planned,
+        calibration=captured.read(calibration),
+        config=_by_next_token(asked),
+        device=device,
         progress=progress,
-        loss="next-token",
+        group=group,
     )
 
 
@@ -248,12 +259,17 @@ def apply(
         >>> again.plan.groups == pruned.plan.groups
         True
     """
-    asked = restoring_config(PruningConfig.of(config, options), plan, calibration is not None)
     captured = _captured(model, device)
-    subject = Subject({"": captured.planned()[1]}, device)
-    batches = captured.read(calibration)
-    ((_, decision),) = replay(subject, plan, asked, batches, progress=progress)
-    return _finished(captured, subject, decision, asked, None, tokenizer)
+    result = pruning.apply(
+        captured.planned,
+        plan,
+        calibration=None if calibration is None else captured.read(calibration),
+        config=config,
+        device=device,
+        progress=progress,
+        **options,
+    )
+    return _served(captured, result, tokenizer)
 
 
 @shows("pruning")
@@ -267,7 +283,7 @@ def prune(
     calibration: Iterable[Any] | None = None,
     config: PruningConfig | None = None,
     costs: Costs | None = None,
-    format: FormatName = OWN,
+    format: FormatName = OWN.name,
     device: torch.device | str | None = None,
     progress: Shown = None,
     on_analysis: Callable[[Analysis], None] | None = None,
@@ -295,7 +311,7 @@ def prune(
         device: where to capture and calibrate; ``None``: the model's device.
         progress, on_analysis, group, checkpoint: as for :func:`fasp_fx.prune`.
         options: fields of :class:`fasp_fx.PruningConfig` (``sparsity=0.2``, ``score="fasp"``, …) in the place
-            of those of ``config``; the padding mask is that of the batches.
+            of those of ``config``.
 
     Returns:
         A :class:`Pruned`.
@@ -318,83 +334,66 @@ def prune(
             f"tokenizer is a {type(tokenizer).__name__}; pass one of transformers, and batches as"
             " calibration="
         )
-    if format != OWN:
-        shared: dict[str, Any] = {
-            "costs": costs,
-            "device": device,
-            "progress": progress,
-            "on_analysis": on_analysis,
-            "group": group,
-            "checkpoint": checkpoint,
-            "tokenizer": tokenizer,
-        }
-        held = prune_to(format, model, calibration=calibration, config=config, **shared, **options)
-        return Pruned(*held, tokenizer, format)
-    captured = _captured(model, device)
     asked = PruningConfig.of(config, options)
-    if asked.needs_data:
-        check_calibration(calibration)
-    subject = Subject({"": captured.planned()[1]}, device)
-    ((_, decision),) = decide(
-        subject,
-        asked,
-        captured.read(calibration),
-        progress=progress,
-        on_analysis=on_analysis,
-        costs=costs,
-        loss="next-token",
-        ranks=Ranks.of(group),
-        checkpoint=checkpoint,
+    passed: dict[str, Any] = {
+        "costs": costs,
+        "progress": progress,
+        "on_analysis": on_analysis,
+        "group": group,
+        "checkpoint": checkpoint,
+    }
+    if format != OWN.name:
+        pruned = prune_to(format, model, tokenizer, calibration, asked, device, **passed)
+        return Pruned(*pruned, tokenizer, format)
+    captured = _captured(model, device)
+    result = pruning.prune(
+        captured.planned,
+        calibration=captured.read(calibration) if Method.of(asked).needs_data else None,
+        config=_by_next_token(asked),
+        device=device,
+        **passed,
     )
-    return _finished(captured, subject, decision, asked, asked, tokenizer)
+    return _served(captured, result.with_report(config=asked), tokenizer)
 
 
 def _captured(model: Any, device: torch.device | str | None) -> CapturedModel:
     return model if isinstance(model, CapturedModel) else capture(model, device=device)
 
 
-def _finished(
-    captured: CapturedModel,
-    subject: Subject,
-    decision: Decision,
-    asked: PruningConfig,
-    config: PruningConfig | None,
-    tokenizer: Any,
-) -> Pruned:
-    """Carry out in all programs what was decided for the first.
+def _by_next_token(config: PruningConfig) -> PruningConfig:
+    """The options, where ``loss="auto"`` stands for that of the next token."""
+    return replace(config, loss="next-token") if config.loss == "auto" else config
 
-    Args:
-        config: what was asked for; ``None`` where a plan is replayed.
-    """
-    model, (name, program) = captured.model, captured.planned()
-    analysis = subject.analyses[""]
-    _, *others = [(name, one.checked()) for name, one in captured.programs.items()]
-    result = rewrite(program, analysis, decision, config)
-    results, plan, report = {name: result}, result.plan, result.report
-    if others:  # which generation runs in the place of the first
-        results = {name: _carried_out(name, other, asked, plan, program, decision) for name, other in others}
-        reports = [result.report for result in results.values()]
-        notes = dict.fromkeys(note for one in (report, *reports) for note in one.notes)
-        cache = next((one.cache for one in reports if one.cache is not None), None)
-        report = replace(report, notes=tuple(notes), cache=cache)
+
+def _served(captured: CapturedModel, result: Result, tokenizer: Any) -> Pruned:
+    """Carry out in all programs what was decided for the first, with its weights."""
+    model, plan, report = captured.model, result.plan, result.report
+    first, *others = captured.programs
+    # Others are what generation runs in the place of the first.
+    carried_out = {name: _carried_out(name, captured.programs[name].checked(), plan) for name in others}
+    results = carried_out or {first: result}
+    reports = [other.report for other in results.values()]
+    notes = dict.fromkeys(note for each in (report, *reports) for note in each.notes)
+    cache = next((each.cache for each in reports if each.cache is not None), None)
+    report = replace(report, notes=tuple(notes), cache=cache)
     programs: dict[str, StoredProgram] = {}
     constants: dict[str, dict[str, Tensor]] = {}
-    for name, result in results.items():
-        origin = cast(PrunedModule, result.module).fasp_fx_origin
+    for name, other in results.items():
+        origin = cast(PrunedModule, other.module).fasp_fx_origin
         programs[name] = StoredProgram(origin, FlatProgram.of_graph(*origin.body()))
-        stored = result.module.state_dict().keys()
-        buffers = result.module.named_buffers(remove_duplicate=False)
+        stored = other.module.state_dict().keys()
+        buffers = other.module.named_buffers(remove_duplicate=False)
         constants[name] = {name: value.detach() for name, value in buffers if name not in stored}
-    parts = Parts(programs, one_set(model, results), constants, plan, report)
-    made = _model(model, parts, captured.convention)
-    check_served(made, captured.stages)
-    return Pruned(made, plan, report, tokenizer)
+    parts = Parts(programs, _one_set(model, {first: result, **results}), constants, plan, report)
+    smaller = _model(model, parts, captured.convention)
+    check_served(smaller, captured.stages)
+    return Pruned(smaller, plan, report, tokenizer)
 
 
 def _model(original: Any, parts: Parts, convention: Mapping[str, Any]) -> PrunedModel:
     config = original.config
     kind: Any = PrunedForSeq2SeqLM if config.is_encoder_decoder else PrunedForCausalLM
-    made = kind(
+    model = kind(
         PrunedConfig(
             original=json.loads(config.to_json_string(use_diff=False))
             | {"architectures": [type(original).__name__]},
@@ -406,35 +405,29 @@ def _model(original: Any, parts: Parts, convention: Mapping[str, Any]) -> Pruned
         ),
         parts,
     )
-    made.generation_config = copy.deepcopy(original.generation_config)
-    made.name_or_path = original.name_or_path
-    return cast(PrunedModel, made)
+    model.generation_config = copy.deepcopy(original.generation_config)
+    model.name_or_path = original.name_or_path
+    return cast(PrunedModel, model)
 
 
-def _carried_out(
-    name: str, other: Program, asked: PruningConfig, plan: PruningPlan, program: Program, decision: Decision
-) -> Result:
-    """Take out of one more program what the plan says, with the same repaired weights.
+def _carried_out(name: str, program: Program, plan: PruningPlan) -> Result:
+    """Take out of one more program what the plan says, with nothing repaired.
 
     Raises:
         PlanError: the program does not have what goes.
         VerificationError: it is not exact without all of it.
     """
-    other = other.copy()
-    for node in other.module.graph.find_nodes(op="get_attr"):
+    program = program.copy()
+    for node in program.module.graph.find_nodes(op="get_attr"):
         if not node.users:  # weights of the other programs
-            other.module.graph.erase_node(node)
-    other = other.copy()  # holds what the graph looks up, and nothing else
-    analysis = analyze_for(other, asked)
-    canonical, names = program.canonical(), analysis.program.aliases()
-    weights = {}
-    for own, aliases in names.items():
-        same = {canonical.get(alias, alias) for alias in aliases} & decision.weights.keys()
-        if same:
-            weights[own] = decision.weights[same.pop()]
+            program.module.graph.erase_node(node)
+    program = program.copy()  # holds what the graph looks up, and nothing else
+    analysis = analyze_for(program, plan)
     try:
-        gone = gone_of(plan, analysis, partial=True)
-        return rewrite(other, analysis, Decision(gone, weights), whole=True)
+        result = rewrite(program, analysis, Decision(gone_of(plan, analysis, partial=True)), whole=True)
+        if not set(result.plan.splits) <= set(plan.splits):
+            raise PlanError("it takes weights apart in another way")
+        return result
     except (PlanError, VerificationError) as error:
         raise type(error)(
             f"the program '{name}' of the model cannot lose what the plan removes: {error}; leave that"
@@ -442,8 +435,10 @@ def _carried_out(
         ) from error
 
 
-def one_set(model: nn.Module, results: dict[str, Result]) -> dict[str, Tensor]:
-    """The weights of all programs, one tensor for all names that were tied in the original model.
+def _one_set(model: nn.Module, results: Mapping[str, Result]) -> dict[str, Tensor]:
+    """The weights of all programs, those of the first where it has them, one tensor for all names that were
+    tied in the original model. What goes of a weight in another program is a part of what goes in the first,
+    so that those of one shape are cut alike.
 
     Raises:
         PlanError: two programs would need different weights of one name.
@@ -452,21 +447,21 @@ def one_set(model: nn.Module, results: dict[str, Result]) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         ties.setdefault(id(parameter), []).append(name)
     tied = {name: names for names in ties.values() for name in names}
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for program, result in results.items():
         for name, tensor in result.module.state_dict(keep_vars=True).items():
-            if name not in found:
-                made = tensor.detach()
+            if name not in weights:
+                weight = tensor.detach()
                 if isinstance(tensor, nn.Parameter):
-                    made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-                found |= dict.fromkeys(tied.get(name, [name]), made)
-            elif not torch.equal(found[name], tensor):
+                    weight = nn.Parameter(weight, requires_grad=tensor.requires_grad)
+                weights |= dict.fromkeys(tied.get(name, [name]), weight)
+            elif weights[name].shape != tensor.shape:
                 raise PlanError(
                     f"the program '{program}' needs another '{name}' than those before it; such a model"
                     " cannot be served"
                 )
     order = {name: index for index, name in enumerate(dict(model.state_dict()))}
-    return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
+    return dict(sorted(weights.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
 
 def convert(pruned: Pruned, format: FormatName) -> Pruned:
@@ -486,45 +481,23 @@ def convert(pruned: Pruned, format: FormatName) -> Pruned:
         'PerLayerLlamaForCausalLM'
     """
     form, model = format_of(format), pruned.model
-    kind, config = dense_of(model)
-    experiments = experiments_for(format, kind, config)
-    if form.as_llama:
-        refuse_unsaid(format, kind, config)
-    held = model.state_dict(keep_vars=True)
-    made = held | fused_weights(pruned.plan, held)
-    own = (
-        made
-        if experiments.kind is not kind
-        else {key: made[key] for key in experiments.shapes if key in made}
-    )
-    smaller, _ = build(format, experiments, {key: tensor.detach() for key, tensor in own.items()}, model)
+    if form is OWN:
+        raise ArgumentError(f"nothing is converted to {format!r}, which prune writes; give another format")
+    kind, config = format_of(pruned.format).dense(model)
+    experiments = form.experiments(kind, config)
+    weights = model.state_dict(keep_vars=True)
+    weights |= fused_weights(pruned.plan, weights)
+    if experiments.kind is kind:
+        weights = {name: weights[name] for name in experiments.shapes if name in weights}
+    detached = {name: weight.detach() for name, weight in weights.items()}
+    smaller, _ = build(format, experiments, detached, model)
     check_equal(smaller, model, example_of(model))
     return replace(pruned, model=smaller, format=format)
 
 
-def dense_of(model: Any) -> tuple[Any, Any]:
-    """The class of a dense model and its configuration, of which ``model`` is what is left.
-
-    Raises:
-        ArgumentError: its class is not one of transformers'.
-    """
-    kind: Any = type(model)
-    config = model.config
-    if isinstance(model, PrunedModel):
-        config = original_of(config)
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
-    elif kind.__module__ == modeling_per_layer.__name__:
-        kind = kind.__bases__[1]
-        said = json.loads(config.to_json_string(use_diff=False))
-        config = kind.config_class.from_dict({key: said[key] for key in said if key not in BY_LAYER})
-    if kind is None:
-        raise ArgumentError("the model's class is not one of transformers'; it stays as it is")
-    return kind, config
-
-
 def read_pruned(folder: Path, device: torch.device | None) -> Pruned:
-    """A pruned model as :func:`fasp_fx.hf.prune` returned it, from a folder of either kind, with its
-    tokenizer if there is one.
+    """A pruned model as :func:`fasp_fx.hf.prune` returned it, from a folder of any format, with its tokenizer
+    if there is one.
 
     Raises:
         StoreError: a file is missing, damaged or of another version.
@@ -536,27 +509,5 @@ def read_pruned(folder: Path, device: torch.device | None) -> Pruned:
         with parsing("tokenizer_config.json"):
             # Without the option it asks at the terminal whether to run the code that is saved along.
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if kind_of(folder) == KIND:
-        with parsing("config.json"):
-            config = PrunedConfig.from_pretrained(folder)
-        kind = PrunedForSeq2SeqLM if config.is_encoder_decoder else PrunedForCausalLM
-        model = kind.from_pretrained(folder, device_map=device)
-        return Pruned(model, model.plan, model.report, tokenizer)
-    plan, report = read_told(folder)
-    with parsing("config.json"):
-        name = str((read_json(folder / "config.json").get("architectures") or ["none"])[0])
-        found: Any = getattr(transformers, name, None) or getattr(modeling_per_layer, name, None)
-        if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
-            raise StoreError(f"config.json names the class {name!r:.80}, which transformers has not")
-        options: dict[str, Any] = {"dtype": "auto", "device_map": device, "output_loading_info": True}
-        model, info = cast(Any, found).from_pretrained(folder, **options)
-    for what in sorted(str(key) for keys in info.values() for key in keys):
-        raise StoreError(
-            f"model.safetensors does not hold what config.json says, such as {what:.200}: weights would"
-            " be made up or left out; save the model again"
-        )
-    own = found.__module__ == modeling_per_layer.__name__
-    said: FormatName = "plain"
-    if own:
-        said = "decilm" if found is modeling_per_layer.DeciLMForCausalLM else "per-layer"
-    return Pruned(model, plan, report, tokenizer, said)
+    form, kind = format_in(folder)
+    return Pruned(form.load(kind, folder, device), *read_told(folder), tokenizer, form.name)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -51,37 +51,37 @@ class Stages:
         """Random token numbers ``[batch, count]``."""
         vocabulary = int(getattr(self.model.config.get_text_config(), "vocab_size", 2))
         generator = torch.Generator(device="cpu").manual_seed(seed + 31 * count + batch)
-        drawn = torch.randint(0, vocabulary, (batch, count), generator=generator, device="cpu")
-        return drawn.to(self.model.device)
+        shape = (batch, count)
+        return torch.randint(0, vocabulary, shape, generator=generator, device="cpu").to(self.model.device)
 
     def ones(self, batch: int, count: int) -> Tensor:
         """A mask that shows everything, ``[batch, count]``."""
         return torch.ones((batch, count), dtype=torch.long, device=self.model.device)
 
-    def mask(self, ids: Tensor, given: dict[str, Any]) -> Tensor:
+    def mask(self, ids: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The mask of a batch, which shows everything where there is none."""
-        mask = given.get("attention_mask")
+        mask = arguments.get("attention_mask")
         return self.ones(*ids.shape).to(ids.device) if mask is None else mask.long()
 
     def optional(self, **arguments: Any) -> dict[str, Any]:
         """Those arguments that the model takes."""
         return {name: value for name, value in arguments.items() if name in self.accepts}
 
-    def run(self, arguments: dict[str, Any], use_cache: bool = True) -> Any:
-        """Call the model itself.
+    def run(self, arguments: dict[str, Any]) -> Any:
+        """Call the model itself, with a cache unless the arguments say otherwise.
 
         Raises:
             CaptureError: it fails on these arguments.
         """
         try:
             with torch.no_grad(), rewound(self.model):
-                found = self.model(**arguments, use_cache=use_cache, return_dict=True)
-            if use_cache and found.get(CACHE) is None:
+                output = self.model(**{"use_cache": True, **arguments}, return_dict=True)
+            if arguments.get("use_cache", True) and output.get(CACHE) is None:
                 raise ValueError("it returns none")
-            return found
+            return output
         except tolerable(Exception) as error:
             kept = DynamicCache(config=self.model.config).layers
-            others = {type(own).__name__ for own in kept if not isinstance(own, DynamicLayer)}
+            others = {type(layer).__name__ for layer in kept if not isinstance(layer, DynamicLayer)}
             why = f"its layers keep a {' and a '.join(sorted(others))}" if others else first_line(error)
             raise CaptureError(
                 f"{type(self.model).__name__} cannot generate with a cache that holds every token"
@@ -100,7 +100,7 @@ class CausalStages(Stages):
         """
         mask = self.ones(batch, past + new)
         mask[0, :padding] = 0
-        cache = opened(None, False)
+        cache = opened(None, DynamicCache)
         if past:
             cache = self.run(self._call(self.tokens(past, batch), mask[:, :past], cache))[CACHE]
         return self._call(self.tokens(new, batch, seed=1), mask, cache)
@@ -110,8 +110,8 @@ class CausalStages(Stages):
         if positions is None:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :].contiguous()
         kept = torch.arange(ids.shape[1], device=ids.device)
-        given = self.optional(attention_mask=mask, position_ids=positions, logits_to_keep=kept)
-        return {"input_ids": ids, **given, CACHE: cache}
+        taken = self.optional(attention_mask=mask, position_ids=positions, logits_to_keep=kept)
+        return {"input_ids": ids, **taken, CACHE: cache}
 
     def programs(self) -> list[Stage]:
         """The program that is calibrated and served."""
@@ -124,11 +124,12 @@ class CausalStages(Stages):
             caches: heads and width of each cache tensor.
         """
         known = {"input_ids", "attention_mask", "use_cache", *self.optional(position_ids=None)}
-        for ids, given in _calls(calibration, known):
-            cache, like = opened(None, False), torch.empty(0, dtype=self.model.dtype, device=ids.device)
+        for ids, named in _calls(calibration, known):
+            cache = opened(None, DynamicCache)
+            like = torch.empty(0, dtype=self.model.dtype, device=ids.device)
             write_cache(cache, read_cache(cache, caches, len(ids), like))
-            call = self._call(ids, self.mask(ids, given), cache, given.get("position_ids"))
-            yield {**call, "use_cache": True}
+            positions = named.get("position_ids")
+            yield {**self._call(ids, self.mask(ids, named), cache, positions), "use_cache": True}
 
 
 class Seq2SeqStages(Stages):
@@ -144,7 +145,7 @@ class Seq2SeqStages(Stages):
         mask[0, source - padding :] = 0
         with torch.no_grad(), rewound(self.model):
             encoded = _encoding(self.model)(self.tokens(source, batch), mask)
-        cache = opened(None, True)
+        cache = opened(None, EncoderDecoderCache)
         common = {"encoder_outputs": encoded, "attention_mask": mask}
         if past:
             shown = self.optional(decoder_attention_mask=self.ones(batch, past))
@@ -171,16 +172,16 @@ class Seq2SeqStages(Stages):
 
     def batches(self, calibration: Any, caches: dict[str, tuple[int, int]]) -> Iterator[dict[str, Any]]:
         """Calibration batches as the whole program takes them."""
-        for ids, given in _calls(
+        for ids, named in _calls(
             calibration, {"input_ids", "attention_mask", "decoder_input_ids", "use_cache"}
         ):
-            if "decoder_input_ids" not in given:
+            if "decoder_input_ids" not in named:
                 raise CalibrationError(
                     "a calibration batch of an encoder-decoder model needs 'decoder_input_ids' besides"
                     " 'input_ids'; pass dicts with both"
                 )
-            decoded = {"decoder_input_ids": given["decoder_input_ids"]}
-            yield {"input_ids": ids, "attention_mask": self.mask(ids, given), **decoded, "use_cache": False}
+            decoded = {"decoder_input_ids": named["decoder_input_ids"]}
+            yield {"input_ids": ids, "attention_mask": self.mask(ids, named), **decoded, "use_cache": False}
 
 
 def _encoding(model: Any) -> Callable[[Tensor, Tensor], Any]:
@@ -188,8 +189,8 @@ def _encoding(model: Any) -> Callable[[Tensor, Tensor], Any]:
     encoder = model.get_encoder()
 
     def encode(input_ids: Tensor, attention_mask: Tensor) -> Any:
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "return_dict": True}
-        return BaseModelOutput(last_hidden_state=encoder(**given).last_hidden_state)
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "return_dict": True}
+        return BaseModelOutput(last_hidden_state=encoder(**arguments).last_hidden_state)
 
     return encode
 
@@ -201,8 +202,6 @@ def stages_of(model: Any) -> CausalStages | Seq2SeqStages:
         ArgumentError: it is no generating model of transformers, or is asked for outputs that a program does
             not have.
     """
-    from transformers import PreTrainedModel
-
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise ArgumentError(
             f"model is a {type(model).__name__}; fasp_fx.hf prunes models of transformers that generate,"
@@ -229,12 +228,12 @@ def pruned_already(name: str) -> ArgumentError:
 def _calls(calibration: Any, known: set[str]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Each batch as its token numbers and other arguments."""
     for index, (args, named) in enumerate(as_calls(calibration)):
-        given = {**named, "input_ids": args[0]} if len(args) == 1 else named
-        given.pop("labels", None)
-        unknown = sorted(set(given) - known)
-        if unknown or not isinstance(given.get("input_ids"), Tensor):
+        arguments = {**named, "input_ids": args[0]} if len(args) == 1 else named
+        arguments.pop("labels", None)
+        unknown = sorted(set(arguments) - known)
+        if unknown or not isinstance(arguments.get("input_ids"), Tensor):
             what = f"holds {', '.join(unknown)}" if unknown else "has no tensor 'input_ids'"
             raise CalibrationError(
                 f"calibration batch {index} {what}; a batch holds {', '.join(sorted(known - {'use_cache'}))}"
             )
-        yield given["input_ids"], {name: value for name, value in given.items() if value is not None}
+        yield arguments["input_ids"], {name: value for name, value in arguments.items() if value is not None}

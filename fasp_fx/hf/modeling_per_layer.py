@@ -43,14 +43,14 @@ class NoAttention(nn.Module):
             if name == "o_proj":
                 child.weight = nn.Parameter(child.weight[:, :0])
             elif isinstance(child, nn.Linear):
-                for own, tensor in list(child.named_parameters()):
-                    setattr(child, own, nn.Parameter(tensor[:0]))
+                for weight_name, tensor in list(child.named_parameters()):
+                    setattr(child, weight_name, nn.Parameter(tensor[:0]))
 
     def forward(self, hidden_states: Tensor, *_: Any, **options: Any) -> tuple[Tensor, None]:
         cache = options.get("cache", options.get("past_key_values"))
         if cache is not None:  # where it counts tokens
-            held = hidden_states[:, None, :, :1]
-            cache.update(held, held, self.layer_idx)
+            placeholder = hidden_states[:, None, :, :1]
+            cache.update(placeholder, placeholder, self.layer_idx)
         return cast(Any, self).o_proj(hidden_states[..., :0]), None
 
 
@@ -84,8 +84,8 @@ class Block(dict[str, Any]):
 
 def _blocks(value: Any) -> Any:
     if isinstance(value, dict):
-        return Block({name: _blocks(own) for name, own in value.items()})
-    return [_blocks(own) for own in value] if isinstance(value, list) else value
+        return Block({name: _blocks(item) for name, item in value.items()})
+    return [_blocks(item) for item in value] if isinstance(value, list) else value
 
 
 #: widths that a factor says are multiples of it
@@ -101,10 +101,10 @@ class DeciLMConfig(transformers.LlamaConfig):
 
     def __init__(self, block_configs: Any = (), **kwargs: Any) -> None:
         sizes: dict[int, dict[str, int]] = {}
-        for i, own in enumerate(block_configs):
-            said = int(2 * (own["ffn"].get("ffn_mult") or 0) * kwargs.get("hidden_size", 0) / 3)
-            sizes[i] = {"intermediate_size": own["ffn"].get("intermediate_size", -(-said // STEP) * STEP)}
-            if own["attention"]["no_op"]:
+        for i, block in enumerate(block_configs):
+            said = int(2 * (block["ffn"].get("ffn_mult") or 0) * kwargs.get("hidden_size", 0) / 3)
+            sizes[i] = {"intermediate_size": block["ffn"].get("intermediate_size", -(-said // STEP) * STEP)}
+            if block["attention"]["no_op"]:
                 sizes[i] |= {"num_attention_heads": 0, "num_key_value_heads": 0}
         kwargs |= {"per_layer_config": sizes or None, "allow_global_per_layer_attribute_access": True}
         super().__init__(**kwargs)
@@ -132,6 +132,6 @@ class DeciLMForCausalLM(PerLayer, transformers.LlamaForCausalLM):
             for part in names
         )
         absent = {name for name, _ in self.named_parameters() if name.startswith(parts)}
-        own = cast(Any, self)  # sets by now
-        own._keys_to_ignore_on_save |= absent
-        own._keys_to_ignore_on_load_missing |= absent
+        model = cast(Any, self)  # sets by now
+        model._keys_to_ignore_on_save |= absent
+        model._keys_to_ignore_on_load_missing |= absent

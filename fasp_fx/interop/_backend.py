@@ -33,10 +33,12 @@ from fasp_fx.capturing import (
     CallSignature,
     Program,
     Recipe,
+    attribute,
     by_shapes,
     graph_module,
     is_plain_graph,
     take_apart,
+    target_name,
 )
 from fasp_fx.errors import (
     CaptureError,
@@ -170,9 +172,12 @@ class _Backend:
         mode = cast(FakeTensorMode, TracingContext.get().fake_mode)
         values = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
         with torch.no_grad():
-            fakes = [mode.from_tensor(piece.cut(example), static_shapes=True) for piece in slices]
-        for fake, piece in zip(fakes, slices, strict=True):
-            fake.requires_grad_(grad and piece.trains(example))
+            fakes = [
+                mode.from_tensor(piece.cut(example), static_shapes=True).requires_grad_(
+                    grad and piece.trains(example)
+                )
+                for piece in slices
+            ]
         compiled = self.inner(lifted, [*(values[position] for position in rest), *fakes])
         return lambda *args: compiled(
             *(args[position] for position in rest), *(piece.current(args) for piece in slices)
@@ -221,8 +226,8 @@ class _Backend:
                 f" groups stay whole: {'; '.join(left)}",
                 PartialPlanWarning,
             )
-        gone = gone_of(replace(self.plan, groups=tuple(groups)), analysis)
-        return remove(analysis, gone) if groups else program
+        here = replace(self.plan, groups=tuple(groups))
+        return remove(analysis, gone_of(here, analysis)) if groups else program
 
 
 def _refuse(error: FaspError, *args: Any) -> Any:
@@ -275,24 +280,22 @@ class _Slice:
 
 def _lift(program: Program) -> tuple[fx.GraphModule, list[str]]:
     """The graph with its weights as further inputs, and their names in order; submodules stay."""
-    graph, order = program.module.graph, []
+    graph = program.module.graph
     last = ([None, *program.placeholders()])[-1]
     by_name: dict[str, fx.Node] = {}
     for node in graph.find_nodes(op="get_attr"):
-        name = str(node.target)
-        owner, _, leaf = name.rpartition(".")
-        if not isinstance(getattr(program.module.get_submodule(owner), leaf), Tensor):
+        name = target_name(node)
+        if not isinstance(attribute(program.module, name), Tensor):
             continue
         if name not in by_name:
             first = graph.inserting_before(next(iter(graph.nodes)))
             with first if last is None else graph.inserting_after(last):
                 last = by_name[name] = graph.placeholder("weight_" + name.replace(".", "_"))
-            order.append(name)
         node.replace_all_uses_with(by_name[name])
         graph.erase_node(node)
     for node in graph.nodes:
         node.meta.pop("val", None)  # of the sizes before
-    return fx.GraphModule(program.module, graph), order
+    return fx.GraphModule(program.module, graph), list(by_name)
 
 
 # --- Read a graph of dynamo's: which of its inputs are weights, and what it computes, in operators that the
@@ -348,9 +351,9 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
             "it takes a float as an input, as dynamo makes of all of them with dynamic=True; set"
             " torch._dynamo.config.specialize_float = True, which compiles once for each value"
         )
-    given = [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")]
+    examples = [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")]
     try:
-        traced = _traced(module, given)
+        traced = _traced(module, examples)
         take_apart(traced.graph)
     except CaptureError:
         raise
@@ -364,14 +367,14 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
     return traced
 
 
-def _traced(module: nn.Module, given: list[Any]) -> fx.GraphModule:
+def _traced(module: nn.Module, examples: list[Any]) -> fx.GraphModule:
     with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad(), by_shapes():
-        made, signature = aot_export_module(
-            module, given, trace_joint=False, pre_dispatch=True, decompositions={}
+        traced, signature = aot_export_module(
+            module, examples, trace_joint=False, pre_dispatch=True, decompositions={}
         )
     if signature.buffers_to_mutate or signature.parameters_to_mutate or signature.user_inputs_to_mutate:
         raise CaptureError("the graph writes into its inputs or buffers")
-    return cast(fx.GraphModule, made)
+    return cast(fx.GraphModule, traced)
 
 
 def _alone(node: fx.Node) -> fx.Graph:
@@ -393,7 +396,9 @@ def _without_modes(graph: fx.Graph, grad: bool) -> None:
             with graph.inserting_after(node):
                 detached = graph.call_function(torch.ops.aten.detach.default, (node,))
             detached.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(detached, delete_user_cb=lambda user, own=detached: user is not own)
+            node.replace_all_uses_with(
+                detached, delete_user_cb=lambda user, replacement=detached: user is not replacement
+            )
 
 
 def as_program(
@@ -422,13 +427,11 @@ def as_program(
             read.meta.update(node.meta)
             node.replace_all_uses_with(read)
             graph.erase_node(node)
-    for name, value in vars(traced).items():  # constants that tracing has lifted
-        if isinstance(value, Tensor):
+    registered = (*traced.named_parameters(recurse=False), *traced.named_buffers(recurse=False))
+    # Constants that tracing has lifted are plain attributes.
+    for name, value in (*vars(traced).items(), *registered, *traced.named_children()):
+        if isinstance(value, (Tensor, nn.Module)) and not hasattr(root, name):
             setattr(root, name, value)
-    for kind in ("_buffers", "_parameters", "_modules"):
-        for name, value in getattr(traced, kind).items():
-            if value is not None and not hasattr(root, name):
-                setattr(root, name, value)
     return Program(
         graph_module(root, graph, traced.meta),
         CallSignature(inspect.Signature(), (), {}),

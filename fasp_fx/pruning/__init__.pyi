@@ -1,8 +1,11 @@
 from ._allocating import (
-    allocate as allocate,  # How many channel sets each block of each of the budget's groups loses, and what there is to say of it
+    Constraint as Constraint,  # Which counts belong together, and which are possible, as a format of files says it
 )
 from ._allocating import (
-    budget_for as budget_for,  # How much of what was asked for may stay; without a limit where each pattern has its own sparsity
+    Step as Step,  # Which numbers of channel sets of a group are possible
+)
+from ._allocating import (
+    allocate as allocate,  # How many channel sets each block of each of the budget's groups loses, and what there is to say of it
 )
 from ._allocating import (
     check_request as check_request,  # Validate a request before the costs are measured; arguments and errors as for allocate
@@ -10,8 +13,8 @@ from ._allocating import (
 from ._allocating import (
     expected_sparsity as expected_sparsity,  # The sparsity that is asked for, or that something else comes to where all groups lose alike
 )
-from ._calibrating import (
-    Method as Method,  # How channels are chosen, and what stays is repaired
+from ._allocating import (
+    open_budget as open_budget,  # How much of what was asked for may stay, as a budget of the groups that can be pruned and are not excluded
 )
 from ._config import (
     FormatName as FormatName,  # formats of the files of language models (fasp_fx.hf)
@@ -30,6 +33,15 @@ from ._config import (
 )
 from ._config import (
     key_of as key_of,  # The text that says which code of the user's this is: its attribute key; None for a name
+)
+from ._method import (
+    Method as Method,  # How channels are chosen, and what stays is repaired
+)
+from ._method import (
+    allocation_of as allocation_of,  # The function that an allocation stands for
+)
+from ._prune import (
+    Job as Job,  # What a pruning is given besides a model, options and data
 )
 from ._prune import (
     analyze as analyze,  # Find the coupled groups of a model
@@ -54,6 +66,9 @@ from ._prune import (
 )
 from ._prune import (
     prune as prune,  # Make a model physically smaller; the caller's model is not touched
+)
+from ._prune import (
+    prune_subject as prune_subject,  # The smaller model
 )
 from ._prune import (
     replay as replay,  # What a plan takes of each program of a model, with what stays repaired where there are batches; as decide
@@ -125,6 +140,9 @@ from ._subject import (
     Subject as Subject,  # A model on its way to a smaller one; captured as one program, unless a subclass says otherwise
 )
 from ._subject import (
+    Whole as Whole,  # A model that was captured as one program
+)
+from ._subject import (
     analyze_for as analyze_for,  # The groups of a program at the granularities that are asked for, or that a plan was made with
 )
 from ._subject import (
@@ -133,17 +151,11 @@ from ._subject import (
 from ._subject import (
     rewrite as rewrite,  # Take out of a program what was decided for its analysis, hold the result against the masked dense program, and report it
 )
-from .check._check import (
-    largest_passing_subset as largest_passing_subset,  # A part of items without fault that no other item can join
-)
 from .check._compare import (
     widened as widened,  # A type of real or complex numbers, or a tensor of it, in this precision if its own is lower; anything else as it is
 )
 from .check._reference import (
     masked_program as masked_program,  # A program with the decided weights in place of its own and what was removed masked; tensors are shared
-)
-from .eager import (
-    fused_weights as fused_weights,  # The weights of a model that a result holds in parts, put together again
 )
 
 __all__ = [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 from fasp_fx.allocation import (
     Budget,
@@ -16,110 +18,145 @@ from fasp_fx.allocation import (
     check_asked,
     check_patterns,
     counted,
-    deepest_loss,
     is_excluded,
     lost_by_pattern,
     validate,
 )
-from fasp_fx.analysis import APPROXIMATE, Analysis, Group, Resource, Sparsity
-from fasp_fx.calibration import ServedTrial
+from fasp_fx.analysis import APPROXIMATE, Analysis, Group, Groups, Resource, Sparsity
+from fasp_fx.calibration import BudgetTrial
 from fasp_fx.errors import NothingPrunableError
 
-from ._calibrating import Method
 from ._config import PruningConfig
+from ._method import Method
 
 
-def budget_for(
-    config: PruningConfig, analysis: Analysis, count: Callable[[Cap | None], Resource] | None = None
-) -> Budget:
-    """How much of what was asked for may stay; without a limit where each pattern has its own sparsity.
+@dataclass(frozen=True)
+class Step:
+    """Which numbers of channel sets of a group are possible.
+
+    Attributes:
+        multiple: as many stay of each block as are a multiple of it.
+        at_once: whether all of them go or none.
+    """
+
+    multiple: int = 1
+    at_once: bool = False
+
+
+class Constraint(Protocol):
+    """Which counts belong together, and which are possible, as a format of files says it.
+
+    Attributes:
+        source: what says it, in words.
+    """
+
+    source: str
+
+    def __call__(self, groups: Sequence[Group]) -> tuple[list[int | None], list[Step]]:
+        """For each group that can lose channel sets its tie, a number that it shares with those that lose as
+        much as it does, ``None`` where it stays whole; and its steps, of which those of the first group of a
+        tie count.
+
+        Raises:
+            NothingPrunableError: all groups stay whole.
+        """
+
+
+def constrained(budget: Budget, constraint: Constraint | None) -> Budget:
+    """The budget for one group for all that are tied, in steps that are possible; errors as for
+    :class:`Constraint`.
+    """
+    if constraint is None:
+        return budget
+    ties, steps = constraint(budget.groups)
+    first: dict[int, Step] = {}
+    for tie, step in zip(ties, steps, strict=True):
+        if tie is not None:
+            first.setdefault(tie, step)
+    narrowed = budget.narrowed(ties)
+    narrowed.groups = [
+        replace(group, at_once=step.at_once, multiple=math.lcm(group.multiple, step.multiple))
+        for group, (_, step) in zip(narrowed.groups, sorted(first.items()), strict=True)
+    ]
+    return narrowed
+
+
+def open_budget(config: PruningConfig, analysis: Groups, count: Callable[[Cap | None], Resource]) -> Budget:
+    """How much of what was asked for may stay, as a budget of the groups that can be pruned and are not
+    excluded; without a limit where each pattern has its own sparsity.
 
     Args:
-        count: counts a resource; ``None``: of the one program that was analysed.
+        count: counts a resource, or what sparsity is a fraction of.
 
     Raises:
         BudgetError: a resource cannot be counted.
+        ArgumentError: a name pattern matches nothing.
+        NothingPrunableError: no group can be pruned.
     """
-    count = count or partial(counted, analysis)
-    if config.budgets:
-        return Budget(analysis.chosen, [Limit.under(cap, count(cap)) for cap in config.budgets])
-    sparsity = config.target_sparsity
-    return Budget(analysis.chosen, [] if sparsity is None else [Limit(count(None), sparsity)])
+    limits = [Limit.under(cap, count(cap)) for cap in config.budgets]
+    if not limits and config.target_sparsity is not None:
+        limits = [Limit(count(None), config.target_sparsity)]
+    groups, chosen = analysis.groups, analysis.chosen
+    check_patterns("exclude", config.exclude, groups)
+    budget = Budget(chosen, limits).only([not is_excluded(group, config.exclude) for group in chosen])
+    budget.advice = _advice(config, groups)
+    if not budget.groups:
+        reasons = "; ".join(sorted({group.reason for group in groups if group.reason}))
+        why = "exclude= leaves all whole" if chosen else reasons or "it has no coupled weights"
+        advice = f"; ask for {budget.advice}" if budget.advice else ""
+        raise NothingPrunableError(f"no group of this model can be pruned: {why}{advice}")
+    return budget
 
 
-def check_request(
-    method: Method, budget: Budget, groups: Sequence[Group], costs: Costs | None = None
-) -> None:
+def check_request(method: Method, budget: Budget, costs: Costs | None = None) -> None:
     """Validate a request before the costs are measured; arguments and errors as for :func:`allocate`."""
-    part = _open(method, budget, groups)
     if isinstance(method.allocation, CostAllocation) and costs is None:
-        method.allocation.check(part, method.config.round_to)
+        method.allocation.check(budget, method.config.round_to)
     else:
-        allocate(method, budget, groups, costs)
+        allocate(method, budget, costs)
 
 
 def allocate(
     method: Method,
     budget: Budget,
-    groups: Sequence[Group],
-    costs: Costs | None,
-    trial: ServedTrial | None = None,
-    advance: Callable[[float], None] = lambda fraction: None,
-) -> tuple[list[int], list[str]]:
-    """How many channel sets each block of each of the budget's groups loses, and what there is to say of it.
+    costs: Costs | None = None,
+    trial: BudgetTrial | None = None,
+) -> list[int]:
+    """How many channel sets each block of each chosen group of the model loses.
 
     Args:
-        groups: all groups of the model, those that cannot be pruned among them.
         costs: the cost curves, where the allocation wants them.
         trial: runs the model as it would be pruned, where the allocation wants that.
-        advance: called with the fraction of a search done.
 
     Raises:
-        NothingPrunableError: no group can be pruned.
         ArgumentError: a name pattern matches nothing, or the allocation returned what cannot be done.
         SparsityError, BudgetError: the sparsity or a budget is out of reach.
     """
     config, allocation = method.config, method.allocation
-    part = _open(method, budget, groups)
     if isinstance(config.sparsity, Mapping):
-        check_asked(config.sparsity, part.groups)
-        return part.spread(lost_by_pattern(part, config.sparsity, config.round_to), budget), []
-    if trial is not None:
-        trial.serve(part.groups, part.spread, advance)
-    if isinstance(allocation, CostAllocation):
-        assert costs is not None
-        given = (costs, trial) if isinstance(allocation, Search) else (costs,)
-        found = validate(allocation(part, config.round_to, *given), part)
+        check_asked(config.sparsity, budget.groups)
+        return budget.spread(lost_by_pattern(budget, config.sparsity, config.round_to))
+    if not isinstance(allocation, CostAllocation):
+        lost = allocation(budget, config.round_to)
     else:
-        found = validate(allocation(part, config.round_to), part)
-    return part.spread(found, budget), list(trial.notes) if trial is not None else []
+        assert costs is not None
+        more = (trial,) if isinstance(allocation, Search) else ()
+        lost = allocation(budget, config.round_to, budget.joined(costs), *more)
+    return budget.spread(validate(lost, budget))
 
 
 def expected_sparsity(config: PruningConfig, analysis: Analysis) -> float:
     """The sparsity that is asked for, or that something else comes to where all groups lose alike.
 
     Raises:
-        FaspError: as for :func:`allocate`.
+        FaspError: as for :func:`open_budget` and :func:`allocate`.
     """
     if config.target_sparsity is not None:
         return config.target_sparsity
-    budget = budget_for(config, analysis)
-    lost, _ = allocate(Method.of(replace(config, allocation="uniform")), budget, analysis.groups, None)
-    return Sparsity(analysis).removed(budget.counts(lost))
-
-
-def _open(method: Method, budget: Budget, groups: Sequence[Group]) -> Budget:
-    """The budget of the groups that are not excluded."""
-    exclude = method.config.exclude
-    check_patterns("exclude", exclude, groups)
-    part = budget.only([not is_excluded(group, exclude) for group in budget.groups])
-    part.advice = _advice(method.config, groups)
-    if not part.groups:
-        reasons = "; ".join(sorted({group.reason for group in groups if group.reason}))
-        why = "exclude= leaves all whole" if budget.groups else reasons or "it has no coupled weights"
-        advice = f"; ask for {part.advice}" if part.advice else ""
-        raise NothingPrunableError(f"no group of this model can be pruned: {why}{advice}")
-    return part
+    uniform = Method.of(replace(config, allocation="uniform"))
+    lost = allocate(uniform, open_budget(config, analysis, partial(counted, analysis)))
+    counts = [count * group.blocks for count, group in zip(lost, analysis.chosen, strict=True)]
+    return Sparsity(analysis).removed(counts)
 
 
 def _advice(config: PruningConfig, groups: Sequence[Group]) -> str:
@@ -127,11 +164,19 @@ def _advice(config: PruningConfig, groups: Sequence[Group]) -> str:
     sizes = [
         group.size
         for group in groups
-        if group.status == APPROXIMATE and group.granularity in config.granularity and deepest_loss(group)
+        if group.status == APPROXIMATE and group.granularity in config.granularity and group.deepest_loss
         if APPROXIMATE not in config.include and not is_excluded(group, config.exclude)
     ]
     include = (*config.include, APPROXIMATE)
     return f"include={include}, for {sum(sizes):,} channel sets more" if sizes else ""
 
 
-__all__ = ["allocate", "budget_for", "check_request", "expected_sparsity"]
+__all__ = [
+    "Constraint",
+    "Step",
+    "allocate",
+    "check_request",
+    "constrained",
+    "expected_sparsity",
+    "open_budget",
+]

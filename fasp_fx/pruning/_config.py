@@ -69,8 +69,8 @@ def _named(kind: Any, called: str = "") -> Check:
     known = f"not known; use {', '.join(map(repr, names))}" + f", a fasp_fx.{called} or None" * bool(called)
 
     def fits(value: Any) -> bool:
-        own = value is None or (callable(value) and not isinstance(value, type))
-        return (isinstance(value, str) and value in names) or (bool(called) and own)
+        is_code = value is None or (callable(value) and not isinstance(value, type))
+        return (isinstance(value, str) and value in names) or (bool(called) and is_code)
 
     return _where(fits, known)
 
@@ -300,25 +300,6 @@ class PruningConfig:
         return configured(cls, config, options)
 
     @property
-    def needs_data(self) -> bool:
-        """Whether calibration data is needed."""
-        from fasp_fx.allocation import CostAllocation
-        from fasp_fx.calibration import resolve_score
-
-        return (
-            resolve_score(self.effective_score).needs_data
-            or self.restore is not None
-            or isinstance(self.allocator, CostAllocation)
-        )
-
-    @property
-    def counts_cache(self) -> bool:
-        """Whether a budget is of the cache, which only a program that returns one shows."""
-        from fasp_fx.allocation import CacheBytes
-
-        return any(isinstance(cap, CacheBytes) for cap in self.budgets)
-
-    @property
     def effective_score(self) -> Literal["fasp", "obs", "magnitude", "random"] | Score:
         """The score, or what stands for it where none is given."""
         if self.score is not None:
@@ -329,8 +310,8 @@ class PruningConfig:
     def score_name(self) -> str:
         """The score's name; that of its class or function with its ``key``, where it is one of the user's."""
         score = self.effective_score
-        own = f"{getattr(score, '__qualname__', type(score).__qualname__)} {getattr(score, 'key', None)}"
-        return score if isinstance(score, str) else own
+        code = f"{getattr(score, '__qualname__', type(score).__qualname__)} {getattr(score, 'key', None)}"
+        return score if isinstance(score, str) else code
 
     @property
     def effective_drift(self) -> float:
@@ -347,22 +328,6 @@ class PruningConfig:
             for field in fields(self)
             if field.name not in names and getattr(self, field.name) != getattr(usual, field.name)
         )
-
-    @property
-    def allocator(self) -> Allocation:
-        """The function that the allocation stands for."""
-        from fasp_fx.allocation import Global, Search, uniform
-
-        if callable(self.allocation):
-            return self.allocation
-        if self.allocation == "search":
-            return Search()
-        is_global = (
-            self.effective_score == "obs" and not isinstance(self.sparsity, Mapping)
-            if self.allocation is None
-            else self.allocation == "global"
-        )
-        return Global() if is_global else uniform
 
     @property
     def budgets(self) -> tuple[Cap, ...]:
@@ -408,13 +373,13 @@ class PruningConfig:
         from fasp_fx.base import from_document
 
         remedy = "write it again with PruningConfig.to_json()"
-        held = from_document("config", dict[str, Any], text, remedy, ArgumentError)
+        document = from_document("config", dict[str, Any], text, remedy, ArgumentError)
         # Earlier saves name options that are gone, and that few gave.
         known = {field.name for field in fields(cls)}
         values = {
-            name: held[name]
-            for name in held.keys() - {"format", "kind", "padding_mask"}
-            if name in known or held[name]
+            name: document[name]
+            for name in document.keys() - {"format", "kind", "padding_mask"}
+            if name in known or document[name]
         }
         return cls.of(None, {**values, "budget": budget_from_data(values.get("budget", []))})
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -15,41 +15,44 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fasp_fx.allocation import CostAllocation, Costs, check_costs
-from fasp_fx.analysis import Analysis, PruningPlan, gone_of, running_fingerprint
+from fasp_fx.allocation import Budget, Costs, check_costs
+from fasp_fx.analysis import Analysis, Groups, PruningPlan, gone_of, running_fingerprint
 from fasp_fx.base import (
     Shown,
     advance_of,
+    between,
     check_callable,
     in_usual_modes,
     one_at_a_time,
     path_of,
     shows,
-    tolerable,
 )
 from fasp_fx.calibration import (
+    BudgetTrial,
     Consumers,
     Decision,
     Journal,
-    ModelTrial,
-    Planned,
+    Ledger,
     Ranks,
     check_calibration,
     ended_together,
     open_journal,
+    places_of,
 )
-from fasp_fx.capturing import Captured, Model, capture_whole, check_given
-from fasp_fx.errors import ArgumentError, CaptureError, PlanError
+from fasp_fx.capturing import Captured, Model, capture_model, check_given, model_copy
+from fasp_fx.errors import ArgumentError, NothingPrunableError, PlanError, SparsityError
 from fasp_fx.storage import claim, refuse_other
 
-from ._allocating import allocate, budget_for, check_request
-from ._calibrating import Method, between, calibrate, measure_costs
+from ._allocating import Constraint, allocate, check_request, constrained, open_budget
+from ._calibrating import by_score, calibrate
 from ._config import Granularity, Include, PruningConfig, PruningOptions, key_of
+from ._joined import PartsAnalysis
+from ._measuring import Measured, Measurement
+from ._method import Method
 from ._parts import InParts
 from ._report import PREDICTED
 from ._result import Result
-from ._subject import Subject, analyze_for, make_plan
-from ._submodules import CapturedParts, capture_parts, check_parts_help
+from ._subject import Subject, Whole, analyze_for, make_plan
 
 #: losses that make sense for a part of a model by itself
 _PARTIAL_LOSSES = ("auto", "outputs", None)
@@ -59,8 +62,6 @@ PROGRESS_SHARE_MEASURING = 0.35
 PROGRESS_SHARE_SEARCHING = 0.6
 #: the options that say how what stays is restored, and not what goes
 _RESTORING = ("restore", "drift")
-#: told the fraction done
-Advance = Callable[[float], None]
 
 
 @one_at_a_time
@@ -97,7 +98,7 @@ def capture(
         (884, 718)
         (884, 453)
     """
-    return _captured(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device)
+    return capture_model(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device)
 
 
 @one_at_a_time
@@ -111,7 +112,7 @@ def analyze(
     state: tuple[str, ...] = (),
     granularity: Collection[Granularity] = PruningConfig.granularity,
     include: Collection[Include] = (),
-) -> Analysis:
+) -> Analysis | PartsAnalysis:
     """Find the coupled groups of a model. Weights are not read: a model on the meta device will do.
 
     A model that cannot be captured whole is analysed in the parts in which :func:`prune` would prune it
@@ -206,23 +207,14 @@ def prune(
     """
     check_callable(on_analysis=on_analysis)
     config = PruningConfig.of(config, options)
-    if config.needs_data:
+    if Method.of(config).needs_data:
         check_calibration(calibration)
     subject = _subject_of(
         model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device
     )
-    for path, decision in decide(
-        subject,
-        config,
-        calibration,
-        progress=progress,
-        on_analysis=on_analysis,
-        costs=costs,
-        ranks=Ranks.of(group),
-        checkpoint=checkpoint,
-    ):
-        subject.put(path, decision, config)
-    return subject.result(config)
+    return prune_subject(
+        subject, config, calibration, Job(progress, on_analysis, costs, Ranks.of(group), checkpoint)
+    )
 
 
 @shows("measuring")
@@ -275,7 +267,7 @@ def measure(
     subject = _subject_of(
         model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device
     )
-    return measure_subject(subject, config, calibration, ranks=Ranks.of(group), progress=progress)
+    return measure_subject(subject, config, calibration, Job(progress, ranks=Ranks.of(group)))
 
 
 @shows("pruning")
@@ -317,7 +309,7 @@ def apply(
     subject = _subject_of(
         model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device
     )
-    for path, decision in replay(subject, plan, config, calibration, progress=progress):
+    for path, decision in replay(subject, plan, config, calibration, Job(progress)):
         subject.put(path, decision, None)
     return subject.result(None)
 
@@ -367,68 +359,76 @@ def plan_from_sets(
     return plan
 
 
-# --- The steps between a captured model and what goes of it: analyse, measure, allocate, calibrate.
+# --- The steps from a captured model to a smaller one: analyse, constrain, measure, allocate, calibrate, and
+# rewrite, which the check is a part of.
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a pruning is given besides a model, options and data.
+
+    Attributes:
+        progress, on_analysis, costs, checkpoint: as for :func:`fasp_fx.prune`.
+        ranks: the processes that share the batches.
+        loss: what ``loss="auto"`` stands for.
+        constraint: which counts belong together, and which are possible; ``None``: all are.
+    """
+
+    progress: Shown = None
+    on_analysis: Callable[[Any], None] | None = None
+    costs: Costs | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    checkpoint: str | Path | None = None
+    loss: Literal["outputs", "next-token"] = "outputs"
+    constraint: Constraint | None = None
+
+
+def prune_subject(
+    subject: Subject, config: PruningConfig, calibration: Iterable[Any] | None, job: Job
+) -> Result:
+    """The smaller model; errors as for :func:`fasp_fx.prune`."""
+    for path, decision in decide(subject, config, calibration, job):
+        subject.put(path, decision, config)
+    return subject.result(config)
 
 
 def decide(
-    subject: Subject,
-    config: PruningConfig,
-    calibration: Iterable[Any] | None,
-    *,
-    progress: Shown = None,
-    on_analysis: Callable[[Analysis], None] | None = None,
-    costs: Costs | None = None,
-    loss: Literal["outputs", "next-token"] = "outputs",
-    ranks: Ranks | None = None,
-    checkpoint: str | Path | None = None,
+    subject: Subject, config: PruningConfig, calibration: Iterable[Any] | None, job: Job
 ) -> Iterator[tuple[str, Decision]]:
     """What goes of each program of a model, one after another: whoever puts a program into its place before
-    asking for the next lets that see it. Arguments and errors as for :func:`fasp_fx.prune`.
-
-    Args:
-        loss: what ``loss="auto"`` stands for.
-        ranks: the processes that share the batches.
+    asking for the next lets that see it. Errors as for :func:`fasp_fx.prune`.
     """
-    ranks, advance = ranks or Ranks(), advance_of(progress)
+    ranks, advance = job.ranks, advance_of(job.progress)
     subject.check_weights()
-    folder = _checkpoint_folder(checkpoint, config)
+    folder = _checkpoint_folder(job.checkpoint, config)
     fingerprint = functools.cache(subject.fingerprint)
-    method = Method.of(config, loss)
-    if costs is not None:
-        key_of(config.effective_score, "score=", "costs=")
-        if not method.needs_costs:
-            raise ArgumentError(
-                "costs= is for an allocation by predicted losses, and this one is uniform; leave it out, or"
-                " pass allocation='global'"
-            )
-        check_costs(costs, fingerprint(), config.score_name, config.granularity)
-    groups = subject.analyze(config).groups
-    budget = budget_for(config, subject.whole, subject.count)
-    check_request(method, budget, groups, costs)
-    if on_analysis is not None:
-        on_analysis(subject.whole)
-    batches = subject.read(calibration) if config.needs_data else None
+    method = Method.of(config, job.loss)
+    costs = _checked_costs(job.costs, method, fingerprint)
+    analysis = subject.analyze(config)
+    budget = constrained(open_budget(config, analysis, subject.count), job.constraint)
+    check_request(method, budget, costs)
+    if job.on_analysis is not None:
+        job.on_analysis(analysis)
+    batches = subject.read(calibration) if method.needs_data else None
     ranks.check_alike(fingerprint, batches or (), vars(config))
-    consumers, seen = _consumers(subject, config, subject.served()), 0.0
-    trials: dict[str, ModelTrial] = {}
+    consumers, inputs = _consumers(subject, config), functools.partial(subject.inputs, batches=batches)
+    measured, done = Measured(method), 0.0
     if batches is not None and method.needs_measuring:
-        seen = PROGRESS_SHARE_MEASURING
-        method, costs, trials = measure_costs(
-            method,
-            consumers,
-            functools.partial(subject.inputs, batches=batches),
-            fingerprint(),
-            ranks,
-            between(advance, 0.0, seen),
-            costs,
+        done = PROGRESS_SHARE_MEASURING
+        wants_curves = method.needs_costs and (costs is None or method.runs_trials)
+        measured = Measurement(consumers, inputs, ranks, wants_curves).run(method, between(advance, 0, done))
+        method = measured.method
+        if costs is None and wants_curves:
+            costs = measured.costs(fingerprint())
+    searched = done + PROGRESS_SHARE_SEARCHING * (1 - done) if method.runs_trials else done
+    budget, candidates = served_budget(subject, budget, analysis), subject.trial(measured.trials)
+    trial = None if candidates is None else BudgetTrial(candidates, budget, between(advance, done, searched))
+    lost = allocate(method, budget, costs, trial)
+    subject.notes = [*(trial.notes if trial else ()), *_remarks(method, costs, analysis, lost)]
+    if job.constraint is not None and not any(lost):
+        raise SparsityError(
+            f"the sparsity is less than half a step of what {job.constraint.source} can say; ask for more"
         )
-    searched = seen + PROGRESS_SHARE_SEARCHING * (1 - seen) if method.runs_trials else seen
-    budget = budget.only([path in consumers for path, own in subject.analyses.items() for _ in own.chosen])
-    lost, notes = allocate(
-        method, budget, groups, costs, subject.trial(trials), between(advance, seen, searched)
-    )
-    lost = budget.spread(lost)
-    subject.notes = [*notes, *_remarks(method, costs, subject, lost)]
     if folder is not None and "" not in consumers and not ranks.rank:
         claim(folder, "prune", {"parts": list(consumers)})
     shares, advance = subject.split(lost), between(advance, searched, 1.0)
@@ -437,12 +437,13 @@ def decide(
         within(0.0)
         if path and not any(share):
             continue
-        inputs = None if batches is None else subject.inputs(path, batches)
-        if inputs is not None and not inputs:
+        calls = None if batches is None else inputs(path)
+        if calls is not None and not calls:
             continue
-        name = f"part-{number}" if path else ""
-        journal = _journal(folder, name, consumers[path], config, share, inputs, ranks)
-        decision = calibrate(method, consumers[path], share, inputs, ranks, within, journal)
+        place = folder and folder / (f"part-{number}" if path else "")
+        journal = None if ranks.rank else _journal(place, consumers[path], config, share, calls, ranks.size)
+        choices, ledger = by_score(method, consumers[path], share), Ledger(ranks, journal)
+        decision = calibrate(method, consumers[path], choices, calls, ledger, within)
         if not path:
             decision.notes.extend(subject.notes)
         yield path, decision
@@ -450,41 +451,57 @@ def decide(
         advance(1.0)  # the last parts may have stayed whole
 
 
-def _consumers(subject: Subject, config: PruningConfig, paths: Iterable[str]) -> dict[str, Consumers]:
-    """Those of some programs."""
-    return {path: Consumers(subject.analyses[path], config.restore is not None, path) for path in paths}
+def served_budget(subject: Subject, budget: Budget, analysis: Groups) -> Budget:
+    """The budget without the groups of programs that the batches do not serve."""
+    served = subject.served()
+    paths = [path for path, part in subject.analyses.items() for _ in part.chosen]
+    names = {group.name for group, path in zip(analysis.chosen, paths, strict=True) if path in served}
+    if len(names) == len(paths):
+        return budget
+    advice, budget = budget.advice, budget.only([group.name in names for group in budget.groups])
+    budget.advice = advice
+    if not budget.groups:
+        raise NothingPrunableError("no group can be pruned of the parts that the calibration data serve")
+    return budget
 
 
-def measure_subject(
-    subject: Subject,
-    config: PruningConfig,
-    calibration: Iterable[Any],
-    *,
-    ranks: Ranks,
-    progress: Shown = None,
-    loss: Literal["outputs", "next-token"] = "outputs",
-) -> Costs:
-    """The cost curves of a model, on all of the batches; arguments and errors as for :func:`decide` and
-    :func:`fasp_fx.measure`.
+def _checked_costs(costs: Costs | None, method: Method, fingerprint: Callable[[], str]) -> Costs | None:
+    """Cost curves that were measured before, if the allocation wants them and they are of this model.
+
+    Raises:
+        ArgumentError: they cannot be used.
     """
-    if not isinstance(config.allocator, CostAllocation):
+    if costs is not None:
+        config = method.config
+        key_of(config.effective_score, "score=", "costs=")
+        if not method.needs_costs:
+            raise ArgumentError(
+                "costs= is for an allocation by predicted losses, and this one is uniform; leave it out, or"
+                " pass allocation='global'"
+            )
+        check_costs(costs, fingerprint(), config.score_name, config.granularity)
+    return costs
+
+
+def _consumers(subject: Subject, config: PruningConfig) -> dict[str, Consumers]:
+    """Those of the programs that the batches serve."""
+    return {
+        path: Consumers(subject.analyses[path], config.restore is not None, path) for path in subject.served()
+    }
+
+
+def measure_subject(subject: Subject, config: PruningConfig, calibration: Iterable[Any], job: Job) -> Costs:
+    """The cost curves of a model, on all of the batches; errors as for :func:`fasp_fx.measure`."""
+    if not Method.of(config).needs_costs:
         sparsity = None if config.budget else config.target_sparsity
         config = replace(config, sparsity=sparsity, allocation="global")
     subject.check_weights()
     subject.analyze(config)
     batches, fingerprint = subject.read(calibration), subject.fingerprint()
-    ranks.check_alike(lambda: fingerprint, batches, vars(config))
-    _, costs, _ = measure_costs(
-        Method.of(config, loss),
-        _consumers(subject, config, subject.served()),
-        functools.partial(subject.inputs, batches=batches),
-        fingerprint,
-        ranks,
-        advance_of(progress),
-        part=1,
-    )
-    assert costs is not None
-    return costs
+    job.ranks.check_alike(lambda: fingerprint, batches, vars(config))
+    inputs = functools.partial(subject.inputs, batches=batches)
+    measurement = Measurement(_consumers(subject, config), inputs, job.ranks, wants_curves=True, part=1)
+    return measurement.run(Method.of(config, job.loss), advance_of(job.progress)).costs(fingerprint)
 
 
 def restoring_config(config: PruningConfig, plan: Any, has_data: bool) -> PruningConfig:
@@ -506,12 +523,7 @@ def restoring_config(config: PruningConfig, plan: Any, has_data: bool) -> Prunin
 
 
 def replay(
-    subject: Subject,
-    plan: PruningPlan,
-    config: PruningConfig,
-    calibration: Iterable[Any] | None,
-    *,
-    progress: Shown = None,
+    subject: Subject, plan: PruningPlan, config: PruningConfig, calibration: Iterable[Any] | None, job: Job
 ) -> Iterator[tuple[str, Decision]]:
     """What a plan takes of each program of a model, with what stays repaired where there are batches; as
     :func:`decide`.
@@ -520,17 +532,19 @@ def replay(
         PlanError: the plan is for another model, or for other parts of it.
         CalibrationError: the batches do not fit.
     """
-    advance = advance_of(progress)
+    advance, method = advance_of(job.progress), Method.of(config)
     subject.analyze(config)
-    removed = {path: gone_of(own, subject.analyses[path]) for path, own in subject.apart(plan).items()}
+    removed = {path: gone_of(part, subject.analyses[path]) for path, part in subject.apart(plan).items()}
     batches = None if calibration is None else subject.read(calibration)
     for number, (path, gone) in enumerate(removed.items()):
-        planned = Planned(subject.analyses[path], gone)
+        analysis = subject.analyses[path]
         inputs = None if batches is None else subject.inputs(path, batches)
-        method = Method.of(replace(config, score=planned))
-        consumers = Consumers(subject.analyses[path], config.restore is not None, path)
+        consumers = Consumers(analysis, config.restore is not None, path)
         within = between(advance, number / len(removed), (number + 1) / len(removed))
-        yield path, calibrate(method, consumers, planned.lost, inputs or None, Ranks(), within)
+        choices = {
+            name: lambda _, places=places: places for name, places in places_of(analysis, gone).items()
+        }
+        yield path, calibrate(method, consumers, choices, inputs or None, Ledger(job.ranks), within)
 
 
 def _checkpoint_folder(checkpoint: str | Path | None, config: PruningConfig) -> Path | None:
@@ -551,40 +565,38 @@ def _checkpoint_folder(checkpoint: str | Path | None, config: PruningConfig) -> 
 
 def _journal(
     folder: Path | None,
-    name: str,
     consumers: Consumers,
     config: PruningConfig,
     lost: list[int],
     inputs: list[list[Any]] | None,
-    ranks: Ranks,
+    processes: int,
 ) -> Journal | None:
     """What is kept of the calibration of one program; what an allocation decides stands in it by itself, and
     which code of the user's it is, its ``key`` says.
     """
-    if folder is None or inputs is None or ranks.rank:
+    if folder is None or inputs is None:
         return None
-    own: dict[str, Any] = {
-        name: None for name in ("score", "restore", "allocation", "loss") if callable(getattr(config, name))
-    }
-    options = json.loads(replace(config, **own).to_json())
-    options |= {name: getattr(config, name).key for name in own if name != "allocation"}
+    code = [name for name in ("score", "restore", "allocation", "loss") if callable(getattr(config, name))]
+    unnamed: dict[str, Any] = dict.fromkeys(code)
+    options = json.loads(replace(config, **unnamed).to_json())
+    options |= {name: getattr(config, name).key for name in code if name != "allocation"}
     fingerprint = running_fingerprint(consumers.analysis.program)
-    return open_journal(folder / name, fingerprint, options, lost, inputs, ranks.size)
+    return open_journal(folder, fingerprint, options, lost, inputs, processes)
 
 
-def _remarks(method: Method, costs: Costs | None, subject: Subject, lost: list[int]) -> list[str]:
+def _remarks(method: Method, costs: Costs | None, analysis: Groups, lost: list[int]) -> list[str]:
     """What there is to say of an allocation."""
-    found = []
+    remarks = []
     if costs is not None:
-        names = (group.name for group in subject.whole.chosen)
+        names = (group.name for group in analysis.chosen)
         rise = costs.predicted(dict(zip(names, lost, strict=True)))
-        found.append(f"{PREDICTED} {method.loss_description}: {rise:.3g}")
+        remarks.append(f"{PREDICTED} {method.loss_description}: {rise:.3g}")
     if not any(lost):
-        found.append(
+        remarks.append(
             "nothing goes: what was asked for is less than half a step of any group; ask for more, or for a"
             " smaller round_to"
         )
-    return found
+    return remarks
 
 
 def _subject_of(
@@ -608,24 +620,16 @@ def _subject_of(
     """
     if isinstance(model, Captured):
         check_given(model.device(), args, kwargs, **how)
-    captured = model if isinstance(model, Captured) else _captured(model, args, kwargs, run=run, **how)
-    if not isinstance(captured, CapturedParts):
-        return Subject({"": captured.checked()}, how["device"])
+    captured = model if isinstance(model, Captured) else capture_model(model, args, kwargs, run=run, **how)
+    around = captured.in_parts
+    if around is None:
+        return Whole(captured.checked(), how["device"])
     if config is not None and config.loss not in _PARTIAL_LOSSES:
         raise ArgumentError(
             f"loss={config.loss!r} needs a model that is captured as a whole; leave it out to prune this one"
             " by its submodules"
-        ) from captured.error
-    return InParts(captured, captured is not model)
-
-
-def _captured(model: Model, args: Any, kwargs: dict[str, Any] | None, **how: Any) -> Captured:
-    """A model as one program, or else in parts, where nothing speaks of the whole of it."""
-    try:
-        return capture_whole(model, args, kwargs, **how)
-    except tolerable(CaptureError) as error:
-        check_parts_help(error, model, how["dynamic_shapes"], how["state"])
-        return capture_parts(error, model, args, kwargs, how["device"])
+        ) from around.error
+    return InParts(around, model_copy(around.model) if captured is model else around.model)
 
 
 __all__ = ["analyze", "apply", "capture", "measure", "plan_from_sets", "prune"]

@@ -21,7 +21,8 @@ from ._config import PruningConfig
 if TYPE_CHECKING:
     from fasp_fx.allocation import Cap
     from fasp_fx.analysis import Analysis, Resource
-    from fasp_fx.calibration import Decision
+
+    from .check._check import Checked
 
 #: the operators whose weights sparsity counts
 COUNTED = "linear, convolution and recurrent operators"
@@ -48,8 +49,8 @@ def _cache(analysis: Analysis, removed: Mapping[str, int]) -> tuple[int, int] | 
         resource = cache_of(analysis)
     except BudgetError:
         return None
-    left = resource.used([removed.get(group.name, 0) for group in resource.groups])
-    return int(resource.whole), int(left)
+    rest = resource.used([removed.get(group.name, 0) for group in resource.groups])
+    return int(resource.whole), int(rest)
 
 
 @dataclass(frozen=True)
@@ -230,10 +231,10 @@ class Report:
         restored = max((line.error_restored or 0.0 for line in self.lines), default=0.0)
         if cut is None:
             return "unknown: nothing was calibrated; run both models on data of yours"
-        said = (
+        errors = (
             f"squared errors of what consumers put out are {restored:.1e} at most, {cut:.1e} without repair"
         )
-        return next((note for note in self.notes if note.startswith(PREDICTED)), said)
+        return next((note for note in self.notes if note.startswith(PREDICTED)), errors)
 
     def _trust(self) -> str:
         """How far what was lost can be relied on."""
@@ -244,9 +245,9 @@ class Report:
         ]
         if not errors:
             return "unknown: no calibration token was held out; run both models on data of yours"
-        held, restored, name = max(errors)
+        unseen, restored, name = max(errors)
         return (
-            f"squared errors of single layers are {held:.1e} at most ({name}) on calibration tokens that no"
+            f"squared errors of single layers are {unseen:.1e} at most ({name}) on calibration tokens that no"
             f" repair has seen, {restored:.1e} on all; far above that, more data would help; near 1, little"
             " of a layer is left"
         )
@@ -257,10 +258,10 @@ class Report:
 
     def __str__(self) -> str:
         asked = f" (asked for {self.requested:.2%})" if self.requested is not None else ""
-        (held, kept), less = self.parameters, self.parameters[1] / max(self.parameters[0], 1) - 1
+        (dense, kept), less = self.parameters, self.parameters[1] / max(self.parameters[0], 1) - 1
         out = [
             f"removed     {self.sparsity:.2%}{asked} of the weights of {COUNTED} in {counted(self.include)}:"
-            f" parameters {held:,} -> {kept:,} ({less:+.2%}), bytes {self.bytes[0]:,} -> {self.bytes[1]:,}",
+            f" parameters {dense:,} -> {kept:,} ({less:+.2%}), bytes {self.bytes[0]:,} -> {self.bytes[1]:,}",
             f"cost        {self._cost()}",
             f"trust       {self._trust()}",
         ]
@@ -301,18 +302,19 @@ class Report:
 def make_report(
     analysis: Analysis,
     plan: PruningPlan,
-    decision: Decision,
+    checked: Checked,
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     config: PruningConfig | None,
-    left: Mapping[str, str] | None = None,
 ) -> Report:
     """Assemble the report of one pruning.
 
     Args:
+        checked: what was carried out.
+        before, after: the parameters of both models.
         config: what was asked for; ``None`` where a plan is replayed, or for a part of a model.
-        left: the groups that were to be pruned and stay whole, with what was seen.
     """
+    decision, whole = checked.decision, checked.whole
     removed = {group.name: group.removed_sets for group in plan.groups}
     lines = []
     for group in analysis.groups:
@@ -325,7 +327,7 @@ def make_report(
             replace(
                 line_of(group),
                 after=group.size - removed.get(group.name, 0),
-                reason=f"left whole: {left[group.name]}" if left and group.name in left else group.reason,
+                reason=f"left whole: {whole[group.name]}" if group.name in whole else group.reason,
                 error_cut=max((o.error_before for o in outcomes), default=None),
                 error_restored=max((o.error_after for o in outcomes), default=None),
                 held_cut=max((o.held_before for o in outcomes if o.held_before is not None), default=None),
@@ -339,7 +341,7 @@ def make_report(
         (old[0], new[0]),
         (old[1], new[1]),
         with_exclusions(lines, analysis.groups, config),
-        notes=(*notes_of(analysis), *decision.notes),
+        notes=(*notes_of(analysis), *decision.notes, *checked.notes),
         without_rule=dict(analysis.without_rule),
         cache=_cache(analysis, removed),
         include=tuple(sorted(analysis.include)),

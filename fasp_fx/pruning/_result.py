@@ -11,9 +11,7 @@ they are named, so load only what you would also run.
 
 from __future__ import annotations
 
-import gc
-import weakref
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -25,8 +23,8 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fasp_fx.analysis import PruningPlan
-from fasp_fx.base import fingerprint, in_usual_modes, one_at_a_time, parse, path_of, tolerable
-from fasp_fx.capturing import CallSignature
+from fasp_fx.base import in_usual_modes, one_at_a_time, parse, path_of, tolerable
+from fasp_fx.capturing import CallSignature, dressed, model_copy, put
 from fasp_fx.errors import ArgumentError, CaptureError, PlanError, StoreError
 from fasp_fx.passes import PrunedModule, program_now, wrap
 from fasp_fx.storage import (
@@ -47,8 +45,8 @@ from fasp_fx.storage import (
 )
 
 from ._config import PruningConfig
+from ._copies import check_copies, note_copy
 from ._report import Report
-from ._submodules import copied, dressed, put
 
 KIND = "whole"
 TOLD = ("plan.json", "report.json")
@@ -129,7 +127,7 @@ class Result:
                 stored, or a copy that :meth:`eager` made was trained since.
         """
         path = path_of(path, "path").absolute()
-        self._check_copies()
+        check_copies(self.module, self._weights)
         with new_save(path, PARTS_KIND if self.is_in_parts else KIND, overwrite=overwrite) as folder:
             (_write_parts if self.is_in_parts else _write_whole)(folder, self)
         return path
@@ -159,58 +157,24 @@ class Result:
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"model must be the nn.Module that was pruned, not {type(model).__name__}")
         if not self.is_in_parts:
-            made = eager(self.module, self.plan, model)
+            smaller = eager(self.module, self.plan, model)
         else:
-            made = copied(self.module)
+            smaller = model_copy(self.module)
             for path, part in self.parts.items():
-                smaller = eager(part.module, part.plan, model.get_submodule(path))
-                put(made, _places(made, made.get_submodule(path)), smaller)
-        _COPIES[made] = weakref.ref(self.module), _fingerprints(made)
-        return made
+                places = _places(smaller, smaller.get_submodule(path))
+                put(smaller, places, eager(part.module, part.plan, model.get_submodule(path)))
+        note_copy(smaller, self.module)
+        return smaller
 
-    def _check_copies(self) -> None:
-        """Refuse to write other weights than those of a copy that was trained since it was made.
-
-        Raises:
-            StoreError: names one.
-        """
+    def _weights(self) -> dict[str, Tensor]:
+        """The weights that the module holds now, by their names in the model that was pruned."""
         from .eager import weights_of
 
-        if _COPIES:
-            gc.collect()  # a copy that nobody holds any more may be held by itself
-        changed = [
-            (name, copy.state_dict()[name])
-            for copy, (module, before) in list(_COPIES.items())
-            if module() is self.module
-            for name, _ in sorted(_fingerprints(copy).items() - before.items())
-        ]
-        if not changed:
-            return
-        parts = self.parts or {"": self}
-        held = self.module.state_dict() if self.parts else {}
-        for path, part in parts.items():
-            own = weights_of(part.module, part.plan)
-            held |= {f"{path}.{name}" if path else name: tensor for name, tensor in own.items()}
-        for name, tensor in changed:
-            if name in held and not torch.equal(tensor, held[name].to(tensor)):
-                raise StoreError(
-                    f"a copy that result.eager made was trained since, and result.module has other values in"
-                    f" '{name}'; take them with result.module.load_state_dict(copy.state_dict()), or save"
-                    " the copy's state_dict() and delete the copy"
-                )
-
-
-#: the copies that :meth:`Result.eager` has made: the module that each is like, and what its weights were
-_COPIES: MutableMapping[nn.Module, tuple[weakref.ref[nn.Module], dict[str, str]]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def _fingerprints(module: nn.Module) -> dict[str, str]:
-    """What tells the weights of a module from others, but for those that were quantised."""
-    held = module.state_dict().items()
-    plain = ((name, tensor) for name, tensor in held if type(tensor) is Tensor and not tensor.is_meta)
-    return {name: fingerprint({"": tensor}) for name, tensor in plain}
+        weights = self.module.state_dict() if self.parts else {}
+        for path, part in (self.parts or {"": self}).items():
+            own_weights = weights_of(part.module, part.plan).items()
+            weights |= {f"{path}.{name}" if path else name: tensor for name, tensor in own_weights}
+        return weights
 
 
 # --- Writing.
@@ -231,7 +195,7 @@ def is_inside(name: str, paths: Iterable[str]) -> bool:
 
 def _places(model: nn.Module, module: nn.Module) -> list[str]:
     """Where a submodule stands in a model."""
-    return [path for path, held in model.named_modules(remove_duplicate=False) if held is module]
+    return [path for path, other in model.named_modules(remove_duplicate=False) if other is module]
 
 
 def _write_whole(folder: Path, result: Result) -> None:
@@ -248,19 +212,19 @@ def _write_parts(folder: Path, result: Result) -> None:
     """Write the program of each part and the weights of everything else."""
     places = []
     for index, (name, part) in enumerate(result.parts.items()):
-        found = _places(result.module, part.module)
-        if name not in found:
+        paths = _places(result.module, part.module)
+        if name not in paths:
             raise StoreError(
                 f"the part '{name}' no longer stands at its place in result.module, so it cannot be saved;"
                 " save before exchanging modules"
             )
-        places.append([name, *(path for path in found if path != name)])
-        made = folder / PARTS / str(index)
-        made.mkdir(parents=True)
-        _write_whole(made, part)
+        places.append([name, *(path for path in paths if path != name)])
+        part_folder = folder / PARTS / str(index)
+        part_folder.mkdir(parents=True)
+        _write_whole(part_folder, part)
     inside = list(chain(*places))
-    held = result.module.state_dict(keep_vars=True)
-    rest = {name: value for name, value in held.items() if not is_inside(name, inside)}
+    tensors = result.module.state_dict(keep_vars=True)
+    rest = {name: value for name, value in tensors.items() if not is_inside(name, inside)}
     write_tensors(folder / "rest.safetensors", rest)
     write_json(folder / "signature.json", signature_to_json(result.signature))
     write_json(folder / "parts.json", asdict(Layout(places, dict(result.left))))
@@ -338,9 +302,9 @@ def _load_parts(folder: Path, model: nn.Module | None, device: torch.device | No
     layout = parse(Layout, read_text(folder / "parts.json"), "parts.json")
     count = len(layout.parts)
     verify(folder, PARTS_KIND, [f"{PARTS}/{index}/{name}" for index in range(count) for name in FILES])
-    made = copied(model).eval()
-    held = chain(made.parameters(), made.buffers())
-    target = device or next((tensor.device for tensor in held if tensor.device.type != "meta"), None)
+    rebuilt = model_copy(model).eval()
+    tensors = chain(rebuilt.parameters(), rebuilt.buffers())
+    target = device or next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)
     rest = read_tensors(folder / "rest.safetensors", target)
     parts = {
         paths[0]: _read_program(folder / PARTS / str(index), target)
@@ -349,16 +313,16 @@ def _load_parts(folder: Path, model: nn.Module | None, device: torch.device | No
     another = f"this {type(model).__name__} is not the model that was pruned, which has other weights around"
     try:
         for paths in layout.parts:
-            put(made, paths, dressed(parts[paths[0]].module, made.get_submodule(paths[0])))
+            put(rebuilt, paths, dressed(parts[paths[0]].module, rebuilt.get_submodule(paths[0])))
         # The very weights that were there, whatever types and ties those of the model have.
-        missing, strange = made.load_state_dict(rest, strict=False, assign=True)
+        missing, strange = rebuilt.load_state_dict(rest, strict=False, assign=True)
     except tolerable(AttributeError, RuntimeError) as error:  # no such submodule, or other sizes
         raise StoreError(f"{another} the parts: {error}; give that one") from error
     inside = list(chain(*layout.parts))
     stray = [*strange, *(name for name in missing if not is_inside(name, inside))]
-    stray += [name for name, tensor in made.named_buffers() if tensor.device.type == "meta"]
+    stray += [name for name, tensor in rebuilt.named_buffers() if tensor.device.type == "meta"]
     if stray:
         raise StoreError(f"{another} the parts, such as '{stray[0]}'; give that one, with its values")
-    made = made if device is None else made.to(device)
+    rebuilt = rebuilt if device is None else rebuilt.to(device)
     signature = signature_from_json(read_text(folder / "signature.json"))
-    return Result(cast(fx.GraphModule, made), *read_told(folder), signature, parts, layout.left)
+    return Result(cast(fx.GraphModule, rebuilt), *read_told(folder), signature, parts, layout.left)

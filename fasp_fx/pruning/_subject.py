@@ -4,8 +4,8 @@ one becomes smaller.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,81 +24,33 @@ from fasp_fx.analysis import (
     program_fingerprint,
 )
 from fasp_fx.base import device_named, fingerprint
-from fasp_fx.calibration import Decision, ModelTrial, ServedTrial, read_batches
+from fasp_fx.calibration import Candidates, Decision, ModelTrial, read_batches
 from fasp_fx.capturing import Program
 from fasp_fx.errors import ArgumentError
 from fasp_fx.passes import split_fused
 
 from ._config import PruningConfig
+from ._joined import PartsAnalysis
 from ._report import make_report
 from ._result import Result
 from .check._check import Checker
 
 
-class Subject:
-    """A model on its way to a smaller one; captured as one program, unless a subclass says otherwise.
+class Subject(ABC):
+    """A model on its way to a smaller one.
 
     Args:
         programs: what it was captured as, in the order in which the model runs them.
-        device: where batches are moved.
 
     Attributes:
-        whole: the groups of all programs, in the names of the model, once :meth:`analyze` was called.
-        analyses: those of the programs that are pruned.
+        analyses: those of the programs that are pruned, once :meth:`analyze` was called.
         notes: what there is to say of all programs together.
     """
 
-    whole: Analysis
-
-    def __init__(self, programs: Mapping[str, Program], device: torch.device | str | None = None) -> None:
-        self.programs, self._device = dict(programs), None if device is None else device_named(device)
+    def __init__(self, programs: Mapping[str, Program]) -> None:
+        self.programs = dict(programs)
         self.analyses: dict[str, Analysis] = {}
         self.notes: list[str] = []
-
-    def analyze(self, asked: PruningConfig) -> Analysis:
-        """The groups of all programs, in the names of the model."""
-        self.analyses = {path: analyze_for(program, asked) for path, program in self.programs.items()}
-        self.whole = self.analyses[""]
-        return self.whole
-
-    def fingerprint(self) -> str:
-        """What tells the model, with its weights, from others."""
-        return computed_fingerprint(self.programs[""])
-
-    def count(self, cap: Cap | None) -> Resource:
-        """What a budget counts, of all programs together; ``None``: what sparsity is a fraction of."""
-        return counted(self.analyses[""], cap)
-
-    def apart(self, plan: PruningPlan) -> dict[str, PruningPlan]:
-        """What a plan says of each program, in the program's names.
-
-        Raises:
-            PlanError: the plan is for another model.
-        """
-        check_fingerprint(plan, program_fingerprint(self.programs[""]))
-        return {"": plan}
-
-    def read(self, calibration: Iterable[Any] | None) -> Any:
-        """The calibration batches, each of its tensors and constants.
-
-        Raises:
-            CalibrationError: one does not fit.
-        """
-        return read_batches(self.programs[""], calibration, self._device)
-
-    def inputs(self, path: str, batches: Any) -> Any:
-        """What the batches bring to the inputs of a program's graph, behind the programs that were put; none
-        where the program has to stay as it is.
-        """
-        return batches
-
-    def put(self, path: str, decision: Decision, config: PruningConfig | None) -> None:
-        """Carry out what was decided for a program, and put what comes of it into the program's place."""
-        self._result = rewrite(self.programs[path], self.analyses[path], decision, config)
-
-    def result(self, config: PruningConfig | None) -> Result:
-        """The smaller model, once all programs were put."""
-        return self._result
 
     def check_weights(self) -> None:
         """Refuse weights without values.
@@ -114,18 +66,105 @@ class Subject:
                         " prune() needs them"
                     )
 
-    def served(self) -> list[str]:
-        """The programs that the batches serve, once :meth:`read` was called."""
-        return [*self.analyses]
-
-    def trial(self, trials: Mapping[str, ModelTrial]) -> ServedTrial | None:
-        """What runs the programs as they would be pruned, if anything does."""
-        return trials.get("")
-
     def split(self, lost: Sequence[int]) -> dict[str, list[int]]:
         """What the groups of each program lose, of what all groups do."""
-        left = iter(lost)
-        return {path: [next(left) for _ in own.chosen] for path, own in self.analyses.items()}
+        counts = iter(lost)
+        return {path: [next(counts) for _ in part.chosen] for path, part in self.analyses.items()}
+
+    @abstractmethod
+    def analyze(self, asked: PruningConfig) -> Analysis | PartsAnalysis:
+        """The groups of all programs, in the names of the model."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """What tells the model, with its weights, from others."""
+
+    @abstractmethod
+    def count(self, cap: Cap | None) -> Resource:
+        """What a budget counts, of all programs together; ``None``: what sparsity is a fraction of."""
+
+    @abstractmethod
+    def apart(self, plan: PruningPlan) -> dict[str, PruningPlan]:
+        """What a plan says of each program that loses anything, in the program's names.
+
+        Raises:
+            PlanError: the plan is for another model.
+        """
+
+    @abstractmethod
+    def read(self, calibration: Iterable[Any] | None) -> Any:
+        """The calibration batches, each of its tensors and constants.
+
+        Raises:
+            CalibrationError: one does not fit.
+        """
+
+    @abstractmethod
+    def served(self) -> list[str]:
+        """The programs that the batches serve, once :meth:`read` was called."""
+
+    @abstractmethod
+    def inputs(self, path: str, batches: Any) -> Any:
+        """What the batches bring to the inputs of a program's graph, behind the programs that were put; none
+        where the program has to stay as it is.
+        """
+
+    @abstractmethod
+    def trial(self, trials: Mapping[str, ModelTrial]) -> Candidates | None:
+        """What runs the programs as they would be pruned, if anything does."""
+
+    @abstractmethod
+    def put(self, path: str, decision: Decision, config: PruningConfig | None) -> None:
+        """Carry out what was decided for a program, and put what comes of it into the program's place."""
+
+    @abstractmethod
+    def result(self, config: PruningConfig | None) -> Result:
+        """The smaller model, once all programs were put."""
+
+
+class Whole(Subject):
+    """A model that was captured as one program.
+
+    Args:
+        program: that.
+        device: where batches are moved.
+    """
+
+    def __init__(self, program: Program, device: torch.device | str | None = None) -> None:
+        super().__init__({"": program})
+        self.program, self._device = program, None if device is None else device_named(device)
+
+    def analyze(self, asked: PruningConfig) -> Analysis:
+        self.analyses = {"": analyze_for(self.program, asked)}
+        return self.analyses[""]
+
+    def fingerprint(self) -> str:
+        return computed_fingerprint(self.program)
+
+    def count(self, cap: Cap | None) -> Resource:
+        return counted(self.analyses[""], cap)
+
+    def apart(self, plan: PruningPlan) -> dict[str, PruningPlan]:
+        check_fingerprint(plan, program_fingerprint(self.program))
+        return {"": plan}
+
+    def read(self, calibration: Iterable[Any] | None) -> Any:
+        return read_batches(self.program, calibration, self._device)
+
+    def served(self) -> list[str]:
+        return [""]
+
+    def inputs(self, path: str, batches: Any) -> Any:
+        return batches
+
+    def trial(self, trials: Mapping[str, ModelTrial]) -> Candidates | None:
+        return trials.get("")
+
+    def put(self, path: str, decision: Decision, config: PruningConfig | None) -> None:
+        self._result = rewrite(self.program, self.analyses[""], decision, config)
+
+    def result(self, config: PruningConfig | None) -> Result:
+        return self._result
 
 
 def analyze_for(program: Program, asked: PruningConfig | PruningPlan) -> Analysis:
@@ -171,20 +210,11 @@ def rewrite(
     Raises:
         VerificationError: nothing of what was decided holds.
     """
-    held = Checker(program, analysis, decision).run(whole)
-    weights = dict(held.module.named_parameters(remove_duplicate=False))
-    plan = make_plan(program, analysis, held.decision, fingerprint(weights))
-    report = make_report(
-        analysis,
-        plan,
-        held.decision,
-        program.parameters(),
-        weights,
-        config,
-        held.left,
-    )
-    report = replace(report, notes=(*report.notes, *held.notes))
-    return Result(held.module, plan, report, program.signature)
+    checked = Checker(program, analysis, decision).run(whole)
+    weights = dict(checked.module.named_parameters(remove_duplicate=False))
+    plan = make_plan(program, analysis, checked.decision, fingerprint(weights))
+    report = make_report(analysis, plan, checked, program.parameters(), weights, config)
+    return Result(checked.module, plan, report, program.signature)
 
 
-__all__ = ["Subject", "analyze_for", "make_plan", "rewrite"]
+__all__ = ["Subject", "Whole", "analyze_for", "make_plan", "rewrite"]

@@ -53,9 +53,8 @@ def new_save(path: Path, kind: str, *, overwrite: bool, keep: bool = True) -> It
     Raises:
         StoreError: the path is taken or cannot be written.
     """
-    with new_folder(
-        path, overwrite=overwrite, replaceable=lambda folder: is_save(folder, kind), keep=keep
-    ) as folder:
+    replaceable = (lambda folder: is_save(folder, kind)) if overwrite else None
+    with new_folder(path, replaceable=replaceable, keep=keep) as folder:
         yield folder
         write_manifest(folder, kind)
 
@@ -71,20 +70,20 @@ def write_manifest(folder: Path, kind: str, names: Iterable[str] = ()) -> None:
 
 
 def _names(folder: Path) -> list[str]:
-    found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
-    return sorted(name for name in found if name != MANIFEST)
+    files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+    return sorted(name for name in files if name != MANIFEST)
 
 
 def _manifest(folder: Path) -> _Manifest:
     if not folder.is_dir():
         raise StoreError(f"'{folder}' is not a folder; give the folder that save() wrote")
-    found = parse(_Manifest, read_text(folder / MANIFEST), MANIFEST)
-    if found.format != FORMAT:
+    manifest = parse(_Manifest, read_text(folder / MANIFEST), MANIFEST)
+    if manifest.format != FORMAT:
         raise StoreError(
-            f"{MANIFEST} has the format {found.format!r:.80}, this version reads {FORMAT!r}; save again, or"
-            f" load with fasp_fx {found.fasp_fx:.40}"
+            f"{MANIFEST} has the format {manifest.format!r:.80}, this version reads {FORMAT!r}; save again,"
+            f" or load with fasp_fx {manifest.fasp_fx:.40}"
         )
-    return found
+    return manifest
 
 
 def kind_of(folder: Path) -> str:
@@ -99,8 +98,8 @@ def kind_of(folder: Path) -> str:
 def is_save(folder: Path, *kinds: str) -> bool:
     """Whether a folder holds a save of one of these kinds and nothing besides."""
     try:
-        held = _manifest(folder)
-        return held.kind in kinds and held.files.keys() >= set(_names(folder))
+        manifest = _manifest(folder)
+        return manifest.kind in kinds and manifest.files.keys() >= set(_names(folder))
     except tolerable(StoreError, OSError):
         return False
 
@@ -111,22 +110,23 @@ def verify(folder: Path, kind: str, names: Iterable[str]) -> None:
     Raises:
         StoreError: names the file and what is wrong.
     """
-    held = _manifest(folder)
-    if held.kind != kind:
+    manifest = _manifest(folder)
+    if manifest.kind != kind:
         raise StoreError(
-            f"'{folder}' holds a save of the kind {held.kind!r:.80}, not {kind!r}; read it with fasp_fx.load"
+            f"'{folder}' holds a save of the kind {manifest.kind!r:.80}, not {kind!r}; read it with"
+            " fasp_fx.load"
         )
     sizes = {name: size_of(folder / name) for name in names}
     for name, size in sizes.items():  # all sizes are looked at before the first file is read
-        if name not in held.files:
+        if name not in manifest.files:
             raise StoreError(f"{MANIFEST} does not list {name}; save the result again")
-        if size != held.files[name].size:
+        if size != manifest.files[name].size:
             raise StoreError(
-                f"{name} has {size} bytes, {MANIFEST} says {held.files[name].size}: it is truncated or was"
-                " changed; copy the folder or save again"
+                f"{name} has {size} bytes, {MANIFEST} says {manifest.files[name].size}: it is truncated or"
+                " was changed; copy the folder or save again"
             )
     for name in sizes:
-        if _sha256(folder / name) != held.files[name].sha256:
+        if _sha256(folder / name) != manifest.files[name].sha256:
             raise StoreError(
                 f"{name} was changed after it was saved (its SHA-256 differs from {MANIFEST}); copy the"
                 " folder again, or save the result again"
@@ -145,18 +145,18 @@ def size_of(file: Path) -> int:
         StoreError: it is missing, is no file, or is JSON and longer than any that is written.
     """
     try:
-        found = file.stat()
+        status = file.stat()
     except (OSError, ValueError) as error:
         raise StoreError(
             f"{file.name} is missing from '{file.parent}' ({first_line(error)}); give the folder that save()"
             " wrote, complete"
         ) from error
-    if not stat.S_ISREG(found.st_mode) or (file.suffix == ".json" and found.st_size > JSON_BYTES):
+    if not stat.S_ISREG(status.st_mode) or (file.suffix == ".json" and status.st_size > JSON_BYTES):
         raise StoreError(
-            f"{file.name} in '{file.parent}' has {found.st_size:,} bytes or is no file, and files of at most"
+            f"{file.name} in '{file.parent}' has {status.st_size:,} bytes or is no file, and files of at most"
             f" {JSON_BYTES:,} are read; save the result again"
         )
-    return found.st_size
+    return status.st_size
 
 
 def read_text(file: Path) -> str:
@@ -227,8 +227,8 @@ def claim(folder: Path, kind: str, run: Mapping[str, Any]) -> None:
     refuse_other(folder)
     if not file.exists():
         write_text(file, json.dumps(run))
-    found = read_state(dict[str, Any], file)
-    different = sorted(name for name in {*run, *found} if run.get(name) != found.get(name))
+    stored = read_state(dict[str, Any], file)
+    different = sorted(name for name in {*run, *stored} if run.get(name) != stored.get(name))
     if different:
         raise StoreError(
             f"'{folder}' is the checkpoint of another run: {', '.join(different)} differ; choose another"

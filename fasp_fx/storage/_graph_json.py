@@ -10,8 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import sympy
 import torch
@@ -19,15 +18,13 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from fasp_fx.base import (
     SIZE_FUNCTIONS,
-    Count,
-    ReadBy,
     Symbols,
     guards_of,
     hint_of,
-    parse,
     pytree,
     quiet,
     ranges_of,
@@ -46,11 +43,13 @@ from ._tensors import device_of, to_device
 VERSION = 1
 #: elements of all example inputs of a program together
 EXAMPLE = 2**28
+#: what of a weight must be as it was at the capture
+ALIKE = ("shape", "dtype", "device")
 #: dimensions of a tensor
 _DIMENSIONS = 64
 #: how the structure of arguments and outputs names a device
 _DEVICE = re.compile(r'(\\*"_t\\*": \\*"device\\*", \\*"s\\*": \\*")\w+(:\d+)?')
-_INPUTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.USER_INPUT)
+_INPUTS = {name: InputKind[name] for name in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR", "USER_INPUT")}
 _ASSUMPTIONS = ("integer", "positive", "nonnegative")
 
 
@@ -67,10 +66,7 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
             " tensors and numbers"
         )
     try:
-        return {
-            "program": _Writer().program(program),
-            "example": [_leaf(value) for value in pytree.tree_leaves(program.example_inputs)],
-        }
+        return {"program": _Writer().program(program)}
     except StoreError:
         raise
     except tolerable(Exception) as error:
@@ -96,8 +92,7 @@ class _Writer:
             "torch": torch.__version__,
             "nodes": graph,
             "inputs": [
-                [_INPUTS[_INPUTS.index(spec.kind)].name, spec.target, spec.persistent]
-                for spec in signature.input_specs
+                [_INPUTS[spec.kind.name].name, spec.target, spec.persistent] for spec in signature.input_specs
             ],
             "outputs": [[spec.kind.name, spec.target] for spec in signature.output_specs],
             "symbols": {
@@ -124,23 +119,21 @@ class _Writer:
         elif node.op == "get_attr":
             function = getattr(node.graph.owning_module, str(target))
             target = [_untrusted.check_name(target), self.graph(function.graph)]
-        args, kwargs = (value_to_json(value, self.argument) for value in (list(node.args), dict(node.kwargs)))
+        args = [value_to_json(value, self.argument) for value in node.args]
+        kwargs = {name: value_to_json(value, self.argument) for name, value in node.kwargs.items()}
         recorded = None if node.op == "output" else value_to_json(node.meta.get("val"), self.record)
         if node.op != "output":
             _untrusted.check_name(node.name)
+        if node.op == "placeholder" and not str(target).isidentifier():
+            target = node.name  # of a weight, which is known by its path
         return [node.name, node.op, target, args, kwargs, recorded, _about(node)]
 
     def argument(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
             return {"node": value.name}
-        return self.container(value)
-
-    def container(self, value: Any) -> Any:
-        """fx has lists and dicts of its own."""
-        kind = next((kind for kind in (list, dict) if isinstance(value, kind)), None)
-        if kind is None or type(value) is kind:
-            raise TypeError(f"a {type(value).__name__} is not stored")
-        return value_to_json(kind(value), self.argument)
+        if isinstance(value, (immutable_list, immutable_dict)):  # as fx has them
+            return value_to_json((list if isinstance(value, list) else dict)(value), self.argument)
+        raise TypeError(f"a {type(value).__name__} is not stored")
 
     def record(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -154,7 +147,7 @@ class _Writer:
                 return {tag: self.size(value)}
         if isinstance(value, fx.GraphModule):
             return None
-        return self.container(value)
+        return self.argument(value)
 
     def size(self, size: Any) -> Any:
         if isinstance(size, int):
@@ -214,29 +207,12 @@ def _structure_from_json(written: Any, device: torch.device | None) -> pytree.Tr
 # --- Reading.
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    """A tensor among the example inputs, or another value."""
-
-    shape: tuple[Count, ...] | None = None
-    dtype: Annotated[torch.dtype, ReadBy(constant_of(torch.dtype))] = torch.float32
-    device: str = "cpu"
-    value: Annotated[Any, ReadBy(value_from_json)] = None
-
-
-def _leaf(value: Any) -> dict[str, Any]:
-    if not isinstance(value, Tensor):
-        return {"value": value_to_json(value)}
-    dtype = str(value.dtype).removeprefix("torch.")
-    return {"shape": list(value.shape), "dtype": dtype, "device": str(value.device)}
-
-
 def program_from_json(
     data: Mapping[str, Any],
     weights: dict[str, Tensor],
     constants: dict[str, Tensor],
     device: torch.device | None,
-    cast: bool = False,
+    alike: tuple[str, ...] = ALIKE,
 ) -> ExportedProgram:
     """The program over the given tensors.
 
@@ -244,18 +220,17 @@ def program_from_json(
         data: what :func:`program_to_json` returned.
         weights, constants: tensors by name.
         device: where the program shall run; ``None`` keeps the devices of the save.
-        cast: whether the tensors may be of other types than the graph was captured with, as those of a module
-            after ``double()``.
+        alike: what of the tensors must be as it was at the capture; those of a module can be of another type
+            by now, as after ``double()``.
 
     Raises:
         StoreError: the data holds anything that :func:`program_to_json` does not write.
     """
     with parsing("graph.json"):
         reader = _Reader(data["program"], device)
-        example = _example_from_json(json.dumps(data["example"]), reader.structures[0], device)
         with quiet():
-            program = reader.program(example, weights, constants)
-        check_weights(program, cast=cast)
+            program = reader.program(weights, constants)
+        check_weights(program, alike)
         return program
 
 
@@ -269,7 +244,8 @@ class _Reader:
                 " or load with the fasp_fx that saved it"
             )
         self.fields, self.device, self.made = fields, device, Symbols()
-        self.structures = [_structure_from_json(written, device) for written in fields["structures"]]
+        taken, returned = fields["structures"]
+        self.structures = (_structure_from_json(taken, device), _structure_from_json(returned, device))
         self.symbols: dict[str, sympy.Symbol] = {}
         for name, (assumptions, *bounds, hint) in fields["symbols"].items():
             known = {assumption: True for assumption in assumptions if assumption in _ASSUMPTIONS}
@@ -283,28 +259,21 @@ class _Reader:
             truth=lambda part: self.made.truth(self.size(part)),
         )
 
-    def program(self, example: Any, weights: dict[str, Tensor], constants: dict[str, Any]) -> ExportedProgram:
-        """The program over these tensors, with the example as its inputs."""
+    def program(self, weights: dict[str, Tensor], constants: dict[str, Any]) -> ExportedProgram:
+        """The program over these tensors."""
         root = nn.Module()
         fields, graph = self.fields, self.graph(self.fields["nodes"], root)
+        placeholders = graph.find_nodes(op="placeholder")
         inputs = [
-            InputSpec(_INPUTS[_kinds(_INPUTS).index(kind)], argument_of(node), _path(target), persistent)
-            for node, (kind, target, persistent) in zip(
-                graph.find_nodes(op="placeholder"), fields["inputs"], strict=True
-            )
+            InputSpec(_INPUTS[kind], argument_of(node), _path(target), persistent)
+            for node, (kind, target, persistent) in zip(placeholders, fields["inputs"], strict=True)
         ]
         outputs = [
             OutputSpec(OutputKind[kind], argument_of(result), _path(target))
             for result, (kind, target) in zip(results(graph), fields["outputs"], strict=True)
         ]
         names = None if fields["arguments"] is None else list(map(_untrusted.check_name, fields["arguments"]))
-        call = ModuleCallSignature(
-            [spec.arg for spec in inputs if spec.kind is InputKind.USER_INPUT],
-            [spec.arg for spec in outputs if spec.kind is OutputKind.USER_OUTPUT],
-            in_spec=self.structures[0],
-            out_spec=self.structures[1],
-            forward_arg_names=names,
-        )
+        call = ModuleCallSignature([], [], *self.structures, names)
         program = ExportedProgram(
             root,
             graph,
@@ -312,11 +281,38 @@ class _Reader:
             weights,
             dict(self.made.ranges),
             [ModuleCallEntry("", call)],
-            example,
+            self.example(
+                [
+                    node.meta["val"]
+                    for node, spec in zip(placeholders, inputs)
+                    if spec.kind is InputKind.USER_INPUT
+                ]
+            ),
             constants,
         )
         take_guards(program, [_untrusted.check_guard(guard) for guard in fields["guards"]])
         return program
+
+    def example(self, values: list[Any]) -> Any:
+        """Inputs of the sizes of the capture's example, all zero, in the structure of a call.
+
+        Args:
+            values: what is recorded of the inputs.
+        """
+        shapes = [self.made.example(value.shape) for value in values if isinstance(value, Tensor)]
+        elements = sum(map(math.prod, shapes))
+        if elements > EXAMPLE:
+            raise StoreError(
+                f"the example inputs in graph.json have {elements:,} elements, and at most {EXAMPLE:,} are"
+                " made; save with smaller ones"
+            )
+        zeros = (
+            to_device(torch.zeros(self.made.example(value.shape), dtype=value.dtype), value.device)
+            if isinstance(value, Tensor)
+            else value
+            for value in values
+        )
+        return pytree.tree_unflatten(list(zeros), self.structures[0])
 
     def graph(self, listed: list[Any], root: nn.Module) -> fx.Graph:
         """A graph whose functions are put into ``root``."""
@@ -339,16 +335,10 @@ class _Reader:
                 _untrusted.check_name(name)
             if name in nodes:
                 raise _untrusted.refuse("second node", name)
-            node = graph.create_node(
-                op,
-                target,
-                tuple(value_from_json(args, tags)),
-                {
-                    _untrusted.check_keyword(key): value
-                    for key, value in value_from_json(kwargs, tags).items()
-                },
-                name,
-            )
+            by_name = {
+                _untrusted.check_keyword(key): value_from_json(value, tags) for key, value in kwargs.items()
+            }
+            node = graph.create_node(op, target, tuple(value_from_json(args, tags)), by_name, name)
             node.name, nodes[name] = name, node
             self.describe(node, recorded, about)
         return graph
@@ -390,43 +380,21 @@ class _Reader:
         kind, *operands = part
         operands = list(map(self.expression, operands))
         _untrusted.check_power(kind, operands[-1])
-        made = SIZE_FUNCTIONS[kind](*operands)
-        if made.is_Integer and abs(made) >= 2**63:
+        value = SIZE_FUNCTIONS[kind](*operands)
+        if value.is_Integer and abs(value) >= 2**63:
             raise _untrusted.refuse("size", part)
-        return made
-
-
-def _kinds(kinds: tuple[InputKind, ...]) -> list[str]:
-    return [kind.name for kind in kinds]
+        return value
 
 
 def _path(name: Any) -> str | None:
     return None if name is None else _untrusted.check_path(name)
 
 
-def _example_from_json(text: str, structure: pytree.TreeSpec, device: torch.device | None) -> Any:
-    """Example inputs of the stored shapes, all zero."""
-    leaves = parse(tuple[_Leaf, ...], text, "the example in graph.json")
-    elements = sum(math.prod(leaf.shape) for leaf in leaves if leaf.shape is not None)
-    if elements > EXAMPLE:
-        raise StoreError(
-            f"the example inputs in graph.json have {elements:,} elements, and at most {EXAMPLE:,} are made;"
-            " save with smaller ones"
-        )
-    values = [
-        leaf.value
-        if leaf.shape is None
-        else to_device(torch.zeros(leaf.shape, dtype=leaf.dtype), device or device_of(leaf.device))
-        for leaf in leaves
-    ]
-    return pytree.tree_unflatten(values, structure)
-
-
-def check_weights(program: ExportedProgram, *, cast: bool = False) -> None:
+def check_weights(program: ExportedProgram, alike: tuple[str, ...] = ALIKE) -> None:
     """Refuse weights that are not what the graph takes them for, as after ``module.half()``.
 
     Args:
-        cast: whether they may be of other types and on another device.
+        alike: what of them must be as it was at the capture.
 
     Raises:
         StoreError: names one.
@@ -442,7 +410,7 @@ def check_weights(program: ExportedProgram, *, cast: bool = False) -> None:
             continue
         name, expected = names[node.name], node.meta["val"]
         tensor = program.state_dict.get(name, program.constants.get(name))
-        for what in ("shape",) if cast else ("shape", "dtype", "device"):
+        for what in alike:
             actual, wanted = getattr(tensor, what, None), getattr(expected, what)
             if actual != wanted:
                 raise StoreError(

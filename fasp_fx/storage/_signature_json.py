@@ -56,16 +56,16 @@ def signature_to_json(signature: CallSignature) -> dict[str, Any]:
 
 
 def _values_to_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
+    fields = {}
     for name, value in values.items():
         try:
-            found[name] = value_to_json(value)
+            fields[name] = value_to_json(value)
         except TypeError as error:
             raise StoreError(
                 f"argument '{name}' was captured as {value!r}: {error}; capture the model with plain data"
                 " (None, bool, int, float, str, list, tuple, dict with text for keys)"
             ) from error
-    return found
+    return fields
 
 
 def _refuse(value: Any) -> Any:
@@ -179,10 +179,12 @@ def signature_from_json(text: str) -> CallSignature:
     Raises:
         StoreError: the text is of none.
     """
-    held = parse(_Signature, text, "signature.json")
+    fields = parse(_Signature, text, "signature.json")
     with parsing("signature.json"):
         parameters = [
             inspect.Parameter(one.name, getattr(inspect.Parameter, one.kind), default=one.default)
-            for one in held.parameters
+            for one in fields.parameters
         ]
-        return CallSignature(inspect.Signature(parameters), held.captured, held.constants, held.outlines)
+        return CallSignature(
+            inspect.Signature(parameters), fields.captured, fields.constants, fields.outlines
+        )

@@ -75,8 +75,8 @@ def read_tensors(path: Path, device: torch.device | None) -> dict[str, Tensor]:
     Raises:
         StoreError: the file is damaged, or a device is missing.
     """
-    made: dict[tuple[str, bool], Tensor] = {}
-    found: dict[str, Tensor] = {}
+    tensors: dict[tuple[str, bool], Tensor] = {}
+    named: dict[str, Tensor] = {}
     with parsing(path.name):  # safetensors holds the header against the size of the file
         stored = load_file(path)
         with safetensors.safe_open(path, "pt") as file:
@@ -84,13 +84,13 @@ def read_tensors(path: Path, device: torch.device | None) -> dict[str, Tensor]:
         for name, entry in parse(dict[str, _Entry], listed, f"the metadata of {path.name}").items():
             check_weight_name(name)
             key = (entry.stored_as, entry.parameter)
-            if key not in made:
+            if key not in tensors:
                 # The file is mapped into memory: a copy keeps the tensor when the file goes.
                 data = to_device(stored[entry.stored_as].clone(), device or device_of(entry.device))
                 data = data.permute(sorted(range(data.dim()), key=entry.order.__getitem__))
-                made[key] = nn.Parameter(data, entry.requires_grad) if entry.parameter else data
-            found[name] = made[key]
-    return found
+                tensors[key] = nn.Parameter(data, entry.requires_grad) if entry.parameter else data
+            named[name] = tensors[key]
+    return named
 
 
 def device_of(name: Any) -> torch.device:

@@ -310,21 +310,21 @@ def _check_context(value: Any) -> None:
 def _transformers_class(path: str) -> type:
     module, name = re.split(r"[.:](?=\w+$)", path)
     try:
-        found = getattr(importlib.import_module(module), name)
+        kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise StoreError(
             f"the class {path} cannot be found: {error}; install the transformers version that the result was"
             " saved with"
         ) from error
-    if not isinstance(found, type) or not found.__module__.startswith("transformers."):
+    if not isinstance(kind, type) or not kind.__module__.startswith("transformers."):
         raise refuse("class", path)
-    return found
+    return kind
 
 
 def _register(path: str) -> None:
     """Make a cache class of transformers known to torch; its outputs are by their own import."""
     from fasp_fx.base import is_cache_class, register_pytree_node
 
-    found = _transformers_class(path)
-    if is_cache_class(found):
-        register_pytree_node(found)
+    kind = _transformers_class(path)
+    if is_cache_class(kind):
+        register_pytree_node(kind)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import fasp_fx
-from fasp_fx.analysis import Analysis, PruningPlan, gone_of, most_lost, program_fingerprint
+from fasp_fx.analysis import Analysis, PruningPlan, gone_of, program_fingerprint
 from fasp_fx.base import pytree, tolerable
 from fasp_fx.calibration import Decision
 from fasp_fx.errors import NothingPrunableError
@@ -85,7 +85,9 @@ class Case:
     @cached_property
     def analysis(self) -> Analysis:
         """The analysis of the model."""
-        return fasp_fx.analyze(self.once, **self.choice)
+        analysis = fasp_fx.analyze(self.once, **self.choice)
+        assert isinstance(analysis, Analysis)
+        return analysis
 
     def apply(self, plan: PruningPlan, model: Any = None) -> fasp_fx.Result:
         """Replay a plan on the model, or on another."""
@@ -292,10 +294,10 @@ def draw_sets(analysis: Analysis, random: np.random.Generator) -> np.ndarray:
     Every other block that may go as a whole does. Shape ``[sets]``, boolean.
     """
     chosen = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
-    groups = [group for group in analysis.chosen if group.width > 1 and most_lost(group, 1)]
+    groups = [group for group in analysis.chosen if group.width > 1 and group.most_lost(1)]
     sure = int(random.integers(len(groups))) if groups else -1
     for index, group in enumerate(groups):
-        count = _draw_count(most_lost(group, 1), group.multiple, index == sure, random)
+        count = _draw_count(group.most_lost(1), group.multiple, index == sure, random)
         if not group.needed and random.integers(2):
             count = group.width
         for block in np.unique(group.block_of):

@@ -14,9 +14,6 @@ from ._gates import (
     Target as Target,  # What is asked of the gates of a model, which no training changes and all copies share
 )
 from ._gates import (
-    Threshold as Threshold,  # Closes the gates with the least chances to be open, as many as meet the budget best (GRASPrune, CoFi)
-)
-from ._gates import (
     attach_gates as attach_gates,  # Put a gate on every channel set of a model's groups, for any training loop to learn which go
 )
 from ._recovery import (

@@ -86,9 +86,9 @@ class Divergence:
         )
         if places.shape[-1] < logits.shape[-1]:
             least = torch.finfo(torch.float32).eps
-            other, found = (1 - part.sum(-1) for part in (likely, pruned.exp()))
-            other, found = other.clamp_min(least), found.clamp_min(least)
-            terms = terms + other * (other.log() - found.log())
+            other, its_other = (1 - part.sum(-1) for part in (likely, pruned.exp()))
+            other, its_other = other.clamp_min(least), its_other.clamp_min(least)
+            terms = terms + other * (other.log() - its_other.log())
         mask = token_mask(inputs, terms.shape)
         return terms.flatten() if mask is None else terms[mask]
 
@@ -127,10 +127,10 @@ class SquaredError:
 
     def terms(self, outputs: Any, targets: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Tensor:
         """One term for each output that can be compared and of which something counts, ``[outputs]``."""
-        found = dict(enumerate(output_tensors(outputs)))
+        leaves = dict(enumerate(output_tensors(outputs)))
         terms, compared = [], False
         for index, dense in targets.items():
-            leaf = found.get(int(index))
+            leaf = leaves.get(int(index))
             if leaf is None or leaf.shape != dense.shape or not leaf.numel():
                 continue
             compared = True
@@ -147,15 +147,15 @@ class SquaredError:
 
 
 def _logits(outputs: Any) -> Tensor:
-    found = next(
+    logits = next(
         (leaf for leaf in output_tensors(outputs) if leaf.is_floating_point() and leaf.dim() >= 2), None
     )
-    if found is None:
+    if logits is None:
         raise ArgumentError(
             "loss='divergence' needs a floating-point output of two dimensions or more, the logits; use"
             " loss='outputs'"
         )
-    return found
+    return logits
 
 
 def terms_of(
@@ -169,12 +169,12 @@ def terms_of(
     Raises:
         CalibrationError: nothing of the batch counts.
     """
-    found = match.terms(outputs, targets, inputs)
-    if not found.numel():
+    terms = match.terms(outputs, targets, inputs)
+    if not terms.numel():
         raise CalibrationError(
             f"nothing of batch {index} counts, as where its attention_mask hides every token; leave it out"
         )
-    return found
+    return terms
 
 
 _POSITIVE = (lambda value: type(value) is int and value > 0), "a positive integer"

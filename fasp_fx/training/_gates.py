@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Unpack
 from unittest import mock
 
@@ -17,20 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fasp_fx.allocation import (
-    Budget,
-    CostAllocation,
-    CostCurve,
-    Costs,
-    check_reach,
-    deepest_loss,
-    is_excluded,
-)
+from fasp_fx.allocation import Budget, check_reach, counted, is_excluded
 from fasp_fx.analysis import Analysis, Group, Member, PruningPlan, by_block, laid_by_block
 from fasp_fx.base import (
     fingerprint,
     forward_pre_hooks,
     in_usual_modes,
+    largest_passing_subset,
     one_at_a_time,
     tolerable,
     version_of,
@@ -50,12 +45,10 @@ from fasp_fx.pruning import (
     PruningConfig,
     PruningOptions,
     allocate,
-    analyze,
-    budget_for,
-    check_request,
-    largest_passing_subset,
+    analyze_for,
     make_plan,
     masked_program,
+    open_budget,
 )
 
 #: a gate is open with the chance ``σ(score / τ)``
@@ -69,34 +62,33 @@ _CLOSED = 1e6
 _TIE = 1e-9
 
 
-class Threshold(CostAllocation):
-    """Closes the gates with the least chances to be open, as many as meet the budget best (GRASPrune, arXiv
-    2604.19398; CoFi, 2204.00408).
+def threshold(chances: Mapping[str, np.ndarray], budget: Budget, round_to: int) -> list[int]:
+    """Channel sets lost per block of each group: the gates with the least chances to be open are closed, as
+    many as meet the budget best (GRASPrune, arXiv 2604.19398; CoFi, 2204.00408).
+
+    Args:
+        chances: of the groups that have gates, by name: how probable it is that each channel set stays, from
+            the least on, in the mean of all blocks. What has no gates goes last.
+        budget, round_to: as for :class:`fasp_fx.allocation.Global`, with its errors.
     """
+    check_reach(budget, round_to)
+    ties = (_TIE * (np.arange(group.deepest_loss) + 1) / group.width for group in budget.groups)
+    levels = [
+        chances.get(group.name, np.full(group.width, _CLOSED))[: len(tie)] + tie
+        for group, tie in zip(budget.groups, ties, strict=True)
+    ]
+    thresholds = np.unique(np.concatenate([np.zeros(1), *levels]))
 
-    def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
-        """Channel sets lost per block of each group; arguments and errors as for
-        :class:`fasp_fx.allocation.Global`.
-        """
-        check_reach(budget, round_to)
-        chances = []
-        for group in budget.groups:
-            own = np.diff(costs[group.name].losses)[: deepest_loss(group)]
-            chances.append(own + _TIE * (np.arange(len(own)) + 1) / group.width)
-        thresholds = np.unique(np.concatenate([np.zeros(1), *chances]))
+    def lost(place: int) -> list[int]:
+        counts = (int(np.searchsorted(level, thresholds[place], "right")) for level in levels)
+        kept = [
+            -(-(group.width - count) // group.step(round_to)) * group.step(round_to)
+            for group, count in zip(budget.groups, counts, strict=True)
+        ]
+        return [max(group.width - width, 0) for group, width in zip(budget.groups, kept, strict=True)]
 
-        def lost(place: int) -> list[int]:
-            counts = (int(np.searchsorted(own, thresholds[place], "right")) for own in chances)
-            kept = [
-                -(-(group.width - count) // group.step(round_to)) * group.step(round_to)
-                for group, count in zip(budget.groups, counts, strict=True)
-            ]
-            return [max(group.width - own, 0) for group, own in zip(budget.groups, kept, strict=True)]
-
-        enough = bisect_left(
-            range(len(thresholds) - 1), True, key=lambda place: budget.over(lost(place)) <= 0
-        )
-        return budget.closest([lost(max(enough - 1, 0)), lost(enough)])
+    enough = bisect_left(range(len(thresholds) - 1), True, key=lambda place: budget.over(lost(place)) <= 0)
+    return budget.closest([lost(max(enough - 1, 0)), lost(enough)])
 
 
 class Target:
@@ -115,10 +107,9 @@ class Target:
         self, program: Program, analysis: Analysis, groups: list[Group], config: PruningConfig
     ) -> None:
         self.program, self.analysis, self.groups = program, analysis, groups
-        self._method = Method.of(config)
-        self.budget = budget_for(config, analysis)
-        none = self._costs([np.zeros(group.size) for group in groups])
-        check_request(self._method, self.budget, analysis.groups, none)
+        self._config = config
+        self.budget = open_budget(config, analysis, partial(counted, analysis))
+        self._lost([np.zeros(group.size) for group in groups])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Target:
         return self
@@ -133,41 +124,39 @@ class Target:
             ArgumentError: they are none, as where training has made scores NaN; names the group.
             SparsityError: the groups that have gates cannot meet the budget.
         """
-        for group, own in zip(self.groups, chances, strict=True):
-            if own.shape != (group.size,) or not ((own >= 0) & (own <= 1)).all():
+        for group, chance in zip(self.groups, chances, strict=True):
+            if chance.shape != (group.size,) or not ((chance >= 0) & (chance <= 1)).all():
                 raise ArgumentError(
                     f"the scores of the gates of '{group.name}' are not {group.size} numbers; training has"
                     " made them NaN, which a lower learning rate may prevent"
                 )
-        counts, _ = allocate(self._method, self.budget, self.analysis.groups, self._costs(chances))
-        lost = {group.name: count for group, count in zip(self.budget.groups, counts, strict=True)}
-        if beyond := [
-            name for name in lost if lost[name] and name not in {group.name for group in self.groups}
-        ]:
+        lost = self._lost(chances)
+        if beyond := [name for name in lost if name not in {group.name for group in self.groups}]:
             raise SparsityError(
                 f"the groups that have gates do not reach the budget; '{beyond[0]}' has none; ask for less"
             )
-        found = []
-        for group, own in zip(self.groups, chances, strict=True):
+        gone = []
+        for group, chance in zip(self.groups, chances, strict=True):
             members = np.stack(by_block(group.block_of))
-            order = np.take_along_axis(members, np.argsort(own[members], 1, kind="stable"), 1)
-            found.append(np.isin(np.arange(group.size), order[:, : lost[group.name]]))
-        return found
+            order = np.take_along_axis(members, np.argsort(chance[members], 1, kind="stable"), 1)
+            gone.append(np.isin(np.arange(group.size), order[:, : lost.get(group.name, 0)]))
+        return gone
 
     def decision(self, gone: list[np.ndarray]) -> Decision:
         """What is removed where these channel sets go, ``[sets]`` for each group."""
-        sets = np.concatenate([group.sets[own] for group, own in zip(self.groups, gone, strict=True)])
+        pairs = zip(self.groups, gone, strict=True)
+        sets = np.concatenate([group.sets[places] for group, places in pairs])
         return Decision(np.isin(self.analysis.labels, sets))
 
-    def _costs(self, chances: list[np.ndarray]) -> Costs:
-        """Chances in the place of costs, the least first."""
-        curves = {
-            group.name: CostCurve(np.arange(group.width + 1) * _CLOSED) for group in self.analysis.chosen
+    def _lost(self, chances: list[np.ndarray]) -> dict[str, int]:
+        """How many channel sets each block of the groups loses that lose any, by name."""
+        by_name = {
+            group.name: np.sort(chance[np.stack(by_block(group.block_of))], 1).mean(0)
+            for group, chance in zip(self.groups, chances, strict=True)
         }
-        for group, own in zip(self.groups, chances, strict=True):
-            rows = np.sort(own[np.stack(by_block(group.block_of))], 1)
-            curves[group.name] = CostCurve(np.concatenate([[0.0], np.cumsum(rows.mean(0))]))
-        return Costs(curves, "")
+        method = Method.of(replace(self._config, allocation=partial(threshold, by_name)))
+        counts = zip(self.analysis.chosen, allocate(method, self.budget), strict=True)
+        return {group.name: count for group, count in counts if count}
 
 
 _MARK = "parametrizations."
@@ -241,16 +230,16 @@ class Gates(nn.Module):
 
     def original_parameters(self) -> dict[str, Tensor]:
         """The model's own parameters by the names that they have without gates."""
-        found: dict[str, Tensor] = {}
-        own = {id(parameter) for parameter in self.parameters()}
+        originals: dict[str, Tensor] = {}
+        of_gates = {id(parameter) for parameter in self.parameters()}
         gated = {(id(module), name) for module, name, _ in self.places}
         for name, parameter in self._model[0].named_parameters(remove_duplicate=False):
-            if id(parameter) in own:
+            if id(parameter) in of_gates:
                 continue
             path, mark, weight = name.removesuffix(".original").rpartition(_MARK)
             is_gated = mark and (id(self._model[0].get_submodule(path.rstrip("."))), weight) in gated
-            found[path + weight if is_gated else name] = parameter
-        return found
+            originals[path + weight if is_gated else name] = parameter
+        return originals
 
     def detach(self) -> None:
         """Take the gates off: the model is as it was, with its weights as they are now.
@@ -259,8 +248,8 @@ class Gates(nn.Module):
             ArgumentError: a weight has parametrizations of others since, or its gates are gone; names it.
         """
         for module, name, _ in self.places:
-            found = getattr(module, "parametrizations", {})
-            if name not in found or len(found[name]) != 1:
+            parametrizations = getattr(module, "parametrizations", {})
+            if name not in parametrizations or len(parametrizations[name]) != 1:
                 raise ArgumentError(
                     f"'{name}' of a {type(module).__name__} has other parametrizations than when its gates"
                     " were put on; take off what came since, and nothing else"
@@ -269,9 +258,11 @@ class Gates(nn.Module):
         for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
             del hooks[key]
         for module, name, _ in self.places:
-            own = type(module)  # copies of the model share it, and taking a parametrization off changes it
-            held = {key: value for key, value in vars(own).items() if key not in ("__dict__", "__weakref__")}
-            module.__class__ = type(own.__name__, own.__bases__, held)
+            kind = type(module)  # copies of the model share it, and taking a parametrization off changes it
+            attributes = dict(vars(kind))
+            for name_of_slot in ("__dict__", "__weakref__"):
+                attributes.pop(name_of_slot, None)
+            module.__class__ = type(kind.__name__, kind.__bases__, attributes)
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         for module, _, order in self.places:
             for parameter in order:  # as they stood, which optimizers and checkpoints go by
@@ -343,9 +334,9 @@ def attach_gates(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; give the module that is to be trained")
-    asked = replace(_asked(PruningConfig.of(config, options)), score="fasp", allocation=Threshold())
+    asked = replace(_asked(PruningConfig.of(config, options)), score="fasp")
     captured = capture_whole(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    analysis = analyze(captured, granularity=asked.granularity, include=asked.include)
+    analysis = analyze_for(captured.program, asked)
     open_to = [group for group in analysis.chosen if not is_excluded(group, asked.exclude)]
     places, groups = _places(model, open_to)
     if not groups:
@@ -360,8 +351,8 @@ def attach_gates(
         for module, _, _ in places
     ]
     try:
-        for (module, name, own), order in zip(places, orders, strict=True):
-            scaled = Scaled(gates, own, getattr(module, name), holds=not gates.places)
+        for (module, name, members), order in zip(places, orders, strict=True):
+            scaled = Scaled(gates, members, getattr(module, name), holds=not gates.places)
             parametrize.register_parametrization(module, name, scaled)
             module.parametrizations.train(model.training)  # type: ignore[union-attr]
             gates.places.append((module, name, order))
@@ -413,11 +404,11 @@ def _places(
     for number, group in enumerate(groups):
         for member in group.consumers:
             owners = {
-                (id(module := model.get_submodule(path)), own): module
-                for path, _, own in (name.rpartition(".") for name in by_name[member.name])
+                (id(module := model.get_submodule(path)), weight): module
+                for path, _, weight in (name.rpartition(".") for name in by_name[member.name])
             }
-            for (key, own), module in owners.items():  # a module may have several names
-                places.setdefault((key, own), (module, own, []))[2].append((number, member))
+            for (key, weight), module in owners.items():  # a module may have several names
+                places.setdefault((key, weight), (module, weight, []))[2].append((number, member))
     return list(places.values()), groups
 
 

@@ -189,11 +189,11 @@ def _check(dense: Any, result: Result | Pruned, modal: dict[str, Any]) -> None:
             raise ArgumentError(
                 f"{part} is in training mode, where dropout is at random; call eval() on it first"
             )
-    found = fingerprint(dict(dense.named_parameters(remove_duplicate=False)))
-    if found != result.plan.fingerprint:
+    its_fingerprint = fingerprint(dict(dense.named_parameters(remove_duplicate=False)))
+    if its_fingerprint != result.plan.fingerprint:
         raise ArgumentError(
-            f"dense is not the model that was pruned: its fingerprint is {found[:12]}…, that of the plan"
-            f" {result.plan.fingerprint[:12]}…; pass the model as it was given to prune"
+            f"dense is not the model that was pruned: its fingerprint is {its_fingerprint[:12]}…, that of the"
+            f" plan {result.plan.fingerprint[:12]}…; pass the model as it was given to prune"
         )
     check_fixed(result.plan, dense)
 
@@ -224,13 +224,13 @@ def _run(
         ArgumentError: nothing tells the loss from others.
     """
     key_of(None if isinstance(config.loss, str) else config.loss, "loss=", "checkpoint=")
-    given = map(pytree.tree_flatten, calls)
+    flattened = map(pytree.tree_flatten, calls)
     return {
         "options": json.loads(config.to_json()),
         "dense": [result.plan.fingerprint, *(buffer.digest for buffer in result.plan.fixed)],
         "pruned": fingerprint(dict(pruned.named_parameters(remove_duplicate=False))),
         "trained parameters": trained,
-        "data": digest_of([*leaves, str(spec)] for leaves, spec in given),
+        "data": digest_of([*leaves, str(spec)] for leaves, spec in flattened),
     }
 
 
@@ -272,10 +272,10 @@ class Trained:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns with what is learned in the places of its weights."""
-        held = {name: weight.detach() for name, weight in self.student.named_parameters()}
-        held |= {name: buffer.clone() for name, buffer in self.student.named_buffers()}
-        held |= {name: leaf.to(held[name].dtype) for name, leaf in self.leaves.items()}
-        return functional_call(self.student, held, args, kwargs)
+        tensors = {name: weight.detach() for name, weight in self.student.named_parameters()}
+        tensors |= {name: buffer.clone() for name, buffer in self.student.named_buffers()}
+        tensors |= {name: leaf.to(tensors[name].dtype) for name, leaf in self.leaves.items()}
+        return functional_call(self.student, tensors, args, kwargs)
 
     def state(self) -> dict[str, Tensor]:
         """A copy of what the optimiser changes, by name, on the CPU."""
@@ -397,9 +397,9 @@ def _save(file: Path, value: dict[str, Any]) -> None:
     Raises:
         StoreError: the file cannot be written.
     """
-    with new_file(file, replaceable=lambda _: True) as made:
+    with new_file(file, replaceable=lambda _: True) as temporary:
         try:
-            torch.save(value, made)
+            torch.save(value, temporary)
         except short_of_memory():
             raise
         except RuntimeError as error:  # what torch raises for a full disk
@@ -413,12 +413,12 @@ def _load(file: Path, device: torch.device | str) -> dict[str, Any]:
         StoreError: the file is damaged.
     """
     try:
-        found: dict[str, Any] = torch.load(file, weights_only=True, map_location=device)
+        value: dict[str, Any] = torch.load(file, weights_only=True, map_location=device)
     except tolerable(Exception) as error:  # readers raise whatever a file makes them trip over
         raise StoreError(
             f"'{file}' is damaged: {first_line(error)}; remove it, and the same call makes it anew"
         ) from error
-    return found
+    return value
 
 
 #: the largest norm of all gradients of a step together; longer ones are shortened to it
@@ -436,8 +436,8 @@ def split(count: int, fraction: float) -> tuple[list[int], list[int]]:
     """
     if count < 2:
         raise ArgumentError(f"the data holds {count} batch; give at least two, of which one is held out")
-    held = min(max(1, round(count * fraction)), count - 1)
-    held_out = [int((index + 0.5) * count / held) for index in range(held)]
+    judging = min(max(1, round(count * fraction)), count - 1)
+    held_out = [int((index + 0.5) * count / judging) for index in range(judging)]
     return [index for index in range(count) if index not in held_out], held_out
 
 
@@ -487,8 +487,8 @@ class Training:
         if self.checkpoint is None or not self.checkpoint.exists():
             state = State([CurvePoint(0, None, self._judged())], self.trained.state())
         else:
-            held = _load(self.checkpoint, "cpu")
-            state = State(**held | {"curve": [CurvePoint(*point) for point in held["curve"]]})
+            saved = _load(self.checkpoint, "cpu")
+            state = State(**saved | {"curve": [CurvePoint(*point) for point in saved["curve"]]})
             self.trained.load(state.current)
             self._optimizer.load_state_dict(state.optimizer)
         if not math.isfinite(state.curve[0].held_out):
@@ -516,9 +516,9 @@ class Training:
             if not math.isfinite(loss):
                 return f"the loss was not finite after step {state.step}; a smaller learning_rate= may help"
             if state.step in evaluated:
-                best, found = min(point.held_out for point in state.curve), self._judged()
-                state.curve.append(CurvePoint(state.step, loss, found))
-                if found < best:
+                best, judged = min(point.held_out for point in state.curve), self._judged()
+                state.curve.append(CurvePoint(state.step, loss, judged))
+                if judged < best:
                     state.best = self.trained.state()
                 state.seconds = time.perf_counter() - started
                 if self.checkpoint is not None and self.accelerator.is_main_process:

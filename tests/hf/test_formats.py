@@ -29,7 +29,7 @@ from zoo import randomise
 import fasp_fx
 from fasp_fx.allocation import Bytes, CacheBytes
 from fasp_fx.hf import FORMATS, convert, prune
-from fasp_fx.hf._formats import _sizes, build, experiments_for
+from fasp_fx.hf._formats import build, sizes_of
 from fasp_fx.hf.modeling_per_layer import PerLayerLlamaForCausalLM
 from fasp_fx.pruning import FormatName
 
@@ -242,9 +242,9 @@ def test_sizes_are_read_off_the_shapes(sizes: list[tuple[int, int, int]]) -> Non
     with torch.device("meta"):
         model = PerLayerLlamaForCausalLM(config)
     base = {**layers[0], **{name: SIZES[name] for name in layers[0]}}
-    experiments = experiments_for("gguf", hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES))
+    experiments = FORMATS["gguf"].experiments(hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES))
     for own, said in zip(
-        layers.values(), _sizes("gguf", experiments, model.state_dict()).values(), strict=True
+        layers.values(), sizes_of(FORMATS["gguf"], experiments, model.state_dict()).values(), strict=True
     ):
         assert {**base, **{str(path[0]): value for path, value in said.items()}} == own
 
@@ -259,7 +259,7 @@ def test_no_layer_has_experts_narrower_than_the_configuration_says_for_all() -> 
     weights[f"{experts}down_proj"] = weights[f"{experts}down_proj"][:, :, :40].clone()
     gates, values = weights[f"{experts}gate_up_proj"].chunk(2, dim=1)
     weights[f"{experts}gate_up_proj"] = torch.cat([gates[:, :40], values[:, :40]], 1)
-    experiments = experiments_for("per-layer", hf.MixtralForCausalLM, model.config)
+    experiments = FORMATS["per-layer"].experiments(hf.MixtralForCausalLM, model.config)
     config = build("per-layer", experiments, weights, model)[0].config
     assert config.intermediate_size == 40
     assert [layer.intermediate_size for layer in config.per_layer_config] == [40, SIZES["intermediate_size"]]
@@ -377,5 +377,5 @@ def test_nothing_is_left_of_a_file_that_cannot_be_written(
 
 
 def test_the_command_line_has_the_names_of_the_formats() -> None:
-    assert set(FormatName.__args__) == {"fasp-fx", *FORMATS}
+    assert set(FormatName.__args__) == {*FORMATS}
     assert all(math.gcd(form.multiple, 32) == form.multiple for form in FORMATS.values())

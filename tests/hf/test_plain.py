@@ -187,7 +187,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str
         lambda: dense("llama"),
         {"format": "pt"},
         fasp_fx.ArgumentError,
-        "format='pt' is not known; use 'plain', 'per-layer'",
+        "format='pt' is not known; use 'fasp-fx', 'plain', 'per-layer'",
     ),
     "no model of transformers": (
         lambda: torch.nn.Linear(4, 4),

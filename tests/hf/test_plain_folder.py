@@ -17,8 +17,8 @@ from torch import Tensor
 import fasp_fx
 from fasp_fx import PruningPlan, Report
 from fasp_fx.hf import Pruned
-from fasp_fx.hf._folder import save
-from fasp_fx.hf._formats import build, experiments_for
+from fasp_fx.hf._formats import build
+from fasp_fx.hf._registry import format_of
 from fasp_fx.pruning import Line, read_told
 from fasp_fx.storage import MANIFEST, is_save, kind_of, read_json, write_json, write_manifest
 
@@ -40,7 +40,7 @@ class Tokenizer:
 
 
 def test_the_folder_holds_all_of_it(model: Any, tmp_path: Path) -> None:
-    folder = save(model, Tokenizer(), PLAN, REPORT, tmp_path / "out")
+    folder = Pruned(model, PLAN, REPORT, Tokenizer(), "plain").save_pretrained(tmp_path / "out")
     theirs = {"config.json", "generation_config.json", "model.safetensors", "vocab.txt"}
     ours = {"plan.json", "report.json", "manifest.json"}
     assert {file.name for file in folder.iterdir()} == theirs | ours
@@ -76,7 +76,7 @@ def narrower(format: str) -> Pruned:
     for part, dim in (("gate", 0), ("up", 0), ("down", 1)):
         name = f"model.layers.0.mlp.{part}_proj.weight"
         weights[name] = weights[name].narrow(dim, 0, 256).contiguous()
-    made, _ = build(format, experiments_for(format, type(dense), dense.config), weights, dense)
+    made, _ = build(format, format_of(format).experiments(type(dense), dense.config), weights, dense)
     return Pruned(made, PLAN, REPORT, None, format)
 
 

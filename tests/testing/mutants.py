@@ -211,7 +211,7 @@ def _never_couples_sums(couple: Any) -> Any:
 
 
 def _same_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for keyword in ("shape", "chunk"):
+    for keyword in ("shape", "part"):
         monkeypatch.setitem(fasp_fx.passes._remove_channels._REWRITES, keyword, lambda *_: False)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 from mutants import Mutant, attribute
 
 import fasp_fx.analysis.channels._interpreter
-import fasp_fx.analysis.channels._lettered
 import fasp_fx.analysis.channels._moves
 import fasp_fx.passes._split
+import fasp_fx.patterns._reading
 from fasp_fx.testing.specs import (
     Across,
     Activation,
@@ -39,31 +39,22 @@ def _around(block: Odd, width: int = 6, tokens: int = 3) -> Net:
     return Net((Linear(width), Activation("tanh"), block, Linear(3)), (Sequences(4, tokens),))
 
 
-def _only_what_mixes(init: Any) -> Any:
-    def wrong(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        self.crossed = self.mixed | self.reduced | self.windowed | self.placed
-
-    return wrong
+def _only_what_mixes(_: Any) -> Any:
+    return property(lambda self: self.crossing | self.windowed | self.placed)
 
 
 def _at_this_size(_: Any) -> Any:
-    def wrong(node: Any, shape: Any, shapes: Any, others: Any, facts: Any, sizes: Any) -> Any:
-        return lambda numbers: _MOVES._outputs(
-            _MOVES._run(node.target, numbers.expand(shape), _MOVES._rest(others))
-        )
-
-    return wrong
+    return lambda self, shape: lambda numbers: self._run(numbers.expand(shape))
 
 
 ACROSS = Mutant(
     "positions that an operator orders need not be the same",
-    attribute(fasp_fx.analysis.channels._lettered.Lettered, "__init__", _only_what_mixes),
+    attribute(fasp_fx.patterns._reading.Reading, "crossed", _only_what_mixes),
     _around(Across("roll")),
 )
 REGROUP = Mutant(
     "a reshape holds at one size",
-    attribute(_MOVES, "_shift", _at_this_size),
+    attribute(_MOVES.Move, "_shift", _at_this_size),
     _around(Regroup("turned"), 12, 4),
 )
 REMEMBER = Mutant(
@@ -78,7 +69,7 @@ FOREIGN = Mutant(
 )
 SIZED = Mutant(
     "a cut by a size is the same at every size",
-    attribute(_MOVES, "_unsettled", lambda _: lambda *_: {}),
+    attribute(_MOVES.Move, "_unsettled", lambda _: lambda *_: {}),
     _around(Sized("pad")),
     seed=1,
 )

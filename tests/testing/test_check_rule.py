@@ -127,7 +127,7 @@ def test_a_rule_without_its_clause_is_found_out_by_programs_alone(
     assert "error against the masked program" in counter(op, "self[...] -> [...]", examples=40).fact
 
 
-LOOKS = "self[...] -> [...]; window ...; look dim index"
+LOOKS = "self[...] -> [...]; window ...; index @dim index"
 
 
 def test_positions_that_integers_name() -> None:
@@ -135,7 +135,7 @@ def test_positions_that_integers_name() -> None:
     assert check_rule(ATEN.gather.default, examples=40).ok
     for op in (ATEN.scatter_add.default, ATEN.index_add.default, ATEN.index_copy.default):
         found = counter(op, LOOKS, examples=40)
-        assert (found.claim, found.arguments["self"].numel()) == ("look dim index", 2)
+        assert (found.claim, found.arguments["self"].numel()) == ("index @dim index", 2)
         assert "which no integer names" in found.fact
 
 
@@ -148,7 +148,7 @@ def test_integers_that_name_the_next_position() -> None:
     op = torch.library.custom_op("fasp_fx_test::shifted", mutates_args=())(shifted)._opoverload
     samples = [((torch.randn(3), 0, torch.tensor([0, 1])), {})] * 8
     found = counter(op, LOOKS.replace("self", "x"), samples=samples, programs=0.0)
-    assert found.claim == "look dim index"
+    assert found.claim == "index @dim index"
 
 
 def test_a_rule_that_does_not_fit_is_too_little() -> None:

@@ -78,16 +78,7 @@ def healthy(net: Any, invariants: tuple[str, ...], operator: Any, seed: int) -> 
 
 def _unverified(program: Any, reference: Any) -> Any:
     """The verifier's walk without its comparisons."""
-    before = reference.program
-    walk = Interpreter(
-        program.module,
-        reference.numbering,
-        program.canonical(),
-        before.state_inputs,
-        before.state_outputs,
-        overrides=program.numbers,
-    )
-    return walk.run(small=False)
+    return Interpreter(program, reference.numbering, (), program.numbers).run()
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor, fx
 
-from ._numbering import NONE, Axis, DoesNotApplyError, Value
+from fasp_fx.patterns import DoesNotApplyError
+
+from ._numbering import NONE, Axis, Value
 
 #: channel numbers that are coupled, entry by entry, and the node that couples them
 Pairs = list[tuple[np.ndarray, np.ndarray, fx.Node]]
@@ -105,35 +107,63 @@ class Remark:
 
 
 @dataclass
-class Facts:
-    """Couplings, and remarks on channel numbers, in the order found.
+class Remarks:
+    """What is said of channels, in the order in which nodes say it.
 
     ``inside`` are positions of windows, which stay, and of which nothing is to be said where they are nothing
-    else. ``matrices`` names the weights of linear, convolution and recurrent operators; ``blocks`` the
-    weights' dimensions that would better be numbered block by block, with the dimension that divides them and
-    into how many; ``heads`` pairs the channels that belong to one head, ``together`` those that would be free
-    if they went together. ``chosen`` are numbers of positions that compete in a softmax or top-k, with how
-    many of them are needed, ``aligned`` those that stay in multiples of a number; ``stacked`` numbers of
-    matrices in a stacked weight; ``stretched`` dimensions of expanded tensors that meet channels.
+    else.
     """
 
-    pairs: Pairs = field(default_factory=list)
     frozen: list[Remark] = field(default_factory=list)
     inside: list[Remark] = field(default_factory=list)
     mixed: list[Remark] = field(default_factory=list)
     exempt: list[Remark] = field(default_factory=list)
+
+
+@dataclass
+class Wishes:
+    """What another walk would number otherwise: ``blocks`` are the weights' dimensions that would better be
+    numbered block by block, with the dimension that divides them and into how many; ``stretched`` dimensions
+    of expanded tensors that meet channels; ``heads`` pairs the channels that belong to one head, ``together``
+    those that would be free if they went together.
+    """
+
+    blocks: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
+    stretched: set[tuple[str, int]] = field(default_factory=set)
+    heads: Pairs = field(default_factory=list)
+    together: Pairs = field(default_factory=list)
+
+
+@dataclass
+class Counts:
+    """Of which channels how many must stay: ``chosen`` are numbers of positions that compete in a softmax or
+    top-k, with how many of them are needed, ``stacked`` numbers of matrices in a stacked weight, ``aligned``
+    those that stay in multiples of a number.
+    """
+
+    chosen: list[tuple[np.ndarray, int]] = field(default_factory=list)
+    stacked: list[np.ndarray] = field(default_factory=list)
+    aligned: list[tuple[np.ndarray, int]] = field(default_factory=list)
+
+
+@dataclass
+class Facts:
+    """Couplings, and remarks on channel numbers, in the order found.
+
+    ``produced`` are numbers of rows of weights, with the dimension that they lie along where that is known;
+    ``matrices`` names the weights of linear, convolution and recurrent operators; ``boxes`` are tensors that
+    must keep equal counts in each row.
+    """
+
+    pairs: Pairs = field(default_factory=list)
     produced: list[tuple[np.ndarray, tuple[str, int] | None]] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
-    boxes: dict[bytes, tuple[np.ndarray, fx.Node]] = field(default_factory=dict)
     matrices: set[str] = field(default_factory=set)
-    blocks: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
-    heads: Pairs = field(default_factory=list)
-    together: Pairs = field(default_factory=list)
-    chosen: list[tuple[np.ndarray, int]] = field(default_factory=list)
-    aligned: list[tuple[np.ndarray, int]] = field(default_factory=list)
-    stacked: list[np.ndarray] = field(default_factory=list)
-    stretched: set[tuple[str, int]] = field(default_factory=set)
+    boxes: dict[bytes, tuple[np.ndarray, fx.Node]] = field(default_factory=dict)
+    remarks: Remarks = field(default_factory=Remarks)
+    wishes: Wishes = field(default_factory=Wishes)
+    counts: Counts = field(default_factory=Counts)
 
     def couple(self, a: Tensor, b: Tensor, node: fx.Node) -> None:
         """Channels at equal positions of two broadcastable tensors of numbers go together; one that meets a
@@ -147,7 +177,8 @@ class Facts:
         both = (first != NONE) & (second != NONE)
         alone = np.concatenate([first[~both & (first != NONE)], second[~both & (second != NONE)]])
         if alone.size:
-            self.frozen.append(Remark(np.unique(alone), "meets a position that is not a channel", node))
+            why = "meets a position that is not a channel"
+            self.remarks.frozen.append(Remark(np.unique(alone), why, node))
         first, second = first[both], second[both]
         differ = first != second
         if differ.any():
@@ -167,14 +198,14 @@ class Facts:
 
     def freeze(self, axes: Iterable[Axis], reason: str, node: fx.Node) -> None:
         """Say of each of some axes that its channels stay."""
-        self.say(self.frozen, [axis.numbers for axis in axes], reason, node)
+        self.say(self.remarks.frozen, [axis.numbers for axis in axes], reason, node)
 
     def want_together(self, numbers: Tensor, dim: int, node: fx.Node) -> None:
         """Note that channels would be free if those that lie behind one another along a dimension went as
         one.
         """
         leader = numbers.narrow(dim, 0, 1).expand(numbers.shape)
-        self.together.append((leader.reshape(-1).numpy(), numbers.reshape(-1).numpy(), node))
+        self.wishes.together.append((leader.reshape(-1).numpy(), numbers.reshape(-1).numpy(), node))
 
     def boxes_of(self, value: Value, node: fx.Node) -> None:
         """Record a box for each axis that varies along several dimensions."""
@@ -192,5 +223,5 @@ class Facts:
 
 def _channels(numbers: Tensor) -> np.ndarray:
     """The distinct channel numbers among some, in order."""
-    found = np.unique(numbers.reshape(-1).numpy())
-    return found[found != NONE]
+    distinct = np.unique(numbers.reshape(-1).numpy())
+    return distinct[distinct != NONE]

@@ -7,7 +7,7 @@ operator has no rule freezes the channels it is given; it never fails and never 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from fasp_fx.base import (
     tolerable,
 )
 from fasp_fx.capturing import (
+    Program,
     Sizes,
     arguments,
     attribute,
@@ -40,13 +41,14 @@ from fasp_fx.capturing import (
     written_names,
 )
 from fasp_fx.errors import RuleError, VerificationError, first_line
-from fasp_fx.patterns import CASTS, Rule, lookup
+from fasp_fx.patterns import CASTS, DoesNotApplyError, Rule, lookup
 
+from ._call import Call
+from ._choices import freeze_named, keep_numbered, name_results, named, tallied
 from ._facts import Facts
-from ._letters import Relation, result_shapes_ok
-from ._moves import move
-from ._named import keep_numbered, name_results, tallied
-from ._numbering import Axis, DoesNotApplyError, Numbering, Value, counted_by, laid_by_block
+from ._moves import Move
+from ._numbering import Axis, Numbering, Value, counted_by, laid_by_block
+from ._relation import Relation, fits
 
 #: what fake tensors say of an operator whose result, or its shape, depends on data: the recorded shape
 #: serves, for no channel of its arguments can go
@@ -76,55 +78,45 @@ class _Degenerate(Exception):
 
 
 class Interpreter:
-    """Interprets one graph module.
+    """Interprets one program.
 
     Args:
-        module: a functional graph whose weights are ``get_attr`` nodes.
+        program: with a functional graph whose weights are ``get_attr`` nodes.
         numbering: where each weight's and input's channel numbers come from; slots are added for names it
             does not know.
-        canonical: for each name of a weight, the name under which its storage is known (tied weights share
-            one).
-        state: placeholders and output positions that may become narrower.
+        granularity: with ``"head"``, it is noted which channels belong to one head, wherever two activations
+            are contracted head by head; with ``"expert"``, the numbers by which a router names experts are
+            followed.
         overrides: for weights already rewritten, the original numbers along each dimension.
-        strict: whatever does not execute, has no numbers or does not fit its rule is an error.
-        unexecuted: nodes that may fail to execute all the same: their channels are frozen (:class:`Walk`).
-        heads: note which channels belong to one head, wherever two activations are contracted head by head.
-        experts: follow the numbers by which a router names experts.
+        reference: of the program that this one was rewritten from: sizes are those of that walk. What
+            executed there and does not here, or has channels here and had none there, is an error.
     """
 
     def __init__(
         self,
-        module: fx.GraphModule,
+        program: Program,
         numbering: Numbering,
-        canonical: dict[str, str],
-        state_inputs: frozenset[str] = frozenset(),
-        state_outputs: frozenset[int] = frozenset(),
-        overrides: dict[str, list[Tensor | None]] | None = None,
-        strict: bool = False,
-        heads: bool = False,
-        experts: bool = False,
-        unexecuted: Collection[str] = (),
+        granularity: Collection[str] = (),
+        overrides: Mapping[str, list[Tensor | None]] | None = None,
+        reference: Walk | None = None,
     ) -> None:
-        self.module, self.numbering, self.canonical = module, numbering, canonical
-        self.state_inputs, self.state_outputs = state_inputs, state_outputs
-        self.overrides, self.strict, self.heads, self.experts = overrides or {}, strict, heads, experts
+        self.program, self.module, self.numbering = program, program.module, numbering
+        self.granularity, self.overrides, self.reference = granularity, overrides or {}, reference
+        #: for each name of a weight, the name under which its storage is known: tied weights share one
+        self.canonical = program.canonical()
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.unexecuted = unexecuted
         #: what operators gave, by what they were called with
-        self.known: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
         #: weights whose content changes from call to call
-        self.written = {canonical.get(name, name) for name in written_names(module.graph)}
+        self.written = {self.canonical.get(name, name) for name in written_names(self.module.graph)}
 
-    def run(self, small: bool | None = None) -> Walk:
-        """Walk the graph once.
-
-        Args:
-            small: at small sizes or at those of the example inputs; ``None``: small if the program runs at
-                them.
+    def run(self) -> Walk:
+        """Walk the graph once, at small sizes if the program runs at them, else at those of the example
+        inputs.
         """
         with counted_by(self._staying()), silent_fake_tensors():  # what does not run is told otherwise
-            if small is not None:
-                return self._run(small)
+            if self.reference is not None:
+                return self._run(self.reference.sizes.small)
             try:
                 return self._run(small=True)
             except _Degenerate:
@@ -134,18 +126,18 @@ class Interpreter:
         """How many channels of its weight stay before each channel, where some are gone."""
         if not self.overrides:
             return None
-        found = np.arange(self.numbering.total)
+        staying = np.arange(self.numbering.total)
         for name, numbers in self.overrides.items():
-            for dim, own in enumerate(numbers):
+            for dim, along in enumerate(numbers):
                 slot = self.numbering.get(name, dim)
-                if own is not None and slot is not None:
-                    found[own.reshape(-1).numpy()] = slot.base + np.arange(own.numel())
-        return found
+                if along is not None and slot is not None:
+                    staying[along.reshape(-1).numpy()] = slot.base + np.arange(along.numel())
+        return staying
 
     def _run(self, small: bool) -> Walk:
         walk = Walk(Sizes(self.module, small))
         for node in self.module.graph.nodes:
-            getattr(self, f"_{node.op}")(node, walk, small)
+            getattr(self, f"_{node.op}")(node, walk)
         return walk
 
     def _like(self, tensor: Tensor) -> Tensor:
@@ -160,20 +152,7 @@ class Interpreter:
     def _axes(self, name: str, shape: tuple[int, ...], kind: str, dims: list[int]) -> list[Axis]:
         axes = []
         for dim in (dim for dim in dims if shape[dim] > 1):
-            given = (
-                self.overrides[name][dim]
-                if name in self.overrides and dim < len(self.overrides[name])
-                else None
-            )
-            if given is None:
-                slot = self.numbering.get(name, dim)
-                if slot is None and self.strict:
-                    raise VerificationError(
-                        f"'{name}' has {shape[dim]} channels along dimension {dim} that were not there before"
-                    )
-                slot = slot or self.numbering.add(name, dim, shape[dim], kind)
-                given = slot.numbers()
-            numbers, along = self._laid(self.numbering.speaking(given), name, dim, shape), dim
+            numbers, along = self._numbers(name, shape, kind, dim), dim
             if kind == "input" and bool((numbers == numbers.narrow(dim, 0, 1)).all()):
                 # Whole heads of a cache.
                 numbers = numbers.narrow(dim, 0, 1)
@@ -182,28 +161,32 @@ class Interpreter:
                 axes.append(Axis(numbers, along, (name, dim)))
         return axes
 
-    def _laid(self, given: Tensor, name: str, dim: int, shape: tuple[int, ...]) -> Tensor:
+    def _numbers(self, name: str, shape: tuple[int, ...], kind: str, dim: int) -> Tensor:
         """The numbers along one dimension of a weight, in its rank; those of blocks vary along the dimension
         that these divide.
         """
-        if given.dim() == 1:
-            return given.reshape([-1 if d == dim else 1 for d in range(len(shape))])
-        slot = self.numbering.get(name, dim)
-        assert slot is not None
-        assert slot.block_dim is not None
-        if shape[slot.block_dim] % given.shape[0]:
+        slot, left = self.numbering.get(name, dim), dict(enumerate(self.overrides.get(name, ()))).get(dim)
+        if slot is None and self.reference is not None:
+            raise VerificationError(
+                f"'{name}' has {shape[dim]} channels along dimension {dim} that were not there before"
+            )
+        slot = slot or self.numbering.add(name, dim, shape[dim], kind)
+        numbers = self.numbering.speaking(slot.numbers() if left is None else left)
+        if numbers.dim() == 1 or slot.block_dim is None:
+            return numbers.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        if shape[slot.block_dim] % numbers.shape[0]:
             raise VerificationError(
                 f"dimension {slot.block_dim} of '{name}' is {shape[slot.block_dim]}, not a multiple of its"
-                f" {given.shape[0]} blocks"
+                f" {numbers.shape[0]} blocks"
             )
-        return laid_by_block(given, dim, slot.block_dim, shape)
+        return laid_by_block(numbers, dim, slot.block_dim, shape)
 
-    def _placeholder(self, node: fx.Node, walk: Walk, small: bool) -> None:
+    def _placeholder(self, node: fx.Node, walk: Walk) -> None:
         recorded = node.meta.get("val")
         with self.mode:
             executed = walk.sizes.concrete(recorded)
+        walk.executed[node] = walk.values[node] = executed
         if not isinstance(recorded, Tensor):
-            walk.executed[node] = walk.values[node] = executed
             return
         walk.executed[node] = executed = self._like(executed)
         # Part of other dimensions' numbers.
@@ -213,141 +196,147 @@ class Interpreter:
         ]
         axes = self._axes(node.name, tuple(executed.shape), "input", static)
         walk.values[node] = Value(tuple(executed.shape), tuple(axes))
-        if node.name not in self.state_inputs:
+        if node.name not in self.program.state_inputs:
             walk.facts.freeze(axes, f"reaches the input '{node.name}'", node)
 
-    def _get_attr(self, node: fx.Node, walk: Walk, small: bool) -> None:
+    def _get_attr(self, node: fx.Node, walk: Walk) -> None:
         tensor = attribute(self.module, target_name(node))
+        walk.values[node] = walk.executed[node] = tensor
         if not isinstance(tensor, Tensor):
-            walk.values[node] = walk.executed[node] = tensor
             return
-        name = self.canonical.get(target_name(node), target_name(node))
-        shape = tuple(tensor.shape)
+        name, shape = self.canonical.get(target_name(node), target_name(node)), tuple(tensor.shape)
         walk.executed[node] = self._like(tensor)
         axes = self._axes(name, shape, "weight", list(range(len(shape))))
         is_index = tensor.dtype in (torch.int32, torch.int64) and name not in self.written
-        known = is_index and tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
-        data = tensor.detach().cpu() if known else None
+        is_real = tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+        data = tensor.detach().cpu() if is_index and is_real else None
         walk.values[node] = Value(shape, tuple(axes), True, name, data)
 
-    def _output(self, node: fx.Node, walk: Walk, small: bool) -> None:
+    def _output(self, node: fx.Node, walk: Walk) -> None:
         for index, result in enumerate(results(self.module.graph)):
             value = walk.values.get(result) if isinstance(result, fx.Node) else None
             if isinstance(value, Value) and value.names is not None:
-                walk.facts.say(walk.facts.frozen, value.names, f"named by number in output {index}", node)
-            if isinstance(value, Value) and index not in self.state_outputs:
+                why = f"named by number in output {index}"
+                walk.facts.say(walk.facts.remarks.frozen, value.names, why, node)
+            if isinstance(value, Value) and index not in self.program.state_outputs:
                 walk.facts.freeze(value.axes, f"reaches output {index}", node)
 
     # --- operators
 
-    def _call_function(self, node: fx.Node, walk: Walk, small: bool) -> None:
-        executed = self._execute(node, walk, small)
-        walk.executed[node] = executed
-        if node.target is operator.getitem:
-            source, index = arguments(node)["0"], arguments(node)["1"]
-            if isinstance(walk.values.get(source), (list, tuple)):
-                walk.values[node] = walk.values[source][index]
-                return
-        shapes = _shapes(executed)
-        if not shapes:
+    def _call_function(self, node: fx.Node, walk: Walk) -> None:
+        walk.executed[node] = walk.values[node] = executed = self._execute(node, walk)
+        shapes = [tuple(leaf.shape) for leaf in _tensors(executed)]
+        several = walk.values.get(node.args[0]) if node.target is operator.getitem else None  # type: ignore[arg-type]
+        if isinstance(several, (list, tuple)):
+            walk.values[node] = several[arguments(node)["1"]]
+        elif not shapes:
             self._read(node, walk)
-            walk.values[node] = executed
-            return
-        values = self._apply(node, walk, shapes)
-        if node.name in walk.unexecuted:
-            given = _tensors(_arguments(node, walk.values)[0])
-            why = f"{node.target} does not run on stand-ins ({walk.unexecuted[node.name]})"
-            self._freeze_given(node, walk, [*given, *values], why)
-        for value in values:
-            walk.facts.boxes_of(value, node)
-        walk.values[node] = _in_place_of_tensors(executed, iter(values))
+        else:
+            values = self._apply(node, walk, shapes)
+            if node.name in walk.unexecuted:
+                operands = _known(_values(arguments(node), walk))
+                why = f"{node.target} does not run on stand-ins ({walk.unexecuted[node.name]})"
+                self._freeze_operands(node, walk, [*operands, *values], why)
+            for value in values:
+                walk.facts.boxes_of(value, node)
+            walk.values[node] = _in_place_of_tensors(executed, iter(values))
 
     _call_module = _call_method = _call_function
 
     def _read(self, node: fx.Node, walk: Walk) -> None:
         """What an operator returns no tensor of, it has read all the same."""
-        named, _ = _arguments(node, walk.values)
+        operands = _values(arguments(node), walk)
         if node.target is torch.ops.aten.sym_size.int:
-            counted = named["self"].at(named["dim"] % len(named["self"].shape))
+            counted = operands["self"].at(operands["dim"] % len(operands["self"].shape))
             walk.facts.freeze(counted, f"their number is read by {node.target}", node)
         elif lookup(node.target) is None:
-            self._freeze_given(node, walk, _tensors(named))
+            self._freeze_operands(node, walk, _known(operands))
 
-    def _execute(self, node: fx.Node, walk: Walk, small: bool) -> Any:
+    def _execute(self, node: fx.Node, walk: Walk) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), walk.executed.__getitem__)
         try:
             if node.op != "call_function" or not callable(node.target):
                 raise NotImplementedError(f"{node.op} is not executed while analysing")
             with self.mode:
-                executed = self._made(node, args, kwargs, walk)
+                executed = self._result(node, args, kwargs, walk)
         except tolerable(Exception) as error:
             if not _is_decided_later(node, error):
-                if self.strict and node.name not in self.unexecuted:
+                if self.reference is not None and node.name not in self.reference.unexecuted:
                     raise VerificationError(
                         f"node '{node.name}' ({node.target}) no longer executes: {error}"
                     ) from error
-                if small and walk.sizes.assigned:
+                if walk.sizes.small and walk.sizes.assigned:
                     raise _Degenerate from error
                 walk.unexecuted[node.name] = f"{type(error).__name__}: {first_line(error)}"
             with self.mode:
                 # Decided by data, or higher-order, say: the recorded shape serves.
                 executed = walk.sizes.concrete(node.meta.get("val"))
-        fits = all(0 not in shape for shape in _shapes(executed)) and walk.sizes.fit(
-            node.meta.get("val"), executed
-        )
-        if small and walk.sizes.assigned and not self.strict and not fits:
+        full = all(leaf.numel() for leaf in _tensors(executed))
+        fit = full and walk.sizes.fit(node.meta.get("val"), executed)
+        if walk.sizes.small and walk.sizes.assigned and self.reference is None and not fit:
             raise _Degenerate
         return executed
 
-    def _made(self, node: fx.Node, args: Any, kwargs: Any, walk: Walk) -> Any:
+    def _result(self, node: fx.Node, args: Any, kwargs: Any, walk: Walk) -> Any:
         """What a node gives; an operator is run once for each kind of call, since layers are alike."""
         if not isinstance(node.target, OpOverload):
             return node.target(*args, **kwargs)  # type: ignore[operator]
         call = call_in_words(node, walk.executed.__getitem__)
-        if call not in self.known:
+        if call not in self.results:
             if schema_of(node.target).is_mutable:  # writes into a copy
                 args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-            self.known[call] = node.target(*args, **kwargs)
-        return self.known[call]
+            self.results[call] = node.target(*args, **kwargs)
+        return self.results[call]
 
     def _apply(self, node: fx.Node, walk: Walk, shapes: list[tuple[int, ...]]) -> list[Value]:
-        named, nodes = _arguments(node, walk.values)
-        given = _tensors(named)
-        rule = lookup(node.target)
+        written, rule = arguments(node), lookup(node.target)
+        values = _values(written, walk)
+        operands, experts = _known(values), "expert" in self.granularity
         if rule is not None and rule.creates:
             return [self._created(node, rule, shapes[0])]
-        constant = bool(given) and all(value.constant for value in given)
-        values = [Value(shape, (), constant) for shape in shapes]
-        if rule is None:
-            self._freeze_given(node, walk, given)
-        elif rule.moves or rule.tallies or (rule.alternatives and any(value.axes for value in given)):
-            found = self._by_rule(node, rule, named, nodes, shapes, walk)
-            if isinstance(found, str):
+        constant = bool(operands) and all(value.constant for value in operands)
+        results = [Value(shape, (), constant) for shape in shapes]
+        call = None if rule is None else Call(node, rule, values, written, shapes)
+        if call is None:
+            self._freeze_operands(node, walk, operands)
+        elif (
+            call.rule.moves
+            or call.rule.tallies
+            or (call.rule.alternatives and any(value.axes for value in operands))
+        ):
+            try:
+                results = self._by_rule(call, walk)
+                self._freeze_unnamed(call, walk.facts)
+                clauses = [*call.rule.all("index"), *([] if experts else call.rule.all("choose"))]
+                keep_numbered(call, clauses, walk.facts)
+            except DoesNotApplyError as error:
                 # Numbers do not fit (sizes known only at run time, say): the operator freezes what it
                 # touches, as one without a rule.
-                why = f"{node.target} is called in a way that its rule does not speak of ({found})"
-                self._freeze_given(node, walk, given, why)
-            else:
-                values = found
-                self._freeze_unnamed(node, rule, named, walk.facts)
-                keep_numbered(node, rule, named, walk.facts, self.experts)
-        if given and all(value.created for value in given):
-            values = [replace(value, created=True) for value in values]
+                why = f"{node.target} is called in a way that its rule does not speak of ({error})"
+                self._freeze_operands(node, walk, operands, why)
+        if operands and all(value.created for value in operands):
+            results = [replace(value, created=True) for value in results]
         for dim in (dim for name, dim in self.numbering.stretched if name == node.name):
-            axes = (*values[0].axes, *self._axes(node.name, shapes[0], "created", [dim]))
-            values = [replace(values[0], axes=axes)]
-        return values if not self.experts else name_results(node, rule, named, values, walk.facts)
+            axes = (*results[0].axes, *self._axes(node.name, shapes[0], "created", [dim]))
+            results = [replace(results[0], axes=axes)]
+        if call is not None and experts:
+            return name_results(call, results, walk.facts)
+        for _, names in named(values) if experts else ():
+            freeze_named(node, names, walk.facts)
+        return results
 
-    def _freeze_given(self, node: fx.Node, walk: Walk, given: list[Value], why: str | None = None) -> None:
-        """Freeze all channels that a node is given; unless there is a reason why its rule does not serve, for
+    def _freeze_operands(
+        self, node: fx.Node, walk: Walk, operands: list[Value], why: str | None = None
+    ) -> None:
+        """Freeze all channels of a node's operands; unless there is a reason why its rule does not serve, for
         want of one.
         """
         if why is None:
             writer = _writer(node)
             why = f"no rule for {node.target}" if writer is None else f"written by {writer}"
-            if any(value.axes for value in given) and writer is None:
+            if any(value.axes for value in operands) and writer is None:
                 walk.without_rule.setdefault(str(node.target), []).append(node)
-        walk.facts.freeze((axis for value in given for axis in value.axes), why, node)
+        walk.facts.freeze((axis for value in operands for axis in value.axes), why, node)
 
     def _cast(self, node: fx.Node, walk: Walk, source: Value) -> Value:
         """The same channels; and the same weight, unless it is one of integers, which mean something else
@@ -368,60 +357,55 @@ class Interpreter:
         )
         return Value(shape, tuple(self._axes(node.name, shape, "created", fixed)), True, created=True)
 
-    def _freeze_unnamed(self, node: fx.Node, rule: Rule, named: dict[str, Any], facts: Facts) -> None:
-        """Channels of an operand that the rule does not name would be lost."""
-        known = {
-            rule.moves,
-            *(clause.words[0] for clause in rule.all("ignore")),
-            *(operand.name for alternative in rule.alternatives for operand in alternative.operands),
+    def _freeze_unnamed(self, call: Call, facts: Facts) -> None:
+        """Channels of an operand that the rule does not name would be lost; of its other arguments a cast
+        reads type and place alone.
+        """
+        declared = {operand.name for form in call.rule.alternatives for operand in form.operands}
+        unnamed = {
+            name: argument
+            for name, argument in elements(call.arguments).items()
+            if name not in declared and name.partition(".")[0] not in (call.rule.moves, *declared)
         }
-        unnamed = elements({name: value for name, value in named.items() if name not in known})
-        left = _tensors({name: value for name, value in unnamed.items() if name not in known})
-        axes = (axis for value in left for axis in value.axes)
-        facts.freeze(axes, f"decides by position in {node.target}", node)
+        operands = _known(unnamed) if str(call.node.target) not in CASTS else []
+        why = f"decides by position in {call.node.target}"
+        facts.freeze((axis for value in operands for axis in value.axes), why, call.node)
 
-    def _by_rule(
-        self,
-        node: fx.Node,
-        rule: Rule,
-        named: dict[str, Any],
-        nodes: dict[str, fx.Node | None],
-        shapes: list[tuple[int, ...]],
-        walk: Walk,
-    ) -> list[Value] | str:
-        """The results as the rule gives them, or why it does not serve for this call."""
+    def _by_rule(self, call: Call, walk: Walk) -> list[Value]:
+        """The results as the rule gives them.
+
+        Raises:
+            DoesNotApplyError: it does not serve for this call.
+        """
+        node, rule = call.node, call.rule
         if str(node.target) in CASTS:
-            return [self._cast(node, walk, named["self"])]
+            return [self._cast(node, walk, call.arguments["self"])]
         only = (clause.words for clause in rule.all("only"))
-        if any(named.get(name) != int(value) for name, value in only):
-            return "its arguments are others"
+        if any(call.arguments.get(name) != int(value) for name, value in only):
+            raise DoesNotApplyError("its arguments are others")
         if rule.tallies:
-            found = tallied(rule, named, shapes[0]) if self.experts else None
-            return found or "no number names a position"
+            counted = tallied(call) if "expert" in self.granularity else None
+            if counted is None:
+                raise DoesNotApplyError("no number names a position")
+            return counted
         try:
             if rule.moves:
-                return move(node, rule, named, shapes, walk.facts, walk.sizes)
-            relation = Relation(
-                node, rule, {**named, **elements(named)}, nodes, walk.facts, self.numbering, self.experts
-            )
-            if self.heads:
+                return Move(call, walk.facts, walk.sizes).run()
+            relation = Relation(call, walk.facts, self.numbering)
+            if "head" in self.granularity:
                 relation.couple_heads()
             results = relation.run()
-        except DoesNotApplyError as error:
-            return first_line(error)
+        except DoesNotApplyError:
+            raise
         except tolerable(Exception) as error:  # ours, or of a rule that does not fit its operator
             raise RuleError(
                 f"the rule of {node.target} fails at node '{node.name}': {type(error).__name__}:"
                 f" {first_line(error)}; give it another one with fasp_fx.patterns.register()"
             ) from error
-        values = [
-            Value(shape, tuple(axes), constant)
-            for shape, (axes, constant) in zip(shapes, results, strict=False)
-        ]
-        if len(results) != len(shapes) or not result_shapes_ok(
-            values, [torch.Size(shape) for shape in shapes]
-        ):
-            return "its results have other dimensions"
+        constant = relation.operands.constant
+        values = [Value(shape, tuple(axes), constant) for shape, axes in zip(call.shapes, results)]
+        if len(results) != len(call.shapes) or not fits(values, call.shapes):
+            raise DoesNotApplyError("its results have other dimensions")
         return values
 
 
@@ -446,8 +430,8 @@ def _writer(node: fx.Node) -> OpOverload | None:
     return called if isinstance(called, OpOverload) and schema_of(called).is_mutable else None
 
 
-def _shapes(executed: Any) -> list[tuple[int, ...]]:
-    return [tuple(leaf.shape) for leaf in pytree.tree_leaves(executed) if isinstance(leaf, Tensor)]
+def _tensors(executed: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(executed) if isinstance(leaf, Tensor)]
 
 
 def _in_place_of_tensors(executed: Any, values: Iterator[Value]) -> Any:
@@ -457,19 +441,11 @@ def _in_place_of_tensors(executed: Any, values: Iterator[Value]) -> Any:
     return next(values) if isinstance(executed, Tensor) else executed
 
 
-def _tensors(named: dict[str, Any]) -> list[Value]:
-    found: list[Value] = []
-    for argument in named.values():
-        items = argument if isinstance(argument, (list, tuple)) else [argument]
-        found += [item for item in items if isinstance(item, Value)]
-    return found
+def _known(arguments: dict[str, Any]) -> list[Value]:
+    """What is known of the tensors among some arguments."""
+    return [leaf for leaf in elements(arguments).values() if isinstance(leaf, Value)]
 
 
-def _arguments(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[dict[str, Any], dict[str, fx.Node | None]]:
-    """Arguments by schema name, with values for nodes; and the node behind each argument that is one."""
-    given = arguments(node)
-    nodes = {
-        name: value if isinstance(value, fx.Node) else None
-        for name, value in {**given, **elements(given)}.items()
-    }
-    return {name: fx.map_arg(value, lambda n: values.get(n)) for name, value in given.items()}, nodes
+def _values(written: dict[str, Any], walk: Walk) -> dict[str, Any]:
+    """Arguments with what is known of nodes in their place."""
+    return {name: fx.map_arg(argument, walk.values.get) for name, argument in written.items()}

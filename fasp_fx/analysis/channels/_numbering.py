@@ -127,10 +127,6 @@ def marked(count: int, *numbers: np.ndarray) -> np.ndarray:
 NONE = -1
 
 
-class DoesNotApplyError(ValueError):
-    """A rule does not serve for this call of its operator; says why."""
-
-
 #: in a rewritten program, how many channels of its weight stay before each channel
 _STAYING: ContextVar[np.ndarray | None] = ContextVar("staying", default=None)
 

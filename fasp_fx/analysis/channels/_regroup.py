@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from fasp_fx.capturing import Size, is_dynamic
+from fasp_fx.patterns import DoesNotApplyError
 
-from ._numbering import DoesNotApplyError, collapse
+from ._numbering import collapse
 
 #: a factor of a dimension: the dimension, and its size
 Piece = tuple[int, Size]
@@ -45,39 +46,35 @@ def segments(before: Sequence[Size], after: Sequence[Size]) -> list[Segment]:
     """Divide two shapes with equally many elements into factors that correspond to one another, the outermost
     first.
     """
-    left, right = (
+    xs, ys = (
         [(dim, size) for dim, size in enumerate(shape) if size != Size.fixed(1)] for shape in (before, after)
     )
-    found: list[Segment] = []
-    while left and right:
-        (i, a), (j, b) = left.pop(), right.pop()
-        if a == b:
-            found.append(Segment(((i, a),), ((j, b),)))
-        elif b.divides(a):
-            found.append(Segment(((i, b),), ((j, b),)))
-            left.append((i, a.over(b)))
+    pieces: list[Segment] = []
+    while xs and ys:
+        (i, a), (j, b) = xs.pop(), ys.pop()
+        if a == b or b.divides(a):
+            pieces.append(Segment(((i, b),), ((j, b),)))
+            xs += [] if a == b else [(i, a.over(b))]
         elif a.divides(b):
-            found.append(Segment(((i, a),), ((j, a),)))
-            right.append((j, b.over(a)))
+            pieces.append(Segment(((i, a),), ((j, a),)))
+            ys.append((j, b.over(a)))
         else:
-            found.append(_dealt([(i, a)], [(j, b)], left, right))
-    if left or right:
-        found.append(Segment(tuple(left), tuple(right), dealt=True))
-    return found[::-1]
+            pieces.append(_dealt([(i, a)], [(j, b)], xs, ys))
+    if xs or ys:
+        pieces.append(Segment(tuple(xs), tuple(ys), dealt=True))
+    return pieces[::-1]
 
 
-def _dealt(xs: list[Piece], ys: list[Piece], left: list[Piece], right: list[Piece]) -> Segment:
-    """The fewest factors from here outwards whose products agree; takes them from ``left`` and ``right``.
+def _dealt(xs: list[Piece], ys: list[Piece], outer_xs: list[Piece], outer_ys: list[Piece]) -> Segment:
+    """The fewest factors from here outwards whose products agree; takes them from the outer ones.
 
     They agree at every size where what is left outside does, since the shapes have equally many elements:
     ``[24, T]`` read as ``[24, T // 2, 2]``.
     """
-    while (left or right) and _product(xs) != _product(ys) and _product(left) != _product(right):
+    while _product(xs) != _product(ys) and _product(outer_xs) != _product(outer_ys):
         shorter = _product(xs).value <= _product(ys).value
-        if left and (shorter or not right):
-            xs.insert(0, left.pop())
-        else:
-            ys.insert(0, right.pop())
+        inner, outer = (xs, outer_xs) if outer_xs and (shorter or not outer_ys) else (ys, outer_ys)
+        inner.insert(0, outer.pop())
     return Segment(tuple(xs), tuple(ys), dealt=True)
 
 
@@ -86,52 +83,53 @@ def _product(pieces: list[Piece]) -> Size:
 
 
 def regroup(
-    numbers: Tensor, shape: Sequence[int], found: Sequence[Segment], alike: Callable[[Tensor, Tensor], None]
+    numbers: Tensor,
+    shape: Sequence[int],
+    segments: Sequence[Segment],
+    alike: Callable[[Tensor, Tensor], None],
 ) -> Tensor:
     """Reshape channel numbers.
 
     Args:
         numbers: of the source's rank, of size 1 along dimensions where they do not vary.
         shape: the shape of the result.
-        found: how the shapes correspond (:func:`segments`).
+        segments: how the shapes correspond (:func:`segments`).
         alike: called with numbers that must go together, because the place of each varies from call to call.
 
     Returns:
         The numbers in the result's rank, of size 1 where they do not vary.
     """
-    pieces = [piece for segment in found for piece in segment.before]
+    pieces = [piece for segment in segments for piece in segment.before]
     laid = collapse(numbers.reshape([size.value if numbers.shape[dim] > 1 else 1 for dim, size in pieces]))
-    unsettled = [segment.varies for segment in found for _ in segment.before]
+    unsettled = [segment.varies for segment in segments for _ in segment.before]
     for _, run in groupby(enumerate(pieces), key=lambda item: item[1][0]):
-        own = list(run)
+        places = list(run)
         # Of a dimension that several have been merged into, nothing is known but its numbers: divided, they
         # must not depend on a size that varies.
-        if len(own) > 1 and any(size.varying and laid.shape[at] > 1 for at, (_, size) in own):
-            for at, _ in own:
-                unsettled[at] = True
+        if len(places) > 1 and any(size.varying and laid.shape[at] > 1 for at, (_, size) in places):
+            unsettled[places[0][0] : places[-1][0] + 1] = [True] * len(places)
     for at, free in enumerate(unsettled):
         if free and laid.shape[at] > 1:
             alike(laid.narrow(at, 0, 1), laid)
             laid = laid.narrow(at, 0, 1)
-    return _joined(_crossed(laid, found), found, shape)
+    return _joined(_crossed(laid, segments), segments, shape)
 
 
-def _crossed(laid: Tensor, found: Sequence[Segment]) -> Tensor:
+def _crossed(laid: Tensor, segments: Sequence[Segment]) -> Tensor:
     """Numbers by the factors of the source, laid out by those of the result."""
     full: list[int] = []
     new: list[int] = []
-    for segment in found:
-        at = len(full)
-        own = list(laid.shape[at : at + len(segment.before)])
-        varies = any(size > 1 for size in own)
-        full += [size.value for _, size in segment.before] if segment.dealt and varies else own
-        new += ([size.value if varies else 1 for _, size in segment.after]) if segment.dealt else own
+    for segment in segments:
+        sizes = list(laid.shape[len(full) : len(full) + len(segment.before)])
+        varies = any(size > 1 for size in sizes)
+        full += [size.value for _, size in segment.before] if segment.dealt and varies else sizes
+        new += ([size.value if varies else 1 for _, size in segment.after]) if segment.dealt else sizes
     return laid.expand(full).reshape(new)
 
 
-def _joined(laid: Tensor, found: Sequence[Segment], shape: Sequence[int]) -> Tensor:
+def _joined(laid: Tensor, segments: Sequence[Segment], shape: Sequence[int]) -> Tensor:
     """Numbers by the factors of the result, with its dimensions."""
-    pieces = [piece for segment in found for piece in segment.after]
+    pieces = [piece for segment in segments for piece in segment.after]
     spread = {dim for at, (dim, _) in enumerate(pieces) if laid.shape[at] > 1}
     laid = laid.expand([size.value if dim in spread else 1 for dim, size in pieces])
     return laid.reshape([size if dim in spread else 1 for dim, size in enumerate(shape)])
@@ -170,19 +168,18 @@ class Repeating:
         Raises:
             ValueError: a dimension is no multiple of what repeats along it.
         """
-        found = values
-        for dim, (own, varies) in enumerate(zip(self.numbers.shape, self.varies, strict=True)):
-            if own == 1:
-                found = found.sum(dim, keepdim=True)
+        for dim, (length, varies) in enumerate(zip(self.numbers.shape, self.varies, strict=True)):
+            if length == 1:
+                values = values.sum(dim, keepdim=True)
             elif varies:
-                found = found.unflatten(dim, (self._repeats(dim, values.shape[dim]), own)).sum(dim)
-        return found
+                values = values.unflatten(dim, (self._repeats(dim, values.shape[dim]), length)).sum(dim)
+        return values
 
     def _repeats(self, dim: int, size: int) -> int:
-        own = self.numbers.shape[dim]
-        if self.varies[dim] and size % own:
-            raise DoesNotApplyError(f"a dimension of size {size} holds {own} positions that repeat")
-        return size // own if self.varies[dim] else 1
+        length = self.numbers.shape[dim]
+        if self.varies[dim] and size % length:
+            raise DoesNotApplyError(f"a dimension of size {size} holds {length} positions that repeat")
+        return size // length if self.varies[dim] else 1
 
 
 def repeating(numbers: Tensor, recorded: Sequence[int | torch.SymInt]) -> Repeating | None:
@@ -192,16 +189,15 @@ def repeating(numbers: Tensor, recorded: Sequence[int | torch.SymInt]) -> Repeat
         numbers: as interpreted, with size 1 along dimensions where they do not vary.
         recorded: the shape of their tensor as it was captured, with symbols for sizes that vary.
     """
-    found, varies = numbers, [False] * numbers.dim()
-    for dim, size in enumerate(recorded):
-        length = numbers.shape[dim]
+    varies = [False] * numbers.dim()
+    for dim, (length, size) in enumerate(zip(numbers.shape, recorded)):
         if length == 1 or not is_dynamic(size):
             continue
         for period in (part for part in range(1, length) if length % part == 0):
             times = [length // period if other == dim else 1 for other in range(numbers.dim())]
-            if torch.equal(found.narrow(dim, 0, period).repeat(times), found):
-                found, varies[dim] = found.narrow(dim, 0, period), period > 1
+            if torch.equal(numbers.narrow(dim, 0, period).repeat(times), numbers):
+                numbers, varies[dim] = numbers.narrow(dim, 0, period), period > 1
                 break
         else:
             return None
-    return Repeating(found.contiguous(), tuple(varies))
+    return Repeating(numbers.contiguous(), tuple(varies))

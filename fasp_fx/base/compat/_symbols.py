@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import sympy
@@ -78,6 +79,11 @@ class Symbols:
         hint = expression.xreplace(self._hints)
         return self._environment.create_symintnode(expression, hint=int(hint) if hint.is_Integer else None)
 
+    def example(self, sizes: Iterable[int | torch.SymInt]) -> list[int]:
+        """Sizes in the example."""
+        expressions = (size if isinstance(size, int) else size.node.expr for size in sizes)
+        return [int(sympy.sympify(expression).xreplace(self._hints)) for expression in expressions]
+
     def real(self, expression: sympy.Expr) -> float | torch.SymFloat:
         """A real number that is made of sizes."""
         hint = expression.xreplace(self._hints)
@@ -96,11 +102,11 @@ class Symbols:
             self._environment.guard_or_defer_runtime_assert(said.node.expr, "", node)
         elif node.target is _CONSTRAINS and isinstance(said, torch.SymInt):
             self._environment._constrain_range_for_size(said.node.expr)
-        made = _free_unbacked_symbols_with_path(
+        bindings = _free_unbacked_symbols_with_path(
             node.meta.get("val"), (), shape_env=self._environment, pending=self._pending, simplify=True
         )
-        if made:
-            node.meta["unbacked_bindings"] = made
+        if bindings:
+            node.meta["unbacked_bindings"] = bindings
 
 
 def ranges_of(program: ExportedProgram) -> dict[sympy.Symbol, tuple[int | None, int | None]]:

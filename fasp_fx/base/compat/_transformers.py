@@ -37,14 +37,14 @@ def export_program(model: PreTrainedModel, inputs: dict[str, Any], shapes: Any) 
     exporter: Any = DynamoExporter()
     config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
     logger = exporter_dynamo.logger
-    found: ExportedProgram
+    program: ExportedProgram
     with for_a_while(lambda: logger.level, logger.setLevel):
         logger.setLevel(logging.ERROR)
         if hasattr(exporter, "export_program"):
-            found, _ = exporter.export_program(model, inputs, config)
+            program, _ = exporter.export_program(model, inputs, config)
         else:
-            found = exporter.export(model, inputs, config)
-    return found
+            program = exporter.export(model, inputs, config)
+    return program
 
 
 @contextlib.contextmanager
@@ -52,16 +52,12 @@ def quiet_transformers() -> Iterator[None]:
     """Keep transformers from remarking on configs that are only tried, and from drawing bars."""
     with (
         for_a_while(logging.get_verbosity, logging.set_verbosity),
-        for_a_while(logging.is_progress_bar_enabled, _draw_bars),
+        for_a_while(logging.is_progress_bar_enabled, lambda on: on and logging.enable_progress_bar()),
         warnings.catch_warnings(action="ignore"),
     ):
         logging.set_verbosity(logging.CRITICAL)
-        _draw_bars(False)
+        logging.disable_progress_bar()
         yield
-
-
-def _draw_bars(wanted: bool) -> None:
-    (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
 
 
 def kept_in_float32(model: nn.Module) -> set[str]:

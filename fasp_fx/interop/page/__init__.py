@@ -98,12 +98,11 @@ def page_data(source: Report | Analysis, title: str) -> dict[str, Any]:
     pruned = isinstance(source, Report)
     lines = source.lines if isinstance(source, Report) else tuple(map(line_of, source.groups))
     notes = source.notes if isinstance(source, Report) else notes_of(source)
-    tiles = _tiles_of_report(source) if isinstance(source, Report) else _tiles_of_analysis(source)
     return {
         "title": title,
         "version": __version__,
         "pruned": pruned,
-        "tiles": tiles,
+        "tiles": _tiles_of_report(source) if isinstance(source, Report) else _tiles_of_analysis(source),
         "notes": list(notes),
         "withoutRule": [[name, count] for name, count in source.without_rule.items()],
         "groups": [_group(line) for line in lines],
@@ -210,18 +209,18 @@ def _charts(lines: Sequence[Line]) -> list[dict[str, Any]]:
         starred = ".".join("*" if part.isdecimal() else part for part in line.name.split("."))
         kinds.setdefault((starred, line.status), []).append(index)
     ordered = sorted(kinds.items(), key=lambda kind: kind[0][1] != PRUNABLE)
-    several = [(*kind, found) for kind, found in ordered if len(found) > 1]
-    single = [found[0] for found in kinds.values() if len(found) == 1]
+    several = [(*kind, indices) for kind, indices in ordered if len(indices) > 1]
+    single = [indices[0] for indices in kinds.values() if len(indices) == 1]
     return [
         {
             "label": name,
             "status": status,
             "bars": [
                 {"group": index, "label": (name and _numbers(lines[index].name)) or lines[index].name}
-                for index in found
+                for index in indices
             ],
         }
-        for name, status, found in (*several, *([("", "", single)] if single else []))
+        for name, status, indices in (*several, *([("", "", single)] if single else []))
     ]
 
 

@@ -5,16 +5,13 @@ difference.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
-import numpy as np
 from torch import Tensor, fx
 
 from fasp_fx.analysis import APPROXIMATE, Analysis, Group
-from fasp_fx.base import pytree, tolerable, warn
-from fasp_fx.calibration import Decision, decided
+from fasp_fx.base import largest_passing_subset, pytree, tolerable, warn
+from fasp_fx.calibration import Decision, decided, restricted
 from fasp_fx.capturing import Program, draws, is_dynamic
 from fasp_fx.errors import CallError, VerificationError, VerificationWarning, first_line
 from fasp_fx.passes import finish, remove
@@ -34,13 +31,13 @@ class Checked:
     Attributes:
         decision: what really went.
         module: the program without it.
-        left: the groups that were decided and stay whole, by name, with what was seen when they went.
+        whole: the groups that were decided and stay whole, by name, with what was seen when they went.
         notes: for the report.
     """
 
     decision: Decision
     module: fx.GraphModule
-    left: dict[str, str] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -75,16 +72,16 @@ class Checker:
         groups = decided(self.analysis, self.decision)
         if not groups:  # the program stays as it was captured, fused producers included
             return Checked(self.decision, finish(self.program))
-        made, fault = self._tried(groups)
-        left: dict[str, str] = {}
+        module, fault = self._tried(groups)
+        whole: dict[str, str] = {}
         if fault is not None:
-            first, (groups, left) = fault, self._passing(groups)
-            if not groups or (strict and left):
+            first, (groups, whole) = fault, self._passing(groups)
+            if not groups or (strict and whole):
                 raise VerificationError(
                     f"what was decided cannot be removed: {first.text}; nothing is returned. A rule says what"
                     " its operator does not do, or a pass is wrong"
                 )
-            made, fault = self._tried(groups)
+            module, fault = self._tried(groups)
         if fault is not None:
             names = ", ".join(f"'{group.name}'" for group in groups if group.status == APPROXIMATE)
             if not fault.differs or not names:
@@ -92,15 +89,15 @@ class Checker:
                     f"{fault.text}, and no group alone makes the difference; nothing is returned"
                 )
             self.notes.append(f"approximate groups were asked for ({names}): {fault.text}")
-        assert made is not None
-        said = [
-            f"group '{name}' stays whole, because pruning it is not exact: {seen}"
-            for name, seen in left.items()
+        assert module is not None
+        messages = [
+            f"group '{name}' stays whole, because pruning it is not exact: {difference}"
+            for name, difference in whole.items()
         ]
-        for text in said:
-            warn(text, VerificationWarning)
+        for message in messages:
+            warn(message, VerificationWarning)
         decision = restricted(self.analysis, self.decision, groups)
-        return Checked(decision, made, left, tuple(dict.fromkeys([*self.notes, *said])))
+        return Checked(decision, module, whole, tuple(dict.fromkeys([*self.notes, *messages])))
 
     def _passing(self, groups: list[Group]) -> tuple[list[Group], dict[str, str]]:
         """The largest part of groups that passes, and what was seen of each of the others.
@@ -112,16 +109,18 @@ class Checker:
             fault = self._tried(some)[1]
             return None if fault is None else fault.text
 
-        kept, left = largest_passing_subset([group for group in groups if group.status != APPROXIMATE], wrong)
-        seen = {group.name: text for group, text in left}
+        kept, faulty = largest_passing_subset(
+            [group for group in groups if group.status != APPROXIMATE], wrong
+        )
+        whole = {group.name: text for group, text in faulty}
         approximate = [group for group in groups if group.status == APPROXIMATE]
         if approximate:
             fault = self._tried([*kept, *approximate])[1]
             if fault is None or fault.differs:
                 kept += approximate
             else:
-                seen |= {group.name: fault.text for group in approximate}
-        return kept, seen
+                whole |= {group.name: fault.text for group in approximate}
+        return kept, whole
 
     def _tried(self, groups: list[Group]) -> tuple[fx.GraphModule | None, _Fault | None]:
         """The program without what was decided for these groups, and what is wrong with it."""
@@ -140,7 +139,7 @@ class Checker:
             masked_program(self.analysis, decision, self.program), rewritten, module
         )
 
-    def _difference(self, reference: Program, made: Program, module: fx.GraphModule) -> _Fault | None:
+    def _difference(self, reference: Program, pruned: Program, module: fx.GraphModule) -> _Fault | None:
         """How a program differs from its reference, on the first inputs that both take.
 
         Sizes that the dense program does not take are passed over, and those that an exporter has ruled out
@@ -156,12 +155,12 @@ class Checker:
         beyond = any(dim != 0 for inputs in self.inputs for _, dim in inputs.sizes)
         for inputs in self.inputs:
             try:
-                seen = compare(reference, module, made, inputs)
+                seen = compare(reference, module, pruned, inputs)
             except ReferenceFailedError as error:
                 if inputs is not self.inputs[0]:
                     continue
                 return _Fault(
-                    f"{inputs.said} the dense program with the removed channels masked fails:"
+                    f"{inputs.text} the dense program with the removed channels masked fails:"
                     f" {first_line(error)}"
                 )
             except CallError as error:
@@ -180,7 +179,7 @@ class Checker:
                     else "in its integers, its shape or where it is not finite"
                 )
                 return _Fault(
-                    f"{inputs.said} an output differs from that of the dense program with the removed"
+                    f"{inputs.text} an output differs from that of the dense program with the removed"
                     f" channels masked, {size}",
                     differs=True,
                 )
@@ -198,69 +197,16 @@ def _drawn(graph: fx.Graph) -> list[list[int | None]]:
     """The shapes of the random numbers that a graph draws, but for sizes that vary, which no pruning changes
     and each export names anew.
     """
-    made = [leaf for node in graph.nodes if draws(node) for leaf in pytree.tree_leaves(node.meta.get("val"))]
+    drawn = [leaf for node in graph.nodes if draws(node) for leaf in pytree.tree_leaves(node.meta.get("val"))]
     return [
         [None if is_dynamic(size) else int(size) for size in leaf.shape]
-        for leaf in made
+        for leaf in drawn
         if isinstance(leaf, Tensor)
     ]
 
 
 def _failed(inputs: Inputs, cause: str) -> _Fault:
-    return _Fault(f"{inputs.said} the pruned program fails, where the dense one runs: {cause}")
+    return _Fault(f"{inputs.text} the pruned program fails, where the dense one runs: {cause}")
 
 
-T = TypeVar("T")
-
-
-def largest_passing_subset(
-    items: Sequence[T], fault: Callable[[list[T]], str | None]
-) -> tuple[list[T], list[tuple[T, str]]]:
-    """A part of ``items`` without fault that no other item can join, and what was seen when each of the
-    others tried to.
-
-    One faulty item among n costs about 2 log n trials.
-
-    Args:
-        fault: what is wrong with some of the items together, or ``None``.
-    """
-    left: list[tuple[T, str]] = []
-
-    def join(base: list[T], candidates: Sequence[T]) -> list[T]:
-        found = fault([*base, *candidates]) if candidates else None
-        if found is None:
-            return [*base, *candidates]
-        if len(candidates) == 1:
-            left.append((candidates[0], found))
-            return base
-        middle = len(candidates) // 2
-        return join(join(base, candidates[:middle]), candidates[middle:])
-
-    return join([], items), left
-
-
-def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) -> Decision:
-    """The decision for the groups ``kept`` alone.
-
-    A weight that was repaired for a group which stays whole now is as it was captured.
-    """
-    names = {group.name for group in kept}
-    dropped = [group for group in decided(analysis, decision) if group.name not in names]
-    if not dropped:
-        return decision
-    undone = {use.weight for group in dropped for use in group.uses}
-    undone |= {bias for name, bias in decision.biases.items() if name in undone}
-
-    def left(held: dict[str, T]) -> dict[str, T]:
-        return {name: value for name, value in held.items() if name not in undone}
-
-    return Decision(
-        decision.gone & ~np.isin(analysis.labels, np.concatenate([group.sets for group in dropped])),
-        left(decision.weights),
-        left(decision.biases),
-        left(decision.outcomes),
-        decision.notes,
-    )
-
-
-__all__ = ["Checked", "Checker", "largest_passing_subset", "restricted"]
+__all__ = ["Checked", "Checker"]

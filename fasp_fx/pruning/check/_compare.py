@@ -73,9 +73,11 @@ def compare(reference: Program, module: fx.GraphModule, pruned: Program, inputs:
             expected = run(reference.module, inputs.of(reference), calls, precision)
         except tolerable(Exception) as error:  # a program raises what it likes
             raise ReferenceFailedError(str(error)) from error
-        found = run(module, inputs.of(pruned), calls, precision)
+        outputs = run(module, inputs.of(pruned), calls, precision)
         pairs = [
-            pair for both in zip(found, expected, strict=True) for pair in enumerate(zip(*both, strict=True))
+            pair
+            for both in zip(outputs, expected, strict=True)
+            for pair in enumerate(zip(*both, strict=True))
         ]
         state = reference.state_outputs  # which may be narrower, and is not compared then
         return max(
@@ -95,17 +97,17 @@ def compare_with_escalation(look: Callable[[torch.dtype | None], float], coarse:
         coarse: the coarsest type in them.
     """
     is_half = torch.finfo(coarse).eps > torch.finfo(torch.float32).eps
-    found, last = look(None), coarse
-    equal = found <= tolerance("sums in another order", coarse)
+    worst, last = look(None), coarse
+    equal = worst <= tolerance("sums in another order", coarse)
     for dtype in (torch.float32, torch.float64) if is_half else (torch.float64,):
         if equal and not (is_half and last == coarse):
             break
         try:
-            found = look(dtype)
+            worst = look(dtype)
         except tolerable(Exception):  # there is no such precision here, or not for what is computed
-            return Seen(found, found <= tolerance("no higher precision", last), alone=True)
-        last, equal = dtype, found <= tolerance("sums in another order", dtype)
-    return Seen(found, equal)
+            return Seen(worst, worst <= tolerance("no higher precision", last), alone=True)
+        last, equal = dtype, worst <= tolerance("sums in another order", dtype)
+    return Seen(worst, equal)
 
 
 # --- Running a program as it is, or in a higher precision, without leaving a trace.
@@ -125,7 +127,7 @@ def run(
         precision: nothing is computed in a lower one that can be computed in this; weights are widened one by
             one as they are used. ``None``: as the program says.
     """
-    given = [widened(value, precision) for value in inputs]
+    arguments = [widened(value, precision) for value in inputs]
     written = {
         name: widened(attribute(module, name).detach().clone(), precision)
         for name in written_names(module.graph)
@@ -134,15 +136,15 @@ def run(
     # what a model compiles for itself (flex attention, say) runs uncompiled
     with (
         torch.no_grad(),
-        drawing_alike([*given, *module.parameters(), *module.buffers()]),
+        drawing_alike([*arguments, *module.parameters(), *module.buffers()]),
         torch.compiler.set_stance("force_eager"),
     ):
         torch.set_default_dtype(widened(before, precision))
         try:
             for _ in range(calls):
                 execution = _Execution(module, precision, written)
-                made = list(execution.run(*given, enable_io_processing=False))
-                outputs.append(copied(made) if calls > 1 else made)
+                leaves = list(execution.run(*arguments, enable_io_processing=False))
+                outputs.append(copied(leaves) if calls > 1 else leaves)
         finally:
             torch.set_default_dtype(before)
     return outputs
@@ -209,14 +211,14 @@ class Inputs:
     may be narrower.
 
     Attributes:
-        said: the inputs in words.
+        text: the inputs in words.
         sizes: those that are not the example's.
         drawn: inputs to be filled with random numbers in [0, 1), because the example holds a single number
             everywhere.
         otherwise: whether inputs lie in memory otherwise than those of the example.
     """
 
-    said: str = "on the example inputs"
+    text: str = "on the example inputs"
     sizes: dict[_Place, int] = field(default_factory=dict)
     drawn: frozenset[int] = frozenset()
     otherwise: bool = False
@@ -230,26 +232,26 @@ class Inputs:
     def _made(self, index: int, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return self.sizes.get((index, None), leaf)
-        made = leaf.detach()
+        tensor = leaf.detach()
         for dim, size in enumerate(leaf.shape):
             wanted = self.sizes.get((index, dim), size)
             if wanted != size and size:
-                made = made.index_select(dim, torch.arange(wanted, device=leaf.device) % size)
+                tensor = tensor.index_select(dim, torch.arange(wanted, device=leaf.device) % size)
             elif wanted != size:
-                made = made.new_zeros([*made.shape[:dim], wanted, *made.shape[dim + 1 :]])
+                tensor = tensor.new_zeros([*tensor.shape[:dim], wanted, *tensor.shape[dim + 1 :]])
         if index in self.drawn:
             generator = torch.Generator(device="cpu").manual_seed(index)
-            return torch.rand(made.shape, generator=generator, dtype=torch.float32, device="cpu").to(made)
-        return laid_otherwise(made) if self.otherwise else _laid_like(leaf, made)
+            return torch.rand(tensor.shape, generator=generator, dtype=torch.float32, device="cpu").to(tensor)
+        return laid_otherwise(tensor) if self.otherwise else _laid_like(leaf, tensor)
 
 
-def _laid_like(leaf: Tensor, made: Tensor) -> Tensor:
+def _laid_like(leaf: Tensor, tensor: Tensor) -> Tensor:
     """A copy that is part of a larger tensor where the example is: a capture can ask for that."""
     if leaf.layout != torch.strided or not leaf.dim() or leaf.is_contiguous():
-        return made.clone()
-    if made.shape == leaf.shape and all(leaf.stride()):
-        return made.new_empty_strided(leaf.shape, leaf.stride()).copy_(made)
-    return made.new_empty([*made.shape[:-1], made.shape[-1] + 1])[..., :-1].copy_(made)
+        return tensor.clone()
+    if tensor.shape == leaf.shape and all(leaf.stride()):
+        return tensor.new_empty_strided(leaf.shape, leaf.stride()).copy_(tensor)
+    return tensor.new_empty([*tensor.shape[:-1], tensor.shape[-1] + 1])[..., :-1].copy_(tensor)
 
 
 def inputs_for(program: Program) -> Iterator[Inputs]:
@@ -320,22 +322,22 @@ def _symbols(dynamic: dict[_Place, torch.SymInt]) -> dict[sympy.Symbol, _Symbol]
     Inputs that are equally long along the same dimension stay so: a capture need not say that they must (keys
     and values of a cache), and a kernel that is given others can read what is not there.
     """
-    found: dict[sympy.Symbol, _Symbol] = {}
+    symbols: dict[sympy.Symbol, _Symbol] = {}
     places: dict[object, int] = {}
     beyond = {
         symbol for (_, dim), size in dynamic.items() if dim != 0 for symbol in size.node.expr.free_symbols
     }
     for (_, dim), size in dynamic.items():
         environment = size.node.shape_env
-        for symbol in sorted(size.node.expr.free_symbols - found.keys(), key=str):
+        for symbol in sorted(size.node.expr.free_symbols - symbols.keys(), key=str):
             hint, (least, most) = hint_of(symbol, environment), bounds_of(symbol, environment)
             lower = 2 if least is None else max(least, 1)
             upper = 1 << 31 if most is None else most
             if hint is not None and lower < upper:
-                own = (dim, hint) if size.node.expr == symbol and dim is not None else symbol
-                place = places.setdefault(own, len(places))
-                found[symbol] = _Symbol(hint, lower, upper, place, symbol not in beyond)
-    return found
+                key = (dim, hint) if size.node.expr == symbol and dim is not None else symbol
+                place = places.setdefault(key, len(places))
+                symbols[symbol] = _Symbol(hint, lower, upper, place, symbol not in beyond)
+    return symbols
 
 
 def _assignments(dynamic: dict[_Place, torch.SymInt], grow: bool) -> list[dict[sympy.Symbol, int]]:

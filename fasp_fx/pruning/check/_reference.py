@@ -13,9 +13,10 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from fasp_fx.analysis import APPROXIMATE, EXEMPT, Analysis, Product, Slot, Use, Value
-from fasp_fx.calibration import ConsumerMatrices, Decision, lying_along
+from fasp_fx.calibration import ConsumerMatrices, Decision, layouts_along
 from fasp_fx.capturing import Program, arguments, attribute, way_from_weight
 from fasp_fx.patterns import lookup
 
@@ -33,13 +34,13 @@ def masked_program(analysis: Analysis, decision: Decision, program: Program | No
         program: the captured one, with its fused weights whole, so that nothing is believed of how they were
             split; ``None``: the analysed one.
     """
-    made = _Masking(analysis, decision, analysis.program if program is None else program)
-    made.mask_uses()
+    masking = _Masking(analysis, decision, analysis.program if program is None else program)
+    masking.mask_uses()
     if EXEMPT in analysis.include:
-        made.mask_products()
-    made.mask_routers()
-    made.silence_producers()
-    return made.program
+        masking.mask_products()
+    masking.mask_routers()
+    masking.silence_producers()
+    return masking.program
 
 
 class _Masking:
@@ -62,8 +63,8 @@ class _Masking:
     def _put(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
         """Put what is made of a weight in its place; of one that was split off, among the rows it has."""
         if name not in self.split:
-            held = attribute(self.program.module, name).detach()
-            self.program.replace_weight(self.aliases[self.canonical[name]], change(held))
+            weight = attribute(self.program.module, name).detach()
+            self.program.replace_weight(self.aliases[self.canonical[name]], change(weight))
             return
         part = self.split[name]
         whole = attribute(self.program.module, part.source).detach().clone()
@@ -83,10 +84,10 @@ class _Masking:
         for (name, operand), mask in masks.items():
             node, (weight, *moves) = self.nodes[name], way_from_weight(self.nodes[operand])
             with self.graph.inserting_before(node):
-                made = {weight: self.graph.call_function(_zeroed, (weight, mask))}
+                copies = {weight: self.graph.call_function(_zeroed, (weight, mask))}
                 for move in moves:
-                    made[move] = self.graph.node_copy(move, lambda node, made=made: made.get(node, node))  # type: ignore[misc]
-            node.replace_input_with(self.nodes[operand], made[self.nodes[operand]])
+                    copies[move] = self.graph.node_copy(move, partial(_or_itself, copies))
+            node.replace_input_with(self.nodes[operand], copies[self.nodes[operand]])
 
     def mask_products(self) -> None:
         """Take the removed channels out of products of activations: zeros in the first operand of each."""
@@ -102,8 +103,8 @@ class _Masking:
             rule = lookup(node.target) if node.op == "call_function" else None
             if rule is None or not rule.all("choose"):
                 continue
-            given = arguments(node)
-            source, dim = given[rule.alternatives[0].operands[0].name], given[rule.all("choose")[0].words[0]]
+            named = arguments(node)
+            source, dim = named[rule.alternatives[0].operands[0].name], named[rule.all("choose")[0].words[0]]
             value = self.analysis.walk.values.get(source)
             if isinstance(value, Value):
                 axes = value.axes if dim is None else value.at(dim % len(value.shape))
@@ -116,11 +117,11 @@ class _Masking:
         """
         masks: dict[str, Tensor] = {}
         for group in self.analysis.chosen:
-            own = np.isin(self.analysis.labels, group.sets) & self.gone[:-1]
+            gone = np.isin(self.analysis.labels, group.sets) & self.gone[:-1]
             for slot in group.slots if group.status == APPROXIMATE else ():
-                if slot.kind == "weight" and own[slot.base : slot.base + slot.size].any():
+                if slot.kind == "weight" and gone[slot.base : slot.base + slot.size].any():
                     shape = attribute(self.analysis.program.module, slot.name).shape
-                    mask, name = _along(slot, shape, own), self.canonical[slot.name]
+                    mask, name = _along(slot, shape, gone), self.canonical[slot.name]
                     masks[name] = mask & masks.get(name, mask)
         for name in masks.keys() & self.split.keys():
             self._put(name, partial(_zeroed, stays=masks[name]))
@@ -129,7 +130,7 @@ class _Masking:
             if name in masks:
                 with self.graph.inserting_after(node):
                     masked = self.graph.call_function(_zeroed, (node, masks[name]))
-                node.replace_all_uses_with(masked, delete_user_cb=lambda user, own=masked: user is not own)
+                node.replace_all_uses_with(masked, delete_user_cb=lambda user, mask=masked: user is not mask)
 
     def _columns(self, use: Use) -> Tensor | None:
         """Which elements of a weight stay in one use of it (see :func:`_along`); ``None`` if all do."""
@@ -150,23 +151,30 @@ class _Masking:
         """Put a value where channels that go lie along the first operand of a product."""
         gone = np.zeros_like(self.gone)
         gone[product.numbers] = self.gone[product.numbers]
-        table, lying = torch.from_numpy(gone), lying_along(self.analysis, product, 0) if gone.any() else []
+        table, layouts = (
+            torch.from_numpy(gone),
+            layouts_along(self.analysis, product, 0) if gone.any() else [],
+        )
 
-        def masked(given: Tensor) -> Tensor:
-            for numbers in lying:
-                given = torch.where(table[numbers.at(given.shape)].to(given.device), value, given)
-            return given
+        def masked(operand: Tensor) -> Tensor:
+            for numbers in layouts:
+                operand = torch.where(table[numbers.at(operand.shape)].to(operand.device), value, operand)
+            return operand
 
         node = self.nodes[product.node.name]
         source = node.all_input_nodes[product.node.all_input_nodes.index(product.operands[0])]
-        if lying:
+        if layouts:
             with self.graph.inserting_before(node):
                 node.replace_input_with(source, self.graph.call_function(masked, (source,)))
 
 
-def _zeroed(given: Tensor, stays: Tensor) -> Tensor:
+def _or_itself(copies: dict[Node, Node], node: Node) -> Node:
+    return copies.get(node, node)
+
+
+def _zeroed(tensor: Tensor, stays: Tensor) -> Tensor:
     """Zeros where elements do not stay."""
-    return torch.where(stays.to(given.device), given, _ZERO)
+    return torch.where(stays.to(tensor.device), tensor, _ZERO)
 
 
 def _along(slot: Slot, shape: torch.Size, gone: np.ndarray) -> Tensor:

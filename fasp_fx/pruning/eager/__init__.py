@@ -6,8 +6,7 @@ import itertools
 import math
 import re
 import traceback
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any, cast
 
 import torch
@@ -18,11 +17,11 @@ from fasp_fx.base import deviation, fingerprint, free_unbacked_symbols, pytree, 
 from fasp_fx.capturing import (
     ExportFacts,
     Program,
-    SplitWeight,
     arguments,
     attribute,
     capture,
     is_pure,
+    model_copy,
     noting_reads,
     recorded_shapes,
     results,
@@ -32,30 +31,27 @@ from fasp_fx.capturing import (
     trouble_with,
 )
 from fasp_fx.errors import EagerError, first_line
-from fasp_fx.passes import PrunedModule, finish, split_fused
+from fasp_fx.passes import PrunedModule, finish, fused_weights, split_fused
 from fasp_fx.patterns import RESHAPES, lookup
 
-from .._submodules import copied
 from ._sizes import left_of, observed, say_sizes, tagged
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 #: what is assumed of a size that does not vary
 _SETTLED = re.compile(r".+\.size\(\)\[\d+\] == \d+")
-#: clauses of the operators that part a dimension
-_PARTS = ("chunk", "sizes")
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def eager(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> nn.Module:
     """See :meth:`fasp_fx.Result.eager`; ``pruned`` and ``plan`` are the result's."""
     _check(pruned, plan, model)
-    made = _Copy(pruned, plan, model)
+    smaller = _Copy(pruned, plan, model)
     with rewound(model):
         model.eval()
-        wrong = made.difference()
+        wrong = smaller.difference()
         if wrong is not None:
-            made.set_sizes()
-            wrong = made.difference()
+            smaller.set_sizes()
+            wrong = smaller.difference()
     if wrong is not None:
         raise EagerError(
             f"no copy of {type(model).__name__} computes what the pruned program does: {wrong}; use"
@@ -63,8 +59,8 @@ def eager(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> nn.Module:
             " here, or see what a class cannot say in docs/eager.md"
         )
     for path, inner in model.named_modules():
-        made.module.get_submodule(path).training = inner.training
-    return made.module
+        smaller.module.get_submodule(path).training = inner.training
+    return smaller.module
 
 
 class _Copy:
@@ -96,10 +92,10 @@ class _Copy:
         """Set the attributes that arrive as sizes in the model's graph to what the program has there."""
         with rewound(self.model), tagged(self.model):
             dense = self._captured(self.model).module.graph
-        found, parted = observed(dense, self.graph)
+        sizes, parted = observed(dense, self.graph)
         for (path, name), value in parted.items():
-            found.setdefault((path, name), left_of(value, path, self.model, self.module, self.plan))
-        for (path, name), value in found.items():
+            sizes.setdefault((path, name), left_of(value, path, self.model, self.module, self.plan))
+        for (path, name), value in sizes.items():
             setattr(self.module.get_submodule(path), name, value)
         say_sizes(self.model, self.module)
 
@@ -108,12 +104,12 @@ class _Copy:
         read: list[str] = []
         try:
             with noting_reads(self.model, self.module) as read:
-                found = self._captured(self.module)
+                program = self._captured(self.module)
             if self.plan.splits:
                 options = self.plan.granularity, self.plan.include
-                found = analyze_program(found, split_fused, *options).program
+                program = analyze_program(program, split_fused, *options).program
             folded = [weight.name for weight in self.plan.folds]
-            wrong = first_difference(cast(PrunedModule, finish(found)), self.pruned, folded)
+            wrong = first_difference(cast(PrunedModule, finish(program)), self.pruned, folded)
             if wrong is None:  # a module can ask whether it is captured
                 args, kwargs = self.program.call()
                 trouble = trouble_with(self.program, self.module, args, kwargs)
@@ -147,8 +143,8 @@ def _check(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> None:
     known |= {split.source for split in plan.splits}
     known |= {source for weight in plan.folds for source in weight.sources}
     parameters = model.named_parameters(remove_duplicate=False)
-    held = {name: tensor for name, tensor in parameters if name in known}
-    check_fingerprint(plan, fingerprint(held))
+    read = {name: tensor for name, tensor in parameters if name in known}
+    check_fingerprint(plan, fingerprint(read))
 
 
 def copied_with(model: nn.Module, pruned: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -163,7 +159,7 @@ def copied_with(model: nn.Module, pruned: nn.Module, plan: PruningPlan) -> nn.Mo
             copied.
     """
     try:
-        smaller, module = weights_of(pruned, plan), copied(model)
+        smaller, module = weights_of(pruned, plan), model_copy(model)
     except tolerable(Exception) as error:  # a module copies itself as it likes
         raise EagerError(
             f"{type(model).__name__} cannot be copied with these weights ({type(error).__name__}:"
@@ -193,52 +189,29 @@ def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def weights_of(pruned: nn.Module, plan: PruningPlan) -> dict[str, Tensor]:
     """The tensors that the module of a result holds, under their names in the model that was pruned; errors
-    as for :func:`fused_weights`.
+    as for :func:`fasp_fx.passes.fused_weights`.
     """
     return dict(tensors(pruned)) | fused_weights(plan, dict(pruned.named_parameters(remove_duplicate=False)))
-
-
-def fused_weights(plan: PruningPlan, pruned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a model that a result holds in parts, put together again, each row where it stood among
-    those that stay.
-
-    Args:
-        plan: of the result.
-        pruned: the weights of the result.
-
-    Raises:
-        RuntimeError: the parts of one have lost different numbers of positions along another dimension.
-    """
-    splits: dict[str, list[SplitWeight]] = defaultdict(list)
-    for split in plan.splits:
-        splits[split.source].append(split)
-    slices = plan.slices() if splits else {}
-    made = {}
-    for name, own in splits.items():
-        dim = own[0].dim
-        removed = {index for _, index in slices.get((name, dim), ())}
-        rows = [row for split in own for row in split.rows if row not in removed]
-        parts = torch.cat([pruned[split.name].detach() for split in own], dim)
-        made[name] = parts.index_select(dim, torch.argsort(torch.tensor(rows, device=parts.device)))
-    return made
 
 
 # --- Whether two programs are the same: the same operators, wired alike, with the same constants, weights and
 # assumptions about sizes, so that what they compute is the same on every input that they take.
 
 
-def first_difference(found: PrunedModule, expected: PrunedModule, folded: Collection[str] = ()) -> str | None:
+def first_difference(
+    program: PrunedModule, expected: PrunedModule, folded: Collection[str] = ()
+) -> str | None:
     """Where a program differs first from another of which it should compute the same; ``None`` if nowhere.
 
     Args:
         folded: the tensors that were computed of others, here or elsewhere, which may differ by rounding.
     """
-    mine, its = found.fasp_fx_origin, expected.fasp_fx_origin
-    own, other = _Text(mine.body()[0], found), _Text(its.body()[0], expected)
-    for line, wanted in itertools.zip_longest(own.lines, other.lines):
+    mine, its = program.fasp_fx_origin, expected.fasp_fx_origin
+    text, other = _Text(mine.body()[0], program), _Text(its.body()[0], expected)
+    for line, wanted in itertools.zip_longest(text.lines, other.lines):
         if line != wanted:
             return f"it computes {line} where the program computes {wanted}"
-    for name, weight in own.weights.items():
+    for name, weight in text.weights.items():
         allowed = tolerance("computed weights", weight.dtype) if name in folded else 0.0
         if deviation(weight, other.weights[name]) > allowed:
             return f"'{name}' has other values than in the program"
@@ -261,8 +234,8 @@ class _Text:
         weights: the tensors that the graph holds, by name.
     """
 
-    def __init__(self, graph: fx.Graph, held: nn.Module) -> None:
-        self._held, self._names = held, dict[fx.Node, str]()
+    def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
+        self._held, self._names = module, dict[fx.Node, str]()
         self.lines, self.weights = list[str](), dict[str, Tensor]()
         for node in graph.nodes:
             if node.op == "placeholder":
@@ -279,18 +252,19 @@ class _Text:
         """An operator with its arguments. Those that say what shape a tensor gets, or in which parts, are
         said by what is made.
         """
-        given, rule = arguments(node), lookup(node.target)
+        named, rule = arguments(node), lookup(node.target)
         operator = "reshape" if str(node.target) in RESHAPES else str(node.target)
-        if node.target is _ATTENTION and given["scale"] is None:
-            given["scale"] = 1.0 / math.sqrt(given["query"].meta["val"].shape[-1])
+        if node.target is _ATTENTION and named["scale"] is None:
+            named["scale"] = 1.0 / math.sqrt(named["query"].meta["val"].shape[-1])
         for clause in () if rule is None else rule.clauses:
-            if clause.keyword in ("shape", *_PARTS):
-                given.pop(clause.words[0])
-            if clause.keyword in _PARTS:
-                operator, dim = "parts", clause.words[-1]
-                given[dim] %= node.all_input_nodes[0].meta["val"].dim()
-        said = ", ".join(f"{name}={self._value(value)}" for name, value in sorted(given.items()))
-        return f"{operator}({said}): {_made(node)}"
+            if clause.keyword == "shape":
+                named.pop(clause.words[0])
+            if clause.keyword == "part" and isinstance(node.meta.get("val"), (list, tuple)):
+                operator, (dim, sizes) = "parts", clause.words
+                named.pop(sizes)
+                named[dim] %= node.all_input_nodes[0].meta["val"].dim()
+        words = ", ".join(f"{name}={self._value(value)}" for name, value in sorted(named.items()))
+        return f"{operator}({words}): {_made(node)}"
 
     def _value(self, value: Any) -> str:
         value = _size(value)
@@ -304,7 +278,7 @@ class _Text:
         tensor = attribute(self._held, name)
         if isinstance(tensor, fx.GraphModule):
             inner = _Text(tensor.graph, tensor)
-            self.weights |= {f"{name}.{own}": weight for own, weight in inner.weights.items()}
+            self.weights |= {f"{name}.{inner_name}": weight for inner_name, weight in inner.weights.items()}
             return f"{{{'; '.join(inner.lines)}}}"
         self.weights[name] = tensor.detach()
         return name
@@ -313,14 +287,14 @@ class _Text:
 def _made(node: fx.Node) -> str:
     """What a node gives: types and sizes, in terms of those of the inputs."""
 
-    def said(value: Any) -> str:
+    def in_words(value: Any) -> str:
         if isinstance(value, (tuple, list)):
-            return f"[{', '.join(map(said, value))}]"
+            return f"[{', '.join(map(in_words, value))}]"
         if isinstance(value, Tensor):
             return f"{value.dtype}({', '.join(str(_size(size)) for size in value.shape)})"
         return repr(_size(value))
 
-    return said(node.meta.get("val"))
+    return in_words(node.meta.get("val"))
 
 
 def _size(argument: Any) -> Any:
@@ -333,4 +307,4 @@ def _size(argument: Any) -> Any:
     return int(value.node.expr) if value.node.expr.is_Integer else value.node.expr
 
 
-__all__ = ["eager", "first_difference", "fused_weights", "weights_of"]
+__all__ = ["eager", "first_difference", "weights_of"]

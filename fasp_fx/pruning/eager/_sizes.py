@@ -81,11 +81,11 @@ def say_sizes(model: nn.Module, copy: nn.Module) -> None:
     those of the model do so.
     """
     for path, inner in model.named_modules():
-        own = copy.get_submodule(path)
-        for kind, said in _SAID:
-            for name, of in said.items() if isinstance(inner, kind) else ():
+        its = copy.get_submodule(path)
+        for kind, attributes in _SAID:
+            for name, of in attributes.items() if isinstance(inner, kind) else ():
                 if getattr(inner, name) == of(inner) is not None:
-                    setattr(own, name, of(own))
+                    setattr(its, name, of(its))
 
 
 #: key of ``node.meta["custom"]``: the integers among the arguments of the call that a node was recorded in,
@@ -105,7 +105,7 @@ class Tagged(int):
 
 def _plainly(compute: Callable[..., Any]) -> Callable[..., Any]:
     """A method that computes with plain integers, since symbolic ones take no others."""
-    return lambda own, other: compute(int(own), int(other) if isinstance(other, Tagged) else other)
+    return lambda integer, other: compute(int(integer), int(other) if isinstance(other, Tagged) else other)
 
 
 _ARITHMETIC = "add sub mul floordiv mod truediv pow lshift rshift and or xor"
@@ -122,11 +122,11 @@ class Arrivals(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = args, kwargs or {}
-        arrived = [leaf for leaf in pytree.tree_leaves(given) if type(leaf) in (int, Tagged)]
+        call = args, kwargs or {}
+        arrived = [leaf for leaf in pytree.tree_leaves(call) if type(leaf) in (int, Tagged)]
         if not any(isinstance(integer, Tagged) for integer in arrived):
-            return func(*args, **given[1])
-        args, kwargs = pytree.tree_map_only(Tagged, int, given)
+            return func(*args, **call[1])
+        args, kwargs = pytree.tree_map_only(Tagged, int, call)
         with annotating({_ARRIVED: arrived}):
             return func(*args, **kwargs)
 
@@ -155,19 +155,19 @@ def observed(dense: fx.Graph, pruned: fx.Graph) -> tuple[Sizes, Sizes]:
     there in the places where they arrive; and those that arrive at nodes which the pruned graph has in parts.
     """
     after = {node.name: _integers(node) for node in pruned.nodes}
-    found, parted = Sizes(), Sizes()
+    seen, parted = Sizes(), Sizes()
     for node in dense.nodes:
-        own, its = _integers(node), after.get(node.name, [])
+        integers, its = _integers(node), after.get(node.name, [])
         for integer in node.meta.get("custom", {}).get(_ARRIVED, ()):
-            if integer in own:
-                at = own.index(integer)
-                own[at] = None  # the next one of this value stands elsewhere
-                value = its[at] if len(its) == len(own) else None
-                told = parted if value is None else found
+            if integer in integers:
+                at = integers.index(integer)
+                integers[at] = None  # the next one of this value stands elsewhere
+                value = its[at] if len(its) == len(integers) else None
+                target = parted if value is None else seen
                 # One that is as it was may be any number of a call that was taken apart.
-                if isinstance(integer, Tagged) and (value != integer or integer.place not in told):
-                    told[integer.place] = value or int(integer)
-    return found, parted
+                if isinstance(integer, Tagged) and (value != integer or integer.place not in target):
+                    target[integer.place] = value or int(integer)
+    return seen, parted
 
 
 def left_of(value: int, path: str, model: nn.Module, copy: nn.Module, plan: PruningPlan) -> int:
@@ -180,9 +180,9 @@ def left_of(value: int, path: str, model: nn.Module, copy: nn.Module, plan: Prun
             if before == value != after:
                 return after
     for group in plan.groups:
-        own = [part for part in group.producers if not path or part.name.startswith(f"{path}.")]
+        members = [part for part in group.producers if not path or part.name.startswith(f"{path}.")]
         for blocks in (1, group.blocks):
-            if own and value * blocks == group.size:
+            if members and value * blocks == group.size:
                 return value - group.removed_sets // blocks
     return value
 

@@ -2,7 +2,7 @@
 elements, that it creates them all alike, and, around a router, that what is never chosen, named or counted
 may as well not be there.
 
-``look`` speaks of integers that name positions, ``choose`` and ``add`` of scores, ``pass`` of integers that
+``index`` speaks of integers that name positions, ``choose`` and ``add`` of scores, ``pass`` of integers that
 come back, ``tally`` of integers that are counted.
 """
 
@@ -125,8 +125,8 @@ def _distinct(shape: torch.Size, draw: Draw) -> Tensor:
 
 
 def looked(rule: Rule, call: Call, draw: Draw) -> Lie | None:
-    """Hold the clauses ``look`` of a rule against the operator on one call."""
-    for clause in rule.all("look"):
+    """Hold what a rule says of integers that an argument holds against the operator on one call."""
+    for clause in (clause for clause in rule.all("index") if clause.words[1] not in ORDINALS):
         fact = _without_unnamed(rule, clause, call, draw)
         if fact is not None:
             return Lie(call, str(clause), fact)
@@ -240,8 +240,8 @@ def tallies(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Lie | 
     gone = draw.integer(0, counted - 1)
     others = torch.where(numbers == gone, (gone + 1) % counted, numbers)
     fewer: dict[str, Any] = {str(rule.tallies): others - (others > gone).to(others.dtype)}
-    for keyword, amount in (("count", counted - 1), ("last", counted - 2)):
-        fewer |= {clause.words[0]: amount for clause in rule.all(keyword)}
+    for name, *less in (clause.words for clause in rule.all("count")):
+        fewer[name] = counted - 1 - sum(map(int, less))
     if fewer.get("max") == fewer.get("min", call.arguments.get("min", 0)):
         return None  # one number alone: the operator would look for the range itself
     whole, part = call.with_(**{str(rule.tallies): others}).run()[0], call.with_(**fewer).run()[0]

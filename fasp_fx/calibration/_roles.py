@@ -1,4 +1,18 @@
-"""What each calibration token is for: to fit a restoration, to judge it, or, as padding, for nothing."""
+"""What each calibration token is for: to fit a restoration, to judge it, or, as padding, for nothing.
+
+Nothing in a graph says which dimension holds sequences or tokens. These conventions stand for that:
+
+=================  ===================================================================================
+sequences          the first dimension of the first input that has dimensions
+tokens             the second dimension of that input, where a mask goes with it
+mask               the input :data:`MASK`, of 0 and 1, one for each sequence and token
+along a tensor     a dimension as long as the sequences (tokens) are, in the batch and as captured
+several in one     a dimension that a reshape has made of sequences and tokens, in the order it says
+chosen tokens      an output of all tokens, where an input asks for their positions one after another
+=================  ===================================================================================
+
+Where they do not tell, all tokens count, which a report says.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +38,8 @@ MASK = "attention_mask"
 _ONE_IN = 4
 
 
-class Marks:
-    """Marks of the tokens of every batch, as tensors that broadcast to an activation.
+class TokenRoles:
+    """Roles of the tokens of every batch, as tensors that broadcast to an activation.
 
     Tokens of one sequence resemble each other, so whole sequences are held out: every fourth, counted through
     all batches. Of fewer than four, the last quarter of their tokens is. A sequence is one index of the first
@@ -60,19 +74,19 @@ class Marks:
         self._masks = _padding(nodes, batches, reference_of(program))
 
     def of(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> Tensor:
-        """Marks of one batch's activation, with as many dimensions, of its size or 1.
+        """Roles in one batch's activation, with as many dimensions, of its size or 1.
 
         Args:
             index: the batch.
             node: the node that the activation is the value of.
             dims: the dimensions along which tokens lie.
         """
-        marks = torch.full([1] * activation.dim(), FITTED, dtype=torch.uint8, device=activation.device)
+        roles = torch.full([1] * activation.dim(), FITTED, dtype=torch.uint8, device=activation.device)
         if self.hold_out:
-            dim, held = self._held(index, node, activation, dims)
-            marks = torch.where(_along(held.to(activation.device), dim, activation.dim()), HELD, marks)
+            dim, judges = self._judges(index, node, activation, dims)
+            roles = torch.where(_along(judges.to(activation.device), dim, activation.dim()), HELD, roles)
         padding = self._padding(index, node, activation, dims)
-        return marks if padding is None else torch.where(padding, PADDING, marks)
+        return roles if padding is None else torch.where(padding, PADDING, roles)
 
     def of_output(self, index: int, node: fx.Node, output: Tensor) -> Tensor | None:
         """Which tokens of an output are padding, ``[batch, tokens]``; ``None`` where its first two dimensions
@@ -104,7 +118,7 @@ class Marks:
         return bool(asked) and torch.equal(asked[0].cpu().long(), torch.arange(len(asked[0])))
 
     def at(self, index: int, use: Use, activation: Tensor, ends: Tensor | None) -> Tensor:
-        """Marks of what a use of a weight reads in one batch; of tokens that were sorted by the block they go
+        """Roles in what a use of a weight reads in one batch; of tokens that were sorted by the block they go
         to, ``[tokens]``, where of each block the last quarter is held out, or every fourth batch.
 
         Args:
@@ -118,11 +132,11 @@ class Marks:
             self.unmatched[use.activation] = None
         sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         parts = [
-            torch.full((size,), self._batch_held(index)) if self._many_batches else _last(size)
+            torch.full((size,), self._batch_judges(index)) if self._many_batches else _last(size)
             for size in sizes
         ]
-        held = torch.cat(parts).to(ends.device) & self.hold_out
-        return torch.where(held, HELD, FITTED).to(torch.uint8)
+        judges = torch.cat(parts).to(ends.device) & self.hold_out
+        return torch.where(judges, HELD, FITTED).to(torch.uint8)
 
     def without_padding(self, index: int, node: fx.Node, output: Tensor) -> tuple[Tensor, int]:
         """What lies at an output, with zeros where it is known to be padding, and how many elements are
@@ -142,11 +156,13 @@ class Marks:
             " count in scores and repairs, padding included"
         )
 
-    def _batch_held(self, index: int) -> bool:
-        """Whether all of a batch is held out, where its tokens cannot be told apart."""
+    def _batch_judges(self, index: int) -> bool:
+        """Whether all of a batch judges, where its tokens cannot be told apart."""
         return index % _ONE_IN == _ONE_IN - 1 if self._many_batches else 0 < index == len(self._sizes) - 1
 
-    def _lying(self, axis: int, length: int, node: fx.Node, activation: Tensor, dims: list[int]) -> list[int]:
+    def _dims_like(
+        self, axis: int, length: int, node: fx.Node, activation: Tensor, dims: list[int]
+    ) -> list[int]:
         """Those of some dimensions that are as long as an axis of the first input, in this batch and as
         captured.
         """
@@ -155,23 +171,23 @@ class Marks:
             dim for dim in dims if activation.shape[dim] == length and _same(recorded[dim], self._shape[axis])
         ]
 
-    def _held(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> tuple[int, Tensor]:
+    def _judges(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> tuple[int, Tensor]:
         """A dimension, and which of its positions are held out."""
         if not dims:
-            return 0, torch.tensor([self._batch_held(index)])
+            return 0, torch.tensor([self._batch_judges(index)])
         size, total = self._sizes[index], self._firsts[-1]
-        own = self._lying(0, size, node, activation, dims)
-        batch = own[0] if own else dims[0]
+        batches = self._dims_like(0, size, node, activation, dims)
+        batch = batches[0] if batches else dims[0]
         along = activation.shape[batch]
         if total >= _ONE_IN:
             # Sequences, or all their tokens one after the other; of each the first, where they take turns.
-            inner = False if own or size == 1 else _takes_turns(node, batch, self._shape[0])
+            inner = False if batches or size == 1 else _takes_turns(node, batch, self._shape[0])
             if size and along % size == 0 and inner is not None:
                 number = torch.arange(along)
                 number = number % size if inner else number // max(along // size, 1)
                 return batch, (self._firsts[index] + number) % _ONE_IN == _ONE_IN - 1
             if self._many_batches:
-                return batch, torch.full((along,), self._batch_held(index))
+                return batch, torch.full((along,), self._batch_judges(index))
         dim = next((dim for dim in dims if dim != batch and activation.shape[dim] > 1), batch)
         return dim, _last(activation.shape[dim])
 
@@ -180,17 +196,17 @@ class Marks:
         if self._masks is None:
             return None
         mask = self._masks[index].to(activation.device)
-        batches, found = (
-            self._lying(axis, length, node, activation, dims) for axis, length in enumerate(mask.shape)
+        batches, tokens = (
+            self._dims_like(axis, length, node, activation, dims) for axis, length in enumerate(mask.shape)
         )
         if batches:
-            found = [dim for dim in found if dim != batches[0]]
+            tokens = [dim for dim in tokens if dim != batches[0]]
             # Which is which, nobody can tell where both are as long.
-            if len(found) == 1 and len(batches) == 1:
-                padding = mask if batches[0] < found[0] else mask.T
-                lying = (batches[0], found[0])
+            if len(tokens) == 1 and len(batches) == 1:
+                padding = mask if batches[0] < tokens[0] else mask.T
+                both = (batches[0], tokens[0])
                 return padding.reshape(
-                    [size if dim in lying else 1 for dim, size in enumerate(activation.shape)]
+                    [size if dim in both else 1 for dim, size in enumerate(activation.shape)]
                 )
             if len(dims) == 1:  # one token a sequence
                 return None
@@ -226,7 +242,7 @@ def _padding(
     at = next((index for index, node in enumerate(nodes) if node.name == MASK), None)
     if at is None or reference is None:
         return None
-    found = []
+    padding = []
     for index, batch in enumerate(batches):
         mask, first = batch[at], batch[reference]
         if mask.dim() != 2 or mask.shape != first.shape[:2] or not bool(((mask == 0) | (mask == 1)).all()):
@@ -236,8 +252,8 @@ def _padding(
                 f"calibration batch {index}: '{MASK}' marks every token as padding; leave the batch out, or"
                 " give it tokens"
             )
-        found.append(mask == 0)
-    return found
+        padding.append(mask == 0)
+    return padding
 
 
 def _last(size: int) -> Tensor:
@@ -279,8 +295,8 @@ def _takes_turns(node: fx.Node, dim: int, batch: Any) -> bool | None:
             elif str(node.target) in RESHAPES:
                 ends = (n for n in range(2, len(shape) + 1) if same_sizes([math.prod(shape[:n])], [size]))
                 merged = next(ends, 0)
-                own = [place for place in range(merged) if _same(shape[place], batch)]
-                return own == [merged - 1] if own in ([0], [merged - 1]) else None
+                places = [place for place in range(merged) if _same(shape[place], batch)]
+                return places == [merged - 1] if places in ([0], [merged - 1]) else None
     return None
 
 
