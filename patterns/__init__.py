@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ._composites import COMPOSITES, find_composites
 from ._contractions import ONE_WIDTH, TOLD
-from ._grammar import ORDINALS, Alternative, Clause, Dims, Operand, Rule, letters_of, parse
+from ._grammar import ORDINALS, Alternative, Clause, Dims, OperandDims, Rule, letters_of, parse
 from ._movement import REARRANGEMENTS, RESHAPES
 from ._pointwise import CASTS, CHECKS, VANISHING, pointwise_rule
 from ._reading import DoesNotApplyError, Reading, read
@@ -39,7 +39,7 @@ __all__ = [
     "Clause",
     "Dims",
     "DoesNotApplyError",
-    "Operand",
+    "OperandDims",
     "Operator",
     "Reading",
     "Rule",

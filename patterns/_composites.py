@@ -48,12 +48,12 @@ def _match(
 ) -> Iterator[tuple[dict[str, fx.Node], frozenset[fx.Node]]]:
     """The ways in which a pattern matches: the nodes that letters stand for, and those that have a name."""
     through = isinstance(pattern, ast.UnaryOp)
-    own = pattern.operand if isinstance(pattern, ast.UnaryOp) else pattern
-    if isinstance(own, ast.Name) and len(own.id) == 1:
-        if bound.get(own.id, node) is node:
-            yield {**bound, own.id: node}, frozenset()
+    called = pattern.operand if isinstance(pattern, ast.UnaryOp) else pattern
+    if isinstance(called, ast.Name) and len(called.id) == 1:
+        if bound.get(called.id, node) is node:
+            yield {**bound, called.id: node}, frozenset()
         return
-    called, arguments = (own.func, own.args) if isinstance(own, ast.Call) else (own, [])
+    called, arguments = (called.func, called.args) if isinstance(called, ast.Call) else (called, [])
     if _name(node) in _operators(called):
         for inputs in permutations(node.all_input_nodes, len(arguments)):
             states = [(bound, frozenset({node}))]
@@ -72,7 +72,7 @@ def _match(
 
 def find_composites(graph: fx.Graph) -> dict[fx.Node, str]:
     """For every node that is part of a composite, the composite's name."""
-    found: dict[fx.Node, str] = {}
+    composites: dict[fx.Node, str] = {}
     for name, text in COMPOSITES.items():
         pattern = ast.parse(text, mode="eval").body
         assert isinstance(pattern, ast.Call)
@@ -80,5 +80,5 @@ def find_composites(graph: fx.Graph) -> dict[fx.Node, str]:
             if node.op == "call_function" and _name(node) in _operators(pattern.func):
                 match = next(_match(node, pattern, {}), None)
                 if match is not None:
-                    found.update(dict.fromkeys(match[1], name))
-    return found
+                    composites.update(dict.fromkeys(match[1], name))
+    return composites

@@ -123,7 +123,7 @@ def _normalised(tokens: list[tuple[str, int]]) -> str:
 
 
 @dataclass(frozen=True)
-class Operand:
+class OperandDims:
     """One tensor argument of the operator and the letters of its dimensions."""
 
     name: str
@@ -134,7 +134,7 @@ class Operand:
 class Alternative:
     """One reading of the operator: its operands and results by letter, used if ``condition`` is truthy."""
 
-    operands: tuple[Operand, ...]
+    operands: tuple[OperandDims, ...]
     results: tuple[Dims, ...]
     condition: str | None = None
 
@@ -268,9 +268,9 @@ class _Parser:
         return self.take(pattern, "a letter, '(', '...' or ']'")
 
     def alternative(self) -> Alternative:
-        operands = [Operand(self.name(), self.dims())]
+        operands = [OperandDims(self.name(), self.dims())]
         while self.accept(","):
-            operands.append(Operand(self.name(), self.dims()))
+            operands.append(OperandDims(self.name(), self.dims()))
         self.take("->", "'->'")
         results = [self.dims()]
         while self.accept(","):

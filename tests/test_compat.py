@@ -84,7 +84,7 @@ def test_a_program_takes_the_guards_of_another() -> None:
         for model in (plain(), asking)
     )
     assert len(program.module()(torch.ones(5, 3))) == 5
-    _compat.take_guards(program, even)
+    _compat.take_guards(program, _compat.guards_of(even))
     assert len(program.module()(torch.ones(6, 3))) == 6
     with pytest.raises(AssertionError):
         program.module()(torch.ones(5, 3))

@@ -148,7 +148,7 @@ def test_a_weight_whose_tokens_stay_is_taken_apart(name: str) -> None:
 def test_the_net_sees_a_weight_that_is_taken_apart_wrongly(
     layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_split, "_holds_at_every_size", lambda node, label, size: True)
+    monkeypatch.setattr(_split, "_lies_along", lambda label, recorded, size: label is not None)
     model, batches = fused(TORN[layout]).double(), inputs([(2, 9)])
     with pytest.raises(fasp_fx.VerificationError):
         fasp_fx.prune(model, batches[0], sparsity=0.3, score="random", restore=None)

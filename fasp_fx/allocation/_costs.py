@@ -98,8 +98,8 @@ class Costs(dict[str, CostCurve]):
     def to_json(self) -> str:
         """The curves as text."""
         losses = {name: curve.losses.tolist() for name, curve in self.items()}
-        held = _Written(self.fingerprint, self.score, sorted(self.granularity), losses)
-        return to_document("costs", vars(held))
+        written = _Written(self.fingerprint, self.score, sorted(self.granularity), losses)
+        return to_document("costs", vars(written))
 
     @staticmethod
     def from_json(text: str) -> Costs:
@@ -108,9 +108,9 @@ class Costs(dict[str, CostCurve]):
         Raises:
             ArgumentError: the text holds none.
         """
-        held = from_document("costs", _Written, text, "write them with Costs.to_json()", ArgumentError)
-        curves = {name: CostCurve(np.array(losses)) for name, losses in held.losses.items()}
-        return Costs(curves, held.fingerprint, held.score, held.granularity)
+        read = from_document("costs", _Written, text, "write them with Costs.to_json()", ArgumentError)
+        curves = {name: CostCurve(np.array(losses)) for name, losses in read.losses.items()}
+        return Costs(curves, read.fingerprint, read.score, read.granularity)
 
     def save(self, file: str | Path) -> None:
         """Write the curves to a file of JSON, whole or not at all.

@@ -95,10 +95,10 @@ from ._resources import (
     Resource as Resource,  # Something that is counted of a model, as a function of how many channel sets each group loses
 )
 from ._resources import (
-    ShrinkingSizes as ShrinkingSizes,  # The sizes of a program's tensors as functions of what its groups lose
+    ShrinkingSize as ShrinkingSize,  # The size of one dimension of a tensor, as a function of what groups lose
 )
 from ._resources import (
-    Size as Size,  # The size of one dimension of a tensor, as a function of what groups lose
+    ShrinkingSizes as ShrinkingSizes,  # The sizes of a program's tensors as functions of what its groups lose
 )
 from ._resources import (
     Sparsity as Sparsity,  # The weights of linear, convolution and recurrent operators that a prunable, exempt or included group touches

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import networkx as nx
 import numpy as np
@@ -16,7 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
 from fasp_fx.base import pytree, without_collections
-from fasp_fx.capturing import Program, attribute, target_name
+from fasp_fx.capturing import Program, target_name
 from fasp_fx.errors import ArgumentError
 
 from ._build_groups import (
@@ -65,14 +66,10 @@ class Analysis(Coupling):
         starts, ends = _nodes_of(self, first), _nodes_of(self, second)
         # What can be pruned says most; the channel sets of a group go the same ways.
         for group in sorted(self.groups, key=lambda group: CODE[group.status]):
-            names = {name for member in (*group.producers, *group.consumers) for name in member.names}
+            names = {name for member in group.members for name in member.names}
             graph = _carriers(self, int(group.sets[0])) if {first, second} <= names else nx.Graph()
-            paths = [
-                nx.shortest_path(graph, start, end)
-                for start in starts
-                for end in ends
-                if {start, end} <= graph.nodes and nx.has_path(graph, start, end)
-            ]
+            pairs = [pair for pair in product(starts, ends) if {*pair} <= graph.nodes]
+            paths = [nx.shortest_path(graph, *pair) for pair in pairs if nx.has_path(graph, *pair)]
             if paths:
                 return [
                     str(node.target) if node.op == "get_attr" else f"{node.name} = {node.target}"
@@ -178,35 +175,29 @@ def _cached_heads(program: Program) -> dict[tuple[str, int], tuple[int, int]]:
     """A cache ``[batch, heads, length, width]`` may lose other channels in each head, as the weights that
     fill it may.
     """
-    found: dict[tuple[str, int], tuple[int, int]] = {}
+    blocks: dict[tuple[str, int], tuple[int, int]] = {}
     for node in program.placeholders():
         value = node.meta.get("val")
         if node.name in program.state_inputs and isinstance(value, Tensor) and value.dim() == 4:
-            heads, width = value.shape[1], value.shape[3]
-            if (
-                isinstance(heads, int)
-                and isinstance(width, int)
-                and not isinstance(value.shape[2], int)
-                and heads > 1
-            ):
-                found[(node.name, 3)] = (1, heads)
-    return found
+            _, heads, length, width = value.shape
+            static = [isinstance(size, int) for size in (heads, length, width)]
+            if static == [True, False, True] and heads > 1:
+                blocks[(node.name, 3)] = (1, int(heads))
+    return blocks
 
 
 def _columns_of_parts(program: Program, numbering: Numbering) -> Pairs:
     """The columns of weights that are rows of one go together, as the plan names them by that one."""
     nodes = {node.target: node for node in program.module.graph.find_nodes(op="get_attr")}
     first: dict[tuple[str, int], Slot] = {}
-    found: Pairs = []
-    for name, part in program.parts.items():
-        for dim in (dim for dim in range(attribute(program.module, name).dim()) if dim != part.dim):
-            slot = numbering.get(name, dim)
-            if slot is not None and name in nodes:
-                leader = first.setdefault((part.source, dim), slot)
-                found.append(
-                    (leader.numbers().reshape(-1).numpy(), slot.numbers().reshape(-1).numpy(), nodes[name])
-                )
-    return found
+    pairs: Pairs = []
+    for slot in (slot for slot in numbering.slots if slot.name in program.parts and slot.name in nodes):
+        part = program.parts[slot.name]
+        if slot.dim != part.dim:
+            leader = first.setdefault((part.source, slot.dim), slot)
+            both = (each.numbers().reshape(-1).numpy() for each in (leader, slot))
+            pairs.append((*both, nodes[slot.name]))
+    return pairs
 
 
 def _numbered(pairs: Pairs) -> Pairs:
@@ -221,14 +212,14 @@ def _same_elsewhere(coupled: Pairs, pairs: Pairs, total: int) -> Pairs:
     a whole head.
     """
     together = marked(total, *(side for pair in coupled for side in pair[:2]))
-    found = []
+    others: Pairs = []
     for a, b, node in _numbered(pairs):
         span = int(b.max()) + 1
-        both = np.divmod(np.unique(a * span + b), span)
-        one_to_one = all(len(np.unique(side)) == len(side) for side in both)
-        if one_to_one and not np.array_equal(*both) and any(together[side].any() for side in both):
-            found.append((both[0], both[1], node))
-    return found
+        first, second = np.divmod(np.unique(a * span + b), span)
+        one_to_one = len(np.unique(first)) == len(np.unique(second)) == len(first)
+        if one_to_one and not np.array_equal(first, second) and (together[first] | together[second]).any():
+            others.append((first, second, node))
+    return others
 
 
 def _walk_together(
@@ -239,7 +230,8 @@ def _walk_together(
     """
     everyone = np.arange(numbering.total)
     labels = label_sets(numbering.total, pairs)
-    within, first = marked(numbering.total, *(labels[own] for _, own, _ in coupled)), np.empty_like(everyone)
+    within = marked(numbering.total, *(labels[each] for _, each, _ in coupled))
+    first = np.empty_like(everyone)
     first[labels[::-1]] = everyone[::-1]  # the lowest number of each set is written last
     speaking = np.where(within[labels], first[labels], everyone)
     numbering.representative = torch.from_numpy(speaking)
@@ -265,13 +257,13 @@ def _nodes_of(analysis: Coupling, name: str) -> list[fx.Node]:
     program = analysis.program
     canonical = program.canonical()
     wanted = {canonical.get(name), *(new for new, part in program.parts.items() if part.source == name)}
-    held = program.module.graph.find_nodes(op="get_attr")
-    found = [node for node in held if canonical.get(target_name(node)) in wanted - {None}]
-    if not found:
+    read = program.module.graph.find_nodes(op="get_attr")
+    nodes = [node for node in read if canonical.get(target_name(node)) in wanted - {None}]
+    if not nodes:
         raise ArgumentError(
             f"'{name}' is not a weight that the model reads; names are those of model.named_parameters()"
         )
-    return found
+    return nodes
 
 
 def _carriers(analysis: Coupling, chosen: int) -> nx.Graph:
@@ -279,7 +271,7 @@ def _carriers(analysis: Coupling, chosen: int) -> nx.Graph:
     graph = nx.Graph()
     for node, value in analysis.walk.values.items():
         axes = [axis for item in pytree.tree_leaves(value) if isinstance(item, Value) for axis in item.axes]
-        held = [axis.numbers.reshape(-1).numpy() for axis in axes]
-        if any((analysis.labels[numbers[numbers >= 0]] == chosen).any() for numbers in held):
+        several = [axis.numbers.numpy() for axis in axes]
+        if any((analysis.labels[numbers[numbers >= 0]] == chosen).any() for numbers in several):
             graph.add_edges_from((node, user) for user in node.users if user.op == "call_function")
     return graph

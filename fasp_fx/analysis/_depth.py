@@ -42,8 +42,8 @@ def _lines(
     """The channel sets along each dimension of a node's value of which some can go."""
     value = walk.values.get(node)
     axes = value.axes if isinstance(value, Value) else ()
-    found = [(axis.dim, labels[axis.numbers.numpy()]) for axis in axes]
-    return {(dim, sets.shape, sets.tobytes()) for dim, sets in found if np.isin(sets, free).any()}
+    lines = [(axis.dim, labels[axis.numbers.numpy()]) for axis in axes]
+    return {(dim, sets.shape, sets.tobytes()) for dim, sets in lines if np.isin(sets, free).any()}
 
 
 def laid_out(node: fx.Node) -> fx.Node:
@@ -69,7 +69,7 @@ def beside(node: fx.Node) -> fx.Node | None:
     while user.op == "call_function" and len(inside) <= _NEAR:
         if any(read in inside for read in user.all_input_nodes):
             others = [read for read in user.all_input_nodes if read not in inside and _alike(read, node)]
-            ends = all(reader is user or reader in inside for own in inside for reader in own.users)
+            ends = all(reader is user or reader in inside for one in inside for reader in one.users)
             if user.target is _SUM and _alike(user, node) and len(others) == 1 and ends:
                 first = next(one for one in node.graph.nodes if one is node or one is others[0])
                 return others[0] if first is others[0] and not user.kwargs else None
@@ -102,26 +102,25 @@ def serving(ends: Iterable[fx.Node], graph: fx.Graph) -> list[fx.Node]:
     """The nodes that serve nothing but some consumers, last ones first: these themselves, what they alone
     need, and what checks that.
     """
-    found = dict.fromkeys(ends)
+    unused = set(ends)
     for node in reversed(graph.nodes):
-        needed = [user for user in node.users if user.target is not _CHECK]
-        if node not in found and needed and all(user in found for user in needed):
-            found |= dict.fromkeys([*node.users, node])
-    return [node for node in reversed(graph.nodes) if node in found]
+        needed = {user for user in node.users if user.target is not _CHECK}
+        if node not in unused and needed and needed <= unused:
+            unused |= {*node.users, node}
+    return [node for node in reversed(graph.nodes) if node in unused]
 
 
 def _leaves_nothing(group: Group, program: Program) -> bool:
     """Whether nothing but vectors is left unused where the consumers of a group give zero, and nothing goes
     that does more than compute.
     """
-    members = (*group.producers, *group.consumers)
-    whole = {member.name for member in members if len(member.indices) == member.size}
+    whole = {member.name for member in group.members if len(member.indices) == member.size}
     for node in serving({use.node for use in group.uses}, program.module.graph):
         if node.op == "get_attr":
             name = target_name(node)
-            held = attribute(program.module, name)
+            weight = attribute(program.module, name)
             origin = program.parts[name].source if name in program.parts else name
-            if isinstance(held, nn.Parameter) and held.dim() > 1 and origin not in whole:
+            if isinstance(weight, nn.Parameter) and weight.dim() > 1 and origin not in whole:
                 return False
         elif node.op != "call_function" or not goes_with_a_block(node):
             return False
@@ -134,8 +133,8 @@ def goes_with_a_block(node: fx.Node) -> bool:
 
 
 def _value(node: fx.Node) -> Tensor | None:
-    found = node.meta.get("val")
-    return found if isinstance(found, Tensor) and found.is_floating_point() else None
+    value = node.meta.get("val")
+    return value if isinstance(value, Tensor) and value.is_floating_point() else None
 
 
 def _alike(node: fx.Node, other: fx.Node) -> bool:

@@ -186,8 +186,8 @@ class PruningPlan:
             if count:
                 removed = max(round(group.removed_sets * count / sum(part.count for part in group.parts)), 1)
                 size = group.size - sizes.get((group.name, group.granularity), 0)
-                changes = {"size": size, "producers": producers, "consumers": consumers}
-                groups.append(replace(group, removed_sets=removed, **changes))
+                sized = replace(group, size=size, removed_sets=removed)
+                groups.append(replace(sized, producers=producers, consumers=consumers))
         now, then = (sum(group.removed_sets for group in some) for some in (groups, self.groups))
         return PruningPlan(
             earlier.result,
@@ -343,8 +343,10 @@ def _planned(group: Group, gone: np.ndarray, removed: int, analysis: Coupling) -
             indices.update((rows[places[places // width == block]] - first).tolist())
 
     def cut(members: Iterable[Member]) -> tuple[ParameterSlice, ...]:
-        sides = {m: tuple(tuple(sorted(block)) for block in lost[(m.name, m.dim)]) for m in members}
-        return tuple(_slice(m.name, m.dim, blocks, m.block_dim) for m, blocks in sides.items())
+        return tuple(
+            _slice(m.name, m.dim, tuple(tuple(sorted(each)) for each in lost[(m.name, m.dim)]), m.block_dim)
+            for m in members
+        )
 
     producers, consumers = cut(group.producers), cut(group.consumers)
     return PlannedGroup(

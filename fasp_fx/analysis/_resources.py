@@ -139,7 +139,7 @@ class ShrinkingSizes:
         for index, group in enumerate(analysis.chosen):
             self._group[group.sets] = index
 
-    def of(self, node: fx.Node | None, shape: Sequence[int], dim: int) -> Size:
+    def of(self, node: fx.Node | None, shape: Sequence[int], dim: int) -> ShrinkingSize:
         """The size of one dimension of what a node makes; of a weight that no node reads nothing goes.
 
         Args:
@@ -163,7 +163,7 @@ class ShrinkingSizes:
                 )
             if cut:
                 cuts.append(cut)
-        return Size(int(shape[dim]), tuple(cuts))
+        return ShrinkingSize(int(shape[dim]), tuple(cuts))
 
     def _cut(self, labels: np.ndarray, size: int) -> Iterator[tuple[int, float]]:
         owners = self._group[labels.reshape(-1)]
@@ -186,7 +186,7 @@ def _sizes_of_weights(
 
 
 @dataclass(frozen=True)
-class Size:
+class ShrinkingSize:
     """The size of one dimension of a tensor, as a function of what groups lose.
 
     Attributes:
@@ -216,10 +216,10 @@ class Products:
     """
 
     def __init__(self) -> None:
-        self._places: dict[tuple[Size, ...], int] = {}
+        self._places: dict[tuple[ShrinkingSize, ...], int] = {}
         self.terms: list[tuple[float, tuple[int, ...]]] = []
 
-    def add(self, sizes: Iterable[Size | tuple[Size, ...]], factor: float = 1) -> None:
+    def add(self, sizes: Iterable[ShrinkingSize | tuple[ShrinkingSize, ...]], factor: float = 1) -> None:
         """Add a product of sizes, so many times; of several in one place the largest, to which the others are
         padded.
         """

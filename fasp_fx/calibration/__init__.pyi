@@ -26,9 +26,6 @@ from ._consumers import (
     Consumers as Consumers,  # All consumers of the groups that can be pruned
 )
 from ._consumers import (
-    curves_of as curves_of,  # The cost curve of each group, from its order with losses
-)
-from ._consumers import (
     order_of as order_of,  # The order of one group
 )
 from ._consumers import (

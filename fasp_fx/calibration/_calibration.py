@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fasp_fx.base import distance, pytree, tolerable, tolerance
-from fasp_fx.capturing import Program, Runner, is_dynamic, results, upper_bound
+from fasp_fx.capturing import Program, Runner, is_dynamic, upper_bound
 from fasp_fx.errors import CalibrationError, CallError
 
 from ._roles import sequences_of
@@ -106,8 +106,7 @@ def check_calibration(batches: Any, what: str = "calibration") -> Iterable[Any]:
         raise CalibrationError(
             f"{what} is a {type(batches).__name__}; pass an iterable of batches, for example [batch]"
         )
-    iterable: Iterable[Any] = batches
-    return iterable
+    return cast("Iterable[Any]", batches)
 
 
 _REMEDIES = {
@@ -259,13 +258,4 @@ def _is_divisible(program: Program, piece: Piece, parts: list[Piece]) -> bool:
 @torch.no_grad()
 def ran(program: Program, piece: Piece) -> list[Any]:
     """What the dense model returns for one piece, as leaves."""
-    run = Runner(program, [piece.inputs], numbers=[piece.batch])
-    run.advance(len(run.nodes) - 1)
-    return returned(program, run)
-
-
-def returned(program: Program, run: Runner) -> list[Any]:
-    """What a program returned that ran to its end, for one batch, as leaves."""
-    return [
-        next(run.read(node)) if isinstance(node, fx.Node) else node for node in results(program.module.graph)
-    ]
+    return Runner(program, [piece.inputs], numbers=[piece.batch]).outputs()

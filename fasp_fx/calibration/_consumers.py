@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fasp_fx.allocation import CostCurve
 from fasp_fx.analysis import Analysis, Group, Use
 from fasp_fx.capturing import attribute
 from fasp_fx.errors import ArgumentError, CalibrationError
@@ -158,8 +157,7 @@ class Consumers:
 
     def weight(self, consumer: Consumer) -> Tensor:
         """A consumer's weight as the program has it."""
-        weight: Tensor = attribute(self.analysis.program.module, consumer.weight).detach()
-        return weight
+        return cast(Tensor, attribute(self.analysis.program.module, consumer.weight).detach())
 
     def keep_gradients(self) -> None:
         """Keep nothing of what was seen but what needs gradients: later passes see other activations."""
@@ -338,11 +336,6 @@ def orders_of(consumers: Consumers, groups: Sequence[Group], score: GroupScore) 
         most = order.sets.shape[1] if group.uses else group.deepest_loss
         orders[group.name] = Order(order.sets[:, :most], losses[: most + 1])
     return orders
-
-
-def curves_of(orders: Mapping[str, Order]) -> dict[str, CostCurve]:
-    """The cost curve of each group, from its order with losses."""
-    return {name: CostCurve(order.losses) for name, order in orders.items() if order.losses is not None}
 
 
 def _column_costs(columns: Columns) -> np.ndarray:

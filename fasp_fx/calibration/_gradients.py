@@ -16,7 +16,7 @@ from fasp_fx.base import codegen_of, device_of, pytree, tolerable
 from fasp_fx.capturing import Program, Runner, results
 from fasp_fx.errors import CalibrationError, first_line
 
-from ._calibration import Piece, ran, returned
+from ._calibration import Piece, ran
 from ._consumers import Consumer, Consumers, counting
 from ._losses import Loss, Outputs, Padding, evaluated
 from ._matrices import ConsumerMatrices, states_before
@@ -107,10 +107,10 @@ class Observation:
         """Show one piece to the consumers; how many terms the loss has."""
         with torch.inference_mode(False), torch.set_grad_enabled(self.loss is not None):
             run = _Run(self, piece, index)
-            run.advance(len(run.nodes) - 1)
+            leaves = run.outputs()
             if self.loss is None:
                 return 0
-            terms = self._terms(run, piece, index, self.loss)
+            terms = self._terms(leaves, piece, index, self.loss)
             try:
                 if terms.numel() and terms.requires_grad and run.leaves:  # others are seen in the end
                     torch.autograd.backward(terms.sum(), inputs=run.leaves)
@@ -131,9 +131,9 @@ class Observation:
             if enough or (index + 1 >= at_least and loss.has_size):
                 return
 
-    def _terms(self, run: Runner, piece: Piece, index: int, loss: Loss) -> Tensor:
+    def _terms(self, leaves: list[Any], piece: Piece, index: int, loss: Loss) -> Tensor:
         """The terms of the loss on one piece; none where a loss of ours finds nothing to predict."""
-        results = outcome(self.program, returned(self.program, run), piece, self.roles, index)
+        results = outcome(self.program, leaves, piece, self.roles, index)
         if isinstance(loss, Outputs):
             loss.begin(piece.first, piece.rows)
         try:

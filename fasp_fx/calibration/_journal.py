@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -129,8 +129,7 @@ class Ledger:
     def recall(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The next decision, as the journal has it."""
         number = next(self._numbers)
-        decision: dict[str, Any] = self.ranks.share(0, self._journal and self._journal.known(number))
-        return decision
+        return cast(dict[str, Any], self.ranks.share(0, self._journal and self._journal.known(number)))
 
     def settle(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The next decision, as the process makes it whose turn it is."""

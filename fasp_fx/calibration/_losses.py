@@ -180,9 +180,8 @@ class Outputs:
 
 def evaluated(loss: Loss, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Tensor:
     """The terms of a loss; those of this module leave padding out, one of the user's sees to it by itself."""
-    if isinstance(loss, Outputs) or loss is next_token:
-        return loss(outputs, inputs, padding)
-    return loss(outputs, inputs)
+    is_ours = isinstance(loss, Outputs) or loss is next_token
+    return loss(outputs, inputs, *((padding,) if is_ours else ()))
 
 
 def resolve_loss(loss: Literal["auto", "outputs", "next-token"] | Loss) -> Loss:

@@ -188,9 +188,8 @@ def resolve_score(score: Literal["fasp", "magnitude", "random", "obs"] | Score) 
         "magnitude": ByColumns(magnitude, needs_data=False),
         "random": ByColumns(Random(), needs_data=False),
     }
-    if isinstance(score, str):
-        return named[score]
-    return score if isinstance(score, GroupScore) else ByColumns(score)
+    function = named[score] if isinstance(score, str) else score
+    return function if isinstance(function, GroupScore) else ByColumns(function)
 
 
 __all__ = ["OBS", "Elimination", "centred_of", "greedy", "resolve_score"]

@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -136,8 +136,7 @@ class Ranks:
 
     def first(self, value: T) -> T:
         """What the first process has."""
-        of_first: T = self.share(0, value)
-        return of_first
+        return cast(T, self.share(0, value))
 
     def check_all(self, error: CalibrationError | None) -> None:
         """Raise if any process has failed, in all of them.

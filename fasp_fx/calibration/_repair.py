@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -50,8 +50,7 @@ class Repairs:
 
     def brought(self, consumer: Consumer) -> Tensor:
         """The same where nodes are executed."""
-        weight: Tensor = self.runner.bring(self.weight(consumer))
-        return weight
+        return cast(Tensor, self.runner.bring(self.weight(consumer)))
 
     def finish(self, consumer: Consumer, decide: Decide) -> None:
         """Cut a consumer all of whose groups are decided, and repair it. What was seen of it is let go.
@@ -87,16 +86,16 @@ class Repairs:
         if otherwise is not None:
             self.decision.notes.append(f"'{consumer.weight}' is not repaired, because {otherwise}")
             return None
-        outcome = self._restored(consumer, matrices, kept, decide)
+        outcome = self._restored(self.restore, consumer, matrices, kept, decide)
         self.decision.outcomes.setdefault(consumer.weight, []).append(without_values(outcome))
         pruned = keep(consumer.matrices.write(outcome.weight.to(weight.device), weight))
         self.decision.weights[consumer.weight] = pruned
         return pruned
 
-    def _restored(self, consumer: Consumer, matrices: Tensor, kept: Tensor, decide: Decide) -> Restored:
+    def _restored(
+        self, restore: Restore, consumer: Consumer, matrices: Tensor, kept: Tensor, decide: Decide
+    ) -> Restored:
         """The repair of a consumer's matrices, whose bias is raised along."""
-        restore = self.restore
-        assert restore is not None
         if consumer.intercept is not None:
             # A column of ones that stays, whose weight is added to the bias.
             matrices = torch.cat([matrices, torch.zeros_like(matrices[:, :, :1])], 2)
@@ -106,10 +105,7 @@ class Repairs:
             unit = torch.eye(consumer.drift_rows, dtype=matrices.dtype, device=matrices.device)
             matrices = torch.cat([matrices, self.strength * unit.expand(len(matrices), -1, -1)], 2)
 
-        def solve() -> dict[str, Any]:
-            return vars(restored(restore, _problems(consumer, matrices, kept), consumer, kept.shape[1]))
-
-        outcome = Restored(**decide(solve))
+        outcome = Restored(**decide(lambda: vars(restored(restore, consumer, matrices, kept))))
         if consumer.intercept is None:
             return outcome
         if bool((raised := outcome.weight[:, :, -1].reshape(-1)).any()):
@@ -120,23 +116,23 @@ class Repairs:
         return replace(outcome, weight=outcome.weight[:, :, :-1])
 
 
-def _problems(consumer: Consumer, matrices: Tensor, kept: Tensor) -> Iterator[Problem]:
-    """What is to be solved for each block of a consumer."""
-    for matrix, gram, stays in zip(matrices, consumer.grams or (), kept, strict=True):
-        fitted, judging, *_ = [*map(keep, gram.compact()), None]
-        assert fitted is not None
-        yield Problem(matrix, fitted, judging, stays.nonzero()[:, 0], consumer.intercept is not None)
+def restored(restore: Restore, consumer: Consumer, matrices: Tensor, kept: Tensor) -> Restored:
+    """The outcome of a repair, block by block.
 
-
-def restored(restore: Restore, problems: Iterable[Problem], consumer: Consumer, columns: int) -> Restored:
-    """The outcome of a repair, block by block, for the first ``columns`` columns."""
+    Args:
+        matrices: ``[blocks, rows, columns]``, perhaps with further columns, which go.
+        kept: which stay of the columns that come back, ``[blocks, columns]``.
+    """
     grams, blocks = consumer.grams or (), []
-    for problem, gram in zip(problems, grams, strict=True):
+    for matrix, gram, stays in zip(matrices, grams, kept, strict=True):
+        fitted, *judging = map(keep, gram.compact())
+        places, has_ones = stays.nonzero()[:, 0], consumer.intercept is not None
         # Weights that meet about as many tokens as there are unknowns fit no others, which a handful of them
         # held out need not show: a ridge as strong as there are unknowns for each token keeps them near.
         few = 0 < gram.held.tokens < _JUDGES and gram.fitted.tokens > 0
-        outcome = restore(problem, len(problem.kept) / gram.fitted.tokens if few else 0.0)
-        blocks.append(replace(outcome, weight=outcome.weight[:, :columns]))
+        problem = Problem(matrix, fitted, judging[0] if judging else None, places, has_ones)
+        outcome = restore(problem, len(places) / gram.fitted.tokens if few else 0.0)
+        blocks.append(replace(outcome, weight=outcome.weight[:, : len(stays)]))
     return replace(together(blocks), tokens=min(gram.tokens for gram in grams))
 
 

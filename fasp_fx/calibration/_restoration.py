@@ -189,15 +189,20 @@ def damped(weight: Tensor, gram: Tensor, kept: Tensor, strength: float) -> Tenso
         >>> damped(weight, gram, kept=torch.tensor([0]), strength=1e-6).round(decimals=3)
         tensor([[2., 0.]])
     """
-    removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    removed[kept] = False
-    repaired = torch.where(removed, torch.zeros_like(weight), weight)
+    order, repaired = _kept_first(kept, weight.shape[1]), weight.clone()
     raised = strength * (float(gram.diagonal().mean()) or 1.0)
-    gone = weight[:, removed].to(gram.dtype)
-    order = torch.cat([kept, removed.nonzero()[:, 0]])
+    gone = weight[:, order[len(kept) :]].to(gram.dtype)
+    repaired[:, order[len(kept) :]] = 0
     if (added := _solve(gram[order[:, None], order], len(kept), gone, raised)) is not None:
         repaired[:, kept] = (weight[:, kept] + added).to(weight.dtype)
     return repaired
+
+
+def _kept_first(kept: Tensor, columns: int) -> Tensor:
+    """The indices of all columns, those that are kept first."""
+    removed = torch.ones(columns, dtype=torch.bool, device=kept.device)
+    removed[kept] = False
+    return torch.cat([kept, removed.nonzero()[:, 0]])
 
 
 class _Solver:
@@ -212,9 +217,7 @@ class _Solver:
         weight, kept, fitted, judging = problem.weight, problem.kept, problem.gram, problem.held
         self.weight, self.kept, self.count, self.judges = weight, kept, len(kept), judging is not None
         self.ones = _size_of_ones(fitted, int(kept[-1])) if problem.has_ones else None
-        removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-        removed[kept] = False
-        order = torch.cat([kept, removed.nonzero()[:, 0]])
+        order = _kept_first(kept, weight.shape[1])
         grams = [self._ordered(gram, order) for gram in (fitted, fitted[:0] if judging is None else judging)]
         scale = sum(float(diagonal_of(gram).mean()) for gram in grams) or 1.0
         self.fitted, self.held = (keep(gram.div_(scale**0.5 if is_few(gram) else scale)) for gram in grams)
@@ -253,9 +256,7 @@ class _Solver:
         for step in (1, -1):
             while 0 <= place + step < len(strengths) and error(place + step) < error(place):
                 place += step
-        if not error(place) < before:
-            return math.inf, 1.0
-        return strengths[place], error(place) / before
+        return (strengths[place], error(place) / before) if error(place) < before else (math.inf, 1.0)
 
     def solved(self, strength: float) -> Restored:
         """The solution on all tokens; the kept columns as they are where there is none."""
@@ -264,9 +265,8 @@ class _Solver:
             if math.isinf(strength)
             else self._solve(self.gone, joined(self.fitted, self.held).to(self.gone.dtype), strength)
         )
-        if added is None:
-            return self.unchanged()
-        return self.judged((self.start + added).to(self.weight.dtype), strength)
+        stored = None if added is None else (self.start + added).to(self.weight.dtype)
+        return self.unchanged() if stored is None else self.judged(stored, strength)
 
     def judged(self, stored: Tensor, strength: float) -> Restored:
         """A weight of the kept columns with the errors it makes."""

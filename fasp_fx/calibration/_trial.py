@@ -17,7 +17,6 @@ from fasp_fx.allocation import Budget, Trial, check_counts
 from fasp_fx.base import drawing_alike, float32_products, keep, unfilled
 from fasp_fx.capturing import Runner
 
-from ._calibration import returned
 from ._consumers import Consumer
 from ._gradients import Observation, outcome
 from ._losses import (
@@ -160,8 +159,7 @@ class ModelTrial:
         with torch.no_grad(), drawing_alike(program.weights().values()), float32_products(self._precision):
             run = Runner(program, [piece.inputs], numbers=[piece.batch])
             run.overrides |= weights
-            run.advance(len(run.nodes) - 1)
-            leaves = returned(program, run)
+            leaves = run.outputs()
         return outcome(program, leaves, piece, self._observation.roles, place)
 
     def _weights(self, lost: Sequence[int]) -> dict[str, Tensor]:

@@ -38,9 +38,6 @@ from ._compare_with_model import (
     coarsest as coarsest,  # The floating-point type of the lowest precision among all that the program computes
 )
 from ._compare_with_model import (
-    outputs_of as outputs_of,  # What a program returns for the values of its placeholders, leaf for leaf
-)
-from ._compare_with_model import (
     trouble_with as trouble_with,  # What is wrong with what a program computes, in words, where it is to be what the model does
 )
 from ._export import (
@@ -104,16 +101,16 @@ from ._parts import (
     Parts as Parts,  # A model that was captured by its submodules
 )
 from ._parts import (
-    dressed as dressed,  # The pruned part with the simple attributes of the original, which copies and pickles keep
-)
-from ._parts import (
     model_copy as model_copy,  # A copy of a model that shares no storage
 )
 from ._parts import (
-    put as put,  # Place a module at each of its paths
+    replace_submodule as replace_submodule,  # Place a module at each of its paths
 )
 from ._parts import (
     watching as watching,  # Report every call that one of some modules gets inside, with copies of what it gets
+)
+from ._parts import (
+    with_attributes_of as with_attributes_of,  # A pruned part with the simple attributes of the original, which copies and pickles keep
 )
 from ._program import (
     Cut as Cut,  # Which indices stay along one dimension

@@ -13,13 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fasp_fx.base import distance, drawing_alike, laid_otherwise, pytree, tolerable, tolerance, warn
 from fasp_fx.errors import CalibrationError, CaptureError, CaptureWarning
 
 from ._assemble import size_check
-from ._fx import draws, results, written_names
+from ._fx import draws, written_names
 from ._program import Program
 from ._runner import Runner
 from ._sizes import is_dynamic, lower_bound
@@ -109,7 +109,7 @@ def _trouble_in_layouts(program: Program, model: nn.Module, example: Call, check
     """What is wrong, in words, where the inputs lie otherwise in memory, in the first way that the model
     takes.
     """
-    calls = (_cut(program, example, _LEAST) or example, example)
+    calls = [one for one in (_cut(program, example, _LEAST), example) if one is not None]
     where = "where inputs lie otherwise in memory"
     for call, lie in itertools.product(calls, (_laid, _lying_apart)):
         try:
@@ -159,7 +159,7 @@ def _difference(
     written = written_names(program.module.graph)
     expected, changed = seen or called(model, call, written, calls, lie)
     with torch.no_grad(), drawing_alike(program.weights().values(), seed=1):
-        outputs = outputs_of(program, copied(program.flat_inputs(*call), lie))
+        outputs = Runner(program, [copied(program.flat_inputs(*call), lie)]).outputs()
     # leaf for leaf, but where a class of the caller's holds tensors, say
     pairs = (
         zip(outputs, expected) if len(outputs) == len(expected) else zip(_floats(outputs), _floats(expected))
@@ -200,7 +200,7 @@ def _seeds(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]
     again = []
     for seed in (1, 2):
         with torch.no_grad(), drawing_alike(program.weights().values(), seed):
-            drawn = outputs_of(program, copied(program.flat_inputs(args, kwargs)))
+            drawn = Runner(program, [copied(program.flat_inputs(args, kwargs))]).outputs()
         outputs, _ = called(model, (args, kwargs), written_names(program.module.graph), seed=seed)
         again.append(list(zip(drawn, outputs)))
     return any(
@@ -259,17 +259,6 @@ def _is_elsewhere(program: Program, model: nn.Module) -> bool:
         tensor.device for tensor in [*program.weights().values(), *model.parameters(), *model.buffers()]
     }
     return len({device.type for device in devices}) > 1 or any(device.type == "meta" for device in devices)
-
-
-def outputs_of(program: Program, inputs: list[Any]) -> list[Any]:
-    """What a program returns for the values of its placeholders, leaf for leaf."""
-    runner = Runner(program, [inputs])
-    (output,) = program.module.graph.find_nodes(op="output")
-    runner.advance(runner.index(output))
-    return [
-        next(runner.read(item)) if isinstance(item, fx.Node) else item
-        for item in results(program.module.graph)
-    ]
 
 
 def _floats(leaves: list[Any]) -> list[Tensor]:

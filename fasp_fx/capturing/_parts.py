@@ -119,7 +119,7 @@ def simple_attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def dressed(module: fx.GraphModule, original: nn.Module) -> fx.GraphModule:
+def with_attributes_of(module: fx.GraphModule, original: nn.Module) -> fx.GraphModule:
     """The pruned part with the simple attributes of the original, which copies and pickles keep."""
     attributes = {
         name: value for name, value in simple_attributes(original).items() if not hasattr(module, name)
@@ -129,7 +129,7 @@ def dressed(module: fx.GraphModule, original: nn.Module) -> fx.GraphModule:
     return module
 
 
-def put(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
+def replace_submodule(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
     """Place a module at each of its paths."""
     for path in paths:
         parent, _, name = path.rpartition(".")

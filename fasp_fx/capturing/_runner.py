@@ -23,7 +23,7 @@ from fasp_fx.base import (
 from fasp_fx.errors import CalibrationError, VerificationError, first_line
 
 from ._attention import execute
-from ._fx import attribute, written_inputs, written_names
+from ._fx import attribute, results, written_inputs, written_names
 from ._program import Program
 from ._shapes import by_shapes
 from ._sizes import same_sizes
@@ -129,6 +129,12 @@ class Runner:
         """The value of a live node for each batch."""
         for number in range(len(self._memory)):
             yield self._load(node, number)
+
+    def outputs(self) -> list[Any]:
+        """What the program returns for the first batch, leaf for leaf, once all of it was executed."""
+        self.advance(len(self.nodes) - 1)
+        leaves = results(self.module.graph)
+        return [next(self.read(leaf)) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
 
     def ahead(self, node: fx.Node) -> Iterator[Any]:
         """What the node that is next in order will give, for each batch, with nothing kept of it."""

@@ -15,9 +15,9 @@ from fasp_fx.errors import CallError, CaptureError, ExportError, first_line
 
 from ._assemble import size_check
 from ._capture import Captured, capture, capture_whole
-from ._compare_with_model import outputs_of
-from ._parts import Call, Part, Parts, model_copy, put, simple_attributes, watching
+from ._parts import Call, Part, Parts, model_copy, replace_submodule, simple_attributes, watching
 from ._program import Program
+from ._runner import Runner
 from ._signature import CallSignature
 from ._transformers import is_transformers, register_caches
 from ._unchanged import noting_reads, of_torch, rewound, said_of_reads
@@ -117,7 +117,7 @@ class Search:
         """Refuse a part with whose graph in its place the model does something else."""
         module, strangers = part.module, list[nn.Module]()
         try:
-            put(self.model, part.paths, StandIn(module, part.program))
+            replace_submodule(self.model, part.paths, StandIn(module, part.program))
             with rewound(self.model), watching(module.modules(), lambda inner, _: strangers.append(inner)):
                 output = self.call.run(self.model)
         except tolerable(Exception) as error:
@@ -126,7 +126,7 @@ class Search:
                 f" {first_line(error)}"
             ) from error
         finally:
-            put(self.model, part.paths, module)
+            replace_submodule(self.model, part.paths, module)
         if strangers:
             raise CaptureError("it is also called through a reference outside of the module tree")
         if not same_output(output, self.expected):
@@ -175,7 +175,7 @@ class StandIn(nn.Module):
             if isinstance(leaf, Tensor) and leaf.dtype != node.meta["val"].dtype:
                 raise CallError(f"'{node.name}' is of {leaf.dtype} in one call, and was of another before")
         structure = program.facts.call.signature.out_spec  # type: ignore[union-attr]
-        return pytree.tree_unflatten(outputs_of(program, flat), structure)
+        return pytree.tree_unflatten(Runner(program, [flat]).outputs(), structure)
 
 
 def same_output(output: Any, expected: Any) -> bool:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fasp_fx.analysis import Analysis
 from fasp_fx.base import __version__
 from fasp_fx.errors import ArgumentError
 from fasp_fx.pruning import FormatName, PruningConfig
@@ -217,8 +216,7 @@ def prune(
     config: Annotated[
         Path | None,
         option(
-            "Options from a file, as PruningConfig.to_json() writes them; those given here stand in the place"
-            " of its own.",
+            "Options from a file, as PruningConfig.to_json() writes them; those given here precede.",
             more=False,
             **FILE,
         ),
@@ -382,6 +380,7 @@ def show_groups(
     with session() as stages:
         import torch
 
+        from fasp_fx.analysis import Analysis
         from fasp_fx.interop import write_page
         from fasp_fx.pruning import Report, analyze, counted
         from fasp_fx.storage import is_save, kind_of, read_text, verify

@@ -169,11 +169,11 @@ def find_fields(experiments: Experiments, lost: Iterable[tuple[str, int]]) -> li
 
 def _moved(experiments: Experiments, path: Place, value: int) -> Field:
     """A field; it moves nothing where the class takes no other number, or sizes do not follow it evenly."""
-    seen = []
-    for steps in {1, value // 2}:
-        lost = experiments.losses({path: value - steps})
-        if lost is not None:
-            seen.append({place: by / steps for place, by in lost.items()})
+    seen = [
+        {place: by / steps for place, by in lost.items()}
+        for steps in {1, value // 2}
+        if (lost := experiments.losses({path: value - steps})) is not None
+    ]
     even = bool(seen) and seen[0] == seen[-1] and all(by > 0 and by == int(by) for by in seen[0].values())
     return Field(path, value, {place: int(by) for place, by in seen[0].items()} if even else {})
 

@@ -169,11 +169,10 @@ def capture(model: Any, *, device: torch.device | str | None = None) -> Captured
         True
     """
     stages = stages_of(model)
-    programs: dict[str, Captured] = {}
-    for stage in stages.programs():
-        programs[stage.name] = capture_whole(
-            stage.model, (), dict(stage.example), state=stage.state, device=device
-        )
+    programs = {
+        stage.name: capture_whole(stage.model, (), dict(stage.example), state=stage.state, device=device)
+        for stage in stages.programs()
+    }
     first = next(iter(programs.values()))
     return CapturedModel(model, programs, stages, convention_of(stages, first.program))
 

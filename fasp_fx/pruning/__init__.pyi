@@ -137,9 +137,6 @@ from ._result import (
     write_told as write_told,  # Write what was removed, and what it cost
 )
 from ._subject import (
-    Subject as Subject,  # A model on its way to a smaller one; captured as one program, unless a subclass says otherwise
-)
-from ._subject import (
     Whole as Whole,  # A model that was captured as one program
 )
 from ._subject import (

@@ -69,14 +69,14 @@ def constrained(budget: Budget, constraint: Constraint | None) -> Budget:
     if constraint is None:
         return budget
     ties, steps = constraint(budget.groups)
-    first: dict[int, Step] = {}
-    for tie, step in zip(ties, steps, strict=True):
-        if tie is not None:
-            first.setdefault(tie, step)
-    narrowed = budget.narrowed(ties)
+    narrowed, by_name = budget.narrowed(ties), dict(zip([group.name for group in budget.groups], steps))
     narrowed.groups = [
-        replace(group, at_once=step.at_once, multiple=math.lcm(group.multiple, step.multiple))
-        for group, (_, step) in zip(narrowed.groups, sorted(first.items()), strict=True)
+        replace(
+            group,
+            at_once=by_name[group.name].at_once,
+            multiple=math.lcm(group.multiple, by_name[group.name].multiple),
+        )
+        for group in narrowed.groups
     ]
     return narrowed
 

@@ -72,8 +72,9 @@ def calibrate(
         runner = running()
         drift = Drift(running(), runner, strength) if strength else None
         statistics, precision = method.score.statistics, precision_of(program)
-        visit = Visit(consumers, choices, statistics, method.restore, roles, precision)
-        return visit.run(runner, drift, ledger, advance)
+        return Visit(consumers, choices, statistics, method.restore, roles, precision).run(
+            runner, drift, ledger, advance
+        )
 
 
 __all__ = ["by_score", "calibrate"]

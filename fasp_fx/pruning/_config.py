@@ -302,9 +302,8 @@ class PruningConfig:
     @property
     def effective_score(self) -> Literal["fasp", "obs", "magnitude", "random"] | Score:
         """The score, or what stands for it where none is given."""
-        if self.score is not None:
-            return self.score
-        return "obs" if self.quality != "fast" and self.restore is not None else "fasp"
+        usual: ScoreName = "obs" if self.quality != "fast" and self.restore is not None else "fasp"
+        return usual if self.score is None else self.score
 
     @property
     def score_name(self) -> str:
@@ -316,9 +315,8 @@ class PruningConfig:
     @property
     def effective_drift(self) -> float:
         """The drift, or what stands for it where none is given."""
-        if self.drift is not None:
-            return self.drift
-        return 0.3 if self.quality == "best" and self.restore is not None else 0.0
+        usual = 0.3 if self.quality == "best" and self.restore is not None else 0.0
+        return usual if self.drift is None else self.drift
 
     def non_default_fields(self, names: Collection[str]) -> list[str]:
         """The options besides these that are not as usual, in alphabetical order."""

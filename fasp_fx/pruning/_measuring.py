@@ -21,7 +21,6 @@ from fasp_fx.calibration import (
     Outputs,
     Ranks,
     TokenRoles,
-    curves_of,
     in_pieces,
     orders_of,
     whole_batches,
@@ -100,12 +99,15 @@ class Measurement:
         consumers, method = observation.consumers, measured.method
         with torch.no_grad():
             orders = orders_of(consumers, consumers.analysis.chosen, method.score)
-        curves = curves_of(orders).items()
-        measured.curves |= {f"{path}.{name}" if path else name: curve for name, curve in curves}
+        within = f"{path}." if path else ""
+        measured.curves |= {
+            f"{within}{name}": CostCurve(order.losses)
+            for name, order in orders.items()
+            if order.losses is not None
+        }
         if isinstance(method.allocation, Search):
             precision = precision_of(consumers.analysis.program)
-            trial = ModelTrial(observation, orders, method.allocation.sequences, precision)
-            measured.trials[path] = trial
+            measured.trials[path] = ModelTrial(observation, orders, method.allocation.sequences, precision)
 
     def _observed(
         self, method: Method, path: str, advance: Callable[[float], None]
@@ -135,11 +137,12 @@ class Measurement:
             TokenRoles(program, batches, hold_out=False)
             whole = whole_batches(program, batches)
             pieces = whole if callable(method.config.loss) else in_pieces(program, whole)
-            attempts = [(pieces, method)]
-            if len(pieces) > len(whole):
-                attempts.append((whole, method))
-            if method.config.loss == "auto" and method.loss is not None:
-                attempts.append((whole, replace(method, loss=None)))
+            can_go_without = method.config.loss == "auto" and method.loss is not None
+            attempts = [
+                (pieces, method),
+                *([(whole, method)] if len(pieces) > len(whole) else []),
+                *([(whole, replace(method, loss=None))] if can_go_without else []),
+            ]
             for number, (tried, by) in enumerate(attempts):
                 try:
                     roles = TokenRoles(program, [piece.inputs for piece in tried], hold_out=False)

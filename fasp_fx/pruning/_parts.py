@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fasp_fx.allocation import Cap, Latency, Microseconds, counted
-from fasp_fx.analysis import PruningPlan, Resource, check_fingerprint
+from fasp_fx.analysis import Analysis, PruningPlan, Resource, check_fingerprint
 from fasp_fx.base import fingerprint, tolerable, warn
 from fasp_fx.calibration import Candidates, Decision, ModelTrial, as_calls, check_inputs
-from fasp_fx.capturing import Call, Parts, dressed, put, rewound, watching
+from fasp_fx.capturing import Call, Parts, replace_submodule, rewound, watching, with_attributes_of
 from fasp_fx.errors import (
     CalibrationError,
     CallError,
@@ -30,7 +30,7 @@ from ._config import PruningConfig
 from ._joined import Joined, PartsAnalysis, group_within, renamed
 from ._report import Report, spent, weight_size, with_exclusions
 from ._result import Result
-from ._subject import Subject, analyze_for, rewrite
+from ._subject import Whole, analyze_for, rewrite, split
 
 
 def whole_fingerprint(parameters: Mapping[str, Tensor]) -> str:
@@ -40,7 +40,7 @@ def whole_fingerprint(parameters: Mapping[str, Tensor]) -> str:
     )
 
 
-class InParts(Subject):
+class InParts:
     """A model that is pruned in parts: each is exchanged for a smaller one while the others wait.
 
     Args:
@@ -49,7 +49,9 @@ class InParts(Subject):
     """
 
     def __init__(self, around: Parts, model: nn.Module) -> None:
-        super().__init__({part.paths[0]: part.program for part in around.parts})
+        self.programs = {part.paths[0]: part.program for part in around.parts}
+        self.analyses: dict[str, Analysis] = {}
+        self.notes: list[str] = []
         self.around, self.model = around, model
         self.parts = {part.paths[0]: part for part in around.parts}
         self.originals = {path: self.model.get_submodule(path) for path in self.parts}
@@ -58,6 +60,7 @@ class InParts(Subject):
         self._failure: VerificationError | None = None
 
     def analyze(self, asked: PruningConfig) -> PartsAnalysis:
+        """As :meth:`Whole.analyze`."""
         each = {path: analyze_for(part.program, asked) for path, part in self.parts.items()}
         self.analyses = {path: analysis for path, analysis in each.items() if analysis.chosen} or each
         for path in [path for path in each if path not in self.analyses]:
@@ -72,6 +75,7 @@ class InParts(Subject):
         return self.whole
 
     def fingerprint(self) -> str:
+        """As :meth:`Whole.fingerprint`."""
         fixed = {
             f"{path}.{name}": tensor
             for path, program in self.programs.items()
@@ -80,6 +84,7 @@ class InParts(Subject):
         return whole_fingerprint({**self.before, **fixed})
 
     def count(self, cap: Cap | None) -> Resource:
+        """As :meth:`Whole.count`."""
         if isinstance(cap, Latency):  # a function of all widths
             return Microseconds(self.whole.chosen, cap.seconds)
         times = [self.parts[path].calls if cap is not None and cap.per_call else 1 for path in self.analyses]
@@ -93,9 +98,11 @@ class InParts(Subject):
         )
 
     def trial(self, trials: Mapping[str, ModelTrial]) -> Candidates | None:
+        """As :meth:`Whole.trial`."""
         return JoinedTrial(self, trials) if trials else None
 
     def read(self, calibration: Iterable[Any] | None) -> list[Call]:
+        """As :meth:`Whole.read`."""
         device = next((tensor.device for tensor in self.around.call.tensors()), None)
         batches = [Call(args, kwargs).to(device) for args, kwargs in as_calls(calibration)]
         self._calls(self.analyses, batches, lambda flat: [])
@@ -105,9 +112,11 @@ class InParts(Subject):
         return batches
 
     def served(self) -> list[str]:
+        """As :meth:`Whole.served`."""
         return [path for path in self.analyses if path not in self.left]
 
-    def inputs(self, path: str, batches: list[Call]) -> list[list[Any]]:
+    def inputs(self, path: str, batches: Any) -> Any:
+        """As :meth:`Whole.inputs`."""
         return self._calls([path], batches, list)[path]
 
     def _calls(
@@ -151,6 +160,7 @@ class InParts(Subject):
         return calls
 
     def apart(self, plan: PruningPlan) -> dict[str, PruningPlan]:
+        """As :meth:`Whole.apart`."""
         check_fingerprint(plan, whole_fingerprint(self.before))
         parts, strange = {}, len(plan.groups)
         for path in self.analyses:
@@ -167,7 +177,7 @@ class InParts(Subject):
         return parts
 
     def put(self, path: str, decision: Decision, config: PruningConfig | None) -> None:
-        """As for a whole model; if nothing of a part can go, it stays whole.
+        """As :meth:`Whole.put`; if nothing of a part can go, it stays whole.
 
         Raises:
             PlanError: it does, and a plan is replayed (``config=None``).
@@ -180,11 +190,13 @@ class InParts(Subject):
             self.left[path], self._failure = first_line(failure), failure
             warn(f"part '{path}' stays whole: {first_line(failure)}", VerificationWarning)
             return
-        put(self.model, self.parts[path].paths, dressed(result.module, self.originals[path]))
+        replace_submodule(
+            self.model, self.parts[path].paths, with_attributes_of(result.module, self.originals[path])
+        )
         self.results[path] = result
 
     def result(self, config: PruningConfig | None) -> Result:
-        """As for a whole model.
+        """As :meth:`Whole.result`.
 
         Raises:
             VerificationError: nothing is left of what was decided.
@@ -251,9 +263,12 @@ class JoinedTrial:
 
     def losses(self, lost: Sequence[int], sequences: Sequence[int]) -> list[float]:
         """As for one program, of what all groups of the model lose."""
-        shares = self._subject.split(lost)
+        shares = split(self._subject.analyses, lost)
         losses = [trial.losses(shares[path], sequences) for path, trial in self._trials.items()]
         return [sum(of_parts) for of_parts in zip(*losses, strict=True)]
 
 
-__all__ = ["InParts"]
+#: a model on its way to a smaller one
+Subject = Whole | InParts
+
+__all__ = ["InParts", "Subject"]

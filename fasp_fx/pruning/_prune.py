@@ -36,6 +36,7 @@ from fasp_fx.calibration import (
     Ranks,
     check_calibration,
     ended_together,
+    nothing,
     open_journal,
     places_of,
 )
@@ -49,19 +50,15 @@ from ._config import Granularity, Include, PruningConfig, PruningOptions, key_of
 from ._joined import PartsAnalysis
 from ._measuring import Measured, Measurement
 from ._method import Method
-from ._parts import InParts
+from ._parts import InParts, Subject
 from ._report import PREDICTED
 from ._result import Result
-from ._subject import Subject, Whole, analyze_for, make_plan
+from ._subject import Whole, analyze_for, check_weights, make_plan, split
 
-#: losses that make sense for a part of a model by itself
-_PARTIAL_LOSSES = ("auto", "outputs", None)
 #: the part of the progress shown that measuring costs takes, where they are measured
 PROGRESS_SHARE_MEASURING = 0.35
 #: the part of the rest that a search takes
 PROGRESS_SHARE_SEARCHING = 0.6
-#: the options that say how what stays is restored, and not what goes
-_RESTORING = ("restore", "drift")
 
 
 @one_at_a_time
@@ -340,7 +337,7 @@ def plan_from_sets(
     """
     analysis = analyze_for(captured.checked(), PruningConfig(granularity=granularity, include=include))
     groups = {group.name: group for group in analysis.chosen}
-    gone = np.zeros(int(analysis.labels.max(initial=-1)) + 1, dtype=bool)
+    decision = nothing(analysis)
     for name, positions in removed.items():
         if name not in groups:
             raise PlanError(
@@ -353,8 +350,8 @@ def plan_from_sets(
                 f"'{name}' loses {positions!r:.80}; give the numbers of channel sets, from 0 to"
                 f" {group.size - 1} (of a mask, mask.nonzero().flatten())"
             )
-        gone[group.sets[sets.astype(int)]] = True
-    plan = make_plan(captured.program, analysis, Decision(gone[analysis.labels]))
+        decision.take(analysis, group, sets.astype(int))
+    plan = make_plan(captured.program, analysis, decision)
     gone_of(plan, analysis)
     return plan
 
@@ -399,7 +396,7 @@ def decide(
     asking for the next lets that see it. Errors as for :func:`fasp_fx.prune`.
     """
     ranks, advance = job.ranks, advance_of(job.progress)
-    subject.check_weights()
+    check_weights(subject.programs.values())
     folder = _checkpoint_folder(job.checkpoint, config)
     fingerprint = functools.cache(subject.fingerprint)
     method = Method.of(config, job.loss)
@@ -431,7 +428,7 @@ def decide(
         )
     if folder is not None and "" not in consumers and not ranks.rank:
         claim(folder, "prune", {"parts": list(consumers)})
-    shares, advance = subject.split(lost), between(advance, searched, 1.0)
+    shares, advance = split(subject.analyses, lost), between(advance, searched, 1.0)
     for number, (path, share) in enumerate(shares.items()):
         within = between(advance, number / len(shares), (number + 1) / len(shares))
         within(0.0)
@@ -495,7 +492,7 @@ def measure_subject(subject: Subject, config: PruningConfig, calibration: Iterab
     if not Method.of(config).needs_costs:
         sparsity = None if config.budget else config.target_sparsity
         config = replace(config, sparsity=sparsity, allocation="global")
-    subject.check_weights()
+    check_weights(subject.programs.values())
     subject.analyze(config)
     batches, fingerprint = subject.read(calibration), subject.fingerprint()
     job.ranks.check_alike(lambda: fingerprint, batches, vars(config))
@@ -515,7 +512,7 @@ def restoring_config(config: PruningConfig, plan: Any, has_data: bool) -> Prunin
             f"plan is a {type(plan).__name__}; pass a PruningPlan (PruningPlan.from_json reads one that was"
             " written as text)"
         )
-    if others := config.non_default_fields(_RESTORING):
+    if others := config.non_default_fields(("restore", "drift")):
         raise ArgumentError(f"the plan says what goes, so that {others[0]}= has nothing to say; leave it out")
     if not has_data and config.non_default_fields(()):
         raise ArgumentError("nothing is restored without data; give calibration=, or leave out how to")
@@ -624,7 +621,7 @@ def _subject_of(
     around = captured.in_parts
     if around is None:
         return Whole(captured.checked(), how["device"])
-    if config is not None and config.loss not in _PARTIAL_LOSSES:
+    if config is not None and config.loss not in ("auto", "outputs", None):
         raise ArgumentError(
             f"loss={config.loss!r} needs a model that is captured as a whole; leave it out to prune this one"
             " by its submodules"

@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 
 from fasp_fx.analysis import PruningPlan
 from fasp_fx.base import in_usual_modes, one_at_a_time, parse, path_of, tolerable
-from fasp_fx.capturing import CallSignature, dressed, model_copy, put
+from fasp_fx.capturing import CallSignature, model_copy, replace_submodule, with_attributes_of
 from fasp_fx.errors import ArgumentError, CaptureError, PlanError, StoreError
 from fasp_fx.passes import PrunedModule, program_now, wrap
 from fasp_fx.storage import (
@@ -162,7 +162,7 @@ class Result:
             smaller = model_copy(self.module)
             for path, part in self.parts.items():
                 places = _places(smaller, smaller.get_submodule(path))
-                put(smaller, places, eager(part.module, part.plan, model.get_submodule(path)))
+                replace_submodule(smaller, places, eager(part.module, part.plan, model.get_submodule(path)))
         note_copy(smaller, self.module)
         return smaller
 
@@ -313,7 +313,9 @@ def _load_parts(folder: Path, model: nn.Module | None, device: torch.device | No
     another = f"this {type(model).__name__} is not the model that was pruned, which has other weights around"
     try:
         for paths in layout.parts:
-            put(rebuilt, paths, dressed(parts[paths[0]].module, rebuilt.get_submodule(paths[0])))
+            replace_submodule(
+                rebuilt, paths, with_attributes_of(parts[paths[0]].module, rebuilt.get_submodule(paths[0]))
+            )
         # The very weights that were there, whatever types and ties those of the model have.
         missing, strange = rebuilt.load_state_dict(rest, strict=False, assign=True)
     except tolerable(AttributeError, RuntimeError) as error:  # no such submodule, or other sizes

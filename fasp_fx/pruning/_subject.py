@@ -4,7 +4,6 @@ one becomes smaller.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,140 +29,100 @@ from fasp_fx.errors import ArgumentError
 from fasp_fx.passes import split_fused
 
 from ._config import PruningConfig
-from ._joined import PartsAnalysis
 from ._report import make_report
 from ._result import Result
 from .check._check import Checker
 
 
-class Subject(ABC):
-    """A model on its way to a smaller one.
+def check_weights(programs: Iterable[Program]) -> None:
+    """Refuse weights without values.
+
+    Raises:
+        ArgumentError: names one.
+    """
+    for program in programs:
+        for name, tensor in program.weights().items():
+            if tensor.device.type == "meta":
+                raise ArgumentError(
+                    f"'{name}' is on the meta device and has no values; analyze() works without weights,"
+                    " prune() needs them"
+                )
+
+
+def split(analyses: Mapping[str, Analysis], lost: Sequence[int]) -> dict[str, list[int]]:
+    """What the groups of each of some programs lose, of what all groups do."""
+    counts = iter(lost)
+    return {path: [next(counts) for _ in part.chosen] for path, part in analyses.items()}
+
+
+class Whole:
+    """A model on its way to a smaller one, captured as one program.
 
     Args:
-        programs: what it was captured as, in the order in which the model runs them.
+        program: that.
+        device: where batches are moved.
 
     Attributes:
+        programs: what it was captured as, by path, in the order in which the model runs them.
         analyses: those of the programs that are pruned, once :meth:`analyze` was called.
         notes: what there is to say of all programs together.
     """
 
-    def __init__(self, programs: Mapping[str, Program]) -> None:
-        self.programs = dict(programs)
+    def __init__(self, program: Program, device: torch.device | str | None = None) -> None:
+        self.programs, self._device = {"": program}, None if device is None else device_named(device)
         self.analyses: dict[str, Analysis] = {}
         self.notes: list[str] = []
 
-    def check_weights(self) -> None:
-        """Refuse weights without values.
-
-        Raises:
-            ArgumentError: names one.
-        """
-        for program in self.programs.values():
-            for name, tensor in program.weights().items():
-                if tensor.device.type == "meta":
-                    raise ArgumentError(
-                        f"'{name}' is on the meta device and has no values; analyze() works without weights,"
-                        " prune() needs them"
-                    )
-
-    def split(self, lost: Sequence[int]) -> dict[str, list[int]]:
-        """What the groups of each program lose, of what all groups do."""
-        counts = iter(lost)
-        return {path: [next(counts) for _ in part.chosen] for path, part in self.analyses.items()}
-
-    @abstractmethod
-    def analyze(self, asked: PruningConfig) -> Analysis | PartsAnalysis:
+    def analyze(self, asked: PruningConfig) -> Analysis:
         """The groups of all programs, in the names of the model."""
+        self.analyses = {"": analyze_for(self.programs[""], asked)}
+        return self.analyses[""]
 
-    @abstractmethod
     def fingerprint(self) -> str:
         """What tells the model, with its weights, from others."""
+        return computed_fingerprint(self.programs[""])
 
-    @abstractmethod
     def count(self, cap: Cap | None) -> Resource:
         """What a budget counts, of all programs together; ``None``: what sparsity is a fraction of."""
+        return counted(self.analyses[""], cap)
 
-    @abstractmethod
     def apart(self, plan: PruningPlan) -> dict[str, PruningPlan]:
         """What a plan says of each program that loses anything, in the program's names.
 
         Raises:
             PlanError: the plan is for another model.
         """
+        check_fingerprint(plan, program_fingerprint(self.programs[""]))
+        return {"": plan}
 
-    @abstractmethod
     def read(self, calibration: Iterable[Any] | None) -> Any:
         """The calibration batches, each of its tensors and constants.
 
         Raises:
             CalibrationError: one does not fit.
         """
+        return read_batches(self.programs[""], calibration, self._device)
 
-    @abstractmethod
     def served(self) -> list[str]:
         """The programs that the batches serve, once :meth:`read` was called."""
+        return [""]
 
-    @abstractmethod
     def inputs(self, path: str, batches: Any) -> Any:
         """What the batches bring to the inputs of a program's graph, behind the programs that were put; none
         where the program has to stay as it is.
         """
-
-    @abstractmethod
-    def trial(self, trials: Mapping[str, ModelTrial]) -> Candidates | None:
-        """What runs the programs as they would be pruned, if anything does."""
-
-    @abstractmethod
-    def put(self, path: str, decision: Decision, config: PruningConfig | None) -> None:
-        """Carry out what was decided for a program, and put what comes of it into the program's place."""
-
-    @abstractmethod
-    def result(self, config: PruningConfig | None) -> Result:
-        """The smaller model, once all programs were put."""
-
-
-class Whole(Subject):
-    """A model that was captured as one program.
-
-    Args:
-        program: that.
-        device: where batches are moved.
-    """
-
-    def __init__(self, program: Program, device: torch.device | str | None = None) -> None:
-        super().__init__({"": program})
-        self.program, self._device = program, None if device is None else device_named(device)
-
-    def analyze(self, asked: PruningConfig) -> Analysis:
-        self.analyses = {"": analyze_for(self.program, asked)}
-        return self.analyses[""]
-
-    def fingerprint(self) -> str:
-        return computed_fingerprint(self.program)
-
-    def count(self, cap: Cap | None) -> Resource:
-        return counted(self.analyses[""], cap)
-
-    def apart(self, plan: PruningPlan) -> dict[str, PruningPlan]:
-        check_fingerprint(plan, program_fingerprint(self.program))
-        return {"": plan}
-
-    def read(self, calibration: Iterable[Any] | None) -> Any:
-        return read_batches(self.program, calibration, self._device)
-
-    def served(self) -> list[str]:
-        return [""]
-
-    def inputs(self, path: str, batches: Any) -> Any:
         return batches
 
     def trial(self, trials: Mapping[str, ModelTrial]) -> Candidates | None:
+        """What runs the programs as they would be pruned, if anything does."""
         return trials.get("")
 
     def put(self, path: str, decision: Decision, config: PruningConfig | None) -> None:
-        self._result = rewrite(self.program, self.analyses[""], decision, config)
+        """Carry out what was decided for a program, and put what comes of it into the program's place."""
+        self._result = rewrite(self.programs[""], self.analyses[""], decision, config)
 
     def result(self, config: PruningConfig | None) -> Result:
+        """The smaller model, once all programs were put."""
         return self._result
 
 
@@ -217,4 +176,4 @@ def rewrite(
     return Result(checked.module, plan, report, program.signature)
 
 
-__all__ = ["Subject", "Whole", "analyze_for", "make_plan", "rewrite"]
+__all__ = ["Whole", "analyze_for", "check_weights", "make_plan", "rewrite", "split"]

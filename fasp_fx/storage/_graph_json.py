@@ -157,6 +157,8 @@ class _Writer:
 
     def expression(self, expression: Any) -> Any:
         if expression.is_Symbol:
+            if not expression.is_integer and hint_of(expression, self.environment) is not None:
+                raise TypeError(f"{expression} is no whole number, and varies from call to call")
             self.symbols[expression.name] = expression
             return expression.name
         if expression.is_Integer or expression.is_Float:
@@ -377,13 +379,7 @@ class _Reader:
             return self.symbols[part]
         if not isinstance(part, list):
             return sympy.sympify(part)
-        kind, *operands = part
-        operands = list(map(self.expression, operands))
-        _untrusted.check_power(kind, operands[-1])
-        value = SIZE_FUNCTIONS[kind](*operands)
-        if value.is_Integer and abs(value) >= 2**63:
-            raise _untrusted.refuse("size", part)
-        return value
+        return SIZE_FUNCTIONS[part[0]](*map(self.expression, part[1:]))
 
 
 def _path(name: Any) -> str | None:

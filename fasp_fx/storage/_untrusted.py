@@ -28,6 +28,7 @@ _HIGHER_ORDER = {
     f"torch.ops.higher_order.{name}"
     for name in (
         "cond",
+        "flex_attention",
         "while_loop",
         "scan",
         "map_impl",
@@ -144,30 +145,24 @@ def is_key(key: Any) -> bool:
 
 
 def check_expression(written: Any) -> Any:
-    """Refuse an expression of sizes with more parts than models have, or with others than numbers, symbols
-    and calls of known functions; gives others back.
+    """Refuse an expression of sizes with more parts than models have, with others than numbers, symbols and
+    calls of known functions, or with powers and shifts that could make a number as large as memory; gives
+    others back.
 
     Raises:
         StoreError: quotes it.
     """
-    waiting = [written]
-    for count, part in enumerate(waiting):  # which grows
+    waiting = [(written, 0)]
+    for count, (part, powers) in enumerate(waiting):  # which grows
         is_call = isinstance(part, list) and len(part) > 1 and part[0] in SIZE_FUNCTIONS
         is_number = isinstance(part, (int, float)) and abs(part) < 2**63
+        if is_call and ("Pow" in part[0] or "Shift" in part[0]):
+            powers += 1
+            is_call = powers <= 2 and isinstance(part[-1], (int, float)) and abs(part[-1]) < 64
         if count >= PARTS or not (is_call or is_number or isinstance(part, str)):
             raise refuse("expression", written)
-        waiting += part[1:] if is_call else ()
+        waiting += [(inner, powers) for inner in part[1:]] if is_call else []
     return written
-
-
-def check_power(function: str, last: Any) -> None:
-    """Refuse to raise or to shift a number by much.
-
-    Raises:
-        StoreError: names the function.
-    """
-    if ("Pow" in function or "Shift" in function) and last.is_number and not abs(last) < 64:
-        raise refuse("expression", f"{function} by {last}")
 
 
 def check_path(path: Any) -> str:

@@ -259,9 +259,8 @@ class Gates(nn.Module):
             del hooks[key]
         for module, name, _ in self.places:
             kind = type(module)  # copies of the model share it, and taking a parametrization off changes it
-            attributes = dict(vars(kind))
-            for name_of_slot in ("__dict__", "__weakref__"):
-                attributes.pop(name_of_slot, None)
+            slots = ("__dict__", "__weakref__")
+            attributes = {key: value for key, value in vars(kind).items() if key not in slots}
             module.__class__ = type(kind.__name__, kind.__bases__, attributes)
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         for module, _, order in self.places:
@@ -370,18 +369,22 @@ def _asked(config: PruningConfig) -> PruningConfig:
     Raises:
         ArgumentError: an option has nothing to say here, or a closed gate would not be the channel's removal.
     """
-    if others := config.non_default_fields(_SAID):
-        raise ArgumentError(f"{others[0]}= has nothing to say where gates are trained; leave it out")
-    if "expert" in config.granularity:
-        raise ArgumentError(
+    others = config.non_default_fields(_SAID)
+    for is_asked, message in (
+        (others, f"{', '.join(others[:1])}= has nothing to say where gates are trained; leave it out"),
+        (
+            "expert" in config.granularity,
             "an expert whose gates are closed is chosen all the same, so experts have no gates; leave"
-            " 'expert' out of granularity="
-        )
-    if "approximate" in config.include:
-        raise ArgumentError(
+            " 'expert' out of granularity=",
+        ),
+        (
+            "approximate" in config.include,
             "a norm sees channels whose gates are closed, so what crosses a norm has no gates; leave"
-            " 'approximate' out of include="
-        )
+            " 'approximate' out of include=",
+        ),
+    ):
+        if is_asked:
+            raise ArgumentError(message)
     return config
 
 

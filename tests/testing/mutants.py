@@ -292,7 +292,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a sum into positions is a lookup",
-        rule(ATEN.scatter_add.default, "self[...] -> [...]; window ...; look dim index"),
+        rule(ATEN.scatter_add.default, "self[...] -> [...]; window ...; index @dim index"),
         operator=ATEN.scatter_add.default,
     ),
     Mutant(

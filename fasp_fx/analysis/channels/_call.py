@@ -149,12 +149,11 @@ class Operands:
 
 def _factors(call: Call) -> dict[str, int]:
     """The sizes of letters in brackets."""
-    stated = dict(clause.words[:2] for clause in call.rule.all("factor"))
+    stated = {clause.words[0]: clause.words[1] for clause in call.rule.all("factor")}
     if computed := call.nodes.keys() & stated.values():  # of a convolution of all samples at once, say
         raise DoesNotApplyError(f"'{computed.pop()}' is computed at run time")
-    gates = dict(clause.words[:2] for clause in call.rule.all("gates"))
-    sizes = {letter: call.arguments[name] for letter, name in stated.items()} | gates
-    return {letter: int(size) for letter, size in sizes.items()}
+    gates = {clause.words[0]: int(clause.words[1]) for clause in call.rule.all("gates")}
+    return {letter: int(call.arguments[name]) for letter, name in stated.items()} | gates
 
 
 def _repeated(operand: Operand, few: str, many: str, size: int) -> Operand:

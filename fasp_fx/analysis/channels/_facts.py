@@ -208,17 +208,13 @@ class Facts:
         self.wishes.together.append((leader.reshape(-1).numpy(), numbers.reshape(-1).numpy(), node))
 
     def boxes_of(self, value: Value, node: fx.Node) -> None:
-        """Record a box for each axis that varies along several dimensions."""
-        for axis in value.axes:
-            if len(axis.varying()) > 1:
-                self.box(axis.numbers, axis.dim, node)
-
-    def box(self, numbers: Tensor, dim: int, node: fx.Node) -> None:
-        """Record that removing channels must leave equal counts in every row of these numbers
-        along ``dim``.
+        """Record for each axis that varies along several dimensions that removing channels must leave equal
+        counts in every row of its numbers.
         """
-        rows = numbers.movedim(dim, -1).reshape(-1, numbers.shape[dim]).numpy()
-        self.boxes.setdefault(rows.tobytes() + rows.shape[0].to_bytes(8, "little"), (rows, node))
+        for axis in (axis for axis in value.axes if len(axis.varying()) > 1):
+            numbers = axis.numbers.movedim(axis.dim, -1)
+            rows = numbers.reshape(-1, numbers.shape[-1]).numpy()
+            self.boxes.setdefault(rows.tobytes() + rows.shape[0].to_bytes(8, "little"), (rows, node))
 
 
 def _channels(numbers: Tensor) -> np.ndarray:

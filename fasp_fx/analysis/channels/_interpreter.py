@@ -166,13 +166,15 @@ class Interpreter:
         that these divide.
         """
         slot, left = self.numbering.get(name, dim), dict(enumerate(self.overrides.get(name, ()))).get(dim)
-        if slot is None and self.reference is not None:
+        if slot is None and left is None and self.reference is not None:
             raise VerificationError(
                 f"'{name}' has {shape[dim]} channels along dimension {dim} that were not there before"
             )
-        slot = slot or self.numbering.add(name, dim, shape[dim], kind)
-        numbers = self.numbering.speaking(slot.numbers() if left is None else left)
-        if numbers.dim() == 1 or slot.block_dim is None:
+        if left is None:
+            slot = slot or self.numbering.add(name, dim, shape[dim], kind)
+            left = slot.numbers()
+        numbers = self.numbering.speaking(left)
+        if numbers.dim() == 1 or slot is None or slot.block_dim is None:
             return numbers.reshape([-1 if d == dim else 1 for d in range(len(shape))])
         if shape[slot.block_dim] % numbers.shape[0]:
             raise VerificationError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial, reduce
 from typing import Any
@@ -125,10 +125,10 @@ class Move:
         touched: set[int] = set()
         for clause in self.call.rule.all("freeze"):
             argument = self.others.get(clause.words[0])
-            items = argument if isinstance(argument, (list, tuple)) else [argument]
+            items: Sequence[Any] = argument if isinstance(argument, (list, tuple)) else [argument]
             if all(isinstance(item, int) for item in items):
                 touched |= {dim % rank for dim in items}
-            elif argument is not None:  # index tensors, for the leading dimensions one by one
+            else:  # index tensors, for the leading dimensions one by one
                 touched |= {dim for dim, index in enumerate(items) if index is not None}
         return touched
 
@@ -165,8 +165,9 @@ class Move:
     def _stays(self, source: Value, axis: Axis, touched: set[int], unsettled: dict[int, str]) -> bool:
         """Say what stays of an axis; whether nothing of it is moved."""
         if self.unknown and axis.dim in touched:
-            index = _index_at(self.call.arguments, axis.dim)
-            if look_up(self.node, axis, index, self.facts):
+            indices = self.call.arguments.get("indices")
+            several = dict(enumerate(indices)) if isinstance(indices, (list, tuple)) else {}
+            if look_up(self.node, axis, several.get(axis.dim), self.facts):
                 if source.constant and len(source.shape) > 2:
                     self.facts.counts.stacked.append(axis.numbers.reshape(-1).numpy())
                 return True
@@ -184,10 +185,19 @@ class Move:
         self._couple_strides(axis)
         if "pad" not in self.others:
             return shift(self._in_one_piece(axis, shift).numbers)
-        if _border_moves(axis, self.others):
+        rank, shape = axis.numbers.dim(), axis.numbers.shape
+        pad = [
+            amount if shape[rank - 1 - index // 2] > 1 else 0
+            for index, amount in enumerate(self.others["pad"])
+        ]
+        continued = self.others.get("mode", "constant") != "constant" and any(pad)
+        if continued or any(amount < 0 for amount in pad):
+            # Other channels would stand at the border once some are gone.
             reason = f"is cut at the border, or continued there, by {self.node.target}"
             self._say_frozen(axis.numbers, reason)
-        return [_pad(axis, self.others["pad"])]
+        # What a border adds along a dimension of channels is not a channel; along any other dimension it
+        # continues the channels.
+        return [torch.nn.functional.pad(axis.numbers, pad, value=NONE)]
 
     def _shift(self, shape: tuple[int, ...]) -> Callable[[Tensor], list[Tensor]]:
         """What moves numbers of the source's rank, of size 1 where they do not vary, as the operator moves
@@ -204,8 +214,8 @@ class Move:
         """Where a reshape is given a number, the size is that number, whatever was recorded of it."""
         written, recorded = self.call.written, self.node.meta.get("val")
         wanted = written.get("size") or written.get("shape") or ()
-        fits = isinstance(recorded, Tensor) and recorded.dim() == len(wanted)
-        for size, number in zip(recorded.shape, wanted) if fits else ():
+        sizes = recorded.shape if isinstance(recorded, Tensor) and recorded.dim() == len(wanted) else ()
+        for size, number in zip(sizes, wanted):
             if isinstance(number, int) and number != -1:
                 self.sizes.settle(size)
 
@@ -367,12 +377,6 @@ def _segments(node: fx.Node, before: tuple[int, ...], after: tuple[int, ...], si
     return segments(*([sizes.factored(*pair) for pair in zip(*both, strict=True)] for both in pairs))
 
 
-def _index_at(arguments: dict[str, Any], dim: int) -> Any:
-    """The indices along one dimension of an operator that takes a list of them."""
-    indices = arguments.get("indices")
-    return indices[dim] if isinstance(indices, (list, tuple)) and dim < len(indices) else None
-
-
 def _some_index(value: Any, written: Any) -> Any:
     """An argument, with indices in the place of tensors: of the right shape, where their content is not
     known.
@@ -388,28 +392,6 @@ def _some_index(value: Any, written: Any) -> Any:
     if not isinstance(recorded, Tensor) or recorded.dtype in (torch.bool, torch.uint8):
         raise DoesNotApplyError("a mask is known only at run time")
     return torch.zeros(value.shape, dtype=torch.long)
-
-
-def _amounts(axis: Axis, pad: Collection[int]) -> list[int]:
-    """What is padded along the dimensions of an axis; nothing along those that it does not vary along."""
-    rank, shape = axis.numbers.dim(), axis.numbers.shape
-    return [amount if shape[rank - 1 - index // 2] > 1 else 0 for index, amount in enumerate(pad)]
-
-
-def _border_moves(axis: Axis, others: dict[str, Any]) -> bool:
-    """Whether other channels would stand at the border once some are gone: one is cut off there,
-    or repeated.
-    """
-    amounts = _amounts(axis, others["pad"])
-    repeated = others.get("mode", "constant") != "constant" and any(amounts)
-    return repeated or any(amount < 0 for amount in amounts)
-
-
-def _pad(axis: Axis, pad: Collection[int]) -> Tensor:
-    """What a border adds along a dimension of channels is not a channel; along any other dimension it
-    continues the channels.
-    """
-    return torch.nn.functional.pad(axis.numbers, _amounts(axis, pad), value=NONE)
 
 
 def _numel(shape: tuple[int, ...]) -> int:

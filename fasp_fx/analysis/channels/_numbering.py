@@ -152,19 +152,6 @@ def collapse(numbers: Tensor) -> Tensor:
     return numbers.contiguous()
 
 
-def innermost(numbers: Tensor) -> int | None:
-    """The dimension along which the numbers vary fastest, or ``None`` if they do not vary.
-
-    Channels of a weight are numbered consecutively, so the dimension with the smallest step is the one whose
-    positions are neighbours in the weight; that is the dimension that can shrink.
-    """
-    varying = [dim for dim in range(numbers.dim()) if numbers.shape[dim] > 1]
-    if len(varying) <= 1:
-        return varying[0] if varying else None
-    steps = {dim: smallest_step(numbers.numpy(), dim) for dim in varying}
-    return min(varying, key=lambda dim: (steps[dim], -dim))
-
-
 def smallest_step(numbers: np.ndarray, dim: int) -> int:
     """The smallest difference between neighbours along a dimension, apart from none."""
     moved = np.moveaxis(numbers, dim, 0)
@@ -195,9 +182,15 @@ class Axis:
 
     @staticmethod
     def of(numbers: Tensor, slot: tuple[str, int] | None = None) -> Axis | None:
-        """The axis of these numbers, or ``None`` if they do not vary."""
+        """The axis of these numbers, or ``None`` if they do not vary.
+
+        The dimension that can shrink is the one along which they vary fastest: channels of a weight are
+        numbered consecutively, so that where the step is smallest neighbours in the weight lie.
+        """
         numbers = collapse(numbers)
-        dim = innermost(numbers)
+        varying = [dim for dim, size in enumerate(numbers.shape) if size > 1]
+        steps = {dim: smallest_step(numbers.numpy(), dim) for dim in varying if len(varying) > 1}
+        dim = min(varying, key=lambda dim: (steps.get(dim, 0), -dim), default=None)
         return None if dim is None else Axis(numbers, dim, slot)
 
     def varying(self) -> list[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,13 +101,16 @@ def compiled_when_called() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def without_stack_traces() -> Iterator[None]:
     """Let what is traced not look for the line of the model that made each node, which takes an eighth of a
-    capture. Where torch cannot be told, it does.
+    capture. Where torch cannot be told (before 2.12), it does.
     """
-    option = "do_not_emit_stack_traces"
+    options: Any = torch.fx.config
+    if not hasattr(options, "do_not_emit_stack_traces"):
+        yield
+        return
     with for_a_while(
-        lambda: getattr(torch.fx.config, option, False), lambda on: setattr(torch.fx.config, option, on)
+        lambda: options.do_not_emit_stack_traces, partial(setattr, options, "do_not_emit_stack_traces")
     ):
-        setattr(torch.fx.config, option, True)
+        options.do_not_emit_stack_traces = True
         yield
 
 

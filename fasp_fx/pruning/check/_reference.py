@@ -13,7 +13,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from fasp_fx.analysis import APPROXIMATE, EXEMPT, Analysis, Product, Slot, Use, Value
 from fasp_fx.calibration import ConsumerMatrices, Decision, layouts_along
@@ -86,7 +85,10 @@ class _Masking:
             with self.graph.inserting_before(node):
                 copies = {weight: self.graph.call_function(_zeroed, (weight, mask))}
                 for move in moves:
-                    copies[move] = self.graph.node_copy(move, partial(_or_itself, copies))
+                    copies[move] = self.graph.node_copy(
+                        move,
+                        lambda node, copies=copies: copies.get(node, node),  # type: ignore[misc]
+                    )
             node.replace_input_with(self.nodes[operand], copies[self.nodes[operand]])
 
     def mask_products(self) -> None:
@@ -166,10 +168,6 @@ class _Masking:
         if layouts:
             with self.graph.inserting_before(node):
                 node.replace_input_with(source, self.graph.call_function(masked, (source,)))
-
-
-def _or_itself(copies: dict[Node, Node], node: Node) -> Node:
-    return copies.get(node, node)
 
 
 def _zeroed(tensor: Tensor, stays: Tensor) -> Tensor:
