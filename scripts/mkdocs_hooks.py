@@ -16,7 +16,12 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 #: pages from outside of docs/, by their names there
-PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+PAGES = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+    "channel-numbers.md": "fasp_fx/analysis/channels/README.md",
+}
 _LINK = re.compile(r"(?<!\!)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 _ROOM = re.compile(r"^:::room ([\w.]+)(?:: (.+))?$", flags=re.MULTILINE)
 
@@ -57,15 +62,14 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Links as they are in the repository, to what is in the site; a file that is no page comes along."""
-    here = posixpath.dirname(posixpath.join("docs", page.file.src_uri))
-    source = PAGES.get(page.file.src_uri)
+    source = PAGES.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     sites = {path: name for name, path in PAGES.items()}
 
     def link(match: re.Match[str]) -> str:
         target, anchor = match[1], match[2] or ""
-        path = posixpath.normpath(posixpath.join("" if source else here, target))
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         if not (ROOT / path).exists():
-            raise PluginError(f"{source or page.file.src_uri} links to {target}, which does not exist")
+            raise PluginError(f"{source} links to {target}, which does not exist")
         if path in sites:
             uri = sites[path]
         elif path.startswith("docs/"):

@@ -130,9 +130,10 @@ def ridge(problem: Problem, least: float = 0.0) -> Restored:
         least: no δ below that is tried.
 
     Examples:
-        >>> from fasp_fx.calibration import ridge
-        >>> weight, gram = torch.ones(1, 2), torch.ones(2, 2)  # two columns whose inputs are alike
-        >>> ridge(weight, gram, gram, kept=torch.tensor([0])).weight.round(decimals=2)
+        >>> from fasp_fx.calibration import Problem, ridge
+        >>> gram = torch.ones(2, 2)  # two columns whose inputs are alike: the first can serve for both
+        >>> problem = Problem(torch.ones(1, 2), gram, gram, kept=torch.tensor([0]), has_ones=False)
+        >>> ridge(problem).weight.round(decimals=2)
         tensor([[2., 0.]])
     """
     solver = _Solver(problem)
