@@ -60,7 +60,7 @@ def public() -> list[str]:
             if inspect.isfunction(value) or value is fasp_fx.PruningConfig:
                 parameters = inspect.signature(value).parameters.values()
                 signature = f"({', '.join(str(each.replace(annotation=each.empty)) for each in parameters)})"
-            names.append(re.sub(r" at 0x[0-9a-f]+", "", f"{room}.{name}{signature}"))
+            names.append(re.sub(r" at 0x\w+", "", f"{room}.{name}{signature}"))
     return sorted(names)
 
 

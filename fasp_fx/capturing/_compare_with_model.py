@@ -109,7 +109,7 @@ def _trouble_in_layouts(program: Program, model: nn.Module, example: Call, check
     """What is wrong, in words, where the inputs lie otherwise in memory, in the first way that the model
     takes.
     """
-    calls = [one for one in (_cut(program, example, _LEAST), example) if one is not None]
+    calls = [call for call in (_cut(program, example, _LEAST), example) if call is not None]
     where = "where inputs lie otherwise in memory"
     for call, lie in itertools.product(calls, (_laid, _lying_apart)):
         try:

@@ -161,16 +161,12 @@ class StandIn(nn.Module):
             self.register_parameter(f"weight_{index}", nn.Parameter(other, parameter.requires_grad))
         self.eval()
         vars(self).update(simple_attributes(original))
-        self._sizes = set[Any]()
-        self._program = (program, size_check(program))  # in a tuple, so that neither is a submodule
+        self._captured = program, size_check(program)  # in a tuple, so that nothing is a submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        program, check_sizes = self._program
+        program, check = self._captured
         flat, nodes = program.flat_inputs(args, kwargs), program.placeholders()
-        sizes = tuple(getattr(leaf, "shape", leaf) for leaf in flat)
-        if sizes not in self._sizes:
-            check_sizes(*flat)
-            self._sizes.add(sizes)
+        check(*flat)
         for node, leaf in zip(nodes, flat, strict=True):
             if isinstance(leaf, Tensor) and leaf.dtype != node.meta["val"].dtype:
                 raise CallError(f"'{node.name}' is of {leaf.dtype} in one call, and was of another before")
