@@ -18,6 +18,7 @@ from fasp_fx.base import (
     non_persistent_buffers,
     pytree,
     read_stamps,
+    trees_of,
     with_parts,
     without_values,
 )
@@ -78,7 +79,7 @@ class PrunedModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
         # The structure of arguments and outputs never changes, and torch warns where a leaf of one is copied.
-        for spec in (getattr(self, name, None) for name in ("_in_spec", "_out_spec")):
+        for spec in trees_of(self):
             memo.update({id(part): part for part in _specs(spec)})
         # Never written into, and holds fake tensors that cannot be copied.
         memo[id(self.fasp_fx_origin)] = self.fasp_fx_origin

@@ -215,13 +215,13 @@ def counted(analysis: Analysis, cap: Cap | None) -> Resource:
     return Sparsity(analysis) if cap is None else cap.resource(analysis)
 
 
-def read_budget(budget: Any) -> tuple[Cap, ...]:
+def read_budget(given: Any) -> tuple[Cap, ...]:
     """The budgets that an option was given: one or several.
 
     Raises:
         ArgumentError: it is something else, or two budgets are of one resource.
     """
-    caps = tuple(budget) if isinstance(budget, Iterable) else (budget,)
+    caps = tuple(given) if isinstance(given, Iterable) else (given,)
     for cap in caps:
         if not isinstance(cap, Cap):
             raise ArgumentError(

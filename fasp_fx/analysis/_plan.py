@@ -305,22 +305,22 @@ def check_fixed(plan: PruningPlan, dense: nn.Module) -> None:
             )
 
 
-def check_fingerprint(plan: PruningPlan, digest: str) -> None:
+def check_fingerprint(plan: PruningPlan, found: str) -> None:
     """Refuse a model that the plan was not made for.
 
     Args:
         plan: the plan.
-        digest: the model's fingerprint.
+        found: the model's fingerprint.
 
     Raises:
         PlanError: says whether the plan was applied to the model already.
     """
-    if digest == plan.result != plan.fingerprint:
+    if found == plan.result != plan.fingerprint:
         raise PlanError("the plan was already applied to this model: it is the plan's own result")
-    if digest != plan.fingerprint:
+    if found != plan.fingerprint:
         raise PlanError(
             f"the plan is for another model: its fingerprint is {plan.fingerprint[:12]}…, this model's is"
-            f" {digest[:12]}…; make a plan for this model"
+            f" {found[:12]}…; make a plan for this model"
         )
 
 

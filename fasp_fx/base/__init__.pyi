@@ -302,6 +302,9 @@ from .compat import (
     hint_of as hint_of,  # The size that a symbol stands for in the example; None where only a run tells
 )
 from .compat import (
+    hooks_of as hooks_of,  # The hooks of a module itself, before and after its forward and on the way back
+)
+from .compat import (
     is_composite as is_composite,  # Whether an operator is made of others, so that its schema need not say that it returns a view
 )
 from .compat import (
@@ -354,6 +357,9 @@ from .compat import (
 )
 from .compat import (
     tracing as tracing,  # torch: the context in which dynamo compiles
+)
+from .compat import (
+    trees_of as trees_of,  # The structures of the inputs and the outputs of a graph module whose code takes them apart
 )
 from .compat import (
     version_of as version_of,  # How often a tensor was written into; None where torch does not count

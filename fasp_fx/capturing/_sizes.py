@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeGuard
 
 import sympy
@@ -242,7 +243,12 @@ _Places = frozenset[tuple[int, int]]
 
 
 def _collection(
-    args: tuple[Any, ...], kwargs: dict[str, Any], dims: float, images: set[int], fixed: _Places
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    fixed: _Places = frozenset(),
+    *,
+    most: float = math.inf,
+    images: Container[int] = (),
 ) -> ShapesCollection:
     """What varies: so many first dimensions of every tensor, of images one, but for the places that are
     fixed.
@@ -250,7 +256,7 @@ def _collection(
     collection = ShapesCollection()
     for index, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
         if isinstance(leaf, Tensor):
-            count = min(dims, 1) if id(leaf) in images else dims
+            count = min(most, 1) if id(leaf) in images else most
             collection[leaf] = {
                 dim: Dim.AUTO if dim < count and (index, dim) not in fixed else Dim.STATIC
                 for dim in range(leaf.dim())
@@ -258,20 +264,13 @@ def _collection(
     return collection
 
 
+#: every dimension of every argument; and the first of each
+every_dim, first_dim = partial(_collection), partial(_collection, most=1)
+
+
 def all_dims(args: tuple[Any, ...], kwargs: dict[str, Any], fixed: _Places = frozenset()) -> ShapesCollection:
-    return _collection(args, kwargs, math.inf, images_of((*args, *kwargs.values())), fixed)
-
-
-def every_dim(
-    args: tuple[Any, ...], kwargs: dict[str, Any], fixed: _Places = frozenset()
-) -> ShapesCollection:
-    return _collection(args, kwargs, math.inf, set(), fixed)
-
-
-def first_dim(
-    args: tuple[Any, ...], kwargs: dict[str, Any], fixed: _Places = frozenset()
-) -> ShapesCollection:
-    return _collection(args, kwargs, 1, set(), fixed)
+    """Every dimension, of images the first."""
+    return _collection(args, kwargs, fixed, images=images_of((*args, *kwargs.values())))
 
 
 def of_features(exported: ExportedProgram) -> _Places:

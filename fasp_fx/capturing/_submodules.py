@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fasp_fx.base import deviation, device_named, pytree, storage_of, tolerable, tolerance, version_of
+from fasp_fx.base import (
+    built_alike,
+    deviation,
+    device_named,
+    hooks_of,
+    pytree,
+    storage_of,
+    tolerable,
+    tolerance,
+    version_of,
+)
 from fasp_fx.errors import CallError, CaptureError, ExportError, first_line
 
 from ._assemble import size_check
@@ -23,7 +32,6 @@ from ._transformers import is_transformers, register_caches
 from ._unchanged import noting_reads, of_torch, rewound, said_of_reads
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Search:
@@ -109,8 +117,7 @@ class Search:
         for path, inner in ((self.paths[inner][0], inner) for inner in module.modules()):
             if names := [name for name in self.changed if name.rpartition(".")[0] == path]:
                 raise CaptureError(f"its forward sets the attribute '{names[0]}'")
-            hooks = chain(*(vars(inner).get(kind, {}).values() for kind in _HOOKS))
-            if not all(map(of_torch, hooks)):
+            if not all(map(of_torch, hooks_of(inner))):
                 raise CaptureError(f"'{path}' has hooks, which a graph would not run")
 
     def _check_in_place(self, part: Part) -> None:
@@ -176,9 +183,7 @@ class StandIn(nn.Module):
 
 def same_output(output: Any, expected: Any) -> bool:
     """Whether two outputs have the same structure and, up to rounding, the same values."""
-    leaves, structure = pytree.tree_flatten(output)
-    others, other = pytree.tree_flatten(expected)
-    return structure == other and all(map(_same_leaf, leaves, others))
+    return built_alike(output, expected, _same_leaf)
 
 
 def _same_leaf(leaf: Any, expected: Any) -> bool:

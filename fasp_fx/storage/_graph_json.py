@@ -83,7 +83,7 @@ class _Writer:
     def program(self, program: ExportedProgram) -> dict[str, Any]:
         call = program.module_call_graph[0].signature
         assert call is not None  # or it would not be the whole module's
-        signature, graph = program.graph_signature, self.graph(program.graph)
+        signature, graph = program.graph_signature, list(map(self.node, program.graph.nodes))
         for symbol in program.range_constraints:
             self.expression(symbol)
         ranges = ranges_of(program)
@@ -108,9 +108,6 @@ class _Writer:
             "structures": [_structure_to_json(spec) for spec in (call.in_spec, call.out_spec)],
         }
 
-    def graph(self, graph: fx.Graph) -> list[list[Any]]:
-        return [self.node(node) for node in graph.nodes]
-
     def node(self, node: fx.Node) -> list[Any]:
         """What :class:`_Reader` reads of a node."""
         target: Any = node.target
@@ -118,7 +115,7 @@ class _Writer:
             target = _untrusted.name_of(target)
         elif node.op == "get_attr":
             function = getattr(node.graph.owning_module, str(target))
-            target = [_untrusted.check_name(target), self.graph(function.graph)]
+            target = [_untrusted.check_name(target), list(map(self.node, function.graph.nodes))]
         args = [value_to_json(value, self.argument) for value in node.args]
         kwargs = {name: value_to_json(value, self.argument) for name, value in node.kwargs.items()}
         recorded = None if node.op == "output" else value_to_json(node.meta.get("val"), self.record)

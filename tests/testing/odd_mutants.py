@@ -75,7 +75,7 @@ SIZED = Mutant(
 )
 FUSED = Mutant(
     "tokens of a fused weight stay where they are at every size",
-    attribute(_SPLIT, "_holds_at_every_size", lambda _: lambda node, label, size: True),
+    attribute(_SPLIT, "_lies_along", lambda _: lambda label, recorded, size: label is not None),
     _around(Fused(2, "cut"), tokens=4),
 )
 SHIFTED = Mutant(

@@ -5,7 +5,7 @@ release renames one, one line here changes. What can be done without is left out
 from __future__ import annotations
 
 import copy
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -61,6 +61,17 @@ def non_persistent_buffers(module: nn.Module) -> set[str]:
 def forward_pre_hooks(module: nn.Module) -> MutableMapping[int, Any]:
     """The hooks that a module calls before its ``forward``, by number, to be read and changed."""
     return module._forward_pre_hooks
+
+
+def hooks_of(module: nn.Module) -> Iterator[Any]:
+    """The hooks of a module itself, before and after its ``forward`` and on the way back."""
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        yield from getattr(module, kind, {}).values()
+
+
+def trees_of(module: nn.Module) -> list[Any]:
+    """The structures of the inputs and the outputs of a graph module whose code takes them apart."""
+    return [getattr(module, name, None) for name in ("_in_spec", "_out_spec")]
 
 
 def written_by_hook(hook: Any) -> set[str]:
