@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,7 +14,7 @@ from fasp_fx.hf import perplexity
 class Comparison:
     """Reads the command line: a folder or GGUF file of a Llama, and a text to calibrate and to measure on."""
 
-    def __init__(self, description):
+    def __init__(self, description: str | None) -> None:
         parser = argparse.ArgumentParser(description=description)
         parser.add_argument("model", type=Path)
         parser.add_argument("text", type=Path)
@@ -34,9 +35,9 @@ class Comparison:
         self.measured = chunks[options.after :][: options.measure]
         self.captured, self.sparsity = fasp_fx.capture(self.dense, (), self.calls[0]), options.sparsity
 
-    def run(self, name, **options):
+    def run(self, name: str, **options: Any) -> None:
         """Prune with these options, and print what it came to."""
-        common = {"calibration": self.calls, "sparsity": self.sparsity, "loss": "next-token"}
-        result = fasp_fx.prune(self.captured, **common, **options)
-        found = perplexity(result.module, self.measured)
-        print(f"{name}: {result.report.sparsity:.1%} removed, perplexity {found:.2f}", flush=True)
+        options |= {"calibration": self.calls, "sparsity": self.sparsity, "loss": "next-token"}
+        result = fasp_fx.prune(self.captured, **options)
+        after = perplexity(result.module, self.measured)
+        print(f"{name}: {result.report.sparsity:.1%} removed, perplexity {after:.2f}", flush=True)

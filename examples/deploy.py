@@ -28,9 +28,10 @@ class Net(nn.Module):
         )
         self.head = nn.Linear(64, 10)
 
-    def forward(self, image):
-        found = self.stem(image)
-        return self.head(torch.cat([self.wide(found), self.deep(found)], dim=1).mean((2, 3)))
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.stem(image)
+        logits: torch.Tensor = self.head(torch.cat([self.wide(x), self.deep(x)], dim=1).mean((2, 3)))
+        return logits
 
 
 torch.manual_seed(0)
@@ -39,6 +40,8 @@ calibration = [torch.randn(16, 3, 32, 32) for _ in range(4)]
 result = fasp_fx.prune(model, (calibration[0],), calibration=calibration, sparsity=options.sparsity)
 print(result.report)
 result.save(options.out)
-smaller = torch.compile(fasp_fx.load(options.out).module, backend=options.backend)
+loaded = fasp_fx.load(options.out)
+assert isinstance(loaded, fasp_fx.Result)  # not a language model of fasp_fx.hf
+smaller = torch.compile(loaded.module, backend=options.backend)
 with torch.no_grad():
     print(f"logits of three images: {tuple(smaller(torch.randn(3, 3, 32, 32)).shape)}")

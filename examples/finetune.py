@@ -60,5 +60,7 @@ for batch in torch.randint(
 ):
     logits = result.module(input_ids=train[batch], use_cache=False).logits
     cross_entropy(logits[:, :-1].flatten(0, 1), train[batch, 1:].flatten()).backward()
-    optimizer.step(), schedule.step(), optimizer.zero_grad()
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
 print(f"recovered {perplexity(result.module, test):.3f}")

@@ -5,38 +5,43 @@ one threshold serves all groups, biases make up.
 with our repair in their place.
 """
 
+from typing import Any, ClassVar
+
 import numpy as np
 import torch
 from chunks import Comparison
+from torch import Tensor
 
-from fasp_fx.allocation import CostAllocation
-from fasp_fx.calibration import GroupScore, Order, by_set, by_value
+from fasp_fx.allocation import Budget, CostAllocation, Costs
+from fasp_fx.calibration import Columns, GroupColumns, GroupScore, Order, Problem, by_set, by_value
 
 SHIFT = 100.0  # a cost curve never falls, and standardised scores lie around zero: they are counted from here
 
 
 class Moments:  # a statistic: sums over tokens, so that batches add up; padding has the weight 0
-    needs_gradient = False
+    needs_gradient: ClassVar[bool] = False
 
-    def __init__(self, columns, device):
+    def __init__(self, columns: int, device: torch.device) -> None:
         self.count, self.sums = 0.0, torch.zeros(2, columns, device=device)
 
-    def update(self, tokens, gradient, weight):
+    def update(self, tokens: Tensor, gradient: Tensor | None, weight: Tensor) -> None:
         self.count += float(weight.sum())
         self.sums += torch.stack([weight @ tokens, weight @ tokens.square()])
 
-    def variance(self):
+    def variance(self) -> Tensor:
         first, second = self.sums / self.count
-        return second - first.square()
+        variance: Tensor = second - first.square()
+        return variance
 
 
 class Fluctuation(GroupScore):  # Var(X_j) ‖W_j‖² (FLAP, equation 5), standardised within the group
-    def __init__(self):
-        self.statistics = {"moments": Moments}
+    statistics: ClassVar = {"moments": Moments}
 
-    def __call__(self, group):
-        def values(columns):
-            return (columns.seen["moments"].variance() * columns.weight.square().sum(0)).cpu().numpy()
+    def __call__(self, group: GroupColumns) -> Order:
+        def values(columns: Columns) -> np.ndarray:
+            moments: Any = columns.seen["moments"]
+            scores: np.ndarray = (moments.variance() * columns.weight.square().sum(0)).cpu().numpy()
+            return scores
 
         total = by_set(group, values)
         scores = (total - total.mean()) / total.std()
@@ -45,22 +50,24 @@ class Fluctuation(GroupScore):  # Var(X_j) ‖W_j‖² (FLAP, equation 5), stand
 
 
 class Threshold(CostAllocation):  # what lies below one number goes, whatever group it is in
-    def __call__(self, budget, round_to, costs):
+    def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
         scores = [np.diff(costs[group.name].losses)[: group.deepest_loss] for group in budget.groups]
         thresholds = np.quantile(np.concatenate(scores), np.linspace(0, 1, 1000))
-        lost = [[int((own < limit).sum()) // round_to * round_to for own in scores] for limit in thresholds]
+        lost = [[int((each < limit).sum()) // round_to * round_to for each in scores] for limit in thresholds]
         return budget.closest(lost)
 
 
-def by_bias(problem):  # what stays is left as it is, and the bias gives the mean of what goes
+def by_bias(
+    problem: Problem,
+) -> Tensor:  # what stays is left as it is, and the bias gives the mean of what goes
     ones = problem.kept[-1]
     means = problem.gram[:, ones] / problem.gram[ones, ones]
-    found = problem.weight[:, problem.kept].clone()
-    found[:, -1] = problem.weight @ means - found @ means[problem.kept]
-    return found
+    kept = problem.weight[:, problem.kept].clone()
+    kept[:, -1] = problem.weight @ means - kept @ means[problem.kept]
+    return kept
 
 
 comparison = Comparison(__doc__)
-choice = {"score": Fluctuation(), "allocation": Threshold()}
+choice: dict[str, Any] = {"score": Fluctuation(), "allocation": Threshold()}
 comparison.run("FLAP", **choice, restore=by_bias)  # FLAP observes the dense model, here the pruned one
 comparison.run("FLAP, repaired", **choice)

@@ -6,6 +6,8 @@ latency looks the times up.
 
 import sys
 import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from fasp_fx.allocation import Latency
 GRID = (0.25, 0.5, 0.75, 1.0)
 
 
-def seconds_of(call, times=50):
+def seconds_of(call: Callable[[], object], times: int = 50) -> float:
     call()
     spent = []
     for _ in range(times):
@@ -27,16 +29,16 @@ def seconds_of(call, times=50):
     return min(spent)
 
 
-def feed_forward(width, hidden):
+def feed_forward(width: int, hidden: int) -> nn.Module:
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
 class Residual(nn.Module):
-    def __init__(self, width, hiddens):
+    def __init__(self, width: int, hiddens: Iterable[int]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(feed_forward(width, hidden) for hidden in hiddens)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
             x = x + block(x)
         return x
@@ -54,11 +56,13 @@ with torch.no_grad():
     for group in groups:
         widths = [round(part * group.width) for part in GRID]
         blocks = [feed_forward(256, width).eval() for width in widths]
-        tables[group.name] = widths, [seconds_of(lambda block=block: block(x)) for block in blocks]
+        tables[group.name] = widths, [seconds_of(partial(block, x)) for block in blocks]
 
 
-def seconds(widths):  # what is left of each group -> how long all of them take together
-    return sum(np.interp(width, *tables[name]) for name, width in widths.items())
+def seconds(
+    widths: Mapping[str, int],
+) -> float:  # what is left of each group -> how long all of them take together
+    return float(sum(np.interp(width, *tables[name]) for name, width in widths.items()))
 
 
 data = [torch.randn(64, 256) for _ in range(8)]

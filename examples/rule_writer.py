@@ -25,11 +25,13 @@ class Net(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.ops.mylib.scaled_silu(self.up(x), self.scale))
+        y: Tensor = self.down(torch.ops.mylib.scaled_silu(self.up(x), self.scale))
+        return y
 
 
 def loudest(columns: Columns) -> Tensor:
     """Keep what is loud, whatever the weights say."""
+    assert columns.norms is not None  # there are data
     return columns.norms
 
 

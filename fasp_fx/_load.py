@@ -38,6 +38,12 @@ def load(
         StoreError: a file is missing, damaged, or of another format; names the file and what to do.
         ArgumentError: the path is none, ``model`` is missing, or there is no such
             device here.
+
+    Examples:
+        >>> folder = result.save("smaller")
+        >>> loaded = fasp_fx.load("smaller")
+        >>> isinstance(loaded, fasp_fx.Result) and torch.equal(loaded.module(x), result.module(x))
+        True
     """
     folder = path_of(path, "path")
     target = None if device is None else check_device(device, values=False)

@@ -60,6 +60,11 @@ def remove(analysis: Analysis, gone: np.ndarray, restored: Mapping[str, Tensor] 
     Raises:
         VerificationError: a step failed, or left a program that does not compute what the analysis says;
             names the step and the node.
+
+    Examples:
+        >>> gone = np.zeros(len(analysis.labels), dtype=bool)  # of every channel number
+        >>> fasp_fx.passes.remove(analysis, gone).parameters().keys() == captured.program.parameters().keys()
+        True
     """
     program, walk = restore_weights(analysis.program, restored or {}), analysis.walk
     for step in _STEPS:
@@ -86,7 +91,12 @@ def restore_weights(program: Program, restored: Mapping[str, Tensor]) -> Program
 
 
 def split_fused(program: Program, analysis: Analysis) -> Program | None:
-    """Split fused producers that stand in the way; ``None`` if there is nothing to do."""
+    """Split fused producers that stand in the way; ``None`` if there is nothing to do.
+
+    Examples:
+        >>> fasp_fx.passes.split_fused(captured.program, analysis) is None  # no fused weight here
+        True
+    """
     with _named(NAME):
         rewritten = split(program, analysis)
         if rewritten is program:
@@ -121,6 +131,11 @@ class Prune:
 
     The program is of the model that the plan was made for; foreign passes may have run on it in the same
     :class:`Pipeline`.
+
+    Examples:
+        >>> exported = torch.export.export(model, (x,))
+        >>> fasp_fx.passes.Prune(result.plan)(exported).state_dict["0.weight"].shape
+        torch.Size([22, 8])
     """
 
     plan: PruningPlan
@@ -146,6 +161,13 @@ class Pipeline:
         tolerance: what a foreign pass may change of an output of real numbers, as a fraction of its largest
             value. ``None``: the square root of the output type's precision (3e-4 for float32); 0: outputs
             are not compared.
+
+    Examples:
+        >>> from fasp_fx.passes import Pipeline, Prune
+        >>> exported = torch.export.export(model, (x,))
+        >>> smaller = Pipeline([Prune(result.plan)])(exported)
+        >>> {name: tuple(weight.shape) for name, weight in smaller.state_dict.items() if weight.dim() == 2}
+        {'0.weight': (22, 8), '2.weight': (16, 22), '4.weight': (4, 16)}
     """
 
     def __init__(

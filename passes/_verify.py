@@ -26,6 +26,9 @@ def verify(program: Program, reference: Analysis) -> Walk:
 
     Raises:
         VerificationError: names the node and what differs.
+
+    Examples:
+        >>> walk = fasp_fx.passes.verify(captured.program, analysis)
     """
     granularity = reference.granularity & {"expert"}
     walk = Interpreter(program, reference.numbering, granularity, program.numbers, reference.walk).run()

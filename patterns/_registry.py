@@ -95,6 +95,14 @@ def register(operator: Operator, text: str) -> Rule:
     Raises:
         RuleError: the text does not parse, names an argument that the schema lacks, or ``operator`` is not an
             overload.
+
+    Examples:
+        >>> @torch.library.custom_op("docs::scaled", mutates_args=())
+        ... def scaled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        ...     return x * scale
+        >>> print(fasp_fx.patterns.register(torch.ops.docs.scaled.default, "x[... c], scale[c] -> [... c]"))
+        x[... c], scale[c] -> [... c]
+        >>> fasp_fx.patterns.unregister(torch.ops.docs.scaled.default)
     """
     if not isinstance(operator, Operator):
         raise RuleError(
@@ -105,13 +113,25 @@ def register(operator: Operator, text: str) -> Rule:
 
 
 def unregister(operator: Operator) -> None:
-    """Forget a rule given to :func:`register`; a built-in rule that it had replaced is in force again."""
+    """Forget a rule given to :func:`register`; a built-in rule that it had replaced is in force again.
+
+    Examples:
+        >>> operator = torch.ops.aten.softmax.int
+        >>> rule = fasp_fx.patterns.register(operator, "self[...] -> [...]; freeze @dim")
+        >>> fasp_fx.patterns.unregister(operator)
+        >>> str(fasp_fx.patterns.lookup(operator)) == fasp_fx.patterns.builtin()["aten.softmax.int"]
+        True
+    """
     _USER.pop(operator, None)
 
 
 def lookup(operator: object) -> Rule | None:
     """The rule of an operator: the user's, the built-in one, or one derived from ``torch.Tag.pointwise``;
     else ``None``.
+
+    Examples:
+        >>> print(fasp_fx.patterns.lookup(torch.ops.aten.linear.default))
+        input[... i], weight[o i], bias[o] -> [... o]
     """
     if not isinstance(operator, Operator):
         return None
@@ -174,5 +194,10 @@ def _affine(operator: Any, rule: Rule) -> Affine | None:
 
 
 def builtin() -> dict[str, str]:
-    """Every built-in rule that is written out (not derived), by operator name."""
+    """Every built-in rule that is written out (not derived), by operator name.
+
+    Examples:
+        >>> fasp_fx.patterns.builtin()["aten.linear.default"]
+        'input[... i], weight[o i], bias[o] -> [... o]'
+    """
     return dict(_WRITTEN)

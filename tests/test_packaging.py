@@ -76,8 +76,9 @@ def test_every_subpackage_is_listed() -> None:
     folders = {name.rpartition("/")[0] for name in _sources()}
     assert {folder.replace("/", ".") for folder in folders} == set(settings["packages"])
     assert not {folder for folder in folders if f"{folder}/__init__.py" not in _sources()}
+    # Else an editable install is a hook, which no type checker runs.
+    assert settings["package-dir"] == {"": "."}
     for top, inside in TOP.items():
-        assert settings["package-dir"][inside.replace("/", ".")] == top
         assert (ROOT / inside).is_symlink()
         assert (ROOT / inside).resolve() == ROOT / top
 

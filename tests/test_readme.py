@@ -87,4 +87,4 @@ def test_generation_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     names = _run(_blocks("docs/generation.md"), {"__name__": "page"})
     ids = torch.tensor([[1, 2, 3]])
-    assert torch.equal(names["again"](input_ids=ids).logits, names["pruned"].model(input_ids=ids).logits)
+    assert torch.equal(names["loaded"](input_ids=ids).logits, names["pruned"].model(input_ids=ids).logits)

@@ -20,6 +20,17 @@ from ._limits import Budget, check_reach, lost_per_block
 class CostAllocation(ABC):
     """An allocation that wants to know what each group costs; the cost curves are measured before it is
     asked.
+
+    Examples:
+        >>> from fasp_fx.allocation import CostAllocation
+        >>> class Cheapest(CostAllocation):  # from one group alone, the one that costs least
+        ...     def __call__(self, budget, round_to, costs):
+        ...         least = min(budget.groups, key=lambda group: costs[group.name].losses[-1])
+        ...         taken = [group is least for group in budget.groups]
+        ...         return budget.closest([[count * each for each in taken] for count in range(least.width)])
+        >>> smaller = fasp_fx.prune(captured, calibration=batches, allocation=Cheapest(), sparsity=0.3)
+        >>> smaller.report.parameters
+        (884, 625)
     """
 
     @abstractmethod
@@ -48,6 +59,12 @@ def uniform(budget: Budget, round_to: int) -> list[int]:
 
     Raises:
         SparsityError, BudgetError: see :func:`check_reach`.
+
+    Examples:
+        >>> from fasp_fx.allocation import uniform
+        >>> even = fasp_fx.prune(captured, calibration=batches, allocation=uniform, sparsity=0.3)
+        >>> {group.name: group.removed_sets for group in even.plan.groups}
+        {'2.weight': 7, '4.weight': 3}
     """
     check_reach(budget, round_to)
 
@@ -76,6 +93,11 @@ class Global(CostAllocation):
     counts.
 
     What the last step took too much of a budget is given back, where it costs most.
+
+    Examples:
+        >>> from fasp_fx.allocation import Global
+        >>> fasp_fx.prune(captured, calibration=batches, allocation=Global(), sparsity=0.3).report.parameters
+        (884, 634)
     """
 
     #: how often what a channel set takes along is counted anew, where groups share weights
@@ -212,6 +234,14 @@ class Trial(ABC):
 
     Attributes:
         count: how many calibration sequences there are to try it on.
+
+    Examples:
+        >>> from fasp_fx.allocation import Global, Search, uniform
+        >>> class Better(Search):  # the better of two
+        ...     def __call__(self, budget, round_to, costs, trial=None):
+        ...         both = [Global()(budget, round_to, costs), uniform(budget, round_to)]
+        ...         return min(both, key=lambda lost: sum(trial.losses(lost, range(trial.count))))
+        >>> better = fasp_fx.prune(captured, calibration=batches, allocation=Better(), sparsity=0.3)
     """
 
     count: int
@@ -307,6 +337,11 @@ class Search(CostAllocation):
 
     Raises:
         ArgumentError: one of them is no positive integer, or the seed none from 0 on.
+
+    Examples:
+        >>> from fasp_fx.allocation import Search
+        >>> search = Search(generations=1, offspring=2, sequences=8)
+        >>> searched = fasp_fx.prune(captured, calibration=batches, allocation=search, sparsity=0.3)
     """
 
     def __init__(self, generations: int = 12, offspring: int = 12, sequences: int = 8, seed: int = 0) -> None:

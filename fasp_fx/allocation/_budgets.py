@@ -41,6 +41,11 @@ class Cap(ABC):
 
     Raises:
         ArgumentError: the amount is no positive number, or the int 1, which says neither one nor all.
+
+    Examples:
+        >>> from fasp_fx.allocation import Cap, Macs
+        >>> print(Macs(0.5).name, issubclass(Macs, Cap))
+        macs True
     """
 
     amount: float
@@ -76,7 +81,13 @@ class Cap(ABC):
 
 
 class Parameters(Cap):
-    """The number of all parameters, tied ones once, as the report's line ``parameters`` has them."""
+    """The number of all parameters, tied ones once, as the report's line ``parameters`` has them.
+
+    Examples:
+        >>> from fasp_fx.allocation import Parameters
+        >>> fasp_fx.prune(captured, calibration=batches, budget=Parameters(600)).report.parameters
+        (884, 584)
+    """
 
     name, unit = "parameters", "parameters"
 
@@ -99,6 +110,11 @@ class Bytes(Parameters):
     Attributes:
         stored: how many bytes each number of a weight takes; ``None``: as many as in the model, or in the
             file of the format.
+
+    Examples:
+        >>> from fasp_fx.allocation import Bytes
+        >>> fasp_fx.prune(captured, calibration=batches, budget=Bytes(0.75)).report.bytes
+        (3536, 2636)
     """
 
     stored: Callable[[Tensor], float] | None = field(default=None, compare=False, repr=False)
@@ -117,6 +133,12 @@ class Macs(Cap):
 
     :func:`fasp_fx.hf.prune` has example inputs of its own: 2 sequences of 3 tokens that follow 5 others. Of a
     model that is pruned in parts, those of the parts are counted, as often as each is called.
+
+    Examples:
+        >>> from fasp_fx.allocation import Macs, Parameters
+        >>> both = fasp_fx.prune(captured, calibration=batches, budget=(Macs(0.7), Parameters(800)))
+        >>> [spent.used <= spent.allowed for spent in both.report.budgets]
+        [True, True]
     """
 
     name, unit, per_call = "macs", "multiply-accumulates", True
@@ -128,6 +150,11 @@ class Macs(Cap):
 class CacheBytes(Cap):
     """The bytes that the key-value cache takes per token of one sequence, as the report's line ``cache`` has
     them: those of a context, divided by its tokens.
+
+    Examples:
+        >>> from fasp_fx.allocation import CacheBytes
+        >>> CacheBytes(2**31 // 8192).amount  # 2 GiB at a context of 8,192 tokens; for fasp_fx.hf.prune
+        262144
     """
 
     name, unit = "cache-bytes", "bytes of cache per token"
@@ -145,6 +172,13 @@ class Latency(Cap):
         seconds: called with the width that is left of each block of each group that can lose channels, by the
             group's name, and returns seconds. It is asked thousands of times in one pruning: look times up,
             rather than measure there. More width may never take less time than less of it.
+
+    Examples:
+        >>> from fasp_fx.allocation import Latency
+        >>> budget = Latency(0.8, lambda widths: 1e-6 * sum(widths.values()))
+        >>> (spent,) = fasp_fx.prune(captured, calibration=batches, budget=budget).report.budgets
+        >>> print(f"{spent.used:.0f} of {spent.dense:.0f} microseconds")
+        38 of 48 microseconds
     """
 
     seconds: Callable[[Mapping[str, int]], float] = field(compare=False, repr=False)
@@ -231,7 +265,7 @@ def budget_from_data(data: Any) -> tuple[Cap, ...]:
 #: one dimension of what a node makes
 Dim = tuple[fx.Node, int]
 #: dimensions whose sizes are multiplied; of several in one place the largest, which the passes pad the others
-#: to (:func:`fasp_fx.passes.attention.pad_value_heads`)
+#: to (``pad_value_heads`` in ``passes/_attention.py``)
 Term = list[tuple[Dim, ...]]
 #: the shape of what a node makes
 ShapeOf = Callable[[fx.Node], tuple[int, ...]]

@@ -19,6 +19,11 @@ class CostCurve:
     Attributes:
         losses: the predicted rise of the loss once each block of the group lost 0, 1, 2, … channel sets;
             begins with 0 and never falls.
+
+    Examples:
+        >>> curve = costs["2.weight"]
+        >>> bool((np.diff(curve.losses) >= 0).all())
+        True
     """
 
     losses: np.ndarray
@@ -60,6 +65,10 @@ class Costs(dict[str, CostCurve]):
         score: what tells the score that gave the orders from others (``PruningConfig.score_name``); the
             curves hold for no other. Empty: for any.
         granularity: what the channel sets are that the curves count.
+
+    Examples:
+        >>> costs.save("costs.json")
+        >>> smaller = fasp_fx.prune(captured, calibration=batches, costs=fasp_fx.Costs.load("costs.json"))
     """
 
     def __init__(

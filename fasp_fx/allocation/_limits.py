@@ -58,6 +58,12 @@ class Budget:
 
     Attributes:
         advice: what would let more go than all groups here can lose, in words.
+
+    Examples:
+        >>> def half(budget, round_to):  # an allocation of one's own
+        ...     return budget.closest([[group.width // 2 for group in budget.groups]])
+        >>> fasp_fx.prune(captured, calibration=batches, allocation=half).report.parameters
+        (884, 316)
     """
 
     advice = ""
@@ -202,6 +208,11 @@ def check_counts(lost: Iterable[int], groups: Sequence[Group]) -> list[int]:
 def lost_per_block(width: int, fraction: float, round_to: int, needed: int = 1) -> int:
     """The removal nearest to ``fraction`` of a block that leaves a multiple of ``round_to``, and at least as
     many as are needed.
+
+    Examples:
+        >>> from fasp_fx.allocation import lost_per_block
+        >>> lost_per_block(100, 0.3, round_to=16)  # 64 stay
+        36
     """
     least = -(-needed // round_to) * round_to
     if width <= least:

@@ -42,6 +42,11 @@ class Member:
     ``size`` count those of all blocks in order. ``sets`` says for each index which of the group's channel
     sets it belongs to, counted from zero. ``aliases`` are the weight's other names in the model (it is tied),
     and those of what the model computes it of (it was folded).
+
+    Examples:
+        >>> (reader,) = group.consumers
+        >>> print(reader.name, reader.dim, reader.size)
+        2.weight 1 32
     """
 
     name: str
@@ -81,6 +86,13 @@ class Group:
         needed: how many channel sets of each block have to stay.
         at_once: whether all of them go or none.
         multiple: channels of each block stay in multiples of it.
+
+    Examples:
+        >>> group = analysis.groups[1]
+        >>> print(group.name, group.status, group.size)
+        2.weight prunable 32
+        >>> [member.name for member in group.producers]
+        ['0.weight', '0.bias']
     """
 
     name: str

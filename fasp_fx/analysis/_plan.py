@@ -26,6 +26,11 @@ class ParameterSlice:
 
     With ``block_dim`` there is one tuple of indices for each of the equal blocks into which that dimension is
     divided: an expert each of a stacked weight, a group each of a grouped convolution.
+
+    Examples:
+        >>> removed = result.plan.groups[0].consumers[0]
+        >>> print(removed.name, removed.dim, len(removed.removed))
+        2.weight 1 10
     """
 
     name: str
@@ -56,7 +61,13 @@ class ParameterSlice:
 
 @dataclass(frozen=True)
 class PlannedGroup:
-    """What one coupled group loses; ``granularity`` says what a channel set of it is."""
+    """What one coupled group loses; ``granularity`` says what a channel set of it is.
+
+    Examples:
+        >>> (planned,) = result.plan.groups
+        >>> print(planned.name, planned.removed_sets, "of", planned.size)
+        2.weight 10 of 32
+    """
 
     name: str
     size: Count
@@ -99,6 +110,11 @@ class PruningPlan:
             groups name them so.
         fixed: what else the model read and did not write into when the plan was made. The plan serves also
             where it holds something else; the repairs of the result do not.
+
+    Examples:
+        >>> plan = fasp_fx.PruningPlan.from_json(result.plan.to_json())
+        >>> [(group.name, group.removed_sets) for group in plan.groups]
+        [('2.weight', 10)]
     """
 
     fingerprint: str

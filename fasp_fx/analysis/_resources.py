@@ -23,6 +23,12 @@ class Resource(ABC):
     Args:
         groups: the groups that can lose channel sets.
         whole: how much the dense model has of it.
+
+    Examples:
+        >>> from fasp_fx.allocation import Macs
+        >>> resource = Macs(0.5).resource(analysis)
+        >>> [resource.used([lost, 0]) for lost in (0, 16)]  # channel sets that the two groups lose
+        [53248, 28672]
     """
 
     def __init__(self, groups: Sequence[Group], whole: float) -> None:

@@ -418,8 +418,4 @@ from .compat._transformers import (
 
 __version__: str
 
-__all__ = [
-    "WRITTEN_BY",
-    "keep_weights",
-    "offload",
-]
+__all__: list[str] = []

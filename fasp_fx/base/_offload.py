@@ -276,6 +276,12 @@ def offload(
     Raises:
         ArgumentError: the device cannot be used.
         OffloadError: the folder cannot be written, or its disk is full.
+
+    Examples:
+        >>> with fasp_fx.offload(resident=2**20) as scratch:
+        ...     in_files = fasp_fx.prune(captured, calibration=batches, sparsity=0.3)
+        >>> in_files.plan.groups == result.plan.groups
+        True
     """
     place = torch.device("cpu") if device is None else check_device(device)
     scratch = Scratch(
@@ -299,6 +305,13 @@ def keep_weights(model: nn.Module, scratch: Scratch) -> None:
     Raises:
         ArgumentError: ``scratch`` is not what :func:`offload` gave.
         OffloadError: the disk is full.
+
+    Examples:
+        >>> layer = nn.Linear(512, 512)
+        >>> with fasp_fx.offload() as scratch:
+        ...     fasp_fx.keep_weights(layer, scratch)
+        >>> layer(torch.randn(2, 512)).shape
+        torch.Size([2, 512])
     """
     if not isinstance(scratch, Scratch):
         raise ArgumentError(

@@ -188,7 +188,7 @@ from ._scoring import (
     magnitude as magnitude,  # ‖W_j‖₂: the length of the column, without data
 )
 from ._statistics import (
-    Gram as Gram,  # Accumulates G = XᵀX over tokens, on the device of the activations (FASP, section 3; DESIGN: sums, so they can be all-reduced)
+    Gram as Gram,  # Accumulates G = XᵀX over tokens, on the device of the activations (FASP, section 3): a sum, so that it can be all-reduced
 )
 from ._statistics import (
     InputGradients as InputGradients,  # Accumulates HᵀH of the gradients of a loss with respect to a consumer's input
@@ -243,47 +243,22 @@ from ._visit import (
 )
 
 __all__ = [
-    "OBS",
-    "ByColumns",
     "Columns",
-    "Elimination",
     "Gram",
     "GroupColumns",
     "GroupScore",
     "InputGradients",
+    "Loss",
     "Order",
-    "Outputs",
     "Problem",
-    "Random",
-    "Restored",
-    "SplitGram",
+    "Restoration",
+    "Score",
     "Statistic",
-    "add_product",
     "by_set",
     "by_value",
-    "centred_of",
     "damped",
-    "dense_numbers",
-    "diagonal_of",
-    "energy_of",
-    "evaluated",
     "fasp",
-    "greedy",
-    "is_few",
-    "joined",
     "magnitude",
     "next_token",
-    "number_outputs",
-    "output_tensors",
-    "precise",
-    "predictions",
-    "resolve_loss",
-    "resolve_score",
-    "restored_by",
     "ridge",
-    "together",
-    "token_mask",
-    "whole",
-    "without_padding",
-    "without_values",
 ]

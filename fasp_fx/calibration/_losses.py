@@ -45,6 +45,13 @@ def next_token(outputs: Any, inputs: Mapping[str, Any], padding: Padding = lambd
 
     Raises:
         CalibrationError: there are no such tensors.
+
+    Examples:
+        >>> from fasp_fx.calibration import next_token
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> logits = nn.functional.one_hot(torch.tensor([[2, 3, 0]]), 4) * 100.0  # right of both
+        >>> next_token(logits, {"input_ids": ids}).abs()
+        tensor([0., 0.])
     """
     logits, tokens, counts = predictions(outputs, inputs, padding)
     terms = functional.cross_entropy(

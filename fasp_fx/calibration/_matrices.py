@@ -90,7 +90,7 @@ class ConsumerMatrices:
 
         Args:
             activation: the value of the use's activation.
-            roles: what each position is for (:mod:`fasp_fx.statistics`), with as many dimensions as the
+            roles: what each position is for (``_statistics.py``), with as many dimensions as the
                 activation, of its size or 1; of a routed use ``[tokens]``.
             ends: for a routed use, where each block's tokens end.
         """

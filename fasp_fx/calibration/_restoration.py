@@ -64,6 +64,12 @@ class Problem:
         kept: M, indices of columns, shape ``[kept]``.
         has_ones: whether the last kept column holds ones, whose coefficients are added to the bias. Its
             weights are zero.
+
+    Examples:
+        >>> from fasp_fx.calibration import Problem, damped
+        >>> def tikhonov(problem: Problem) -> torch.Tensor:  # a repair of one's own
+        ...     return damped(problem.weight, problem.gram, problem.kept, 1e-3)[:, problem.kept]
+        >>> repaired = fasp_fx.prune(captured, calibration=batches, restore=tikhonov, sparsity=0.3)
     """
 
     weight: Tensor
@@ -122,6 +128,13 @@ def ridge(problem: Problem, least: float = 0.0) -> Restored:
         problem: its Gram matrices symmetric, or X, where that has fewer rows than columns. A column of ones
             the ridge takes as if it were as large as the columns are in the mean.
         least: no δ below that is tried.
+
+    Examples:
+        >>> from fasp_fx.calibration import Problem, ridge
+        >>> gram = torch.ones(2, 2)  # two columns whose inputs are alike: the first can serve for both
+        >>> problem = Problem(torch.ones(1, 2), gram, gram, kept=torch.tensor([0]), has_ones=False)
+        >>> ridge(problem).weight.round(decimals=2)
+        tensor([[2., 0.]])
     """
     solver = _Solver(problem)
     strength, held_factor = solver.choose(least)
@@ -170,6 +183,12 @@ def damped(weight: Tensor, gram: Tensor, kept: Tensor, strength: float) -> Tenso
         kept: as for :func:`ridge`.
         strength: δ relative to the mean of the Gram matrix's diagonal. Where the system is singular to
             rounding all the same, nothing is repaired.
+
+    Examples:
+        >>> from fasp_fx.calibration import damped
+        >>> weight, gram = torch.ones(1, 2), torch.ones(2, 2)  # two columns whose inputs are alike
+        >>> damped(weight, gram, kept=torch.tensor([0]), strength=1e-6).round(decimals=3)
+        tensor([[2., 0.]])
     """
     order, repaired = _kept_first(kept, weight.shape[1]), weight.clone()
     raised = strength * (float(gram.diagonal().mean()) or 1.0)

@@ -30,6 +30,20 @@ class Statistic(Protocol):
 
     Attributes:
         needs_gradient: whether the gradient of the loss with respect to the tokens is needed.
+
+    Examples:
+        >>> class Count:  # how many tokens there were
+        ...     needs_gradient = False
+        ...     def __init__(self, columns, device):
+        ...         self.count = 0.0
+        ...     def update(self, tokens, gradient, weight):
+        ...         self.count += float(weight.sum())
+        >>> class ByCount(fasp_fx.calibration.GroupScore):
+        ...     statistics = {"count": Count}
+        ...     def __call__(self, group):
+        ...         assert group.consumers[0].seen["count"].count == 4 * 64
+        ...         return fasp_fx.calibration.by_value(group, np.arange(len(group.block_of)))
+        >>> counted = fasp_fx.prune(captured, calibration=batches, score=ByCount(), sparsity=0.3)
     """
 
     needs_gradient: ClassVar[bool]
@@ -54,7 +68,7 @@ MakeStatistic = Callable[[int, torch.device], Statistic]
 
 
 class Gram:
-    """Accumulates ``G = XᵀX`` over tokens, on the device of the activations (FASP, section 3): sums,
+    """Accumulates ``G = XᵀX`` over tokens, on the device of the activations (FASP, section 3): a sum, so
     so that they can be all-reduced.
 
     Each batch's product is one of float32. Added up in float64 these give the same sum in any order, as far
@@ -67,6 +81,14 @@ class Gram:
 
     Attributes:
         tokens: the number of rows of X seen.
+
+    Examples:
+        >>> from fasp_fx.calibration import Gram
+        >>> gram = Gram(8, x.device)
+        >>> for rows in x.split(16):  # batches add up
+        ...     gram.update(rows)
+        >>> torch.allclose(gram.compact(), x.T @ x, atol=1e-4)
+        True
     """
 
     def __init__(self, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
@@ -239,6 +261,16 @@ class InputGradients:
     Attributes:
         tokens: how many gradients were seen.
         terms: of how many terms the loss was the sum.
+
+    Examples:
+        >>> from fasp_fx.calibration import GroupScore, InputGradients, by_set, by_value
+        >>> class Taylor(GroupScore):  # the first-order change of the loss
+        ...     statistics = {"gradients": InputGradients}
+        ...     def __call__(self, group):
+        ...         def values(columns):
+        ...             return (columns.seen["gradients"].mean().diagonal().sqrt() * columns.norms).numpy()
+        ...         return by_value(group, by_set(group, values))
+        >>> first_order = fasp_fx.prune(captured, calibration=batches, score=Taylor(), sparsity=0.3)
     """
 
     needs_gradient: ClassVar[bool] = True

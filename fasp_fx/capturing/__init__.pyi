@@ -219,15 +219,5 @@ from ._unchanged import (
 )
 
 __all__ = [
-    "by_shapes",
-    "capture",
-    "export_again",
-    "in_training",
-    "is_plain_graph",
-    "is_pure",
-    "lower_bound",
-    "recapture",
-    "recorded_shapes",
-    "take_apart",
-    "upper_bound",
+    "Captured",
 ]

@@ -300,6 +300,11 @@ class Captured:
         programs: the graph, and how it is called, under the empty path; of a model that was captured in parts
             (docs/submodules.md), those of the parts by their paths.
         in_parts: of such a model, what stands around the parts.
+
+    Examples:
+        >>> captured = fasp_fx.capture(model, (x,))
+        >>> list(captured.programs)
+        ['']
     """
 
     programs: dict[str, Program]

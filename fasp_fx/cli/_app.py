@@ -71,7 +71,7 @@ Checkpoint = Annotated[
 Format = Annotated[
     FormatName,
     option(
-        "What reads the result. fasp-fx, the default: transformers, where fasp_fx is imported. per-layer:"
+        "What reads the result. fasp-fx, the default: transformers, where fasp_fx.hf is imported. per-layer:"
         " transformers, with the code that is saved along; plain: whatever reads the architecture, at the"
         " price of equal layers; decilm: vLLM and others; gguf, or with the type of the weights: llama.cpp.",
         more=False,
@@ -265,7 +265,7 @@ def prune(
     longer, and with other text.
 
     Example: `fasp-fx prune model.gguf --sparsity 0.2 --out small`, and in Python, after
-    `import fasp_fx`, `AutoModelForCausalLM.from_pretrained("small")`.
+    `import fasp_fx.hf`, `AutoModelForCausalLM.from_pretrained("small")`.
     """
     with session() as stages:
         options = read_options(config, given)
@@ -400,9 +400,9 @@ def show_groups(
         empty = _models.load_empty(model)
         stages.begin(CAPTURING)
         example = {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False}
-        analysis = analyze(
-            empty, (), example, granularity=granularity or PruningConfig.granularity, include=include or ()
-        )
+        asked = {"granularity": granularity or PruningConfig.granularity, "include": include or ()}
+        config = PruningConfig.of(None, asked)
+        analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
         stages.end()
         assert isinstance(analysis, Analysis)  # a model without weights is captured whole
         if html is not None:

@@ -18,7 +18,7 @@ from fasp_fx.analysis import Analysis
 from fasp_fx.base import offload, process, tolerable
 from fasp_fx.errors import ArgumentError, StoreError, first_line
 from fasp_fx.hf import FORMATS, KIND, OWN, PLAIN, Pruned, agreement, convert, latency, prune, pruned_already
-from fasp_fx.pruning import Figure, Method, PruningConfig, counted, expected_sparsity
+from fasp_fx.pruning import Figure, FormatName, Method, PruningConfig, counted, expected_sparsity
 from fasp_fx.storage import is_save, new_save, refuse_other
 from fasp_fx.training import DistillationConfig, distil
 
@@ -79,7 +79,7 @@ def show(result: Pruned, out: Path) -> None:
     console().print(figures_table([*sizes, *cache, *report.figures]))
     asked = "" if report.requested is None else f" (asked for {report.requested:.2%})"
     recovery = report.recovery
-    loader = " after `import fasp_fx`" if result.format == OWN.name else ""
+    loader = " after `import fasp_fx.hf`" if result.format == OWN.name else ""
     code = ", trust_remote_code=True" if type(result.model)._auto_class is not None else ""
     file = out / "model.gguf"
     for line in (
@@ -110,7 +110,7 @@ class Job:
 
     out: Path
     overwrite: bool
-    format: str = OWN.name
+    format: FormatName = OWN.name
     device: str | None = None
     dtype: str = "auto"
     checkpoint: Path | None = None

@@ -1,7 +1,7 @@
 """Pruned language models that generate, are saved and are fine-tuned as those of transformers.
 
-:func:`prune` makes one; importing fasp_fx lets ``AutoModelForCausalLM`` and ``AutoModelForSeq2SeqLM`` load
-it.
+:func:`prune` makes one; importing ``fasp_fx.hf`` lets ``AutoModelForCausalLM`` and
+``AutoModelForSeq2SeqLM`` load it.
 """
 
 from importlib import import_module

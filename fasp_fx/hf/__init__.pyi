@@ -83,7 +83,6 @@ from ._stages import (
 __all__ = [
     "Agreement",
     "CapturedModel",
-    "Predictions",
     "Pruned",
     "PrunedConfig",
     "PrunedForCausalLM",
@@ -97,6 +96,5 @@ __all__ = [
     "load_offloaded",
     "measure",
     "perplexity",
-    "predictions",
     "prune",
 ]

@@ -46,6 +46,10 @@ class PrunedConfig(PreTrainedConfig):
             its place, or ``None`` where the original has a loss of its own.
         labels_moved: how an encoder-decoder makes tokens of labels: behind its token for the ``"start"``, or
             in another way, which is not served.
+
+    Examples:
+        >>> print(pruned.model.config.model_type, pruned.model.config.original["model_type"])
+        fasp_fx llama
     """
 
     #: what ``original`` reads as: no field, which would be saved

@@ -73,6 +73,10 @@ def perplexity(
 
     Raises:
         ArgumentError: there is nothing to predict.
+
+    Examples:
+        >>> hf.perplexity(llama, texts[0]) > 1
+        True
     """
     training = model.training
     model.eval()
@@ -90,6 +94,10 @@ class Agreement:
         divergence: the Kullback-Leibler divergence of the second model's distribution of the next token from
             the first one's, in nats, averaged over predictions; and its standard error.
         same: how often both hold the same token for the most probable, and the standard error of that.
+
+    Examples:
+        >>> print(hf.agreement(llama, llama, texts[0]).same)
+        (1.0, 0.0)
     """
 
     perplexities: tuple[float, float]
@@ -105,6 +113,11 @@ def agreement(
 ) -> Agreement:
     """Run two language models in evaluation mode over tokens ``[chunks, length]``, at least two chunks of two
     tokens; as many chunks as there are give the standard errors. Arguments as for :func:`perplexity`.
+
+    Examples:
+        >>> compared = hf.agreement(llama, pruned.model, texts[0])
+        >>> compared.divergence[0] < 0.01
+        True
     """
     figures = []
     for index, chunk in enumerate(chunks, 1):
@@ -156,6 +169,9 @@ def latency(
         ids: tokens ``[batch, length]``.
         repeats: passes that count.
         progress: called with the fraction done.
+
+    Examples:
+        >>> dense, smaller = hf.latency([llama, pruned.model], texts[0], repeats=2)
     """
     seconds: list[list[float]] = [[] for _ in models]
     for turn in range(repeats + 1):

@@ -19,7 +19,14 @@ from ._folder import SavedModel
 
 
 class PrunedForCausalLM(SavedModel):
-    """A pruned decoder that generates as its original does."""
+    """A pruned decoder that generates as its original does.
+
+    Examples:
+        >>> isinstance(pruned.model, hf.PrunedForCausalLM)
+        True
+        >>> pruned.model(input_ids=texts[0]).logits.shape
+        torch.Size([4, 16, 32])
+    """
 
     program_names = frozenset({"decode"})
 
@@ -127,7 +134,13 @@ class Encoder(nn.Module):
 
 
 class PrunedForSeq2SeqLM(SavedModel):
-    """A pruned encoder-decoder that generates as its original does."""
+    """A pruned encoder-decoder that generates as its original does.
+
+    Examples:
+        >>> from transformers import GenerationMixin
+        >>> issubclass(hf.PrunedForSeq2SeqLM, GenerationMixin)  # of T5, BART, …
+        True
+    """
 
     program_names = frozenset({"encode", "first", "decode"})
 

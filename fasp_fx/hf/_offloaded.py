@@ -42,6 +42,13 @@ def load_offloaded(
         ArgumentError: the checkpoint is quantised, or weights are missing or of another shape. What else is
             wrong with it, transformers and safetensors say.
         OffloadError: the disk is full.
+
+    Examples:
+        >>> llama.save_pretrained("dense")
+        >>> with fasp_fx.offload() as scratch:
+        ...     model = hf.load_offloaded("dense", scratch)
+        >>> torch.equal(model(texts[0]).logits, llama(texts[0]).logits)
+        True
     """
     import transformers
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, Unpack, cast
@@ -32,6 +32,9 @@ from fasp_fx.capturing import Captured, Program, capture_whole
 from fasp_fx.errors import ArgumentError, PlanError, VerificationError
 from fasp_fx.passes import PrunedModule, fused_weights
 from fasp_fx.pruning import (
+    FormatName,
+    Granularity,
+    Include,
     Method,
     PruningConfig,
     PruningOptions,
@@ -67,13 +70,20 @@ class Pruned:
         report: what it cost; ``report.cache`` says how much narrower the key-value cache became.
         tokenizer: the tokenizer that was given, saved along with the model.
         format: of the files that it is saved in.
+
+    Examples:
+        >>> pruned.model.generate(texts[0][:, :4], max_new_tokens=2, min_new_tokens=2).shape
+        torch.Size([4, 6])
+        >>> folder = pruned.save_pretrained("small")
+        >>> isinstance(fasp_fx.load("small"), hf.Pruned)
+        True
     """
 
     model: Any
     plan: PruningPlan
     report: Report
     tokenizer: Any = None
-    format: str = OWN.name
+    format: FormatName = OWN.name
 
     def with_report(self, **fields: Any) -> Self:
         """The same, sharing its model, with some fields of its report replaced, which is saved along."""
@@ -90,7 +100,7 @@ class Pruned:
             overwrite: replace an earlier save (and nothing else) of that name.
 
         Returns:
-            The folder, as ``AutoModelForCausalLM.from_pretrained`` reads it: once fasp_fx is imported,
+            The folder, as ``AutoModelForCausalLM.from_pretrained`` reads it: once fasp_fx.hf is imported,
             with ``trust_remote_code=True`` where layers have sizes of their own, and as it is where not.
             A format of GGUF files has ``model.gguf`` in it besides.
 
@@ -115,6 +125,10 @@ class CapturedModel:
     Attributes:
         model: the caller's.
         programs: by name; a plan is made for the first of them, and carried out in all others.
+
+    Examples:
+        >>> list(captured_llama.programs)  # those that generation needs
+        ['decode']
     """
 
     model: Any
@@ -149,6 +163,10 @@ def capture(model: Any, *, device: torch.device | str | None = None) -> Captured
     Raises:
         ArgumentError: the model does not generate.
         CaptureError: the model cannot be captured.
+
+    Examples:
+        >>> hf.capture(llama).model is llama
+        True
     """
     stages = stages_of(model)
     programs = {
@@ -164,8 +182,8 @@ def capture(model: Any, *, device: torch.device | str | None = None) -> Captured
 def analyze(
     model: Any,
     *,
-    granularity: Iterable[str] = PruningConfig.granularity,
-    include: Iterable[str] = (),
+    granularity: Collection[Granularity] = PruningConfig.granularity,
+    include: Collection[Include] = (),
     device: torch.device | str | None = None,
 ) -> Analysis:
     """The coupled groups of a generating model, as :func:`fasp_fx.analyze`.
@@ -173,6 +191,10 @@ def analyze(
     Args:
         model, device: as for :func:`prune`.
         granularity, include: as for :func:`fasp_fx.prune`.
+
+    Examples:
+        >>> [group.name for group in hf.analyze(captured_llama).groups if group.status == "prunable"]
+        ['model.layers.0.self_attn.o_proj.weight', 'model.layers.0.mlp.down_proj.weight']
     """
     planned = _captured(model, device).planned
     return cast(Analysis, pruning.analyze(planned, granularity=granularity, include=include))
@@ -194,6 +216,10 @@ def measure(
 ) -> Costs:
     """Predict what each coupled group of a generating model costs, as :func:`fasp_fx.measure`; arguments as
     for :func:`prune`.
+
+    Examples:
+        >>> costs = hf.measure(captured_llama, calibration=texts)
+        >>> cheaper = hf.prune(captured_llama, calibration=texts, sparsity=0.3, costs=costs)
     """
     check_calibration(calibration)
     captured, asked = _captured(model, device), PruningConfig.of(config, options)
@@ -226,6 +252,11 @@ def apply(
     Args:
         model, tokenizer, device, progress: as for :func:`prune`.
         plan, calibration, config, options: as for :func:`fasp_fx.apply`.
+
+    Examples:
+        >>> again = hf.apply(captured_llama, pruned.plan, calibration=texts)
+        >>> again.plan.groups == pruned.plan.groups
+        True
     """
     captured = _captured(model, device)
     result = pruning.apply(
@@ -251,7 +282,7 @@ def prune(
     calibration: Iterable[Any] | None = None,
     config: PruningConfig | None = None,
     costs: Costs | None = None,
-    format: str = OWN.name,
+    format: FormatName = OWN.name,
     device: torch.device | str | None = None,
     progress: Shown = None,
     on_analysis: Callable[[Analysis], None] | None = None,
@@ -290,6 +321,11 @@ def prune(
             some size.
         PlanError: the plan cannot be carried out in one of the programs.
         FaspError: see :func:`fasp_fx.prune`.
+
+    Examples:
+        >>> pruned = hf.prune(captured_llama, calibration=texts, sparsity=0.2)  # or of the model itself
+        >>> pruned.report.parameters
+        (3632, 3104)
     """
     check_callable(on_analysis=on_analysis)
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
@@ -427,7 +463,7 @@ def _one_set(model: nn.Module, results: Mapping[str, Result]) -> dict[str, Tenso
     return dict(sorted(weights.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
 
-def convert(pruned: Pruned, format: str) -> Pruned:
+def convert(pruned: Pruned, format: FormatName) -> Pruned:
     """Put a pruned model into another format, which has to be able to hold what was pruned.
 
     Args:
@@ -437,6 +473,11 @@ def convert(pruned: Pruned, format: str) -> Pruned:
     Raises:
         ArgumentError: the format is not known, or cannot hold the model; names the weight.
         VerificationError: the model that was built does not compute what the pruned one does.
+
+    Examples:
+        >>> plain = hf.convert(pruned, "per-layer")
+        >>> type(plain.model).__name__
+        'PerLayerLlamaForCausalLM'
     """
     form, model = format_of(format), pruned.model
     if form is OWN:

@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 
 from fasp_fx.base import classes_by_config, forget_conversions
 from fasp_fx.errors import ArgumentError, StoreError
-from fasp_fx.pruning import Granularity
+from fasp_fx.pruning import FormatName, Granularity
 from fasp_fx.storage import kind_of, parsing, read_json, write_json
 
 from . import _generating, modeling_per_layer
@@ -59,7 +59,7 @@ class Format:
         as_llama: whether it is for models that compute what transformers' Llama does, whatever their class.
     """
 
-    name: str
+    name: FormatName
     multiple: int = 1
     folder: ClassVar[str] = PLAIN
     granularity: ClassVar[tuple[Granularity, ...]] = ("channel",)

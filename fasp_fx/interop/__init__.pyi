@@ -1,5 +1,5 @@
 from ._backend import (
-    backend as backend,  # A backend for torch.compile that computes the pruned model from the whole one: torch.compile(model
+    backend as backend,  # A backend for torch.compile that computes the pruned model from the whole one
 )
 from .page import (
     to_html as to_html,  # Show a report or an analysis as one page of HTML that needs nothing else: figures

@@ -94,6 +94,12 @@ def backend(
     Raises:
         PlanError: the plan names weights that were folded at capture, which the model does not have; (in the
             call) the plan is for another model.
+
+    Examples:
+        >>> fast = torch.compile(model, backend=fasp_fx.backend(result.plan, inner="eager"))
+        >>> with torch.no_grad():
+        ...     print(fast(x).shape)
+        torch.Size([64, 4])
     """
     if plan.folds:
         raise PlanError(

@@ -20,7 +20,10 @@ from ._config import (
     FormatName as FormatName,  # formats of the files of language models (fasp_fx.hf)
 )
 from ._config import (
-    Granularity as Granularity,  # kinds of channel sets larger than one channel
+    Granularity as Granularity,  # what one channel set is
+)
+from ._config import (
+    Include as Include,  # groups that stay unless they are asked for
 )
 from ._config import (
     PruningConfig as PruningConfig,  # The options of one pruning
@@ -153,25 +156,8 @@ from .check._reference import (
 )
 
 __all__ = [
-    "CurvePoint",
-    "Figure",
-    "Line",
+    "PruningConfig",
     "PruningOptions",
-    "Recovery",
     "Report",
-    "Spent",
-    "analyze",
-    "apply",
-    "capture",
-    "counted",
-    "key_of",
-    "line_of",
-    "make_report",
-    "measure",
-    "notes_of",
-    "plan_from_sets",
-    "prune",
-    "spent",
-    "weight_size",
-    "with_exclusions",
+    "Result",
 ]

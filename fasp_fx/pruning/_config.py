@@ -125,8 +125,8 @@ class PruningOptions(TypedDict, total=False):
     allocation: AllocationName | Allocation | None
     loss: LossName | Loss | None
     drift: float | None
-    granularity: Iterable[str]
-    include: Iterable[str]
+    granularity: Collection[Granularity]
+    include: Collection[Include]
     exclude: Iterable[str]
     round_to: int
 
@@ -143,6 +143,13 @@ class PruningConfig:
 
     Raises:
         ArgumentError, SparsityError: an option is out of range or not known.
+
+    Examples:
+        >>> config = fasp_fx.PruningConfig(sparsity=0.5, round_to=8, exclude=("4",))
+        >>> fasp_fx.PruningConfig.from_json(config.to_json()) == config
+        True
+        >>> fasp_fx.prune(captured, calibration=batches, config=config).report.parameters
+        (884, 484)
     """
 
     sparsity: float | Mapping[str, float] | None = _option(
@@ -173,7 +180,7 @@ class PruningConfig:
     )
     score: ScoreName | Score | None = _option(
         None,
-        _named(ScoreName, "scoring.Score"),
+        _named(ScoreName, "calibration.Score"),
         "What goes first. fasp: the paper's score; obs: the least loss once what stays was repaired;"
         " magnitude, random: baselines that need no data. Default: by quality.",
         "Or a callable or :class:`fasp_fx.calibration.GroupScore` of your own.",
@@ -181,7 +188,7 @@ class PruningConfig:
     )
     restore: RestoreName | Restoration | None = _option(
         "least-squares",
-        _named(RestoreName, "restoration.Restoration"),
+        _named(RestoreName, "calibration.Restoration"),
         "Repair the weights that stay, by least squares.",
         "Or one of your own (:data:`fasp_fx.calibration.Restoration`); or ``None``: what stays is left as it"
         " is.",
@@ -198,7 +205,7 @@ class PruningConfig:
     )
     loss: LossName | Loss | None = _option(
         "auto",
-        _named(LossName, "losses.Loss"),
+        _named(LossName, "calibration.Loss"),
         "What obs and global predict the rise of, by its gradients on some of the calibration data, and what"
         " search judges by. outputs: the squared error of all outputs. auto: next-token for a model that"
         " generates, else outputs.",
@@ -217,7 +224,7 @@ class PruningConfig:
         " quality best, else 0.",
         form=float,
     )
-    granularity: Iterable[str] = _option(
+    granularity: Collection[Granularity] = _option(
         ("channel",),
         partial(names_of, known=get_args(Granularity)),
         "What goes together: channel; head: whole attention heads with their rows of W_Q, W_K and W_V and"
@@ -226,7 +233,7 @@ class PruningConfig:
         " and channels elsewhere. Default: channel.",
         form=list[str],
     )
-    include: Iterable[str] = _option(
+    include: Collection[Include] = _option(
         (),
         partial(names_of, known=get_args(Include)),
         "Groups that stay unless they are asked for. approximate: those that cross a norm, such as the"

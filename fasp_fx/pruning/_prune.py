@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -46,7 +46,7 @@ from fasp_fx.storage import claim, refuse_other
 
 from ._allocating import Constraint, allocate, check_request, constrained, open_budget
 from ._calibrating import by_score, calibrate
-from ._config import PruningConfig, PruningOptions, key_of
+from ._config import Granularity, Include, PruningConfig, PruningOptions, key_of
 from ._joined import PartsAnalysis
 from ._measuring import Measured, Measurement
 from ._method import Method
@@ -86,6 +86,14 @@ def capture(
     Raises:
         ArgumentError: the inputs do not fit the model.
         CaptureError: the model is in training mode, or neither it nor any of its submodules can be captured.
+
+    Examples:
+        >>> captured = fasp_fx.capture(model, (x,))
+        >>> for sparsity in (0.2, 0.5):
+        ...     result = fasp_fx.prune(captured, score="magnitude", restore=None, sparsity=sparsity)
+        ...     print(result.report.parameters)
+        (884, 718)
+        (884, 453)
     """
     return capture_model(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device)
 
@@ -99,8 +107,8 @@ def analyze(
     *,
     dynamic_shapes: Any = None,
     state: tuple[str, ...] = (),
-    granularity: Iterable[str] = ("channel",),
-    include: Iterable[str] = (),
+    granularity: Collection[Granularity] = PruningConfig.granularity,
+    include: Collection[Include] = (),
 ) -> Analysis | PartsAnalysis:
     """Find the coupled groups of a model. Weights are not read: a model on the meta device will do.
 
@@ -117,6 +125,14 @@ def analyze(
 
     Raises:
         ArgumentError, CaptureError: see :func:`fasp_fx.capture`.
+
+    Examples:
+        >>> for group in fasp_fx.analyze(captured).groups:
+        ...     print(group.name, group.status, group.size)
+        0.weight frozen 8
+        2.weight prunable 32
+        4.weight prunable 16
+        4.weight#2 frozen 4
     """
     config = PruningConfig(granularity=granularity, include=include)
     how: dict[str, Any] = {"state": state, "dynamic_shapes": dynamic_shapes, "device": None}
@@ -178,6 +194,13 @@ def prune(
         CaptureError: see :func:`fasp_fx.capture`.
         RankError: another process of the group is gone.
         StoreError: the checkpoint is that of another run, or cannot be written.
+
+    Examples:
+        >>> result = fasp_fx.prune(model, (x,), calibration=batches, sparsity=0.3)
+        >>> result.module(torch.randn(3, 8)).shape
+        torch.Size([3, 4])
+        >>> [tuple(weight.shape) for weight in result.module.parameters() if weight.dim() == 2]
+        [(22, 8), (16, 22), (4, 16)]
     """
     check_callable(on_analysis=on_analysis)
     config = PruningConfig.of(config, options)
@@ -229,6 +252,12 @@ def measure(
         CalibrationError: the batches do not fit, the loss fails or does not depend on the weights, or its
             gradients vanish or are not finite.
         CaptureError: see :func:`fasp_fx.capture`.
+
+    Examples:
+        >>> costs = fasp_fx.measure(captured, calibration=batches)
+        >>> sorted(costs)
+        ['2.weight', '4.weight']
+        >>> smaller = fasp_fx.prune(captured, calibration=batches, sparsity=0.4, costs=costs)
     """
     config = PruningConfig.of(config, options)
     check_calibration(calibration)
@@ -267,6 +296,11 @@ def apply(
         ArgumentError: the plan is none, or an option says what goes or how to restore without data.
         PlanError: the plan is for another model (or for this one before it was pruned).
         CalibrationError: the calibration data does not fit.
+
+    Examples:
+        >>> again = fasp_fx.apply(model, result.plan, (x,), calibration=batches)
+        >>> again.plan.groups == result.plan.groups
+        True
     """
     config = restoring_config(PruningConfig.of(config, options), plan, calibration is not None)
     subject = _subject_of(
@@ -281,8 +315,8 @@ def plan_from_sets(
     captured: Captured,
     removed: Mapping[str, Iterable[int]],
     *,
-    granularity: Iterable[str] = ("channel",),
-    include: Iterable[str] = (),
+    granularity: Collection[Granularity] = PruningConfig.granularity,
+    include: Collection[Include] = (),
 ) -> PruningPlan:
     """The plan that removes given channel sets, however they were chosen; :func:`apply` carries it out.
 
@@ -295,6 +329,11 @@ def plan_from_sets(
     Raises:
         PlanError: a group is not known or cannot be pruned, or a set is not there; or the blocks of a group
             would lose unequal counts, or too many.
+
+    Examples:
+        >>> plan = fasp_fx.plan_from_sets(captured, {"4.weight": [0, 5]})
+        >>> fasp_fx.apply(captured, plan).module.get_parameter("2.weight").shape
+        torch.Size([14, 32])
     """
     analysis = analyze_for(captured.checked(), PruningConfig(granularity=granularity, include=include))
     groups = {group.name: group for group in analysis.chosen}
@@ -473,7 +512,7 @@ def restoring_config(config: PruningConfig, plan: Any, has_data: bool) -> Prunin
         raise ArgumentError(f"the plan says what goes, so that {others[0]}= has nothing to say; leave it out")
     if not has_data and config.non_default_fields(()):
         raise ArgumentError("nothing is restored without data; give calibration=, or leave out how to")
-    return replace(config, granularity=plan.granularity, include=plan.include)
+    return PruningConfig.of(config, {"granularity": plan.granularity, "include": plan.include})
 
 
 def replay(

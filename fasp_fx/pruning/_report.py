@@ -184,6 +184,11 @@ class Report:
         budgets: what was allowed, and what is used of it.
         config: what :func:`fasp_fx.prune` was asked for; ``None`` for a plan that was replayed, and for what
             was loaded if the score, the allocation or the loss was a function, which no file holds.
+
+    Examples:
+        >>> report = result.report
+        >>> print(f"{report.sparsity:.1%}, {report.requested:.0%} asked for; parameters {report.parameters}")
+        28.8%, 30% asked for; parameters (884, 634)
     """
 
     sparsity: float

@@ -68,6 +68,12 @@ class Result:
         parts: of such a model, the result of each captured submodule, by its path; plans and reports in them
             use the names of the submodule.
         left: for each submodule that stayed whole, why.
+
+    Examples:
+        >>> print(result.eager(model)[0])  # the caller's own class, smaller
+        Linear(in_features=8, out_features=22, bias=True)
+        >>> result.program.module()(x).shape  # an ExportedProgram
+        torch.Size([64, 4])
     """
 
     module: fx.GraphModule

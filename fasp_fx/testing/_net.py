@@ -257,6 +257,13 @@ def build(spec: Net, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Mo
 
     Equal specifications, seeds and types give equal weights. ``forward`` names its inputs ``first``,
     ``second`` and ``third``.
+
+    Examples:
+        >>> from fasp_fx.testing import build, example
+        >>> from fasp_fx.testing.specs import Linear, Net
+        >>> net = Net(blocks=(Linear(width=6), Linear(width=2)))
+        >>> build(net, seed=0)(*example(net)).shape[-1]
+        2
     """
     kind = (NetModule, TwoInputs, ThreeInputs)[len(spec.inputs) - 1]
     return randomise(kind(spec), seed).to(dtype).eval()
@@ -273,6 +280,12 @@ def example(
         seed: equal seeds give equal inputs.
         dtype: the type of inputs that are not tokens.
         tokens: another length for sequences and tokens, where the net allows it.
+
+    Examples:
+        >>> from fasp_fx.testing import example
+        >>> from fasp_fx.testing.specs import Linear, Net
+        >>> [tuple(value.shape) for value in example(Net(blocks=(Linear(width=2),)), batch=3)]
+        [(3, 2)]
     """
     generator = torch.Generator().manual_seed(seed)
     return tuple(

@@ -34,6 +34,11 @@ class ProgramVerdict:
         seen: the smallest relative change that masking makes to the outputs of a call; where it is 0 the
             comparison proves little.
         seed: what the choice of channels was drawn with.
+
+    Examples:
+        >>> verdict = fasp_fx.testing.check_program(model, (x,), invariants=("mask-exact",))
+        >>> verdict.ok, verdict.checked
+        (True, ('mask-exact',))
     """
 
     model: str

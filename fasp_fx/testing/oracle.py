@@ -34,6 +34,12 @@ class Masked:
     Raises:
         ArgumentError: the plan names a weight that the model does not hold, one that it computes from others,
             say.
+
+    Examples:
+        >>> from fasp_fx.testing import Masked
+        >>> unrepaired = fasp_fx.apply(captured, result.plan)
+        >>> torch.allclose(Masked(model, result.plan)(x), unrepaired.module(x), atol=1e-5)
+        True
     """
 
     def __init__(self, model: nn.Module | ExportedProgram, plan: PruningPlan) -> None:

@@ -100,6 +100,11 @@ def check_program(
             would have been returned.
         CaptureError, ArgumentError: the model cannot be captured with these inputs, or an invariant is not
             known.
+
+    Examples:
+        >>> from fasp_fx.testing import check_program
+        >>> check_program(model, (x,), invariants=("signature",)).ok
+        True
     """
     wanted = list(invariants)
     unknown = [name for name in wanted if name not in INVARIANTS]
@@ -155,6 +160,10 @@ def program_test(factory: Callable[[], tuple[Any, ...]], **options: Any) -> Call
     Args:
         factory: returns the model and its example inputs: ``(model, args)`` or ``(model, args, kwargs)``.
         options: arguments of :func:`check_program`.
+
+    Examples:
+        >>> test_prunes = fasp_fx.testing.program_test(lambda: (model, (x,)), invariants=("mask-exact",))
+        >>> test_prunes()
     """
 
     def test() -> None:

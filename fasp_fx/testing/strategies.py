@@ -57,6 +57,11 @@ def programs(
 
     Raises:
         ArgumentError: a kind is not known, or a bound is negative.
+
+    Examples:
+        >>> from hypothesis import strategies as st
+        >>> isinstance(fasp_fx.testing.programs(max_blocks=2), st.SearchStrategy)
+        True
     """
     unknown = [kind for kind in kinds if kind not in DRAWERS]
     if unknown:

@@ -1,8 +1,11 @@
 from ._distillation import (
     DistillationConfig as DistillationConfig,  # The options of one distillation
 )
+from ._distillation import (
+    Match as Match,  # what a distillation compares: a loss of your own
+)
 from ._gates import (
-    Gates as Gates,  # One gate for every channel set of a model's groups; fasp_fx.training.attach makes them
+    Gates as Gates,  # One gate for every channel set of a model's groups; attach_gates makes them
 )
 from ._gates import (
     Scaled as Scaled,  # A parametrization that multiplies the columns of a weight by the gates of the channels that they read
@@ -33,14 +36,9 @@ from ._recovery import (
 )
 
 __all__ = [
+    "DistillationConfig",
     "Gates",
-    "Lessons",
-    "Scaled",
-    "State",
-    "Target",
-    "Trained",
-    "Training",
+    "Match",
     "attach_gates",
     "distil",
-    "split",
 ]

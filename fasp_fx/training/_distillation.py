@@ -23,6 +23,14 @@ from fasp_fx.errors import ArgumentError, CalibrationError
 class Match(Protocol):
     """A loss between what two models return for the same batch, of which the dense model's part is kept on
     disk.
+
+    Examples:
+        >>> class Absolute:  # the mean absolute difference
+        ...     def targets(self, outputs):
+        ...         return {"outputs": outputs}
+        ...     def terms(self, outputs, targets, inputs):
+        ...         return (outputs - targets["outputs"]).abs().flatten()
+        >>> trained = fasp_fx.distil(result, model, batches, epochs=1, loss=Absolute())
     """
 
     def targets(self, outputs: Any) -> dict[str, Tensor]:
@@ -240,6 +248,13 @@ class DistillationConfig:
 
     Raises:
         ArgumentError: an option is out of range or not known.
+
+    Examples:
+        >>> from fasp_fx.training import DistillationConfig
+        >>> config = DistillationConfig(epochs=1, learning_rate=1e-3)
+        >>> trained = fasp_fx.distil(result, model, batches, config=config)
+        >>> trained.report.recovery.steps
+        3
     """
 
     epochs: int = 2

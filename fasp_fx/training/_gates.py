@@ -172,6 +172,13 @@ class Gates(nn.Module):
     Attributes:
         scores: what is learned, for each group ``[sets]``.
         names: the groups' names, in the order of ``scores``.
+
+    Examples:
+        >>> gated = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4)).eval()
+        >>> gates = fasp_fx.training.attach_gates(gated, (x,), sparsity=0.5)
+        >>> [(name, len(scores)) for name, scores in zip(gates.names, gates.scores)]
+        [('2.weight', 32)]
+        >>> gates.detach()
     """
 
     #: what a capture refuses a model by
@@ -315,6 +322,14 @@ def attach_gates(
         CaptureError: the model cannot be captured as a whole.
         NothingPrunableError: no group has weights of the model's own to put gates on.
         SparsityError, BudgetError: what is asked for is out of reach.
+
+    Examples:
+        >>> gated = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4)).eval()
+        >>> gates = fasp_fx.training.attach_gates(gated, (x,), sparsity=0.5)
+        >>> optimizer = torch.optim.Adam(gates.parameters(), lr=0.05)  # for a loop of one's own
+        >>> plan = gates.plan()
+        >>> gates.detach()
+        >>> smaller = fasp_fx.apply(gated, plan, (x,), calibration=batches)
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; give the module that is to be trained")

@@ -107,6 +107,11 @@ def distil(
             nothing of one counts, such as where its mask hides all tokens.
         TrainingMemoryError: the memory does not hold the training.
         StoreError: the checkpoint is that of another run, or cannot be written.
+
+    Examples:
+        >>> trained = fasp_fx.distil(result, model, batches, epochs=1, learning_rate=1e-3)
+        >>> trained.report.recovery.method
+        'distillation'
     """
     asked = DistillationConfig.of(config, options)
     pruned, more, modal = _called(result)

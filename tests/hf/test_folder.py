@@ -99,8 +99,9 @@ def test_weights_are_stored_once(tmp_path: Path) -> None:
 def test_in_a_new_process() -> None:
     folder = str(GOLDEN / "hf")
     code = (
-        "import fasp_fx, sys; assert 'transformers' not in sys.modules; from transformers import"
-        f" AutoModelForCausalLM\nprint(type(AutoModelForCausalLM.from_pretrained({folder!r})).__name__)"
+        "import fasp_fx, sys; assert 'transformers' not in sys.modules\n"
+        "import fasp_fx.hf; from transformers import AutoModelForCausalLM\n"
+        f"print(type(AutoModelForCausalLM.from_pretrained({folder!r})).__name__)"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300, check=False

@@ -39,6 +39,11 @@ def to_html(source: Report | Analysis, title: str = "Model") -> str:
 
     Raises:
         CaptureError: an analysis of several parts has no single page.
+
+    Examples:
+        >>> page = fasp_fx.to_html(result.report, title="A small model")
+        >>> page.startswith("<!doctype html>")
+        True
     """
     folder = files(__package__)
     template, style, *scripts = (

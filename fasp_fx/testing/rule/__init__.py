@@ -71,6 +71,11 @@ class RuleVerdict:
         seed: what the calls were drawn with.
         refused: calls around which the library's verifier refused a pruned program that was right. That is no
             fault of the rule.
+
+    Examples:
+        >>> verdict = fasp_fx.testing.check_rule(torch.ops.aten.relu.default, examples=5)
+        >>> print(verdict.kind)
+        right
     """
 
     operator: str
@@ -131,6 +136,11 @@ def check_rule(
         RuleError: the rule does not parse (with a caret under the place), names an argument that the operator
             lacks, or there is none.
         ArgumentError: no call could be made up; give some as ``samples``.
+
+    Examples:
+        >>> from fasp_fx.testing import check_rule
+        >>> check_rule(torch.ops.aten.softmax.int, "self[...] -> [...]", examples=10).kind
+        'claims too much'
     """
     if not isinstance(operator, OpOverload):
         raise RuleError(
@@ -152,6 +162,9 @@ def assert_rule(operator: OpOverload, rule: str | Rule | None = None, **options:
 
     Raises:
         CheckFailed: the rule claims too much or too little; carries the verdict.
+
+    Examples:
+        >>> verdict = fasp_fx.testing.assert_rule(torch.ops.aten.relu.default, examples=5)
     """
     verdict = check_rule(operator, rule, **options)
     if not verdict.ok:
