@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ._inverse import ROUNDING, damped_inverse, raised_root
-from ._scoring import ByColumns, Columns, GroupColumns, GroupScore, Order, Random, Score, fasp, magnitude
+from ._scoring import NAMED, ByColumns, Columns, GroupColumns, GroupScore, Order, Score
 from ._statistics import InputGradients, MakeStatistic, diagonal_of, energy_of, is_few, whole
 
 #: the diagonal of the Gram matrix is raised by this part of its mean, as OSSCAR (arXiv 2403.12983) and ZipLM
@@ -178,17 +178,11 @@ def greedy(group: GroupColumns, problems: list[Elimination], rounds: int) -> Ord
     return Order(np.array(order), np.maximum.accumulate(np.array(losses)))
 
 
-def resolve_score(score: Literal["fasp", "magnitude", "random", "obs"] | Score) -> GroupScore:
+def resolve_score(score: str | Score) -> GroupScore:
     """The score of groups that a name, or a score of columns, stands for (a function is taken to need
     calibration data).
     """
-    named: dict[str, GroupScore] = {
-        "obs": OBS(),
-        "fasp": ByColumns(fasp),
-        "magnitude": ByColumns(magnitude, needs_data=False),
-        "random": ByColumns(Random(), needs_data=False),
-    }
-    function = named[score] if isinstance(score, str) else score
+    function = {"obs": OBS(), **NAMED}[score] if isinstance(score, str) else score
     return function if isinstance(function, GroupScore) else ByColumns(function)
 
 

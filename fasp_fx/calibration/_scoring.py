@@ -206,6 +206,14 @@ class ByColumns(GroupScore):
         return values.detach().to("cpu", torch.float64).numpy()
 
 
+#: the scores of columns that have a name
+NAMED: Mapping[str, GroupScore] = {
+    "fasp": ByColumns(fasp),
+    "magnitude": ByColumns(magnitude, needs_data=False),
+    "random": ByColumns(Random(), needs_data=False),
+}
+
+
 def dense_numbers(what: str, values: Any, shape: tuple[int, ...]) -> Tensor:
     """What code of the user's returned, if it is a tensor of real numbers of a shape.
 

@@ -300,7 +300,7 @@ class PruningConfig:
         return configured(cls, config, options)
 
     @property
-    def effective_score(self) -> Literal["fasp", "obs", "magnitude", "random"] | Score:
+    def effective_score(self) -> ScoreName | Score:
         """The score, or what stands for it where none is given."""
         usual: ScoreName = "obs" if self.quality != "fast" and self.restore is not None else "fasp"
         return usual if self.score is None else self.score
