@@ -116,7 +116,7 @@ def test_calls_of_another_structure_or_with_other_constants_are_refused(name: st
             result.module(*example)
 
 
-KINDS = {torch.bool, torch.int64, torch.float32}
+KINDS = (torch.bool, torch.int64, torch.float32)
 
 
 @pytest.mark.parametrize("example", KINDS, ids=str)
