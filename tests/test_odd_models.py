@@ -125,6 +125,6 @@ def test_tensors_of_another_kind_are_refused(example: torch.dtype) -> None:
     result = _prune(wide(lenient), (X, mask))
     for call in (result.module, torch.compile(result.module, backend="eager")):
         call(X, mask)
-        for other in KINDS - {example}:
+        for other in (kind for kind in KINDS if kind != example):
             with pytest.raises(fasp_fx.CallError, match=f"'mask' is a tensor of .*{other}"):
                 call(X, mask.to(other))
