@@ -1,16 +1,8 @@
 from ._pruned_module import (
     Origin as Origin,  # What a pruned module was made of, without the values of its weights
-)
-from ._pruned_module import (
     PrunedModule as PrunedModule,  # A program behind the caller's signature
-)
-from ._pruned_module import (
     finish as finish,  # The module of a rewritten program
-)
-from ._pruned_module import (
     program_now as program_now,  # The program of a PrunedModule, with the weights and constants that the module holds now
-)
-from ._pruned_module import (
     wrap as wrap,  # The module of an exported program behind the caller's signature
 )
 from ._remove_channels import (
@@ -18,14 +10,8 @@ from ._remove_channels import (
 )
 from ._run import (
     Pipeline as Pipeline,  # Runs a plan among foreign passes
-)
-from ._run import (
     Prune as Prune,  # Apply a plan: Prune(plan)(exported) is an exported program without the plan's channels
-)
-from ._run import (
     remove as remove,  # The analysed program without some channels: it computes what the dense one computes with the removed activations at zero
-)
-from ._run import (
     split_fused as split_fused,  # Split fused producers that stand in the way; None if there is nothing to do
 )
 from ._split import (

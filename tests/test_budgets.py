@@ -14,8 +14,7 @@ import torch
 import transformers as hf
 from conftest import PROFILE
 from corpus.forking import Forks, X
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from models import block, made, parameter, randomise, wide
 from test_costs import Linear
 from torch import Tensor, nn

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from models import Spec, build, made, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROFILE
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from models import TwoLayers, block, made, wide
 from torch import Tensor, nn
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from conftest import EXAMPLES
 from corpus.blocks import ENTRIES, WAYS, WIDE, attention, feed_forward, handed, residual
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from models import ZOO, wide
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn

@@ -18,8 +18,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import EXAMPLES
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from models import made as model_of
 from torch import Tensor, nn
 from torch.nn import functional as F

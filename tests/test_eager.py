@@ -15,8 +15,7 @@ import torch.nn.functional as F
 import transformers as hf
 from conftest import EXAMPLES
 from corpus.forking import Forks, X
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from models import block, made, randomise, wide
 from oracle import zeroed
 from torch import Tensor, nn

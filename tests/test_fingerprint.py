@@ -12,8 +12,7 @@ from models import wide
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.base import _tensors as _fingerprint
-from fasp_fx.base import fingerprint
+from fasp_fx.base import _tensors as _fingerprint, fingerprint
 from fasp_fx.errors import ArgumentError, StoreError
 
 DATA = [torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]

@@ -74,6 +74,13 @@ def doors() -> dict[str, dict[str, str]]:
     return lent
 
 
+def promised(room: str) -> set[str]:
+    """The public names of a room."""
+    stub = files()[room].with_suffix(".pyi")
+    body = ast.parse(stub.read_text(encoding="utf-8")).body if stub.exists() else []
+    return {name for each in body if isinstance(each, ast.Assign) for name in ast.literal_eval(each.value)}
+
+
 def imported(name: str, file: Path, known: dict[str, Path]) -> Iterator[str]:
     """The modules that a file imports, those behind doors too."""
     lent = doors()
@@ -117,6 +124,18 @@ def test_rooms_are_entered_by_their_doors() -> None:
         )
     ]
     assert inside == []
+
+
+def test_what_a_room_lends_somebody_uses() -> None:
+    """What is not promised to users (``__all__``) is wanted by another room, or by a test."""
+    readers = {**files(), **{file.stem: file for file in ROOT.glob("tests/**/*.py")}}
+    taken = {each for name, file in readers.items() for each in statements_of(name, file)}
+    used_by_name = {
+        ("fasp_fx.pruning", name) for name in ("Constraint", "apply", "measure", "prune")
+    }  # in hf
+    stubs = {name for name, file in files().items() if file.with_suffix(".pyi").exists()}
+    lent = {(room, name) for room in stubs & doors().keys() for name in doors()[room].keys() - promised(room)}
+    assert lent - taken - used_by_name == set()
 
 
 def test_rooms_import_from_lower_floors_only() -> None:

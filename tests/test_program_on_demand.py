@@ -19,8 +19,7 @@ from torch.export import ExportedProgram
 
 import fasp_fx
 from fasp_fx.capturing import _assemble
-from fasp_fx.passes import PrunedModule
-from fasp_fx.passes import _pruned_module as _finish
+from fasp_fx.passes import PrunedModule, _pruned_module as _finish
 
 CHOICE: dict[str, Any] = {"score": "magnitude", "restore": None, "sparsity": 0.4}
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXAMPLES, PROFILE
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from torch import Tensor
 
 from fasp_fx.analysis import Analysis, Numbering, analyze_program

@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from models import Spec, build, made, randomise, tokens, wide
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.calibration import Problem, ridge
-from fasp_fx.calibration import _restoration as restoration
+from fasp_fx.calibration import Problem, _restoration as restoration, ridge
 from fasp_fx.calibration._restoration import GRID
 
 SPEC = Spec(

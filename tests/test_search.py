@@ -19,8 +19,7 @@ import pytest
 import torch
 from checks import decide
 from corpus.forking import Forks, X
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from hypothesis import assume, given, strategies as st
 from models import ZOO
 from test_costs import Linear
 from torch import Tensor, nn

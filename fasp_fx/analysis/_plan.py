@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from torch import fx, nn
 
-from fasp_fx.base import Count, from_document, to_document
-from fasp_fx.base import fingerprint as fingerprint
+from fasp_fx.base import Count, fingerprint as fingerprint, from_document, to_document
 from fasp_fx.capturing import FoldedWeight, Program, SplitWeight, attribute
 from fasp_fx.errors import ArgumentError, PlanError
 

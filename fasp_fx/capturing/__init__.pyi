@@ -1,43 +1,23 @@
 from ._assemble import (
     Assembly as Assembly,  # All that an exported program is put together of, but for the values of its tensors
-)
-from ._assemble import (
     argument_of as argument_of,  # What an exported program says that an input or an output is
-)
-from ._assemble import (
     ready as ready,  # What the exported program of a graph module is put together of, when somebody asks for it
 )
 from ._attention import (
     FLEX as FLEX,  # torch's flexible attention
-)
-from ._attention import (
     make_traceable as make_traceable,  # Let a compiler trace the flex attention of an exported graph; changes the graph
 )
 from ._capture import (
     Captured as Captured,  # A model as a graph over its own weights, which it shares
-)
-from ._capture import (
     Model as Model,  # what can be captured: a module or an exported program
-)
-from ._capture import (
     capture as capture,  # Capture model as it behaves on the example inputs
-)
-from ._capture import (
     capture_whole as capture_whole,  # Capture a model as one program; arguments and errors as for fasp_fx.capture
-)
-from ._capture import (
     check_given as check_given,  # Refuse to say of a captured model what its capture was told
-)
-from ._capture import (
     in_training as in_training,  # Names of the submodules in training mode; graphs were captured in one mode and have no other
-)
-from ._capture import (
     recapture as recapture,  # The same model after exported was made of it; inputs keep their names, weights are known by theirs
 )
 from ._compare_with_model import (
     coarsest as coarsest,  # The floating-point type of the lowest precision among all that the program computes
-)
-from ._compare_with_model import (
     trouble_with as trouble_with,  # What is wrong with what a program computes, in words, where it is to be what the model does
 )
 from ._export import (
@@ -48,95 +28,41 @@ from ._fold import (
 )
 from ._functional import (
     is_plain_graph as is_plain_graph,  # Whether a graph with its weights as attributes has no calls but of operators and what an exporter leaves …
-)
-from ._functional import (
     take_apart as take_apart,  # Write operators without a rule that are made of others, and assignments to slices, as what they are made of
 )
 from ._fx import (
     arguments as arguments,  # The arguments of a call by their declared names, defaults included; by position where the target declares none
-)
-from ._fx import (
     attribute as attribute,  # The attribute of a nested module by its dotted path
-)
-from ._fx import (
     call_in_words as call_in_words,  # What a node is called with, as far as what it gives on tensors without values depends on it
-)
-from ._fx import (
     draws as draws,  # Whether a node draws random numbers
-)
-from ._fx import (
     elements as elements,  # Arguments with those that are lists taken apart, name.0, name.1 …, as rules name them
-)
-from ._fx import (
     is_pure as is_pure,  # Whether a call does nothing but compute its result, always the same of the same arguments
-)
-from ._fx import (
     results as results,  # The graph's results in order
-)
-from ._fx import (
     set_argument as set_argument,  # Set an argument by its declared name; whether that changed it
-)
-from ._fx import (
     target_name as target_name,  # The dotted path that a get_attr node reads
-)
-from ._fx import (
     viewed as viewed,  # The node whose storage a node shows: to write into a view, or into what is detached, is to write into that
-)
-from ._fx import (
     views_may_copy as views_may_copy,  # Let changes of shape copy where no view can be
-)
-from ._fx import (
     way_from_weight as way_from_weight,  # The nodes that lead from a weight to an operand which holds it, moved or cast; both included
-)
-from ._fx import (
     written_by as written_by,  # The nodes whose storage a node writes into
-)
-from ._fx import (
     written_names as written_names,  # The names of the tensors that a graph looks up and writes into
 )
 from ._parts import (
     Call as Call,  # The arguments of one call
-)
-from ._parts import (
     Parts as Parts,  # A model that was captured by its submodules
-)
-from ._parts import (
     model_copy as model_copy,  # A copy of a model that shares no storage
-)
-from ._parts import (
     replace_submodule as replace_submodule,  # Place a module at each of its paths
-)
-from ._parts import (
     watching as watching,  # Report every call that one of some modules gets inside, with copies of what it gets
-)
-from ._parts import (
     with_attributes_of as with_attributes_of,  # A pruned part with the simple attributes of the original, which copies and pickles keep
 )
 from ._program import (
     Cut as Cut,  # Which indices stay along one dimension
-)
-from ._program import (
     ExportFacts as ExportFacts,  # How a captured program is called and what its sizes may be
-)
-from ._program import (
     FoldedWeight as FoldedWeight,  # A weight that the model computes from sources in every call, and that the program holds as a parameter of its own
-)
-from ._program import (
     Program as Program,  # One model between capture and result
-)
-from ._program import (
     Recipe as Recipe,  # How a weight is made
-)
-from ._program import (
     SplitWeight as SplitWeight,  # A weight that holds the given rows of a fused weight of the model, in this order, before removal
-)
-from ._program import (
     copy_graph as copy_graph,  # A copy of a graph, to be changed; what is recorded of its output stays with it
-)
-from ._program import (
     graph_module as graph_module,  # A graph module over the tensors of root, of the class kind
-)
-from ._program import (
     set_weight as set_weight,  # Replace a parameter or buffer by its dotted name, keeping its kind, or add a parameter under a new name
 )
 from ._rewrites import (
@@ -144,8 +70,6 @@ from ._rewrites import (
 )
 from ._runner import (
     Runner as Runner,  # Executes nodes in graph order for all batches; a value lives until its last use
-)
-from ._runner import (
     record as record,  # Bring node.meta["val"] of every node up to date; placeholders keep theirs
 )
 from ._shapes import (
@@ -153,68 +77,28 @@ from ._shapes import (
 )
 from ._signature import (
     HELD as HELD,  # Stands for a tensor, or for an object that knows its own tensors (a cache, say)
-)
-from ._signature import (
-    PLAIN as PLAIN,  # constants that exporters take as arguments
-)
-from ._signature import (
     CallerCodeGen as CallerCodeGen,  # Generates a forward with the caller's signature that refuses what was not captured
-)
-from ._signature import (
     CallSignature as CallSignature,  # The parameters of the caller's forward, and which of them were captured
-)
-from ._signature import (
     Guards as Guards,  # Stands where torch puts the module of its guards, which it wraps
-)
-from ._signature import (
     float_types as float_types,  # The types of those tensors that hold real numbers
-)
-from ._signature import (
     guard_calls as guard_calls,  # Let the guards in the module of an exported program fail with CallError; types as for Guards
 )
 from ._sizes import (
     Size as Size,  # One size as a product: an integer times sizes that vary from call to call; value is what it is in the interpretation
-)
-from ._sizes import (
     Sizes as Sizes,  # Turns symbolic shapes recorded at capture into integers, all by the same assignment of symbols
-)
-from ._sizes import (
     is_dynamic as is_dynamic,  # Whether a recorded size varies from call to call; a symbol that the capture has settled does not
-)
-from ._sizes import (
     lower_bound as lower_bound,  # The smallest value that the capture had in mind for a dynamic size
-)
-from ._sizes import (
     recorded_shapes as recorded_shapes,  # The dynamic dimensions of a captured program and their ranges, to export it again with the same freedom
-)
-from ._sizes import (
     same_sizes as same_sizes,  # Whether recorded sizes are the same whatever their symbols stand for
-)
-from ._sizes import (
     upper_bound as upper_bound,  # The largest value that the capture allows for a dynamic size, or None if there is no limit
 )
 from ._submodules import (
     capture_model as capture_model,  # A model as one program, or else in parts
 )
-from ._transformers import (
-    is_transformers as is_transformers,  # Whether a model is one of transformers
-)
-from ._transformers import (
-    register_caches as register_caches,  # Make torch see the tensors inside caches before arguments are told from constants
-)
 from ._unchanged import (
     copied as copied,  # Arguments that a call may write into, or outputs that can be buffers, as they are now
-)
-from ._unchanged import (
     noting_reads as noting_reads,  # Note every attribute of a model's modules that is read meanwhile, but of those that the copy has as well
-)
-from ._unchanged import (
-    of_torch as of_torch,  # Whether a hook computes a weight from others (torch.nn.utils.weight_norm and its like), which a capture sees
-)
-from ._unchanged import (
     rewound as rewound,  # As unchanged, and put back the values of buffers and the state of the random numbers, which start from seed inside
-)
-from ._unchanged import (
     said_of_reads as said_of_reads,  # What is wrong with a copy that reads these attributes of a model, in words
 )
 

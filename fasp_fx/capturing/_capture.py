@@ -33,8 +33,7 @@ from fasp_fx.errors import ArgumentError, CaptureError
 
 from ._compare_with_model import compared
 from ._export import Exported, export
-from ._fold import Folding
-from ._fold import fold as fold_weights
+from ._fold import Folding, fold as fold_weights
 from ._functional import functional, take_apart
 from ._fx import remove_dead, remove_dropouts, results, written_names
 from ._options import CaptureOptions

@@ -1,37 +1,20 @@
 from ._config import (
     PrunedConfig as PrunedConfig,  # Configuration of PrunedForCausalLM and PrunedForSeq2SeqLM
-)
-from ._config import (
     check_layers as check_layers,  # Refuse a configuration that says a number of layers, or a size, that no model has
 )
 from ._evaluation import (
     Agreement as Agreement,  # How two language models predict the same text, token by token
-)
-from ._evaluation import (
-    Predictions as Predictions,  # What a language model predicts of a text, token by token
-)
-from ._evaluation import (
     agreement as agreement,  # Run two language models in evaluation mode over tokens [chunks, length], at least two chunks of two tokens
-)
-from ._evaluation import (
     latency as latency,  # Median seconds of one forward pass of each model on ids (a prefill without cache)
-)
-from ._evaluation import (
     perplexity as perplexity,  # Mean cross-entropy over the length - 1 predictions of each chunk, exponentiated
-)
-from ._evaluation import (
     predictions as predictions,  # What a model in evaluation mode predicts of a text; arguments and errors as for perplexity
 )
 from ._folder import (
     KIND as KIND,  # the kind of a save that holds programs
-)
-from ._folder import (
     PLAIN as PLAIN,  # the kind of a save in a format of others
 )
 from ._generating import (
     PrunedForCausalLM as PrunedForCausalLM,  # A pruned decoder that generates as its original does
-)
-from ._generating import (
     PrunedForSeq2SeqLM as PrunedForSeq2SeqLM,  # A pruned encoder-decoder that generates as its original does
 )
 from ._model import (
@@ -39,41 +22,21 @@ from ._model import (
 )
 from ._offloaded import (
     load_offloaded as load_offloaded,  # Load a model whose weights lie in files, and never all in memory; otherwise as from_pretrained does
-)
-from ._offloaded import (
     refuse_incomplete as refuse_incomplete,  # Refuse a model with weights made up, or with fewer layers than its files
 )
 from ._prune import (
     CapturedModel as CapturedModel,  # A generating model as the programs that generation needs, over its own weights, for several prunings
-)
-from ._prune import (
     Pruned as Pruned,  # What fasp_fx.hf.prune returns
-)
-from ._prune import (
     analyze as analyze,  # The coupled groups of a generating model, as fasp_fx.analyze
-)
-from ._prune import (
     apply as apply,  # Carry out a plan on the generating model it was made for, as fasp_fx.apply
-)
-from ._prune import (
     capture as capture,  # Capture a generating model of transformers once, for several analyses and prunings
-)
-from ._prune import (
     convert as convert,  # Put a pruned model into another format, which has to be able to hold what was pruned
-)
-from ._prune import (
     measure as measure,  # Predict what each coupled group of a generating model costs, as fasp_fx.measure; arguments as for prune
-)
-from ._prune import (
     prune as prune,  # Make a generating model of transformers smaller, so that it still generates; the caller's model is not touched
-)
-from ._prune import (
     read_pruned as read_pruned,  # A pruned model as fasp_fx.hf.prune returned it, from a folder of either kind, with its tokenizer if there is one
 )
 from ._registry import (
     FORMATS as FORMATS,  # every format of the files, by its name
-)
-from ._registry import (
     OWN as OWN,  # the format of a pruned program
 )
 from ._stages import (

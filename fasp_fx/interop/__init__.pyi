@@ -3,8 +3,6 @@ from ._backend import (
 )
 from .page import (
     to_html as to_html,  # Show a report or an analysis as one page of HTML that needs nothing else: figures
-)
-from .page import (
     write_page as write_page,  # Write the page, whole or not at all; an earlier page is replaced, and nothing else
 )
 

@@ -16,8 +16,7 @@ import gguf
 import pytest
 import torch
 import transformers as hf
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from llama_cpp import missing, predictions
 from models import randomise
 from oracle import TOLERANCE, error, zeroed

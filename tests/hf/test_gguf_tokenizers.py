@@ -13,8 +13,17 @@ import pytest
 import transformers as hf
 from llama_cpp import missing, predictions
 from saved import GOLDEN
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from tokenizers import processors as post
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors as post,
+    trainers,
+)
 
 import fasp_fx
 from fasp_fx.hf import Pruned, convert

@@ -24,8 +24,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils.quantization_config import GgufConfig
 
 import fasp_fx
-from fasp_fx.hf import _formats as plain_module
-from fasp_fx.hf import measure, prune
+from fasp_fx.hf import _formats as plain_module, measure, prune
 
 #: those that are read elsewhere in every profile
 NAMES = [*CASES, *MORE] if PROFILE == "slow" else ["llama", "gpt2", "opt"]

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from generators import dense, pruned
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from models import make_model
 from torch import Tensor
 from torch.nn import functional as F

@@ -7,8 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import PROFILE
-from hypothesis import event, given, settings
-from hypothesis import strategies as st
+from hypothesis import event, given, settings, strategies as st
 
 from fasp_fx.testing import build, check_program, example, programs
 from fasp_fx.testing.specs import Net

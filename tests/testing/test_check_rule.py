@@ -15,8 +15,7 @@ from torch import Tensor
 
 from fasp_fx import patterns
 from fasp_fx.errors import ArgumentError, RuleError
-from fasp_fx.testing import CheckFailed, CounterExample, assert_rule, check_rule
-from fasp_fx.testing import rule as rule_module
+from fasp_fx.testing import CheckFailed, CounterExample, assert_rule, check_rule, rule as rule_module
 
 SLOW = PROFILE == "slow"
 #: calls per rule; in the slow profile all rules together are held against more than 100,000

@@ -12,8 +12,7 @@ import pytest
 import test_corpus
 import torch
 from conftest import PROFILE
-from mutants import MUTANTS as ORDINARY
-from mutants import Mutant, not_run
+from mutants import MUTANTS as ORDINARY, Mutant, not_run
 
 import fasp_fx.passes._run
 import fasp_fx.testing.rule

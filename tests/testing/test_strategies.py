@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import PROFILE
-from hypothesis import HealthCheck, Phase, find, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, find, given, settings, strategies as st
 
 from fasp_fx import testing
 from fasp_fx.errors import ArgumentError, FaspError

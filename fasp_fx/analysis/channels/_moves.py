@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from fasp_fx.base import pytree, tolerable
-from fasp_fx.capturing import Sizes, is_dynamic
-from fasp_fx.capturing import arguments as arguments_of
+from fasp_fx.capturing import Sizes, arguments as arguments_of, is_dynamic
 from fasp_fx.errors import first_line
 from fasp_fx.patterns import RESHAPES, DoesNotApplyError
 

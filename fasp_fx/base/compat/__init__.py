@@ -32,16 +32,15 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.export import ExportedProgram
-from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
-from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
-from torch.fx.graph import _PyTreeInfo as PyTreeInfo
-from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as PRESERVED
-from torch.fx.graph_module import _assign_attr as assign_attr
-from torch.fx.graph_module import _forward_from_src as forward_from_src
-from torch.fx.traceback import annotate as annotating
-from torch.fx.traceback import preserve_node_meta as annotated_nodes
+from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen, _PyTreeInfo as PyTreeInfo
+from torch.fx.graph_module import (
+    _USER_PRESERVED_ATTRIBUTES_KEY as PRESERVED,
+    _assign_attr as assign_attr,
+    _forward_from_src as forward_from_src,
+)
+from torch.fx.traceback import annotate as annotating, preserve_node_meta as annotated_nodes
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
