@@ -103,7 +103,7 @@ class Origin:
     """What a pruned module was made of, without the values of its weights.
 
     Args:
-        made: an exported program, or what one is put together of when it is asked for.
+        source: an exported program, or what one is put together of when it is asked for.
         signature: the caller's.
     """
 

@@ -118,7 +118,7 @@ def letters_of(dims: Dims) -> tuple[str, ...]:
 
 
 def _normalised(tokens: list[tuple[str, int]]) -> str:
-    text = re.sub(r" (?=[]),;=])|(?<=[[(@=]) ", "", " ".join(token for token, _ in tokens))
+    text = re.sub(r" (?=[]),;=])|(?<=[\[(@=]) ", "", " ".join(token for token, _ in tokens))
     return re.sub(r"(?<=\w) (?=\[)", "", text)
 
 

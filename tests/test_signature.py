@@ -318,3 +318,9 @@ def test_constants_that_are_not_simply_compared() -> None:
     ):
         with pytest.raises(fasp_fx.CallError, match="'x'"):
             check_constant("x", value, expected)
+
+
+def test_an_exported_program_takes_a_tensor_alone_as_a_model_does() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(3, 4)
+    captured = fasp_fx.capture(torch.export.export(model, (x,)), x)
+    assert captured.program.signature.parameters == fasp_fx.capture(model, x).program.signature.parameters

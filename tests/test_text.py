@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -66,12 +67,10 @@ def test_tokens_are_drawn_as_often_as_the_model_says(model: LlamaForCausalLM) ->
 
 
 def test_a_model_that_breaks_down_on_its_own_text_is_refused(model: LlamaForCausalLM) -> None:
-    broken = copy.deepcopy(model)
+    broken, calls = copy.deepcopy(model), itertools.count(1)
     broken.lm_head.register_forward_hook(
-        lambda module, args, logits: logits * (float("nan") if broken.seen > 5 else 1.0)
+        lambda module, args, logits: logits * (float("nan") if next(calls) > 5 else 1.0)
     )
-    broken.seen = 0
-    broken.register_forward_pre_hook(lambda module, args: setattr(module, "seen", module.seen + 1))
     with pytest.raises(CalibrationError, match="not finite any more after 5 tokens"):
         sample(broken, 0, 3, 12)
 

@@ -82,6 +82,3 @@ def places_of(analysis: Analysis, gone: np.ndarray) -> dict[str, np.ndarray]:
     sets = np.unique(analysis.labels[: len(gone)][gone])
     places = {group.name: np.flatnonzero(np.isin(group.sets, sets)) for group in analysis.chosen}
     return {name: some for name, some in places.items() if len(some)}
-
-
-__all__ = ["Decision", "decided", "nothing", "places_of", "restricted"]

@@ -228,17 +228,3 @@ def token_mask(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | No
 def output_tensors(outputs: Any) -> list[Tensor]:
     """The tensors among outputs or arguments, however these are nested."""
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-
-
-__all__ = [
-    "Loss",
-    "Outputs",
-    "evaluated",
-    "next_token",
-    "number_outputs",
-    "output_tensors",
-    "predictions",
-    "resolve_loss",
-    "token_mask",
-    "without_padding",
-]

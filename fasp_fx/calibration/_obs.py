@@ -184,6 +184,3 @@ def resolve_score(score: str | Score) -> GroupScore:
     """
     function = {"obs": OBS(), **NAMED}[score] if isinstance(score, str) else score
     return function if isinstance(function, GroupScore) else ByColumns(function)
-
-
-__all__ = ["OBS", "Elimination", "centred_of", "greedy", "resolve_score"]

@@ -69,7 +69,7 @@ MakeStatistic = Callable[[int, torch.device], Statistic]
 
 class Gram:
     """Accumulates ``G = XᵀX`` over tokens, on the device of the activations (FASP, section 3): a sum, so
-    so that they can be all-reduced.
+    that it can be all-reduced.
 
     Each batch's product is one of float32. Added up in float64 these give the same sum in any order, as far
     as float32 can tell, so that it does not matter which process saw which batch. Few rows are kept as they

@@ -113,8 +113,8 @@ def _export(model: nn.Module, args: Any, kwargs: dict[str, Any], how: CaptureOpt
     """What a module becomes; errors as for :func:`capture`."""
     if any(getattr(module, "is_fasp_fx_gates", False) for module in model.modules()):
         raise CaptureError(
-            "the model has gates on (fasp_fx.gates); take their plan, and call gates.detach() before"
-            " anything else is done with the model"
+            "the model has gates on (fasp_fx.training.attach_gates); take their plan, and call gates.detach()"
+            " before anything else is done with the model"
         )
     training = next(in_training(model), None)
     if training is not None:
@@ -198,6 +198,7 @@ def _exported_signature(
 ) -> CallSignature:
     if exported.example_inputs is None:
         raise ArgumentError("the exported program carries no example inputs; export it again from its model")
+    args = args if isinstance(args, tuple) else (args,)
     example_args, example_kwargs = exported.example_inputs
     forward = exported.module(check_guards=False).forward
     return CallSignature.of(forward, args or example_args, kwargs or example_kwargs)

@@ -261,6 +261,3 @@ def _in_parts(
         ) from error.__cause__
     programs = {part.paths[0]: part.program for part in parts}
     return Captured(programs, {}, in_parts=Parts(own_model, call, signature, error, parts, search.left))
-
-
-__all__ = ["Search", "capture_model"]

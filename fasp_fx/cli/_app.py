@@ -133,7 +133,7 @@ def read_options(file: Path | None, values: Mapping[str, Any]) -> PruningConfig:
 
     Args:
         file: a configuration as :meth:`fasp_fx.PruningConfig.to_json` writes it.
-        given: by the names of parameters; ``None`` or nothing in a list: not given.
+        values: by the names of parameters; ``None`` or nothing in a list: not given.
 
     Returns:
         The configuration of the file, with the options in the place of its own.

@@ -33,7 +33,7 @@ from ._prune import (
     convert as convert,  # Put a pruned model into another format, which has to be able to hold what was pruned
     measure as measure,  # Predict what each coupled group of a generating model costs, as fasp_fx.measure; arguments as for prune
     prune as prune,  # Make a generating model of transformers smaller, so that it still generates; the caller's model is not touched
-    read_pruned as read_pruned,  # A pruned model as fasp_fx.hf.prune returned it, from a folder of either kind, with its tokenizer if there is one
+    read_pruned as read_pruned,  # A pruned model as fasp_fx.hf.prune returned it, from a folder, with its tokenizer if there is one
 )
 from ._registry import (
     FORMATS as FORMATS,  # every format of the files, by its name

@@ -184,6 +184,3 @@ def latency(
             taken.append(time.perf_counter() - start)
         progress((turn + 1) / (repeats + 1))
     return [statistics.median(taken[1:]) for taken in seconds]
-
-
-__all__ = ["Agreement", "Predictions", "agreement", "latency", "perplexity", "predictions"]

@@ -1,7 +1,7 @@
 from ._allocating import (
     Constraint as Constraint,  # Which counts belong together, and which are possible, as a format of files says it
     Step as Step,  # Which numbers of channel sets of a group are possible
-    allocate as allocate,  # How many channel sets each block of each of the budget's groups loses, and what there is to say of it
+    allocate as allocate,  # How many channel sets each block of each chosen group loses
     expected_sparsity as expected_sparsity,  # The sparsity that is asked for, or that something else comes to where all groups lose alike
     open_budget as open_budget,  # How much of what was asked for may stay, as a budget of the groups that can be pruned and are not excluded
 )

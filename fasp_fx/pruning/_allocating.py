@@ -177,14 +177,3 @@ def _advice(config: PruningConfig, groups: Sequence[Group]) -> str:
     ]
     include = (*config.include, APPROXIMATE)
     return f"include={include}, for {sum(sizes):,} channel sets more" if sizes else ""
-
-
-__all__ = [
-    "Constraint",
-    "Step",
-    "allocate",
-    "check_request",
-    "constrained",
-    "expected_sparsity",
-    "open_budget",
-]

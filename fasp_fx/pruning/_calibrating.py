@@ -75,6 +75,3 @@ def calibrate(
         return Visit(consumers, choices, statistics, method.restore, roles, precision).run(
             runner, drift, ledger, advance
         )
-
-
-__all__ = ["by_score", "calibrate"]

@@ -386,5 +386,3 @@ PruningConfig.__doc__ = f"{PruningConfig.__doc__}\n    Attributes:\n" + "\n".joi
     f"        {option.name}: {option.metadata['text']} {option.metadata['python']}".rstrip()
     for option in fields(PruningConfig)
 )
-
-__all__ = ["PruningConfig", "PruningOptions", "key_of"]

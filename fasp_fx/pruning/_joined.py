@@ -108,6 +108,3 @@ class PartsAnalysis(Groups):
         raise ArgumentError(
             f"'{first}' and '{second}' are in no part together that was captured ({', '.join(self.parts)})"
         )
-
-
-__all__ = ["Joined", "PartsAnalysis", "group_within", "renamed"]

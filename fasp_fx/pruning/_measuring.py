@@ -165,6 +165,3 @@ class Measurement:
         if isinstance(by.loss, Outputs) and any(node in roles.unmatched for node in returned):
             warn(roles.remark(), CalibrationWarning)  # the loss counts them, which no report would say
         return observation, by
-
-
-__all__ = ["Measured", "Measurement"]

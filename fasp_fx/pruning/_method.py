@@ -110,6 +110,3 @@ def precision_of(program: Program) -> str:
     """That of products of float32 while a program runs on calibration data: the device's choice."""
     device = computing() or device_of(program.module)
     return "medium" if multiplies_bfloat16(device) else "highest"
-
-
-__all__ = ["Method", "allocation_of", "precision_of"]

@@ -270,5 +270,3 @@ class JoinedTrial:
 
 #: a model on its way to a smaller one
 Subject = Whole | InParts
-
-__all__ = ["InParts", "Subject"]

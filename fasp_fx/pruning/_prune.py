@@ -623,6 +623,3 @@ def _subject_of(
             " by its submodules"
         ) from around.error
     return InParts(around, model_copy(around.model) if captured is model else around.model)
-
-
-__all__ = ["analyze", "apply", "capture", "measure", "plan_from_sets", "prune"]

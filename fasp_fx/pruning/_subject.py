@@ -174,6 +174,3 @@ def rewrite(
     plan = make_plan(program, analysis, checked.decision, fingerprint(weights))
     report = make_report(analysis, plan, checked, program.parameters(), weights, config)
     return Result(checked.module, plan, report, program.signature)
-
-
-__all__ = ["Whole", "analyze_for", "check_weights", "make_plan", "rewrite", "split"]

@@ -491,6 +491,3 @@ class Scaled(nn.Module):
             drawn: Tensor = self._gates[0].drawn(number).to(weight)
             weight = weight * torch.cat([drawn, drawn.new_ones(1)])[getattr(self, f"sets_{index}")]
         return weight
-
-
-__all__ = ["Gates", "attach_gates"]

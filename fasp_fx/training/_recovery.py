@@ -586,6 +586,3 @@ def _height(step: int, steps: int) -> float:
     """The fraction of the highest learning rate for a step: up along a line, and down along another."""
     rising = WARMUP * steps
     return min(1.0, (step + 1) / rising if rising else 1.0, (steps - step) / max(steps - rising, 1.0))
-
-
-__all__ = ["DistillationConfig", "DistillationOptions", "Divergence", "Match", "SquaredError", "distil"]

@@ -207,6 +207,3 @@ def _drawn(graph: fx.Graph) -> list[list[int | None]]:
 
 def _failed(inputs: Inputs, cause: str) -> _Fault:
     return _Fault(f"{inputs.text} the pruned program fails, where the dense one runs: {cause}")
-
-
-__all__ = ["Checked", "Checker"]

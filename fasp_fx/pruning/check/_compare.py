@@ -366,15 +366,3 @@ def _assignments(dynamic: dict[_Place, torch.SymInt], grow: bool) -> list[dict[s
         if assigned not in seen and not any(guard.xreplace(assigned) is sympy.false for guard in guards):
             seen.append(assigned)
     return seen[1:]
-
-
-__all__ = [
-    "Inputs",
-    "ReferenceFailedError",
-    "Seen",
-    "compare",
-    "compare_with_escalation",
-    "inputs_for",
-    "run",
-    "widened",
-]

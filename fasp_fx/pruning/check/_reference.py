@@ -188,6 +188,3 @@ def _along(slot: Slot, shape: torch.Size, gone: np.ndarray) -> Tensor:
     # [positions along block_dim, positions along dim].
     by_position = stays.repeat_interleave(shape[slot.block_dim] // slot.blocks, 0)
     return (by_position if slot.block_dim < slot.dim else by_position.T).reshape(sizes)
-
-
-__all__ = ["masked_program"]

@@ -190,6 +190,3 @@ def left_of(value: int, path: str, model: nn.Module, copy: nn.Module, plan: Prun
 def _integers(node: fx.Node) -> list[int | None]:
     """The integers among the arguments of a node; ``None`` in the places of others."""
     return [leaf if type(leaf) is int else None for leaf in pytree.tree_leaves((node.args, node.kwargs))]
-
-
-__all__ = ["left_of", "observed", "say_sizes", "tagged"]
