@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fasp_fx.analysis import Analysis, Walk
-from fasp_fx.base import stamp
-from fasp_fx.capturing import Program
+from fasp_fx.capturing import Program, stamp
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 

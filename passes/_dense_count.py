@@ -13,8 +13,7 @@ import torch
 from torch import fx
 
 from fasp_fx.analysis import Analysis, Value, Walk
-from fasp_fx.base import stamp
-from fasp_fx.capturing import Program, arguments
+from fasp_fx.capturing import Program, arguments, stamp
 
 from ._kept import Kept
 

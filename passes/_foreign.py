@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fasp_fx.base import WRITTEN_BY, codegen_of, deviation, pytree, stamp, tolerable, tolerance
+from fasp_fx.base import codegen_of, deviation, pytree, tolerable, tolerance
 from fasp_fx.capturing import (
+    WRITTEN_BY,
     Program,
     copied,
     export_again,
@@ -20,6 +21,7 @@ from fasp_fx.capturing import (
     record,
     results,
     rewound,
+    stamp,
     written_names,
 )
 from fasp_fx.errors import FaspError, VerificationError, first_line

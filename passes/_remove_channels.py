@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from fasp_fx.analysis import Analysis, Numbering, Slot, Value, Walk
-from fasp_fx.base import pytree, stamp
-from fasp_fx.capturing import Cut, Program, Recipe, arguments, set_argument
+from fasp_fx.base import pytree
+from fasp_fx.capturing import Cut, Program, Recipe, arguments, set_argument, stamp
 from fasp_fx.patterns import Clause, lookup
 
 from ._attention import pin_attention_scale

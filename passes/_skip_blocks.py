@@ -7,8 +7,7 @@ import torch
 from torch import fx
 
 from fasp_fx.analysis import Analysis, Walk, beside, goes_with_a_block, laid_out, serving
-from fasp_fx.base import stamp
-from fasp_fx.capturing import Program, arguments, results, viewed
+from fasp_fx.capturing import Program, arguments, results, stamp, viewed
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import affine, lookup
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fasp_fx.analysis import Analysis, Axis, PruningPlan, Use, Value, marked, run_on_numbers
-from fasp_fx.base import pytree, stamp
+from fasp_fx.base import pytree
 from fasp_fx.capturing import (
     Cut,
     Program,
@@ -30,6 +30,7 @@ from fasp_fx.capturing import (
     attribute,
     is_dynamic,
     set_weight,
+    stamp,
     target_name,
 )
 from fasp_fx.patterns import Rule, lookup

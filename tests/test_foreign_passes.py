@@ -16,8 +16,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import fasp_fx
-from fasp_fx.base import WRITTEN_BY
-from fasp_fx.capturing import attribute
+from fasp_fx.capturing import WRITTEN_BY, attribute
 from fasp_fx.passes import Pipeline, Prune
 
 ATEN = torch.ops.aten

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fasp_fx
 from fasp_fx.base import float32_products
 from fasp_fx.calibration import Columns
-from fasp_fx.capturing._attention import execute
+from fasp_fx.capturing._runner import execute
 
 BATCHES = [torch.randn(64, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 OWN = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)

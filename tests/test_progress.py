@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fasp_fx.base import _progress
+from fasp_fx.base import _shown
 
 
 @pytest.mark.parametrize("width", [10, 80])
@@ -18,12 +18,12 @@ from fasp_fx.base import _progress
 def test_a_bar_is_drawn_in_a_terminal_alone(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], width: int, is_terminal: bool
 ) -> None:
-    @_progress.shows("pruning")
-    def work(progress: _progress.Shown = None) -> None:
-        _progress.advance_of(progress)(0.5)
+    @_shown.shows("pruning")
+    def work(progress: _shown.Shown = None) -> None:
+        _shown.advance_of(progress)(0.5)
 
     drawn = io.StringIO()
     console = partial(Console, file=drawn, width=width, force_terminal=is_terminal)
-    monkeypatch.setattr(_progress, "Console", lambda stderr, quiet: console(quiet=quiet))
+    monkeypatch.setattr(_shown, "Console", lambda stderr, quiet: console(quiet=quiet))
     work(**given)
     assert ("pruning" in drawn.getvalue()) == (is_terminal and given.get("progress") is None)

@@ -3,23 +3,13 @@ from ._atomic import (
     new_folder as new_folder,  # Give a temporary sibling of path to fill; it takes the name path when the block ends
     write_text as write_text,  # Put text in the place of what a file holds, whole or not at all
 )
-from ._bisect import (
-    largest_passing_subset as largest_passing_subset,  # A part of items without fault that no other item can join
-)
 from ._compare import (
     built_alike as built_alike,  # Whether two containers, or what else is registered as such, are built alike of parts that are the same
     deviation as deviation,  # max|a − b| / max|b| of two outputs, of fillings by themselves; infinite where they cannot be compared
     distance as distance,  # ‖a − b‖₂ / ‖b‖₂ of two tensors of real numbers, without large entries that are the same (see deviation)
+    largest_passing_subset as largest_passing_subset,  # A part of items without fault that no other item can join
     tolerance as tolerance,  # How far apart values of a type may be (TOLERANCE); 0 for integers
     unfilled as unfilled,  # The values where what is expected is neither infinite nor a filling, flat if any is
-)
-from ._device import (
-    check_device as check_device,  # The device of a name, if it can be used
-    device_named as device_named,  # The device of a name; that of the CPU has no number, as tensors there say it
-    device_of as device_of,  # The device of a model's weights
-    float32_products as float32_products,  # Within it, products of float32 have a precision by torch.set_float32_matmul_precision
-    multiplies_bfloat16 as multiplies_bfloat16,  # Whether a device multiplies matrices of bfloat16 in hardware
-    products_in_bfloat16 as products_in_bfloat16,  # Within it, products are computed in bfloat16 by autocast, if wanted
 )
 from ._json import (
     Count as Count,  # a number of things, or an index, as large as a size of a tensor can be
@@ -46,25 +36,25 @@ from ._options import (
     names_of as names_of,  # The names that an option was given, as a tuple
     path_of as path_of,  # A path that an argument gives
 )
-from ._progress import (
+from ._shown import (
     Shown as Shown,  # what progress= takes: a function that is called with the fraction done; None: a bar in a terminal or a notebook
     advance_of as advance_of,  # The function to call with the fraction done
     bar_on as bar_on,  # A bar with the time that remains, which goes when the work is done; none in a file or a pipe
     between as between,  # The progress of a step, as a part of that of all
     process as process,  # What torchrun says of this process: RANK, LOCAL_RANK or WORLD_SIZE
+    quiet as quiet,  # Exporters log what the library itself reports; errors still arrive as exceptions
     shows as shows,  # Have a function be given a function as progress, whatever its caller gives (Shown)
-)
-from ._stamps import (
-    WRITTEN_BY as WRITTEN_BY,  # key of node.meta, and of node.meta["custom"], under which a node that a pass wrote carries the pass's name
-    read_stamps as read_stamps,  # Show again what an export kept of the stamps
-    stamp as stamp,  # Mark a node as written by the pass name; provenance such as the module stack is taken from like
-    stand_for as stand_for,  # Say of a node that it comes from where like does: without its module stack, torch cannot unflatten the program
+    warn as warn,  # Warn as of the first line outside of the library that led here
 )
 from ._tensors import (
+    check_device as check_device,  # The device of a name, if it can be used
+    device_named as device_named,  # The device of a name; that of the CPU has no number, as tensors there say it
+    device_of as device_of,  # The device of a model's weights
     digest_of as digest_of,  # What tells calibration data from others: types, shapes and values
     fingerprint as fingerprint,  # A digest of names, shapes and all values, the same on any device; of tensors without values
     laid_otherwise as laid_otherwise,  # A copy that lies so
     lying_otherwise as lying_otherwise,  # A tensor of the same shape and type, without its values
+    multiplies_bfloat16 as multiplies_bfloat16,  # Whether a device multiplies matrices of bfloat16 in hardware
     storage_of as storage_of,  # What tells whether two tensors share memory, also where they hold no values; for anything else
     without_values as without_values,  # A tensor of the same kind on the meta device
 )
@@ -74,15 +64,13 @@ from ._tolerable import (
 )
 from ._undisturbed import (
     drawing_alike as drawing_alike,  # Random numbers that a model draws (dropout that is always on, say) start from a seed inside
+    float32_products as float32_products,  # Within it, products of float32 have a precision by torch.set_float32_matmul_precision
     generator_of as generator_of,  # Random numbers of their own for each place, on the CPU; arguments as for seed_of
     in_usual_modes as in_usual_modes,  # Have a function run outside of the caller's inference mode, no_grad and autocast
     one_at_a_time as one_at_a_time,  # Have one thread at a time run a function of all that are marked so, which may call one another; others wait
+    products_in_bfloat16 as products_in_bfloat16,  # Within it, products are computed in bfloat16 by autocast, if wanted
     seed_of as seed_of,  # A seed of its own for each place, of 32 bits, which is what torch takes of one
     without_collections as without_collections,  # Have Python's collector of cyclic garbage wait while many small objects are made that stay
-)
-from ._warn import (
-    quiet as quiet,  # Exporters log what the library itself reports; errors still arrive as exceptions
-    warn as warn,  # Warn as of the first line outside of the library that led here
 )
 from .compat import (
     PRESERVED as PRESERVED,  # torch: key under which graph modules keep attributes of the caller's

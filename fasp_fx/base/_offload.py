@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from fasp_fx.errors import ArgumentError, OffloadError, first_line
 
-from ._device import check_device
-from ._tensors import storage_of
+from ._tensors import check_device, storage_of
 from .compat import pytree
 
 #: files are this large, or as large as the tensor that needs more: each takes a file descriptor while a

@@ -1,15 +1,19 @@
-"""Tensors as bytes, as digests, by the memory they share, and without any."""
+"""Tensors as bytes, as digests, by the memory they share, and without any; and the devices they are on."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fasp_fx.errors import ArgumentError, first_line
+
+from ._tolerable import tolerable
 from .compat import storage_id
 
 #: whole numbers of 32 bits that are hashed into one of 64
@@ -104,3 +108,48 @@ def without_values(tensor: Tensor) -> Tensor:
     return (
         nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     )
+
+
+# --- Devices.
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's weights."""
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+
+
+def check_device(device: torch.device | str, values: bool = True) -> torch.device:
+    """The device of a name, if it can be used.
+
+    Args:
+        values: whether it must be one that keeps values, as the meta device does not.
+
+    Raises:
+        ArgumentError: there is no such device here.
+    """
+    try:
+        place = device_named(device)
+        probe = torch.empty(1, device=place)
+        if values:
+            probe.tolist()
+    except tolerable(Exception) as error:  # each backend raises what it likes
+        raise ArgumentError(
+            f"the device '{device}' cannot be used here: {first_line(error)}; try 'cpu', or leave it out"
+        ) from error
+    return place
+
+
+def device_named(device: torch.device | str) -> torch.device:
+    """The device of a name; that of the CPU has no number, as tensors there say it."""
+    place = torch.device(device)
+    return torch.device("cpu") if place.type == "cpu" else place
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices of bfloat16 in hardware, which takes a fraction of the time of
+    float32; elsewhere it may take longer.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(known.get("amx_bf16", False))

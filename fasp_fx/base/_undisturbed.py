@@ -15,6 +15,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from ._tolerable import tolerable
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -105,6 +107,42 @@ def drawing_alike(values: Iterable[Any], seed: int = 0) -> Iterator[None]:
         for card in cards:
             with torch.cuda.device(card):
                 torch.cuda.manual_seed(seed)
+        yield
+
+
+# --- The precision of products.
+
+
+def products_in_bfloat16(device: torch.device, wanted: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """Within it, products are computed in bfloat16 by autocast, if wanted."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Within it, products of float32 have a precision by :func:`torch.set_float32_matmul_precision`, unless
+    the caller asked torch for one before.
+    """
+    try:
+        before = torch.get_float32_matmul_precision()
+    except tolerable(RuntimeError):  # backends were given one each
+        before = None
+    if precision == before or before != "highest":
+        yield
+        return
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+
+    def read() -> list[str]:
+        return [torch.get_float32_matmul_precision(), *(backend.fp32_precision for backend in backends)]
+
+    def write(states: list[str]) -> None:
+        torch.set_float32_matmul_precision(states[0])
+        for backend, value in zip(backends, states[1:], strict=True):
+            # "highest" asks each of them for something, who were asked for nothing.
+            backend.fp32_precision = value
+
+    with for_a_while(read, write):
+        torch.set_float32_matmul_precision(precision)
         yield
 
 

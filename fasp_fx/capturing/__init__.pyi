@@ -3,10 +3,6 @@ from ._assemble import (
     argument_of as argument_of,  # What an exported program says that an input or an output is
     ready as ready,  # What the exported program of a graph module is put together of, when somebody asks for it
 )
-from ._attention import (
-    FLEX as FLEX,  # torch's flexible attention
-    make_traceable as make_traceable,  # Let a compiler trace the flex attention of an exported graph; changes the graph
-)
 from ._capture import (
     Captured as Captured,  # A model as a graph over its own weights, which it shares
     Model as Model,  # what can be captured: a module or an exported program
@@ -31,14 +27,17 @@ from ._functional import (
     take_apart as take_apart,  # Write operators without a rule that are made of others, and assignments to slices, as what they are made of
 )
 from ._fx import (
+    WRITTEN_BY as WRITTEN_BY,  # key of node.meta, and of node.meta["custom"], under which a node that a pass wrote carries the pass's name
     arguments as arguments,  # The arguments of a call by their declared names, defaults included; by position where the target declares none
     attribute as attribute,  # The attribute of a nested module by its dotted path
     call_in_words as call_in_words,  # What a node is called with, as far as what it gives on tensors without values depends on it
     draws as draws,  # Whether a node draws random numbers
     elements as elements,  # Arguments with those that are lists taken apart, name.0, name.1 …, as rules name them
     is_pure as is_pure,  # Whether a call does nothing but compute its result, always the same of the same arguments
+    read_stamps as read_stamps,  # Show again what an export kept of the stamps
     results as results,  # The graph's results in order
     set_argument as set_argument,  # Set an argument by its declared name; whether that changed it
+    stamp as stamp,  # Mark a node as written by the pass name; provenance such as the module stack is taken from like
     target_name as target_name,  # The dotted path that a get_attr node reads
     viewed as viewed,  # The node whose storage a node shows: to write into a view, or into what is detached, is to write into that
     views_may_copy as views_may_copy,  # Let changes of shape copy where no view can be
@@ -66,6 +65,8 @@ from ._program import (
     set_weight as set_weight,  # Replace a parameter or buffer by its dotted name, keeping its kind, or add a parameter under a new name
 )
 from ._rewrites import (
+    FLEX as FLEX,  # torch's flexible attention
+    make_traceable as make_traceable,  # Let a compiler trace the flex attention of an exported graph; changes the graph
     own_names as own_names,  # Rename nodes of a graph called like a weight of its module that they are not: inputs, and tensors that a graph makes
 )
 from ._runner import (

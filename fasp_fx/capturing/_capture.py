@@ -24,7 +24,6 @@ from fasp_fx.base import (
     check_device,
     compile_graphs,
     pytree,
-    read_stamps,
     rename,
     version_of,
     without_collections,
@@ -32,11 +31,10 @@ from fasp_fx.base import (
 from fasp_fx.errors import ArgumentError, CaptureError
 
 from ._compare_with_model import compared
-from ._export import Exported, export
+from ._export import CaptureOptions, Exported, export
 from ._fold import Folding, fold as fold_weights
 from ._functional import functional, take_apart
-from ._fx import remove_dead, remove_dropouts, results, written_names
-from ._options import CaptureOptions
+from ._fx import read_stamps, remove_dead, remove_dropouts, results, written_names
 from ._parts import Parts
 from ._program import ExportFacts, Program, graph_module
 from ._rewrites import as_weights, check_names, own_names

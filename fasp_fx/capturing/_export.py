@@ -27,7 +27,6 @@ from fasp_fx.base import (
 from fasp_fx.errors import ArgumentError, ExportError, first_line
 
 from ._functional import functional, out_of_place, take_apart
-from ._options import CaptureOptions
 from ._rewrites import as_weights, fixed_sizes, settled_as_numbers
 from ._shapes import by_shapes
 from ._signature import CallerCodeGen, CallSignature, is_plain
@@ -43,6 +42,31 @@ from ._sizes import (
 )
 from ._transformers import export_transformers, is_transformers
 from ._unchanged import Seen, called, functions_called, unchanged
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """How a model is captured.
+
+    Attributes:
+        dynamic_shapes: as for ``torch.export.export``; ``None`` keeps every dimension dynamic that the model
+            lets vary, of images (floating-point tensors of four dimensions and more) only the first.
+        state: names of arguments and outputs that hold state (a cache) and may become narrower.
+        device: move the captured copy there; ``None`` leaves it where the model is.
+        image_sizes: let heights and widths of images vary as well.
+        fold: put parameters in the place of weights that the model computes from others.
+        own_defaults: an argument that is left out has the default that ``forward`` gives it, rather than what
+            it was captured with.
+        doubles: whether an example of one sample may be captured as one of two, so that their number varies.
+    """
+
+    dynamic_shapes: Any = None
+    state: tuple[str, ...] = ()
+    device: torch.device | str | None = None
+    image_sizes: bool = False
+    fold: bool = True
+    own_defaults: bool = False
+    doubles: bool = True
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from fasp_fx.base import (
     quiet,
     rename,
     schema_of,
-    stand_for,
     storage_of,
     tolerable,
     without_overrides,
@@ -33,7 +32,7 @@ from fasp_fx.base import (
 from fasp_fx.errors import first_line
 from fasp_fx.patterns import lookup
 
-from ._fx import call_in_words, remove_dropouts, views_may_copy
+from ._fx import call_in_words, remove_dropouts, stand_for, views_may_copy
 from ._rewrites import LAYERS, own_states
 from ._shapes import by_shapes
 

@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 
-from fasp_fx.base import OpOverload, rename, settled_by, stand_for, storage_of, with_parts
+from fasp_fx.base import OpOverload, rename, settled_by, storage_of, with_parts
 from fasp_fx.errors import CaptureError
 
-from ._fx import arguments
+from ._fx import arguments, stand_for
 from ._program import region
 from ._shapes import RECURRENT
 
@@ -254,3 +254,35 @@ def own_states(graph: fx.Graph) -> None:
             stand_for(zero, node)
             zero.meta |= {"custom": zeros.meta.get("custom", {}), "val": state.meta["val"]}
             node.replace_input_with(state, zero)
+
+
+# --- Flex attention as a compiler traces it.
+
+
+FLEX = torch.ops.higher_order.flex_attention
+
+
+def attend(*inputs: Any) -> Any:
+    """The operator itself; for ``torch.compile``, with the tensors that its graphs read bound to them.
+
+    An exported program hands those tensors to the operator as arguments of their own, the last two.
+    ``torch.compile`` traces only calls without them, in which the graphs are functions that hold what they
+    read, as it finds them in a model.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        return FLEX(*inputs)
+    query, key, value, score_mod, block_mask, scale, options, of_scores, of_masks = (*inputs, (), ())[:9]
+
+    def score(*numbers: Tensor) -> Tensor:
+        return score_mod(*numbers, *of_scores)
+
+    def mask(*numbers: Tensor) -> Tensor:
+        return block_mask[-1](*numbers, *of_masks)
+
+    return FLEX(query, key, value, score, (*block_mask[:-1], mask), scale, options)
+
+
+def make_traceable(graph: fx.Graph) -> None:
+    """Let a compiler trace the flex attention of an exported graph; changes the graph."""
+    for node in graph.find_nodes(op="call_function", target=FLEX):
+        node.target = attend

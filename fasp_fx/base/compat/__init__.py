@@ -72,8 +72,17 @@ from ._patches import (
     silent_export,
     traced_by,
 )
-from ._sizes import asserted, bounds_of, conditions_on, count_assumptions, hint_of, settled_by
-from ._symbols import SIZE_FUNCTIONS, Symbols, ranges_of
+from ._symbols import (
+    SIZE_FUNCTIONS,
+    Symbols,
+    asserted,
+    bounds_of,
+    conditions_on,
+    count_assumptions,
+    hint_of,
+    ranges_of,
+    settled_by,
+)
 
 #: the function that a graph of dynamo's calls where gradients are switched on or off
 SET_GRAD = torch._C._set_grad_enabled

@@ -1,8 +1,11 @@
-"""The symbolic sizes of a program that is put together of what was saved of it."""
+"""Symbolic sizes: what torch knows of them, in fields of an environment of shapes that nothing documents, and
+those of a program that is put together of what was saved of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import sympy
@@ -20,7 +23,52 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 from torch.utils._traceback import CapturedTraceback
 
-from ._sizes import finite
+#: what torch takes for no bound
+_UNBOUNDED = (int_oo, -int_oo, sympy.oo, -sympy.oo)
+
+
+def hint_of(symbol: sympy.Symbol, environment: ShapeEnv) -> int | None:
+    """The size that a symbol stands for in the example; ``None`` where only a run tells."""
+    hint = environment.backed_var_to_val.get(symbol)
+    return None if hint is None else int(hint)
+
+
+def bounds_of(symbol: sympy.Expr, environment: ShapeEnv) -> tuple[int | None, int | None]:
+    """The smallest and the largest size that a capture takes a symbol to have, where there are such."""
+    known = environment.var_to_range.get(symbol)
+    return (None, None) if known is None else (finite(known.lower), finite(known.upper))
+
+
+def finite(bound: Any) -> int | None:
+    """A bound of a range as an integer; ``None`` where there is none."""
+    return None if bound in _UNBOUNDED else int(bound)
+
+
+def conditions_on(environment: ShapeEnv) -> list[sympy.Expr]:
+    """What a capture took for true of its sizes."""
+    return [guard.expr for guard in environment.guards]
+
+
+def asserted(environment: ShapeEnv) -> Iterator[sympy.Expr]:
+    """What a program asserts of sizes that only a run tells."""
+    for assertions in environment.deferred_runtime_asserts.values():
+        yield from (assertion.expr for assertion in assertions)
+
+
+def count_assumptions(environment: ShapeEnv) -> int:
+    """How many conditions and settled symbols there are: more, once anything new was assumed."""
+    return len(environment.guards) + len(environment.replacements)
+
+
+def settled_by(size: torch.SymInt) -> traceback.FrameSummary | None:
+    """The line of Python, in a model or in torch, that settled what a size is, if one did."""
+    place: Any = size.node.shape_env.replacements_slocs.get(size.node._expr)
+    line = None if place is None else place.framework_loc
+    return line if isinstance(line, traceback.FrameSummary) else None
+
+
+# --- Sizes of what was saved.
+
 
 _SYMPY = (
     *(sympy.Rational, sympy.Add, sympy.Mul, sympy.Pow, sympy.Max, sympy.Min, sympy.floor, sympy.ceiling),
