@@ -84,13 +84,9 @@ def take_apart(graph: fx.Graph) -> None:
 
 def _way_apart(node: fx.Node) -> Callable[..., Any] | None:
     """How to take an operator apart, in terms of others; ``None`` where it stays."""
-    operator = node.target
-    if not isinstance(operator, OpOverload):
-        return None
-    if operator in WAYS:
-        return WAYS[operator]
-    if not _lacks_rule(node):
-        return None
+    operator: Any = node.target
+    if operator in WAYS or not isinstance(operator, OpOverload) or not _lacks_rule(node):
+        return WAYS.get(operator)
     return operator.decompose if is_composite(operator) else decomposition_table.get(operator)
 
 
@@ -147,8 +143,6 @@ def _traced(node: fx.Node, way: Callable[..., Any]) -> fx.Graph:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
         with without_overrides():  # a tracer's own would record the operator as it is
             results = way(*args, **kwargs)
-        if results is NotImplemented:
-            raise NotImplementedError
         return (results,) if isinstance(results, Tensor) else tuple(results)
 
     module = nn.Module()
@@ -215,10 +209,10 @@ def _stays(node: fx.Node) -> bool:
 
 def _is_simple(node: fx.Node) -> bool:
     """Whether a node of a function is neither made of others nor writes into anything."""
-    if node.op != "call_function":
-        return node.op != "get_attr"
     target = node.target
-    return isinstance(target, OpOverload) and not schema_of(target).is_mutable and not is_composite(target)
+    return node.op in ("placeholder", "output") or (
+        isinstance(target, OpOverload) and not _writes(node) and not is_composite(target)
+    )
 
 
 def is_plain_graph(graph: fx.Graph) -> bool:
@@ -234,11 +228,11 @@ def is_plain_graph(graph: fx.Graph) -> bool:
 
 def _is_exported(target: Any) -> bool:
     """Operators, and what takes their items or computes with sizes."""
-    if isinstance(target, (OpOverload, HigherOrderOperator)):
-        return True
-    return getattr(target, "__module__", None) in ("_operator", "math") or getattr(
-        target, "__name__", ""
-    ).startswith("sym_")
+    return (
+        isinstance(target, (OpOverload, HigherOrderOperator))
+        or getattr(target, "__module__", None) in ("_operator", "math")
+        or getattr(target, "__name__", "").startswith("sym_")
+    )
 
 
 # --- Operators that write into a tensor that the graph has made, as the operators that return the result.
@@ -385,14 +379,10 @@ def _keeps_type(node: fx.Node, twin: OpOverload) -> bool:
     """Whether an operator returns the type of what the one in its place writes into, as far as that can be
     told.
     """
-    recorded = node.meta.get("val")
-    if not isinstance(recorded, FakeTensor):
-        return False
     try:
-        result = _made(node, twin)
+        return bool(_made(node, twin).dtype == node.meta["val"].dtype)
     except tolerable(Exception):
         return False  # an operator raises what it likes; the write stays one, and the graph is traced again
-    return isinstance(result, Tensor) and result.dtype == recorded.dtype
 
 
 # --- Assignments to a slice (``x[:, 1:] += y``), written as what they are to channels: a concatenation of
@@ -405,9 +395,7 @@ def _keeps_type(node: fx.Node, twin: OpOverload) -> bool:
 def _slice_scatter(
     self: Tensor, src: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
 ) -> Any:
-    """``NotImplemented``, which leaves the operator as it is, where the pieces are not known
-    while capturing.
-    """
+    """The operator stays as it is where the pieces are not known while capturing."""
     start, end = 0 if start is None else start, sys.maxsize if end is None else end
     fixed = all(type(bound) is int for bound in (start, end, step))
     if (
@@ -416,7 +404,7 @@ def _slice_scatter(
         or src.dtype != self.dtype
         or (isinstance(src.shape[dim], int) and src.shape[dim] == 0)
     ):
-        return NotImplemented
+        raise NotImplementedError
     before = [] if start == 0 else [_ATEN.slice.Tensor(self, dim, 0, start)]
     after = [] if end == sys.maxsize else [_ATEN.slice.Tensor(self, dim, end, sys.maxsize)]
     pieces = [
@@ -429,7 +417,7 @@ def _slice_scatter(
 
 def _select_scatter(self: Tensor, src: Tensor, dim: int, index: Any) -> Any:
     if type(index) is not int:
-        return NotImplemented
+        raise NotImplementedError
     rank = self.dim()
     return _slice_scatter(
         self, _ATEN.unsqueeze.default(src, dim % rank), dim % rank, index, None if index == -1 else index + 1
@@ -441,7 +429,7 @@ def _index_put(self: Tensor, indices: list[Tensor | None], values: Tensor, accum
     mask = indices[0] if len(indices) == 1 else None
     one = all(isinstance(size, int) and size == 1 for size in values.shape)
     if mask is None or mask.dtype != torch.bool or not one or accumulate:
-        return NotImplemented
+        raise NotImplementedError
     for _ in range(self.dim() - mask.dim()):
         mask = _ATEN.unsqueeze.default(mask, -1)
     return _ATEN.where.self(mask, _ATEN.view.default(values, []), self)
@@ -449,14 +437,14 @@ def _index_put(self: Tensor, indices: list[Tensor | None], values: Tensor, accum
 
 def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Any:
     if src.device != self.device:
-        return NotImplemented
+        raise NotImplementedError
     cast = (
         _ATEN.clone.default(src) if src.dtype == self.dtype else _ATEN._to_copy.default(src, dtype=self.dtype)
     )
     return cast if cast.shape == self.shape else _ATEN.expand.default(cast, list(self.shape))
 
 
-#: how operators are taken apart that have decompositions of ours, or ``NotImplemented`` where they stay
+#: how operators are taken apart that have decompositions of ours, which raise where they stay
 WAYS: dict[OpOverload, Callable[..., Any]] = {
     **LAYERS,
     _ATEN.copy.default: _copy,

@@ -212,7 +212,7 @@ def _layer_by_layer(
     has_biases, num_layers, dropout, train, bidirectional, batch_first = settings
     directions, steps = (2 if bidirectional else 1), (1 if batch_first else 0)
     if num_layers * directions == 1:
-        return NotImplemented
+        raise NotImplementedError
     listed, count = isinstance(hx, (list, tuple)), len(params) // (num_layers * directions)
     last: list[list[Tensor]] = []
     for layer in range(num_layers):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from fasp_fx.base import (
     set_guards,
     tolerable,
 )
-from fasp_fx.errors import ArgumentError, CallError, CaptureError
+from fasp_fx.errors import ArgumentError, CallError, CaptureError, FaspError
 
 #: constants that exporters take as arguments
 PLAIN = (type(None), bool, int, float, str)
@@ -101,7 +100,10 @@ class CallSignature:
         if not own_defaults:
             signature = signature.replace(
                 parameters=[
-                    _with_default(parameter, constants) for parameter in signature.parameters.values()
+                    parameter.replace(default=constants[parameter.name])
+                    if parameter.name in constants and parameter.default is not parameter.empty
+                    else parameter
+                    for parameter in signature.parameters.values()
                 ]
             )
         return CallSignature(signature, captured, constants, outlines)
@@ -112,11 +114,7 @@ class CallSignature:
         Raises:
             CallError: an argument was not captured, is missing, or differs from the constant seen at capture.
         """
-        try:
-            arguments = {**self.defaults, **_bind(self.parameters, args, kwargs)}
-        except ArgumentError as error:
-            raise CallError(str(error)) from error
-        return self.checked(arguments)
+        return self.checked({**self.defaults, **_bind(self.parameters, args, kwargs, CallError)})
 
     def checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name, defaults included, with the constants seen at capture for those left out.
@@ -124,7 +122,7 @@ class CallSignature:
         Raises:
             CallError: an argument was not captured, is missing, or differs from the constant seen at capture.
         """
-        expected = self.expected
+        expected = {**self.defaults, **self.constants}
         for name in self.captured:
             if arguments.get(name) is None:
                 raise CallError(
@@ -132,16 +130,11 @@ class CallSignature:
                     " without it"
                 )
         for name, value in arguments.items():
-            if name not in self.captured:
-                check_constant(name, value, expected.get(name))
-            elif name in self.outlines and not _fits(value, self.outlines[name]):
+            if name not in self.captured and not same_constant(value, expected.get(name)):
+                raise _refusal(name, value, repr(expected.get(name)))
+            if name in self.outlines and not _fits(value, self.outlines[name]):
                 raise _refusal(name, value, str(self.outlines[name]).replace(str(HELD), "a tensor"))
         return {**arguments, **self.constants}
-
-    @cached_property
-    def expected(self) -> dict[str, Any]:
-        """The constants seen at capture, and the defaults of other arguments."""
-        return {**self.defaults, **self.constants}
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
@@ -175,17 +168,16 @@ class CallSignature:
         return kinds + [(name, inspect.Parameter.VAR_KEYWORD) for name in known if name not in dict(kinds)]
 
 
-def _with_default(parameter: inspect.Parameter, constants: Mapping[str, Any]) -> inspect.Parameter:
-    """A parameter that takes the constant seen at capture where it is left out."""
-    has_default = parameter.default is not inspect.Parameter.empty and parameter.name in constants
-    return parameter.replace(default=constants[parameter.name]) if has_default else parameter
-
-
-def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _bind(
+    signature: inspect.Signature,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    error: type[FaspError] = ArgumentError,
+) -> dict[str, Any]:
     try:
         bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise ArgumentError(f"the inputs do not fit the model's forward{signature}: {error}") from error
+    except TypeError as reason:
+        raise error(f"the inputs do not fit the model's forward{signature}: {reason}") from reason
     arguments: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind
@@ -201,19 +193,11 @@ def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str,
 # --- A call, held against that of the capture.
 
 
-def check_constant(name: str, value: Any, expected: Any) -> None:
-    """Refuse a value that differs from the one the program was captured with."""
-    if not _alike(value, expected):
-        raise _refusal(name, value, repr(expected))
-
-
-def _alike(value: Any, expected: Any) -> bool:
+def same_constant(value: Any, expected: Any) -> bool:
     """Whether two constants are built alike of the same types, in the same order, and equal: what is no
     number is like another such, and zeros have a sign.
     """
-    if isinstance(expected, PLAIN):
-        return _equal(value, expected)
-    return built_alike(value, expected, _equal)
+    return _equal(value, expected) if isinstance(expected, PLAIN) else built_alike(value, expected, _equal)
 
 
 def _equal(value: Any, expected: Any) -> bool:
@@ -222,11 +206,9 @@ def _equal(value: Any, expected: Any) -> bool:
     if type(value) is not type(expected):
         return False
     if isinstance(value, float):
-        return (math.isnan(value) and math.isnan(expected)) or (
-            value == expected and math.copysign(1.0, value) == math.copysign(1.0, expected)
-        )
+        return repr(value) == repr(expected)
     if type(value).__eq__ is object.__eq__ and hasattr(value, "__dict__"):  # by what it holds
-        return _alike(vars(value), vars(expected))
+        return same_constant(vars(value), vars(expected))
     try:
         same = value == expected
         return bool(same.all() if hasattr(same, "all") else same)
@@ -285,17 +267,26 @@ def _refusal(name: str, value: Any, expected: str) -> CallError:
     )
 
 
-class _Call:
-    """What generated code refers to: fx keys globals by value, so that constants must hide behind one object.
+class _Code(str):
+    """Text that a signature shows as it is."""
 
-    Attributes:
-        defaults: those of ``forward``, which generated code cannot spell out.
+    __repr__ = str.__str__
+
+
+class CallerCodeGen(PyTreeCodeGen):
+    """Generates a ``forward`` with the caller's signature that refuses what was not captured.
+
+    The code refers to this object: fx keys globals by value, so that constants must hide behind one.
     """
 
-    def __init__(self, signature: CallSignature, spec: pytree.TreeSpec) -> None:
-        self.signature, self.defaults = signature, signature.defaults
-        self.by_position = signature.given()[: spec.child(0).num_children]
-        self.keywords = spec.child(1).context or []
+    def __init__(self, signature: CallSignature, pytree_info: PyTreeInfo) -> None:
+        super().__init__(pytree_info)
+        self.signature, (by_position, by_name) = signature, pytree_info.in_spec.children()
+        self.by_position = signature.given()[: by_position.num_children]
+        self.keywords = by_name.context or []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallerCodeGen:
+        return CallerCodeGen(self.signature, self.pytree_info)  # neither ever changes
 
     def inputs(
         self, arguments: dict[str, Any], rest: str, items: tuple[Any, ...]
@@ -313,25 +304,8 @@ class _Call:
         arguments = self.signature.checked(arguments)
         return [arguments[name] for name in self.by_position], {key: arguments[key] for key in self.keywords}
 
-
-class _Code(str):
-    """Text that a signature shows as it is."""
-
-    __repr__ = str.__str__
-
-
-class CallerCodeGen(PyTreeCodeGen):
-    """Generates a ``forward`` with the caller's signature that refuses what was not captured."""
-
-    def __init__(self, signature: CallSignature, pytree_info: PyTreeInfo) -> None:
-        super().__init__(pytree_info)
-        self.signature, self.call = signature, _Call(signature, pytree_info.in_spec)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CallerCodeGen:
-        return CallerCodeGen(self.signature, self.pytree_info)  # neither ever changes
-
     def additional_globals(self) -> list[tuple[str, Any]]:
-        return [*super().additional_globals(), ("_call", self.call)]
+        return [*super().additional_globals(), ("_call", self)]
 
     def _head(self) -> str:
         """The parameters of ``forward`` as code."""
@@ -339,8 +313,8 @@ class CallerCodeGen(PyTreeCodeGen):
             parameter.replace(
                 annotation=inspect.Parameter.empty,
                 default=parameter.default
-                if isinstance(parameter.default, _LITERAL) or parameter.name not in self.call.defaults
-                else _Code(f"_call.defaults[{parameter.name!r}]"),
+                if isinstance(parameter.default, _LITERAL) or parameter.name not in self.signature.defaults
+                else _Code(f"_call.signature.defaults[{parameter.name!r}]"),
             )
             for parameter in self.signature.parameters.parameters.values()
         ]
