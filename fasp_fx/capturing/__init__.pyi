@@ -62,6 +62,7 @@ from ._program import (
     SplitWeight as SplitWeight,  # A weight that holds the given rows of a fused weight of the model, in this order, before removal
     copy_graph as copy_graph,  # A copy of a graph, to be changed; what is recorded of its output stays with it
     graph_module as graph_module,  # A graph module over the tensors of root, of the class kind
+    region as region,  # What tells the storage of a weight from that of others; tied weights share it
     set_weight as set_weight,  # Replace a parameter or buffer by its dotted name, keeping its kind, or add a parameter under a new name
 )
 from ._rewrites import (
@@ -78,8 +79,8 @@ from ._shapes import (
 )
 from ._signature import (
     HELD as HELD,  # Stands for a tensor, or for an object that knows its own tensors (a cache, say)
-    CallerCodeGen as CallerCodeGen,  # Generates a forward with the caller's signature that refuses what was not captured
     CallSignature as CallSignature,  # The parameters of the caller's forward, and which of them were captured
+    CallerCodeGen as CallerCodeGen,  # Generates a forward with the caller's signature that refuses what was not captured
     Guards as Guards,  # Stands where torch puts the module of its guards, which it wraps
     float_types as float_types,  # The types of those tensors that hold real numbers
     guard_calls as guard_calls,  # Let the guards in the module of an exported program fail with CallError; types as for Guards

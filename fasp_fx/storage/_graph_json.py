@@ -225,10 +225,8 @@ def program_from_json(
     Raises:
         StoreError: the data holds anything that :func:`program_to_json` does not write.
     """
-    with parsing("graph.json"):
-        reader = _Reader(data["program"], device)
-        with quiet():
-            program = reader.program(weights, constants)
+    with parsing("graph.json"), quiet():
+        program = _Reader(data["program"], device).program(weights, constants)
         check_weights(program, alike)
         return program
 
@@ -243,8 +241,7 @@ class _Reader:
                 " or load with the fasp_fx that saved it"
             )
         self.fields, self.device, self.made = fields, device, Symbols()
-        taken, returned = fields["structures"]
-        self.structures = (_structure_from_json(taken, device), _structure_from_json(returned, device))
+        self.structures = [_structure_from_json(written, device) for written in fields["structures"]]
         self.symbols: dict[str, sympy.Symbol] = {}
         for name, (assumptions, *bounds, hint) in fields["symbols"].items():
             known = {assumption: True for assumption in assumptions if assumption in _ASSUMPTIONS}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,11 +20,6 @@ from fasp_fx.errors import StoreError
 from ._folder import parsing
 from ._tensors import device_of
 from ._untrusted import check_name
-
-#: elements of all example inputs of a program together
-EXAMPLE = 2**28
-#: how the structure of arguments and outputs names a device: in JSON that is a text of JSON
-_DEVICE = re.compile(r'(\\+"_t\\+": \\+"device\\+", \\+"s\\+": \\+")\w+(:\d+)?')
 
 K = TypeVar("K")
 

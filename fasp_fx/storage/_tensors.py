@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fasp_fx.base import Count, parse, tolerable
+from fasp_fx.capturing import region
 from fasp_fx.errors import StoreError, first_line
 
 from ._folder import parsing
@@ -56,8 +57,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
                 " tensors only"
             )
         data = tensor.detach()
-        place = (data.untyped_storage().data_ptr(), data.storage_offset(), data.numel() or name)
-        kept = first.setdefault((*place, tuple(data.shape), data.stride(), data.dtype), name)
+        kept = first.setdefault((region(data, name), data.dtype), name)
         strides = data.stride()
         order = sorted(range(data.dim()), key=lambda dim: -strides[dim])
         if not data.permute(order).is_contiguous():

@@ -241,19 +241,13 @@ def check_structure(written: Any) -> None:
 
     Raises:
         StoreError: names the type.
+        Exception: it is none, for :func:`parsing` to say so.
     """
-    try:
-        _check_container(written)
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-        raise refuse("structure", written) from error
-
-
-def _check_container(written: Any) -> None:
     if written is None:
         return
     kind, context, children = written
     for child in children:
-        _check_container(child)
+        check_structure(child)
     keys = json.loads(context) if kind in ("builtins.dict", "collections.OrderedDict") else ()
     odd = next((key for key in keys if not isinstance(key, (str, int))), None)
     if odd is not None:
@@ -262,8 +256,7 @@ def _check_container(written: Any) -> None:
         raise StoreError(
             "the program takes or returns a defaultdict, whose factory would have to be imported; use a dict"
         )
-    is_known = kind in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
-    if isinstance(kind, str) and not is_known and _TRANSFORMERS.fullmatch(kind):
+    if kind not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE and _TRANSFORMERS.fullmatch(kind):
         _register(kind)
     for name in (kind, context) if kind == "collections.namedtuple" else (kind,):
         if name not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
@@ -283,21 +276,14 @@ def _check_context(value: Any) -> None:
     elif isinstance(value, dict):
         tag, path = value.get("_t"), value.get("p")
         names_class = tag is not None and path is not None
-        known = not names_class or (
-            isinstance(path, str) and (path in _PLAIN_CLASSES or _TRANSFORMERS.fullmatch(path) is not None)
-        )
-        if "__enum__" in value or not known:
-            raise refuse("context", value)
-        if tag in ("dtype", "layout") and not isinstance(
-            getattr(torch, str(value.get("n")), None), (torch.dtype, torch.layout)
-        ):
+        is_forged = names_class and path not in _PLAIN_CLASSES and not _TRANSFORMERS.fullmatch(path)
+        is_constant = isinstance(getattr(torch, str(value.get("n")), None), (torch.dtype, torch.layout))
+        if "__enum__" in value or is_forged or (tag in ("dtype", "layout") and not is_constant):
             raise refuse("context", value)
         if names_class and path not in _PLAIN_CLASSES:
-            _transformers_class(str(path))
-        for key, item in value.items():
-            if not is_key(key):
-                raise refuse("key", key)
-            _check_context(item)
+            _transformers_class(path)
+        for part in (*value, *value.values()):
+            _check_context(part)
     elif isinstance(value, str) and not is_key(value):
         raise refuse("key", value)
 
