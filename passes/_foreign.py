@@ -16,7 +16,7 @@ from fasp_fx.capturing import (
     copied,
     export_again,
     graph_module,
-    is_plain_graph,
+    is_plain,
     recapture,
     record,
     results,
@@ -87,7 +87,7 @@ def _rewritten(call: Callable[[Any], Any], program: Program) -> Program:
     module.graph.set_codegen(codegen_of(program.module.graph))
     copy.module = graph_module(module, module.graph, module.meta)
     _same_shapes(program, copy)
-    if is_plain_graph(module.graph):
+    if all(map(is_plain, module.graph.nodes)):
         record(copy.module)
         return copy
     # Operators of another dialect: torch.add, a call of a module.

@@ -154,7 +154,7 @@ def test_export_save_and_load(pruned: Pruned, tmp_path: Path) -> None:
     torch.export.save(pruned.result.program, tmp_path / "program.pt2")
     loaded = torch.export.load(tmp_path / "program.pt2")
     pruned.hold(loaded.module(), 0)
-    written = {node.meta.get("custom", {}).get(fasp_fx.base.WRITTEN_BY) for node in loaded.graph.nodes}
+    written = {node.meta.get("custom", {}).get(fasp_fx.capturing.WRITTEN_BY) for node in loaded.graph.nodes}
     assert not pruned.keyword or {"remove_channels", "pad_value_heads"} <= written, (
         "a file keeps which pass wrote a node"
     )

@@ -118,7 +118,7 @@ def test_correct_passes_are_accepted_and_mark_what_they_write(analysed: tuple[st
     program = removed(analysis)
     assert str(analysis.program.module.graph) == before
     changed(program, analysis, lambda program: None)
-    marks = {node.meta.get(fasp_fx.base.WRITTEN_BY) for node in program.module.graph.nodes}
+    marks = {node.meta.get(fasp_fx.capturing.WRITTEN_BY) for node in program.module.graph.nodes}
     assert "remove_channels" in marks
     assert {"pin_attention_scale", "pad_value_heads"} <= marks or not nodes(
         program, "scaled_dot_product_attention"

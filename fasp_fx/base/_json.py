@@ -56,9 +56,8 @@ def parse(
     Raises:
         FaspError: of the type ``error``; names the field.
     """
-    kind: Any = target
     try:
-        parsed: T = _adapter(kind).validate_json(text, strict=True)
+        return _adapter(target).validate_json(text, strict=True)
     except ValidationError as failure:
         first = failure.errors(include_url=False, include_context=False, include_input=False)[0]
         place = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
@@ -66,7 +65,6 @@ def parse(
         raise error(f"{what} is damaged: {place:.200}{says:.300}; {remedy}") from failure
     except FaspError as failure:
         raise error(f"{what} is damaged: {failure}") from failure
-    return parsed
 
 
 def to_document(kind: str, content: Mapping[str, Any], indent: int | None = None) -> str:

@@ -365,5 +365,4 @@ def _watched(scratch: Scratch, resident: int) -> Iterator[None]:
 
 def mapped_bytes() -> int | None:
     """How many bytes of mapped files this process has in memory, where that can be known."""
-    shared: int | None = getattr(psutil.Process().memory_info(), "shared", None)
-    return shared
+    return getattr(psutil.Process().memory_info(), "shared", None)

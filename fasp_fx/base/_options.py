@@ -36,8 +36,7 @@ def configured(kind: type[C], config: C | None, options: Mapping[str, Any]) -> C
             near = difflib.get_close_matches(name, known, 1)
             guess = f"did you mean '{near[0]}'? There" if near else "there"
             raise ArgumentError(f"the option '{name}' is not known; {guess} are {', '.join(known)}")
-    changed: C = replace(before, **options)
-    return changed
+    return replace(before, **options)
 
 
 def is_number(value: Any) -> bool:

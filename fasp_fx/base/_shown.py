@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 
 from fasp_fx.errors import ArgumentError
 
+from ._undisturbed import logging_from
 from .compat import silent_export, silent_fake_tensors
 
 P = ParamSpec("P")
@@ -103,6 +104,16 @@ _OWN = tuple(
 )
 
 
+#: the loggers of exporters
+_EXPORTERS = (
+    "torch.export",
+    "torch._export",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch._export.non_strict_utils",
+    "transformers",
+)
+
+
 def warn(message: str, category: type[Warning]) -> None:
     """Warn as of the first line outside of the library that led here."""
     frame, level = sys._getframe(1), 2
@@ -117,22 +128,10 @@ def warn(message: str, category: type[Warning]) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Exporters log what the library itself reports; errors still arrive as exceptions."""
-    loggers = [
-        logging.getLogger(name)
-        for name in (
-            "torch.export",
-            "torch._export",
-            "torch.fx.experimental.symbolic_shapes",
-            "torch._export.non_strict_utils",
-            "transformers",
-        )
-    ]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(action="ignore"), silent_export(), silent_fake_tensors():
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with (
+        logging_from(logging.ERROR, *_EXPORTERS),
+        warnings.catch_warnings(action="ignore"),
+        silent_export(),
+        silent_fake_tensors(),
+    ):
+        yield

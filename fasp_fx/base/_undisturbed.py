@@ -8,6 +8,7 @@ import contextlib
 import functools
 import gc
 import hashlib
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar
@@ -72,6 +73,16 @@ def for_a_while(read: Callable[[], Any], write: Callable[[Any], None]) -> Iterat
 
 
 @contextlib.contextmanager
+def logging_from(level: int, *names: str) -> Iterator[None]:
+    """Have loggers of these names keep what is below a level to themselves."""
+    with contextlib.ExitStack() as stack:
+        for logger in map(logging.getLogger, names):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(level)
+        yield
+
+
+@contextlib.contextmanager
 def without_collections() -> Iterator[None]:
     """Have Python's collector of cyclic garbage wait while many small objects are made that stay: it would
     look through all of them, and all that was imported, again and again, for a tenth of the time.
@@ -93,16 +104,7 @@ def drawing_alike(values: Iterable[Any], seed: int = 0) -> Iterator[None]:
         values: the weights of the model, and whatever else is on the devices that it draws on.
     """
     cards = list({value.device for value in values if isinstance(value, Tensor) and value.is_cuda})
-
-    def read() -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(card) for card in cards)]
-
-    def write(states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        for card, state in zip(cards, states[1:], strict=True):
-            torch.cuda.set_rng_state(state, card)
-
-    with for_a_while(read, write):
+    with torch.random.fork_rng(cards):
         torch.default_generator.manual_seed(seed)
         for card in cards:
             with torch.cuda.device(card):

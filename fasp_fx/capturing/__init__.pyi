@@ -23,7 +23,7 @@ from ._fold import (
     WHY_NOT_FOLDED as WHY_NOT_FOLDED,  # key of node.meta under which a node that computes a weight says why no parameter stands in its place
 )
 from ._functional import (
-    is_plain_graph as is_plain_graph,  # Whether a graph with its weights as attributes has no calls but of operators and what an exporter leaves …
+    is_plain as is_plain,  # Whether a node of a graph with its weights as attributes is no call but of an operator and what an exporter leaves beside those
     take_apart as take_apart,  # Write operators without a rule that are made of others, and assignments to slices, as what they are made of
 )
 from ._fx import (
@@ -42,6 +42,7 @@ from ._fx import (
     viewed as viewed,  # The node whose storage a node shows: to write into a view, or into what is detached, is to write into that
     views_may_copy as views_may_copy,  # Let changes of shape copy where no view can be
     way_from_weight as way_from_weight,  # The nodes that lead from a weight to an operand which holds it, moved or cast; both included
+    weights_of as weights_of,  # Every parameter and buffer of a module by name; tied ones under each of their names
     written_by as written_by,  # The nodes whose storage a node writes into
     written_names as written_names,  # The names of the tensors that a graph looks up and writes into
 )
@@ -79,8 +80,8 @@ from ._shapes import (
 )
 from ._signature import (
     HELD as HELD,  # Stands for a tensor, or for an object that knows its own tensors (a cache, say)
-    CallSignature as CallSignature,  # The parameters of the caller's forward, and which of them were captured
     CallerCodeGen as CallerCodeGen,  # Generates a forward with the caller's signature that refuses what was not captured
+    CallSignature as CallSignature,  # The parameters of the caller's forward, and which of them were captured
     Guards as Guards,  # Stands where torch puts the module of its guards, which it wraps
     float_types as float_types,  # The types of those tensors that hold real numbers
     guard_calls as guard_calls,  # Let the guards in the module of an exported program fail with CallError; types as for Guards

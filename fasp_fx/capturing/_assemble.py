@@ -191,7 +191,8 @@ def ready(
         ``None`` for a program that has to be traced: it writes into its inputs or weights, has regions of its
             own or sizes that data decide, or needs something of its sizes that the capture did not.
     """
-    mode = _mode(module.graph)
+    values = (node.meta.get("val") for node in module.graph.nodes)
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
     if (
         mode is None
         or not all(_is_functional(node) for node in module.graph.nodes)
@@ -199,9 +200,9 @@ def ready(
             isinstance(attribute(module, target_name(node)), Tensor)
             for node in module.graph.find_nodes(op="get_attr")
         )
+        or assumed(module.graph) != facts.assumed
+        or not _recorded(module)
     ):
-        return None
-    if assumed(module.graph) != facts.assumed or not _recorded(module):
         return None
     module.graph.eliminate_dead_code()
     return Assembly(module.graph, tuple(_weights(module, mode)), facts, example)
@@ -230,15 +231,9 @@ def _weights(module: fx.GraphModule, mode: FakeTensorMode) -> Iterator[_Weight]:
         tensors.setdefault(name, (InputKind.CONSTANT_TENSOR, attribute(module, name)))
     for name, (kind, value) in tensors.items():
         persistent = name in stored if kind is InputKind.BUFFER else None
-        recorded = mode.from_tensor(value, static_shapes=True)
-        yield _Weight(kind, name, recorded, persistent, without_values(value))
-
-
-def _mode(graph: fx.Graph) -> FakeTensorMode | None:
-    return next(
-        (value.fake_mode for node in graph.nodes if isinstance(value := node.meta.get("val"), FakeTensor)),
-        None,
-    )
+        yield _Weight(
+            kind, name, mode.from_tensor(value, static_shapes=True), persistent, without_values(value)
+        )
 
 
 def _is_functional(node: fx.Node) -> bool:
@@ -252,16 +247,12 @@ def _is_functional(node: fx.Node) -> bool:
 
 def _recorded(module: fx.GraphModule) -> bool:
     """Record what every node makes; whether that can be, without assuming anything new of the sizes."""
-    environment = environment_of(module.graph)
-    with (
-        quiet(),
-        refuse_new_guards(environment),
-    ):
-        try:
+    try:
+        with quiet(), refuse_new_guards(environment_of(module.graph)):
             record(module, everything=False)
-        except tolerable(VerificationError) as error:
-            _log.info("the program is traced: %s", error)
-            return False
+    except tolerable(VerificationError) as error:
+        _log.info("the program is traced: %s", error)
+        return False
     return True
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,7 @@ from ._compare_with_model import compared
 from ._export import CaptureOptions, Exported, export
 from ._fold import Folding, fold as fold_weights
 from ._functional import functional, take_apart
-from ._fx import read_stamps, remove_dead, remove_dropouts, results, written_names
+from ._fx import read_stamps, remove_dead, remove_dropouts, results, weights_of, written_names
 from ._parts import Parts
 from ._program import ExportFacts, Program, graph_module
 from ._rewrites import as_weights, check_names, own_names
@@ -89,7 +88,7 @@ def capture(
     remove_dead(module.graph)
     assert program.example_inputs is not None  # or there was no signature
     inputs, outputs = state_positions(module, program, signature.given(), how.state)
-    order = _order(model)
+    order = tuple(model.state_dict if isinstance(model, ExportedProgram) else weights_of(model))
     folding = fold_weights(module, order) if how.fold else Folding()
     return Program(
         _plain(module),
@@ -152,13 +151,6 @@ def _check_generators(exported: ExportedProgram) -> None:
         )
 
 
-def _order(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
-    if isinstance(model, ExportedProgram):
-        return tuple(model.state_dict)
-    parameters = model.named_parameters(remove_duplicate=False)
-    return tuple(dict([*parameters, *model.named_buffers(remove_duplicate=False)]))
-
-
 def _check_modes(model: nn.Module) -> None:
     """Refuse weights that were made in inference mode, which nothing outside of it may change, and those that
     have no shape yet.
@@ -166,7 +158,7 @@ def _check_modes(model: nn.Module) -> None:
     Raises:
         ArgumentError, CaptureError: names one.
     """
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+    for name, tensor in weights_of(model).items():
         if is_lazy(tensor):
             raise CaptureError(f"'{name}' is uninitialized; call the model once before it is captured")
         if tensor.is_inference():
@@ -226,19 +218,21 @@ def recapture(program: Program, exported: ExportedProgram) -> Program:
 # --- Which inputs and outputs of a program hold state, and may become narrower.
 
 
-def _leaves(
-    spec: pytree.TreeSpec, path: tuple[str | None, ...] = (), cached: bool = False
-) -> Iterator[tuple[tuple[str | None, ...], bool]]:
-    """The names on the way to each leaf of a structure, and whether it lies in a cache."""
+class _CACHED:
+    """Stands among the names on the way to a leaf of a cache."""
+
+
+def _leaves(spec: pytree.TreeSpec, way: frozenset[Any] = frozenset()) -> Iterator[frozenset[Any]]:
+    """The names on the way to each leaf of a structure."""
     if spec.is_leaf():
-        yield path, cached
+        yield way
         return
+    way |= {_CACHED} if is_cache(spec.type) else set()
     names: Any = spec.context
     if not isinstance(names, (list, tuple)) or len(names) != spec.num_children:
         names = [None] * spec.num_children
     for name, child in zip(names, spec.children(), strict=True):
-        named = name if isinstance(name, str) else None
-        yield from _leaves(child, (*path, named), cached or is_cache(spec.type))
+        yield from _leaves(child, way | ({name} if isinstance(name, str) else set()))
 
 
 def state_positions(
@@ -258,27 +252,20 @@ def state_positions(
     """
     taken, returned = exported.call_spec.in_spec, exported.call_spec.out_spec
     by_position = zip(arguments, taken.child(0).children(), strict=False)
-    inputs = [leaf for name, spec in by_position for leaf in _leaves(spec, (name,))]
+    inputs = [way for name, spec in by_position for way in _leaves(spec, frozenset({name}))]
     inputs += _leaves(taken.child(1))
     outputs = list(_leaves(returned))
-    known = {name for path, _ in (*inputs, *outputs) for name in path if name is not None}
+    known = frozenset().union(*inputs, *outputs) - {_CACHED}
     if unknown := [name for name in state if name not in known]:
         raise ArgumentError(
             f"state: no argument or output is called {unknown[0]!r}; there are"
             f" {', '.join(map(repr, sorted(known))) or 'none with a name'}"
         )
-    placeholders = module.graph.find_nodes(op="placeholder")
+    placeholders, wanted = module.graph.find_nodes(op="placeholder"), {_CACHED, *state}
     return (
-        frozenset(
-            node.name for node, leaf in zip(placeholders, inputs, strict=True) if _holds_state(leaf, state)
-        ),
-        frozenset(index for index, leaf in enumerate(outputs) if _holds_state(leaf, state)),
+        frozenset(node.name for node, way in zip(placeholders, inputs, strict=True) if way & wanted),
+        frozenset(index for index, way in enumerate(outputs) if way & wanted),
     )
-
-
-def _holds_state(leaf: tuple[tuple[str | None, ...], bool], state: tuple[str, ...]) -> bool:
-    path, cached = leaf
-    return cached or not set(path).isdisjoint(state)
 
 
 # --- A model that was captured once, for several analyses and prunings.
@@ -338,8 +325,8 @@ class Captured:
         changed = [
             name for name, parameter in self._parameters.items() if now.get(name, parameter) is not parameter
         ]
-        versions = _versions(self.program).items()
-        changed += [name for name, version in versions if version != self._versions.get(name)]
+        now_written = _versions(self.program).items()
+        changed += [name for name, version in now_written if version != self._versions.get(name)]
         if changed:
             raise ArgumentError(f"'{changed[0]}' has changed since the model was captured; capture it again")
         return self.program
@@ -352,22 +339,19 @@ class Captured:
         return Captured({"": program}, _versions(program))
 
 
-def capture_whole(model: Model, args: Any, kwargs: dict[str, Any] | None, **options: Any) -> Captured:
-    """Capture a model as one program; arguments and errors as for :func:`fasp_fx.capture`."""
-    program = _captured(model, args, kwargs, **options)
-    origin = weakref.ref(model) if isinstance(model, nn.Module) else lambda: None
-    return Captured({"": program}, _versions(program), origin, _parameters(model))
-
-
 def _parameters(model: object) -> dict[str, nn.Parameter]:
     """The parameters of a module by name."""
     return dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
 
 
-def _captured(
+def capture_whole(
     model: Model, args: Any, kwargs: dict[str, Any] | None, *, run: bool = True, **options: Any
-) -> Program:
-    """Capture, and if ``run``, hold the program against the model."""
+) -> Captured:
+    """Capture a model as one program; arguments and errors as for :func:`fasp_fx.capture`.
+
+    Args:
+        run: whether the program is held against the model.
+    """
     program = capture(model, args, kwargs, **options)
     if unread := program.unread():
         note = (
@@ -376,9 +360,10 @@ def _captured(
             + ", and the result keeps what nothing reads"
         )
         program = replace(program, notes=(*program.notes, note))
-    if not run:
-        return replace(program, seen=None)
-    return compared(program, model, args, kwargs, partial(capture, doubles=False, **options))
+    if run:
+        program = compared(program, model, args, kwargs, partial(capture, doubles=False, **options))
+    origin = weakref.ref(model) if isinstance(model, nn.Module) else lambda: None
+    return Captured({"": replace(program, seen=None)}, _versions(program), origin, _parameters(model))
 
 
 def check_given(

@@ -59,14 +59,13 @@ def compared(
     Nothing is compared where there is nothing to call or to compare: exported programs, weights without
     values, and a program on another device than its model.
     """
-    seen, program = program.seen, replace(program, seen=None)
     if not isinstance(model, nn.Module) or _is_elsewhere(program, model):
         return program
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
     try:
         if any(map(draws, program.module.graph.nodes)):
             return _noted(program, _SEEDS) if _seeds(program, model, args, kwargs) else program
-        worst, changed = _difference(program, model, (args, kwargs), seen)
+        worst, changed = _difference(program, model, (args, kwargs), program.seen)
         trouble = _otherwise("on the example inputs", worst)
     except tolerable(CalibrationError) as error:
         trouble = f"cannot be executed on the example inputs ({error})"
@@ -78,9 +77,9 @@ def compared(
     if changed and not written_names(program.module.graph):
         worst, _ = _difference(program, model, (args, kwargs), calls=2)
         if worst:
+            said = _otherwise("in the second of two calls", worst)
             names = ", ".join(f"'{name}'" for name in changed[:3])
-            why = f"forward keeps something in {names}, and a graph only in buffers"
-            return _noted(program, f"{_otherwise('in the second of two calls', worst)}: {why}")
+            return _noted(program, f"{said}: forward keeps something in {names}, and a graph only in buffers")
     try:
         check = size_check(program)
     except tolerable(Exception):  # no exported program can be made of it, and so no other sizes be tried
@@ -156,8 +155,7 @@ def _difference(
     Raises:
         CalibrationError: the program does not run on these inputs.
     """
-    written = written_names(program.module.graph)
-    expected, changed = seen or called(model, call, written, calls, lie)
+    expected, changed = seen or called(model, call, written_names(program.module.graph), calls, lie)
     with torch.no_grad(), drawing_alike(program.weights().values(), seed=1):
         outputs = Runner(program, [copied(program.flat_inputs(*call), lie)]).outputs()
     # leaf for leaf, but where a class of the caller's holds tensors, say
@@ -175,8 +173,8 @@ def _distance(actual: Any, expected: Any) -> float:
     where shapes do, or plain numbers.
     """
     if isinstance(expected, (bool, int, float)) and isinstance(actual, (bool, int, float)):
-        same = actual == expected or (actual != actual and expected != expected)
-        return 0.0 if same or math.isclose(actual, expected, rel_tol=1e-3) else math.inf
+        are_nan = actual != actual and expected != expected
+        return 0.0 if are_nan or math.isclose(actual, expected, rel_tol=1e-3) else math.inf
     if not (isinstance(actual, Tensor) and isinstance(expected, Tensor)):
         return 0.0  # what no graph returns
     if actual.shape != expected.shape:
@@ -267,12 +265,10 @@ def _floats(leaves: list[Any]) -> list[Tensor]:
 
 def coarsest(program: Program) -> torch.dtype:
     """The floating-point type of the lowest precision among all that the program computes."""
-    recorded = [
-        value for node in program.module.graph.nodes for value in pytree.tree_leaves(node.meta.get("val"))
-    ]
     types = {
         value.dtype.to_real()
-        for value in recorded
+        for node in program.module.graph.nodes
+        for value in pytree.tree_leaves(node.meta.get("val"))
         if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
     }
     return max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)

@@ -181,12 +181,12 @@ class _Exporter:
         inputs, shapes = attempt.inputs, attempt.shapes
         seen = None if self.is_empty else self._run(attempt)
         with functions_called() as functions:
-            program, attributes = self._undisturbed(inputs, shapes)
+            program, attributes = self._traced(inputs, shapes)
         if attempt.is_doubled and not takes_any_number(program):
             raise ValueError("it takes a batch of two where one was given")
         features = of_features(program) if shapes in _OF_OURS else frozenset()
         if features:
-            program, attributes = self._undisturbed(inputs, functools.partial(shapes, fixed=features))
+            program, attributes = self._traced(inputs, functools.partial(shapes, fixed=features))
         images = images_of(inputs.values()) if shapes is all_dims else set()
         fixed = (
             f"all sizes of {', '.join(repr(name) for name in inputs if id(inputs[name]) in images)}"
@@ -221,33 +221,24 @@ class _Exporter:
                 " pass others"
             ) from error
 
-    def _undisturbed(self, inputs: dict[str, Any], shapes: Any) -> tuple[ExportedProgram, list[str]]:
+    def _arguments(self, inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a call is given, by position and by name."""
+        named = {**inputs, **self.signature.constants}
+        return tuple(named.pop(name) for name in self.by_position), named
+
+    def _traced(self, inputs: dict[str, Any], shapes: Any) -> tuple[ExportedProgram, list[str]]:
         """The program, of a model that is found as it was and left so, and the names of the attributes that
         its forward sets.
         """
-        with quiet(), torch.no_grad(), by_shapes(), unchanged(self.model) as attributes:
-            program = self._traced(inputs, shapes)
-        return program, attributes
-
-    def _arguments(self, inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What a call is given, by position and by name."""
-        constants = self.signature.constants
-        named = {**inputs, **{name: one for name, one in constants.items() if name not in inputs}}
-        return tuple(named.pop(name) for name in self.by_position), named
-
-    def _traced(self, inputs: dict[str, Any], shapes: Any) -> ExportedProgram:
         model, (args, kwargs) = self.model, self._arguments(inputs)
-        if is_transformers(model) and not args:
-            return _rewritten(lambda: export_transformers(model, kwargs, shapes))
-        objects = {
-            name: value for name, value in kwargs.items() if name not in inputs and not is_plain(value)
-        }
-        kwargs = {name: value for name, value in kwargs.items() if name not in objects}
-        with _called_as(model, objects, kwargs):
-            spec = shapes(args, kwargs).dynamic_shapes(model, args, kwargs) if callable(shapes) else shapes
-            return _rewritten(
-                lambda: torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)
-            )
+        with quiet(), torch.no_grad(), by_shapes(), unchanged(model) as attributes:
+            if is_transformers(model) and not args:
+                return _rewritten(lambda: export_transformers(model, kwargs, shapes)), attributes
+            objects = {
+                name: value for name, value in kwargs.items() if name not in inputs and not is_plain(value)
+            }
+            kwargs = {name: value for name, value in kwargs.items() if name not in objects}
+            return _exported(model, objects, args, kwargs, shapes), attributes
 
 
 #: where the freedom is of ours to choose
@@ -283,6 +274,15 @@ def _rewritten(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
     return exported
 
 
+def _exported(
+    model: nn.Module, objects: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> ExportedProgram:
+    """The program of a model; ``objects`` as for :func:`_called_as`, ``shapes`` as for an attempt."""
+    with _called_as(model, objects, kwargs):
+        spec = shapes(args, kwargs).dynamic_shapes(model, args, kwargs) if callable(shapes) else shapes
+        return _rewritten(lambda: torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False))
+
+
 def _called_as(
     model: nn.Module, objects: dict[str, Any], kwargs: dict[str, Any]
 ) -> contextlib.AbstractContextManager[Any]:
@@ -310,8 +310,5 @@ def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[st
     """Export a rewritten graph module; guards, ranges and recorded shapes are made anew."""
     args, kwargs = example
     compile_graphs(module)  # an exporter asks for its signature before it calls it
-    with quiet(), torch.no_grad(), by_shapes(), _called_as(module, {}, kwargs):
-        shapes = recorded_shapes(module.graph, example).dynamic_shapes(module, args, kwargs)
-        return _rewritten(
-            lambda: torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-        )
+    with quiet(), torch.no_grad(), by_shapes():
+        return _exported(module, {}, args, kwargs, lambda *_: recorded_shapes(module.graph, example))

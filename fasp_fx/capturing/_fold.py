@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 from fasp_fx.patterns import CASTS, letters_of, lookup
 
-from ._fx import arguments, attribute, draws, is_pure, remove_dead, target_name, written_names
-from ._program import FoldedWeight, free_name, region
+from ._fx import arguments, attribute, draws, is_pure, remove_dead, target_name, weights_of, written_names
+from ._program import FoldedWeight, free_name, region, set_weight
 
 Region = tuple[Any, ...]
 
@@ -54,9 +54,7 @@ def fold(module: fx.GraphModule, order: Iterable[str]) -> Folding:
         module: a functional graph whose weights are ``get_attr`` nodes.
         order: the names of the caller's weights, none of which is given to another.
     """
-    weights = dict(
-        [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    )
+    weights = weights_of(module)
     computed = _computed_weights(module, weights)
     chosen, freed = _chosen(module, computed)
     notes = tuple(_refused(module, entry) for entry in computed if entry not in chosen)
@@ -74,8 +72,7 @@ def fold(module: fx.GraphModule, order: Iterable[str]) -> Folding:
         owner, _, leaf = name.rpartition(".")
         delattr(module.get_submodule(owner), leaf)
     for entry, name, parameter in folded:
-        owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner).register_parameter(leaf, parameter)
+        set_weight(module, name, parameter)
         with module.graph.inserting_before(entry.node):
             weight = module.graph.get_attr(name)
         kept = entry.node.meta.keys() & {"val", "nn_module_stack", "stack_trace"}
@@ -116,12 +113,11 @@ def _chosen(module: fx.GraphModule, computed: list[Computed]) -> tuple[list[Comp
     """Those that take no more bytes than the weights that go with them, and the memory of those weights; of
     several that are computed of one weight, the first has its bytes.
     """
-    chosen, lookups = computed, module.graph.find_nodes(op="get_attr")
-    constants = {node: attribute(module, target_name(node)) for node in lookups}
+    chosen = computed
     regions = {
         node: region(tensor, target_name(node))
-        for node, tensor in constants.items()
-        if isinstance(tensor, Tensor)
+        for node in module.graph.find_nodes(op="get_attr")
+        if isinstance(tensor := attribute(module, target_name(node)), Tensor)
     }
     sources = {key: name for entry in computed for key, name in entry.sources.items()}
     while True:
@@ -142,8 +138,7 @@ def _evaluate(module: fx.GraphModule, entry: Computed) -> Tensor:
     with torch.no_grad():
         for node in entry.cone:
             interpreter.env[node] = interpreter.run_node(node)
-        value: Tensor = interpreter.env[entry.node].detach().clone()  # of no other's storage
-    return value
+        return interpreter.env[entry.node].detach().clone()  # of no other's storage
 
 
 def _name(entry: Computed, weights: dict[str, Tensor], gone: set[str]) -> str:
@@ -186,8 +181,7 @@ class Computed:
     @property
     def value(self) -> Tensor:
         """Its shape and type, as recorded."""
-        recorded: Tensor = self.node.meta["val"]
-        return recorded
+        return self.node.meta["val"]
 
     @property
     def bytes(self) -> int:

@@ -32,7 +32,7 @@ from fasp_fx.base import (
 from fasp_fx.errors import first_line
 from fasp_fx.patterns import lookup
 
-from ._fx import call_in_words, remove_dropouts, stand_for, views_may_copy
+from ._fx import applied, call_in_words, remove_dropouts, stand_for, views_may_copy
 from ._rewrites import LAYERS, own_states
 from ._shapes import by_shapes
 
@@ -149,9 +149,9 @@ def _traced(node: fx.Node, way: Callable[..., Any]) -> fx.Graph:
     module.forward = compute
     with quiet(), torch.no_grad(), by_shapes():
         # Of what lies in order, an operator would not write down that it must (``contiguous``).
-        recorded = [_stand_in(operand.meta["val"]) for operand in operands]
+        stand_ins = [_stand_in(operand.meta["val"]) for operand in operands]
         module_traced, _ = aot_export_module(
-            module, recorded, trace_joint=False, pre_dispatch=True, decompositions={}
+            module, stand_ins, trace_joint=False, pre_dispatch=True, decompositions={}
         )
     traced = cast(fx.GraphModule, module_traced).graph
     views_may_copy(traced)
@@ -215,20 +215,12 @@ def _is_simple(node: fx.Node) -> bool:
     )
 
 
-def is_plain_graph(graph: fx.Graph) -> bool:
-    """Whether a graph with its weights as attributes has no calls but of operators and what an exporter
-    leaves beside them.
+def is_plain(node: fx.Node) -> bool:
+    """Whether a node of a graph with its weights as attributes is no call but of an operator and what an
+    exporter leaves beside those, which takes their items or computes with sizes.
     """
-    return all(
-        node.op in ("placeholder", "output", "get_attr")
-        or (node.op == "call_function" and _is_exported(node.target))
-        for node in graph.nodes
-    )
-
-
-def _is_exported(target: Any) -> bool:
-    """Operators, and what takes their items or computes with sizes."""
-    return (
+    target: Any = node.target
+    return node.op in ("placeholder", "output", "get_attr") or (
         isinstance(target, (OpOverload, HigherOrderOperator))
         or getattr(target, "__module__", None) in ("_operator", "math")
         or getattr(target, "__name__", "").startswith("sym_")
@@ -347,11 +339,10 @@ def _record(node: fx.Node, like: fx.Node) -> None:
 
 def _made(node: fx.Node, operator: Any) -> Any:
     """What an operator makes of what a node is called with."""
-    operands = [operand.meta.get("val") for operand in node.all_input_nodes]
-    modes = [value.fake_mode for value in pytree.tree_leaves(operands) if isinstance(value, FakeTensor)]
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda operand: operand.meta.get("val"))
-    with modes[0], torch.no_grad():
-        return operator(*args, **kwargs)
+    values = pytree.tree_leaves([operand.meta.get("val") for operand in node.all_input_nodes])
+    mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    with mode, torch.no_grad():
+        return applied(node, operator)
 
 
 def _writes(node: fx.Node) -> bool:

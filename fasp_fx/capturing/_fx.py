@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,10 +17,15 @@ from fasp_fx.patterns import argument_names
 
 def attribute(module: torch.nn.Module, target: str) -> Any:
     """The attribute of a nested module by its dotted path."""
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
+    return operator.attrgetter(target)(module)
+
+
+def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of a module by name; tied ones under each of their names."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
 
 
 def target_name(node: fx.Node) -> str:
@@ -152,8 +158,14 @@ def way_from_weight(operand: fx.Node) -> list[fx.Node]:
 
 def results(graph: fx.Graph) -> list[Any]:
     """The graph's results in order."""
-    returned: Any = graph.find_nodes(op="output")[0].args[0]
+    returned: Any = graph.output_node().args[0]
     return list(returned)
+
+
+def applied(node: fx.Node, target: Callable[..., Any]) -> Any:
+    """What a function makes of what is recorded of the arguments of a node."""
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda operand: operand.meta["val"])
+    return target(*args, **kwargs)
 
 
 # --- What a graph computes in vain: what nothing reads, and dropouts that are off.
@@ -171,8 +183,8 @@ def remove_dropouts(graph: fx.Graph) -> None:
 
     One that the graph returns stays: what is returned must be no input.
     """
-    for operator in _DROPOUTS:
-        for node in graph.find_nodes(op="call_function", target=operator):
+    for dropout in _DROPOUTS:
+        for node in graph.find_nodes(op="call_function", target=dropout):
             named = arguments(node)
             if named["train"] is False and not any(user.op == "output" for user in node.users):
                 node.replace_all_uses_with(named["input"])

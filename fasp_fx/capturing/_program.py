@@ -27,7 +27,7 @@ from fasp_fx.base import (
 )
 from fasp_fx.errors import VerificationError
 
-from ._fx import attribute, target_name, written_names
+from ._fx import attribute, target_name, weights_of, written_names
 from ._signature import CallSignature
 from ._unchanged import Seen
 
@@ -186,12 +186,7 @@ class Program:
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter and buffer by name; tied ones under each of their names."""
-        return dict(
-            [
-                *self.module.named_parameters(remove_duplicate=False),
-                *self.module.named_buffers(remove_duplicate=False),
-            ]
-        )
+        return weights_of(self.module)
 
     def parameters(self) -> dict[str, Tensor]:
         """The parameters of the caller's model that the program was captured with: those of the graph, but

@@ -19,9 +19,10 @@ from torch.export.graph_signature import InputKind, InputSpec
 from fasp_fx.base import OpOverload, rename, settled_by, storage_of, with_parts
 from fasp_fx.errors import CaptureError
 
-from ._fx import arguments, stand_for
+from ._fx import arguments, stand_for, weights_of
 from ._program import region
 from ._shapes import RECURRENT
+from ._sizes import is_dynamic, shapes_of_inputs
 
 # --- Sizes that an exporter took to vary until the program said what they are: numbers, once it is known.
 #
@@ -36,7 +37,13 @@ def settled_as_numbers(exported: ExportedProgram) -> ExportedProgram:
     """Write such sizes as the numbers that they are, in the program's own graph, which nobody else may hold;
     those that the program returns stay.
     """
-    numbers = {node: number for node in exported.graph.nodes if (number := _number(node)) is not None}
+    numbers = {
+        node: value.node.maybe_as_int()
+        for node in exported.graph.nodes
+        if isinstance(value := node.meta.get("val"), torch.SymInt)
+        and node.op == "call_function"
+        and not is_dynamic(value)
+    }
     for user in exported.graph.nodes:
         if user.op != "output" and not numbers.keys().isdisjoint(user.all_input_nodes):
             user.args, user.kwargs = fx.map_arg(
@@ -50,23 +57,13 @@ def settled_as_numbers(exported: ExportedProgram) -> ExportedProgram:
     return exported
 
 
-def _number(node: fx.Node) -> int | None:
-    value = node.meta.get("val")
-    if node.op != "call_function" or not isinstance(value, torch.SymInt):
-        return None
-    number: int | None = value.node.maybe_as_int()
-    return number
-
-
 def fixed_sizes(exported: ExportedProgram) -> Iterator[str]:
     """What a user should know of sizes of the inputs that were to vary and do not.
 
     Features meet weights, in an operator; where forward asks for a number, the line that does so is known. A
     first dimension is that of samples, and spoken of whatever fixed it.
     """
-    inputs = set(exported.graph_signature.user_inputs)
-    for node in exported.graph.find_nodes(op="placeholder"):
-        shape = node.meta["val"].shape if node.name in inputs and isinstance(node.meta["val"], Tensor) else ()
+    for name, shape in shapes_of_inputs(exported):
         for dim, size in enumerate(shape):
             number = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
             line = None if number is None else settled_by(size)
@@ -78,7 +75,7 @@ def fixed_sizes(exported: ExportedProgram) -> Iterator[str]:
                 why = "one is a constant to an exporter"
             else:
                 continue
-            yield f"the size {size} of dimension {dim} of '{node.name}' is fixed, because {why}"
+            yield f"the size {size} of dimension {dim} of '{name}' is fixed, because {why}"
 
 
 _ATEN = torch.ops.aten
@@ -181,15 +178,9 @@ def own_names(module: nn.Module, graph: fx.Graph) -> None:
     An argument ``x`` beside a parameter ``x`` is such a one. A node called ``self`` hides the module in
     generated code.
     """
-    weights = {
-        name
-        for name, _ in (
-            *module.named_parameters(remove_duplicate=False),
-            *module.named_buffers(remove_duplicate=False),
-        )
-    }
+    weights = weights_of(module)
     for node in graph.nodes:
-        wanted, called = node.name, weights if node.op != "get_attr" else set()
+        wanted, called = node.name, weights if node.op != "get_attr" else {}
         while node.name in called or node.name == "self":
             wanted = f"{wanted}_node"
             rename(node, wanted)

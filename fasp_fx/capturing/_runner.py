@@ -21,7 +21,7 @@ from fasp_fx.base import (
 )
 from fasp_fx.errors import CalibrationError, VerificationError, first_line
 
-from ._fx import WRITTEN_BY, attribute, results, written_inputs, written_names
+from ._fx import WRITTEN_BY, applied, attribute, results, target_name, written_inputs, written_names
 from ._program import Program
 from ._shapes import by_shapes
 from ._sizes import same_sizes
@@ -216,51 +216,6 @@ def execute(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
 # --- What the nodes of a graph make, without data.
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a graph without data, and records what its nodes make.
-
-    Args:
-        everything: what is recorded of a node already may be out of date, though no pass has written the node
-            and what it reads is as it was.
-    """
-
-    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode, everything: bool) -> None:
-        super().__init__(module)
-        self.mode, self.everything = mode, everything
-        self.changed: set[fx.Node] = set()
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs)
-        return (
-            self.mode.from_tensor(value, static_shapes=True)
-            if isinstance(value, Tensor) and not isinstance(value, FakeTensor)
-            else value
-        )
-
-    def run_node(self, node: fx.Node) -> Any:
-        before = node.meta.get("val")
-        if not (
-            self.everything
-            or before is None
-            or node.op != "call_function"
-            or WRITTEN_BY in node.meta
-            or self.changed.intersection(node.all_input_nodes)
-        ):
-            return before
-        try:
-            result = super().run_node(node)
-        except tolerable(Exception) as error:
-            raise VerificationError(
-                f"node '{node.name}' ({node.target}) does not execute: {first_line(error)}"
-            ) from error
-        if node.op not in ("placeholder", "output"):
-            if not self.everything and built_alike(result, before, _is_recorded):
-                return before
-            self.changed.add(node)
-            node.meta["val"] = result
-        return result
-
-
 def _is_recorded(value: Any, before: Any) -> bool:
     """Whether a leaf of what a node makes is what was recorded."""
     if isinstance(value, torch.SymInt) and isinstance(before, torch.SymInt):
@@ -288,8 +243,28 @@ def record(module: fx.GraphModule, everything: bool = True) -> None:
     mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
     if mode is None:
         return
-    recorder = _Recorder(module, mode, everything)
-    recorder.extra_traceback = False
+    changed = set[fx.Node]()
     # operators that are made of others take symbolic sizes only in Python
     with torch.no_grad(), by_shapes(), mode, enable_python_dispatcher():
-        recorder.run(*inputs, enable_io_processing=False)
+        for node in module.graph.nodes:
+            before = node.meta.get("val")
+            is_new = everything or before is None or WRITTEN_BY in node.meta
+            is_new = is_new or not changed.isdisjoint(node.all_input_nodes)
+            if node.op == "get_attr" or (node.op == "call_function" and is_new):
+                result = _made(module, node, mode)
+                if everything or not built_alike(result, before, _is_recorded):
+                    changed.add(node)
+                    node.meta["val"] = result
+
+
+def _made(module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
+    try:
+        if node.op != "get_attr":
+            return applied(node, cast(Any, node.target))
+        value = attribute(module, target_name(node))
+        is_real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+        return mode.from_tensor(value, static_shapes=True) if is_real else value
+    except tolerable(Exception) as error:
+        raise VerificationError(
+            f"node '{node.name}' ({node.target}) does not execute: {first_line(error)}"
+        ) from error

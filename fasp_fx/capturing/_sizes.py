@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.export.graph_signature import InputKind, TensorArgument
+from torch.export.graph_signature import InputKind
 
 from fasp_fx.base import asserted, bounds_of, conditions_on, hint_of, pytree
 
@@ -215,11 +215,17 @@ def widened(inputs: dict[str, Any]) -> dict[str, Any] | None:
     return pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) else leaf, inputs)
 
 
+def shapes_of_inputs(exported: ExportedProgram) -> Iterator[tuple[str, Sequence[int | torch.SymInt]]]:
+    """Name and recorded shape of the caller's inputs of a program, in order; empty for what is no tensor."""
+    recorded = {node.name: node.meta.get("val") for node in exported.graph.find_nodes(op="placeholder")}
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT:
+            yield spec.arg.name, getattr(recorded.get(spec.arg.name), "shape", ())
+
+
 def takes_any_number(exported: ExportedProgram) -> bool:
     """Whether the first dimension of every input of a program varies."""
-    nodes = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
-    recorded = [nodes[name].meta["val"] for name in exported.graph_signature.user_inputs if name in nodes]
-    return all(is_dynamic(value.shape[0]) for value in recorded if isinstance(value, Tensor))
+    return all(is_dynamic(shape[0]) for _, shape in shapes_of_inputs(exported) if shape)
 
 
 def images_of(arguments: Iterable[Any]) -> set[int]:
@@ -280,29 +286,21 @@ def of_features(exported: ExportedProgram) -> _Places:
     which weights meet the next. Others are tied to a weight by what strides leave of them (frequencies of
     speech after convolutions, ``5 * ((size - 1) // 2) + 5 == 15``), so that few sizes do.
     """
-    arguments = [
-        spec.arg for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
-    ]
-    recorded = {
-        node.name: node.meta["val"].shape
-        for node in exported.graph.find_nodes(op="placeholder")
-        if isinstance(node.meta.get("val"), Tensor)
-    }
     sizes = {
-        (index, dim): size.node.expr
-        for index, argument in enumerate(arguments)
-        if isinstance(argument, TensorArgument)
-        for dim, size in enumerate(recorded[argument.name])
+        (index, dim): size
+        for index, (_, shape) in enumerate(shapes_of_inputs(exported))
+        for dim, size in enumerate(shape)
         if isinstance(size, torch.SymInt)
     }
     tied: set[Any] = set()
-    for expression in sizes.values():
+    for size in sizes.values():
+        expression = size.node.expr
         constant, rest = expression.as_coeff_Add()
         if constant > 0 and rest and all(part.as_coeff_Mul()[0] < 0 for part in sympy.Add.make_args(rest)):
             tied |= expression.free_symbols
-    varying = next((size for shape in recorded.values() for size in shape if is_dynamic(size)), None)
+    varying = next(filter(is_dynamic, sizes.values()), None)
     tied.update(() if varying is None else _tied_to_weights(varying))
-    return frozenset(place for place, expression in sizes.items() if expression.free_symbols & tied)
+    return frozenset(place for place, size in sizes.items() if size.node.expr.free_symbols & tied)
 
 
 def _tied_to_weights(size: torch.SymInt) -> Iterator[Any]:

@@ -24,6 +24,7 @@ from fasp_fx.errors import CallError, CaptureError, ExportError, first_line
 
 from ._assemble import size_check
 from ._capture import Captured, capture, capture_whole
+from ._fx import weights_of
 from ._parts import Call, Part, Parts, model_copy, replace_submodule, simple_attributes, watching
 from ._program import Program
 from ._runner import Runner
@@ -207,11 +208,13 @@ def capture_model(model: Any, args: Any, kwargs: dict[str, Any] | None, **option
     try:
         return capture_whole(model, args, kwargs, **options)
     except tolerable(CaptureError) as error:
-        of_whole = options["state"] or options["dynamic_shapes"] is not None
-        if of_whole or not isinstance(error, ExportError) or not isinstance(model, nn.Module):
-            raise
-        tensors = [*model.parameters(), *model.buffers()]
-        if any(nn.parameter.is_lazy(tensor) or tensor.device.type == "meta" for tensor in tensors):
+        if (
+            options["state"]
+            or options["dynamic_shapes"] is not None
+            or not isinstance(error, ExportError)
+            or not isinstance(model, nn.Module)
+            or any(tensor.device.type == "meta" for tensor in weights_of(model).values())
+        ):
             raise
         return _in_parts(error, model, args, kwargs, options["device"])
 
@@ -259,5 +262,5 @@ def _in_parts(
         raise CaptureError(
             f"{error} No submodule can be pruned by itself either: {reasons or 'there is none'}."
         ) from error.__cause__
-    programs = {part.paths[0]: part.program for part in parts}
-    return Captured(programs, {}, in_parts=Parts(own_model, call, signature, error, parts, search.left))
+    in_parts = Parts(own_model, call, signature, error, parts, search.left)
+    return Captured({part.paths[0]: part.program for part in parts}, {}, in_parts=in_parts)

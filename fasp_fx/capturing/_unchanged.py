@@ -54,7 +54,7 @@ def unchanged(model: Any) -> Iterator[list[str]]:
 
     Afterwards, what is yielded names the attributes that had changed.
     """
-    saved = []
+    saved, plain = [], []
     for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, torch.jit.ScriptModule):
             continue  # cannot be captured, and keeps its attributes elsewhere
@@ -62,14 +62,14 @@ def unchanged(model: Any) -> Iterator[list[str]]:
         contents = {
             name: copy.copy(value) for name, value in attributes.items() if type(value) in _CONTAINERS
         }
-        public = {name: value for name, value in attributes.items() if not name.startswith("_")}
-        values = _values(leaf for leaf in pytree.tree_leaves(public) if isinstance(leaf, Tensor))
-        saved.append((path, module, attributes, contents, values))
+        plain += [value for name, value in attributes.items() if not name.startswith("_")]
+        saved.append((path, module, attributes, contents))
     changed: list[str] = []
     try:
-        yield changed
+        with _values_kept(pytree.tree_leaves(plain)):
+            yield changed
     finally:
-        for path, module, attributes, contents, values in saved:
+        for path, module, attributes, contents in saved:
             now, before = vars(module), {**attributes, **contents}
             names = {**attributes, **now}.keys() - vars(nn.Module()).keys() - _set_by_torch(module)
             same = {
@@ -84,7 +84,6 @@ def unchanged(model: Any) -> Iterator[list[str]]:
                 value = attributes[name]
                 value.clear()
                 (value.extend if isinstance(value, list) else value.update)(content)
-            _write_back(values)
 
 
 def _is_same(value: Any, before: Any) -> bool:
@@ -108,14 +107,10 @@ def rewound(model: nn.Module, written: Iterable[str] = (), seed: int = 0) -> Ite
     parameters = dict(model.named_parameters(remove_duplicate=False))
     lookups = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
     scaled = [module.weight for module in lookups if module.max_norm is not None]
-    values = _values(
-        [*model.buffers(), *scaled, *(parameters[name] for name in written if name in parameters)]
-    )
-    try:
-        with unchanged(model) as changed, drawing_alike((*model.parameters(), *model.buffers()), seed):
-            yield changed
-    finally:
-        _write_back(values)
+    into = [*model.buffers(), *scaled, *(parameters[name] for name in written if name in parameters)]
+    weights = (*model.parameters(), *model.buffers())
+    with _values_kept(into), unchanged(model) as changed, drawing_alike(weights, seed):
+        yield changed
 
 
 #: what a model is called with, by position and by name
@@ -169,23 +164,22 @@ def copied(value: Any, lie: Callable[[Tensor], Tensor] = torch.clone) -> Any:
     return pytree.tree_map(copy_of, value)
 
 
-def _values(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Tensors with copies of what they hold; those without values, and those of other layouts, are left as
-    they are.
-    """
-    plain = [
-        tensor
-        for tensor in tensors
-        if tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type != "meta"
+@contextmanager
+def _values_kept(values: Iterable[Any]) -> Iterator[None]:
+    """Put back what tensors hold; those without values, and those of other layouts, are left as they are."""
+    before = [
+        (value, value.detach().clone())
+        for value in values
+        if isinstance(value, Tensor) and value.layout == torch.strided
+        if not value.is_quantized and value.device.type != "meta"
     ]
-    return [(tensor, tensor.detach().clone()) for tensor in plain]
-
-
-def _write_back(values: list[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for tensor, value in values:
-            if not torch.equal(tensor, value):
-                tensor.copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, content in before:
+                if not torch.equal(tensor, content):
+                    tensor.copy_(content)
 
 
 # --- Find out whether a copy reads the module that it was copied from.

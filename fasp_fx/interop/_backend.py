@@ -36,9 +36,10 @@ from fasp_fx.capturing import (
     attribute,
     by_shapes,
     graph_module,
-    is_plain_graph,
+    is_plain,
     take_apart,
     target_name,
+    weights_of,
 )
 from fasp_fx.errors import (
     CaptureError,
@@ -114,8 +115,7 @@ def backend(
             " its place, without a word; use fasp_fx.apply",
             PartialPlanWarning,
         )
-    compiler = lookup_backend(inner) if isinstance(inner, str) else inner
-    return _Backend(plan, compiler, model, check).compile
+    return _Backend(plan, lookup_backend(inner) if isinstance(inner, str) else inner, model, check).compile
 
 
 #: names that torch gives the weights of its recurrent layers
@@ -143,7 +143,7 @@ class _Backend:
 
     def _compile(self, module: fx.GraphModule, example: list[Any]) -> Compiled:
         owner = self._owner(set(map(id, example)))
-        named = {} if owner is None else tensors_of(owner)
+        named = {} if owner is None else weights_of(owner)
         names = {id(tensor): name for name, tensor in reversed(named.items())}  # the first of each
         weights = {
             position: (names[id(value)], value)
@@ -186,11 +186,11 @@ class _Backend:
     def _owner(self, weights: set[int]) -> nn.Module | None:
         """The module whose names the plan speaks of, once it is known to be the right one."""
         candidates = [self.model] if self.model is not None else holders(weights)
-        fitting = [module for module in candidates if self.named <= tensors_of(module).keys()]
+        fitting = [module for module in candidates if self.named <= weights_of(module).keys()]
         if not candidates:
             return None
         if not fitting:
-            missing = min(self.named - tensors_of(candidates[0]).keys())
+            missing = min(self.named - weights_of(candidates[0]).keys())
             raise PlanError(
                 f"the plan names '{missing}', which {type(candidates[0]).__name__} does not have; it is a"
                 " plan for another model, or the compiled function holds the model inside this module or"
@@ -251,12 +251,13 @@ class _Slice:
         constant = program.weights().get(name, getattr(program.module, name, None))
         return _Slice(recipe, position, constant if position is None else None)
 
+    def weight(self, args: Any) -> Any:
+        """The present weight, or the constant, of which all stays."""
+        return self.constant if self.position is None else args[self.position]
+
     def cut(self, args: Any) -> Tensor:
         """The slice of the present weight, differentiably."""
-        if self.position is None:
-            assert self.constant is not None
-            return self.constant
-        return self.recipe.apply(args[self.position])
+        return self.recipe.apply(self.weight(args))
 
     def trains(self, args: Any) -> bool:
         """Whether its weight wants gradients."""
@@ -264,11 +265,10 @@ class _Slice:
 
     def current(self, args: Any) -> Tensor:
         """The slice; made anew if its weight is another or has changed since."""
-        if self.position is None or not self.recipe.cuts:
-            return self.cut(args)
-        weight: Tensor = args[self.position]
+        weight = self.weight(args)
         # for autograd; and a tensor that does not count its versions
-        if (torch.is_grad_enabled() and weight.requires_grad) or weight.is_inference():
+        is_made_anew = (torch.is_grad_enabled() and weight.requires_grad) or weight.is_inference()
+        if not self.recipe.cuts or is_made_anew:
             return self.cut(args)
         now = (weight.data_ptr(), weight.dtype, version_of(weight))
         if self._made is None or self._made[1]() is not weight or self._made[3] != now:
@@ -314,15 +314,8 @@ def holders(weights: set[int]) -> list[nn.Module]:
     return [
         module
         for module in named
-        if isinstance(module, nn.Module) and weights & set(map(id, tensors_of(module).values()))
+        if isinstance(module, nn.Module) and weights & set(map(id, weights_of(module).values()))
     ]
-
-
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """The weights of a module under all their names."""
-    return dict(
-        [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    )
 
 
 def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
@@ -351,36 +344,34 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
             "it takes a float as an input, as dynamo makes of all of them with dynamic=True; set"
             " torch._dynamo.config.specialize_float = True, which compiles once for each value"
         )
-    examples = [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")]
     try:
-        traced = _traced(module, examples)
+        traced = _traced(module)
         take_apart(traced.graph)
     except CaptureError:
         raise
     except tolerable(Exception) as error:
         raise CaptureError(f"the graph cannot be traced: {first_line(error)}") from error
     _without_modes(traced.graph, grad)
-    if not is_plain_graph(traced.graph):
-        strange = next(node for node in traced.graph.nodes if not is_plain_graph(_alone(node)))
+    strange = next((node for node in traced.graph.nodes if not is_plain(node)), None)
+    if strange is not None:
         raise CaptureError(f"the graph calls {strange.target}")
     traced.recompile()
     return traced
 
 
-def _traced(module: nn.Module, examples: list[Any]) -> fx.GraphModule:
+def _traced(module: fx.GraphModule) -> fx.GraphModule:
+    inputs = module.graph.find_nodes(op="placeholder")
     with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad(), by_shapes():
         traced, signature = aot_export_module(
-            module, examples, trace_joint=False, pre_dispatch=True, decompositions={}
+            module,
+            [node.meta.get("example_value") for node in inputs],
+            trace_joint=False,
+            pre_dispatch=True,
+            decompositions={},
         )
     if signature.buffers_to_mutate or signature.parameters_to_mutate or signature.user_inputs_to_mutate:
         raise CaptureError("the graph writes into its inputs or buffers")
     return cast(fx.GraphModule, traced)
-
-
-def _alone(node: fx.Node) -> fx.Graph:
-    graph = fx.Graph()
-    graph.node_copy(node, lambda argument: graph.placeholder(argument.name))
-    return graph
 
 
 def _without_modes(graph: fx.Graph, grad: bool) -> None:

@@ -44,7 +44,7 @@ from torch.fx.traceback import annotate as annotating, preserve_node_meta as ann
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .._undisturbed import for_a_while
+from .._undisturbed import for_a_while, logging_from
 from ._objects import (
     RECURRENT_LISTS,
     codegen_of,
@@ -92,13 +92,9 @@ SET_GRAD = torch._C._set_grad_enabled
 FAKE_LOGGER = "torch._subclasses.fake_tensor"
 
 
-@contextlib.contextmanager
-def silent_fake_tensors() -> Iterator[None]:
+def silent_fake_tensors() -> contextlib.AbstractContextManager[None]:
     """Keep fake tensors from logging as an error what they go on to raise."""
-    logger = logging.getLogger(FAKE_LOGGER)
-    with for_a_while(lambda: logger.level, logger.setLevel):
-        logger.setLevel(logging.CRITICAL)
-        yield
+    return logging_from(logging.CRITICAL, FAKE_LOGGER)
 
 
 def compiled_when_called() -> contextlib.AbstractContextManager[None]:

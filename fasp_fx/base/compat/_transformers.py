@@ -23,7 +23,7 @@ from transformers.exporters.utils import prepare_for_export
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .._undisturbed import for_a_while
+from .._undisturbed import for_a_while, logging_from
 
 #: the name of the argument and of the output that holds keys and values of the tokens seen; until 5.23 it was
 #: a longer one
@@ -36,15 +36,10 @@ def export_program(model: PreTrainedModel, inputs: dict[str, Any], shapes: Any) 
     """
     exporter: Any = DynamoExporter()
     config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
-    logger = exporter_dynamo.logger
-    program: ExportedProgram
-    with for_a_while(lambda: logger.level, logger.setLevel):
-        logger.setLevel(logging.ERROR)
+    with logging_from(logging.ERROR, exporter_dynamo.logger.name):
         if hasattr(exporter, "export_program"):
-            program, _ = exporter.export_program(model, inputs, config)
-        else:
-            program = exporter.export(model, inputs, config)
-    return program
+            return exporter.export_program(model, inputs, config)[0]
+        return exporter.export(model, inputs, config)
 
 
 @contextlib.contextmanager
@@ -77,8 +72,7 @@ def classes_by_config(auto: type) -> Mapping[Any, Any]:
     """The classes of models that an Auto class loads, by those of their configurations; none where it keeps
     them elsewhere.
     """
-    mapping: Mapping[Any, Any] = getattr(auto, "_model_mapping", {})
-    return mapping
+    return getattr(auto, "_model_mapping", {})
 
 
 def forget_conversions(model: Any) -> None:

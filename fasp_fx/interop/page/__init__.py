@@ -73,9 +73,8 @@ def write_page(source: Report | Analysis, title: str, file: Path) -> None:
     Raises:
         StoreError: something else is there, or it cannot be written.
     """
-    text = to_html(source, title)
     with new_file(file, replaceable=_is_page) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(to_html(source, title), encoding="utf-8")
 
 
 def _is_page(file: Path) -> bool:
