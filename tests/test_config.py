@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fasp_fx
-from fasp_fx.base._json import DOCUMENT
+from fasp_fx.base._records import DOCUMENT
 from fasp_fx.pruning import PruningOptions, Report
 
 SPEC = Spec(

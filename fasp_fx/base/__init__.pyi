@@ -11,13 +11,6 @@ from ._compare import (
     tolerance as tolerance,  # How far apart values of a type may be (TOLERANCE); 0 for integers
     unfilled as unfilled,  # The values where what is expected is neither infinite nor a filling, flat if any is
 )
-from ._json import (
-    Count as Count,  # a number of things, or an index, as large as a size of a tensor can be
-    ReadBy as ReadBy,  # Annotates a field whose value is made by a function of what JSON holds, whatever its type
-    from_document as from_document,  # What a document of that kind holds
-    parse as parse,  # What a text of JSON holds; fields that are not known are left out
-    to_document as to_document,  # A document of its own, which from_document reads
-)
 from ._offload import (
     Scratch as Scratch,  # Files in a folder that hold tensors, and have no name there: what no tensor uses is freed, whatever becomes of the process
     addresses as addresses,  # Where the memory of tensors lies that keep_values would move
@@ -29,12 +22,17 @@ from ._offload import (
     offload as offload,  # Keep weights in files while a model is pruned: those that are made inside, and those given to keep_weights
     zeros as zeros,  # Zeros that will be needed later, kept as keep does
 )
-from ._options import (
+from ._records import (
+    Count as Count,  # a number of things, or an index, as large as a size of a tensor can be
+    ReadBy as ReadBy,  # Annotates a field whose value is made by a function of what JSON holds, whatever its type
     check_callable as check_callable,  # Refuse arguments that are to be called and cannot be
     configured as configured,  # A configuration with some options in the place of its own
+    from_document as from_document,  # What a document of that kind holds
     is_number as is_number,  # Whether a value is a finite number that a float can hold, and no truth value
     names_of as names_of,  # The names that an option was given, as a tuple
+    parse as parse,  # What a text of JSON holds; fields that are not known are left out
     path_of as path_of,  # A path that an argument gives
+    to_document as to_document,  # A document of its own, which from_document reads
 )
 from ._shown import (
     Shown as Shown,  # what progress= takes: a function that is called with the fraction done; None: a bar in a terminal or a notebook

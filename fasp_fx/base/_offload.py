@@ -75,8 +75,7 @@ class Scratch:
         if not _is_plain(values) or values.nbytes < SMALLEST or self._holds(values):
             return tensor
         kept = self.empty(values.shape, values.dtype).copy_(values)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        return nn.Parameter(kept, requires_grad=tensor.requires_grad) if is_parameter else kept
+        return nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
 
     def keep_storage(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
         """The memory of tensors on the CPU, copied into a file if it is not small and not there already.
@@ -202,18 +201,15 @@ def keep_values(values: Mapping[K, Any], stay: Container[int] = ()) -> dict[K, A
     moved: dict[int, torch.UntypedStorage] = {}
 
     def move(tensor: Tensor) -> Tensor:
-        if tensor.requires_grad or not _is_plain(tensor):  # the way back needs it as it is
+        # the way back needs it as it is
+        if tensor.requires_grad or not _is_plain(tensor) or tensor.untyped_storage().data_ptr() in stay:
             return tensor
-        storage = tensor.untyped_storage()
-        address = storage.data_ptr()
-        if address in stay:
-            return tensor
+        address = tensor.untyped_storage().data_ptr()
         if address not in moved:
-            moved[address] = scratch.keep_storage(storage)
-        if moved[address].data_ptr() == address:
-            return tensor
-        view = torch.empty(0, dtype=tensor.dtype)
-        return view.set_(moved[address], tensor.storage_offset(), tensor.shape, tensor.stride())
+            moved[address] = scratch.keep_storage(tensor.untyped_storage())
+        return torch.empty(0, dtype=tensor.dtype).set_(
+            moved[address], tensor.storage_offset(), tensor.shape, tensor.stride()
+        )
 
     return {key: pytree.tree_map_only(Tensor, move, value) for key, value in values.items()}
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -89,9 +90,7 @@ def lying_otherwise(tensor: Tensor) -> Tensor:
     """A tensor of the same shape and type, without its values, whose memory is in no order that an operator
     may hope for: the dimensions are in reverse order, and every other element is left out.
     """
-    strides: list[Any] = [2]
-    for size in tensor.shape:
-        strides.append(strides[-1] * size)
+    strides = list(accumulate(tensor.shape, operator.mul, initial=2))
     return tensor.new_empty_strided(tensor.shape, strides[: tensor.dim()])
 
 

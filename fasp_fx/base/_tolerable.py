@@ -44,18 +44,15 @@ def tolerable(*kinds: type[E]) -> tuple[type[E], ...]:
         except tolerable(Exception) as error:
             return f"does not run: {error}"
     """
-    for error in _raised(sys._getframe(1)):
-        if _is_short(error, _MEMORY | _FILES) or _interrupts(error):
-            return ()
-    return kinds
+    raised = _raised(sys._getframe(1))
+    return () if any(_is_short(error, _MEMORY | _FILES) or _interrupts(error) for error in raised) else kinds
 
 
 def short_of_memory() -> tuple[type[Exception], ...]:
     """What to catch where smaller pieces may fit: anything, if memory is short, the host's or a device's;
     nothing else.
     """
-    short = any(_is_short(error, _MEMORY) for error in _raised(sys._getframe(1)))
-    return (Exception,) if short else ()
+    return (Exception,) if any(_is_short(error, _MEMORY) for error in _raised(sys._getframe(1))) else ()
 
 
 def _raised(catching: FrameType) -> list[BaseException]:

@@ -129,22 +129,13 @@ def float32_products(precision: str) -> Iterator[None]:
         before = torch.get_float32_matmul_precision()
     except tolerable(RuntimeError):  # backends were given one each
         before = None
-    if precision == before or before != "highest":
-        yield
-        return
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-
-    def read() -> list[str]:
-        return [torch.get_float32_matmul_precision(), *(backend.fp32_precision for backend in backends)]
-
-    def write(states: list[str]) -> None:
-        torch.set_float32_matmul_precision(states[0])
-        for backend, value in zip(backends, states[1:], strict=True):
+    with contextlib.ExitStack() as stack:
+        if before == "highest" and precision != before:
             # "highest" asks each of them for something, who were asked for nothing.
-            backend.fp32_precision = value
-
-    with for_a_while(read, write):
-        torch.set_float32_matmul_precision(precision)
+            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
+                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+            stack.callback(torch.set_float32_matmul_precision, before)
+            torch.set_float32_matmul_precision(precision)
         yield
 
 

@@ -19,7 +19,7 @@ from fasp_fx.base import distance, drawing_alike, laid_otherwise, pytree, tolera
 from fasp_fx.errors import CalibrationError, CaptureError, CaptureWarning
 
 from ._assemble import size_check
-from ._fx import draws, written_names
+from ._fx import draws, weights_of, written_names
 from ._program import Program
 from ._runner import Runner
 from ._sizes import is_dynamic, lower_bound
@@ -253,10 +253,8 @@ def _noted(program: Program, trouble: str) -> Program:
 
 
 def _is_elsewhere(program: Program, model: nn.Module) -> bool:
-    devices = {
-        tensor.device for tensor in [*program.weights().values(), *model.parameters(), *model.buffers()]
-    }
-    return len({device.type for device in devices}) > 1 or any(device.type == "meta" for device in devices)
+    weights = (*program.weights().values(), *weights_of(model).values())
+    return not {tensor.device.type for tensor in weights} <= {program.device().type} - {"meta"}
 
 
 def _floats(leaves: list[Any]) -> list[Tensor]:

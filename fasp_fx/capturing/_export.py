@@ -199,9 +199,14 @@ class _Exporter:
             *(f"forward sets the attribute '{name}', which a graph does not" for name in attributes),
             *map(_GRADIENTS.format, functions),
         )
-        # Freedom can have been taken away since that was asked above.
-        doubled = attempt.is_doubled and takes_any_number(program)
-        return Exported(program, self.signature, notes, doubled, None if attempt.is_doubled else seen)
+        return Exported(
+            program,
+            self.signature,
+            notes,
+            # Freedom can have been taken away since that was asked above.
+            doubled=attempt.is_doubled and takes_any_number(program),
+            seen=None if attempt.is_doubled else seen,
+        )
 
     def _run(self, attempt: _Attempt) -> Seen:
         """Call the model itself, so that what functions of its code remember (``functools.cache``, a

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fasp_fx.base import pytree
 from fasp_fx.patterns import CASTS, letters_of, lookup
 
 from ._fx import arguments, attribute, draws, is_pure, remove_dead, target_name, weights_of, written_names
@@ -291,7 +292,6 @@ def _computed(node: fx.Node) -> Iterator[fx.Node]:
     if moved is None:
         yield node
         return
-    parts = arguments(mover)[moved]  # type: ignore[arg-type]
-    for part in parts if isinstance(parts, (list, tuple)) else [parts]:
+    for part in pytree.tree_leaves(arguments(mover)[moved]):  # type: ignore[arg-type]
         if isinstance(part, fx.Node):
             yield from _computed(part)

@@ -360,9 +360,8 @@ def _twin(node: fx.Node) -> OpOverload | None:
     if not isinstance(twin, OpOverload) or schema_of(twin).is_mutable:
         return None
     first, *rest = schema_of(target).arguments
-    others = [argument.name for argument in schema_of(twin).arguments[1:]]
     alone = first.is_write and not any(argument.is_write for argument in rest)
-    same = [argument.name for argument in rest] == others
+    same = [one.name for one in rest] == [other.name for other in schema_of(twin).arguments[1:]]
     return twin if alone and same and _keeps_type(node, twin) else None
 
 

@@ -115,9 +115,12 @@ def viewed(node: fx.Node) -> fx.Node:
     """The node whose storage a node shows: to write into a view, or into what is detached, is to write into
     that.
     """
-    while isinstance(node.target, OpOverload) and node.args and isinstance(node.args[0], fx.Node):
-        if not any(result.alias_info is not None for result in schema_of(node.target).returns):
-            break
+    while (
+        isinstance(node.target, OpOverload)
+        and node.args
+        and isinstance(node.args[0], fx.Node)
+        and any(result.alias_info is not None for result in schema_of(node.target).returns)
+    ):
         node = node.args[0]
     return node
 

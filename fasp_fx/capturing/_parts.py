@@ -58,12 +58,10 @@ def watching(modules: Iterable[nn.Module], seen: Callable[[nn.Module, Call], Non
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen(module, Call(copied(args), copied(kwargs)))
 
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -140,13 +138,12 @@ def model_copy(model: nn.Module) -> nn.Module:
     """A copy that shares no storage. Python cannot copy weights that a hook computes; those are cloned. Torch
     copies a parameter without its attributes.
     """
-    computed = [
-        value
+    clones = {
+        id(value): value.detach().clone()
         for module in model.modules()
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
-    ]
-    clones = {id(value): value.detach().clone() for value in computed}
+    }
     model_too = copy.deepcopy(model, clones)
     for parameter, its in zip(model.parameters(), model_too.parameters(), strict=False):
         vars(its).update(copy.copy(vars(parameter)))

@@ -221,13 +221,9 @@ class Program:
         caller's model.
         """
         first: dict[tuple[Any, ...], str] = {}
-        names = {}
         rank = {name: index for index, name in enumerate(self.order)}
-        for name, tensor in sorted(
-            self.weights().items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])
-        ):
-            names[name] = first.setdefault(region(tensor, name), name)
-        return names
+        weights = sorted(self.weights().items(), key=lambda item: (rank.get(item[0], len(rank)), item[0]))
+        return {name: first.setdefault(region(tensor, name), name) for name, tensor in weights}
 
     def aliases(self) -> dict[str, list[str]]:
         """For each canonical name, all names of that storage."""

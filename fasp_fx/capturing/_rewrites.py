@@ -237,14 +237,13 @@ def own_states(graph: fx.Graph) -> None:
         for state in node.all_input_nodes:
             zeros: Any = state.args[0] if state.target is _ATEN.slice.Tensor else state
             is_own = state.target is _ATEN.new_zeros.default and len(state.users) == 1
-            if is_own or zeros.target not in _ZEROS:
-                continue
-            with graph.inserting_before(node):
+            if not is_own and zeros.target in _ZEROS:
                 size = [1, *arguments(zeros)["size"][1:]]
-                zero = graph.call_function(_ATEN.new_zeros.default, (arguments(node)["input"], size))
-            stand_for(zero, node)
-            zero.meta |= {"custom": zeros.meta.get("custom", {}), "val": state.meta["val"]}
-            node.replace_input_with(state, zero)
+                with graph.inserting_before(node):
+                    zero = graph.call_function(_ATEN.new_zeros.default, (arguments(node)["input"], size))
+                stand_for(zero, node)
+                zero.meta |= {"custom": zeros.meta.get("custom", {}), "val": state.meta["val"]}
+                node.replace_input_with(state, zero)
 
 
 # --- Flex attention as a compiler traces it.

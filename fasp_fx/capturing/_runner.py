@@ -131,8 +131,10 @@ class Runner:
     def outputs(self) -> list[Any]:
         """What the program returns for the first batch, leaf for leaf, once all of it was executed."""
         self.advance(len(self.nodes) - 1)
-        leaves = results(self.module.graph)
-        return [next(self.read(leaf)) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+        return [
+            next(self.read(leaf)) if isinstance(leaf, fx.Node) else leaf
+            for leaf in results(self.module.graph)
+        ]
 
     def ahead(self, node: fx.Node) -> Iterator[Any]:
         """What the node that is next in order will give, for each batch, with nothing kept of it."""

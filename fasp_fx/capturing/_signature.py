@@ -139,8 +139,7 @@ class CallSignature:
     @cached_property
     def defaults(self) -> dict[str, Any]:
         """The defaults of the parameters."""
-        parameters = self.parameters.parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+        return {p.name: p.default for p in self.parameters.parameters.values() if p.default is not p.empty}
 
     def given(self) -> list[str]:
         """The arguments given at capture, in the order of the parameters."""
@@ -406,9 +405,11 @@ class Guards(nn.Module):
 
     def _check_tensors(self, inputs: tuple[Any, ...]) -> None:
         for name, like, value in zip(self.names, self.like, inputs, strict=True):
-            if like is None or isinstance(value, fx.Proxy):  # an fx tracer only looks on
-                continue
-            if not (isinstance(value, Tensor) and value.dim() == like[0] and self._takes(value, like[1])):
+            if not (
+                like is None
+                or isinstance(value, fx.Proxy)  # an fx tracer only looks on
+                or (isinstance(value, Tensor) and value.dim() == like[0] and self._takes(value, like[1]))
+            ):
                 raise _refusal(name, value, f"one of {like[0]} dimensions, {like[1]}")
 
     def _takes(self, value: Tensor, captured: torch.dtype) -> bool:
@@ -443,6 +444,8 @@ def guard_calls(lifted: fx.GraphModule, exported: ExportedProgram, types: set[to
         for name, value in bound.arguments.items()
         for path, _ in pytree.tree_leaves_with_path(value)
     )
-    recorded = [node.meta.get("val") for node in lifted.graph.find_nodes(op="placeholder")]
-    like = tuple((value.dim(), value.dtype) if isinstance(value, Tensor) else None for value in recorded)
+    like = tuple(
+        (value.dim(), value.dtype) if isinstance(value := node.meta.get("val"), Tensor) else None
+        for node in lifted.graph.find_nodes(op="placeholder")
+    )
     set_guards(lifted, Guards(guards.forward, names, like, types))

@@ -85,25 +85,21 @@ class Sizes:
         self.assigned: dict[sympy.Symbol, int] = {}
         self._known: dict[sympy.Expr, int] = {}
         self._settled: set[sympy.Expr] = set()
-        counted: dict[int, Any] = {}
-        for node in module.graph.nodes:
+        for node in module.graph.find_nodes(op="placeholder"):
             recorded = node.meta.get("val")
-            if node.op == "placeholder":
-                sizes = recorded.shape if isinstance(recorded, torch.Tensor) else (recorded,)
-                for size in (size for size in sizes if isinstance(size, torch.SymInt)):
+            for size in recorded.shape if isinstance(recorded, Tensor) else (recorded,):
+                if isinstance(size, torch.SymInt):
                     self._assign(size)
-            elif isinstance(recorded, torch.SymInt):
-                counted[id(recorded.node.shape_env)] = recorded.node.shape_env
-        for environment in counted.values():
-            self._share_out(environment)
+        computed = (node.meta.get("val") for node in module.graph.nodes if node.op == "call_function")
+        first = next((size for size in computed if isinstance(size, torch.SymInt)), None)
+        if first is not None:
+            self._share_out(first.node.shape_env)
 
     def _share_out(self, environment: Any) -> None:
         """Numbers known only at run time that the program says add up to a size, such as how many tokens each
         expert gets, share it.
         """
         for equation in asserted(environment):
-            if not isinstance(equation, sympy.Eq):
-                continue
             difference = sympy.expand(equation.lhs - equation.rhs)
             self._choose_total(difference, environment)
             difference = sympy.expand(difference.xreplace(self.assigned))
@@ -177,13 +173,10 @@ class Sizes:
             return Size.fixed(value)
         self._assign(recorded)
         times: Counter[sympy.Expr] = Counter()
-        for factor in recorded.node.expr.as_coeff_mul()[1]:
-            if factor in self._settled:
-                continue
+        for factor in set(recorded.node.expr.as_coeff_mul()[1]) - self._settled:
             base, power = factor.as_base_exp()
-            times[base if power.is_Integer and power > 0 else factor] += (
-                int(power) if power.is_Integer and power > 0 else 1
-            )
+            is_power = power.is_Integer and power > 0
+            times[base if is_power else factor] += int(power) if is_power else 1
         symbols = math.prod(int(factor.xreplace(self.assigned)) ** power for factor, power in times.items())
         if not symbols or value % symbols:
             return Size(1, frozenset({(recorded.node.expr, 1)}), value)
@@ -193,15 +186,13 @@ class Sizes:
         """The recorded value of a node with every symbolic size replaced; tensors become empty ones of that
         shape.
         """
-        if isinstance(value, torch.Tensor):
-            return torch.empty(
-                [self.integer(size) for size in value.shape], dtype=value.dtype, device=value.device
-            )
-        if isinstance(value, torch.SymInt):
-            return self.integer(value)
-        if isinstance(value, (list, tuple)):
-            return type(value)(self.concrete(item) for item in value)
-        return value
+
+        def concrete(leaf: Tensor | torch.SymInt) -> Tensor | int:
+            if isinstance(leaf, torch.SymInt):
+                return self.integer(leaf)
+            return torch.empty(list(map(self.integer, leaf.shape)), dtype=leaf.dtype, device=leaf.device)
+
+        return pytree.tree_map_only((Tensor, torch.SymInt), concrete, value)
 
 
 # --- Which dimensions of the inputs vary from call to call.
@@ -308,8 +299,6 @@ def _tied_to_weights(size: torch.SymInt) -> Iterator[Any]:
     are a fixed number.
     """
     for condition in conditions_on(size.node.shape_env):
-        if not isinstance(condition, sympy.Eq):
-            continue
         for product, fixed in (condition.args, condition.args[::-1]):
             functions = {type(part).__name__ for part in product.atoms(sympy.Function)}
             channels, _ = product.as_content_primitive()
@@ -355,9 +344,9 @@ def recorded_shapes(
         settled: whether those count that could vary until the capture settled them.
     """
     collection = ShapesCollection()
-    leaves = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
     inputs = graph.find_nodes(op="placeholder")
-    tensors = [node for node in inputs if isinstance(node.meta.get("val"), Tensor)]
-    for node, leaf in zip(tensors, leaves, strict=True):
-        collection[leaf] = {dim: _recorded(size, settled) for dim, size in enumerate(node.meta["val"].shape)}
+    for node, leaf in zip(inputs, pytree.tree_leaves(example), strict=True):
+        if isinstance(leaf, Tensor):
+            sizes = node.meta["val"].shape
+            collection[leaf] = {dim: _recorded(size, settled) for dim, size in enumerate(sizes)}
     return collection

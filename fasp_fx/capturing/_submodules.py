@@ -244,9 +244,12 @@ def _in_parts(
         if device is not None:
             target = device_named(device)
             own_model, call = own_model.to(target), call.to(target)
-        # what a model compiles for itself would not be run
-        compiled = torch.compiler.set_stance("force_eager")
-        with rewound(model), rewound(own_model), compiled, noting_reads(model, own_model) as read:
+        with (
+            rewound(model),
+            rewound(own_model),
+            torch.compiler.set_stance("force_eager"),  # what a model compiles for itself would not be run
+            noting_reads(model, own_model) as read,
+        ):
             call.run(own_model)
         if read:
             raise CaptureError(said_of_reads(model, read))

@@ -41,9 +41,9 @@ def _set_by_torch(module: nn.Module) -> set[str]:
     """Attributes that torch itself sets in forward: those of its own hooks, which compute a weight, and the
     lists in which recurrent modules keep their parameters, made anew where an exporter has put stand-ins.
     """
-    hooks = filter(of_torch, forward_pre_hooks(module).values())
     return set().union(
-        RECURRENT_LISTS if isinstance(module, nn.RNNBase) else (), *map(written_by_hook, hooks)
+        RECURRENT_LISTS if isinstance(module, nn.RNNBase) else (),
+        *map(written_by_hook, filter(of_torch, forward_pre_hooks(module).values())),
     )
 
 
@@ -105,8 +105,11 @@ def rewound(model: nn.Module, written: Iterable[str] = (), seed: int = 0) -> Ite
         written: the names of other parameters that its forward writes into.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    lookups = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
-    scaled = [module.weight for module in lookups if module.max_norm is not None]
+    scaled = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+    ]
     into = [*model.buffers(), *scaled, *(parameters[name] for name in written if name in parameters)]
     weights = (*model.parameters(), *model.buffers())
     with _values_kept(into), unchanged(model) as changed, drawing_alike(weights, seed):
@@ -154,14 +157,12 @@ def copied(value: Any, lie: Callable[[Tensor], Tensor] = torch.clone) -> Any:
     """
     copies: dict[int, Tensor] = {}
 
-    def copy_of(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
+    def copy_of(leaf: Tensor) -> Tensor:
         if id(leaf) not in copies:
             copies[id(leaf)] = lie(leaf.detach())
         return copies[id(leaf)]
 
-    return pytree.tree_map(copy_of, value)
+    return pytree.tree_map_only(Tensor, copy_of, value)
 
 
 @contextmanager
@@ -195,18 +196,16 @@ def noting_reads(model: nn.Module, copy: nn.Module) -> Iterator[list[str]]:
     well: a class may copy itself so.
     """
     copied_as_well = {id(inner) for inner in copy.modules()}
-    paths, attributes, noted = dict[int, str](), dict[int, set[str]](), list[str]()
+    attributes, noted = dict[tuple[int, str], str](), list[str]()
     for path, inner in model.named_modules():
         if id(inner) not in copied_as_well:
             names = (set(dir(inner)) - set(dir(type(inner)))) | vars(inner).keys()
-            names -= dict(inner.named_children()).keys()
-            paths[id(inner)] = path
-            attributes[id(inner)] = {name for name in names if not name.startswith("_")}
+            for name in names - dict(inner.named_children()).keys():
+                attributes[id(inner), name] = f"{path}.{name}" if path else name
 
     def note(module: nn.Module, name: str) -> None:
-        if name in attributes.get(id(module), ()):
-            path = paths[id(module)]
-            noted.append(f"{path}.{name}" if path else name)
+        if not name.startswith("_") and (id(module), name) in attributes:
+            noted.append(attributes[id(module), name])
 
     with attributes_read(note):
         yield noted

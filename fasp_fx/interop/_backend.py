@@ -158,10 +158,7 @@ class _Backend:
         if owner is None or not weights:
             return self.inner(module, example)  # a graph without weights has nothing to lose
         grad = torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in example)
-        aliases: dict[str, list[str]] = {}
-        for name, tensor in named.items():
-            aliases.setdefault(names[id(tensor)], []).append(name)
-        program = as_program(trace(module, grad), weights, tuple(named), aliases)
+        program = as_program(trace(module, grad), weights, named)
         rewritten = self._rewritten(program)
         if rewritten is program:
             return self.inner(module, example)
@@ -310,10 +307,9 @@ def holders(weights: set[int]) -> list[nn.Module]:
         weights: the inputs of the graph, by their ``id``.
     """
     frame = InstructionTranslator.current_tx()
-    named = (*frame.f_locals.values(), *frame.f_globals.values())
     return [
         module
-        for module in named
+        for module in (*frame.f_locals.values(), *frame.f_globals.values())
         if isinstance(module, nn.Module) and weights & set(map(id, weights_of(module).values()))
     ]
 
@@ -344,33 +340,26 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
             "it takes a float as an input, as dynamo makes of all of them with dynamic=True; set"
             " torch._dynamo.config.specialize_float = True, which compiles once for each value"
         )
+    inputs = module.graph.find_nodes(op="placeholder")
     try:
-        traced = _traced(module)
+        with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad(), by_shapes():
+            traced, signature = aot_export_module(
+                module,
+                [node.meta.get("example_value") for node in inputs],
+                trace_joint=False,
+                pre_dispatch=True,
+                decompositions={},
+            )
         take_apart(traced.graph)
-    except CaptureError:
-        raise
     except tolerable(Exception) as error:
         raise CaptureError(f"the graph cannot be traced: {first_line(error)}") from error
+    if signature.buffers_to_mutate or signature.parameters_to_mutate or signature.user_inputs_to_mutate:
+        raise CaptureError("the graph writes into its inputs or buffers")
     _without_modes(traced.graph, grad)
     strange = next((node for node in traced.graph.nodes if not is_plain(node)), None)
     if strange is not None:
         raise CaptureError(f"the graph calls {strange.target}")
     traced.recompile()
-    return traced
-
-
-def _traced(module: fx.GraphModule) -> fx.GraphModule:
-    inputs = module.graph.find_nodes(op="placeholder")
-    with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad(), by_shapes():
-        traced, signature = aot_export_module(
-            module,
-            [node.meta.get("example_value") for node in inputs],
-            trace_joint=False,
-            pre_dispatch=True,
-            decompositions={},
-        )
-    if signature.buffers_to_mutate or signature.parameters_to_mutate or signature.user_inputs_to_mutate:
-        raise CaptureError("the graph writes into its inputs or buffers")
     return cast(fx.GraphModule, traced)
 
 
@@ -395,28 +384,26 @@ def _without_modes(graph: fx.Graph, grad: bool) -> None:
 def as_program(
     traced: fx.GraphModule,
     weights: dict[int, tuple[str, Tensor]],
-    order: tuple[str, ...],
-    aliases: dict[str, list[str]],
+    named: dict[str, Tensor],
 ) -> Program:
     """A program of a traced graph.
 
     Args:
         traced: the graph; all weights are inputs.
         weights: name and tensor of each input that is a weight, by its position.
-        order: the names of the model's weights in their order.
-        aliases: all names of each weight, by its first.
+        named: the model's weights in their order, under all their names.
     """
-    root = nn.Module()
-    for name, tensor in weights.values():
-        for alias in aliases[name]:
-            assign_attr(tensor, root, alias)
+    root, read = nn.Module(), {id(tensor) for _, tensor in weights.values()}
+    for name, tensor in named.items():
+        if id(tensor) in read:
+            assign_attr(tensor, root, name)
     graph = traced.graph
     for position, node in enumerate(graph.find_nodes(op="placeholder")):
         if position in weights:
             with graph.inserting_before(node):
-                read = graph.create_node("get_attr", weights[position][0])
-            read.meta.update(node.meta)
-            node.replace_all_uses_with(read)
+                weight = graph.create_node("get_attr", weights[position][0])
+            weight.meta.update(node.meta)
+            node.replace_all_uses_with(weight)
             graph.erase_node(node)
     registered = (*traced.named_parameters(recurse=False), *traced.named_buffers(recurse=False))
     # Constants that tracing has lifted are plain attributes.
@@ -427,5 +414,5 @@ def as_program(
         graph_module(root, graph, traced.meta),
         CallSignature(inspect.Signature(), (), {}),
         ((), {}),
-        order=order,
+        order=tuple(named),
     )

@@ -18,11 +18,9 @@ from ._graph_json import (
     program_from_json as program_from_json,  # The program over the given tensors
     program_to_json as program_to_json,  # The graph, its signature, ranges and guards, and the shapes of the example inputs; no tensor
 )
-from ._signature_json import (
+from ._values import (
+    read_tensors as read_tensors,  # The tensors of one file, on device or where they were; tied names share one object
     signature_from_json as signature_from_json,  # The signature that signature_to_json wrote
     signature_to_json as signature_to_json,  # Names, kinds and defaults of the parameters, and what was captured
-)
-from ._tensors import (
-    read_tensors as read_tensors,  # The tensors of one file, on device or where they were; tied names share one object
     write_tensors as write_tensors,  # Write tensors to one file
 )

@@ -61,8 +61,10 @@ def new_save(path: Path, kind: str, *, overwrite: bool, keep: bool = True) -> It
 
 def write_manifest(folder: Path, kind: str, names: Iterable[str] = ()) -> None:
     """List files of a folder, or every one; all get the permissions that new files have here."""
-    listed = names or _names(folder)
-    files = {name: _File((folder / name).stat().st_size, _sha256(folder / name)) for name in listed}
+    files = {
+        name: _File((folder / name).stat().st_size, _sha256(folder / name))
+        for name in names or _names(folder)
+    }
     write_json(folder / MANIFEST, asdict(_Manifest(FORMAT, kind, files=files)))
     mode = (folder / MANIFEST).stat().st_mode
     for name in files:  # safetensors keeps its files to their owner
@@ -70,8 +72,8 @@ def write_manifest(folder: Path, kind: str, names: Iterable[str] = ()) -> None:
 
 
 def _names(folder: Path) -> list[str]:
-    files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
-    return sorted(name for name in files if name != MANIFEST)
+    files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}
+    return sorted(files - {MANIFEST})
 
 
 def _manifest(folder: Path) -> _Manifest:
@@ -250,8 +252,9 @@ def refuse_other(folder: Path, option: str = "checkpoint=") -> None:
         others = folder.exists() and [path for path in folder.iterdir() if not path.name.startswith(".")]
         is_other = bool(others) and not (folder / RUN).is_file()
     except OSError as error:
-        said = f"'{folder}' cannot be used: {first_line(error)}; choose another {option}"
-        raise StoreError(said) from error
+        raise StoreError(
+            f"'{folder}' cannot be used: {first_line(error)}; choose another {option}"
+        ) from error
     if is_other:
         raise StoreError(f"'{folder}' holds something that is no checkpoint; choose another {option}")
 

@@ -36,8 +36,7 @@ from fasp_fx.errors import StoreError, first_line
 
 from . import _untrusted
 from ._folder import parsing
-from ._signature_json import constant_of, readers_with, value_from_json, value_to_json
-from ._tensors import device_of, to_device
+from ._values import constant_of, device_of, readers_with, to_device, value_from_json, value_to_json
 
 #: what a graph of that version holds is read by every later one
 VERSION = 1
@@ -119,11 +118,9 @@ class _Writer:
         args = [value_to_json(value, self.argument) for value in node.args]
         kwargs = {name: value_to_json(value, self.argument) for name, value in node.kwargs.items()}
         recorded = None if node.op == "output" else value_to_json(node.meta.get("val"), self.record)
-        if node.op != "output":
-            _untrusted.check_name(node.name)
         if node.op == "placeholder" and not str(target).isidentifier():
             target = node.name  # of a weight, which is known by its path
-        return [node.name, node.op, target, args, kwargs, recorded, _about(node)]
+        return [_untrusted.check_name(node.name), node.op, target, args, kwargs, recorded, _about(node)]
 
     def argument(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
@@ -244,7 +241,7 @@ class _Reader:
         self.structures = [_structure_from_json(written, device) for written in fields["structures"]]
         self.symbols: dict[str, sympy.Symbol] = {}
         for name, (assumptions, *bounds, hint) in fields["symbols"].items():
-            known = {assumption: True for assumption in assumptions if assumption in _ASSUMPTIONS}
+            known = dict.fromkeys(set(assumptions) & {*_ASSUMPTIONS}, True)
             symbol = self.symbols[name] = sympy.Symbol(_untrusted.check_symbol(name), **known)
             lower, upper, example = (None if one is None else int(one) for one in (*bounds, hint))
             self.made.add(symbol, (lower, upper), example)
@@ -327,9 +324,7 @@ class _Reader:
                 _untrusted.check_name(target)
             elif op != "output":
                 raise _untrusted.refuse("operation", op)
-            if op != "output":
-                _untrusted.check_name(name)
-            if name in nodes:
+            if _untrusted.check_name(name) in nodes:
                 raise _untrusted.refuse("second node", name)
             by_name = {
                 _untrusted.check_keyword(key): value_from_json(value, tags) for key, value in kwargs.items()
@@ -395,10 +390,9 @@ def check_weights(program: ExportedProgram, alike: tuple[str, ...] = ALIKE) -> N
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
     }
-    for node in program.graph.find_nodes(op="placeholder"):
-        if node.name not in names:
-            continue
-        name, expected = names[node.name], node.meta["val"]
+    inputs = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
+    for placeholder, name in names.items():
+        expected = inputs[placeholder]
         tensor = program.state_dict.get(name, program.constants.get(name))
         for what in alike:
             actual, wanted = getattr(tensor, what, None), getattr(expected, what)

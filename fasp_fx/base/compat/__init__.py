@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.export._trace
-import torch.fx.config
 from torch import nn
 from torch._decomp import decomposition_table
 from torch._decomp.decompositions import matmul as decomposed_matmul
@@ -44,7 +42,7 @@ from torch.fx.traceback import annotate as annotating, preserve_node_meta as ann
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .._undisturbed import for_a_while, logging_from
+from .._undisturbed import logging_from
 from ._objects import (
     RECURRENT_LISTS,
     codegen_of,
@@ -71,6 +69,7 @@ from ._patches import (
     refuse_new_guards,
     silent_export,
     traced_by,
+    without_stack_traces,
 )
 from ._symbols import (
     SIZE_FUNCTIONS,
@@ -102,22 +101,6 @@ def compiled_when_called() -> contextlib.AbstractContextManager[None]:
     exporter's.
     """
     return _use_lazy_graph_module(True)
-
-
-@contextlib.contextmanager
-def without_stack_traces() -> Iterator[None]:
-    """Let what is traced not look for the line of the model that made each node, which takes an eighth of a
-    capture. Where torch cannot be told (before 2.12), it does.
-    """
-    options: Any = torch.fx.config
-    if not hasattr(options, "do_not_emit_stack_traces"):
-        yield
-        return
-    with for_a_while(
-        lambda: options.do_not_emit_stack_traces, partial(setattr, options, "do_not_emit_stack_traces")
-    ):
-        options.do_not_emit_stack_traces = True
-        yield
 
 
 def compile_graphs(module: nn.Module) -> None:

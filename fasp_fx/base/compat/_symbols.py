@@ -4,8 +4,9 @@ those of a program that is put together of what was saved of it.
 
 from __future__ import annotations
 
+import itertools
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import sympy
@@ -44,15 +45,15 @@ def finite(bound: Any) -> int | None:
     return None if bound in _UNBOUNDED else int(bound)
 
 
-def conditions_on(environment: ShapeEnv) -> list[sympy.Expr]:
-    """What a capture took for true of its sizes."""
-    return [guard.expr for guard in environment.guards]
+def conditions_on(environment: ShapeEnv) -> list[sympy.Eq]:
+    """The equations that a capture took for true of its sizes."""
+    return [guard.expr for guard in environment.guards if isinstance(guard.expr, sympy.Eq)]
 
 
-def asserted(environment: ShapeEnv) -> Iterator[sympy.Expr]:
-    """What a program asserts of sizes that only a run tells."""
-    for assertions in environment.deferred_runtime_asserts.values():
-        yield from (assertion.expr for assertion in assertions)
+def asserted(environment: ShapeEnv) -> list[sympy.Eq]:
+    """The equations that a program asserts of sizes that only a run tells."""
+    asserts = itertools.chain.from_iterable(environment.deferred_runtime_asserts.values())
+    return [assertion.expr for assertion in asserts if isinstance(assertion.expr, sympy.Eq)]
 
 
 def count_assumptions(environment: ShapeEnv) -> int:
