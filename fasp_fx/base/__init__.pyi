@@ -92,7 +92,7 @@ from .compat import (
     annotated_nodes as annotated_nodes,  # torch: keeps what annotate() said of nodes through a trace
     annotating as annotating,  # torch: says something of the nodes that are traced inside
     aot_export_module as aot_export_module,  # torch: a module as a functional graph of core operators
-    applied_functions as applied_functions,  # Tell a function of each class with a derivative of its own that is applied
+    applied_functions as applied_functions,  # The names of the functions with a derivative of their own that are applied meanwhile, but for torch's
     asserted as asserted,  # What a program asserts of sizes that only a run tells
     assign_attr as assign_attr,  # torch: sets an attribute of a graph module, by a dotted name
     attributes_read as attributes_read,  # Tell a function of each attribute of a module that is read

@@ -207,6 +207,8 @@ def keep_values(values: Mapping[K, Any], stay: Container[int] = ()) -> dict[K, A
         address = tensor.untyped_storage().data_ptr()
         if address not in moved:
             moved[address] = scratch.keep_storage(tensor.untyped_storage())
+        if moved[address].data_ptr() == address:
+            return tensor
         return torch.empty(0, dtype=tensor.dtype).set_(
             moved[address], tensor.storage_offset(), tensor.shape, tensor.stride()
         )

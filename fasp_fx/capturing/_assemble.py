@@ -141,8 +141,7 @@ class Assembly:
     def _take_inputs(self, graph: fx.Graph, seen: dict[fx.Node, fx.Node]) -> list[InputSpec]:
         """The caller's inputs of a graph."""
         specs = []
-        inputs = self.graph.find_nodes(op="placeholder")
-        for node, argument in zip(inputs, self.facts.inputs, strict=True):
+        for node, argument in zip(self.graph.find_nodes(op="placeholder"), self.facts.inputs, strict=True):
             # By the caller's name, which a weight can have too.
             placeholder = seen[node] = graph.placeholder(str(node.target))
             placeholder.meta = dict(node.meta)
@@ -238,11 +237,9 @@ def _weights(module: fx.GraphModule, mode: FakeTensorMode) -> Iterator[_Weight]:
 
 def _is_functional(node: fx.Node) -> bool:
     """Whether a node may stand in an exported graph as it is."""
-    if node.op != "call_function":
-        return node.op != "call_module"
     if isinstance(node.target, OpOverload):
         return not schema_of(node.target).is_mutable and "unbacked_bindings" not in node.meta
-    return not isinstance(node.target, HigherOrderOperator)
+    return node.op != "call_module" and not isinstance(node.target, HigherOrderOperator)
 
 
 def _recorded(module: fx.GraphModule) -> bool:

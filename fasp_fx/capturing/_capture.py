@@ -31,7 +31,7 @@ from fasp_fx.errors import ArgumentError, CaptureError
 
 from ._compare_with_model import compared
 from ._export import CaptureOptions, Exported, export
-from ._fold import Folding, fold as fold_weights
+from ._fold import fold
 from ._functional import functional, take_apart
 from ._fx import read_stamps, remove_dead, remove_dropouts, results, weights_of, written_names
 from ._parts import Parts
@@ -68,14 +68,14 @@ def capture(
     device = None if how.device is None else check_device(how.device)
     if isinstance(model, ExportedProgram):
         signature = _exported_signature(model, args, dict(kwargs or {}))
-        exported = Exported(functional(as_weights(model)), signature)
+        exported = Exported(functional(as_weights(model)))
     elif isinstance(model, nn.Module):
-        exported = _export(model, args, dict(kwargs or {}), how)
+        signature, exported = _export(model, args, dict(kwargs or {}), how)
     else:
         raise ArgumentError(
             f"model must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}"
         )
-    program, signature = exported.program, exported.signature
+    program = exported.program
     if device is not None:
         program = move_to_device_pass(program, device)
     check_names((*program.state_dict, *program.constants))
@@ -88,26 +88,27 @@ def capture(
     remove_dead(module.graph)
     assert program.example_inputs is not None  # or there was no signature
     inputs, outputs = state_positions(module, program, signature.given(), how.state)
-    order = tuple(model.state_dict if isinstance(model, ExportedProgram) else weights_of(model))
-    folding = fold_weights(module, order) if how.fold else Folding()
-    return Program(
-        _plain(module),
+    captured = Program(
+        module,
         signature,
         program.example_inputs,
         inputs,
         outputs,
-        notes=(*exported.notes, *folding.notes),
-        order=order,
-        folds=folding.folds,
-        replaced=folding.replaced,
+        notes=exported.notes,
+        order=tuple(model.state_dict if isinstance(model, ExportedProgram) else weights_of(model)),
         doubled=exported.doubled,
         seen=exported.seen,
         facts=ExportFacts.of(program),
     )
+    captured = fold(captured) if how.fold else captured
+    # without export's refusal of train() and eval(), and without its hooks
+    return replace(captured, module=graph_module(module, module.graph, module.meta, LazyGraphModule))
 
 
-def _export(model: nn.Module, args: Any, kwargs: dict[str, Any], how: CaptureOptions) -> Exported:
-    """What a module becomes; errors as for :func:`capture`."""
+def _export(
+    model: nn.Module, args: Any, kwargs: dict[str, Any], how: CaptureOptions
+) -> tuple[CallSignature, Exported]:
+    """How a module is called, and what it becomes; errors as for :func:`capture`."""
     if any(getattr(module, "is_fasp_fx_gates", False) for module in model.modules()):
         raise CaptureError(
             "the model has gates on (fasp_fx.training.attach_gates); take their plan, and call gates.detach()"
@@ -139,7 +140,7 @@ def _export(model: nn.Module, args: Any, kwargs: dict[str, Any], how: CaptureOpt
         lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf,
         {name: bound[name] for name in signature.captured},
     )
-    return export(model, signature, inputs, how, len(args))
+    return signature, export(model, signature, inputs, how, len(args))
 
 
 def _check_generators(exported: ExportedProgram) -> None:
@@ -178,11 +179,6 @@ def in_training(module: nn.Module, path: str = "") -> Iterator[str]:
         yield from in_training(child, f"{path}.{name}" if path else name)
 
 
-def _plain(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph module without export's refusal of train() and eval() and without its hooks."""
-    return graph_module(module, module.graph, module.meta, LazyGraphModule)
-
-
 def _exported_signature(
     exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> CallSignature:
@@ -202,16 +198,15 @@ def recapture(program: Program, exported: ExportedProgram) -> Program:
     """
     exported = functional(exported)
     read_stamps(exported.graph)
-    module = _plain(exported.module(check_guards=False))
+    traced = exported.module(check_guards=False)
+    module = graph_module(traced, traced.graph, traced.meta, LazyGraphModule)
     take_apart(module.graph)
     inputs, before = module.graph.find_nodes(op="placeholder"), program.placeholders()
     if len(inputs) != len(before) or len(results(module.graph)) != len(results(program.module.graph)):
         raise CaptureError("it changed the number of the program's inputs or outputs")
     for node, old in zip(inputs, before, strict=True):
-        if node.name != old.name:
-            rename(node, old.name)
+        rename(node, old.name)
     own_names(module, module.graph)
-    module.recompile()
     return replace(program, module=module, facts=ExportFacts.of(exported))
 
 
@@ -380,17 +375,16 @@ def check_given(
     Raises:
         ArgumentError: names the argument.
     """
-    said = {
+    is_said = {
         "args": args != (),
         "kwargs": bool(kwargs),
         "state": bool(state),
         "dynamic_shapes": dynamic_shapes is not None,
     }
-    for name, is_given in said.items():
-        if is_given:
-            raise ArgumentError(
-                f"a captured model holds what {name}= says already; give {name}= to fasp_fx.capture"
-            )
+    if name := next(filter(is_said.get, is_said), None):
+        raise ArgumentError(
+            f"a captured model holds what {name}= says already; give {name}= to fasp_fx.capture"
+        )
     if device is not None and torch.device(device).type != captured_on.type:
         raise ArgumentError(
             f"the model was captured on {captured_on}; give device={str(device)!r} to fasp_fx.capture"

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from fasp_fx.base import (
     PyTreeCodeGen,
+    applied_functions,
     called_as,
     codegen_of,
     compile_graphs,
@@ -41,7 +42,7 @@ from ._sizes import (
     widened,
 )
 from ._transformers import export_transformers, is_transformers
-from ._unchanged import Seen, called, functions_called, unchanged
+from ._unchanged import Seen, called, unchanged
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,6 @@ class Exported:
 
     Attributes:
         program: the program, in functional operators.
-        signature: the calling convention of the model.
         notes: what a user should know of it.
         doubled: whether its example is a batch of one that was doubled, and of which a single sample can be
             run.
@@ -83,7 +83,6 @@ class Exported:
     """
 
     program: ExportedProgram
-    signature: CallSignature
     notes: tuple[str, ...] = ()
     doubled: bool = False
     seen: Seen | None = None
@@ -180,11 +179,12 @@ class _Exporter:
         """What comes of an attempt; raises what the model or the exporter does."""
         inputs, shapes = attempt.inputs, attempt.shapes
         seen = None if self.is_empty else self._run(attempt)
-        with functions_called() as functions:
+        with applied_functions() as functions:
             program, attributes = self._traced(inputs, shapes)
         if attempt.is_doubled and not takes_any_number(program):
             raise ValueError("it takes a batch of two where one was given")
-        features = of_features(program) if shapes in _OF_OURS else frozenset()
+        # where the freedom is of ours to choose
+        features = of_features(program) if shapes in (all_dims, every_dim, first_dim) else frozenset()
         if features:
             program, attributes = self._traced(inputs, functools.partial(shapes, fixed=features))
         images = images_of(inputs.values()) if shapes is all_dims else set()
@@ -201,7 +201,6 @@ class _Exporter:
         )
         return Exported(
             program,
-            self.signature,
             notes,
             # Freedom can have been taken away since that was asked above.
             doubled=attempt.is_doubled and takes_any_number(program),
@@ -244,10 +243,6 @@ class _Exporter:
             }
             kwargs = {name: value for name, value in kwargs.items() if name not in objects}
             return _exported(model, objects, args, kwargs, shapes), attributes
-
-
-#: where the freedom is of ours to choose
-_OF_OURS = (all_dims, every_dim, first_dim)
 
 
 def _by_position(model: nn.Module, signature: CallSignature, leading: int) -> list[str]:
@@ -301,14 +296,10 @@ def _called_as(
     extra = [name for name in kwargs if name not in named]
     if not (objects or extra):
         return contextlib.nullcontext()
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs)
-
-    vars(call)["__signature__"] = inspect.Signature(
+    vars(forward)["__signature__"] = inspect.Signature(
         [*named.values(), *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra)]
     )
-    return called_as(model, call)
+    return called_as(model, forward)
 
 
 def export_again(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> ExportedProgram:

@@ -5,8 +5,8 @@ pruned.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from fasp_fx.base import pytree
 from fasp_fx.patterns import CASTS, letters_of, lookup
 
-from ._fx import arguments, attribute, draws, is_pure, remove_dead, target_name, weights_of, written_names
-from ._program import FoldedWeight, free_name, region, set_weight
+from ._fx import arguments, attribute, draws, is_pure, remove_dead, target_name, written_names
+from ._program import FoldedWeight, Program, free_name, region, set_weight
 
 Region = tuple[Any, ...]
 
@@ -27,24 +27,9 @@ _PARAMETRIZED = ".parametrizations."
 WHY_NOT_FOLDED = "fasp_fx_not_folded"
 
 
-@dataclass
-class Folding:
-    """What was folded in one graph module.
-
-    Attributes:
-        folds: the folded weights.
-        replaced: parameters and buffers of the caller's that the graph no longer needs, by name.
-        notes: what a user should know of it.
-    """
-
-    folds: tuple[FoldedWeight, ...] = ()
-    replaced: dict[str, Tensor] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-def fold(module: fx.GraphModule, order: Iterable[str]) -> Folding:
+def fold(program: Program) -> Program:
     """Put parameters in the place of weights that the graph computes from weights alone by more than movement
-    and casts; changes ``module``.
+    and casts; changes the module, and says so in the program.
 
     Each is evaluated once, by the operators of the graph, so that the graph computes what it computed, bit by
     bit. Weights that nothing else needs go. A weight is not folded if the module would take more bytes with
@@ -52,17 +37,16 @@ def fold(module: fx.GraphModule, order: Iterable[str]) -> Folding:
     Its node then carries the reason, for the analysis.
 
     Args:
-        module: a functional graph whose weights are ``get_attr`` nodes.
-        order: the names of the caller's weights, none of which is given to another.
+        program: a functional one. None of the names of the caller's weights is given to another.
     """
-    weights = weights_of(module)
+    module, weights = program.module, program.weights()
     computed = _computed_weights(module, weights)
     chosen, freed = _chosen(module, computed)
     notes = tuple(_refused(module, entry) for entry in computed if entry not in chosen)
     if not chosen:
-        return Folding(notes=notes)
+        return replace(program, notes=(*program.notes, *notes))
     gone = {name for name, tensor in weights.items() if region(tensor, name) in freed}
-    taken = {*order, *weights} - gone
+    taken = {*program.order, *weights} - gone
     folded = []
     for entry in chosen:
         name = free_name(_name(entry, weights, gone), taken)
@@ -84,17 +68,13 @@ def fold(module: fx.GraphModule, order: Iterable[str]) -> Folding:
         if not node.users and target_name(node) in gone:
             module.graph.erase_node(node)
     folds = tuple(FoldedWeight(name, tuple(entry.sources.values())) for entry, name, _ in folded)
-    return Folding(folds, {name: weights[name] for name in gone}, (_told(folds), *notes))
-
-
-def _told(folds: tuple[FoldedWeight, ...]) -> str:
-    shown = ", ".join(map(str, folds[:4])) + (
-        f" and {len(folds) - 4} more (plan.folds)" if len(folds) > 4 else ""
-    )
-    return (
+    more = f" and {len(folds) - 4} more (plan.folds)" if len(folds) > 4 else ""
+    note = (
         "weights that the model computes from others were folded, and training now trains the folded weight:"
-        f" {shown}"
+        f" {', '.join(map(str, folds[:4]))}{more}"
     )
+    replaced = {name: weights[name] for name in gone}
+    return replace(program, folds=folds, replaced=replaced, notes=(*program.notes, note, *notes))
 
 
 def _refused(module: fx.GraphModule, entry: Computed) -> str:

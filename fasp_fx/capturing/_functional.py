@@ -35,6 +35,7 @@ from fasp_fx.patterns import lookup
 from ._fx import applied, call_in_words, remove_dropouts, stand_for, views_may_copy
 from ._rewrites import LAYERS, own_states
 from ._shapes import by_shapes
+from ._sizes import same_sizes
 
 _log = logging.getLogger("fasp_fx")
 
@@ -54,8 +55,6 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
 def _is_functional(node: fx.Node) -> bool:
     if node.op == "get_attr":  # a submodule: a region with its own gradient or autocast mode, or a function
         return all(map(_takes_functions, node.users)) and _stays(node)
-    if node.op != "call_function":
-        return True
     if isinstance(node.target, HigherOrderOperator):
         return _takes_functions(node)
     return not (_writes(node) or is_transform(node.target))
@@ -182,17 +181,20 @@ def _read_off_inputs(size: fx.Node) -> None:
     """Let a size that is read off a tensor be one that the graph has, or be read off an input: it says
     nothing of channels then.
     """
-    expression = size.meta["val"].node.expr
-    for node in itertools.takewhile(lambda node: node is not size, size.graph.nodes):
-        recorded = node.meta.get("val")
-        if isinstance(recorded, torch.SymInt) and recorded.node.expr == expression:
-            size.replace_all_uses_with(node)
-            size.graph.erase_node(size)
-            return
-        for dim, length in enumerate(getattr(recorded, "shape", ()) if node.op == "placeholder" else ()):
-            if isinstance(length, torch.SymInt) and length.node.expr == expression:
-                size.args = (node, dim)
-                return
+    places = (
+        (node, dim)
+        for node in size.graph.find_nodes(op="placeholder")
+        for dim, length in enumerate(getattr(node.meta.get("val"), "shape", ()))
+        if same_sizes([length], [size.meta["val"]])
+    )
+    others = itertools.takewhile(lambda node: node is not size, size.graph.nodes)
+    counted = (node for node in others if isinstance(node.meta.get("val"), torch.SymInt))
+    same = (node for node in counted if same_sizes([node.meta["val"]], [size.meta["val"]]))
+    if place := next(places, None):
+        size.args = place
+    elif other := next(same, None):
+        size.replace_all_uses_with(other)
+        size.graph.erase_node(size)
 
 
 def _takes_functions(node: fx.Node) -> bool:

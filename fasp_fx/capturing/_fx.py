@@ -161,8 +161,7 @@ def way_from_weight(operand: fx.Node) -> list[fx.Node]:
 
 def results(graph: fx.Graph) -> list[Any]:
     """The graph's results in order."""
-    returned: Any = graph.output_node().args[0]
-    return list(returned)
+    return list(graph.output_node().args[0])  # type: ignore[arg-type]
 
 
 def applied(node: fx.Node, target: Callable[..., Any]) -> Any:

@@ -436,12 +436,13 @@ class ExportFacts:
 
 def environment_of(graph: fx.Graph) -> ShapeEnv | None:
     """What is known of the symbols in the sizes of a graph's inputs."""
-    sizes = (
-        size
+    environments = (
+        size.node.shape_env
         for node in graph.find_nodes(op="placeholder")
         for size in getattr(node.meta.get("val"), "shape", ())
+        if isinstance(size, SymInt)
     )
-    return next((size.node.shape_env for size in sizes if isinstance(size, SymInt)), None)
+    return next(environments, None)
 
 
 def assumed(graph: fx.Graph) -> int:

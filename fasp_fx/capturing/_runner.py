@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -195,15 +196,14 @@ def execute(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     """What an operator gives, now and on the way back: with products in full where it is attention over few
     keys on a CPU, else with the precision that is set.
     """
-    if target is not _ATTENTION or args[1].device.type != "cpu" or args[1].shape[-2] >= _MANY_KEYS:
+    if (
+        target is not _ATTENTION
+        or args[1].device.type != "cpu"
+        or args[1].shape[-2] >= _MANY_KEYS
+        or _PRODUCTS.fp32_precision in ("none", "ieee")
+    ):
         return target(*args, **kwargs)
-    precision = _PRODUCTS.fp32_precision
-    if precision in ("none", "ieee"):
-        return target(*args, **kwargs)
-
-    def set_precision(value: str) -> None:
-        _PRODUCTS.fp32_precision = value
-
+    precision, set_precision = _PRODUCTS.fp32_precision, partial(setattr, _PRODUCTS, "fp32_precision")
     set_precision("ieee")
     try:
         output: Tensor = target(*args, **kwargs)

@@ -31,9 +31,6 @@ from fasp_fx.errors import ArgumentError, CallError, CaptureError, FaspError
 
 #: constants that exporters take as arguments
 PLAIN = (type(None), bool, int, float, str)
-#: defaults that generated code spells out; others must stay the same object, by which an argument left out is
-#: recognised
-_LITERAL = (type(None), bool)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
 
 
@@ -200,10 +197,8 @@ def same_constant(value: Any, expected: Any) -> bool:
 
 
 def _equal(value: Any, expected: Any) -> bool:
-    if value is expected:
-        return True
-    if type(value) is not type(expected):
-        return False
+    if value is expected or type(value) is not type(expected):
+        return value is expected
     if isinstance(value, float):
         return repr(value) == repr(expected)
     if type(value).__eq__ is object.__eq__ and hasattr(value, "__dict__"):  # by what it holds
@@ -312,7 +307,9 @@ class CallerCodeGen(PyTreeCodeGen):
             parameter.replace(
                 annotation=inspect.Parameter.empty,
                 default=parameter.default
-                if isinstance(parameter.default, _LITERAL) or parameter.name not in self.signature.defaults
+                # other defaults must stay the same object, by which an argument left out is recognised
+                if isinstance(parameter.default, (type(None), bool))
+                or parameter.name not in self.signature.defaults
                 else _Code(f"_call.signature.defaults[{parameter.name!r}]"),
             )
             for parameter in self.signature.parameters.parameters.values()
@@ -340,9 +337,6 @@ class CallerCodeGen(PyTreeCodeGen):
 
 # --- The checks of input sizes that an exported program carries, failing with a typed error that says what
 # may be given.
-
-
-_FAILED = "Guard failed: "
 
 
 #: what is fixed of a tensor in every call: how many dimensions it has, and its type
@@ -391,7 +385,7 @@ class Guards(nn.Module):
         try:
             self.check(*inputs)
         except (AssertionError, ZeroDivisionError) as error:
-            guard = str(error).removeprefix(_FAILED)
+            guard = str(error).removeprefix("Guard failed: ")
             shown = ", ".join(
                 f"'{name}' of shape {tuple(value.shape)}"
                 for name, value in zip(self.names, inputs, strict=True)

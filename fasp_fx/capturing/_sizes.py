@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeGuard
@@ -38,20 +38,13 @@ class Size:
 
     def divides(self, other: Size) -> bool:
         """Whether the other is a multiple of this one at all sizes."""
-        mine, theirs = Counter(dict(self.varying)), Counter(dict(other.varying))
-        return (
-            self.number > 0
-            and other.number % self.number == 0
-            and all(theirs[item] >= times for item, times in mine.items())
-        )
+        is_part = Counter(dict(self.varying)) <= Counter(dict(other.varying))
+        return is_part and self.number > 0 and other.number % self.number == 0
 
     def over(self, other: Size) -> Size:
         """The quotient by a size that divides this one."""
-        left = Counter(dict(self.varying))
-        left.subtract(dict(other.varying))
-        return Size(
-            self.number // other.number, frozenset((+left).items()), self.value // max(other.value, 1)
-        )
+        left = Counter(dict(self.varying)) - Counter(dict(other.varying))
+        return Size(self.number // other.number, frozenset(left.items()), self.value // max(other.value, 1))
 
     def times(self, other: Size) -> Size:
         return Size(
@@ -145,14 +138,12 @@ class Sizes:
         """
         if isinstance(recorded, torch.Tensor) and isinstance(executed, torch.Tensor):
             return len(recorded.shape) != len(executed.shape) or all(
-                map(self._fits, recorded.shape, executed.shape)
+                not isinstance(size, torch.SymInt) or self.integer(size) == length
+                for size, length in zip(recorded.shape, executed.shape)
             )
         if isinstance(recorded, (list, tuple)) and isinstance(executed, (list, tuple)):
             return all(map(self.fit, recorded, executed))
         return True
-
-    def _fits(self, recorded: int | torch.SymInt, executed: int) -> bool:
-        return not isinstance(recorded, torch.SymInt) or self.integer(recorded) == executed
 
     def settle(self, size: int | torch.SymInt) -> None:
         """Note that a recorded size is always the same, which its expression does not show: the graph reads
@@ -206,7 +197,7 @@ def widened(inputs: dict[str, Any]) -> dict[str, Any] | None:
     return pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) else leaf, inputs)
 
 
-def shapes_of_inputs(exported: ExportedProgram) -> Iterator[tuple[str, Sequence[int | torch.SymInt]]]:
+def shapes_of_inputs(exported: ExportedProgram) -> Iterator[tuple[str, Sequence[Any]]]:
     """Name and recorded shape of the caller's inputs of a program, in order; empty for what is no tensor."""
     recorded = {node.name: node.meta.get("val") for node in exported.graph.find_nodes(op="placeholder")}
     for spec in exported.graph_signature.input_specs:
@@ -245,12 +236,13 @@ def _collection(
     fixed: _Places = frozenset(),
     *,
     most: float = math.inf,
-    images: Container[int] = (),
+    spare_images: bool = False,
 ) -> ShapesCollection:
-    """What varies: so many first dimensions of every tensor, of images one, but for the places that are
-    fixed.
+    """What varies: so many first dimensions of every tensor, of images that are spared one, but for the
+    places that are fixed.
     """
     collection = ShapesCollection()
+    images = images_of((*args, *kwargs.values())) if spare_images else ()
     for index, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
         if isinstance(leaf, Tensor):
             count = min(most, 1) if id(leaf) in images else most
@@ -261,13 +253,12 @@ def _collection(
     return collection
 
 
-#: every dimension of every argument; and the first of each
-every_dim, first_dim = partial(_collection), partial(_collection, most=1)
-
-
-def all_dims(args: tuple[Any, ...], kwargs: dict[str, Any], fixed: _Places = frozenset()) -> ShapesCollection:
-    """Every dimension, of images the first."""
-    return _collection(args, kwargs, fixed, images=images_of((*args, *kwargs.values())))
+#: every dimension of every argument; of images the first; the first of each
+every_dim, all_dims, first_dim = (
+    partial(_collection),
+    partial(_collection, spare_images=True),
+    partial(_collection, most=1),
+)
 
 
 def of_features(exported: ExportedProgram) -> _Places:

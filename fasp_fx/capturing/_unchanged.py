@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from fasp_fx.base import (
     RECURRENT_LISTS,
-    applied_functions,
     attributes_read,
     built_alike,
     drawing_alike,
@@ -217,19 +215,3 @@ def said_of_reads(model: nn.Module, read: list[str]) -> str:
         f"a copy of {type(model).__name__} goes on to read '{read[0]}' of the given model: a function that it"
         " keeps (a lambda, a hook) holds on to the model itself; make it a method"
     )
-
-
-# --- Functions with derivatives of their own, which an export replaces by what they compute.
-
-
-@contextlib.contextmanager
-def functions_called() -> Iterator[dict[str, None]]:
-    """The names of the functions that are applied meanwhile, but for torch's own."""
-    names: dict[str, None] = {}
-
-    def note(kind: type[Function]) -> None:
-        if kind.__module__.partition(".")[0] != "torch":
-            names[kind.__qualname__] = None
-
-    with applied_functions(note):
-        yield names

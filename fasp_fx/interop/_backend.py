@@ -343,13 +343,14 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
     inputs = module.graph.find_nodes(op="placeholder")
     try:
         with tracing(TracingContext(TracingContext.get().fake_mode)), torch.no_grad(), by_shapes():
-            traced, signature = aot_export_module(
+            exported = aot_export_module(
                 module,
                 [node.meta.get("example_value") for node in inputs],
                 trace_joint=False,
                 pre_dispatch=True,
                 decompositions={},
             )
+        traced, signature = cast(tuple[fx.GraphModule, Any], exported)
         take_apart(traced.graph)
     except tolerable(Exception) as error:
         raise CaptureError(f"the graph cannot be traced: {first_line(error)}") from error
@@ -360,7 +361,7 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
     if strange is not None:
         raise CaptureError(f"the graph calls {strange.target}")
     traced.recompile()
-    return cast(fx.GraphModule, traced)
+    return traced
 
 
 def _without_modes(graph: fx.Graph, grad: bool) -> None:

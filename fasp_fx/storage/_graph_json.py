@@ -184,19 +184,16 @@ def _structure_to_json(spec: pytree.TreeSpec) -> Any:
         children = list(map(part, tree["children_spec"]))
         return None if tree["type"] is None else [tree["type"], tree["context"], children]
 
-    written = part(json.loads(pytree.treespec_dumps(spec))[1])
-    _untrusted.check_structure(written)
-    return written
+    return _untrusted.check_structure(part(json.loads(pytree.treespec_dumps(spec))[1]))
 
 
 def _structure_from_json(written: Any, device: torch.device | None) -> pytree.TreeSpec:
-    _untrusted.check_structure(written)
 
     def part(tree: Any) -> dict[str, Any]:
         kind, context, children = (None, None, []) if tree is None else tree
         return {"type": kind, "context": context, "children_spec": list(map(part, children))}
 
-    text = json.dumps([1, part(written)])
+    text = json.dumps([1, part(_untrusted.check_structure(written))])
     return pytree.treespec_loads(text if device is None else _DEVICE.sub(rf"\g<1>{device}", text))
 
 
@@ -238,7 +235,8 @@ class _Reader:
                 " or load with the fasp_fx that saved it"
             )
         self.fields, self.device, self.made = fields, device, Symbols()
-        self.structures = [_structure_from_json(written, device) for written in fields["structures"]]
+        taken, returned = (_structure_from_json(written, device) for written in fields["structures"])
+        self.structures = taken, returned
         self.symbols: dict[str, sympy.Symbol] = {}
         for name, (assumptions, *bounds, hint) in fields["symbols"].items():
             known = dict.fromkeys(set(assumptions) & {*_ASSUMPTIONS}, True)

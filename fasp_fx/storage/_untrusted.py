@@ -233,9 +233,9 @@ def operator_called(name: Any) -> Any:
     return target
 
 
-def check_structure(written: Any) -> None:
+def check_structure(written: Any) -> Any:
     """Refuse a container structure, of arguments or outputs, that names classes other than plain containers,
-    outputs and caches of transformers, and registered types.
+    outputs and caches of transformers, and registered types; gives others back.
 
     Classes of transformers are imported and registered as the exporter does.
 
@@ -244,7 +244,7 @@ def check_structure(written: Any) -> None:
         Exception: it is none, for :func:`parsing` to say so.
     """
     if written is None:
-        return
+        return written
     kind, context, children = written
     for child in children:
         check_structure(child)
@@ -266,6 +266,7 @@ def check_structure(written: Any) -> None:
             )
     registered = pytree.SUPPORTED_SERIALIZED_TYPES[pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE[kind]]
     _check_context(json.loads(context) if registered.from_dumpable_context is None else context)
+    return written
 
 
 def _check_context(value: Any) -> None:
@@ -276,12 +277,12 @@ def _check_context(value: Any) -> None:
     elif isinstance(value, dict):
         tag, path = value.get("_t"), value.get("p")
         names_class = tag is not None and path is not None
-        is_forged = names_class and path not in _PLAIN_CLASSES and not _TRANSFORMERS.fullmatch(path)
+        is_forged = names_class and path not in _PLAIN_CLASSES and not _TRANSFORMERS.fullmatch(str(path))
         is_constant = isinstance(getattr(torch, str(value.get("n")), None), (torch.dtype, torch.layout))
         if "__enum__" in value or is_forged or (tag in ("dtype", "layout") and not is_constant):
             raise refuse("context", value)
         if names_class and path not in _PLAIN_CLASSES:
-            _transformers_class(path)
+            _transformers_class(str(path))
         for part in (*value, *value.values()):
             _check_context(part)
     elif isinstance(value, str) and not is_key(value):

@@ -45,15 +45,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .._undisturbed import logging_from
 from ._objects import (
     RECURRENT_LISTS,
+    SIZE_FUNCTIONS,
+    Symbols,
+    asserted,
+    bounds_of,
     codegen_of,
+    conditions_on,
+    count_assumptions,
     forward_pre_hooks,
     guards_of_module,
+    hint_of,
     hooks_of,
     is_view,
     non_persistent_buffers,
+    ranges_of,
     rename,
     schema_of,
     set_guards,
+    settled_by,
     storage_id,
     trees_of,
     version_of,
@@ -70,17 +79,6 @@ from ._patches import (
     silent_export,
     traced_by,
     without_stack_traces,
-)
-from ._symbols import (
-    SIZE_FUNCTIONS,
-    Symbols,
-    asserted,
-    bounds_of,
-    conditions_on,
-    count_assumptions,
-    hint_of,
-    ranges_of,
-    settled_by,
 )
 
 #: the function that a graph of dynamo's calls where gradients are switched on or off

@@ -57,35 +57,36 @@ def attributes_read(note: Callable[[nn.Module, str], None]) -> contextlib.Abstra
     return mock.patch.object(nn.Module, "__getattribute__", read)
 
 
-def applied_functions(note: Callable[[type[Function]], None]) -> contextlib.AbstractContextManager[object]:
-    """Tell a function of each class with a derivative of its own that is applied: exporters replace it by
-    what it computes.
+@contextlib.contextmanager
+def applied_functions() -> Iterator[dict[str, None]]:
+    """The names of the functions with a derivative of their own that are applied meanwhile, but for torch's:
+    exporters replace them by what they compute.
     """
-    applies = Function.__dict__["apply"]
+    applies, names = Function.__dict__["apply"], dict[str, None]()
 
     def apply(kind: type[Function], *args: Any, **kwargs: Any) -> Any:
-        note(kind)
+        if kind.__module__.partition(".")[0] != "torch":
+            names[kind.__qualname__] = None
         return applies.__get__(None, kind)(*args, **kwargs)
 
-    return mock.patch.object(Function, "apply", classmethod(apply))
+    with mock.patch.object(Function, "apply", classmethod(apply)):
+        yield names
 
 
-@contextlib.contextmanager
-def reading_gguf() -> Iterator[None]:
+def reading_gguf() -> contextlib.AbstractContextManager[object]:
     """Have transformers read a GGUF file once, which takes seconds, and list the names of its tensors once,
     not for each module.
     """
     import gguf
 
-    with (
-        mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
-        mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
-    ):
-        yield
+    return mock.patch.multiple(
+        gguf,
+        GGUFReader=functools.cache(gguf.GGUFReader),
+        get_tensor_name_map=functools.cache(gguf.get_tensor_name_map),
+    )
 
 
-@contextlib.contextmanager
-def refuse_new_guards(environment: ShapeEnv | None) -> Iterator[None]:
+def refuse_new_guards(environment: ShapeEnv | None) -> contextlib.AbstractContextManager[object]:
     """Raise where anything new would be assumed of the sizes, if there are any that vary.
 
     Frozen, an environment drops such an assumption, says so in its log alone, and remembers the answer that
@@ -98,11 +99,9 @@ def refuse_new_guards(environment: ShapeEnv | None) -> Iterator[None]:
     def refuse(expression: object, value: object) -> None:
         raise VerificationError(f"the sizes would have to fulfil {expression} == {value}")
 
-    with contextlib.ExitStack() as stack:
-        if environment is not None:
-            stack.enter_context(mock.patch.object(environment, "frozen", True))
-            stack.enter_context(mock.patch.object(environment, "_check_frozen", refuse))
-        yield
+    if environment is None:
+        return contextlib.nullcontext()
+    return mock.patch.multiple(environment, frozen=True, _check_frozen=refuse)
 
 
 def without_stack_traces() -> contextlib.AbstractContextManager[object]:

@@ -57,9 +57,11 @@ def quiet_transformers() -> Iterator[None]:
 
 def kept_in_float32(model: nn.Module) -> set[str]:
     """Parts of the names of weights that transformers may keep in float32, whatever the model's type."""
-    lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     return {
-        part for module in model.modules() for name in lists for part in getattr(module, name, None) or ()
+        part
+        for module in model.modules()
+        for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        for part in getattr(module, name, None) or ()
     }
 
 
