@@ -46,6 +46,7 @@ from ._shown import (
 )
 from ._tensors import (
     check_device as check_device,  # The device of a name, if it can be used
+    dense as dense,  # A tensor with the same values, dense and not quantised; itself where it is so
     device_named as device_named,  # The device of a name; that of the CPU has no number, as tensors there say it
     device_of as device_of,  # The device of a model's weights
     digest_of as digest_of,  # What tells calibration data from others: types, shapes and values

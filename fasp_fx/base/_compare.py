@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ._tensors import dense
 from .compat import pytree
 
 T = TypeVar("T")
@@ -40,9 +41,8 @@ def tolerance(purpose: str, dtype: torch.dtype) -> float:
     """How far apart values of a type may be (:data:`TOLERANCE`); 0 for integers."""
     if not (dtype.is_floating_point or dtype.is_complex):
         return 0.0
-    eps = torch.finfo(dtype).eps
-    finer = sum(eps > torch.finfo(kind).eps for kind in (torch.float64, torch.float32, torch.float16))
-    return TOLERANCE[purpose][finer]
+    finer = (torch.float64, torch.float32, torch.float16)
+    return TOLERANCE[purpose][sum(torch.finfo(dtype).eps > torch.finfo(kind).eps for kind in finer)]
 
 
 #: entries from here on may be fillings
@@ -70,11 +70,7 @@ def deviation(actual: Any, expected: Any) -> float:
         return 0.0 if type(actual) is type(expected) and actual == expected else math.inf
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return math.inf
-    if actual.layout != torch.strided or actual.is_quantized:
-        actual, expected = (
-            value.to_dense() if value.layout != torch.strided else value.dequantize()
-            for value in (actual, expected)
-        )
+    actual, expected = dense(actual), dense(expected)
     if not (expected.is_floating_point() or expected.is_complex()):
         return 0.0 if torch.equal(actual, expected) else math.inf
     return _apart(actual.reshape(-1), expected.reshape(-1))

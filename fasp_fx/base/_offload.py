@@ -72,7 +72,15 @@ class Scratch:
             OffloadError: the disk is full.
         """
         values = tensor.detach()
-        if not _is_plain(values) or values.nbytes < SMALLEST or self._holds(values):
+        if (
+            not _is_plain(values)
+            or values.nbytes < SMALLEST
+            # it has a storage of its own in one of the files
+            or (
+                values.untyped_storage().nbytes() == values.nbytes
+                and self._lies_within(values.untyped_storage())
+            )
+        ):
             return tensor
         kept = self.empty(values.shape, values.dtype).copy_(values)
         return nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
@@ -114,11 +122,6 @@ class Scratch:
         for mapping in maps:
             # Of a shared mapping, which writes what was changed: nothing is lost.
             mapping.madvise(mmap.MADV_DONTNEED)
-
-    def _holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor has a storage of its own in one of the files."""
-        storage = tensor.untyped_storage()
-        return storage.nbytes() == tensor.numel() * tensor.element_size() and self._lies_within(storage)
 
     def _lies_within(self, storage: torch.UntypedStorage) -> bool:
         with self._lock:

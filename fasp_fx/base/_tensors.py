@@ -41,11 +41,12 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 def bytes_of(tensor: Tensor) -> Tensor:
     """The values of a tensor as bytes, shape ``[bytes]``; a view where they lie one after another."""
-    if tensor.is_quantized:
-        tensor = tensor.dequantize()
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    return tensor.resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8)
+    return dense(tensor).resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """A tensor with the same values, dense and not quantised; itself where it is so."""
+    return tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
 
 
 def _hashed(values: Tensor) -> Iterator[Tensor]:
@@ -81,9 +82,7 @@ def storage_of(value: object) -> object:
     """What tells whether two tensors share memory, also where they hold no values; for anything else,
     something that is equal to nothing.
     """
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return object()
-    return storage_id(value)
+    return storage_id(value) if isinstance(value, Tensor) and value.layout == torch.strided else object()
 
 
 def lying_otherwise(tensor: Tensor) -> Tensor:
@@ -96,9 +95,8 @@ def lying_otherwise(tensor: Tensor) -> Tensor:
 
 def laid_otherwise(tensor: Tensor) -> Tensor:
     """A copy that lies so."""
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        return tensor.clone()
-    return lying_otherwise(tensor).copy_(tensor)
+    is_plain = tensor.layout == torch.strided and not tensor.is_quantized
+    return lying_otherwise(tensor).copy_(tensor) if is_plain else tensor.clone()
 
 
 def without_values(tensor: Tensor) -> Tensor:

@@ -212,9 +212,8 @@ def size_check(program: Program) -> Callable[..., None]:
     have, and raises an AssertionError where a size does not fit.
     """
     assert program.facts is not None  # or it was not captured
-    frame = Assembly(program.module.graph, (), program.facts, program.example).frame
-    guards = guards_of_module(frame.module(check_guards=True))
-    return guards if guards is not None else lambda *inputs: None
+    assembly = Assembly(program.module.graph, (), program.facts, program.example)
+    return guards_of_module(assembly.frame.module(check_guards=True)) or (lambda *inputs: None)
 
 
 def _weights(module: fx.GraphModule, mode: FakeTensorMode) -> Iterator[_Weight]:

@@ -186,8 +186,9 @@ def _exported_signature(
         raise ArgumentError("the exported program carries no example inputs; export it again from its model")
     args = args if isinstance(args, tuple) else (args,)
     example_args, example_kwargs = exported.example_inputs
-    forward = exported.module(check_guards=False).forward
-    return CallSignature.of(forward, args or example_args, kwargs or example_kwargs)
+    return CallSignature.of(
+        exported.module(check_guards=False).forward, args or example_args, kwargs or example_kwargs
+    )
 
 
 def recapture(program: Program, exported: ExportedProgram) -> Program:
@@ -320,8 +321,9 @@ class Captured:
         changed = [
             name for name, parameter in self._parameters.items() if now.get(name, parameter) is not parameter
         ]
-        now_written = _versions(self.program).items()
-        changed += [name for name, version in now_written if version != self._versions.get(name)]
+        changed += [
+            name for name, version in _versions(self.program).items() if version != self._versions.get(name)
+        ]
         if changed:
             raise ArgumentError(f"'{changed[0]}' has changed since the model was captured; capture it again")
         return self.program

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasp_fx.base import distance, drawing_alike, laid_otherwise, pytree, tolerable, tolerance, warn
+from fasp_fx.base import dense, distance, drawing_alike, laid_otherwise, pytree, tolerable, tolerance, warn
 from fasp_fx.errors import CalibrationError, CaptureError, CaptureWarning
 
 from ._assemble import size_check
@@ -61,31 +61,32 @@ def compared(
     """
     if not isinstance(model, nn.Module) or _is_elsewhere(program, model):
         return program
-    args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
+    call: Call = args if isinstance(args, tuple) else (args,), kwargs or {}
     try:
         if any(map(draws, program.module.graph.nodes)):
-            return _noted(program, _SEEDS) if _seeds(program, model, args, kwargs) else program
-        worst, changed = _difference(program, model, (args, kwargs), program.seen)
+            return _noted(program, _SEEDS) if _seeds(program, model, call) else program
+        worst, changed = _difference(program, model, call, program.seen)
         trouble = _otherwise("on the example inputs", worst)
     except tolerable(CalibrationError) as error:
         trouble = f"cannot be executed on the example inputs ({error})"
     if trouble and recapture is not None and program.doubled:
         with contextlib.suppress(CaptureError):  # then what there is will have to do
-            return compared(recapture(model, args, kwargs), model, args, kwargs)
+            return compared(recapture(model, *call), model, *call)
     if trouble:
         return _noted(program, f"{trouble}: {_TRACED}")
-    if changed and not written_names(program.module.graph):
-        worst, _ = _difference(program, model, (args, kwargs), calls=2)
-        if worst:
-            said = _otherwise("in the second of two calls", worst)
-            names = ", ".join(f"'{name}'" for name in changed[:3])
-            return _noted(program, f"{said}: forward keeps something in {names}, and a graph only in buffers")
+    if (
+        changed
+        and not written_names(program.module.graph)
+        and (worst := _difference(program, model, call, calls=2)[0])
+    ):
+        said = _otherwise("in the second of two calls", worst)
+        names = ", ".join(f"'{name}'" for name in changed[:3])
+        return _noted(program, f"{said}: forward keeps something in {names}, and a graph only in buffers")
     try:
         check = size_check(program)
     except tolerable(Exception):  # no exported program can be made of it, and so no other sizes be tried
         return program
-    trouble = _trouble_at_one(program, model, (args, kwargs), check)
-    trouble = trouble or _trouble_in_layouts(program, model, (args, kwargs), check)
+    trouble = _trouble_at_one(program, model, call, check) or _trouble_in_layouts(program, model, call, check)
     return _noted(program, trouble) if trouble else program
 
 
@@ -187,19 +188,19 @@ def _distance(actual: Any, expected: Any) -> float:
 
 def _plain(tensor: Tensor) -> Tensor:
     """A dense tensor of real numbers or integers with the same values."""
-    tensor = tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
+    tensor = dense(tensor)
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def _seeds(program: Program, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
+def _seeds(program: Program, model: nn.Module, call: Call) -> bool:
     """Whether a model repeats itself from any state of the random numbers where its program, which draws,
     does not.
     """
     again = []
     for seed in (1, 2):
         with torch.no_grad(), drawing_alike(program.weights().values(), seed):
-            drawn = Runner(program, [copied(program.flat_inputs(args, kwargs))]).outputs()
-        outputs, _ = called(model, (args, kwargs), written_names(program.module.graph), seed=seed)
+            drawn = Runner(program, [copied(program.flat_inputs(*call))]).outputs()
+        outputs, _ = called(model, call, written_names(program.module.graph), seed=seed)
         again.append(list(zip(drawn, outputs)))
     return any(
         _distance(drawn, other) and not _distance(outputs, repeated)

@@ -146,8 +146,9 @@ def _attempts(inputs: dict[str, Any], how: CaptureOptions) -> Iterator[_Attempt]
     if double is not None:
         yield _Attempt("", double, free, True)
     yield _Attempt("", inputs, free)
-    wide = inputs if double is None else double
-    yield _Attempt("only the first dimension of each input is dynamic", wide, first_dim, double is not None)
+    yield _Attempt(
+        "only the first dimension of each input is dynamic", double or inputs, first_dim, double is not None
+    )
     yield _Attempt("the shapes of the inputs are fixed to those of the example", inputs, None)
 
 
@@ -184,8 +185,7 @@ class _Exporter:
         if attempt.is_doubled and not takes_any_number(program):
             raise ValueError("it takes a batch of two where one was given")
         # where the freedom is of ours to choose
-        features = of_features(program) if shapes in (all_dims, every_dim, first_dim) else frozenset()
-        if features:
+        if shapes in (all_dims, every_dim, first_dim) and (features := of_features(program)):
             program, attributes = self._traced(inputs, functools.partial(shapes, fixed=features))
         images = images_of(inputs.values()) if shapes is all_dims else set()
         fixed = (

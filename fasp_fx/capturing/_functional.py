@@ -55,9 +55,8 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
 def _is_functional(node: fx.Node) -> bool:
     if node.op == "get_attr":  # a submodule: a region with its own gradient or autocast mode, or a function
         return all(map(_takes_functions, node.users)) and _stays(node)
-    if isinstance(node.target, HigherOrderOperator):
-        return _takes_functions(node)
-    return not (_writes(node) or is_transform(node.target))
+    is_higher = isinstance(node.target, HigherOrderOperator)
+    return _takes_functions(node) if is_higher else not (_writes(node) or is_transform(node.target))
 
 
 def take_apart(graph: fx.Graph) -> None:
@@ -93,9 +92,10 @@ def _lacks_rule(node: fx.Node) -> bool:
     """Whether nothing is known of what an operator does to channels; what computes positions and indices of
     nothing, or of one another, touches none.
     """
-    values = [operand.meta.get("val") for operand in node.all_input_nodes]
     return lookup(node.target) is None and any(
-        isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) for value in values
+        isinstance(value := operand.meta.get("val"), Tensor)
+        and (value.is_floating_point() or value.is_complex())
+        for operand in node.all_input_nodes
     )
 
 

@@ -106,11 +106,6 @@ def written_names(graph: fx.Graph) -> set[str]:
     }
 
 
-def written_inputs(graph: fx.Graph) -> set[fx.Node]:
-    """The inputs that a graph writes into."""
-    return {written for node in graph.nodes for written in written_by(node) if written.op == "placeholder"}
-
-
 def viewed(node: fx.Node) -> fx.Node:
     """The node whose storage a node shows: to write into a view, or into what is detached, is to write into
     that.
@@ -253,6 +248,5 @@ def stand_for(node: fx.Node, like: fx.Node) -> None:
 def read_stamps(graph: fx.Graph) -> None:
     """Show again what an export kept of the stamps."""
     for node in graph.nodes:
-        name = node.meta.get("custom", {}).get(WRITTEN_BY)
-        if name is not None:
+        if name := node.meta.get("custom", {}).get(WRITTEN_BY):
             node.meta[WRITTEN_BY] = name

@@ -158,8 +158,7 @@ def check_names(weights: Iterable[str]) -> None:
     """
     for name in weights:
         first = name.partition(".")[0]
-        reserved = next((part for part in name.split(".") if keyword.iskeyword(part)), None)
-        if reserved is not None:
+        if reserved := next(filter(keyword.iskeyword, name.split(".")), None):
             raise CaptureError(
                 f"the model holds '{name}', but '{reserved}' is a word of Python, which no graph can write;"
                 f" rename '{reserved}' in the model"

@@ -22,7 +22,7 @@ from fasp_fx.base import (
 )
 from fasp_fx.errors import CalibrationError, VerificationError, first_line
 
-from ._fx import WRITTEN_BY, applied, attribute, results, target_name, written_inputs, written_names
+from ._fx import WRITTEN_BY, applied, attribute, results, target_name, written_by, written_names
 from ._program import Program
 from ._shapes import by_shapes
 from ._sizes import same_sizes
@@ -72,7 +72,7 @@ class Runner:
             )
             self._dies_at.setdefault(last, []).append(node)
         placeholders = program.placeholders()
-        changed = written_inputs(program.module.graph)
+        changed = {written for node in self.nodes for written in written_by(node)}
         # The caller's batches stay as they are, and every run of one begins with what it holds.
         self._memory: list[dict[fx.Node, Any]] = [
             {
@@ -250,8 +250,12 @@ def record(module: fx.GraphModule, everything: bool = True) -> None:
     with torch.no_grad(), by_shapes(), mode, enable_python_dispatcher():
         for node in module.graph.nodes:
             before = node.meta.get("val")
-            is_new = everything or before is None or WRITTEN_BY in node.meta
-            is_new = is_new or not changed.isdisjoint(node.all_input_nodes)
+            is_new = (
+                everything
+                or before is None
+                or WRITTEN_BY in node.meta
+                or not changed.isdisjoint(node.all_input_nodes)
+            )
             if node.op == "get_attr" or (node.op == "call_function" and is_new):
                 result = _made(module, node, mode)
                 if everything or not built_alike(result, before, _is_recorded):

@@ -245,9 +245,8 @@ def _fits(value: Any, outline: Any) -> bool:
     if isinstance(outline, list):
         same = isinstance(value, (list, tuple)) and len(value) == len(outline)
         return same and all(map(_fits, value, outline))
-    if outline is HELD:
-        return not isinstance(value, (Mapping, list, tuple, *PLAIN))
-    return _equal(value, outline)
+    is_held = not isinstance(value, (Mapping, list, tuple, *PLAIN))
+    return is_held if outline is HELD else _equal(value, outline)
 
 
 def _refusal(name: str, value: Any, expected: str) -> CallError:

@@ -141,9 +141,8 @@ class Sizes:
                 not isinstance(size, torch.SymInt) or self.integer(size) == length
                 for size, length in zip(recorded.shape, executed.shape)
             )
-        if isinstance(recorded, (list, tuple)) and isinstance(executed, (list, tuple)):
-            return all(map(self.fit, recorded, executed))
-        return True
+        are_lists = isinstance(recorded, (list, tuple)) and isinstance(executed, (list, tuple))
+        return all(map(self.fit, recorded, executed)) if are_lists else True
 
     def settle(self, size: int | torch.SymInt) -> None:
         """Note that a recorded size is always the same, which its expression does not show: the graph reads
@@ -335,8 +334,7 @@ def recorded_shapes(
         settled: whether those count that could vary until the capture settled them.
     """
     collection = ShapesCollection()
-    inputs = graph.find_nodes(op="placeholder")
-    for node, leaf in zip(inputs, pytree.tree_leaves(example), strict=True):
+    for node, leaf in zip(graph.find_nodes(op="placeholder"), pytree.tree_leaves(example), strict=True):
         if isinstance(leaf, Tensor):
             sizes = node.meta["val"].shape
             collection[leaf] = {dim: _recorded(size, settled) for dim, size in enumerate(sizes)}

@@ -178,8 +178,10 @@ class StandIn(nn.Module):
         for node, leaf in zip(nodes, flat, strict=True):
             if isinstance(leaf, Tensor) and leaf.dtype != node.meta["val"].dtype:
                 raise CallError(f"'{node.name}' is of {leaf.dtype} in one call, and was of another before")
-        structure = program.facts.call.signature.out_spec  # type: ignore[union-attr]
-        return pytree.tree_unflatten(Runner(program, [flat]).outputs(), structure)
+        return pytree.tree_unflatten(
+            Runner(program, [flat]).outputs(),
+            program.facts.call.signature.out_spec,  # type: ignore[union-attr]
+        )
 
 
 def same_output(output: Any, expected: Any) -> bool:

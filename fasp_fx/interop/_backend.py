@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import re
 import weakref
 from collections.abc import Callable
@@ -108,8 +109,7 @@ def backend(
             " at capture, which a compiled model does not have; use fasp_fx.apply(model, plan, args), or"
             " fold the weight in the model and plan again"
         )
-    recurrent = next((name for name, _ in plan.slices() if _OF_RECURRENT.search(name)), None)
-    if recurrent is not None:
+    if recurrent := next((name for name, _ in plan.slices() if _OF_RECURRENT.search(name)), None):
         warn(
             f"dynamo does not trace the recurrent layer that holds '{recurrent}' and runs the whole model in"
             " its place, without a word; use fasp_fx.apply",
@@ -280,10 +280,11 @@ def _lift(program: Program) -> tuple[fx.GraphModule, list[str]]:
     graph = program.module.graph
     last = ([None, *program.placeholders()])[-1]
     by_name: dict[str, fx.Node] = {}
-    for node in graph.find_nodes(op="get_attr"):
+    lookups = graph.find_nodes(op="get_attr")
+    for node in [
+        each for each in lookups if isinstance(attribute(program.module, target_name(each)), Tensor)
+    ]:
         name = target_name(node)
-        if not isinstance(attribute(program.module, name), Tensor):
-            continue
         if name not in by_name:
             first = graph.inserting_before(next(iter(graph.nodes)))
             with first if last is None else graph.inserting_after(last):
@@ -357,8 +358,7 @@ def trace(module: fx.GraphModule, grad: bool) -> fx.GraphModule:
     if signature.buffers_to_mutate or signature.parameters_to_mutate or signature.user_inputs_to_mutate:
         raise CaptureError("the graph writes into its inputs or buffers")
     _without_modes(traced.graph, grad)
-    strange = next((node for node in traced.graph.nodes if not is_plain(node)), None)
-    if strange is not None:
+    if strange := next(itertools.filterfalse(is_plain, traced.graph.nodes), None):
         raise CaptureError(f"the graph calls {strange.target}")
     traced.recompile()
     return traced
@@ -406,9 +406,12 @@ def as_program(
             weight.meta.update(node.meta)
             node.replace_all_uses_with(weight)
             graph.erase_node(node)
-    registered = (*traced.named_parameters(recurse=False), *traced.named_buffers(recurse=False))
-    # Constants that tracing has lifted are plain attributes.
-    for name, value in (*vars(traced).items(), *registered, *traced.named_children()):
+    for name, value in (
+        *vars(traced).items(),  # constants that tracing has lifted are plain attributes
+        *traced.named_parameters(recurse=False),
+        *traced.named_buffers(recurse=False),
+        *traced.named_children(),
+    ):
         if isinstance(value, (Tensor, nn.Module)) and not hasattr(root, name):
             setattr(root, name, value)
     return Program(

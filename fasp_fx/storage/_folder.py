@@ -53,8 +53,9 @@ def new_save(path: Path, kind: str, *, overwrite: bool, keep: bool = True) -> It
     Raises:
         StoreError: the path is taken or cannot be written.
     """
-    replaceable = (lambda folder: is_save(folder, kind)) if overwrite else None
-    with new_folder(path, replaceable=replaceable, keep=keep) as folder:
+    with new_folder(
+        path, replaceable=(lambda folder: is_save(folder, kind)) if overwrite else None, keep=keep
+    ) as folder:
         yield folder
         write_manifest(folder, kind)
 
@@ -230,8 +231,7 @@ def claim(folder: Path, kind: str, run: Mapping[str, Any]) -> None:
     if not file.exists():
         write_text(file, json.dumps(run))
     stored = read_state(dict[str, Any], file)
-    different = sorted(name for name in {*run, *stored} if run.get(name) != stored.get(name))
-    if different:
+    if different := sorted(name for name in {*run, *stored} if run.get(name) != stored.get(name)):
         raise StoreError(
             f"'{folder}' is the checkpoint of another run: {', '.join(different)} differ; choose another"
             " checkpoint=, or remove the folder"
@@ -249,8 +249,11 @@ def refuse_other(folder: Path, option: str = "checkpoint=") -> None:
     """
     try:
         # what a process that was killed did not finish writing is hidden
-        others = folder.exists() and [path for path in folder.iterdir() if not path.name.startswith(".")]
-        is_other = bool(others) and not (folder / RUN).is_file()
+        is_other = (
+            folder.exists()
+            and any(not path.name.startswith(".") for path in folder.iterdir())
+            and not (folder / RUN).is_file()
+        )
     except OSError as error:
         raise StoreError(
             f"'{folder}' cannot be used: {first_line(error)}; choose another {option}"

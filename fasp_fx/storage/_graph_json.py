@@ -58,8 +58,7 @@ def program_to_json(program: ExportedProgram) -> dict[str, Any]:
     Raises:
         StoreError: the program holds something that JSON cannot.
     """
-    text = next((item for item in results(program.graph) if isinstance(item, str)), None)
-    if text is not None:
+    if (text := next((item for item in results(program.graph) if isinstance(item, str)), None)) is not None:
         raise StoreError(
             f"the model returns the text {text!r} among its outputs, which is not stored; let forward return"
             " tensors and numbers"
@@ -139,9 +138,7 @@ class _Writer:
         for tag, kind in (("size", torch.SymInt), ("real", torch.SymFloat), ("truth", torch.SymBool)):
             if isinstance(value, kind):
                 return {tag: self.size(value)}
-        if isinstance(value, fx.GraphModule):
-            return None
-        return self.argument(value)
+        return None if isinstance(value, fx.GraphModule) else self.argument(value)
 
     def size(self, size: Any) -> Any:
         if isinstance(size, int):
@@ -159,9 +156,9 @@ class _Writer:
             return int(expression) if expression.is_Integer else float(expression)
         if expression in (sympy.true, sympy.false):
             return bool(expression)
-        parts = (expression.p, expression.q) if expression.is_Rational else None
-        kind = "Rational" if parts else type(expression).__name__
-        return [kind, *(parts or map(self.expression, expression.args))]
+        if expression.is_Rational:
+            return ["Rational", expression.p, expression.q]
+        return [type(expression).__name__, *map(self.expression, expression.args)]
 
 
 def _about(node: fx.Node) -> dict[str, Any]:
@@ -290,8 +287,9 @@ class _Reader:
         Args:
             values: what is recorded of the inputs.
         """
-        shapes = [self.made.example(value.shape) for value in values if isinstance(value, Tensor)]
-        elements = sum(map(math.prod, shapes))
+        elements = sum(
+            math.prod(self.made.example(value.shape)) for value in values if isinstance(value, Tensor)
+        )
         if elements > EXAMPLE:
             raise StoreError(
                 f"the example inputs in graph.json have {elements:,} elements, and at most {EXAMPLE:,} are"
@@ -364,9 +362,8 @@ class _Reader:
     def expression(self, part: Any) -> Any:
         if isinstance(part, str):
             return self.symbols[part]
-        if not isinstance(part, list):
-            return sympy.sympify(part)
-        return SIZE_FUNCTIONS[part[0]](*map(self.expression, part[1:]))
+        is_call = isinstance(part, list)
+        return SIZE_FUNCTIONS[part[0]](*map(self.expression, part[1:])) if is_call else sympy.sympify(part)
 
 
 def _path(name: Any) -> str | None:

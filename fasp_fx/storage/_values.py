@@ -63,8 +63,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
             )
         data = tensor.detach()
         kept = first.setdefault((region(data, name), data.dtype), name)
-        strides = data.stride()
-        order = sorted(range(data.dim()), key=lambda dim: -strides[dim])
+        order = sorted(range(data.dim()), key=data.stride, reverse=True)
         if not data.permute(order).is_contiguous():
             order = list(range(data.dim()))
         if kept == name:

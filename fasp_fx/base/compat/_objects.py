@@ -224,8 +224,9 @@ class Symbols:
 
     def example(self, sizes: Iterable[int | torch.SymInt]) -> list[int]:
         """Sizes in the example."""
-        expressions = (size if isinstance(size, int) else size.node.expr for size in sizes)
-        return [int(sympy.sympify(expression).xreplace(self._hints)) for expression in expressions]
+        return [
+            size if isinstance(size, int) else int(size.node.expr.xreplace(self._hints)) for size in sizes
+        ]
 
     def real(self, expression: sympy.Expr) -> float | torch.SymFloat:
         """A real number that is made of sizes."""

@@ -99,9 +99,11 @@ def refuse_new_guards(environment: ShapeEnv | None) -> contextlib.AbstractContex
     def refuse(expression: object, value: object) -> None:
         raise VerificationError(f"the sizes would have to fulfil {expression} == {value}")
 
-    if environment is None:
-        return contextlib.nullcontext()
-    return mock.patch.multiple(environment, frozen=True, _check_frozen=refuse)
+    return (
+        contextlib.nullcontext()
+        if environment is None
+        else mock.patch.multiple(environment, frozen=True, _check_frozen=refuse)
+    )
 
 
 def without_stack_traces() -> contextlib.AbstractContextManager[object]:
