@@ -264,6 +264,7 @@ def record(module: fx.GraphModule, everything: bool = True) -> None:
 
 
 def _made(module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
+    """What a node makes of what is recorded of its operands."""
     try:
         if node.op != "get_attr":
             return applied(node, cast(Any, node.target))
