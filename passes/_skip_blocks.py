@@ -31,8 +31,7 @@ def skip_blocks(program: Program, analysis: Analysis, walk: Walk, gone: np.ndarr
     ends = [nodes[use.node.name] for group in skipped for use in group.uses]
     unused = serving(ends, graph)
     for end in ends:
-        other = beside(laid_out(end))
-        if other is None:
+        if (other := beside(laid_out(end))) is None:
             raise VerificationError(f"'{end.name}' ends in no sum any more, so that it cannot be left out")
         _replace_by_bias(end, other)
     for node in unused:
@@ -51,7 +50,11 @@ def _replace_by_bias(node: fx.Node, other: fx.Node) -> None:
     bias = None if form is None or form.bias is None else arguments(node)[form.bias]
     total = next(iter(end.users))
     is_sum = total.target is _ATEN.add.Tensor and other in total.all_input_nodes
-    if bias is None and len(end.users) == 1 and is_sum and _stands_for(other, total):
+    # A value can stand for a sum if its memory is that of no input and no weight, and the sum is no output,
+    # that the caller may write into.
+    returned = [viewed(result) for result in results(graph) if isinstance(result, fx.Node)]
+    is_own = viewed(other).op == "call_function" and total not in returned
+    if bias is None and len(end.users) == 1 and is_sum and is_own:
         total.replace_all_uses_with(other)
         graph.erase_node(total)
     else:
@@ -62,17 +65,8 @@ def _replace_by_bias(node: fx.Node, other: fx.Node) -> None:
                 stand_in = stamp(graph.call_function(_ATEN.add.Tensor, (stand_in, spread)), _NAME, node)
         end.replace_all_uses_with(stand_in)
     while end is not node:  # views of it
-        before = end.all_input_nodes[0]
-        graph.erase_node(end)
-        end = before
-
-
-def _stands_for(other: fx.Node, total: fx.Node) -> bool:
-    """Whether a value can stand for a sum: its memory is that of no input and no weight, and the sum is no
-    output, that the caller may write into.
-    """
-    returned = [viewed(result) for result in results(total.graph) if isinstance(result, fx.Node)]
-    return viewed(other).op == "call_function" and total not in returned
+        view, end = end, end.all_input_nodes[0]
+        graph.erase_node(view)
 
 
 def _spread(node: fx.Node, name: str, bias: fx.Node) -> fx.Node:
@@ -81,8 +75,7 @@ def _spread(node: fx.Node, name: str, bias: fx.Node) -> fx.Node:
     assert rule is not None
     form = rule.alternatives[0]
     dims = next(operand.dims for operand in form.operands if operand.name == name)
-    beyond = form.results[0][::-1].index(dims[-1])
-    if not beyond:
+    if not (beyond := form.results[0][::-1].index(dims[-1])):
         return bias
     shape = [-1] + [1] * beyond
     return stamp(node.graph.call_function(_ATEN.reshape.default, (bias, shape)), _NAME, node)

@@ -10,9 +10,19 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, fx
 
-from fasp_fx.analysis import NONE, Analysis, Interpreter, Numbering, Pairs, Remark, Value, Walk, marked
+from fasp_fx.analysis import (
+    NONE,
+    Analysis,
+    Interpreter,
+    Numbering,
+    Pairs,
+    Remark,
+    Value,
+    Walk,
+    by_block,
+    marked,
+)
 from fasp_fx.capturing import Program, results
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import lookup
@@ -51,7 +61,7 @@ def _mistaken(pairs: Pairs, labels: np.ndarray, last: np.ndarray) -> np.ndarray:
     either.
     """
     met = [np.stack([labels[first], labels[second]]) for first, second, _ in pairs if last.size]
-    both = np.concatenate(met, axis=1) if met else np.zeros((2, 0), dtype=np.int64)
+    both = np.concatenate([np.zeros((2, 0), dtype=np.int64), *met], axis=1)
     return np.unique(both[:, (both[0] != both[1]) & np.isin(both, last).any(0)])
 
 
@@ -84,13 +94,10 @@ def _last_ones(program: Program, reference: Analysis) -> np.ndarray:
     gone = _gone(program, reference)
     if not gone.any():
         return np.zeros(0, dtype=np.int64)
-    last: list[int] = []
-    for group in reference.groups:
-        for block in np.unique(group.block_of) if gone[group.sets].any() else ():
-            members = group.sets[group.block_of == block]
-            if gone[members].sum() == len(members) - 1:
-                last += members[~gone[members]].tolist()
-    return np.concatenate([np.array(last, dtype=np.int64), *_alone_in_parts(reference, gone)])
+    losing = (group for group in reference.groups if gone[group.sets].any())
+    blocks = [group.sets[each] for group in losing for each in by_block(group.block_of)]
+    last = [members[~gone[members]] for members in blocks if gone[members].sum() == len(members) - 1]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *last, *_alone_in_parts(reference, gone)])
 
 
 def _gone(program: Program, reference: Analysis) -> np.ndarray:
@@ -149,15 +156,14 @@ def _subset(
             raise VerificationError(f"{where} {kind} channels that were free before: {remark.reason}")
 
 
-def _outputs(module: fx.GraphModule, walk: Walk) -> list[tuple[int, ...] | None]:
-    executed = (walk.executed.get(result) for result in results(module.graph))
-    return [tuple(value.shape) if isinstance(value, Tensor) else None for value in executed]
-
-
 def _same_outputs(walk: Walk, reference: Analysis, program: Program) -> None:
     if walk.sizes.assigned != reference.walk.sizes.assigned:
         return  # the two were executed at different sizes; the final export compares symbolic shapes
-    before, after = _outputs(reference.program.module, reference.walk), _outputs(program.module, walk)
+    before, after = (
+        [getattr(each.executed.get(result), "shape", None) for result in results(one.module.graph)]
+        for one, each in ((reference.program, reference.walk), (program, walk))
+    )
     for index, (old, new) in enumerate(zip(before, after, strict=True)):
         if old != new and index not in reference.program.state_outputs:
-            raise VerificationError(f"output {index} had shape {old} and now has {new}")
+            shapes = [shape if shape is None else tuple(shape) for shape in (old, new)]
+            raise VerificationError(f"output {index} had shape {shapes[0]} and now has {shapes[1]}")

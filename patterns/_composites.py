@@ -33,11 +33,6 @@ def _name(node: fx.Node) -> str:
     return schema_of(node.target).name.rpartition("::")[2] if isinstance(node.target, OpOverload) else ""
 
 
-def _transparent(node: fx.Node) -> bool:
-    rule = lookup(node.target)
-    return rule is not None and (rule.moves == "self" or rule.pointwise)
-
-
 def _operators(pattern: ast.expr) -> set[str]:
     """The operators that a pattern, or what it calls, names."""
     return {part.id for part in ast.walk(pattern) if isinstance(part, ast.Name)}
@@ -64,7 +59,8 @@ def _match(
                     for b, inner in _match(source, argument, before)
                 ]
             yield from states
-    if through and _transparent(node):
+    rule = lookup(node.target) if through else None
+    if rule is not None and (rule.moves == "self" or rule.pointwise):
         for source in node.all_input_nodes:
             for b, inner in _match(source, pattern, bound):
                 yield b, inner | {node}

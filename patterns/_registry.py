@@ -15,27 +15,16 @@ from torch import Tensor
 from fasp_fx.base import HigherOrderOperator, OpOverload, schema_of, tolerable
 from fasp_fx.errors import RuleError
 
-from ._contractions import CONTRACTIONS, RECURRENT
 from ._grammar import ELLIPSIS, Rule, letters_of, parse
-from ._mixing import MIXING
-from ._movement import MOVEMENT
-from ._pointwise import CHECKS, CREATIONS, UNLIKE_OPERANDS, UNTAGGED, pointwise_rule
+from ._rules import RULES, UNTAGGED, pointwise_rule
 
 #: what a rule can speak of
 Operator = OpOverload | HigherOrderOperator
 
 _USER: dict[Operator, Rule] = {}
-_WRITTEN: dict[str, str] = {
-    **CONTRACTIONS,
-    **RECURRENT,
-    **MOVEMENT,
-    **MIXING,
-    **UNLIKE_OPERANDS,
-    **CREATIONS,
-    **CHECKS,
-}
 
 
+@cache
 def argument_names(operator: object) -> Mapping[str, Any]:
     """The names of an operator's arguments in order, with their defaults (``inspect.Parameter.empty`` where
     there is none).
@@ -46,21 +35,18 @@ def argument_names(operator: object) -> Mapping[str, Any]:
     Returns:
         Nothing for what has neither.
     """
-    return _declared(operator) if isinstance(operator, Operator) else {}
-
-
-@cache
-def _declared(operator: Operator) -> Mapping[str, Any]:
     if isinstance(operator, OpOverload):
         schema = schema_of(operator).arguments
         return {
             argument.name: argument.default_value if argument.has_default_value() else inspect.Parameter.empty
             for argument in schema
         }
-    _, *declared = inspect.signature(type(operator).__call__).parameters.values()
-    if any(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in declared):
+    if not isinstance(operator, HigherOrderOperator):
         return {}
-    return {parameter.name: parameter.default for parameter in declared}
+    _, *declared = inspect.signature(type(operator).__call__).parameters.values()
+    several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    is_open = any(parameter.kind in several for parameter in declared)
+    return {} if is_open else {parameter.name: parameter.default for parameter in declared}
 
 
 def name_of(operator: Operator) -> str:
@@ -68,16 +54,6 @@ def name_of(operator: Operator) -> str:
     ``higher_order.flex_attention``.
     """
     return str(operator) if isinstance(operator, OpOverload) else f"higher_order.{operator.name()}"
-
-
-def _check(operator: Operator, rule: Rule) -> Rule:
-    known = argument_names(operator)
-    unknown = sorted(rule.names() - known.keys())
-    if unknown:
-        raise RuleError(
-            f"rule '{rule}' for {operator} names {unknown}, but the operator's arguments are {sorted(known)}"
-        )
-    return rule
 
 
 def register(operator: Operator, text: str) -> Rule:
@@ -108,8 +84,13 @@ def register(operator: Operator, text: str) -> Rule:
         raise RuleError(
             f"{operator!r} is not an exact overload; pass for example torch.ops.aten.linear.default"
         )
-    _USER[operator] = _check(operator, parse(text))
-    return _USER[operator]
+    rule, known = parse(text), argument_names(operator)
+    if unknown := sorted(rule.names() - known.keys()):
+        raise RuleError(
+            f"rule '{rule}' for {operator} names {unknown}, but the operator's arguments are {sorted(known)}"
+        )
+    _USER[operator] = rule
+    return rule
 
 
 def unregister(operator: Operator) -> None:
@@ -138,7 +119,7 @@ def lookup(operator: object) -> Rule | None:
     if operator in _USER:
         return _USER[operator]
     name = name_of(operator)
-    text = _WRITTEN.get(name)
+    text = RULES.get(name)
     if (
         text is None
         and isinstance(operator, OpOverload)
@@ -200,4 +181,4 @@ def builtin() -> dict[str, str]:
         >>> fasp_fx.patterns.builtin()["aten.linear.default"]
         'input[... i], weight[o i], bias[o] -> [... o]'
     """
-    return dict(_WRITTEN)
+    return dict(RULES)

@@ -82,7 +82,9 @@ class ObservedProducts:
         operand = 0 if what == EFFECT else int(what)
         squares = value.detach().abs().to(torch.float32).square()
         for layout in layouts_along(self.analysis, product, operand):
-            counts = roles.of(number, product.operands[operand], value, tokens_of(layout)) != PADDING
+            sizes = enumerate(zip(layout.numbers.shape, layout.varies, strict=True))
+            tokens = [dim for dim, (size, varies) in sizes if size == 1 or varies]
+            counts = roles.of(number, product.operands[operand], value, tokens) != PADDING
             more = layout.summed((squares * counts).to(precise(value.device))).reshape(-1)
             numbers = layout.numbers.numpy().reshape(-1)
             shared = np.isin(numbers, product.numbers)
@@ -156,12 +158,6 @@ def layouts_along(analysis: Analysis, product: Product, operand: int) -> list[Re
     recorded = node.meta.get("val")
     layouts = [repeating(numbers, numbers.shape if recorded is None else recorded.shape) for numbers in axes]
     return [layout for layout in layouts if layout is not None]  # the analysis leaves others whole
-
-
-def tokens_of(layout: Repeating) -> list[int]:
-    """The dimensions along which tokens lie."""
-    sizes = zip(layout.numbers.shape, layout.varies, strict=True)
-    return [dim for dim, (size, varies) in enumerate(sizes) if size == 1 or varies]
 
 
 def row_scores(analysis: Analysis, group: Group, score: ByColumns, within: str) -> np.ndarray:

@@ -113,9 +113,8 @@ class Ranks:
         plain = {name: value for name, value in options.items() if not callable(value)}
         mine = {"model": fingerprint(), "calibration data": digest_of(batches), "options": repr(plain)}
         mine |= {"release of fasp_fx": __version__, "release of torch": torch.__version__}
-        all_of_them = self._gathered(mine)
-        different = [what for what in mine if any(other[what] != mine[what] for other in all_of_them)]
-        if different:
+        others = self._gathered(mine)
+        if different := [what for what in mine if any(other[what] != mine[what] for other in others)]:
             raise ArgumentError(
                 f"the processes were given other {' and other '.join(different)}; all are given the same, and"
                 " divide it"
@@ -144,12 +143,11 @@ class Ranks:
         Raises:
             CalibrationError: of this process, or else of the first that failed.
         """
-        failures = self._gathered(None if error is None else str(error))
-        if error is not None:
-            raise error
-        failed = next((failure for failure in failures if failure is not None), None)
-        if failed is not None:
-            raise CalibrationError(failed)
+        failures = [
+            each for each in self._gathered(None if error is None else str(error)) if each is not None
+        ]
+        if failures:
+            raise error or CalibrationError(failures[0])
 
     def share(self, owner: int, value: Any) -> Any:
         """What the owner has made; what others give does not count."""

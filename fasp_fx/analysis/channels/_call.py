@@ -37,8 +37,7 @@ class Call:
     @cached_property
     def nodes(self) -> dict[str, fx.Node]:
         """The arguments that are nodes, those in lists by name and place."""
-        leaves = elements(self.written).items()
-        return {name: leaf for name, leaf in leaves if isinstance(leaf, fx.Node)}
+        return {name: leaf for name, leaf in elements(self.written).items() if isinstance(leaf, fx.Node)}
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,8 @@ class Operands:
         self.recurrences: dict[str, Recurrence] = {}
         for letter, of, start, second in (clause.words for clause in call.rule.all("recur")):
             operands.append(self._step_before(call.node, letter, of, operands))
-            recurrence = Recurrence(call.nodes[start], int(bool(arguments[second])))
-            self.recurrences[operands[-1].name] = recurrence
+            steps = int(bool(arguments[second]))
+            self.recurrences[operands[-1].name] = Recurrence(call.nodes[start], steps)
         self.order = list(dict.fromkeys(letter for operand in operands for letter in operand.letters))
         self.summed = reading.summed(operand.letters for operand in operands)
         # What no weight had a part in (a state of zeros before the first step) meets a weight as an
@@ -201,11 +200,9 @@ def _split(value: Value, dim: int, leading: int) -> Value:
     for axis in value.axes:
         single = axis.numbers.shape[dim] == 1
         numbers = collapse(axis.numbers.unflatten(dim, (1, 1) if single else (leading, -1)))
-        at = axis.dim + (axis.dim > dim)
-        if axis.dim == dim:
-            varying = [d for d in (dim, dim + 1) if numbers.shape[d] > 1]
-            at = min(varying or [dim], key=lambda d: (smallest_step(numbers.numpy(), d), -d))
-        axes.append(Axis(numbers, at, axis.slot))
+        varying = [d for d in (dim, dim + 1) if numbers.shape[d] > 1] if axis.dim == dim else []
+        at = min(varying, key=lambda d: (smallest_step(numbers.numpy(), d), -d), default=axis.dim)
+        axes.append(Axis(numbers, at + (axis.dim > dim), axis.slot))
     return Value(shape, tuple(axes), value.constant, value.origin, created=value.created)
 
 
@@ -213,9 +210,8 @@ def joined(numbers: Tensor, dims: Dims, sizes: dict[str, int]) -> Tensor:
     """Numbers with one dimension per letter, put together to one dimension per pair."""
     for dim, letter in enumerate(dims):
         if not isinstance(letter, str):
-            if numbers.shape[dim] > 1 or numbers.shape[dim + 1] > 1:
-                full = list(numbers.shape)
-                full[dim : dim + 2] = [sizes[letter[0]], sizes[letter[1]]]
-                numbers = numbers.expand(full)
+            varies = max(numbers.shape[dim : dim + 2]) > 1
+            pair = [sizes[each] if varies else 1 for each in letter]
+            numbers = numbers.expand(*numbers.shape[:dim], *pair, *numbers.shape[dim + 2 :])
             numbers = numbers.flatten(dim, dim + 1)
     return numbers
