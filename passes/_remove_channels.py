@@ -16,7 +16,7 @@ from fasp_fx.base import pytree, stamp
 from fasp_fx.capturing import Cut, Program, Recipe, arguments, set_argument
 from fasp_fx.patterns import Clause, lookup
 
-from ._widths import Kept, pin_attention_scale
+from ._adjust import Kept, pin_attention_scale
 
 _NAME = "remove_channels"
 
@@ -50,10 +50,10 @@ def recipes_of(numbering: Numbering, gone: np.ndarray, names: Container[str]) ->
     """
     recipes: dict[str, Recipe] = {}
     # Blocks are those of the whole weight: they are cut first.
-    for slot in sorted(_losing(numbering, gone, "weight"), key=lambda slot: slot.block_dim is None):
-        if slot.name in names:
-            cut = Cut.of(slot.name, slot.dim, _stays(slot, gone), slot.block_dim)
-            recipes[slot.name] = recipes.get(slot.name, Recipe(slot.name)).then(cut)
+    slots = [slot for slot in _losing(numbering, gone, "weight") if slot.name in names]
+    for slot in sorted(slots, key=lambda slot: slot.block_dim is None):
+        cut = Cut.of(slot.name, slot.dim, _stays(slot, gone), slot.block_dim)
+        recipes[slot.name] = recipes.get(slot.name, Recipe(slot.name)).then(cut)
     return recipes
 
 
@@ -258,8 +258,9 @@ def _count(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], k
 def _length(node: fx.Node, source: Value, outputs: list[Value], kept: Kept) -> bool:
     length, along = (arguments(node)[name] for name in ("output_size", "dim"))
     dim = 0 if along is None else int(along) % len(outputs[0].shape)
-    is_same = length is None or isinstance(length, fx.Node)
-    is_same = is_same or kept.size(outputs[0], dim) == outputs[0].shape[dim]
+    is_same = (
+        length is None or isinstance(length, fx.Node) or kept.size(outputs[0], dim) == outputs[0].shape[dim]
+    )
     return not is_same and set_argument(node, "output_size", kept.size(outputs[0], dim))
 
 

@@ -26,13 +26,12 @@ from fasp_fx.base import tolerable, without_collections
 from fasp_fx.capturing import Program, capture, record
 from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
 
+from ._adjust import keep_dense_count, pad_value_heads, skip_blocks
 from ._foreign import name_of, run_foreign
 from ._pruned_module import finish, program_now
 from ._remove_channels import remove_channels
-from ._skip_blocks import skip_blocks
 from ._split import NAME, split
 from ._verify import verify
-from ._widths import keep_dense_count, pad_value_heads
 
 #: of the program that is to be rewritten, the analysis of the program that all steps started from, what it
 #: does on the numbers of that, and which of these numbers go; returns the same object if there is nothing to

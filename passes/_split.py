@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
@@ -37,7 +37,6 @@ from fasp_fx.patterns import Rule, lookup
 
 #: of the pass, in messages and stamps
 NAME = "split_fused_producers"
-_ADD = torch.ops.aten.add.Tensor
 _SWAPS = {
     torch.ops.aten.t.default,
     torch.ops.aten.transpose.int,
@@ -89,7 +88,17 @@ def split(program: Program, analysis: Analysis) -> Program:
     for fused in splits:
         for index, part in enumerate(fused.parts):
             _take_out(program, analysis, nodes, fused, part, index)
-    _delete_unused(program, {target_name(weight) for fused in splits for weight in fused.row_dims})
+    names = {target_name(weight) for fused in splits for weight in fused.row_dims}
+    # Weights go that nothing reads any more, and all that was computed of them in vain. Another node without
+    # users can be a second name of a tied weight, which must stay.
+    program.module.graph.eliminate_dead_code(
+        lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in names)
+    )
+    for name in names - {str(node.target) for node in program.module.graph.find_nodes(op="get_attr")}:
+        for known in (program.parts, program.recipes, program.numbers):
+            known.pop(name, None)
+        path, _, leaf = name.rpartition(".")
+        delattr(program.module.get_submodule(path), leaf)
     return program
 
 
@@ -163,7 +172,7 @@ class _Finder:
             (user,) = chain[-1].users
             others = [n for n in user.all_input_nodes if n is not chain[-1]]
             if (
-                user.target is not _ADD
+                user.target is not torch.ops.aten.add.Tensor
                 or len(others) != 1
                 or others[0].op != "get_attr"
                 or self.values[others[0]].shape != rows
@@ -216,10 +225,9 @@ class _Finder:
         if node.target is operator.getitem and isinstance(label, (list, tuple)):
             return label[arguments(node)["1"]]
         rule = lookup(node.target)
-        if rule is None or rule.moves != "self" or not isinstance(label, Tensor):
-            return None
+        moves = rule is not None and rule.moves == "self" and _moves_alike(node, rule)
         with suppress(ValueError):
-            return run_on_numbers(node, label, self.values) if _moves_alike(node, rule) else None
+            return run_on_numbers(node, label, self.values) if moves and isinstance(label, Tensor) else None
         return None
 
 
@@ -349,21 +357,6 @@ def _add_part(program: Program, analysis: Analysis, name: str, new: str, rows: n
     if (along := numbers[dim]) is not None:
         numbers[dim] = along[torch.from_numpy(rows)]
     program.numbers[new] = numbers
-
-
-def _delete_unused(program: Program, names: Set[str]) -> None:
-    """Take weights out of the program where nothing reads them any more, and all that was computed of them
-    in vain.
-    """
-    # A node without users can be a second name of a tied weight, which must stay.
-    program.module.graph.eliminate_dead_code(
-        lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in names)
-    )
-    for name in names - {str(node.target) for node in program.module.graph.find_nodes(op="get_attr")}:
-        for known in (program.parts, program.recipes, program.numbers):
-            known.pop(name, None)
-        path, _, leaf = name.rpartition(".")
-        delattr(program.module.get_submodule(path), leaf)
 
 
 def fused_weights(plan: PruningPlan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

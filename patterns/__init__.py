@@ -1,7 +1,7 @@
 """What operators do to channels, one line each.
 
-``_rules`` holds the rules as data, ``_composites`` graph patterns that name compositions of operators. The
-grammar is described in ``_grammar`` and in the documentation's *Writing a rule*.
+``_rules`` holds the rules as data. The grammar is described in ``_grammar`` and in the documentation's
+*Writing a rule*.
 """
 
 import lazy_loader

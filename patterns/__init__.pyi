@@ -1,6 +1,3 @@
-from ._composites import (
-    find_composites as find_composites,  # For every node that is part of a composite, the composite's name
-)
 from ._grammar import (
     ORDINALS as ORDINALS,  # how a clause counts results
     Alternative as Alternative,  # One reading of the operator: its operands and results by letter
@@ -20,6 +17,7 @@ from ._registry import (
     affine as affine,  # What an operator is if it is linear in each of its operands but for a bias; else None
     argument_names as argument_names,  # The names of an operator's arguments in order, with their defaults
     builtin as builtin,  # Every built-in rule that is written out (not derived), by operator name
+    find_composites as find_composites,  # For every node that is part of a composite, the composite's name
     lookup as lookup,  # The rule of an operator
     register as register,  # Teach the analysis what an operator does to channels, in one line
     unregister as unregister,  # Forget a rule given to register; a built-in rule that it had replaced is in force again

@@ -318,8 +318,7 @@ class _Parser:
             self.fail("expected ';' or the end")
         if creates and not any(clause.keyword == "shape" for clause in clauses):
             self.fail("'create' needs the clause 'shape', which says what argument holds the sizes")
-        text = _normalised(self.tokens)
-        return Rule(moves, tuple(alternatives), tuple(clauses), creates, tallies, text)
+        return Rule(moves, tuple(alternatives), tuple(clauses), creates, tallies, _normalised(self.tokens))
 
 
 @cache

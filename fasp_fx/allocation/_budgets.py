@@ -55,8 +55,11 @@ class Cap(ABC):
     per_call: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        is_one = self.amount == 1 and isinstance(self.amount, int)  # one alone, or all
-        if not is_number(self.amount) or self.amount <= 0 or is_one:
+        if (
+            not is_number(self.amount)
+            or self.amount <= 0
+            or (self.amount == 1 and isinstance(self.amount, int))  # one alone, or all
+        ):
             raise ArgumentError(
                 f"{self} is no budget; give a share in (0, 1], such as 0.8, or 1.0 for all, or how much may"
                 " stay, such as 100_000_000"
@@ -264,7 +267,7 @@ def budget_from_data(data: Any) -> tuple[Cap, ...]:
 #: one dimension of what a node makes
 Dim = tuple[fx.Node, int]
 #: dimensions whose sizes are multiplied; of several in one place the largest, which the passes pad the others
-#: to (``pad_value_heads`` in ``passes/_widths.py``)
+#: to (``pad_value_heads`` in ``passes/_adjust.py``)
 Term = list[tuple[Dim, ...]]
 #: the shape of what a node makes
 ShapeOf = Callable[[fx.Node], tuple[int, ...]]
@@ -361,8 +364,7 @@ def _is_made_of_products(node: fx.Node, shape: ShapeOf) -> bool:
     """Whether an operator that stands for others has some that torch counts among them, such as
     ``aten.inner``.
     """
-    assert isinstance(node.target, OpOverload)
-    if not is_composite(node.target):
+    if not isinstance(node.target, OpOverload) or not is_composite(node.target):
         return False
 
     def empty(source: fx.Node) -> Any:

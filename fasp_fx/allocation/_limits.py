@@ -228,12 +228,13 @@ def check_reach(budget: Budget, round_to: int) -> None:
     """
     deepest = budget.counts([group.most_lost(round_to) for group in budget.groups])
     rounds = any(group.step(round_to) > 1 for group in budget.groups)
-    rounded = f" with round_to={round_to}" if rounds else ""
-    smaller = ", or for a smaller round_to" if rounds else ""
+    rounded, smaller = (f" with round_to={round_to}", ", or for a smaller round_to") if rounds else ("", "")
     for limit in (one for one in budget.limits if one.over(deepest) > (1e-12 if one.cap is None else 0)):
         advice = f", or ask for {budget.advice}" if budget.advice else ""
-        ways = f"let more stay{smaller}{advice}, or see analyze(...).groups for what is frozen and why"
-        where = f"{rounded}; {ways}"
+        where = (
+            f"{rounded}; let more stay{smaller}{advice}, or see analyze(...).groups for what is frozen and"
+            " why"
+        )
         if limit.cap is None:
             reach = np.floor(limit.resource.removed(deepest) * 1e4) / 1e4
             raise SparsityError(
@@ -246,8 +247,8 @@ def check_reach(budget: Budget, round_to: int) -> None:
             f" {np.ceil(least / whole * 1e4) / 1e4:.4f}{where}"
         )
     if budget.is_ceiling and budget.over([0] * len(budget.groups)) <= 0:
-        has = [f"{limit.resource.whole:,} {limit.cap.unit}" for limit in budget.limits if limit.cap]
-        raise BudgetError(f"the model meets the budget as it is: it has {', '.join(has)}; allow less")
+        has = ", ".join(f"{limit.resource.whole:,} {limit.cap.unit}" for limit in budget.limits if limit.cap)
+        raise BudgetError(f"the model meets the budget as it is: it has {has}; allow less")
 
 
 def names_any(pattern: str, names: Iterable[str]) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import networkx as nx
@@ -93,8 +93,7 @@ def analyze_program(
     """
     asked = frozenset(granularity), frozenset(include)
     # Channel numbers are for the CPU, whatever the default device is; being told so delays every call.
-    on_cpu = torch.get_default_device().type == "cpu"
-    with contextlib.nullcontext() if on_cpu else torch.device("cpu"):
+    with contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
         analysis = _analyze(program, *asked)
         while split is not None and analysis.conflicts:
             # Rows are told apart one by one.
@@ -102,7 +101,7 @@ def analyze_program(
             if (rewritten := split(program, alone)) is None:
                 break
             program, analysis = rewritten, _analyze(rewritten, *asked)
-        return let_blocks_go(analysis) if DEPTH in asked[1] else analysis
+        return replace(analysis, groups=let_blocks_go(analysis)) if DEPTH in asked[1] else analysis
 
 
 def _analyze(program: Program, granularity: frozenset[str], include: frozenset[str]) -> Analysis:
@@ -179,8 +178,8 @@ def _columns_of_parts(program: Program, numbering: Numbering) -> Pairs:
         part = program.parts[slot.name]
         if slot.dim != part.dim:
             leader = first.setdefault((part.source, slot.dim), slot)
-            both = (each.numbers().reshape(-1).numpy() for each in (leader, slot))
-            pairs.append((*both, nodes[slot.name]))
+            one, other = (each.numbers().reshape(-1).numpy() for each in (leader, slot))
+            pairs.append((one, other, nodes[slot.name]))
     return pairs
 
 

@@ -213,8 +213,8 @@ class GroupBuilder:
         self.produces.update(*(numbering.slot_ids(numbers).tolist() for numbers in somewhere))
         self.consumes = {index_of[slot] for use in facts.uses for slot in use.slots}
         self.positions = {node: index for index, node in enumerate(program.module.graph.nodes)}
-        products = [product.numbers for product in facts.products if judged.exempt]
-        self.multiplied = marked(count, *(labels[numbers] for numbers in products))
+        products = facts.products if judged.exempt else []
+        self.multiplied = marked(count, *(labels[product.numbers] for product in products))
         self.headed = marked(count, *(labels[numbers] for _, numbers, _ in facts.wishes.heads))
         self.multiples = np.ones(count, dtype=np.int64)
         for numbers, multiple in facts.counts.aligned:
@@ -299,8 +299,11 @@ class GroupBuilder:
         status, reason = STATUS[int(self.judged.status[sets[0]])], str(self.judged.reason[sets[0]])
         free = CODE[status] in FREE
         if free and not is_read:
-            lost = f"{reason}, and no weight consumes what is left of them"
-            return FROZEN, lost if status == APPROXIMATE else "no weight consumes these channels"
+            return FROZEN, (
+                f"{reason}, and no weight consumes what is left of them"
+                if status == APPROXIMATE
+                else "no weight consumes these channels"
+            )
         if size == 1 and (free or (self.judged.exempt and status == EXEMPT)):
             return FROZEN, f"{LAYOUT}: one channel set takes the whole of a dimension"
         is_short = status == PRUNABLE and size <= needed
@@ -309,8 +312,7 @@ class GroupBuilder:
     def _last_product(self, sets: np.ndarray) -> tuple[Use, ...]:
         """The last use of a stacked weight, one block an expert: what it gives is what an expert gives."""
         by_block = [(use, use.block_numbers) for use in self.uses if use.block_numbers is not None]
-        labels = self.judged.labels
-        uses = [use for use, numbers in by_block if np.isin(labels[numbers], sets).any()]
+        uses = [use for use, numbers in by_block if np.isin(self.judged.labels[numbers], sets).any()]
         return tuple(sorted(uses, key=lambda use: self.positions[use.node])[-1:])
 
     def _members(self, slots: list[tuple[Slot, np.ndarray]], sets: np.ndarray) -> Iterator[Member]:
@@ -333,7 +335,6 @@ class GroupBuilder:
             size = sum(len(part.rows) for part in parts) if is_split else slot.size
             indices, positions = (np.concatenate([piece[side] for piece in several[::-1]]) for side in (1, 2))
             indices, first = np.unique(indices, return_index=True)
-            aliases = tuple(other for other in self.names.get(name, ()) if other != name)
             yield Member(
                 name,
                 dim,
@@ -342,7 +343,7 @@ class GroupBuilder:
                 slot.block_dim,
                 slot.blocks,
                 tuple(positions[first].tolist()),
-                aliases,
+                tuple(other for other in self.names.get(name, ()) if other != name),
             )
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +17,6 @@ from fasp_fx.patterns import RESHAPES, affine
 from ._groups import FROZEN, PRUNABLE, Coupling, Group
 from .channels import Use, Value
 
-C = TypeVar("C", bound=Coupling)
-
 #: the word of ``include=`` for it
 DEPTH = "depth"
 _ATEN = torch.ops.aten
@@ -30,14 +27,13 @@ _CHECK = _ATEN._assert_tensor_metadata.default
 _NEAR = 24
 
 
-def let_blocks_go(analysis: C) -> C:
-    """The analysis, in which groups that are all there is to a residual block need not keep anything."""
+def let_blocks_go(analysis: Coupling) -> list[Group]:
+    """The groups, of which those that are all there is to a residual block need not keep anything."""
     some = [group.sets for group in analysis.groups if group.status != FROZEN]
     free = np.concatenate([np.zeros(0, dtype=np.int64), *some])
-    groups = [
+    return [
         replace(group, needed=0) if _is_a_block(group, analysis, free) else group for group in analysis.groups
     ]
-    return replace(analysis, groups=groups)
 
 
 def _lines(node: fx.Node, analysis: Coupling, free: np.ndarray) -> set[tuple[int, tuple[int, ...], bytes]]:
@@ -52,10 +48,11 @@ def laid_out(node: fx.Node) -> fx.Node:
     """Where a consumer's output has the shape of the model's activations: behind views that keep its last
     dimension.
     """
-    while len(node.users) == 1 and str((user := next(iter(node.users))).target) in RESHAPES:
-        first, second = _value(node), _value(user)
-        if first is None or second is None or not same_sizes(first.shape[-1:], second.shape[-1:]):
-            break
+    while (
+        len(node.users) == 1
+        and str((user := next(iter(node.users))).target) in RESHAPES
+        and _alike(node, user, -1)
+    ):
         node = user
     return node
 
@@ -138,16 +135,13 @@ def goes_with_a_block(node: fx.Node) -> bool:
     return node.target is _CHECK or is_pure(node)
 
 
-def _value(node: fx.Node) -> Tensor | None:
-    value = node.meta.get("val")
-    return value if isinstance(value, Tensor) and value.is_floating_point() else None
-
-
-def _alike(node: fx.Node, other: fx.Node) -> bool:
-    first, second = _value(node), _value(other)
+def _alike(node: fx.Node, other: fx.Node, first: int = 0) -> bool:
+    """Whether two nodes give real numbers of one type, and of one shape from a dimension on."""
+    one, two = node.meta.get("val"), other.meta.get("val")
     return (
-        first is not None
-        and second is not None
-        and first.dtype == second.dtype
-        and same_sizes(first.shape, second.shape)
+        isinstance(one, Tensor)
+        and isinstance(two, Tensor)
+        and one.is_floating_point()
+        and one.dtype == two.dtype
+        and same_sizes(one.shape[first:], two.shape[first:])
     )

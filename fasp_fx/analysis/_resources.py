@@ -114,9 +114,10 @@ def parameters_of(analysis: Coupling, each: Callable[[Tensor], float] = lambda w
     What the dense model has are the parameters of the caller, also where the capture has folded some into
     others.
     """
-    parameters = analysis.program.parameters()
-    first = {id(tensor): name for name, tensor in reversed(parameters.items())}
-    whole = {name: parameters[name] for name in first.values()}
+    parameters = reversed(analysis.program.parameters().items())
+    whole = dict(
+        {id(tensor): (name, tensor) for name, tensor in parameters}.values()
+    )  # the first of tied ones
     kept = dict(analysis.program.module.named_parameters())
     units = {name: each(tensor) for name, tensor in {**whole, **kept}.items()}
     left = Counted(analysis, round(sum(tensor.numel() * units[name] for name, tensor in whole.items())))
@@ -132,8 +133,7 @@ def cache_of(analysis: Coupling) -> Counted:
         BudgetError: the program holds no cache.
     """
     program, left, sizes = analysis.program, Counted(analysis), ShrinkingSizes(analysis)
-    returned = results(program.module.graph)
-    for node in (returned[index] for index in sorted(program.state_outputs)):
+    for node in (results(program.module.graph)[index] for index in sorted(program.state_outputs)):
         value: Any = node.meta.get("val") if isinstance(node, fx.Node) else None
         is_cache = isinstance(value, Tensor) and value.dim() == 4
         if is_cache and all(isinstance(value.shape[dim], int) for dim in (1, 3)):

@@ -131,10 +131,9 @@ def check_inputs(program: Program, flat: list[Any], what: str) -> None:
             f"{what} holds {len(flat)} values, the captured program takes {len(nodes)};"
             " give it the structure of the example inputs"
         )
-    for node, leaf in zip(nodes, flat, strict=True):
-        expected = node.meta.get("val")
-        if not isinstance(expected, Tensor):
-            continue
+    tensors = [pair for pair in zip(nodes, flat, strict=True) if isinstance(pair[0].meta.get("val"), Tensor)]
+    for node, leaf in tensors:
+        expected = node.meta["val"]
         where = f"{what}, input '{node.name}'"
         if not isinstance(leaf, Tensor):
             raise CalibrationError(f"{where}: expected a tensor, found {type(leaf).__name__}")
@@ -184,8 +183,8 @@ class Piece:
 def whole_batches(program: Program, batches: Sequence[list[Any]]) -> list[Piece]:
     """Batches as they came."""
     sizes = sequences_of(program, batches)
-    firsts = accumulate(sizes, initial=0)
-    return [Piece(*one) for one in zip(batches, range(len(sizes)), firsts, sizes, strict=False)]
+    places = zip(batches, range(len(sizes)), accumulate(sizes, initial=0), sizes, strict=False)
+    return [Piece(*one) for one in places]
 
 
 def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:

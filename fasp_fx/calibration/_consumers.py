@@ -100,8 +100,9 @@ class Consumer:
         assert self.grams is not None
         for block, tokens, roles in pieces:
             ones = [] if self.intercept is None else [tokens.new_ones((len(tokens), 1))]
-            seen = torch.cat([tokens, *ones, *([] if drift is None else [drift])], 1)
-            self.grams[block].update(seen, roles)
+            self.grams[block].update(
+                torch.cat([tokens, *ones, *([] if drift is None else [drift])], 1), roles
+            )
             for statistic in filter(takes, self.seen[block].values()):
                 statistic.update(tokens.clone(), None, counting(roles, tokens))
 

@@ -125,9 +125,8 @@ class Ledger:
 
     def __init__(self, ranks: Ranks, journal: Journal | None = None) -> None:
         self.ranks, self._journal, self._numbers = ranks, journal, itertools.count()
-        before = (0, list[str](), 0)
-        if journal is not None:
-            before = journal.points, journal.unmatched, journal.count
+        nothing = 0, list[str](), 0
+        before = nothing if journal is None else (journal.points, journal.unmatched, journal.count)
         self.points, self.unmatched, self._known = ranks.first(before)
 
     def decide(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

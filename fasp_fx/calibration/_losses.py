@@ -105,8 +105,7 @@ class Outputs:
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
-        self._first, self._rows = 0, 0
+        self.seed, self._first, self._rows = seed, 0, 0
         self._seen: dict[int, tuple[float, int]] = {}
 
     def settle(self, outputs: Any, padding: Padding = lambda leaf: None) -> bool:
@@ -179,8 +178,7 @@ class Outputs:
 
 def evaluated(loss: Loss, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Tensor:
     """The terms of a loss; those of this module leave padding out, one of the user's sees to it by itself."""
-    is_ours = isinstance(loss, Outputs) or loss is next_token
-    return loss(outputs, inputs, *((padding,) if is_ours else ()))
+    return loss(outputs, inputs, *((padding,) if isinstance(loss, Outputs) or loss is next_token else ()))
 
 
 def resolve_loss(loss: Literal["auto", "outputs", "next-token"] | Loss) -> Loss:

@@ -92,8 +92,9 @@ class ObservedProducts:
             self._sum(product, what, more.device).index_add_(0, place, more[torch.from_numpy(shared)])
 
     def _sum(self, product: Product, what: int | str, device: torch.device) -> Tensor:
-        zeros = torch.zeros(len(product.numbers), dtype=precise(device), device=device)
-        return self._sums.setdefault((product, what), zeros)
+        return self._sums.setdefault(
+            (product, what), torch.zeros(len(product.numbers), dtype=precise(device), device=device)
+        )
 
     def add_up(
         self, product: Product, what: int | str, ranks: Ranks, device: torch.device | None = None

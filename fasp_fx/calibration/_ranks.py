@@ -71,9 +71,8 @@ class Ranks:
                 f"group is a {type(group).__name__}; pass a process group of torch.distributed, such as"
                 " dist.group.WORLD once it is made, or leave it out"
             )
-        self._group = group
+        self._group, self.parted = group, False
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        self.parted = False
         if self.rank < 0:
             raise ArgumentError(
                 "this process is not of the group that was given; call with it in the processes that are"
@@ -111,8 +110,13 @@ class Ranks:
         if self.size == 1:
             return
         plain = {name: value for name, value in options.items() if not callable(value)}
-        mine = {"model": fingerprint(), "calibration data": digest_of(batches), "options": repr(plain)}
-        mine |= {"release of fasp_fx": __version__, "release of torch": torch.__version__}
+        mine = {
+            "model": fingerprint(),
+            "calibration data": digest_of(batches),
+            "options": repr(plain),
+            "release of fasp_fx": __version__,
+            "release of torch": torch.__version__,
+        }
         others = self._gathered(mine)
         if different := [what for what in mine if any(other[what] != mine[what] for other in others)]:
             raise ArgumentError(

@@ -128,13 +128,11 @@ class TokenRoles:
             return self.of(index, use.activation, activation, dims)
         if self._masks is not None:
             self.unmatched[use.activation] = None
-        sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         parts = [
             torch.full((size,), self._batch_judges(index)) if self._many_batches else _last(size)
-            for size in sizes
+            for size in torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         ]
-        judges = torch.cat(parts).to(ends.device) & self.hold_out
-        return torch.where(judges, HELD, FITTED).to(torch.uint8)
+        return torch.where(torch.cat(parts).to(ends.device) & self.hold_out, HELD, FITTED).to(torch.uint8)
 
     def without_padding(self, index: int, node: fx.Node, output: Tensor) -> tuple[Tensor, int]:
         """What lies at an output, with zeros where it is known to be padding, and how many elements are

@@ -186,8 +186,7 @@ class ByColumns(GroupScore):
     """
 
     def __init__(self, score: ColumnScore, needs_data: bool = True) -> None:
-        self.score = score
-        self.needs_data = needs_data
+        self.score, self.needs_data = score, needs_data
 
     def __call__(self, group: GroupColumns) -> Order:
         return by_value(group, by_set(group, self.values))

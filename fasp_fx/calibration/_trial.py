@@ -77,8 +77,7 @@ class BudgetTrial(Trial):
         """Raises:
         ArgumentError: what is to be lost cannot be.
         """
-        checked = check_counts(lost, self.budget.groups)
-        return self.candidates.losses(self.budget.spread(checked), sequences)
+        return self.candidates.losses(self.budget.spread(check_counts(lost, self.budget.groups)), sequences)
 
     def progress(self, fraction: float) -> None:
         self.advance(fraction)

@@ -182,13 +182,12 @@ class Visit:
         self, consumer: Consumer, use: Use, runner: Runner, changes: Iterator[Tensor] | None
     ) -> None:
         matrices = ConsumerMatrices(use, self.consumers.analysis.walk.values)
-        ends = None if use.route is None else list(runner.read(use.route))
+        ends = [None] * len(runner.numbers) if use.route is None else list(runner.read(use.route))
         consumer.drift_rows = (
             0 if changes is None else consumer.matrices.rows(self.consumers.weight(consumer))
         )
-        for index, (batch, activation) in enumerate(zip(runner.numbers, _inputs(runner, use), strict=True)):
+        for batch, activation, end in zip(runner.numbers, _inputs(runner, use), ends, strict=True):
             consumer.prepare(self.statistics, activation.device, precise(activation.device))
-            end = None if ends is None else ends[index]
             # Statistics that need gradients were shown the dense model's before.
             consumer.see(
                 matrices.tokens(activation, self.roles.at(batch, use, activation, end), end),
@@ -251,14 +250,13 @@ def added_to(use: Use) -> fx.Node | None:
     tokens = next((each.dims for each in form.operands if named.get(each.name) is use.activation), ())
     if not tokens or tokens[-1] not in form.summed or {*form.results[0][-1:]} <= {*tokens}:
         return None
-    while len(users := [user for user in end.users if str(user.target) not in CHECKS]) == 1:
-        (user,) = users
-        if user.target is torch.ops.aten.add.Tensor and not user.kwargs:
-            (residual, *_) = [argument for argument in user.args if argument is not end] or [end]
-            if not isinstance(residual, fx.Node) or residual.op != "call_function" or residual is end:
-                return None
-            return residual if same_sizes(residual.meta["val"].shape, end.meta["val"].shape) else None
-        if str(user.target) not in RESHAPES | CASTS:
-            return None
-        end = user
-    return None
+    while len(users := [user for user in end.users if str(user.target) not in CHECKS]) == 1 and (
+        str(users[0].target) in RESHAPES | CASTS
+    ):
+        (end,) = users
+    if len(users) != 1 or users[0].target is not torch.ops.aten.add.Tensor or users[0].kwargs:
+        return None
+    (residual, *_) = [argument for argument in users[0].args if argument is not end] or [end]
+    if not isinstance(residual, fx.Node) or residual.op != "call_function" or residual is end:
+        return None
+    return residual if same_sizes(residual.meta["val"].shape, end.meta["val"].shape) else None

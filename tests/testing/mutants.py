@@ -24,10 +24,10 @@ import fasp_fx.analysis.channels._facts
 import fasp_fx.analysis.channels._interpreter
 import fasp_fx.analysis.channels._moves
 import fasp_fx.capturing._program
+import fasp_fx.passes._adjust
 import fasp_fx.passes._pruned_module
 import fasp_fx.passes._remove_channels
 import fasp_fx.passes._run
-import fasp_fx.passes._widths
 import fasp_fx.pruning._subject
 from fasp_fx import patterns
 from fasp_fx.passes import finish, remove
@@ -232,7 +232,7 @@ def _transposed(call: Any) -> Any:
 
 def _scale_of_next_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        fasp_fx.passes._widths,
+        fasp_fx.passes._adjust,
         "math",
         types.SimpleNamespace(prod=math.prod, sqrt=lambda width: (width + 1) ** 0.5),
     )
@@ -357,7 +357,7 @@ MUTANTS: tuple[Mutant, ...] = (
     # passes
     Mutant(
         "a slice off by one",
-        attribute(fasp_fx.passes._widths.Kept, "before", _off_by_one),
+        attribute(fasp_fx.passes._adjust.Kept, "before", _off_by_one),
         SLICED,
         seed=1,
     ),

@@ -91,7 +91,12 @@ class Operands:
         arguments = {**call.arguments, **elements(call.arguments)}
         ranks = {name: len(value.shape) for name, value in arguments.items() if isinstance(value, Value)}
         self.reading = reading = read(call.rule, arguments, ranks)
-        factors = _factors(call)
+        stated = {clause.words[0]: clause.words[1] for clause in call.rule.all("factor")}
+        if computed := call.nodes.keys() & stated.values():  # of a convolution of all samples at once, say
+            raise DoesNotApplyError(f"'{computed.pop()}' is computed at run time")
+        #: the sizes of letters in brackets
+        factors = {letter: int(arguments[name]) for letter, name in stated.items()}
+        factors |= {clause.words[0]: int(clause.words[1]) for clause in call.rule.all("gates")}
         operands = [
             _divided(Operand(name, arguments[name], (), call.nodes.get(name)), dims, factors)
             for name, dims in reading.operands.items()
@@ -109,8 +114,7 @@ class Operands:
         self.recurrences: dict[str, Recurrence] = {}
         for letter, of, start, second in (clause.words for clause in call.rule.all("recur")):
             operands.append(self._step_before(call.node, letter, of, operands))
-            steps = int(bool(arguments[second]))
-            self.recurrences[operands[-1].name] = Recurrence(call.nodes[start], steps)
+            self.recurrences[operands[-1].name] = Recurrence(call.nodes[start], int(bool(arguments[second])))
         self.order = list(dict.fromkeys(letter for operand in operands for letter in operand.letters))
         self.summed = reading.summed(operand.letters for operand in operands)
         # What no weight had a part in (a state of zeros before the first step) meets a weight as an
@@ -144,15 +148,6 @@ class Operands:
             for operand in self.each
             if letter in operand.letters and (operand.size(letter) > 1 or self.size[letter] == 1)
         ]
-
-
-def _factors(call: Call) -> dict[str, int]:
-    """The sizes of letters in brackets."""
-    stated = {clause.words[0]: clause.words[1] for clause in call.rule.all("factor")}
-    if computed := call.nodes.keys() & stated.values():  # of a convolution of all samples at once, say
-        raise DoesNotApplyError(f"'{computed.pop()}' is computed at run time")
-    gates = {clause.words[0]: int(clause.words[1]) for clause in call.rule.all("gates")}
-    return {letter: int(call.arguments[name]) for letter, name in stated.items()} | gates
 
 
 def _repeated(operand: Operand, few: str, many: str, size: int) -> Operand:

@@ -68,11 +68,17 @@ def _looked_up(call: Call, name: str, names: Tensor) -> bool:
     source = _source(call)
     if not isinstance(source, Value):
         return False
-    clauses = (clause.words[0] for clause in call.rule.all("index") if clause.words[1] == name)
-    dims = [int(call.arguments[dim]) % len(source.shape) for dim in clauses]
+    dims = [
+        int(call.arguments[clause.words[0]]) % len(source.shape)
+        for clause in call.rule.all("index")
+        if clause.words[1] == name
+    ]
     if name == "indices" and call.rule.moves:
-        indices = enumerate(call.arguments[name])
-        dims = [dim for dim, index in indices if isinstance(index, Value) and index.names is not None]
+        dims = [
+            dim
+            for dim, index in enumerate(call.arguments[name])
+            if isinstance(index, Value) and index.names is not None
+        ]
     axes = [source.at(dim) for dim in dims]
     return bool(axes) and all(axes) and all(_fits(axis, names) for along in axes for axis in along)
 

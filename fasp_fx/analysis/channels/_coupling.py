@@ -64,8 +64,7 @@ def alike_in_blocks(meeting: list[Meeting], order: list[str]) -> Iterator[tuple[
     """
     varying = {letter for each in meeting for letter, size in zip(order, each.numbers.shape) if size > 1}
     for operand, axis, numbers in meeting:
-        is_weight = operand.value.constant and operand.value.origin is not None
-        for letter in operand.letters if is_weight else ():
+        for letter in operand.letters if operand.value.constant and operand.value.origin is not None else ():
             if letter in varying and numbers.shape[order.index(letter)] == 1 and operand.size(letter) > 1:
                 yield operand, axis, letter
 

@@ -177,8 +177,9 @@ class Facts:
         both = (first != NONE) & (second != NONE)
         alone = np.concatenate([first[~both & (first != NONE)], second[~both & (second != NONE)]])
         if alone.size:
-            why = "meets a position that is not a channel"
-            self.remarks.frozen.append(Remark(np.unique(alone), why, node))
+            self.remarks.frozen.append(
+                Remark(np.unique(alone), "meets a position that is not a channel", node)
+            )
         if (differ := both & (first != second)).any():
             self.pairs.append((first[differ], second[differ], node))
 

@@ -272,7 +272,17 @@ class Move:
         if not np.isin(flat[flat != NONE], before).all():
             raise DoesNotApplyError("it computes other elements of those that it is said to move")
         axis = Axis.of(moved, source.slot if source is not None else None)
-        if axis is not None and (source is None or not _one_of_each(axis, source)):
+        # Where one channel is taken out of every row, what is left varies only from row to row and cannot
+        # shrink.
+        one_of_each = (
+            axis is not None
+            and source is not None
+            and len(axis.varying()) < len(source.varying())
+            and axis.numbers.unique().numel() != source.numbers.unique().numel()
+            and smallest_step(axis.numbers.numpy(), axis.dim)
+            > smallest_step(source.numbers.numpy(), source.dim)
+        )
+        if axis is not None and not one_of_each:
             return [axis]
         if moved.numel() and int(flat[0]) != NONE:
             dealt = "deals these channels out by a size that varies from call to call"
@@ -379,14 +389,3 @@ def _some_index(value: Any, written: Any) -> Any:
     if not isinstance(recorded, Tensor) or recorded.dtype in (torch.bool, torch.uint8):
         raise DoesNotApplyError("a mask is known only at run time")
     return torch.zeros(value.shape, dtype=torch.long)
-
-
-def _one_of_each(axis: Axis, source: Axis) -> bool:
-    """Whether a move took one channel out of every row, so that what is left varies only from row to row and
-    cannot shrink.
-    """
-    return (
-        len(axis.varying()) < len(source.varying())
-        and axis.numbers.unique().numel() != source.numbers.unique().numel()
-        and smallest_step(axis.numbers.numpy(), axis.dim) > smallest_step(source.numbers.numpy(), source.dim)
-    )

@@ -42,8 +42,15 @@ class Relation:
         self.operands = Operands(call)
         self.reading = self.operands.reading
         self.activations = [operand for operand in self.operands.each if not operand.value.constant]
-        #: letters along which graphs that the operator is given tell positions apart, with the reason
-        self.told = _told_apart(call)
+        #: letters along which graphs that the operator is given tell positions apart, each with the reason
+        #: why none of them can go. A graph is told the number of a position; with another position gone it
+        #: would be told another number. Only where it does not read that number, and no table beside it has
+        #: an entry for each position, are all positions alike.
+        self.told = {
+            letter: f"'{name}' of {call.node.target} tells positions along this dimension apart"
+            for name, (letter, place) in TOLD.get(str(call.node.target), {}).items()
+            if not _are_alike(call.arguments.get(name), place)
+        }
 
     @cached_property
     def frozen(self) -> frozenset[str]:
@@ -298,25 +305,8 @@ def fits(values: list[Value], shapes: list[tuple[int, ...]]) -> bool:
     )
 
 
-# --- Operators that are given graphs: which positions the graphs are told, and whether anything depends on
-# that.
-
-
-def _told_apart(call: Call) -> dict[str, str]:
-    """The letters along which a call may tell positions apart, each with the reason why none of them can go.
-
-    A graph is told the number of a position; with another position gone it would be told another number. Only
-    where it does not read that number, and no table beside it has an entry for each position, are all
-    positions alike.
-    """
-    return {
-        letter: f"'{name}' of {call.node.target} tells positions along this dimension apart"
-        for name, (letter, place) in TOLD.get(str(call.node.target), {}).items()
-        if not _are_alike(call.arguments.get(name), place)
-    }
-
-
 def _are_alike(argument: Any, place: int) -> bool:
+    """Whether nothing depends on the positions that graphs are told, as their input of that number."""
     parts = argument if isinstance(argument, (list, tuple)) else [argument]
     tables = [part for part in parts if isinstance(part, Value) and len(part.shape) > place]
     graphs = [part.graph for part in parts if isinstance(part, fx.GraphModule)]

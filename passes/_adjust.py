@@ -1,4 +1,4 @@
-"""How wide tensors become once channels are gone, and what depends on a width, kept what it was.
+"""What stands around removed channels: residual blocks of which nothing is left, and what depends on a width.
 
 In the dense model whose producers are zero there, a mean divides by the dense count, and so does the variance
 of a layer norm, to which each zero contributes the square of the mean. Attention divides by the square root
@@ -9,22 +9,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
-from fasp_fx.analysis import Analysis, Value, Walk
+from fasp_fx.analysis import (
+    Analysis,
+    Value,
+    Walk,
+    beside,
+    goes_with_a_block,
+    laid_out,
+    serving,
+)
 from fasp_fx.base import stamp
-from fasp_fx.capturing import Program, arguments
+from fasp_fx.capturing import Program, arguments, results, viewed
 from fasp_fx.errors import VerificationError
+from fasp_fx.patterns import affine, lookup
 
 _ATEN = torch.ops.aten
 _ATTENTION = _ATEN.scaled_dot_product_attention.default
 _MEANS = (_ATEN.mean.dim, _ATEN.mean.default)
 _NORMS = (_ATEN.layer_norm.default, _ATEN.rms_norm.default)
-_NARROW = (torch.float16, torch.bfloat16)
 
 
 class Kept:
@@ -40,10 +49,8 @@ class Kept:
 
     def _mask(self, value: Value, dim: int) -> torch.Tensor | None:
         """Which positions stay, laid out with ``dim`` last; ``None`` if all do."""
-        mask = None
-        for axis in value.at(dim):
-            keep = ~self.gone[axis.numbers]
-            mask = keep if mask is None else mask & keep
+        masks = [~self.gone[axis.numbers] for axis in value.at(dim)]
+        mask = reduce(torch.logical_and, masks) if masks else None
         return (
             None if mask is None or bool(mask.all()) else mask.movedim(dim, -1).reshape(-1, mask.shape[dim])
         )
@@ -140,7 +147,7 @@ def _norm(node: fx.Node, share: float, dtype: torch.dtype) -> fx.Node:
 
     call = arguments(node)
     # Narrow types are computed in float32, whose precision stands for an eps that is not given.
-    computed = torch.float32 if dtype in _NARROW else dtype
+    computed = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     eps = call["eps"] if call["eps"] is not None else torch.finfo(computed).eps
     value = call["input"] if computed == dtype else write(_ATEN.to.dtype, call["input"], computed)
     centre = mean(value) if node.target is _ATEN.layer_norm.default else None
@@ -201,3 +208,66 @@ def pad_value_heads(program: Program, analysis: Analysis, walk: Walk, gone: np.n
                 cut = _written("pad_value_heads", node, _ATEN.slice.Tensor, node, last, 0, each[2])
             node.replace_all_uses_with(cut, delete_user_cb=lambda user, cut=cut: user is not cut)
     return program
+
+
+def skip_blocks(program: Program, analysis: Analysis, walk: Walk, gone: np.ndarray) -> Program:
+    """Where all channels of a group go that is all there is to a residual block (``include=("depth",)``),
+    what reads them gives its bias, and nothing where it has none: the sum becomes what the block was added
+    to. No node computes anything of such a block then; its weights are cut as others are.
+    """
+    kept = np.unique(analysis.labels[~gone])
+    skipped = [group for group in analysis.groups if not group.needed and not np.isin(group.sets, kept).any()]
+    if not skipped:
+        return program
+    program = program.copy()
+    graph = program.module.graph
+    nodes = {node.name: node for node in graph.nodes}
+    ends = [nodes[use.node.name] for group in skipped for use in group.uses]
+    unused = serving(ends, graph)
+    for end in ends:
+        if (other := beside(laid_out(end))) is None:
+            raise VerificationError(f"'{end.name}' ends in no sum any more, so that it cannot be left out")
+        _replace_by_bias(end, other)
+    for node in unused:
+        # Weights stay, to be cut; what draws random numbers, since those after it would be others; and what
+        # a bias is computed of.
+        if node.op == "call_function" and not node.users and goes_with_a_block(node):
+            graph.erase_node(node)
+    return program
+
+
+def _replace_by_bias(node: fx.Node, other: fx.Node) -> None:
+    """Put the bias of a contraction in its place, in the shape of the value that it ends in a sum with; where
+    there is none, and nothing stands between it and the sum, that value in the place of the sum.
+    """
+    graph, form, end = node.graph, affine(node.target), laid_out(node)
+    bias = None if form is None or form.bias is None else arguments(node)[form.bias]
+    total = next(iter(end.users))
+    is_sum = total.target is _ATEN.add.Tensor and other in total.all_input_nodes
+    # A value can stand for a sum if its memory is that of no input and no weight, and the sum is no output,
+    # that the caller may write into.
+    returned = [viewed(result) for result in results(graph) if isinstance(result, fx.Node)]
+    is_own = viewed(other).op == "call_function" and total not in returned
+    if bias is None and len(end.users) == 1 and is_sum and is_own:
+        total.replace_all_uses_with(other)
+        graph.erase_node(total)
+    else:
+        with graph.inserting_before(end):
+            stand_in = _written("skip_blocks", node, _ATEN.zeros_like.default, other)
+            if bias is not None and form is not None:
+                spread = _spread(node, str(form.bias), bias)
+                stand_in = _written("skip_blocks", node, _ATEN.add.Tensor, stand_in, spread)
+        end.replace_all_uses_with(stand_in)
+    while end is not node:  # views of it
+        view, end = end, end.all_input_nodes[0]
+        graph.erase_node(view)
+
+
+def _spread(node: fx.Node, name: str, bias: fx.Node) -> fx.Node:
+    """A bias as it is added to the output of a contraction; that of a convolution is along its channels."""
+    rule = lookup(node.target)
+    assert rule is not None
+    form = rule.alternatives[0]
+    dims = next(operand.dims for operand in form.operands if operand.name == name)
+    shape = [-1] + [1] * form.results[0][::-1].index(dims[-1])
+    return bias if len(shape) == 1 else _written("skip_blocks", node, _ATEN.reshape.default, bias, shape)
