@@ -133,13 +133,14 @@ def walk_program(program: Program, granularity: frozenset[str]) -> tuple[Numberi
     """Interpret the program, again where a weight is better numbered block by block or some channels go
     together.
     """
-    wishes, blocked, stretched = None, _cached_heads(program), frozenset[tuple[str, int]]()
-    while wishes is None or not (wishes.blocks.keys() <= blocked.keys() and wishes.stretched <= stretched):
-        if wishes is not None:
-            blocked, stretched = {**wishes.blocks, **blocked}, stretched | wishes.stretched
+    blocked, stretched = _cached_heads(program), set[tuple[str, int]]()
+    while True:
         numbering = Numbering(blocked, stretched)
         walk = Interpreter(program, numbering, granularity).run()
         wishes = walk.facts.wishes
+        if wishes.blocks.keys() <= blocked.keys() and wishes.stretched <= stretched:
+            break
+        blocked, stretched = {**wishes.blocks, **blocked}, stretched | wishes.stretched
     walk.facts.pairs += _columns_of_parts(program, numbering)
     in_heads, coupled = _numbered(wishes.heads), _numbered(wishes.heads + wishes.together)
     coupled += _same_elsewhere(coupled, walk.facts.pairs, numbering.total) if coupled else []

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx
 
 from fasp_fx.patterns import ORDINALS, TOLD, Dims, DoesNotApplyError, letters_of
@@ -290,7 +289,7 @@ def _lies_alike(operand: Operand, among: list[Tensor]) -> bool:
     concerned = [
         axis.numbers
         for axis in operand.value.axes
-        if any(bool(torch.isin(axis.numbers, numbers).any()) for numbers in among)
+        if any(np.isin(axis.numbers.numpy(), numbers.numpy()).any() for numbers in among)
     ]
     return all(repeating(numbers, recorded) is not None for numbers in concerned)
 
