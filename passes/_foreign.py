@@ -86,22 +86,18 @@ def _rewritten(call: Callable[[Any], Any], program: Program) -> Program:
     # A pass that copies the graph forgets how inputs and outputs are nested.
     module.graph.set_codegen(codegen_of(program.module.graph))
     copy.module = graph_module(module, module.graph, module.meta)
-    _same_shapes(program, copy)
-    if all(map(is_plain, module.graph.nodes)):
-        record(copy.module)
-        return copy
-    # Operators of another dialect: torch.add, a call of a module.
-    return recapture(copy, export_again(copy.module, copy.example))
-
-
-def _same_shapes(before: Program, after: Program) -> None:
-    weights = after.weights()
-    for name, tensor in before.weights().items():
+    weights = copy.weights()
+    for name, tensor in program.weights().items():
         if name in weights and weights[name].shape != tensor.shape:
             raise VerificationError(
                 f"weight '{name}' had shape {tuple(tensor.shape)} and now has {tuple(weights[name].shape)}; a"
                 " weight laid out otherwise needs another name"
             )
+    if all(map(is_plain, module.graph.nodes)):
+        record(copy.module)
+        return copy
+    # Operators of another dialect: torch.add, a call of a module.
+    return recapture(copy, export_again(copy.module, copy.example))
 
 
 def _outputs(program: Program) -> list[Any]:

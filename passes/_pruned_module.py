@@ -66,21 +66,23 @@ class PrunedModule(fx.GraphModule):
         Raises:
             StoreError: the program holds something that cannot be stored; names it.
         """
-        program = self.fasp_fx_origin.program
+        program, signature = self.fasp_fx_origin.program, self.fasp_fx_origin.signature
         weights, constants = values_now(self, program)
+        # Types of arguments may be those of a function or script, which no other process finds.
+        parameters = signature.parameters.parameters.values()
+        plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
         return _rebuilt, (
             program_to_json(program),
             weights,
             constants,
-            _without_annotations(self.fasp_fx_origin.signature),
+            replace(signature, parameters=inspect.Signature(plain)),
             self.meta.get(PRESERVED, {}),
             self.training,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
         # The structure of arguments and outputs never changes, and torch warns where a leaf of one is copied.
-        for spec in trees_of(self):
-            memo.update({id(part): part for part in _specs(spec)})
+        memo.update({id(part): part for spec in trees_of(self) for part in _specs(spec)})
         # Never written into, and holds fake tensors that cannot be copied.
         memo[id(self.fasp_fx_origin)] = self.fasp_fx_origin
         copied = super().__deepcopy__(memo)
@@ -258,15 +260,6 @@ def _now(module: nn.Module, name: str, value: Any) -> Any:
 
 def _specs(spec: pytree.TreeSpec | None) -> list[pytree.TreeSpec]:
     return [] if spec is None else [spec, *(part for child in spec.children() for part in _specs(child))]
-
-
-def _without_annotations(signature: CallSignature) -> CallSignature:
-    """Types of arguments may be those of a function or script, which no other process finds."""
-    plain = [
-        parameter.replace(annotation=inspect.Parameter.empty)
-        for parameter in signature.parameters.parameters.values()
-    ]
-    return replace(signature, parameters=inspect.Signature(plain))
 
 
 def _rebuilt(

@@ -16,8 +16,7 @@ from fasp_fx.base import pytree
 from fasp_fx.capturing import Cut, Program, Recipe, arguments, set_argument, stamp
 from fasp_fx.patterns import Clause, lookup
 
-from ._attention import pin_attention_scale
-from ._kept import Kept
+from ._adjust import Kept, pin_attention_scale
 
 _NAME = "remove_channels"
 
@@ -51,10 +50,10 @@ def recipes_of(numbering: Numbering, gone: np.ndarray, names: Container[str]) ->
     """
     recipes: dict[str, Recipe] = {}
     # Blocks are those of the whole weight: they are cut first.
-    for slot in sorted(_losing(numbering, gone, "weight"), key=lambda slot: slot.block_dim is None):
-        if slot.name in names:
-            cut = Cut.of(slot.name, slot.dim, _stays(slot, gone), slot.block_dim)
-            recipes[slot.name] = recipes.get(slot.name, Recipe(slot.name)).then(cut)
+    slots = [slot for slot in _losing(numbering, gone, "weight") if slot.name in names]
+    for slot in sorted(slots, key=lambda slot: slot.block_dim is None):
+        cut = Cut.of(slot.name, slot.dim, _stays(slot, gone), slot.block_dim)
+        recipes[slot.name] = recipes.get(slot.name, Recipe(slot.name)).then(cut)
     return recipes
 
 
@@ -153,12 +152,10 @@ def _shape(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], k
     value = outputs[0] if len(clause.words) == 1 else source
     first = len(value.shape) - len(sizes)
     for index, size in enumerate(sizes):
-        new = kept.size(value, first + index)
-        if new == value.shape[first + index] or size == -1:
-            continue
-        if isinstance(size, fx.Node):
-            sizes[index] = _scaled(node, size, new, value.shape[first + index]) if -1 in sizes else -1
-        else:
+        new, old = kept.size(value, first + index), value.shape[first + index]
+        if new != old and isinstance(size, fx.Node):
+            sizes[index] = _scaled(node, size, new, old) if -1 in sizes else -1
+        elif new != old and size != -1:
             sizes[index] = new
     return set_argument(node, clause.words[0], sizes)
 
@@ -190,9 +187,9 @@ def _part(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], ke
         return _span(node, (bounds[0], bounds[1]), source, dim, kept)
     taken = arguments(node)[bounds[0]]
     if len(outputs[0].shape) < len(source.shape):  # one position
-        if isinstance(taken, fx.Node) or kept.size(source, dim) == source.shape[dim]:
-            return False
-        return set_argument(node, bounds[0], kept.before(source, dim, taken % source.shape[dim]))
+        length = source.shape[dim]
+        is_same = isinstance(taken, fx.Node) or kept.size(source, dim) == length
+        return not is_same and set_argument(node, bounds[0], kept.before(source, dim, taken % length))
     sizes: list[Any] = [kept.size(output, dim) for output in outputs]
     if all(size == output.shape[dim] for size, output in zip(sizes, outputs, strict=True)):
         return False
@@ -235,28 +232,22 @@ def _absolute(position: Any, default: int, length: int) -> int:
 
 def _past(start: int, end: int, step: int) -> int:
     """Where the run of ``step`` neighbours ends that holds the last position taken."""
-    if step == 1 or end <= start:
-        return end
     last = start + (end - 1 - start) // step * step
-    return last - last % step + step
+    return last - last % step + step if end > start else end
 
 
 def _factor(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
-    letter, name = clause.words
+    (letter, name), rule = clause.words, lookup(node.target)
     factor = arguments(node)[name]
-    if isinstance(factor, fx.Node):
-        # Known only at run time, as the groups of a convolution with one weight for each sample: it follows
-        # the samples.
+    # Known only at run time, as the groups of a convolution with one weight for each sample, it follows the
+    # samples.
+    if rule is None or isinstance(factor, fx.Node):
         return False
-    old = int(factor)
-    rule = lookup(node.target)
-    assert rule is not None
     dims = rule.alternatives[0].operands[0].dims
     pair = next(dim for dim in dims if isinstance(dim, tuple) and letter in dim)
     at = dims.index(pair) - len(dims) if dims[0] == "..." else dims.index(pair)
-    return set_argument(
-        node, name, kept.factors(source, at % len(source.shape), old, first=pair[0] == letter)
-    )
+    parts = kept.factors(source, at % len(source.shape), int(factor), first=pair[0] == letter)
+    return set_argument(node, name, parts)
 
 
 def _count(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], kept: Kept) -> bool:
@@ -267,9 +258,10 @@ def _count(node: fx.Node, clause: Clause, source: Value, outputs: list[Value], k
 def _length(node: fx.Node, source: Value, outputs: list[Value], kept: Kept) -> bool:
     length, along = (arguments(node)[name] for name in ("output_size", "dim"))
     dim = 0 if along is None else int(along) % len(outputs[0].shape)
-    if length is None or isinstance(length, fx.Node) or kept.size(outputs[0], dim) == outputs[0].shape[dim]:
-        return False
-    return set_argument(node, "output_size", kept.size(outputs[0], dim))
+    is_same = (
+        length is None or isinstance(length, fx.Node) or kept.size(outputs[0], dim) == outputs[0].shape[dim]
+    )
+    return not is_same and set_argument(node, "output_size", kept.size(outputs[0], dim))
 
 
 _REWRITES: dict[str, Callable[[fx.Node, Clause, Value, list[Value], Kept], bool]] = {

@@ -26,12 +26,10 @@ from fasp_fx.base import tolerable, without_collections
 from fasp_fx.capturing import Program, capture, record
 from fasp_fx.errors import ArgumentError, FaspError, VerificationError, first_line
 
-from ._attention import pad_value_heads
-from ._dense_count import keep_dense_count
+from ._adjust import keep_dense_count, pad_value_heads, skip_blocks
 from ._foreign import name_of, run_foreign
 from ._pruned_module import finish, program_now
 from ._remove_channels import remove_channels
-from ._skip_blocks import skip_blocks
 from ._split import NAME, split
 from ._verify import verify
 
@@ -117,10 +115,9 @@ def _named(name: str) -> Iterator[None]:
     """Errors bear the name of the pass."""
     try:
         yield
-    except tolerable(FaspError) as error:
-        raise VerificationError(f"pass '{name}' failed: {error}") from error
-    except tolerable(RuntimeError, AttributeError) as error:  # what fx says of a broken graph
-        raise VerificationError(f"pass '{name}' failed: {first_line(error)}") from error
+    except tolerable(FaspError, RuntimeError, AttributeError) as error:  # or what fx says of a broken graph
+        what = error if isinstance(error, FaspError) else first_line(error)
+        raise VerificationError(f"pass '{name}' failed: {what}") from error
 
 
 @dataclass(frozen=True)
@@ -173,8 +170,7 @@ class Pipeline:
     def __init__(
         self, passes: Sequence[Prune | Callable[[Any], Any]], tolerance: float | None = None
     ) -> None:
-        self.passes = list(passes)
-        self.tolerance = tolerance
+        self.passes, self.tolerance = list(passes), tolerance
         plans = [step.plan for step in self.passes if isinstance(step, Prune)]
         if len(plans) > 1:
             raise ArgumentError("a pipeline applies one plan; use one for each, one after the other")

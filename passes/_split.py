@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
@@ -32,12 +32,12 @@ from fasp_fx.capturing import (
     set_weight,
     stamp,
     target_name,
+    way_from_weight,
 )
 from fasp_fx.patterns import Rule, lookup
 
 #: of the pass, in messages and stamps
 NAME = "split_fused_producers"
-_ADD = torch.ops.aten.add.Tensor
 _SWAPS = {
     torch.ops.aten.t.default,
     torch.ops.aten.transpose.int,
@@ -89,7 +89,17 @@ def split(program: Program, analysis: Analysis) -> Program:
     for fused in splits:
         for index, part in enumerate(fused.parts):
             _take_out(program, analysis, nodes, fused, part, index)
-    _delete_unused(program, {target_name(weight) for fused in splits for weight in fused.row_dims})
+    names = {target_name(weight) for fused in splits for weight in fused.row_dims}
+    # Weights go that nothing reads any more, and all that was computed of them in vain. Another node without
+    # users can be a second name of a tied weight, which must stay.
+    program.module.graph.eliminate_dead_code(
+        lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in names)
+    )
+    for name in names - {str(node.target) for node in program.module.graph.find_nodes(op="get_attr")}:
+        for known in (program.parts, program.recipes, program.numbers):
+            known.pop(name, None)
+        path, _, leaf = name.rpartition(".")
+        delattr(program.module.get_submodule(path), leaf)
     return program
 
 
@@ -127,42 +137,34 @@ class _Finder:
     def _product(self, use: Use) -> Iterator[_Fused]:
         """A product of a matrix, with the biases that are added to it."""
         ((_, contracted),) = use.slots
-        upstream = _upstream(use)
-        if not all(node.op == "get_attr" or node.target in _SWAPS for node in upstream):
-            return
+        others = [node for node in use.node.all_input_nodes if node not in (use.activation, use.operand)]
         chain = self._with_biases(use.node)
-        weights = [*upstream, *(n for node in chain[1:] for n in node.all_input_nodes if n.op == "get_attr")]
-        row_dims = {
-            node: 1 - contracted if target_name(node) == use.weight else 0
-            for node in weights
-            if node.op == "get_attr"
-        }
-        if all(len(node.users) == 1 for node in weights):
-            yield from self._fused([*weights, *chain], len(self.values[use.node].shape) - 1, row_dims)
+        others += [read for node in chain[1:] for read in node.all_input_nodes if read.op == "get_attr"]
+        weight, *moves = way_from_weight(use.operand)
+        row_dims = {weight: 1 - contracted, **dict.fromkeys(others, 0)}
+        if (
+            all(node.target in _SWAPS for node in moves)
+            and all(node.op == "get_attr" for node in others)
+            and all(len(node.users) == 1 for node in (weight, *moves, *others))
+        ):
+            chain = [weight, *moves, *others, *chain]
+            yield from self._fused(chain, len(self.values[use.node].shape) - 1, row_dims)
 
     def _fused(self, chain: list[fx.Node], dim: int, row_dims: dict[fx.Node, int]) -> Iterator[_Fused]:
         """What a chain computes, if it consists of parts. Its weights have one name each and are looked up
         once: what is tied, used elsewhere or written into stays one tensor.
         """
         names = [self.canonical[target_name(node)] for node in row_dims]
-        rows = self._rows(chain[-1], dim)
-        if (
-            rows is None
-            or not self.stuck[self.analysis.labels[rows]].any()
-            or any(self.looked_up[name] != 1 or len(self.aliases[name]) != 1 for name in names)
-        ):
+        if any(self.looked_up[name] != 1 or len(self.aliases[name]) != 1 for name in names):
             return
-        parts = self._parts(chain[-1], dim, rows)
-        taken = [row for part in parts or () for row in part.rows.tolist()]
-        if parts is not None and len(parts) > 1 and sorted(taken) == sorted(rows.tolist()):
-            yield _Fused(chain, dim, row_dims, parts)
-
-    def _rows(self, node: fx.Node, dim: int) -> np.ndarray | None:
-        """The numbers of the rows along a dimension; other dimensions may be numbered too, such as tokens of
-        which there is a fixed number.
-        """
-        axes = [axis for axis in self.values[node].axes if axis.varying() == [dim]]
-        return axes[0].numbers.reshape(-1).numpy() if axes else None
+        # Other dimensions may be numbered too, such as tokens of which there is a fixed number.
+        for axis in [axis for axis in self.values[chain[-1]].axes if axis.varying() == [dim]][:1]:
+            rows = axis.numbers.reshape(-1).numpy()
+            is_stuck = self.stuck[self.analysis.labels[rows]].any()
+            parts = (self._parts(chain[-1], dim, rows) if is_stuck else None) or []
+            taken = [row for part in parts for row in part.rows.tolist()]
+            if len(parts) > 1 and sorted(taken) == sorted(rows.tolist()):
+                yield _Fused(chain, dim, row_dims, parts)
 
     def _with_biases(self, node: fx.Node) -> list[fx.Node]:
         """The product and the additions of a weight with an entry for each of its rows that follow it."""
@@ -171,7 +173,7 @@ class _Finder:
             (user,) = chain[-1].users
             others = [n for n in user.all_input_nodes if n is not chain[-1]]
             if (
-                user.target is not _ADD
+                user.target is not torch.ops.aten.add.Tensor
                 or len(others) != 1
                 or others[0].op != "get_attr"
                 or self.values[others[0]].shape != rows
@@ -196,11 +198,12 @@ class _Finder:
             node, labels = pending.pop(0)
             for user in node.users:
                 others = [self.values.get(other) for other in user.all_input_nodes if other is not node]
-                if any(isinstance(o, tuple) or (isinstance(o, Value) and not o.constant) for o in others):
-                    return None
                 moved = {lead: self._carry(user, label) for lead, label in labels.items()}
                 gives = user.meta.get("val")
-                if not all(_lies_along(label, gives, recorded[lead]) for lead, label in moved.items()):
+                if any(
+                    isinstance(other, tuple) or (isinstance(other, Value) and not other.constant)
+                    for other in others
+                ) or not all(_lies_along(label, gives, recorded[lead]) for lead, label in moved.items()):
                     return None
                 value = self.values.get(user)
                 if isinstance(value, Value):
@@ -223,22 +226,10 @@ class _Finder:
         if node.target is operator.getitem and isinstance(label, (list, tuple)):
             return label[arguments(node)["1"]]
         rule = lookup(node.target)
-        if rule is None or rule.moves != "self" or not isinstance(label, Tensor):
-            return None
+        moves = rule is not None and rule.moves == "self" and _moves_alike(node, rule)
         with suppress(ValueError):
-            return run_on_numbers(node, label, self.values) if _moves_alike(node, rule) else None
+            return run_on_numbers(node, label, self.values) if moves and isinstance(label, Tensor) else None
         return None
-
-
-def _upstream(use: Use) -> list[fx.Node]:
-    """The nodes that lead from weights to the product, apart from its activation, weights first."""
-    upstream: list[fx.Node] = []
-    pending = [node for node in use.node.all_input_nodes if node is not use.activation]
-    while pending:
-        node = pending.pop()
-        upstream.insert(0, node)
-        pending += node.all_input_nodes
-    return upstream
 
 
 def _moves_alike(node: fx.Node, rule: Rule) -> bool:
@@ -248,11 +239,14 @@ def _moves_alike(node: fx.Node, rule: Rule) -> bool:
     What is padded on one side by an amount that a size decides, and cut by as much on the other, keeps its
     shape and is shifted.
     """
-    if rule.all("shape") or node.target is torch.ops.aten.slice.Tensor:
-        return True
     others = [value for name, value in arguments(node).items() if name != rule.moves]
-    return not any(
-        isinstance(leaf, fx.Node) and is_dynamic(leaf.meta.get("val")) for leaf in pytree.tree_leaves(others)
+    return (
+        bool(rule.all("shape"))
+        or node.target is torch.ops.aten.slice.Tensor
+        or not any(
+            isinstance(leaf, fx.Node) and is_dynamic(leaf.meta.get("val"))
+            for leaf in pytree.tree_leaves(others)
+        )
     )
 
 
@@ -273,9 +267,8 @@ def _lies_along(label: Any, recorded: Any, size: Any) -> bool:
     dim, *others = moved.varying()
     # Written alike, and not merely equal by what the capture assumed: an exporter can take a number of
     # windows for one.
-    if others or str(recorded.shape[dim]) != str(size):
-        return False
-    return torch.equal(moved.numbers.reshape(-1), torch.arange(label.shape[dim]))
+    is_same = not others and str(recorded.shape[dim]) == str(size)
+    return is_same and torch.equal(moved.numbers.reshape(-1), torch.arange(label.shape[dim]))
 
 
 def _part(node: fx.Node, value: Value, axis: Axis, labels: dict[int, Tensor]) -> _Part | None:
@@ -327,9 +320,9 @@ def _laid_out(value: fx.Node, dim: int, part: _Part, analysis: Analysis, anchor:
         return stamp(anchor.graph.call_function(target, args), NAME, anchor)
 
     dims = [at for at, source in enumerate(part.sources) if source is None]
-    order: list[int] = []  # the dimensions of the part, as they lie in what was computed
-    for source in range(len(part.sources) - len(dims) + 1):
-        order += dims if source == dim else [part.sources.index(source)]
+    # The dimensions of the part, as they lie in what was computed.
+    places = range(len(part.sources) - len(dims) + 1)
+    order = [at for one in places for at in (dims if one == dim else [part.sources.index(one)])]
     shape, recorded = analysis.walk.values[part.node].shape, part.node.meta["val"].shape
     if len(dims) != 1:
         value = call(
@@ -352,42 +345,19 @@ def _add_part(program: Program, analysis: Analysis, name: str, new: str, rows: n
     whole.
     """
     weight, whole, cut = attribute(program.module, name), program.parts.get(name), Cut(dim, rows[None])
-    part = _view_of(weight.detach(), rows, dim)
-    part = cut.apply(weight.detach()) if part is None else part
-    set_weight(program.module, new, nn.Parameter(part, requires_grad=weight.requires_grad))
+    # Rows that lie together are not copied: they share the storage of the caller's weight, as all does that a
+    # program holds of it. Of all of them no view could be told from a copy.
+    together = np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))) and len(rows) < len(weight)
+    is_view = together and dim == 0 and weight.is_contiguous()
+    part = weight.narrow(0, int(rows[0]), len(rows)) if is_view else cut.apply(weight)
+    set_weight(program.module, new, nn.Parameter(part.detach(), requires_grad=weight.requires_grad))
     program.recipes[new] = program.recipe(name).then(cut)
     source, indices = (name, rows) if whole is None else (whole.source, np.array(whole.rows)[rows])
     program.parts[new] = SplitWeight(new, source, dim, tuple(indices.tolist()))
-    numbers = [analysis.numbering.numbers(name, d) for d in range(weight.dim())]
-    dim_numbers = numbers[dim]
-    numbers[dim] = None if dim_numbers is None else dim_numbers[torch.from_numpy(rows)]
+    numbers = [analysis.numbering.numbers(name, each) for each in range(weight.dim())]
+    if (along := numbers[dim]) is not None:
+        numbers[dim] = along[torch.from_numpy(rows)]
     program.numbers[new] = numbers
-
-
-def _view_of(weight: Tensor, rows: np.ndarray, dim: int) -> Tensor | None:
-    """Rows that lie together, without a copy: they share the storage of the caller's weight, as all does that
-    a program holds of it. ``None`` where they do not, or are all of them, which could be told from no copy.
-    """
-    apart = dim == 0 and weight.is_contiguous() and 0 < len(rows) < len(weight)
-    if not apart or not np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
-        return None
-    return weight.narrow(0, int(rows[0]), len(rows))
-
-
-def _delete_unused(program: Program, names: Set[str]) -> None:
-    """Take weights out of the program where nothing reads them any more, and all that was computed of them
-    in vain.
-    """
-    # A node without users can be a second name of a tied weight, which must stay.
-    program.module.graph.eliminate_dead_code(
-        lambda node: node.is_impure() or (node.op == "get_attr" and node.target not in names)
-    )
-    for name in names - {str(node.target) for node in program.module.graph.find_nodes(op="get_attr")}:
-        program.parts.pop(name, None)
-        program.recipes.pop(name, None)
-        program.numbers.pop(name, None)
-        path, _, leaf = name.rpartition(".")
-        delattr(attribute(program.module, path) if path else program.module, leaf)
 
 
 def fused_weights(plan: PruningPlan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -401,12 +371,10 @@ def fused_weights(plan: PruningPlan, weights: Mapping[str, Tensor]) -> dict[str,
     Raises:
         RuntimeError: the parts of one have lost different numbers of positions along another dimension.
     """
-    splits: dict[str, list[SplitWeight]] = {}
-    for split in plan.splits:
-        splits.setdefault(split.source, []).append(split)
-    slices = plan.slices() if splits else {}
+    slices = plan.slices() if plan.splits else {}
     fused = {}
-    for name, parts in splits.items():
+    for name in dict.fromkeys(split.source for split in plan.splits):
+        parts = [split for split in plan.splits if split.source == name]
         dim = parts[0].dim
         removed = {index for _, index in slices.get((name, dim), ())}
         rows = [row for part in parts for row in part.rows if row not in removed]

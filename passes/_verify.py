@@ -10,9 +10,19 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, fx
 
-from fasp_fx.analysis import NONE, Analysis, Interpreter, Numbering, Pairs, Remark, Value, Walk, marked
+from fasp_fx.analysis import (
+    NONE,
+    Analysis,
+    Interpreter,
+    Numbering,
+    Pairs,
+    Remark,
+    Value,
+    Walk,
+    by_block,
+    marked,
+)
 from fasp_fx.capturing import Program, results
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import lookup
@@ -33,7 +43,11 @@ def verify(program: Program, reference: Analysis) -> Walk:
     granularity = reference.granularity & {"expert"}
     walk = Interpreter(program, reference.numbering, granularity, program.numbers, reference.walk).run()
     labels, last = reference.labels, _last_ones(program, reference)
-    last = np.union1d(last, _mistaken(walk.facts.pairs, labels, last))
+    # The channel sets that the last ones are taken for stand for these from then on, and prove nothing
+    # either.
+    met = [np.stack([labels[one], labels[other]]) for one, other, _ in walk.facts.pairs if last.size]
+    both = np.concatenate([np.zeros((2, 0), dtype=np.int64), *met], axis=1)
+    last = np.union1d(last, both[:, (both[0] != both[1]) & np.isin(both, last).any(0)])
     _meet(walk.facts.pairs, labels, last, reference.numbering)
     now, before = walk.facts.remarks, reference.walk.facts.remarks
     for kind, remarks, allowed in (
@@ -42,17 +56,19 @@ def verify(program: Program, reference: Analysis) -> Walk:
         ("contracts", now.exempt, before.exempt),
     ):
         _subset(kind, remarks, allowed, labels, last)
-    _same_outputs(walk, reference, program)
+    shapes = [
+        [
+            tuple(value.shape) if isinstance(value, torch.Tensor) else None
+            for value in map(each.executed.get, results(one.module.graph))
+        ]
+        for one, each in ((reference.program, reference.walk), (program, walk))
+    ]
+    # Executed at different sizes nothing is compared here: the final export compares symbolic shapes.
+    alike = walk.sizes.assigned == reference.walk.sizes.assigned
+    for index, (old, new) in enumerate(zip(*shapes, strict=True) if alike else ()):
+        if old != new and index not in reference.program.state_outputs:
+            raise VerificationError(f"output {index} had shape {old} and now has {new}")
     return walk
-
-
-def _mistaken(pairs: Pairs, labels: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """The channel sets that the last ones are taken for: they stand for these from then on, and prove nothing
-    either.
-    """
-    met = [np.stack([labels[first], labels[second]]) for first, second, _ in pairs if last.size]
-    both = np.concatenate(met, axis=1) if met else np.zeros((2, 0), dtype=np.int64)
-    return np.unique(both[:, (both[0] != both[1]) & np.isin(both, last).any(0)])
 
 
 def _meet(pairs: Pairs, labels: np.ndarray, last: np.ndarray, numbering: Numbering) -> None:
@@ -84,37 +100,28 @@ def _last_ones(program: Program, reference: Analysis) -> np.ndarray:
     gone = _gone(program, reference)
     if not gone.any():
         return np.zeros(0, dtype=np.int64)
-    last: list[int] = []
-    for group in reference.groups:
-        for block in np.unique(group.block_of) if gone[group.sets].any() else ():
-            members = group.sets[group.block_of == block]
-            if gone[members].sum() == len(members) - 1:
-                last += members[~gone[members]].tolist()
-    return np.concatenate([np.array(last, dtype=np.int64), *_alone_in_parts(reference, gone)])
+    losing = (group for group in reference.groups if gone[group.sets].any())
+    blocks = [group.sets[each] for group in losing for each in by_block(group.block_of)]
+    last = [members[~gone[members]] for members in blocks if gone[members].sum() == len(members) - 1]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *last, *_alone_in_parts(reference, gone)])
 
 
 def _gone(program: Program, reference: Analysis) -> np.ndarray:
     """Whether each channel set is gone. A block that went as a whole takes numbers of sets along of which
     other blocks may still hold the rest.
     """
-    cut, with_blocks, kept = [], [], []
+    count = int(reference.labels.max(initial=-1)) + 1
+    cut, with_blocks, kept = (np.zeros(count, dtype=bool) for _ in range(3))
     for name, numbers in program.numbers.items():
         for dim, left in enumerate(numbers):
             slot = reference.numbering.get(name, dim)
             if slot is not None and left is not None:
                 rows = slot.numbers().reshape(slot.blocks, -1).numpy()
-                stays = np.isin(rows, left.numpy())
-                kept.append(rows[stays])
-                cut.append(rows[~stays & stays.any(1, keepdims=True)])
-                with_blocks.append(rows[~stays.any(1)].reshape(-1))
-    gone = np.zeros(int(reference.labels.max(initial=-1)) + 1, dtype=bool)
-    if cut:
-        cut_sets, block_sets, kept_sets = (
-            reference.labels[np.concatenate(rows)] for rows in (cut, with_blocks, kept)
-        )
-        gone[cut_sets] = True
-        gone[np.setdiff1d(block_sets, kept_sets)] = True
-    return gone
+                sets, stays = reference.labels[rows], np.isin(rows, left.numpy())
+                kept[sets[stays]] = True
+                cut[sets[~stays & stays.any(1, keepdims=True)]] = True
+                with_blocks[sets[~stays.any(1)]] = True
+    return cut | (with_blocks & ~kept)
 
 
 def _alone_in_parts(reference: Analysis, gone: np.ndarray) -> list[np.ndarray]:
@@ -128,8 +135,8 @@ def _alone_in_parts(reference: Analysis, gone: np.ndarray) -> list[np.ndarray]:
             for axis in part.axes if isinstance(part, Value) else ():
                 rows = axis.numbers.movedim(axis.dim, -1).reshape(-1, axis.numbers.shape[axis.dim]).numpy()
                 left = (rows != NONE) & ~gone[reference.labels[rows]]
-                alone = left & (left.sum(1, keepdims=True) == 1)
-                alone_sets.append(np.unique(reference.labels[rows[alone]]))
+                alone = rows[left & (left.sum(1, keepdims=True) == 1)]
+                alone_sets.append(np.unique(reference.labels[alone]))
     return alone_sets
 
 
@@ -147,17 +154,3 @@ def _subset(
         if not before[labels[remark.numbers]].all():
             where = f"node '{remark.node.name}'" if remark.node is not None else "the graph"
             raise VerificationError(f"{where} {kind} channels that were free before: {remark.reason}")
-
-
-def _outputs(module: fx.GraphModule, walk: Walk) -> list[tuple[int, ...] | None]:
-    executed = (walk.executed.get(result) for result in results(module.graph))
-    return [tuple(value.shape) if isinstance(value, Tensor) else None for value in executed]
-
-
-def _same_outputs(walk: Walk, reference: Analysis, program: Program) -> None:
-    if walk.sizes.assigned != reference.walk.sizes.assigned:
-        return  # the two were executed at different sizes; the final export compares symbolic shapes
-    before, after = _outputs(reference.program.module, reference.walk), _outputs(program.module, walk)
-    for index, (old, new) in enumerate(zip(before, after, strict=True)):
-        if old != new and index not in reference.program.state_outputs:
-            raise VerificationError(f"output {index} had shape {old} and now has {new}")

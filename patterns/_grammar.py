@@ -82,7 +82,8 @@ ELLIPSIS = "..."
 #: the dimensions of one tensor; two letters in brackets are a tuple
 Dims = tuple[str | tuple[str, str], ...]
 
-_TOKEN = re.compile(r"\s*(\.\.\.|->|[A-Za-z_][A-Za-z_0-9]*(?:\.\d+)?\*?|\d+|[\[\](),;|@=])")
+#: a token, or what is none
+_TOKEN = re.compile(r"(\.\.\.|->|[A-Za-z_][A-Za-z_0-9]*(?:\.\d+)?\*?|\d+|[\[\](),;|@=])|(\S)")
 
 #: clause keyword -> what the words after it are; those with "?" may be left out
 _CLAUSES = {
@@ -187,10 +188,9 @@ class Rule:
     @property
     def pointwise(self) -> bool:
         """Whether each element of the results is computed from those at the same place of the operands."""
-        forms = self.alternatives
-        dims = [each for form in forms for each in (*form.results, *(o.dims for o in form.operands))]
-        plain = all(clause.keyword == "pass" for clause in self.clauses)
-        return plain and bool(dims) and all(each == (ELLIPSIS,) for each in dims)
+        tensors = [(*form.results, *(each.dims for each in form.operands)) for form in self.alternatives]
+        plain = bool(tensors) and all(clause.keyword == "pass" for clause in self.clauses)
+        return plain and all(dims == (ELLIPSIS,) for form in tensors for dims in form)
 
     def all(self, keyword: str) -> list[Clause]:
         """The clauses that start with ``keyword``, in order."""
@@ -200,16 +200,16 @@ class Rule:
     def names(self) -> set[str]:
         """Every argument name the rule mentions; all must be in the operator's schema."""
         names = [self.moves, self.tallies, *(clause.condition for clause in self.clauses)]
-        for alternative in self.alternatives:
-            names += [alternative.condition, *(operand.name for operand in alternative.operands)]
-        for clause in self.clauses:
-            names += [
-                word
-                for word, kind in zip(clause.words, _CLAUSES[clause.keyword].split(), strict=False)
-                if kind.startswith("argument")
-                or (kind == "where" and clause.argument)
-                or (kind == "integers" and word not in ORDINALS)
-            ]
+        names += [form.condition for form in self.alternatives]
+        names += [operand.name for form in self.alternatives for operand in form.operands]
+        names += [
+            word
+            for clause in self.clauses
+            for word, kind in zip(clause.words, _CLAUSES[clause.keyword].split(), strict=False)
+            if kind.startswith("argument")
+            or (kind == "where" and clause.argument)
+            or (kind == "integers" and word not in ORDINALS)
+        ]
         return {name.partition(".")[0] for name in names if name}
 
 
@@ -217,15 +217,11 @@ class _Parser:
     def __init__(self, text: str) -> None:
         self.text = text
         self.tokens: list[tuple[str, int]] = []
-        position = 0
-        while text[position:].strip():
-            match = _TOKEN.match(text, position)
-            if match is None:
-                position += len(text[position:]) - len(text[position:].lstrip())
-                self.fail("unexpected character", position)
-            self.tokens.append((match.group(1), match.start(1)))
-            position = match.end()
         self.at = 0
+        for match in _TOKEN.finditer(text):
+            if match[2]:
+                self.fail("unexpected character", match.start(2))
+            self.tokens.append((match[1], match.start(1)))
 
     def fail(self, message: str, position: int | None = None) -> NoReturn:
         if position is None:
@@ -322,8 +318,7 @@ class _Parser:
             self.fail("expected ';' or the end")
         if creates and not any(clause.keyword == "shape" for clause in clauses):
             self.fail("'create' needs the clause 'shape', which says what argument holds the sizes")
-        text = _normalised(self.tokens)
-        return Rule(moves, tuple(alternatives), tuple(clauses), creates, tallies, text)
+        return Rule(moves, tuple(alternatives), tuple(clauses), creates, tallies, _normalised(self.tokens))
 
 
 @cache

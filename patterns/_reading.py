@@ -181,8 +181,11 @@ def _runs(
     """The length of every run, from the operands that leave it no choice, or from an argument that holds its
     sizes.
     """
-    stated = [clause.words for clause in rule.all("shape") if len(clause.words) == 2]
-    runs = {run: len(arguments[name]) for name, run in stated}
+    runs = {
+        clause.words[1]: len(arguments[clause.words[0]])
+        for clause in rule.all("shape")
+        if len(clause.words) == 2
+    }
     names = {str(token) for operand in form.operands for token in operand.dims if str(token).endswith("*")}
     for operand in form.operands:
         if operand.name in ranks and ELLIPSIS not in operand.dims:

@@ -1,41 +1,32 @@
-"""Which rule belongs to which operator, by exact overload."""
+"""Which rule belongs to which operator, by exact overload; and the names of compositions of operators."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import permutations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fasp_fx.base import HigherOrderOperator, OpOverload, schema_of, tolerable
 from fasp_fx.errors import RuleError
 
-from ._contractions import CONTRACTIONS, RECURRENT
 from ._grammar import ELLIPSIS, Rule, letters_of, parse
-from ._mixing import MIXING
-from ._movement import MOVEMENT
-from ._pointwise import CHECKS, CREATIONS, UNLIKE_OPERANDS, UNTAGGED, pointwise_rule
+from ._rules import RULES, UNTAGGED, pointwise_rule
 
 #: what a rule can speak of
 Operator = OpOverload | HigherOrderOperator
 
 _USER: dict[Operator, Rule] = {}
-_WRITTEN: dict[str, str] = {
-    **CONTRACTIONS,
-    **RECURRENT,
-    **MOVEMENT,
-    **MIXING,
-    **UNLIKE_OPERANDS,
-    **CREATIONS,
-    **CHECKS,
-}
 
 
+@cache
 def argument_names(operator: object) -> Mapping[str, Any]:
     """The names of an operator's arguments in order, with their defaults (``inspect.Parameter.empty`` where
     there is none).
@@ -46,21 +37,17 @@ def argument_names(operator: object) -> Mapping[str, Any]:
     Returns:
         Nothing for what has neither.
     """
-    return _declared(operator) if isinstance(operator, Operator) else {}
-
-
-@cache
-def _declared(operator: Operator) -> Mapping[str, Any]:
     if isinstance(operator, OpOverload):
-        schema = schema_of(operator).arguments
         return {
             argument.name: argument.default_value if argument.has_default_value() else inspect.Parameter.empty
-            for argument in schema
+            for argument in schema_of(operator).arguments
         }
-    _, *declared = inspect.signature(type(operator).__call__).parameters.values()
-    if any(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in declared):
+    if not isinstance(operator, HigherOrderOperator):
         return {}
-    return {parameter.name: parameter.default for parameter in declared}
+    _, *declared = inspect.signature(type(operator).__call__).parameters.values()
+    several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    is_open = any(parameter.kind in several for parameter in declared)
+    return {} if is_open else {parameter.name: parameter.default for parameter in declared}
 
 
 def name_of(operator: Operator) -> str:
@@ -68,16 +55,6 @@ def name_of(operator: Operator) -> str:
     ``higher_order.flex_attention``.
     """
     return str(operator) if isinstance(operator, OpOverload) else f"higher_order.{operator.name()}"
-
-
-def _check(operator: Operator, rule: Rule) -> Rule:
-    known = argument_names(operator)
-    unknown = sorted(rule.names() - known.keys())
-    if unknown:
-        raise RuleError(
-            f"rule '{rule}' for {operator} names {unknown}, but the operator's arguments are {sorted(known)}"
-        )
-    return rule
 
 
 def register(operator: Operator, text: str) -> Rule:
@@ -108,8 +85,13 @@ def register(operator: Operator, text: str) -> Rule:
         raise RuleError(
             f"{operator!r} is not an exact overload; pass for example torch.ops.aten.linear.default"
         )
-    _USER[operator] = _check(operator, parse(text))
-    return _USER[operator]
+    rule, known = parse(text), argument_names(operator)
+    if unknown := sorted(rule.names() - known.keys()):
+        raise RuleError(
+            f"rule '{rule}' for {operator} names {unknown}, but the operator's arguments are {sorted(known)}"
+        )
+    _USER[operator] = rule
+    return rule
 
 
 def unregister(operator: Operator) -> None:
@@ -138,7 +120,7 @@ def lookup(operator: object) -> Rule | None:
     if operator in _USER:
         return _USER[operator]
     name = name_of(operator)
-    text = _WRITTEN.get(name)
+    text = RULES.get(name)
     if (
         text is None
         and isinstance(operator, OpOverload)
@@ -200,4 +182,70 @@ def builtin() -> dict[str, str]:
         >>> fasp_fx.patterns.builtin()["aten.linear.default"]
         'input[... i], weight[o i], bias[o] -> [... o]'
     """
-    return dict(_WRITTEN)
+    return dict(RULES)
+
+
+# --- Graph patterns that name compositions of operators, so that reasons speak of norms and attention rather
+# than of a mean and a product.
+
+
+#: expressions over operator names, such as ``mul(x, rsqrt(add(mean(pow(x)))))``: ``NAME(…)`` matches a call
+#: of an operator of that name (``(a | b)(…)`` of either), whose inputs match the arguments, in any order,
+#: each by an input of its own; a bare letter matches any node, the same one wherever it stands; ``~`` before
+#: an argument lets it be reached through pointwise operators, casts and views
+COMPOSITES: dict[str, str] = {
+    "RMS norm": "mul(x, rsqrt(add(mean(pow(x)))))",
+    "layer norm": "(div | mul)(~sub(x, mean(x)), ~(sqrt | rsqrt)(~add(~(mean | var))))",
+    "attention": "(matmul | bmm)(~softmax(~(matmul | bmm | baddbmm)(q, k)), v)",
+}
+
+
+def _name(node: fx.Node) -> str:
+    return schema_of(node.target).name.rpartition("::")[2] if isinstance(node.target, OpOverload) else ""
+
+
+def _operators(pattern: ast.expr) -> set[str]:
+    """The operators that a pattern, or what it calls, names."""
+    return {part.id for part in ast.walk(pattern) if isinstance(part, ast.Name)}
+
+
+def _match(
+    node: fx.Node, pattern: ast.expr, bound: dict[str, fx.Node]
+) -> Iterator[tuple[dict[str, fx.Node], frozenset[fx.Node]]]:
+    """The ways in which a pattern matches: the nodes that letters stand for, and those that have a name."""
+    through = isinstance(pattern, ast.UnaryOp)
+    called = pattern.operand if isinstance(pattern, ast.UnaryOp) else pattern
+    if isinstance(called, ast.Name) and len(called.id) == 1:
+        if bound.get(called.id, node) is node:
+            yield {**bound, called.id: node}, frozenset()
+        return
+    called, arguments = (called.func, called.args) if isinstance(called, ast.Call) else (called, [])
+    if _name(node) in _operators(called):
+        for inputs in permutations(node.all_input_nodes, len(arguments)):
+            states = [(bound, frozenset({node}))]
+            for source, argument in zip(inputs, arguments, strict=True):
+                states = [
+                    (b, seen | inner)
+                    for before, seen in states
+                    for b, inner in _match(source, argument, before)
+                ]
+            yield from states
+    rule = lookup(node.target) if through else None
+    if rule is not None and (rule.moves == "self" or rule.pointwise):
+        for source in node.all_input_nodes:
+            for b, inner in _match(source, pattern, bound):
+                yield b, inner | {node}
+
+
+def find_composites(graph: fx.Graph) -> dict[fx.Node, str]:
+    """For every node that is part of a composite, the composite's name."""
+    composites: dict[fx.Node, str] = {}
+    for name, text in COMPOSITES.items():
+        pattern = ast.parse(text, mode="eval").body
+        assert isinstance(pattern, ast.Call)
+        for node in graph.nodes:
+            if node.op == "call_function" and _name(node) in _operators(pattern.func):
+                match = next(_match(node, pattern, {}), None)
+                if match is not None:
+                    composites.update(dict.fromkeys(match[1], name))
+    return composites

@@ -109,7 +109,7 @@ def test_few_tokens_give_the_losses_of_their_gram_matrix(
     x[:, 0] *= 1e3 if large else 1.0
     few = Columns(columns.weight, x.norm(dim=0), lambda: x.T @ x, sets, centred_gram=lambda: x)
     order = data.draw(st.permutations(range(size)))
-    with mock.patch("fasp_fx.calibration._inverse._FEWER", data.draw(st.sampled_from([1, 1000]))):
+    with mock.patch("fasp_fx.calibration._obs._FEWER", data.draw(st.sampled_from([1, 1000]))):
         found, total = Elimination(few, size, x, root, DAMPING), 0.0
     for step, one in enumerate(order):
         expected = least_loss(

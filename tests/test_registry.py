@@ -11,7 +11,7 @@ from torch import nn
 import fasp_fx
 from fasp_fx import RuleError, patterns
 from fasp_fx.analysis.channels._relation import Relation
-from fasp_fx.patterns import lookup, register, unregister
+from fasp_fx.patterns import lookup, parse, register, unregister
 
 
 def test_registering() -> None:
@@ -99,16 +99,16 @@ INVALID = {
 @pytest.mark.parametrize("name", VALID)
 def test_valid_rules_print_normalised(name: str) -> None:
     text, printed = VALID[name][0], VALID[name][1] or VALID[name][0]
-    rule = patterns.parse(text)
+    rule = parse(text)
     assert str(rule) == printed
-    assert patterns.parse(printed) == rule
+    assert parse(printed) == rule
 
 
 @pytest.mark.parametrize("name", INVALID)
 def test_invalid_rules_show_the_place(name: str) -> None:
     text, column = INVALID[name]
     with pytest.raises(fasp_fx.RuleError) as caught:
-        patterns.parse(text)
+        parse(text)
     lines = str(caught.value).splitlines()
     assert lines[1].strip() == text.strip()
     assert lines[2].endswith("^")
@@ -123,5 +123,5 @@ def test_every_built_in_rule_fits_its_operator() -> None:
         operator: Any = torch.ops
         for part in name.split("."):  # a higher-order operator has no overloads
             operator = getattr(operator, part)
-        assert patterns.parse(text).names() <= patterns.argument_names(operator).keys(), f"{name}: {text}"
+        assert parse(text).names() <= patterns.argument_names(operator).keys(), f"{name}: {text}"
         assert patterns.lookup(operator) is not None

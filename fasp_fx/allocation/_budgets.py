@@ -17,7 +17,6 @@ from fasp_fx.analysis import (
     Analysis,
     Counted,
     Group,
-    Products,
     Resource,
     ShrinkingSizes,
     Sparsity,
@@ -27,7 +26,7 @@ from fasp_fx.analysis import (
 from fasp_fx.base import HigherOrderOperator, OpOverload, is_composite, is_number, tolerable
 from fasp_fx.capturing import Sizes, arguments, attribute, elements
 from fasp_fx.errors import ArgumentError, BudgetError
-from fasp_fx.patterns import ONE_WIDTH, Reading, Rule, letters_of, lookup, read
+from fasp_fx.patterns import ONE_WIDTH, Reading, letters_of, lookup, read
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,11 @@ class Cap(ABC):
     per_call: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        is_one = self.amount == 1 and isinstance(self.amount, int)  # one alone, or all
-        if not is_number(self.amount) or self.amount <= 0 or is_one:
+        if (
+            not is_number(self.amount)
+            or self.amount <= 0
+            or (self.amount == 1 and isinstance(self.amount, int))  # one alone, or all
+        ):
             raise ArgumentError(
                 f"{self} is no budget; give a share in (0, 1], such as 0.8, or 1.0 for all, or how much may"
                 " stay, such as 100_000_000"
@@ -265,7 +267,7 @@ def budget_from_data(data: Any) -> tuple[Cap, ...]:
 #: one dimension of what a node makes
 Dim = tuple[fx.Node, int]
 #: dimensions whose sizes are multiplied; of several in one place the largest, which the passes pad the others
-#: to (``pad_value_heads`` in ``passes/_attention.py``)
+#: to (``pad_value_heads`` in ``passes/_adjust.py``)
 Term = list[tuple[Dim, ...]]
 #: the shape of what a node makes
 ShapeOf = Callable[[fx.Node], tuple[int, ...]]
@@ -277,7 +279,7 @@ def macs_of(analysis: Analysis) -> Counted:
     Raises:
         BudgetError: an operator multiplies in a way that is not counted; names it.
     """
-    program, left, sizes, dense = analysis.program, Products(), ShrinkingSizes(analysis), 0
+    program, left, sizes = analysis.program, Counted(analysis), ShrinkingSizes(analysis)
     # The analysis runs at small sizes where it can; these are those of the example inputs.
     recorded = Sizes(program.module, small=False)
 
@@ -289,15 +291,19 @@ def macs_of(analysis: Analysis) -> Counted:
         for term in _terms(call, program.module, shape) if call.op == "call_function" else ():
             factors = [tuple(sizes.of(node, shape(node), dim) for node, dim in dims) for dims in term]
             left.add(factors)
-            dense += math.prod(several[0].whole for several in factors)
-    return Counted(analysis, left, dense)
+            left.whole += math.prod(several[0].whole for several in factors)
+    return left
 
 
 def _terms(node: fx.Node, module: torch.nn.Module, shape: ShapeOf) -> list[Term]:
     """The products of sizes that one call takes."""
     rule, operands = lookup(node.target), elements(arguments(node))
     if rule is not None and rule.all("recur"):
-        return _of_steps(operands, rule, shape)
+        # Every matrix, of all layers and both ways, is multiplied at every step.
+        tokens = operands[rule.alternatives[0].operands[0].name]
+        steps = [(tokens, dim) for dim in range(len(shape(tokens)) - 1)]
+        matrices = [each for name, each in operands.items() if "." in name and len(shape(each)) == 2]
+        return [[(dim,) for dim in (*steps, (matrix, 0), (matrix, 1))] for matrix in matrices]
     if rule is not None and any(form.summed for form in rule.alternatives):
         names = {operand.name for form in rule.alternatives for operand in form.operands}
         tensors = {name: operand for name, operand in operands.items() if name in names}
@@ -319,14 +325,6 @@ def _terms(node: fx.Node, module: torch.nn.Module, shape: ShapeOf) -> list[Term]
                 " budget here; use another"
             )
     return []
-
-
-def _of_steps(operands: Mapping[str, Any], rule: Rule, shape: ShapeOf) -> list[Term]:
-    """The products of a recurrent operator: every matrix, of all layers and both ways, at every step."""
-    tokens = operands[rule.alternatives[0].operands[0].name]
-    steps = [(tokens, dim) for dim in range(len(shape(tokens)) - 1)]
-    matrices = [each for name, each in operands.items() if "." in name and len(shape(each)) == 2]
-    return [[(dim,) for dim in (*steps, (matrix, 0), (matrix, 1))] for matrix in matrices]
 
 
 def _dims(
@@ -366,8 +364,7 @@ def _is_made_of_products(node: fx.Node, shape: ShapeOf) -> bool:
     """Whether an operator that stands for others has some that torch counts among them, such as
     ``aten.inner``.
     """
-    assert isinstance(node.target, OpOverload)
-    if not is_composite(node.target):
+    if not isinstance(node.target, OpOverload) or not is_composite(node.target):
         return False
 
     def empty(source: fx.Node) -> Any:

@@ -79,8 +79,7 @@ class Costs(dict[str, CostCurve]):
         granularity: Iterable[str] = ("channel",),
     ) -> None:
         super().__init__(curves)
-        self.fingerprint, self.score = fingerprint, score
-        self.granularity = frozenset(granularity)
+        self.fingerprint, self.score, self.granularity = fingerprint, score, frozenset(granularity)
 
     def __repr__(self) -> str:
         return f"Costs({len(self)} curves, score={self.score!r})"
@@ -98,8 +97,9 @@ class Costs(dict[str, CostCurve]):
     def to_json(self) -> str:
         """The curves as text."""
         losses = {name: curve.losses.tolist() for name, curve in self.items()}
-        written = _Written(self.fingerprint, self.score, sorted(self.granularity), losses)
-        return to_document("costs", vars(written))
+        return to_document(
+            "costs", vars(_Written(self.fingerprint, self.score, sorted(self.granularity), losses))
+        )
 
     @staticmethod
     def from_json(text: str) -> Costs:

@@ -162,10 +162,10 @@ class Budget:
         if there are any.
         """
         measured = [(self.over(lost), lost) for lost in candidates]
-        under = [pair for pair in measured if pair[0] <= 0]
-        if self.is_ceiling and not under:
-            return min(measured, key=lambda pair: pair[0])[1]
-        return min(under if self.is_ceiling else measured, key=lambda pair: abs(pair[0]))[1]
+        if self.is_ceiling:
+            under = [pair for pair in measured if pair[0] <= 0]
+            measured = under or [min(measured, key=lambda pair: pair[0])]
+        return min(measured, key=lambda pair: abs(pair[0]))[1]
 
 
 def validate(lost: Iterable[int], budget: Budget) -> list[int]:
@@ -215,8 +215,6 @@ def lost_per_block(width: int, fraction: float, round_to: int, needed: int = 1) 
         36
     """
     least = -(-needed // round_to) * round_to
-    if width <= least:
-        return 0
     kept = round(width * (1 - fraction) / round_to) * round_to
     return width - min(max(kept, least), width)
 
@@ -230,14 +228,13 @@ def check_reach(budget: Budget, round_to: int) -> None:
     """
     deepest = budget.counts([group.most_lost(round_to) for group in budget.groups])
     rounds = any(group.step(round_to) > 1 for group in budget.groups)
-    rounded = f" with round_to={round_to}" if rounds else ""
-    smaller = ", or for a smaller round_to" if rounds else ""
-    for limit in budget.limits:
-        if not limit.over(deepest) > (1e-12 if limit.cap is None else 0):
-            continue
+    rounded, smaller = (f" with round_to={round_to}", ", or for a smaller round_to") if rounds else ("", "")
+    for limit in (one for one in budget.limits if one.over(deepest) > (1e-12 if one.cap is None else 0)):
         advice = f", or ask for {budget.advice}" if budget.advice else ""
-        ways = f"let more stay{smaller}{advice}, or see analyze(...).groups for what is frozen and why"
-        where = f"{rounded}; {ways}"
+        where = (
+            f"{rounded}; let more stay{smaller}{advice}, or see analyze(...).groups for what is frozen and"
+            " why"
+        )
         if limit.cap is None:
             reach = np.floor(limit.resource.removed(deepest) * 1e4) / 1e4
             raise SparsityError(
@@ -250,8 +247,8 @@ def check_reach(budget: Budget, round_to: int) -> None:
             f" {np.ceil(least / whole * 1e4) / 1e4:.4f}{where}"
         )
     if budget.is_ceiling and budget.over([0] * len(budget.groups)) <= 0:
-        has = [f"{limit.resource.whole:,} {limit.cap.unit}" for limit in budget.limits if limit.cap]
-        raise BudgetError(f"the model meets the budget as it is: it has {', '.join(has)}; allow less")
+        has = ", ".join(f"{limit.resource.whole:,} {limit.cap.unit}" for limit in budget.limits if limit.cap)
+        raise BudgetError(f"the model meets the budget as it is: it has {has}; allow less")
 
 
 def names_any(pattern: str, names: Iterable[str]) -> bool:
@@ -313,11 +310,11 @@ def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: in
     """Channel sets lost per block of each group: the fraction of the first pattern that matches it, nothing
     if none does.
     """
-
-    lost = []
-    for group in budget.groups:
-        asked = (each for pattern, each in fractions.items() if names_any(pattern, read_by(group)))
-        fraction = next(asked, 0.0)
-        count = lost_per_block(group.width, fraction, group.step(round_to), group.needed)
-        lost.append(count if fraction else 0)
-    return lost
+    matching = [
+        [fraction for pattern, fraction in fractions.items() if names_any(pattern, read_by(group))]
+        for group in budget.groups
+    ]
+    return [
+        lost_per_block(group.width, asked[0], group.step(round_to), group.needed) if any(asked[:1]) else 0
+        for group, asked in zip(budget.groups, matching, strict=True)
+    ]

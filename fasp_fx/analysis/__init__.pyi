@@ -33,7 +33,6 @@ from ._plan import (
 )
 from ._resources import (
     Counted as Counted,  # A sum of products of sizes, in whole numbers
-    Products as Products,  # A sum of products of sizes; those that many products share are worked out once
     Resource as Resource,  # Something that is counted of a model, as a function of how many channel sets each group loses
     ShrinkingSizes as ShrinkingSizes,  # The sizes of a program's tensors as functions of what its groups lose
     Sparsity as Sparsity,  # The weights of linear, convolution and recurrent operators that a prunable, exempt or included group touches

@@ -91,31 +91,17 @@ def analyze_program(
     """Analyse a captured program; if ``split`` is given, let it split fused producers that a layout ties
     together, and analyse again.
     """
-    # Channel numbers are for the CPU, whatever the default device is; being told so delays every call.
-    told = torch.get_default_device().type != "cpu"
-    with torch.device("cpu") if told else contextlib.nullcontext():
-        return _settled(program, split, granularity, include)
-
-
-def _settled(
-    program: Program,
-    split: Callable[[Program, Analysis], Program | None] | None,
-    granularity: Iterable[str],
-    include: Iterable[str],
-) -> Analysis:
     asked = frozenset(granularity), frozenset(include)
-    analysis = _analyze(program, *asked)
-    while split is not None and analysis.conflicts:
-        # Rows are told apart one by one.
-        alone = analysis if "head" not in asked[0] else _analyze(program, asked[0] - {"head"}, asked[1])
-        rewritten = split(program, alone)
-        if rewritten is None:
-            break
-        program, analysis = rewritten, _analyze(rewritten, *asked)
-    if DEPTH in include:
-        groups = let_blocks_go(analysis.groups, analysis.labels, program, analysis.walk)
-        analysis = replace(analysis, groups=groups)
-    return analysis
+    # Channel numbers are for the CPU, whatever the default device is; being told so delays every call.
+    with contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+        analysis = _analyze(program, *asked)
+        while split is not None and analysis.conflicts:
+            # Rows are told apart one by one.
+            alone = analysis if "head" not in asked[0] else _analyze(program, asked[0] - {"head"}, asked[1])
+            if (rewritten := split(program, alone)) is None:
+                break
+            program, analysis = rewritten, _analyze(rewritten, *asked)
+        return replace(analysis, groups=let_blocks_go(analysis)) if DEPTH in asked[1] else analysis
 
 
 def _analyze(program: Program, granularity: frozenset[str], include: frozenset[str]) -> Analysis:
@@ -130,8 +116,8 @@ def _analyze(program: Program, granularity: frozenset[str], include: frozenset[s
     layout = np.where(judged.status == CODE[FROZEN], -1, group_of)
     block, conflicts = find_blocks(walk.facts.boxes.values(), labels, layout)
     for conflict in conflicts:
-        node = conflict.node
-        judged.freeze(conflict.classes, f"equal counts cannot be kept in {node.name} = {node.target}")
+        where = f"{conflict.node.name} = {conflict.node.target}"
+        judged.freeze(conflict.classes, f"equal counts cannot be kept in {where}")
     if conflicts:
         group_of, keys = group_sets(judged, numbering, walk)
     groups = GroupBuilder(judged, block, numbering, walk, program).groups(group_of, keys)
@@ -147,16 +133,14 @@ def walk_program(program: Program, granularity: frozenset[str]) -> tuple[Numberi
     """Interpret the program, again where a weight is better numbered block by block or some channels go
     together.
     """
-    blocked = _cached_heads(program)
-    stretched: set[tuple[str, int]] = set()
+    blocked, stretched = _cached_heads(program), set[tuple[str, int]]()
     while True:
         numbering = Numbering(blocked, stretched)
         walk = Interpreter(program, numbering, granularity).run()
         wishes = walk.facts.wishes
         if wishes.blocks.keys() <= blocked.keys() and wishes.stretched <= stretched:
             break
-        blocked = {**wishes.blocks, **blocked}
-        stretched |= wishes.stretched
+        blocked, stretched = {**wishes.blocks, **blocked}, stretched | wishes.stretched
     walk.facts.pairs += _columns_of_parts(program, numbering)
     in_heads, coupled = _numbered(wishes.heads), _numbered(wishes.heads + wishes.together)
     coupled += _same_elsewhere(coupled, walk.facts.pairs, numbering.total) if coupled else []
@@ -195,8 +179,8 @@ def _columns_of_parts(program: Program, numbering: Numbering) -> Pairs:
         part = program.parts[slot.name]
         if slot.dim != part.dim:
             leader = first.setdefault((part.source, slot.dim), slot)
-            both = (each.numbers().reshape(-1).numpy() for each in (leader, slot))
-            pairs.append((*both, nodes[slot.name]))
+            one, other = (each.numbers().reshape(-1).numpy() for each in (leader, slot))
+            pairs.append((one, other, nodes[slot.name]))
     return pairs
 
 
@@ -228,11 +212,9 @@ def _walk_together(
     """Interpret with one number for all channels that ``coupled`` puts together, and those that ``pairs``
     couples with them.
     """
-    everyone = np.arange(numbering.total)
-    labels = label_sets(numbering.total, pairs)
+    everyone, labels = np.arange(numbering.total), label_sets(numbering.total, pairs)
     within = marked(numbering.total, *(labels[each] for _, each, _ in coupled))
-    first = np.empty_like(everyone)
-    first[labels[::-1]] = everyone[::-1]  # the lowest number of each set is written last
+    _, first = np.unique(labels, return_index=True)  # the lowest number of each set
     speaking = np.where(within[labels], first[labels], everyone)
     numbering.representative = torch.from_numpy(speaking)
     walk = Interpreter(program, numbering, granularity).run()
@@ -270,8 +252,8 @@ def _carriers(analysis: Coupling, chosen: int) -> nx.Graph:
     """The nodes whose tensors hold this channel set, and those that read them."""
     graph = nx.Graph()
     for node, value in analysis.walk.values.items():
-        axes = [axis for item in pytree.tree_leaves(value) if isinstance(item, Value) for axis in item.axes]
-        several = [axis.numbers.numpy() for axis in axes]
+        values = [item for item in pytree.tree_leaves(value) if isinstance(item, Value)]
+        several = [axis.numbers.numpy() for item in values for axis in item.axes]
         if any((analysis.labels[numbers[numbers >= 0]] == chosen).any() for numbers in several):
             graph.add_edges_from((node, user) for user in node.users if user.op == "call_function")
     return graph

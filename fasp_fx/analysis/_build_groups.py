@@ -70,8 +70,8 @@ class ChannelSets:
                 reason[sets] = f"{remark.reason} of {inside}" if inside else remark.reason
                 status[sets] = CODE[code]
 
-        elsewhere = [*(numbers for numbers, _ in facts.produced), *(use.columns for use in facts.uses)]
-        elsewhere += [product.numbers for product in facts.products]
+        elsewhere = [numbers for numbers, _ in facts.produced]
+        elsewhere += [use.columns for use in facts.uses] + [product.numbers for product in facts.products]
         something_else = marked(len(expert), *(labels[numbers[numbers >= 0]] for numbers in elsewhere))
         mark(facts.remarks.exempt if exempt else [], EXEMPT)
         mark(facts.remarks.mixed, APPROXIMATE)
@@ -148,19 +148,14 @@ def find_blocks(
         rows, columns = np.nonzero(candidate)
         tables.append((rows, sets[rows, columns], node))
         members, first = np.unique(sets[rows, columns], return_index=True)
-        first_row = rows[first]
-        _, finer = np.unique(block[members] * numbers.shape[0] + first_row, return_inverse=True)
+        _, finer = np.unique(block[members] * numbers.shape[0] + rows[first], return_inverse=True)
         # Sets outside this box keep their block, which is thereby told apart from those inside.
         block[members] = fresh + finer
         fresh += int(finer.max()) + 1
     _, block = np.unique(block, return_inverse=True)
     sizes = np.bincount(block[group_of >= 0], minlength=int(block.max(initial=0)) + 1)
-    conflicts = []
-    for rows, sets, node in tables:
-        bad = _uneven(rows, sets, block, sizes, group_of)
-        if bad.size:
-            conflicts.append(Conflict(node, bad))
-    return block, conflicts
+    conflicts = [Conflict(node, _uneven(rows, sets, block, sizes, group_of)) for rows, sets, node in tables]
+    return block, [conflict for conflict in conflicts if conflict.classes.size]
 
 
 def torn_blocks(numbering: Numbering, labels: np.ndarray) -> Iterator[tuple[Slot, np.ndarray]]:
@@ -169,13 +164,12 @@ def torn_blocks(numbering: Numbering, labels: np.ndarray) -> Iterator[tuple[Slot
     """
     for slot in numbering.slots:
         divider = None if slot.block_dim is None else numbering.get(slot.name, slot.block_dim)
-        if divider is None:
-            continue
-        rows, parts = (
-            labels[each.base : each.base + each.size].reshape(slot.blocks, -1) for each in (slot, divider)
-        )
-        first = rows[:, :1]
-        yield slot, np.unique(first[(rows == first).all(1) & (parts != first).any(1)])
+        if divider is not None:
+            rows, parts = (
+                labels[each.base : each.base + each.size].reshape(slot.blocks, -1) for each in (slot, divider)
+            )
+            first = rows[:, :1]
+            yield slot, np.unique(first[(rows == first).all(1) & (parts != first).any(1)])
 
 
 def _uneven(
@@ -193,10 +187,9 @@ def _uneven(
     # Blocks of one group and one size lose equal counts; each row must hold the same number of them, with
     # multiplicity.
     _, kind = np.unique(np.stack([group_of[distinct[first]], size]), axis=1, return_inverse=True)
-    kind = kind.reshape(-1)
-    per_kind = totals @ coo_matrix((~broken / size, (np.arange(len(blocks)), kind))).tocsr()
+    per_kind = totals @ coo_matrix((~broken / size, (np.arange(len(blocks)), kind.reshape(-1)))).tocsr()
     uneven = ~np.isclose(per_kind, per_kind[:1]).all(0)
-    return distinct[(broken | uneven[kind])[place]]
+    return distinct[(broken | uneven[kind.reshape(-1)])[place]]
 
 
 class GroupBuilder:
@@ -216,12 +209,12 @@ class GroupBuilder:
         self.names = program.known_as()
         index_of = {(slot.name, slot.dim): index for index, slot in enumerate(numbering.slots)}
         self.produces = {index_of[slot] for _, slot in facts.produced if slot in index_of}
-        for numbers in (numbers for numbers, slot in facts.produced if slot is None):
-            self.produces |= set(numbering.slot_ids(numbers[numbers >= 0]).tolist())
+        somewhere = [numbers[numbers >= 0] for numbers, slot in facts.produced if slot is None]
+        self.produces.update(*(numbering.slot_ids(numbers).tolist() for numbers in somewhere))
         self.consumes = {index_of[slot] for use in facts.uses for slot in use.slots}
         self.positions = {node: index for index, node in enumerate(program.module.graph.nodes)}
-        products = [product.numbers for product in facts.products if judged.exempt]
-        self.multiplied = marked(count, *(labels[numbers] for numbers in products))
+        products = facts.products if judged.exempt else []
+        self.multiplied = marked(count, *(labels[product.numbers] for product in products))
         self.headed = marked(count, *(labels[numbers] for _, numbers, _ in facts.wishes.heads))
         self.multiples = np.ones(count, dtype=np.int64)
         for numbers, multiple in facts.counts.aligned:
@@ -247,8 +240,7 @@ class GroupBuilder:
             _, block, sizes = np.unique(self.block[members], return_inverse=True, return_counts=True)
             for size in np.unique(sizes):
                 placed += self._group(members[sizes[block] == size], sorted(slot_ids), sorted(use_ids))
-        taken: Counter[str] = Counter()
-        groups = []
+        taken, groups = Counter[str](), []
         for _, group in sorted(placed, key=lambda item: item[0]):
             base = (group.consumers or group.producers)[0].name
             taken[base] += 1
@@ -274,13 +266,14 @@ class GroupBuilder:
             tuple(self._members([item[1:] for item in weights if item[0] in side], sets))
             for side in (rows, columns)
         )
-        if not {member.name for member in (*producers, *consumers)} & self.parameters:
-            return []  # positions of buffers alone
         needed = int(judged.expert[sets].max()) if experts else 1
         blocks = len(np.unique(self.block[sets]))
         is_read = bool(uses) or bool(self.multiplied[sets].all())
-        if judged.status[sets[0]] in FREE and not is_read and not self.produces & {*slot_ids}:
-            return []  # a dimension that nothing in the graph speaks of
+        is_of_buffers = not {member.name for member in (*producers, *consumers)} & self.parameters
+        # Nothing in the graph speaks of some dimensions.
+        is_silent = judged.status[sets[0]] in FREE and not is_read and not self.produces & {*slot_ids}
+        if is_of_buffers or is_silent:
+            return []
         status, reason = self._status(sets, len(sets) // blocks, needed, is_read)
         group = Group(
             "",
@@ -306,22 +299,20 @@ class GroupBuilder:
         status, reason = STATUS[int(self.judged.status[sets[0]])], str(self.judged.reason[sets[0]])
         free = CODE[status] in FREE
         if free and not is_read:
-            lost = f"{reason}, and no weight consumes what is left of them"
-            return FROZEN, lost if status == APPROXIMATE else "no weight consumes these channels"
+            return FROZEN, (
+                f"{reason}, and no weight consumes what is left of them"
+                if status == APPROXIMATE
+                else "no weight consumes these channels"
+            )
         if size == 1 and (free or (self.judged.exempt and status == EXEMPT)):
             return FROZEN, f"{LAYOUT}: one channel set takes the whole of a dimension"
-        if status == PRUNABLE and size <= needed:
-            return FROZEN, f"each token is sent to {needed} of them"
-        return status, reason
+        is_short = status == PRUNABLE and size <= needed
+        return (FROZEN, f"each token is sent to {needed} of them") if is_short else (status, reason)
 
     def _last_product(self, sets: np.ndarray) -> tuple[Use, ...]:
         """The last use of a stacked weight, one block an expert: what it gives is what an expert gives."""
-        labels = self.judged.labels
-        uses = [
-            use
-            for use in self.uses
-            if use.block_numbers is not None and np.isin(labels[use.block_numbers], sets).any()
-        ]
+        by_block = [(use, use.block_numbers) for use in self.uses if use.block_numbers is not None]
+        uses = [use for use, numbers in by_block if np.isin(self.judged.labels[numbers], sets).any()]
         return tuple(sorted(uses, key=lambda use: self.positions[use.node])[-1:])
 
     def _members(self, slots: list[tuple[Slot, np.ndarray]], sets: np.ndarray) -> Iterator[Member]:
@@ -338,26 +329,22 @@ class GroupBuilder:
             pieces.setdefault((name, slot.dim), []).append((slot, rows[numbers - slot.base], positions))
         for (name, dim), several in pieces.items():
             slot = several[-1][0]
+            # A dimension has the size that it had before its weight was split.
+            parts = [part for part in self.program.parts.values() if part.source == name]
+            is_split = slot.name in self.program.parts and slot.dim == parts[0].dim
+            size = sum(len(part.rows) for part in parts) if is_split else slot.size
             indices, positions = (np.concatenate([piece[side] for piece in several[::-1]]) for side in (1, 2))
             indices, first = np.unique(indices, return_index=True)
-            aliases = tuple(other for other in self.names.get(name, ()) if other != name)
             yield Member(
                 name,
                 dim,
                 tuple(indices.tolist()),
-                self._whole_size(slot, name),
+                size,
                 slot.block_dim,
                 slot.blocks,
                 tuple(positions[first].tolist()),
-                aliases,
+                tuple(other for other in self.names.get(name, ()) if other != name),
             )
-
-    def _whole_size(self, slot: Slot, name: str) -> int:
-        """The size of a dimension before its weight was split."""
-        parts = [part for part in self.program.parts.values() if part.source == name]
-        if slot.name in self.program.parts and slot.dim == parts[0].dim:
-            return sum(len(part.rows) for part in parts)
-        return slot.size
 
 
 def needed_experts(labels: np.ndarray, walk: Walk) -> np.ndarray:

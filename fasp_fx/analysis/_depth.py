@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from fasp_fx.capturing import Program, arguments, attribute, is_pure, same_sizes, target_name
 from fasp_fx.patterns import RESHAPES, affine
 
-from ._groups import FROZEN, PRUNABLE, Group
-from .channels import Value, Walk
+from ._groups import FROZEN, PRUNABLE, Coupling, Group
+from .channels import Use, Value
 
 #: the word of ``include=`` for it
 DEPTH = "depth"
@@ -27,22 +27,20 @@ _CHECK = _ATEN._assert_tensor_metadata.default
 _NEAR = 24
 
 
-def let_blocks_go(groups: list[Group], labels: np.ndarray, program: Program, walk: Walk) -> list[Group]:
+def let_blocks_go(analysis: Coupling) -> list[Group]:
     """The groups, of which those that are all there is to a residual block need not keep anything."""
-    free = np.concatenate([np.zeros(0, dtype=np.int64), *(g.sets for g in groups if g.status != FROZEN)])
+    some = [group.sets for group in analysis.groups if group.status != FROZEN]
+    free = np.concatenate([np.zeros(0, dtype=np.int64), *some])
     return [
-        replace(group, needed=0) if _is_a_block(group, labels, program, walk, free) else group
-        for group in groups
+        replace(group, needed=0) if _is_a_block(group, analysis, free) else group for group in analysis.groups
     ]
 
 
-def _lines(
-    node: fx.Node, walk: Walk, labels: np.ndarray, free: np.ndarray
-) -> set[tuple[int, tuple[int, ...], bytes]]:
+def _lines(node: fx.Node, analysis: Coupling, free: np.ndarray) -> set[tuple[int, tuple[int, ...], bytes]]:
     """The channel sets along each dimension of a node's value of which some can go."""
-    value = walk.values.get(node)
+    value = analysis.walk.values.get(node)
     axes = value.axes if isinstance(value, Value) else ()
-    lines = [(axis.dim, labels[axis.numbers.numpy()]) for axis in axes]
+    lines = [(axis.dim, analysis.labels[axis.numbers.numpy()]) for axis in axes]
     return {(dim, sets.shape, sets.tobytes()) for dim, sets in lines if np.isin(sets, free).any()}
 
 
@@ -50,10 +48,11 @@ def laid_out(node: fx.Node) -> fx.Node:
     """Where a consumer's output has the shape of the model's activations: behind views that keep its last
     dimension.
     """
-    while len(node.users) == 1 and str((user := next(iter(node.users))).target) in RESHAPES:
-        first, second = _value(node), _value(user)
-        if first is None or second is None or not same_sizes(first.shape[-1:], second.shape[-1:]):
-            break
+    while (
+        len(node.users) == 1
+        and str((user := next(iter(node.users))).target) in RESHAPES
+        and _alike(node, user, -1)
+    ):
         node = user
     return node
 
@@ -71,31 +70,35 @@ def beside(node: fx.Node) -> fx.Node | None:
             others = [read for read in user.all_input_nodes if read not in inside and _alike(read, node)]
             ends = all(reader is user or reader in inside for one in inside for reader in one.users)
             if user.target is _SUM and _alike(user, node) and len(others) == 1 and ends:
-                first = next(one for one in node.graph.nodes if one is node or one is others[0])
-                return others[0] if first is others[0] and not user.kwargs else None
+                return others[0] if others[0] < node and not user.kwargs else None
             inside.add(user)
         user = user.next
     return None
 
 
-def _is_a_block(group: Group, labels: np.ndarray, program: Program, walk: Walk, free: np.ndarray) -> bool:
-    if group.status != PRUNABLE or group.granularity not in ("channel", "head") or not group.uses:
-        return False
-    if any(slot.kind == "input" for slot in group.slots):
-        return False  # a cache holds them
-    for use in group.uses:
-        read, end = use.columns[use.columns >= 0], laid_out(use.node)
-        if (
-            affine(use.node.target) is None
-            or use.route is not None
-            or not np.isin(labels[read], group.sets).all()
-            or not {arguments(use.node).get(factor, 1) for factor in ("alpha", "beta")} <= {1}
-            or (other := beside(end)) is None
-            # Zeros like the one take its channels along.
-            or _lines(end, walk, labels, free) != _lines(other, walk, labels, free)
-        ):
-            return False
-    return _leaves_nothing(group, program)
+def _is_a_block(group: Group, analysis: Coupling, free: np.ndarray) -> bool:
+    return (
+        group.status == PRUNABLE
+        and group.granularity in ("channel", "head")
+        and bool(group.uses)
+        and not any(slot.kind == "input" for slot in group.slots)  # a cache holds them
+        and all(_ends_a_block(use, group, analysis, free) for use in group.uses)
+        and _leaves_nothing(group, analysis.program)
+    )
+
+
+def _ends_a_block(use: Use, group: Group, analysis: Coupling, free: np.ndarray) -> bool:
+    """Whether a consumer reads channels of the group alone, and ends in a sum."""
+    read, end = use.columns[use.columns >= 0], laid_out(use.node)
+    return (
+        affine(use.node.target) is not None
+        and use.route is None
+        and bool(np.isin(analysis.labels[read], group.sets).all())
+        and {arguments(use.node).get(factor, 1) for factor in ("alpha", "beta")} <= {1}
+        and (other := beside(end)) is not None
+        # Zeros like the one take its channels along.
+        and _lines(end, analysis, free) == _lines(other, analysis, free)
+    )
 
 
 def serving(ends: Iterable[fx.Node], graph: fx.Graph) -> list[fx.Node]:
@@ -132,16 +135,13 @@ def goes_with_a_block(node: fx.Node) -> bool:
     return node.target is _CHECK or is_pure(node)
 
 
-def _value(node: fx.Node) -> Tensor | None:
-    value = node.meta.get("val")
-    return value if isinstance(value, Tensor) and value.is_floating_point() else None
-
-
-def _alike(node: fx.Node, other: fx.Node) -> bool:
-    first, second = _value(node), _value(other)
+def _alike(node: fx.Node, other: fx.Node, first: int = 0) -> bool:
+    """Whether two nodes give real numbers of one type, and of one shape from a dimension on."""
+    one, two = node.meta.get("val"), other.meta.get("val")
     return (
-        first is not None
-        and second is not None
-        and first.dtype == second.dtype
-        and same_sizes(first.shape, second.shape)
+        isinstance(one, Tensor)
+        and isinstance(two, Tensor)
+        and one.is_floating_point()
+        and one.dtype == two.dtype
+        and same_sizes(one.shape[first:], two.shape[first:])
     )

@@ -20,13 +20,9 @@ PRUNABLE, EXEMPT, APPROXIMATE, FROZEN = "prunable", "exempt", "approximate", "fr
 
 def ranges(indices: tuple[int, ...]) -> str:
     """Indices as compact text: ``0-15,32,40-47``."""
-    if not indices:
-        return "none"
-    values = np.array(sorted(indices))
-    breaks = np.nonzero(np.diff(values) != 1)[0] + 1
-    return ",".join(
-        f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in np.split(values, breaks)
-    )
+    values = np.array(sorted(indices), dtype=np.int64)
+    runs = np.split(values, np.nonzero(np.diff(values) != 1)[0] + 1) if indices else []
+    return ",".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
 
 
 def by_block(block_of: np.ndarray) -> list[np.ndarray]:
@@ -142,17 +138,14 @@ class Group:
         if self.granularity == "channel":
             return math.lcm(round_to, self.multiple)
         counts = [len(member.indices) // (self.width * member.blocks) for member in self.members]
-        each = max(counts, default=1)
-        return self.multiple // math.gcd(self.multiple, each)
+        return self.multiple // math.gcd(self.multiple, max(counts, default=1))
 
     def __str__(self) -> str:
         shape = f"{self.blocks} x {self.width}" if self.blocks > 1 else str(self.size)
         shape += f" {self.granularity}s" if self.granularity != "channel" else ""
-        left = ", ".join(map(str, self.producers)) or "-"
-        right = ", ".join(map(str, self.consumers)) or "-"
-        return f"{self.status:<11} {shape:>10}  {left} -> {right}" + (
-            f"  ({self.reason})" if self.reason else ""
-        )
+        left, right = (", ".join(map(str, side)) or "-" for side in (self.producers, self.consumers))
+        why = f"  ({self.reason})" if self.reason else ""
+        return f"{self.status:<11} {shape:>10}  {left} -> {right}{why}"
 
 
 @dataclass(frozen=True)
@@ -224,11 +217,6 @@ class Coupling(Groups):
         return replace(
             self, groups=list(self.groups), conflicts=list(self.conflicts), labels=self.labels.copy()
         )
-
-    @property
-    def experts(self) -> bool:
-        """Whether the numbers by which routers name experts were followed."""
-        return "expert" in self.granularity
 
     @cached_property
     def without_rule(self) -> dict[str, int]:

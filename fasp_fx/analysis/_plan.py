@@ -17,6 +17,9 @@ from fasp_fx.errors import ArgumentError, PlanError
 from ._groups import Coupling, Group, Member, by_block, ranges
 from .channels import marked
 
+#: a device in the code of a graph, of which ranks have others
+_DEVICE = r"device\(type=.*?\)|cuda:\d+"
+
 
 @dataclass(frozen=True)
 class ParameterSlice:
@@ -148,10 +151,9 @@ class PruningPlan:
     def slices(self) -> dict[tuple[str, int], frozenset[tuple[int, int]]]:
         """All removed (block, index) pairs by weight and dimension."""
         slices: dict[tuple[str, int], frozenset[tuple[int, int]]] = {}
-        for group in self.groups:
-            for part in group.parts:
-                pairs = {(block, index) for block, indices in enumerate(part.by_block()) for index in indices}
-                slices[(part.name, part.dim)] = slices.get((part.name, part.dim), frozenset()) | pairs
+        for part in (part for group in self.groups for part in group.parts):
+            pairs = {(block, index) for block, indices in enumerate(part.by_block()) for index in indices}
+            slices[(part.name, part.dim)] = slices.get((part.name, part.dim), frozenset()) | pairs
         return slices
 
     def after(self, earlier: PruningPlan) -> PruningPlan:
@@ -177,12 +179,11 @@ class PruningPlan:
         sizes = {(group.name, group.granularity): group.removed_sets for group in earlier.groups}
         groups = []
         for group in self.groups:
-            sides = (group.producers, group.consumers)
             producers, consumers = (
-                tuple(new for part in side for new in renumbering(part)) for side in sides
+                tuple(new for part in side for new in renumbering(part))
+                for side in (group.producers, group.consumers)
             )
-            count = sum(part.count for part in (*producers, *consumers))
-            if count:
+            if count := sum(part.count for part in (*producers, *consumers)):
                 removed = max(round(group.removed_sets * count / sum(part.count for part in group.parts)), 1)
                 size = group.size - sizes.get((group.name, group.granularity), 0)
                 sized = replace(group, size=size, removed_sets=removed)
@@ -267,12 +268,12 @@ def running_fingerprint(program: Program) -> str:
     """The fingerprint of all that a captured program computes with, and of what it computes: what a run goes
     by that goes on where it was interrupted, since the code of a model may have changed meanwhile.
     """
-    digest = hashlib.sha256(computed_fingerprint(program).encode())
-    for name, module in program.module.named_modules():
-        if isinstance(module, fx.GraphModule):
-            code = re.sub(r"device\(type=.*?\)|cuda:\d+", "device", module.code)  # ranks have others
-            digest.update(f"{name} {code}".encode())
-    return digest.hexdigest()
+    code = [
+        f"{name} {re.sub(_DEVICE, 'device', module.code)}"
+        for name, module in program.module.named_modules()
+        if isinstance(module, fx.GraphModule)
+    ]
+    return hashlib.sha256("".join([computed_fingerprint(program), *code]).encode()).hexdigest()
 
 
 def fixed_of(program: Program) -> tuple[FixedBuffer, ...]:
@@ -295,12 +296,12 @@ def check_fixed(plan: PruningPlan, dense: nn.Module) -> None:
     """
     buffers = dict(dense.named_buffers(remove_duplicate=False))
     saved = dense.state_dict(keep_vars=True)
-    for name, digest in ((buffer.name, buffer.digest) for buffer in plan.fixed):
-        # What is not saved (a table that grows with the longest call so far) follows from what is.
-        if name in buffers and name in saved and fingerprint({"": buffers[name]}) != digest:
+    # What is not saved (a table that grows with the longest call so far) follows from what is.
+    for fixed in (fixed for fixed in plan.fixed if fixed.name in buffers and fixed.name in saved):
+        if fingerprint({"": buffers[fixed.name]}) != fixed.digest:
             raise ArgumentError(
-                f"dense is not the model that was pruned: its buffer '{name}' holds other values than it did"
-                " then; pass the model as it was given to prune"
+                f"dense is not the model that was pruned: its buffer '{fixed.name}' holds other values than"
+                " it did then; pass the model as it was given to prune"
             )
 
 
@@ -338,8 +339,7 @@ def _planned(group: Group, gone: np.ndarray, removed: int, analysis: Coupling) -
         width = slot.size // slot.blocks
         blocks = lost.setdefault((name, slot.dim), [set() for _ in range(slot.blocks)])
         for block, indices in enumerate(blocks):
-            first = block * width if slot.blocks > 1 else 0
-            indices.update((rows[places[places // width == block]] - first).tolist())
+            indices.update((rows[places[places // width == block]] - block * width).tolist())
 
     def cut(members: Iterable[Member]) -> tuple[ParameterSlice, ...]:
         return tuple(

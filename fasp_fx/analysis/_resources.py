@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor, fx
@@ -48,21 +50,44 @@ class Resource(ABC):
 
 
 class Counted(Resource):
-    """A sum of products of sizes, in whole numbers.
+    """A sum of products of sizes, in whole numbers; those that many products share are worked out once.
 
     Args:
         analysis: the analysis of a program.
-        left: what is counted.
-        whole: how much the dense model has of it; ``None``: what is left when nothing goes.
+        whole: how much the dense model has of it.
+
+    Attributes:
+        terms: of each product, how often it counts, and the places of its sizes.
     """
 
-    def __init__(self, analysis: Coupling, left: Products, whole: int | None = None) -> None:
-        groups = analysis.chosen
-        super().__init__(groups, left.count([0] * len(groups)) if whole is None else whole)
-        self._left = left
+    def __init__(self, analysis: Coupling, whole: int = 0) -> None:
+        super().__init__(analysis.chosen, whole)
+        self._places: dict[tuple[ShrinkingSize, ...], int] = {}
+        self.terms: list[tuple[float, tuple[int, ...]]] = []
+
+    def add(self, sizes: Iterable[ShrinkingSize | tuple[ShrinkingSize, ...]], factor: float = 1) -> None:
+        """Add a product of sizes, so many times; of several in one place the largest, to which the others are
+        padded.
+        """
+        each = (size if isinstance(size, tuple) else (size,) for size in sizes)
+        self.terms.append((factor, tuple(self._places.setdefault(one, len(self._places)) for one in each)))
+
+    def add_weights(self, analysis: Coupling, units: Mapping[str, float]) -> None:
+        """Add the elements of weights, each so many units."""
+        program, sizes = analysis.program, ShrinkingSizes(analysis)
+        names, read = program.canonical(), program.module.graph.find_nodes(op="get_attr")
+        nodes = {names.get(target_name(node)): node for node in read}
+        for name, unit in units.items():
+            node, shape = nodes.get(names.get(name, name)), attribute(program.module, name).shape
+            self.add([sizes.of(node, shape, dim) for dim in range(len(shape))], unit)
 
     def used(self, lost: Sequence[int]) -> float:
-        return self._left.count(lost)
+        # Losses are alike in all blocks of a group: sizes are whole then, but for what rounding took from
+        # shares.
+        left = [round(max(size.left(lost) for size in several)) for several in self._places]
+        return round(
+            sum(factor * math.prod([left[place] for place in places]) for factor, places in self.terms)
+        )
 
 
 class Sparsity(Counted):
@@ -76,13 +101,11 @@ class Sparsity(Counted):
     """
 
     def __init__(self, analysis: Coupling) -> None:
-        counted = {PRUNABLE, EXEMPT} | analysis.include
-        touched = {
-            slot.name for group in analysis.groups if group.status in counted for slot in group.slots
-        } & analysis.walk.facts.matrices
-        weights = {name: attribute(analysis.program.module, name) for name in sorted(touched)}
-        left = _sizes_of_weights(analysis, weights, dict.fromkeys(weights, 1))
-        super().__init__(analysis, left, sum(weight.numel() for weight in weights.values()))
+        counted, matrices = {PRUNABLE, EXEMPT} | analysis.include, analysis.walk.facts.matrices
+        touched = {slot.name for group in analysis.groups if group.status in counted for slot in group.slots}
+        weights = {name: attribute(analysis.program.module, name) for name in sorted(touched & matrices)}
+        super().__init__(analysis, sum(weight.numel() for weight in weights.values()))
+        self.add_weights(analysis, dict.fromkeys(weights, 1))
 
 
 def parameters_of(analysis: Coupling, each: Callable[[Tensor], float] = lambda weight: 1) -> Counted:
@@ -91,13 +114,15 @@ def parameters_of(analysis: Coupling, each: Callable[[Tensor], float] = lambda w
     What the dense model has are the parameters of the caller, also where the capture has folded some into
     others.
     """
-    parameters = analysis.program.parameters()
-    first = {id(tensor): name for name, tensor in reversed(parameters.items())}
-    whole = {name: parameters[name] for name in first.values()}
+    parameters = reversed(analysis.program.parameters().items())
+    whole = dict(
+        {id(tensor): (name, tensor) for name, tensor in parameters}.values()
+    )  # the first of tied ones
     kept = dict(analysis.program.module.named_parameters())
     units = {name: each(tensor) for name, tensor in {**whole, **kept}.items()}
-    left = _sizes_of_weights(analysis, kept, units)
-    return Counted(analysis, left, round(sum(tensor.numel() * units[name] for name, tensor in whole.items())))
+    left = Counted(analysis, round(sum(tensor.numel() * units[name] for name, tensor in whole.items())))
+    left.add_weights(analysis, {name: units[name] for name in kept})
+    return left
 
 
 def cache_of(analysis: Coupling) -> Counted:
@@ -107,20 +132,19 @@ def cache_of(analysis: Coupling) -> Counted:
     Raises:
         BudgetError: the program holds no cache.
     """
-    program, left, sizes = analysis.program, Products(), ShrinkingSizes(analysis)
-    returned = results(program.module.graph)
-    for node in (returned[index] for index in sorted(program.state_outputs)):
-        value = node.meta.get("val") if isinstance(node, fx.Node) else None
-        if isinstance(value, Tensor) and value.dim() == 4:
-            heads, width = value.shape[1], value.shape[3]
-            if isinstance(heads, int) and isinstance(width, int):
-                left.add([sizes.of(node, value.shape, dim) for dim in (1, 3)], value.element_size())
+    program, left, sizes = analysis.program, Counted(analysis), ShrinkingSizes(analysis)
+    for node in (results(program.module.graph)[index] for index in sorted(program.state_outputs)):
+        value: Any = node.meta.get("val") if isinstance(node, fx.Node) else None
+        is_cache = isinstance(value, Tensor) and value.dim() == 4
+        if is_cache and all(isinstance(value.shape[dim], int) for dim in (1, 3)):
+            left.add([sizes.of(node, value.shape, dim) for dim in (1, 3)], value.element_size())
     if not left.terms:
         raise BudgetError(
             "the program that is pruned holds no cache of keys and values; give another budget, or prune a"
             " decoder by fasp_fx.hf.prune"
         )
-    return Counted(analysis, left)
+    left.whole = left.used([0] * len(left.groups))
+    return left
 
 
 class ShrinkingSizes:
@@ -148,41 +172,26 @@ class ShrinkingSizes:
         dim %= len(shape)
         value = None if node is None else self.values.get(node)
         axes = value.at(dim) if isinstance(value, Value) else []
-        cuts: list[tuple[tuple[int, float], ...]] = []
-        distinct: list[np.ndarray] = []
-        for axis in axes:
-            labels = self._labels[axis.numbers.movedim(dim, -1).numpy()]
-            if any(bool((labels == other).all()) for other in distinct):
-                continue  # coupled with what another axis says of the same positions
-            distinct.append(labels)
-            cut = tuple(self._cut(labels, int(shape[dim])))
-            if {group for group, _ in cut} & {group for other in cuts for group, _ in other}:
-                raise BudgetError(
-                    f"what is left of dimension {dim} of '{node}' depends on which channels go, so it"
-                    " cannot be counted beforehand"
-                )
-            if cut:
-                cuts.append(cut)
-        return ShrinkingSize(int(shape[dim]), tuple(cuts))
+        several = [self._labels[axis.numbers.movedim(dim, -1).numpy()] for axis in axes]
+        # Some are coupled with what another axis says of the same positions.
+        distinct = [
+            each
+            for place, each in enumerate(several)
+            if not any(bool((each == other).all()) for other in several[:place])
+        ]
+        cuts = tuple(cut for labels in distinct if (cut := self._cut(labels, int(shape[dim]))))
+        if max(Counter(group for cut in cuts for group, _ in cut).values(), default=0) > 1:
+            raise BudgetError(
+                f"what is left of dimension {dim} of '{node}' depends on which channels go, so it cannot be"
+                " counted beforehand"
+            )
+        return ShrinkingSize(int(shape[dim]), cuts)
 
-    def _cut(self, labels: np.ndarray, size: int) -> Iterator[tuple[int, float]]:
+    def _cut(self, labels: np.ndarray, size: int) -> tuple[tuple[int, float], ...]:
         owners = self._group[labels.reshape(-1)]
         counts = np.bincount(owners[owners >= 0], minlength=len(self._widths))
-        for index in np.flatnonzero(counts):
-            yield int(index), float(counts[index] / self._widths[index] * size / labels.size)
-
-
-def _sizes_of_weights(
-    analysis: Coupling, weights: Mapping[str, Tensor], units: Mapping[str, float]
-) -> Products:
-    """The elements of weights, each so many units."""
-    names, left, sizes = analysis.program.canonical(), Products(), ShrinkingSizes(analysis)
-    read = analysis.program.module.graph.find_nodes(op="get_attr")
-    nodes = {names.get(target_name(node)): node for node in read}
-    for name, weight in weights.items():
-        node = nodes.get(names.get(name, name))
-        left.add([sizes.of(node, weight.shape, dim) for dim in range(weight.dim())], units[name])
-    return left
+        shares = counts / self._widths * size / labels.size
+        return tuple((int(index), float(shares[index])) for index in np.flatnonzero(counts))
 
 
 @dataclass(frozen=True)
@@ -206,31 +215,3 @@ class ShrinkingSize:
             gone = sum(per_set * lost[group] for group, per_set in cut)
             left = self.whole - gone if left == self.whole else left * (self.whole - gone) / self.whole
         return left
-
-
-class Products:
-    """A sum of products of sizes; those that many products share are worked out once.
-
-    Attributes:
-        terms: of each product, how often it counts, and the places of its sizes.
-    """
-
-    def __init__(self) -> None:
-        self._places: dict[tuple[ShrinkingSize, ...], int] = {}
-        self.terms: list[tuple[float, tuple[int, ...]]] = []
-
-    def add(self, sizes: Iterable[ShrinkingSize | tuple[ShrinkingSize, ...]], factor: float = 1) -> None:
-        """Add a product of sizes, so many times; of several in one place the largest, to which the others are
-        padded.
-        """
-        each = (size if isinstance(size, tuple) else (size,) for size in sizes)
-        self.terms.append((factor, tuple(self._places.setdefault(one, len(self._places)) for one in each)))
-
-    def count(self, lost: Sequence[int]) -> int:
-        """The sum in whole numbers, for losses that are alike in all blocks of a group: sizes are whole then,
-        but for what rounding took from shares.
-        """
-        left = [round(max(size.left(lost) for size in several)) for several in self._places]
-        return round(
-            sum(factor * math.prod([left[place] for place in places]) for factor, places in self.terms)
-        )

@@ -12,16 +12,6 @@ from ._consumers import (
     order_of as order_of,  # The order of one group
     orders_of as orders_of,  # The order of each group, with its losses
 )
-from ._decision import (
-    Decision as Decision,  # What was chosen
-    decided as decided,  # The groups that lose anything, in graph order
-    nothing as nothing,  # The decision to leave a program as it is
-    places_of as places_of,  # Which channel sets go of each group that loses any, by their places among those of the group
-    restricted as restricted,  # The decision for some of its groups alone
-)
-from ._drift import (
-    Drift as Drift,  # The dense model beside the pruned one, on the same batches
-)
 from ._gradients import (
     ENOUGH as ENOUGH,  # tokens for each column of a consumer from which its Gram matrix says enough to predict losses
     Observation as Observation,  # What is observed of the dense model
@@ -29,7 +19,6 @@ from ._gradients import (
 from ._journal import (
     Journal as Journal,  # A folder with one subfolder for each time that everything seen so far was decided
     Ledger as Ledger,  # Decisions, numbered as they are made, the same in all processes
-    open_journal as open_journal,  # The journal of a calibration
 )
 from ._losses import (
     Loss as Loss,  # a loss maps what the model returned, and the arguments of the call by name, to its terms: one value for each prediction
@@ -54,6 +43,13 @@ from ._products import (
 from ._ranks import (
     Ranks as Ranks,  # The processes of a group; without one, this process alone
     ended_together as ended_together,  # Have what a process raises end a function in all processes of its keyword group
+)
+from ._repair import (
+    Decision as Decision,  # What was chosen
+    decided as decided,  # The groups that lose anything, in graph order
+    nothing as nothing,  # The decision to leave a program as it is
+    places_of as places_of,  # Which channel sets go of each group that loses any, by their places among those of the group
+    restricted as restricted,  # The decision for some of its groups alone
 )
 from ._restoration import (
     Problem as Problem,  # One consumer (one block of a stacked or grouped one) whose columns M stay, as a restoration of your own is given it
@@ -95,6 +91,7 @@ from ._trial import (
 )
 from ._visit import (
     Choices as Choices,  # for each group that loses anything, by name, what says which of its channel sets go
+    Drift as Drift,  # The dense model beside the pruned one, on the same batches
     Visit as Visit,  # How the consumers of a program are visited
     without_data as without_data,  # What goes where nothing is observed
 )

@@ -41,14 +41,14 @@ def read_batches(
         try:
             flat = program.flat_inputs(args, kwargs)
         except CallError as error:
-            hint = ""
-            if len(args) > (taken := len(program.signature.captured)):
-                pick = "batch[0]" if taken == 1 else f"batch[:{taken}]"
-                hint = (
-                    ". A batch is given to the model whole; if labels follow its inputs, leave them out:"
-                    f" calibration=({pick} for batch in loader)"
-                )
-            raise CalibrationError(f"calibration batch {index}: {error}{hint}") from error
+            taken = len(program.signature.captured)
+            pick = "batch[0]" if taken == 1 else f"batch[:{taken}]"
+            hint = (
+                ". A batch is given to the model whole; if labels follow its inputs, leave them out:"
+                f" calibration=({pick} for batch in loader)"
+            )
+            more = hint if len(args) > taken else ""
+            raise CalibrationError(f"calibration batch {index}: {error}{more}") from error
         if device is not None:
             flat = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
         check_inputs(program, flat, f"calibration batch {index}")
@@ -131,10 +131,9 @@ def check_inputs(program: Program, flat: list[Any], what: str) -> None:
             f"{what} holds {len(flat)} values, the captured program takes {len(nodes)};"
             " give it the structure of the example inputs"
         )
-    for node, leaf in zip(nodes, flat, strict=True):
-        expected = node.meta.get("val")
-        if not isinstance(expected, Tensor):
-            continue
+    tensors = [pair for pair in zip(nodes, flat, strict=True) if isinstance(pair[0].meta.get("val"), Tensor)]
+    for node, leaf in tensors:
+        expected = node.meta["val"]
         where = f"{what}, input '{node.name}'"
         if not isinstance(leaf, Tensor):
             raise CalibrationError(f"{where}: expected a tensor, found {type(leaf).__name__}")
@@ -142,29 +141,25 @@ def check_inputs(program: Program, flat: list[Any], what: str) -> None:
             has, wanted = getattr(leaf, kind), getattr(expected, kind)
             if has != wanted:
                 raise CalibrationError(f"{where}: {kind} {has}, expected {wanted}; {remedy}")
-        _check_shape(leaf, expected, where)
+        most = [upper_bound(size) if is_dynamic(size) else size for size in expected.shape]
+        if leaf.dim() != expected.dim() or not all(
+            size == limit or (is_dynamic(wanted) and (limit is None or size < limit))
+            for size, limit, wanted in zip(leaf.shape, most, expected.shape, strict=True)
+        ):
+            takes = [
+                ("any" if limit is None else f"at most {limit}") if is_dynamic(wanted) else str(limit)
+                for limit, wanted in zip(most, expected.shape, strict=True)
+            ]
+            raise CalibrationError(
+                f"{where}: shape {tuple(leaf.shape)}, the captured program takes ({', '.join(takes)});"
+                " reshape the batch or capture with dynamic_shapes"
+            )
         if leaf.numel() == 0 and node.name not in program.state_inputs:  # a cache may be empty
             raise CalibrationError(
                 f"{where} is empty (shape {tuple(leaf.shape)}); give it at least one token"
             )
         if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             raise CalibrationError(f"{where} holds values that are not finite; remove or repair them")
-
-
-def _check_shape(leaf: Tensor, expected: Tensor, where: str) -> None:
-    most = [upper_bound(size) if is_dynamic(size) else size for size in expected.shape]
-    if leaf.dim() != expected.dim() or not all(
-        size == limit or (is_dynamic(wanted) and (limit is None or size < limit))
-        for size, limit, wanted in zip(leaf.shape, most, expected.shape, strict=True)
-    ):
-        takes = [
-            ("any" if limit is None else f"at most {limit}") if is_dynamic(wanted) else str(limit)
-            for limit, wanted in zip(most, expected.shape, strict=True)
-        ]
-        raise CalibrationError(
-            f"{where}: shape {tuple(leaf.shape)}, the captured program takes ({', '.join(takes)}); reshape"
-            " the batch or capture with dynamic_shapes"
-        )
 
 
 #: how many rows are run back at a time, where an input is a table of them
@@ -188,8 +183,8 @@ class Piece:
 def whole_batches(program: Program, batches: Sequence[list[Any]]) -> list[Piece]:
     """Batches as they came."""
     sizes = sequences_of(program, batches)
-    firsts = accumulate(sizes, initial=0)
-    return [Piece(*one) for one in zip(batches, range(len(sizes)), firsts, sizes, strict=False)]
+    places = zip(batches, range(len(sizes)), accumulate(sizes, initial=0), sizes, strict=False)
+    return [Piece(*one) for one in places]
 
 
 def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
@@ -241,7 +236,6 @@ def _is_divisible(program: Program, piece: Piece, parts: list[Piece]) -> bool:
     """Whether the first and the last part of a piece give what they give within it, by the outputs that hold
     something for each of its sequences.
     """
-    count = piece.rows
     try:
         within, first, last = (ran(program, one) for one in (piece, parts[0], parts[-1]))
     except tolerable(CalibrationError):
@@ -249,8 +243,8 @@ def _is_divisible(program: Program, piece: Piece, parts: list[Piece]) -> bool:
     compared = []
     for index, (whole, start, end) in enumerate(zip(within, first, last, strict=True)):
         is_numbers = isinstance(whole, Tensor) and whole.is_floating_point() and whole.dim() > 0
-        if is_numbers and whole.shape[0] == count and index not in program.state_outputs:
-            pairs = (start, whole[: parts[0].rows]), (end, whole[count - parts[-1].rows :])
+        if is_numbers and whole.shape[0] == piece.rows and index not in program.state_outputs:
+            pairs = (start, whole[: parts[0].rows]), (end, whole[piece.rows - parts[-1].rows :])
             compared += [distance(*pair) <= tolerance("two ways", whole.dtype) for pair in pairs]
     return bool(compared) and all(compared)
 

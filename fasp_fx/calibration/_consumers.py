@@ -14,9 +14,8 @@ from fasp_fx.analysis import Analysis, Group, Use
 from fasp_fx.capturing import attribute
 from fasp_fx.errors import ArgumentError, CalibrationError
 
-from ._inverse import damped_inverse
 from ._matrices import ConsumerMatrices, bias_of
-from ._obs import DAMPING, centred_of
+from ._obs import DAMPING, centred_of, damped_inverse
 from ._products import ObservedProducts, row_scores, sets_in
 from ._scoring import ByColumns, Columns, GroupColumns, GroupScore, Order, by_set, by_value
 from ._statistics import (
@@ -77,18 +76,13 @@ class Consumer:
         Args:
             dtype: what Gram matrices are added up in.
         """
-        columns = self.matrices.columns.shape[1]
+        blocks, columns = self.matrices.columns.shape[:2]
         if self.grams is None:
-            self.grams = [
-                SplitGram(columns + (self.intercept is not None) + self.drift_rows, device, dtype)
-                for _ in self.matrices.columns
-            ]
-        if not self.seen:
-            self.seen = [{} for _ in self.matrices.columns]
+            width = columns + (self.intercept is not None) + self.drift_rows
+            self.grams = [SplitGram(width, device, dtype) for _ in range(blocks)]
+        self.seen = self.seen or [{} for _ in range(blocks)]
         for seen in self.seen:
-            for name, make in wanted.items():
-                if name not in seen:
-                    seen[name] = make(columns, device)
+            seen.update({name: make(columns, device) for name, make in wanted.items() if name not in seen})
 
     def see(
         self,
@@ -106,8 +100,9 @@ class Consumer:
         assert self.grams is not None
         for block, tokens, roles in pieces:
             ones = [] if self.intercept is None else [tokens.new_ones((len(tokens), 1))]
-            seen = torch.cat([tokens, *ones, *([] if drift is None else [drift])], 1)
-            self.grams[block].update(seen, roles)
+            self.grams[block].update(
+                torch.cat([tokens, *ones, *([] if drift is None else [drift])], 1), roles
+            )
             for statistic in filter(takes, self.seen[block].values()):
                 statistic.update(tokens.clone(), None, counting(roles, tokens))
 
@@ -193,13 +188,12 @@ class Consumers:
         """A consumer as a score sees it, block by block."""
         labels, has_ones = self.analysis.labels, consumer.intercept is not None
         experts = consumer.matrices.use.block_numbers if group.granularity == "expert" else None
-        if experts is not None and not np.isin(labels[experts], group.sets).all():
-            experts = None
+        are_sets = experts is not None and bool(np.isin(labels[experts], group.sets).all())
         blocks = []
         for block, matrix in enumerate(consumer.matrices.read(weight)):
             gram = None if consumer.grams is None else consumer.grams[block]
             numbers, width = consumer.matrices.columns[block], matrix.shape[1]
-            if experts is not None:  # a block that goes takes all of its columns along
+            if experts is not None and are_sets:  # a block that goes takes all of its columns along
                 numbers = np.broadcast_to(experts[block], (len(numbers), 1))
             blocks.append(
                 Columns(
@@ -208,7 +202,7 @@ class Consumers:
                     None if gram is None else partial(_first, gram, width),
                     sets_in(group, labels, numbers),
                     consumer.seen[block] if consumer.seen else {},
-                    None if gram is None else partial(_centred if has_ones else _uncentred, gram, width),
+                    None if gram is None else partial(_centred, gram, width, has_ones),
                     f"{self.within}, {consumer.weight}, {block}",
                 )
             )
@@ -229,27 +223,20 @@ def _first(gram: SplitGram, columns: int) -> Tensor:
 STAYING = 1e-3
 
 
-def _uncentred(gram: SplitGram, columns: int) -> Tensor:
-    """The same, or X where it has fewer rows than columns."""
-    total = gram.total()
-    x = total[:, :columns]
-    if not is_few(total):
-        return x[:columns]
-    return x if is_few(x) else x.T @ x
+def _centred(gram: SplitGram, columns: int, has_ones: bool) -> Tensor:
+    """The same, or X where it has fewer rows than columns; with ones behind the columns, what is left of it
+    without the means of the columns, which an intercept takes over.
 
-
-def _centred(gram: SplitGram, columns: int) -> Tensor:
-    """What is left of the same without the means of the columns, which an intercept takes over.
-
-    A thousandth of the means stays, as if the ones behind the columns were damped: of few tokens a mean says
-    little, and all columns may be constant.
+    A thousandth of the means stays, as if the ones were damped: of few tokens a mean says little, and all
+    columns may be constant.
     """
     total = gram.total()
     x, ones = total[:, :columns], total[:, columns : columns + 1]
     if not is_few(total):
-        sums = ones[:columns]
-        return x[:columns] - sums @ sums.T / (ones[columns].clamp_min(1.0) * (1 + STAYING))
-    x = x - ones @ (ones.T @ x) * ((1 - (STAYING / (1 + STAYING)) ** 0.5) / ones.sum().clamp_min(1.0))
+        x, sums = x[:columns], ones[:columns]
+        return x - sums @ sums.T / (ones[columns].clamp_min(1.0) * (1 + STAYING)) if has_ones else x
+    if has_ones:
+        x = x - ones @ (ones.T @ x) * ((1 - (STAYING / (1 + STAYING)) ** 0.5) / ones.sum().clamp_min(1.0))
     return x if is_few(x) else x.T @ x
 
 
@@ -346,10 +333,9 @@ def _column_costs(columns: Columns) -> np.ndarray:
     alone = energies / damped_inverse(columns, gram, DAMPING).blocks(each)[:, 0, 0]
     squares = columns.weight.abs().to(gram.dtype).square().sum(0)
     gradients = columns.seen.get("gradients")
-    if not isinstance(gradients, InputGradients) or not gradients.tokens:
-        # By the relative squared error of the output.
-        curvature = squares / (float((squares * energies).sum()) or 1.0)
-    else:
+    if isinstance(gradients, InputGradients) and gradients.tokens:
         mean = gradients.mean()
         curvature = squares * gradients.mean_square() if mean is None else mean.diagonal().to(gram)
+    else:  # by the relative squared error of the output
+        curvature = squares / (float((squares * energies).sum()) or 1.0)
     return (0.5 * curvature * alone.clamp_min(0).sqrt()).cpu().numpy().astype(np.float64)

@@ -81,8 +81,7 @@ class Observation:
                     terms += self._observe(piece, index)
                 except CalibrationError as error:
                     failure = error
-            done = False
-            if index + 1 >= at_least:
+            if done := index + 1 >= at_least:
                 ranks.check_all(failure)
                 done = _saw_enough(consumers, ranks, enough)
             progress(1.0 if done else min(index + 1, at_least) / max(at_least, index + 2))
@@ -90,9 +89,7 @@ class Observation:
                 break
         ranks.check_all(failure)
         for consumer in consumers:
-            consumer.prepare(
-                self.wanted, device_of(self.program.module)
-            )  # where no batch was of this process
+            consumer.prepare(self.wanted, device_of(self.program.module))  # no batch may be of this process
             ranks.add_up([*(consumer.grams or ()), *consumer.statistics])
         for product in consumers.products.all:
             for what in (*range(len(product.operands)), *(() if self.loss is None else (EFFECT,))):
@@ -127,8 +124,7 @@ class Observation:
         """
         for index, piece in enumerate(self.pieces):
             outputs, _, padding = outcome(self.program, ran(self.program, piece), piece, self.roles, index)
-            enough = loss.settle(outputs, padding)
-            if enough or (index + 1 >= at_least and loss.has_size):
+            if loss.settle(outputs, padding) or (index + 1 >= at_least and loss.has_size):
                 return
 
     def _terms(self, leaves: list[Any], piece: Piece, index: int, loss: Loss) -> Tensor:
@@ -143,8 +139,8 @@ class Observation:
                 f"the loss fails on calibration batch {piece.batch}: {type(error).__name__}:"
                 f" {first_line(error)}"
             ) from error
+        kind = terms.dtype if isinstance(terms, Tensor) else type(terms).__name__
         if not isinstance(terms, Tensor) or not terms.is_floating_point():
-            kind = terms.dtype if isinstance(terms, Tensor) else type(terms).__name__
             raise CalibrationError(
                 f"the loss returned a {kind}; it must return floating-point terms, or their sum as a tensor"
             )
@@ -211,11 +207,11 @@ class _Run(Runner):
         output = super()._execute(node, number)
         memory.update(values)
         for consumer, use in uses:
-            if use.recurrence is None:
-                activation = self._load(use.activation, number)
-            else:
-                start = self._load(use.recurrence.start, number)
-                activation = states_before(start, output[0], use.recurrence.steps)
+            activation = self._load(
+                use.activation if use.recurrence is None else use.recurrence.start, number
+            )
+            if use.recurrence is not None:
+                activation = states_before(activation, output[0], use.recurrence.steps)
             alone = sum(other.activation is use.activation for _, other in uses) == 1
             probe = probes.get(use.activation) if alone and _is_apart(use) else None
             self._see(consumer, use, activation.detach(), probe, output)
@@ -237,13 +233,12 @@ class _Run(Runner):
             probe.register_hook(at_operand)
 
     def _probe(self, value: Tensor) -> Tensor:
-        if not value.is_floating_point() and not value.is_complex():
-            return value
         if value.requires_grad:
             return value.view_as(value)
-        leaf = value.detach().requires_grad_(True)
-        self.leaves.append(leaf)
-        return leaf
+        if value.is_floating_point() or value.is_complex():
+            value = value.detach().requires_grad_(True)
+            self.leaves.append(value)
+        return value
 
     def _see(
         self, consumer: Consumer, use: Use, activation: Tensor, probe: Tensor | None, output: Any
@@ -261,13 +256,11 @@ class _Run(Runner):
         seen, result = consumer.seen, output[0] if isinstance(output, (tuple, list)) else output
 
         def at_input(gradient: Tensor) -> None:
-            gradients = matrices.tokens(gradient.detach(), of_tokens, ends)
-            pieces = zip(matrices.tokens(activation, of_tokens, ends), gradients, strict=True)
-            for (block, tokens, kinds), (_, change, _) in pieces:
-                for statistic in seen[block].values():
-                    if statistic.needs_gradient:
-                        # Copies: what it does to them in place is its own business, not autograd's.
-                        statistic.update(tokens.clone(), change.clone(), counting(kinds, tokens))
+            both = (matrices.tokens(each, of_tokens, ends) for each in (activation, gradient.detach()))
+            for (block, tokens, kinds), (_, change, _) in zip(*both, strict=True):
+                for statistic in (one for one in seen[block].values() if one.needs_gradient):
+                    # Copies: what it does to them in place is its own business, not autograd's.
+                    statistic.update(tokens.clone(), change.clone(), counting(kinds, tokens))
 
         def at_output(gradient: Tensor) -> None:
             counted, count = roles.without_padding(index, use.node, gradient)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ from typing import Any, cast
 import safetensors
 import safetensors.torch
 
-from fasp_fx.base import Count, digest_of, new_folder
+from fasp_fx.base import Count, new_folder
 from fasp_fx.errors import StoreError, first_line
 from fasp_fx.storage import claim, read_state
 
@@ -44,6 +44,7 @@ class Journal:
     Attributes:
         points: of how many observation points it knows all.
         unmatched: nodes whose padding could not be told, by name.
+        count: how many decisions it knows.
         new: what was decided since, by number, until it is written.
 
     Raises:
@@ -66,6 +67,7 @@ class Journal:
                 raise _damaged(subfolder, ValueError(f"it follows stop {events.after}, which is missing"))
             self.points, self.unmatched = int(subfolder.name[5:]), events.unmatched
             self._known |= {number: (subfolder, decided) for number, decided in events.decided.items()}
+        self.count = len(self._known)
 
     def known(self, number: int) -> dict[str, Any]:
         """The decision of that number.
@@ -123,17 +125,15 @@ class Ledger:
 
     def __init__(self, ranks: Ranks, journal: Journal | None = None) -> None:
         self.ranks, self._journal, self._numbers = ranks, journal, itertools.count()
-        before = (0, list[str]()) if journal is None else (journal.points, journal.unmatched)
-        self.points, self.unmatched = ranks.first(before)
+        nothing = 0, list[str](), 0
+        before = nothing if journal is None else (journal.points, journal.unmatched, journal.count)
+        self.points, self.unmatched, self._known = ranks.first(before)
 
-    def recall(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The next decision, as the journal has it."""
+    def decide(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The next decision, as the journal has it, or else as the process makes it whose turn it is."""
         number = next(self._numbers)
-        return cast(dict[str, Any], self.ranks.share(0, self._journal and self._journal.known(number)))
-
-    def settle(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The next decision, as the process makes it whose turn it is."""
-        number = next(self._numbers)
+        if number < self._known:
+            return cast(dict[str, Any], self.ranks.share(0, self._journal and self._journal.known(number)))
         owner = number % self.ranks.size
         decision: dict[str, Any] = self.ranks.share(owner, make() if owner == self.ranks.rank else None)
         if self._journal is not None:
@@ -144,35 +144,6 @@ class Ledger:
         """Write into the journal that so many points are done; as :meth:`Journal.commit`."""
         if self._journal is not None:
             self._journal.commit(points, unmatched)
-
-
-def open_journal(
-    folder: Path,
-    fingerprint: str,
-    options: Mapping[str, Any],
-    lost: Sequence[int],
-    batches: Sequence[Sequence[Any]],
-    processes: int,
-) -> Journal:
-    """The journal of a calibration.
-
-    Args:
-        fingerprint: of the model.
-        options: the configuration, as JSON holds it.
-        lost: channel sets that each block of each group loses, which is all that an allocation decides.
-        batches: the inputs of the graph.
-        processes: how many share them, on which rounding depends.
-
-    Raises:
-        StoreError: see :class:`Journal`.
-    """
-    run = {
-        "model": fingerprint,
-        "options": dict(options),
-        "what goes of each group": list(lost),
-        "data": digest_of(batches),
-    }
-    return Journal(folder, {**run, "processes": processes})
 
 
 def _damaged(folder: Path, error: Exception) -> StoreError:

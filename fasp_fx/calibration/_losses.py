@@ -83,11 +83,9 @@ def predictions(
             " loss='outputs'"
         )
     counts = torch.ones_like(tokens, dtype=torch.bool)
-    mask = token_mask(inputs, tokens.shape)
-    if mask is not None:
+    if (mask := token_mask(inputs, tokens.shape)) is not None:
         counts &= mask
-    filling = padding(logits)
-    if filling is not None:
+    if (filling := padding(logits)) is not None:
         counts &= ~filling.to(counts.device)
     return logits, tokens, counts
 
@@ -107,8 +105,7 @@ class Outputs:
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
-        self._first, self._rows = 0, 0
+        self.seed, self._first, self._rows = seed, 0, 0
         self._seen: dict[int, tuple[float, int]] = {}
 
     def settle(self, outputs: Any, padding: Padding = lambda leaf: None) -> bool:
@@ -170,25 +167,23 @@ class Outputs:
         """
         # Rows that are no sequences are counted in each piece anew.
         alike = len(rows) == self._rows
-        drawn = []
-        for row, size in enumerate(rows):
-            place = (self._first + row,) if alike else (self._first, row, 0)
-            generator = generator_of(self.seed, index, *place)
-            drawn.append(torch.randn(size, generator=generator, dtype=torch.float32, device="cpu"))
+        places = [(self._first + row,) if alike else (self._first, row, 0) for row in range(len(rows))]
+        generators = (generator_of(self.seed, index, *place) for place in places)
+        drawn = [
+            torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
+            for size, generator in zip(rows, generators, strict=True)
+        ]
         return torch.cat(drawn).reshape(counted.shape).to(counted.device)
 
 
 def evaluated(loss: Loss, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> Tensor:
     """The terms of a loss; those of this module leave padding out, one of the user's sees to it by itself."""
-    is_ours = isinstance(loss, Outputs) or loss is next_token
-    return loss(outputs, inputs, *((padding,) if is_ours else ()))
+    return loss(outputs, inputs, *((padding,) if isinstance(loss, Outputs) or loss is next_token else ()))
 
 
 def resolve_loss(loss: Literal["auto", "outputs", "next-token"] | Loss) -> Loss:
     """The function of a loss given by name."""
-    if callable(loss):
-        return loss
-    return next_token if loss == "next-token" else Outputs()
+    return loss if callable(loss) else next_token if loss == "next-token" else Outputs()
 
 
 def number_outputs(outputs: Any) -> list[Tensor]:
@@ -210,8 +205,7 @@ def without_padding(leaf: Tensor, padding: Tensor | None) -> tuple[Tensor, list[
     that could be padding.
     """
     if padding is not None:
-        counts = ~padding.to(leaf.device)
-        each = math.prod(leaf.shape[2:])
+        counts, each = ~padding.to(leaf.device), math.prod(leaf.shape[2:])
         return leaf[counts], [count * each for count in counts.sum(1).tolist()]
     rows = leaf.shape[0] if leaf.dim() else 1
     return leaf, [leaf.numel() // rows] * rows

@@ -46,18 +46,21 @@ class ConsumerMatrices:
     def moved(self, tensor: Tensor) -> Tensor:
         """A tensor like the weight as it reaches the use: sliced, transposed and so on as the weight is."""
         for node in self._moves:
-            if node.target is operator.getitem:
-                tensor = tensor[node.args[1]]  # type: ignore[index]
-            else:
-                tensor = run_on_numbers(node, tensor, self.values)
+            is_item = node.target is operator.getitem
+            tensor = tensor[node.args[1]] if is_item else run_on_numbers(node, tensor, self.values)  # type: ignore[index]
         return tensor
 
     def read(self, weight: Tensor) -> Tensor:
         """The weight as ``[blocks, rows, columns]``."""
-        operand = _divided(self.moved(weight), self.use.weight_layout)
-        order = _order(operand.dim(), self.use.weight_layout)
+        operand, order = self._divided(self.moved(weight))
         blocks, columns = self.use.columns.shape[:2]
         return operand.permute(order).reshape(blocks, -1, columns)
+
+    def _divided(self, moved: Tensor) -> tuple[Tensor, list[int]]:
+        """The weight at the use with its dimensions divided, and these in the order blocks, rows, columns."""
+        layout, operand = self.use.weight_layout, _divided(moved, self.use.weight_layout)
+        rows = [dim for dim in range(operand.dim()) if dim not in (*layout.blocks, *layout.columns)]
+        return operand, [*layout.blocks, *rows, *layout.columns]
 
     def rows(self, weight: Tensor) -> int:
         """How many rows the blocks of a weight have together."""
@@ -68,8 +71,7 @@ class ConsumerMatrices:
         stay as they are.
         """
         moved = self.moved(like)
-        operand = _divided(moved, self.use.weight_layout)
-        order = _order(operand.dim(), self.use.weight_layout)
+        operand, order = self._divided(moved)
         laid = (
             matrices.reshape([operand.shape[dim] for dim in order])
             .permute([order.index(dim) for dim in range(len(order))])
@@ -166,11 +168,6 @@ def _divided(tensor: Tensor, layout: Layout) -> Tensor:
     return tensor
 
 
-def _order(rank: int, layout: Layout) -> list[int]:
-    rows = [dim for dim in range(rank) if dim not in (*layout.blocks, *layout.columns)]
-    return [*layout.blocks, *rows, *layout.columns]
-
-
 def read_otherwise(analysis: Analysis, matrices: ConsumerMatrices) -> str | None:
     """Why a repair of a weight for one reading would change more than this reading, or ``None``.
 
@@ -180,28 +177,17 @@ def read_otherwise(analysis: Analysis, matrices: ConsumerMatrices) -> str | None
     """
     weight = matrices.use.weight
     uses = [use for use in analysis.walk.facts.uses if use.weight == weight]
-    canonical = analysis.program.canonical()
-    names = [
-        node
-        for node in analysis.program.module.graph.find_nodes(op="get_attr")
-        if canonical.get(str(node.target)) == weight
-    ]
+    canonical, nodes = analysis.program.canonical(), analysis.program.module.graph.find_nodes(op="get_attr")
+    names = [node for node in nodes if canonical.get(str(node.target)) == weight]
     inside = {*names, *(node for use in uses for node in way_from_weight(use.operand))}
-    for node in inside:
-        for user in node.users:
-            if (
-                user not in inside
-                and computes(user)
-                and not any(
-                    use.node is user and use.operand is node and use.activation is not node for use in uses
-                )
-            ):
-                return f"it is also read by '{user.name}' ({user.target}), which a repair would change"
+    known = {(use.operand, use.node) for use in uses if use.activation is not use.operand}
+    for user in (user for node in inside for user in node.users if (node, user) not in known):
+        if user not in inside and computes(user):
+            return f"it is also read by '{user.name}' ({user.target}), which a repair would change"
     shape = attribute(analysis.program.module, weight).shape
     for other in (ConsumerMatrices(use, analysis.walk.values) for use in uses):
-        if other.key == matrices.key:
-            continue
-        if np.intersect1d(_places(matrices, shape), _places(other, shape)).size:
+        is_same = other.key == matrices.key
+        if not is_same and np.intersect1d(_places(matrices, shape), _places(other, shape)).size:
             return (
                 f"'{other.use.node.name}' reads the same entries in another way, which a repair would change"
             )

@@ -82,7 +82,9 @@ class ObservedProducts:
         operand = 0 if what == EFFECT else int(what)
         squares = value.detach().abs().to(torch.float32).square()
         for layout in layouts_along(self.analysis, product, operand):
-            counts = roles.of(number, product.operands[operand], value, tokens_of(layout)) != PADDING
+            sizes = enumerate(zip(layout.numbers.shape, layout.varies, strict=True))
+            tokens = [dim for dim, (size, varies) in sizes if size == 1 or varies]
+            counts = roles.of(number, product.operands[operand], value, tokens) != PADDING
             more = layout.summed((squares * counts).to(precise(value.device))).reshape(-1)
             numbers = layout.numbers.numpy().reshape(-1)
             shared = np.isin(numbers, product.numbers)
@@ -90,8 +92,9 @@ class ObservedProducts:
             self._sum(product, what, more.device).index_add_(0, place, more[torch.from_numpy(shared)])
 
     def _sum(self, product: Product, what: int | str, device: torch.device) -> Tensor:
-        zeros = torch.zeros(len(product.numbers), dtype=precise(device), device=device)
-        return self._sums.setdefault((product, what), zeros)
+        return self._sums.setdefault(
+            (product, what), torch.zeros(len(product.numbers), dtype=precise(device), device=device)
+        )
 
     def add_up(
         self, product: Product, what: int | str, ranks: Ranks, device: torch.device | None = None
@@ -156,12 +159,6 @@ def layouts_along(analysis: Analysis, product: Product, operand: int) -> list[Re
     recorded = node.meta.get("val")
     layouts = [repeating(numbers, numbers.shape if recorded is None else recorded.shape) for numbers in axes]
     return [layout for layout in layouts if layout is not None]  # the analysis leaves others whole
-
-
-def tokens_of(layout: Repeating) -> list[int]:
-    """The dimensions along which tokens lie."""
-    sizes = zip(layout.numbers.shape, layout.varies, strict=True)
-    return [dim for dim, (size, varies) in enumerate(sizes) if size == 1 or varies]
 
 
 def row_scores(analysis: Analysis, group: Group, score: ByColumns, within: str) -> np.ndarray:

@@ -71,9 +71,8 @@ class Ranks:
                 f"group is a {type(group).__name__}; pass a process group of torch.distributed, such as"
                 " dist.group.WORLD once it is made, or leave it out"
             )
-        self._group = group
+        self._group, self.parted = group, False
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        self.parted = False
         if self.rank < 0:
             raise ArgumentError(
                 "this process is not of the group that was given; call with it in the processes that are"
@@ -111,11 +110,15 @@ class Ranks:
         if self.size == 1:
             return
         plain = {name: value for name, value in options.items() if not callable(value)}
-        mine = {"model": fingerprint(), "calibration data": digest_of(batches), "options": repr(plain)}
-        mine |= {"release of fasp_fx": __version__, "release of torch": torch.__version__}
-        all_of_them = self._gathered(mine)
-        different = [what for what in mine if any(other[what] != mine[what] for other in all_of_them)]
-        if different:
+        mine = {
+            "model": fingerprint(),
+            "calibration data": digest_of(batches),
+            "options": repr(plain),
+            "release of fasp_fx": __version__,
+            "release of torch": torch.__version__,
+        }
+        others = self._gathered(mine)
+        if different := [what for what in mine if any(other[what] != mine[what] for other in others)]:
             raise ArgumentError(
                 f"the processes were given other {' and other '.join(different)}; all are given the same, and"
                 " divide it"
@@ -144,12 +147,11 @@ class Ranks:
         Raises:
             CalibrationError: of this process, or else of the first that failed.
         """
-        failures = self._gathered(None if error is None else str(error))
-        if error is not None:
-            raise error
-        failed = next((failure for failure in failures if failure is not None), None)
-        if failed is not None:
-            raise CalibrationError(failed)
+        failures = [
+            each for each in self._gathered(None if error is None else str(error)) if each is not None
+        ]
+        if failures:
+            raise error or CalibrationError(failures[0])
 
     def share(self, owner: int, value: Any) -> Any:
         """What the owner has made; what others give does not count."""

@@ -1,28 +1,60 @@
-"""Cut consumers whose channel sets were decided, and repair what stays of them."""
+"""What a calibration decides of a program; cut consumers whose channel sets were decided, and repair what
+stays of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import cast
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fasp_fx.analysis import Analysis, Group
 from fasp_fx.base import keep, warn
 from fasp_fx.capturing import Runner, attribute
 from fasp_fx.errors import CalibrationWarning
 
 from ._consumers import Consumer, Consumers
-from ._decision import Decision
 from ._journal import Decide
 from ._matrices import read_otherwise
-from ._restoration import Problem, Restore, Restored, together, without_values
+from ._restoration import Problem, Restore, Restored, together
 
+T = TypeVar("T")
 #: tokens held out from which on they may choose any strength of the ridge
 _JUDGES = 8
 #: tokens for each column from which it is not the amount of data that limits a repair
 _ENOUGH = 10
+
+
+@dataclass
+class Decision:
+    """What was chosen.
+
+    Attributes:
+        gone: removed channel numbers.
+        weights: restored weights and biases by canonical name.
+        biases: by the names of restored weights, the biases that were restored along.
+        outcomes: of the restorations of weights.
+        notes: remarks for the report.
+    """
+
+    gone: np.ndarray
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, str] = field(default_factory=dict)
+    outcomes: dict[str, list[Restored]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def take(self, analysis: Analysis, group: Group, sets: np.ndarray) -> None:
+        """Have some channel sets of a group go, given by their places among those of the group."""
+        self.gone = self.gone | np.isin(analysis.labels, group.sets[sets])
+
+
+def nothing(analysis: Analysis) -> Decision:
+    """The decision to leave a program as it is."""
+    return Decision(np.zeros(analysis.numbering.total, dtype=bool))
 
 
 @dataclass(frozen=True)
@@ -33,7 +65,7 @@ class Repairs:
         consumers: those of the program, with what was seen of them.
         runner: runs the program, and gets the weights that take the places of others.
         restore: repairs a consumer; ``None``: what stays is left as it is.
-        strength: how much of the drift they make up for (:class:`fasp_fx.calibration._drift.Drift`).
+        strength: how much of the drift they make up for (:class:`fasp_fx.calibration.Drift`).
         decision: says what goes, and gets what is repaired.
     """
 
@@ -87,7 +119,8 @@ class Repairs:
             self.decision.notes.append(f"'{consumer.weight}' is not repaired, because {otherwise}")
             return None
         outcome = self._restored(self.restore, consumer, matrices, kept, decide)
-        self.decision.outcomes.setdefault(consumer.weight, []).append(without_values(outcome))
+        shown = replace(outcome, weight=outcome.weight.to("meta"))  # its values are elsewhere
+        self.decision.outcomes.setdefault(consumer.weight, []).append(shown)
         pruned = keep(consumer.matrices.write(outcome.weight.to(weight.device), weight))
         self.decision.weights[consumer.weight] = pruned
         return pruned
@@ -162,3 +195,43 @@ def warn_of_few(outcomes: Mapping[str, Sequence[Restored]]) -> list[str]:
     )
     warn(message, CalibrationWarning)
     return [message]
+
+
+def decided(analysis: Analysis, decision: Decision) -> list[Group]:
+    """The groups that lose anything, in graph order."""
+    return [group for group in analysis.chosen if decision.gone[np.isin(analysis.labels, group.sets)].any()]
+
+
+def restricted(analysis: Analysis, decision: Decision, kept: Collection[Group]) -> Decision:
+    """The decision for the groups ``kept`` alone.
+
+    A weight that was repaired for a group which stays whole now is as it was captured.
+    """
+    names = {group.name for group in kept}
+    dropped = [group for group in decided(analysis, decision) if group.name not in names]
+    if not dropped:
+        return decision
+    undone = {use.weight for group in dropped for use in group.uses}
+    undone |= {bias for name, bias in decision.biases.items() if name in undone}
+
+    def rest(by_name: Mapping[str, T]) -> dict[str, T]:
+        return {name: value for name, value in by_name.items() if name not in undone}
+
+    return Decision(
+        decision.gone & ~np.isin(analysis.labels, np.concatenate([group.sets for group in dropped])),
+        rest(decision.weights),
+        rest(decision.biases),
+        rest(decision.outcomes),
+        decision.notes,
+    )
+
+
+def places_of(analysis: Analysis, gone: np.ndarray) -> dict[str, np.ndarray]:
+    """Which channel sets go of each group that loses any, by their places among those of the group.
+
+    Args:
+        gone: for every channel number, whether it goes.
+    """
+    sets = np.unique(analysis.labels[: len(gone)][gone])
+    places = {group.name: np.flatnonzero(np.isin(group.sets, sets)) for group in analysis.chosen}
+    return {name: some for name, some in places.items() if len(some)}

@@ -92,25 +92,17 @@ def together(blocks: Sequence[Restored]) -> Restored:
     """The outcome for a consumer of several blocks: weight ``[blocks, rows, columns]``, errors averaged over
     the blocks.
     """
-    judged = [
-        (block.held_before, block.held_after)
-        for block in blocks
-        if block.held_before is not None and block.held_after is not None
-    ]
+    before = [block.held_before for block in blocks if block.held_before is not None]
+    after = [block.held_after for block in blocks if block.held_after is not None]
     return Restored(
         torch.stack([block.weight for block in blocks]),
         fmean([block.error_before for block in blocks]),
         fmean([block.error_after for block in blocks]),
-        fmean([before for before, _ in judged]) if judged else None,
-        fmean([after for _, after in judged]) if judged else None,
+        fmean(before) if before else None,
+        fmean(after) if after else None,
         any(block.used for block in blocks),
         min(block.strength for block in blocks),
     )
-
-
-def without_values(outcome: Restored) -> Restored:
-    """An outcome whose weight has a shape alone: its values are elsewhere."""
-    return replace(outcome, weight=outcome.weight.to("meta"))
 
 
 def ridge(problem: Problem, least: float = 0.0) -> Restored:
@@ -201,8 +193,7 @@ def damped(weight: Tensor, gram: Tensor, kept: Tensor, strength: float) -> Tenso
 
 def _kept_first(kept: Tensor, columns: int) -> Tensor:
     """The indices of all columns, those that are kept first."""
-    removed = torch.ones(columns, dtype=torch.bool, device=kept.device)
-    removed[kept] = False
+    removed = torch.ones(columns, dtype=torch.bool, device=kept.device).index_fill(0, kept, False)
     return torch.cat([kept, removed.nonzero()[:, 0]])
 
 
@@ -279,8 +270,7 @@ class _Solver:
         return self._outcome(self.weight[:, self.kept], self.before, math.inf)
 
     def _outcome(self, stored: Tensor, after: list[float], strength: float) -> Restored:
-        weight = torch.zeros_like(self.weight)
-        weight[:, self.kept] = stored
+        weight = torch.zeros_like(self.weight).index_copy(1, self.kept, stored)
         if self.ones is not None:
             weight[:, self.kept[-1]] *= self.ones
         held_before, held_after = (pair[1] if self.judges else None for pair in (self.before, after))

@@ -92,19 +92,17 @@ class TokenRoles:
         """Which tokens of an output are padding, ``[batch, tokens]``; ``None`` where its first two dimensions
         are not those of the mask, nor of all tokens in it that an input asks for by their positions.
         """
-        recorded = _recorded(node)
         if self._masks is None:
             return None
-        mask = self._masks[index]
+        recorded, mask, tokens = _recorded(node), self._masks[index], _symbols(self._shape[1])
+        fits = output.shape[:2] == mask.shape
         if (
-            output.shape[:2] == mask.shape
+            fits
             and _same(recorded[0], self._shape[0])
             and (_same(recorded[1], self._shape[1]) or self._asks_for_all(index, recorded[1]))
         ):
             return mask
-        tokens = _symbols(self._shape[1])
-        varies = output.shape[:2] == mask.shape and bool(_symbols(recorded[1]))
-        if varies or any(tokens and tokens <= _symbols(size) for size in recorded):
+        if (fits and _symbols(recorded[1])) or any(tokens and tokens <= _symbols(size) for size in recorded):
             self.unmatched[node] = None  # there are tokens, and they lie otherwise
         return None
 
@@ -130,13 +128,11 @@ class TokenRoles:
             return self.of(index, use.activation, activation, dims)
         if self._masks is not None:
             self.unmatched[use.activation] = None
-        sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         parts = [
             torch.full((size,), self._batch_judges(index)) if self._many_batches else _last(size)
-            for size in sizes
+            for size in torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         ]
-        judges = torch.cat(parts).to(ends.device) & self.hold_out
-        return torch.where(judges, HELD, FITTED).to(torch.uint8)
+        return torch.where(torch.cat(parts).to(ends.device) & self.hold_out, HELD, FITTED).to(torch.uint8)
 
     def without_padding(self, index: int, node: fx.Node, output: Tensor) -> tuple[Tensor, int]:
         """What lies at an output, with zeros where it is known to be padding, and how many elements are
@@ -149,10 +145,10 @@ class TokenRoles:
 
     def remark(self) -> str:
         """What to say of the nodes whose padding could not be told."""
-        names = [node.name for node in self.unmatched]
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        first, *others = self.unmatched
+        more = f" and {len(others)} more" if others else ""
         return (
-            f"'{MASK}' could not be matched with the tokens of '{names[0]}'{more}, so that all of them"
+            f"'{MASK}' could not be matched with the tokens of '{first.name}'{more}, so that all of them"
             " count in scores and repairs, padding included"
         )
 
@@ -166,20 +162,18 @@ class TokenRoles:
         """Those of some dimensions that are as long as an axis of the first input, in this batch and as
         captured.
         """
-        recorded = _recorded(node)
-        return [
-            dim for dim in dims if activation.shape[dim] == length and _same(recorded[dim], self._shape[axis])
-        ]
+        recorded, wanted = _recorded(node), self._shape[axis]
+        return [dim for dim in dims if activation.shape[dim] == length and _same(recorded[dim], wanted)]
 
     def _judges(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> tuple[int, Tensor]:
         """A dimension, and which of its positions are held out."""
         if not dims:
             return 0, torch.tensor([self._batch_judges(index)])
-        size, total = self._sizes[index], self._firsts[-1]
+        size = self._sizes[index]
         batches = self._dims_like(0, size, node, activation, dims)
-        batch = batches[0] if batches else dims[0]
+        batch = (batches or dims)[0]
         along = activation.shape[batch]
-        if total >= _ONE_IN:
+        if self._firsts[-1] >= _ONE_IN:
             # Sequences, or all their tokens one after the other; of each the first, where they take turns.
             inner = False if batches or size == 1 else _takes_turns(node, batch, self._shape[0])
             if size and along % size == 0 and inner is not None:
@@ -203,11 +197,9 @@ class TokenRoles:
             tokens = [dim for dim in tokens if dim != batches[0]]
             # Which is which, nobody can tell where both are as long.
             if len(tokens) == 1 and len(batches) == 1:
+                both, sizes = (batches[0], tokens[0]), enumerate(activation.shape)
                 padding = mask if batches[0] < tokens[0] else mask.T
-                both = (batches[0], tokens[0])
-                return padding.reshape(
-                    [size if dim in both else 1 for dim, size in enumerate(activation.shape)]
-                )
+                return padding.reshape([size if dim in both else 1 for dim, size in sizes])
             if len(dims) == 1:  # one token a sequence
                 return None
         elif (
@@ -269,9 +261,8 @@ def _same(size: Any, wanted: Any) -> bool:
     """Whether a recorded size is that of the tokens: the same number, or one that grows with it (a cache may
     stand before them).
     """
-    if isinstance(wanted, int) or isinstance(size, int):
-        return isinstance(wanted, int) and isinstance(size, int) and size == wanted
-    return bool(_symbols(wanted) <= _symbols(size))
+    fixed = isinstance(wanted, int), isinstance(size, int)
+    return bool(size == wanted) if all(fixed) else not any(fixed) and _symbols(wanted) <= _symbols(size)
 
 
 def _takes_turns(node: fx.Node, dim: int, batch: Any) -> bool | None:

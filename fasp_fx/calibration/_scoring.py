@@ -163,21 +163,17 @@ def magnitude(columns: Columns) -> Tensor:
     return columns.weight.abs().to(torch.float32).norm(dim=0).to(torch.float64)
 
 
+@dataclass(frozen=True)
 class Random:
     """Uniform random scores, reproducible: a block of a consumer always gets the same by its name, whatever
     was scored before it.
     """
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+    seed: int = 0
 
     def __call__(self, columns: Columns) -> Tensor:
-        drawn = torch.rand(
-            columns.weight.shape[1],
-            generator=generator_of(self.seed, columns.name),
-            dtype=torch.float64,
-            device="cpu",
-        )
+        generator = generator_of(self.seed, columns.name)
+        drawn = torch.rand(columns.weight.shape[1], generator=generator, dtype=torch.float64, device="cpu")
         return drawn.to(columns.weight.device)
 
 
@@ -190,8 +186,7 @@ class ByColumns(GroupScore):
     """
 
     def __init__(self, score: ColumnScore, needs_data: bool = True) -> None:
-        self.score = score
-        self.needs_data = needs_data
+        self.score, self.needs_data = score, needs_data
 
     def __call__(self, group: GroupColumns) -> Order:
         return by_value(group, by_set(group, self.values))

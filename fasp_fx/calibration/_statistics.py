@@ -101,10 +101,9 @@ class Gram:
     def update(self, flat: Tensor) -> None:
         """Add the tokens of one batch, ``[tokens, columns]``."""
         self.tokens += len(flat)
-        if flat.is_complex():  # the real part of XᴴX, whose diagonal holds the norms
-            flat = torch.cat([flat.real, flat.imag])
-        flat = flat.to(torch.float32)
-        self._rows = torch.cat([self._rows, flat])
+        # Of complex ones the real part of XᴴX, whose diagonal holds the norms.
+        parts = [flat.real, flat.imag] if flat.is_complex() else [flat]
+        self._rows = torch.cat([self._rows, *(part.to(torch.float32) for part in parts)])
         if FEW * len(self._rows) > flat.shape[1]:
             self._multiplied()
 
@@ -281,11 +280,9 @@ class InputGradients:
 
     def update(self, tokens: Tensor, gradient: Tensor | None, weight: Tensor) -> None:
         """Add gradients; see :class:`Statistic`."""
-        if gradient is None:
-            return
-        chosen = gradient[weight > 0]
-        self._gram.update(chosen)
-        self.tokens += len(chosen)
+        if gradient is not None:
+            self._gram.update(gradient[weight > 0])
+            self.tokens += int((weight > 0).sum())
 
     def update_output(self, gradient: Tensor, count: int) -> None:
         """Add gradients at the output, of any shape.
@@ -310,8 +307,7 @@ class InputGradients:
         """The mean of ``hᵀh`` over tokens, for one term of the loss; ``None`` where gradients were seen at
         the output alone.
         """
-        gram = self.compact()
-        return None if gram is None else whole(gram)
+        return None if (gram := self.compact()) is None else whole(gram)
 
     def compact(self) -> Tensor | None:
         """The same, or H with ``HᵀH`` equal to it where it :func:`is_few`."""

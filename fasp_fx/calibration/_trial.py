@@ -17,7 +17,6 @@ from fasp_fx.allocation import Budget, Trial, check_counts
 from fasp_fx.base import drawing_alike, float32_products, keep, unfilled
 from fasp_fx.capturing import Runner
 
-from ._consumers import Consumer
 from ._gradients import Observation, outcome
 from ._losses import (
     Loss,
@@ -78,8 +77,7 @@ class BudgetTrial(Trial):
         """Raises:
         ArgumentError: what is to be lost cannot be.
         """
-        checked = check_counts(lost, self.budget.groups)
-        return self.candidates.losses(self.budget.spread(checked), sequences)
+        return self.candidates.losses(self.budget.spread(check_counts(lost, self.budget.groups)), sequences)
 
     def progress(self, fraction: float) -> None:
         self.advance(fraction)
@@ -116,9 +114,8 @@ class ModelTrial:
         self.count, self.description = min(most, len(pieces)), self.fitness.description
         self._orders = {name: ranks.first(order.sets) for name, order in orders.items()}
         self._places = [index * len(pieces) // self.count for index in range(self.count)]
-        self._by_weight: dict[str, list[Consumer]] = {}
-        for consumer in consumers:
-            self._by_weight.setdefault(consumer.weight, []).append(consumer)
+        names = dict.fromkeys(consumer.weight for consumer in consumers)
+        self._by_weight = {name: [each for each in consumers if each.weight == name] for name in names}
         self._touching = {
             name: [
                 index
@@ -165,14 +162,13 @@ class ModelTrial:
     def _weights(self, lost: Sequence[int]) -> dict[str, Tensor]:
         """The weights that are not as in the dense model."""
         weights = {}
-        for name, touching in self._touching.items():
-            levels = tuple(lost[index] for index in touching)
-            if any(levels) and (name, levels) not in self._repairs:
+        levels = {name: tuple(lost[index] for index in each) for name, each in self._touching.items()}
+        for key in (key for key in levels.items() if any(key[1])):
+            if key not in self._repairs:
                 if len(self._repairs) >= _KEPT * len(self._by_weight):
                     self._repairs.clear()
-                self._repairs[name, levels] = self._repaired(name, levels)
-            if any(levels):
-                weights[name] = self._repairs[name, levels]
+                self._repairs[key] = self._repaired(*key)
+            weights[key[0]] = self._repairs[key]
         return weights
 
     @torch.no_grad()
@@ -256,10 +252,8 @@ class NextTokens(Fitness):
 
     def loss(self, remembered: Any, outputs: Any, inputs: Mapping[str, Any], padding: Padding) -> float:
         total, tokens = 0.0, 0
-        chosen, dense = remembered
-        for logits, places, expected in zip(
-            _pieces(outputs, inputs, padding), chosen.split(_AT_ONCE), dense.split(_AT_ONCE), strict=True
-        ):
+        known = (each.split(_AT_ONCE) for each in remembered)
+        for logits, places, expected in zip(_pieces(outputs, inputs, padding), *known, strict=True):
             likely = expected.exp()
             terms = torch.where(likely > 0, likely * (expected - _coarse(logits, places.long())), 0.0)
             total, tokens = total + float(terms.sum(dtype=torch.float32).double()), tokens + len(logits)

@@ -15,15 +15,14 @@ from torch import Tensor, fx
 
 from fasp_fx.analysis import Group, Product, Use
 from fasp_fx.base import float32_products
-from fasp_fx.capturing import Runner
+from fasp_fx.capturing import Runner, arguments, same_sizes
+from fasp_fx.patterns import CASTS, CHECKS, RESHAPES, affine, lookup
 
 from ._consumers import Consumer, Consumers
-from ._decision import Decision, nothing
-from ._drift import Drift
 from ._journal import Ledger
 from ._matrices import ConsumerMatrices, states_before
 from ._ranks import Ranks
-from ._repair import Repairs, warn_of_few
+from ._repair import Decision, Repairs, nothing, warn_of_few
 from ._restoration import Restore
 from ._roles import TokenRoles
 from ._statistics import MakeStatistic, precise
@@ -142,7 +141,6 @@ class Visit:
         points = points_of(consumers, runner.index)
         for count, point in enumerate(points):
             is_new = count >= ledger.points
-            decide = ledger.settle if is_new else ledger.recall
             with float32_products(self.precision):
                 for each in (runner, drift.dense) if drift else (runner,):
                     each.advance(each.index(point.node))
@@ -151,10 +149,10 @@ class Visit:
                 consumers.products.observe(runner, self.roles, point.products, ledger.ranks)
             for group in point.groups:
                 if choose := self.choices.get(group.name):
-                    chosen = decide(partial(_chosen, choose, repairs))
+                    chosen = ledger.decide(partial(_chosen, choose, repairs))
                     decision.take(analysis, group, chosen["weight"].numpy())
             for consumer in point.consumers:
-                repairs.finish(consumer, decide)
+                repairs.finish(consumer, ledger.decide)
             consumers.products.cut(runner, point.cut, decision.gone)
             # Nothing that was seen may still be waited with.
             if is_new and all(consumer.grams is None for consumer in consumers):
@@ -184,13 +182,12 @@ class Visit:
         self, consumer: Consumer, use: Use, runner: Runner, changes: Iterator[Tensor] | None
     ) -> None:
         matrices = ConsumerMatrices(use, self.consumers.analysis.walk.values)
-        ends = None if use.route is None else list(runner.read(use.route))
+        ends = [None] * len(runner.numbers) if use.route is None else list(runner.read(use.route))
         consumer.drift_rows = (
             0 if changes is None else consumer.matrices.rows(self.consumers.weight(consumer))
         )
-        for index, (batch, activation) in enumerate(zip(runner.numbers, _inputs(runner, use), strict=True)):
+        for batch, activation, end in zip(runner.numbers, _inputs(runner, use), ends, strict=True):
             consumer.prepare(self.statistics, activation.device, precise(activation.device))
-            end = None if ends is None else ends[index]
             # Statistics that need gradients were shown the dense model's before.
             consumer.see(
                 matrices.tokens(activation, self.roles.at(batch, use, activation, end), end),
@@ -207,7 +204,59 @@ def _chosen(choose: Choose, repairs: Repairs) -> dict[str, Tensor]:
 def _inputs(runner: Runner, use: Use) -> Iterator[Tensor]:
     """What a consumer about to be executed is contracted with, for each batch."""
     if use.recurrence is None:
-        yield from runner.read(use.activation)
-        return
-    for results, start in zip(runner.ahead(use.node), runner.read(use.recurrence.start), strict=True):
-        yield states_before(start, results[0], use.recurrence.steps)
+        return runner.read(use.activation)
+    steps, both = use.recurrence.steps, (runner.ahead(use.node), runner.read(use.recurrence.start))
+    return (states_before(start, results[0], steps) for results, start in zip(*both, strict=True))
+
+
+# --- What earlier removals changed in the values that the outputs of consumers are added to.
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The dense model beside the pruned one, on the same batches.
+
+    Attributes:
+        dense, pruned: run them.
+        strength: how much of what changed repairs are to make up for, from 0 to 1.
+    """
+
+    dense: Runner
+    pruned: Runner
+    strength: float
+
+    def of(self, use: Use) -> Iterator[Tensor] | None:
+        """By how much the output of a consumer about to be executed would have to differ for what it is added
+        to to be the dense model's again, for each batch, ``[tokens, rows]``; ``None`` where it is added to
+        nothing that is there.
+        """
+        residual = added_to(use)
+        if residual is None or self.pruned.index(residual) > self.pruned.index(use.node):
+            return None
+        rows = use.node.meta["val"].shape[-1]
+        pairs = zip(self.dense.read(residual), self.pruned.read(residual), strict=True)
+        return ((dense - pruned).reshape(-1, rows) for dense, pruned in pairs)
+
+
+def added_to(use: Use) -> fx.Node | None:
+    """What a consumer's output is added to, if that is a computed value, and the output is laid out as the
+    tokens are: a product with the last dimension of its input, the rows in the last of its own, which is at
+    most reshaped and cast before.
+    """
+    end, rule = use.node, lookup(use.node.target)
+    if rule is None or affine(end.target) is None or len(rule.alternatives) != 1 or len(use.columns) != 1:
+        return None
+    form, named = rule.alternatives[0], arguments(end)
+    tokens = next((each.dims for each in form.operands if named.get(each.name) is use.activation), ())
+    if not tokens or tokens[-1] not in form.summed or {*form.results[0][-1:]} <= {*tokens}:
+        return None
+    while len(users := [user for user in end.users if str(user.target) not in CHECKS]) == 1 and (
+        str(users[0].target) in RESHAPES | CASTS
+    ):
+        (end,) = users
+    if len(users) != 1 or users[0].target is not torch.ops.aten.add.Tensor or users[0].kwargs:
+        return None
+    (residual, *_) = [argument for argument in users[0].args if argument is not end] or [end]
+    if not isinstance(residual, fx.Node) or residual.op != "call_function" or residual is end:
+        return None
+    return residual if same_sizes(residual.meta["val"].shape, end.meta["val"].shape) else None

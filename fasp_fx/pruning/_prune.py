@@ -22,6 +22,7 @@ from fasp_fx.base import (
     advance_of,
     between,
     check_callable,
+    digest_of,
     in_usual_modes,
     one_at_a_time,
     path_of,
@@ -37,7 +38,6 @@ from fasp_fx.calibration import (
     check_calibration,
     ended_together,
     nothing,
-    open_journal,
     places_of,
 )
 from fasp_fx.capturing import Captured, Model, capture_model, check_given, model_copy
@@ -573,8 +573,14 @@ def _journal(
     unnamed: dict[str, Any] = dict.fromkeys(code)
     options = json.loads(replace(config, **unnamed).to_json())
     options |= {name: getattr(config, name).key for name in code if name != "allocation"}
-    fingerprint = running_fingerprint(consumers.analysis.program)
-    return open_journal(folder, fingerprint, options, lost, inputs, processes)
+    run = {
+        "model": running_fingerprint(consumers.analysis.program),
+        "options": options,
+        "what goes of each group": lost,
+        "data": digest_of(inputs),
+        "processes": processes,  # on which rounding depends
+    }
+    return Journal(folder, run)
 
 
 def _remarks(method: Method, costs: Costs | None, analysis: Groups, lost: list[int]) -> list[str]:

@@ -7,6 +7,7 @@ The nets are healthy without the fault.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +24,7 @@ import fasp_fx.analysis.channels._facts
 import fasp_fx.analysis.channels._interpreter
 import fasp_fx.analysis.channels._moves
 import fasp_fx.capturing._program
-import fasp_fx.passes._attention
-import fasp_fx.passes._kept
+import fasp_fx.passes._adjust
 import fasp_fx.passes._pruned_module
 import fasp_fx.passes._remove_channels
 import fasp_fx.passes._run
@@ -232,7 +232,9 @@ def _transposed(call: Any) -> Any:
 
 def _scale_of_next_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        fasp_fx.passes._attention, "math", types.SimpleNamespace(sqrt=lambda width: (width + 1) ** 0.5)
+        fasp_fx.passes._adjust,
+        "math",
+        types.SimpleNamespace(prod=math.prod, sqrt=lambda width: (width + 1) ** 0.5),
     )
 
 
@@ -353,7 +355,12 @@ MUTANTS: tuple[Mutant, ...] = (
         ("unseen",),
     ),
     # passes
-    Mutant("a slice off by one", attribute(fasp_fx.passes._kept.Kept, "before", _off_by_one), SLICED, seed=1),
+    Mutant(
+        "a slice off by one",
+        attribute(fasp_fx.passes._adjust.Kept, "before", _off_by_one),
+        SLICED,
+        seed=1,
+    ),
     Mutant("sizes that are not updated", _same_sizes, HEADS),
     Mutant(
         "weights cut at the wrong rows",

@@ -37,8 +37,7 @@ class Call:
     @cached_property
     def nodes(self) -> dict[str, fx.Node]:
         """The arguments that are nodes, those in lists by name and place."""
-        leaves = elements(self.written).items()
-        return {name: leaf for name, leaf in leaves if isinstance(leaf, fx.Node)}
+        return {name: leaf for name, leaf in elements(self.written).items() if isinstance(leaf, fx.Node)}
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,12 @@ class Operands:
         arguments = {**call.arguments, **elements(call.arguments)}
         ranks = {name: len(value.shape) for name, value in arguments.items() if isinstance(value, Value)}
         self.reading = reading = read(call.rule, arguments, ranks)
-        factors = _factors(call)
+        stated = {clause.words[0]: clause.words[1] for clause in call.rule.all("factor")}
+        if computed := call.nodes.keys() & stated.values():  # of a convolution of all samples at once, say
+            raise DoesNotApplyError(f"'{computed.pop()}' is computed at run time")
+        #: the sizes of letters in brackets
+        factors = {letter: int(arguments[name]) for letter, name in stated.items()}
+        factors |= {clause.words[0]: int(clause.words[1]) for clause in call.rule.all("gates")}
         operands = [
             _divided(Operand(name, arguments[name], (), call.nodes.get(name)), dims, factors)
             for name, dims in reading.operands.items()
@@ -110,8 +114,7 @@ class Operands:
         self.recurrences: dict[str, Recurrence] = {}
         for letter, of, start, second in (clause.words for clause in call.rule.all("recur")):
             operands.append(self._step_before(call.node, letter, of, operands))
-            recurrence = Recurrence(call.nodes[start], int(bool(arguments[second])))
-            self.recurrences[operands[-1].name] = recurrence
+            self.recurrences[operands[-1].name] = Recurrence(call.nodes[start], int(bool(arguments[second])))
         self.order = list(dict.fromkeys(letter for operand in operands for letter in operand.letters))
         self.summed = reading.summed(operand.letters for operand in operands)
         # What no weight had a part in (a state of zeros before the first step) meets a weight as an
@@ -145,15 +148,6 @@ class Operands:
             for operand in self.each
             if letter in operand.letters and (operand.size(letter) > 1 or self.size[letter] == 1)
         ]
-
-
-def _factors(call: Call) -> dict[str, int]:
-    """The sizes of letters in brackets."""
-    stated = {clause.words[0]: clause.words[1] for clause in call.rule.all("factor")}
-    if computed := call.nodes.keys() & stated.values():  # of a convolution of all samples at once, say
-        raise DoesNotApplyError(f"'{computed.pop()}' is computed at run time")
-    gates = {clause.words[0]: int(clause.words[1]) for clause in call.rule.all("gates")}
-    return {letter: int(call.arguments[name]) for letter, name in stated.items()} | gates
 
 
 def _repeated(operand: Operand, few: str, many: str, size: int) -> Operand:
@@ -201,11 +195,9 @@ def _split(value: Value, dim: int, leading: int) -> Value:
     for axis in value.axes:
         single = axis.numbers.shape[dim] == 1
         numbers = collapse(axis.numbers.unflatten(dim, (1, 1) if single else (leading, -1)))
-        at = axis.dim + (axis.dim > dim)
-        if axis.dim == dim:
-            varying = [d for d in (dim, dim + 1) if numbers.shape[d] > 1]
-            at = min(varying or [dim], key=lambda d: (smallest_step(numbers.numpy(), d), -d))
-        axes.append(Axis(numbers, at, axis.slot))
+        varying = [d for d in (dim, dim + 1) if numbers.shape[d] > 1] if axis.dim == dim else []
+        at = min(varying, key=lambda d: (smallest_step(numbers.numpy(), d), -d), default=axis.dim)
+        axes.append(Axis(numbers, at + (axis.dim > dim), axis.slot))
     return Value(shape, tuple(axes), value.constant, value.origin, created=value.created)
 
 
@@ -213,9 +205,8 @@ def joined(numbers: Tensor, dims: Dims, sizes: dict[str, int]) -> Tensor:
     """Numbers with one dimension per letter, put together to one dimension per pair."""
     for dim, letter in enumerate(dims):
         if not isinstance(letter, str):
-            if numbers.shape[dim] > 1 or numbers.shape[dim + 1] > 1:
-                full = list(numbers.shape)
-                full[dim : dim + 2] = [sizes[letter[0]], sizes[letter[1]]]
-                numbers = numbers.expand(full)
+            varies = max(numbers.shape[dim : dim + 2]) > 1
+            pair = [sizes[each] if varies else 1 for each in letter]
+            numbers = numbers.expand(*numbers.shape[:dim], *pair, *numbers.shape[dim + 2 :])
             numbers = numbers.flatten(dim, dim + 1)
     return numbers

@@ -13,34 +13,38 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.patterns import CASTS, ORDINALS, VANISHING, Clause
+from fasp_fx.patterns import CASTS, ORDINALS, VANISHING, Clause, DoesNotApplyError
 
 from ._call import Call
 from ._facts import Facts
 from ._numbering import Axis, Value
 
 
-def tallied(call: Call) -> list[Value] | None:
-    """The result of a tally of named positions, which has those positions; ``None`` if it tallies anything
-    else.
+def tallied(call: Call, is_followed: bool) -> list[Value]:
+    """The result of a tally of named positions, which has those positions.
+
+    Args:
+        is_followed: whether what names positions is followed.
+
+    Raises:
+        DoesNotApplyError: it tallies anything else.
     """
     source, shape = call.arguments[str(call.rule.tallies)], call.shapes[0]
-    if not isinstance(source, Value) or source.names is None or not shape:
-        return None
-    count = source.names.numel()
-    stated = [(clause.words[0], sum(map(int, clause.words[1:]))) for clause in call.rule.all("count")]
-    if shape[-1] != count or any(call.arguments[name] != count - less for name, less in stated):
-        return None
-    axis = Axis.of(source.names.reshape([1] * (len(shape) - 1) + [-1]))
-    return None if axis is None else [Value(shape, (axis,), vanishes=True)]
+    if is_followed and isinstance(source, Value) and source.names is not None and shape:
+        count, axis = source.names.numel(), Axis.of(source.names.reshape([1] * (len(shape) - 1) + [-1]))
+        stated = [(clause.words[0], sum(map(int, clause.words[1:]))) for clause in call.rule.all("count")]
+        is_whole = shape[-1] == count and all(call.arguments[name] == count - less for name, less in stated)
+        if is_whole and axis is not None:
+            return [Value(shape, (axis,), vanishes=True)]
+    raise DoesNotApplyError("no number names a position")
 
 
 def look_up(node: fx.Node, axis: Axis, index: Any, facts: Facts) -> bool:
     """Couple the positions along an axis with those that ``index`` names; whether it names any."""
-    if not isinstance(index, Value) or index.names is None or not _fits(axis, index.names):
-        return False
-    facts.couple(axis.numbers.reshape(-1), index.names, node)
-    return True
+    if isinstance(index, Value) and index.names is not None and _fits(axis, index.names):
+        facts.couple(axis.numbers.reshape(-1), index.names, node)
+        return True
+    return False
 
 
 def _fits(axis: Axis, names: Tensor) -> bool:
@@ -64,46 +68,43 @@ def _looked_up(call: Call, name: str, names: Tensor) -> bool:
     source = _source(call)
     if not isinstance(source, Value):
         return False
-    clauses = (clause.words[0] for clause in call.rule.all("index") if clause.words[1] == name)
-    dims = [int(call.arguments[dim]) % len(source.shape) for dim in clauses]
+    dims = [
+        int(call.arguments[clause.words[0]]) % len(source.shape)
+        for clause in call.rule.all("index")
+        if clause.words[1] == name
+    ]
     if name == "indices" and call.rule.moves:
-        indices = enumerate(call.arguments[name])
-        dims = [dim for dim, index in indices if isinstance(index, Value) and index.names is not None]
+        dims = [
+            dim
+            for dim, index in enumerate(call.arguments[name])
+            if isinstance(index, Value) and index.names is not None
+        ]
     axes = [source.at(dim) for dim in dims]
     return bool(axes) and all(axes) and all(_fits(axis, names) for along in axes for axis in along)
 
 
-def name_results(call: Call, values: list[Value], facts: Facts) -> list[Value]:
+def name_results(
+    node: fx.Node, arguments: dict[str, Any], call: Call | None, values: list[Value], facts: Facts
+) -> list[Value]:
     """Say which results name positions, and freeze positions that are named to an operator that makes
     something else of them.
+
+    Args:
+        call: of an operator that has a rule.
     """
-    values = vanish(call, values)
-    source = _source(call)
-    for clause in call.rule.all("choose") if isinstance(source, Value) else ():
-        if len(clause.words) == 2:
-            _choose(call, source, clause, values, facts)
-    for name, item in named(call.arguments):
-        recorded = call.node.meta.get("val")
-        # Of a number as truth nothing is left.
-        truth = isinstance(recorded, Tensor) and recorded.dtype == torch.bool
-        if truth or not _passed(call, name, item, values):
-            freeze_named(call.node, item, facts)
+    if call is not None:
+        values = vanish(call, values)
+        for clause in call.rule.all("choose"):
+            _choose(call, clause, values, facts)
+    recorded = node.meta.get("val")
+    # Of a number as truth nothing is left.
+    truth = isinstance(recorded, Tensor) and recorded.dtype == torch.bool
+    for name, value in arguments.items():
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            names = item.names if isinstance(item, Value) else None
+            if names is not None and (truth or call is None or not _passed(call, name, names, values)):
+                facts.say(facts.remarks.frozen, names, f"named by number to {node.target}", node)
     return values
-
-
-def named(arguments: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    """The positions that arguments name by number, with the argument."""
-    return [
-        (name, item.names)
-        for name, value in arguments.items()
-        for item in (value if isinstance(value, (list, tuple)) else [value])
-        if isinstance(item, Value) and item.names is not None
-    ]
-
-
-def freeze_named(node: fx.Node, names: Tensor, facts: Facts) -> None:
-    """Say that positions stay of whose numbers an operator makes something that nobody knows."""
-    facts.say(facts.remarks.frozen, names, f"named by number to {node.target}", node)
 
 
 def keep_numbered(call: Call, clauses: list[Clause], facts: Facts) -> None:
@@ -111,8 +112,8 @@ def keep_numbered(call: Call, clauses: list[Clause], facts: Facts) -> None:
     source = _source(call)
     for clause in clauses:
         if clause.words[-1] in ORDINALS and isinstance(source, Value) and source.shape:
-            axes = _axes(source, call.arguments[clause.words[0]])
-            facts.freeze(axes, f"{call.node.target} numbers positions along this dimension", call.node)
+            why = f"{call.node.target} numbers positions along this dimension"
+            facts.freeze(_axes(source, call.arguments[clause.words[0]]), why, call.node)
 
 
 def vanish(call: Call, values: list[Value]) -> list[Value]:
@@ -125,15 +126,14 @@ def vanish(call: Call, values: list[Value]) -> list[Value]:
         for name, value in arguments.items()
         if isinstance(value, Value) and value.vanishes and name != "pad"
     }
-    if (
+    vanishes = (
         (rule.moves in zero and "pad" not in arguments)
         or any(name in zero for name in VANISHING.get(str(call.node.target), ()))
         or any(len(clause.words) == 1 and _competing(call, clause) for clause in rule.all("choose"))
         or any(_stays_zero(call, clause, zero) for clause in rule.all("add"))
         or any(clause.words[0] in zero for clause in rule.all("pass"))
-    ):
-        return [replace(value, vanishes=True) for value in values]
-    return list(values)
+    )
+    return [replace(value, vanishes=value.vanishes or vanishes) for value in values]
 
 
 def _stays_zero(call: Call, clause: Clause, zero: set[str]) -> bool:
@@ -157,31 +157,30 @@ def _competing(call: Call, clause: Clause) -> bool:
     )
 
 
-def _choose(call: Call, source: Value, clause: Clause, values: list[Value], facts: Facts) -> None:
+def _choose(call: Call, clause: Clause, values: list[Value], facts: Facts) -> None:
+    source = _source(call)
+    if not isinstance(source, Value) or len(clause.words) < 2:
+        return
     dim, result = call.arguments[clause.words[0]], ORDINALS[clause.words[1]]
     axes = _axes(source, dim if source.shape else None)
     if dim is not None and len(axes) == 1 and axes[0].varying() == [axes[0].dim]:
         values[result] = replace(values[result], names=axes[0].numbers.reshape(-1))
-        return
-    facts.freeze(axes, f"chosen by {call.node.target} in several ways", call.node)
+    else:
+        facts.freeze(axes, f"chosen by {call.node.target} in several ways", call.node)
 
 
 def _passed(call: Call, name: str, names: Tensor, values: list[Value]) -> bool:
     """Whether the rule says what becomes of integers given as argument ``name``; marks the results that hold
     them.
     """
-    rule = call.rule
-    single = not isinstance(call.arguments[name], (list, tuple))
+    rule, single = call.rule, not isinstance(call.arguments[name], (list, tuple))
+    passed = [ORDINALS[clause.words[1]] for clause in rule.all("pass") if clause.words[0] == name][:1]
     if rule.moves == name and single and "pad" not in call.arguments:
-        values[:] = [replace(value, names=names) for value in values]
-        return True
-    for clause in rule.all("pass"):
-        if clause.words[0] == name:
-            result = ORDINALS[clause.words[1]]
-            values[result] = replace(values[result], names=names)
-            return True
+        passed = [*range(len(values))]
+    for result in passed:
+        values[result] = replace(values[result], names=names)
     counted = rule.tallies == name and any(value.axes for value in values)
     checked = not (rule.moves or rule.alternatives or rule.tallies or rule.creates)
     # Of its other arguments a cast reads type and place alone.
     cast = str(call.node.target) in CASTS and name != "self"
-    return counted or checked or cast or _looked_up(call, name, names)
+    return bool(passed) or counted or checked or cast or _looked_up(call, name, names)

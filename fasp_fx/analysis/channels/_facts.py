@@ -177,11 +177,10 @@ class Facts:
         both = (first != NONE) & (second != NONE)
         alone = np.concatenate([first[~both & (first != NONE)], second[~both & (second != NONE)]])
         if alone.size:
-            why = "meets a position that is not a channel"
-            self.remarks.frozen.append(Remark(np.unique(alone), why, node))
-        first, second = first[both], second[both]
-        differ = first != second
-        if differ.any():
+            self.remarks.frozen.append(
+                Remark(np.unique(alone), "meets a position that is not a channel", node)
+            )
+        if (differ := both & (first != second)).any():
             self.pairs.append((first[differ], second[differ], node))
 
     def say(
@@ -194,7 +193,7 @@ class Facts:
     ) -> None:
         """Append a remark on these numbers, or on each of several."""
         each = [numbers] if isinstance(numbers, Tensor) else numbers
-        remarks += [Remark(_channels(one), reason, node, routing) for one in each]
+        remarks += [Remark(np.unique(one[one != NONE].numpy()), reason, node, routing) for one in each]
 
     def freeze(self, axes: Iterable[Axis], reason: str, node: fx.Node) -> None:
         """Say of each of some axes that its channels stay."""
@@ -215,9 +214,3 @@ class Facts:
             numbers = axis.numbers.movedim(axis.dim, -1)
             rows = numbers.reshape(-1, numbers.shape[-1]).numpy()
             self.boxes.setdefault(rows.tobytes() + rows.shape[0].to_bytes(8, "little"), (rows, node))
-
-
-def _channels(numbers: Tensor) -> np.ndarray:
-    """The distinct channel numbers among some, in order."""
-    distinct = np.unique(numbers.reshape(-1).numpy())
-    return distinct[distinct != NONE]

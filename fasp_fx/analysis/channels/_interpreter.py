@@ -7,7 +7,7 @@ operator has no rule freezes the channels it is given; it never fails and never 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,7 +44,7 @@ from fasp_fx.errors import RuleError, VerificationError, first_line
 from fasp_fx.patterns import CASTS, DoesNotApplyError, Rule, lookup
 
 from ._call import Call
-from ._choices import freeze_named, keep_numbered, name_results, named, tallied
+from ._choices import keep_numbered, name_results, tallied
 from ._facts import Facts
 from ._moves import Move
 from ._numbering import Axis, Numbering, Value, counted_by, laid_by_block
@@ -124,15 +124,13 @@ class Interpreter:
 
     def _staying(self) -> np.ndarray | None:
         """How many channels of its weight stay before each channel, where some are gone."""
-        if not self.overrides:
-            return None
         staying = np.arange(self.numbering.total)
         for name, numbers in self.overrides.items():
             for dim, along in enumerate(numbers):
                 slot = self.numbering.get(name, dim)
                 if along is not None and slot is not None:
                     staying[along.reshape(-1).numpy()] = slot.base + np.arange(along.numel())
-        return staying
+        return staying if self.overrides else None
 
     def _run(self, small: bool) -> Walk:
         walk = Walk(Sizes(self.module, small))
@@ -149,7 +147,7 @@ class Interpreter:
 
     # --- leaves
 
-    def _axes(self, name: str, shape: tuple[int, ...], kind: str, dims: list[int]) -> list[Axis]:
+    def _axes(self, name: str, shape: tuple[int, ...], kind: str, dims: Iterable[int]) -> list[Axis]:
         axes = []
         for dim in (dim for dim in dims if shape[dim] > 1):
             numbers, along = self._numbers(name, shape, kind, dim), dim
@@ -190,14 +188,12 @@ class Interpreter:
         walk.executed[node] = walk.values[node] = executed
         if not isinstance(recorded, Tensor):
             return
-        walk.executed[node] = executed = self._like(executed)
+        walk.executed[node], shape = self._like(executed), tuple(executed.shape)
         # Part of other dimensions' numbers.
-        inside = {self.numbering.blocked.get((node.name, dim), (None, 1))[0] for dim in range(recorded.dim())}
-        static = [
-            dim for dim, size in enumerate(recorded.shape) if not is_dynamic(size) and dim not in inside
-        ]
-        axes = self._axes(node.name, tuple(executed.shape), "input", static)
-        walk.values[node] = Value(tuple(executed.shape), tuple(axes))
+        inside = {self.numbering.blocked.get((node.name, dim), (None, 1))[0] for dim in range(len(shape))}
+        fixed = [dim for dim, size in enumerate(recorded.shape) if not is_dynamic(size)]
+        axes = self._axes(node.name, shape, "input", [dim for dim in fixed if dim not in inside])
+        walk.values[node] = Value(shape, tuple(axes))
         if node.name not in self.program.state_inputs:
             walk.facts.freeze(axes, f"reaches the input '{node.name}'", node)
 
@@ -208,11 +204,12 @@ class Interpreter:
             return
         name, shape = self.canonical.get(target_name(node), target_name(node)), tuple(tensor.shape)
         walk.executed[node] = self._like(tensor)
-        axes = self._axes(name, shape, "weight", list(range(len(shape))))
+        axes = tuple(self._axes(name, shape, "weight", range(len(shape))))
         is_index = tensor.dtype in (torch.int32, torch.int64) and name not in self.written
         is_real = tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
-        data = tensor.detach().cpu() if is_index and is_real else None
-        walk.values[node] = Value(shape, tuple(axes), True, name, data)
+        walk.values[node] = Value(
+            shape, axes, True, name, tensor.detach().cpu() if is_index and is_real else None
+        )
 
     def _output(self, node: fx.Node, walk: Walk) -> None:
         for index, result in enumerate(results(self.module.graph)):
@@ -273,8 +270,8 @@ class Interpreter:
             with self.mode:
                 # Decided by data, or higher-order, say: the recorded shape serves.
                 executed = walk.sizes.concrete(node.meta.get("val"))
-        full = all(leaf.numel() for leaf in _tensors(executed))
-        fit = full and walk.sizes.fit(node.meta.get("val"), executed)
+        is_full = all(leaf.numel() for leaf in _tensors(executed))
+        fit = is_full and walk.sizes.fit(node.meta.get("val"), executed)
         if walk.sizes.small and walk.sizes.assigned and self.reference is None and not fit:
             raise _Degenerate
         return executed
@@ -321,11 +318,7 @@ class Interpreter:
         for dim in (dim for name, dim in self.numbering.stretched if name == node.name):
             axes = (*results[0].axes, *self._axes(node.name, shapes[0], "created", [dim]))
             results = [replace(results[0], axes=axes)]
-        if call is not None and experts:
-            return name_results(call, results, walk.facts)
-        for _, names in named(values) if experts else ():
-            freeze_named(node, names, walk.facts)
-        return results
+        return name_results(node, values, call, results, walk.facts) if experts else results
 
     def _freeze_operands(
         self, node: fx.Node, walk: Walk, operands: list[Value], why: str | None = None
@@ -334,29 +327,23 @@ class Interpreter:
         want of one.
         """
         if why is None:
-            writer = _writer(node)
-            why = f"no rule for {node.target}" if writer is None else f"written by {writer}"
-            if any(value.axes for value in operands) and writer is None:
+            # A buffer or an input that the model changes, nothing can make smaller. An exporter hands the
+            # operator that writes to a higher-order one that gives the changed arguments back.
+            handed = isinstance(node.target, HigherOrderOperator) and node.args
+            called = node.args[0] if handed else node.target
+            writes = isinstance(called, OpOverload) and schema_of(called).is_mutable
+            why = f"written by {called}" if writes else f"no rule for {node.target}"
+            if any(value.axes for value in operands) and not writes:
                 walk.without_rule.setdefault(str(node.target), []).append(node)
         walk.facts.freeze((axis for value in operands for axis in value.axes), why, node)
-
-    def _cast(self, node: fx.Node, walk: Walk, source: Value) -> Value:
-        """The same channels; and the same weight, unless it is one of integers, which mean something else
-        than what they are cast to.
-        """
-        floats = all(walk.executed[tensor].is_floating_point() for tensor in (node, node.all_input_nodes[0]))
-        return Value(source.shape, source.axes, source.constant, source.origin if floats else None)
 
     def _created(self, node: fx.Node, rule: Rule, shape: tuple[int, ...]) -> Value:
         """A tensor of equal elements has channels of its own wherever its size is fixed: what it meets
         decides whether they can go.
         """
         sizes = arguments(node)[rule.all("shape")[0].words[0]]
-        fixed = (
-            [dim for dim, size in enumerate(sizes) if isinstance(size, int)]
-            if isinstance(sizes, (list, tuple))
-            else []
-        )
+        sizes = sizes if isinstance(sizes, (list, tuple)) else ()
+        fixed = (dim for dim, size in enumerate(sizes) if isinstance(size, int))
         return Value(shape, tuple(self._axes(node.name, shape, "created", fixed)), True, created=True)
 
     def _freeze_unnamed(self, call: Call, facts: Facts) -> None:
@@ -381,15 +368,16 @@ class Interpreter:
         """
         node, rule = call.node, call.rule
         if str(node.target) in CASTS:
-            return [self._cast(node, walk, call.arguments["self"])]
+            # The same channels; and the same weight, unless it is one of integers, which mean something else
+            # than what they are cast to.
+            source, both = call.arguments["self"], (node, node.all_input_nodes[0])
+            floats = all(walk.executed[tensor].is_floating_point() for tensor in both)
+            return [Value(source.shape, source.axes, source.constant, source.origin if floats else None)]
         only = (clause.words for clause in rule.all("only"))
         if any(call.arguments.get(name) != int(value) for name, value in only):
             raise DoesNotApplyError("its arguments are others")
         if rule.tallies:
-            counted = tallied(call) if "expert" in self.granularity else None
-            if counted is None:
-                raise DoesNotApplyError("no number names a position")
-            return counted
+            return tallied(call, "expert" in self.granularity)
         try:
             if rule.moves:
                 return Move(call, walk.facts, walk.sizes).run()
@@ -421,15 +409,6 @@ def _is_decided_later(node: fx.Node, error: Exception) -> bool:
     by_data = any(isinstance(value, torch.SymInt) and free_unbacked_symbols(value) for value in sources)
     unseen = isinstance(node.target, HigherOrderOperator) and lookup(node.target) is None
     return isinstance(error, _AT_RUN_TIME) or unseen or (by_data and isinstance(error, IndexError))
-
-
-def _writer(node: fx.Node) -> OpOverload | None:
-    """The operator that writes into one of the arguments of a node: a buffer or an input that the model
-    changes, which nothing can make smaller. An exporter hands it to a higher-order operator that gives the
-    changed arguments back.
-    """
-    called = node.args[0] if isinstance(node.target, HigherOrderOperator) and node.args else node.target
-    return called if isinstance(called, OpOverload) and schema_of(called).is_mutable else None
 
 
 def _tensors(executed: Any) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial, reduce
@@ -20,7 +21,7 @@ from fasp_fx.patterns import RESHAPES, DoesNotApplyError
 from ._call import Call
 from ._choices import look_up
 from ._facts import Facts
-from ._numbering import NONE, Axis, Value, collapse, smallest_step
+from ._numbering import NONE, Axis, Value, collapse, recorded_shape, smallest_step
 from ._regroup import Segment, regroup, segments
 
 
@@ -42,17 +43,12 @@ def run_on_numbers(node: fx.Node, numbers: Tensor, values: dict[fx.Node, Any]) -
     others = {name: fx.map_arg(value, lambda n: values[n]) for name, value in written.items()}
     if _holds_unknown(others):
         raise DoesNotApplyError(f"the indices of '{node.name}' ({node.target}) are known only at run time")
-    others = {name: _some_index(value, written[name]) for name, value in others.items()}
-    return _run(node.target, numbers, others)
+    return _run(node.target, numbers, _some_indices(others, written))
 
 
 def _holds_unknown(arguments: dict[str, Any]) -> bool:
     leaves = pytree.tree_leaves(list(arguments.values()))
     return any(isinstance(leaf, Value) and leaf.data is None for leaf in leaves)
-
-
-def _outputs(moved: Any) -> list[Tensor]:
-    return [moved] if isinstance(moved, Tensor) else list(moved)
 
 
 class Move:
@@ -84,11 +80,14 @@ class Move:
             return self._join(list(source))
         if self.unknown and not self.call.rule.all("freeze"):
             raise DoesNotApplyError("an argument is known only at run time")
-        written, shapes = self.call.written, self.call.shapes
-        self.others = {name: _some_index(value, written[name]) for name, value in self.others.items()}
+        shapes = self.call.shapes
+        self.others = _some_indices(self.others, self.call.written)
         self._settle_parts(source.shape)
         touched, unsettled = self._touched(len(source.shape)), self._unsettled(source.shape)
-        source = self._alike_along(source, (touched if self.unknown else set()) | unsettled.keys())
+        chosen = (touched if self.unknown else set()) | unsettled.keys()
+        # What differs along dimensions whose positions are chosen at run time goes together.
+        alike = (reduce(self._alike, chosen - {axis.dim}, axis) for axis in source.axes)
+        source = replace(source, axes=tuple(alike))
         if self.is_reshape:
             self._settle_sizes()
         shift = self._shift(source.shape)
@@ -96,23 +95,29 @@ class Move:
         for axis in (each for each in source.axes if not self._stays(source, each, touched, unsettled)):
             for index, moved in enumerate(self._moved(axis, shift)):
                 axes[index] += self._axis_of(moved, [axis], axis)
-        stacked = source.origin is not None and self._takes_single(source.shape)
+        # Whether it takes single positions of a dimension.
+        dim, shape = self.others.get("dim"), source.shape
+        rest = shape[:dim] + shape[dim % len(shape) + 1 :] if isinstance(dim, int) and shape else None
+        stacked = source.origin is not None and shapes[0] == rest
         if stacked:
             self.facts.boxes_of(source, self.node)  # a stack stays one tensor
         whole = (
             len(shapes) == 1
-            and _numel(shapes[0]) == _numel(source.shape)
+            and math.prod(shapes[0]) == math.prod(source.shape)
             and not {"index", "indices"} & self.others.keys()  # these may take an element twice
         )
         origin = source.origin if stacked or whole else None
         settled = source.data is not None and len(self.node.all_input_nodes) == 1
         data = self._run(source.data) if settled else [None] * len(shapes)
-        items = zip(shapes, map(tuple, axes), data, strict=True)
-        return [Value(shape, each, source.constant, origin, content) for shape, each, content in items]
+        return [
+            Value(shape, tuple(each), source.constant, origin, content)
+            for shape, each, content in zip(shapes, axes, data, strict=True)
+        ]
 
     def _run(self, numbers: Any) -> list[Tensor]:
         others = {name: value for name, value in self.others.items() if name != "self"}
-        return _outputs(_run(self.node.target, numbers, others))
+        moved = _run(self.node.target, numbers, others)
+        return [moved] if isinstance(moved, Tensor) else list(moved)
 
     def _say_frozen(self, numbers: Tensor, reason: str) -> None:
         self.facts.say(self.facts.remarks.frozen, numbers, reason, self.node)
@@ -142,41 +147,37 @@ class Move:
         """
         written, rank = self.call.written, len(shape)
         reasons: dict[int, str] = {}
+        recorded = recorded_shape(self.call.nodes.get(str(self.call.rule.moves)))
+        sizes = recorded if len(recorded) == rank else shape
         for dim, bounds in self._parts(rank):
             whole = len(bounds) == 2 and self.call.shapes[0] == shape
             leaves = (leaf for name in bounds for leaf in pytree.tree_leaves(written[name]))
             decided = any(isinstance(leaf, fx.Node) for leaf in leaves)
-            if decided or (dim in self._dynamic(rank) and not whole):
+            if decided or (self.sizes.varies(sizes[dim]) and not whole):
                 reasons[dim] = "is cut at a length known only at run time by"
         for index, amount in enumerate(written.get("pad", ())):
             if isinstance(amount, fx.Node):
-                dim = rank - 1 - index // 2
-                reasons[dim] = "is put behind something of a length known only at run time by"
+                reasons[rank - 1 - index // 2] = (
+                    "is put behind something of a length known only at run time by"
+                )
         return reasons
-
-    def _dynamic(self, rank: int) -> set[int]:
-        """The dimensions of what is moved whose sizes vary from call to call."""
-        source = self.call.nodes.get(str(self.call.rule.moves))
-        recorded = None if source is None else source.meta.get("val")
-        shape = recorded.shape if isinstance(recorded, Tensor) and recorded.dim() == rank else ()
-        return {dim for dim, size in enumerate(shape) if self.sizes.varies(size)}
 
     def _stays(self, source: Value, axis: Axis, touched: set[int], unsettled: dict[int, str]) -> bool:
         """Say what stays of an axis; whether nothing of it is moved."""
-        if self.unknown and axis.dim in touched:
-            indices = self.call.arguments.get("indices")
-            several = dict(enumerate(indices)) if isinstance(indices, (list, tuple)) else {}
-            if look_up(self.node, axis, several.get(axis.dim), self.facts):
-                if source.constant and len(source.shape) > 2:
-                    self.facts.counts.stacked.append(axis.numbers.reshape(-1).numpy())
-                return True
+        named = self.unknown and axis.dim in touched
+        indices = self.call.arguments.get("indices") if named else None
+        several = dict(enumerate(indices)) if isinstance(indices, (list, tuple)) else {}
+        if look_up(self.node, axis, several.get(axis.dim), self.facts):
+            if source.constant and len(source.shape) > 2:
+                self.facts.counts.stacked.append(axis.numbers.reshape(-1).numpy())
+            return True
         if axis.dim in touched:
-            reason = f"{self.node.target} names positions along this dimension one by one"
-            self._say_frozen(axis.numbers, reason)
-        cut = axis.dim in unsettled and not (self.unknown and axis.dim in touched)
-        if cut:  # the remaining positions are those of a sequence, not channels
+            self._say_frozen(
+                axis.numbers, f"{self.node.target} names positions along this dimension one by one"
+            )
+        if not named and axis.dim in unsettled:  # these positions are those of a sequence, not channels
             self._say_frozen(axis.numbers, f"{unsettled[axis.dim]} {self.node.target}")
-        return cut or (self.unknown and axis.dim in touched)
+        return named or axis.dim in unsettled
 
     # --- Numbers moved.
 
@@ -192,8 +193,7 @@ class Move:
         continued = self.others.get("mode", "constant") != "constant" and any(pad)
         if continued or any(amount < 0 for amount in pad):
             # Other channels would stand at the border once some are gone.
-            reason = f"is cut at the border, or continued there, by {self.node.target}"
-            self._say_frozen(axis.numbers, reason)
+            self._say_frozen(axis.numbers, f"is cut at the border, or continued there, by {self.node.target}")
         # What a border adds along a dimension of channels is not a channel; along any other dimension it
         # continues the channels.
         return [torch.nn.functional.pad(axis.numbers, pad, value=NONE)]
@@ -202,7 +202,7 @@ class Move:
         """What moves numbers of the source's rank, of size 1 where they do not vary, as the operator moves
         elements.
         """
-        if not self.is_reshape or not _numel(shape):
+        if not self.is_reshape or 0 in shape:
             return lambda numbers: self._run(numbers.expand(shape))
         # Most of what is reshaped holds no channels.
         pieces = cache(partial(_segments, self.node, shape, self.call.shapes[0], self.sizes))
@@ -211,10 +211,9 @@ class Move:
 
     def _settle_sizes(self) -> None:
         """Where a reshape is given a number, the size is that number, whatever was recorded of it."""
-        written, recorded = self.call.written, self.node.meta.get("val")
+        written, recorded = self.call.written, recorded_shape(self.node)
         wanted = written.get("size") or written.get("shape") or ()
-        sizes = recorded.shape if isinstance(recorded, Tensor) and recorded.dim() == len(wanted) else ()
-        for size, number in zip(sizes, wanted):
+        for size, number in zip(recorded, wanted) if len(recorded) == len(wanted) else ():
             if isinstance(number, int) and number != -1:
                 self.sizes.settle(size)
 
@@ -238,12 +237,6 @@ class Move:
             leaders = axis.numbers.index_select(axis.dim, positions - positions % step)
             self.facts.couple(leaders, axis.numbers, self.node)
 
-    def _takes_single(self, shape: tuple[int, ...]) -> bool:
-        """Whether the operator takes single positions of a dimension."""
-        dim = self.others.get("dim")
-        rest = shape[:dim] + shape[dim % len(shape) + 1 :] if isinstance(dim, int) and shape else None
-        return self.call.shapes[0] == rest
-
     def _in_one_piece(self, axis: Axis, shift: Callable[[Tensor], list[Tensor]]) -> Axis:
         """Couple channels at one place of several rows where a reshape deals the rows out in turn, as a
         channel shuffle does.
@@ -252,16 +245,9 @@ class Move:
         order of what is left would change.
         """
         inside = [dim for dim in axis.varying() if dim > axis.dim]
-        if inside and self.is_reshape:
-            merged = Axis.of(shift(axis.numbers)[0])
-            if merged is None or len(merged.varying()) < len(axis.varying()):
-                return reduce(self._alike, inside, axis)
-        return axis
-
-    def _alike_along(self, source: Value, dims: set[int]) -> Value:
-        """Couple what differs along dimensions whose positions are chosen at run time."""
-        axes = (reduce(self._alike, dims - {axis.dim}, axis) for axis in source.axes)
-        return replace(source, axes=tuple(axes))
+        merged = Axis.of(shift(axis.numbers)[0]) if inside and self.is_reshape else axis
+        is_dealt = merged is None or len(merged.varying()) < len(axis.varying())
+        return reduce(self._alike, inside, axis) if is_dealt else axis
 
     def _alike(self, axis: Axis, dim: int) -> Axis:
         """Couple the channels of an axis that lie behind one another along another dimension; what is left
@@ -286,7 +272,17 @@ class Move:
         if not np.isin(flat[flat != NONE], before).all():
             raise DoesNotApplyError("it computes other elements of those that it is said to move")
         axis = Axis.of(moved, source.slot if source is not None else None)
-        if axis is not None and (source is None or not _one_of_each(axis, source)):
+        # Where one channel is taken out of every row, what is left varies only from row to row and cannot
+        # shrink.
+        one_of_each = (
+            axis is not None
+            and source is not None
+            and len(axis.varying()) < len(source.varying())
+            and axis.numbers.unique().numel() != source.numbers.unique().numel()
+            and smallest_step(axis.numbers.numpy(), axis.dim)
+            > smallest_step(source.numbers.numpy(), source.dim)
+        )
+        if axis is not None and not one_of_each:
             return [axis]
         if moved.numel() and int(flat[0]) != NONE:
             dealt = "deals these channels out by a size that varies from call to call"
@@ -303,11 +299,11 @@ class Move:
         """Concatenation or stacking: axes that shrink the joined dimension are joined, all others must
         agree.
         """
-        parts = [source for source in sources if _numel(source.shape) or len(source.shape) > 1]
+        parts = [source for source in sources if 0 not in source.shape or len(source.shape) > 1]
         rank = len(self.call.shapes[0])
         stacked = rank > len(parts[0].shape)
         # What has lost all its channels adds nothing, and has no say on the other dimensions.
-        full = parts if stacked else [source for source in parts if _numel(source.shape)] or parts
+        full = parts if stacked else [source for source in parts if 0 not in source.shape] or parts
         joined = int(self.others.get("dim", 0)) % rank
         axes: list[Axis] = []
         for dim in range(len(full[0].shape)):
@@ -358,22 +354,24 @@ class Move:
         the others lie.
         """
         parts = self.call.written[str(self.call.rule.moves)]
-        recorded = [part.meta.get("val") for part in parts if isinstance(part, fx.Node)]
-        shapes = [val.shape for val in recorded if isinstance(val, Tensor)]
-        shapes = [shape for shape in shapes if joined < len(shape)]  # not that of torch.tensor([])
-        return any(is_dynamic(shape[joined]) for shape in shapes)
+        shapes = [recorded_shape(part) for part in parts if isinstance(part, fx.Node)]
+        # One may be that of torch.tensor([]).
+        return any(joined < len(shape) and is_dynamic(shape[joined]) for shape in shapes)
 
 
 def _segments(node: fx.Node, before: tuple[int, ...], after: tuple[int, ...], sizes: Sizes) -> list[Segment]:
     """How the shapes of a reshape correspond at every size; where a pass has recorded none, at those of the
     interpretation.
     """
-    recorded = [item.meta.get("val") for item in (node.all_input_nodes[0], node)]
-    symbolic: Sequence[Sequence[Any]] = [tuple(val.shape) for val in recorded if isinstance(val, Tensor)]
-    if [len(shape) for shape in symbolic] != [len(before), len(after)]:
-        symbolic = [before, after]
-    pairs = zip(symbolic, (before, after), strict=True)
+    symbolic = [recorded_shape(item) for item in (node.all_input_nodes[0], node)]
+    is_recorded = [len(shape) for shape in symbolic] == [len(before), len(after)]
+    pairs = zip(symbolic if is_recorded else (before, after), (before, after), strict=True)
     return segments(*([sizes.factored(*pair) for pair in zip(*both, strict=True)] for both in pairs))
+
+
+def _some_indices(arguments: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    """Arguments, with indices in the place of tensors."""
+    return {name: _some_index(value, written[name]) for name, value in arguments.items()}
 
 
 def _some_index(value: Any, written: Any) -> Any:
@@ -391,18 +389,3 @@ def _some_index(value: Any, written: Any) -> Any:
     if not isinstance(recorded, Tensor) or recorded.dtype in (torch.bool, torch.uint8):
         raise DoesNotApplyError("a mask is known only at run time")
     return torch.zeros(value.shape, dtype=torch.long)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _one_of_each(axis: Axis, source: Axis) -> bool:
-    """Whether a move took one channel out of every row, so that what is left varies only from row to row and
-    cannot shrink.
-    """
-    return (
-        len(axis.varying()) < len(source.varying())
-        and axis.numbers.unique().numel() != source.numbers.unique().numel()
-        and smallest_step(axis.numbers.numpy(), axis.dim) > smallest_step(source.numbers.numpy(), source.dim)
-    )

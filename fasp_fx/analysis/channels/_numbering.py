@@ -4,14 +4,14 @@ numbers lie along its dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,14 @@ class Numbering:
         """The numbers along one dimension (see :meth:`Slot.numbers`), or ``None`` for a dimension without
         channels.
         """
-        slot = self.get(name, dim)
-        return None if slot is None else slot.numbers()
+        return None if (slot := self.get(name, dim)) is None else slot.numbers()
 
     def speaking(self, numbers: Tensor) -> Tensor:
         """The numbers that speak for these."""
         if self.representative is None:
             return numbers
-        if len(self.representative) < self.total:  # numbers handed out later speak for themselves
-            self.representative = torch.cat(
-                [self.representative, torch.arange(len(self.representative), self.total)]
-            )
+        later = torch.arange(len(self.representative), self.total)  # these speak for themselves
+        self.representative = torch.cat([self.representative, later])
         return self.representative[numbers]
 
     def slot_ids(self, numbers: np.ndarray) -> np.ndarray:
@@ -119,6 +116,12 @@ def marked(count: int, *numbers: np.ndarray) -> np.ndarray:
     for some in numbers:
         table[some] = True
     return table
+
+
+def recorded_shape(node: fx.Node | None) -> Sequence[int | torch.SymInt]:
+    """The shape that was captured of what a node gives; empty where that is no tensor."""
+    value = None if node is None else node.meta.get("val")
+    return value.shape if isinstance(value, Tensor) else ()
 
 
 # --- The numbers along the dimensions of a tensor.

@@ -112,23 +112,15 @@ def regroup(
         if free and laid.shape[at] > 1:
             alike(laid.narrow(at, 0, 1), laid)
             laid = laid.narrow(at, 0, 1)
-    return _joined(_crossed(laid, segments), segments, shape)
-
-
-def _crossed(laid: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """Numbers by the factors of the source, laid out by those of the result."""
-    full: list[int] = []
-    new: list[int] = []
+    # From the factors of the source to those of the result.
+    full, new = list[int](), list[int]()
     for segment in segments:
         sizes = list(laid.shape[len(full) : len(full) + len(segment.before)])
         varies = any(size > 1 for size in sizes)
         full += [size.value for _, size in segment.before] if segment.dealt and varies else sizes
         new += ([size.value if varies else 1 for _, size in segment.after]) if segment.dealt else sizes
-    return laid.expand(full).reshape(new)
-
-
-def _joined(laid: Tensor, segments: Sequence[Segment], shape: Sequence[int]) -> Tensor:
-    """Numbers by the factors of the result, with its dimensions."""
+    laid = laid.expand(full).reshape(new)
+    # From its factors to its dimensions.
     pieces = [piece for segment in segments for piece in segment.after]
     spread = {dim for at, (dim, _) in enumerate(pieces) if laid.shape[at] > 1}
     laid = laid.expand([size.value if dim in spread else 1 for dim, size in pieces])
@@ -190,9 +182,8 @@ def repeating(numbers: Tensor, recorded: Sequence[int | torch.SymInt]) -> Repeat
         recorded: the shape of their tensor as it was captured, with symbols for sizes that vary.
     """
     varies = [False] * numbers.dim()
-    for dim, (length, size) in enumerate(zip(numbers.shape, recorded)):
-        if length == 1 or not is_dynamic(size):
-            continue
+    lengths = enumerate(zip(numbers.shape, recorded))
+    for dim, length in ((dim, length) for dim, (length, size) in lengths if length > 1 and is_dynamic(size)):
         for period in (part for part in range(1, length) if length % part == 0):
             times = [length // period if other == dim else 1 for other in range(numbers.dim())]
             if torch.equal(numbers.narrow(dim, 0, period).repeat(times), numbers):

@@ -12,17 +12,15 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx
 
 from fasp_fx.patterns import ORDINALS, TOLD, Dims, DoesNotApplyError, letters_of
 
 from ._call import Call, Operand, Operands, joined
 from ._choices import look_up
-from ._consumers import Contraction, blocks_wanted
-from ._coupling import Meeting, alike_in_blocks, couple, stretched
+from ._coupling import Contraction, Meeting, alike_in_blocks, blocks_wanted, couple, stretched
 from ._facts import Facts, Product
-from ._numbering import Axis, Numbering, Value
+from ._numbering import Axis, Numbering, Value, recorded_shape
 from ._regroup import repeating
 
 
@@ -43,8 +41,15 @@ class Relation:
         self.operands = Operands(call)
         self.reading = self.operands.reading
         self.activations = [operand for operand in self.operands.each if not operand.value.constant]
-        #: letters along which graphs that the operator is given tell positions apart, with the reason
-        self.told = _told_apart(call)
+        #: letters along which graphs that the operator is given tell positions apart, each with the reason
+        #: why none of them can go. A graph is told the number of a position; with another position gone it
+        #: would be told another number. Only where it does not read that number, and no table beside it has
+        #: an entry for each position, are all positions alike.
+        self.told = {
+            letter: f"'{name}' of {call.node.target} tells positions along this dimension apart"
+            for name, (letter, place) in TOLD.get(str(call.node.target), {}).items()
+            if not _are_alike(call.arguments.get(name), place)
+        }
 
     @cached_property
     def frozen(self) -> frozenset[str]:
@@ -56,9 +61,8 @@ class Relation:
         """Letters along which positions compete, with how many of them are needed at once."""
         several = self.reading.arguments.get("k", 1)
         lowest = self.reading.arguments.get("largest") is False
-        if lowest or not isinstance(several, int) or "k" in self.call.nodes:
-            return {}
-        return dict.fromkeys(self.reading.along("choose"), several)
+        unknown = not isinstance(several, int) or "k" in self.call.nodes
+        return {} if lowest or unknown else dict.fromkeys(self.reading.along("choose"), several)
 
     # --- What follows for channels.
 
@@ -105,10 +109,9 @@ class Relation:
         """Where two activations are contracted, note which channels share a position of the dimensions that
         neither sums over.
         """
-        activations = self.activations
-        letters = [letter for operand in activations for letter in operand.letters]
+        letters = [letter for operand in self.activations for letter in operand.letters]
         several = {letter for letter in letters if letters.count(letter) > 1}
-        for operand in activations if several & self.operands.summed else ():
+        for operand in self.activations if several & self.operands.summed else ():
             shared = [letter in several & self.reading.kept for letter in operand.letters]
             for axis in operand.value.axes:
                 leader = axis.numbers
@@ -147,12 +150,11 @@ class Relation:
         if not (meeting := self._without_lacking(letter, holders, meeting)):
             return []
         self._couple_along((self.reading.crossed | ({*order} - self.reading.kept)) - {letter}, meeting)
-        numbers = [each.numbers for each in meeting]
+        surviving = numbers = [each.numbers for each in meeting]
         vanishing = any(operand.value.vanishes for operand in holders)
         self._count(letter, numbers)
         routing = letter in self.needed or (letter in self.reading.along("add") and vanishing)
         routing = routing or self._looked_up(letter, meeting)
-        surviving = numbers
         if len(holders) > 1:
             self._want_blocks(alike_in_blocks(meeting, order))
             surviving = couple(holders, meeting, self.facts, self.node)
@@ -160,9 +162,9 @@ class Relation:
         if letter in self.operands.summed:
             self._contract(holders, numbers, vanishing)
             return []
-        if not self.operands.constant:
-            rows = [each.axis for each in meeting if each.operand.value.constant]
-            self.facts.produced += [(axis.numbers.reshape(-1).numpy(), axis.slot) for axis in rows]
+        for each in meeting:
+            if each.operand.value.constant and not self.operands.constant:
+                self.facts.produced.append((each.axis.numbers.reshape(-1).numpy(), each.axis.slot))
         return surviving
 
     def _stay_inside(self, letter: str, meeting: list[Meeting]) -> bool:
@@ -182,20 +184,20 @@ class Relation:
             self.facts.wishes.stretched.update(stretched(operand, letter))
             why = f"meets '{operand.name}' of {self.node.target}, which has no channels there"
             self.facts.freeze((each.axis for each in meeting), why, self.node)
-        if lacking and not self.operands.constant and letter in self.reading.kept:
-            # A weight's positions that are frozen here never go; carried on, they would only be taken for
-            # channels that other weights share.
-            return [each for each in meeting if not each.operand.value.constant]
-        return meeting
+        # A weight's positions that are frozen here never go; carried on, they would only be taken for
+        # channels that other weights share.
+        ends = bool(lacking) and not self.operands.constant and letter in self.reading.kept
+        return [each for each in meeting if not (ends and each.operand.value.constant)]
 
     def _count(self, letter: str, numbers: list[Tensor]) -> None:
         """Say how many of the positions of a letter have to stay."""
         counts = self.facts.counts
         if letter in self.needed:
             counts.chosen += [(each.reshape(-1).numpy(), self.needed[letter]) for each in numbers]
-        for clause in self.call.rule.all("align"):
-            if clause.words[0] == letter:
-                counts.aligned += [(each.reshape(-1).numpy(), int(clause.words[1])) for each in numbers]
+        aligned = [
+            int(clause.words[1]) for clause in self.call.rule.all("align") if clause.words[0] == letter
+        ]
+        counts.aligned += [(each.reshape(-1).numpy(), multiple) for multiple in aligned for each in numbers]
 
     def _remark(self, letter: str, numbers: list[Tensor], routing: bool) -> None:
         """Say what the rule does to the positions of a letter."""
@@ -203,8 +205,13 @@ class Relation:
         if letter in self.frozen | self.reading.windowed:
             why = self.told.get(letter, f"{target} cannot lose positions along this dimension")
             self.facts.say(remarks.frozen, numbers, why, self.node, routing)
+            # These can perhaps go along another dimension that they also vary along, those of a position
+            # together.
+            order, reading = self.operands.order, self.reading
+            fixed = self.frozen | reading.windowed | reading.crossing | reading.inside
             for each in numbers:
-                self._want_together(letter, each)
+                if any(size > 1 and one not in fixed for one, size in zip(order, each.shape, strict=True)):
+                    self.facts.want_together(each, order.index(letter), self.node)
         elif letter in self.reading.crossing or letter not in self.reading.kept | self.operands.summed:
             self.facts.say(remarks.mixed, numbers, f"mixed by {target}", self.node, routing)
 
@@ -215,15 +222,6 @@ class Relation:
             for each in meeting:
                 if each.numbers.shape[dim] > 1:
                     self.facts.couple(each.numbers.narrow(dim, 0, 1), each.numbers, self.node)
-
-    def _want_together(self, letter: str, numbers: Tensor) -> None:
-        """Channels that cannot go along this dimension can perhaps go along another one that they also vary
-        along, those of a position together.
-        """
-        order, reading = self.operands.order, self.reading
-        fixed = self.frozen | reading.windowed | reading.crossing | reading.inside
-        if any(size > 1 and one not in fixed for one, size in zip(order, numbers.shape, strict=True)):
-            self.facts.want_together(numbers, order.index(letter), self.node)
 
     def _route(self, holders: list[Operand], meeting: list[Meeting]) -> None:
         """Blocks chosen at run time go with the numbers by which they are chosen."""
@@ -270,33 +268,30 @@ class Relation:
         contractions = [Contraction(self.node, self.operands, *pair) for pair in pairs]
         for contraction in (each for each in contractions if each.shared):
             self.facts.counts.stacked += contraction.stacked()
-            problem = contraction.problem()
-            if problem is None:
+            if (problem := contraction.problem()) is not None:
+                self.facts.freeze(contraction.axes(), problem, self.node)
+            else:
                 self._want_blocks(contraction.alike_in_blocks())
                 self.facts.uses += contraction.uses()
-            else:
-                self.facts.freeze(contraction.axes(), problem, self.node)
 
     def _want_blocks(self, shared: Iterable[tuple[Operand, Axis, str]]) -> None:
         """Ask for numbers of their own for channels of every block, where blocks share them."""
         blocks = self.facts.wishes.blocks
-        for weight, axis, letter in shared:
-            blocks |= blocks_wanted(self.numbering, weight, axis, letter) | blocks
+        for each in shared:
+            blocks |= blocks_wanted(self.numbering, *each) | blocks
 
 
 def _lies_alike(operand: Operand, among: list[Tensor]) -> bool:
     """Whether those of some channels that an activation holds repeat along dimensions whose sizes vary, if
     they lie along any.
     """
-    recorded = None if operand.node is None else operand.node.meta.get("val")
-    if not isinstance(recorded, Tensor):
-        return True
+    recorded = recorded_shape(operand.node)
     concerned = [
         axis.numbers
         for axis in operand.value.axes
-        if any(bool(torch.isin(axis.numbers, numbers).any()) for numbers in among)
+        if any(np.isin(axis.numbers.numpy(), numbers.numpy()).any() for numbers in among)
     ]
-    return all(repeating(numbers, recorded.shape) is not None for numbers in concerned)
+    return all(repeating(numbers, recorded) is not None for numbers in concerned)
 
 
 def fits(values: list[Value], shapes: list[tuple[int, ...]]) -> bool:
@@ -309,25 +304,8 @@ def fits(values: list[Value], shapes: list[tuple[int, ...]]) -> bool:
     )
 
 
-# --- Operators that are given graphs: which positions the graphs are told, and whether anything depends on
-# that.
-
-
-def _told_apart(call: Call) -> dict[str, str]:
-    """The letters along which a call may tell positions apart, each with the reason why none of them can go.
-
-    A graph is told the number of a position; with another position gone it would be told another number. Only
-    where it does not read that number, and no table beside it has an entry for each position, are all
-    positions alike.
-    """
-    return {
-        letter: f"'{name}' of {call.node.target} tells positions along this dimension apart"
-        for name, (letter, place) in TOLD.get(str(call.node.target), {}).items()
-        if not _are_alike(call.arguments.get(name), place)
-    }
-
-
 def _are_alike(argument: Any, place: int) -> bool:
+    """Whether nothing depends on the positions that graphs are told, as their input of that number."""
     parts = argument if isinstance(argument, (list, tuple)) else [argument]
     tables = [part for part in parts if isinstance(part, Value) and len(part.shape) > place]
     graphs = [part.graph for part in parts if isinstance(part, fx.GraphModule)]
