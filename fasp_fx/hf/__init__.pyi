@@ -12,6 +12,8 @@ from ._evaluation import (
 from ._folder import (
     KIND as KIND,  # the kind of a save that holds programs
     PLAIN as PLAIN,  # the kind of a save in a format of others
+    load_offloaded as load_offloaded,  # Load a model whose weights lie in files, and never all in memory; otherwise as from_pretrained does
+    refuse_incomplete as refuse_incomplete,  # Refuse a model with weights made up, or with fewer layers than its files
 )
 from ._generating import (
     PrunedForCausalLM as PrunedForCausalLM,  # A pruned decoder that generates as its original does
@@ -19,10 +21,6 @@ from ._generating import (
 )
 from ._model import (
     PrunedModel as PrunedModel,  # A model whose forward is a captured and pruned program with a cache; made by fasp_fx.hf.prune or from_pretrained
-)
-from ._offloaded import (
-    load_offloaded as load_offloaded,  # Load a model whose weights lie in files, and never all in memory; otherwise as from_pretrained does
-    refuse_incomplete as refuse_incomplete,  # Refuse a model with weights made up, or with fewer layers than its files
 )
 from ._prune import (
     CapturedModel as CapturedModel,  # A generating model as the programs that generation needs, over its own weights, for several prunings

@@ -33,7 +33,7 @@ from fasp_fx.pruning import (
 
 from ._claims import check_equal, unlike
 from ._fields import Experiments, Place, arrange, lowered, units, written
-from ._offloaded import first_fault
+from ._folder import first_fault
 from ._registry import Format, PerLayer, Sizes, format_of
 
 #: tokens of an example where there is no calibration data to take one from

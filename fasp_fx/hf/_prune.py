@@ -49,15 +49,14 @@ from fasp_fx.storage import new_save, parsing, read_json
 
 from ._claims import check_equal
 from ._config import PrunedConfig, check_layers
-from ._convention import check_served, convention_of
 from ._flat import FlatProgram
 from ._folder import check_sums
 from ._formats import build, example_of, prune_to
 from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
-from ._gguf_tokenizer import keep_source
+from ._gguf import keep_source
 from ._model import Parts, PrunedModel, StoredProgram
 from ._registry import OWN, format_in, format_of
-from ._stages import CausalStages, Seq2SeqStages, stages_of
+from ._stages import CausalStages, Seq2SeqStages, check_served, convention_of, stages_of
 
 
 @dataclass(frozen=True)

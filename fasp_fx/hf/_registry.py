@@ -25,10 +25,9 @@ from . import _generating, modeling_per_layer
 from ._claims import llama_of, refuse_unsaid
 from ._config import original_of
 from ._fields import Experiments, Field, Place, find_fields
-from ._folder import KIND, PLAIN, fill
+from ._folder import KIND, PLAIN, fill, first_fault
 from ._gguf import bytes_each, describe_gguf, write_gguf
 from ._model import PrunedModel
-from ._offloaded import first_fault
 
 #: what fields say instead of what they say of the dense model, for each scope
 Sizes = dict[str, dict[Place, int]]

@@ -45,12 +45,9 @@ from fasp_fx.errors import ArgumentError, NothingPrunableError, PlanError
 from fasp_fx.storage import claim, refuse_other
 
 from ._allocating import Constraint, allocate, check_request, constrained, open_budget
-from ._calibrating import by_score, calibrate
 from ._config import Granularity, Include, PruningConfig, PruningOptions, key_of
-from ._joined import PartsAnalysis
-from ._measuring import Measured, Measurement
-from ._method import Method
-from ._parts import InParts, Subject
+from ._method import Measured, Measurement, Method, by_score, calibrate
+from ._parts import InParts, PartsAnalysis, Subject
 from ._report import PREDICTED
 from ._result import Result
 from ._subject import Whole, analyze_for, check_weights, make_plan, split

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fasp_fx.allocation import Cap
     from fasp_fx.analysis import Analysis, Resource
 
-    from .check._check import Checked
+    from .check import Checked
 
 #: the operators whose weights sparsity counts
 COUNTED = "linear, convolution and recurrent operators"

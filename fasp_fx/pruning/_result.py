@@ -11,7 +11,9 @@ they are named, so load only what you would also run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -23,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fasp_fx.analysis import PruningPlan
-from fasp_fx.base import in_usual_modes, one_at_a_time, parse, path_of, tolerable
+from fasp_fx.base import fingerprint, in_usual_modes, one_at_a_time, parse, path_of, tolerable
 from fasp_fx.capturing import CallSignature, model_copy, replace_submodule, with_attributes_of
 from fasp_fx.errors import ArgumentError, CaptureError, PlanError, StoreError
 from fasp_fx.passes import PrunedModule, program_now, wrap
@@ -45,7 +47,6 @@ from fasp_fx.storage import (
 )
 
 from ._config import PruningConfig
-from ._copies import check_copies, note_copy
 from ._report import Report
 
 KIND = "whole"
@@ -328,3 +329,51 @@ def _load_parts(folder: Path, model: nn.Module | None, device: torch.device | No
     rebuilt = rebuilt if device is None else rebuilt.to(device)
     signature = signature_from_json(read_text(folder / "signature.json"))
     return Result(cast(fx.GraphModule, rebuilt), *read_told(folder), signature, parts, layout.left)
+
+
+# --- The copies of callers' models that results have made: a save would forget that one was trained since.
+
+#: of each copy, the module that it is like, and what its weights were
+_COPIES: MutableMapping[nn.Module, tuple[weakref.ref[nn.Module], dict[str, str]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def note_copy(copy: nn.Module, module: nn.Module) -> None:
+    """Remember the weights of a copy that is like the module of a result."""
+    _COPIES[copy] = weakref.ref(module), _fingerprints(copy)
+
+
+def check_copies(module: nn.Module, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+    """Refuse to write other weights than those of a copy that was trained since it was made.
+
+    Args:
+        module: of the result.
+        weights: gives those that the module has now, by their names in the copies.
+
+    Raises:
+        StoreError: names one.
+    """
+    if _COPIES:
+        gc.collect()  # a copy that nobody holds any more may be held by itself
+    changed = [
+        (name, copy.state_dict()[name])
+        for copy, (other, before) in list(_COPIES.items())
+        if other() is module
+        for name, _ in sorted(_fingerprints(copy).items() - before.items())
+    ]
+    now = weights() if changed else {}
+    for name, tensor in changed:
+        if name in now and not torch.equal(tensor, now[name].to(tensor)):
+            raise StoreError(
+                f"a copy that result.eager made was trained since, and result.module has other values in"
+                f" '{name}'; take them with result.module.load_state_dict(copy.state_dict()), or save"
+                " the copy's state_dict() and delete the copy"
+            )
+
+
+def _fingerprints(module: nn.Module) -> dict[str, str]:
+    """What tells the weights of a module from others, but for those that were quantised."""
+    tensors = module.state_dict().items()
+    plain = ((name, tensor) for name, tensor in tensors if type(tensor) is Tensor and not tensor.is_meta)
+    return {name: fingerprint({"": tensor}) for name, tensor in plain}

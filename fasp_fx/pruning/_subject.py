@@ -31,7 +31,7 @@ from fasp_fx.passes import split_fused
 from ._config import PruningConfig
 from ._report import make_report
 from ._result import Result
-from .check._check import Checker
+from .check import Checker
 
 
 def check_weights(programs: Iterable[Program]) -> None:
