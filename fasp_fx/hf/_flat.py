@@ -5,7 +5,7 @@ programs share, and its rewrites for speed: no checks inside, no heads repeated.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -13,10 +13,14 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.nn.functional import scaled_dot_product_attention
 
+from fasp_fx.analysis import PruningPlan
 from fasp_fx.base import CACHE, codegen_of, forward_from_src, pytree
 from fasp_fx.capturing import copy_graph, lower_bound, upper_bound
 from fasp_fx.errors import ArgumentError, CaptureError
+from fasp_fx.passes import Origin
 from fasp_fx.patterns import RESHAPES
+from fasp_fx.pruning import Report
+from fasp_fx.storage import program_to_json
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class FlatProgram:
     graph: fx.Graph
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    _function: Callable[..., Any] | None = field(default=None, repr=False)
+    _function: Callable[..., Any] | None = field(default=None, init=False, repr=False)
 
     @staticmethod
     def of(module: fx.GraphModule) -> FlatProgram:
@@ -95,10 +99,6 @@ class FlatProgram:
             self._function = forward_from_src(code.src, code.globals)
         inputs = [values[name] for name in self.inputs]
         return dict(zip(self.outputs, self._function(weights, *inputs), strict=True))
-
-    def rewritten(self, graph: fx.Graph) -> FlatProgram:
-        """The same inputs and outputs over another graph."""
-        return FlatProgram(graph, self.inputs, self.outputs)
 
     def to_device(self, device: torch.device) -> None:
         """Let the graph make its tensors on another device."""
@@ -153,9 +153,52 @@ class FlatProgram:
         return bounds + [Bound((place,), most[place]) for place in most if str(sizes[place]) not in joint]
 
     def __deepcopy__(self, memo: Any) -> FlatProgram:
-        copied = self.rewritten(copy_graph(self.graph))
-        memo[id(self)] = copied
+        memo[id(self)] = copied = replace(self, graph=copy_graph(self.graph))
         return copied
+
+
+@dataclass(frozen=True)
+class StoredProgram:
+    """One program: as it is written to disk, and as it runs, with its weights under the model's names.
+
+    Attributes:
+        source: the program as it is written, or what it is made of when it is written.
+    """
+
+    source: Mapping[str, Any] | Origin
+    flat: FlatProgram
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """The program as JSON.
+
+        Raises:
+            StoreError: it holds something that cannot be stored; names it.
+        """
+        return program_to_json(self.source.program) if isinstance(self.source, Origin) else self.source
+
+    def __deepcopy__(self, memo: Any) -> StoredProgram:
+        return self  # nobody changes it
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a pruned model is made of.
+
+    Attributes:
+        programs: by name.
+        weights: parameters and persistent buffers by the names of the original model; tied ones are one
+            object.
+        constants: for each program, its constants and other buffers by the names in its graph.
+        plan: what was removed.
+        report: what it cost.
+    """
+
+    programs: Mapping[str, StoredProgram]
+    weights: Mapping[str, Tensor]
+    constants: Mapping[str, Mapping[str, Tensor]]
+    plan: PruningPlan
+    report: Report
 
 
 def _is_of_tokens(name: str) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from fasp_fx.base import Scratch, attention_of, check_device, keep_weights, kept_in_float32
+from fasp_fx.base import Scratch, check_device, keep_weights, kept_in_float32
 from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.pruning import TOLD, read_told, write_told
 from fasp_fx.storage import (
@@ -34,17 +33,15 @@ from fasp_fx.storage import (
     program_from_json,
     read_json,
     read_tensors,
-    read_text,
     verify,
     write_json,
     write_manifest,
     write_tensors,
 )
 
-from ._arguments import LOSSES, POSITIONS, refuse
+from ._arguments import LOSSES, POSITIONS
 from ._config import PrunedConfig, original_of
-from ._flat import FlatProgram
-from ._model import Parts, PrunedModel, StoredProgram
+from ._flat import FlatProgram, Parts, StoredProgram
 
 KIND, PLAIN = "hf", "plain"
 #: what makes a pruned model, and with it what else is written
@@ -65,7 +62,7 @@ def check_sums(folder: Path) -> None:
         verify(folder, kind_of(folder), {*TOLD, *(name for name in listed if not name.endswith(".md"))})
 
 
-def save_into(model: PrunedModel, path: Path, state_dict: Mapping[str, Tensor] | None) -> None:
+def save_into(model: Any, path: Path, state_dict: Mapping[str, Tensor] | None) -> None:
     """Write a pruned model to a folder that may hold other files, as a trainer's checkpoints do.
 
     The manifest is the last file, so that a half-replaced model is noticed.
@@ -81,7 +78,7 @@ def save_into(model: PrunedModel, path: Path, state_dict: Mapping[str, Tensor] |
         raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
 
 
-def fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> None:
+def fill(folder: Path, model: Any, state_dict: Mapping[str, Tensor] | None) -> None:
     """Write the files of a pruned model, but for its manifest; ``state_dict``: with other weights.
 
     Raises:
@@ -102,7 +99,7 @@ def fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | No
     write_told(folder, model.plan, model.report)
 
 
-def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def _weights(model: Any, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The weights to write, held against those that the programs need."""
     weights: dict[str, Tensor] = model.state_dict(keep_vars=True)
     values = weights if state_dict is None else state_dict
@@ -121,151 +118,52 @@ def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dic
 
 #: fields of a configuration that say what the programs are
 _OF_THE_PROGRAMS = ("original", "positions", "loss", "labels_moved", "fasp_fx_version", "is_encoder_decoder")
-#: arguments of transformers' loaders that change nothing here
-_WITHOUT_EFFECT = {
-    *("trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "adapter_kwargs", "_from_auto"),
-    *("_from_pipeline", "weights_only", "proxies", "use_kernels", "cache_dir", "force_download"),
-    *("local_files_only", "revision", "token"),
-}
 
 
-def _parts(folder: Path, device: torch.device) -> Parts:
-    programs = read_json(folder / "programs.json")
-    weights = read_tensors(folder / "model.safetensors", device)
-    tensors = read_tensors(folder / "constants.safetensors", device)
-    constants: dict[str, dict[str, Tensor]] = {}
-    stored_programs: dict[str, StoredProgram] = {}
-    with parsing("programs.json"):
-        for name, stored in programs.items():
-            constants[name] = {inside: tensors[outside] for inside, outside in stored["constants"].items()}
-            kept = {"program": stored["program"]}
-            module = program_from_json(kept, weights, constants[name], device).module(check_guards=False)
-            stored_programs[name] = StoredProgram(kept, FlatProgram.of(module))
-    return Parts(stored_programs, weights, constants, *read_told(folder))
+def read_saved(folder: Path, changed: Any, device_map: Any) -> tuple[PrunedConfig, Parts]:
+    """What :func:`save_into` wrote, with the configuration as the caller has changed it; what that says of
+    the programs stays as it was saved.
 
-
-def _config(folder: Path) -> PrunedConfig:
+    Raises:
+        StoreError: a file is missing, damaged or of another version.
+        ArgumentError: there is no such device here.
+    """
+    verify(folder, KIND, FILES)
+    verify(folder, KIND, {"generation_config.json"} & read_json(folder / MANIFEST)["files"].keys())
+    if device_map == "auto":
+        device_map = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = torch.get_default_device() if device_map is None else check_device(device_map, values=False)
     with parsing("config.json"):
-        config = PrunedConfig.from_pretrained(folder)
-    if not isinstance(config.original, dict):
+        saved = PrunedConfig.from_pretrained(folder)
+    if not isinstance(saved.original, dict):
         raise StoreError(
             "config.json does not hold the configuration of the model that was pruned; save the model again"
         )
-    original_of(config)
+    original_of(saved)
     for name, ways in (("positions", POSITIONS), ("loss", LOSSES)):
-        if getattr(config, name) not in (None, *ways):
+        if getattr(saved, name) not in (None, *ways):
             raise StoreError(
                 f"config.json does not say how the model is called ({name}); save the model again"
             )
-    return config
-
-
-def _overridden(saved: PrunedConfig, changed: Any) -> PrunedConfig:
-    """The configuration as the caller has changed it, as transformers takes it; what it says of the programs
-    stays as it was saved.
-    """
-    if not isinstance(changed, PrunedConfig):
-        return saved
-    config = copy.deepcopy(changed)
+    config = copy.deepcopy(changed) if isinstance(changed, PrunedConfig) else saved
     for name in (*_OF_THE_PROGRAMS, "dtype"):
         setattr(config, name, getattr(saved, name))
-    return config
+    return config, _parts(folder, device)
 
 
-def _device(device_map: Any) -> torch.device:
-    if device_map == "auto":
-        device_map = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return torch.get_default_device() if device_map is None else check_device(device_map, values=False)
-
-
-class SavedModel(PrunedModel):
-    """A pruned model with a folder of its own format."""
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: Any,
-        is_main_process: bool = True,
-        state_dict: Any = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Write the model as it is now to a folder, which may exist already, as transformers' models do.
-
-        The files are complete before the first of them takes its place. See
-        :meth:`fasp_fx.hf.Pruned.save_pretrained` for a folder that appears whole or not at all, with the
-        tokenizer.
-
-        Args:
-            state_dict: weights to write instead of the model's own, by the same names.
-
-        Raises:
-            StoreError: the folder cannot be written, or a weight no longer fits the program.
-        """
-        if is_main_process:
-            save_into(self, Path(save_directory), state_dict)
-        if push_to_hub:
-            raise ArgumentError(
-                "push_to_hub=True is not served; call save_pretrained(folder), then"
-                " huggingface_hub.upload_folder"
-            )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Any,
-        *model_args: Any,
-        config: Any = None,
-        dtype: Any = None,
-        torch_dtype: Any = None,
-        device_map: Any = None,
-        **options: Any,
-    ) -> Any:
-        """Load a folder that ``save_pretrained`` wrote.
-
-        Args:
-            pretrained_model_name_or_path: the folder; of a repository on the hub, what
-                ``huggingface_hub.snapshot_download`` made of it.
-            dtype: ``None``, ``"auto"`` or the dtype that the model was captured in; another one is refused.
-            device_map: ``None``, ``"auto"`` (the accelerator if there is one), or a device.
-
-        Raises:
-            StoreError: a file is missing, damaged or of another version.
-            ArgumentError: an argument cannot be honoured.
-        """
-        folder = Path(pretrained_model_name_or_path) / (options.pop("subfolder", "") or "")
-        refuse(options, known=_WITHOUT_EFFECT)
-        # The Auto classes put it there; a pruned model says "sdpa" of itself.
-        if (asked := attention_of(config)) not in (None, "sdpa"):
-            raise ArgumentError(
-                f"attn_implementation={asked!r} cannot be had: the programs fix attention; choose it for the"
-                " dense model and prune it again"
-            )
-        verify(folder, KIND, FILES)
-        verify(folder, KIND, {"generation_config.json"} & read_json(folder / MANIFEST)["files"].keys())
-        device = _device(device_map)
-        saved = _overridden(_config(folder), config)
-        wanted = dtype if dtype is not None else torch_dtype
-        wanted = getattr(torch, wanted, wanted) if isinstance(wanted, str) else wanted
-        if wanted not in (None, "auto", saved.dtype):
-            raise ArgumentError(
-                f"dtype={wanted} cannot be had: the programs were captured in {saved.dtype}; load the dense"
-                " model in that dtype and prune it again"
-            )
-        parts = _parts(folder, device)
-        if set(parts.programs) != cls.program_names:
-            auto = "AutoModelForSeq2SeqLM" if saved.is_encoder_decoder else "AutoModelForCausalLM"
-            raise StoreError(
-                f"programs.json holds the programs {sorted(parts.programs)!r:.200}, not those of a"
-                f" {cls.__name__}, {sorted(cls.program_names)}; load it with {auto}, or save the model again"
-            )
-        with parsing("programs.json or config.json"):
-            model = cls(saved, parts)
-        if os.path.lexists(folder / "generation_config.json"):
-            with parsing("generation_config.json"):
-                read_text(folder / "generation_config.json")
-                model.generation_config = model.generation_config_class.from_pretrained(folder)
-        model.name_or_path = str(pretrained_model_name_or_path)
-        return model
+def _parts(folder: Path, device: torch.device) -> Parts:
+    weights = read_tensors(folder / "model.safetensors", device)
+    tensors = read_tensors(folder / "constants.safetensors", device)
+    constants: dict[str, dict[str, Tensor]] = {}
+    programs: dict[str, StoredProgram] = {}
+    stored_programs = read_json(folder / "programs.json")
+    with parsing("programs.json"):
+        for name, stored in stored_programs.items():
+            constants[name] = {inside: tensors[outside] for inside, outside in stored["constants"].items()}
+            kept = {"program": stored["program"]}
+            module = program_from_json(kept, weights, constants[name], device).module(check_guards=False)
+            programs[name] = StoredProgram(kept, FlatProgram.of(module))
+    return Parts(programs, weights, constants, *read_told(folder))
 
 
 _NUMBER = re.compile(r"\.\d+\.")

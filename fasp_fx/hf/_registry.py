@@ -21,13 +21,12 @@ from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.pruning import FormatName, Granularity
 from fasp_fx.storage import kind_of, parsing, read_json, write_json
 
-from . import _generating, modeling_per_layer
+from . import _model, modeling_per_layer
 from ._claims import llama_of, refuse_unsaid
 from ._config import original_of
 from ._fields import Experiments, Field, Place, find_fields
 from ._folder import KIND, PLAIN, fill, first_fault
 from ._gguf import bytes_each, describe_gguf, write_gguf
-from ._model import PrunedModel
 
 #: what fields say instead of what they say of the dense model, for each scope
 Sizes = dict[str, dict[Place, int]]
@@ -181,7 +180,7 @@ class Program(Format):
         return kind, config
 
     def holds(self, kind: type) -> bool:
-        return issubclass(kind, PrunedModel)
+        return issubclass(kind, _model.PrunedModel)
 
     def write(self, folder: Path, model: Any, tokenizer: Any) -> None:
         fill(folder, model, None)
@@ -342,7 +341,7 @@ def format_in(folder: Path) -> tuple[Format, type]:
     kind = kind_of(folder)
     with parsing("config.json"):
         name = str((read_json(folder / "config.json").get("architectures") or ["none"])[0])
-        homes = (transformers, modeling_per_layer, _generating)
+        homes = (transformers, modeling_per_layer, _model)
         model_class = next((getattr(home, name) for home in homes if hasattr(home, name)), None)
         if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
             for form in FORMATS.values():
