@@ -50,9 +50,6 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
 }
 
 
-_NUMBERS = (torch.int32, torch.int64)
-
-
 def refuse(arguments: dict[str, Any], known: Container[str] = ()) -> None:
     """Refuse arguments that the programs do not take, unless they ask for nothing.
 
@@ -73,7 +70,8 @@ def checked_tokens(name: str, ids: Any) -> Tensor:
     Raises:
         ArgumentError: names the argument.
     """
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in _NUMBERS or 0 in ids.shape:
+    is_whole = isinstance(ids, Tensor) and ids.dtype in (torch.int32, torch.int64)
+    if not is_whole or ids.dim() != 2 or 0 in ids.shape:
         raise ArgumentError(
             f"{name} is {shown(ids)}; pass token numbers [batch, tokens], torch.int64, at least one token"
         )
@@ -153,11 +151,9 @@ def opened(cache: Any, kind: type[Cache]) -> Any:
         ArgumentError: it is of another kind; names the kind.
     """
     if cache is None:
-        parts = [DynamicCache(), DynamicCache()]
-        return EncoderDecoderCache(*parts) if kind is EncoderDecoderCache else parts[0]
-    parts = [cache]
-    if isinstance(cache, EncoderDecoderCache):
-        parts = [cache.self_attention_cache, cache.cross_attention_cache]
+        return kind(DynamicCache(), DynamicCache()) if kind is EncoderDecoderCache else kind()
+    is_double = isinstance(cache, EncoderDecoderCache)
+    parts = [cache.self_attention_cache, cache.cross_attention_cache] if is_double else [cache]
     layers = [type(layer) for part in parts for layer in getattr(part, "layers", ())]
     if not isinstance(cache, kind) or any(layer is not DynamicLayer for layer in layers):
         raise ArgumentError(
@@ -207,8 +203,7 @@ def write_cache(cache: Cache, tensors: dict[str, Tensor]) -> None:
     """Put what a program returned into the cache, in place, as a model of transformers does."""
     for name, tensor in tensors.items():
         part, number, kind = _place(cache, name)
-        while len(part.layers) <= number:
-            part.layers.append(DynamicLayer())
+        part.layers += [DynamicLayer() for _ in range(len(part.layers), number + 1)]
         layer: Any = part.layers[number]
         if not layer.is_initialized:
             layer.lazy_initialization(tensor, tensor)

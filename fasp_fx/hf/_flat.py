@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph import CodeGen
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import Cache, EncoderDecoderCache
 
 from fasp_fx.analysis import PruningPlan
-from fasp_fx.base import CACHE, codegen_of, forward_from_src, pytree
+from fasp_fx.base import CACHE, forward_from_src, pytree, trees_of
 from fasp_fx.capturing import copy_graph, lower_bound, upper_bound
 from fasp_fx.errors import ArgumentError, CaptureError
 from fasp_fx.passes import Origin
@@ -71,9 +71,7 @@ class FlatProgram:
             CaptureError: it takes or returns a structure that is neither a tensor, a dict of tensors nor a
                 cache of keys and values.
         """
-        generated: Any = codegen_of(module.graph)
-        trees = generated.pytree_info
-        return FlatProgram.of_graph(module.graph, trees.in_spec, trees.out_spec)
+        return FlatProgram.of_graph(module.graph, *trees_of(module))
 
     @staticmethod
     def of_graph(body: fx.Graph, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec) -> FlatProgram:
@@ -83,14 +81,9 @@ class FlatProgram:
         graph = fx.Graph()
         returned: Any = graph.graph_copy(body, {})
         graph.output(tuple(returned))
-        graph.set_codegen(CodeGen())
         for node in graph.nodes:
             node.type = None
-        names = []
-        for spec in (in_spec, out_spec):
-            tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-            names.append(_names(tree[1] if spec is in_spec else tree, spec.num_leaves))
-        return FlatProgram(graph, names[0], names[1])
+        return FlatProgram(graph, _names(in_spec, of_call=True), _names(out_spec))
 
     def __call__(self, weights: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph over the tensors of ``weights``."""
@@ -206,25 +199,20 @@ def _is_of_tokens(name: str) -> bool:
     return name.startswith("cache.") and not name.startswith("cache.cross.") and name.endswith(".keys")
 
 
-def _names(tree: Any, count: int) -> tuple[str, ...]:
-    named = (
-        {"cache" if name == CACHE else name: value for name, value in tree.items()}
-        if isinstance(tree, Mapping)
-        else tree
-    )
-    named_leaves = {index: name for name, index in _walk(named, "")}
-    missing = next((index for index in range(count) if index not in named_leaves), None)
-    if missing is not None:
+def _names(spec: pytree.TreeSpec, of_call: bool = False) -> tuple[str, ...]:
+    """The names of the leaves of a tree, or of the keyword arguments of a call."""
+    count = spec.num_leaves
+    tree = pytree.tree_unflatten(list(range(count)), spec)
+    named_leaves = {index: name for name, index in _walk(tree[1] if of_call else tree, "")}
+    if missing := set(range(count)) - named_leaves.keys():
         raise CaptureError(
-            f"leaf {missing} of the program's inputs or outputs is neither a named tensor nor keys or values"
-            " of a cache; such state is not served"
+            f"leaf {min(missing)} of the program's inputs or outputs is neither a named tensor nor keys or"
+            " values of a cache; such state is not served"
         )
     return tuple(named_leaves[index] for index in range(count))
 
 
 def _walk(tree: Any, path: str) -> Iterator[tuple[str, int]]:
-    from transformers import Cache, EncoderDecoderCache
-
     if isinstance(tree, int) and not isinstance(tree, bool):
         yield path, tree
     elif isinstance(tree, EncoderDecoderCache):
@@ -232,11 +220,12 @@ def _walk(tree: Any, path: str) -> Iterator[tuple[str, int]]:
         yield from _walk(tree.cross_attention_cache, f"{path}.cross")
     elif isinstance(tree, Cache):
         for number, layer in enumerate(tree.layers):
-            for part in ("keys", "values"):
-                yield from _walk(getattr(layer, part, None), f"{path}.{number}.{part}")
+            parts = {name: getattr(layer, name, None) for name in ("keys", "values")}
+            yield from _walk(parts, f"{path}.{number}")
     elif isinstance(tree, Mapping):
         for name, value in tree.items():
-            yield from _walk(value, f"{path}.{name}" if path else str(name))
+            inner = "cache" if name == CACHE and not path else name
+            yield from _walk(value, f"{path}.{inner}".removeprefix("."))
 
 
 aten = torch.ops.aten

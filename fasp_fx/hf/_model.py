@@ -116,12 +116,10 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         """As transformers' own, without what ``generate`` hands on to the loop around the model, and without
         positions where the original model takes none.
         """
-        for name in ("tokenizer", "assistant_tokenizer"):
-            kwargs.pop(name, None)
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        if self.config.positions is None:
-            inputs.pop("position_ids", None)
-        return inputs
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        left_out = {"tokenizer", "assistant_tokenizer"}
+        left_out |= {"position_ids"} if self.config.positions is None else set()
+        return {name: value for name, value in inputs.items() if name not in left_out}
 
     def _run(self, name: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
         for bound in self._bounds[name]:
@@ -131,10 +129,6 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
     def _like(self) -> Tensor:
         """A parameter that shows dtype and device."""
         return next(parameter for parameter in self.parameters() if parameter.is_floating_point())
-
-    def _cached(self, program: str, cache: Any, batch: int) -> dict[str, Tensor]:
-        """The cache tensors that a program takes."""
-        return read_cache(cache, self._cache_sizes[program], batch, self._like())
 
     def _opened(self, cache: Any, older: Any = None) -> Any:
         """The caller's cache by one of its names, or an empty one."""
@@ -320,8 +314,8 @@ class PrunedForCausalLM(PrunedModel):
         input_ids = checked_tokens("input_ids", input_ids)
         batch, new = input_ids.shape
         cache = self._opened(cache, past_key_values)
-        values = self._cached("decode", cache, batch)
-        past = next(iter(values.values())).shape[2] if values else 0
+        values = read_cache(cache, self._cache_sizes["decode"], batch, self._like())
+        past = next((tensor.shape[2] for tensor in values.values()), 0)
         values["input_ids"] = input_ids
         values["attention_mask"] = mask_of("attention_mask", attention_mask, batch, past + new, input_ids)
         if self.config.positions is not None:
@@ -330,16 +324,17 @@ class PrunedForCausalLM(PrunedModel):
             )
         elif position_ids is not None:
             raise ArgumentError("position_ids: the original model takes none; leave them out")
-        inside = "logits_to_keep" in self._programs["decode"].inputs
-        if not isinstance(logits_to_keep, int):
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ArgumentError(
                 f"logits_to_keep is {shown(logits_to_keep)}; pass how many last positions, 0 for all"
             )
+        # Some programs take it, and return no more.
         first = max(new - logits_to_keep, 0) if logits_to_keep else 0
-        if inside:
-            values["logits_to_keep"] = torch.arange(first, new, device=input_ids.device)
+        values["logits_to_keep"] = torch.arange(
+            first, new, device=input_ids.device
+        )
         results = self._run("decode", values)
-        logits = results["logits"] if inside else results["logits"][:, first:]
+        logits = results["logits"][:, first - new :]
         loss = loss_of(self.config.loss, logits, labels, kwargs.get("num_items_in_batch"))
         cache = self._extended(cache, results, use_cache)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
@@ -369,7 +364,7 @@ class Encoder(nn.Module):
 
     def __init__(self, model: PrunedForSeq2SeqLM) -> None:
         super().__init__()
-        vars(self)["_model"] = (model,)  # in a tuple, so that it is no submodule
+        self._model = (model,)  # in a tuple, so that it is no submodule
 
     @can_return_tuple
     def forward(
@@ -381,9 +376,8 @@ class Encoder(nn.Module):
         """Hidden states ``[batch, source, width]`` of token numbers ``[batch, source]``."""
         refuse(kwargs)
         input_ids = checked_tokens("input_ids", input_ids)
-        (model,) = vars(self)["_model"]
-        mask = mask_of("attention_mask", attention_mask, input_ids.shape[0], input_ids.shape[1], input_ids)
-        results = model._run("encode", {"input_ids": input_ids, "attention_mask": mask})
+        mask = mask_of("attention_mask", attention_mask, len(input_ids), input_ids.shape[1], input_ids)
+        results = self._model[0]._run("encode", {"input_ids": input_ids, "attention_mask": mask})
         return BaseModelOutput(last_hidden_state=results["last_hidden_state"])
 
 
@@ -455,7 +449,7 @@ class PrunedForSeq2SeqLM(PrunedModel):
                 " with an empty cache for another source"
             )
         program = "decode" if known else "first"
-        values = self._cached(program, cache, batch)
+        values = read_cache(cache, self._cache_sizes[program], batch, self._like())
         past = cache.get_seq_length()
         values["encoder_outputs.last_hidden_state"] = hidden
         values["attention_mask"] = mask_of("attention_mask", attention_mask, batch, hidden.shape[1], hidden)

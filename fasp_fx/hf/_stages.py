@@ -64,8 +64,8 @@ class Stages:
         """Random token numbers ``[batch, count]``."""
         vocabulary = int(getattr(self.model.config.get_text_config(), "vocab_size", 2))
         generator = torch.Generator(device="cpu").manual_seed(seed + 31 * count + batch)
-        shape = (batch, count)
-        return torch.randint(0, vocabulary, shape, generator=generator, device="cpu").to(self.model.device)
+        drawn = torch.randint(0, vocabulary, (batch, count), generator=generator, device="cpu")
+        return drawn.to(self.model.device)
 
     def ones(self, batch: int, count: int) -> Tensor:
         """A mask that shows everything, ``[batch, count]``."""
@@ -193,8 +193,7 @@ class Seq2SeqStages(Stages):
                     "a calibration batch of an encoder-decoder model needs 'decoder_input_ids' besides"
                     " 'input_ids'; pass dicts with both"
                 )
-            decoded = {"decoder_input_ids": named["decoder_input_ids"]}
-            yield {"input_ids": ids, "attention_mask": self.mask(ids, named), **decoded, "use_cache": False}
+            yield {**named, "attention_mask": self.mask(ids, named), "use_cache": False}
 
 
 def _encoding(model: Any) -> Callable[[Tensor, Tensor], Any]:
@@ -202,8 +201,8 @@ def _encoding(model: Any) -> Callable[[Tensor, Tensor], Any]:
     encoder = model.get_encoder()
 
     def encode(input_ids: Tensor, attention_mask: Tensor) -> Any:
-        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "return_dict": True}
-        return BaseModelOutput(last_hidden_state=encoder(**arguments).last_hidden_state)
+        encoded = encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+        return BaseModelOutput(last_hidden_state=encoded.last_hidden_state)
 
     return encode
 
@@ -266,17 +265,18 @@ def convention_of(stages: AnyStages, program: Program) -> dict[str, Any]:
     Raises:
         CaptureError: at some size the program computes something else than the model; names the size.
     """
-    if not isinstance(stages, CausalStages):
-        return _labels(stages)
-    flat = FlatProgram.of(program.module)
-    _check_captured(stages, program, flat)
-    return _labels(stages) | ({"positions": _counting(stages)} if "position_ids" in flat.inputs else {})
+    fields = _labels(stages)
+    if isinstance(stages, CausalStages):
+        flat = FlatProgram.of(program.module)
+        _check_captured(stages, program, flat)
+        fields |= {"positions": _counting(stages)} if "position_ids" in flat.inputs else {}
+    return fields
 
 
 # --- what the model does
 
 
-def _called(stages: AnyStages, arguments: dict[str, Any]) -> Any:
+def _called(stages: Stages, arguments: dict[str, Any]) -> Any:
     """What the model gives without a cache; ``None`` where it does not take this."""
     try:
         return stages.run({**arguments, CACHE: None, "use_cache": False})
@@ -294,9 +294,9 @@ def _labels(stages: AnyStages) -> dict[str, Any]:
     them; nothing where it reads them in another way.
     """
     decoder = isinstance(stages, CausalStages)
-    labels, source = stages.tokens(6, 2, seed=7), {"input_ids": stages.tokens(6, 2)}
     if "labels" not in stages.accepts:
         return {}
+    labels, source = stages.tokens(6, 2, seed=7), {"input_ids": stages.tokens(6, 2)}
     if decoder and (plain := _called(stages, source)) is not None:
         labels = plain.logits.argmax(-1)  # the likeliest ones, so that each way gives a loss of its own
     labels[0, 4:] = LEFT_OUT
