@@ -400,8 +400,9 @@ def show_groups(
         empty = _models.load_empty(model)
         stages.begin(CAPTURING)
         example = {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False}
-        asked = {"granularity": granularity or PruningConfig.granularity, "include": include or ()}
-        config = PruningConfig.of(None, asked)
+        config = PruningConfig.of(
+            None, {"granularity": granularity or PruningConfig.granularity, "include": include or ()}
+        )
         analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
         stages.end()
         assert isinstance(analysis, Analysis)  # a model without weights is captured whole

@@ -449,8 +449,11 @@ def sample(
         for first in range(0, count, SAMPLED_TOGETHER):
             prompt = torch.full((min(SAMPLED_TOGETHER, count - first), 1), start, device=device)
             check_output(model, prompt[0])  # sampling from what is no distribution fails in words of its own
-            draw = LogitsProcessorList([Draw()])
             texts.append(
-                speaker.generate(prompt, attention_mask=torch.ones_like(prompt), logits_processor=draw)
+                speaker.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    logits_processor=LogitsProcessorList([Draw()]),
+                )
             )
     return torch.cat(texts)

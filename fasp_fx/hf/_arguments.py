@@ -38,8 +38,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, items: Any = None) -> Tensor:
 
 def after_start(labels: Tensor, start: int | None, padding: int) -> Tensor:
     """Labels behind the token that begins an output; what the loss leaves out becomes padding."""
-    first = torch.full_like(labels[:, :1], padding if start is None else start)
-    moved = torch.cat([first, labels[:, :-1]], 1)
+    moved = torch.cat(
+        [torch.full_like(labels[:, :1], padding if start is None else start), labels[:, :-1]], 1
+    )
     return moved.masked_fill(moved == LEFT_OUT, padding)
 
 

@@ -157,10 +157,9 @@ def find_fields(experiments: Experiments, lost: Iterable[tuple[str, int]]) -> li
         (path, value) for path, value in experiments.values.items() if type(value) is int and value > 1
     ]
     fields = [_moved(experiments, *one) for one in numbers if any(size % one[1] == 0 for size in sizes)]
-    unset = [path for path, value in experiments.values.items() if value is None]
     fields += [
         _moved(experiments, path, size)
-        for path in unset
+        for path in [path for path, value in experiments.values.items() if value is None]
         for size in sizes
         if experiments.losses({path: size}) == {}
     ]

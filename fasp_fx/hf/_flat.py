@@ -90,8 +90,9 @@ class FlatProgram:
         if self._function is None:
             code = self.graph.python_code("self")
             self._function = forward_from_src(code.src, code.globals)
-        inputs = [values[name] for name in self.inputs]
-        return dict(zip(self.outputs, self._function(weights, *inputs), strict=True))
+        return dict(
+            zip(self.outputs, self._function(weights, *[values[name] for name in self.inputs]), strict=True)
+        )
 
     def to_device(self, device: torch.device) -> None:
         """Let the graph make its tensors on another device."""

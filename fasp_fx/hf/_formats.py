@@ -284,8 +284,9 @@ def sizes_of(form: Format, experiments: Experiments, weights: Mapping[str, Tenso
         inside = {place: by for place, by in rest.items() if place[0].startswith(scope)}
         steps, unsaid = lowered(inside, fields, scope)
         if any(path[0] in form.at_once and by < values[path] for path, by in steps.items()):
-            others = [field for field in fields if field.path[0] not in form.at_once]
-            steps, unsaid = lowered(inside, others, scope)
+            steps, unsaid = lowered(
+                inside, [field for field in fields if field.path[0] not in form.at_once], scope
+            )
         sizes[scope] = {path: values[path] - by for path, by in steps.items()}
         rest = {place: by for place, by in rest.items() if place in unsaid or place not in inside}
     for (weight, dim), by in rest.items():

@@ -155,8 +155,11 @@ def _tensors(model: Any, layers: list[Any]) -> Iterator[tuple[str, Tensor]]:
             raise ArgumentError(f"a GGUF file has no place for '{name}'; choose another format")
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             # The file has the two numbers that turn together side by side, the model half a head apart.
-            halves = tensor.reshape(-1, 2, model.config.head_dim // 2, tensor.shape[1])
-            tensor = halves.transpose(1, 2).reshape(tensor.shape)
+            tensor = (
+                tensor.reshape(-1, 2, model.config.head_dim // 2, tensor.shape[1])
+                .transpose(1, 2)
+                .reshape(tensor.shape)
+            )
         if not (tied and name == "lm_head.weight"):
             yield file_name, tensor
     rotary, width = model.get_decoder().rotary_emb, model.config.head_dim
@@ -255,8 +258,7 @@ def source_of(tokenizer: Any) -> GGUFReader | None:
     if not named or ((path / "tokenizer_config.json").is_file() and not (path / MANIFEST).is_file()):
         return None
     files = [*map(GGUFReader, [path] if path.is_file() else sorted(path.glob("*.gguf")))]
-    same = (file for file in files if count_shared(file, tokenizer))
-    return next(same, files[0] if files else None)
+    return next((file for file in files if count_shared(file, tokenizer)), files[0] if files else None)
 
 
 def count_shared(source: GGUFReader, tokenizer: Any) -> int:

@@ -145,8 +145,9 @@ class CapturedModel:
         Raises:
             CalibrationError: they are none.
         """
-        sizes = FlatProgram.of(self.planned.program.module).cache_sizes()
-        return self.stages.batches(check_calibration(calibration), sizes)
+        return self.stages.batches(
+            check_calibration(calibration), FlatProgram.of(self.planned.program.module).cache_sizes()
+        )
 
 
 @one_at_a_time
@@ -171,8 +172,9 @@ def capture(model: Any, *, device: torch.device | str | None = None) -> Captured
         stage.name: capture_whole(stage.model, (), dict(stage.example), state=stage.state, device=device)
         for stage in stages.programs()
     }
-    first = next(iter(programs.values()))
-    return CapturedModel(model, programs, stages, convention_of(stages, first.program))
+    return CapturedModel(
+        model, programs, stages, convention_of(stages, next(iter(programs.values())).program)
+    )
 
 
 @one_at_a_time
@@ -194,8 +196,9 @@ def analyze(
         >>> [group.name for group in hf.analyze(captured_llama).groups if group.status == "prunable"]
         ['model.layers.0.self_attn.o_proj.weight', 'model.layers.0.mlp.down_proj.weight']
     """
-    planned = _captured(model, device).planned
-    return cast(Analysis, pruning.analyze(planned, granularity=granularity, include=include))
+    return cast(
+        Analysis, pruning.analyze(_captured(model, device).planned, granularity=granularity, include=include)
+    )
 
 
 @shows("measuring")
@@ -340,8 +343,9 @@ def prune(
         "checkpoint": checkpoint,
     }
     if format != OWN.name:
-        pruned = prune_to(format, model, tokenizer, calibration, asked, device, **passed)
-        return Pruned(*pruned, tokenizer, format)
+        return Pruned(
+            *prune_to(format, model, tokenizer, calibration, asked, device, **passed), tokenizer, format
+        )
     captured = _captured(model, device)
     result = pruning.prune(
         captured.planned,
@@ -371,8 +375,11 @@ def _served(captured: CapturedModel, result: Result, tokenizer: Any) -> Pruned:
     results = carried_out or {first: result}
     reports = [other.report for other in results.values()]
     notes = dict.fromkeys(note for each in (report, *reports) for note in each.notes)
-    cache = next((each.cache for each in reports if each.cache is not None), None)
-    report = replace(report, notes=tuple(notes), cache=cache)
+    report = replace(
+        report,
+        notes=tuple(notes),
+        cache=next((each.cache for each in reports if each.cache is not None), None),
+    )
     programs: dict[str, StoredProgram] = {}
     constants: dict[str, dict[str, Tensor]] = {}
     for name, other in results.items():
@@ -486,8 +493,9 @@ def convert(pruned: Pruned, format: FormatName) -> Pruned:
     weights |= fused_weights(pruned.plan, weights)
     if experiments.kind is kind:
         weights = {name: weights[name] for name in experiments.shapes if name in weights}
-    detached = {name: weight.detach() for name, weight in weights.items()}
-    smaller, _ = build(format, experiments, detached, model)
+    smaller, _ = build(
+        format, experiments, {name: weight.detach() for name, weight in weights.items()}, model
+    )
     check_equal(smaller, model, example_of(model))
     return replace(pruned, model=smaller, format=format)
 

@@ -372,8 +372,9 @@ def _auto_class(kind: Any) -> str:
         kinds = classes_by_config(getattr(modeling_auto, name)).get(kind.config_class, None)
         return kind in (kinds if isinstance(kinds, tuple) else (kinds,))
 
-    names = (name for name in modeling_auto.__all__ if name.startswith("AutoModel"))
-    return next(filter(loads, names), "AutoModel")
+    return next(
+        filter(loads, (name for name in modeling_auto.__all__ if name.startswith("AutoModel"))), "AutoModel"
+    )
 
 
 def _least_widths(experiments: Experiments, sizes: Sizes) -> dict[Place, int]:

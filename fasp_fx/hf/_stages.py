@@ -305,8 +305,11 @@ def _labels(stages: AnyStages) -> dict[str, Any]:
     if not isinstance(expected, Tensor) or labelled.logits.shape[:2] != labels.shape:
         return {}
     expected = expected.to(labelled.logits.dtype)  # a model may round its loss
-    ways = LOSSES if decoder else ("same",)
-    losses = [way for way in ways if not _far(LOSSES[way](labelled.logits, labels, None), expected)]
+    losses = [
+        way
+        for way in (LOSSES if decoder else ("same",))
+        if not _far(LOSSES[way](labelled.logits, labels, None), expected)
+    ]
     fields: dict[str, Any] = {"loss": losses[0] if losses else None}
     config: Any = stages.model.config
     if decoder or getattr(config, "pad_token_id", None) is None:

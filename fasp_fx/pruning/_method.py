@@ -145,8 +145,7 @@ def allocation_of(config: PruningConfig) -> Allocation:
 
 def precision_of(program: Program) -> str:
     """That of products of float32 while a program runs on calibration data: the device's choice."""
-    device = computing() or device_of(program.module)
-    return "medium" if multiplies_bfloat16(device) else "highest"
+    return "medium" if multiplies_bfloat16(computing() or device_of(program.module)) else "highest"
 
 
 def by_score(method: Method, consumers: Consumers, lost: Sequence[int]) -> Choices:
@@ -159,8 +158,11 @@ def by_score(method: Method, consumers: Consumers, lost: Sequence[int]) -> Choic
     def choose(group: Group, count: int, weight_of: Callable[[Consumer], Tensor]) -> np.ndarray:
         return order_of(consumers, group, method.score, count, weight_of).first(count)
 
-    counts = zip(consumers.analysis.chosen, lost, strict=True)
-    return {group.name: partial(choose, group, count) for group, count in counts if count}
+    return {
+        group.name: partial(choose, group, count)
+        for group, count in zip(consumers.analysis.chosen, lost, strict=True)
+        if count
+    }
 
 
 def calibrate(
@@ -187,8 +189,7 @@ def calibrate(
     some = [batches[index] for index in numbers]
     running = partial(Runner, program, some, numbers=numbers, returns=False, device=device)
     roles = TokenRoles(program, batches, hold_out=method.restore is not None)
-    drawn_on = [*program.weights().values(), torch.empty(0, device=device)]
-    with torch.no_grad(), drawing_alike(drawn_on):
+    with torch.no_grad(), drawing_alike([*program.weights().values(), torch.empty(0, device=device)]):
         runner = running()
         drift = Drift(running(), runner, strength) if strength else None
         statistics, precision = method.score.statistics, precision_of(program)
@@ -271,8 +272,9 @@ class Measurement:
             if order.losses is not None
         }
         if isinstance(method.allocation, Search):
-            precision = precision_of(consumers.analysis.program)
-            measured.trials[path] = ModelTrial(observation, orders, method.allocation.sequences, precision)
+            measured.trials[path] = ModelTrial(
+                observation, orders, method.allocation.sequences, precision_of(consumers.analysis.program)
+            )
 
     def _observed(
         self, method: Method, path: str, advance: Callable[[float], None]

@@ -322,8 +322,10 @@ class InParts:
             **joined,
         )
         removed = {group.name: group.removed_sets for group in plan.groups}
-        lost = [removed.get(group.name, 0) for group in self.whole.chosen]
-        plan = replace(plan, sparsity=self.count(None).removed(lost))
+        plan = replace(
+            plan,
+            sparsity=self.count(None).removed([removed.get(group.name, 0) for group in self.whole.chosen]),
+        )
         old, new = weight_size(self.before), weight_size(self._parameters())
         rules = sum((Counter(part.report.without_rule) for part in self.results.values()), Counter[str]())
         report = Report(
@@ -338,8 +340,9 @@ class InParts:
             budgets=tuple(spent(cap, self.count(cap), removed) for cap in config.budgets) if config else (),
             config=config,
         )
-        module = cast(fx.GraphModule, self.model)
-        return Result(module, plan, report, self.around.signature, self.results, self.left)
+        return Result(
+            cast(fx.GraphModule, self.model), plan, report, self.around.signature, self.results, self.left
+        )
 
     def _parameters(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters(remove_duplicate=False))

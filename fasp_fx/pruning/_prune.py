@@ -483,8 +483,9 @@ def _consumers(subject: Subject, config: PruningConfig) -> dict[str, Consumers]:
 def measure_subject(subject: Subject, config: PruningConfig, calibration: Iterable[Any], job: Job) -> Costs:
     """The cost curves of a model, on all of the batches; errors as for :func:`fasp_fx.measure`."""
     if not Method.of(config).needs_costs:
-        sparsity = None if config.budget else config.target_sparsity
-        config = replace(config, sparsity=sparsity, allocation="global")
+        config = replace(
+            config, sparsity=None if config.budget else config.target_sparsity, allocation="global"
+        )
     check_weights(subject.programs.values())
     subject.analyze(config)
     batches, fingerprint = subject.read(calibration), subject.fingerprint()
@@ -570,16 +571,16 @@ def _journal(
     unnamed: dict[str, Any] = dict.fromkeys(code)
     options = json.loads(replace(config, **unnamed).to_json())
     options |= {name: getattr(config, name).key for name in code if name != "allocation"}
-    fingerprint = running_fingerprint(consumers.analysis.program)
-    return open_journal(folder, fingerprint, options, lost, inputs, processes)
+    return open_journal(
+        folder, running_fingerprint(consumers.analysis.program), options, lost, inputs, processes
+    )
 
 
 def _remarks(method: Method, costs: Costs | None, analysis: Groups, lost: list[int]) -> list[str]:
     """What there is to say of an allocation."""
     remarks = []
     if costs is not None:
-        names = (group.name for group in analysis.chosen)
-        rise = costs.predicted(dict(zip(names, lost, strict=True)))
+        rise = costs.predicted(dict(zip((group.name for group in analysis.chosen), lost, strict=True)))
         remarks.append(f"{PREDICTED} {method.loss_description}: {rise:.3g}")
     if not any(lost):
         remarks.append(

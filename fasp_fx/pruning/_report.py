@@ -49,8 +49,7 @@ def _cache(analysis: Analysis, removed: Mapping[str, int]) -> tuple[int, int] | 
         resource = cache_of(analysis)
     except BudgetError:
         return None
-    rest = resource.used([removed.get(group.name, 0) for group in resource.groups])
-    return int(resource.whole), int(rest)
+    return int(resource.whole), int(resource.used([removed.get(group.name, 0) for group in resource.groups]))
 
 
 @dataclass(frozen=True)

@@ -173,8 +173,10 @@ class Result:
 
         weights = self.module.state_dict() if self.parts else {}
         for path, part in (self.parts or {"": self}).items():
-            own_weights = weights_of(part.module, part.plan).items()
-            weights |= {f"{path}.{name}" if path else name: tensor for name, tensor in own_weights}
+            weights |= {
+                f"{path}.{name}" if path else name: tensor
+                for name, tensor in weights_of(part.module, part.plan).items()
+            }
         return weights
 
 
@@ -224,8 +226,11 @@ def _write_parts(folder: Path, result: Result) -> None:
         part_folder.mkdir(parents=True)
         _write_whole(part_folder, part)
     inside = list(chain(*places))
-    tensors = result.module.state_dict(keep_vars=True)
-    rest = {name: value for name, value in tensors.items() if not is_inside(name, inside)}
+    rest = {
+        name: value
+        for name, value in result.module.state_dict(keep_vars=True).items()
+        if not is_inside(name, inside)
+    }
     write_tensors(folder / "rest.safetensors", rest)
     write_json(folder / "signature.json", signature_to_json(result.signature))
     write_json(folder / "parts.json", asdict(Layout(places, dict(result.left))))
@@ -327,8 +332,13 @@ def _load_parts(folder: Path, model: nn.Module | None, device: torch.device | No
     if stray:
         raise StoreError(f"{another} the parts, such as '{stray[0]}'; give that one, with its values")
     rebuilt = rebuilt if device is None else rebuilt.to(device)
-    signature = signature_from_json(read_text(folder / "signature.json"))
-    return Result(cast(fx.GraphModule, rebuilt), *read_told(folder), signature, parts, layout.left)
+    return Result(
+        cast(fx.GraphModule, rebuilt),
+        *read_told(folder),
+        signature_from_json(read_text(folder / "signature.json")),
+        parts,
+        layout.left,
+    )
 
 
 # --- The copies of callers' models that results have made: a save would forget that one was trained since.

@@ -172,5 +172,9 @@ def rewrite(
     checked = Checker(program, analysis, decision).run(whole)
     weights = dict(checked.module.named_parameters(remove_duplicate=False))
     plan = make_plan(program, analysis, checked.decision, fingerprint(weights))
-    report = make_report(analysis, plan, checked, program.parameters(), weights, config)
-    return Result(checked.module, plan, report, program.signature)
+    return Result(
+        checked.module,
+        plan,
+        make_report(analysis, plan, checked, program.parameters(), weights, config),
+        program.signature,
+    )

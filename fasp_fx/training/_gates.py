@@ -80,10 +80,13 @@ def threshold(chances: Mapping[str, np.ndarray], budget: Budget, round_to: int) 
     thresholds = np.unique(np.concatenate([np.zeros(1), *levels]))
 
     def lost(place: int) -> list[int]:
-        counts = (int(np.searchsorted(level, thresholds[place], "right")) for level in levels)
         kept = [
             -(-(group.width - count) // group.step(round_to)) * group.step(round_to)
-            for group, count in zip(budget.groups, counts, strict=True)
+            for group, count in zip(
+                budget.groups,
+                (int(np.searchsorted(level, thresholds[place], "right")) for level in levels),
+                strict=True,
+            )
         ]
         return [max(group.width - width, 0) for group, width in zip(budget.groups, kept, strict=True)]
 
@@ -144,8 +147,7 @@ class Target:
 
     def decision(self, gone: list[np.ndarray]) -> Decision:
         """What is removed where these channel sets go, ``[sets]`` for each group."""
-        pairs = zip(self.groups, gone, strict=True)
-        sets = np.concatenate([group.sets[places] for group, places in pairs])
+        sets = np.concatenate([group.sets[places] for group, places in zip(self.groups, gone, strict=True)])
         return Decision(np.isin(self.analysis.labels, sets))
 
     def _lost(self, chances: list[np.ndarray]) -> dict[str, int]:
@@ -336,15 +338,15 @@ def attach_gates(
     asked = replace(_asked(PruningConfig.of(config, options)), score="fasp")
     captured = capture_whole(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     analysis = analyze_for(captured.program, asked)
-    open_to = [group for group in analysis.chosen if not is_excluded(group, asked.exclude)]
-    places, groups = _places(model, open_to)
+    places, groups = _places(
+        model, [group for group in analysis.chosen if not is_excluded(group, asked.exclude)]
+    )
     if not groups:
         raise NothingPrunableError(
             "no group can have gates: weights that lose columns are computed from others or excluded, or none"
             " can be pruned"
         )
-    target = Target(captured.program, analysis, groups, asked)
-    gates = Gates(model, target)
+    gates = Gates(model, Target(captured.program, analysis, groups, asked))
     orders = [  # as they stand before any is replaced
         [own for own, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
         for module, _, _ in places
@@ -482,8 +484,9 @@ class Scaled(nn.Module):
             if member.block_dim is None:
                 laid = sets.reshape([-1 if dim == member.dim else 1 for dim in range(weight.dim())])
             else:
-                blocks = sets.reshape(member.blocks, -1)
-                laid = laid_by_block(blocks, member.dim, member.block_dim, weight.shape)
+                laid = laid_by_block(
+                    sets.reshape(member.blocks, -1), member.dim, member.block_dim, weight.shape
+                )
             self.register_buffer(f"sets_{index}", laid.to(weight.device), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -224,13 +224,12 @@ def _run(
         ArgumentError: nothing tells the loss from others.
     """
     key_of(None if isinstance(config.loss, str) else config.loss, "loss=", "checkpoint=")
-    flattened = map(pytree.tree_flatten, calls)
     return {
         "options": json.loads(config.to_json()),
         "dense": [result.plan.fingerprint, *(buffer.digest for buffer in result.plan.fixed)],
         "pruned": fingerprint(dict(pruned.named_parameters(remove_duplicate=False))),
         "trained parameters": trained,
-        "data": digest_of([*leaves, str(spec)] for leaves, spec in flattened),
+        "data": digest_of([*leaves, str(spec)] for leaves, spec in map(pytree.tree_flatten, calls)),
     }
 
 
@@ -375,8 +374,9 @@ class Lessons:
         Raises:
             StoreError: what was kept for the batch is damaged.
         """
-        inputs = self.named(model, index, device)
-        return terms_of(self.match, outputs, _load(self._file(index), device), inputs, index)
+        return terms_of(
+            self.match, outputs, _load(self._file(index), device), self.named(model, index, device), index
+        )
 
     def named(self, model: nn.Module, index: int, device: torch.device) -> Mapping[str, Any]:
         """The arguments of a batch by their names in the model's forward."""
@@ -466,9 +466,11 @@ class Training:
     def __post_init__(self) -> None:
         self._leaves = list(self.trained.leaves.values())
         self._device = device_of(self.trained.student)
-        fused = self._device.type in ("cpu", "cuda")
         self._optimizer = torch.optim.AdamW(
-            self._leaves, self.config.learning_rate, weight_decay=0.0, fused=fused
+            self._leaves,
+            self.config.learning_rate,
+            weight_decay=0.0,
+            fused=self._device.type in ("cpu", "cuda"),
         )
         self._per_epoch = math.ceil(len(self.training) / self.config.accumulate)
         self._steps = self.config.epochs * self._per_epoch
@@ -523,8 +525,7 @@ class Training:
                 state.seconds = time.perf_counter() - started
                 if self.checkpoint is not None and self.accelerator.is_main_process:
                     state.current, state.optimizer = self.trained.state(), self._optimizer.state_dict()
-                    points = [astuple(point) for point in state.curve]
-                    _save(self.checkpoint, vars(state) | {"curve": points})
+                    _save(self.checkpoint, vars(state) | {"curve": [astuple(point) for point in state.curve]})
             progress(state.step / self._steps)
         return None
 
@@ -540,8 +541,7 @@ class Training:
         total = torch.zeros(1, device=self._device)
         for index in (self.training[number] for number in self._own(chosen)):
             with self._drawing(step, index):
-                terms = self._terms(index, bfloat16=self.config.precision == "bfloat16")
-                loss = terms.mean() / len(chosen)
+                loss = self._terms(index, bfloat16=self.config.precision == "bfloat16").mean() / len(chosen)
                 loss.backward()
             total += loss.detach()
         for leaf in self._leaves:

@@ -174,9 +174,8 @@ class Checker:
                 return _failed(inputs, f"{type(error).__name__}: {first_line(error)}")
             compared += 1
             if not seen.equal:
-                by = f"by {seen.deviation:.1e} of its largest value"
                 size = (
-                    by
+                    f"by {seen.deviation:.1e} of its largest value"
                     if math.isfinite(seen.deviation)
                     else "in its integers, its shape or where it is not finite"
                 )

@@ -73,10 +73,9 @@ def compare(reference: Program, module: fx.GraphModule, pruned: Program, inputs:
             expected = run(reference.module, inputs.of(reference), calls, precision)
         except tolerable(Exception) as error:  # a program raises what it likes
             raise ReferenceFailedError(str(error)) from error
-        outputs = run(module, inputs.of(pruned), calls, precision)
         pairs = [
             pair
-            for both in zip(outputs, expected, strict=True)
+            for both in zip(run(module, inputs.of(pruned), calls, precision), expected, strict=True)
             for pair in enumerate(zip(*both, strict=True))
         ]
         state = reference.state_outputs  # which may be narrower, and is not compared then
@@ -269,8 +268,7 @@ def inputs_for(program: Program) -> Iterator[Inputs]:
         if isinstance(leaf, Tensor) and node.name not in program.state_inputs and _holds_one_number(leaf)
     )
     dynamic = _dynamic(program)
-    assignments = _assignments(dynamic, grow=program.device().type != "cpu")[:_OFFERED]
-    for number, assigned in enumerate(assignments):
+    for number, assigned in enumerate(_assignments(dynamic, grow=program.device().type != "cpu")[:_OFFERED]):
         sizes = {place: int(size.node.expr.xreplace(assigned)) for place, size in dynamic.items()}
         shown = ", ".join(
             f"{nodes[index].name}{'' if dim is None else f'[{dim}]'} = {size}"
@@ -284,10 +282,9 @@ def inputs_for(program: Program) -> Iterator[Inputs]:
 
 def _dynamic(program: Program) -> dict[_Place, torch.SymInt]:
     """The sizes that can vary."""
-    recorded = [node.meta.get("val") for node in program.placeholders()]
     return {
         (index, dim): size
-        for index, value in enumerate(recorded)
+        for index, value in enumerate([node.meta.get("val") for node in program.placeholders()])
         for dim, size in (enumerate(value.shape) if isinstance(value, Tensor) else [(None, value)])
         if is_dynamic(size)
     }

@@ -108,8 +108,9 @@ class _Copy:
             if self.plan.splits:
                 options = self.plan.granularity, self.plan.include
                 program = analyze_program(program, split_fused, *options).program
-            folded = [weight.name for weight in self.plan.folds]
-            wrong = first_difference(cast(PrunedModule, finish(program)), self.pruned, folded)
+            wrong = first_difference(
+                cast(PrunedModule, finish(program)), self.pruned, [weight.name for weight in self.plan.folds]
+            )
             if wrong is None:  # a module can ask whether it is captured
                 args, kwargs = self.program.call()
                 trouble = trouble_with(self.program, self.module, args, kwargs)
@@ -142,8 +143,7 @@ def _check(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> None:
     known = {name for name, _ in pruned.named_parameters(remove_duplicate=False)}
     known |= {split.source for split in plan.splits}
     known |= {source for weight in plan.folds for source in weight.sources}
-    parameters = model.named_parameters(remove_duplicate=False)
-    read = {name: tensor for name, tensor in parameters if name in known}
+    read = {name: tensor for name, tensor in model.named_parameters(remove_duplicate=False) if name in known}
     check_fingerprint(plan, fingerprint(read))
 
 
