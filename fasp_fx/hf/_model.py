@@ -330,9 +330,7 @@ class PrunedForCausalLM(PrunedModel):
             )
         # Some programs take it, and return no more.
         first = max(new - logits_to_keep, 0) if logits_to_keep else 0
-        values["logits_to_keep"] = torch.arange(
-            first, new, device=input_ids.device
-        )
+        values["logits_to_keep"] = torch.arange(first, new, device=input_ids.device)
         results = self._run("decode", values)
         logits = results["logits"][:, first - new :]
         loss = loss_of(self.config.loss, logits, labels, kwargs.get("num_items_in_batch"))

@@ -47,10 +47,9 @@ from fasp_fx.storage import claim, refuse_other
 from ._allocating import Constraint, allocate, check_request, constrained, open_budget
 from ._config import Granularity, Include, PruningConfig, PruningOptions, key_of
 from ._method import Measured, Measurement, Method, by_score, calibrate
-from ._parts import InParts, PartsAnalysis, Subject
 from ._report import PREDICTED
 from ._result import Result
-from ._subject import Whole, analyze_for, check_weights, make_plan, split
+from ._subject import InParts, PartsAnalysis, Subject, Whole, analyze_for, check_weights, make_plan, split
 
 #: the part of the progress shown that measuring costs takes, where they are measured
 PROGRESS_SHARE_MEASURING = 0.35

@@ -153,7 +153,7 @@ class Result:
             EagerError: no copy is the program; says where they part, and what to do.
             PlanError: the model is not the one that the plan was made for.
         """
-        from .eager import eager
+        from ._eager import eager
 
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"model must be the nn.Module that was pruned, not {type(model).__name__}")
@@ -169,7 +169,7 @@ class Result:
 
     def _weights(self) -> dict[str, Tensor]:
         """The weights that the module holds now, by their names in the model that was pruned."""
-        from .eager import weights_of
+        from ._eager import weights_of
 
         weights = self.module.state_dict() if self.parts else {}
         for path, part in (self.parts or {"": self}).items():
