@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,9 +18,6 @@ from fasp_fx.errors import ArgumentError
 from fasp_fx.pruning import FormatName, PruningConfig
 
 from ._console import CAPTURING, USAGE, console, groups_table, say, session, table
-
-if TYPE_CHECKING:  # help, and what is wrong with options, does not wait for torch
-    from ._models import Texts
 
 app = typer.Typer(
     name="fasp-fx",
@@ -273,22 +270,22 @@ def prune(
 
         kept = scratch or (out.absolute().parent if stream else None)
         job = _prune.Job(out, overwrite, format, device, dtype, checkpoint, kept)
-        texts = _texts("calibration", calibration, batches, length, seed).measured_on(text, eval_batches)
+        texts = _texts(calibration, length, eval_batches, batches=batches, text=text, seed=seed)
         _prune.run(model, job, options, texts, recover, stages)
 
 
-def _texts(use: str, source: str, batches: int, length: int | None, seed: int) -> Texts:
+def _texts(source: str, length: int | None, eval_batches: int | None, **more: Any) -> Any:
     """The text of a command.
 
     Args:
         source: a file, or ``"self"``.
-        batches: how many chunks of it are used.
+        length, eval_batches: ``None``: as usual for a file, or for what the model writes.
+        more: further fields of what is returned.
     """
     from ._models import Texts
 
-    if source == "self":
-        return Texts(None, batches, None, 16, length or 256, seed, use)
-    return Texts(Path(source), batches, None, 8, length or 1024, seed, use)
+    usual, usually_measured, file = (256, 16, None) if source == "self" else (1024, 8, Path(source))
+    return Texts(file, eval_batches=eval_batches or usually_measured, length=length or usual, **more)
 
 
 @app.command()
@@ -305,12 +302,10 @@ def recover(
         ),
     ] = "self",
     text: Text = None,
-    epochs: Annotated[
-        int | None, option("How often the text is trained on. Default: 2.", min=1, more=False)
-    ] = None,
+    epochs: Annotated[int, option("How often the text is trained on. Default: 2.", min=1, more=False)] = 2,
     learning_rate: Annotated[
-        float | None, option("The highest; it rises at first and falls to zero. Default: 3e-5.", more=False)
-    ] = None,
+        float, option("The highest; it rises at first and falls to zero. Default: 3e-5.", more=False)
+    ] = 3e-5,
     batches: Annotated[
         int,
         option(
@@ -341,11 +336,9 @@ def recover(
         from . import _prune
 
         job = _prune.Job(out, overwrite, device=device, checkpoint=checkpoint)
-        texts = _texts("training", data, batches, length, seed).measured_on(text, eval_batches)
-        options = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
-        config = DistillationConfig.of(
-            None, {name: value for name, value in options.items() if value is not None}
-        )
+        more = {"batches": batches, "text": text, "seed": seed, "use": "training"}
+        texts = _texts(data, length, eval_batches, **more)
+        config = DistillationConfig(epochs=epochs, learning_rate=learning_rate, seed=seed)
         _prune.recover_and_save(Path(folder), dense, job, texts, config, stages)
 
 
@@ -400,10 +393,8 @@ def show_groups(
         empty = _models.load_empty(model)
         stages.begin(CAPTURING)
         example = {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False}
-        config = PruningConfig.of(
-            None, {"granularity": granularity or PruningConfig.granularity, "include": include or ()}
-        )
-        analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
+        asked: Any = {"granularity": granularity or PruningConfig.granularity, "include": include or ()}
+        analysis = analyze(empty, (), example, **asked)
         stages.end()
         assert isinstance(analysis, Analysis)  # a model without weights is captured whole
         if html is not None:

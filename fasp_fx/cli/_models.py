@@ -263,10 +263,6 @@ class Texts:
             f" ({self.eval_batches} x {self.length} tokens)"
         )
 
-    def measured_on(self, text: Path | None, batches: int | None) -> Texts:
-        """The same, to be measured on chunks of another file, or on so many; ``None``: as they are."""
-        return replace(self, text=text, eval_batches=batches or self.eval_batches)
-
     def read(self, tokenizer: Any) -> None:
         """Read what comes from files.
 

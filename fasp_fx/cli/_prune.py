@@ -73,10 +73,10 @@ def measure(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> tuple[F
 def show(result: Pruned, out: Path) -> None:
     """Print what was saved in a folder: figures, notes, and how to load it."""
     report = result.report
-    name = "bytes of cache per token of one sequence"
-    cache = () if report.cache is None else (Figure(name, *report.cache),)
-    sizes = (Figure("parameters", *report.parameters), Figure("bytes", *report.bytes))
-    console().print(figures_table([*sizes, *cache, *report.figures]))
+    figures = [Figure("parameters", *report.parameters), Figure("bytes", *report.bytes)]
+    if report.cache is not None:
+        figures.append(Figure("bytes of cache per token of one sequence", *report.cache))
+    console().print(figures_table([*figures, *report.figures]))
     asked = "" if report.requested is None else f" (asked for {report.requested:.2%})"
     recovery = report.recovery
     loader = " after `import fasp_fx.hf`" if result.format == OWN.name else ""
@@ -202,8 +202,6 @@ def convert_and_save(folder: Path, job: Job, stages: Stages) -> None:
     Raises:
         FaspError: it cannot be met; nothing is written then.
     """
-    if job.format == OWN.name:
-        raise ArgumentError(f"nothing is converted to --format {OWN.name}, which prune writes; give another")
     job.check(FORMATS[job.format].folder)
     _models.quieten()
     stages.begin("loading the model")
@@ -255,8 +253,9 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
             texts.write(dense, tokenizer, stages)
             if epochs:
                 assert texts.used is not None
-                how = {"epochs": epochs, "seed": texts.seed}
-                versions.append(recover(versions[0], dense, texts.used, stages, **how))
+                versions.append(
+                    recover(versions[0], dense, texts.used, stages, epochs=epochs, seed=texts.seed)
+                )
             versions.append(versions[-1].with_report(figures=measure(dense, versions[-1], texts, stages)))
 
 

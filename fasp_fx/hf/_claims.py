@@ -245,8 +245,8 @@ def _calls(model: PreTrainedModel, other: nn.Module, example: Mapping[str, Any])
         beside = {value + by for _, value in numbers for by in (-1, 0, 1)} | {*range(_BEHIND), end - 1}
         positions = torch.tensor([sorted(at for at in beside if 0 <= at < end)], device=device)
         # With a mask, positions that are not one behind the other are still those of one text.
-        shown = {"attention_mask": torch.ones_like(positions), "position_ids": positions}
-        yield {"input_ids": drawn(*positions.shape), **shown, "use_cache": False}
+        mask, tokens = torch.ones_like(positions), drawn(*positions.shape)
+        yield {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, "use_cache": False}
 
 
 class _Widened(TorchFunctionMode):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -106,6 +107,7 @@ class FlatProgram:
         """The shape of each input."""
         return dict(zip(self.inputs, map(_shape, self.graph.find_nodes(op="placeholder")), strict=True))
 
+    @cached_property
     def cache_sizes(self) -> dict[str, tuple[int, int]]:
         """Heads and width of each cache tensor that the program takes, ``[batch, heads, length, width]``.
 
@@ -123,6 +125,7 @@ class FlatProgram:
                 sizes[name] = (shape[1], shape[3])
         return sizes
 
+    @cached_property
     def bounds(self) -> list[Bound]:
         """The numbers of tokens up to which the program computes what its model does.
 

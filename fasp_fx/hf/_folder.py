@@ -99,6 +99,12 @@ def fill(folder: Path, model: Any, state_dict: Mapping[str, Tensor] | None) -> N
     write_told(folder, model.plan, model.report)
 
 
+def with_values(tensor: Tensor, values: Tensor) -> Tensor:
+    """A parameter, or what is none, that holds other values."""
+    values = values.detach()
+    return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+
 def _weights(model: Any, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The weights to write, held against those that the programs need."""
     weights: dict[str, Tensor] = model.state_dict(keep_vars=True)
@@ -111,8 +117,7 @@ def _weights(model: Any, state_dict: Mapping[str, Tensor] | None) -> dict[str, T
                 f"'{name}' of state_dict is missing, or not {tensor.dtype} {list(tensor.shape)} as the"
                 " programs need it; pass the model's own state_dict()"
             )
-        is_parameter = isinstance(tensor, nn.Parameter)
-        checked[name] = nn.Parameter(value.detach(), tensor.requires_grad) if is_parameter else value
+        checked[name] = with_values(tensor, value)
     return checked
 
 

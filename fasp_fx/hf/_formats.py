@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +86,12 @@ def prune_to(
     rounded = check_equal(dense, model, example)
     form.check_file(dense, tokenizer)
     captured = capture_whole(dense, (), example, device=device)
-    loss: Literal["outputs", "next-token"] = "next-token" if model.can_generate() else "outputs"
-    job = Job(ranks=Ranks.of(passed.pop("group")), loss=loss, constraint=constraint, **passed)
+    job = Job(
+        ranks=Ranks.of(passed.pop("group")),
+        loss="next-token" if model.can_generate() else "outputs",
+        constraint=constraint,
+        **passed,
+    )
     result = prune_subject(Whole(captured.checked(), device), config, calibration, job)
     smaller, note = build(name, constraint.experiments, smaller_weights(dense, result), model)
     check_equal(smaller, result.module, example)
@@ -198,8 +202,8 @@ def _batches(
     batches = iter(calibration)
     first = list(itertools.islice(batches, 1))
     args, kwargs = next(as_calls(first))
-    named = {"input_ids": args[0]} if args else kwargs
-    return itertools.chain(first, batches), {**named, "use_cache": False}
+    example = {"input_ids": args[0]} if args else kwargs
+    return itertools.chain(first, batches), example | {"use_cache": False}
 
 
 def example_of(model: PreTrainedModel) -> dict[str, Any]:
@@ -249,9 +253,9 @@ def build(
     if hasattr(config, "quantization_config"):
         # Of the file that the model came from: what is pruned are the weights it was expanded to.
         del config.quantization_config
-    attention = attention_of(model.config)
-    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    options |= {"config": config, "state_dict": dict(weights), "dtype": model.dtype}
+    options = {"config": config, "state_dict": dict(weights), "dtype": model.dtype}
+    if (attention := attention_of(model.config)) is not None:
+        options["attn_implementation"] = attention
     try:
         with quiet_transformers():
             smaller, info = kind.from_pretrained(None, output_loading_info=True, **options)

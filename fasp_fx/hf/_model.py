@@ -108,8 +108,6 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
             share_heads(graph)
             self._constant_names[program] = names
             self._programs[program] = replace(stored.flat, graph=graph)
-        self._cache_sizes = {name: program.cache_sizes() for name, program in self._programs.items()}
-        self._bounds = {name: program.bounds() for name, program in self._programs.items()}
         self.eval()
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -122,9 +120,10 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
         return {name: value for name, value in inputs.items() if name not in left_out}
 
     def _run(self, name: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        for bound in self._bounds[name]:
+        program = self._programs[name]
+        for bound in program.bounds:
             bound.check(values)
-        return self._programs[name](self, values)
+        return program(self, values)
 
     def _like(self) -> Tensor:
         """A parameter that shows dtype and device."""
@@ -314,7 +313,7 @@ class PrunedForCausalLM(PrunedModel):
         input_ids = checked_tokens("input_ids", input_ids)
         batch, new = input_ids.shape
         cache = self._opened(cache, past_key_values)
-        values = read_cache(cache, self._cache_sizes["decode"], batch, self._like())
+        values = read_cache(cache, self._programs["decode"].cache_sizes, batch, self._like())
         past = next((tensor.shape[2] for tensor in values.values()), 0)
         values["input_ids"] = input_ids
         values["attention_mask"] = mask_of("attention_mask", attention_mask, batch, past + new, input_ids)
@@ -447,7 +446,7 @@ class PrunedForSeq2SeqLM(PrunedModel):
                 " with an empty cache for another source"
             )
         program = "decode" if known else "first"
-        values = read_cache(cache, self._cache_sizes[program], batch, self._like())
+        values = read_cache(cache, self._programs[program].cache_sizes, batch, self._like())
         past = cache.get_seq_length()
         values["encoder_outputs.last_hidden_state"] = hidden
         values["attention_mask"] = mask_of("attention_mask", attention_mask, batch, hidden.shape[1], hidden)

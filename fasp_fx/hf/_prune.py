@@ -50,7 +50,7 @@ from fasp_fx.storage import new_save, parsing, read_json
 from ._claims import check_equal
 from ._config import PrunedConfig, check_layers
 from ._flat import FlatProgram, Parts, StoredProgram
-from ._folder import check_sums
+from ._folder import check_sums, with_values
 from ._formats import build, example_of, prune_to
 from ._gguf import keep_source
 from ._model import PrunedForCausalLM, PrunedForSeq2SeqLM, PrunedModel
@@ -146,7 +146,7 @@ class CapturedModel:
             CalibrationError: they are none.
         """
         return self.stages.batches(
-            check_calibration(calibration), FlatProgram.of(self.planned.program.module).cache_sizes()
+            check_calibration(calibration), FlatProgram.of(self.planned.program.module).cache_sizes
         )
 
 
@@ -371,8 +371,9 @@ def _served(captured: CapturedModel, result: Result, tokenizer: Any) -> Pruned:
     model, plan, report = captured.model, result.plan, result.report
     first, *others = captured.programs
     # Others are what generation runs in the place of the first.
-    carried_out = {name: _carried_out(name, captured.programs[name].checked(), plan) for name in others}
-    results = carried_out or {first: result}
+    results = {name: _carried_out(name, captured.programs[name].checked(), plan) for name in others} or {
+        first: result
+    }
     reports = [other.report for other in results.values()]
     notes = dict.fromkeys(note for each in (report, *reports) for note in each.notes)
     report = replace(
@@ -455,10 +456,7 @@ def _one_set(model: nn.Module, results: Mapping[str, Result]) -> dict[str, Tenso
     for program, result in results.items():
         for name, tensor in result.module.state_dict(keep_vars=True).items():
             if name not in weights:
-                weight = tensor.detach()
-                if isinstance(tensor, nn.Parameter):
-                    weight = nn.Parameter(weight, requires_grad=tensor.requires_grad)
-                weights |= dict.fromkeys(tied.get(name, [name]), weight)
+                weights |= dict.fromkeys(tied.get(name, [name]), with_values(tensor, tensor))
             elif weights[name].shape != tensor.shape:
                 raise PlanError(
                     f"the program '{program}' needs another '{name}' than those before it; such a model"

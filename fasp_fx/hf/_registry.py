@@ -156,9 +156,10 @@ class Format:
         Raises:
             StoreError: a file is damaged.
         """
-        options: dict[str, Any] = {"dtype": "auto", "device_map": device, "output_loading_info": True}
         with parsing("config.json"):
-            model, info = kind.from_pretrained(folder, **options)
+            model, info = kind.from_pretrained(
+                folder, dtype="auto", device_map=device, output_loading_info=True
+            )
         if fault := first_fault(info):
             raise StoreError(
                 f"model.safetensors does not hold what config.json says ({fault:.200}): weights would be made"
@@ -228,16 +229,19 @@ class PerLayer(Format):
             for number, lowered in enumerate(sizes.values())
             if dense | lowered
         }
-        by_layer: dict[Place, Any] = {("per_layer_config",): layers}
-        by_layer[("allow_global_per_layer_attribute_access",)] = True
+        by_layer: dict[Place, Any] = {
+            ("per_layer_config",): layers,
+            ("allow_global_per_layer_attribute_access",): True,
+        }
         kind = _saved_along(_layered(experiments.kind), experiments)
         return kind, experiments.config({**by_layer, **least})
 
     def settle(self, model: Any) -> None:
         if PerLayer.holds(self, type(model)):
             # vLLM looks for the model without its head.
-            inner = f"PerLayer{type(model.base_model).__name__}"
-            model.config.auto_map = {"AutoModel": f"modeling_per_layer.{inner}"}
+            model.config.auto_map = {
+                "AutoModel": f"modeling_per_layer.PerLayer{type(model.base_model).__name__}"
+            }
 
     def dense(self, model: Any) -> tuple[Any, Any]:
         kind: Any = type(model)
@@ -247,8 +251,7 @@ class PerLayer(Format):
         return kind, kind.config_class.from_dict({key: fields[key] for key in fields if key not in BY_LAYER})
 
     def holds(self, kind: type) -> bool:
-        layered = kind.__module__ == modeling_per_layer.__name__
-        return layered and kind is not modeling_per_layer.DeciLMForCausalLM
+        return not super().holds(kind) and kind is not modeling_per_layer.DeciLMForCausalLM
 
 
 class DeciLM(PerLayer):
@@ -267,8 +270,8 @@ class DeciLM(PerLayer):
         for lowered in sizes.values():
             width = lowered.get(("intermediate_size",), base["intermediate_size"])
             attention = heads if lowered.get(("num_attention_heads",), 1) else {"no_op": True}
-            said = {"attention": attention, "ffn": _say_width(width, base["hidden_size"])}
-            blocks.append({block: present | fields for block, fields in said.items()})
+            ffn = _say_width(width, base["hidden_size"])
+            blocks.append({"attention": present | attention, "ffn": present | ffn})
         kept = {key: value for key, value in base.items() if key not in BY_LAYER}
         config = modeling_per_layer.DeciLMConfig(block_configs=blocks, **kept)
         return _saved_along(modeling_per_layer.DeciLMForCausalLM, experiments), config

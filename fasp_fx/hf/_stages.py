@@ -359,7 +359,7 @@ def _check_captured(stages: CausalStages, program: Program, flat: FlatProgram) -
     for batch, new, past, padding in _SIZES:
         arguments = stages.arguments(batch=batch, new=new, past=past, padding=padding)
         values = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-        values |= read_cache(arguments[CACHE], flat.cache_sizes(), batch, like)
+        values |= read_cache(arguments[CACHE], flat.cache_sizes, batch, like)
         expected = stages.run(arguments).logits  # extends the cache, whose tensors it leaves
         try:
             with torch.no_grad(), rewound(program.module):

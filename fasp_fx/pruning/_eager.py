@@ -54,7 +54,14 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 def eager(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> nn.Module:
     """See :meth:`fasp_fx.Result.eager`; ``pruned`` and ``plan`` are the result's."""
-    _check(pruned, plan, model)
+    # The plan was made for what the program holds, which lacks what a capture leaves out.
+    known = {
+        *(name for name, _ in pruned.named_parameters(remove_duplicate=False)),
+        *(split.source for split in plan.splits),
+        *(source for weight in plan.folds for source in weight.sources),
+    }
+    read = {name: tensor for name, tensor in model.named_parameters(remove_duplicate=False) if name in known}
+    check_fingerprint(plan, fingerprint(read))
     smaller = _Copy(pruned, plan, model)
     with rewound(model):
         model.eval()
@@ -144,17 +151,6 @@ class _Copy:
         path = next((paths[owner] for owner in reversed(running) if owner in paths), "")
         where = f"'{path}' ({type(self.module.get_submodule(path)).__name__})" if path else "it"
         return f"{where} fails: {type(error).__name__}: {first_line(error)}"
-
-
-def _check(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> None:
-    """Refuse a model that the plan was not made for. The plan was made for what the program holds, which
-    lacks what a capture leaves out.
-    """
-    known = {name for name, _ in pruned.named_parameters(remove_duplicate=False)}
-    known |= {split.source for split in plan.splits}
-    known |= {source for weight in plan.folds for source in weight.sources}
-    read = {name: tensor for name, tensor in model.named_parameters(remove_duplicate=False) if name in known}
-    check_fingerprint(plan, fingerprint(read))
 
 
 def copied_with(model: nn.Module, pruned: nn.Module, plan: PruningPlan) -> nn.Module:

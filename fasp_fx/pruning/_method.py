@@ -203,7 +203,7 @@ class Measured:
     """What observing the dense programs of a model came to.
 
     Attributes:
-        method: without a loss where none could be differentiated.
+        method: by which, without a loss where none could be differentiated.
         curves: the cost curves by the groups' names in the whole model, where they were wanted.
         trials: by program, what runs it as it would be pruned, where the allocation wants that.
     """
@@ -245,16 +245,24 @@ class Measurement:
         """Observe all programs."""
         measured = Measured(method)
         for number, path in enumerate(self.consumers):
-            method = measured.method
             if not self.wants_curves and (not method.gradients or method.loss is None):
                 break
             share = between(advance, number / len(self.consumers), (number + 1) / len(self.consumers))
-            observation, by = self._observed(method, path, share)
-            if by != method and measured.curves:
+            try:
+                observation = self._observed(method, path, share)
+            except tolerable(CalibrationError) as failure:
+                if method.config.loss != "auto" or method.loss is None:
+                    raise
                 for consumers in self.consumers.values():
                     consumers.forget()
-                return self.run(by, advance)
-            measured.method = by
+                measured = self.run(replace(method, loss=None), advance)
+                everywhere = f" in all parts of the model, since part '{path}' cannot" if path else ""
+                warn(
+                    f"{failure}, as is done now{everywhere}: each consumer counts by the relative error of"
+                    " its own output",
+                    CalibrationWarning,
+                )
+                break
             if self.wants_curves:
                 self._judge(observation, measured, path)
             observation.consumers.keep_gradients()
@@ -276,11 +284,8 @@ class Measurement:
                 observation, orders, method.allocation.sequences, precision_of(consumers.analysis.program)
             )
 
-    def _observed(
-        self, method: Method, path: str, advance: Callable[[float], None]
-    ) -> tuple[Observation, Method]:
-        """Observe a program: its sequences as they came where pieces of them do not serve, and only forward
-        where nothing else does. What was observed, and the method that served.
+    def _observed(self, method: Method, path: str, advance: Callable[[float], None]) -> Observation:
+        """Observe a program: its sequences as they came where pieces of them do not serve.
 
         A loss of the user's sees whole batches, whose sequences it may compare.
 
@@ -303,32 +308,19 @@ class Measurement:
             # Refuses a mask that hides everything by the number of its batch.
             TokenRoles(program, batches, hold_out=False)
             whole = whole_batches(program, batches)
-            pieces = whole if callable(method.config.loss) else in_pieces(program, whole)
-            can_go_without = method.config.loss == "auto" and method.loss is not None
-            attempts = [
-                (pieces, method),
-                *([(whole, method)] if len(pieces) > len(whole) else []),
-                *([(whole, replace(method, loss=None))] if can_go_without else []),
-            ]
-            for number, (tried, by) in enumerate(attempts):
+            has_failed = method.config.loss == "auto" and method.loss is None
+            pieces = whole if callable(method.config.loss) or has_failed else in_pieces(program, whole)
+            for tried in [pieces, whole]:
                 try:
                     roles = TokenRoles(program, [piece.inputs for piece in tried], hold_out=False)
-                    observation = Observation(consumers, tried, roles, wanted, by.loss, self.ranks)
+                    observation = Observation(consumers, tried, roles, wanted, method.loss, self.ranks)
                     observation.run(-(-len(tried) // part), ENOUGH / less, advance)
                     break
-                except tolerable(CalibrationError) as error:
-                    if number + 1 == len(attempts):
+                except tolerable(CalibrationError):
+                    if len(tried) == len(whole):
                         raise
-                    failure = error
                     consumers.forget()
-        if by.loss is None and method.loss is not None:
-            everywhere = f" in all parts of the model, since part '{path}' cannot" if path else ""
-            warn(
-                f"{failure}, as is done now{everywhere}: each consumer counts by the relative error of its"
-                " own output",
-                CalibrationWarning,
-            )
         returned = (node for node in results(program.module.graph) if isinstance(node, fx.Node))
-        if isinstance(by.loss, Outputs) and any(node in roles.unmatched for node in returned):
+        if isinstance(method.loss, Outputs) and any(node in roles.unmatched for node in returned):
             warn(roles.remark(), CalibrationWarning)  # the loss counts them, which no report would say
-        return observation, by
+        return observation

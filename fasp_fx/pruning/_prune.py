@@ -445,8 +445,6 @@ def served_budget(subject: Subject, budget: Budget, analysis: Groups) -> Budget:
     served = subject.served()
     paths = [path for path, part in subject.analyses.items() for _ in part.chosen]
     names = {group.name for group, path in zip(analysis.chosen, paths, strict=True) if path in served}
-    if len(names) == len(paths):
-        return budget
     advice, budget = budget.advice, budget.only([group.name in names for group in budget.groups])
     budget.advice = advice
     if not budget.groups:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fasp_fx.base import configured, is_number
 from fasp_fx.calibration import output_tensors, token_mask
-from fasp_fx.errors import ArgumentError, CalibrationError
+from fasp_fx.errors import ArgumentError
 
 
 @runtime_checkable
@@ -156,25 +156,6 @@ def _logits(outputs: Any) -> Tensor:
             " loss='outputs'"
         )
     return logits
-
-
-def terms_of(
-    match: Match, outputs: Any, targets: Mapping[str, Tensor], inputs: Mapping[str, Any], index: int
-) -> Tensor:
-    """The terms of a loss for a batch, at least one.
-
-    Args:
-        index: the number of the batch.
-
-    Raises:
-        CalibrationError: nothing of the batch counts.
-    """
-    terms = match.terms(outputs, targets, inputs)
-    if not terms.numel():
-        raise CalibrationError(
-            f"nothing of batch {index} counts, as where its attention_mask hides every token; leave it out"
-        )
-    return terms
 
 
 _POSITIVE = (lambda value: type(value) is int and value > 0), "a positive integer"

@@ -13,7 +13,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
@@ -47,7 +47,7 @@ from fasp_fx.errors import ArgumentError, CalibrationError, StoreError, Training
 from fasp_fx.pruning import CurvePoint, Recovery, Result, key_of
 from fasp_fx.storage import claim
 
-from ._distillation import DistillationConfig, DistillationOptions, Divergence, Match, SquaredError, terms_of
+from ._distillation import DistillationConfig, DistillationOptions, Divergence, Match, SquaredError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -289,10 +289,9 @@ class Trained:
     @torch.no_grad()
     def write(self, state: dict[str, Tensor]) -> None:
         """Put a state into the module's own weights."""
-        self.load(state)
         weights = dict(self.student.named_parameters())
-        for name, leaf in self.leaves.items():
-            weights[name].copy_(leaf)
+        for name, value in state.items():
+            weights[name].copy_(value)
 
 
 @dataclass
@@ -343,14 +342,14 @@ class Lessons:
         """
         device = device_of(model)
         for index in range(len(self.calls)):
-            if self._file(index).exists():
-                _load(self._file(index), "cpu")
+            if self.file(index).exists():
+                _load(self.file(index), "cpu")
             else:
                 with rewound(model), products_in_bfloat16(device, index in coarse):
                     outputs = self.outputs(model, index, device)
                 targets = self.match.targets(outputs)
-                terms_of(self.match, outputs, targets, self.named(model, index, device), index)
-                _save(self._file(index), {name: tensor.clone() for name, tensor in targets.items()})
+                self.terms(model, outputs, targets, index, device)
+                _save(self.file(index), {name: tensor.clone() for name, tensor in targets.items()})
             progress((index + 1) / len(self.calls))
 
     def outputs(self, model: Callable[..., Any], index: int, device: torch.device) -> Any:
@@ -368,26 +367,30 @@ class Lessons:
                 f" {index}: {type(error).__name__}: {first_line(error)}"
             ) from error
 
-    def terms(self, model: nn.Module, outputs: Any, index: int, device: torch.device) -> Tensor:
-        """The terms of the loss of what the pruned model returned for a batch.
+    def terms(
+        self, model: nn.Module, outputs: Any, targets: dict[str, Tensor], index: int, device: torch.device
+    ) -> Tensor:
+        """The terms of the loss of what a model returned for a batch, at least one.
 
         Raises:
-            StoreError: what was kept for the batch is damaged.
+            CalibrationError: nothing of the batch counts.
         """
-        return terms_of(
-            self.match, outputs, _load(self._file(index), device), self.named(model, index, device), index
-        )
-
-    def named(self, model: nn.Module, index: int, device: torch.device) -> Mapping[str, Any]:
-        """The arguments of a batch by their names in the model's forward."""
         args, kwargs = self._on(index, device)
-        return dict(zip(inspect.signature(model.forward).parameters, args)) | kwargs
+        named = dict(zip(inspect.signature(model.forward).parameters, args)) | kwargs
+        terms = self.match.terms(outputs, targets, named)
+        if not terms.numel():
+            raise CalibrationError(
+                f"nothing of batch {index} counts, as where its attention_mask hides every token; leave it"
+                " out"
+            )
+        return terms
 
     def _on(self, index: int, device: torch.device) -> Any:
         """The arguments of a batch on a device, in tensors that a model may write into."""
         return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), copied(self.calls[index]))
 
-    def _file(self, index: int) -> Path:
+    def file(self, index: int) -> Path:
+        """Where what is kept for a batch is, or will be."""
         return self.folder / f"{index}.pt"
 
 
@@ -568,7 +571,8 @@ class Training:
         """The terms of a batch."""
         with products_in_bfloat16(self._device, bfloat16):
             outputs = self.lessons.outputs(self.trained, index, self._device)
-        return self.lessons.terms(self.trained.student, outputs, index, self._device)
+        targets = _load(self.lessons.file(index), self._device)
+        return self.lessons.terms(self.trained.student, outputs, targets, index, self._device)
 
     @torch.no_grad()
     def _judged(self) -> float:
