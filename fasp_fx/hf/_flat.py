@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache, EncoderDecoderCache
 
 from fasp_fx.analysis import PruningPlan
-from fasp_fx.base import CACHE, forward_from_src, pytree, trees_of
+from fasp_fx.base import CACHE, codegen_of, forward_from_src, pytree
 from fasp_fx.capturing import copy_graph, lower_bound, upper_bound
 from fasp_fx.errors import ArgumentError, CaptureError
 from fasp_fx.passes import Origin
@@ -72,7 +72,9 @@ class FlatProgram:
             CaptureError: it takes or returns a structure that is neither a tensor, a dict of tensors nor a
                 cache of keys and values.
         """
-        return FlatProgram.of_graph(module.graph, *trees_of(module))
+        generated: Any = codegen_of(module.graph)
+        trees = generated.pytree_info
+        return FlatProgram.of_graph(module.graph, trees.in_spec, trees.out_spec)
 
     @staticmethod
     def of_graph(body: fx.Graph, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec) -> FlatProgram:

@@ -232,16 +232,16 @@ class Gates(nn.Module):
 
     def original_parameters(self) -> dict[str, Tensor]:
         """The model's own parameters by the names that they have without gates."""
-        originals: dict[str, Tensor] = {}
         of_gates = {id(parameter) for parameter in self.parameters()}
-        gated = {(id(module), name) for module, name, _ in self.places}
-        for name, parameter in self._model[0].named_parameters(remove_duplicate=False):
-            if id(parameter) in of_gates:
-                continue
-            path, mark, weight = name.removesuffix(".original").rpartition(_MARK)
-            is_gated = mark and (id(self._model[0].get_submodule(path.rstrip("."))), weight) in gated
-            originals[path + weight if is_gated else name] = parameter
-        return originals
+        lists = ((getattr(module, "parametrizations", {}), name) for module, name, _ in self.places)
+        gated = {id(parametrized[name].original) for parametrized, name in lists if name in parametrized}
+        return {
+            "".join(name.removesuffix(".original").rsplit(_MARK, 1))
+            if id(parameter) in gated
+            else name: parameter
+            for name, parameter in self._model[0].named_parameters(remove_duplicate=False)
+            if id(parameter) not in of_gates
+        }
 
     def detach(self) -> None:
         """Take the gates off: the model is as it was, with its weights as they are now.

@@ -539,8 +539,11 @@ class Training:
         generator = torch.Generator().manual_seed(self.config.seed + epoch)
         order = torch.randperm(len(self.training), generator=generator).tolist()
         chosen = order[place * self.config.accumulate :][: self.config.accumulate]
+        # Up along a line, and down along another.
+        rising = WARMUP * self._steps
+        height = min(1.0, (step + 1) / rising, (self._steps - step) / max(self._steps - rising, 1.0))
         for group in self._optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * _height(step, self._steps)
+            group["lr"] = self.config.learning_rate * height
         total = torch.zeros(1, device=self._device)
         for index in (self.training[number] for number in self._own(chosen)):
             with self._drawing(step, index):
@@ -584,9 +587,3 @@ class Training:
             seen += torch.stack([terms.sum(), torch.ones_like(terms).sum()])
         total, count = self.accelerator.reduce(seen, "sum").tolist()
         return float(total / count)
-
-
-def _height(step: int, steps: int) -> float:
-    """The fraction of the highest learning rate for a step: up along a line, and down along another."""
-    rising = WARMUP * steps
-    return min(1.0, (step + 1) / rising if rising else 1.0, (steps - step) / max(steps - rising, 1.0))
