@@ -388,7 +388,6 @@ def show_groups(
                 write_page(report, f"{folder.resolve().name}, {report.sparsity:.0%} removed", html)
             say(str(report), keep="\n")
             return
-        _models.quieten()
         stages.begin("reading the configuration")
         empty = _models.load_empty(model)
         stages.begin(CAPTURING)
@@ -463,7 +462,6 @@ def evaluate(
 
         from . import _models
 
-        _models.quieten()
         texts, predicted, what, where = [], [], "", _models.find_device(device)
         for model in models:  # one is in memory at a time
             stages.begin(f"loading {model}")
@@ -490,7 +488,7 @@ def evaluate(
         alike = all(torch.equal(one, texts[0]) for one in texts)
         if alike and len(predicted) > 1:
             same = map(predicted[0].same, predicted)
-            shares = (f"{100 * part:.2f} ± {100 * doubt:.2f}" for part, doubt in same)
+            shares = [f"{100 * part:.2f} ± {100 * doubt:.2f}" for part, doubt in same]
             rows.append(["next tokens as the first model's, percent", *shares, ""])
         console().print(table(["", *(Path(model).name for model in models), "first to last"], rows))
         if not alike:

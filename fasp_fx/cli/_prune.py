@@ -33,12 +33,14 @@ _GIB = 2**30
 STEP, TEXT = 1024, 256
 
 
-def recover(result: Pruned, dense: Any, chunks: Tensor, stages: Stages, **options: Any) -> Pruned:
-    """Train a pruned model on chunks ``[chunks, length]`` towards the dense one.
+def recover(result: Pruned, dense: Any, texts: Texts, stages: Stages, **options: Any) -> Pruned:
+    """Train a pruned model on text towards the dense one.
 
     Args:
         options: for :func:`fasp_fx.distil`.
     """
+    chunks = texts.used
+    assert chunks is not None
     stages.begin(f"recovering on {chunks.shape[0]} x {chunks.shape[1]} tokens")
     return distil(result, dense, training_steps(chunks), progress=stages.update, **options)
 
@@ -177,7 +179,6 @@ def recover_and_save(
         FaspError: it cannot be met; nothing is written then but the checkpoint.
     """
     job.check(KIND if is_save(folder, KIND) else PLAIN)
-    _models.quieten()
     device = _models.find_device(job.device)
     stages.begin("loading the models and the text")
     versions = [_models.load_pruned(folder, device)]
@@ -188,10 +189,7 @@ def recover_and_save(
     texts.check_against(teacher)
     torch.manual_seed(texts.seed)
     texts.write(teacher, tokenizer, stages)
-    assert texts.used is not None
-    versions.append(
-        recover(versions[0], teacher, texts.used, stages, config=config, checkpoint=job.checkpoint)
-    )
+    versions.append(recover(versions[0], teacher, texts, stages, config=config, checkpoint=job.checkpoint))
     with job.saving(stages, versions):
         versions.append(versions[-1].with_report(figures=measure(teacher, versions[-1], texts, stages)))
 
@@ -203,7 +201,6 @@ def convert_and_save(folder: Path, job: Job, stages: Stages) -> None:
         FaspError: it cannot be met; nothing is written then.
     """
     job.check(FORMATS[job.format].folder)
-    _models.quieten()
     stages.begin("loading the model")
     pruned = _models.load_pruned(folder, torch.device("cpu"))
     job.check_room(pruned.model, job.format)
@@ -231,7 +228,6 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
     job.check(FORMATS[job.format].folder)
     if _models.is_saved(model):
         raise pruned_already(f"'{model}'")
-    _models.quieten()
     device = _models.find_device(job.device)
     torch.manual_seed(texts.seed)
     stages.begin("loading the tokenizer and the text")
@@ -252,10 +248,7 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
         with job.saving(stages, versions):
             texts.write(dense, tokenizer, stages)
             if epochs:
-                assert texts.used is not None
-                versions.append(
-                    recover(versions[0], dense, texts.used, stages, epochs=epochs, seed=texts.seed)
-                )
+                versions.append(recover(versions[0], dense, texts, stages, epochs=epochs, seed=texts.seed))
             versions.append(versions[-1].with_report(figures=measure(dense, versions[-1], texts, stages)))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -220,30 +219,28 @@ def arrange(groups: Sequence[Group], fields: Sequence[Field], scopes: Sequence[s
         scopes: within each of which the fields have values of their own.
 
     Returns:
-        For each group a number, the same for those that shrink alike; ``None`` where no field can say it.
+        For each group the number of the first that shrinks as it does; ``None`` where no field can say it.
     """
-    lost = [units(group) for group in groups]
-    said: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
-    usable: dict[str, list[Field]] = {}
+    every = [units(group) for group in groups]
+    places: dict[int, int] = {}
     for scope in scopes:
-        inside = [losses for losses in lost if all(name.startswith(scope) for name, _ in losses)]
-        touched = {place for losses in inside for place in losses}
-        usable[scope] = [field for field in fields if field.within(scope).keys() <= touched]
-    for number, losses in enumerate(lost):
-        for scope in scopes:
-            if all(name.startswith(scope) for name, _ in losses):
-                steps_of, left = lowered(losses, usable[scope], scope, partly=True)
-                if steps_of and not left:
-                    said[scope, *steps_of.items()].append(number)
-    places: list[int | None] = [None] * len(groups)
-    place = itertools.count()
-    for (scope, *steps), members in said.items():
-        together = {at: by for number in members for at, by in lost[number].items()}
-        if lowered(together, usable[scope], scope) == (dict(steps), {}):
-            shared = next(place)
-            for number in members:
-                places[number] = shared
-    return places
+        inside = {
+            number: lost
+            for number, lost in enumerate(every)
+            if all(name.startswith(scope) for name, _ in lost)
+        }
+        touched = {place for lost in inside.values() for place in lost}
+        usable = [field for field in fields if field.within(scope).keys() <= touched]
+        said: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+        for number, lost in inside.items():
+            steps_of, left = lowered(lost, usable, scope, partly=True)
+            if steps_of and not left:
+                said[tuple(steps_of.items())].append(number)
+        for steps, members in said.items():
+            together = {at: by for number in members for at, by in every[number].items()}
+            if lowered(together, usable, scope) == (dict(steps), {}):
+                places |= dict.fromkeys(members, members[0])
+    return [places.get(number) for number in range(len(groups))]
 
 
 def _layers(model: nn.Module, config: Any) -> Iterator[str]:
