@@ -39,9 +39,8 @@ from fasp_fx.storage import (
     write_tensors,
 )
 
-from ._arguments import LOSSES, POSITIONS
 from ._config import PrunedConfig, original_of
-from ._flat import FlatProgram, Parts, StoredProgram
+from ._program import LOSSES, POSITIONS, FlatProgram, Parts, StoredProgram
 
 KIND, PLAIN = "hf", "plain"
 #: what makes a pruned model, and with it what else is written

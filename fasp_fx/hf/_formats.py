@@ -31,8 +31,7 @@ from fasp_fx.pruning import (
     prune_subject,
 )
 
-from ._claims import check_equal, unlike
-from ._fields import Experiments, Place, arrange, lowered, units, written
+from ._fields import Experiments, Place, arrange, check_equal, lowered, units, unlike, written
 from ._folder import first_fault
 from ._registry import Format, PerLayer, Sizes, format_of
 

@@ -141,28 +141,23 @@ def _tensors(model: Any, layers: list[Any]) -> Iterator[tuple[str, Tensor]]:
         ArgumentError: positions turn in a way that the file cannot say.
     """
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(layers))
-    tied = model.config.tie_word_embeddings
+    tied, width = ["lm_head.weight"] * model.config.tie_word_embeddings, model.config.head_dim
     without = [f"model.layers.{i}." for i, said in enumerate(layers) if i and not said.num_attention_heads]
-    absent = tuple(layer + part for layer in without for part in ("self_attn.", "input_layernorm."))
+    absent = [layer + part for layer in without for part in ("self_attn.", "input_layernorm.")]
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name.startswith(absent):
+        if name.startswith((*absent, *tied)):
             continue
         if not tensor.numel():
-            width = _ZEROS if ".mlp." in name else model.config.head_dim * _heads_of_zeros(model.config)
-            tensor = tensor.new_zeros([size or width for size in tensor.shape])
+            zeros = _ZEROS if ".mlp." in name else width * _heads_of_zeros(model.config)
+            tensor = tensor.new_zeros([size or zeros for size in tensor.shape])
         file_name = names.get_name(name, try_suffixes=(".weight",))
         if file_name is None:
             raise ArgumentError(f"a GGUF file has no place for '{name}'; choose another format")
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             # The file has the two numbers that turn together side by side, the model half a head apart.
-            tensor = (
-                tensor.reshape(-1, 2, model.config.head_dim // 2, tensor.shape[1])
-                .transpose(1, 2)
-                .reshape(tensor.shape)
-            )
-        if not (tied and name == "lm_head.weight"):
-            yield file_name, tensor
-    rotary, width = model.get_decoder().rotary_emb, model.config.head_dim
+            tensor = tensor.reshape(-1, 2, width // 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        yield file_name, tensor
+    rotary = model.get_decoder().rotary_emb
     if rotary.attention_scaling != 1 or rotary.rope_type in ("dynamic", "longrope"):
         raise ArgumentError(
             f"a GGUF file has no positions of the kind {rotary.rope_type!r} here; choose another format"

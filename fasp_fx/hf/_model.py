@@ -28,8 +28,12 @@ from fasp_fx.capturing import copy_graph
 from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.storage import parsing, read_text
 
-from ._arguments import (
+from ._config import PrunedConfig
+from ._folder import read_saved, save_into
+from ._program import (
     POSITIONS,
+    FlatProgram,
+    Parts,
     after_start,
     check_outputs,
     checked_tokens,
@@ -38,12 +42,11 @@ from ._arguments import (
     opened,
     read_cache,
     refuse,
+    share_heads,
     shown,
+    without_checks,
     write_cache,
 )
-from ._config import PrunedConfig
-from ._flat import FlatProgram, Parts, share_heads, without_checks
-from ._folder import read_saved, save_into
 
 CONSTANTS = "_constants"
 #: arguments of transformers' loaders that change nothing here

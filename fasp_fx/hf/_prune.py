@@ -47,13 +47,13 @@ from fasp_fx.pruning import (
 )
 from fasp_fx.storage import new_save, parsing, read_json
 
-from ._claims import check_equal
 from ._config import PrunedConfig, check_layers
-from ._flat import FlatProgram, Parts, StoredProgram
+from ._fields import check_equal
 from ._folder import check_sums, with_values
 from ._formats import build, example_of, prune_to
 from ._gguf import keep_source
 from ._model import PrunedForCausalLM, PrunedForSeq2SeqLM, PrunedModel
+from ._program import FlatProgram, Parts, StoredProgram
 from ._registry import OWN, format_in, format_of
 from ._stages import CausalStages, Seq2SeqStages, check_served, convention_of, stages_of
 

@@ -22,9 +22,8 @@ from fasp_fx.pruning import FormatName, Granularity
 from fasp_fx.storage import kind_of, parsing, read_json, write_json
 
 from . import _model, modeling_per_layer
-from ._claims import llama_of, refuse_unsaid
 from ._config import original_of
-from ._fields import Experiments, Field, Place, find_fields
+from ._fields import Experiments, Field, Place, find_fields, llama_of, refuse_unsaid
 from ._folder import KIND, PLAIN, fill, first_fault
 from ._gguf import bytes_each, describe_gguf, write_gguf
 

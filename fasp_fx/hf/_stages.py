@@ -22,18 +22,18 @@ from fasp_fx.calibration import as_calls
 from fasp_fx.capturing import Program, rewound
 from fasp_fx.errors import ArgumentError, CalibrationError, CaptureError, first_line
 
-from ._arguments import (
+from ._model import PrunedModel
+from ._program import (
     LEFT_OUT,
     LOSSES,
     POSITIONS,
+    FlatProgram,
     after_start,
     check_outputs,
     opened,
     read_cache,
     write_cache,
 )
-from ._flat import FlatProgram
-from ._model import PrunedModel
 
 #: example sizes: sequences, source tokens, tokens that are already cached, new tokens; all different, and
 #: none of them 1, which would be taken for a constant
