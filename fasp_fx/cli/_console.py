@@ -104,7 +104,10 @@ def session() -> Iterator[Stages]:
                 warnings.simplefilter("always", kind)
             yield stages
         stages.end()
-        _tell(caught)
+        # Each warning once: of several processes the first speaks, and each of the groups that it checked.
+        told = VerificationWarning if process("RANK", 0) else Warning
+        for message in dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, told)):
+            _complain("warning", message)
     except (FaspError, OSError, KeyboardInterrupt, *short_of_memory()) as error:  # type: ignore[misc]
         stages.end(done=False)
         interrupted = isinstance(error, KeyboardInterrupt)
@@ -124,13 +127,6 @@ def _explained(error: BaseException) -> str:
         named = f"'{error.filename}': " if error.filename is not None else ""
         return f"{named}{error.strerror or error}; mend that, or choose another place"
     return f"memory is too short: {first_line(error)}; give less data at a time, or free some"
-
-
-def _tell(caught: list[warnings.WarningMessage]) -> None:
-    """Each warning once: of several processes the first speaks, and each of the groups that it checked."""
-    category = VerificationWarning if process("RANK", 0) else Warning
-    for message in dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, category)):
-        _complain("warning", message)
 
 
 def _complain(kind: str, message: str) -> None:

@@ -247,8 +247,7 @@ class PrunedModel(PreTrainedModel, GenerationMixin):
             )
         saved, parts = read_saved(folder, config, device_map)
         wanted = dtype if dtype is not None else torch_dtype
-        wanted = getattr(torch, wanted, wanted) if isinstance(wanted, str) else wanted
-        if wanted not in (None, "auto", saved.dtype):
+        if getattr(torch, str(wanted), wanted) not in (None, "auto", saved.dtype):
             raise ArgumentError(
                 f"dtype={wanted} cannot be had: the programs were captured in {saved.dtype}; load the dense"
                 " model in that dtype and prune it again"

@@ -147,7 +147,8 @@ class FlatProgram:
         most = {place: upper for place, size in sizes.items() if (upper := upper_bound(size)) is not None}
         bounds, joint = list[Bound](), set[str]()
         for new in (place for place in most if place[0].endswith("input_ids")):
-            for cached in (place for place in most if _is_of_tokens(place[0])):
+            # Caches of the tokens that the program itself is given, not of a source.
+            for cached in (at for at in most if at[0].endswith(".keys") and ".cross." not in at[0]):
                 sums = {most[new] + lower_bound(sizes[cached]), most[cached] + lower_bound(sizes[new])}
                 bounds.append(Bound((new, cached), min(sums)))
                 if len(sums) == 1:
@@ -201,11 +202,6 @@ class Parts:
     constants: Mapping[str, Mapping[str, Tensor]]
     plan: PruningPlan
     report: Report
-
-
-def _is_of_tokens(name: str) -> bool:
-    """Whether an input is a cache of the tokens that the program itself is given, not of a source."""
-    return name.startswith("cache.") and not name.startswith("cache.cross.") and name.endswith(".keys")
 
 
 def _names(spec: pytree.TreeSpec, of_call: bool = False) -> tuple[str, ...]:

@@ -1,20 +1,39 @@
-"""What the names of a configuration stand for, and what is done with the calibration data of a program by
-them: its groups are measured, and its channels chosen and repaired.
+"""The steps of a pruning between the analysis and the rewriting of a program, and what the names of a
+configuration stand for there: which counts are possible, what groups cost, how many channel sets each loses,
+which those are, and what repairs the rest.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fasp_fx.allocation import Allocation, CostAllocation, CostCurve, Costs, Global, Search, uniform
-from fasp_fx.analysis import Group
+from fasp_fx.allocation import (
+    Allocation,
+    Budget,
+    Cap,
+    CostAllocation,
+    CostCurve,
+    Costs,
+    Global,
+    Limit,
+    Search,
+    check_asked,
+    check_patterns,
+    counted,
+    is_excluded,
+    lost_by_pattern,
+    uniform,
+    validate,
+)
+from fasp_fx.analysis import APPROXIMATE, Analysis, Group, Groups, Resource, Sparsity
 from fasp_fx.base import (
     between,
     computing,
@@ -27,6 +46,7 @@ from fasp_fx.base import (
 )
 from fasp_fx.calibration import (
     ENOUGH,
+    BudgetTrial,
     ByColumns,
     Choices,
     Consumer,
@@ -57,7 +77,13 @@ from fasp_fx.calibration import (
     without_data,
 )
 from fasp_fx.capturing import Program, Runner, results
-from fasp_fx.errors import ArgumentError, CalibrationError, CalibrationWarning
+from fasp_fx.errors import (
+    ArgumentError,
+    CalibrationError,
+    CalibrationWarning,
+    NothingPrunableError,
+    SparsityError,
+)
 
 from ._config import MEASURED, PruningConfig
 
@@ -115,11 +141,6 @@ class Method:
         return isinstance(self.allocation, Search)
 
     @property
-    def needs_measuring(self) -> bool:
-        """Whether the dense model is observed before anything is chosen."""
-        return self.needs_costs or (bool(self.gradients) and self.loss is not None)
-
-    @property
     def loss_description(self) -> str:
         """What costs are predictions of."""
         if self.loss is None:
@@ -141,6 +162,161 @@ def allocation_of(config: PruningConfig) -> Allocation:
         else config.allocation == "global"
     )
     return Global() if is_global else uniform
+
+
+# --- Which counts are possible, and how many channel sets each group loses.
+
+
+@dataclass(frozen=True)
+class Step:
+    """Which numbers of channel sets of a group are possible.
+
+    Attributes:
+        multiple: as many stay of each block as are a multiple of it.
+        at_once: whether all of them go or none.
+    """
+
+    multiple: int = 1
+    at_once: bool = False
+
+
+class Constraint(Protocol):
+    """Which counts belong together, and which are possible, as a format of files says it.
+
+    Attributes:
+        source: what says it, in words.
+    """
+
+    source: str
+
+    def __call__(self, groups: Sequence[Group]) -> tuple[list[int | None], list[Step]]:
+        """For each group that can lose channel sets its tie, a number that it shares with those that lose as
+        much as it does, ``None`` where it stays whole; and its steps, of which those of the first group of a
+        tie count.
+
+        Raises:
+            NothingPrunableError: all groups stay whole.
+        """
+
+
+def constrained(budget: Budget, constraint: Constraint | None) -> Budget:
+    """The budget for one group for all that are tied, in steps that are possible; errors as for
+    :class:`Constraint`.
+    """
+    if constraint is None:
+        return budget
+    ties, steps = constraint(budget.groups)
+    narrowed, by_name = budget.narrowed(ties), dict(zip([group.name for group in budget.groups], steps))
+    narrowed.groups = [
+        replace(
+            group,
+            at_once=by_name[group.name].at_once,
+            multiple=math.lcm(group.multiple, by_name[group.name].multiple),
+        )
+        for group in narrowed.groups
+    ]
+    return narrowed
+
+
+def open_budget(config: PruningConfig, analysis: Groups, count: Callable[[Cap | None], Resource]) -> Budget:
+    """How much of what was asked for may stay, as a budget of the groups that can be pruned and are not
+    excluded; without a limit where each pattern has its own sparsity.
+
+    Args:
+        count: counts a resource, or what sparsity is a fraction of.
+
+    Raises:
+        BudgetError: a resource cannot be counted.
+        ArgumentError: a name pattern matches nothing.
+        NothingPrunableError: no group can be pruned.
+    """
+    limits = [Limit.under(cap, count(cap)) for cap in config.budgets]
+    if not limits and config.target_sparsity is not None:
+        limits = [Limit(count(None), config.target_sparsity)]
+    groups, chosen = analysis.groups, analysis.chosen
+    check_patterns("exclude", config.exclude, groups)
+    budget = Budget(chosen, limits).only([not is_excluded(group, config.exclude) for group in chosen])
+    budget.advice = _advice(config, groups)
+    if not budget.groups:
+        reasons = "; ".join(sorted({group.reason for group in groups if group.reason}))
+        why = "exclude= leaves all whole" if chosen else reasons or "it has no coupled weights"
+        advice = f"; ask for {budget.advice}" if budget.advice else ""
+        raise NothingPrunableError(f"no group of this model can be pruned: {why}{advice}")
+    return budget
+
+
+def check_request(
+    method: Method, budget: Budget, costs: Costs | None = None, constraint: Constraint | None = None
+) -> None:
+    """Validate a request before the costs are measured; arguments and errors as for :func:`allocate`."""
+    if isinstance(method.allocation, CostAllocation) and costs is None:
+        method.allocation.check(budget, method.config.round_to)
+    else:
+        allocate(method, budget, costs, constraint=constraint)
+
+
+def allocate(
+    method: Method,
+    budget: Budget,
+    costs: Costs | None = None,
+    trial: BudgetTrial | None = None,
+    constraint: Constraint | None = None,
+) -> list[int]:
+    """How many channel sets each block of each chosen group of the model loses.
+
+    Args:
+        costs: the cost curves, where the allocation wants them.
+        trial: runs the model as it would be pruned, where the allocation wants that.
+        constraint: what the budget was constrained by.
+
+    Raises:
+        ArgumentError: a name pattern matches nothing, or the allocation returned what cannot be done.
+        SparsityError, BudgetError: the sparsity or a budget is out of reach, or less than a step.
+    """
+    config, allocation = method.config, method.allocation
+    if isinstance(config.sparsity, Mapping):
+        check_asked(config.sparsity, budget.groups)
+        lost = lost_by_pattern(budget, config.sparsity, config.round_to)
+    elif not isinstance(allocation, CostAllocation):
+        lost = validate(allocation(budget, config.round_to), budget)
+    else:
+        assert costs is not None
+        more = (trial,) if isinstance(allocation, Search) else ()
+        lost = validate(allocation(budget, config.round_to, budget.joined(costs), *more), budget)
+    if constraint is not None and not any(lost):
+        raise SparsityError(
+            f"the sparsity is less than half a step of what {constraint.source} can say; ask for more"
+        )
+    return budget.spread(lost)
+
+
+def expected_sparsity(config: PruningConfig, analysis: Analysis) -> float:
+    """The sparsity that is asked for, or that something else comes to where all groups lose alike.
+
+    Raises:
+        FaspError: as for :func:`open_budget` and :func:`allocate`.
+    """
+    if config.target_sparsity is not None:
+        return config.target_sparsity
+    uniform = Method.of(replace(config, allocation="uniform"))
+    lost = allocate(uniform, open_budget(config, analysis, partial(counted, analysis)))
+    counts = [count * group.blocks for count, group in zip(lost, analysis.chosen, strict=True)]
+    return Sparsity(analysis).removed(counts)
+
+
+def _advice(config: PruningConfig, groups: Sequence[Group]) -> str:
+    """What would let more go, if anything: groups that a norm mixes stay unless they are asked for."""
+    sizes = [
+        group.size
+        for group in groups
+        if group.status == APPROXIMATE and group.granularity in config.granularity and group.deepest_loss
+        if APPROXIMATE not in config.include and not is_excluded(group, config.exclude)
+    ]
+    include = (*config.include, APPROXIMATE)
+    return f"include={include}, for {sum(sizes):,} channel sets more" if sizes else ""
+
+
+# --- What observing the batches says: what goes, what repairs the rest, and what groups cost.
 
 
 def precision_of(program: Program) -> str:
@@ -214,8 +390,8 @@ class Measured:
 
     def costs(self, fingerprint: str) -> Costs:
         """The curves, for the model of that fingerprint."""
-        config = self.method.config
-        return Costs(self.curves, fingerprint, config.score_name, config.granularity)
+        asked = self.method.config
+        return Costs(self.curves, fingerprint, asked.score_name, asked.granularity)
 
 
 @dataclass(frozen=True)

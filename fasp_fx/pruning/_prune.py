@@ -44,9 +44,19 @@ from fasp_fx.capturing import Captured, Model, capture_model, check_given, model
 from fasp_fx.errors import ArgumentError, NothingPrunableError, PlanError
 from fasp_fx.storage import claim, refuse_other
 
-from ._allocating import Constraint, allocate, check_request, constrained, open_budget
 from ._config import Granularity, Include, PruningConfig, PruningOptions, key_of
-from ._method import Measured, Measurement, Method, by_score, calibrate
+from ._method import (
+    Constraint,
+    Measured,
+    Measurement,
+    Method,
+    allocate,
+    by_score,
+    calibrate,
+    check_request,
+    constrained,
+    open_budget,
+)
 from ._report import PREDICTED
 from ._result import Result
 from ._subject import InParts, PartsAnalysis, Subject, Whole, analyze_for, check_weights, make_plan, split
@@ -406,7 +416,7 @@ def decide(
     ranks.check_alike(fingerprint, batches or (), vars(config))
     consumers, inputs = _consumers(subject, config), functools.partial(subject.inputs, batches=batches)
     measured, done = Measured(method), 0.0
-    if batches is not None and method.needs_measuring:
+    if batches is not None and (method.needs_costs or (method.gradients and method.loss is not None)):
         done = PROGRESS_SHARE_MEASURING
         wants_curves = method.needs_costs and (costs is None or method.runs_trials)
         measured = Measurement(consumers, inputs, ranks, wants_curves).run(method, between(advance, 0, done))

@@ -343,18 +343,15 @@ def _assignments(dynamic: dict[_Place, torch.SymInt], grow: bool) -> list[dict[s
     """
     symbols, environments = _symbols(dynamic), {size.node.shape_env for size in dynamic.values()}
     guards = {shapes.replace(one) for shapes in environments for one in conditions_on(shapes)}
-    offered: list[dict[sympy.Symbol, int]] = []
-    if not grow:
-        offered.append(
-            {s: size.hint if size.is_batch else _LONGER + 2 * size.place for s, size in symbols.items()}
-        )
-        offered += [
-            {
-                s: (_BATCHES if size.is_batch else _SMALL)[(size.place + start) % len(_SMALL)]
-                for s, size in symbols.items()
-            }
-            for start in range(len(_SMALL))
-        ]
+    longer = {s: size.hint if size.is_batch else _LONGER + 2 * size.place for s, size in symbols.items()}
+    smaller = [
+        {
+            s: (_BATCHES if size.is_batch else _SMALL)[(size.place + start) % len(_SMALL)]
+            for s, size in symbols.items()
+        }
+        for start in range(len(_SMALL))
+    ]
+    offered = [] if grow else [longer, *smaller]
     offered += [{s: size.hint + step * (1 + size.place) for s, size in symbols.items()} for step in (1, 2, 3)]
     offered += [{s: size.hint * times for s, size in symbols.items()} for times in (2, 3)]
     seen = [{s: size.hint for s, size in symbols.items()}]

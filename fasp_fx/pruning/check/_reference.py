@@ -35,8 +35,8 @@ def masked_program(analysis: Analysis, decision: Decision, program: Program | No
     """
     masking = _Masking(analysis, decision, analysis.program if program is None else program)
     masking.mask_uses()
-    if EXEMPT in analysis.include:
-        masking.mask_products()
+    for product in analysis.walk.facts.products if EXEMPT in analysis.include else ():
+        masking.mask_operand(product, _ZERO)  # of the first operand of each product of activations
     masking.mask_routers()
     masking.silence_producers()
     return masking.program
@@ -91,11 +91,6 @@ class _Masking:
                     )
             node.replace_input_with(self.nodes[operand], copies[self.nodes[operand]])
 
-    def mask_products(self) -> None:
-        """Take the removed channels out of products of activations: zeros in the first operand of each."""
-        for product in self.analysis.walk.facts.products:
-            self._mask_operand(product, _ZERO)
-
     def mask_routers(self) -> None:
         """Let no router choose an expert that is gone: its logit is -inf where experts compete by value."""
         experts = [group.sets for group in self.analysis.chosen if group.granularity == "expert"]
@@ -111,7 +106,7 @@ class _Masking:
             if isinstance(value, Value):
                 axes = value.axes if dim is None else value.at(dim % len(value.shape))
                 if any(np.isin(axis.numbers.numpy(), numbers).any() for axis in axes):
-                    self._mask_operand(Product(node, (source,), numbers), float("-inf"))
+                    self.mask_operand(Product(node, (source,), numbers), float("-inf"))
 
     def silence_producers(self) -> None:
         """Let the producers of groups that cross a norm give zero: all that holds a removed channel of theirs
@@ -149,7 +144,7 @@ class _Masking:
             mask = matrices.write(matrices.read(ones) * torch.from_numpy(~removed)[:, None], ones).bool()
         return None if bool(mask.all()) else mask
 
-    def _mask_operand(self, product: Product, value: float) -> None:
+    def mask_operand(self, product: Product, value: float) -> None:
         """Put a value where channels that go lie along the first operand of a product."""
         gone = np.zeros_like(self.gone)
         gone[product.numbers] = self.gone[product.numbers]
