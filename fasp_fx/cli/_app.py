@@ -54,14 +54,6 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     option("auto, the default: the dtype that the model was stored in."),
 ]
-Html = Annotated[
-    Path | None,
-    option(
-        "Also write a page to look at: one file, no network. An earlier page there is replaced, anything else"
-        " is not.",
-        metavar="FILE",
-    ),
-]
 Checkpoint = Annotated[
     Path | None, option("Keep the state of the work here; the same command goes on from it.", metavar="DIR")
 ]
@@ -356,7 +348,14 @@ def show_groups(
             more=False,
         ),
     ] = None,
-    html: Html = None,
+    html: Annotated[
+        Path | None,
+        option(
+            "Also write a page to look at: one file, no network. An earlier page there is replaced, anything"
+            " else is not.",
+            metavar="FILE",
+        ),
+    ] = None,
 ) -> None:
     """Show the coupled groups of a language model: what can be pruned, what cannot, and why.
 

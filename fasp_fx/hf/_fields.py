@@ -238,10 +238,10 @@ def arrange(groups: Sequence[Group], fields: Sequence[Field], scopes: Sequence[s
         scopes: within each of which the fields have values of their own.
 
     Returns:
-        For each group the number of the first that shrinks as it does; ``None`` where no field can say it.
+        For each group a number, the same for those that shrink alike; ``None`` where no field can say it.
     """
     every = [units(group) for group in groups]
-    places: dict[int, int] = {}
+    first: dict[int, int] = {}
     for scope in scopes:
         inside = {
             number: lost
@@ -258,8 +258,9 @@ def arrange(groups: Sequence[Group], fields: Sequence[Field], scopes: Sequence[s
         for steps, members in said.items():
             together = {at: by for number in members for at, by in every[number].items()}
             if lowered(together, usable, scope) == (dict(steps), {}):
-                places |= dict.fromkeys(members, members[0])
-    return [places.get(number) for number in range(len(groups))]
+                first |= dict.fromkeys(members, members[0])
+    places = {number: place for place, number in enumerate(sorted(set(first.values())))}
+    return [places[first[number]] if number in first else None for number in range(len(groups))]
 
 
 def _layers(model: nn.Module, config: Any) -> Iterator[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
 
-from fasp_fx.base import configured, is_number, names_of
+from fasp_fx.base import configured, from_document, is_number, names_of, to_document
 from fasp_fx.errors import ArgumentError, SparsityError
 
 if TYPE_CHECKING:  # the command line shows and checks options before torch is there
@@ -346,7 +346,6 @@ class PruningConfig:
             ArgumentError: an option is a function, which text cannot hold.
         """
         from fasp_fx.allocation import budget_data
-        from fasp_fx.base import to_document
 
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("score", "restore", "allocation", "loss"):
@@ -368,7 +367,6 @@ class PruningConfig:
             ArgumentError: the text is none, or of a version that is not read here.
         """
         from fasp_fx.allocation import budget_from_data
-        from fasp_fx.base import from_document
 
         document = from_document(
             "config", dict[str, Any], text, "write it again with PruningConfig.to_json()", ArgumentError

@@ -476,18 +476,14 @@ class InParts:
             name: tuple(chain.from_iterable(getattr(plan, name) for plan, _ in named))
             for name in ("groups", "splits", "folds", "fixed")
         }
+        removed = {group.name: group.removed_sets for group in joined["groups"]}
         plan = PruningPlan(
             whole_fingerprint(self.before),
-            sparsity=0.0,
+            sparsity=self.count(None).removed([removed.get(group.name, 0) for group in self.whole.chosen]),
             result=whole_fingerprint(self._parameters()),
             granularity=tuple(sorted(self.whole.granularity)),
             include=tuple(sorted(self.whole.include)),
             **joined,
-        )
-        removed = {group.name: group.removed_sets for group in plan.groups}
-        plan = replace(
-            plan,
-            sparsity=self.count(None).removed([removed.get(group.name, 0) for group in self.whole.chosen]),
         )
         old, new = weight_size(self.before), weight_size(self._parameters())
         rules = sum((Counter(part.report.without_rule) for part in self.results.values()), Counter[str]())

@@ -127,22 +127,20 @@ class SquaredError:
 
     def terms(self, outputs: Any, targets: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Tensor:
         """One term for each output that can be compared and of which something counts, ``[outputs]``."""
-        leaves = dict(enumerate(output_tensors(outputs)))
-        terms, compared = [], False
-        for index, dense in targets.items():
-            leaf = leaves.get(int(index))
-            if leaf is None or leaf.shape != dense.shape or not leaf.numel():
-                continue
-            compared = True
+        leaves = {str(index): leaf for index, leaf in enumerate(output_tensors(outputs))}
+        pairs = [(leaves[index], dense) for index, dense in targets.items() if index in leaves]
+        alike = [(leaf, dense) for leaf, dense in pairs if leaf.shape == dense.shape and leaf.numel()]
+        if not alike:
+            raise ArgumentError(
+                "no output of the pruned model has the shape of the dense model's; pass a loss= of your own"
+            )
+        terms = []
+        for leaf, dense in alike:
             mask = token_mask(inputs, leaf.shape[:2]) if leaf.dim() == 3 else None
             pruned, wanted = (part.float() if mask is None else part.float()[mask] for part in (leaf, dense))
             if wanted.numel():
                 size = wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
                 terms.append((pruned - wanted).square().mean() / size)
-        if not compared:
-            raise ArgumentError(
-                "no output of the pruned model has the shape of the dense model's; pass a loss= of your own"
-            )
         return torch.stack(terms) if terms else torch.zeros(0)
 
 
