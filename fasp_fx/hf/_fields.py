@@ -113,11 +113,11 @@ class Experiments:
                     config = self.config(assignment)
                     with torch.device("meta"):
                         model = self.kind(config)
-                    named = (
-                        model.named_parameters(remove_duplicate=False),
-                        model.named_buffers(remove_duplicate=False),
-                    )
-                    self._found[key] = {name: tuple(tensor.shape) for part in named for name, tensor in part}
+                    self._found[key] = {
+                        name: tuple(tensor.shape)
+                        for named in (model.named_parameters, model.named_buffers)
+                        for name, tensor in named(remove_duplicate=False)
+                    }
                     self.layers = self.layers or tuple(_layers(model, config))
                 except tolerable(Exception) as error:  # a class raises what it likes about sizes
                     self._found[key] = first_line(error)
@@ -171,10 +171,11 @@ def find_fields(experiments: Experiments, lost: Iterable[tuple[str, int]]) -> li
     a field that is not set stands for one of the lengths.
     """
     sizes = sorted({experiments.shapes[name][dim] for name, dim in lost})
-    numbers = [
-        (path, value) for path, value in experiments.values.items() if type(value) is int and value > 1
+    fields = [
+        _moved(experiments, path, value)
+        for path, value in experiments.values.items()
+        if type(value) is int and value > 1 and any(size % value == 0 for size in sizes)
     ]
-    fields = [_moved(experiments, *one) for one in numbers if any(size % one[1] == 0 for size in sizes)]
     fields += [
         _moved(experiments, path, size)
         for path in [path for path, value in experiments.values.items() if value is None]

@@ -225,10 +225,9 @@ def load_offloaded(
     refuse_incomplete(model, info, str(folder))
     keep_weights(model, scratch)  # what transformers had to convert
     model.name_or_path = model.config.name_or_path = str(folder)
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        with contextlib.suppress(OSError, ValueError):
-            # Transformers makes one of the configuration where there is none that can be read.
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    with contextlib.suppress(OSError, ValueError):
+        # Transformers makes one of the configuration where there is none that can be read.
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 
@@ -267,9 +266,8 @@ def refuse_incomplete(model: nn.Module, info: Mapping[str, Any], where: str) -> 
                 " they would be made up; give the complete model"
             )
     numberless = {_NUMBER.sub(".", name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    unexpected = [name for name in _named(info, "unexpected_keys") if _NUMBER.search(name)]
-    layers = [name for name in unexpected if _NUMBER.sub(".", name) in numberless]
-    if layers:
+    numbered = filter(_NUMBER.search, _named(info, "unexpected_keys"))
+    if layers := [name for name in numbered if _NUMBER.sub(".", name) in numberless]:
         raise ArgumentError(
             f"'{where}' holds weights of more layers than its configuration says"
             f" ({layers[0]}), which would be left out; correct the configuration"

@@ -249,9 +249,8 @@ def build(
     sizes = sizes_of(form, experiments, weights)
     kind, config = form.describe(experiments, sizes)
     config.name_or_path = ""
-    if hasattr(config, "quantization_config"):
-        # Of the file that the model came from: what is pruned are the weights it was expanded to.
-        del config.quantization_config
+    # Of the file that the model came from: what is pruned are the weights it was expanded to.
+    vars(config).pop("quantization_config", None)
     options = {"config": config, "state_dict": dict(weights), "dtype": model.dtype}
     if (attention := attention_of(model.config)) is not None:
         options["attn_implementation"] = attention

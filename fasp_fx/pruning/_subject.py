@@ -221,10 +221,8 @@ _NAMES = frozenset({"name", "source", "sources", "producers", "consumers"})
 def renamed(value: Any, change: Callable[[str], str], is_name: bool = False) -> Any:
     """A plan, or a line of a report, with other names of groups and weights."""
     if is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in fields(value)]
-        return replace(
-            value, **{name: renamed(getattr(value, name), change, name in _NAMES) for name in names}
-        )
+        parts = {field.name: getattr(value, field.name) for field in fields(value)}
+        return replace(value, **{name: renamed(part, change, name in _NAMES) for name, part in parts.items()})
     if isinstance(value, tuple):
         return tuple(renamed(item, change, is_name) for item in value)
     return change(value) if is_name and isinstance(value, str) else value
@@ -277,7 +275,7 @@ class PartsAnalysis(Groups):
     @property
     def max_sparsity(self) -> float:
         """The highest sparsity of all parts together that can be asked for with ``round_to=1``."""
-        resources = [Sparsity(analysis) for analysis in self.parts.values()]
+        resources = [*map(Sparsity, self.parts.values())]
         return Joined(self.chosen, resources, [1] * len(resources), 0).reach(1)
 
     def explain(self, first: str, second: str) -> list[str]:

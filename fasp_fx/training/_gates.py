@@ -261,8 +261,9 @@ class Gates(nn.Module):
             del hooks[key]
         for module, name, _ in self.places:
             kind = type(module)  # copies of the model share it, and taking a parametrization off changes it
-            slots = ("__dict__", "__weakref__")
-            attributes = {key: value for key, value in vars(kind).items() if key not in slots}
+            attributes = {
+                key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")
+            }
             module.__class__ = type(kind.__name__, kind.__bases__, attributes)
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         for module, _, order in self.places:
