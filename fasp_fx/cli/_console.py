@@ -8,7 +8,6 @@ import contextlib
 import errno
 import re
 import sys
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -67,14 +66,12 @@ class Stages:
     def __init__(self) -> None:
         self.console = console(errors=True)
         self._progress: Progress | None = None
-        self._name, self._began = "", 0.0
 
     def begin(self, name: str) -> None:
         """Start a stage, ending the one before."""
         self.end()
         self._progress = bar_on(self.console)
-        self._name, self._began = printable(name), time.perf_counter()
-        self._progress.add_task(self._name, total=None)
+        self._progress.add_task(printable(name), total=None)
         self._progress.start()
 
     def update(self, fraction: float) -> None:
@@ -86,9 +83,9 @@ class Stages:
         """End the stage that runs, if any."""
         if self._progress is not None:
             self._progress.stop()
-            self._progress = None
+            (task,), self._progress = self._progress.tasks, None
             if done:
-                self.console.print(f"{self._name} {time.perf_counter() - self._began:.1f} s", soft_wrap=True)
+                self.console.print(f"{task.description} {task.elapsed:.1f} s", soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -49,11 +49,11 @@ from ._subject import (
     make_plan as make_plan,  # What was decided, as data; result is the fingerprint of what came of it
     rewrite as rewrite,  # Take out of a program what was decided for its analysis, hold the result against the masked dense program, and report it
 )
+from .check import (
+    masked_program as masked_program,  # A program with the decided weights in place of its own and what was removed masked; tensors are shared
+)
 from .check._compare import (
     widened as widened,  # A type of real or complex numbers, or a tensor of it, in this precision if its own is lower; anything else as it is
-)
-from .check._reference import (
-    masked_program as masked_program,  # A program with the decided weights in place of its own and what was removed masked; tensors are shared
 )
 
 __all__ = [

@@ -154,14 +154,9 @@ def allocation_of(config: PruningConfig) -> Allocation:
     """The function that an allocation stands for."""
     if callable(config.allocation):
         return config.allocation
-    if config.allocation == "search":
-        return Search()
-    is_global = (
-        config.effective_score == "obs" and not isinstance(config.sparsity, Mapping)
-        if config.allocation is None
-        else config.allocation == "global"
-    )
-    return Global() if is_global else uniform
+    by_costs = config.effective_score == "obs" and not isinstance(config.sparsity, Mapping)
+    named: dict[str, Allocation] = {"search": Search(), "global": Global(), "uniform": uniform}
+    return named[config.allocation or ("global" if by_costs else "uniform")]
 
 
 # --- Which counts are possible, and how many channel sets each group loses.
