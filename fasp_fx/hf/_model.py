@@ -353,9 +353,8 @@ class PrunedForCausalLM(PrunedModel):
                     " attention_mask where they are one text"
                 )
             return positions.expand(batch, new)
-        if mask is None:
-            return torch.arange(past, past + new, device=ids.device).expand(batch, new)
-        return POSITIONS[self.config.positions](mask.long())[:, past:]
+        mask = mask_of("attention_mask", mask, batch, past + new, ids)
+        return POSITIONS[self.config.positions](mask)[:, past:]
 
 
 class Encoder(nn.Module):
