@@ -139,8 +139,9 @@ def read_options(file: Path | None, values: Mapping[str, Any]) -> PruningConfig:
         options["budget"] = tuple(KINDS[name](amount) for name, amount in amounts.items())
     if "restore" in options:
         options["restore"] = "least-squares" if options["restore"] else None
-    config = None if file is None else PruningConfig.from_json(file.read_text(encoding="utf-8"))
-    return PruningConfig.of(config, options)
+    return PruningConfig.of(
+        None if file is None else PruningConfig.from_json(file.read_text(encoding="utf-8")), options
+    )
 
 
 def read_amount(option: str, text: str) -> float:
@@ -328,8 +329,7 @@ def recover(
         from . import _prune
 
         job = _prune.Job(out, overwrite, device=device, checkpoint=checkpoint)
-        more = {"batches": batches, "text": text, "seed": seed, "use": "training"}
-        texts = _texts(data, length, eval_batches, **more)
+        texts = _texts(data, length, eval_batches, batches=batches, text=text, seed=seed, use="training")
         config = DistillationConfig(epochs=epochs, learning_rate=learning_rate, seed=seed)
         _prune.recover_and_save(Path(folder), dense, job, texts, config, stages)
 

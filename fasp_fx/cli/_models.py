@@ -97,8 +97,9 @@ def load_model(
     loading: Any = AutoModelForCausalLM.from_pretrained
     with _loading(model) as (where, options):
         if scratch is not None and not options and Path(where).is_dir():
-            kind = None if dtype == "auto" else getattr(torch, dtype)
-            return load_offloaded(where, scratch, dtype=kind).to(device)
+            return load_offloaded(
+                where, scratch, dtype=None if dtype == "auto" else getattr(torch, dtype)
+            ).to(device)
         options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
         loaded, info = loading(where, **options)
     refuse_incomplete(loaded, info, model)

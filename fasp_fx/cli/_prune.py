@@ -235,8 +235,9 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
     texts.read(tokenizer)
     with offload(job.scratch, device=device) if job.scratch is not None else nullcontext() as scratch:
         stages.begin("loading the model")
-        home = device if scratch is None else "cpu"
-        dense = _models.load_model(model, dtype=job.dtype, device=home, scratch=scratch)
+        dense = _models.load_model(
+            model, dtype=job.dtype, device=device if scratch is None else "cpu", scratch=scratch
+        )
         texts.check_against(dense)
         if needs_data := Method.of(config).needs_data:
             texts.write(dense, tokenizer, stages)

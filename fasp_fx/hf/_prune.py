@@ -375,10 +375,9 @@ def _served(captured: CapturedModel, result: Result, tokenizer: Any) -> Pruned:
         first: result
     }
     reports = [other.report for other in results.values()]
-    notes = dict.fromkeys(note for each in (report, *reports) for note in each.notes)
     report = replace(
         report,
-        notes=tuple(notes),
+        notes=tuple(dict.fromkeys(note for each in (report, *reports) for note in each.notes)),
         cache=next((each.cache for each in reports if each.cache is not None), None),
     )
     programs: dict[str, StoredProgram] = {}

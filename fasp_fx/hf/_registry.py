@@ -223,13 +223,12 @@ class PerLayer(Format):
             return experiments.kind, experiments.config({})
         least = _least_widths(experiments, sizes)
         dense = {path: experiments.values[path] for path in least}
-        layers = {
-            number: {str(path[0]): value for path, value in (dense | lowered).items()}
-            for number, lowered in enumerate(sizes.values())
-            if dense | lowered
-        }
         by_layer: dict[Place, Any] = {
-            ("per_layer_config",): layers,
+            ("per_layer_config",): {
+                number: {str(path[0]): value for path, value in (dense | lowered).items()}
+                for number, lowered in enumerate(sizes.values())
+                if dense | lowered
+            },
             ("allow_global_per_layer_attribute_access",): True,
         }
         kind = _saved_along(_layered(experiments.kind), experiments)

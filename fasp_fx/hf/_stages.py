@@ -64,8 +64,9 @@ class Stages:
         """Random token numbers ``[batch, count]``."""
         vocabulary = int(getattr(self.model.config.get_text_config(), "vocab_size", 2))
         generator = torch.Generator(device="cpu").manual_seed(seed + 31 * count + batch)
-        drawn = torch.randint(0, vocabulary, (batch, count), generator=generator, device="cpu")
-        return drawn.to(self.model.device)
+        return torch.randint(0, vocabulary, (batch, count), generator=generator, device="cpu").to(
+            self.model.device
+        )
 
     def ones(self, batch: int, count: int) -> Tensor:
         """A mask that shows everything, ``[batch, count]``."""

@@ -477,8 +477,9 @@ def left_of(value: int, path: str, model: nn.Module, copy: nn.Module, plan: Prun
     """What is left of a size of a module: of as many rows or columns of a weight, or of as many channel sets
     of a group or of a block of one.
     """
-    weights = zip(model.get_submodule(path).parameters(), copy.get_submodule(path).parameters(), strict=True)
-    for dense, smaller in weights:
+    for dense, smaller in zip(
+        model.get_submodule(path).parameters(), copy.get_submodule(path).parameters(), strict=True
+    ):
         for before, after in zip(dense.shape, smaller.shape, strict=True):
             if before == value != after:
                 return after

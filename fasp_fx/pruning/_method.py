@@ -295,8 +295,9 @@ def expected_sparsity(config: PruningConfig, analysis: Analysis) -> float:
         return config.target_sparsity
     uniform = Method.of(replace(config, allocation="uniform"))
     lost = allocate(uniform, open_budget(config, analysis, partial(counted, analysis)))
-    counts = [count * group.blocks for count, group in zip(lost, analysis.chosen, strict=True)]
-    return Sparsity(analysis).removed(counts)
+    return Sparsity(analysis).removed(
+        [count * group.blocks for count, group in zip(lost, analysis.chosen, strict=True)]
+    )
 
 
 def _advice(config: PruningConfig, groups: Sequence[Group]) -> str:

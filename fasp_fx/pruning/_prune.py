@@ -212,11 +212,11 @@ def prune(
     config = PruningConfig.of(config, options)
     if Method.of(config).needs_data:
         check_calibration(calibration)
-    subject = _subject_of(
-        model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device
-    )
     return prune_subject(
-        subject, config, calibration, Job(progress, on_analysis, costs, Ranks.of(group), checkpoint)
+        _subject_of(model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device),
+        config,
+        calibration,
+        Job(progress, on_analysis, costs, Ranks.of(group), checkpoint),
     )
 
 

@@ -241,10 +241,10 @@ class Report:
         restored = max((line.error_restored or 0.0 for line in self.lines), default=0.0)
         if cut is None:
             return "unknown: nothing was calibrated; run both models on data of yours"
-        errors = (
-            f"squared errors of what consumers put out are {restored:.1e} at most, {cut:.1e} without repair"
+        return next(
+            (note for note in self.notes if note.startswith(PREDICTED)),
+            f"squared errors of what consumers put out are {restored:.1e} at most, {cut:.1e} without repair",
         )
-        return next((note for note in self.notes if note.startswith(PREDICTED)), errors)
 
     def _trust(self) -> str:
         """How far what was lost can be relied on."""
@@ -275,7 +275,6 @@ class Report:
             cache = [f"{self.cache[0]:,} -> {self.cache[1]:,} bytes per token of one sequence  ({change})"]
         if self.recovery is not None:
             recovery = [str(self.recovery), *self.recovery.notes]
-        is_repaired = any(line.error_restored is not None for line in self.lines)
         return "\n".join(
             (
                 f"removed     {self.sparsity:.2%}{asked} of the weights of {COUNTED} in"
@@ -293,7 +292,7 @@ class Report:
                 "",
                 f"{'status':<12}{'channels':>22}  {'error cut':>9}  {'restored':>9}  {'held out':>9}  group",
                 *map(str, self.lines),
-                *(["", *COLUMNS] if is_repaired else []),
+                *(["", *COLUMNS] if any(line.error_restored is not None for line in self.lines) else []),
                 *(f"note: {note}" for note in self.notes),
             )
         )

@@ -354,8 +354,9 @@ def attach_gates(
     ]
     try:
         for (module, name, members), order in zip(places, orders, strict=True):
-            scaled = Scaled(gates, members, getattr(module, name), holds=not gates.places)
-            parametrize.register_parametrization(module, name, scaled)
+            parametrize.register_parametrization(
+                module, name, Scaled(gates, members, getattr(module, name), holds=not gates.places)
+            )
             module.parametrizations.train(model.training)  # type: ignore[union-attr]
             gates.places.append((module, name, order))
         model.register_forward_pre_hook(gates.before_call)

@@ -551,8 +551,9 @@ class Training:
                 loss.backward()
             total += loss.detach()
         for leaf in self._leaves:
-            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            leaf.grad = self.accelerator.reduce(gradient, "sum")
+            leaf.grad = self.accelerator.reduce(
+                torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, "sum"
+            )
         mean = float(self.accelerator.reduce(total, "sum"))
         torch.nn.utils.clip_grad_norm_(self._leaves, CLIP)
         if math.isfinite(mean):
@@ -574,8 +575,9 @@ class Training:
         """The terms of a batch."""
         with products_in_bfloat16(self._device, bfloat16):
             outputs = self.lessons.outputs(self.trained, index, self._device)
-        targets = _load(self.lessons.file(index), self._device)
-        return self.lessons.terms(self.trained.student, outputs, targets, index, self._device)
+        return self.lessons.terms(
+            self.trained.student, outputs, _load(self.lessons.file(index), self._device), index, self._device
+        )
 
     @torch.no_grad()
     def _judged(self) -> float:

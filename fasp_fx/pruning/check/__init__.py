@@ -261,8 +261,9 @@ class _Masking:
     def _put(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
         """Put what is made of a weight in its place; of one that was split off, among the rows it has."""
         if name not in self.split:
-            weight = attribute(self.program.module, name).detach()
-            self.program.replace_weight(self.aliases[self.canonical[name]], change(weight))
+            self.program.replace_weight(
+                self.aliases[self.canonical[name]], change(attribute(self.program.module, name).detach())
+            )
             return
         part = self.split[name]
         whole = attribute(self.program.module, part.source).detach().clone()

@@ -141,8 +141,9 @@ def run(
         torch.set_default_dtype(widened(before, precision))
         try:
             for _ in range(calls):
-                execution = _Execution(module, precision, written)
-                leaves = list(execution.run(*arguments, enable_io_processing=False))
+                leaves = list(
+                    _Execution(module, precision, written).run(*arguments, enable_io_processing=False)
+                )
                 outputs.append(copied(leaves) if calls > 1 else leaves)
         finally:
             torch.set_default_dtype(before)
