@@ -101,13 +101,16 @@ _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|(?:[kmgt]i?)?b?)", re.IGNORECASE)
 
 def with_pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of a pruning in the place of its last parameter, ``**given``."""
-    kinds: dict[str, Any] = {}
-    for each in fields(PruningConfig):
-        form, text = each.metadata["form"], each.metadata["text"]
-        if form is not None:
-            kinds[each.name] = Annotated[form | None, option(text, more=each.name not in COMMON)]
-    for name, text in BUDGETS.items():
-        kinds[name] = Annotated[str | None, option(f"A budget: how much may stay {text}.", metavar="AMOUNT")]
+    declared = [(each.name, each.metadata["form"], each.metadata["text"]) for each in fields(PruningConfig)]
+    kinds: dict[str, Any] = {
+        name: Annotated[form | None, option(text, more=name not in COMMON)]
+        for name, form, text in declared
+        if form is not None
+    }
+    kinds |= {
+        name: Annotated[str | None, option(f"A budget: how much may stay {text}.", metavar="AMOUNT")]
+        for name, text in BUDGETS.items()
+    }
     parameters = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
         for name, kind in kinds.items()

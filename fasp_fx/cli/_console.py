@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 from fasp_fx.base import bar_on, process, short_of_memory
 from fasp_fx.errors import (
@@ -142,11 +142,11 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, title: str 
     Args:
         left: so many columns hold words; the others hold numbers.
     """
-    rows_table = Table(title=title or None, title_justify="left")
-    for index, heading in enumerate(headings):
-        rows_table.add_column(
-            printable(heading), justify="left" if index < left else "right", overflow="fold"
-        )
+    columns = (
+        Column(printable(heading), justify="left" if index < left else "right", overflow="fold")
+        for index, heading in enumerate(headings)
+    )
+    rows_table = Table(*columns, title=title or None, title_justify="left")
     for row in rows:
         style = next((_COLOURS[cell] for cell in row if cell in _COLOURS), None)
         rows_table.add_row(*(printable(cell, keep="\n") for cell in row), style=style)

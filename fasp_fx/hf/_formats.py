@@ -31,7 +31,7 @@ from fasp_fx.pruning import (
     prune_subject,
 )
 
-from ._fields import Experiments, Place, arrange, check_equal, lowered, units, unlike, written
+from ._fields import Experiments, arrange, check_equal, lowered, units, unlike, written
 from ._folder import first_fault
 from ._registry import Format, PerLayer, Sizes, format_of
 
@@ -301,10 +301,11 @@ def sizes_of(form: Format, experiments: Experiments, weights: Mapping[str, Tenso
 
 def _note(experiments: Experiments, sizes: Sizes) -> str:
     """How a configuration says it, for a report."""
-    by_path: dict[Place, list[int]] = {}
-    for lower in sizes.values():
-        for path, value in lower.items():
-            by_path.setdefault(path, []).append(value)
+    by_path = {
+        path: [lower[path] for lower in sizes.values() if path in lower]
+        for lower in sizes.values()
+        for path in lower
+    }
     texts = (
         f"{written(path)} {experiments.values[path]} -> {min(values)}"
         + f" to {max(values)}" * (min(values) < max(values))

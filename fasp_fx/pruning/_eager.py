@@ -110,8 +110,10 @@ class _Copy:
         with rewound(self.model), tagged(self.model):
             dense = self._captured(self.model).module.graph
         sizes, parted = observed(dense, self.graph)
-        for (path, name), value in parted.items():
-            sizes.setdefault((path, name), left_of(value, path, self.model, self.module, self.plan))
+        sizes = {
+            place: left_of(value, place[0], self.model, self.module, self.plan)
+            for place, value in parted.items()
+        } | sizes
         for (path, name), value in sizes.items():
             setattr(self.module.get_submodule(path), name, value)
         say_sizes(self.model, self.module)

@@ -55,13 +55,17 @@ def check_weights(programs: Iterable[Program]) -> None:
     Raises:
         ArgumentError: names one.
     """
-    for program in programs:
-        for name, tensor in program.weights().items():
-            if tensor.device.type == "meta":
-                raise ArgumentError(
-                    f"'{name}' is on the meta device and has no values; analyze() works without weights,"
-                    " prune() needs them"
-                )
+    empty = (
+        name
+        for program in programs
+        for name, tensor in program.weights().items()
+        if tensor.device.type == "meta"
+    )
+    for name in empty:
+        raise ArgumentError(
+            f"'{name}' is on the meta device and has no values; analyze() works without weights, prune()"
+            " needs them"
+        )
 
 
 def split(analyses: Mapping[str, Analysis], lost: Sequence[int]) -> dict[str, list[int]]:
@@ -248,10 +252,9 @@ class Joined(Resource):
         self._parts, self._times, self._around = parts, times, around
 
     def used(self, lost: Sequence[int]) -> float:
-        counts, total = iter(lost), self._around
-        for part, times in zip(self._parts, self._times, strict=True):
-            total += times * part.used([next(counts) for _ in part.groups])
-        return total
+        counts, pairs = iter(lost), zip(self._parts, self._times, strict=True)
+        used = (times * part.used([next(counts) for _ in part.groups]) for part, times in pairs)
+        return sum(used, self._around)
 
 
 class PartsAnalysis(Groups):

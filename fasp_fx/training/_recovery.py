@@ -147,16 +147,20 @@ def distil(
             f" {first_line(error)}; give smaller batches with accumulate=, or train less, with"
             " requires_grad_(False) on the rest of the pruned model"
         ) from error
-    recovery = Recovery(
-        "distillation",
-        _CRITERIA.get(type(match), type(match).__name__),
-        state.step,
-        min(state.curve, key=lambda point: point.held_out).step,
-        tuple(state.curve),
-        state.seconds,
-        () if note is None else (note,),
+    return cast(
+        R,
+        result.with_report(
+            recovery=Recovery(
+                "distillation",
+                _CRITERIA.get(type(match), type(match).__name__),
+                state.step,
+                min(state.curve, key=lambda point: point.held_out).step,
+                tuple(state.curve),
+                state.seconds,
+                () if note is None else (note,),
+            )
+        ),
     )
-    return cast(R, result.with_report(recovery=recovery))
 
 
 def _called(result: Any) -> tuple[nn.Module, dict[str, Any], bool]:
@@ -257,7 +261,9 @@ class Trained:
     def __init__(self, student: nn.Module) -> None:
         self.student = student
         self.leaves = {
-            name: weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+            name: weight.detach()
+            .to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+            .requires_grad_()
             for name, weight in student.named_parameters()
             if weight.requires_grad and weight.is_floating_point() and weight.numel()
         }
@@ -266,8 +272,6 @@ class Trained:
                 "no weight of the pruned model requires a gradient; call requires_grad_() on what is to be"
                 " trained"
             )
-        for leaf in self.leaves.values():
-            leaf.requires_grad_()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns with what is learned in the places of its weights."""
