@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 from torch import Tensor
 
-from fasp_fx.allocation import is_excluded
-from fasp_fx.analysis import APPROXIMATE, Group, PruningPlan, cache_of
+from fasp_fx.allocation import Cap, is_excluded
+from fasp_fx.analysis import APPROXIMATE, Analysis, Group, PruningPlan, Resource, cache_of
 from fasp_fx.base import Count, OpOverload, ReadBy, from_document, to_document
 from fasp_fx.errors import ArgumentError, BudgetError, StoreError
 from fasp_fx.patterns import pointwise_rule
@@ -19,9 +19,6 @@ from fasp_fx.patterns import pointwise_rule
 from ._config import PruningConfig
 
 if TYPE_CHECKING:
-    from fasp_fx.allocation import Cap
-    from fasp_fx.analysis import Analysis, Resource
-
     from .check import Checked
 
 #: the operators whose weights sparsity counts
