@@ -262,7 +262,5 @@ class DistillationConfig:
 
     def to_json(self) -> str:
         """The options as JSON; a loss of the user's is named by its class and ``key``."""
-        loss: Any = self.loss
-        if not isinstance(loss, str):
-            loss = f"{type(loss).__name__} {getattr(loss, 'key', None)}"
-        return json.dumps(vars(self) | {"loss": loss})
+        named = f"{type(self.loss).__name__} {getattr(self.loss, 'key', None)}"
+        return json.dumps(vars(self) | {"loss": self.loss if isinstance(self.loss, str) else named})
