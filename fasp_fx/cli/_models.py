@@ -38,7 +38,6 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 SAMPLED_TOGETHER = 64
-_BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 def _named(model: str) -> tuple[str, dict[str, Any]]:
@@ -59,7 +58,7 @@ def _named(model: str) -> tuple[str, dict[str, Any]]:
             f" '{path.parent}', which holds the same model for all else, with weights that are not quantised"
         )
     reader = gguf.GGUFReader(path)
-    layers = {block[1] for tensor in reader.tensors if (block := _BLOCK.match(tensor.name))}
+    layers = {block[1] for tensor in reader.tensors if (block := re.match(r"blk\.(\d+)\.", tensor.name))}
     said = [field.contents() for name, field in reader.fields.items() if name.endswith(".block_count")]
     if said != [len(layers)]:
         raise ArgumentError(

@@ -171,7 +171,6 @@ def _parts(folder: Path, device: torch.device) -> Parts:
 
 
 _NUMBER = re.compile(r"\.\d+\.")
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def load_offloaded(
@@ -233,9 +232,9 @@ def load_offloaded(
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of all shards by name, each of which is to be let go before the next."""
-    shards = [folder / SINGLE]
+    shards = [folder / "model.safetensors"]
     if not shards[0].is_file():
-        index = json.loads((folder / INDEX).read_text("utf-8"))
+        index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
         shards = [folder / Path(name).name for name in sorted(set(index["weight_map"].values()))]
     for shard in shards:
         with safetensors.safe_open(shard, "pt") as opened:

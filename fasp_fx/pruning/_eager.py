@@ -49,7 +49,6 @@ from fasp_fx.patterns import RESHAPES, lookup
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 #: what is assumed of a size that does not vary
 _SETTLED = re.compile(r".+\.size\(\)\[\d+\] == \d+")
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def eager(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> nn.Module:
@@ -88,8 +87,7 @@ class _Copy:
             cannot be copied.
     """
 
-    def __init__(self, pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> None:
-        assert isinstance(pruned, PrunedModule)
+    def __init__(self, pruned: Any, plan: PruningPlan, model: nn.Module) -> None:
         self.pruned, self.plan, self.model = pruned, plan, model
         origin = pruned.fasp_fx_origin
         if origin.example is None:
@@ -310,7 +308,7 @@ def _size(argument: Any) -> Any:
     numbers that data decide.
     """
     value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
-    if not isinstance(value, _SYMBOLIC) or free_unbacked_symbols(value):
+    if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) or free_unbacked_symbols(value):
         return argument
     return int(value.node.expr) if value.node.expr.is_Integer else value.node.expr
 
@@ -413,8 +411,8 @@ def _plainly(compute: Callable[..., Any]) -> Callable[..., Any]:
     return lambda integer, other: compute(int(integer), int(other) if isinstance(other, Tagged) else other)
 
 
-_ARITHMETIC = "add sub mul floordiv mod truediv pow lshift rshift and or xor"
-for _name in (*_ARITHMETIC.split(), "eq", "ne", "lt", "le", "gt", "ge"):
+_COMPUTED = "add sub mul floordiv mod truediv pow lshift rshift and or xor eq ne lt le gt ge"
+for _name in _COMPUTED.split():
     _compute = getattr(operator, f"__{_name}__")
     setattr(Tagged, f"__{_name}__", _plainly(_compute))
     setattr(Tagged, f"__r{_name}__", _plainly(lambda own, other, _compute=_compute: _compute(other, own)))

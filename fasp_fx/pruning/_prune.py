@@ -267,10 +267,12 @@ def measure(
     """
     config = PruningConfig.of(config, options)
     check_calibration(calibration)
-    subject = _subject_of(
-        model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device
+    return measure_subject(
+        _subject_of(model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device),
+        config,
+        calibration,
+        Job(progress, ranks=Ranks.of(group)),
     )
-    return measure_subject(subject, config, calibration, Job(progress, ranks=Ranks.of(group)))
 
 
 @shows("pruning")

@@ -161,9 +161,6 @@ class Target:
         return {group.name: count for group, count in counts if count}
 
 
-_MARK = "parametrizations."
-
-
 class Gates(nn.Module):
     """One gate for every channel set of a model's groups; :func:`fasp_fx.training.attach_gates` makes them.
 
@@ -236,7 +233,7 @@ class Gates(nn.Module):
         lists = ((getattr(module, "parametrizations", {}), name) for module, name, _ in self.places)
         gated = {id(parametrized[name].original) for parametrized, name in lists if name in parametrized}
         return {
-            "".join(name.removesuffix(".original").rsplit(_MARK, 1))
+            "".join(name.removesuffix(".original").rsplit("parametrizations.", 1))
             if id(parameter) in gated
             else name: parameter
             for name, parameter in self._model[0].named_parameters(remove_duplicate=False)
