@@ -82,8 +82,9 @@ class Stages:
     def end(self, *, done: bool = True) -> None:
         """End the stage that runs, if any."""
         if self._progress is not None:
+            task = self._progress.tasks[0]
             self._progress.stop()
-            (task,), self._progress = self._progress.tasks, None
+            self._progress = None
             if done:
                 self.console.print(f"{task.description} {task.elapsed:.1f} s", soft_wrap=True)
 

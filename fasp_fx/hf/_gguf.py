@@ -141,11 +141,11 @@ def _tensors(model: Any, layers: list[Any]) -> Iterator[tuple[str, Tensor]]:
         ArgumentError: positions turn in a way that the file cannot say.
     """
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(layers))
-    tied, width = ["lm_head.weight"] * model.config.tie_word_embeddings, model.config.head_dim
+    tied, width = model.config.tie_word_embeddings, model.config.head_dim
     without = [f"model.layers.{i}." for i, said in enumerate(layers) if i and not said.num_attention_heads]
-    absent = [layer + part for layer in without for part in ("self_attn.", "input_layernorm.")]
+    absent = tuple(layer + part for layer in without for part in ("self_attn.", "input_layernorm."))
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name.startswith((*absent, *tied)):
+        if name.startswith(absent) or (tied and name == "lm_head.weight"):
             continue
         if not tensor.numel():
             zeros = _ZEROS if ".mlp." in name else width * _heads_of_zeros(model.config)

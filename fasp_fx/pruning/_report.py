@@ -76,15 +76,16 @@ class Line:
     consumers: tuple[tuple[str, Count], ...] = ()
 
     def __str__(self) -> str:
-        left = f" -> {self.after}" * (self.before != self.after) + f" ({self.blocks} blocks)" * (
-            self.blocks > 1
-        )
+        left = f" -> {self.after}" if self.before != self.after else ""
+        blocks = f" ({self.blocks} blocks)" if self.blocks > 1 else ""
         errors = (
             " " * 9 if error is None else f"{error:9.2e}"
             for error in (self.error_cut, self.error_restored, self.held_restored)
         )
         reason = f"  ({self.reason})" if self.reason else ""
-        return f"{self.status:<12}{f'{self.before}{left}':>22}  {'  '.join(errors)}  {self.name}{reason}"
+        return (
+            f"{self.status:<12}{f'{self.before}{left}{blocks}':>22}  {'  '.join(errors)}  {self.name}{reason}"
+        )
 
 
 @dataclass(frozen=True)
