@@ -47,7 +47,7 @@ def test_without_fillings_it_is_relative_to_the_largest(seed: int, scale: float,
 
 def test_the_check_sees_what_is_wrong_beside_masked_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight is spoilt after everything was decided, which the run on the example has to notice."""
-    from fasp_fx.pruning.check import _check
+    from fasp_fx.pruning import check as _check
 
     torch.manual_seed(0)
     model = wide(lambda m, x, mask: block(m, x).masked_fill(mask, -1e9), down=nn.Linear(24, 4))

@@ -19,7 +19,7 @@ import fasp_fx
 from fasp_fx.capturing import capture
 from fasp_fx.errors import CallError, EagerError, NothingPrunableError
 from fasp_fx.passes import finish
-from fasp_fx.pruning.eager import first_difference
+from fasp_fx.pruning._eager import first_difference
 from fasp_fx.testing.oracle import Masked, error
 
 TOLERANCE = 1e-4

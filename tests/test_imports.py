@@ -150,5 +150,5 @@ def test_rooms_import_from_lower_floors_only() -> None:
 def test_no_file_leads_back_to_itself() -> None:
     graph = graph_of_imports()
     assert graph.has_edge("fasp_fx.passes._run", "fasp_fx.passes._verify")
-    assert graph.has_edge("fasp_fx.pruning._result", "fasp_fx.pruning.eager"), "inside of functions"
+    assert graph.has_edge("fasp_fx.pruning._result", "fasp_fx.pruning._eager"), "inside of functions"
     assert [sorted(circle) for circle in nx.strongly_connected_components(graph) if len(circle) > 1] == []

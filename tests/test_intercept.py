@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import fasp_fx
 from fasp_fx.calibration import decided
 from fasp_fx.pruning import PruningConfig
-from fasp_fx.pruning.check._check import restricted
+from fasp_fx.pruning.check import restricted
 
 
 def data(width: int, count: int = 8, rows: int = 64) -> list[Tensor]:

@@ -35,7 +35,7 @@ from fasp_fx.calibration._obs import DAMPING
 from fasp_fx.calibration._trial import NextTokens
 from fasp_fx.errors import ArgumentError
 from fasp_fx.pruning import Method
-from fasp_fx.pruning._measuring import Measurement
+from fasp_fx.pruning._method import Measurement
 from fasp_fx.pruning._prune import PROGRESS_SHARE_MEASURING
 
 TOKENS, WIDTH = 20, 8

@@ -278,7 +278,7 @@ def _caught_from(run: Callable[[], Any]) -> Exception:
         "capturing._runner.execute",
         "calibration._gradients.evaluated",
         "passes._run._verified",
-        "pruning.check._check.finish",
+        "pruning.check.finish",
         "pruning.check._compare.run",
     ],
 )

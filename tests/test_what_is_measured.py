@@ -127,7 +127,7 @@ def test_a_first_dimension_that_is_time_is_not_divided(
     model = prepared(lambda: made(forward, layer=layer(), head=nn.Linear(8, 3)))
     captured = fasp_fx.capture(model, (x[:, :4],))
     found = losses(captured, [x])
-    monkeypatch.setattr("fasp_fx.pruning._measuring.in_pieces", lambda program, whole: whole)
+    monkeypatch.setattr("fasp_fx.pruning._method.in_pieces", lambda program, whole: whole)
     for name, curve in losses(captured, [x]).items():
         np.testing.assert_allclose(found[name], curve)
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,9 +18,6 @@ from fasp_fx.errors import ArgumentError
 from fasp_fx.pruning import FormatName, PruningConfig
 
 from ._console import CAPTURING, USAGE, console, groups_table, say, session, table
-
-if TYPE_CHECKING:  # help, and what is wrong with options, does not wait for torch
-    from ._models import Texts
 
 app = typer.Typer(
     name="fasp-fx",
@@ -56,14 +53,6 @@ Device = Annotated[
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     option("auto, the default: the dtype that the model was stored in."),
-]
-Html = Annotated[
-    Path | None,
-    option(
-        "Also write a page to look at: one file, no network. An earlier page there is replaced, anything else"
-        " is not.",
-        metavar="FILE",
-    ),
 ]
 Checkpoint = Annotated[
     Path | None, option("Keep the state of the work here; the same command goes on from it.", metavar="DIR")
@@ -112,13 +101,16 @@ _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|(?:[kmgt]i?)?b?)", re.IGNORECASE)
 
 def with_pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of a pruning in the place of its last parameter, ``**given``."""
-    kinds: dict[str, Any] = {}
-    for each in fields(PruningConfig):
-        form, text = each.metadata["form"], each.metadata["text"]
-        if form is not None:
-            kinds[each.name] = Annotated[form | None, option(text, more=each.name not in COMMON)]
-    for name, text in BUDGETS.items():
-        kinds[name] = Annotated[str | None, option(f"A budget: how much may stay {text}.", metavar="AMOUNT")]
+    declared = [(each.name, each.metadata["form"], each.metadata["text"]) for each in fields(PruningConfig)]
+    kinds: dict[str, Any] = {
+        name: Annotated[form | None, option(text, more=name not in COMMON)]
+        for name, form, text in declared
+        if form is not None
+    }
+    kinds |= {
+        name: Annotated[str | None, option(f"A budget: how much may stay {text}.", metavar="AMOUNT")]
+        for name, text in BUDGETS.items()
+    }
     parameters = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
         for name, kind in kinds.items()
@@ -150,8 +142,9 @@ def read_options(file: Path | None, values: Mapping[str, Any]) -> PruningConfig:
         options["budget"] = tuple(KINDS[name](amount) for name, amount in amounts.items())
     if "restore" in options:
         options["restore"] = "least-squares" if options["restore"] else None
-    config = None if file is None else PruningConfig.from_json(file.read_text(encoding="utf-8"))
-    return PruningConfig.of(config, options)
+    return PruningConfig.of(
+        None if file is None else PruningConfig.from_json(file.read_text(encoding="utf-8")), options
+    )
 
 
 def read_amount(option: str, text: str) -> float:
@@ -273,22 +266,22 @@ def prune(
 
         kept = scratch or (out.absolute().parent if stream else None)
         job = _prune.Job(out, overwrite, format, device, dtype, checkpoint, kept)
-        texts = _texts("calibration", calibration, batches, length, seed).measured_on(text, eval_batches)
+        texts = _texts(calibration, length, eval_batches, batches=batches, text=text, seed=seed)
         _prune.run(model, job, options, texts, recover, stages)
 
 
-def _texts(use: str, source: str, batches: int, length: int | None, seed: int) -> Texts:
+def _texts(source: str, length: int | None, eval_batches: int | None, **more: Any) -> Any:
     """The text of a command.
 
     Args:
         source: a file, or ``"self"``.
-        batches: how many chunks of it are used.
+        length, eval_batches: ``None``: as usual for a file, or for what the model writes.
+        more: further fields of what is returned.
     """
     from ._models import Texts
 
-    if source == "self":
-        return Texts(None, batches, None, 16, length or 256, seed, use)
-    return Texts(Path(source), batches, None, 8, length or 1024, seed, use)
+    usual, usually_measured, file = (256, 16, None) if source == "self" else (1024, 8, Path(source))
+    return Texts(file, eval_batches=eval_batches or usually_measured, length=length or usual, **more)
 
 
 @app.command()
@@ -305,12 +298,10 @@ def recover(
         ),
     ] = "self",
     text: Text = None,
-    epochs: Annotated[
-        int | None, option("How often the text is trained on. Default: 2.", min=1, more=False)
-    ] = None,
+    epochs: Annotated[int, option("How often the text is trained on. Default: 2.", min=1, more=False)] = 2,
     learning_rate: Annotated[
-        float | None, option("The highest; it rises at first and falls to zero. Default: 3e-5.", more=False)
-    ] = None,
+        float, option("The highest; it rises at first and falls to zero. Default: 3e-5.", more=False)
+    ] = 3e-5,
     batches: Annotated[
         int,
         option(
@@ -341,11 +332,8 @@ def recover(
         from . import _prune
 
         job = _prune.Job(out, overwrite, device=device, checkpoint=checkpoint)
-        texts = _texts("training", data, batches, length, seed).measured_on(text, eval_batches)
-        options = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
-        config = DistillationConfig.of(
-            None, {name: value for name, value in options.items() if value is not None}
-        )
+        texts = _texts(data, length, eval_batches, batches=batches, text=text, seed=seed, use="training")
+        config = DistillationConfig(epochs=epochs, learning_rate=learning_rate, seed=seed)
         _prune.recover_and_save(Path(folder), dense, job, texts, config, stages)
 
 
@@ -363,7 +351,14 @@ def show_groups(
             more=False,
         ),
     ] = None,
-    html: Html = None,
+    html: Annotated[
+        Path | None,
+        option(
+            "Also write a page to look at: one file, no network. An earlier page there is replaced, anything"
+            " else is not.",
+            metavar="FILE",
+        ),
+    ] = None,
 ) -> None:
     """Show the coupled groups of a language model: what can be pruned, what cannot, and why.
 
@@ -380,7 +375,6 @@ def show_groups(
     with session() as stages:
         import torch
 
-        from fasp_fx.analysis import Analysis
         from fasp_fx.interop import write_page
         from fasp_fx.pruning import Report, analyze, counted
         from fasp_fx.storage import is_save, kind_of, read_text, verify
@@ -395,16 +389,13 @@ def show_groups(
                 write_page(report, f"{folder.resolve().name}, {report.sparsity:.0%} removed", html)
             say(str(report), keep="\n")
             return
-        _models.quieten()
         stages.begin("reading the configuration")
         empty = _models.load_empty(model)
         stages.begin(CAPTURING)
         example = {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False}
-        asked = {"granularity": granularity or PruningConfig.granularity, "include": include or ()}
-        config = PruningConfig.of(None, asked)
-        analysis = analyze(empty, (), example, granularity=config.granularity, include=config.include)
+        asked: Any = {"granularity": granularity or PruningConfig.granularity, "include": include or ()}
+        analysis: Any = analyze(empty, (), example, **asked)  # whole, since it has no weights
         stages.end()
-        assert isinstance(analysis, Analysis)  # a model without weights is captured whole
         if html is not None:
             write_page(analysis, model, html)
         console().print(groups_table(analysis))
@@ -471,7 +462,6 @@ def evaluate(
 
         from . import _models
 
-        _models.quieten()
         texts, predicted, what, where = [], [], "", _models.find_device(device)
         for model in models:  # one is in memory at a time
             stages.begin(f"loading {model}")
@@ -498,7 +488,7 @@ def evaluate(
         alike = all(torch.equal(one, texts[0]) for one in texts)
         if alike and len(predicted) > 1:
             same = map(predicted[0].same, predicted)
-            shares = (f"{100 * part:.2f} ± {100 * doubt:.2f}" for part, doubt in same)
+            shares = [f"{100 * part:.2f} ± {100 * doubt:.2f}" for part, doubt in same]
             rows.append(["next tokens as the first model's, percent", *shares, ""])
         console().print(table(["", *(Path(model).name for model in models), "first to last"], rows))
         if not alike:

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import re
 import sys
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 from fasp_fx.base import bar_on, process, short_of_memory
 from fasp_fx.errors import (
@@ -67,14 +66,12 @@ class Stages:
     def __init__(self) -> None:
         self.console = console(errors=True)
         self._progress: Progress | None = None
-        self._name, self._began = "", 0.0
 
     def begin(self, name: str) -> None:
         """Start a stage, ending the one before."""
         self.end()
         self._progress = bar_on(self.console)
-        self._name, self._began = printable(name), time.perf_counter()
-        self._progress.add_task(self._name, total=None)
+        self._progress.add_task(printable(name), total=None)
         self._progress.start()
 
     def update(self, fraction: float) -> None:
@@ -85,10 +82,11 @@ class Stages:
     def end(self, *, done: bool = True) -> None:
         """End the stage that runs, if any."""
         if self._progress is not None:
+            task = self._progress.tasks[0]
             self._progress.stop()
             self._progress = None
             if done:
-                self.console.print(f"{self._name} {time.perf_counter() - self._began:.1f} s", soft_wrap=True)
+                self.console.print(f"{task.description} {task.elapsed:.1f} s", soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -104,7 +102,10 @@ def session() -> Iterator[Stages]:
                 warnings.simplefilter("always", kind)
             yield stages
         stages.end()
-        _tell(caught)
+        # Each warning once: of several processes the first speaks, and each of the groups that it checked.
+        told = VerificationWarning if process("RANK", 0) else Warning
+        for message in dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, told)):
+            _complain("warning", message)
     except (FaspError, OSError, KeyboardInterrupt, *short_of_memory()) as error:  # type: ignore[misc]
         stages.end(done=False)
         interrupted = isinstance(error, KeyboardInterrupt)
@@ -126,13 +127,6 @@ def _explained(error: BaseException) -> str:
     return f"memory is too short: {first_line(error)}; give less data at a time, or free some"
 
 
-def _tell(caught: list[warnings.WarningMessage]) -> None:
-    """Each warning once: of several processes the first speaks, and each of the groups that it checked."""
-    category = VerificationWarning if process("RANK", 0) else Warning
-    for message in dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, category)):
-        _complain("warning", message)
-
-
 def _complain(kind: str, message: str) -> None:
     print(f"fasp-fx: {kind}: {printable(' '.join(message.split()))}", file=sys.stderr)
 
@@ -149,11 +143,11 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, title: str 
     Args:
         left: so many columns hold words; the others hold numbers.
     """
-    rows_table = Table(title=title or None, title_justify="left")
-    for index, heading in enumerate(headings):
-        rows_table.add_column(
-            printable(heading), justify="left" if index < left else "right", overflow="fold"
-        )
+    columns = (
+        Column(printable(heading), justify="left" if index < left else "right", overflow="fold")
+        for index, heading in enumerate(headings)
+    )
+    rows_table = Table(*columns, title=title or None, title_justify="left")
     for row in rows:
         style = next((_COLOURS[cell] for cell in row if cell in _COLOURS), None)
         rows_table.add_row(*(printable(cell, keep="\n") for cell in row), style=style)

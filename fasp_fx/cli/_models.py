@@ -33,8 +33,11 @@ from fasp_fx.storage import MANIFEST, is_save, kind_of
 
 from ._console import Stages
 
+# Transformers and the hub do not write to the terminal.
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
 SAMPLED_TOGETHER = 64
-_BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 def _named(model: str) -> tuple[str, dict[str, Any]]:
@@ -47,17 +50,15 @@ def _named(model: str) -> tuple[str, dict[str, Any]]:
     path = Path(model)
     if path.suffix.lower() != ".gguf" or not path.is_file():
         if (path / "config.json").is_file():
-            with _loading(f"'{model}'"):
-                check_layers(json.loads((path / "config.json").read_text("utf-8")))
+            check_layers(json.loads((path / "config.json").read_text("utf-8")))
         return model, {}
     if (path.parent / MANIFEST).is_file():
         raise ArgumentError(
             f"'{model}' was written for llama.cpp, whose own tools measure it; give its folder,"
             f" '{path.parent}', which holds the same model for all else, with weights that are not quantised"
         )
-    with _loading(f"'{model}'"):
-        reader = gguf.GGUFReader(path)
-    layers = {block[1] for tensor in reader.tensors if (block := _BLOCK.match(tensor.name))}
+    reader = gguf.GGUFReader(path)
+    layers = {block[1] for tensor in reader.tensors if (block := re.match(r"blk\.(\d+)\.", tensor.name))}
     said = [field.contents() for name, field in reader.fields.items() if name.endswith(".block_count")]
     if said != [len(layers)]:
         raise ArgumentError(
@@ -73,8 +74,7 @@ def load_tokenizer(model: str) -> Any:
     Raises:
         ArgumentError: it cannot be loaded.
     """
-    where, options = _named(model)
-    with _loading(f"the tokenizer of '{model}'"):
+    with _loading(model, "the tokenizer of ") as (where, options):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     tokenizer.name_or_path = model  # the very file: transformers remembers its folder alone
     return tokenizer
@@ -93,14 +93,13 @@ def load_model(
     Raises:
         ArgumentError: it cannot be loaded.
     """
-    where, options = _named(model)
-    if scratch is not None and not options and Path(where).is_dir():
-        kind = None if dtype == "auto" else getattr(torch, dtype)
-        with _loading(f"'{model}'"):
-            return load_offloaded(where, scratch, dtype=kind).to(device)
-    options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     loading: Any = AutoModelForCausalLM.from_pretrained
-    with _loading(f"'{model}'"):
+    with _loading(model) as (where, options):
+        if scratch is not None and not options and Path(where).is_dir():
+            return load_offloaded(
+                where, scratch, dtype=None if dtype == "auto" else getattr(torch, dtype)
+            ).to(device)
+        options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
         loaded, info = loading(where, **options)
     refuse_incomplete(loaded, info, model)
     if getattr(loaded.config, "quantization_config", None) and getattr(loaded, "hf_quantizer", None) is None:
@@ -120,8 +119,7 @@ def load_empty(model: str) -> nn.Module:
     Raises:
         ArgumentError: its configuration cannot be loaded.
     """
-    where, options = _named(model)
-    with _loading(f"'{model}'"):
+    with _loading(model) as (where, options):
         config = AutoConfig.from_pretrained(where, **options)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config).eval()
@@ -180,12 +178,6 @@ def find_device(name: str | None) -> torch.device:
     return torch.device(accelerator.type, process("LOCAL_RANK", 0) % torch.accelerator.device_count())
 
 
-def quieten() -> None:
-    """Keep transformers and the hub from writing to the terminal."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
 def check_length(model: Any, length: int) -> None:
     """Refuse chunks longer than the model has positions for, if it says how many that is.
 
@@ -217,16 +209,17 @@ def check_tokens(model: Any, tokens: Tensor, what: str) -> None:
 
 
 @contextmanager
-def _loading(what: str) -> Iterator[None]:
+def _loading(model: str, what: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Gives what :func:`_named` does, to load a model, or ``what`` of it, inside."""
     try:
         with reading_gguf():
-            yield
+            yield _named(model)
     except FaspError:
         raise
     except tolerable(Exception) as error:  # loaders raise whatever the files make them trip over
         raise ArgumentError(
-            f"{what} cannot be loaded: {first_line(error)}; give a causal language model with its tokenizer:"
-            " anything that AutoModelForCausalLM loads"
+            f"{what}'{model}' cannot be loaded: {first_line(error)}; give a causal language model with its"
+            " tokenizer: anything that AutoModelForCausalLM loads"
         ) from error
 
 
@@ -262,10 +255,6 @@ class Texts:
             f"perplexity on text that the model wrote itself, not seen by this {self.use}"
             f" ({self.eval_batches} x {self.length} tokens)"
         )
-
-    def measured_on(self, text: Path | None, batches: int | None) -> Texts:
-        """The same, to be measured on chunks of another file, or on so many; ``None``: as they are."""
-        return replace(self, text=text, eval_batches=batches or self.eval_batches)
 
     def read(self, tokenizer: Any) -> None:
         """Read what comes from files.
@@ -448,9 +437,11 @@ def sample(
         torch.manual_seed(seed)
         for first in range(0, count, SAMPLED_TOGETHER):
             prompt = torch.full((min(SAMPLED_TOGETHER, count - first), 1), start, device=device)
-            check_output(model, prompt[0])  # sampling from what is no distribution fails in words of its own
-            draw = LogitsProcessorList([Draw()])
             texts.append(
-                speaker.generate(prompt, attention_mask=torch.ones_like(prompt), logits_processor=draw)
+                speaker.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    logits_processor=LogitsProcessorList([Draw()]),
+                )
             )
     return torch.cat(texts)

@@ -33,12 +33,14 @@ _GIB = 2**30
 STEP, TEXT = 1024, 256
 
 
-def recover(result: Pruned, dense: Any, chunks: Tensor, stages: Stages, **options: Any) -> Pruned:
-    """Train a pruned model on chunks ``[chunks, length]`` towards the dense one.
+def recover(result: Pruned, dense: Any, texts: Texts, stages: Stages, **options: Any) -> Pruned:
+    """Train a pruned model on text towards the dense one.
 
     Args:
         options: for :func:`fasp_fx.distil`.
     """
+    chunks = texts.used
+    assert chunks is not None
     stages.begin(f"recovering on {chunks.shape[0]} x {chunks.shape[1]} tokens")
     return distil(result, dense, training_steps(chunks), progress=stages.update, **options)
 
@@ -73,10 +75,10 @@ def measure(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> tuple[F
 def show(result: Pruned, out: Path) -> None:
     """Print what was saved in a folder: figures, notes, and how to load it."""
     report = result.report
-    name = "bytes of cache per token of one sequence"
-    cache = () if report.cache is None else (Figure(name, *report.cache),)
-    sizes = (Figure("parameters", *report.parameters), Figure("bytes", *report.bytes))
-    console().print(figures_table([*sizes, *cache, *report.figures]))
+    figures = [Figure("parameters", *report.parameters), Figure("bytes", *report.bytes)]
+    if report.cache is not None:
+        figures.append(Figure("bytes of cache per token of one sequence", *report.cache))
+    console().print(figures_table([*figures, *report.figures]))
     asked = "" if report.requested is None else f" (asked for {report.requested:.2%})"
     recovery = report.recovery
     loader = " after `import fasp_fx.hf`" if result.format == OWN.name else ""
@@ -177,7 +179,6 @@ def recover_and_save(
         FaspError: it cannot be met; nothing is written then but the checkpoint.
     """
     job.check(KIND if is_save(folder, KIND) else PLAIN)
-    _models.quieten()
     device = _models.find_device(job.device)
     stages.begin("loading the models and the text")
     versions = [_models.load_pruned(folder, device)]
@@ -188,10 +189,7 @@ def recover_and_save(
     texts.check_against(teacher)
     torch.manual_seed(texts.seed)
     texts.write(teacher, tokenizer, stages)
-    assert texts.used is not None
-    versions.append(
-        recover(versions[0], teacher, texts.used, stages, config=config, checkpoint=job.checkpoint)
-    )
+    versions.append(recover(versions[0], teacher, texts, stages, config=config, checkpoint=job.checkpoint))
     with job.saving(stages, versions):
         versions.append(versions[-1].with_report(figures=measure(teacher, versions[-1], texts, stages)))
 
@@ -202,10 +200,7 @@ def convert_and_save(folder: Path, job: Job, stages: Stages) -> None:
     Raises:
         FaspError: it cannot be met; nothing is written then.
     """
-    if job.format == OWN.name:
-        raise ArgumentError(f"nothing is converted to --format {OWN.name}, which prune writes; give another")
     job.check(FORMATS[job.format].folder)
-    _models.quieten()
     stages.begin("loading the model")
     pruned = _models.load_pruned(folder, torch.device("cpu"))
     job.check_room(pruned.model, job.format)
@@ -233,7 +228,6 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
     job.check(FORMATS[job.format].folder)
     if _models.is_saved(model):
         raise pruned_already(f"'{model}'")
-    _models.quieten()
     device = _models.find_device(job.device)
     torch.manual_seed(texts.seed)
     stages.begin("loading the tokenizer and the text")
@@ -241,8 +235,9 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
     texts.read(tokenizer)
     with offload(job.scratch, device=device) if job.scratch is not None else nullcontext() as scratch:
         stages.begin("loading the model")
-        home = device if scratch is None else "cpu"
-        dense = _models.load_model(model, dtype=job.dtype, device=home, scratch=scratch)
+        dense = _models.load_model(
+            model, dtype=job.dtype, device=device if scratch is None else "cpu", scratch=scratch
+        )
         texts.check_against(dense)
         if needs_data := Method.of(config).needs_data:
             texts.write(dense, tokenizer, stages)
@@ -254,9 +249,7 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
         with job.saving(stages, versions):
             texts.write(dense, tokenizer, stages)
             if epochs:
-                assert texts.used is not None
-                how = {"epochs": epochs, "seed": texts.seed}
-                versions.append(recover(versions[0], dense, texts.used, stages, **how))
+                versions.append(recover(versions[0], dense, texts, stages, epochs=epochs, seed=texts.seed))
             versions.append(versions[-1].with_report(figures=measure(dense, versions[-1], texts, stages)))
 
 

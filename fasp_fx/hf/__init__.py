@@ -4,13 +4,8 @@
 ``AutoModelForSeq2SeqLM`` load it.
 """
 
-from importlib import import_module
-
 import lazy_loader
 
-from . import _config
+from . import _config as _config  # registers itself
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-
-# The models register themselves: importing them takes long, and only who has a configuration needs them.
-_config.FIRST_USE.append(lambda: import_module("._generating", __name__))

@@ -12,17 +12,13 @@ from ._evaluation import (
 from ._folder import (
     KIND as KIND,  # the kind of a save that holds programs
     PLAIN as PLAIN,  # the kind of a save in a format of others
-)
-from ._generating import (
-    PrunedForCausalLM as PrunedForCausalLM,  # A pruned decoder that generates as its original does
-    PrunedForSeq2SeqLM as PrunedForSeq2SeqLM,  # A pruned encoder-decoder that generates as its original does
-)
-from ._model import (
-    PrunedModel as PrunedModel,  # A model whose forward is a captured and pruned program with a cache; made by fasp_fx.hf.prune or from_pretrained
-)
-from ._offloaded import (
     load_offloaded as load_offloaded,  # Load a model whose weights lie in files, and never all in memory; otherwise as from_pretrained does
     refuse_incomplete as refuse_incomplete,  # Refuse a model with weights made up, or with fewer layers than its files
+)
+from ._model import (
+    PrunedForCausalLM as PrunedForCausalLM,  # A pruned decoder that generates as its original does
+    PrunedForSeq2SeqLM as PrunedForSeq2SeqLM,  # A pruned encoder-decoder that generates as its original does
+    PrunedModel as PrunedModel,  # A model whose forward is a captured and pruned program with a cache; made by fasp_fx.hf.prune or from_pretrained
 )
 from ._prune import (
     CapturedModel as CapturedModel,  # A generating model as the programs that generation needs, over its own weights, for several prunings

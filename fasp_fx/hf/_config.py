@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -28,9 +28,6 @@ _HIDDEN = (
 #: numbers that no model has: of layers, which configurations list one by one, and sizes, for which memory
 #: would be asked
 _TOO_MANY = re.compile(r'"\w*(?:layers?": \d{5,}|(?:size|dim|heads|model|embd|inner|ff)": \d{9,})')
-
-#: called when there is a first configuration
-FIRST_USE: list[Callable[[], object]] = []
 
 
 class PrunedConfig(PreTrainedConfig):
@@ -66,8 +63,8 @@ class PrunedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        while FIRST_USE:
-            FIRST_USE.pop()()
+        # The models register themselves; importing them takes long, and only who has this needs them.
+        import_module("._model", __package__)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

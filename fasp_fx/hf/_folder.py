@@ -11,9 +11,11 @@ before it is.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import os
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from fasp_fx.base import attention_of, check_device
+from fasp_fx.base import Scratch, check_device, keep_weights, kept_in_float32
 from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.pruning import TOLD, read_told, write_told
 from fasp_fx.storage import (
@@ -31,17 +33,14 @@ from fasp_fx.storage import (
     program_from_json,
     read_json,
     read_tensors,
-    read_text,
     verify,
     write_json,
     write_manifest,
     write_tensors,
 )
 
-from ._arguments import LOSSES, POSITIONS, refuse
 from ._config import PrunedConfig, original_of
-from ._flat import FlatProgram
-from ._model import Parts, PrunedModel, StoredProgram
+from ._program import LOSSES, POSITIONS, FlatProgram, Parts, StoredProgram
 
 KIND, PLAIN = "hf", "plain"
 #: what makes a pruned model, and with it what else is written
@@ -62,7 +61,7 @@ def check_sums(folder: Path) -> None:
         verify(folder, kind_of(folder), {*TOLD, *(name for name in listed if not name.endswith(".md"))})
 
 
-def save_into(model: PrunedModel, path: Path, state_dict: Mapping[str, Tensor] | None) -> None:
+def save_into(model: Any, path: Path, state_dict: Mapping[str, Tensor] | None) -> None:
     """Write a pruned model to a folder that may hold other files, as a trainer's checkpoints do.
 
     The manifest is the last file, so that a half-replaced model is noticed.
@@ -78,7 +77,7 @@ def save_into(model: PrunedModel, path: Path, state_dict: Mapping[str, Tensor] |
         raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
 
 
-def fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> None:
+def fill(folder: Path, model: Any, state_dict: Mapping[str, Tensor] | None) -> None:
     """Write the files of a pruned model, but for its manifest; ``state_dict``: with other weights.
 
     Raises:
@@ -99,7 +98,13 @@ def fill(folder: Path, model: PrunedModel, state_dict: Mapping[str, Tensor] | No
     write_told(folder, model.plan, model.report)
 
 
-def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def with_values(tensor: Tensor, values: Tensor) -> Tensor:
+    """A parameter, or what is none, that holds other values."""
+    values = values.detach()
+    return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+
+def _weights(model: Any, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The weights to write, held against those that the programs need."""
     weights: dict[str, Tensor] = model.state_dict(keep_vars=True)
     values = weights if state_dict is None else state_dict
@@ -111,155 +116,168 @@ def _weights(model: PrunedModel, state_dict: Mapping[str, Tensor] | None) -> dic
                 f"'{name}' of state_dict is missing, or not {tensor.dtype} {list(tensor.shape)} as the"
                 " programs need it; pass the model's own state_dict()"
             )
-        is_parameter = isinstance(tensor, nn.Parameter)
-        checked[name] = nn.Parameter(value.detach(), tensor.requires_grad) if is_parameter else value
+        checked[name] = with_values(tensor, value)
     return checked
 
 
 #: fields of a configuration that say what the programs are
 _OF_THE_PROGRAMS = ("original", "positions", "loss", "labels_moved", "fasp_fx_version", "is_encoder_decoder")
-#: arguments of transformers' loaders that change nothing here
-_WITHOUT_EFFECT = {
-    *("trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "adapter_kwargs", "_from_auto"),
-    *("_from_pipeline", "weights_only", "proxies", "use_kernels", "cache_dir", "force_download"),
-    *("local_files_only", "revision", "token"),
-}
 
 
-def _parts(folder: Path, device: torch.device) -> Parts:
-    programs = read_json(folder / "programs.json")
-    weights = read_tensors(folder / "model.safetensors", device)
-    tensors = read_tensors(folder / "constants.safetensors", device)
-    constants: dict[str, dict[str, Tensor]] = {}
-    stored_programs: dict[str, StoredProgram] = {}
-    with parsing("programs.json"):
-        for name, stored in programs.items():
-            constants[name] = {inside: tensors[outside] for inside, outside in stored["constants"].items()}
-            kept = {"program": stored["program"]}
-            module = program_from_json(kept, weights, constants[name], device).module(check_guards=False)
-            stored_programs[name] = StoredProgram(kept, FlatProgram.of(module))
-    return Parts(stored_programs, weights, constants, *read_told(folder))
+def read_saved(folder: Path, changed: Any, device_map: Any) -> tuple[PrunedConfig, Parts]:
+    """What :func:`save_into` wrote, with the configuration as the caller has changed it; what that says of
+    the programs stays as it was saved.
 
-
-def _config(folder: Path) -> PrunedConfig:
+    Raises:
+        StoreError: a file is missing, damaged or of another version.
+        ArgumentError: there is no such device here.
+    """
+    verify(folder, KIND, FILES)
+    verify(folder, KIND, {"generation_config.json"} & read_json(folder / MANIFEST)["files"].keys())
+    if device_map == "auto":
+        device_map = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = torch.get_default_device() if device_map is None else check_device(device_map, values=False)
     with parsing("config.json"):
-        config = PrunedConfig.from_pretrained(folder)
-    if not isinstance(config.original, dict):
+        saved = PrunedConfig.from_pretrained(folder)
+    if not isinstance(saved.original, dict):
         raise StoreError(
             "config.json does not hold the configuration of the model that was pruned; save the model again"
         )
-    original_of(config)
+    original_of(saved)
     for name, ways in (("positions", POSITIONS), ("loss", LOSSES)):
-        if getattr(config, name) not in (None, *ways):
+        if getattr(saved, name) not in (None, *ways):
             raise StoreError(
                 f"config.json does not say how the model is called ({name}); save the model again"
             )
-    return config
-
-
-def _overridden(saved: PrunedConfig, changed: Any) -> PrunedConfig:
-    """The configuration as the caller has changed it, as transformers takes it; what it says of the programs
-    stays as it was saved.
-    """
-    if not isinstance(changed, PrunedConfig):
-        return saved
-    config = copy.deepcopy(changed)
+    config = copy.deepcopy(changed) if isinstance(changed, PrunedConfig) else saved
     for name in (*_OF_THE_PROGRAMS, "dtype"):
         setattr(config, name, getattr(saved, name))
-    return config
+    return config, _parts(folder, device)
 
 
-def _device(device_map: Any) -> torch.device:
-    if device_map == "auto":
-        device_map = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return torch.get_default_device() if device_map is None else check_device(device_map, values=False)
+def _parts(folder: Path, device: torch.device) -> Parts:
+    weights = read_tensors(folder / "model.safetensors", device)
+    tensors = read_tensors(folder / "constants.safetensors", device)
+    constants: dict[str, dict[str, Tensor]] = {}
+    programs: dict[str, StoredProgram] = {}
+    stored_programs = read_json(folder / "programs.json")
+    with parsing("programs.json"):
+        for name, stored in stored_programs.items():
+            constants[name] = {inside: tensors[outside] for inside, outside in stored["constants"].items()}
+            kept = {"program": stored["program"]}
+            module = program_from_json(kept, weights, constants[name], device).module(check_guards=False)
+            programs[name] = StoredProgram(kept, FlatProgram.of(module))
+    return Parts(programs, weights, constants, *read_told(folder))
 
 
-class SavedModel(PrunedModel):
-    """A pruned model with a folder of its own format."""
+_NUMBER = re.compile(r"\.\d+\.")
 
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: Any,
-        is_main_process: bool = True,
-        state_dict: Any = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Write the model as it is now to a folder, which may exist already, as transformers' models do.
 
-        The files are complete before the first of them takes its place. See
-        :meth:`fasp_fx.hf.Pruned.save_pretrained` for a folder that appears whole or not at all, with the
-        tokenizer.
+def load_offloaded(
+    folder: str | Path, scratch: Scratch, *, dtype: torch.dtype | None = None, auto: Any = None
+) -> Any:
+    """Load a model whose weights lie in files, and never all in memory; otherwise as ``from_pretrained``
+    does.
 
-        Args:
-            state_dict: weights to write instead of the model's own, by the same names.
+    Args:
+        folder: a checkpoint as transformers writes it, with weights in safetensors files.
+        scratch: what :func:`fasp_fx.offload` gave.
+        dtype: of the weights; ``None``: the one of the configuration, or else as they are stored.
+        auto: the class to load with; ``None``: ``AutoModelForCausalLM``.
 
-        Raises:
-            StoreError: the folder cannot be written, or a weight no longer fits the program.
-        """
-        if is_main_process:
-            save_into(self, Path(save_directory), state_dict)
-        if push_to_hub:
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        StoreError: it is a folder that was saved here, and damaged.
+        ArgumentError: the checkpoint is quantised, or weights are missing or of another shape. What else is
+            wrong with it, transformers and safetensors say.
+        OffloadError: the disk is full.
+
+    Examples:
+        >>> llama.save_pretrained("dense")
+        >>> with fasp_fx.offload() as scratch:
+        ...     model = hf.load_offloaded("dense", scratch)
+        >>> torch.equal(model(texts[0]).logits, llama(texts[0]).logits)
+        True
+    """
+    import transformers
+
+    folder = Path(folder)
+    weights: dict[str, Tensor] = {}
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ArgumentError(
+            f"the weights of '{folder}' are quantised, and would have to be expanded in memory; give the"
+            " checkpoint that was quantised"
+        )
+    with torch.device("meta"):
+        empty = (auto or transformers.AutoModelForCausalLM).from_config(config)
+    wanted, exact = dtype or getattr(config, "dtype", None), kept_in_float32(empty)
+    for name, tensor in _tensors(folder):
+        real = tensor.is_floating_point()
+        wanted = wanted or (tensor.dtype if real else None)
+        kind = wanted if real and wanted and not any(part in name for part in exact) else tensor.dtype
+        weights[name] = scratch.empty(tensor.shape, kind).copy_(tensor)
+    options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": wanted or torch.float32}
+    model, info = type(empty).from_pretrained(None, output_loading_info=True, **options)
+    refuse_incomplete(model, info, str(folder))
+    keep_weights(model, scratch)  # what transformers had to convert
+    model.name_or_path = model.config.name_or_path = str(folder)
+    with contextlib.suppress(OSError, ValueError):
+        # Transformers makes one of the configuration where there is none that can be read.
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of all shards by name, each of which is to be let go before the next."""
+    shards = [folder / "model.safetensors"]
+    if not shards[0].is_file():
+        index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
+        shards = [folder / Path(name).name for name in sorted(set(index["weight_map"].values()))]
+    for shard in shards:
+        with safetensors.safe_open(shard, "pt") as opened:
+            names = list(opened.keys())
+        for name in names:
+            with safetensors.safe_open(shard, "pt") as opened:  # anew, which frees the memory of the last
+                yield name, opened.get_tensor(name)
+
+
+def refuse_incomplete(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
+    """Refuse a model with weights made up, or with fewer layers than its files, or of a folder that was saved
+    here and changed since. Other weights may be left out: a model of one kind can be loaded of a checkpoint
+    that holds more.
+
+    Args:
+        info: what transformers says of the loading.
+
+    Raises:
+        StoreError: names a file that was changed.
+        ArgumentError: names a weight that would be made up or left out.
+    """
+    check_sums(Path(where))
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if lacking := _named(info, kind):
+            rest = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
             raise ArgumentError(
-                "push_to_hub=True is not served; call save_pretrained(folder), then"
-                " huggingface_hub.upload_folder"
+                f"'{where}' lacks the weights {', '.join(lacking[:3])}{rest}, or holds them in another size:"
+                " they would be made up; give the complete model"
             )
+    numberless = {_NUMBER.sub(".", name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    numbered = filter(_NUMBER.search, _named(info, "unexpected_keys"))
+    if layers := [name for name in numbered if _NUMBER.sub(".", name) in numberless]:
+        raise ArgumentError(
+            f"'{where}' holds weights of more layers than its configuration says"
+            f" ({layers[0]}), which would be left out; correct the configuration"
+        )
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Any,
-        *model_args: Any,
-        config: Any = None,
-        dtype: Any = None,
-        torch_dtype: Any = None,
-        device_map: Any = None,
-        **options: Any,
-    ) -> Any:
-        """Load a folder that ``save_pretrained`` wrote.
 
-        Args:
-            pretrained_model_name_or_path: the folder; of a repository on the hub, what
-                ``huggingface_hub.snapshot_download`` made of it.
-            dtype: ``None``, ``"auto"`` or the dtype that the model was captured in; another one is refused.
-            device_map: ``None``, ``"auto"`` (the accelerator if there is one), or a device.
+def first_fault(info: Mapping[str, Any]) -> str:
+    """A weight that transformers made up or left out, as it says of a loading; ``""``: none."""
+    return next((f"{kind.replace('_', ' ')}: {_named(info, kind)[0]}" for kind in info if info[kind]), "")
 
-        Raises:
-            StoreError: a file is missing, damaged or of another version.
-            ArgumentError: an argument cannot be honoured.
-        """
-        folder = Path(pretrained_model_name_or_path) / (options.pop("subfolder", "") or "")
-        refuse(options, known=_WITHOUT_EFFECT)
-        # The Auto classes put it there; a pruned model says "sdpa" of itself.
-        if (asked := attention_of(config)) not in (None, "sdpa"):
-            raise ArgumentError(
-                f"attn_implementation={asked!r} cannot be had: the programs fix attention; choose it for the"
-                " dense model and prune it again"
-            )
-        verify(folder, KIND, FILES)
-        verify(folder, KIND, {"generation_config.json"} & read_json(folder / MANIFEST)["files"].keys())
-        device = _device(device_map)
-        saved = _overridden(_config(folder), config)
-        wanted = dtype if dtype is not None else torch_dtype
-        wanted = getattr(torch, wanted, wanted) if isinstance(wanted, str) else wanted
-        if wanted not in (None, "auto", saved.dtype):
-            raise ArgumentError(
-                f"dtype={wanted} cannot be had: the programs were captured in {saved.dtype}; load the dense"
-                " model in that dtype and prune it again"
-            )
-        parts = _parts(folder, device)
-        if set(parts.programs) != cls.program_names:
-            auto = "AutoModelForSeq2SeqLM" if saved.is_encoder_decoder else "AutoModelForCausalLM"
-            raise StoreError(
-                f"programs.json holds the programs {sorted(parts.programs)!r:.200}, not those of a"
-                f" {cls.__name__}, {sorted(cls.program_names)}; load it with {auto}, or save the model again"
-            )
-        with parsing("programs.json or config.json"):
-            model = cls(saved, parts)
-        if os.path.lexists(folder / "generation_config.json"):
-            with parsing("generation_config.json"):
-                read_text(folder / "generation_config.json")
-                model.generation_config = model.generation_config_class.from_pretrained(folder)
-        model.name_or_path = str(pretrained_model_name_or_path)
-        return model
+
+def _named(info: Mapping[str, Any], kind: str) -> list[str]:
+    """The weights of one kind of fault."""
+    return sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(kind) or ())

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,8 @@ from fasp_fx.pruning import (
     prune_subject,
 )
 
-from ._claims import check_equal, unlike
-from ._fields import Experiments, Place, arrange, lowered, units, written
-from ._offloaded import first_fault
+from ._fields import Experiments, arrange, check_equal, lowered, units, unlike, written
+from ._folder import first_fault
 from ._registry import Format, PerLayer, Sizes, format_of
 
 #: tokens of an example where there is no calibration data to take one from
@@ -42,7 +41,7 @@ _EXAMPLE = (2, 8)
 
 def prune_to(
     name: str,
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     calibration: Iterable[Any] | None,
     asked: PruningConfig,
@@ -74,7 +73,6 @@ def prune_to(
         CalibrationError, CaptureError: as for :func:`fasp_fx.prune`.
     """
     config, constraint = config_for(name, model, asked)
-    assert isinstance(model, PreTrainedModel)
     if Method.of(asked).needs_data:
         check_calibration(calibration)
     calibration, example = _batches(model, calibration)
@@ -86,8 +84,12 @@ def prune_to(
     rounded = check_equal(dense, model, example)
     form.check_file(dense, tokenizer)
     captured = capture_whole(dense, (), example, device=device)
-    loss: Literal["outputs", "next-token"] = "next-token" if model.can_generate() else "outputs"
-    job = Job(ranks=Ranks.of(passed.pop("group")), loss=loss, constraint=constraint, **passed)
+    job = Job(
+        ranks=Ranks.of(passed.pop("group")),
+        loss="next-token" if model.can_generate() else "outputs",
+        constraint=constraint,
+        **passed,
+    )
     result = prune_subject(Whole(captured.checked(), device), config, calibration, job)
     smaller, note = build(name, constraint.experiments, smaller_weights(dense, result), model)
     check_equal(smaller, result.module, example)
@@ -198,8 +200,8 @@ def _batches(
     batches = iter(calibration)
     first = list(itertools.islice(batches, 1))
     args, kwargs = next(as_calls(first))
-    named = {"input_ids": args[0]} if args else kwargs
-    return itertools.chain(first, batches), {**named, "use_cache": False}
+    example = {"input_ids": args[0]} if args else kwargs
+    return itertools.chain(first, batches), example | {"use_cache": False}
 
 
 def example_of(model: PreTrainedModel) -> dict[str, Any]:
@@ -246,12 +248,11 @@ def build(
     sizes = sizes_of(form, experiments, weights)
     kind, config = form.describe(experiments, sizes)
     config.name_or_path = ""
-    if hasattr(config, "quantization_config"):
-        # Of the file that the model came from: what is pruned are the weights it was expanded to.
-        del config.quantization_config
-    attention = attention_of(model.config)
-    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    options |= {"config": config, "state_dict": dict(weights), "dtype": model.dtype}
+    # Of the file that the model came from: what is pruned are the weights it was expanded to.
+    vars(config).pop("quantization_config", None)
+    options = {"config": config, "state_dict": dict(weights), "dtype": model.dtype}
+    if (attention := attention_of(model.config)) is not None:
+        options["attn_implementation"] = attention
     try:
         with quiet_transformers():
             smaller, info = kind.from_pretrained(None, output_loading_info=True, **options)
@@ -284,8 +285,9 @@ def sizes_of(form: Format, experiments: Experiments, weights: Mapping[str, Tenso
         inside = {place: by for place, by in rest.items() if place[0].startswith(scope)}
         steps, unsaid = lowered(inside, fields, scope)
         if any(path[0] in form.at_once and by < values[path] for path, by in steps.items()):
-            others = [field for field in fields if field.path[0] not in form.at_once]
-            steps, unsaid = lowered(inside, others, scope)
+            steps, unsaid = lowered(
+                inside, [field for field in fields if field.path[0] not in form.at_once], scope
+            )
         sizes[scope] = {path: values[path] - by for path, by in steps.items()}
         rest = {place: by for place, by in rest.items() if place in unsaid or place not in inside}
     for (weight, dim), by in rest.items():
@@ -298,10 +300,11 @@ def sizes_of(form: Format, experiments: Experiments, weights: Mapping[str, Tenso
 
 def _note(experiments: Experiments, sizes: Sizes) -> str:
     """How a configuration says it, for a report."""
-    by_path: dict[Place, list[int]] = {}
-    for lower in sizes.values():
-        for path, value in lower.items():
-            by_path.setdefault(path, []).append(value)
+    by_path = {
+        path: [lower[path] for lower in sizes.values() if path in lower]
+        for lower in sizes.values()
+        for path in lower
+    }
     texts = (
         f"{written(path)} {experiments.values[path]} -> {min(values)}"
         + f" to {max(values)}" * (min(values) < max(values))

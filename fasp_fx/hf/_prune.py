@@ -47,17 +47,15 @@ from fasp_fx.pruning import (
 )
 from fasp_fx.storage import new_save, parsing, read_json
 
-from ._claims import check_equal
 from ._config import PrunedConfig, check_layers
-from ._convention import check_served, convention_of
-from ._flat import FlatProgram
-from ._folder import check_sums
+from ._fields import check_equal
+from ._folder import check_sums, with_values
 from ._formats import build, example_of, prune_to
-from ._generating import PrunedForCausalLM, PrunedForSeq2SeqLM
-from ._gguf_tokenizer import keep_source
-from ._model import Parts, PrunedModel, StoredProgram
+from ._gguf import keep_source
+from ._model import PrunedForCausalLM, PrunedForSeq2SeqLM, PrunedModel
+from ._program import FlatProgram, Parts, StoredProgram
 from ._registry import OWN, format_in, format_of
-from ._stages import CausalStages, Seq2SeqStages, stages_of
+from ._stages import CausalStages, Seq2SeqStages, check_served, convention_of, stages_of
 
 
 @dataclass(frozen=True)
@@ -147,8 +145,9 @@ class CapturedModel:
         Raises:
             CalibrationError: they are none.
         """
-        sizes = FlatProgram.of(self.planned.program.module).cache_sizes()
-        return self.stages.batches(check_calibration(calibration), sizes)
+        return self.stages.batches(
+            check_calibration(calibration), FlatProgram.of(self.planned.program.module).cache_sizes
+        )
 
 
 @one_at_a_time
@@ -173,8 +172,9 @@ def capture(model: Any, *, device: torch.device | str | None = None) -> Captured
         stage.name: capture_whole(stage.model, (), dict(stage.example), state=stage.state, device=device)
         for stage in stages.programs()
     }
-    first = next(iter(programs.values()))
-    return CapturedModel(model, programs, stages, convention_of(stages, first.program))
+    return CapturedModel(
+        model, programs, stages, convention_of(stages, next(iter(programs.values())).program)
+    )
 
 
 @one_at_a_time
@@ -196,8 +196,9 @@ def analyze(
         >>> [group.name for group in hf.analyze(captured_llama).groups if group.status == "prunable"]
         ['model.layers.0.self_attn.o_proj.weight', 'model.layers.0.mlp.down_proj.weight']
     """
-    planned = _captured(model, device).planned
-    return cast(Analysis, pruning.analyze(planned, granularity=granularity, include=include))
+    return cast(
+        Analysis, pruning.analyze(_captured(model, device).planned, granularity=granularity, include=include)
+    )
 
 
 @shows("measuring")
@@ -342,8 +343,9 @@ def prune(
         "checkpoint": checkpoint,
     }
     if format != OWN.name:
-        pruned = prune_to(format, model, tokenizer, calibration, asked, device, **passed)
-        return Pruned(*pruned, tokenizer, format)
+        return Pruned(
+            *prune_to(format, model, tokenizer, calibration, asked, device, **passed), tokenizer, format
+        )
     captured = _captured(model, device)
     result = pruning.prune(
         captured.planned,
@@ -369,12 +371,15 @@ def _served(captured: CapturedModel, result: Result, tokenizer: Any) -> Pruned:
     model, plan, report = captured.model, result.plan, result.report
     first, *others = captured.programs
     # Others are what generation runs in the place of the first.
-    carried_out = {name: _carried_out(name, captured.programs[name].checked(), plan) for name in others}
-    results = carried_out or {first: result}
+    results = {name: _carried_out(name, captured.programs[name].checked(), plan) for name in others} or {
+        first: result
+    }
     reports = [other.report for other in results.values()]
-    notes = dict.fromkeys(note for each in (report, *reports) for note in each.notes)
-    cache = next((each.cache for each in reports if each.cache is not None), None)
-    report = replace(report, notes=tuple(notes), cache=cache)
+    report = replace(
+        report,
+        notes=tuple(dict.fromkeys(note for each in (report, *reports) for note in each.notes)),
+        cache=next((each.cache for each in reports if each.cache is not None), None),
+    )
     programs: dict[str, StoredProgram] = {}
     constants: dict[str, dict[str, Tensor]] = {}
     for name, other in results.items():
@@ -450,10 +455,7 @@ def _one_set(model: nn.Module, results: Mapping[str, Result]) -> dict[str, Tenso
     for program, result in results.items():
         for name, tensor in result.module.state_dict(keep_vars=True).items():
             if name not in weights:
-                weight = tensor.detach()
-                if isinstance(tensor, nn.Parameter):
-                    weight = nn.Parameter(weight, requires_grad=tensor.requires_grad)
-                weights |= dict.fromkeys(tied.get(name, [name]), weight)
+                weights |= dict.fromkeys(tied.get(name, [name]), with_values(tensor, tensor))
             elif weights[name].shape != tensor.shape:
                 raise PlanError(
                     f"the program '{program}' needs another '{name}' than those before it; such a model"
@@ -488,8 +490,9 @@ def convert(pruned: Pruned, format: FormatName) -> Pruned:
     weights |= fused_weights(pruned.plan, weights)
     if experiments.kind is kind:
         weights = {name: weights[name] for name in experiments.shapes if name in weights}
-    detached = {name: weight.detach() for name, weight in weights.items()}
-    smaller, _ = build(format, experiments, detached, model)
+    smaller, _ = build(
+        format, experiments, {name: weight.detach() for name, weight in weights.items()}, model
+    )
     check_equal(smaller, model, example_of(model))
     return replace(pruned, model=smaller, format=format)
 

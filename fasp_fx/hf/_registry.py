@@ -21,14 +21,11 @@ from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.pruning import FormatName, Granularity
 from fasp_fx.storage import kind_of, parsing, read_json, write_json
 
-from . import _generating, modeling_per_layer
-from ._claims import llama_of, refuse_unsaid
+from . import _model, modeling_per_layer
 from ._config import original_of
-from ._fields import Experiments, Field, Place, find_fields
-from ._folder import KIND, PLAIN, fill
+from ._fields import Experiments, Field, Place, find_fields, llama_of, refuse_unsaid
+from ._folder import KIND, PLAIN, fill, first_fault
 from ._gguf import bytes_each, describe_gguf, write_gguf
-from ._model import PrunedModel
-from ._offloaded import first_fault
 
 #: what fields say instead of what they say of the dense model, for each scope
 Sizes = dict[str, dict[Place, int]]
@@ -158,9 +155,10 @@ class Format:
         Raises:
             StoreError: a file is damaged.
         """
-        options: dict[str, Any] = {"dtype": "auto", "device_map": device, "output_loading_info": True}
         with parsing("config.json"):
-            model, info = kind.from_pretrained(folder, **options)
+            model, info = kind.from_pretrained(
+                folder, dtype="auto", device_map=device, output_loading_info=True
+            )
         if fault := first_fault(info):
             raise StoreError(
                 f"model.safetensors does not hold what config.json says ({fault:.200}): weights would be made"
@@ -182,7 +180,7 @@ class Program(Format):
         return kind, config
 
     def holds(self, kind: type) -> bool:
-        return issubclass(kind, PrunedModel)
+        return issubclass(kind, _model.PrunedModel)
 
     def write(self, folder: Path, model: Any, tokenizer: Any) -> None:
         fill(folder, model, None)
@@ -225,21 +223,23 @@ class PerLayer(Format):
             return experiments.kind, experiments.config({})
         least = _least_widths(experiments, sizes)
         dense = {path: experiments.values[path] for path in least}
-        layers = {
-            number: {str(path[0]): value for path, value in (dense | lowered).items()}
-            for number, lowered in enumerate(sizes.values())
-            if dense | lowered
+        by_layer: dict[Place, Any] = {
+            ("per_layer_config",): {
+                number: {str(path[0]): value for path, value in (dense | lowered).items()}
+                for number, lowered in enumerate(sizes.values())
+                if dense | lowered
+            },
+            ("allow_global_per_layer_attribute_access",): True,
         }
-        by_layer: dict[Place, Any] = {("per_layer_config",): layers}
-        by_layer[("allow_global_per_layer_attribute_access",)] = True
         kind = _saved_along(_layered(experiments.kind), experiments)
         return kind, experiments.config({**by_layer, **least})
 
     def settle(self, model: Any) -> None:
         if PerLayer.holds(self, type(model)):
             # vLLM looks for the model without its head.
-            inner = f"PerLayer{type(model.base_model).__name__}"
-            model.config.auto_map = {"AutoModel": f"modeling_per_layer.{inner}"}
+            model.config.auto_map = {
+                "AutoModel": f"modeling_per_layer.PerLayer{type(model.base_model).__name__}"
+            }
 
     def dense(self, model: Any) -> tuple[Any, Any]:
         kind: Any = type(model)
@@ -249,8 +249,7 @@ class PerLayer(Format):
         return kind, kind.config_class.from_dict({key: fields[key] for key in fields if key not in BY_LAYER})
 
     def holds(self, kind: type) -> bool:
-        layered = kind.__module__ == modeling_per_layer.__name__
-        return layered and kind is not modeling_per_layer.DeciLMForCausalLM
+        return not super().holds(kind) and kind is not modeling_per_layer.DeciLMForCausalLM
 
 
 class DeciLM(PerLayer):
@@ -269,8 +268,8 @@ class DeciLM(PerLayer):
         for lowered in sizes.values():
             width = lowered.get(("intermediate_size",), base["intermediate_size"])
             attention = heads if lowered.get(("num_attention_heads",), 1) else {"no_op": True}
-            said = {"attention": attention, "ffn": _say_width(width, base["hidden_size"])}
-            blocks.append({block: present | fields for block, fields in said.items()})
+            ffn = _say_width(width, base["hidden_size"])
+            blocks.append({"attention": present | attention, "ffn": present | ffn})
         kept = {key: value for key, value in base.items() if key not in BY_LAYER}
         config = modeling_per_layer.DeciLMConfig(block_configs=blocks, **kept)
         return _saved_along(modeling_per_layer.DeciLMForCausalLM, experiments), config
@@ -343,7 +342,7 @@ def format_in(folder: Path) -> tuple[Format, type]:
     kind = kind_of(folder)
     with parsing("config.json"):
         name = str((read_json(folder / "config.json").get("architectures") or ["none"])[0])
-        homes = (transformers, modeling_per_layer, _generating)
+        homes = (transformers, modeling_per_layer, _model)
         model_class = next((getattr(home, name) for home in homes if hasattr(home, name)), None)
         if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
             for form in FORMATS.values():
@@ -374,8 +373,9 @@ def _auto_class(kind: Any) -> str:
         kinds = classes_by_config(getattr(modeling_auto, name)).get(kind.config_class, None)
         return kind in (kinds if isinstance(kinds, tuple) else (kinds,))
 
-    names = (name for name in modeling_auto.__all__ if name.startswith("AutoModel"))
-    return next(filter(loads, names), "AutoModel")
+    return next(
+        filter(loads, (name for name in modeling_auto.__all__ if name.startswith("AutoModel"))), "AutoModel"
+    )
 
 
 def _least_widths(experiments: Experiments, sizes: Sizes) -> dict[Place, int]:

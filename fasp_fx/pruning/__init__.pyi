@@ -1,10 +1,3 @@
-from ._allocating import (
-    Constraint as Constraint,  # Which counts belong together, and which are possible, as a format of files says it
-    Step as Step,  # Which numbers of channel sets of a group are possible
-    allocate as allocate,  # How many channel sets each block of each chosen group loses
-    expected_sparsity as expected_sparsity,  # The sparsity that is asked for, or that something else comes to where all groups lose alike
-    open_budget as open_budget,  # How much of what was asked for may stay, as a budget of the groups that can be pruned and are not excluded
-)
 from ._config import (
     FormatName as FormatName,  # formats of the files of language models (fasp_fx.hf)
     Granularity as Granularity,  # what one channel set is
@@ -14,8 +7,13 @@ from ._config import (
     key_of as key_of,  # The text that says which code of the user's this is: its attribute key; None for a name
 )
 from ._method import (
+    Constraint as Constraint,  # Which counts belong together, and which are possible, as a format of files says it
     Method as Method,  # How channels are chosen, and what stays is repaired
+    Step as Step,  # Which numbers of channel sets of a group are possible
+    allocate as allocate,  # How many channel sets each block of each chosen group loses
     allocation_of as allocation_of,  # The function that an allocation stands for
+    expected_sparsity as expected_sparsity,  # The sparsity that is asked for, or that something else comes to where all groups lose alike
+    open_budget as open_budget,  # How much of what was asked for may stay, as a budget of the groups that can be pruned and are not excluded
 )
 from ._prune import (
     Job as Job,  # What a pruning is given besides a model, options and data
@@ -51,11 +49,11 @@ from ._subject import (
     make_plan as make_plan,  # What was decided, as data; result is the fingerprint of what came of it
     rewrite as rewrite,  # Take out of a program what was decided for its analysis, hold the result against the masked dense program, and report it
 )
+from .check import (
+    masked_program as masked_program,  # A program with the decided weights in place of its own and what was removed masked; tensors are shared
+)
 from .check._compare import (
     widened as widened,  # A type of real or complex numbers, or a tensor of it, in this precision if its own is lower; anything else as it is
-)
-from .check._reference import (
-    masked_program as masked_program,  # A program with the decided weights in place of its own and what was removed masked; tensors are shared
 )
 
 __all__ = [

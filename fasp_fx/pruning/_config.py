@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
 
-from fasp_fx.base import configured, is_number, names_of
+from fasp_fx.base import configured, from_document, is_number, names_of, to_document
 from fasp_fx.errors import ArgumentError, SparsityError
 
 if TYPE_CHECKING:  # the command line shows and checks options before torch is there
@@ -263,9 +263,9 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            value = option.metadata["check"](option.name, getattr(self, option.name))
-            object.__setattr__(self, option.name, value)
-        by_pattern = isinstance(self.sparsity, Mapping)
+            object.__setattr__(
+                self, option.name, option.metadata["check"](option.name, getattr(self, option.name))
+            )
         conflicts = (
             (
                 not self.granularity,
@@ -278,7 +278,7 @@ class PruningConfig:
                 " both say how much goes; leave one of them out",
             ),
             (
-                by_pattern and self.allocation not in (None, "uniform"),
+                isinstance(self.sparsity, Mapping) and self.allocation not in (None, "uniform"),
                 "a sparsity for each pattern is an allocation by itself; leave allocation= out, or give one"
                 " sparsity",
             ),
@@ -346,7 +346,6 @@ class PruningConfig:
             ArgumentError: an option is a function, which text cannot hold.
         """
         from fasp_fx.allocation import budget_data
-        from fasp_fx.base import to_document
 
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("score", "restore", "allocation", "loss"):
@@ -368,10 +367,10 @@ class PruningConfig:
             ArgumentError: the text is none, or of a version that is not read here.
         """
         from fasp_fx.allocation import budget_from_data
-        from fasp_fx.base import from_document
 
-        remedy = "write it again with PruningConfig.to_json()"
-        document = from_document("config", dict[str, Any], text, remedy, ArgumentError)
+        document = from_document(
+            "config", dict[str, Any], text, "write it again with PruningConfig.to_json()", ArgumentError
+        )
         # Earlier saves name options that are gone, and that few gave.
         known = {field.name for field in fields(cls)}
         values = {

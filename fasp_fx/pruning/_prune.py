@@ -44,16 +44,22 @@ from fasp_fx.capturing import Captured, Model, capture_model, check_given, model
 from fasp_fx.errors import ArgumentError, NothingPrunableError, PlanError
 from fasp_fx.storage import claim, refuse_other
 
-from ._allocating import Constraint, allocate, check_request, constrained, open_budget
-from ._calibrating import by_score, calibrate
 from ._config import Granularity, Include, PruningConfig, PruningOptions, key_of
-from ._joined import PartsAnalysis
-from ._measuring import Measured, Measurement
-from ._method import Method
-from ._parts import InParts, Subject
+from ._method import (
+    Constraint,
+    Measured,
+    Measurement,
+    Method,
+    allocate,
+    by_score,
+    calibrate,
+    check_request,
+    constrained,
+    open_budget,
+)
 from ._report import PREDICTED
 from ._result import Result
-from ._subject import Whole, analyze_for, check_weights, make_plan, split
+from ._subject import InParts, PartsAnalysis, Subject, Whole, analyze_for, check_weights, make_plan, split
 
 #: the part of the progress shown that measuring costs takes, where they are measured
 PROGRESS_SHARE_MEASURING = 0.35
@@ -206,11 +212,11 @@ def prune(
     config = PruningConfig.of(config, options)
     if Method.of(config).needs_data:
         check_calibration(calibration)
-    subject = _subject_of(
-        model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device
-    )
     return prune_subject(
-        subject, config, calibration, Job(progress, on_analysis, costs, Ranks.of(group), checkpoint)
+        _subject_of(model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device),
+        config,
+        calibration,
+        Job(progress, on_analysis, costs, Ranks.of(group), checkpoint),
     )
 
 
@@ -261,10 +267,12 @@ def measure(
     """
     config = PruningConfig.of(config, options)
     check_calibration(calibration)
-    subject = _subject_of(
-        model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device
+    return measure_subject(
+        _subject_of(model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device),
+        config,
+        calibration,
+        Job(progress, ranks=Ranks.of(group)),
     )
-    return measure_subject(subject, config, calibration, Job(progress, ranks=Ranks.of(group)))
 
 
 @shows("pruning")
@@ -410,7 +418,7 @@ def decide(
     ranks.check_alike(fingerprint, batches or (), vars(config))
     consumers, inputs = _consumers(subject, config), functools.partial(subject.inputs, batches=batches)
     measured, done = Measured(method), 0.0
-    if batches is not None and method.needs_measuring:
+    if batches is not None and (method.needs_costs or (method.gradients and method.loss is not None)):
         done = PROGRESS_SHARE_MEASURING
         wants_curves = method.needs_costs and (costs is None or method.runs_trials)
         measured = Measurement(consumers, inputs, ranks, wants_curves).run(method, between(advance, 0, done))
@@ -449,8 +457,6 @@ def served_budget(subject: Subject, budget: Budget, analysis: Groups) -> Budget:
     served = subject.served()
     paths = [path for path, part in subject.analyses.items() for _ in part.chosen]
     names = {group.name for group, path in zip(analysis.chosen, paths, strict=True) if path in served}
-    if len(names) == len(paths):
-        return budget
     advice, budget = budget.advice, budget.only([group.name in names for group in budget.groups])
     budget.advice = advice
     if not budget.groups:
@@ -486,8 +492,9 @@ def _consumers(subject: Subject, config: PruningConfig) -> dict[str, Consumers]:
 def measure_subject(subject: Subject, config: PruningConfig, calibration: Iterable[Any], job: Job) -> Costs:
     """The cost curves of a model, on all of the batches; errors as for :func:`fasp_fx.measure`."""
     if not Method.of(config).needs_costs:
-        sparsity = None if config.budget else config.target_sparsity
-        config = replace(config, sparsity=sparsity, allocation="global")
+        config = replace(
+            config, sparsity=None if config.budget else config.target_sparsity, allocation="global"
+        )
     check_weights(subject.programs.values())
     subject.analyze(config)
     batches, fingerprint = subject.read(calibration), subject.fingerprint()
@@ -587,8 +594,7 @@ def _remarks(method: Method, costs: Costs | None, analysis: Groups, lost: list[i
     """What there is to say of an allocation."""
     remarks = []
     if costs is not None:
-        names = (group.name for group in analysis.chosen)
-        rise = costs.predicted(dict(zip(names, lost, strict=True)))
+        rise = costs.predicted(dict(zip((group.name for group in analysis.chosen), lost, strict=True)))
         remarks.append(f"{PREDICTED} {method.loss_description}: {rise:.3g}")
     if not any(lost):
         remarks.append(

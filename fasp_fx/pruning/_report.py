@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 from torch import Tensor
 
-from fasp_fx.allocation import is_excluded
-from fasp_fx.analysis import APPROXIMATE, Group, PruningPlan, cache_of
+from fasp_fx.allocation import Cap, is_excluded
+from fasp_fx.analysis import APPROXIMATE, Analysis, Group, PruningPlan, Resource, cache_of
 from fasp_fx.base import Count, OpOverload, ReadBy, from_document, to_document
 from fasp_fx.errors import ArgumentError, BudgetError, StoreError
 from fasp_fx.patterns import pointwise_rule
@@ -19,10 +19,7 @@ from fasp_fx.patterns import pointwise_rule
 from ._config import PruningConfig
 
 if TYPE_CHECKING:
-    from fasp_fx.allocation import Cap
-    from fasp_fx.analysis import Analysis, Resource
-
-    from .check._check import Checked
+    from .check import Checked
 
 #: the operators whose weights sparsity counts
 COUNTED = "linear, convolution and recurrent operators"
@@ -49,8 +46,7 @@ def _cache(analysis: Analysis, removed: Mapping[str, int]) -> tuple[int, int] | 
         resource = cache_of(analysis)
     except BudgetError:
         return None
-    rest = resource.used([removed.get(group.name, 0) for group in resource.groups])
-    return int(resource.whole), int(rest)
+    return int(resource.whole), int(resource.used([removed.get(group.name, 0) for group in resource.groups]))
 
 
 @dataclass(frozen=True)
@@ -78,6 +74,18 @@ class Line:
     held_restored: float | None = None
     producers: tuple[tuple[str, Count], ...] = ()
     consumers: tuple[tuple[str, Count], ...] = ()
+
+    def __str__(self) -> str:
+        left = f" -> {self.after}" if self.before != self.after else ""
+        blocks = f" ({self.blocks} blocks)" if self.blocks > 1 else ""
+        errors = (
+            " " * 9 if error is None else f"{error:9.2e}"
+            for error in (self.error_cut, self.error_restored, self.held_restored)
+        )
+        reason = f"  ({self.reason})" if self.reason else ""
+        return (
+            f"{self.status:<12}{f'{self.before}{left}{blocks}':>22}  {'  '.join(errors)}  {self.name}{reason}"
+        )
 
 
 @dataclass(frozen=True)
@@ -231,10 +239,10 @@ class Report:
         restored = max((line.error_restored or 0.0 for line in self.lines), default=0.0)
         if cut is None:
             return "unknown: nothing was calibrated; run both models on data of yours"
-        errors = (
-            f"squared errors of what consumers put out are {restored:.1e} at most, {cut:.1e} without repair"
+        return next(
+            (note for note in self.notes if note.startswith(PREDICTED)),
+            f"squared errors of what consumers put out are {restored:.1e} at most, {cut:.1e} without repair",
         )
-        return next((note for note in self.notes if note.startswith(PREDICTED)), errors)
 
     def _trust(self) -> str:
         """How far what was lost can be relied on."""
@@ -259,44 +267,33 @@ class Report:
     def __str__(self) -> str:
         asked = f" (asked for {self.requested:.2%})" if self.requested is not None else ""
         (dense, kept), less = self.parameters, self.parameters[1] / max(self.parameters[0], 1) - 1
-        out = [
-            f"removed     {self.sparsity:.2%}{asked} of the weights of {COUNTED} in {counted(self.include)}:"
-            f" parameters {dense:,} -> {kept:,} ({less:+.2%}), bytes {self.bytes[0]:,} -> {self.bytes[1]:,}",
-            f"cost        {self._cost()}",
-            f"trust       {self._trust()}",
-        ]
+        cache, recovery = [], []
         if self.cache is not None:
             change = f"{self.cache[1] / max(self.cache[0], 1) - 1:+.2%}"
-            out.append(
-                f"cache       {self.cache[0]:,} -> {self.cache[1]:,} bytes per token of one sequence "
-                f" ({change})"
-            )
-        out += [f"budget      {spent}" for spent in self.budgets]
+            cache = [f"{self.cache[0]:,} -> {self.cache[1]:,} bytes per token of one sequence  ({change})"]
         if self.recovery is not None:
-            out += [f"recovery    {line}" for line in (str(self.recovery), *self.recovery.notes)]
-        out += [
-            f"{row.what}  {row.dense:,.{row.digits}f} -> {row.pruned:,.{row.digits}f}" for row in self.figures
-        ]
-        out += [
-            "",
-            f"{'status':<12}{'channels':>22}  {'error cut':>9}  {'restored':>9}  {'held out':>9}  group",
-        ]
-        for line in self.lines:
-            per = f" ({line.blocks} blocks)" if line.blocks > 1 else ""
-            change = (
-                f"{line.before} -> {line.after}{per}" if line.before != line.after else f"{line.before}{per}"
+            recovery = [str(self.recovery), *self.recovery.notes]
+        return "\n".join(
+            (
+                f"removed     {self.sparsity:.2%}{asked} of the weights of {COUNTED} in"
+                f" {counted(self.include)}: parameters {dense:,} -> {kept:,} ({less:+.2%}), bytes"
+                f" {self.bytes[0]:,} -> {self.bytes[1]:,}",
+                f"cost        {self._cost()}",
+                f"trust       {self._trust()}",
+                *(f"cache       {line}" for line in cache),
+                *(f"budget      {spent}" for spent in self.budgets),
+                *(f"recovery    {line}" for line in recovery),
+                *(
+                    f"{row.what}  {row.dense:,.{row.digits}f} -> {row.pruned:,.{row.digits}f}"
+                    for row in self.figures
+                ),
+                "",
+                f"{'status':<12}{'channels':>22}  {'error cut':>9}  {'restored':>9}  {'held out':>9}  group",
+                *map(str, self.lines),
+                *(["", *COLUMNS] if any(line.error_restored is not None for line in self.lines) else []),
+                *(f"note: {note}" for note in self.notes),
             )
-            errors = [
-                f"{error:9.2e}" if error is not None else " " * 9
-                for error in (line.error_cut, line.error_restored, line.held_restored)
-            ]
-            out.append(
-                f"{line.status:<12}{change:>22}  {'  '.join(errors)}  {line.name}"
-                + (f"  ({line.reason})" if line.reason else "")
-            )
-        if any(line.error_restored is not None for line in self.lines):
-            out += ["", *COLUMNS]
-        return "\n".join([*out, *(f"note: {note}" for note in self.notes)])
+        )
 
 
 def make_report(

@@ -11,7 +11,9 @@ they are named, so load only what you would also run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -23,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fasp_fx.analysis import PruningPlan
-from fasp_fx.base import in_usual_modes, one_at_a_time, parse, path_of, tolerable
+from fasp_fx.base import fingerprint, in_usual_modes, one_at_a_time, parse, path_of, tolerable
 from fasp_fx.capturing import CallSignature, model_copy, replace_submodule, with_attributes_of
 from fasp_fx.errors import ArgumentError, CaptureError, PlanError, StoreError
 from fasp_fx.passes import PrunedModule, program_now, wrap
@@ -45,7 +47,6 @@ from fasp_fx.storage import (
 )
 
 from ._config import PruningConfig
-from ._copies import check_copies, note_copy
 from ._report import Report
 
 KIND = "whole"
@@ -152,7 +153,7 @@ class Result:
             EagerError: no copy is the program; says where they part, and what to do.
             PlanError: the model is not the one that the plan was made for.
         """
-        from .eager import eager
+        from ._eager import eager
 
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"model must be the nn.Module that was pruned, not {type(model).__name__}")
@@ -168,12 +169,14 @@ class Result:
 
     def _weights(self) -> dict[str, Tensor]:
         """The weights that the module holds now, by their names in the model that was pruned."""
-        from .eager import weights_of
+        from ._eager import weights_of
 
         weights = self.module.state_dict() if self.parts else {}
         for path, part in (self.parts or {"": self}).items():
-            own_weights = weights_of(part.module, part.plan).items()
-            weights |= {f"{path}.{name}" if path else name: tensor for name, tensor in own_weights}
+            weights |= {
+                f"{path}.{name}" if path else name: tensor
+                for name, tensor in weights_of(part.module, part.plan).items()
+            }
         return weights
 
 
@@ -223,8 +226,11 @@ def _write_parts(folder: Path, result: Result) -> None:
         part_folder.mkdir(parents=True)
         _write_whole(part_folder, part)
     inside = list(chain(*places))
-    tensors = result.module.state_dict(keep_vars=True)
-    rest = {name: value for name, value in tensors.items() if not is_inside(name, inside)}
+    rest = {
+        name: value
+        for name, value in result.module.state_dict(keep_vars=True).items()
+        if not is_inside(name, inside)
+    }
     write_tensors(folder / "rest.safetensors", rest)
     write_json(folder / "signature.json", signature_to_json(result.signature))
     write_json(folder / "parts.json", asdict(Layout(places, dict(result.left))))
@@ -326,5 +332,58 @@ def _load_parts(folder: Path, model: nn.Module | None, device: torch.device | No
     if stray:
         raise StoreError(f"{another} the parts, such as '{stray[0]}'; give that one, with its values")
     rebuilt = rebuilt if device is None else rebuilt.to(device)
-    signature = signature_from_json(read_text(folder / "signature.json"))
-    return Result(cast(fx.GraphModule, rebuilt), *read_told(folder), signature, parts, layout.left)
+    return Result(
+        cast(fx.GraphModule, rebuilt),
+        *read_told(folder),
+        signature_from_json(read_text(folder / "signature.json")),
+        parts,
+        layout.left,
+    )
+
+
+# --- The copies of callers' models that results have made: a save would forget that one was trained since.
+
+#: of each copy, the module that it is like, and what its weights were
+_COPIES: MutableMapping[nn.Module, tuple[weakref.ref[nn.Module], dict[str, str]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def note_copy(copy: nn.Module, module: nn.Module) -> None:
+    """Remember the weights of a copy that is like the module of a result."""
+    _COPIES[copy] = weakref.ref(module), _fingerprints(copy)
+
+
+def check_copies(module: nn.Module, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+    """Refuse to write other weights than those of a copy that was trained since it was made.
+
+    Args:
+        module: of the result.
+        weights: gives those that the module has now, by their names in the copies.
+
+    Raises:
+        StoreError: names one.
+    """
+    if _COPIES:
+        gc.collect()  # a copy that nobody holds any more may be held by itself
+    changed = [
+        (name, copy.state_dict()[name])
+        for copy, (other, before) in list(_COPIES.items())
+        if other() is module
+        for name, _ in sorted(_fingerprints(copy).items() - before.items())
+    ]
+    now = weights() if changed else {}
+    for name, tensor in changed:
+        if name in now and not torch.equal(tensor, now[name].to(tensor)):
+            raise StoreError(
+                f"a copy that result.eager made was trained since, and result.module has other values in"
+                f" '{name}'; take them with result.module.load_state_dict(copy.state_dict()), or save"
+                " the copy's state_dict() and delete the copy"
+            )
+
+
+def _fingerprints(module: nn.Module) -> dict[str, str]:
+    """What tells the weights of a module from others, but for those that were quantised."""
+    tensors = module.state_dict().items()
+    plain = ((name, tensor) for name, tensor in tensors if type(tensor) is Tensor and not tensor.is_meta)
+    return {name: fingerprint({"": tensor}) for name, tensor in plain}

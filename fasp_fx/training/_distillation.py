@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fasp_fx.base import configured, is_number
 from fasp_fx.calibration import output_tensors, token_mask
-from fasp_fx.errors import ArgumentError, CalibrationError
+from fasp_fx.errors import ArgumentError
 
 
 @runtime_checkable
@@ -127,22 +127,20 @@ class SquaredError:
 
     def terms(self, outputs: Any, targets: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Tensor:
         """One term for each output that can be compared and of which something counts, ``[outputs]``."""
-        leaves = dict(enumerate(output_tensors(outputs)))
-        terms, compared = [], False
-        for index, dense in targets.items():
-            leaf = leaves.get(int(index))
-            if leaf is None or leaf.shape != dense.shape or not leaf.numel():
-                continue
-            compared = True
+        leaves = {str(index): leaf for index, leaf in enumerate(output_tensors(outputs))}
+        pairs = [(leaves[index], dense) for index, dense in targets.items() if index in leaves]
+        alike = [(leaf, dense) for leaf, dense in pairs if leaf.shape == dense.shape and leaf.numel()]
+        if not alike:
+            raise ArgumentError(
+                "no output of the pruned model has the shape of the dense model's; pass a loss= of your own"
+            )
+        terms = []
+        for leaf, dense in alike:
             mask = token_mask(inputs, leaf.shape[:2]) if leaf.dim() == 3 else None
             pruned, wanted = (part.float() if mask is None else part.float()[mask] for part in (leaf, dense))
             if wanted.numel():
                 size = wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
                 terms.append((pruned - wanted).square().mean() / size)
-        if not compared:
-            raise ArgumentError(
-                "no output of the pruned model has the shape of the dense model's; pass a loss= of your own"
-            )
         return torch.stack(terms) if terms else torch.zeros(0)
 
 
@@ -156,25 +154,6 @@ def _logits(outputs: Any) -> Tensor:
             " loss='outputs'"
         )
     return logits
-
-
-def terms_of(
-    match: Match, outputs: Any, targets: Mapping[str, Tensor], inputs: Mapping[str, Any], index: int
-) -> Tensor:
-    """The terms of a loss for a batch, at least one.
-
-    Args:
-        index: the number of the batch.
-
-    Raises:
-        CalibrationError: nothing of the batch counts.
-    """
-    terms = match.terms(outputs, targets, inputs)
-    if not terms.numel():
-        raise CalibrationError(
-            f"nothing of batch {index} counts, as where its attention_mask hides every token; leave it out"
-        )
-    return terms
 
 
 _POSITIVE = (lambda value: type(value) is int and value > 0), "a positive integer"
@@ -283,7 +262,5 @@ class DistillationConfig:
 
     def to_json(self) -> str:
         """The options as JSON; a loss of the user's is named by its class and ``key``."""
-        loss: Any = self.loss
-        if not isinstance(loss, str):
-            loss = f"{type(loss).__name__} {getattr(loss, 'key', None)}"
-        return json.dumps(vars(self) | {"loss": loss})
+        named = f"{type(self.loss).__name__} {getattr(self.loss, 'key', None)}"
+        return json.dumps(vars(self) | {"loss": self.loss if isinstance(self.loss, str) else named})

@@ -80,10 +80,13 @@ def threshold(chances: Mapping[str, np.ndarray], budget: Budget, round_to: int) 
     thresholds = np.unique(np.concatenate([np.zeros(1), *levels]))
 
     def lost(place: int) -> list[int]:
-        counts = (int(np.searchsorted(level, thresholds[place], "right")) for level in levels)
         kept = [
             -(-(group.width - count) // group.step(round_to)) * group.step(round_to)
-            for group, count in zip(budget.groups, counts, strict=True)
+            for group, count in zip(
+                budget.groups,
+                (int(np.searchsorted(level, thresholds[place], "right")) for level in levels),
+                strict=True,
+            )
         ]
         return [max(group.width - width, 0) for group, width in zip(budget.groups, kept, strict=True)]
 
@@ -144,8 +147,7 @@ class Target:
 
     def decision(self, gone: list[np.ndarray]) -> Decision:
         """What is removed where these channel sets go, ``[sets]`` for each group."""
-        pairs = zip(self.groups, gone, strict=True)
-        sets = np.concatenate([group.sets[places] for group, places in pairs])
+        sets = np.concatenate([group.sets[places] for group, places in zip(self.groups, gone, strict=True)])
         return Decision(np.isin(self.analysis.labels, sets))
 
     def _lost(self, chances: list[np.ndarray]) -> dict[str, int]:
@@ -157,9 +159,6 @@ class Target:
         method = Method.of(replace(self._config, allocation=partial(threshold, by_name)))
         counts = zip(self.analysis.chosen, allocate(method, self.budget), strict=True)
         return {group.name: count for group, count in counts if count}
-
-
-_MARK = "parametrizations."
 
 
 class Gates(nn.Module):
@@ -230,16 +229,16 @@ class Gates(nn.Module):
 
     def original_parameters(self) -> dict[str, Tensor]:
         """The model's own parameters by the names that they have without gates."""
-        originals: dict[str, Tensor] = {}
         of_gates = {id(parameter) for parameter in self.parameters()}
-        gated = {(id(module), name) for module, name, _ in self.places}
-        for name, parameter in self._model[0].named_parameters(remove_duplicate=False):
-            if id(parameter) in of_gates:
-                continue
-            path, mark, weight = name.removesuffix(".original").rpartition(_MARK)
-            is_gated = mark and (id(self._model[0].get_submodule(path.rstrip("."))), weight) in gated
-            originals[path + weight if is_gated else name] = parameter
-        return originals
+        lists = ((getattr(module, "parametrizations", {}), name) for module, name, _ in self.places)
+        gated = {id(parametrized[name].original) for parametrized, name in lists if name in parametrized}
+        return {
+            "".join(name.removesuffix(".original").rsplit("parametrizations.", 1))
+            if id(parameter) in gated
+            else name: parameter
+            for name, parameter in self._model[0].named_parameters(remove_duplicate=False)
+            if id(parameter) not in of_gates
+        }
 
     def detach(self) -> None:
         """Take the gates off: the model is as it was, with its weights as they are now.
@@ -259,8 +258,9 @@ class Gates(nn.Module):
             del hooks[key]
         for module, name, _ in self.places:
             kind = type(module)  # copies of the model share it, and taking a parametrization off changes it
-            slots = ("__dict__", "__weakref__")
-            attributes = {key: value for key, value in vars(kind).items() if key not in slots}
+            attributes = {
+                key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")
+            }
             module.__class__ = type(kind.__name__, kind.__bases__, attributes)
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         for module, _, order in self.places:
@@ -336,23 +336,24 @@ def attach_gates(
     asked = replace(_asked(PruningConfig.of(config, options)), score="fasp")
     captured = capture_whole(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     analysis = analyze_for(captured.program, asked)
-    open_to = [group for group in analysis.chosen if not is_excluded(group, asked.exclude)]
-    places, groups = _places(model, open_to)
+    places, groups = _places(
+        model, [group for group in analysis.chosen if not is_excluded(group, asked.exclude)]
+    )
     if not groups:
         raise NothingPrunableError(
             "no group can have gates: weights that lose columns are computed from others or excluded, or none"
             " can be pruned"
         )
-    target = Target(captured.program, analysis, groups, asked)
-    gates = Gates(model, target)
+    gates = Gates(model, Target(captured.program, analysis, groups, asked))
     orders = [  # as they stand before any is replaced
         [own for own, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
         for module, _, _ in places
     ]
     try:
         for (module, name, members), order in zip(places, orders, strict=True):
-            scaled = Scaled(gates, members, getattr(module, name), holds=not gates.places)
-            parametrize.register_parametrization(module, name, scaled)
+            parametrize.register_parametrization(
+                module, name, Scaled(gates, members, getattr(module, name), holds=not gates.places)
+            )
             module.parametrizations.train(model.training)  # type: ignore[union-attr]
             gates.places.append((module, name, order))
         model.register_forward_pre_hook(gates.before_call)
@@ -482,8 +483,9 @@ class Scaled(nn.Module):
             if member.block_dim is None:
                 laid = sets.reshape([-1 if dim == member.dim else 1 for dim in range(weight.dim())])
             else:
-                blocks = sets.reshape(member.blocks, -1)
-                laid = laid_by_block(blocks, member.dim, member.block_dim, weight.shape)
+                laid = laid_by_block(
+                    sets.reshape(member.blocks, -1), member.dim, member.block_dim, weight.shape
+                )
             self.register_buffer(f"sets_{index}", laid.to(weight.device), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
@@ -47,7 +47,7 @@ from fasp_fx.errors import ArgumentError, CalibrationError, StoreError, Training
 from fasp_fx.pruning import CurvePoint, Recovery, Result, key_of
 from fasp_fx.storage import claim
 
-from ._distillation import DistillationConfig, DistillationOptions, Divergence, Match, SquaredError, terms_of
+from ._distillation import DistillationConfig, DistillationOptions, Divergence, Match, SquaredError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -147,16 +147,20 @@ def distil(
             f" {first_line(error)}; give smaller batches with accumulate=, or train less, with"
             " requires_grad_(False) on the rest of the pruned model"
         ) from error
-    recovery = Recovery(
-        "distillation",
-        _CRITERIA.get(type(match), type(match).__name__),
-        state.step,
-        min(state.curve, key=lambda point: point.held_out).step,
-        tuple(state.curve),
-        state.seconds,
-        () if note is None else (note,),
+    return cast(
+        R,
+        result.with_report(
+            recovery=Recovery(
+                "distillation",
+                _CRITERIA.get(type(match), type(match).__name__),
+                state.step,
+                min(state.curve, key=lambda point: point.held_out).step,
+                tuple(state.curve),
+                state.seconds,
+                () if note is None else (note,),
+            )
+        ),
     )
-    return cast(R, result.with_report(recovery=recovery))
 
 
 def _called(result: Any) -> tuple[nn.Module, dict[str, Any], bool]:
@@ -224,13 +228,12 @@ def _run(
         ArgumentError: nothing tells the loss from others.
     """
     key_of(None if isinstance(config.loss, str) else config.loss, "loss=", "checkpoint=")
-    flattened = map(pytree.tree_flatten, calls)
     return {
         "options": json.loads(config.to_json()),
         "dense": [result.plan.fingerprint, *(buffer.digest for buffer in result.plan.fixed)],
         "pruned": fingerprint(dict(pruned.named_parameters(remove_duplicate=False))),
         "trained parameters": trained,
-        "data": digest_of([*leaves, str(spec)] for leaves, spec in flattened),
+        "data": digest_of([*leaves, str(spec)] for leaves, spec in map(pytree.tree_flatten, calls)),
     }
 
 
@@ -258,7 +261,9 @@ class Trained:
     def __init__(self, student: nn.Module) -> None:
         self.student = student
         self.leaves = {
-            name: weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+            name: weight.detach()
+            .to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+            .requires_grad_()
             for name, weight in student.named_parameters()
             if weight.requires_grad and weight.is_floating_point() and weight.numel()
         }
@@ -267,8 +272,6 @@ class Trained:
                 "no weight of the pruned model requires a gradient; call requires_grad_() on what is to be"
                 " trained"
             )
-        for leaf in self.leaves.values():
-            leaf.requires_grad_()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns with what is learned in the places of its weights."""
@@ -290,10 +293,9 @@ class Trained:
     @torch.no_grad()
     def write(self, state: dict[str, Tensor]) -> None:
         """Put a state into the module's own weights."""
-        self.load(state)
         weights = dict(self.student.named_parameters())
-        for name, leaf in self.leaves.items():
-            weights[name].copy_(leaf)
+        for name, value in state.items():
+            weights[name].copy_(value)
 
 
 @dataclass
@@ -344,14 +346,14 @@ class Lessons:
         """
         device = device_of(model)
         for index in range(len(self.calls)):
-            if self._file(index).exists():
-                _load(self._file(index), "cpu")
+            if self.file(index).exists():
+                _load(self.file(index), "cpu")
             else:
                 with rewound(model), products_in_bfloat16(device, index in coarse):
                     outputs = self.outputs(model, index, device)
                 targets = self.match.targets(outputs)
-                terms_of(self.match, outputs, targets, self.named(model, index, device), index)
-                _save(self._file(index), {name: tensor.clone() for name, tensor in targets.items()})
+                self.terms(model, outputs, targets, index, device)
+                _save(self.file(index), {name: tensor.clone() for name, tensor in targets.items()})
             progress((index + 1) / len(self.calls))
 
     def outputs(self, model: Callable[..., Any], index: int, device: torch.device) -> Any:
@@ -369,25 +371,30 @@ class Lessons:
                 f" {index}: {type(error).__name__}: {first_line(error)}"
             ) from error
 
-    def terms(self, model: nn.Module, outputs: Any, index: int, device: torch.device) -> Tensor:
-        """The terms of the loss of what the pruned model returned for a batch.
+    def terms(
+        self, model: nn.Module, outputs: Any, targets: dict[str, Tensor], index: int, device: torch.device
+    ) -> Tensor:
+        """The terms of the loss of what a model returned for a batch, at least one.
 
         Raises:
-            StoreError: what was kept for the batch is damaged.
+            CalibrationError: nothing of the batch counts.
         """
-        inputs = self.named(model, index, device)
-        return terms_of(self.match, outputs, _load(self._file(index), device), inputs, index)
-
-    def named(self, model: nn.Module, index: int, device: torch.device) -> Mapping[str, Any]:
-        """The arguments of a batch by their names in the model's forward."""
         args, kwargs = self._on(index, device)
-        return dict(zip(inspect.signature(model.forward).parameters, args)) | kwargs
+        named = dict(zip(inspect.signature(model.forward).parameters, args)) | kwargs
+        terms = self.match.terms(outputs, targets, named)
+        if not terms.numel():
+            raise CalibrationError(
+                f"nothing of batch {index} counts, as where its attention_mask hides every token; leave it"
+                " out"
+            )
+        return terms
 
     def _on(self, index: int, device: torch.device) -> Any:
         """The arguments of a batch on a device, in tensors that a model may write into."""
         return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), copied(self.calls[index]))
 
-    def _file(self, index: int) -> Path:
+    def file(self, index: int) -> Path:
+        """Where what is kept for a batch is, or will be."""
         return self.folder / f"{index}.pt"
 
 
@@ -466,9 +473,11 @@ class Training:
     def __post_init__(self) -> None:
         self._leaves = list(self.trained.leaves.values())
         self._device = device_of(self.trained.student)
-        fused = self._device.type in ("cpu", "cuda")
         self._optimizer = torch.optim.AdamW(
-            self._leaves, self.config.learning_rate, weight_decay=0.0, fused=fused
+            self._leaves,
+            self.config.learning_rate,
+            weight_decay=0.0,
+            fused=self._device.type in ("cpu", "cuda"),
         )
         self._per_epoch = math.ceil(len(self.training) / self.config.accumulate)
         self._steps = self.config.epochs * self._per_epoch
@@ -523,8 +532,7 @@ class Training:
                 state.seconds = time.perf_counter() - started
                 if self.checkpoint is not None and self.accelerator.is_main_process:
                     state.current, state.optimizer = self.trained.state(), self._optimizer.state_dict()
-                    points = [astuple(point) for point in state.curve]
-                    _save(self.checkpoint, vars(state) | {"curve": points})
+                    _save(self.checkpoint, vars(state) | {"curve": [astuple(point) for point in state.curve]})
             progress(state.step / self._steps)
         return None
 
@@ -535,18 +543,21 @@ class Training:
         generator = torch.Generator().manual_seed(self.config.seed + epoch)
         order = torch.randperm(len(self.training), generator=generator).tolist()
         chosen = order[place * self.config.accumulate :][: self.config.accumulate]
+        # Up along a line, and down along another.
+        rising = WARMUP * self._steps
+        height = min(1.0, (step + 1) / rising, (self._steps - step) / max(self._steps - rising, 1.0))
         for group in self._optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * _height(step, self._steps)
+            group["lr"] = self.config.learning_rate * height
         total = torch.zeros(1, device=self._device)
         for index in (self.training[number] for number in self._own(chosen)):
             with self._drawing(step, index):
-                terms = self._terms(index, bfloat16=self.config.precision == "bfloat16")
-                loss = terms.mean() / len(chosen)
+                loss = self._terms(index, bfloat16=self.config.precision == "bfloat16").mean() / len(chosen)
                 loss.backward()
             total += loss.detach()
         for leaf in self._leaves:
-            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            leaf.grad = self.accelerator.reduce(gradient, "sum")
+            leaf.grad = self.accelerator.reduce(
+                torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, "sum"
+            )
         mean = float(self.accelerator.reduce(total, "sum"))
         torch.nn.utils.clip_grad_norm_(self._leaves, CLIP)
         if math.isfinite(mean):
@@ -568,7 +579,9 @@ class Training:
         """The terms of a batch."""
         with products_in_bfloat16(self._device, bfloat16):
             outputs = self.lessons.outputs(self.trained, index, self._device)
-        return self.lessons.terms(self.trained.student, outputs, index, self._device)
+        return self.lessons.terms(
+            self.trained.student, outputs, _load(self.lessons.file(index), self._device), index, self._device
+        )
 
     @torch.no_grad()
     def _judged(self) -> float:
@@ -580,9 +593,3 @@ class Training:
             seen += torch.stack([terms.sum(), torch.ones_like(terms).sum()])
         total, count = self.accelerator.reduce(seen, "sum").tolist()
         return float(total / count)
-
-
-def _height(step: int, steps: int) -> float:
-    """The fraction of the highest learning rate for a step: up along a line, and down along another."""
-    rising = WARMUP * steps
-    return min(1.0, (step + 1) / rising if rising else 1.0, (steps - step) / max(steps - rising, 1.0))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fasp_fx
 from fasp_fx.hf import convert, prune
-from fasp_fx.hf._claims import check_equal, refuse_unsaid
+from fasp_fx.hf._fields import check_equal, refuse_unsaid
 from fasp_fx.hf._formats import build, config_for, example_of
 from fasp_fx.hf._gguf import describe_gguf
 

@@ -27,8 +27,7 @@ from tokenizers import (
 
 import fasp_fx
 from fasp_fx.hf import Pruned, convert
-from fasp_fx.hf._gguf import write_gguf
-from fasp_fx.hf._gguf_tokenizer import add_tokenizer
+from fasp_fx.hf._gguf import add_tokenizer, write_gguf
 from fasp_fx.pruning import read_told
 
 SIZE = 420

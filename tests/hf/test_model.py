@@ -38,7 +38,7 @@ from transformers import (
 import fasp_fx
 from fasp_fx import hf
 from fasp_fx.base import CACHE
-from fasp_fx.pruning.check import _check
+from fasp_fx.pruning import check as _check
 from fasp_fx.pruning.check._compare import Seen
 
 

@@ -31,7 +31,7 @@ import fasp_fx.passes._run
 import fasp_fx.pruning._subject
 from fasp_fx import patterns
 from fasp_fx.passes import finish, remove
-from fasp_fx.pruning.check._check import Checked, Checker
+from fasp_fx.pruning.check import Checked, Checker
 from fasp_fx.testing.specs import (
     Activation,
     Attention,

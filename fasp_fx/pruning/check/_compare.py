@@ -73,10 +73,9 @@ def compare(reference: Program, module: fx.GraphModule, pruned: Program, inputs:
             expected = run(reference.module, inputs.of(reference), calls, precision)
         except tolerable(Exception) as error:  # a program raises what it likes
             raise ReferenceFailedError(str(error)) from error
-        outputs = run(module, inputs.of(pruned), calls, precision)
         pairs = [
             pair
-            for both in zip(outputs, expected, strict=True)
+            for both in zip(run(module, inputs.of(pruned), calls, precision), expected, strict=True)
             for pair in enumerate(zip(*both, strict=True))
         ]
         state = reference.state_outputs  # which may be narrower, and is not compared then
@@ -142,8 +141,9 @@ def run(
         torch.set_default_dtype(widened(before, precision))
         try:
             for _ in range(calls):
-                execution = _Execution(module, precision, written)
-                leaves = list(execution.run(*arguments, enable_io_processing=False))
+                leaves = list(
+                    _Execution(module, precision, written).run(*arguments, enable_io_processing=False)
+                )
                 outputs.append(copied(leaves) if calls > 1 else leaves)
         finally:
             torch.set_default_dtype(before)
@@ -269,8 +269,7 @@ def inputs_for(program: Program) -> Iterator[Inputs]:
         if isinstance(leaf, Tensor) and node.name not in program.state_inputs and _holds_one_number(leaf)
     )
     dynamic = _dynamic(program)
-    assignments = _assignments(dynamic, grow=program.device().type != "cpu")[:_OFFERED]
-    for number, assigned in enumerate(assignments):
+    for number, assigned in enumerate(_assignments(dynamic, grow=program.device().type != "cpu")[:_OFFERED]):
         sizes = {place: int(size.node.expr.xreplace(assigned)) for place, size in dynamic.items()}
         shown = ", ".join(
             f"{nodes[index].name}{'' if dim is None else f'[{dim}]'} = {size}"
@@ -284,10 +283,9 @@ def inputs_for(program: Program) -> Iterator[Inputs]:
 
 def _dynamic(program: Program) -> dict[_Place, torch.SymInt]:
     """The sizes that can vary."""
-    recorded = [node.meta.get("val") for node in program.placeholders()]
     return {
         (index, dim): size
-        for index, value in enumerate(recorded)
+        for index, value in enumerate([node.meta.get("val") for node in program.placeholders()])
         for dim, size in (enumerate(value.shape) if isinstance(value, Tensor) else [(None, value)])
         if is_dynamic(size)
     }
@@ -346,18 +344,15 @@ def _assignments(dynamic: dict[_Place, torch.SymInt], grow: bool) -> list[dict[s
     """
     symbols, environments = _symbols(dynamic), {size.node.shape_env for size in dynamic.values()}
     guards = {shapes.replace(one) for shapes in environments for one in conditions_on(shapes)}
-    offered: list[dict[sympy.Symbol, int]] = []
-    if not grow:
-        offered.append(
-            {s: size.hint if size.is_batch else _LONGER + 2 * size.place for s, size in symbols.items()}
-        )
-        offered += [
-            {
-                s: (_BATCHES if size.is_batch else _SMALL)[(size.place + start) % len(_SMALL)]
-                for s, size in symbols.items()
-            }
-            for start in range(len(_SMALL))
-        ]
+    longer = {s: size.hint if size.is_batch else _LONGER + 2 * size.place for s, size in symbols.items()}
+    smaller = [
+        {
+            s: (_BATCHES if size.is_batch else _SMALL)[(size.place + start) % len(_SMALL)]
+            for s, size in symbols.items()
+        }
+        for start in range(len(_SMALL))
+    ]
+    offered = [] if grow else [longer, *smaller]
     offered += [{s: size.hint + step * (1 + size.place) for s, size in symbols.items()} for step in (1, 2, 3)]
     offered += [{s: size.hint * times for s, size in symbols.items()} for times in (2, 3)]
     seen = [{s: size.hint for s, size in symbols.items()}]
