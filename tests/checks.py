@@ -2,8 +2,6 @@
 taking it out, which takes longest.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -76,19 +76,15 @@ def pytest_collection_finish() -> None:
 TOGETHER = (
     (
         "tests/hf/test_model.py",
-        "tests/hf/test_recovering.py",
         "tests/hf/test_generation.py",
         "tests/hf/test_folder.py",
-        "tests/hf/test_padding.py",
-        "tests/hf/test_captured.py",
     ),
     ("tests/test_ranks.py", "tests/test_offload.py"),
-    ("tests/test_cli.py", "tests/test_examples.py", "tests/test_cli_bad_input.py"),
-    ("tests/hf/test_plain.py", "tests/hf/test_plain_search.py", "tests/hf/test_plain_folder.py"),
+    ("tests/test_cli.py",),
+    ("tests/hf/test_plain.py",),
     # these take long, and nobody shall wait for them at the end
     ("tests/testing/test_mutants.py",),
     ("tests/test_eager.py",),
-    ("tests/test_depth.py",),
     ("tests/testing/test_check_rule.py",),
 )
 

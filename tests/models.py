@@ -5,8 +5,6 @@ Weights of the zoo are scaled up and biases and norm weights randomised, so that
 every term matters and a wrong channel shows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +42,7 @@ def wide(forward: Callable[..., Any], size: int = 6, hidden: int = 24, **held: A
 
 def block(model: Any, x: Tensor) -> Tensor:
     """What such a model computes at the least."""
-    found: Tensor = model.down(torch.relu(model.up(x)))
-    return found
+    return model.down(torch.relu(model.up(x)))
 
 
 def linear(**sizes: tuple[int, int]) -> dict[str, nn.Module]:

@@ -1,7 +1,5 @@
 """What the suite changes of torch, to be quicker and to compare exactly; the slow profile changes nothing."""
 
-from __future__ import annotations
-
 import logging
 import os
 

@@ -1,7 +1,5 @@
 """What one of several processes that prune together does (tests/test_ranks.py)."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import warnings

@@ -1,7 +1,5 @@
 """Models with everything that a save must keep, a folder of each kind, and how to change what was saved."""
 
-from __future__ import annotations
-
 import enum
 import hashlib
 import json
@@ -173,8 +171,7 @@ def write_golden(folder: Path) -> None:
     for kind, make in MAKERS.items():
         make(folder / kind)
     save_file({kind: outputs(folder / kind).contiguous() for kind in MAKERS}, folder / "outputs.safetensors")
-    measured = fasp_fx.measure(forked().first, (X,), calibration=[BATCH])
-    measured.save(folder / "costs.json")
+    fasp_fx.measure(forked().first, (X,), calibration=[BATCH]).save(folder / "costs.json")
     config = fasp_fx.PruningConfig(budget=fasp_fx.allocation.Parameters(0.8), exclude=("lm_head",), drift=0.3)
     (folder / "config.json").write_text(config.to_json())
 

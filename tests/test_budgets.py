@@ -1,7 +1,5 @@
 """Budgets: what is predicted of a resource is what the result has of it, and as much stays as may."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +14,7 @@ from conftest import PROFILE
 from corpus.forking import Forks, X
 from hypothesis import assume, given, settings, strategies as st
 from models import block, made, parameter, randomise, wide
-from test_costs import Linear
+from test_costs import problems
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,7 +28,6 @@ from fasp_fx.allocation import (
     Cap,
     Global,
     Latency,
-    Limit,
     Macs,
     Parameters,
     macs_of,
@@ -52,23 +49,16 @@ FAST: dict[str, Any] = {"score": "magnitude", "restore": None}
 def operations(call: Callable[[], object]) -> int:
     """Multiply-accumulates of a call as torch counts them, with what it leaves out."""
 
-    def rows(matrix: Any, *_: Any, **__: Any) -> int:
-        return 2 * math.prod(matrix)
-
     def experts(tokens: Any, weight: Any, *_: Any, **__: Any) -> int:
         return 2 * math.prod(tokens) * weight[2]
 
-    def bilinear(first: Any, weight: Any, *_: Any, **__: Any) -> int:
-        return 2 * first[0] * math.prod(weight)
-
-    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-
     left_out: dict[Any, Any] = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        torch.ops.aten.mv: rows,
-        torch.ops.aten.dot: rows,
-        torch.ops.aten._trilinear: bilinear,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+            lambda q, k, v, *_, **__: 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+        ),
+        torch.ops.aten.mv: lambda matrix, *_, **__: 2 * math.prod(matrix),
+        torch.ops.aten.dot: lambda vector, *_, **__: 2 * math.prod(vector),
+        torch.ops.aten._trilinear: lambda first, weight, *_, **__: 2 * first[0] * math.prod(weight),
         torch.ops.aten._grouped_mm: experts,
     }
     if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
@@ -184,7 +174,7 @@ def test_what_is_predicted_is_what_the_result_has(name: str, options: dict[str, 
 
 
 @given(programs(), st.integers(0, 999))
-@settings(max_examples=12 if PROFILE == "slow" else 6, deadline=None)
+@settings(max_examples=12 if PROFILE == "slow" else 3, deadline=None)
 def test_whatever_goes_of_whatever_is_drawn_is_counted(net: Net, number: int) -> None:
     args = example(net, 2, number, torch.float64)
     program = fasp_fx.capture(build(net, number, torch.float64), args).program
@@ -207,39 +197,21 @@ def test_whatever_goes_of_whatever_is_drawn_is_counted(net: Net, number: int) ->
         )  # type: ignore[misc]
 
 
-@given(st.data())
+@given(problems(4, (30, 80), (1, 2, 3)))
 @settings(max_examples=60, deadline=None)
-def test_budgets_of_drawn_costs_are_met_from_below(data: st.DataObject) -> None:
-    count, resources = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
-    round_to = data.draw(st.sampled_from([1, 1, 2, 5]))
-    widths = [data.draw(st.integers(30, 80)) for _ in range(count)]
-    counted = [Linear(widths, [data.draw(st.integers(1, 4)) for _ in widths]) for _ in range(resources)]
-    groups = counted[0].groups
-    steps = [
-        np.sort(np.array(data.draw(st.lists(st.floats(0.01, 10), min_size=group.size, max_size=group.size))))
-        for group in groups
-    ]
-    costs = fasp_fx.Costs(
-        {
-            group.name: fasp_fx.CostCurve(np.array([0.0, *np.cumsum(own)]))
-            for group, own in zip(groups, steps, strict=True)
-        },
-        "",
-    )
-    budget = Budget(
-        groups, [Limit.under(Parameters(data.draw(st.floats(0.3, 0.9))), resource) for resource in counted]
-    )
+def test_budgets_of_drawn_costs_are_met_from_below(problem: tuple[Budget, int, fasp_fx.Costs]) -> None:
+    budget, round_to, costs = problem
+    counted: list[Any] = [limit.resource for limit in budget.limits]
     for lost in (uniform(budget, round_to), Global()(budget, round_to, costs)):
         over = budget.over(lost)
         step = max(
             round_to * resource.shares[index] / resource.whole
             for resource in counted
-            for index in range(count)
+            for index in range(len(budget.groups))
         )
-        assert -max(step, 0.01) <= over <= 0 if resources == 1 else over <= 0
-        assert all(
-            gone == 0 or (group.size - gone) % round_to == 0 for group, gone in zip(groups, lost, strict=True)
-        )
+        assert -max(step, 0.01) <= over <= 0 if len(counted) == 1 else over <= 0
+        pairs = zip(budget.groups, lost, strict=True)
+        assert all(gone == 0 or (group.size - gone) % round_to == 0 for group, gone in pairs)
         fewer = [
             [*lost[:i], gone - max(round_to, 1), *lost[i + 1 :]]
             for i, gone in enumerate(lost)
@@ -349,11 +321,9 @@ def inner() -> fasp_fx.Captured:
 
     def forward(m: Any, x: Tensor) -> Tensor:
         given = block(m, x).unsqueeze(-1), m.weight, None, [1], [0], [1], False, [0], 1
-        made: Tensor = torch.ops.aten.convolution(*given)
-        return made
+        return torch.ops.aten.convolution(*given)
 
-    model = wide(forward, hidden=12, weight=parameter(6, 6, 1))
-    return fasp_fx.capture(model, (torch.randn(4, 6),))
+    return fasp_fx.capture(wide(forward, hidden=12, weight=parameter(6, 6, 1)), (torch.randn(4, 6),))
 
 
 @pytest.mark.parametrize(

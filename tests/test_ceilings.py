@@ -4,8 +4,6 @@ Whoever raises one, or changes what is public, does so in a commit that says why
 ``FASP_FX_REGENERATE=1 pytest tests/test_ceilings.py``.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect

@@ -2,8 +2,6 @@
 picked by the names of their weights.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json
@@ -127,6 +125,10 @@ def test_a_report_with_a_damaged_configuration_is_refused(config: object) -> Non
         (
             {"sparsity": {"layers.9.*": 0.3}},
             r"0.3 of 'layers.9.\*', which matches no group",
+        ),
+        (
+            {"sparsity": {"layers.1": 0.5, "layers.0": 0.5}, "exclude": ("layers.0",)},
+            r"0\.5 of 'layers\.0', which matches no group .* not excluded",
         ),
         ({"sparsity": {"layers.0.up.bias": 0.3}}, "no weight that loses columns with one"),
         ({"sparsity": {}}, "is no mapping from name patterns to fractions"),
@@ -297,18 +299,6 @@ def test_a_fraction_for_each_pattern() -> None:
     assert widths(sparsity={"layers.*": 0.5}, round_to=4) == [4, 4, 4]
 
 
-def test_a_captured_model_that_changed_is_refused() -> None:
-    model = layers()
-    captured = fasp_fx.capture(model, (X,))
-    with torch.no_grad():
-        model.head.weight.mul_(2)
-    says = r"'head.weight' has changed since the model was captured; capture it again"
-    for call in (fasp_fx.analyze, fasp_fx.prune):
-        options: dict[str, Any] = {} if call is fasp_fx.analyze else {"score": "magnitude", "restore": None}
-        with pytest.raises(fasp_fx.ArgumentError, match=says):
-            call(captured, **options)  # type: ignore[operator]
-
-
 @pytest.mark.parametrize(
     ("option", "value"),
     [("args", (X,)), ("kwargs", {"x": X}), ("state", ("past",)), ("dynamic_shapes", {"x": None})],
@@ -407,3 +397,24 @@ def test_values_of_other_types_are_refused(options: dict[str, Any], says: str) -
 def test_a_call_that_is_none_is_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(fasp_fx.ArgumentError, match=says):
         fasp_fx.capture(nn.Linear(3, 3).eval(), (torch.randn(2, 3),), **options)
+
+
+def test_explain() -> None:
+    analysis = fasp_fx.analyze(build(dataclasses.replace(SPEC, layers=2)), (tokens(2, 4),))
+    path = analysis.explain("blocks.0.ffn.gate.weight", "blocks.0.ffn.down.weight")
+    assert path[0] == "blocks.0.ffn.gate.weight"
+    assert path[-1] == "blocks.0.ffn.down.weight"
+    assert any("silu" in line for line in path)
+    assert sum("linear" in line for line in path) == 2
+    # weights of two layers meet in the hidden dimension alone; biases do not
+    assert any(
+        "add" in line for line in analysis.explain("blocks.0.ffn.gate.weight", "blocks.1.ffn.down.weight")
+    )
+    for first, second in (
+        ("blocks.0.ffn.gate.bias", "blocks.1.ffn.up.bias"),
+        ("blocks.0.attention.q.bias", "blocks.0.attention.out.weight"),
+    ):
+        with pytest.raises(fasp_fx.ArgumentError, match=f"couples channels of '{first}' with .* '{second}'"):
+            analysis.explain(first, second)
+    with pytest.raises(fasp_fx.ArgumentError, match="nowhere"):
+        analysis.explain("nowhere", "blocks.0.ffn.down.weight")

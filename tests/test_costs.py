@@ -2,8 +2,6 @@
 writes them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -18,7 +16,7 @@ from models import TwoLayers, block, made, wide
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.allocation import Budget, Global, Limit
+from fasp_fx.allocation import Budget, Bytes, Global, Limit, Macs, Parameters
 from fasp_fx.analysis import Group, Resource, Sparsity
 from fasp_fx.calibration import (
     Columns,
@@ -78,35 +76,49 @@ class Linear(Resource):
         return self.whole - sum(count * share for count, share in zip(lost, self.shares, strict=True))
 
 
-@given(st.data())
-@settings(max_examples=60, deadline=None)
-def test_no_other_allocation_of_convex_costs_is_better(data: st.DataObject) -> None:
-    count = data.draw(st.integers(1, 3))
-    widths = data.draw(st.lists(st.integers(2, 6), min_size=count, max_size=count))
-    shares = data.draw(st.lists(st.integers(1, 3), min_size=count, max_size=count))
-    counted = Linear(widths, shares)
-    steps = [
-        sorted(data.draw(st.lists(st.floats(0.01, 10), min_size=width, max_size=width))) for width in widths
-    ]
+@st.composite
+def problems(
+    draw: st.DrawFn, groups: int = 5, width: tuple[int, int] = (2, 12), resources: tuple[int, ...] = (0, 1, 2)
+) -> tuple[Budget, int, fasp_fx.Costs]:
+    """A budget that can be met, ``round_to``, and convex cost curves.
+
+    Args:
+        groups: how many there are at most.
+        width: how wide they are.
+        resources: how many are limited; of none a target is to be met.
+    """
+    widths = draw(st.lists(st.integers(*width), min_size=1, max_size=groups))
+    round_to, limited = draw(st.integers(1, 3)), draw(st.sampled_from(resources))
+    counted = [Linear(widths, [draw(st.integers(1, 4)) for _ in widths]) for _ in range(max(limited, 1))]
+    reach = min(resource.reach(round_to) for resource in counted)
+    assume(reach > 0.1)
+    sparsity = draw(st.floats(0.05, reach - 0.01))
+    pairs = zip((Parameters, Macs, Bytes), counted)
+    limits = [Limit.under(cap(1 - sparsity), resource) for cap, resource in pairs]
+    budget = Budget(counted[0].groups, limits if limited else [Limit(counted[0], sparsity)])
+    losses = [sorted(draw(st.lists(st.floats(0.01, 10), min_size=size, max_size=size))) for size in widths]
     curves = {
-        str(index): fasp_fx.CostCurve(np.array([0.0, *np.cumsum(own)])) for index, own in enumerate(steps)
+        str(index): fasp_fx.CostCurve(np.array([0.0, *np.cumsum(own)])) for index, own in enumerate(losses)
     }
-    costs = fasp_fx.Costs(curves, "")
-    sparsity = data.draw(st.floats(0.05, counted.reach(1)))
-    lost = Global()(Budget(counted.groups, [Limit(counted, sparsity)]), 1, costs)
-    spent, reached = (
-        costs.predicted({str(index): one for index, one in enumerate(lost)}),
-        counted.removed(lost),
-    )
-    assert abs(reached - sparsity) <= max(shares) / counted.whole / 2 + 1e-9
+    return budget, round_to, fasp_fx.Costs(curves, "")
+
+
+@given(problems(3, (2, 6), (0,)))
+@settings(max_examples=60, deadline=None)
+def test_no_other_allocation_of_convex_costs_is_better(problem: tuple[Budget, int, fasp_fx.Costs]) -> None:
+    budget, _, costs = problem
+    (limit,), lost = budget.limits, Global()(budget, 1, costs)
+    counted: Any = limit.resource
+    spent, reached = costs.predicted(dict(zip(costs, lost, strict=True))), counted.removed(lost)
+    assert abs(reached - limit.need) <= max(counted.shares) / counted.whole / 2 + 1e-9
     for other in product(*(range(group.deepest_loss + 1) for group in counted.groups)):
         if counted.removed(other) >= reached - 1e-12:
             step = max(
-                curve.losses[lost[int(name)]] - curve.losses[max(lost[int(name)] - 1, 0)]
-                for name, curve in curves.items()
+                curve.losses[count] - curve.losses[max(count - 1, 0)]
+                for curve, count in zip(costs.values(), lost, strict=True)
             )
-            least = costs.predicted({str(index): one for index, one in enumerate(other)})
-            assert spent <= least + step * max(shares) + 1e-9, (
+            least = costs.predicted(dict(zip(costs, other, strict=True)))
+            assert spent <= least + step * max(counted.shares) + 1e-9, (
                 "more than a last step that is not taken whole is lost"
             )
 
@@ -247,8 +259,7 @@ def test_costs_that_do_not_serve_are_refused(tmp_path: Path) -> None:
     captured = fasp_fx.capture(deep(), (DATA[0],))
     costs = fasp_fx.measure(captured, calibration=DATA[:1])
     other = deep()
-    with torch.no_grad():
-        other.layers[0][0].weight.mul_(2)  # type: ignore[index,union-attr]
+    other.layers[0][0].weight.detach().mul_(2)  # type: ignore[index,union-attr]
     with pytest.raises(fasp_fx.ArgumentError, match="curves are of another model"):
         fasp_fx.prune(other, (DATA[0],), calibration=DATA, allocation="global", costs=costs)
     with pytest.raises(fasp_fx.ArgumentError, match="costs is a dict"):

@@ -2,8 +2,6 @@
 property.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import math
@@ -435,7 +433,6 @@ def test_a_batch_that_is_all_padding_is_named_before_anything_is_trained(loss: A
 
 #: nothing else is imported, which would take each process seconds
 ALONE = f"""
-from __future__ import annotations
 import os, sys, warnings
 from typing import Any, cast
 import torch

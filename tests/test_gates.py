@@ -1,7 +1,5 @@
 """Learned gates: closed ones are removed channels, on any model, and in the end they meet the budget."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +22,7 @@ def half() -> nn.Module:
     """A hidden layer of which one half says nothing of the output."""
     layers = {"up": nn.Linear(6, 16), "down": nn.Linear(16, 3)}
     model = randomise(made(lambda m, x: m.down(m.up(x).tanh()), **layers))
-    with torch.no_grad():
-        model.down.weight[:, ::2] = 0  # type: ignore[index, operator, union-attr]
+    model.down.weight.detach()[:, ::2] = 0  # type: ignore[index, operator, union-attr]
     return model
 
 
@@ -49,10 +46,12 @@ def in_turn() -> nn.Module:
 def raw() -> nn.Module:
     """Weights that one module holds."""
 
-    def forward(m: Any, x: Tensor) -> Tensor:
-        return F.linear(F.linear(F.linear(x, m.w1).tanh(), m.w2).tanh(), m.w3)
-
-    return made(forward, w1=parameter(20, 6), w2=parameter(20, 20), w3=parameter(3, 20))
+    return made(
+        lambda m, x: F.linear(F.linear(F.linear(x, m.w1).tanh(), m.w2).tanh(), m.w3),
+        w1=parameter(20, 6),
+        w2=parameter(20, 20),
+        w3=parameter(3, 20),
+    )
 
 
 IDS = {"input_ids": tokens()[0], "use_cache": False}
@@ -180,8 +179,7 @@ def test_bad_input(options: Any, said: str) -> None:
 def test_scores_that_are_nan_are_named() -> None:
     model = in_turn()
     gates = attach_gates(model, (X,), sparsity=0.3)
-    with torch.no_grad():
-        gates.scores[1][3] = float("nan")
+    gates.scores[1].detach()[3] = float("nan")
     with pytest.raises(fasp_fx.ArgumentError, match=r"'4\.weight'.* NaN"):
         model(X)
 

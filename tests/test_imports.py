@@ -1,13 +1,19 @@
 """The house: rooms import from lower floors, by their doors, and no file leads back to itself."""
 
-from __future__ import annotations
-
 import ast
 import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import networkx as nx
+import pytest
 
 ROOT = Path(__file__).parent.parent
 #: where the packages lie; those inside of fasp_fx are links
@@ -116,12 +122,7 @@ def test_rooms_are_entered_by_their_doors() -> None:
         for name, file in files().items()
         for source, what in statements_of(name, file)
         if source.startswith("fasp_fx.") and source != "fasp_fx.errors" and room_of(source) != room_of(name)
-        if what not in lent.get(source, {})
-        and (source, what)
-        not in (
-            ("fasp_fx.cli", "main"),
-            ("fasp_fx.base", "__version__"),
-        )
+        if what not in lent.get(source, {}) and (source, what) not in DEFINED
     ]
     assert inside == []
 
@@ -152,3 +153,113 @@ def test_no_file_leads_back_to_itself() -> None:
     assert graph.has_edge("fasp_fx.passes._run", "fasp_fx.passes._verify")
     assert graph.has_edge("fasp_fx.pruning._result", "fasp_fx.pruning._eager"), "inside of functions"
     assert [sorted(circle) for circle in nx.strongly_connected_components(graph) if len(circle) > 1] == []
+
+
+# --- the wheel holds every module, at the right place, and nothing is imported from where only a checkout has
+
+
+TOP = {"passes": "fasp_fx/passes", "patterns": "fasp_fx/patterns"}
+
+
+def _sources() -> dict[str, Path]:
+    """Every Python file and stub of the package by its path in a wheel."""
+    found = {}
+    for folder, inside in {"fasp_fx": "fasp_fx", **TOP}.items():
+        for directory, names, files in os.walk(ROOT / folder):  # does not follow the symbolic links
+            names[:] = [name for name in names if name != "__pycache__"]
+            for file in files:
+                if file.endswith((".py", ".pyi")):
+                    path = Path(directory) / file
+                    found[f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"] = path
+    return found
+
+
+def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed, so no wheel can be built offline")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("fasp_fx", "passes", "patterns"):
+        shutil.copytree(
+            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source / name)
+    build = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        wheel = archive.namelist()
+    page = ROOT / "fasp_fx" / "interop" / "page"
+    parts = {path.name for path in page.iterdir() if path.suffix in (".html", ".css", ".js")}
+    assert len(parts) >= 3
+    others = {"fasp_fx/py.typed", *(f"fasp_fx/interop/page/{name}" for name in parts)}
+    found = {name for name in wheel if ".dist-info/" not in name and not name.endswith("/README.md")}
+    assert found == {*_sources(), *others}
+    assert any(name.endswith(".dist-info/entry_points.txt") for name in wheel)
+
+
+def test_an_editable_install_is_a_path() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    # Else an editable install is a hook, which no type checker runs.
+    assert settings["package-dir"] == {"": "."}
+    for top, inside in TOP.items():
+        assert (ROOT / inside).is_symlink()
+        assert (ROOT / inside).resolve() == ROOT / top
+
+
+def _imported(tree: ast.AST) -> set[str]:
+    """Top-level names of absolute imports."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_top_level_folders_are_never_imported_bare() -> None:
+    others = [path for folder in ("tests", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    guilty = {
+        str(path.relative_to(ROOT))
+        for path in [*_sources().values(), *others]
+        if _imported(ast.parse(path.read_text(encoding="utf-8"))) & set(TOP)
+    }
+    assert not guilty
+
+
+def _named(dependencies: list[str]) -> set[str]:
+    """The modules of requirements."""
+    return {
+        dependency.split(">")[0].split("=")[0].split("<")[0].replace("-", "_") for dependency in dependencies
+    }
+
+
+def _imported_at_once(tree: ast.Module) -> set[str]:
+    """Top-level names of absolute imports outside functions, which run when the module is imported."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return _imported(ast.Module([node for node in imports if id(node) not in inside], []))
+
+
+def test_what_is_imported_is_required() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = _named(project["dependencies"])
+    optional = _named(project["optional-dependencies"]["quantise"])
+    comes_with = {"sympy": "torch", "huggingface_hub": "transformers", "tokenizers": "transformers"}
+    for name, path in _sources().items():
+        if name.startswith("fasp_fx/testing/"):
+            continue  # used with the test extra
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for found, allowed in ((_imported(tree), required | optional), (_imported_at_once(tree), required)):
+            outside = found - set(sys.stdlib_module_names) - {"fasp_fx"}
+            assert {comes_with.get(module, module) for module in outside} <= allowed, name

@@ -1,7 +1,7 @@
 """Weights in files: what is pruned so is what is pruned in memory, and little of it is in memory at once."""
 
-from __future__ import annotations
-
+import ast
+import copy
 import gc
 import json
 import multiprocessing
@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from elsewhere_runs import CASES
-from models import block, make_model, wide
+from elsewhere import CASES
+from models import Spec, block, build, make_model, tokens, wide
+from oracle import error
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -26,6 +28,8 @@ import fasp_fx
 import fasp_fx.hf
 from fasp_fx.base import Scratch, addresses, keep, keep_values, keep_weights, offload
 from fasp_fx.base._offload import _SCRATCH, FILE_BYTES, SMALLEST, mapped_bytes
+from fasp_fx.calibration import Columns, Random
+from fasp_fx.calibration._restoration import SKETCHED, _sketch
 from fasp_fx.capturing import Runner
 from fasp_fx.errors import ArgumentError, OffloadError
 
@@ -206,9 +210,7 @@ def test_what_no_offload_can_be_of(options: dict[str, Any], says: str) -> None:
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int, start: int, size: int) -> None:
-        raise OSError(28, "No space left on device")
-
+    full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with offload(tmp_path), pytest.raises(OffloadError, match=r"bytes of weights do not fit .*No space left"):
         _prune(_model())
@@ -318,7 +320,7 @@ def test_the_files_go_with_the_process(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a process prints that knows the device."""
-    script = Path(__file__).with_name("elsewhere_runs.py")
+    script = Path(__file__).with_name("elsewhere.py")
     done = subprocess.run(
         [sys.executable, script, tmp_path_factory.mktemp("scratch")],
         capture_output=True,
@@ -326,8 +328,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    said: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return said
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -341,5 +342,76 @@ def test_batches_on_a_device_decide_and_repair_as_on_the_cpu(found: dict[str, An
 
 
 def test_what_a_device_does_not_serve_is_refused(found: dict[str, Any]) -> None:
-    said = found["refusals"]
-    assert said["costs"].startswith("ArgumentError: gradients are taken where the weights are")
+    assert found["refusals"]["costs"].startswith("ArgumentError: gradients are taken where the weights are")
+
+
+# --- the same on a GPU, where there is one
+
+
+SPEC = Spec(
+    layers=2, hidden=8, kv_heads=2, repeat=2, head_dim=4, ffn=12, bias=True, gated=True, positions="rope"
+)
+TEXTS = [tokens(4, 9, seed=seed) for seed in range(4)]
+
+SOURCES = Path(fasp_fx.__file__).parent
+
+
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    return pytest.mark.cuda(skip(test))
+
+
+@on_gpu
+@pytest.mark.parametrize("moved", [True, False], ids=["model on the device", "device argument"])
+def test_restored_results_agree(moved: bool) -> None:
+    model = build(SPEC)
+    expected = fasp_fx.prune(model, (TEXTS[0],), calibration=TEXTS, sparsity=0.3)
+    if moved:
+        other = copy.deepcopy(model).cuda()
+        batches = [batch.cuda() for batch in TEXTS]
+        found = fasp_fx.prune(other, (batches[0],), calibration=batches, sparsity=0.3)
+    else:
+        found = fasp_fx.prune(model, (TEXTS[0],), calibration=TEXTS, sparsity=0.3, device="cuda")
+        assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+    assert all(parameter.device.type == "cuda" for parameter in found.module.parameters())
+    assert found.plan.slices() == expected.plan.slices()
+    unseen = tokens(3, 6)
+    assert error(found.module(unseen.cuda()).cpu(), expected.module(unseen)) < 1e-2
+
+
+@on_gpu
+def test_weights_in_files_and_batches_on_the_device(tmp_path: Path) -> None:
+    model = build(SPEC)
+    expected = fasp_fx.prune(model, (TEXTS[0],), calibration=TEXTS, sparsity=0.3, quality="fast")
+    torch.cuda.reset_peak_memory_stats()
+    with fasp_fx.offload(tmp_path, device="cuda"):
+        found = fasp_fx.prune(model, (TEXTS[0],), calibration=TEXTS, sparsity=0.3, quality="fast")
+    assert torch.cuda.max_memory_allocated() > 0
+    assert all(parameter.device.type == "cpu" for parameter in found.module.parameters())
+    assert found.plan.slices() == expected.plan.slices()
+    unseen = tokens(3, 6)
+    assert error(found.module(unseen), expected.module(unseen)) < 1e-2
+
+
+def test_draws_are_the_same_whatever_the_default_device_is() -> None:
+    rows = torch.ones(SKETCHED + 3, 2)
+    columns = Columns(torch.ones(2, 5), None, None, name="a")
+    expected = _sketch(rows), Random(1)(columns)
+    with torch.device("meta"):
+        found = _sketch(rows), Random(1)(columns)
+    for own, other in zip(found, expected, strict=True):
+        assert own.device.type == "cpu"
+        assert torch.equal(own, other)
+
+
+def test_every_draw_from_a_generator_says_where() -> None:
+    """A generator of the CPU does not draw on another device."""
+    silent = []
+    for file in SOURCES.rglob("*.py"):
+        if file.relative_to(SOURCES).parts[0] in ("testing", "training"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            given = {keyword.arg for keyword in node.keywords} if isinstance(node, ast.Call) else set()
+            if "generator" in given and "device" not in given:
+                silent.append(f"{file.relative_to(SOURCES)}:{node.lineno}")
+    assert not silent

@@ -1,18 +1,18 @@
 """Products are rounded while calibration data run, where that is asked for, and nowhere else."""
 
-from __future__ import annotations
-
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, strategies as st
 from models import Vectors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasp_fx
-from fasp_fx.base import float32_products
+from fasp_fx.base import deviation, distance, float32_products
 from fasp_fx.calibration import Columns
 from fasp_fx.capturing._runner import execute
 
@@ -115,3 +115,46 @@ def test_attention_over_few_keys_is_computed_in_full_forward_and_back(keys: int,
     assert precisions.seen == {"attention": {precision}, "mm": {"bf16"}}
     expected = torch.nn.functional.scaled_dot_product_attention(*[(heads @ weight)] * 3)
     torch.testing.assert_close(mixed, expected, rtol=0.2, atol=0.1)
+
+
+# --- how far apart outputs are
+
+
+FILLINGS = (-1e9, torch.finfo(torch.float32).min, -65504.0)
+
+
+def _scores() -> Tensor:
+    return torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) + 0.1
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("filling", FILLINGS)
+def test_fillings_hide_nothing(filling: float, added: bool) -> None:
+    expected = _scores()
+    expected[1, :5] = expected[1, :5] + filling if added else filling
+    assert deviation(expected.clone(), expected) == distance(expected.clone(), expected) == 0
+    found = expected.clone()
+    found[0, 3] += 0.4
+    assert deviation(found, expected) > 0.4 / float(_scores().max()) - 1e-6
+    assert distance(found, expected) > 0.1
+    found[1, 0] *= 0.99  # and a filling that is wrong is seen as well
+    assert deviation(found, expected) > 0.4 / float(_scores().max()) - 1e-6
+    found[0, 3] = expected[0, 3]
+    assert 0.005 < deviation(found, expected) < 0.02
+
+
+@given(st.integers(0, 2**32), st.floats(1e-6, 1e6), st.floats(1e-9, 1e-2))
+def test_without_fillings_it_is_relative_to_the_largest(seed: int, scale: float, error: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    expected = (torch.rand(64, generator=generator, dtype=torch.float64) + 0.01) * scale
+    found = expected * (1 + error * (torch.rand(64, generator=generator, dtype=torch.float64) - 0.5))
+    wanted = float((found - expected).abs().max() / expected.abs().max())
+    assert math.isclose(deviation(found, expected), wanted, rel_tol=1e-9)
+
+
+def test_an_entry_that_differs_alone_is_held_against_the_others() -> None:
+    expected = torch.tensor([1.0, 0.5, -0.7, 0.01]).bfloat16()
+    found = torch.tensor([1.0, 0.5, -0.7, 0.012]).bfloat16()
+    assert deviation(found, expected) < 0.003
+    assert distance(found, expected) < 0.003
+    assert deviation(torch.tensor([1.0, 1e-8]), torch.tensor([1.0, 0.0])) < 1e-7

@@ -1,7 +1,5 @@
 """Processes that share the calibration batches decide as one process does."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import socket

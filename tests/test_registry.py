@@ -1,17 +1,21 @@
 """Which rule an operator has: derived, built in, or the user's."""
 
-from __future__ import annotations
-
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from models import Vectors, block, made, randomise
+from oracle import assert_exact
+from torch import Tensor, nn
+from torch.library import custom_op
 
 import fasp_fx
 from fasp_fx import RuleError, patterns
+from fasp_fx.allocation import Macs, macs_of
 from fasp_fx.analysis.channels._relation import Relation
-from fasp_fx.patterns import lookup, parse, register, unregister
+from fasp_fx.patterns import Affine, affine, lookup, parse, register, unregister
 
 
 def test_registering() -> None:
@@ -125,3 +129,209 @@ def test_every_built_in_rule_fits_its_operator() -> None:
             operator = getattr(operator, part)
         assert parse(text).names() <= patterns.argument_names(operator).keys(), f"{name}: {text}"
         assert patterns.lookup(operator) is not None
+
+
+# --- operators nobody has seen
+
+
+OPS = torch.ops.fasp_fx_tests
+#: operators of our own, by their schema
+COMPUTED: dict[str, Callable[..., Tensor]] = {
+    "wave(Tensor x, Tensor weight) -> Tensor": lambda x, weight: torch.sin(x) * weight,
+    "sums(Tensor x) -> Tensor": lambda x: x.cumsum(-1),
+    "affinely(Tensor x, Tensor w, Tensor b) -> Tensor": lambda x, w, b: x @ w + b,
+    "scaled(Tensor x, Tensor w, Tensor b) -> Tensor": lambda x, w, b: x @ w * b,
+}
+for name, schema, compute in ((*text.partition("(")[::2], compute) for text, compute in COMPUTED.items()):
+    operator = custom_op(f"fasp_fx_tests::{name}", compute, mutates_args=(), schema=f"({schema}")
+    operator.register_fake(compute)
+
+
+def _beside(forward: Callable[..., Tensor], **held: Any) -> nn.Module:
+    """A feed-forward block with something of its own, before another one."""
+    return randomise(
+        made(
+            lambda self, x: (x := x + forward(self, x)) + block(self.second, x),
+            up=nn.Linear(8, 12),
+            **held,
+            second=Vectors(8),
+        )
+    )
+
+
+def _waves() -> nn.Module:
+    """An operator of its own in the middle."""
+    return _beside(
+        lambda self, x: self.down(OPS.wave(self.up(x), self.scale)),
+        down=nn.Linear(12, 8),
+        scale=nn.Parameter(torch.ones(12)),
+    )
+
+
+def _between(function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Linear layers with anything between the first and the second."""
+    layers = (nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 4))
+    return randomise(
+        made(
+            lambda self, x: self.down(function(self.up(x))), up=nn.Linear(8, 12), down=nn.Sequential(*layers)
+        )
+    )
+
+
+def data(batch: int) -> Tensor:
+    return torch.randn(batch, 8, generator=torch.Generator().manual_seed(batch))
+
+
+def consumed(analysis: fasp_fx.Analysis) -> set[str]:
+    return {member.name for group in analysis.select("prunable") for member in group.consumers}
+
+
+def frozen(analysis: fasp_fx.Analysis) -> str:
+    """Why the channels of the first layer stay."""
+    (group,) = [g for g in analysis.groups if any(member.name == "up.bias" for member in g.producers)]
+    assert group.status == "frozen"
+    return group.reason
+
+
+@contextlib.contextmanager
+def ruled(operator: Any, text: str) -> Iterator[None]:
+    register(operator, text)
+    try:
+        yield
+    finally:
+        unregister(operator)
+
+
+def test_an_unknown_operator_freezes_and_is_named() -> None:
+    model = _waves()
+    analysis = fasp_fx.analyze(model, (data(3),))
+    assert consumed(analysis) == {"second.down.weight"}
+    assert analysis.without_rule == {"fasp_fx_tests.wave.default": 1}
+    assert "fasp_fx_tests.wave.default" in frozen(analysis)
+    result = fasp_fx.prune(model, (data(3),), sparsity=0.5, score="random", restore=None)
+    assert "torch.ops.fasp_fx_tests.wave.default" in str(result.report)
+    assert result.module.up.weight.shape == (12, 8)
+    assert_exact(model, result, data(5))
+
+
+@pytest.mark.parametrize(
+    ("make", "operator", "rule", "says"),
+    [
+        (lambda: _between(OPS.sums), "sums", "move x", "computes other elements of those"),
+        (_waves, "wave", "x[c], weight[c] -> [c]", "its rule does not speak of ('x' has 2 dimensions)"),
+    ],
+)
+def test_what_a_rule_says_wrongly_freezes_and_is_said(
+    make: Callable[[], nn.Module], operator: str, rule: str, says: str
+) -> None:
+    with ruled(getattr(OPS, operator).default, rule):
+        assert says in frozen(fasp_fx.analyze(make(), (data(3),)))
+
+
+def test_one_line_makes_it_prunable() -> None:
+    model = _waves()
+    with ruled(OPS.wave.default, "x[... c], weight[c] -> [... c]"):
+        analysis = fasp_fx.analyze(model, (data(3),))
+        assert consumed(analysis) == {"down.weight", "second.down.weight"}
+        assert not analysis.without_rule
+        (group,) = [g for g in analysis.select("prunable") if g.name == "down.weight"]
+        assert {m.name for m in group.producers} == {"up.weight", "up.bias", "scale"}
+        for sparsity in (0.3, analysis.max_sparsity):
+            result = fasp_fx.prune(model, (data(3),), sparsity=sparsity, score="random", restore=None)
+            assert result.module.scale.shape[0] == result.module.up.weight.shape[0] < 12
+            assert_exact(model, result, data(5))
+
+
+@custom_op("fasp_fx_tests::turn_", mutates_args=("x",))
+def turn_(x: Tensor) -> None:
+    x.copy_(x.flip(-1))
+
+
+def test_the_line_that_would_teach_an_operator_can_be_run() -> None:
+    result = fasp_fx.prune(_waves(), (data(3),), sparsity=0.5, score="random", restore=None)
+    (note,) = result.report.notes
+    line = note.partition("if it is pointwise, ")[2].removesuffix(" teaches it")
+    exec(line, {"torch": torch, "fasp_fx": fasp_fx})
+    try:
+        assert not fasp_fx.analyze(_waves(), (data(3),)).without_rule
+    finally:
+        unregister(OPS.wave.default)
+
+
+def _turned(x: Tensor) -> Tensor:
+    x = x.clone()
+    turn_(x)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [
+        (_turned, "written by fasp_fx_tests.turn_.default"),
+        (
+            lambda x: nn.functional.one_hot((x > 0).long(), 2).to(x.dtype).sum(-1),
+            "aten.one_hot.default is called in a way that its rule does not speak of",
+        ),
+    ],
+    ids=["written", "tallied"],
+)
+def test_what_freezes_is_called_by_its_name(between: Callable[[Tensor], Tensor], reason: str) -> None:
+    analysis = fasp_fx.analyze(_between(between), (data(3),))
+    assert not analysis.without_rule
+    assert frozen(analysis).startswith(reason)
+
+
+# --- one rule is all that is known of an operator
+
+
+RULE = "x[... i], w[i o], b[o] -> [... o]"
+AFFINELY, SCALED = torch.ops.fasp_fx_tests.affinely.default, torch.ops.fasp_fx_tests.scaled.default
+BATCHES = [torch.randn(64, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+
+
+@pytest.fixture
+def products() -> Iterator[None]:
+    """A product to which a bias is added, and one which is scaled, are known by their rule."""
+    with ruled(AFFINELY, RULE), ruled(SCALED, RULE):
+        yield
+
+
+def model(operator: Any) -> nn.Module:
+    """Every second neuron is always one, which a bias can stand for."""
+    torch.manual_seed(0)
+    weights = {"w": nn.Parameter(torch.randn(12, 4)), "b": nn.Parameter(torch.rand(4) + 0.5)}
+    net: Any = made(lambda m, x: operator(torch.sigmoid(m.up(x)), m.w, m.b), up=nn.Linear(5, 12), **weights)
+    net.up.weight.detach()[::2] = 0
+    return net.eval()
+
+
+@pytest.mark.usefixtures("products")
+def test_a_bias_is_what_is_added_to_products_of_zeros() -> None:
+    assert affine(AFFINELY) == Affine("b")
+    assert affine(SCALED) is None
+    assert affine(torch.ops.aten.addmm.default) == Affine("self")
+    assert affine(torch.ops.aten.matmul.default) == Affine(None)
+    assert affine(torch.ops.aten.conv_transpose2d.input) is None
+
+
+@pytest.mark.usefixtures("products")
+def test_one_rule_is_all_that_is_known_of_an_operator() -> None:
+    dense = model(AFFINELY)
+    result = fasp_fx.prune(dense, (BATCHES[0],), calibration=BATCHES, budget=Macs(0.67), loss=None)
+    (spent,) = result.report.budgets
+    assert (spent.dense, spent.used) == (64 * (5 * 12 + 12 * 4), 64 * (5 * 8 + 8 * 4))
+    assert dict(result.module.named_parameters())["w"].shape == (8, 4)
+    (consumer,) = result.plan.groups[0].consumers
+    assert set(consumer.removed) <= set(range(0, 12, 2))
+    x = torch.randn(50, 5)
+    assert torch.allclose(result.module(x), dense(x), atol=1e-2)
+
+
+@pytest.mark.usefixtures("products")
+def test_what_is_no_bias_is_not_repaired_as_one() -> None:
+    dense = model(SCALED)
+    assert macs_of(fasp_fx.analyze(dense, (BATCHES[0],))).whole == 64 * (5 * 12 + 12 * 4)
+    # The operator has no gradient.
+    with pytest.warns(fasp_fx.CalibrationWarning, match=r"cannot be run backwards.*as is done now"):
+        result = fasp_fx.prune(dense, (BATCHES[0],), calibration=BATCHES, sparsity=0.3)
+    assert torch.equal(dict(result.module.named_parameters())["b"], dense.b)  # type: ignore[arg-type]

@@ -2,8 +2,6 @@
 numpy in float64.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -275,8 +273,7 @@ def test_scores_equal_a_naive_computation(score: str) -> None:
     staged, gone = copy.deepcopy(model), removed(result)
     for name in CONSUMERS:  # in the order in which the data reaches them, behind earlier removals
         activations, weight = inputs_of(staged, [name], BATCHES), weight_of(model, name)
-        with torch.no_grad():
-            staged.get_parameter(name)[:, gone[name]] = 0
+        staged.get_parameter(name).detach()[:, gone[name]] = 0
         columns = weight.shape[1]
         if score == "fasp":
             values = [
@@ -288,8 +285,7 @@ def test_scores_equal_a_naive_computation(score: str) -> None:
             values = [np.sqrt(sum(weight[:, j] ** 2)) for j in range(columns)]
         if "attention" in name:
             # Query heads share their key head's value channels, and each key head loses as many.
-            shared = np.array(values).reshape(SPEC.kv_heads, SPEC.repeat, SPEC.head_dim)
-            totals = shared.sum(1)
+            totals = np.array(values).reshape(SPEC.kv_heads, SPEC.repeat, SPEC.head_dim).sum(1)
             lost = len(gone[name]) // (SPEC.kv_heads * SPEC.repeat)
             expected = [
                 (kv * SPEC.repeat + r) * SPEC.head_dim + int(c)

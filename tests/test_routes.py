@@ -2,8 +2,10 @@
 and at others.
 """
 
-from __future__ import annotations
-
+import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -15,9 +17,12 @@ import torch
 from models import made, randomise
 from oracle import error, zeroed
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fasp_fx
+from fasp_fx.capturing import _assemble
+from fasp_fx.passes import PrunedModule, _pruned_module as _finish
 
 #: for the same arithmetic in another order
 CLOSE = 1e-5
@@ -25,20 +30,16 @@ CLOSE = 1e-5
 
 @dataclass
 class Pruned:
-    """A small pruned model, and calls of it at two sizes, as the caller's arguments."""
+    """A small pruned model, and inputs of two sizes."""
 
     result: fasp_fx.Result
-    calls: tuple[dict[str, Tensor], ...]
-    keyword: bool
+    inputs: tuple[Tensor, ...]
 
-    def call(self, function: Callable[..., Any], inputs: dict[str, Tensor]) -> Any:
-        with torch.no_grad():
-            return function(**inputs) if self.keyword else function(*inputs.values())
-
-    def hold(self, function: Callable[..., Any], tolerance: float = CLOSE) -> None:
+    @torch.no_grad()
+    def hold(self, function: Callable[[Tensor], Any], tolerance: float = CLOSE) -> None:
         """Compare a route with the eager pruned module."""
-        for inputs in self.calls:
-            assert error(self.call(function, inputs), self.call(self.result.module, inputs)) <= tolerance
+        for x in self.inputs:
+            assert error(function(x), self.result.module(x)) <= tolerance
 
 
 def _residual() -> nn.Module:
@@ -65,48 +66,31 @@ def _llama() -> Pruned:
         vocab_size=48,
         max_position_embeddings=32,
     )
-    calls = tuple({"input_ids": torch.randint(0, 48, size)} for size in ((2, 7), (3, 11)))
-    example, model = {**calls[0], "use_cache": False}, randomise(LlamaForCausalLM(config))
-    result = fasp_fx.prune(model, (), example, score="magnitude", restore=None, sparsity=0.2)
-    return Pruned(result, calls, keyword=True)
+    inputs = tuple(torch.randint(0, 48, size) for size in ((2, 7), (3, 11)))
+    model, asked = randomise(LlamaForCausalLM(config)), {"score": "magnitude", "restore": None}
+    return Pruned(fasp_fx.prune(model, inputs[:1], {"use_cache": False}, sparsity=0.2, **asked), inputs)
 
 
 @cache
 def _images() -> Pruned:
     torch.manual_seed(0)
-    calls = tuple({"images": torch.randn(count, 3, 8, 8)} for count in (2, 5))
-    result = fasp_fx.prune(_residual(), (calls[0]["images"],), score="magnitude", restore=None, sparsity=0.3)
-    return Pruned(result, calls, keyword=False)
+    inputs = tuple(torch.randn(count, 3, 8, 8) for count in (2, 5))
+    result = fasp_fx.prune(_residual(), inputs[:1], score="magnitude", restore=None, sparsity=0.3)
+    return Pruned(result, inputs)
 
 
-@pytest.fixture(params=[_llama, _images], ids=["llama", "images"])
-def pruned(request: pytest.FixtureRequest) -> Pruned:
-    return request.param()
-
-
-@pytest.fixture(params=[pytest.param(_llama, marks=pytest.mark.slow), _images], ids=["llama", "images"])
-def dear(request: pytest.FixtureRequest) -> Pruned:
-    """For routes that take long."""
-    return request.param()
-
-
-class Taken(nn.Module):
+def _taken(self: Any, projected: Tensor) -> Tensor:
     """Attention over what a projection of its own, a module that has returned, lays side by side."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.out = nn.Linear(16, 6)
-
-    def forward(self, projected: Tensor) -> Tensor:
-        query, key, value = projected.unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
-        attended = (query @ key.transpose(-1, -2)).softmax(-1) @ value
-        return self.out(attended.transpose(1, 2).flatten(2))
+    query, key, value = projected.unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+    attended = (query @ key.transpose(-1, -2)).softmax(-1) @ value
+    return self.out(attended.transpose(1, 2).flatten(2))
 
 
 def _fused() -> nn.Module:
     """Two blocks whose fused projections are taken apart by another module."""
     first, second = (
-        nn.Sequential(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 48)), Taken()) for _ in range(2)
+        nn.Sequential(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 48)), made(_taken, out=nn.Linear(16, 6)))
+        for _ in range(2)
     )
     return made(lambda self, x: x + self.second(x + self.first(x)), first=first, second=second)
 
@@ -144,32 +128,35 @@ def test_unflatten_what_the_library_wrote(build: Callable[[], nn.Module]) -> Non
     x, other = (torch.randn(batch, 5, 6, generator=torch.Generator().manual_seed(batch)) for batch in (2, 3))
     result = fasp_fx.prune(model, (x,), score="magnitude", restore=None, sparsity=0.2)
     flat, masked = torch.export.unflatten(result.program), zeroed(model, result.plan)
-    with torch.no_grad():
-        for given in (x, other):
-            assert error(flat(given), masked(given)) <= CLOSE
-            assert error(masked(given), model(given)) > 1e-3
+    for given in (x, other):
+        assert error(flat(given), masked(given)) <= CLOSE
+        assert error(masked(given), model(given)) > 1e-3
 
 
-def test_export_save_and_load(pruned: Pruned, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [_llama, _images])
+def test_export_save_and_load(make: Callable[[], Pruned], tmp_path: Path) -> None:
+    pruned = make()
     torch.export.save(pruned.result.program, tmp_path / "program.pt2")
     loaded = torch.export.load(tmp_path / "program.pt2")
     pruned.hold(loaded.module(), 0)
     written = {node.meta.get("custom", {}).get(fasp_fx.capturing.WRITTEN_BY) for node in loaded.graph.nodes}
-    assert not pruned.keyword or {"remove_channels", "pad_value_heads"} <= written, (
+    assert make is _images or {"remove_channels", "pad_value_heads"} <= written, (
         "a file keeps which pass wrote a node"
     )
 
 
-def test_onnx(dear: Pruned, tmp_path: Path) -> None:
+#: routes that take long
+DEAR = [_images, pytest.param(_llama, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("make", DEAR)
+def test_onnx(make: Callable[[], Pruned], tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    torch.onnx.export(dear.result.program, dynamo=True, verbose=False).save(tmp_path / "program.onnx")
+    torch.onnx.export(make().result.program, dynamo=True, verbose=False).save(tmp_path / "program.onnx")
     session = runtime.InferenceSession(tmp_path / "program.onnx", providers=["CPUExecutionProvider"])
     (name,) = (given.name for given in session.get_inputs())
-    for inputs in dear.calls:
-        (values,) = inputs.values()
-        found = [torch.from_numpy(value) for value in session.run(None, {name: values.numpy()})]
-        assert error(found, dear.call(dear.result.module, inputs)) <= CLOSE
+    make().hold(lambda x: [torch.from_numpy(value) for value in session.run(None, {name: x.numpy()})])
 
 
 def test_weight_only_quantisation() -> None:
@@ -185,8 +172,121 @@ def test_weight_only_quantisation() -> None:
 
 
 @pytest.mark.slow
-def test_ahead_of_time(dear: Pruned, tmp_path: Path) -> None:
-    path = torch._inductor.aoti_compile_and_package(
-        dear.result.program, package_path=str(tmp_path / "program.pt2")
-    )
-    dear.hold(torch._inductor.aoti_load_package(path))
+@pytest.mark.parametrize("make", DEAR)
+def test_ahead_of_time(make: Callable[[], Pruned], tmp_path: Path) -> None:
+    path = str(tmp_path / "program.pt2")
+    torch._inductor.aoti_compile_and_package(make().result.program, package_path=path)
+    make().hold(torch._inductor.aoti_load_package(path))
+
+
+# --- the exported program is put together when it is asked for
+
+
+CHOICE: dict[str, Any] = {"score": "magnitude", "restore": None, "sparsity": 0.4}
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 24), nn.GELU(), nn.Linear(24, 5)).eval()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Gets a line whenever a whole program is put together, or is traced."""
+    seen: list[str] = []
+    program, export_again = _assemble.Assembly.program, _finish.export_again
+
+    def assembled(self: _assemble.Assembly) -> ExportedProgram:
+        seen.append("assembled")
+        return program(self)
+
+    def traced(*args: Any) -> ExportedProgram:
+        seen.append("traced")
+        return export_again(*args)
+
+    monkeypatch.setattr(_assemble.Assembly, "program", assembled)
+    monkeypatch.setattr(_finish, "export_again", traced)
+    return seen
+
+
+def test_what_needs_no_program_makes_none(asked: list[str]) -> None:
+    result = fasp_fx.prune(model(), (torch.randn(3, 6),), **CHOICE)
+    copied = copy.deepcopy(result.module)
+    optimizer = torch.optim.SGD(result.module.parameters(), 0.1)
+    result.module(torch.randn(7, 6)).square().sum().backward()
+    optimizer.step()
+    result = fasp_fx.prune(model(), (torch.randn(3, 6),), **CHOICE)
+    result.eager(model())
+    assert len(copied(torch.randn(2, 6))) == 2
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda result, folder: result.program,
+        lambda result, folder: result.save(folder),
+        lambda result, folder: pickle.dumps(result.module),
+    ],
+    ids=["program", "save", "pickle"],
+)
+def test_it_is_put_together_once(asked: list[str], ask: Callable[..., Any], tmp_path: Path) -> None:
+    result = fasp_fx.prune(model(), (torch.randn(3, 6),), **CHOICE)
+    ask(result, tmp_path / "first")
+    ask(result, tmp_path / "second")
+    assert asked == ["assembled"]
+
+
+def test_it_keeps_no_weights_alive() -> None:
+    result = fasp_fx.prune(model(), (torch.randn(3, 6),), **CHOICE)
+    assert isinstance(result.module, PrunedModule)
+    origin, weight = result.module.fasp_fx_origin, weakref.ref(result.module.get_parameter("0.weight"))
+    del result
+    gc.collect()
+    assert weight() is None
+    assert origin.program.state_dict["0.weight"].is_meta
+
+
+def test_what_is_assumed_of_the_sizes_later_is_none_of_its_guards() -> None:
+    captured = fasp_fx.capture(model(), (torch.randn(3, 6),))
+    result = fasp_fx.prune(captured, **CHOICE)
+    (placeholder,) = captured.program.placeholders()
+    bool(placeholder.meta["val"].shape[0] < 9)  # a guard, from now on
+    assert not any("size()[0]" in guard for guard in result.program._guards_code)
+    assert len(result.program.module()(torch.randn(20, 6))) == 20
+    assert len(result.module(torch.randn(20, 6))) == 20
+
+
+def convolved() -> nn.Module:
+    """Convolutions over images of any size."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 5),
+    ).eval()
+
+
+def switches() -> tuple[bool, ...]:
+    return torch._C._get_mkldnn_enabled(), torch._C._get_nnpack_enabled(), torch._C._get_cudnn_enabled()
+
+
+@pytest.mark.parametrize("free", [(0,), (0, 2, 3)])
+def test_convolutions_are_not_traced_again(asked: list[str], free: tuple[int, ...]) -> None:
+    """What libraries of kernels would ask of the sizes is no guard, and their switches stay as they were."""
+    torch.manual_seed(0)
+    before, shapes = switches(), (dict.fromkeys(free, torch.export.Dim.AUTO),)
+    torch.set_float32_matmul_precision("high")
+    try:
+        result = fasp_fx.prune(convolved(), (torch.randn(2, 3, 16, 16),), dynamic_shapes=shapes, **CHOICE)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert switches() == before
+    assert asked == []
+    x = torch.randn(17, 3, *((8, 12) if 2 in free else (16, 16)))
+    torch.testing.assert_close(result.program.module()(x), result.module(x), rtol=0, atol=0)

@@ -2,13 +2,11 @@
 and the whole.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -19,16 +17,16 @@ import pytest
 import torch
 from checks import decide
 from corpus.forking import Forks, X
-from hypothesis import assume, given, strategies as st
-from models import ZOO
-from test_costs import Linear
+from hypothesis import given, strategies as st
+from models import ZOO, linear, made
+from test_costs import problems
 from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
 
 import fasp_fx
 import fasp_fx.hf
-from fasp_fx.allocation import Budget, Global, Limit, Macs, Parameters, Search, Trial
+from fasp_fx.allocation import Budget, Global, Macs, Parameters, Search, Trial
 from fasp_fx.allocation._allocation import _counts, _neighbours
 from fasp_fx.calibration import BudgetTrial, Consumers, Decision, ModelTrial, Ranks
 from fasp_fx.calibration._obs import DAMPING
@@ -42,32 +40,6 @@ TOKENS, WIDTH = 20, 8
 
 
 # Moves and choice, without a model.
-
-
-@st.composite
-def problems(draw: st.DrawFn, is_target: bool | None = None) -> tuple[Budget, int, fasp_fx.Costs]:
-    """A budget that can be met, ``round_to``, and cost curves."""
-    count = draw(st.integers(2, 5))
-    widths = draw(st.lists(st.integers(2, 12), min_size=count, max_size=count))
-    shares = draw(st.lists(st.integers(1, 4), min_size=count, max_size=count))
-    round_to = draw(st.integers(1, 3))
-    counted = Linear(widths, shares)
-    reach = counted.reach(round_to)
-    assume(reach > 0.1)
-    sparsity = draw(st.floats(0.05, reach - 0.01))
-    if draw(st.booleans()) if is_target is None else is_target:
-        budget = Budget(counted.groups, [Limit(counted, sparsity)])
-    else:
-        other = Linear(widths, shares[::-1])
-        assume(other.reach(round_to) > sparsity)
-        pairs = ((Parameters, counted), (Macs, other))
-        limits = [Limit.under(cap(1 - sparsity), resource) for cap, resource in pairs]
-        budget = Budget(counted.groups, limits)
-    losses = [sorted(draw(st.lists(st.floats(0.01, 10), min_size=width, max_size=width))) for width in widths]
-    curves = {
-        str(index): fasp_fx.CostCurve(np.array([0.0, *np.cumsum(own)])) for index, own in enumerate(losses)
-    }
-    return budget, round_to, fasp_fx.Costs(curves, "")
 
 
 @given(problems(), st.integers(0, 1000), st.floats(0.001, 1))
@@ -122,34 +94,25 @@ def test_it_never_ends_worse_than_it_began(
 # What a candidate is judged by.
 
 
-class Talker(nn.Module):
+def _talk(self: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    x = self.embedding(input_ids)
+    for layer in self.layers:
+        x = x + layer["down"](F.silu(layer["gate"](x)) * layer["up"](x))
+    return self.head(x)
+
+
+@cache
+def talker() -> nn.Module:
     """A tiny language model: two gated layers in a residual stream, of which one is narrow."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(TOKENS, WIDTH)
-        self.layers = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "up": nn.Linear(WIDTH, width),
-                    "gate": nn.Linear(WIDTH, width),
-                    "down": nn.Linear(width, WIDTH),
-                }
-            )
-            for width in (12, 6, 12)
-        )
-        self.head = nn.Linear(WIDTH, TOKENS)
-        with torch.no_grad():
-            self.layers[1]["down"].weight.mul_(0.2)  # type: ignore[index]
-            self.head.weight.mul_(3)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        x = self.embedding(input_ids)
-        for layer in self.layers:
-            x = x + layer["down"](F.silu(layer["gate"](x)) * layer["up"](x))  # type: ignore[index]
-        found: Tensor = self.head(x)
-        return found
+    torch.manual_seed(0)
+    embedding, head = nn.Embedding(TOKENS, WIDTH), nn.Linear(WIDTH, TOKENS)
+    layers = [
+        nn.ModuleDict(linear(up=(WIDTH, width), gate=(WIDTH, width), down=(width, WIDTH)))
+        for width in (12, 6, 12)
+    ]
+    layers[1]["down"].weight.detach().mul_(0.2)  # type: ignore[operator, union-attr]
+    head.weight.detach().mul_(3)
+    return made(_talk, embedding=embedding, layers=nn.ModuleList(layers), head=head)
 
 
 def batches(count: int = 4) -> list[dict[str, Tensor]]:
@@ -166,19 +129,8 @@ def batches(count: int = 4) -> list[dict[str, Tensor]]:
 
 
 @cache
-def talker() -> Talker:
-    return Talker().eval()
-
-
-@cache
 def captured() -> fasp_fx.Captured:
     return fasp_fx.capture(talker(), (), batches()[0])
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    yield
-    assert not any(parameter.grad is not None for parameter in talker().parameters())
 
 
 def trial_of(loss: Any, restore: Any, **options: Any) -> tuple[ModelTrial, list[fasp_fx.Group]]:
@@ -200,7 +152,7 @@ def trial_of(loss: Any, restore: Any, **options: Any) -> tuple[ModelTrial, list[
 
 def pruned_by_hand(
     trial: ModelTrial, groups: list[fasp_fx.Group], lost: Sequence[int], restore: Any
-) -> Talker:
+) -> nn.Module:
     """The module with the columns zero that go, and the others solved for by least squares over their inputs
     and as many more rows as it takes for a ridge.
     """
@@ -258,8 +210,7 @@ def divergence(dense: Tensor, pruned: Tensor, likeliest: int) -> Tensor:
 LOST = [(0, 0, 0, 0), (0, 5, 0, 0), (0, 3, 4, 7), (2, 3, 4, 7), (7, 11, 5, 11), (2, 3, 4, 6)]
 
 
-@pytest.mark.parametrize("restore", [None, "least-squares"])
-@pytest.mark.parametrize("likeliest", [64, 3])
+@pytest.mark.parametrize(("restore", "likeliest"), [(None, 64), ("least-squares", 3)])
 def test_divergence_is_that_of_the_module_pruned_by_hand(restore: Any, likeliest: int) -> None:
     trial, groups = trial_of("next-token", restore)
     assert isinstance(trial.fitness, NextTokens)

@@ -1,33 +1,189 @@
 """A shortage of memory or disk, or an interrupt, is never taken for anything else."""
 
-from __future__ import annotations
-
 import ast
 import errno
 import functools
 import os
+import resource
 import signal
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import safetensors.torch
 import torch
 import typer
 from models import made
 from safetensors import SafetensorError
-from shortages import RAISED, says_so, tried
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasp_fx
 from fasp_fx.base import _offload, short_of_memory, tolerable
 from fasp_fx.cli._console import session
-from fasp_fx.errors import OffloadError, TrainingMemoryError
+from fasp_fx.errors import OffloadError, StoreError, TrainingMemoryError
 
 #: the project's folder
 ROOT = Path(__file__).resolve().parent.parent
+
+
+# --- memory that is short at one place, or a disk that is full from there on
+
+
+#: what is said where something is short, in capitals so that nothing else says it
+_MEMORY, _DISK = "CUDA OUT OF MEMORY", os.strerror(errno.ENOSPC)
+
+
+def _plain() -> Exception:
+    try:
+        torch.empty(1 << 46)
+    except RuntimeError as error:
+        return error.with_traceback(None)
+    raise AssertionError("there is memory for everything")
+
+
+#: what is raised, by kind; how each is told from other errors
+RAISED: dict[str, Callable[[], Exception]] = {
+    "device": lambda: torch.OutOfMemoryError(f"{_MEMORY}: tried to allocate 3.00 GiB"),
+    "host": _plain,
+    "disk": lambda: OSError(errno.ENOSPC, _DISK),
+}
+WORDS = (_MEMORY, "can't allocate memory", _DISK)
+
+
+@dataclass
+class Places:
+    """Counts the places where something is taken, and raises at one of them.
+
+    Attributes:
+        kind: of the shortage.
+        at: the number of the place, from 1; 0: it is short nowhere.
+        count: how many places there were.
+    """
+
+    kind: str
+    at: int = 0
+    count: int = 0
+
+    def take(self, raised: Callable[[], Exception] | None = None) -> None:
+        self.count += 1
+        if self.count == self.at or (self.kind == "disk" and self.count > self.at > 0):
+            raise (raised or RAISED[self.kind])()
+
+
+class _Allocations(TorchDispatchMode):
+    """Every tensor with values of its own is such a place."""
+
+    def __init__(self, places: Places) -> None:
+        super().__init__()
+        self.places = places
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if any(isinstance(one, FakeTensor) for one in torch.utils._pytree.tree_leaves((args, made))):
+            return made
+        results = made if isinstance(made, (list, tuple)) else [made]
+        for one, said in zip(results, func._schema.returns, strict=False):
+            if (
+                isinstance(one, Tensor)
+                and said.alias_info is None
+                and one.device.type != "meta"
+                and one.numel()
+            ):
+                self.places.take()
+        return made
+
+
+_WRITING: list[Places] = []
+#: what writes without opening a file for it, by the name of the event
+_MAKING = {"os.mkdir", "os.rename", "tempfile.mkdtemp", "tempfile.mkstemp", "shutil.copyfile"}
+
+
+def _hook(event: str, given: tuple[Any, ...]) -> None:
+    if not _WRITING:
+        return
+    if event == "open":
+        path, _, flags = given
+        if isinstance(path, int) or not isinstance(flags, int) or str(path) == os.devnull:
+            return
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            _WRITING[-1].take()
+    elif event in _MAKING:
+        _WRITING[-1].take()
+
+
+_HOOKED: list[bool] = []
+
+
+@contextmanager
+def _full_disk(places: Places) -> Iterator[None]:
+    """Every file that is opened for writing, made or moved is such a place."""
+    if not _HOOKED:  # a hook cannot be taken away
+        sys.addaudithook(_hook)
+        _HOOKED.append(True)
+    original = safetensors.torch.serialize_file  # which opens files without a word
+
+    def serialize(*args: Any, **kwargs: Any) -> Any:
+        places.take(lambda: SafetensorError(f"Error while serializing: I/O error: {_DISK} (os error 28)"))
+        return original(*args, **kwargs)
+
+    _WRITING.append(places)
+    try:
+        with mock.patch.object(safetensors.torch, "serialize_file", serialize):
+            yield
+    finally:
+        _WRITING.pop()
+
+
+@contextmanager
+def short(places: Places) -> Iterator[None]:
+    """Inside, what is of the kind of the places is short at one of them."""
+    with _full_disk(places) if places.kind == "disk" else _Allocations(places):
+        yield
+
+
+def says_so(raised: BaseException | None) -> bool:
+    """Whether an error names a shortage, itself or by what it was raised from."""
+    waiting, seen = [raised], set[int]()
+    while waiting:
+        error = waiting.pop()
+        if error is not None and id(error) not in seen:
+            seen.add(id(error))
+            if any(word in str(error) for word in WORDS):
+                return True
+            waiting += [error.__cause__, error.__context__]
+    return False
+
+
+@dataclass
+class Outcome:
+    """What a run raised, if anything, and how many places it came by."""
+
+    error: BaseException | None
+    places: int
+
+
+def tried(run: Callable[[], Any], kind: str, at: int = 0) -> Outcome:
+    """Run something with a shortage at one place."""
+    places, raised = Places(kind, at), None
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            with short(places):
+                run()
+        except Exception as error:
+            raised = error
+    return Outcome(raised, places.count)
+
+
+# --- errors
 
 
 def _raise(error: BaseException) -> Callable[[], Any]:
@@ -326,3 +482,68 @@ def test_every_broad_handler_lets_shortages_through() -> None:
                 if {ast.unparse(kind) for kind in kinds} & {"Exception", "BaseException", "RuntimeError"}:
                     broad += [] if ast.unparse(node.body[-1]) == "raise" else [f"{name}:{node.lineno}"]
     assert broad == []
+
+
+# --- a full disk
+
+
+DATA = [torch.randn(16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """Inside, no file can be longer."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture(scope="module")
+def captured_once() -> fasp_fx.Captured:
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 4))
+    return fasp_fx.capture(model.eval(), (DATA[0],))
+
+
+@pytest.mark.parametrize("size", [100, 3000, 6000])
+def test_a_checkpoint_goes_on_after_it(captured_once: fasp_fx.Captured, size: int, tmp_path: Path) -> None:
+    """From the first file, or from the weights of the first stop on, there is no room."""
+    folder = tmp_path / "run"
+
+    def prune(checkpoint: Path | None) -> fasp_fx.Result:
+        return fasp_fx.prune(
+            captured_once, calibration=DATA, sparsity=0.3, quality="fast", checkpoint=checkpoint
+        )
+
+    with room_for(size), pytest.raises(StoreError, match="cannot be written"):
+        prune(folder)
+    assert not [path for path in folder.rglob("*") if "partial" in path.name]
+    found, expected = prune(folder), prune(None)
+    assert found.plan == expected.plan
+    for own, other in zip(found.module.parameters(), expected.module.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_what_was_left_when_the_process_was_killed_is_no_other_run(
+    captured_once: fasp_fx.Captured, tmp_path: Path
+) -> None:
+    (tmp_path / ".run.json.0123456789ab.partial").write_text('{"for')
+    options = {"calibration": DATA, "sparsity": 0.3, "quality": "fast"}
+    fasp_fx.prune(captured_once, checkpoint=tmp_path, **options)
+    assert (tmp_path / "run.json").is_file()
+
+
+def test_what_a_file_held_stays(captured_once: fasp_fx.Captured, tmp_path: Path) -> None:
+    costs, file = fasp_fx.measure(captured_once, calibration=DATA), tmp_path / "file"
+    costs.save(file)
+    before = file.read_text()
+    for name in ("file", "other"):
+        with room_for(200), pytest.raises(StoreError, match="cannot be written"):
+            costs.save(tmp_path / name)
+    assert file.read_text() == before
+    assert list(tmp_path.iterdir()) == [file]
+    costs.save(file)
+    assert fasp_fx.allocation.Costs.load(file).to_json() == costs.to_json()

@@ -3,11 +3,12 @@ nothing that the library does counts as a call, results start where the caller's
 parameter stays one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
+import gc
+import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from models import BATCH, Vectors, X, block, made, randomise, wide
 from oracle import zeroed
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 import fasp_fx
@@ -195,3 +197,144 @@ def test_what_shares_no_memory_stays_a_constant() -> None:
     model.weights[0] = model.middle.weight.detach().clone()
     names = {name for name, _ in fasp_fx.capture(model, (ROWS,)).program.module.named_buffers()}
     assert len(names - {"scale", "shift"}) == 1
+
+
+# --- where a public function is called
+
+
+DATA = [torch.randn(30, 8, generator=torch.Generator().manual_seed(index)) for index in range(4)]
+OPTIONS: dict[str, Any] = {"calibration": DATA, "sparsity": 0.3}
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+
+
+def same(found: fasp_fx.Result, expected: fasp_fx.Result) -> bool:
+    pairs = zip(found.module.parameters(), expected.module.parameters(), strict=True)
+    return found.plan == expected.plan and all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("mode", "quality"),
+    [
+        (torch.inference_mode, "balanced"),
+        (torch.no_grad, "fast"),
+        (lambda: torch.autocast("cpu", dtype=torch.bfloat16), "balanced"),
+    ],
+)
+def test_modes_of_the_caller_change_nothing(
+    mode: Callable[[], contextlib.AbstractContextManager[Any]], quality: Any
+) -> None:
+    expected, model = fasp_fx.prune(net(), (DATA[0],), quality=quality, **OPTIONS), net()
+    with mode():
+        found = fasp_fx.prune(model, (DATA[0],), quality=quality, **OPTIONS)
+    assert same(found, expected)
+    found.module(DATA[0]).sum().backward()
+    assert all(parameter.grad is not None for parameter in found.module.parameters())
+
+
+def test_what_is_loaded_or_distilled_in_inference_mode_can_be_trained(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    result, dense = fasp_fx.prune(net(), (DATA[0],), **OPTIONS), net()
+    folder = result.save(tmp_path_factory.mktemp("saved") / "small")
+    with torch.inference_mode():
+        loaded = fasp_fx.load(folder)
+        fasp_fx.distil(result, dense, [x.clone() for x in DATA], epochs=1)
+    for found in (loaded, result):
+        found.module(DATA[0]).sum().backward()
+
+
+def test_data_that_an_encoder_made_leads_no_gradient_back() -> None:
+    encoder = nn.Linear(8, 8)
+    made = [encoder(x) for x in DATA]
+    expected = fasp_fx.prune(net(), (DATA[0],), calibration=[x.detach() for x in made], sparsity=0.3)
+    found = fasp_fx.prune(net(), (DATA[0],), calibration=made, sparsity=0.3)
+    assert same(found, expected)
+    fasp_fx.distil(found, net(), made, epochs=2)
+    assert encoder.weight.grad is None
+
+
+def test_threads_take_turns() -> None:
+    expected = fasp_fx.prune(net(), (DATA[0],), **OPTIONS)
+    # Made here: drawing weights in one thread while another seeds torch would give others.
+    models = [net() for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(lambda model: fasp_fx.prune(model, (DATA[0],), **OPTIONS), models):
+            assert same(found, expected)
+    counter = CompileCounter()
+    torch.compile(net(), backend=counter)(DATA[0])
+    assert counter.frame_count, "torch.compile was left switched off"
+
+
+def test_who_has_the_turn_may_call_the_library_again() -> None:
+    """From a callback, say, whose own pruning changes nothing of the one that called it."""
+    expected, found = fasp_fx.prune(net(), (DATA[0],), **OPTIONS), list[fasp_fx.Result]()
+
+    def again(fraction: float) -> None:
+        if 0.0 < fraction < 1.0 and not found:
+            found.append(fasp_fx.prune(net(), (DATA[0],), **OPTIONS))
+
+    assert same(fasp_fx.prune(net(), (DATA[0],), progress=again, **OPTIONS), expected)
+    assert same(found[0], expected)
+
+
+def test_garbage_is_collected_as_before_once_a_model_is_captured() -> None:
+    seen: list[bool] = []
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        seen.append(gc.isenabled())
+        raise RuntimeError("no")
+
+    with pytest.raises(fasp_fx.FaspError):
+        fasp_fx.analyze(made(forward, layer=nn.Linear(4, 4)), (torch.randn(2, 4),))
+    assert not seen[0]
+    assert gc.isenabled()
+
+
+def test_weights_made_in_inference_mode_are_refused_with_the_remedy() -> None:
+    with torch.inference_mode():
+        model = net()
+    with pytest.raises(
+        fasp_fx.ArgumentError, match=r"'0\.weight' was made in torch's inference mode .*deepcopy"
+    ):
+        fasp_fx.prune(model, (DATA[0],), **OPTIONS)
+    assert fasp_fx.prune(copy.deepcopy(model), (DATA[0],), **OPTIONS).report.sparsity > 0.2
+
+
+def test_captures_are_copied() -> None:
+    captured = fasp_fx.capture(net(), (DATA[0],))
+    expected = fasp_fx.prune(captured, **OPTIONS)
+    for copied in (copy.copy(captured), copy.deepcopy(captured)):
+        assert same(fasp_fx.prune(copied, **OPTIONS), expected)
+    apart = copy.deepcopy(captured)
+    next(iter(captured.program.weights().values())).detach().zero_()
+    assert same(fasp_fx.prune(apart, **OPTIONS), expected)
+    with pytest.raises(fasp_fx.ArgumentError, match="has changed since the model was captured"):
+        copy.deepcopy(captured)
+    with pytest.raises(TypeError, match="pickle"):
+        pickle.dumps(captured)
+
+
+def test_weights_that_are_put_in_the_place_of_those_captured_are_noticed() -> None:
+    model = net()
+    captured = fasp_fx.capture(model, (DATA[0],))
+    model.load_state_dict(net().state_dict(), assign=True)
+    with pytest.raises(fasp_fx.ArgumentError, match=r"'0\.weight' has changed since .*; capture it again"):
+        fasp_fx.prune(captured, **OPTIONS)
+
+
+def test_costs_that_would_not_be_used_are_refused() -> None:
+    costs = fasp_fx.Costs.from_json(fasp_fx.measure(net(), (DATA[0],), calibration=DATA).to_json())
+    with pytest.raises(fasp_fx.ArgumentError, match=r"score='obs'.* this pruning is by score='magnitude'"):
+        fasp_fx.prune(net(), (DATA[0],), costs=costs, score="magnitude", allocation="global", **OPTIONS)
+    with pytest.raises(fasp_fx.ArgumentError, match="costs= is for an allocation by predicted losses"):
+        fasp_fx.prune(net(), (DATA[0],), costs=costs, score="obs", allocation="uniform", **OPTIONS)
+
+
+def test_what_asks_for_nothing_says_so() -> None:
+    result = fasp_fx.prune(net(), (DATA[0],), calibration=DATA, sparsity=1e-9)
+    assert not result.plan.groups
+    assert any("nothing goes" in note for note in result.report.notes)

@@ -2,8 +2,6 @@
 left as it was.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +9,14 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from models import made, parameter
+from corpus.blocks import MIXTURES
+from models import block, made, parameter, randomise, wide
 from torch import Tensor, nn
 from torch.nn import functional
 
 import fasp_fx
+from fasp_fx.analysis import Sparsity
+from fasp_fx.errors import CalibrationWarning
 
 WIDE = torch.float64
 
@@ -46,13 +47,14 @@ def _experts() -> nn.Module:
     return made(forward, router=nn.Linear(6, 4), up=parameter(4, 6, 10), down=parameter(4, 10, 6))
 
 
-@pytest.mark.parametrize("granularity", [("expert",), ("channel", "expert")])
+@pytest.mark.parametrize(
+    "granularity", [pytest.param(("expert",), marks=pytest.mark.slow), ("channel", "expert")]
+)
 def test_experts_go_by_predicted_losses(granularity: tuple[str, ...]) -> None:
     """Of an expert that went no column is left, and the order goes on."""
     batches = [numbers(40, 6, seed=seed) for seed in range(4)]
     captured = fasp_fx.capture(prepared(_experts), (batches[0],))
-    curve = losses(captured, batches, granularity=granularity)["down"]
-    assert (np.diff(curve) > 0).all()
+    assert (np.diff(losses(captured, batches, granularity=granularity)["down"]) > 0).all()
     result = fasp_fx.prune(captured, calibration=batches, granularity=granularity, sparsity=0.5)
     assert result.report.sparsity == pytest.approx(0.5, abs=0.1)
 
@@ -86,7 +88,7 @@ def _attending() -> nn.Module:
     return made(forward, embed=nn.Embedding(16, 8), **layers, head=nn.Linear(8, 16))
 
 
-@pytest.mark.parametrize("loss", ["outputs", "next-token", None])
+@pytest.mark.parametrize("loss", [pytest.param("outputs", marks=pytest.mark.slow), "next-token", None])
 def test_padding_counts_nothing(loss: Any) -> None:
     """Neither what stands there, nor how much of it there is."""
     generator = torch.Generator().manual_seed(0)
@@ -181,7 +183,7 @@ def _scores(change: Callable[[Tensor], Tensor]) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("filling", "allocation"),
-    [(-1e9, "global"), (torch.finfo(WIDE).min, "global"), (-torch.inf, "search")],
+    [(torch.finfo(WIDE).min, "global"), (-torch.inf, "search")],
 )
 def test_masked_scores_say_nothing_of_how_large_outputs_are(
     filling: float, allocation: Literal["global", "search"]
@@ -234,3 +236,88 @@ def test_curves_that_do_not_fit_are_refused_before_anything_is_run(tmp_path: Pat
     assert costs.predicted({"up": 0}) == 0
     with pytest.raises(fasp_fx.errors.StoreError, match="not replaced"):
         costs.save(tmp_path)
+
+
+# --- experts
+
+
+def _ids(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(0, 96, (batch, length), generator=torch.Generator().manual_seed(batch))
+
+
+def test_the_expert_that_gives_least_goes_and_as_many_stay_as_a_token_needs() -> None:
+    model = randomise(MIXTURES["mixtral"](), std=0.5)
+    model.get_parameter("model.layers.0.mlp.experts.down_proj").detach()[1] *= 1e-3
+    captured = fasp_fx.capture(model, (), {"input_ids": _ids(2, 7), "use_cache": False})
+    analysis = fasp_fx.analyze(captured, granularity=("expert",))
+    (group,) = analysis.chosen
+    assert (group.granularity, group.size, group.needed) == ("expert", 4, 2)
+    assert analysis.max_sparsity == pytest.approx(Sparsity(analysis).removed([2]))
+    result = fasp_fx.prune(
+        captured,
+        calibration=[{"input_ids": _ids(8, 12)}],
+        granularity=("expert",),
+        sparsity=0.2,
+        quality="fast",
+    )
+    (removed,) = [group for group in result.plan.groups if group.granularity == "expert"]
+    assert all(part.removed == (1,) for part in (*removed.producers, *removed.consumers))
+
+
+# --- models in parts
+
+
+DATA = [torch.randn(64, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+
+
+def _part(rounds: bool = False) -> nn.Module:
+    """A block whose outputs are whole numbers, through which nothing runs back, if it ``rounds``."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = x + block(self, x)
+        return torch.round(y * 16).int().float() / 16 if rounds else y
+
+    return wide(forward, size=16, hidden=32)
+
+
+def parts(first: bool, second: bool) -> nn.Module:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        for part in (self.first, self.second, self.third):
+            x = part(x * 0 if float(x.detach().sum()) > 1e9 else x)
+        return x
+
+    torch.manual_seed(1)
+    return made(forward, first=_part(first), second=_part(second), third=_part())
+
+
+def lost(result: Any) -> dict[str, int]:
+    return {group.name: group.removed_sets for group in result.plan.groups}
+
+
+@pytest.mark.parametrize("first", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_all_parts_are_measured_without_gradients_once_one_has_none(first: bool) -> None:
+    model = parts(first, not first)
+    with pytest.warns(
+        CalibrationWarning, match=f"in all parts of the model, since part '{'first' if first else 'second'}'"
+    ) as told:
+        found = fasp_fx.prune(model, (DATA[0],), calibration=DATA, sparsity=0.3)
+    assert len([one for one in told if one.category is CalibrationWarning]) == 1
+    asked = fasp_fx.prune(model, (DATA[0],), calibration=DATA, sparsity=0.3, loss=None)
+    assert lost(found) == lost(asked)
+    for own, other in zip(found.module.parameters(), asked.module.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize("data", [None, DATA])
+def test_random_scores_are_others_in_each_part(data: Any) -> None:
+    """Parts are alike, and so are the names in them."""
+    result = fasp_fx.prune(
+        parts(False, False),
+        (DATA[0],),
+        calibration=data,
+        sparsity=0.3,
+        score="random",
+        allocation="uniform",
+        restore=None,
+    )
+    assert len({tuple(group.consumers[0].removed) for group in result.plan.groups}) == 3

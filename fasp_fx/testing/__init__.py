@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from fasp_fx.errors import FaspError
 
+from ._case import Broken, CheckFailed, ProgramVerdict
 from ._net import build, example
-from ._verdict import Broken, CheckFailed, ProgramVerdict
 from .oracle import Masked
 from .program import INVARIANTS, check_program, program_test
 from .rule import CounterExample, RuleVerdict, assert_rule, check_rule

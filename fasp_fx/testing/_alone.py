@@ -1,11 +1,10 @@
-"""Invariants 3, 6, 9 and 10: the caller's signature, recorded shapes, ties that stay, and a result that is a
-model of its own.
+"""Invariants 3, 6, 9, 10 and 13: the caller's signature, recorded shapes, ties that stay, a result that is a
+model of its own, and restoration, which brings consumers closer to what they computed.
 """
-
-from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from functools import partial
 from typing import Any
 
@@ -13,13 +12,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+import fasp_fx
 from fasp_fx.base import pytree, tolerable
 
-from ._case import Case, alike, rewinding, with_own
+from ._case import Case, Skipped, Violation, alike, hold, rewinding, with_own
 from ._exact import call_result, refused, shapes
-from ._verdict import Skipped, Violation, hold
-from .oracle import error, floats, tensors_of
+from .oracle import error, floats, kept, tensors_of
 
 
 def signature(case: Case) -> None:
@@ -99,8 +99,7 @@ class _Runner(fx.Interpreter):
 
     def __init__(self, program: ExportedProgram) -> None:
         super().__init__(program.graph_module)
-        self.sizes: dict[Any, int] = {}
-        self.checked = 0
+        self.sizes, self.checked = dict[Any, int](), 0
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -174,8 +173,7 @@ def alone(case: Case) -> None:
     if case.compile:
         others["compiled"] = torch.compile(result.module)
     for how, module in others.items():
-        wrong = error(case.run(module, call), expected)
-        hold(wrong <= case.tolerance, f"{how} it computes something else")
+        hold(error(case.run(module, call), expected) <= case.tolerance, f"{how} it computes something else")
     for name, tensor in tensors_of(case.dense).items():
         hold(
             alike(tensor, case.before[name]),
@@ -222,8 +220,8 @@ def _copies(case: Case, module: nn.Module, expected: Any) -> None:
     kinds = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
     if len(kinds) != 1:
         return
-    other = torch.float64 if kinds == {torch.float32} else torch.float32
     (dtype,) = kinds
+    other = torch.float64 if dtype == torch.float32 else torch.float32
     moved = pytree.tree_map(
         lambda leaf: leaf.to(other) if isinstance(leaf, Tensor) and leaf.dtype == dtype else leaf,
         (case.args, case.kwargs),
@@ -238,5 +236,132 @@ def _copies(case: Case, module: nn.Module, expected: Any) -> None:
         output = case.run(copied.to(other), moved)
     except tolerable(Exception) as problem:
         raise Violation(f"in {other} it does not run: {problem}") from problem
-    as_before = [leaf.to(dtype) for leaf in floats(output)]
-    hold(error(as_before, floats(expected)) <= 1e-3, f"in {other} it computes something else")
+    hold(
+        error([leaf.to(dtype) for leaf in floats(output)], floats(expected)) <= 1e-3,
+        f"in {other} it computes something else",
+    )
+
+
+# --- restoration
+
+
+def restored(case: Case) -> None:
+    """Weights that are no consumers, nor biases of such, are those of the plan alone; a restored linear layer
+    is no further from the dense one than without.
+    """
+    sparsity = case.sparsity if case.sparsity is not None else 0.6 * case.analysis.max_sparsity
+    if sparsity <= 0:
+        raise Skipped("nothing of this model can be pruned")
+    names = list(inspect.signature(case.dense.forward).parameters)
+    batch = {**dict(zip(names, case.args)), **case.kwargs} if case.kwargs else case.args
+    with warnings.catch_warnings(action="ignore"):
+        repaired_result = fasp_fx.prune(
+            case.once,
+            sparsity=sparsity,
+            score="magnitude",
+            calibration=[batch],
+            **case.prune_options,
+        )
+    if not repaired_result.plan.groups:
+        raise Skipped("the sparsity removes nothing")
+    plain = case.apply(repaired_result.plan)
+    consumers = {
+        part.name for group in repaired_result.plan.groups for part in group.consumers or group.producers
+    }
+    pieces = {split.name: split.source for split in repaired_result.plan.splits}
+    changed = consumers | _biases(case, consumers | {pieces[name] for name in consumers & pieces.keys()})
+    cut, repaired = tensors_of(plain.module), tensors_of(repaired_result.module)
+    for name, tensor in cut.items():
+        hold(repaired[name].shape == tensor.shape, f"restoring '{name}' changed its shape")
+        hold(
+            bool(torch.isfinite(repaired[name]).all()) or not bool(torch.isfinite(tensor).all()),
+            f"'{name}' is no longer finite",
+        )
+        if name not in changed and pieces.get(name) not in changed and not _tied_to(case, name, consumers):
+            hold(torch.equal(repaired[name], tensor), f"'{name}' is no consumer, but restoring changed it")
+    _closer(case, repaired_result, cut, repaired)
+
+
+def _biases(case: Case, consumers: set[str]) -> set[str]:
+    """The vectors that the operators which read consumers are given beside them."""
+    names: set[str] = set()
+    for node in case.captured.module.graph.nodes:
+        read = [weight for argument in node.all_input_nodes if (weight := _origin(argument)) is not None]
+        if not consumers.isdisjoint(str(weight.target) for weight in read):
+            names |= {str(weight.target) for weight in read if weight.meta["val"].dim() == 1}
+    return names
+
+
+def _origin(node: fx.Node) -> fx.Node | None:
+    """The weight that a node gives, moved perhaps."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node if node.op == "get_attr" else None
+
+
+def _tied_to(case: Case, name: str, consumers: set[str]) -> bool:
+    tensors = tensors_of(case.reference)
+    return any(
+        name in tensors and other in tensors and tensors[other] is tensors[name] for other in consumers
+    )
+
+
+def _closer(case: Case, result: fasp_fx.Result, cut: dict[str, Tensor], repaired: dict[str, Tensor]) -> None:
+    inputs, first = _linear_inputs(case), _read_first(case, result)
+    dense = tensors_of(case.reference)
+    consumers = [part for group in result.plan.groups for part in group.consumers]
+    for part in consumers:
+        owner = part.name.rpartition(".")[0]
+        if owner not in inputs or part.name != f"{owner}.weight" or part.name not in cut.keys() & first:
+            continue  # no linear layer, or a pass has split it
+        weight, left = dense[part.name].detach().double(), cut[part.name].detach().double()
+        if part.dim != 1 or part.block_dim is not None or not left.numel() or len(left) != len(weight):
+            continue  # it loses rows as well
+        alike = [p for p in consumers if (p.name, p.dim) == (part.name, 1)]
+        keep = torch.stack([kept(weight, consumer)[0] for consumer in alike]).all(0)
+        x, bias = inputs[owner], f"{owner}.bias"
+        raised = (repaired[bias].double() - cut[bias].double()).detach() if bias in cut else 0.0
+        wanted, fewer = x @ weight.t(), x[:, keep]
+        before = (fewer @ left.t() - wanted).norm()
+        after = (fewer @ repaired[part.name].detach().double().t() + raised - wanted).norm()
+        hold(
+            bool(after <= before * (1 + 1e-3) + 1e-9),
+            f"restoring '{part.name}' moves its output away from the dense one: {float(before):.3e} to"
+            f" {float(after):.3e}",
+        )
+
+
+def _read_first(case: Case, result: fasp_fx.Result) -> set[str]:
+    """The consumers whose inputs no removal has changed: later ones are repaired behind earlier ones."""
+    consumers = {part.name for group in result.plan.groups for part in group.consumers}
+    first, changed = set[str](), set[fx.Node]()
+    for node in case.captured.module.graph.nodes:
+        weights = {str(origin.target) for argument in node.all_input_nodes if (origin := _origin(argument))}
+        if not changed.isdisjoint(node.all_input_nodes):
+            changed.add(node)
+        elif node.op == "call_function" and weights & consumers:
+            first |= weights & consumers
+            changed.add(node)
+    return first
+
+
+def _linear_inputs(case: Case) -> dict[str, Tensor]:
+    """What each linear layer that is used once is given, as a matrix."""
+    seen: dict[nn.Module, list[Tensor]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(module, nn.Linear):
+            seen.setdefault(module, []).append(args[0].detach().double().reshape(-1, args[0].shape[-1]))
+
+    handle = register_module_forward_pre_hook(note)
+    try:
+        with torch.no_grad(), rewinding(case.dense):  # one call, where what remembers takes two
+            with_own(case.dense, case.args, case.kwargs)
+    finally:
+        handle.remove()
+    parameters = [parameter for _, parameter in case.dense.named_parameters(remove_duplicate=False)]
+    return {
+        name: seen[module][0]
+        for name, module in case.dense.named_modules()
+        if len(seen.get(module, ())) == 1 and sum(p is module.weight for p in parameters) == 1
+    }

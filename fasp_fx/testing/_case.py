@@ -1,8 +1,7 @@
 """One model under check: its analysis, a plan drawn for it, the pruned result and the calls they are compared
-on, each made once. How what may remember its calls is called, and which channel sets go, drawn at random.
+on, each made once; what a check of it says. How what may remember its calls is called, and which channel sets
+go, drawn at random.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +18,9 @@ import fasp_fx
 from fasp_fx.analysis import Analysis, PruningPlan, gone_of, program_fingerprint
 from fasp_fx.base import pytree, tolerable
 from fasp_fx.calibration import Decision
-from fasp_fx.errors import NothingPrunableError
+from fasp_fx.errors import FaspError, NothingPrunableError
 from fasp_fx.pruning import make_plan
 
-from ._verdict import Skipped
 from .oracle import Masked, callable_of, tensors_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -157,10 +155,8 @@ class Case:
 
     def chosen(self) -> np.ndarray:
         """The channel sets that the plan removes."""
-        gone = gone_of(self.plan, self.analysis)
-        chosen = np.zeros(int(self.analysis.labels.max(initial=-1)) + 1, dtype=bool)
-        chosen[self.analysis.labels[gone]] = True
-        return chosen
+        sets = np.arange(int(self.analysis.labels.max(initial=-1)) + 1)
+        return np.isin(sets, self.analysis.labels[gone_of(self.plan, self.analysis)])
 
     # --- calls
 
@@ -179,12 +175,12 @@ class Case:
         return calls
 
     @cached_property
+    @torch.no_grad()
     def times(self) -> int:
         """How often each call is repeated: a model that writes into its buffers is called twice in a row,
         from the same buffers each time.
         """
-        with torch.no_grad():
-            return 2 if remembers(self.dense, self.args, self.kwargs) else 1
+        return 2 if remembers(self.dense, self.args, self.kwargs) else 1
 
     def run(self, called: Callable[..., Any], call: Call) -> Any:
         """The outputs of one call, without gradients; of a model that remembers, those of two
@@ -238,11 +234,10 @@ def rewinding(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not alike(buffer, before):
-                    # A write of the same is a write to those who count them.
-                    buffer.copy_(before)
+        for buffer, before in buffers:
+            if not alike(buffer, before):
+                # A write of the same is a write to those who count them.
+                buffer.detach().copy_(before)
 
 
 def in_a_row(called: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], times: int) -> Any:
@@ -326,3 +321,90 @@ def _draw_count(most: int, step: int, least: int, random: np.random.Generator) -
     """``most``, or less by a multiple of ``step``; 0 unless the ``least`` number of steps is 1."""
     steps = -(-most // step)
     return max(most - step * (steps - int(random.integers(least, steps + 1))), 0)
+
+
+# --- what a check of a program says, and the error it raises
+
+
+@dataclass(frozen=True)
+class Broken:
+    """One invariant that does not hold, and how that shows."""
+
+    invariant: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.invariant}: {self.message}"
+
+
+@dataclass(frozen=True)
+class ProgramVerdict:
+    """What was checked on one model.
+
+    Attributes:
+        model: the name of its class.
+        checked: the invariants that were held against it, in order.
+        skipped: invariants that say nothing of this model, with the reason.
+        broken: those that do not hold.
+        removed: how many channel sets the plan took.
+        sparsity: the sparsity that this is.
+        calls: how many calls, of how many input shapes, the pruned program was compared on.
+        error: the largest relative error against the masked dense model.
+        seen: the smallest relative change that masking makes to the outputs of a call; where it is 0 the
+            comparison proves little.
+        seed: what the choice of channels was drawn with.
+
+    Examples:
+        >>> verdict = fasp_fx.testing.check_program(model, (x,), invariants=("mask-exact",))
+        >>> verdict.ok, verdict.checked
+        (True, ('mask-exact',))
+    """
+
+    model: str
+    checked: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    broken: tuple[Broken, ...] = ()
+    removed: int = 0
+    sparsity: float = 0.0
+    calls: int = 0
+    error: float = 0.0
+    seen: float = 0.0
+    seed: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was checked holds."""
+        return not self.broken
+
+    def __str__(self) -> str:
+        if self.broken:
+            return f"{self.model} (seed {self.seed}) breaks " + "; ".join(map(str, self.broken))
+        left = (
+            f"; skipped {', '.join(f'{name} ({why})' for name, why in self.skipped)}" if self.skipped else ""
+        )
+        return (
+            f"{self.model}: {', '.join(self.checked)} hold; {self.removed} channel sets removed"
+            f" ({self.sparsity:.1%}), error {self.error:.1e} over {self.calls} calls{left}"
+        )
+
+
+class CheckFailed(FaspError, AssertionError):
+    """A check found something broken; ``verdict`` says what."""
+
+    def __init__(self, verdict: object) -> None:
+        super().__init__(str(verdict))
+        self.verdict = verdict
+
+
+class Violation(Exception):
+    """Raised inside a check: the invariant does not hold."""
+
+
+class Skipped(Exception):
+    """Raised inside a check: the invariant says nothing of this model."""
+
+
+def hold(condition: bool, message: str) -> None:
+    """Raise :class:`Violation` unless the condition holds."""
+    if not condition:
+        raise Violation(message)

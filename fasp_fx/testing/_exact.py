@@ -2,8 +2,6 @@
 tells the truth, and that an operator nobody has seen freezes what it touches.
 """
 
-from __future__ import annotations
-
 import copy
 import operator
 from collections.abc import Callable, Iterator
@@ -18,8 +16,7 @@ from fasp_fx.analysis import PruningPlan
 from fasp_fx.base import pytree, tolerable
 from fasp_fx.errors import NothingPrunableError
 
-from ._case import Call, Case, draw_part
-from ._verdict import Skipped, Violation, hold
+from ._case import Call, Case, Skipped, Violation, draw_part, hold
 from .oracle import Masked, callable_of, error, kept, tensors_of
 
 
@@ -65,9 +62,8 @@ def nothing_removed(case: Case) -> None:
     """Removing nothing returns a program bit-equal to the captured one, with the caller's weights."""
     result, program = case.untouched, case.captured
     leaves = pytree.tree_leaves(case.run(result.module, (case.args, case.kwargs)))
-    expected = pytree.tree_leaves(
-        case.run(program.module, (tuple(program.flat_inputs(case.args, case.kwargs)), {}))
-    )
+    captured = case.run(program.module, (tuple(program.flat_inputs(case.args, case.kwargs)), {}))
+    expected = pytree.tree_leaves(captured)
     for index, (a, b) in enumerate(zip(leaves, expected, strict=True)):
         same = (
             torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
@@ -99,11 +95,9 @@ def plan_is_true(case: Case) -> None:
     )
     read = PruningPlan.from_json(case.plan.to_json())
     hold(read == case.plan, "the plan does not survive JSON")
-    again = case.apply(read)
-    hold(same_weights(again, case.result), "replaying the plan gives other weights")
+    hold(same_weights(case.apply(read), case.result), "replaying the plan gives other weights")
     for other, what in ((case.result.module, "its own result"), (_nudged(case.dense), "another model")):
-        applied = partial(case.apply, case.plan, other)
-        refused(applied, fasp_fx.PlanError, f"the plan was applied to {what}")
+        refused(partial(case.apply, case.plan, other), fasp_fx.PlanError, f"the plan was applied to {what}")
 
 
 def _partition(case: Case) -> None:
@@ -180,8 +174,7 @@ def _nudged(model: nn.Module) -> nn.Module:
     """A copy of the model with one weight changed."""
     copied = copy.deepcopy(model)
     parameter = next(p for p in copied.parameters() if p.is_floating_point() and p.numel())
-    with torch.no_grad():
-        parameter.view(-1)[0] += 1.0
+    parameter.detach().view(-1)[0] += 1.0
     return copied
 
 
@@ -244,9 +237,9 @@ def unseen_operator(case: Case) -> None:
         analysis = fasp_fx.analyze(module, inputs)
     except tolerable(Exception) as problem:
         raise Violation(f"the analysis fails: {type(problem).__name__}: {problem}") from problem
-    most = analysis.max_sparsity
+    sparsity = max(0.7 * analysis.max_sparsity, 1e-6)
     try:
-        result = fasp_fx.prune(module, inputs, sparsity=max(0.7 * most, 1e-6), score="random", restore=None)
+        result = fasp_fx.prune(module, inputs, sparsity=sparsity, score="random", restore=None)
     except (NothingPrunableError, fasp_fx.SparsityError):
         return
     _seen.clear()

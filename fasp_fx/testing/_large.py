@@ -1,7 +1,5 @@
 """Attention and mixtures of experts, and their modules the way model code writes them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -98,8 +96,7 @@ class Attention(Block):
         if self.sharing == "interleave":
             return x.repeat_interleave(times, dim=1)
         batch, heads, tokens, d = x.shape
-        expanded = x[:, :, None].expand(batch, heads, times, tokens, d)
-        return expanded.reshape(batch, heads * times, tokens, d)
+        return x[:, :, None].expand(batch, heads, times, tokens, d).reshape(batch, heads * times, tokens, d)
 
     def attended(self, m: Any, x: Tensor) -> Tensor:
         """Causal self-attention over ``[batch, tokens, channels]``."""

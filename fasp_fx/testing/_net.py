@@ -1,7 +1,5 @@
 """Inputs and whole nets; the module of a net with random weights, and example inputs for it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -178,8 +176,7 @@ class NetModule(nn.Module):
         self.spec = spec
         self.entries = nn.ModuleList(_entry(source) for source in spec.inputs)
         entry = spec.entry()
-        self.blocks = sequence(spec.blocks, entry)
-        last = after(spec.blocks, entry)
+        self.blocks, last = sequence(spec.blocks, entry), after(spec.blocks, entry)
         self.heads = nn.ModuleList(sequence(head, last) for head in spec.heads)
         self.channel_dim = entry.channel_dim
         if spec.tied:
@@ -195,13 +192,9 @@ class NetModule(nn.Module):
         if self.spec.tied:
             return self.head(x)
         outputs = tuple(head(x) for head in self.heads)
-        if not outputs:
-            return x
-        return (
-            {f"output_{index}": output for index, output in enumerate(outputs)}
-            if self.spec.named
-            else outputs
-        )
+        if self.spec.named and outputs:
+            return {f"output_{index}": output for index, output in enumerate(outputs)}
+        return outputs or x
 
     def forward(self, first: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
         return self.run(first)
@@ -265,8 +258,7 @@ def build(spec: Net, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Mo
         >>> build(net, seed=0)(*example(net)).shape[-1]
         2
     """
-    kind = (NetModule, TwoInputs, ThreeInputs)[len(spec.inputs) - 1]
-    return randomise(kind(spec), seed).to(dtype).eval()
+    return randomise((NetModule, TwoInputs, ThreeInputs)[len(spec.inputs) - 1](spec), seed).to(dtype).eval()
 
 
 def example(

@@ -2,8 +2,6 @@
 plain torch. Each leads to the shape that it follows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar

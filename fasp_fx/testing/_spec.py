@@ -2,11 +2,9 @@
 shape they lead to.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
@@ -73,7 +71,7 @@ class Shape:
         """Torch's layer of this name for as many dimensions as there are sizes, vectors counting as one."""
         return getattr(nn, f"{layer}{max(len(self.sizes), 1)}d")
 
-    def wide(self, channels: int) -> Shape:
+    def wide(self, channels: int) -> Self:
         """The same shape with another number of channels."""
         return replace(self, channels=channels)
 

@@ -7,8 +7,6 @@ producers' outputs are zero: the rows of their weights and biases. An expert tha
 router's logit is -inf.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -47,30 +45,27 @@ class Masked:
         tensors = tensors_of(self.module)
         named_alike = {fold.name for fold in plan.folds if fold.name in fold.sources}
         whole: dict[int, tuple[Tensor, Tensor]] = {}
-        with torch.no_grad():
-            for part in (
-                part
-                for group in plan.groups
-                for part in (*group.consumers, *(group.producers if plan.include else ()))
-            ):
-                if part.name not in tensors:
-                    why = (
-                        "it computes it in every call; mask a result from which next to nothing was removed,"
-                        " which holds it folded"
-                        if plan.folds
-                        else "the plan is for another model"
-                    )
-                    raise ArgumentError(
-                        f"the plan names '{part.name}', which this model does not hold: {why}"
-                    )
-                if part.name in named_alike and not isinstance(model, (ExportedProgram, fx.GraphModule)):
-                    raise ArgumentError(
-                        f"the plan names '{part.name}' as computed, and this model holds under that name what"
-                        " it is computed of; mask a result"
-                    )
-                tensor = tensors[part.name]
-                whole.setdefault(id(tensor), (tensor, tensor.detach().clone()))
-                tensor.mul_(kept(tensor, part).to(tensor.dtype))
+        for part in (
+            part
+            for group in plan.groups
+            for part in (*group.consumers, *(group.producers if plan.include else ()))
+        ):
+            if part.name not in tensors:
+                why = (
+                    "it computes it in every call; mask a result from which next to nothing was removed,"
+                    " which holds it folded"
+                    if plan.folds
+                    else "the plan is for another model"
+                )
+                raise ArgumentError(f"the plan names '{part.name}', which this model does not hold: {why}")
+            if part.name in named_alike and not isinstance(model, (ExportedProgram, fx.GraphModule)):
+                raise ArgumentError(
+                    f"the plan names '{part.name}' as computed, and this model holds under that name what"
+                    " it is computed of; mask a result"
+                )
+            tensor = tensors[part.name]
+            whole.setdefault(id(tensor), (tensor, tensor.detach().clone()))
+            tensor.detach().mul_(kept(tensor, part).to(tensor.dtype))
         routers: dict[int, tuple[Tensor, list[int]]] = {}
         for part in (p for group in plan.groups if group.granularity == "expert" for p in group.producers):
             if part.dim == 0 and tensors[part.name].dim() == 2:

@@ -1,7 +1,5 @@
 """Hold every invariant of the library against one model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -14,9 +12,8 @@ from fasp_fx import patterns
 from fasp_fx.base import OpOverload, tolerable
 from fasp_fx.errors import ArgumentError, CaptureError
 
-from . import _alone, _exact, _restored
-from ._case import Call, Case
-from ._verdict import Broken, CheckFailed, ProgramVerdict, Skipped, Violation, hold
+from . import _alone, _exact
+from ._case import Broken, Call, Case, CheckFailed, ProgramVerdict, Skipped, Violation, hold
 from .oracle import callable_of
 from .rule import RuleVerdict, check_rule
 
@@ -28,8 +25,8 @@ def rules_held(case: Case) -> None:
     """No rule of an operator in the graph claims more than the operator keeps."""
     targets = {node.target for node in case.captured.module.graph.nodes}
     operators = sorted((target for target in targets if isinstance(target, OpOverload)), key=str)
-    rules = {operator: rule for operator in operators if (rule := patterns.lookup(operator)) is not None}
-    verdicts = list(filter(None, (_verdict(operator, str(rule)) for operator, rule in rules.items())))
+    rules = ((operator, patterns.lookup(operator)) for operator in operators)
+    verdicts = [found for each, rule in rules if rule is not None and (found := _verdict(each, str(rule)))]
     for verdict in verdicts:
         hold(verdict.kind != "claims too much", str(verdict))
     if not verdicts:
@@ -56,7 +53,7 @@ INVARIANTS: dict[str, Callable[[Case], None]] = {
     "unseen": _exact.unseen_operator,
     "rules": rules_held,
     "ties": _alone.ties_stay,
-    "restored": _restored.restored,
+    "restored": _alone.restored,
     "alone": _alone.alone,
 }
 #: the largest relative error that counts as equal, by the type of the weights

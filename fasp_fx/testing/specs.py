@@ -8,22 +8,24 @@ it can follow; a net whose blocks do not fit together cannot be made. :func:`fas
 net into a module.
 """
 
-from __future__ import annotations
-
 from ._channels import (
     Activation,
     Branches,
+    Collapse,
+    Conv,
     Gated,
     Linear,
     MixTokens,
     Move,
     Norm,
+    Pool,
     Residual,
+    Resize,
     Scale,
     Split,
+    SqueezeExcite,
     Tied,
 )
-from ._images import Collapse, Conv, Pool, Resize, SqueezeExcite
 from ._large import Attention, Experts
 from ._net import Images, Net, Sequences, Source, Tokens, Vectors
 from ._odd import Across, Foreign, Fused, Odd, Pick, Regroup, Remember, Reuse, Sized

@@ -1,7 +1,5 @@
 """Small models that generate, their masked dense counterparts, and prompts with padding."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from models import VOCABULARY, ZOO, randomise
-from oracle import masked, removed_columns
+from oracle import zeroed
 from torch import Tensor
 
 from fasp_fx import hf
@@ -80,8 +78,7 @@ class Case:
 
     def inputs(self, name: str) -> dict[str, Tensor]:
         """Prompts; of several, all but the last are padded: on the left, of an encoder on the right."""
-        generator = torch.Generator().manual_seed(5)
-        ids = torch.randint(2, VOCABULARY, (self.batch, 9), generator=generator)
+        ids = torch.randint(2, VOCABULARY, (self.batch, 9), generator=torch.Generator().manual_seed(5))
         mask = torch.ones_like(ids)
         for row in range(self.batch - 1):
             place = slice(9 - row - 1, 9) if name == "t5" else slice(0, row + 1)
@@ -104,9 +101,7 @@ class Case:
 
 def expected(name: str, case: Case) -> Tensor:
     """What the dense model generates whose consumers' removed inputs are multiplied by zero."""
-    model = dense(name)
-    with masked(model, removed_columns(pruned(name).plan, model)):
-        return case.run(model, name)
+    return case.run(zeroed(dense(name), pruned(name).plan), name)
 
 
 __all__ = ["TOKENS", "Case", "dense", "expected", "pruned"]

@@ -1,7 +1,5 @@
 """Stock llama.cpp as a judge of GGUF files: the prebuilt one of the package node-llama-cpp."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

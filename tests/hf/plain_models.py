@@ -2,8 +2,6 @@
 the masked dense model is an oracle.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache

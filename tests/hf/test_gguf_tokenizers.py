@@ -1,7 +1,5 @@
 """What a GGUF file says of a tokenizer, held against stock llama.cpp."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import cache
@@ -226,8 +224,7 @@ def test_llama_cpp_makes_the_same_tokens(kind: str, tmp_path: Path) -> None:
     assert ends == [made("a").input_ids[0] == 0, made("a").input_ids[-1] == 1]
     if missing():
         pytest.skip(f"no llama.cpp: {missing()}")
-    found = predictions(file, NASTY, tmp_path)
-    for text, own in zip(NASTY, found, strict=True):
+    for text, own in zip(NASTY, predictions(file, NASTY, tmp_path), strict=True):
         assert own == made(text, add_special_tokens=False).input_ids, text
 
 

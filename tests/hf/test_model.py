@@ -1,7 +1,5 @@
 """A pruned model beside ``generate()``: arguments, training, moving, and what it refuses."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from generators import dense, pruned
 from models import randomise
-from oracle import error, masked, removed_columns, zeroed
+from oracle import error, zeroed
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from transformers import (
     AutoModelForCausalLM,
@@ -53,8 +53,8 @@ def _ids(batch: int = 2, tokens: int = 7) -> torch.Tensor:
 
 def test_forward_without_a_cache_is_the_masked_dense_forward(model: Any) -> None:
     original, ids = dense("llama_gqa"), _ids()
-    with masked(original, removed_columns(pruned("llama_gqa").plan, original)), torch.no_grad():
-        wanted = original(input_ids=ids, labels=ids)
+    with torch.no_grad():
+        wanted = zeroed(original, pruned("llama_gqa").plan)(input_ids=ids, labels=ids)
     found = model(input_ids=ids, labels=ids)
     assert torch.allclose(found.logits, wanted.logits, rtol=1e-9, atol=1e-9)
     assert torch.allclose(found.loss, wanted.loss)
@@ -95,8 +95,7 @@ def test_names_of_weights_are_those_of_the_original(model: Any) -> None:
 
 def test_copies_are_models_of_their_own_and_move(model: Any) -> None:
     ids, made = _ids(), copy.deepcopy(model)
-    with torch.no_grad():
-        next(iter(made.parameters())).zero_()
+    next(iter(made.parameters())).detach().zero_()
     assert not torch.equal(made(input_ids=ids).logits, model(input_ids=ids).logits)
     moved = made.to("meta")
     for tokens in (7, 1):
@@ -219,8 +218,7 @@ def test_a_model_that_does_otherwise_with_more_tokens_is_given_no_more(tmp_path:
     for made in (result.model, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
         for tokens in (1, 16):
             ids = _ids(tokens=tokens)
-            with torch.no_grad():
-                assert error(made(input_ids=ids).logits, smaller(input_ids=ids).logits) < 1e-6
+            assert error(made(input_ids=ids).logits, smaller(input_ids=ids).logits) < 1e-6
         cache = made(input_ids=_ids(tokens=10), use_cache=True)[CACHE]
         made(input_ids=_ids(tokens=6), **{CACHE: cache})
         with pytest.raises(fasp_fx.ArgumentError, match="hold 17 tokens, and the program takes 16 at most"):
@@ -295,8 +293,7 @@ def test_fields_of_the_original_may_be_named_like_parameters_of_generation(
     original, _, result = bart
     assert original.config.forced_eos_token_id == 2
     ids = _ids()
-    with masked(original, removed_columns(result.plan, original)):
-        wanted = original.generate(ids, max_new_tokens=12, do_sample=False)
+    wanted = zeroed(original, result.plan).generate(ids, max_new_tokens=12, do_sample=False)
     assert torch.equal(result.model.generate(ids, max_new_tokens=12, do_sample=False), wanted)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(result.save_pretrained(tmp_path / "bart"))
     assert torch.equal(loaded.generate(ids, max_new_tokens=12, do_sample=False), wanted)
@@ -365,8 +362,8 @@ def test_a_buffer_that_a_program_writes_is_no_other(tmp_path: Path) -> None:
     for model in (result.model, loaded):
         for length in (10, 40, 10):
             ids = _ids(2, length)
-            with torch.no_grad(), masked(original, removed_columns(result.plan, original)):
-                wanted = original(input_ids=ids, use_cache=False).logits
+            with torch.no_grad():
+                wanted = zeroed(original, result.plan)(input_ids=ids, use_cache=False).logits
             assert torch.allclose(model(input_ids=ids).logits, wanted, rtol=1e-9, atol=1e-9), length
 
 
@@ -473,3 +470,154 @@ def test_a_model_that_generates_from_states_is_refused_in_words(family: str) -> 
     kind, config, why = STATES[family]
     with pytest.raises(fasp_fx.CaptureError, match=rf"{family}ForCausalLM.*{why}; use fasp_fx\.prune"):
         hf.prune(kind(config).eval(), calibration=[torch.randint(0, 32, (2, 8))])
+
+
+# --- what a model does with labels, masks and positions beside its tokens is what its pruned one does, or the
+
+
+SIZES = {
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BART = SIZES | {
+    "d_model": 32,
+    "decoder_layers": 1,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 4,
+}
+LLAMA = SIZES | {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def tokens(batch: int, count: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 64, (batch, count), generator=torch.Generator().manual_seed(seed))
+
+
+def smaller(model: Any) -> tuple[Any, nn.Module]:
+    """The model pruned, and with zeros in its place."""
+    result = hf.prune(model, score="magnitude", restore=None, sparsity=0.1)
+    return result, zeroed(model, result.plan)
+
+
+def made(kind: str, config: Any) -> Any:
+    return randomise(getattr(transformers, kind)(config), std=0.2).eval()
+
+
+IDS, LABELS = tokens(2, 9), tokens(2, 5, 1)
+LABELS[0, 4:] = -100
+MASK = torch.arange(9) >= torch.tensor([[4], [0]])
+OPT = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48} | SIZES
+#: the class and the configuration of a model, and what it is called with
+HABITS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "labels that are moved on": (
+        "BartForConditionalGeneration",
+        lambda: transformers.BartConfig(**BART, encoder_ffn_dim=48, decoder_start_token_id=2),
+        {"input_ids": IDS, "labels": LABELS},
+    ),
+    "a loss at its place, and weights that no program reads": (
+        "BartForCausalLM",
+        lambda: transformers.BartConfig(**BART, encoder_ffn_dim=48),
+        {"input_ids": IDS, "labels": IDS, "use_cache": False},
+    ),
+    "positions of hidden tokens": (
+        "OPTForCausalLM",
+        lambda: transformers.OPTConfig(**OPT, num_hidden_layers=1, num_attention_heads=4),
+        {"input_ids": IDS, "attention_mask": MASK.long(), "labels": IDS.masked_fill(~MASK, -100)},
+    ),
+    "a loss that is divided": (
+        "LlamaForCausalLM",
+        lambda: transformers.LlamaConfig(**LLAMA),
+        {"input_ids": IDS, "labels": IDS, "num_items_in_batch": torch.tensor(1000), "use_cache": False},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(next(iter(HABITS)), marks=pytest.mark.slow), *list(HABITS)[1:]]
+)
+def test_a_pruned_model_does_as_the_model_does(name: str, tmp_path: Path) -> None:
+    kind, config, given = HABITS[name]
+    result, model = smaller(made(kind, config()))
+    with torch.no_grad():
+        found, expected = (called(**given) for called in (result.model, model))
+    assert torch.allclose(found.logits, expected.logits, atol=1e-4)
+    assert torch.allclose(found.loss, expected.loss, atol=1e-4)
+    reader = AutoModelForSeq2SeqLM if "Conditional" in kind else AutoModelForCausalLM
+    loaded = reader.from_pretrained(result.save_pretrained(tmp_path / "saved"))
+    assert torch.equal(loaded(**given).loss, found.loss)
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        moved = (one.prepare_decoder_input_ids_from_labels(LABELS) for one in (result.model, model))
+        assert torch.equal(*moved)
+
+
+def test_packed_texts_are_refused_where_the_model_keeps_them_apart() -> None:
+    result, model = smaller(made("LlamaForCausalLM", transformers.LlamaConfig(**LLAMA)))
+    pruned = result.model
+    ids, positions = tokens(1, 9), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    with torch.no_grad():
+        apart, together = (
+            model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+            for mask in (None, torch.ones_like(ids))
+        )
+        assert not torch.allclose(apart, together, atol=1e-3)
+        with pytest.raises(fasp_fx.ArgumentError, match="begin again"):
+            pruned(input_ids=ids, position_ids=positions)
+        assert torch.allclose(
+            pruned(input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids)).logits,
+            together,
+            atol=1e-4,
+        )
+        assert torch.allclose(
+            pruned(input_ids=ids, position_ids=3 + torch.arange(9)[None]).logits,
+            model(input_ids=ids).logits,
+            atol=1e-4,
+        )
+
+
+def test_a_loss_of_the_models_own_is_refused() -> None:
+    class Own(transformers.LlamaForCausalLM):
+        def forward(
+            self,
+            input_ids: Tensor | None = None,
+            attention_mask: Tensor | None = None,
+            position_ids: Tensor | None = None,
+            cache: Any = None,
+            past_key_values: Any = None,
+            labels: Tensor | None = None,
+            use_cache: bool | None = None,
+            logits_to_keep: int | Tensor = 0,
+            **given: Any,
+        ) -> Any:
+            given |= {CACHE: cache if CACHE == "cache" else past_key_values}
+            given |= {"position_ids": position_ids, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
+            output = super().forward(input_ids, attention_mask, **given)
+            output.loss = None if labels is None else output.logits.square().mean()
+            return output
+
+    pruned = hf.prune(
+        randomise(Own(transformers.LlamaConfig(**LLAMA)), std=0.2).eval(),
+        sparsity=0.2,
+        score="magnitude",
+        restore=None,
+    ).model
+    assert pruned(input_ids=tokens(1, 5)).loss is None
+    with pytest.raises(fasp_fx.ArgumentError, match="loss of its own"):
+        pruned(input_ids=tokens(1, 5), labels=tokens(1, 5))
+
+
+def test_outputs_of_routers_are_refused_with_the_remedy() -> None:
+    config = transformers.MixtralConfig(
+        **LLAMA, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True
+    )
+    with pytest.raises(fasp_fx.ArgumentError, match="output_router_logits = False"):
+        hf.prune(made("MixtralForCausalLM", config), sparsity=0.2, score="magnitude", restore=None)

@@ -2,8 +2,6 @@
 dense module.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import PROFILE

@@ -2,24 +2,43 @@
 run-time check of the library alone.
 """
 
-from __future__ import annotations
-
+import warnings
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import odd_mutants
 import pytest
 import test_corpus
 import torch
 from conftest import PROFILE
-from mutants import MUTANTS as ORDINARY, Mutant, not_run
+from hypothesis import HealthCheck, Phase, given, settings
+from mutants import (
+    ACROSS,
+    FOREIGN,
+    FUSED,
+    MUTANTS as ORDINARY,
+    ODD,
+    REGROUP,
+    REMEMBER,
+    SHIFTED,
+    SHOWING_ON,
+    SIZED,
+    Mutant,
+    not_run,
+)
 
+import fasp_fx
 import fasp_fx.passes._run
 import fasp_fx.testing.rule
 from fasp_fx.analysis import Interpreter
-from fasp_fx.testing import CheckFailed, build, check_program, check_rule, example
+from fasp_fx.errors import VerificationWarning
+from fasp_fx.testing import CheckFailed, build, check_program, check_rule, example, odd_nets
+from fasp_fx.testing._case import Case, Violation
+from fasp_fx.testing._exact import mask_exact
+from fasp_fx.testing._net import blocks_of
+from fasp_fx.testing.specs import Linear, Net, Odd, Remember, Vectors
 
-MUTANTS = (*ORDINARY, *odd_mutants.ODD)
+MUTANTS = (*ORDINARY, *ODD)
 
 #: faults that only the library's own checks notice, because what they do cannot be written down at all
 UNSEEN_BY_THE_ORACLE = {
@@ -47,6 +66,7 @@ SHOWING = {
     mutant.name for mutant in MUTANTS if mutant.net is not None and set(mutant.invariants) & OUTPUTS
 } - UNSEEN_IN_OUTPUTS
 
+BY_RUNNING = [mutant for mutant in MUTANTS if mutant.name in SHOWING]
 ORACLE = [mutant for mutant in MUTANTS if mutant.name not in UNSEEN_BY_THE_ORACLE]
 
 
@@ -118,7 +138,7 @@ def test_caught_without_the_checks_of_the_library(mutant: Mutant, monkeypatch: p
     assert "Verification" not in found
 
 
-@pytest.mark.parametrize("mutant", [mutant for mutant in MUTANTS if mutant.name in SHOWING], ids=str)
+@pytest.mark.parametrize("mutant", BY_RUNNING if PROFILE == "slow" else BY_RUNNING[1::2], ids=str)
 def test_caught_by_running_the_result(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the verifier, no fault that changes an output gets past the comparison with the masked dense
     program.
@@ -132,13 +152,13 @@ def test_caught_by_running_the_result(mutant: Mutant, monkeypatch: pytest.Monkey
 
 #: models of the corpus on which faults show that no check of the library stands before
 ON_CORPUS: dict[Mutant, str] = {
-    odd_mutants.ACROSS: "movements/rolled across heads",
-    odd_mutants.REGROUP: "movements/transposed and read as it was",
-    odd_mutants.REMEMBER: "movements/an order of 3 that changes, False",
-    odd_mutants.FOREIGN: "movements/a number",
-    odd_mutants.SIZED: "movements/behind as many zeros as there are steps",
-    odd_mutants.FUSED: "blocks/windows",
-    odd_mutants.SHIFTED: "blocks/shifted",
+    ACROSS: "movements/rolled across heads",
+    REGROUP: "movements/transposed and read as it was",
+    REMEMBER: "movements/an order of 3 that changes, False",
+    FOREIGN: "movements/a number",
+    SIZED: "movements/behind as many zeros as there are steps",
+    FUSED: "blocks/windows",
+    SHIFTED: "blocks/shifted",
 }
 
 
@@ -157,3 +177,99 @@ def test_there_are_enough() -> None:
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
     assert len(ORACLE) >= 10
     assert len(SHOWING) >= 15
+
+
+# --- faults that drawing finds
+
+
+#: draws from the family among which each fault has to be found
+DRAWS = 2000
+
+
+@cache
+def _drawn() -> tuple[Net, ...]:
+    found: list[Net] = []
+
+    @settings(
+        max_examples=DRAWS,
+        database=None,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(odd_nets())
+    def collect(net: Net) -> None:
+        found.append(net)
+
+    collect()
+    return tuple(found)
+
+
+def _candidates(kind: type[Odd], kinds: tuple[str, ...]) -> Iterator[tuple[int, Net]]:
+    """The drawn nets on which a fault can show, none twice, with the number of the draw."""
+    seen = set()
+    for number, net in enumerate(_drawn()):
+        shows = any(
+            isinstance(block, kind) and (not kinds or getattr(block, "kind", "") in kinds)
+            for block in blocks_of(net)
+        )
+        if shows and net not in seen:
+            seen.add(net)
+            yield number, net
+
+
+def _check(net: Net, seed: int, **options: Any) -> str | None:
+    """What is wrong with a net pruned, if anything."""
+    try:
+        check_program(
+            build(net, seed, torch.float64),
+            example(net, 2, seed, torch.float64),
+            seed=seed,
+            invariants=("mask-exact",),
+            **options,
+        )
+    except CheckFailed as failure:
+        return str(failure)
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ODD, ids=str)
+def test_drawing_finds_the_fault(fault: Mutant) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        fault.patch(monkeypatch)
+        with pytest.MonkeyPatch.context() as unchecked:
+            not_run(unchecked)
+            number, net = next(
+                (number, net)
+                for number, net in _candidates(*SHOWING_ON[fault])
+                if _check(net, number) is not None
+            )
+        print(f"{fault}: found at draw {number}: {net}")
+        found = _check(net, number)
+        assert found is not None
+        assert "VerificationWarning: group" in found or "VerificationError" in found
+        with warnings.catch_warnings(action="ignore", category=VerificationWarning):
+            most = fasp_fx.analyze(
+                build(net, number, torch.float64), example(net, 2, number, torch.float64)
+            ).max_sparsity
+            found = _check(net, number, sparsity=0.7 * most) if most else None
+        assert found is None or "VerificationError" in found, "a wrong result was returned"
+    assert _check(net, number) is None, "without the fault the program is pruned exactly"
+
+
+def test_a_fault_that_shows_on_the_second_call_alone() -> None:
+    """A pruned program whose first call is right and whose second is not is found out."""
+    net = Net((Linear(4), Remember("counter"), Linear(2)), (Vectors(3),))
+    case = Case(build(net, 0, torch.float64), example(net, dtype=torch.float64), {}, 0.3, (), {}, 1e-9, 0)
+    mask_exact(case)
+    forgetful = case.result.module
+    (name,) = [name for name, _ in forgetful.named_buffers() if name.endswith("calls")]
+
+    def forget(module: Any, args: Any, output: Any) -> None:
+        module.get_buffer(name).zero_()
+
+    forgetful.register_forward_hook(forget)
+    with pytest.raises(Violation, match="error against the masked dense model"):
+        mask_exact(case)

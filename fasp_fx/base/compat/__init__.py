@@ -1,7 +1,8 @@
 """What the library uses of torch and transformers beyond their documented interfaces: every such name stands
 in this package and nowhere else.
 
-``tests/test_compat.py`` holds those to what is expected of them that a release could change without a word.
+``tests/test_private_names.py`` holds those to what is expected of them that a release could change without a
+word.
 What imports transformers (``_transformers``) is imported where it is needed.
 """
 

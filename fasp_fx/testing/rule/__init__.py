@@ -1,7 +1,5 @@
 """Hold a rule against the operator it describes, by brute force over small shapes and arguments."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +14,13 @@ from fasp_fx.base import OpOverload, schema_of, silent_fake_tensors, tolerable
 from fasp_fx.errors import ArgumentError, RuleError
 from fasp_fx.patterns import Rule
 
-from .._verdict import CheckFailed
-from ._calls import KINDS, Call, Draw, repeatable
+from .._case import CheckFailed
+from ._calls import KINDS, Call, Draw, filled, lettered, moving, repeatable
 from ._claims import Lie, Trials, lies
 from ._clauses import creates, looked, moves, routed, tallies
 from ._reading import Mismatch, Unspoken, read
 from ._rewritten import rewritten
 from ._samples import FIXED, SAMPLES
-from ._schema import filled, lettered, moving
 
 RIGHT, TOO_MUCH, TOO_LITTLE = "right", "claims too much", "claims too little"
 
@@ -149,8 +146,11 @@ def check_rule(
     if examples < 1:
         raise ArgumentError(f"examples={examples} must be at least 1")
     # Calls that an operator refuses are drawn anew; torch need not speak of them.
-    with mock.patch.dict(patterns._registry._USER), silent_fake_tensors(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with (
+        mock.patch.dict(patterns._registry._USER),
+        silent_fake_tensors(),
+        warnings.catch_warnings(action="ignore"),
+    ):
         known = patterns.lookup(operator) if rule is None else patterns.register(operator, str(rule))
         if known is None:
             raise RuleError(f"there is no rule for {operator}; pass one, or register it first")
@@ -237,16 +237,15 @@ class _Check:
         if self.given is not None:
             lies = [lie for index in range(len(self.given)) if (lie := self._try(index, 2)) is not None]
             return min(lies, key=lambda lie: lie.weight, default=worst)
-        since = 0
+        found = 0
         for attempt in range(_SEARCH):
+            if attempt - found > _SEARCH // 3:
+                break
             lie = self._try(
                 1_000_000 + attempt, most=2 + (2 * attempt) // _SEARCH, no_larger_than=worst.call.size
             )
-            since += 1
             if lie is not None and lie.weight < worst.weight:
-                worst, since = lie, 0
-            if since > _SEARCH // 3:
-                break
+                worst, found = lie, attempt
         return worst
 
     def _try(self, index: int, most: int, no_larger_than: tuple[int, int, int] | None = None) -> Lie | None:

@@ -6,8 +6,6 @@ positions of it out of both is to put zeros in either. Of a letter under ``mix``
 ``window`` nothing is claimed, which is too little if the operator would have kept the claim.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,9 +83,7 @@ def _kept(reading: Reading, results: list[Tensor], letter: str, gone: list[int],
     if isinstance(smaller, Lie):
         return smaller
     for index, (spelled, before, after) in enumerate(zip(reading.results, results, smaller, strict=True)):
-        if spelled is None:
-            continue
-        expected = without_positions(reading, spelled, before, letter, gone)
+        expected = after if spelled is None else without_positions(reading, spelled, before, letter, gone)
         if same(after, expected):
             continue
         fact = f"shape {tuple(after.shape)} instead of {tuple(expected.shape)}"
@@ -164,8 +160,7 @@ def _nudged(reading: Reading, letter: str, position: int, draw: Draw) -> list[Te
     for name in reading.holders(letter):
         spelled = reading.operands[name]
         unfolded = spelled.unfold(operands[name], reading.sizes).clone()
-        dim = spelled.letters.index(letter)
-        entry = unfolded.narrow(dim, position, 1)
+        entry = unfolded.narrow(spelled.letters.index(letter), position, 1)
         entry.copy_(draw.like(entry))
         changed[name] = spelled.fold(unfolded)
     return reading.call.with_(**changed).run()

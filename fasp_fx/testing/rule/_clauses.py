@@ -6,8 +6,6 @@ may as well not be there.
 come back, ``tally`` of integers that are counted.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -90,8 +88,7 @@ def _needed(
         return None
     dim = draw.choice(dims)
     left = torch.tensor(draw.some(range(source.shape[dim]), least=1)[: source.shape[dim] - 1])
-    numbers = torch.arange(_FIRST, _FIRST + source.numel()).reshape(source.shape)
-    kept = numbers.index_select(dim, left)
+    kept = torch.arange(_FIRST, _FIRST + source.numel()).reshape(source.shape).index_select(dim, left)
     try:
         result = call.with_(**{name: kept}).run()
     except tolerable(Exception):
@@ -183,8 +180,7 @@ def _without_unchosen(rule: Rule, clause: Clause, call: Call, draw: Draw) -> Lie
         plain["sorted"] = True
     distinct, gone = _distinct(shape, draw), draw.integer(0, shape[dim] - 1)
     others, least = left(shape[dim], [gone]), float("-inf") if clause.keyword == "choose" else 0.0
-    silent = distinct.index_fill(dim, torch.tensor([gone]), least)
-    call = Call(call.operator, {**plain, name: silent})
+    call = Call(call.operator, {**plain, name: distinct.index_fill(dim, torch.tensor([gone]), least)})
     smaller = call.with_(**{name: distinct.index_select(dim, others)})
     try:
         before, after = call.run(), smaller.run()

@@ -3,8 +3,6 @@
 This reads the grammar on its own, without the interpreter that the analysis uses.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ second can then go at each position of the first. What the analysis, reading the
 prunable must be mask-exact once the rewriter has adapted every argument.
 """
 
-from __future__ import annotations
-
 import math
 import operator as operators
 from dataclasses import dataclass
@@ -78,8 +76,7 @@ def rewritten(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Outc
         expected = masked(x)
         if not all(bool(torch.isfinite(t).all()) for t in floats(expected)):
             return Outcome()
-        wrong = error(after, expected)
-        if wrong > most:
+        if (wrong := error(after, expected)) > most:
             return lie(f"after removing {removed} the error against the masked program is {wrong:.1e}")
     try:
         verify(small, analysis)
@@ -91,16 +88,14 @@ def rewritten(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Outc
 def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> Program | None:
     """A program around one call, or ``None`` if it has no result that a matrix could consume."""
     usable = [index for index, result in enumerate(results) if result.numel()]
-    if not usable:
+    operands = [name for name, tensor in call.tensors().items() if _varies(tensor)]
+    if not usable or not (operands or rule.creates):
         return None
     which = draw.choice(usable)
     result = results[which]
     root, graph = nn.Module(), fx.Graph()
     x = graph.placeholder("x")
     x.meta["val"] = torch.zeros((), dtype=torch.float64)
-    operands = [name for name, tensor in call.tensors().items() if _varies(tensor)]
-    if not operands and not rule.creates:
-        return None
     blocks = _blocks(rule, call, result.dim(), draw) if _in_blocks(rule, call) else None
     moving = set(draw.some(operands, least=1))
     nodes = {
@@ -111,13 +106,11 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
     arguments = {name: _argument(name, value, nodes) for name, value in call.arguments.items()}
     # as a captured graph has them: by position up to the keyword-only ones
     first = [argument.name for argument in schema_of(call.operator).arguments if not argument.kwarg_only]
-    args = tuple(arguments.pop(name) for name in first)
-    node: Any = graph.call_function(call.operator, args, arguments)
+    node: Any = graph.call_function(call.operator, tuple(arguments.pop(name) for name in first), arguments)
     if rule.creates:  # what is created meets an activation; what memory happens to hold is not compared
         if "empty" in str(call.operator):
             node = graph.call_function(_ATEN.zeros_like.default, (node,))
-        values = draw.tensor(list(result.shape), "real")
-        met = _operand(root, graph, "met", values, draw, blocks)
+        met = _operand(root, graph, "met", draw.tensor(list(result.shape), "real"), draw, blocks)
         node = graph.call_function(_ATEN.add.Tensor, (graph.call_function(_ATEN.add.Tensor, (met, x)), node))
     if len(schema_of(call.operator).returns) > 1 or "List" in str(schema_of(call.operator).returns[0].type):
         node = graph.call_function(operators.getitem, (node, which))
@@ -137,8 +130,7 @@ def one_operator(rule: Rule, call: Call, results: list[Tensor], draw: Draw) -> P
         node = graph.call_function(_ATEN.matmul.default, (node, graph.get_attr("consumer")))
     graph.output((node,))
     example = (torch.zeros((), dtype=torch.float64),)
-    signature = CallSignature.of(lambda x: x, example, {})
-    return Program(fx.GraphModule(root, graph), signature, (example, {}))
+    return Program(fx.GraphModule(root, graph), CallSignature.of(lambda x: x, example, {}), (example, {}))
 
 
 def _varies(tensor: Tensor) -> bool:

@@ -5,8 +5,6 @@ Each entry makes the arguments that matter; the others keep their defaults. An o
 called by its schema.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
