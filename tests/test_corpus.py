@@ -85,8 +85,8 @@ class Subject:
 
     @cached_property
     def results(self) -> list[fasp_fx.Result]:
-        """Pruned by a few channels and by nearly all (by whole blocks, where these can go; in the fast profile
-        where it is the model's turn); by none, where none can.
+        """Pruned by a few channels and, where it is tried, by nearly all (by whole blocks, where these can
+        go); by none, where none can.
         """
         asked: dict[str, Any] = {"score": "random", "restore": None, "round_to": 1, **self.entry.options}
         most = self.analysis.max_sparsity
