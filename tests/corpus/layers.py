@@ -451,7 +451,7 @@ def _side_by_side(self: Any, x: Tensor) -> Tensor:
 
 EXEMPT: dict[str, Any] = {"options": {"include": ("exempt",)}, "masking": {"producers": True}}
 #: take long, and differ little from others
-SLOWLY = ("a block mask for each head", "log-sum-exp")
+SLOWLY = ("mask by head", "a block mask for each head", "log-sum-exp")
 FIVE, FLEX = sequences(6, (2, 5), (3, 5)), sequences(12, (2, 6), (3, 9))
 
 ENTRIES: dict[str, Entry] = {
@@ -500,7 +500,9 @@ ENTRIES: dict[str, Entry] = {
         for name, make in FLEXIBLE.items()
     },
     **{
-        f"{name}, heads": Entry(FLEXIBLE[name], FLEX, {"granularity": ("head",)}, None, False)
+        f"{name}, heads": Entry(
+            FLEXIBLE[name], FLEX, {"granularity": ("head",)}, None, False, slow=name == "bias by head"
+        )
         for name in ("bias by head", "capped and causal")
     },
     "narrower queries and keys": Entry(

@@ -566,7 +566,10 @@ ENTRIES: dict[str, Entry] = {
     ),
     **{
         f"an order of {blocks} that changes, {beside}": Entry(
-            lambda own=(blocks, beside): _remembering(*own), sequences(8), times=2
+            lambda own=(blocks, beside): _remembering(*own),
+            sequences(8),
+            times=2,
+            slow=(blocks == 12) == beside,
         )
         for blocks in (12, 3)
         for beside in (False, True)
