@@ -30,16 +30,18 @@ CLOSE = 1e-5
 
 @dataclass
 class Pruned:
-    """A small pruned model, and inputs of two sizes."""
+    """A small pruned model, and inputs of two sizes, which may go by a name."""
 
     result: fasp_fx.Result
     inputs: tuple[Tensor, ...]
+    name: str = ""
 
     @torch.no_grad()
-    def hold(self, function: Callable[[Tensor], Any], tolerance: float = CLOSE) -> None:
+    def hold(self, function: Callable[..., Any], tolerance: float = CLOSE) -> None:
         """Compare a route with the eager pruned module."""
         for x in self.inputs:
-            assert error(function(x), self.result.module(x)) <= tolerance
+            found = function(**{self.name: x}) if self.name else function(x)
+            assert error(found, self.result.module(x)) <= tolerance
 
 
 def _residual() -> nn.Module:
@@ -67,8 +69,9 @@ def _llama() -> Pruned:
         max_position_embeddings=32,
     )
     inputs = tuple(torch.randint(0, 48, size) for size in ((2, 7), (3, 11)))
-    model, asked = randomise(LlamaForCausalLM(config)), {"score": "magnitude", "restore": None}
-    return Pruned(fasp_fx.prune(model, inputs[:1], {"use_cache": False}, sparsity=0.2, **asked), inputs)
+    model, example = randomise(LlamaForCausalLM(config)), {"input_ids": inputs[0], "use_cache": False}
+    result = fasp_fx.prune(model, (), example, score="magnitude", restore=None, sparsity=0.2)
+    return Pruned(result, inputs, "input_ids")
 
 
 @cache
@@ -156,7 +159,12 @@ def test_onnx(make: Callable[[], Pruned], tmp_path: Path) -> None:
     torch.onnx.export(make().result.program, dynamo=True, verbose=False).save(tmp_path / "program.onnx")
     session = runtime.InferenceSession(tmp_path / "program.onnx", providers=["CPUExecutionProvider"])
     (name,) = (given.name for given in session.get_inputs())
-    make().hold(lambda x: [torch.from_numpy(value) for value in session.run(None, {name: x.numpy()})])
+
+    def run(*given: Tensor, **named: Tensor) -> list[Tensor]:
+        (x,) = (*given, *named.values())
+        return [torch.from_numpy(value) for value in session.run(None, {name: x.numpy()})]
+
+    make().hold(run)
 
 
 def test_weight_only_quantisation() -> None:
