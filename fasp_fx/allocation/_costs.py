@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fasp_fx.base import from_document, path_of, to_document, write_text
+from fasp_fx.base import check_kind, from_document, path_of, to_document, write_text
 from fasp_fx.errors import ArgumentError
 
 
@@ -144,8 +144,7 @@ def check_costs(costs: Costs, fingerprint: str, score: str, granularity: Iterabl
     Raises:
         ArgumentError: they are of another, or none.
     """
-    if not isinstance(costs, Costs):
-        raise ArgumentError(f"costs is a {type(costs).__name__}; pass what fasp_fx.measure returned")
+    check_kind("costs", costs, Costs, "pass what fasp_fx.measure returned")
     if costs.fingerprint != fingerprint:
         raise ArgumentError(
             f"the cost curves are of another model: its fingerprint is {costs.fingerprint[:12]}…, this"

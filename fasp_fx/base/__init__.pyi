@@ -32,9 +32,10 @@ from ._progress import (
 )
 from ._records import (
     Count as Count,  # a number of things, or an index, as large as a size of a tensor can be
+    Options as Options,  # What a configuration is: a frozen dataclass of options, which checks itself
     ReadBy as ReadBy,  # Annotates a field whose value is made by a function of what JSON holds, whatever its type
     check_callable as check_callable,  # Refuse arguments that are to be called and cannot be
-    configured as configured,  # A configuration with some options in the place of its own
+    check_kind as check_kind,  # Refuse an argument that is of another kind
     from_document as from_document,  # What a document of that kind holds
     is_number as is_number,  # Whether a value is a finite number that a float can hold, and no truth value
     names_of as names_of,  # The names that an option was given, as a tuple
@@ -53,6 +54,7 @@ from ._tensors import (
     lying_otherwise as lying_otherwise,  # A tensor of the same shape and type, without its values
     multiplies_bfloat16 as multiplies_bfloat16,  # Whether a device multiplies matrices of bfloat16 in hardware
     storage_of as storage_of,  # What tells whether two tensors share memory, also where they hold no values; for anything else
+    with_values as with_values,  # A parameter, or what is none, that holds other values
     without_values as without_values,  # A tensor of the same kind on the meta device
 )
 from ._tolerable import (

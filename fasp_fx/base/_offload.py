@@ -22,9 +22,10 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from fasp_fx.errors import ArgumentError, OffloadError, first_line
+from fasp_fx.errors import OffloadError, first_line
 
-from ._tensors import check_device, storage_of
+from ._records import check_kind
+from ._tensors import check_device, storage_of, with_values
 from .compat import pytree
 
 #: files are this large, or as large as the tensor that needs more: each takes a file descriptor while a
@@ -82,8 +83,7 @@ class Scratch:
             )
         ):
             return tensor
-        kept = self.empty(values.shape, values.dtype).copy_(values)
-        return nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
+        return with_values(tensor, self.empty(values.shape, values.dtype).copy_(values))
 
     def keep_storage(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
         """The memory of tensors on the CPU, copied into a file if it is not small and not there already.
@@ -313,10 +313,7 @@ def keep_weights(model: nn.Module, scratch: Scratch) -> None:
         >>> layer(torch.randn(2, 512)).shape
         torch.Size([2, 512])
     """
-    if not isinstance(scratch, Scratch):
-        raise ArgumentError(
-            f"scratch is a {type(scratch).__name__}; pass what `with fasp_fx.offload() as scratch` gives"
-        )
+    check_kind("scratch", scratch, Scratch, "pass what `with fasp_fx.offload() as scratch` gives")
     tensors = list({id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}.values())
     shared = Counter(storage_of(tensor) for tensor in tensors)
     with torch.no_grad():

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import Field, GetCoreSchemaHandler, PlainValidator, TypeAdapter, ValidationError
 
@@ -96,34 +97,44 @@ def from_document(kind: str, target: type[T], text: str, remedy: str, error: typ
 # --- Options.
 
 
-def configured(kind: type[T], config: T | None, options: Mapping[str, Any]) -> T:
-    """A configuration with some options in the place of its own.
+class Options:
+    """What a configuration is: a frozen dataclass of options, which checks itself."""
 
-    Args:
-        kind: the class of the configuration, a frozen dataclass that checks itself.
-        config: ``None`` stands for the defaults.
+    @classmethod
+    def of(cls, config: Self | None, options: Mapping[str, Any]) -> Self:
+        """A configuration with some options in the place of its own; ``None`` stands for the defaults.
 
-    Raises:
-        ArgumentError: an option is not known, out of range, or ``config`` is no such configuration.
-    """
-    if config is not None and not isinstance(config, kind):
-        raise ArgumentError(
-            f"config is a {type(config).__name__}; pass a {kind.__name__}, or the options as keywords"
-        )
-    before: Any = config if config is not None else kind()
-    known = [field.name for field in fields(before)]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            guess = f"did you mean '{near[0]}'? There" if near else "there"
-            raise ArgumentError(f"the option '{name}' is not known; {guess} are {', '.join(known)}")
-    return replace(before, **options)
+        Raises:
+            ArgumentError: an option is not known, out of range, or ``config`` is no configuration.
+        """
+        check_kind("config", config, cls | None, f"pass a {cls.__name__}, or the options as keywords")
+        before: Any = config if config is not None else cls()
+        known = [field.name for field in fields(before)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                guess = f"did you mean '{near[0]}'? There" if near else "there"
+                raise ArgumentError(f"the option '{name}' is not known; {guess} are {', '.join(known)}")
+        return replace(before, **options)
 
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number that a float can hold, and no truth value."""
     is_one = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_one and abs(value) <= sys.float_info.max
+
+
+def check_kind(name: str, value: object, kind: type | UnionType, advice: str) -> None:
+    """Refuse an argument that is of another kind.
+
+    Args:
+        advice: what to pass instead, in words.
+
+    Raises:
+        ArgumentError: names it, and its type.
+    """
+    if not isinstance(value, kind):
+        raise ArgumentError(f"{name} is a {type(value).__name__}; {advice}")
 
 
 def check_callable(**arguments: object) -> None:
@@ -137,14 +148,13 @@ def check_callable(**arguments: object) -> None:
             raise ArgumentError(f"{name} is a {type(value).__name__}; pass a function, or leave it out")
 
 
-def path_of(path: object, name: str) -> Path:
+def path_of(path: Any, name: str) -> Path:
     """A path that an argument gives.
 
     Raises:
         ArgumentError: it gives none; names the argument.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise ArgumentError(f"{name} is a {type(path).__name__}; pass a path")
+    check_kind(name, path, str | os.PathLike, "pass a path")
     return Path(path)
 
 

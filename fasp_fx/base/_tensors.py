@@ -99,12 +99,15 @@ def laid_otherwise(tensor: Tensor) -> Tensor:
     return lying_otherwise(tensor).copy_(tensor) if is_plain else tensor.clone()
 
 
+def with_values(tensor: Tensor, values: Tensor) -> Tensor:
+    """A parameter, or what is none, that holds other values."""
+    values = values.detach()
+    return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+
 def without_values(tensor: Tensor) -> Tensor:
     """A tensor of the same kind on the meta device."""
-    empty = tensor.detach().to("meta")
-    return (
-        nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    )
+    return with_values(tensor, tensor.detach().to("meta"))
 
 
 # --- Devices.

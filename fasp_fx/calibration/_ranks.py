@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fasp_fx.base import __version__, digest_of, tolerable
+from fasp_fx.base import __version__, check_kind, digest_of, tolerable
 from fasp_fx.errors import ArgumentError, CalibrationError, RankError, first_line
 
 P = ParamSpec("P")
@@ -66,11 +66,13 @@ class Ranks:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        if group is not None and not isinstance(group, dist.ProcessGroup):
-            raise ArgumentError(
-                f"group is a {type(group).__name__}; pass a process group of torch.distributed, such as"
-                " dist.group.WORLD once it is made, or leave it out"
-            )
+        check_kind(
+            "group",
+            group,
+            dist.ProcessGroup | None,
+            "pass a process group of torch.distributed, such as dist.group.WORLD once it is made, or leave it"
+            " out",
+        )
         self._group, self.parted = group, False
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         if self.rank < 0:

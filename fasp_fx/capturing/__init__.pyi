@@ -39,6 +39,7 @@ from ._fx import (
     set_argument as set_argument,  # Set an argument by its declared name; whether that changed it
     stamp as stamp,  # Mark a node as written by the pass name; provenance such as the module stack is taken from like
     target_name as target_name,  # The dotted path that a get_attr node reads
+    tied_names as tied_names,  # For each name of a parameter, all names of that parameter, itself among them
     viewed as viewed,  # The node whose storage a node shows: to write into a view, or into what is detached, is to write into that
     views_may_copy as views_may_copy,  # Let changes of shape copy where no view can be
     way_from_weight as way_from_weight,  # The nodes that lead from a weight to an operand which holds it, moved or cast; both included

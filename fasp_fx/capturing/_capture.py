@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from fasp_fx.base import (
     LazyGraphModule,
     check_device,
+    check_kind,
     compile_graphs,
     pytree,
     rename,
@@ -61,8 +62,7 @@ def capture(
             exporter's reason.
     """
     how = CaptureOptions(**options)
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise ArgumentError(f"kwargs is a {type(kwargs).__name__}; pass a dict of arguments by name")
+    check_kind("kwargs", kwargs, Mapping | None, "pass a dict of arguments by name")
     if isinstance(how.state, str) or not isinstance(how.state, (tuple, list)):
         raise ArgumentError(f"state={how.state!r:.80} is no tuple of names of arguments and outputs")
     device = None if how.device is None else check_device(how.device)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 
 from fasp_fx.base import OpOverload, pytree, schema_of
 from fasp_fx.patterns import argument_names
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
 
 def attribute(module: torch.nn.Module, target: str) -> Any:
@@ -26,6 +29,20 @@ def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
+
+
+def grouped(items: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
+    """For each key, the values that come with it, in their order."""
+    values: dict[K, list[V]] = {}
+    for key, value in items:
+        values.setdefault(key, []).append(value)
+    return values
+
+
+def tied_names(model: torch.nn.Module) -> dict[str, list[str]]:
+    """For each name of a parameter, all names of that parameter, itself among them."""
+    of_one = grouped((id(tensor), name) for name, tensor in model.named_parameters(remove_duplicate=False))
+    return {name: names for names in of_one.values() for name in names}
 
 
 def target_name(node: fx.Node) -> str:

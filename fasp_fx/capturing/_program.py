@@ -27,7 +27,7 @@ from fasp_fx.base import (
 )
 from fasp_fx.errors import VerificationError
 
-from ._fx import attribute, target_name, weights_of, written_names
+from ._fx import attribute, grouped, target_name, weights_of, written_names
 from ._signature import CallSignature
 from ._unchanged import Seen
 
@@ -227,10 +227,7 @@ class Program:
 
     def aliases(self) -> dict[str, list[str]]:
         """For each canonical name, all names of that storage."""
-        names: dict[str, list[str]] = {}
-        for name, canonical in self.canonical().items():
-            names.setdefault(canonical, []).append(name)
-        return names
+        return grouped((canonical, name) for name, canonical in self.canonical().items())
 
     def known_as(self) -> dict[str, list[str]]:
         """For each canonical name, all names that the caller's model has for the weight, and for what it is

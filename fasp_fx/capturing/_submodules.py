@@ -24,7 +24,7 @@ from fasp_fx.errors import CallError, CaptureError, ExportError, first_line
 
 from ._assemble import size_check
 from ._capture import Captured, capture, capture_whole
-from ._fx import weights_of
+from ._fx import grouped, weights_of
 from ._parts import Call, Part, Parts, model_copy, replace_submodule, simple_attributes, watching
 from ._program import Program
 from ._runner import Runner
@@ -48,9 +48,7 @@ class Search:
 
     def __init__(self, model: nn.Module, call: Call) -> None:
         self.model, self.call, self.left = model, call, dict[str, str]()
-        self.paths: dict[nn.Module, list[str]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            self.paths.setdefault(module, []).append(path)
+        self.paths = grouped((module, path) for path, module in model.named_modules(remove_duplicate=False))
 
     def run(self) -> list[Part]:
         """The parts, in the order in which the model calls them.

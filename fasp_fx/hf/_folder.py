@@ -23,7 +23,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from fasp_fx.base import Scratch, check_device, keep_weights, kept_in_float32
+from fasp_fx.base import Scratch, check_device, keep_weights, kept_in_float32, with_values
 from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.pruning import TOLD, read_told, write_told
 from fasp_fx.storage import (
@@ -96,12 +96,6 @@ def fill(folder: Path, model: Any, state_dict: Mapping[str, Tensor] | None) -> N
     }
     write_json(folder / "programs.json", programs)
     write_told(folder, model.plan, model.report)
-
-
-def with_values(tensor: Tensor, values: Tensor) -> Tensor:
-    """A parameter, or what is none, that holds other values."""
-    values = values.detach()
-    return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 
 def _weights(model: Any, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

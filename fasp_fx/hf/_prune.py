@@ -26,9 +26,10 @@ from fasp_fx.base import (
     path_of,
     quiet_transformers,
     shows,
+    with_values,
 )
 from fasp_fx.calibration import Decision, check_calibration, ended_together
-from fasp_fx.capturing import Captured, Program, capture_whole
+from fasp_fx.capturing import Captured, Program, capture_whole, tied_names
 from fasp_fx.errors import ArgumentError, PlanError, VerificationError
 from fasp_fx.passes import PrunedModule, fused_weights
 from fasp_fx.pruning import (
@@ -49,7 +50,7 @@ from fasp_fx.storage import new_save, parsing, read_json
 
 from ._config import PrunedConfig, check_layers
 from ._fields import check_equal
-from ._folder import check_sums, with_values
+from ._folder import check_sums
 from ._formats import build, example_of, prune_to
 from ._gguf import keep_source
 from ._model import PrunedForCausalLM, PrunedForSeq2SeqLM, PrunedModel
@@ -447,10 +448,7 @@ def _one_set(model: nn.Module, results: Mapping[str, Result]) -> dict[str, Tenso
     Raises:
         PlanError: two programs would need different weights of one name.
     """
-    ties: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        ties.setdefault(id(parameter), []).append(name)
-    tied = {name: names for names in ties.values() for name in names}
+    tied = tied_names(model)
     weights: dict[str, Tensor] = {}
     for program, result in results.items():
         for name, tensor in result.module.state_dict(keep_vars=True).items():

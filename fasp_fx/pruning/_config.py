@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
 
-from fasp_fx.base import configured, from_document, is_number, names_of, to_document
+from fasp_fx.base import Options, from_document, is_number, names_of, to_document
 from fasp_fx.errors import ArgumentError, SparsityError
 
 if TYPE_CHECKING:  # the command line shows and checks options before torch is there
@@ -132,7 +132,7 @@ class PruningOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class PruningConfig:
+class PruningConfig(Options):
     """The options of one pruning. :func:`fasp_fx.prune` takes each as a keyword, or all of them as
     ``config=``.
 
@@ -289,15 +289,6 @@ class PruningConfig:
         )
         for message in (message for met, message in conflicts if met):
             raise ArgumentError(message)
-
-    @classmethod
-    def of(cls, config: PruningConfig | None, options: Mapping[str, Any]) -> PruningConfig:
-        """A configuration with some options in the place of its own; ``None`` stands for the defaults.
-
-        Raises:
-            ArgumentError: an option is not known, out of range, or ``config`` is no configuration.
-        """
-        return configured(cls, config, options)
 
     @property
     def effective_score(self) -> ScoreName | Score:

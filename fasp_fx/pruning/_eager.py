@@ -20,6 +20,7 @@ from fasp_fx.base import (
     annotated_nodes,
     annotating,
     deviation,
+    device_of,
     fingerprint,
     free_unbacked_symbols,
     pytree,
@@ -95,7 +96,7 @@ class _Copy:
                 "the program of the result holds no example inputs, on which a copy could be captured; use"
                 " result.module"
             )
-        device = next((tensor.device for tensor in [*pruned.parameters(), *pruned.buffers()]), None)
+        device = device_of(pruned)
         example = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), origin.example)
         self.program = Program(pruned, origin.signature, example)
         #: what it computes, as it was captured and rewritten
@@ -171,7 +172,7 @@ def copied_with(model: nn.Module, pruned: nn.Module, plan: PruningPlan) -> nn.Mo
             f"{type(model).__name__} cannot be copied with these weights ({type(error).__name__}:"
             f" {first_line(error)}); use result.module, or prune whole heads"
         ) from error
-    module.to(next((tensor.device for tensor in [*pruned.parameters(), *pruned.buffers()]), None))
+    module.to(device_of(pruned))
     for name, tensor in tensors(module):
         if name in smaller:
             tensor.data = smaller[name].detach().clone()

@@ -22,6 +22,7 @@ from fasp_fx.base import (
     advance_of,
     between,
     check_callable,
+    check_kind,
     digest_of,
     in_usual_modes,
     one_at_a_time,
@@ -510,11 +511,8 @@ def restoring_config(config: PruningConfig, plan: Any, has_data: bool) -> Prunin
     Raises:
         ArgumentError: the plan is none, something else was asked for, or there are no data to do it with.
     """
-    if not isinstance(plan, PruningPlan):
-        raise ArgumentError(
-            f"plan is a {type(plan).__name__}; pass a PruningPlan (PruningPlan.from_json reads one that was"
-            " written as text)"
-        )
+    advice = "pass a PruningPlan (PruningPlan.from_json reads one that was written as text)"
+    check_kind("plan", plan, PruningPlan, advice)
     if others := config.non_default_fields(("restore", "drift")):
         raise ArgumentError(f"the plan says what goes, so that {others[0]}= has nothing to say; leave it out")
     if not has_data and config.non_default_fields(()):

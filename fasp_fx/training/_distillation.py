@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from fasp_fx.base import configured, is_number
+from fasp_fx.base import Options, is_number
 from fasp_fx.calibration import output_tensors, token_mask
 from fasp_fx.errors import ArgumentError
 
@@ -199,7 +199,7 @@ class DistillationOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class DistillationConfig:
+class DistillationConfig(Options):
     """The options of one distillation. :func:`fasp_fx.distil` takes each as a keyword, or all of them as
     ``config=``.
 
@@ -250,15 +250,6 @@ class DistillationConfig:
         for name, (fits, said) in _RULES.items():
             if not fits(value := getattr(self, name)):
                 raise ArgumentError(f"{name}={value!r:.80} is not {said}")
-
-    @classmethod
-    def of(cls, config: DistillationConfig | None, options: Mapping[str, Any]) -> DistillationConfig:
-        """A configuration with some options in the place of its own; ``None`` stands for the defaults.
-
-        Raises:
-            ArgumentError: an option is not known, out of range, or ``config`` is no configuration.
-        """
-        return configured(cls, config, options)
 
     def to_json(self) -> str:
         """The options as JSON; a loss of the user's is named by its class and ``key``."""

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from fasp_fx.allocation import Budget, check_reach, counted, is_excluded
 from fasp_fx.analysis import Analysis, Group, Member, PruningPlan, by_block, laid_by_block
 from fasp_fx.base import (
+    check_kind,
     fingerprint,
     forward_pre_hooks,
     in_usual_modes,
@@ -32,7 +33,7 @@ from fasp_fx.base import (
     warn,
 )
 from fasp_fx.calibration import Decision
-from fasp_fx.capturing import Program, capture_whole, trouble_with
+from fasp_fx.capturing import Program, capture_whole, tied_names, trouble_with
 from fasp_fx.errors import (
     ArgumentError,
     CalibrationError,
@@ -331,8 +332,7 @@ def attach_gates(
         >>> gates.detach()
         >>> smaller = fasp_fx.apply(gated, plan, (x,), calibration=batches)
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}; give the module that is to be trained")
+    check_kind("model", model, nn.Module, "give the module that is to be trained")
     asked = replace(_asked(PruningConfig.of(config, options)), score="fasp")
     captured = capture_whole(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     analysis = analyze_for(captured.program, asked)
@@ -395,10 +395,7 @@ def _places(
     """Each weight that is to be scaled, by its module and name, with the numbers of the groups that do; and
     these groups in order.
     """
-    aliases: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
-    by_name = {name: names for names in aliases.values() for name in names}
+    by_name = tied_names(model)
     groups = [
         group
         for group in chosen

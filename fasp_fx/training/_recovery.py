@@ -26,6 +26,7 @@ from fasp_fx.analysis import check_fixed
 from fasp_fx.base import (
     Shown,
     advance_of,
+    check_kind,
     device_of,
     digest_of,
     drawing_alike,
@@ -185,8 +186,7 @@ def _check(dense: Any, result: Result | Pruned, modal: dict[str, Any]) -> None:
     Args:
         modal: models that can be in training mode, by what they are called.
     """
-    if not isinstance(dense, nn.Module):
-        raise ArgumentError(f"dense is a {type(dense).__name__}; pass the module that was pruned")
+    check_kind("dense", dense, nn.Module, "pass the module that was pruned")
     for what, model in modal.items():
         for path in in_training(model):
             part = f"'{path}' of {what}" if path else what
