@@ -25,7 +25,7 @@ from fasp_fx.analysis import (
     laid_out,
     serving,
 )
-from fasp_fx.capturing import Program, arguments, results, stamp, viewed
+from fasp_fx.capturing import Program, arguments, put_behind, results, stamp, viewed
 from fasp_fx.errors import VerificationError
 from fasp_fx.patterns import affine, lookup
 
@@ -103,9 +103,7 @@ def keep_dense_count(program: Program, analysis: Analysis, walk: Walk, gone: np.
     program = program.copy()
     for node, old, share in zip(list(program.module.graph.nodes), before, shares, strict=True):
         if share != 1.0 and node.target in _MEANS:
-            with node.graph.inserting_after(node):
-                scaled = _written("keep_dense_count", node, _ATEN.mul.Tensor, node, share)
-            node.replace_all_uses_with(scaled, delete_user_cb=lambda user, own=scaled: user is not own)
+            stamp(put_behind(node, _ATEN.mul.Tensor, share), "keep_dense_count", node)
         elif share != 1.0:
             with node.graph.inserting_before(node):
                 normed = _norm(node, share, walk.executed[old.all_input_nodes[0]].dtype)
@@ -203,9 +201,7 @@ def pad_value_heads(program: Program, analysis: Analysis, walk: Walk, gone: np.n
                 node.update_arg(index, wide)
         if each[2] < max(each):
             last = walk.executed[original].dim() - 1
-            with graph.inserting_after(node):
-                cut = _written("pad_value_heads", node, _ATEN.slice.Tensor, node, last, 0, each[2])
-            node.replace_all_uses_with(cut, delete_user_cb=lambda user, cut=cut: user is not cut)
+            stamp(put_behind(node, _ATEN.slice.Tensor, last, 0, each[2]), "pad_value_heads", node)
     return program
 
 

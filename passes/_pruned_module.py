@@ -19,6 +19,7 @@ from fasp_fx.base import (
     pytree,
     trees_of,
     with_parts,
+    with_values,
     without_values,
 )
 from fasp_fx.capturing import (
@@ -292,11 +293,7 @@ def own_storage(program: Program) -> Program:
             and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
         ):
             continue  # made by a pass
-        with torch.no_grad():
-            copy: Tensor = tensor.detach().clone()
-        if isinstance(tensor, nn.Parameter):
-            copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
-        program.replace_weight(names, copy)
+        program.replace_weight(names, with_values(tensor, tensor.detach().clone()))
     return program
 
 

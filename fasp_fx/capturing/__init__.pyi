@@ -34,6 +34,7 @@ from ._fx import (
     draws as draws,  # Whether a node draws random numbers
     elements as elements,  # Arguments with those that are lists taken apart, name.0, name.1 …, as rules name them
     is_pure as is_pure,  # Whether a call does nothing but compute its result, always the same of the same arguments
+    put_behind as put_behind,  # Let what reads a node read what a function makes of it and further arguments: the new node
     read_stamps as read_stamps,  # Show again what an export kept of the stamps
     results as results,  # The graph's results in order
     set_argument as set_argument,  # Set an argument by its declared name; whether that changed it

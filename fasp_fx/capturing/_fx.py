@@ -154,6 +154,14 @@ def call_in_words(node: fx.Node, value: Callable[[fx.Node], Any]) -> str:
     return f"{node.target}{fx.map_arg((node.args, dict(node.kwargs)), said)}"
 
 
+def put_behind(node: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
+    """Let what reads a node read what a function makes of it and further arguments: the new node."""
+    with node.graph.inserting_after(node):
+        made = node.graph.call_function(function, (node, *args))
+    node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+    return made
+
+
 def views_may_copy(graph: fx.Graph) -> None:
     """Let changes of shape copy where no view can be."""
     for view in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):

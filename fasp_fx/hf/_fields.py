@@ -270,15 +270,13 @@ def _layers(model: nn.Module, config: Any) -> Iterator[str]:
             yield from (f"{path}.{index}." for index in range(len(module)))
 
 
-def leaves(value: Any, path: Place = ()) -> Iterator[tuple[Place, Any]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from leaves(inner, (*path, str(key)))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from leaves(inner, (*path, index))
-    else:
-        yield path, value
+def leaves(value: Any) -> list[tuple[Place, Any]]:
+    """What stands in a config as JSON has it, each with its place."""
+
+    def step(key: Any) -> str | int:
+        return int(key.idx) if isinstance(key, pytree.SequenceKey) else str(key.key)
+
+    return [(tuple(map(step, path)), leaf) for path, leaf in pytree.tree_leaves_with_path(value)]
 
 
 # --- What a format may claim of a model.

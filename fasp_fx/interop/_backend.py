@@ -38,6 +38,7 @@ from fasp_fx.capturing import (
     by_shapes,
     graph_module,
     is_plain,
+    put_behind,
     take_apart,
     target_name,
     weights_of,
@@ -374,12 +375,8 @@ def _without_modes(graph: fx.Graph, grad: bool) -> None:
                 raise CaptureError("the graph switches gradients on")
             graph.erase_node(node)
         elif node.op == "call_function" and grad and not enabled and isinstance(node.meta.get("val"), Tensor):
-            with graph.inserting_after(node):
-                detached = graph.call_function(torch.ops.aten.detach.default, (node,))
+            detached = put_behind(node, torch.ops.aten.detach.default)
             detached.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(
-                detached, delete_user_cb=lambda user, replacement=detached: user is not replacement
-            )
 
 
 def as_program(

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from fasp_fx.analysis import APPROXIMATE, EXEMPT, Analysis, Group, Product, Slot, Use, Value
 from fasp_fx.base import largest_passing_subset, pytree, tolerable, warn
 from fasp_fx.calibration import ConsumerMatrices, Decision, decided, layouts_along, restricted
-from fasp_fx.capturing import Program, arguments, attribute, draws, is_dynamic, way_from_weight
+from fasp_fx.capturing import Program, arguments, attribute, draws, is_dynamic, put_behind, way_from_weight
 from fasp_fx.errors import CallError, VerificationError, VerificationWarning, first_line
 from fasp_fx.passes import finish, remove
 from fasp_fx.patterns import lookup
@@ -325,9 +325,7 @@ class _Masking:
         for node in self.graph.find_nodes(op="get_attr"):
             name = self.canonical.get(str(node.target), "")
             if name in masks:
-                with self.graph.inserting_after(node):
-                    masked = self.graph.call_function(_zeroed, (node, masks[name]))
-                node.replace_all_uses_with(masked, delete_user_cb=lambda user, mask=masked: user is not mask)
+                put_behind(node, _zeroed, masks[name])
 
     def _columns(self, use: Use) -> Tensor | None:
         """Which elements of a weight stay in one use of it (see :func:`_along`); ``None`` if all do."""
