@@ -202,8 +202,7 @@ def _wrapped(lifted: fx.GraphModule, tensors: nn.Module, origin: Origin) -> Prun
     assert isinstance(module, PrunedModule)
     module.fasp_fx_origin = origin
     module.own_guards()
-    generated: Any = codegen_of(lifted.graph)
-    module.graph.set_codegen(CallerCodeGen(origin.signature, generated.pytree_info))
+    module.graph.set_codegen(CallerCodeGen(origin.signature, codegen_of(lifted.graph).pytree_info))
     module.recompile()
     module.eval()
     return module

@@ -54,6 +54,7 @@ from ._tensors import (
     lying_otherwise as lying_otherwise,  # A tensor of the same shape and type, without its values
     multiplies_bfloat16 as multiplies_bfloat16,  # Whether a device multiplies matrices of bfloat16 in hardware
     storage_of as storage_of,  # What tells whether two tensors share memory, also where they hold no values; for anything else
+    tensors_in as tensors_in,  # The tensors among arguments or outputs, however these are nested
     with_values as with_values,  # A parameter, or what is none, that holds other values
     without_values as without_values,  # A tensor of the same kind on the meta device
 )
@@ -64,6 +65,7 @@ from ._tolerable import (
 from ._undisturbed import (
     drawing_alike as drawing_alike,  # Random numbers that a model draws (dropout that is always on, say) start from a seed inside
     float32_products as float32_products,  # Within it, products of float32 have a precision by torch.set_float32_matmul_precision
+    for_a_while as for_a_while,  # Put back what is changed inside of a state of the whole process
     generator_of as generator_of,  # Random numbers of their own for each place, on the CPU; arguments as for seed_of
     in_usual_modes as in_usual_modes,  # Have a function run outside of the caller's inference mode, no_grad and autocast
     one_at_a_time as one_at_a_time,  # Have one thread at a time run a function of all that are marked so, which may call one another; others wait

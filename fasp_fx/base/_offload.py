@@ -26,6 +26,7 @@ from fasp_fx.errors import OffloadError, first_line
 
 from ._records import check_kind
 from ._tensors import check_device, storage_of, with_values
+from ._undisturbed import for_a_while
 from .compat import pytree
 
 #: files are this large, or as large as the tensor that needs more: each takes a file descriptor while a
@@ -287,12 +288,9 @@ def offload(
     scratch = Scratch(
         tempfile.gettempdir() if folder is None else folder, None if place.type == "cpu" else place
     )
-    token = _SCRATCH.set(scratch)
-    try:
-        with _watched(scratch, resident):
-            yield scratch
-    finally:
-        _SCRATCH.reset(token)
+    with for_a_while(_SCRATCH.get, _SCRATCH.set), _watched(scratch, resident):
+        _SCRATCH.set(scratch)
+        yield scratch
 
 
 def keep_weights(model: nn.Module, scratch: Scratch) -> None:

@@ -124,17 +124,24 @@ def is_number(value: Any) -> bool:
     return is_one and abs(value) <= sys.float_info.max
 
 
-def check_kind(name: str, value: object, kind: type | UnionType, advice: str) -> None:
+def check_kind(
+    name: str,
+    value: object,
+    kind: type | UnionType,
+    advice: str,
+    error: type[FaspError] = ArgumentError,
+) -> None:
     """Refuse an argument that is of another kind.
 
     Args:
         advice: what to pass instead, in words.
+        error: what is raised.
 
     Raises:
-        ArgumentError: names it, and its type.
+        FaspError: names it, and its type.
     """
     if not isinstance(value, kind):
-        raise ArgumentError(f"{name} is a {type(value).__name__}; {advice}")
+        raise error(f"{name} is a {type(value).__name__}; {advice}")
 
 
 def check_callable(**arguments: object) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fasp_fx.errors import ArgumentError, first_line
 
 from ._tolerable import tolerable
-from .compat import storage_id
+from .compat import pytree, storage_id
 
 #: whole numbers of 32 bits that are hashed into one of 64
 _WIDTH = 2048
@@ -76,6 +76,11 @@ def digest_of(batches: Iterable[Iterable[Any]]) -> str:
         if isinstance(leaf, Tensor):
             digest.update(bytes_of(leaf.detach().cpu()).numpy())
     return digest.hexdigest()
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors among arguments or outputs, however these are nested."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def storage_of(value: object) -> object:

@@ -63,7 +63,7 @@ def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextlib.contextmanager
-def for_a_while(read: Callable[[], Any], write: Callable[[Any], None]) -> Iterator[None]:
+def for_a_while(read: Callable[[], Any], write: Callable[[Any], Any]) -> Iterator[None]:
     """Put back what is changed inside of a state of the whole process."""
     before = read()
     try:

@@ -24,7 +24,6 @@ from ._losses import (
     Loss as Loss,  # a loss maps what the model returned, and the arguments of the call by name, to its terms: one value for each prediction
     Outputs as Outputs,  # Random combinations of the outputs
     next_token as next_token,  # Cross-entropy of each token given those before it, shape [predictions]
-    output_tensors as output_tensors,  # The tensors among outputs or arguments, however these are nested
     resolve_loss as resolve_loss,  # The function of a loss given by name
     token_mask as token_mask,  # Where a token counts, [batch, tokens], by the mask among the arguments of a call
 )

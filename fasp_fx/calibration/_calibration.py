@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasp_fx.base import distance, pytree, tolerable, tolerance
+from fasp_fx.base import check_kind, distance, pytree, tolerable, tolerance
 from fasp_fx.capturing import Program, Runner, is_dynamic, upper_bound
 from fasp_fx.errors import CalibrationError, CallError
 
@@ -75,11 +75,13 @@ def as_calls(batches: Any, what: str = "calibration") -> Iterator[tuple[tuple[An
         return leaf if is_free and (keeps_all or not isinstance(leaf, Tensor)) else leaf.detach().clone()
 
     for index, batch in enumerate(check_calibration(batches, what)):
-        if not isinstance(batch, Tensor | Mapping | tuple | list):
-            raise CalibrationError(
-                f"{what} batch {index} is a {type(batch).__name__}; a batch is a tensor, a tuple of"
-                " positional arguments or a dict of keyword arguments"
-            )
+        check_kind(
+            f"{what} batch {index}",
+            batch,
+            Tensor | Mapping | tuple | list,
+            "a batch is a tensor, a tuple of positional arguments or a dict of keyword arguments",
+            CalibrationError,
+        )
         named = dict(batch) if isinstance(batch, Mapping) else {}
         args = () if named else (batch,) if isinstance(batch, Tensor) else tuple(batch)
         yield pytree.tree_map(of, args), pytree.tree_map(of, named)

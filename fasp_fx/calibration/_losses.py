@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fasp_fx.base import generator_of, pytree, unfilled
+from fasp_fx.base import generator_of, tensors_in, unfilled
 from fasp_fx.errors import CalibrationError
 
 from ._statistics import precise
@@ -69,12 +69,12 @@ def predictions(
     named = [inputs[name] for name in _TOKENS if isinstance(inputs.get(name), Tensor)]
     others = [
         leaf
-        for leaf in output_tensors(inputs)
+        for leaf in tensors_in(inputs)
         if leaf.dim() == 2 and not leaf.is_floating_point() and leaf.dtype != torch.bool
     ]
     tokens = next(iter([*named, *others]), None)
     logits = next(
-        (leaf for leaf in output_tensors(outputs) if leaf.dim() == 3 and leaf.is_floating_point()), None
+        (leaf for leaf in tensors_in(outputs) if leaf.dim() == 3 and leaf.is_floating_point()), None
     )
     if tokens is None or logits is None or logits.shape[:2] != tokens.shape or tokens.shape[1] < 2:
         raise CalibrationError(
@@ -192,7 +192,7 @@ def number_outputs(outputs: Any) -> list[Tensor]:
     Raises:
         CalibrationError: there are none.
     """
-    numbers = [leaf for leaf in output_tensors(outputs) if leaf.is_floating_point() and leaf.numel()]
+    numbers = [leaf for leaf in tensors_in(outputs) if leaf.is_floating_point() and leaf.numel()]
     if not numbers:
         raise CalibrationError(
             "loss='outputs' needs a floating-point output; pass a loss of your own, or loss=None"
@@ -217,8 +217,3 @@ def token_mask(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | No
     """
     mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
     return mask != 0 if isinstance(mask, Tensor) and mask.shape == shape else None
-
-
-def output_tensors(outputs: Any) -> list[Tensor]:
-    """The tensors among outputs or arguments, however these are nested."""
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]

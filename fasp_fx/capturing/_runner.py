@@ -15,6 +15,7 @@ from fasp_fx.base import (
     addresses,
     built_alike,
     enable_python_dispatcher,
+    for_a_while,
     keep_values,
     moved,
     pytree,
@@ -204,11 +205,9 @@ def execute(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     ):
         return target(*args, **kwargs)
     precision, set_precision = _PRODUCTS.fp32_precision, partial(setattr, _PRODUCTS, "fp32_precision")
-    set_precision("ieee")
-    try:
+    with for_a_while(lambda: precision, set_precision):
+        set_precision("ieee")
         output: Tensor = target(*args, **kwargs)
-    finally:
-        set_precision(precision)
     if output.grad_fn is not None:
         output.grad_fn.register_prehook(lambda gradients: set_precision("ieee"))
         output.grad_fn.register_hook(lambda inputs, outputs: set_precision(precision))

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fasp_fx.base import device_of
-from fasp_fx.calibration import output_tensors
+from fasp_fx.base import device_of, tensors_in
 from fasp_fx.errors import ArgumentError
 
 
@@ -139,7 +138,7 @@ def _estimate(values: Sequence[float]) -> tuple[float, float]:
 def _predictions(model: nn.Module, chunk: Tensor) -> Tensor:
     """The logarithms of the probabilities of each next token ``[length - 1, vocabulary]``, on the CPU."""
     with torch.no_grad():
-        logits = output_tensors(model(input_ids=chunk[None].to(device_of(model)), use_cache=False))[0]
+        logits = tensors_in(model(input_ids=chunk[None].to(device_of(model)), use_cache=False))[0]
         return logits[0, :-1].float().log_softmax(-1).cpu()
 
 
@@ -179,7 +178,7 @@ def latency(
             moved = ids.to(device_of(model))
             start = time.perf_counter()
             with torch.no_grad():
-                logits = output_tensors(model(input_ids=moved, use_cache=False))[0]
+                logits = tensors_in(model(input_ids=moved, use_cache=False))[0]
             logits[..., -1, -1].cpu()  # waits until they are computed
             taken.append(time.perf_counter() - start)
         progress((turn + 1) / (repeats + 1))

@@ -29,10 +29,10 @@ from fasp_fx.base import (
     generator_of,
     pytree,
     quiet_transformers,
+    tensors_in,
     tolerable,
     tolerance,
 )
-from fasp_fx.calibration import output_tensors
 from fasp_fx.errors import ArgumentError, VerificationError, first_line
 from fasp_fx.pruning import widened
 
@@ -448,7 +448,7 @@ def _outputs(
             output = functional_call(module, dict(buffers), (), call)
     except tolerable(Exception) as error:
         raise unlike(type(module), f"it does not run: {first_line(error)}") from error
-    return [leaf for leaf in output_tensors(output) if leaf.is_floating_point()]
+    return [leaf for leaf in tensors_in(output) if leaf.is_floating_point()]
 
 
 def _calls(model: PreTrainedModel, other: nn.Module, example: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -506,7 +506,7 @@ class _Widened(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, precision = kwargs or {}, self.precision
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = tensors_in((args, kwargs))
         real = [tensor for tensor in tensors if tensor.is_floating_point()]
         if all(widened(tensor.dtype, precision) != tensor.dtype for tensor in real):
             result = func(*args, **kwargs)  # of weights: their sizes and views are taken as they are

@@ -75,8 +75,7 @@ class FlatProgram:
             CaptureError: it takes or returns a structure that is neither a tensor, a dict of tensors nor a
                 cache of keys and values.
         """
-        generated: Any = codegen_of(module.graph)
-        trees = generated.pytree_info
+        trees = codegen_of(module.graph).pytree_info
         return FlatProgram.of_graph(module.graph, trees.in_spec, trees.out_spec)
 
     @staticmethod

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fasp_fx.analysis import PruningPlan
-from fasp_fx.base import fingerprint, in_usual_modes, one_at_a_time, parse, path_of, tolerable
+from fasp_fx.base import check_kind, fingerprint, in_usual_modes, one_at_a_time, parse, path_of, tolerable
 from fasp_fx.capturing import CallSignature, model_copy, replace_submodule, with_attributes_of
 from fasp_fx.errors import ArgumentError, CaptureError, PlanError, StoreError
 from fasp_fx.passes import PrunedModule, program_now, wrap
@@ -155,8 +155,7 @@ class Result:
         """
         from ._eager import eager
 
-        if not isinstance(model, nn.Module):
-            raise ArgumentError(f"model must be the nn.Module that was pruned, not {type(model).__name__}")
+        check_kind("model", model, nn.Module, "pass the module that was pruned")
         if not self.is_in_parts:
             smaller = eager(self.module, self.plan, model)
         else:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from fasp_fx.base import Options, is_number
-from fasp_fx.calibration import output_tensors, token_mask
+from fasp_fx.base import Options, is_number, tensors_in
+from fasp_fx.calibration import token_mask
 from fasp_fx.errors import ArgumentError
 
 
@@ -121,13 +121,13 @@ class SquaredError:
         """The outputs, in their dtype, by their number."""
         return {
             str(index): leaf.detach()
-            for index, leaf in enumerate(output_tensors(outputs))
+            for index, leaf in enumerate(tensors_in(outputs))
             if leaf.is_floating_point()
         }
 
     def terms(self, outputs: Any, targets: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Tensor:
         """One term for each output that can be compared and of which something counts, ``[outputs]``."""
-        leaves = {str(index): leaf for index, leaf in enumerate(output_tensors(outputs))}
+        leaves = {str(index): leaf for index, leaf in enumerate(tensors_in(outputs))}
         pairs = [(leaves[index], dense) for index, dense in targets.items() if index in leaves]
         alike = [(leaf, dense) for leaf, dense in pairs if leaf.shape == dense.shape and leaf.numel()]
         if not alike:
@@ -146,7 +146,7 @@ class SquaredError:
 
 def _logits(outputs: Any) -> Tensor:
     logits = next(
-        (leaf for leaf in output_tensors(outputs) if leaf.is_floating_point() and leaf.dim() >= 2), None
+        (leaf for leaf in tensors_in(outputs) if leaf.is_floating_point() and leaf.dim() >= 2), None
     )
     if logits is None:
         raise ArgumentError(

@@ -26,6 +26,7 @@ from fasp_fx.base import (
     pytree,
     schema_of,
     silent_fake_tensors,
+    tensors_in,
     tolerable,
 )
 from fasp_fx.capturing import (
@@ -224,7 +225,7 @@ class Interpreter:
 
     def _call_function(self, node: fx.Node, walk: Walk) -> None:
         walk.executed[node] = walk.values[node] = executed = self._execute(node, walk)
-        shapes = [tuple(leaf.shape) for leaf in _tensors(executed)]
+        shapes = [tuple(leaf.shape) for leaf in tensors_in(executed)]
         several = walk.values.get(node.args[0]) if node.target is operator.getitem else None  # type: ignore[arg-type]
         if isinstance(several, (list, tuple)):
             walk.values[node] = several[arguments(node)["1"]]
@@ -270,7 +271,7 @@ class Interpreter:
             with self.mode:
                 # Decided by data, or higher-order, say: the recorded shape serves.
                 executed = walk.sizes.concrete(node.meta.get("val"))
-        is_full = all(leaf.numel() for leaf in _tensors(executed))
+        is_full = all(leaf.numel() for leaf in tensors_in(executed))
         fit = is_full and walk.sizes.fit(node.meta.get("val"), executed)
         if walk.sizes.small and walk.sizes.assigned and self.reference is None and not fit:
             raise _Degenerate
@@ -409,10 +410,6 @@ def _is_decided_later(node: fx.Node, error: Exception) -> bool:
     by_data = any(isinstance(value, torch.SymInt) and free_unbacked_symbols(value) for value in sources)
     unseen = isinstance(node.target, HigherOrderOperator) and lookup(node.target) is None
     return isinstance(error, _AT_RUN_TIME) or unseen or (by_data and isinstance(error, IndexError))
-
-
-def _tensors(executed: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(executed) if isinstance(leaf, Tensor)]
 
 
 def _in_place_of_tensors(executed: Any, values: Iterator[Value]) -> Any:

@@ -21,7 +21,6 @@ from torch.fx.experimental.symbolic_shapes import (
     _free_unbacked_symbols_with_path,
     free_unbacked_symbols,
 )
-from torch.fx.graph import CodeGen
 from torch.utils._sympy import functions
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -38,7 +37,7 @@ def schema_of(operator: OpOverload) -> Any:
     return operator._schema
 
 
-def codegen_of(graph: fx.Graph) -> CodeGen:
+def codegen_of(graph: fx.Graph) -> Any:
     """What writes the code of a graph and knows how its inputs and outputs are nested;
     ``Graph.set_codegen`` sets it.
     """

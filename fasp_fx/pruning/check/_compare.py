@@ -17,6 +17,7 @@ from fasp_fx.base import (
     conditions_on,
     deviation,
     drawing_alike,
+    for_a_while,
     hint_of,
     laid_otherwise,
     pytree,
@@ -131,22 +132,18 @@ def run(
         name: widened(attribute(module, name).detach().clone(), precision)
         for name in written_names(module.graph)
     }
-    outputs, before = list[list[Any]](), torch.get_default_dtype()
+    outputs = list[list[Any]]()
     # what a model compiles for itself (flex attention, say) runs uncompiled
     with (
         torch.no_grad(),
         drawing_alike([*arguments, *module.parameters(), *module.buffers()]),
         torch.compiler.set_stance("force_eager"),
+        for_a_while(torch.get_default_dtype, torch.set_default_dtype),
     ):
-        torch.set_default_dtype(widened(before, precision))
-        try:
-            for _ in range(calls):
-                leaves = list(
-                    _Execution(module, precision, written).run(*arguments, enable_io_processing=False)
-                )
-                outputs.append(copied(leaves) if calls > 1 else leaves)
-        finally:
-            torch.set_default_dtype(before)
+        torch.set_default_dtype(widened(torch.get_default_dtype(), precision))
+        for _ in range(calls):
+            leaves = list(_Execution(module, precision, written).run(*arguments, enable_io_processing=False))
+            outputs.append(copied(leaves) if calls > 1 else leaves)
     return outputs
 
 
