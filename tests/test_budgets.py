@@ -245,22 +245,6 @@ def test_a_model_that_generates_keeps_its_budgets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"budget": 0.8}, "budget=0.8 is no budget; pass one of fasp_fx.allocation"),
-        ({"budget": "parameters"}, "is no budget"),
-        ({"budget": {"resource": "parameters", "amount": 0.5}}, "is no budget"),
-        ({"budget": (Parameters(0.5), Parameters(1000))}, "speaks of one resource twice"),
-        ({"budget": Parameters(0.5), "sparsity": 0.5}, r"0\.5 and the budget of .*leave one of them out"),
-        ({"budget": Parameters(0.5), "sparsity": {"*": 0.5}}, "leave one of them out"),
-    ],
-)
-def test_budgets_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(fasp_fx.ArgumentError, match=message):
-        fasp_fx.PruningConfig(**options)
-
-
-@pytest.mark.parametrize(
     ("budget", "message"),
     [
         (

@@ -90,6 +90,9 @@ def test_a_report_comes_back_from_json() -> None:
     assert Report.from_json(REPORT.to_json()) == REPORT
 
 
+CONFIG = {"format": "fasp_fx.document/1", "kind": "config"}
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -101,12 +104,13 @@ def test_a_report_comes_back_from_json() -> None:
         ("figures", [{"what": "x", "dense": 1.0, "pruned": 1.0, "digits": 10**9}]),
         *(
             ("config", value)
-            for value in (3, {}, [], {"format": "fasp_fx.document/1", "kind": "config", "sparsity": 7})
+            for value in (3, {}, [], {**CONFIG, "sparsity": 7}, {**CONFIG, "format": "other"})
         ),
     ],
 )
 def test_a_damaged_report_is_refused(field: str, value: Any) -> None:
-    with pytest.raises(fasp_fx.StoreError, match=r"the report is damaged.*save the result again"):
+    says = rf"the report is damaged: {'config: ' if field == 'config' else ''}.*save the result again"
+    with pytest.raises(fasp_fx.StoreError, match=says):
         Report.from_json(json.dumps({**json.loads(REPORT.to_json()), field: value}))
 
 
@@ -126,12 +130,15 @@ def test_one_short_line() -> None:
     result = fasp_fx.prune(captured, calibration=data, sparsity=0.5)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, result.module))
     sparsity = f"{result.report.sparsity:.4f}"
-    assert repr(captured) == "Captured(programs={'': Program(6 weights, inputs=['input'])})"
-    assert repr(fasp_fx.analyze(captured)) == "Analysis(2 frozen, 2 prunable)"
-    assert repr(costs) == f"Costs(2 curves, score={costs.score!r})"
-    assert repr(result) == f"Result(sparsity={sparsity}, parameters={before:,} -> {after:,})"
-    assert repr(result.report) == f"Report(sparsity={sparsity}, parameters={before:,} -> {after:,})"
-    assert repr(result.plan) == f"PruningPlan(2 groups, sparsity={sparsity})"
+    shown = captured, fasp_fx.analyze(captured), costs, result, result.report, result.plan
+    assert list(map(repr, shown)) == [
+        "Captured(programs={'': Program(6 weights, inputs=['input'])})",
+        "Analysis(2 frozen, 2 prunable)",
+        f"Costs(2 curves, score={costs.score!r})",
+        f"Result(sparsity={sparsity}, parameters={before:,} -> {after:,})",
+        f"Report(sparsity={sparsity}, parameters={before:,} -> {after:,})",
+        f"PruningPlan(2 groups, sparsity={sparsity})",
+    ]
 
 
 # --- the report as a page
