@@ -410,8 +410,7 @@ def test_a_call_that_is_none_is_refused(options: dict[str, Any], says: str) -> N
 def test_explain() -> None:
     analysis = fasp_fx.analyze(build(dataclasses.replace(SPEC, layers=2)), (tokens(2, 4),))
     path = analysis.explain("blocks.0.ffn.gate.weight", "blocks.0.ffn.down.weight")
-    assert path[0] == "blocks.0.ffn.gate.weight"
-    assert path[-1] == "blocks.0.ffn.down.weight"
+    assert (path[0], path[-1]) == ("blocks.0.ffn.gate.weight", "blocks.0.ffn.down.weight")
     assert any("silu" in line for line in path)
     assert sum("linear" in line for line in path) == 2
     # weights of two layers meet in the hidden dimension alone; biases do not

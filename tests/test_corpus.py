@@ -208,8 +208,7 @@ def difference(outcomes: list[Any], expected: list[Any]) -> float:
 
 
 def equal(outcomes: list[Any], expected: list[Any]) -> None:
-    assert difference(outcomes, expected) == 0.0
-    assert list(map(type, outcomes)) == list(map(type, expected))
+    assert (difference(outcomes, expected), list(map(type, outcomes))) == (0.0, list(map(type, expected)))
 
 
 # --- the runs
@@ -219,8 +218,7 @@ def groups(own: Subject) -> None:
     """Groups are sound in themselves, and those that are expected; nothing goes of what has none."""
     for group in own.analysis.groups:
         assert bool(group.reason) == (group.status != "prunable"), group
-        assert len(np.unique(group.sets)) == group.size
-        assert group.size % group.blocks == 0
+        assert (len(np.unique(group.sets)), group.size % group.blocks) == (group.size, 0)
     most = own.analysis.max_sparsity
     own.expect("group", [" ".join(str(group).split()) for group in own.analysis.groups])
     own.expect("note", [f"note: {note}" for note in own.results[0].report.notes])
@@ -269,8 +267,7 @@ def _sliced(leaf: Tensor) -> Tensor:
 
 def other_layouts(own: Subject) -> None:
     """Exact where tensors lie otherwise in memory, if the model takes them so."""
-    calls = [pytree.tree_map_only(Tensor, lay, own.calls[0]) for lay in (_reversed, _sliced)]
-    for call in calls:
+    for call in [pytree.tree_map_only(Tensor, lay, own.calls[0]) for lay in (_reversed, _sliced)]:
         for result in own.results[-1:]:
             expected = own.run(own.reference(result.plan), [call])
             outcomes = own.run(copy.deepcopy(result.module), [call])

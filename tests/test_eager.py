@@ -323,13 +323,14 @@ def test_a_copy_that_would_be_wrong_is_refused(name: str) -> None:
 def test_another_model_is_refused() -> None:
     model = mlp()
     result = pruned(model, ROWS[0])
-    with pytest.raises(PlanError, match="another model"):
-        result.eager(mlp())
-    small = result.eager(model)
-    with pytest.raises(PlanError, match="already applied"):
-        result.eager(small)
-    with pytest.raises(ArgumentError, match="must be the nn"):
-        result.eager(result.program)  # type: ignore[arg-type]
+    given: list[tuple[Any, type[Exception], str]] = [
+        (mlp(), PlanError, "another model"),
+        (result.eager(model), PlanError, "already applied"),
+        (result.program, ArgumentError, "must be the nn"),
+    ]
+    for other, kind, said in given:
+        with pytest.raises(kind, match=said):
+            result.eager(other)
 
 
 # --- the result as it is now, and whose it is

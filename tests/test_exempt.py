@@ -262,12 +262,11 @@ def everything(names: tuple[str, ...]) -> Any:
 
 
 def pruned(model: nn.Module, example: dict[str, Any], *names: str, **options: Any) -> fasp_fx.Result:
-    batches = [example] * 4
     return fasp_fx.prune(
         model,
         (),
         example,
-        calibration=batches,
+        calibration=([example] * 4),
         sparsity=0.5,
         allocation=everything(names),
         **{"quality": "fast", **DEPTH, **options},

@@ -248,10 +248,9 @@ def test_the_line_that_settles_a_size_is_known() -> None:
 
 
 def test_a_program_takes_the_guards_of_another() -> None:
-    asking = made(lambda m, x: x + 1 if x.shape[0] % 2 == 0 else x)
     program, even = (
         export(model, (torch.ones(4, 3),), dynamic_shapes=((Dim.AUTO, Dim.STATIC),))
-        for model in (plain(), asking)
+        for model in (plain(), made(lambda m, x: x + 1 if x.shape[0] % 2 == 0 else x))
     )
     assert len(program.module()(torch.ones(5, 3))) == 5
     _compat.take_guards(program, _compat.guards_of(even))

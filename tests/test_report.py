@@ -335,13 +335,12 @@ def test_hostile_names_stay_text(show: Open) -> None:
         producers=((f"a.0.{HOSTILE}.w", 0),),
         consumers=((f"a.1.{HOSTILE}", 1), ("__proto__", 0)),
     )
-    plain = Line("constructor", "toString", 2, 2, 1, "", producers=(("toString.weight", 0),))
     report = Report(
         0.5,
         None,
         (2, 1),
         (8, 4),
-        (line, plain),
+        (line, Line("constructor", "toString", 2, 2, 1, "", producers=(("toString.weight", 0),))),
         (HOSTILE,),
         (Figure(HOSTILE, 1.0, float("inf")),),
         {HOSTILE: 1},

@@ -97,10 +97,9 @@ def repaired_along(
     """
     held = np.repeat(_held(activations, sequences), len(activations) // sequences)
     size = np.sqrt((activations[~held] ** 2).mean())
-    beside = np.concatenate([activations, np.full((len(activations), 1), size)], 1)
     found = repaired(
         np.concatenate([weight, np.zeros((len(weight), 1))], 1),
-        beside,
+        np.concatenate([activations, np.full((len(activations), 1), size)], 1),
         np.append(kept, weight.shape[1]),
         sequences,
     )

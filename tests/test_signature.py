@@ -13,7 +13,7 @@ import numpy
 import pytest
 import torch
 import transformers
-from models import block, made, randomise, two_layers, wide
+from models import block, linear, made, randomise, two_layers, wide
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 
@@ -193,8 +193,7 @@ def remembering(self: Any, x: Tensor, keys: Tensor, values: Tensor) -> dict[str,
 
 @pytest.mark.parametrize("in_order", [True, False])
 def test_state_goes_by_the_names_of_arguments(in_order: bool) -> None:
-    sizes = {"q": (6, 16), "k": (6, 16), "v": (6, 16), "out": (16, 6)}
-    model = randomise(made(remembering, **{name: nn.Linear(*size) for name, size in sizes.items()}))
+    model = randomise(made(remembering, **linear(q=(6, 16), k=(6, 16), v=(6, 16), out=(16, 6))))
     given = {"x": torch.randn(2, 3, 6), "keys": torch.randn(2, 2, 5, 8), "values": torch.zeros(2, 2, 5, 8)}
     args, kwargs = (tuple(given.values()), {}) if in_order else ((), given)
     result = fasp_fx.prune(

@@ -11,7 +11,7 @@ from checks import decide
 from corpus.indices import COUNT, INNER, STEPS, stacked
 from corpus.layers import CONVOLUTIONS, recurrent
 from hypothesis import given, strategies as st
-from models import Vectors, block, made, parameter, randomise, wide
+from models import Vectors, block, linear, made, parameter, randomise, wide
 from torch import Tensor, nn
 from torch.nn import functional, functional as F
 
@@ -157,8 +157,7 @@ def _encoder(arranged: Callable[[Any, Tensor], Tensor], pooled: bool = True) -> 
             tokens = (tokens * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)
         return self.narrow(self.wide(tokens).tanh())
 
-    sizes = {"up": (6, 16), "down": (16, 6), "wide": (6, 12), "narrow": (12, 3)}
-    return made(forward, **{name: nn.Linear(*size) for name, size in sizes.items()})
+    return made(forward, **linear(up=(6, 16), down=(16, 6), wide=(6, 12), narrow=(12, 3)))
 
 
 def encoder() -> nn.Module:

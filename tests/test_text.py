@@ -35,8 +35,7 @@ def test_sampling_is_seeded_and_leaves_no_trace(model: LlamaForCausalLM) -> None
     first = sample(model, 0, 70, 12, seed=3, progress=seen.append)
     assert first.shape == (70, 12)
     assert bool((first[:, 0] == 0).all())
-    assert seen == sorted(seen)
-    assert seen[-1] == pytest.approx(1)
+    assert (seen, seen[-1]) == (sorted(seen), pytest.approx(1))
     assert torch.equal(first, sample(model, 0, 70, 12, seed=3))
     assert not torch.equal(first, sample(model, 0, 70, 12, seed=4))
     assert model.generation_config is settings

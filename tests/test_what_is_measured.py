@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from corpus.blocks import MIXTURES
-from models import block, made, parameter, randomise, wide
+from models import block, linear, made, parameter, randomise, wide
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -83,8 +83,7 @@ def _attending() -> nn.Module:
         x = x + self.out(seen @ self.value(x))
         return self.head(x + self.down(torch.relu(self.up(x))))
 
-    sizes = {"query": (8, 8), "key": (8, 8), "value": (8, 12), "out": (12, 8), "up": (8, 24), "down": (24, 8)}
-    layers = {name: nn.Linear(*size) for name, size in sizes.items()}
+    layers = linear(query=(8, 8), key=(8, 8), value=(8, 12), out=(12, 8), up=(8, 24), down=(24, 8))
     return made(forward, embed=nn.Embedding(16, 8), **layers, head=nn.Linear(8, 16))
 
 

@@ -194,8 +194,7 @@ def test_a_file_holds_every_size_and_type(tmp_path: Path) -> None:
     ):
         assert found.fields[f"deci.{key}"].contents() == [getattr(layer, name) for layer in layers]
     kinds = {tensor.name: tensor.tensor_type.name for tensor in found.tensors}
-    assert kinds["blk.0.ffn_down.weight"] == "Q8_0"
-    assert kinds["output_norm.weight"] == "F32"
+    assert (kinds["blk.0.ffn_down.weight"], kinds["output_norm.weight"]) == ("Q8_0", "F32")
     assert "output.weight" not in kinds  # it is tied
     down = next(tensor for tensor in found.tensors if tensor.name == "blk.1.ffn_down.weight")
     expected = made.model.model.layers[1].mlp.down_proj.weight.detach()

@@ -89,8 +89,7 @@ def test_the_config_says_it(name: str, folders: Path) -> None:
     stored = json.loads((folders / name / "config.json").read_text(encoding="utf-8"))
     for field, (before, after) in case.fields.items():
         assert getattr(dense(name).config, field, None) == before, f"{field} of the dense model"
-        assert getattr(pruned.model.config, field) == after
-        assert stored[field] == after
+        assert (getattr(pruned.model.config, field), stored[field]) == (after, after)
     assert type(pruned.model) is type(dense(name))
     assert abs(pruned.report.sparsity - case.sparsity) < 0.06  # a step of eight neurons
     assert any(f"{field}" in pruned.report.notes[0] for field in case.fields)
@@ -319,8 +318,7 @@ def _found(model: Any, groups: list[Group]) -> list[tuple[str, set[str]]]:
 def test_lists_are_fields_by_layer() -> None:
     model = _meta(gemma3n)
     groups = [_feed(model, layer) for layer in range(2)]
-    found = _found(model, groups)
-    assert found == [
+    assert _found(model, groups) == [
         ("intermediate_size[0]=47", {groups[0].name}),
         ("intermediate_size[1]=63", {groups[1].name}),
     ]
