@@ -43,8 +43,8 @@ def parts() -> nn.Module:
 
 def rectified() -> nn.Module:
     """Gives zero, and no gradient, for zeros."""
-    layers = {"up": nn.Linear(12, 24, bias=False), "down": nn.Linear(24, 12, bias=False)}
-    return made(lambda m, x: torch.relu(block(m, x)), **layers)
+    up, down = nn.Linear(12, 24, bias=False), nn.Linear(24, 12, bias=False)
+    return made(lambda m, x: torch.relu(block(m, x)), up=up, down=down)
 
 
 def late() -> list[Tensor]:

@@ -89,9 +89,16 @@ def make_hf(folder: Path, *, format: str = "fasp-fx") -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 32, "max_position_embeddings": 32}
-    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        vocab_size=32,
+        max_position_embeddings=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model = LlamaForCausalLM(config).eval()
     fasp_fx.hf.prune(model, format=format, **FAST).save_pretrained(folder)
 
 

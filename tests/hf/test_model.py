@@ -342,16 +342,13 @@ def test_a_buffer_that_a_program_writes_is_no_other(tmp_path: Path) -> None:
         "long_factor": [3.0] * 4,
         "original_max_position_embeddings": 16,
     }
-    sizes = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
     config = Phi3Config(
-        **sizes,
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         max_position_embeddings=64,
         original_max_position_embeddings=16,
         pad_token_id=0,
@@ -379,17 +376,18 @@ def test_a_padded_prompt_may_be_as_long_as_the_table(model: Any) -> None:
 
 
 def _whisper() -> Any:
-    heads = {
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-    }
-    return WhisperForConditionalGeneration(
-        WhisperConfig(
-            vocab_size=96, d_model=16, num_mel_bins=8, max_source_positions=20, pad_token_id=0, **heads
-        )
-    ).eval()
+    config = WhisperConfig(
+        vocab_size=96,
+        d_model=16,
+        num_mel_bins=8,
+        max_source_positions=20,
+        pad_token_id=0,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_layers=1,
+        decoder_layers=1,
+    )
+    return WhisperForConditionalGeneration(config).eval()
 
 
 BAD_PRUNING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
