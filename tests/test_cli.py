@@ -630,10 +630,9 @@ def pruned(folder: Path, report: Report = REPORT) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("data", [b"{", None])
-def test_reports_that_are_none(tmp_path: Path, data: bytes | None) -> None:
-    file = pruned(tmp_path / "small") / "report.json"
-    file.unlink() if data is None else file.write_bytes(data)
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"{")], ids=["none", "cut"])
+def test_reports_that_are_none(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    damage(pruned(tmp_path / "small") / "report.json")
     assert "report" in refused("inspect", "small", "--html", "page.html")
     assert not (tmp_path / "page.html").exists()
 

@@ -45,13 +45,13 @@ def _of(run: Callable[[], Any]) -> Exception:
     """What something raises, as it comes out of what it interrupted."""
     with pytest.raises((RuntimeError, OffloadError)) as caught:
         run()
-    return caught.value.with_traceback(None)
+    return caught.value
 
 
 #: what is raised, by kind; how each is told from other errors
 RAISED: dict[str, Callable[[], Exception]] = {
     "device": lambda: torch.OutOfMemoryError(f"{_MEMORY}: tried to allocate 3.00 GiB"),
-    "host": lambda: _of(lambda: torch.empty(1 << 46)),
+    "host": lambda: _of(lambda: torch.empty(1 << 46)).with_traceback(None),
     "disk": lambda: OSError(errno.ENOSPC, _DISK),
 }
 WORDS = (_MEMORY, "can't allocate memory", _DISK)
