@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import fasp_fx
-from fasp_fx.base import _shown
+from fasp_fx.base import _progress
 from fasp_fx.interop import write_page
 from fasp_fx.interop.page import to_html
 from fasp_fx.pruning import COUNTED, Figure, Line, Report
@@ -364,13 +364,13 @@ def test_hostile_names_stay_text(show: Open) -> None:
 def test_a_bar_is_drawn_in_a_terminal_alone(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], width: int, is_terminal: bool
 ) -> None:
-    @_shown.shows("pruning")
-    def work(progress: _shown.Shown = None) -> None:
-        _shown.advance_of(progress)(0.5)
+    @_progress.shows("pruning")
+    def work(progress: _progress.Shown = None) -> None:
+        _progress.advance_of(progress)(0.5)
 
     drawn = io.StringIO()
     console = partial(Console, file=drawn, width=width, force_terminal=is_terminal)
-    monkeypatch.setattr(_shown, "Console", lambda stderr, quiet: console(quiet=quiet))
+    monkeypatch.setattr(_progress, "Console", lambda stderr, quiet: console(quiet=quiet))
     work(**given)
     assert ("pruning" in drawn.getvalue()) == (is_terminal and given.get("progress") is None)
 

@@ -22,6 +22,14 @@ from ._offload import (
     offload as offload,  # Keep weights in files while a model is pruned: those that are made inside, and those given to keep_weights
     zeros as zeros,  # Zeros that will be needed later, kept as keep does
 )
+from ._progress import (
+    Shown as Shown,  # what progress= takes: a function that is called with the fraction done; None: a bar in a terminal or a notebook
+    advance_of as advance_of,  # The function to call with the fraction done
+    bar_on as bar_on,  # A bar with the time that remains, which goes when the work is done; none in a file or a pipe
+    between as between,  # The progress of a step, as a part of that of all
+    process as process,  # What torchrun says of this process: RANK, LOCAL_RANK or WORLD_SIZE
+    shows as shows,  # Have a function be given a function as progress, whatever its caller gives (Shown)
+)
 from ._records import (
     Count as Count,  # a number of things, or an index, as large as a size of a tensor can be
     ReadBy as ReadBy,  # Annotates a field whose value is made by a function of what JSON holds, whatever its type
@@ -33,16 +41,6 @@ from ._records import (
     parse as parse,  # What a text of JSON holds; fields that are not known are left out
     path_of as path_of,  # A path that an argument gives
     to_document as to_document,  # A document of its own, which from_document reads
-)
-from ._shown import (
-    Shown as Shown,  # what progress= takes: a function that is called with the fraction done; None: a bar in a terminal or a notebook
-    advance_of as advance_of,  # The function to call with the fraction done
-    bar_on as bar_on,  # A bar with the time that remains, which goes when the work is done; none in a file or a pipe
-    between as between,  # The progress of a step, as a part of that of all
-    process as process,  # What torchrun says of this process: RANK, LOCAL_RANK or WORLD_SIZE
-    quiet as quiet,  # Exporters log what the library itself reports; errors still arrive as exceptions
-    shows as shows,  # Have a function be given a function as progress, whatever its caller gives (Shown)
-    warn as warn,  # Warn as of the first line outside of the library that led here
 )
 from ._tensors import (
     check_device as check_device,  # The device of a name, if it can be used
@@ -70,6 +68,10 @@ from ._undisturbed import (
     products_in_bfloat16 as products_in_bfloat16,  # Within it, products are computed in bfloat16 by autocast, if wanted
     seed_of as seed_of,  # A seed of its own for each place, of 32 bits, which is what torch takes of one
     without_collections as without_collections,  # Have Python's collector of cyclic garbage wait while many small objects are made that stay
+)
+from ._warn import (
+    quiet as quiet,  # Exporters log what the library itself reports; errors still arrive as exceptions
+    warn as warn,  # Warn as of the first line outside of the library that led here
 )
 from .compat import (
     PRESERVED as PRESERVED,  # torch: key under which graph modules keep attributes of the caller's

@@ -168,6 +168,7 @@ def test_the_corpus_sees_a_fault(mutant: Mutant, monkeypatch: pytest.MonkeyPatch
     _without_verifier(monkeypatch)
     not_run(monkeypatch)
     own = test_corpus.Subject(ON_CORPUS[mutant])
+    own.deep = True
     with pytest.raises(AssertionError):
         test_corpus.other_sizes(own)
 

@@ -1,26 +1,18 @@
-"""What a caller sees of work: how far it is, by a function of the caller's or a bar where somebody looks on;
-warnings that point at the caller's line, however deep in the library they arise; and no logs of others.
+"""How long work shows where it is: a function of the caller's, or a bar where somebody looks on. The
+command shows it before torch is imported.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from fasp_fx.errors import ArgumentError
-
-from ._undisturbed import logging_from
-from .compat import silent_export, silent_fake_tensors
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -92,46 +84,3 @@ def advance_of(progress: Shown) -> Callable[[float], None]:
 def between(advance: Callable[[float], None], start: float, end: float) -> Callable[[float], None]:
     """The progress of a step, as a part of that of all."""
     return lambda fraction: advance(start + (end - start) * fraction)
-
-
-# --- Warnings.
-
-
-_PACKAGE = Path(__file__).parents[1]
-#: the packages' own folders, which are linked into this one
-_OWN = tuple(
-    f"{folder}/" for folder in {_PACKAGE, *((_PACKAGE / name).resolve() for name in ("passes", "patterns"))}
-)
-
-
-#: the loggers of exporters
-_EXPORTERS = (
-    "torch.export",
-    "torch._export",
-    "torch.fx.experimental.symbolic_shapes",
-    "torch._export.non_strict_utils",
-    "transformers",
-)
-
-
-def warn(message: str, category: type[Warning]) -> None:
-    """Warn as of the first line outside of the library that led here."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, category, stacklevel=level)
-
-
-# --- Exporting without the exporters' own logging.
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Exporters log what the library itself reports; errors still arrive as exceptions."""
-    with (
-        logging_from(logging.ERROR, *_EXPORTERS),
-        warnings.catch_warnings(action="ignore"),
-        silent_export(),
-        silent_fake_tensors(),
-    ):
-        yield
