@@ -338,7 +338,8 @@ def is_slow(name: str, run: Callable[..., None]) -> bool:
     entry = TABLE[name]
     if run is promised:
         return not entry.invariants
-    return entry.slow or not is_tried(name, run.__name__)
+    # Of three models that differ little the fast profile tries two.
+    return entry.slow or zlib.crc32(name.encode()) % 3 == 0 or not is_tried(name, run.__name__)
 
 
 @pytest.mark.parametrize(

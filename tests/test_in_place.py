@@ -189,6 +189,7 @@ def recorded(call: Callable[[Tensor], Tensor], layout: Callable[[Tensor], Tensor
     ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("call", CALLS)
 def test_what_is_recorded_by_shapes_is_what_is_traced(call: str, layout: str) -> None:

@@ -320,6 +320,7 @@ def language_model(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("language_model")
 def test_peers(run: Run) -> None:
     sizes = ("model", "text.txt", "--length", 32, "--chunks", 8, "--after", 8, "--measure", 4)
@@ -384,6 +385,7 @@ def test_latency(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.6 * dense < pruned <= 0.7 * dense
 
 
+@pytest.mark.slow
 def test_llama_cpp(run: Run, language_model: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With a llama.cpp that takes as long as its file is large."""
     monkeypatch.setattr(

@@ -127,7 +127,8 @@ def test_another_run_is_refused(captured: fasp_fx.Captured, tmp_path: Path) -> N
     how["score"] = _score("norms")
     expected = fasp_fx.prune(captured, **how)
     for make, options, said in OTHERS.values():
-        other = fasp_fx.capture(make(), (), {"input_ids": tokens()[0], "use_cache": False})
+        example = {"input_ids": tokens()[0], "use_cache": False}
+        other = captured if make is llama else fasp_fx.capture(make(), (), example)
         with pytest.raises(StoreError, match=said):
             fasp_fx.prune(other, **{**how, **options})
     equal = fasp_fx.capture(llama(), (), {"input_ids": tokens()[0], "use_cache": False})

@@ -145,7 +145,7 @@ SEARCH = Search(generations=1, offspring=3, sequences=2)
     ("loss", "allocation", "side"),
     [
         ("next-token", SEARCH, "right"),
-        ("outputs", "global", "left"),
+        pytest.param("outputs", "global", "left", marks=pytest.mark.slow),
         pytest.param("outputs", SEARCH, "left", marks=pytest.mark.slow),
         pytest.param("next-token", "global", "right", marks=pytest.mark.slow),
     ],

@@ -222,6 +222,7 @@ def said(file: Path, *names: str) -> list[Any]:
 KEYS = [f"tokenizer.ggml.{name}" for name in ("pre", "add_space_prefix")]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", WRITTEN)
 def test_llama_cpp_makes_the_same_tokens(kind: str, tmp_path: Path) -> None:
     expected, make = WRITTEN[kind]
