@@ -158,10 +158,12 @@ class _Finder:
         if any(self.looked_up[name] != 1 or len(self.aliases[name]) != 1 for name in names):
             return
         # Other dimensions may be numbered too, such as tokens of which there is a fixed number.
-        for axis in [axis for axis in self.values[chain[-1]].axes if axis.varying() == [dim]][:1]:
-            rows = axis.numbers.reshape(-1).numpy()
-            is_stuck = self.stuck[self.analysis.labels[rows]].any()
-            parts = (self._parts(chain[-1], dim, rows) if is_stuck else None) or []
+        axis = next((axis for axis in self.values[chain[-1]].axes if axis.varying() == [dim]), None)
+        if axis is None:
+            return
+        rows = axis.numbers.reshape(-1).numpy()
+        if self.stuck[self.analysis.labels[rows]].any():
+            parts = self._parts(chain[-1], dim, rows) or []
             taken = [row for part in parts for row in part.rows.tolist()]
             if len(parts) > 1 and sorted(taken) == sorted(rows.tolist()):
                 yield _Fused(chain, dim, row_dims, parts)
@@ -198,12 +200,14 @@ class _Finder:
             node, labels = pending.pop(0)
             for user in node.users:
                 others = [self.values.get(other) for other in user.all_input_nodes if other is not node]
-                moved = {lead: self._carry(user, label) for lead, label in labels.items()}
-                gives = user.meta.get("val")
                 if any(
                     isinstance(other, tuple) or (isinstance(other, Value) and not other.constant)
                     for other in others
-                ) or not all(_lies_along(label, gives, recorded[lead]) for lead, label in moved.items()):
+                ):
+                    return None
+                moved = {lead: self._carry(user, label) for lead, label in labels.items()}
+                gives = user.meta.get("val")
+                if not all(_lies_along(label, gives, recorded[lead]) for lead, label in moved.items()):
                     return None
                 value = self.values.get(user)
                 if isinstance(value, Value):

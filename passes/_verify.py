@@ -43,11 +43,7 @@ def verify(program: Program, reference: Analysis) -> Walk:
     granularity = reference.granularity & {"expert"}
     walk = Interpreter(program, reference.numbering, granularity, program.numbers, reference.walk).run()
     labels, last = reference.labels, _last_ones(program, reference)
-    # The channel sets that the last ones are taken for stand for these from then on, and prove nothing
-    # either.
-    met = [np.stack([labels[one], labels[other]]) for one, other, _ in walk.facts.pairs if last.size]
-    both = np.concatenate([np.zeros((2, 0), dtype=np.int64), *met], axis=1)
-    last = np.union1d(last, both[:, (both[0] != both[1]) & np.isin(both, last).any(0)])
+    last = np.union1d(last, _mistaken(walk.facts.pairs, labels, last))
     _meet(walk.facts.pairs, labels, last, reference.numbering)
     now, before = walk.facts.remarks, reference.walk.facts.remarks
     for kind, remarks, allowed in (
@@ -56,19 +52,17 @@ def verify(program: Program, reference: Analysis) -> Walk:
         ("contracts", now.exempt, before.exempt),
     ):
         _subset(kind, remarks, allowed, labels, last)
-    shapes = [
-        [
-            tuple(value.shape) if isinstance(value, torch.Tensor) else None
-            for value in map(each.executed.get, results(one.module.graph))
-        ]
-        for one, each in ((reference.program, reference.walk), (program, walk))
-    ]
-    # Executed at different sizes nothing is compared here: the final export compares symbolic shapes.
-    alike = walk.sizes.assigned == reference.walk.sizes.assigned
-    for index, (old, new) in enumerate(zip(*shapes, strict=True) if alike else ()):
-        if old != new and index not in reference.program.state_outputs:
-            raise VerificationError(f"output {index} had shape {old} and now has {new}")
+    _same_outputs(walk, reference, program)
     return walk
+
+
+def _mistaken(pairs: Pairs, labels: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """The channel sets that the last ones are taken for: they stand for these from then on, and prove nothing
+    either.
+    """
+    met = [np.stack([labels[first], labels[second]]) for first, second, _ in pairs if last.size]
+    both = np.concatenate([np.zeros((2, 0), dtype=np.int64), *met], axis=1)
+    return np.unique(both[:, (both[0] != both[1]) & np.isin(both, last).any(0)])
 
 
 def _meet(pairs: Pairs, labels: np.ndarray, last: np.ndarray, numbering: Numbering) -> None:
@@ -154,3 +148,18 @@ def _subset(
         if not before[labels[remark.numbers]].all():
             where = f"node '{remark.node.name}'" if remark.node is not None else "the graph"
             raise VerificationError(f"{where} {kind} channels that were free before: {remark.reason}")
+
+
+def _shapes(program: Program, walk: Walk) -> list[tuple[int, ...] | None]:
+    """The shapes of what a program returns; ``None`` for what is no tensor."""
+    executed = map(walk.executed.get, results(program.module.graph))
+    return [tuple(value.shape) if isinstance(value, torch.Tensor) else None for value in executed]
+
+
+def _same_outputs(walk: Walk, reference: Analysis, program: Program) -> None:
+    if walk.sizes.assigned != reference.walk.sizes.assigned:
+        return  # the two were executed at different sizes; the final export compares symbolic shapes
+    before, after = _shapes(reference.program, reference.walk), _shapes(program, walk)
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        if old != new and index not in reference.program.state_outputs:
+            raise VerificationError(f"output {index} had shape {old} and now has {new}")

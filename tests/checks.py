@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import BATCH, Vectors, X
@@ -59,6 +60,16 @@ def refused(
     with untouched(model), pytest.raises(error, match=match) as caught:
         fasp_fx.prune(model, args, **options)
     assert isinstance(caught.value, fasp_fx.FaspError)
+
+
+def alike(found: Decision, expected: Decision) -> bool:
+    """Whether two decisions are the same in all bits."""
+    return (
+        np.array_equal(found.gone, expected.gone)
+        and found.weights.keys() == expected.weights.keys()
+        and all(torch.equal(weight, expected.weights[name]) for name, weight in found.weights.items())
+        and found.notes == expected.notes
+    )
 
 
 def decide(program: Program, config: Any, calibration: Any, **how: Any) -> tuple[Analysis, Decision]:

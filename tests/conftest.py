@@ -5,8 +5,10 @@ process.
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import random
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,8 +115,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if PROFILE == "slow":
         return
     skip = pytest.mark.skip(reason="runs only with FASP_FX_PROFILE=slow")
+    turns: dict[str, itertools.count[int]] = defaultdict(itertools.count)
     for item in items:
-        if item.get_closest_marker("slow"):
+        sampled = item.get_closest_marker("sampled")
+        is_left_out = sampled and next(turns[item.nodeid.partition("[")[0]]) % sampled.args[0]
+        if is_left_out or item.get_closest_marker("slow"):
             item.add_marker(skip)
 
 

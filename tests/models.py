@@ -69,38 +69,15 @@ def randomise(module: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:
     return module.eval()
 
 
-class Between(nn.Module):
+def between_layers(function: Callable[[Tensor], Tensor]) -> nn.Module:
     """A function of twelve channels between two linear layers; what follows can be pruned whatever becomes of
     it.
     """
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.first, self.second, self.third, self.last = (
-            nn.Linear(8, 12),
-            nn.Linear(12, 5),
-            nn.Linear(5, 16),
-            nn.Linear(16, 4),
-        )
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(F.relu(self.third(self.second(self.function(F.relu(self.first(x)))))))
-
-
-class Net(nn.Module):
-    """Token numbers or vectors through one feed-forward block with a residual."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(10, 6)
-        self.up, self.down = nn.Linear(6, 24), nn.Linear(24, 6)
-
-    def forward(self, ids: Tensor, bias: Tensor | None = None) -> Tensor:
-        hidden = self.embed(ids)
-        if bias is not None:
-            hidden = hidden + bias
-        return hidden + self.down(torch.relu(self.up(hidden)))
+    return made(
+        lambda m, x: m.last(F.relu(m.third(m.second(m.function(F.relu(m.first(x))))))),
+        **linear(first=(8, 12), second=(12, 5), third=(5, 16), last=(16, 4)),
+        function=function,
+    )
 
 
 class Vectors(nn.Module):
@@ -215,15 +192,9 @@ ZOO: dict[str, Entry] = {
 }
 
 
-class TwoLayers(nn.Module):
+def two_layers() -> nn.Module:
     """Linear, GELU, linear: the smallest model with a prunable group."""
-
-    def __init__(self, width: int = 12, hidden: int = 20) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(F.gelu(self.first(x)))
+    return made(lambda m, x: m.second(F.gelu(m.first(x))), **linear(first=(12, 20), second=(20, 12)))
 
 
 # --- decoders in plain torch, made to a specification
@@ -280,26 +251,18 @@ class Block(nn.Module):
         return x + self.ffn(self.norm_ffn(x))
 
 
-class Decoder(nn.Module):
-    def __init__(self, spec: Spec) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(LETTERS, spec.hidden)
-        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.layers))
-        self.norm = nn.LayerNorm(spec.hidden)
-        self.head = nn.Linear(spec.hidden, LETTERS, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
 def build(spec: Spec, seed: int = 0) -> nn.Module:
     """The decoder of a specification, with random weights large enough that every channel shows in the
     output.
     """
-    return randomise(Decoder(spec), seed, std=0.7)
+    decoder = made(
+        lambda m, tokens: m.head(m.norm(m.blocks(m.embed(tokens)))),
+        embed=nn.Embedding(LETTERS, spec.hidden),
+        blocks=nn.Sequential(*(Block(spec) for _ in range(spec.layers))),
+        norm=nn.LayerNorm(spec.hidden),
+        head=nn.Linear(spec.hidden, LETTERS, bias=False),
+    )
+    return randomise(decoder, seed, std=0.7)
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.distributed as dist
-from models import block, made
+from models import block, linear, made
 from patched import patch_torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -43,8 +43,8 @@ def parts() -> nn.Module:
 
 def rectified() -> nn.Module:
     """Gives zero, and no gradient, for zeros."""
-    layers = {"up": nn.Linear(12, 24, bias=False), "down": nn.Linear(24, 12, bias=False)}
-    return made(lambda m, x: torch.relu(block(m, x)), **layers)
+    up, down = nn.Linear(12, 24, bias=False), nn.Linear(24, 12, bias=False)
+    return made(lambda m, x: torch.relu(block(m, x)), up=up, down=down)
 
 
 def late() -> list[Tensor]:
@@ -76,8 +76,7 @@ def twice() -> nn.Module:
         return (m.query(x) @ m.key(x).transpose(1, 2)).softmax(-1) @ x
 
     torch.manual_seed(0)
-    sizes = {"up": (12, 24), "down": (24, 12), "query": (12, 8), "key": (12, 8)}
-    return made(forward, **{name: nn.Linear(*size) for name, size in sizes.items()})
+    return made(forward, **linear(up=(12, 24), down=(24, 12), query=(12, 8), key=(12, 8)))
 
 
 def tokens(seed: int = 1) -> list[Tensor]:
@@ -185,8 +184,9 @@ def command_line(rank: int, size: int, folder: Path) -> None:
         str(folder / "text.txt"),
         "--out",
         str(folder / "out"),
+        *SMALL,
+        "--stream",  # the one process has its weights in memory
     ]
-    arguments += [*SMALL, "--stream"]  # the one process has its weights in memory
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert bool(done.output) == (rank == 0), "the first speaks for all"
@@ -232,14 +232,10 @@ def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
     common: dict[str, Any] = {"calibration": numbers(), "sparsity": 0.3, "group": group}
 
     def told(failed: int, error: type[BaseException], text: str, **options: Any) -> None:
-        if rank == failed:
-            with pytest.raises(error, match=text):
-                fasp_fx.prune(once, **common, **options)
-        else:
-            with pytest.raises(
-                RankError, match=f"process {failed} of 2 has failed .{error.__name__}: {text}"
-            ):
-                fasp_fx.prune(once, **common, **options)
+        of_others = RankError, f"process {failed} of 2 has failed .{error.__name__}: {text}"
+        kind, said = (error, text) if rank == failed else of_others
+        with pytest.raises(kind, match=said):
+            fasp_fx.prune(once, **common, **options)
 
     for failed, error, owner, name, options in places:
         with pytest.MonkeyPatch.context() as patch:
@@ -248,8 +244,7 @@ def fails(group: dist.ProcessGroup, rank: int, folder: Path) -> None:
             told(failed, type(error), str(error), **options)
     told(1, ArgumentError, "quality=", **({"quality": "none of these"} if rank == 1 else {}))
     found = fasp_fx.prune(once, **common)
-    alone = fasp_fx.prune(once, **common | {"group": None})
-    assert found.plan.groups == alone.plan.groups
+    assert found.plan.groups == fasp_fx.prune(once, **common | {"group": None}).plan.groups
 
 
 def main(rank: int, size: int, folder: Path, scenario: str) -> None:
@@ -263,9 +258,8 @@ def main(rank: int, size: int, folder: Path, scenario: str) -> None:
     if scenario == "fails":
         fails(group, rank, folder)
         dies(group, rank)
-    found = cases(group)
     torch.save(
-        {name: (plan.to_json(), weights) for name, (plan, weights) in found.items()},
+        {name: (plan.to_json(), weights) for name, (plan, weights) in cases(group).items()},
         folder / f"rank{rank}.pt",
     )
     refusals(group, rank)

@@ -5,12 +5,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from models import BATCH, X
+from models import BATCH, X, made
 from torch import Tensor, nn
 
 import fasp_fx
@@ -58,24 +58,17 @@ def small_result(model: nn.Module | None = None, **kwargs: Any) -> fasp_fx.Resul
     return fasp_fx.prune(model, (ids,), kwargs, calibration=[(torch.randint(0, 11, (2, 5)),)], sparsity=0.3)
 
 
-class Forked(nn.Module):
-    """Cannot be captured as a whole."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = (
-            nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)) for _ in range(2)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        return x + self.second(x) if x.sum() < 1e6 else x
-
-
 @cache
 def forked() -> nn.Module:
+    """Cannot be captured as a whole."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.first(x)
+        return x + m.second(x) if x.sum() < 1e6 else x
+
     torch.manual_seed(0)
-    return Forked().eval()
+    first, second = (nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)) for _ in range(2))
+    return made(forward, first=first, second=second)
 
 
 #: token numbers, for the models that read such
@@ -96,14 +89,17 @@ def make_hf(folder: Path, *, format: str = "fasp-fx") -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 32, "max_position_embeddings": 32}
-    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        vocab_size=32,
+        max_position_embeddings=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model = LlamaForCausalLM(config).eval()
     fasp_fx.hf.prune(model, format=format, **FAST).save_pretrained(folder)
-
-
-def make_plain(folder: Path) -> None:
-    make_hf(folder, format="plain")
 
 
 #: what makes a folder of each kind; fasp_fx.load reads them all
@@ -111,7 +107,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "whole": make_whole,
     "parts": make_parts,
     "hf": make_hf,
-    "plain": make_plain,
+    "plain": partial(make_hf, format="plain"),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from corpus.layers import by_head, flexible
-from models import Spec, build, made, parameter, randomise, tokens
+from models import Spec, build, linear, made, parameter, randomise, tokens
 from oracle import TOLERANCE, error
 from torch import Tensor, fx, nn
 
@@ -59,8 +59,7 @@ def hidden(divided: bool = False) -> nn.Module:
             torch._dynamo.graph_break()
         return m.last(torch.relu(m.third(x)))
 
-    sizes = {"first": (6, 16), "second": (16, 16), "third": (16, 16), "last": (16, 4)}
-    return made(forward, **{name: nn.Linear(*size) for name, size in sizes.items()})
+    return made(forward, **linear(first=(6, 16), second=(16, 16), third=(16, 16), last=(16, 4)))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checks import refused, untouched
-from models import BATCH, IDS, Net, Vectors, X, made
+from models import BATCH, IDS, Vectors, X, block, made, wide
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -121,10 +121,20 @@ class Spoilt(Vectors):
         self.up.weight.detach()[0, 0] = float("nan")
 
 
+def net() -> nn.Module:
+    """Token numbers through one feed-forward block with a residual."""
+
+    def forward(m: Any, ids: Tensor, bias: Tensor | None = None) -> Tensor:
+        hidden = m.embed(ids) if bias is None else m.embed(ids) + bias
+        return hidden + block(m, hidden)
+
+    return wide(forward, embed=nn.Embedding(10, 6))
+
+
 def positioned() -> nn.Module:
     return made(
         lambda m, ids: m.net(ids, m.positions(torch.arange(ids.shape[1]))),
-        net=Net(),
+        net=net(),
         positions=nn.Embedding(8, 6),
     )
 
@@ -133,7 +143,7 @@ def positioned() -> nn.Module:
 MODELS: dict[str, tuple[Callable[[], Any], Any, type[fasp_fx.FaspError], str]] = {
     **{
         f"token number {wrong}": (
-            Net,
+            net,
             [IDS, torch.full((2, 5), wrong)],
             C,
             r"batch 1 fails in the model at node 'embedding'",
@@ -141,7 +151,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Any, type[fasp_fx.FaspError], str]] =
         for wrong in (10, -1)
     },
     "an argument that was not captured": (
-        Net,
+        net,
         [(IDS, torch.zeros(6))],
         C,
         r"batch 0: argument 'bias'.*capture it.*labels.*batch\[0\]",
@@ -414,6 +424,6 @@ def test_wrong_calls_of_a_result(
 
 
 def test_an_argument_of_the_model_that_was_left_out_at_capture() -> None:
-    result = fasp_fx.prune(Net().eval(), (IDS,), calibration=[IDS], sparsity=0.3)
+    result = fasp_fx.prune(net(), (IDS,), calibration=[IDS], sparsity=0.3)
     with pytest.raises(fasp_fx.CallError, match=r"argument 'bias' is a tensor of shape \(6,\).*capture it"):
         result.module(IDS, torch.zeros(6))

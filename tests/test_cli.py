@@ -40,23 +40,31 @@ def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def _done(*arguments: object) -> str:
+def printed(*arguments: object) -> str:
     """What a command prints that does what it was asked for, in one line."""
     done = invoke(*arguments)
     assert done.exit_code == 0, done.output
     return " ".join(done.stdout.split())
 
 
-def _refused(*arguments: object) -> str:
-    """The message of a command that was refused: exit code 2, one line, nothing else on the error stream but
-    finished stages.
-    """
+def failed(*arguments: object) -> str:
+    """What a command says that was refused."""
     done = invoke(*arguments)
-    assert done.exit_code == 2, done.output
-    lines = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert len(lines) == 1
-    assert done.stderr.rstrip().endswith(lines[0])
-    return lines[0]
+    assert done.exit_code == 2, (done.exit_code, done.output, done.exception)
+    assert isinstance(done.exception, SystemExit)
+    assert not re.search("Traceback|\x1b", done.output)
+    return done.stderr
+
+
+def refused(*arguments: object) -> str:
+    """The message of a command that was refused: one line, nothing else on the error stream but finished
+    stages.
+    """
+    shown = failed(*arguments)
+    (said,) = [line for line in shown.splitlines() if line.startswith("fasp-fx: error: ")]
+    assert shown.rstrip().endswith(said)
+    assert len(said) < 800
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +89,7 @@ def test_room_for_the_result_is_looked_for_before_the_work(
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     monkeypatch.setattr("fasp_fx.calibration.Visit.run", pytest.fail)
-    said = _refused(*prune, "--out", tmp_path / "small", "--format", form, "--sparsity", 0.2)
+    said = refused(*prune, "--out", tmp_path / "small", "--format", form, "--sparsity", 0.2)
     assert re.search(r"small' will take .* GiB at least, and 9.31e-07 GiB are free there", said)
     assert list(tmp_path.iterdir()) == []
 
@@ -161,9 +169,9 @@ def test_prune_by_itself(folder: Path, tmp_path: Path) -> None:
     """Also what only other options reach: the same seed writes the same text."""
     command = ["prune", folder / "model", "--out", tmp_path / "out", *SMALL]
     options = ["--score", "magnitude", "--no-restore", "--sparsity", "0.1", "--exclude", "model.layers.0.mlp"]
-    first = _done(*command, *options)
+    first = printed(*command, *options)
     assert "text that the model wrote itself, not seen by this calibration (3 x 32 tokens)" in first
-    assert _figures(first) == _figures(_done(*command, *options, "--overwrite"))
+    assert _figures(first) == _figures(printed(*command, *options, "--overwrite"))
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert [child.name for child in tmp_path.iterdir()] == ["out"]
     report = AutoModelForCausalLM.from_pretrained(tmp_path / "out").report
@@ -188,13 +196,13 @@ def test_prune_to_a_plain_checkpoint(
     held_out = _perplexity(plain, _chunks(folder)[4:7])
     assert _figures(done.stdout)[1] == pytest.approx(held_out, rel=1e-3, abs=1e-3)
     made = tmp_path / "made"
-    assert f"llama-cli -m {made}/model.gguf" in _done("convert", out, "--format", "gguf-f16", "--out", made)
-    shown = _done("eval", made, "--text", folder / "text.txt", "--length", str(LENGTH), "--chunks", "4:7")
+    assert f"llama-cli -m {made}/model.gguf" in printed("convert", out, "--format", "gguf-f16", "--out", made)
+    shown = printed("eval", made, "--text", folder / "text.txt", "--length", str(LENGTH), "--chunks", "4:7")
     found = re.search(r"([\d.]+) *│ *\+0\.0%", shown)
     assert found is not None
     assert float(found[1]) == pytest.approx(held_out, rel=1e-4)
-    assert "is not replaced" in _refused(*prune, "--format", "plain", "--out", from_file[0], "--overwrite")
-    assert "is not replaced" in _refused(*prune, "--out", out, "--overwrite")
+    assert "is not replaced" in refused(*prune, "--format", "plain", "--out", from_file[0], "--overwrite")
+    assert "is not replaced" in refused(*prune, "--out", out, "--overwrite")
 
 
 FILE = PruningConfig(granularity=("head", "channel"), sparsity=0.1, quality="fast")
@@ -227,7 +235,7 @@ def test_options_are_those_of_python(options: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(_prune, "run", run)
     monkeypatch.chdir(tmp_path)
     Path("config.json").write_text(FILE.to_json())
-    _done("prune", "model", "--out", tmp_path / "out", *options.split())
+    printed("prune", "model", "--out", tmp_path / "out", *options.split())
     assert asked == [PruningConfig(**OPTIONS[options])]
 
 
@@ -239,13 +247,13 @@ def _on_page(file: Path) -> dict[str, Any]:
 
 
 def test_inspect_table_and_page(folder: Path, tmp_path: Path) -> None:
-    shown = _done("inspect", folder / "model", "--html", tmp_path / "dense.html")
+    shown = printed("inspect", folder / "model", "--html", tmp_path / "dense.html")
     for word in ("prunable", "exempt", "approximate", "frozen", "gate_proj, up_proj", "reaches output 0"):
         assert word in shown
     data = _on_page(tmp_path / "dense.html")
     assert (data["title"], data["pruned"]) == (str(folder / "model"), False)
     assert "model.layers.0.mlp.down_proj.weight" in {group["name"] for group in data["groups"]}
-    experts = _done("inspect", folder / "model", "--granularity", "expert", "--include", "exempt")
+    experts = printed("inspect", folder / "model", "--granularity", "expert", "--include", "exempt")
     assert "at most 0.0% of the linear weights of" in experts
 
 
@@ -266,8 +274,8 @@ def test_eval_dense_and_pruned(from_file: tuple[Path, Result], folder: Path) -> 
     models = (_dense(folder), AutoModelForCausalLM.from_pretrained(names[1]))
     for option, chosen in ((), slice(None)), (("--chunks", "2:5"), slice(2, 5)):
         expected = [_perplexity(model, _chunks(folder)[chosen]) for model in models]
-        assert _figures(_done("eval", *names, *arguments, *option)) == pytest.approx(expected, rel=1e-4)
-    assert "--dtype" in _refused("eval", names[1], *arguments, "--dtype", "float16")
+        assert _figures(printed("eval", *names, *arguments, *option)) == pytest.approx(expected, rel=1e-4)
+    assert "--dtype" in refused("eval", names[1], *arguments, "--dtype", "float16")
 
 
 # --- what is refused, and what is kept
@@ -287,7 +295,7 @@ def test_eval_dense_and_pruned(from_file: tuple[Path, Result], folder: Path) -> 
 def test_prune_refuses_what_cannot_be(
     prune: list[str | Path], tmp_path: Path, options: str, says: str
 ) -> None:
-    assert says in _refused(*prune, "--out", tmp_path / "out", *options.split())
+    assert says in refused(*prune, "--out", tmp_path / "out", *options.split())
     assert not list(tmp_path.iterdir())
 
 
@@ -297,16 +305,16 @@ def test_damaged_recover_and_taken_places(
     broken, taken = tmp_path / "broken", tmp_path / "taken.html"
     broken.mkdir()
     (broken / "manifest.json").write_bytes((from_file[0] / "manifest.json").read_bytes())
-    assert "missing" in _refused("eval", broken, "--text", folder / "text.txt")
+    assert "missing" in refused("eval", broken, "--text", folder / "text.txt")
     taken.write_text("mine")
     for model in (from_file[0], folder / "model"):
-        assert "did not write" in _refused("inspect", model, "--html", taken)
+        assert "did not write" in refused("inspect", model, "--html", taken)
     assert taken.read_text() == "mine"
     command = ("prune", folder / "model", "--out", tmp_path / "out", "--checkpoint", taken)
-    assert "; choose another --checkpoint" in _refused(*command, *SMALL)
+    assert "; choose another --checkpoint" in refused(*command, *SMALL)
     inside = ("prune", folder / "model", "--out", tmp_path / "out", "--checkpoint", tmp_path / "out" / "run")
-    assert "lies in --out" in _refused(*inside, *SMALL)
-    assert "was pruned already" in _refused("prune", from_file[0], "--out", tmp_path / "out", *SMALL)
+    assert "lies in --out" in refused(*inside, *SMALL)
+    assert "was pruned already" in refused("prune", from_file[0], "--out", tmp_path / "out", *SMALL)
 
 
 def test_a_result_is_kept_when_measuring_is_interrupted(
@@ -351,10 +359,10 @@ finally:
 
 
 def test_help_has_an_example_and_nine_options_come_first() -> None:
-    assert _done("--version") == f"fasp-fx {fasp_fx.__version__}"
+    assert printed("--version") == f"fasp-fx {fasp_fx.__version__}"
     for command in ("prune", "recover", "inspect", "eval"):
-        assert "Example:" in _done(command, "--help")
-    common, _ = _done("prune", "--help").split("─ Options ─")[1].split("─ More ─")
+        assert "Example:" in printed(command, "--help")
+    common, _ = printed("prune", "--help").split("─ Options ─")[1].split("─ More ─")
     assert len(set(re.findall(r"│ (?:\* )?(--[a-z-]+) ", common))) == 9 + len(["--help"])
 
 
@@ -421,23 +429,9 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def refused(base: Path, arguments: Sequence[str], *, usage: bool = False) -> str:
-    """The error of a command, which must be one line; what the parser of the arguments refuses is drawn in a
-    box. ``@`` stands for the folder of the fixture.
-    """
-    done = invoke(*(argument.replace("@", f"{base}/") for argument in arguments))
-    assert done.exit_code == 2, (done.exit_code, done.output, done.exception)
-    assert isinstance(done.exception, SystemExit)
-    assert "Traceback" not in done.output
-    assert "\x1b" not in done.output
-    if usage:
-        return done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("fasp-fx: error: ")]
-    assert len(said) == 1, done.output
-    assert done.stderr.rstrip().endswith(said[0])
-    assert len(said[0]) < 800
-    assert not done.stdout
-    return said[0]
+def at(base: Path, arguments: Sequence[str]) -> list[str]:
+    """``@`` stands for the folder of the fixture."""
+    return [argument.replace("@", f"{base}/") for argument in arguments]
 
 
 #: what the parser of the arguments says
@@ -457,7 +451,7 @@ WRONG_KINDS = [
 
 @pytest.mark.parametrize("arguments", WRONG_KINDS, ids=lambda arguments: " ".join(arguments)[-50:])
 def test_usage(base: Path, tmp_path: Path, arguments: list[str]) -> None:
-    assert "Error" in refused(base, arguments, usage=True)
+    assert "Error" in failed(*at(base, arguments)), "drawn in a box"
     assert not list(tmp_path.iterdir())
 
 
@@ -536,7 +530,7 @@ REFUSED = {
 )
 def test_requests_that_cannot_be_met(base: Path, tmp_path: Path, says: str, arguments: list[str]) -> None:
     before = sorted(base.rglob("*"))
-    assert says in refused(base, arguments)
+    assert says in refused(*at(base, arguments))
     assert not list(tmp_path.iterdir())
     assert sorted(base.rglob("*")) == before
     assert (base / "mine.html").read_text() == "mine"
@@ -609,15 +603,15 @@ def test_damaged_models(base: Path, tmp_path: Path, name: str) -> None:
     if name in CONFIGS:
         commands = [commands[0], ["inspect", "model"], ["eval", "model", *EVAL[2:], "--text", "@text.txt"]]
     for command in commands:
-        assert says in refused(base, command)
+        assert says in refused(*at(base, command))
     assert [child.name for child in tmp_path.iterdir()] == ["model"]
 
 
-def test_weights_of_more_layers_than_the_configuration_says(base: Path, tmp_path: Path) -> None:
+def test_weights_of_more_layers_than_the_configuration_says(tmp_path: Path) -> None:
     make_model(tmp_path / "model", layers=2)
     config(num_hidden_layers=1)(tmp_path / "model")
     for options in ([], ["--stream"]):
-        said = refused(base, ["prune", "model", *PRUNE[2:], *options])
+        said = refused("prune", "model", *PRUNE[2:], *options)
         assert "weights of more layers than its configuration says (model.layers.1." in said
 
 
@@ -636,13 +630,10 @@ def pruned(folder: Path, report: Report = REPORT) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("data", [b"{", None])
-def test_reports_that_are_none(base: Path, tmp_path: Path, data: bytes | None) -> None:
-    file = pruned(tmp_path / "small") / "report.json"
-    file.unlink()
-    if data is not None:
-        file.write_bytes(data)
-    assert "report" in refused(base, ["inspect", "small", "--html", "page.html"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"{")], ids=["none", "cut"])
+def test_reports_that_are_none(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    damage(pruned(tmp_path / "small") / "report.json")
+    assert "report" in refused("inspect", "small", "--html", "page.html")
     assert not (tmp_path / "page.html").exists()
 
 

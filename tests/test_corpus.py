@@ -212,8 +212,7 @@ def difference(outcomes: list[Any], expected: list[Any]) -> float:
 
 
 def equal(outcomes: list[Any], expected: list[Any]) -> None:
-    assert difference(outcomes, expected) == 0.0
-    assert list(map(type, outcomes)) == list(map(type, expected))
+    assert (difference(outcomes, expected), list(map(type, outcomes))) == (0.0, list(map(type, expected)))
 
 
 # --- the runs
@@ -223,8 +222,7 @@ def groups(own: Subject) -> None:
     """Groups are sound in themselves, and those that are expected; nothing goes of what has none."""
     for group in own.analysis.groups:
         assert bool(group.reason) == (group.status != "prunable"), group
-        assert len(np.unique(group.sets)) == group.size
-        assert group.size % group.blocks == 0
+        assert (len(np.unique(group.sets)), group.size % group.blocks) == (group.size, 0)
     most = own.analysis.max_sparsity
     own.expect("group", [" ".join(str(group).split()) for group in own.analysis.groups])
     own.expect("note", [f"note: {note}" for note in own.results[0].report.notes])
@@ -273,8 +271,7 @@ def _sliced(leaf: Tensor) -> Tensor:
 
 def other_layouts(own: Subject) -> None:
     """Exact where tensors lie otherwise in memory, if the model takes them so."""
-    calls = [pytree.tree_map_only(Tensor, lay, own.calls[0]) for lay in (_reversed, _sliced)]
-    for call in calls:
+    for call in [pytree.tree_map_only(Tensor, lay, own.calls[0]) for lay in (_reversed, _sliced)]:
         for result in own.results[-1:]:
             expected = own.run(own.reference(result.plan), [call])
             outcomes = own.run(copy.deepcopy(result.module), [call])
@@ -341,7 +338,8 @@ def is_slow(name: str, run: Callable[..., None]) -> bool:
     entry = TABLE[name]
     if run is promised:
         return not entry.invariants
-    return entry.slow or not is_tried(name, run.__name__)
+    # Of three models that differ little the fast profile tries two.
+    return entry.slow or zlib.crc32(name.encode()) % 3 == 0 or not is_tried(name, run.__name__)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import PROFILE
 from hypothesis import assume, given, settings, strategies as st
-from models import TwoLayers, block, made, wide
+from models import block, made, two_layers, wide
 from torch import Tensor, nn
 
 import fasp_fx
@@ -204,7 +204,7 @@ def test_a_callable_decides() -> None:
         return [7 for _ in budget.groups]
 
     result = fasp_fx.prune(
-        TwoLayers().eval(),
+        two_layers().eval(),
         (torch.randn(2, 12),),
         allocation=allocate,
         sparsity=0.4,
@@ -212,8 +212,7 @@ def test_a_callable_decides() -> None:
         score="magnitude",
         restore=None,
     )
-    assert seen == [(20, 0.4, 2)] * len(seen)
-    assert result.plan.groups[0].removed_sets == 7
+    assert (seen, result.plan.groups[0].removed_sets) == ([(20, 0.4, 2)] * len(seen), 7)
     assert result.report.notes == ()
 
 

@@ -323,13 +323,14 @@ def test_a_copy_that_would_be_wrong_is_refused(name: str) -> None:
 def test_another_model_is_refused() -> None:
     model = mlp()
     result = pruned(model, ROWS[0])
-    with pytest.raises(PlanError, match="another model"):
-        result.eager(mlp())
-    small = result.eager(model)
-    with pytest.raises(PlanError, match="already applied"):
-        result.eager(small)
-    with pytest.raises(ArgumentError, match="must be the nn"):
-        result.eager(result.program)  # type: ignore[arg-type]
+    given: list[tuple[Any, type[Exception], str]] = [
+        (mlp(), PlanError, "another model"),
+        (result.eager(model), PlanError, "already applied"),
+        (result.program, ArgumentError, "must be the nn"),
+    ]
+    for other, kind, said in given:
+        with pytest.raises(kind, match=said):
+            result.eager(other)
 
 
 # --- the result as it is now, and whose it is
@@ -515,16 +516,10 @@ def test_a_copy_is_right_wherever_it_and_the_program_run(seed: int) -> None:
     assert compared
 
 
-class Computing(nn.Module):
+def computing(of: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
     """What a function makes of a layer's output and of some counts."""
-
-    def __init__(self, of: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer, self.of = nn.Linear(8, 12), of
-
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        return self.of(self.layer(x), counts)
+    torch.manual_seed(0)
+    return made(lambda m, x, counts: of(m.layer(x), counts), layer=nn.Linear(8, 12))
 
 
 def _scaled(hidden: Tensor, first: Tensor, second: Tensor, which: int) -> Tensor:
@@ -557,11 +552,9 @@ UNLIKE: dict[str, list[Callable[[Tensor, Tensor], Tensor]]] = {
 
 @pytest.mark.parametrize("what", UNLIKE)
 def test_programs_that_differ_in_one_thing_are_told_apart(what: str) -> None:
-    made = [
-        finish(capture(Computing(of).eval(), (torch.randn(2, 6, 8), torch.tensor([3, 4, 5]))))
+    one, other, again = (
+        finish(capture(computing(of), (torch.randn(2, 6, 8), torch.tensor([3, 4, 5]))))
         for of in (*UNLIKE[what], UNLIKE[what][0])
-    ]
-
-    assert first_difference(made[0], made[2]) is None
-    assert first_difference(made[0], made[1]) is not None
-    assert first_difference(made[1], made[0]) is not None
+    )
+    pairs = (one, again), (one, other), (other, one)
+    assert [first_difference(*pair) is None for pair in pairs] == [True, False, False]

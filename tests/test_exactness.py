@@ -24,27 +24,27 @@ from fasp_fx.testing import Masked
 MAGNITUDE: dict[str, Any] = {"score": "magnitude", "restore": None}
 
 
-_LIBRARY = torch.library.Library("fasp_fx_exactness", "FRAGMENT")
-_LIBRARY.define("turn(Tensor x, Tensor by) -> Tensor")
-_LIBRARY.define("turn_others(Tensor x) -> Tensor")
-_LIBRARY.define("reverse(Tensor x) -> Tensor")
-_LIBRARY.define("lean(Tensor x, float by) -> Tensor")
-_LIBRARY.impl("turn", lambda x, by: x.roll(int(by), -1), "CPU")
-_LIBRARY.impl("turn_others", lambda x: x.roll(int(x.shape[0] != 2), -1), "CPU")
-_LIBRARY.impl("reverse", lambda x: x.flip(-1), "CPU")
-
-
 def _lean(x: Tensor, by: float) -> Tensor:
     if x.dtype != torch.bfloat16:
         raise TypeError("there is no kernel of this precision")
     return x + by * x.roll(1, -1)
 
 
-_LIBRARY.impl("lean", _lean, "CPU")
-for name in ("turn", "turn_others", "reverse", "lean"):
+_LIBRARY = torch.library.Library("fasp_fx_exactness", "FRAGMENT")
+for arguments, kernel in {
+    "turn(Tensor x, Tensor by)": lambda x, by: x.roll(int(by), -1),
+    "turn_others(Tensor x)": lambda x: x.roll(int(x.shape[0] != 2), -1),
+    "reverse(Tensor x)": lambda x: x.flip(-1),
+    "lean(Tensor x, float by)": _lean,
+}.items():
+    name = _LIBRARY.define(f"{arguments} -> Tensor")
+    _LIBRARY.impl(name, kernel, "CPU")
     _LIBRARY.impl(name, lambda x, *_: torch.empty_like(x), "Meta")
 
 OPERATORS = torch.ops.fasp_fx_exactness
+#: these move the last dimension round by a number known only at run time, or in all batches but those of two,
+#: or turn it round
+turn, turn_others, reverse = OPERATORS.turn, OPERATORS.turn_others, OPERATORS.reverse
 #: operators that move channels, and rules that say of them that they are pointwise
 LIES = {
     OPERATORS.turn.default: "x[...], by[] -> [...]",
@@ -62,21 +62,6 @@ def lies() -> Iterator[None]:
     yield
     for operator in LIES:
         fasp_fx.patterns.unregister(operator)
-
-
-def turn(x: Tensor, by: Tensor) -> Tensor:
-    """Moves the last dimension round by a number known only at run time."""
-    return OPERATORS.turn(x, by)
-
-
-def turn_others(x: Tensor) -> Tensor:
-    """Does nothing to batches of two, and moves the last dimension of all others."""
-    return OPERATORS.turn_others(x)
-
-
-def reverse(x: Tensor) -> Tensor:
-    """Turns the last dimension round."""
-    return OPERATORS.reverse(x)
 
 
 class Blocks(nn.Module):
@@ -304,8 +289,7 @@ def test_what_is_right_is_not_at_fault(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(x, kept) for x, kept in zip(given, before))
     assert result.plan.groups
-    notes = result.report.notes
-    assert ["in its own precision alone" in note for note in notes] == [True] * (
+    assert ["in its own precision alone" in note for note in result.report.notes] == [True] * (
         name == "an operator of one precision"
     )
 
@@ -419,6 +403,5 @@ def test_blame_takes_few_trials() -> None:
         return "a fault" if bad & set(items) else None
 
     kept, left = largest_passing_subset(list(range(64)), fault)
-    assert {item for item, _ in left} == bad
-    assert kept == [item for item in range(64) if item not in bad]
+    assert ({item for item, _ in left}, kept) == (bad, [item for item in range(64) if item not in bad])
     assert len(trials) <= 1 + 2 * 6 * len(bad)

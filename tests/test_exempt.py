@@ -10,7 +10,7 @@ from conftest import EXAMPLES
 from corpus.attention import attended
 from corpus.blocks import WIDE, attention, feed_forward, handed, residual
 from hypothesis import given, settings, strategies as st
-from models import ZOO, made, randomise, wide
+from models import ZOO, linear, made, randomise, wide
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,8 +29,7 @@ def heads(form: Callable[[Any, Tensor, Tensor], Any] = lambda m, q, x: q, shown:
         found = m.out(F.scaled_dot_product_attention(form(m, q, x), k, v).transpose(1, 2).flatten(2))
         return (found, m.k(x)) if shown else found
 
-    layers = {name: nn.Linear(6, 12) for name in "qkv"}
-    return randomise(made(forward, **layers, out=nn.Linear(12, 5)), std=0.7)
+    return randomise(made(forward, **linear(q=(6, 12), k=(6, 12), v=(6, 12), out=(12, 5))), std=0.7)
 
 
 def drawn(samples: int, seed: int = 0) -> Tensor:
@@ -262,12 +261,11 @@ def everything(names: tuple[str, ...]) -> Any:
 
 
 def pruned(model: nn.Module, example: dict[str, Any], *names: str, **options: Any) -> fasp_fx.Result:
-    batches = [example] * 4
     return fasp_fx.prune(
         model,
         (),
         example,
-        calibration=batches,
+        calibration=([example] * 4),
         sparsity=0.5,
         allocation=everything(names),
         **{"quality": "fast", **DEPTH, **options},

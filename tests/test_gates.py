@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import made, parameter, randomise, stack, wide
+from models import linear, made, parameter, randomise, stack, wide
 from rank import llama, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,18 +20,18 @@ X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 
 def half() -> nn.Module:
     """A hidden layer of which one half says nothing of the output."""
-    layers = {"up": nn.Linear(6, 16), "down": nn.Linear(16, 3)}
-    model = randomise(made(lambda m, x: m.down(m.up(x).tanh()), **layers))
+    model = randomise(made(lambda m, x: m.down(m.up(x).tanh()), **linear(up=(6, 16), down=(16, 3))))
     model.down.weight.detach()[:, ::2] = 0  # type: ignore[index, operator, union-attr]
     return model
 
 
 def grouped() -> nn.Module:
-    layers = {"stem": nn.Conv2d(3, 12, 3), "grouped": nn.Conv2d(12, 8, 3, groups=2), "head": nn.Linear(8, 4)}
     return made(
         lambda m, x: m.head(m.grouped(m.norm(m.stem(x)).relu()).relu().mean((2, 3))),
         norm=nn.BatchNorm2d(12),
-        **layers,
+        stem=nn.Conv2d(3, 12, 3),
+        grouped=nn.Conv2d(12, 8, 3, groups=2),
+        head=nn.Linear(8, 4),
     )
 
 
@@ -186,8 +186,7 @@ def test_scores_that_are_nan_are_named() -> None:
 
 def listed() -> nn.Module:
     """Reads one weight from a list, where no parametrization reaches it."""
-    sizes = {"a": (6, 16), "b": (16, 12), "c": (12, 8), "d": (8, 3)}
-    layers = {name: nn.Linear(*size) for name, size in sizes.items()}
+    layers = linear(a=(6, 16), b=(16, 12), c=(12, 8), d=(8, 3))
     return made(
         lambda m, x: m.d(m.c(F.linear(m.a(x).relu(), m.weights[0]).relu()).relu()),
         weights=[layers["b"].weight],
@@ -215,16 +214,9 @@ def test_gates_without_effect_are_refused() -> None:
     gates = attach_gates(model, (X,), sparsity=0.2, exclude=("b.weight",))
     assert "b.weight" not in gates.names, "what stays is not counted on, nor does it close in training"
     spread(gates)
-    agrees(model, X, gates)
-
-
-def agrees(model: nn.Module, x: Tensor, gates: Gates) -> None:
-    """Hold the model with gates against the pruned one, and take the gates off."""
-    with torch.no_grad():
-        found = model(x)
-    plan = gates.plan()
+    expected, plan = model(X), gates.plan()
     gates.detach()
-    torch.testing.assert_close(fasp_fx.apply(model, plan, (x,)).module(x), found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fasp_fx.apply(model, plan, (X,)).module(X), expected, rtol=1e-4, atol=1e-5)
 
 
 class Named(nn.Module):

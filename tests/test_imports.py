@@ -105,13 +105,12 @@ def graph_of_imports() -> nx.DiGraph:
     )
 
 
-def floor_of(name: str) -> int:
-    room = name.partition(".")[2].partition(".")[0]
-    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
-
-
 def room_of(name: str) -> str:
     return name.partition(".")[2].partition(".")[0]
+
+
+def floor_of(name: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if room_of(name) in rooms)
 
 
 def test_rooms_are_entered_by_their_doors() -> None:

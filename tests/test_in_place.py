@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from corpus.movements import ENTRIES, FUNCTIONS, IN_PLACE, behind
-from models import Between, made
+from models import between_layers, made
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch.export import Dim, export
@@ -26,7 +26,7 @@ X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch
 
 
 def between(function: Callable[[Tensor], Tensor]) -> nn.Module:
-    return Between(function).double().eval()
+    return between_layers(function).double()
 
 
 @pytest.mark.parametrize("function", IN_PLACE, ids=lambda function: function.__name__)
@@ -93,8 +93,7 @@ def test_pruned_as_the_model_that_writes_nothing(options: dict[str, Any]) -> Non
         for in_place in (True, False)
     )
     assert written.plan.groups == beside.plan.groups
-    for name, weight in beside.module.named_parameters():
-        torch.testing.assert_close(written.module.get_parameter(name), weight, msg=name)
+    torch.testing.assert_close(*(dict(each.module.named_parameters()) for each in (written, beside)))
 
 
 def test_the_callers_batches_stay_as_they_are() -> None:
@@ -122,10 +121,9 @@ def test_sizes_in_results_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """A result that is captured again copies no more; sizes too long to be stored are refused in words."""
     x = torch.randn(2, 7, 6)
     result = fasp_fx.prune(behind(), (x,), **QUICK)
-    again = fasp_fx.prune(result.module, (x,), **QUICK)
     copies = [
         len(one.program.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default))
-        for one in (result, again)
+        for one in (result, fasp_fx.prune(result.module, (x,), **QUICK))
     ]
     assert copies[0] == copies[1]
     monkeypatch.setattr(_untrusted, "PARTS", 1)
@@ -191,6 +189,7 @@ def recorded(call: Callable[[Tensor], Tensor], layout: Callable[[Tensor], Tensor
     ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("call", CALLS)
 def test_what_is_recorded_by_shapes_is_what_is_traced(call: str, layout: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from models import made, parameter
+from models import linear, made, parameter
 from torch import Tensor, nn
 
 import fasp_fx
@@ -203,10 +203,9 @@ def test_rounding_of_columns_that_hardly_vary_is_no_curvature(alive: int) -> Non
 
 def _mixed() -> nn.Module:
     """A value that two consumers read, beside a residual path."""
-    sizes = {"up": (6, 10), "left": (10, 6), "right": (10, 6), "head": (6, 4)}
     return made(
         lambda self, x: self.head(x + torch.tanh(self.left(h := torch.relu(self.up(x)))) * self.right(h)),
-        **{name: nn.Linear(*size) for name, size in sizes.items()},
+        **linear(up=(6, 10), left=(10, 6), right=(10, 6), head=(6, 4)),
     )
 
 

@@ -12,11 +12,10 @@ import pytest
 import rank
 import torch
 from models import make_model
+from test_cli import printed
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 from fasp_fx import PruningPlan
-from fasp_fx.cli._app import app
 
 HERE = Path(__file__).parent
 
@@ -74,19 +73,8 @@ def test_they_decide_as_one(fork: ForkServerContext, tmp_path: Path, size: int) 
             "all have the same to the bit"
         )
     out = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    command = CliRunner().invoke(
-        app,
-        [
-            "prune",
-            *rank.SMALL,
-            str(tmp_path / "model"),
-            "--calibration",
-            str(tmp_path / "text.txt"),
-            "--out",
-            str(tmp_path / "alone"),
-        ],
-    )
-    assert command.exit_code == 0, command.output
+    text = ("--calibration", tmp_path / "text.txt")
+    printed("prune", *rank.SMALL, tmp_path / "model", *text, "--out", tmp_path / "alone")
     assert out.plan.groups == AutoModelForCausalLM.from_pretrained(tmp_path / "alone").plan.groups
 
 

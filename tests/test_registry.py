@@ -20,18 +20,13 @@ from fasp_fx.patterns import Affine, affine, lookup, parse, register, unregister
 
 def test_registering() -> None:
     operator = torch.ops.aten.kthvalue.default
-    try:
-        rule = register(operator, "self[...]  ->  [...],[...];freeze @dim")
+    with ruled(operator, "self[...]  ->  [...],[...];freeze @dim") as rule:
         assert str(rule) == "self[...] -> [...], [...]; freeze @dim"
         assert lookup(operator) is rule
-    finally:
-        unregister(operator)
     assert lookup(operator) is None
     built_in = lookup(torch.ops.aten.gelu.default)
-    try:
-        assert register(torch.ops.aten.gelu.default, "self[... c] -> [... c]; freeze c") != built_in
-    finally:
-        unregister(torch.ops.aten.gelu.default)
+    with ruled(torch.ops.aten.gelu.default, "self[... c] -> [... c]; freeze c") as rule:
+        assert rule != built_in
     assert lookup(torch.ops.aten.gelu.default) is built_in
     with pytest.raises(RuleError, match="exact overload"):
         register(torch.ops.aten.kthvalue, "self[...] -> [...]")
@@ -104,8 +99,7 @@ INVALID = {
 def test_valid_rules_print_normalised(name: str) -> None:
     text, printed = VALID[name][0], VALID[name][1] or VALID[name][0]
     rule = parse(text)
-    assert str(rule) == printed
-    assert parse(printed) == rule
+    assert (str(rule), parse(printed)) == (printed, rule)
 
 
 @pytest.mark.parametrize("name", INVALID)
@@ -194,10 +188,10 @@ def frozen(analysis: fasp_fx.Analysis) -> str:
 
 
 @contextlib.contextmanager
-def ruled(operator: Any, text: str) -> Iterator[None]:
-    register(operator, text)
+def ruled(operator: Any, text: str) -> Iterator[Any]:
+    rule = register(operator, text)
     try:
-        yield
+        yield rule
     finally:
         unregister(operator)
 
@@ -250,8 +244,10 @@ def turn_(x: Tensor) -> None:
 def test_the_line_that_would_teach_an_operator_can_be_run() -> None:
     result = fasp_fx.prune(_waves(), (data(3),), sparsity=0.5, score="random", restore=None)
     (note,) = result.report.notes
-    line = note.partition("if it is pointwise, ")[2].removesuffix(" teaches it")
-    exec(line, {"torch": torch, "fasp_fx": fasp_fx})
+    exec(
+        note.partition("if it is pointwise, ")[2].removesuffix(" teaches it"),
+        {"torch": torch, "fasp_fx": fasp_fx},
+    )
     try:
         assert not fasp_fx.analyze(_waves(), (data(3),)).without_rule
     finally:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
-from checks import decide
+from checks import alike, decide
 from models import Vectors, made as model_of, wide
 from rank import llama, tokens
 from test_distil import Made, Squared, assert_weights, batches, net, pruned, relative_error, told, weights_of
@@ -69,15 +68,6 @@ def captured() -> fasp_fx.Captured:
     return fasp_fx.capture(llama(), (), {"input_ids": tokens()[0], "use_cache": False})
 
 
-def _decides_alike(found: Decision, expected: Decision) -> bool:
-    return (
-        np.array_equal(found.gone, expected.gone)
-        and found.weights.keys() == expected.weights.keys()
-        and all(torch.equal(weight, expected.weights[name]) for name, weight in found.weights.items())
-        and found.notes == expected.notes
-    )
-
-
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 def test_it_goes_on_to_the_same_bits(
     captured: fasp_fx.Captured, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -95,8 +85,8 @@ def test_it_goes_on_to_the_same_bits(
             return decide(program, config, calibration, checkpoint=folder)[1]
 
         ends += _killed(work, at, place, monkeypatch)
-        assert _decides_alike(work(), expected)
-    assert _decides_alike(work(), expected), "all of it known"
+        assert alike(work(), expected)
+    assert alike(work(), expected), "all of it known"
     assert ends >= 2
 
 
@@ -137,7 +127,8 @@ def test_another_run_is_refused(captured: fasp_fx.Captured, tmp_path: Path) -> N
     how["score"] = _score("norms")
     expected = fasp_fx.prune(captured, **how)
     for make, options, said in OTHERS.values():
-        other = fasp_fx.capture(make(), (), {"input_ids": tokens()[0], "use_cache": False})
+        example = {"input_ids": tokens()[0], "use_cache": False}
+        other = captured if make is llama else fasp_fx.capture(make(), (), example)
         with pytest.raises(StoreError, match=said):
             fasp_fx.prune(other, **{**how, **options})
     equal = fasp_fx.capture(llama(), (), {"input_ids": tokens()[0], "use_cache": False})
@@ -330,13 +321,11 @@ def test_a_device_that_runs_out_and_a_batch_that_the_pruned_model_does_not_take(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense, data, result = made
-
-    broken = copy.deepcopy(result)
-    monkeypatch.setattr(
-        broken.module, "forward", Mock(side_effect=torch.OutOfMemoryError("tried to get 4 GiB"))
-    )
-    with pytest.raises(TrainingMemoryError, match="tried to get 4 GiB; give smaller batches"):
-        fasp_fx.distil(broken, dense, data)
-    monkeypatch.setattr(broken.module, "forward", Mock(side_effect=ValueError("no such shape")))
-    with pytest.raises(CalibrationError, match="the pruned model does not take batch 5: ValueError: no such"):
-        fasp_fx.distil(broken, dense, data)
+    broken, short = copy.deepcopy(result), torch.OutOfMemoryError("tried to get 4 GiB")
+    for error, kind, said in (
+        (short, TrainingMemoryError, "tried to get 4 GiB; give smaller batches"),
+        (ValueError("no"), CalibrationError, "the pruned model does not take batch 5: ValueError: no"),
+    ):
+        monkeypatch.setattr(broken.module, "forward", Mock(side_effect=error))
+        with pytest.raises(kind, match=said):
+            fasp_fx.distil(broken, dense, data)

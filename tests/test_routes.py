@@ -294,7 +294,6 @@ def test_convolutions_are_not_traced_again(asked: list[str], free: tuple[int, ..
         assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"  # type: ignore[attr-defined]
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert switches() == before
-    assert asked == []
+    assert (switches(), asked) == (before, [])
     x = torch.randn(17, 3, *((8, 12) if 2 in free else (16, 16)))
     torch.testing.assert_close(result.program.module()(x), result.module(x), rtol=0, atol=0)

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,18 +41,17 @@ ROOT = Path(__file__).resolve().parent.parent
 _MEMORY, _DISK = "CUDA OUT OF MEMORY", os.strerror(errno.ENOSPC)
 
 
-def _plain() -> Exception:
-    try:
-        torch.empty(1 << 46)
-    except RuntimeError as error:
-        return error.with_traceback(None)
-    raise AssertionError("there is memory for everything")
+def _of(run: Callable[[], Any]) -> Exception:
+    """What something raises, as it comes out of what it interrupted."""
+    with pytest.raises((RuntimeError, OffloadError)) as caught:
+        run()
+    return caught.value
 
 
 #: what is raised, by kind; how each is told from other errors
 RAISED: dict[str, Callable[[], Exception]] = {
     "device": lambda: torch.OutOfMemoryError(f"{_MEMORY}: tried to allocate 3.00 GiB"),
-    "host": _plain,
+    "host": lambda: _of(lambda: torch.empty(1 << 46)).with_traceback(None),
     "disk": lambda: OSError(errno.ENOSPC, _DISK),
 }
 WORDS = (_MEMORY, "can't allocate memory", _DISK)
@@ -120,15 +118,15 @@ def _hook(event: str, given: tuple[Any, ...]) -> None:
         _WRITING[-1].take()
 
 
-_HOOKED: list[bool] = []
+@functools.cache  # a hook cannot be taken away
+def _listen() -> None:
+    sys.addaudithook(_hook)
 
 
 @contextmanager
 def _full_disk(places: Places) -> Iterator[None]:
     """Every file that is opened for writing, made or moved is such a place."""
-    if not _HOOKED:  # a hook cannot be taken away
-        sys.addaudithook(_hook)
-        _HOOKED.append(True)
+    _listen()
     original = safetensors.torch.serialize_file  # which opens files without a word
 
     def serialize(*args: Any, **kwargs: Any) -> Any:
@@ -141,13 +139,6 @@ def _full_disk(places: Places) -> Iterator[None]:
             yield
     finally:
         _WRITING.pop()
-
-
-@contextmanager
-def short(places: Places) -> Iterator[None]:
-    """Inside, what is of the kind of the places is short at one of them."""
-    with _full_disk(places) if places.kind == "disk" else _Allocations(places):
-        yield
 
 
 def says_so(raised: BaseException | None) -> bool:
@@ -163,34 +154,27 @@ def says_so(raised: BaseException | None) -> bool:
     return False
 
 
-@dataclass
-class Outcome:
-    """What a run raised, if anything, and how many places it came by."""
+def tried(run: Callable[[], Any], kind: str, at: int = 0) -> tuple[BaseException | None, int]:
+    """Run something with a shortage at one place.
 
-    error: BaseException | None
-    places: int
-
-
-def tried(run: Callable[[], Any], kind: str, at: int = 0) -> Outcome:
-    """Run something with a shortage at one place."""
+    Returns:
+        What it raised, if anything, and how many places it came by.
+    """
     places, raised = Places(kind, at), None
     with warnings.catch_warnings(action="ignore"):
         try:
-            with short(places):
+            with _full_disk(places) if kind == "disk" else _Allocations(places):
                 run()
         except Exception as error:
             raised = error
-    return Outcome(raised, places.count)
+    return raised, places.count
 
 
 # --- errors
 
 
-def _raise(error: BaseException) -> Callable[[], Any]:
-    def run() -> None:
-        raise error
-
-    return run
+def _raise(error: BaseException) -> Callable[..., Any]:
+    return mock.Mock(side_effect=error)
 
 
 def _wrapped(error: BaseException, explicit: bool = True) -> Callable[[], Any]:
@@ -317,12 +301,12 @@ def batches() -> list[Tensor]:
     return [torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 
 
-@cache
+@functools.cache
 def captured() -> fasp_fx.Captured:
     return fasp_fx.capture(net(), (batches()[0],))
 
 
-@cache
+@functools.cache
 def pruned() -> fasp_fx.Result:
     return fasp_fx.prune(captured(), calibration=batches(), sparsity=0.3)
 
@@ -373,10 +357,10 @@ STAGES: dict[str, tuple[Callable[[Path], Any], int, int]] = {
 
 
 def _held(stage: str, kind: str, at: int, folder: Path) -> None:
-    found = tried(lambda: STAGES[stage][0](folder), kind, at)
-    assert found.error is not None, f"place {at} was passed over"
-    if not says_so(found.error):
-        raise AssertionError(f"place {at} ends in an error that says nothing of it") from found.error
+    error, _ = tried(lambda: STAGES[stage][0](folder), kind, at)
+    assert error is not None, f"place {at} was passed over"
+    if not says_so(error):
+        raise AssertionError(f"place {at} ends in an error that says nothing of it") from error
 
 
 @pytest.mark.parametrize(
@@ -394,19 +378,12 @@ def test_a_shortage_anywhere_ends_in_an_error_that_names_it(
     stage: str, kind: str, spread: int, tmp_path: Path
 ) -> None:
     """At ``spread`` places of a run, or at each of them."""
-    expected = tried(lambda: STAGES[stage][0](tmp_path / "0"), kind)
-    assert expected.error is None
-    assert expected.places >= STAGES[stage][1 + (kind == "disk")]
-    step = max(expected.places // spread, 1) if spread else 1
-    for at in range(1 + step // 2, expected.places + 1, step):
+    error, places = tried(lambda: STAGES[stage][0](tmp_path / "0"), kind)
+    assert error is None
+    assert places >= STAGES[stage][1 + (kind == "disk")]
+    step = max(places // spread, 1) if spread else 1
+    for at in range(1 + step // 2, places + 1, step):
         _held(stage, kind, at, tmp_path / str(at))
-
-
-def _interrupt() -> Exception:
-    """What the handler of a timer raises, as it comes out of what it interrupted."""
-    with pytest.raises(RuntimeError) as caught:
-        signal.raise_signal(signal.SIGALRM)
-    return caught.value
 
 
 def _time_is_up(*args: Any) -> None:
@@ -416,15 +393,9 @@ def _time_is_up(*args: Any) -> None:
 #: what is no fault of the model's, of a group's or of a pass
 FOREIGN: dict[str, Callable[[], Exception]] = {
     **RAISED,
-    "weights in files": lambda: _caught_from(_wrapped(_full(errno.ENOSPC))),
-    "timer": _interrupt,
+    "weights in files": lambda: _of(_wrapped(_full(errno.ENOSPC))),
+    "timer": lambda: _of(lambda: signal.raise_signal(signal.SIGALRM)),
 }
-
-
-def _caught_from(run: Callable[[], Any]) -> Exception:
-    with pytest.raises(OffloadError) as caught:
-        run()
-    return caught.value
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
@@ -442,14 +413,10 @@ def test_what_is_no_fault_is_taken_for_none(
     place: str, kind: str, made_before: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It comes out as it is, of the model, of a loss, of a pass, of the export and of the comparison."""
-
-    def raises(*args: Any, **kwargs: Any) -> Any:
-        raise error
-
     before = signal.signal(signal.SIGALRM, _time_is_up)
     try:
         error = FOREIGN[kind]()
-        monkeypatch.setattr(f"fasp_fx.{place}", raises)
+        monkeypatch.setattr(f"fasp_fx.{place}", _raise(error))
         with pytest.raises(type(error)) as caught:
             _prune(Path())
         assert caught.value is error
@@ -523,16 +490,15 @@ def test_a_checkpoint_goes_on_after_it(captured_once: fasp_fx.Captured, size: in
     assert not [path for path in folder.rglob("*") if "partial" in path.name]
     found, expected = prune(folder), prune(None)
     assert found.plan == expected.plan
-    for own, other in zip(found.module.parameters(), expected.module.parameters(), strict=True):
-        assert torch.equal(own, other)
+    weights = (list(each.module.parameters()) for each in (found, expected))
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
 def test_what_was_left_when_the_process_was_killed_is_no_other_run(
     captured_once: fasp_fx.Captured, tmp_path: Path
 ) -> None:
     (tmp_path / ".run.json.0123456789ab.partial").write_text('{"for')
-    options = {"calibration": DATA, "sparsity": 0.3, "quality": "fast"}
-    fasp_fx.prune(captured_once, checkpoint=tmp_path, **options)
+    fasp_fx.prune(captured_once, calibration=DATA, sparsity=0.3, quality="fast", checkpoint=tmp_path)
     assert (tmp_path / "run.json").is_file()
 
 
@@ -543,7 +509,6 @@ def test_what_a_file_held_stays(captured_once: fasp_fx.Captured, tmp_path: Path)
     for name in ("file", "other"):
         with room_for(200), pytest.raises(StoreError, match="cannot be written"):
             costs.save(tmp_path / name)
-    assert file.read_text() == before
-    assert list(tmp_path.iterdir()) == [file]
+    assert (file.read_text(), list(tmp_path.iterdir())) == (before, [file])
     costs.save(file)
     assert fasp_fx.allocation.Costs.load(file).to_json() == costs.to_json()

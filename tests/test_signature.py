@@ -13,7 +13,7 @@ import numpy
 import pytest
 import torch
 import transformers
-from models import TwoLayers, block, made, randomise, wide
+from models import block, linear, made, randomise, two_layers, wide
 from oracle import TOLERANCE, error, zeroed
 from torch import Tensor, nn
 
@@ -47,7 +47,7 @@ def many(
 @functools.cache
 def made_for(call: str) -> tuple[nn.Module, fasp_fx.Result]:
     torch.manual_seed(0)
-    model = made(many, inner=TwoLayers())
+    model = made(many, inner=two_layers())
     return model, fasp_fx.prune(model, *EXAMPLES[call], sparsity=0.3, score="random", restore=None)
 
 
@@ -142,7 +142,7 @@ def gathered(self: Any, x: Tensor, factor: float, /, *parts: Tensor, **named: Te
 
 
 def test_variable_arguments() -> None:
-    model, extra = made(gathered, inner=TwoLayers()), {"extra": torch.randn(3, 12)}
+    model, extra = made(gathered, inner=two_layers()), {"extra": torch.randn(3, 12)}
     result = fasp_fx.prune(model, (X, 2.0, Y, MASK), extra, sparsity=0.3, score="random", restore=None)
     assert not result.report.notes
     assert torch.equal(result.module(X, 2.0, Y, MASK, **extra), result.module(X, 2.0, MASK, Y, **extra))
@@ -193,8 +193,7 @@ def remembering(self: Any, x: Tensor, keys: Tensor, values: Tensor) -> dict[str,
 
 @pytest.mark.parametrize("in_order", [True, False])
 def test_state_goes_by_the_names_of_arguments(in_order: bool) -> None:
-    sizes = {"q": (6, 16), "k": (6, 16), "v": (6, 16), "out": (16, 6)}
-    model = randomise(made(remembering, **{name: nn.Linear(*size) for name, size in sizes.items()}))
+    model = randomise(made(remembering, **linear(q=(6, 16), k=(6, 16), v=(6, 16), out=(16, 6))))
     given = {"x": torch.randn(2, 3, 6), "keys": torch.randn(2, 2, 5, 8), "values": torch.zeros(2, 2, 5, 8)}
     args, kwargs = (tuple(given.values()), {}) if in_order else ((), given)
     result = fasp_fx.prune(
@@ -213,7 +212,7 @@ def test_state_goes_by_the_names_of_arguments(in_order: bool) -> None:
 
 def test_an_exported_program_with_constants() -> None:
     exported = torch.export.export(
-        made(many, inner=TwoLayers()), (X, None, 2.0), {"mask": MASK}, strict=False
+        made(many, inner=two_layers()), (X, None, 2.0), {"mask": MASK}, strict=False
     )
     for given in (exported, exported.module()):
         result = fasp_fx.prune(
@@ -233,7 +232,7 @@ def tabled(self: Any, x: Tensor, rest: dict[str, Tensor]) -> Tensor:
 def tables() -> fasp_fx.Result:
     torch.manual_seed(0)
     example = (torch.randn(3, 12), {"same": torch.randn(3, 12)})
-    model = made(tabled, inner=TwoLayers(), table=torch.randn(10, 12))
+    model = made(tabled, inner=two_layers(), table=torch.randn(10, 12))
     return fasp_fx.prune(model, example, sparsity=0.3, score="random", restore=None)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import BATCH, Vectors, X, block, made, randomise, wide
+from models import BATCH, Vectors, X, block, linear, made, randomise, wide
 from oracle import zeroed
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -148,14 +148,13 @@ def listed() -> Any:
         hidden = F.linear(self.up(x).relu(), self.weights[0], self.middle.bias).tanh() * self.scales["all"]
         return self.last(self.down(hidden) + self.scales["some"][0]) + hidden[:, :2] @ self.weights[1]
 
-    sizes = {"up": (5, 12), "middle": (12, 12), "down": (12, 2), "last": (2, 2)}
     model: Any = randomise(
         made(
             forward,
-            **{name: nn.Linear(*size, dtype=torch.float64) for name, size in sizes.items()},
-            shift=torch.arange(2.0, dtype=torch.float64),
-            scale=torch.linspace(0.5, 1.5, 12, dtype=torch.float64),
-        )
+            **linear(up=(5, 12), middle=(12, 12), down=(12, 2), last=(2, 2)),
+            shift=torch.arange(2.0),
+            scale=torch.linspace(0.5, 1.5, 12),
+        ).double()
     )
     model.weights = [model.middle.weight, model.last.weight]
     model.scales = {"all": model.scale, "some": (model.shift,)}

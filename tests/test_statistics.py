@@ -11,7 +11,7 @@ from checks import decide
 from corpus.indices import COUNT, INNER, STEPS, stacked
 from corpus.layers import CONVOLUTIONS, recurrent
 from hypothesis import given, strategies as st
-from models import Vectors, block, made, parameter, randomise, wide
+from models import Vectors, block, linear, made, parameter, randomise, wide
 from torch import Tensor, nn
 from torch.nn import functional, functional as F
 
@@ -122,8 +122,7 @@ def test_scores_and_statistics_may_write_into_what_they_are_given(allocation: st
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(map(torch.equal, batches, data()))
     assert first.plan.groups == second.plan.groups
-    for weight, other in zip(first.module.parameters(), second.module.parameters(), strict=True):
-        assert torch.equal(weight, other)
+    torch.testing.assert_close(*(list(each.module.parameters()) for each in (first, second)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -158,8 +157,7 @@ def _encoder(arranged: Callable[[Any, Tensor], Tensor], pooled: bool = True) -> 
             tokens = (tokens * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)
         return self.narrow(self.wide(tokens).tanh())
 
-    sizes = {"up": (6, 16), "down": (16, 6), "wide": (6, 12), "narrow": (12, 3)}
-    return made(forward, **{name: nn.Linear(*size) for name, size in sizes.items()})
+    return made(forward, **linear(up=(6, 16), down=(16, 6), wide=(6, 12), narrow=(12, 3)))
 
 
 def encoder() -> nn.Module:
@@ -272,8 +270,8 @@ def test_padding_weighs_nothing(make: Any, restore: Any) -> None:
     # no mask has other numbers than 0 and 1
     counted = fasp_fx.prune(model, batch, calibration=[(batch[0], 2 * batch[1])], **options)
     assert found.plan.groups == expected.plan.groups
-    for name, weight in expected.module.named_parameters():
-        torch.testing.assert_close(found.module.get_parameter(name), weight, rtol=1e-2, atol=1e-3)
+    repaired = (dict(each.module.named_parameters()) for each in (found, expected))
+    torch.testing.assert_close(*repaired, rtol=1e-2, atol=1e-3)
     assert counted.plan.groups != expected.plan.groups, "padding changes nothing that can be seen"
     assert not any("padding" in note for note in found.report.notes)
 
@@ -425,7 +423,6 @@ def test_a_bias_that_is_read_elsewhere_or_scaled_stays_as_it_is() -> None:
 
 
 def test_a_group_that_stays_whole_after_all_keeps_its_bias() -> None:
-
     batches = inputs(6)
     program = fasp_fx.capture(_constants(), (batches[0],)).program
     analysis, decision = decide(program, PruningConfig(sparsity=0.5), batches)
@@ -470,8 +467,7 @@ def test_a_grouped_convolution_scores_each_group_by_itself() -> None:
     model = nn.Sequential(first, second, nn.Conv2d(8, 5, 1)).eval()
     result = fasp_fx.prune(model, (torch.randn(2, 3, 4, 4),), sparsity=0.5, score="magnitude", restore=None)
     (part,) = [part for group in result.plan.groups for part in group.consumers if part.name == "1.weight"]
-    assert part.block_dim == 0
-    assert part.removed == ((1,), (0,), (1,), (0,))
+    assert (part.block_dim, part.removed) == (0, ((1,), (0,), (1,), (0,)))
     assert result.module.get_parameter("1.weight").shape[1] == 1
 
 

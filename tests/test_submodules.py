@@ -36,8 +36,7 @@ def _prune(model: nn.Module, args: Any = (X,), calibration: Any = None, **option
 def test_a_part_at_two_paths_is_put_back_at_both(folder: Path) -> None:
     model = twice()
     result = _prune(model)
-    loaded = fasp_fx.load(result.save(folder / "out"), model=copy.deepcopy(model))
-    for each in (result, loaded):
+    for each in (result, fasp_fx.load(result.save(folder / "out"), model=copy.deepcopy(model))):
         assert each.module.first is each.module.second["again"]
     assert set(dict(result.module.named_parameters())) == set(dict(model.named_parameters()))
 
@@ -186,9 +185,6 @@ def test_bad_calibration_data() -> None:
     assert fasp_fx.prune(model, (X,), score="magnitude", restore=None).plan.groups
 
 
-# --- state
-
-
 # --- the result
 
 
@@ -205,10 +201,9 @@ def forks() -> tuple[nn.Module, Any]:
 
 def test_a_plan_is_for_its_model_alone(forks: tuple[nn.Module, Any]) -> None:
     _, result = forks
-    with pytest.raises(fasp_fx.PlanError, match="another model"):
-        fasp_fx.apply(Forks().eval(), result.plan, (X,))
-    with pytest.raises(fasp_fx.PlanError, match="already applied"):
-        fasp_fx.apply(result.module, result.plan, (X,))
+    for model, said in ((Forks().eval(), "another model"), (result.module, "already applied")):
+        with pytest.raises(fasp_fx.PlanError, match=said):
+            fasp_fx.apply(model, result.plan, (X,))
 
 
 def test_an_analysis_finds_the_same_parts(forks: tuple[nn.Module, Any]) -> None:
@@ -249,10 +244,8 @@ def test_a_result_is_saved_and_loaded_around_the_code_of_the_model(
         loaded = fasp_fx.load(result.save(folder / "out"), model=other)
     assert not loaded.module.training
     assert torch.equal(loaded.module(X, 2.0)["out"], result.module(X, 2.0)["out"])
-    assert loaded.plan == result.plan
-    assert loaded.report == result.report
-    assert loaded.left == result.left
-    assert list(loaded.parts) == list(result.parts)
+    assert (loaded.plan, loaded.report) == (result.plan, result.report)
+    assert (loaded.left, list(loaded.parts)) == (result.left, list(result.parts))
     assert all(loaded.module.get_submodule(path) is part.module for path, part in loaded.parts.items())
 
 

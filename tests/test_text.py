@@ -17,14 +17,17 @@ from fasp_fx.hf import perplexity
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 5,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    made = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=0, eos_token_id=1, pad_token_id=2)).eval()
+    config = LlamaConfig(
+        vocab_size=5,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    made = LlamaForCausalLM(config).eval()
     made.generation_config.temperature = 1e-4
     return made
 
@@ -35,8 +38,7 @@ def test_sampling_is_seeded_and_leaves_no_trace(model: LlamaForCausalLM) -> None
     first = sample(model, 0, 70, 12, seed=3, progress=seen.append)
     assert first.shape == (70, 12)
     assert bool((first[:, 0] == 0).all())
-    assert seen == sorted(seen)
-    assert seen[-1] == pytest.approx(1)
+    assert (seen, seen[-1]) == (sorted(seen), pytest.approx(1))
     assert torch.equal(first, sample(model, 0, 70, 12, seed=3))
     assert not torch.equal(first, sample(model, 0, 70, 12, seed=4))
     assert model.generation_config is settings
@@ -82,8 +84,11 @@ def test_a_model_that_no_text_can_begin_is_refused(model: LlamaForCausalLM) -> N
 
 def test_perplexity_of_a_guess() -> None:
     """Each of four tokens is as likely, in evaluation mode."""
-    layers = {"table": nn.Embedding(4, 4), "dropout": nn.Dropout(0.5)}
-    model = made_of(lambda m, input_ids, use_cache: (m.dropout(m.table(input_ids)),), **layers).train()
+    model = made_of(
+        lambda m, input_ids, use_cache: (m.dropout(m.table(input_ids)),),
+        table=nn.Embedding(4, 4),
+        dropout=nn.Dropout(0.5),
+    ).train()
     nn.init.ones_(model.table.weight)
     assert perplexity(model, torch.randint(4, (3, 7))) == pytest.approx(4)
     assert model.training

@@ -128,20 +128,20 @@ def test_correct_passes_are_accepted_and_mark_what_they_write(analysed: tuple[st
     )
 
 
-def put_between(operator: Any, *given: Any) -> Change:
+def put_in(graph: fx.Graph, operator: Any, *given: Any) -> None:
     """Let an operator change what the last layer of a feed-forward block reads."""
+    product = next(
+        node
+        for node in calls_of(graph, ATEN.mul.Tensor)
+        if any("silu" in str(n.target) for n in node.all_input_nodes)
+    )
+    (user,) = product.users
+    with graph.inserting_before(user):
+        user.replace_input_with(product, graph.call_function(operator, (product, *given)))
 
-    def change(program: Program, analysis: Analysis, kind: str) -> None:
-        product = next(
-            node
-            for node in nodes(program, "aten.mul.Tensor")
-            if any("silu" in str(n.target) for n in node.all_input_nodes)
-        )
-        (user,) = product.users
-        with program.module.graph.inserting_before(user):
-            user.replace_input_with(product, program.module.graph.call_function(operator, (product, *given)))
 
-    return change
+def put_between(operator: Any, *given: Any) -> Change:
+    return lambda program, analysis, kind: put_in(program.module.graph, operator, *given)
 
 
 def reordered(name: str | None, dim: int, order: Callable[[list[int]], list[int]]) -> Change:
@@ -423,15 +423,7 @@ def test_weights_that_a_foreign_pass_brings(images: Case, first: bool) -> None:
 
 def unknown_between(module: fx.GraphModule) -> None:
     """An operator without a rule before the last layer of a feed-forward block."""
-    product = next(
-        node
-        for node in calls_of(module.graph, ATEN.mul.Tensor)
-        if any("silu" in str(n.target) for n in node.all_input_nodes)
-    )
-    (user,) = product.users
-    with module.graph.inserting_before(user):
-        unknown = module.graph.call_function(ATEN.renorm.default, (product, 2, 0, 1e9))
-        user.replace_input_with(product, unknown)
+    put_in(module.graph, ATEN.renorm.default, 2, 0, 1e9)
 
 
 def other_values(module: fx.GraphModule) -> None:
@@ -482,8 +474,6 @@ def test_what_no_value_shows_stands_in_the_way_of_the_plan(decoder: Case) -> Non
 
 
 def test_new_values_on_purpose(images: Case) -> None:
-    with pytest.raises(fasp_fx.VerificationError, match="pass 'other_values' failed: output 0 differs"):
-        Pipeline([other_values])(images.exported)
     changed = Pipeline([other_values], tolerance=0)(images.exported)
     assert error(changed.module()(images.example), images.model(images.example)) > 1e-3
 

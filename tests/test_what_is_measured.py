@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from corpus.blocks import MIXTURES
-from models import block, made, parameter, randomise, wide
+from models import block, linear, made, parameter, randomise, wide
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -83,8 +83,7 @@ def _attending() -> nn.Module:
         x = x + self.out(seen @ self.value(x))
         return self.head(x + self.down(torch.relu(self.up(x))))
 
-    sizes = {"query": (8, 8), "key": (8, 8), "value": (8, 12), "out": (12, 8), "up": (8, 24), "down": (24, 8)}
-    layers = {name: nn.Linear(*size) for name, size in sizes.items()}
+    layers = linear(query=(8, 8), key=(8, 8), value=(8, 12), out=(12, 8), up=(8, 24), down=(24, 8))
     return made(forward, embed=nn.Embedding(16, 8), **layers, head=nn.Linear(8, 16))
 
 
@@ -108,9 +107,7 @@ def test_padding_counts_nothing(loss: Any) -> None:
             }
         )
     expected, found = (losses(captured, batches, loss=loss) for batches in (short, long))
-    assert expected.keys() == found.keys()
-    for name, curve in expected.items():
-        np.testing.assert_allclose(found[name], curve, rtol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +127,7 @@ def test_a_first_dimension_that_is_time_is_not_divided(
     captured = fasp_fx.capture(model, (x[:, :4],))
     found = losses(captured, [x])
     monkeypatch.setattr("fasp_fx.pruning._method.in_pieces", lambda program, whole: whole)
-    for name, curve in losses(captured, [x]).items():
-        np.testing.assert_allclose(found[name], curve)
+    torch.testing.assert_close(found, losses(captured, [x]), rtol=1e-7, atol=0)
 
 
 def test_sizes_of_outputs_are_not_those_of_the_first_image() -> None:
@@ -304,8 +300,7 @@ def test_all_parts_are_measured_without_gradients_once_one_has_none(first: bool)
     assert len([one for one in told if one.category is CalibrationWarning]) == 1
     asked = fasp_fx.prune(model, (DATA[0],), calibration=DATA, sparsity=0.3, loss=None)
     assert lost(found) == lost(asked)
-    for own, other in zip(found.module.parameters(), asked.module.parameters(), strict=True):
-        assert torch.equal(own, other)
+    torch.testing.assert_close(*(list(each.module.parameters()) for each in (found, asked)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("data", [None, DATA])

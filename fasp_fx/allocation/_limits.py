@@ -310,11 +310,10 @@ def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: in
     """Channel sets lost per block of each group: the fraction of the first pattern that matches it, nothing
     if none does.
     """
-    matching = [
-        [fraction for pattern, fraction in fractions.items() if names_any(pattern, read_by(group))]
-        for group in budget.groups
-    ]
-    return [
-        lost_per_block(group.width, asked[0], group.step(round_to), group.needed) if any(asked[:1]) else 0
-        for group, asked in zip(budget.groups, matching, strict=True)
-    ]
+    lost = []
+    for group in budget.groups:
+        asked = (each for pattern, each in fractions.items() if names_any(pattern, read_by(group)))
+        fraction = next(asked, 0.0)
+        count = lost_per_block(group.width, fraction, group.step(round_to), group.needed)
+        lost.append(count if fraction else 0)
+    return lost

@@ -44,7 +44,6 @@ class Journal:
     Attributes:
         points: of how many observation points it knows all.
         unmatched: nodes whose padding could not be told, by name.
-        count: how many decisions it knows.
         new: what was decided since, by number, until it is written.
 
     Raises:
@@ -67,7 +66,6 @@ class Journal:
                 raise _damaged(subfolder, ValueError(f"it follows stop {events.after}, which is missing"))
             self.points, self.unmatched = int(subfolder.name[5:]), events.unmatched
             self._known |= {number: (subfolder, decided) for number, decided in events.decided.items()}
-        self.count = len(self._known)
 
     def known(self, number: int) -> dict[str, Any]:
         """The decision of that number.
@@ -125,14 +123,15 @@ class Ledger:
 
     def __init__(self, ranks: Ranks, journal: Journal | None = None) -> None:
         self.ranks, self._journal, self._numbers = ranks, journal, itertools.count()
-        nothing = 0, list[str](), 0
-        before = nothing if journal is None else (journal.points, journal.unmatched, journal.count)
-        self.points, self.unmatched, self._known = ranks.first(before)
+        before = (0, list[str]()) if journal is None else (journal.points, journal.unmatched)
+        self.points, self.unmatched = ranks.first(before)
 
-    def decide(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The next decision, as the journal has it, or else as the process makes it whose turn it is."""
+    def decide(self, point: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The next decision at an observation point: as the journal has it that knows all of that point, or
+        else as the process makes it whose turn it is.
+        """
         number = next(self._numbers)
-        if number < self._known:
+        if point < self.points:
             return cast(dict[str, Any], self.ranks.share(0, self._journal and self._journal.known(number)))
         owner = number % self.ranks.size
         decision: dict[str, Any] = self.ranks.share(owner, make() if owner == self.ranks.rank else None)

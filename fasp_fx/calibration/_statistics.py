@@ -281,8 +281,9 @@ class InputGradients:
     def update(self, tokens: Tensor, gradient: Tensor | None, weight: Tensor) -> None:
         """Add gradients; see :class:`Statistic`."""
         if gradient is not None:
-            self._gram.update(gradient[weight > 0])
-            self.tokens += int((weight > 0).sum())
+            chosen = gradient[weight > 0]
+            self._gram.update(chosen)
+            self.tokens += len(chosen)
 
     def update_output(self, gradient: Tensor, count: int) -> None:
         """Add gradients at the output, of any shape.

@@ -140,7 +140,7 @@ class Visit:
         self.roles.unmatched |= {node: None for node in runner.nodes if node.name in ledger.unmatched}
         points = points_of(consumers, runner.index)
         for count, point in enumerate(points):
-            is_new = count >= ledger.points
+            is_new, decide = count >= ledger.points, partial(ledger.decide, count)
             with float32_products(self.precision):
                 for each in (runner, drift.dense) if drift else (runner,):
                     each.advance(each.index(point.node))
@@ -149,10 +149,10 @@ class Visit:
                 consumers.products.observe(runner, self.roles, point.products, ledger.ranks)
             for group in point.groups:
                 if choose := self.choices.get(group.name):
-                    chosen = ledger.decide(partial(_chosen, choose, repairs))
+                    chosen = decide(partial(_chosen, choose, repairs))
                     decision.take(analysis, group, chosen["weight"].numpy())
             for consumer in point.consumers:
-                repairs.finish(consumer, ledger.decide)
+                repairs.finish(consumer, decide)
             consumers.products.cut(runner, point.cut, decision.gone)
             # Nothing that was seen may still be waited with.
             if is_new and all(consumer.grams is None for consumer in consumers):

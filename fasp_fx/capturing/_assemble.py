@@ -200,8 +200,9 @@ def ready(
             for node in module.graph.find_nodes(op="get_attr")
         )
         or assumed(module.graph) != facts.assumed
-        or not _recorded(module)
     ):
+        return None
+    if not _recorded(module):
         return None
     module.graph.eliminate_dead_code()
     return Assembly(module.graph, tuple(_weights(module, mode)), facts, example)

@@ -142,6 +142,8 @@ def _traced(node: fx.Node, way: Callable[..., Any]) -> fx.Graph:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
         with without_overrides():  # a tracer's own would record the operator as it is
             results = way(*args, **kwargs)
+        if results is NotImplemented:  # as decompositions of torch's decline
+            raise NotImplementedError
         return (results,) if isinstance(results, Tensor) else tuple(results)
 
     module = nn.Module()
@@ -342,7 +344,7 @@ def _record(node: fx.Node, like: fx.Node) -> None:
 def _made(node: fx.Node, operator: Any) -> Any:
     """What an operator makes of what a node is called with."""
     values = pytree.tree_leaves([operand.meta.get("val") for operand in node.all_input_nodes])
-    mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    mode, *_ = (value.fake_mode for value in values if isinstance(value, FakeTensor))
     with mode, torch.no_grad():
         return applied(node, operator)
 

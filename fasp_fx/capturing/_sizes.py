@@ -83,10 +83,10 @@ class Sizes:
             for size in recorded.shape if isinstance(recorded, Tensor) else (recorded,):
                 if isinstance(size, torch.SymInt):
                     self._assign(size)
-        computed = (node.meta.get("val") for node in module.graph.nodes if node.op == "call_function")
-        first = next((size for size in computed if isinstance(size, torch.SymInt)), None)
-        if first is not None:
-            self._share_out(first.node.shape_env)
+        computed = [node.meta.get("val") for node in module.graph.nodes if node.op == "call_function"]
+        sizes = [value for value in computed if isinstance(value, torch.SymInt)]
+        for environment in {id(size.node.shape_env): size.node.shape_env for size in sizes}.values():
+            self._share_out(environment)
 
     def _share_out(self, environment: Any) -> None:
         """Numbers known only at run time that the program says add up to a size, such as how many tokens each

@@ -354,8 +354,9 @@ def calibrate(
     """
     program, strength, device = consumers.analysis.program, method.config.effective_drift, computing()
     if batches is None:
+        decision = without_data(consumers, choices)
         advance(1.0)
-        return without_data(consumers, choices)
+        return decision
     numbers = ledger.ranks.own(len(batches))
     some = [batches[index] for index in numbers]
     running = partial(Runner, program, some, numbers=numbers, returns=False, device=device)

@@ -278,8 +278,10 @@ def _check_context(value: Any) -> None:
         tag, path = value.get("_t"), value.get("p")
         names_class = tag is not None and path is not None
         is_forged = names_class and path not in _PLAIN_CLASSES and not _TRANSFORMERS.fullmatch(str(path))
-        is_constant = isinstance(getattr(torch, str(value.get("n")), None), (torch.dtype, torch.layout))
-        if "__enum__" in value or is_forged or (tag in ("dtype", "layout") and not is_constant):
+        is_constant = tag not in ("dtype", "layout") or isinstance(
+            getattr(torch, str(value.get("n")), None), (torch.dtype, torch.layout)
+        )
+        if "__enum__" in value or is_forged or not is_constant:
             raise refuse("context", value)
         if names_class and path not in _PLAIN_CLASSES:
             _transformers_class(str(path))

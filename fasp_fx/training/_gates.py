@@ -234,9 +234,7 @@ class Gates(nn.Module):
         lists = ((getattr(module, "parametrizations", {}), name) for module, name, _ in self.places)
         gated = {id(parametrized[name].original) for parametrized, name in lists if name in parametrized}
         return {
-            "".join(name.removesuffix(".original").rsplit("parametrizations.", 1))
-            if id(parameter) in gated
-            else name: parameter
+            _without_gate(name) if id(parameter) in gated else name: parameter
             for name, parameter in self._model[0].named_parameters(remove_duplicate=False)
             if id(parameter) not in of_gates
         }
@@ -490,3 +488,8 @@ class Scaled(nn.Module):
             drawn: Tensor = self._gates[0].drawn(number).to(weight)
             weight = weight * torch.cat([drawn, drawn.new_ones(1)])[getattr(self, f"sets_{index}")]
         return weight
+
+
+def _without_gate(name: str) -> str:
+    """The name of a parametrised weight without the parametrisation."""
+    return "".join(name.removesuffix(".original").rsplit("parametrizations.", 1))

@@ -36,10 +36,9 @@ def cross(several: bool = False) -> nn.Module:
 
 def decoder() -> nn.Module:
     """A decoder layer over a memory."""
-    layer = nn.TransformerDecoderLayer(WIDTH, HEADS, 24, batch_first=True)
     return made(
         lambda m, x, memory: m.last(m.decoder(m.first(x), m.second(memory))),
-        decoder=nn.TransformerDecoder(layer, 1),
+        decoder=nn.TransformerDecoder(nn.TransformerDecoderLayer(WIDTH, HEADS, 24, batch_first=True), 1),
         **ends(),
     )
 

@@ -87,8 +87,7 @@ def over_image(self: Any, x: Tensor) -> Tensor:
 def computed_kernel(self: Any, x: Tensor, seed: Tensor) -> Tensor:
     """The taps of a kernel are channels elsewhere, and stay."""
     kernel = self.make(seed).tanh()
-    along = F.conv1d(x, kernel.view(3, 1, 6), groups=3).mean(-1)
-    return self.last(along + self.read(kernel))
+    return self.last(F.conv1d(x, kernel.view(3, 1, 6), groups=3).mean(-1) + self.read(kernel))
 
 
 def frequencies(self: Any, x: Tensor) -> Tensor:

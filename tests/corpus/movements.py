@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from models import Between, linear, made, parameter, wide
+from models import between_layers, linear, made, parameter, wide
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -437,7 +437,7 @@ FUNCTIONS: dict[str, Function] = {
 
 
 def between(function: Function) -> Make:
-    return lambda: Between(function)
+    return lambda: between_layers(function)
 
 
 def _remembering(blocks: int, beside: bool) -> nn.Module:

@@ -49,14 +49,17 @@ def qwen2() -> nn.Module:
 
 def opt() -> nn.Module:
     """The size of a head is what the heads leave of the width."""
-    sizes = {
-        "hidden_size": 32,
-        "word_embed_proj_dim": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "ffn_dim": 64,
-    }
-    return hf.OPTForCausalLM(hf.OPTConfig(**sizes, vocab_size=VOCABULARY, max_position_embeddings=64))
+    return hf.OPTForCausalLM(
+        hf.OPTConfig(
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            ffn_dim=64,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=64,
+        )
+    )
 
 
 def mixtral() -> nn.Module:

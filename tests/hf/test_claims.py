@@ -207,6 +207,7 @@ def test_a_mixture_whose_router_is_in_doubt_is_pruned() -> None:
         assert (model(input_ids=ids).logits - wide).norm() > 5.5e-2 * wide.norm()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["plain", "per-layer", "gguf"])
 def test_frequencies_that_a_cast_has_rounded_are_as_the_configuration_says(name: str) -> None:
     model = made("llama", {}).to(torch.bfloat16)

@@ -102,7 +102,9 @@ torch.save({"logits": logits, "written": written}, folder + "/out.pt")
 """
 
 
-@pytest.mark.parametrize(("name", "absent"), [("per-layer", False), ("decilm", True)])
+@pytest.mark.parametrize(
+    ("name", "absent"), [("per-layer", False), pytest.param("decilm", True, marks=pytest.mark.slow)]
+)
 def test_transformers_load_what_is_written_and_generate(name: str, absent: bool, tmp_path: Path) -> None:
     ids, made = drawn(24), pruned_to(name, absent=absent)
     assert len({layer.intermediate_size for layer in made.model.config.per_layer_config}) > 1
@@ -162,6 +164,7 @@ def _pairs(likeliest: list[Any]) -> tuple[tuple[Tensor], Tensor]:
 
 
 @pytest.mark.usefixtures("llama_cpp")
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("turns", "absent"), [*((turns, False) for turns in TURNS), ("default", True)])
 def test_llama_cpp_predicts_what_the_model_does(turns: str, absent: bool, tmp_path: Path) -> None:
     made = replace(pruned_to("gguf", turns, absent=absent), tokenizer=trained())
@@ -194,8 +197,7 @@ def test_a_file_holds_every_size_and_type(tmp_path: Path) -> None:
     ):
         assert found.fields[f"deci.{key}"].contents() == [getattr(layer, name) for layer in layers]
     kinds = {tensor.name: tensor.tensor_type.name for tensor in found.tensors}
-    assert kinds["blk.0.ffn_down.weight"] == "Q8_0"
-    assert kinds["output_norm.weight"] == "F32"
+    assert (kinds["blk.0.ffn_down.weight"], kinds["output_norm.weight"]) == ("Q8_0", "F32")
     assert "output.weight" not in kinds  # it is tied
     down = next(tensor for tensor in found.tensors if tensor.name == "blk.1.ffn_down.weight")
     expected = made.model.model.layers[1].mlp.down_proj.weight.detach()
@@ -203,6 +205,7 @@ def test_a_file_holds_every_size_and_type(tmp_path: Path) -> None:
     assert (held - expected).abs().max() <= expected.abs().max() / 127
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["gguf", "gguf-q8_0", "gguf-q4_0", "gguf-f16"])
 def test_a_budget_of_bytes_counts_what_the_file_holds(name: FormatName, tmp_path: Path) -> None:
     made = prune(llama(), format=name, budget=(Bytes(0.8), CacheBytes(0.7)), score="random", restore=None)

@@ -202,8 +202,16 @@ def test_what_llama_cpp_would_do_otherwise_is_refused_by_name(part: str) -> None
 
 @cache
 def model() -> Any:
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, head_dim=16, vocab_size=SIZE))
+    return hf.LlamaForCausalLM(
+        hf.LlamaConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            head_dim=16,
+            vocab_size=SIZE,
+        )
+    )
 
 
 def said(file: Path, *names: str) -> list[Any]:
@@ -214,6 +222,7 @@ def said(file: Path, *names: str) -> list[Any]:
 KEYS = [f"tokenizer.ggml.{name}" for name in ("pre", "add_space_prefix")]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", WRITTEN)
 def test_llama_cpp_makes_the_same_tokens(kind: str, tmp_path: Path) -> None:
     expected, make = WRITTEN[kind]

@@ -221,10 +221,10 @@ def test_a_model_that_does_otherwise_with_more_tokens_is_given_no_more(tmp_path:
             assert error(made(input_ids=ids).logits, smaller(input_ids=ids).logits) < 1e-6
         cache = made(input_ids=_ids(tokens=10), use_cache=True)[CACHE]
         made(input_ids=_ids(tokens=6), **{CACHE: cache})
-        with pytest.raises(fasp_fx.ArgumentError, match="hold 17 tokens, and the program takes 16 at most"):
-            made(input_ids=_ids(tokens=1), **{CACHE: cache})
-        with pytest.raises(fasp_fx.ArgumentError, match="hold 17 tokens, and the program takes 16 at most"):
-            made(input_ids=_ids(tokens=17))
+        said = "hold 17 tokens, and the program takes 16 at most"
+        for tokens, given in ((1, {CACHE: cache}), (17, {})):
+            with pytest.raises(fasp_fx.ArgumentError, match=said):
+                made(input_ids=_ids(tokens=tokens), **given)
 
 
 def test_last_logits_of_a_model_that_gives_all_of_them() -> None:
@@ -317,15 +317,16 @@ def test_bad_encoder_outputs_are_refused(bart: tuple[Any, hf.CapturedModel, hf.P
 
 
 def test_a_cache_of_another_source_is_refused(bart: tuple[Any, hf.CapturedModel, hf.Pruned]) -> None:
-    model = bart[2].model
+    model, one = bart[2].model, _ids(2, 1)
     cache = model(input_ids=_ids(), decoder_input_ids=_ids(2, 3))[CACHE]
-    with pytest.raises(fasp_fx.ArgumentError, match="7 tokens of the source, encoder_outputs 4"):
-        model(input_ids=_ids(2, 4), decoder_input_ids=_ids(2, 1), cache=cache)
     alone = EncoderDecoderCache(cache.self_attention_cache, DynamicCache())
-    with pytest.raises(fasp_fx.ArgumentError, match="nothing of the source"):
-        model(input_ids=_ids(), decoder_input_ids=_ids(2, 1), cache=alone)
-    with pytest.raises(fasp_fx.ArgumentError, match="labels is"):
-        model(input_ids=_ids(), labels=_ids()[0])
+    for ids, given, said in (
+        (_ids(2, 4), {"decoder_input_ids": one, "cache": cache}, "7 tokens of the source, encoder_outputs 4"),
+        (_ids(), {"decoder_input_ids": one, "cache": alone}, "nothing of the source"),
+        (_ids(), {"labels": _ids()[0]}, "labels is"),
+    ):
+        with pytest.raises(fasp_fx.ArgumentError, match=said):
+            model(input_ids=ids, **given)
 
 
 @pytest.mark.slow
@@ -341,16 +342,13 @@ def test_a_buffer_that_a_program_writes_is_no_other(tmp_path: Path) -> None:
         "long_factor": [3.0] * 4,
         "original_max_position_embeddings": 16,
     }
-    sizes = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
     config = Phi3Config(
-        **sizes,
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         max_position_embeddings=64,
         original_max_position_embeddings=16,
         pad_token_id=0,
@@ -378,17 +376,18 @@ def test_a_padded_prompt_may_be_as_long_as_the_table(model: Any) -> None:
 
 
 def _whisper() -> Any:
-    heads = {
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-    }
-    return WhisperForConditionalGeneration(
-        WhisperConfig(
-            vocab_size=96, d_model=16, num_mel_bins=8, max_source_positions=20, pad_token_id=0, **heads
-        )
-    ).eval()
+    config = WhisperConfig(
+        vocab_size=96,
+        d_model=16,
+        num_mel_bins=8,
+        max_source_positions=20,
+        pad_token_id=0,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_layers=1,
+        decoder_layers=1,
+    )
+    return WhisperForConditionalGeneration(config).eval()
 
 
 BAD_PRUNING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {

@@ -250,7 +250,6 @@ def _short_plan(planned: Any) -> Any:
     from dataclasses import replace
 
     def wrong(groups: Any, gone: Any, analysis: Any, *rest: Any) -> Any:
-        found = planned(groups, gone, analysis, *rest)
         return [
             replace(
                 g,
@@ -258,7 +257,7 @@ def _short_plan(planned: Any) -> Any:
                     replace(c, removed=c.removed[1:]) if c.block_dim is None else c for c in g.consumers
                 ),
             )
-            for g in found
+            for g in planned(groups, gone, analysis, *rest)
         ]
 
     return wrong

@@ -204,8 +204,7 @@ def test_a_lookup_finds_the_whole_weight() -> None:
 def test_blocks_lose_their_own_positions() -> None:
     weight = torch.ones(2, 3, 4)
     mask = kept(weight, ParameterSlice("experts", 1, ((0,), (2,)), 0))  # type: ignore[arg-type]
-    assert mask[0, :, 0].tolist() == [False, True, True]
-    assert mask[1, :, 0].tolist() == [True, True, False]
+    assert (mask[0, :, 0].tolist(), mask[1, :, 0].tolist()) == ([False, True, True], [True, True, False])
     rows = kept(torch.ones(4, 2), ParameterSlice("grouped", 1, ((0,), (1,)), 0))  # type: ignore[arg-type]
     assert rows.tolist() == [[False, True], [False, True], [True, False], [True, False]]
 
@@ -502,8 +501,7 @@ NETS = [
 
 @pytest.mark.parametrize("net", NETS, ids=str)
 def test_prints_as_the_code_that_makes_it_and_builds_what_it_says(net: Net) -> None:
-    assert eval(repr(net), dict(BLOCKS)) == net
-    assert hash(eval(repr(net), dict(BLOCKS))) == hash(net)
+    assert (eval(repr(net), dict(BLOCKS)), hash(eval(repr(net), dict(BLOCKS)))) == (net, hash(net))
     model, inputs = build(net), example(net, batch=5)
     with torch.no_grad():
         found = floats(model(*inputs))

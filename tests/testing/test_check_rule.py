@@ -208,8 +208,7 @@ def test_a_rule_that_does_not_fit_is_too_little() -> None:
 
 def test_the_smallest_counter_example_says_where() -> None:
     found = counter(ATEN.softmax.int, "self[...] -> [...]", examples=60)
-    assert found.call == "aten.softmax.int(self=<2>, dim=0)"
-    assert found.arguments["self"].shape == (2,)
+    assert (found.call, found.arguments["self"].shape) == ("aten.softmax.int(self=<2>, dim=0)", (2,))
     assert "result 0 at (1,) depends on position 0" in found.fact
 
 

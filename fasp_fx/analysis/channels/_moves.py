@@ -95,10 +95,7 @@ class Move:
         for axis in (each for each in source.axes if not self._stays(source, each, touched, unsettled)):
             for index, moved in enumerate(self._moved(axis, shift)):
                 axes[index] += self._axis_of(moved, [axis], axis)
-        # Whether it takes single positions of a dimension.
-        dim, shape = self.others.get("dim"), source.shape
-        rest = shape[:dim] + shape[dim % len(shape) + 1 :] if isinstance(dim, int) and shape else None
-        stacked = source.origin is not None and shapes[0] == rest
+        stacked = source.origin is not None and self._takes_single(source.shape)
         if stacked:
             self.facts.boxes_of(source, self.node)  # a stack stays one tensor
         whole = (
@@ -165,9 +162,9 @@ class Move:
     def _stays(self, source: Value, axis: Axis, touched: set[int], unsettled: dict[int, str]) -> bool:
         """Say what stays of an axis; whether nothing of it is moved."""
         named = self.unknown and axis.dim in touched
-        indices = self.call.arguments.get("indices") if named else None
+        indices = self.call.arguments.get("indices")
         several = dict(enumerate(indices)) if isinstance(indices, (list, tuple)) else {}
-        if look_up(self.node, axis, several.get(axis.dim), self.facts):
+        if named and look_up(self.node, axis, several.get(axis.dim), self.facts):
             if source.constant and len(source.shape) > 2:
                 self.facts.counts.stacked.append(axis.numbers.reshape(-1).numpy())
             return True
@@ -237,6 +234,12 @@ class Move:
             leaders = axis.numbers.index_select(axis.dim, positions - positions % step)
             self.facts.couple(leaders, axis.numbers, self.node)
 
+    def _takes_single(self, shape: tuple[int, ...]) -> bool:
+        """Whether the operator takes single positions of a dimension."""
+        dim = self.others.get("dim")
+        rest = shape[:dim] + shape[dim % len(shape) + 1 :] if isinstance(dim, int) and shape else None
+        return self.call.shapes[0] == rest
+
     def _in_one_piece(self, axis: Axis, shift: Callable[[Tensor], list[Tensor]]) -> Axis:
         """Couple channels at one place of several rows where a reshape deals the rows out in turn, as a
         channel shuffle does.
@@ -245,7 +248,9 @@ class Move:
         order of what is left would change.
         """
         inside = [dim for dim in axis.varying() if dim > axis.dim]
-        merged = Axis.of(shift(axis.numbers)[0]) if inside and self.is_reshape else axis
+        if not (inside and self.is_reshape):
+            return axis
+        merged = Axis.of(shift(axis.numbers)[0])
         is_dealt = merged is None or len(merged.varying()) < len(axis.varying())
         return reduce(self._alike, inside, axis) if is_dealt else axis
 
@@ -272,17 +277,7 @@ class Move:
         if not np.isin(flat[flat != NONE], before).all():
             raise DoesNotApplyError("it computes other elements of those that it is said to move")
         axis = Axis.of(moved, source.slot if source is not None else None)
-        # Where one channel is taken out of every row, what is left varies only from row to row and cannot
-        # shrink.
-        one_of_each = (
-            axis is not None
-            and source is not None
-            and len(axis.varying()) < len(source.varying())
-            and axis.numbers.unique().numel() != source.numbers.unique().numel()
-            and smallest_step(axis.numbers.numpy(), axis.dim)
-            > smallest_step(source.numbers.numpy(), source.dim)
-        )
-        if axis is not None and not one_of_each:
+        if axis is not None and (source is None or not _one_of_each(axis, source)):
             return [axis]
         if moved.numel() and int(flat[0]) != NONE:
             dealt = "deals these channels out by a size that varies from call to call"
@@ -389,3 +384,14 @@ def _some_index(value: Any, written: Any) -> Any:
     if not isinstance(recorded, Tensor) or recorded.dtype in (torch.bool, torch.uint8):
         raise DoesNotApplyError("a mask is known only at run time")
     return torch.zeros(value.shape, dtype=torch.long)
+
+
+def _one_of_each(axis: Axis, source: Axis) -> bool:
+    """Whether a move took one channel out of every row, so that what is left varies only from row to row and
+    cannot shrink.
+    """
+    return (
+        len(axis.varying()) < len(source.varying())
+        and axis.numbers.unique().numel() != source.numbers.unique().numel()
+        and smallest_step(axis.numbers.numpy(), axis.dim) > smallest_step(source.numbers.numpy(), source.dim)
+    )

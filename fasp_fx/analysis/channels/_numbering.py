@@ -83,8 +83,9 @@ class Numbering:
         """The numbers that speak for these."""
         if self.representative is None:
             return numbers
-        later = torch.arange(len(self.representative), self.total)  # these speak for themselves
-        self.representative = torch.cat([self.representative, later])
+        if len(self.representative) < self.total:  # numbers handed out later speak for themselves
+            later = torch.arange(len(self.representative), self.total)
+            self.representative = torch.cat([self.representative, later])
         return self.representative[numbers]
 
     def slot_ids(self, numbers: np.ndarray) -> np.ndarray:
