@@ -326,7 +326,7 @@ def test_another_model_is_refused() -> None:
     given: list[tuple[Any, type[Exception], str]] = [
         (mlp(), PlanError, "another model"),
         (result.eager(model), PlanError, "already applied"),
-        (result.program, ArgumentError, "must be the nn"),
+        (result.program, ArgumentError, "pass the module that was pruned"),
     ]
     for other, kind, said in given:
         with pytest.raises(kind, match=said):
