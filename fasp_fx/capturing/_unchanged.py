@@ -73,7 +73,7 @@ def unchanged(model: Any) -> Iterator[list[str]]:
             same = {
                 name
                 for name in names & now.keys() & attributes.keys()
-                if built_alike(now[name], before[name], _is_same)
+                if now[name] is before[name] or built_alike(now[name], before[name], _is_same)
             }
             changed += [f"{path}.{name}" if path else name for name in sorted(names - same)]
             now.clear()
