@@ -98,8 +98,7 @@ class Subject:
                 break
         if most == 1:
             whole = {group.name: range(group.size) for group in self.analysis.chosen}
-            plan = fasp_fx.plan_from_sets(self.captured, whole, **self.entry.options)
-            results.append(self.applied(plan))
+            results.append(self.applied(fasp_fx.plan_from_sets(self.captured, whole, **self.entry.options)))
         return results or [self.untouched]
 
     def reference(self, plan: fasp_fx.PruningPlan) -> nn.Module:

@@ -56,7 +56,7 @@ def files() -> dict[str, Path]:
 
 
 def statements_of(name: str, file: Path) -> Iterator[tuple[str, str]]:
-    """What a file imports with ``from``, for annotations and inside of functions as well: source and name."""
+    """What a file imports, for annotations and inside of functions as well: source and name."""
     package = name if file.stem == "__init__" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
@@ -65,6 +65,12 @@ def statements_of(name: str, file: Path) -> Iterator[tuple[str, str]]:
             yield from ((source, alias.name) for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (
+                (importlib.util.resolve_name(target.value, package), "")
+                for target in node.args[:1]
+                if isinstance(target, ast.Constant)
+            )
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fasp_fx.analysis import Analysis, Layout, Use, run_on_numbers
-from fasp_fx.base import pytree
+from fasp_fx.base import tensors_in
 from fasp_fx.capturing import arguments, attribute, way_from_weight, written_names
 from fasp_fx.patterns import CASTS, affine
 
@@ -196,8 +196,7 @@ def read_otherwise(analysis: Analysis, matrices: ConsumerMatrices) -> str | None
 
 def computes(node: fx.Node) -> bool:
     """Whether a node gives a tensor, or is the output; others look at sizes and types alone."""
-    leaves: Iterable[object] = pytree.tree_leaves(node.meta.get("val"))
-    return node.op == "output" or "val" not in node.meta or any(isinstance(leaf, Tensor) for leaf in leaves)
+    return node.op == "output" or "val" not in node.meta or bool(tensors_in(node.meta["val"]))
 
 
 def _places(matrices: ConsumerMatrices, shape: torch.Size) -> np.ndarray:

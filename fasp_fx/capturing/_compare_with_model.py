@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasp_fx.base import dense, distance, drawing_alike, laid_otherwise, pytree, tolerable, tolerance, warn
+from fasp_fx.base import (
+    dense,
+    distance,
+    drawing_alike,
+    laid_otherwise,
+    pytree,
+    tensors_in,
+    tolerable,
+    tolerance,
+    warn,
+)
 from fasp_fx.errors import CalibrationError, CaptureError, CaptureWarning
 
 from ._assemble import size_check
@@ -267,7 +277,7 @@ def coarsest(program: Program) -> torch.dtype:
     types = {
         value.dtype.to_real()
         for node in program.module.graph.nodes
-        for value in pytree.tree_leaves(node.meta.get("val"))
-        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+        for value in tensors_in(node.meta.get("val"))
+        if value.is_floating_point() or value.is_complex()
     }
     return max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)

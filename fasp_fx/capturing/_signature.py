@@ -25,6 +25,7 @@ from fasp_fx.base import (
     guards_of_module,
     pytree,
     set_guards,
+    tensors_in,
     tolerable,
 )
 from fasp_fx.errors import ArgumentError, CallError, CaptureError, FaspError
@@ -79,11 +80,7 @@ class CallSignature:
         if "self" in signature.parameters:  # the pruned module's forward has a self of its own
             raise CaptureError("forward has an argument named 'self'; rename it")
         arguments = _bind(signature, args, kwargs)
-        captured = tuple(
-            name
-            for name, value in arguments.items()
-            if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
-        )
+        captured = tuple(name for name, value in arguments.items() if tensors_in(value))
         constants = {name: _kept(value) for name, value in arguments.items() if name not in captured}
         if not captured:
             raise ArgumentError(

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 
-from fasp_fx.base import asserted, bounds_of, conditions_on, hint_of, pytree
+from fasp_fx.base import asserted, bounds_of, conditions_on, hint_of, pytree, tensors_in
 
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
@@ -190,8 +190,7 @@ class Sizes:
 
 def widened(inputs: dict[str, Any]) -> dict[str, Any] | None:
     """Inputs of batch size 1 doubled, since the exporter takes a size of 1 for a constant."""
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    if not all(tensor.dim() and tensor.shape[0] == 1 for tensor in tensors):
+    if not all(tensor.dim() and tensor.shape[0] == 1 for tensor in tensors_in(inputs)):
         return None
     return pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) else leaf, inputs)
 

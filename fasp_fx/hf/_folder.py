@@ -213,8 +213,9 @@ def load_offloaded(
         wanted = wanted or (tensor.dtype if real else None)
         kind = wanted if real and wanted and not any(part in name for part in exact) else tensor.dtype
         weights[name] = scratch.empty(tensor.shape, kind).copy_(tensor)
-    options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": wanted or torch.float32}
-    model, info = type(empty).from_pretrained(None, output_loading_info=True, **options)
+    model, info = type(empty).from_pretrained(
+        None, config=config, state_dict=weights, dtype=wanted or torch.float32, output_loading_info=True
+    )
     refuse_incomplete(model, info, str(folder))
     keep_weights(model, scratch)  # what transformers had to convert
     model.name_or_path = model.config.name_or_path = str(folder)

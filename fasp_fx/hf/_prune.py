@@ -387,8 +387,11 @@ def _served(captured: CapturedModel, result: Result, tokenizer: Any) -> Pruned:
         origin = cast(PrunedModule, other.module).fasp_fx_origin
         programs[name] = StoredProgram(origin, FlatProgram.of_graph(*origin.body()))
         stored = other.module.state_dict().keys()
-        buffers = other.module.named_buffers(remove_duplicate=False)
-        constants[name] = {name: value.detach() for name, value in buffers if name not in stored}
+        constants[name] = {
+            buffer: value.detach()
+            for buffer, value in other.module.named_buffers(remove_duplicate=False)
+            if buffer not in stored
+        }
     parts = Parts(programs, _one_set(model, {first: result, **results}), constants, plan, report)
     smaller = _model(model, parts, captured.convention)
     check_served(smaller, captured.stages)

@@ -166,7 +166,7 @@ def copied_with(model: nn.Module, pruned: nn.Module, plan: PruningPlan) -> nn.Mo
             copied.
     """
     try:
-        smaller, module = weights_of(pruned, plan), model_copy(model)
+        smaller, module = weights_by_original_name(pruned, plan), model_copy(model)
     except tolerable(Exception) as error:  # a module copies itself as it likes
         raise EagerError(
             f"{type(model).__name__} cannot be copied with these weights ({type(error).__name__}:"
@@ -194,7 +194,7 @@ def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield f"{path}.{name}" if path else name, value
 
 
-def weights_of(pruned: nn.Module, plan: PruningPlan) -> dict[str, Tensor]:
+def weights_by_original_name(pruned: nn.Module, plan: PruningPlan) -> dict[str, Tensor]:
     """The tensors that the module of a result holds, under their names in the model that was pruned; errors
     as for :func:`fasp_fx.passes.fused_weights`.
     """

@@ -168,13 +168,13 @@ class Result:
 
     def _weights(self) -> dict[str, Tensor]:
         """The weights that the module holds now, by their names in the model that was pruned."""
-        from ._eager import weights_of
+        from ._eager import weights_by_original_name
 
         weights = self.module.state_dict() if self.parts else {}
         for path, part in (self.parts or {"": self}).items():
             weights |= {
                 f"{path}.{name}" if path else name: tensor
-                for name, tensor in weights_of(part.module, part.plan).items()
+                for name, tensor in weights_by_original_name(part.module, part.plan).items()
             }
         return weights
 

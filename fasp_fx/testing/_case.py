@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 import fasp_fx
 from fasp_fx.analysis import Analysis, PruningPlan, gone_of, program_fingerprint
-from fasp_fx.base import pytree, tolerable
+from fasp_fx.base import pytree, tensors_in, tolerable
 from fasp_fx.calibration import Decision
 from fasp_fx.errors import FaspError, NothingPrunableError
 from fasp_fx.pruning import make_plan
@@ -200,7 +200,7 @@ def _resized(call: Call) -> list[Call]:
     """The example with another batch, and with other batches and other second dimensions, multiples among
     them: its own entries, repeated in turn.
     """
-    leaves = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
+    leaves = [leaf for leaf in tensors_in(call) if leaf.dim()]
     batches = {leaf.shape[0] for leaf in leaves}
     lengths = {leaf.shape[1] for leaf in leaves if leaf.dim() > 1}
     if len(batches) != 1:

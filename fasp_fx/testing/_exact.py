@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import fasp_fx
 from fasp_fx.analysis import PruningPlan
-from fasp_fx.base import pytree, tolerable
+from fasp_fx.base import pytree, tensors_in, tolerable
 from fasp_fx.errors import NothingPrunableError
 
 from ._case import Call, Case, Skipped, Violation, draw_part, hold
@@ -55,7 +55,7 @@ def call_result(case: Case, result: fasp_fx.Result, call: Call) -> object | None
 
 def shapes(call: Call) -> str:
     """The shapes of the tensors of a call."""
-    return ", ".join(str(tuple(leaf.shape)) for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor))
+    return ", ".join(str(tuple(leaf.shape)) for leaf in tensors_in(call))
 
 
 def nothing_removed(case: Case) -> None:

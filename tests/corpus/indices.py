@@ -15,8 +15,6 @@ from torch.nn import functional as F
 
 from . import Args, Entry, Make, drawn, entries, rows, sequences
 
-OF_OPERATORS = ("mask-exact", "nothing", "shapes", "rules", "restored")
-
 
 def _routes(self: Any, x: Tensor) -> Tensor:
     """An expert for the tokens that a gate picks, found by ``nonzero``; its result is added where they came

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from fasp_fx.analysis import APPROXIMATE, EXEMPT, Analysis, Group, Product, Slot, Use, Value
-from fasp_fx.base import largest_passing_subset, pytree, tolerable, warn
+from fasp_fx.base import largest_passing_subset, tensors_in, tolerable, warn
 from fasp_fx.calibration import ConsumerMatrices, Decision, decided, layouts_along, restricted
 from fasp_fx.capturing import Program, arguments, attribute, draws, is_dynamic, put_behind, way_from_weight
 from fasp_fx.errors import CallError, VerificationError, VerificationWarning, first_line
@@ -206,12 +206,8 @@ def _drawn(graph: fx.Graph) -> list[list[int | None]]:
     """The shapes of the random numbers that a graph draws, but for sizes that vary, which no pruning changes
     and each export names anew.
     """
-    drawn = [leaf for node in graph.nodes if draws(node) for leaf in pytree.tree_leaves(node.meta.get("val"))]
-    return [
-        [None if is_dynamic(size) else int(size) for size in leaf.shape]
-        for leaf in drawn
-        if isinstance(leaf, Tensor)
-    ]
+    drawn = (number for node in graph.nodes if draws(node) for number in tensors_in(node.meta.get("val")))
+    return [[None if is_dynamic(size) else int(size) for size in number.shape] for number in drawn]
 
 
 def _failed(inputs: Inputs, cause: str) -> _Fault:

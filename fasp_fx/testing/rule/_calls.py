@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from fasp_fx.base import OpOverload, pytree, schema_of
+from fasp_fx.base import OpOverload, schema_of, tensors_in
 from fasp_fx.patterns import Alternative, Rule
 
 from .._case import copied
@@ -45,7 +45,7 @@ class Call:
         """
         with torch.no_grad():
             result = self.operator(**copied(dict(self.arguments)))
-        return tensors(result)
+        return tensors_in(result)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor arguments; those of a list are named ``name.index``, as rules name them."""
@@ -89,11 +89,6 @@ def _spell(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_spell, value))}]"
     return repr(value)
-
-
-def tensors(value: Any) -> list[Tensor]:
-    """The tensors of an operator's result."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def same(first: Tensor, second: Tensor) -> bool:
