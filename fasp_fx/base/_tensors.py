@@ -95,7 +95,8 @@ def lying_otherwise(tensor: Tensor) -> Tensor:
     may hope for: the dimensions are in reverse order, and every other element is left out.
     """
     strides = list(accumulate(tensor.shape, operator.mul, initial=2))
-    return tensor.new_empty_strided(tensor.shape, strides[: tensor.dim()])
+    # What lies between is the same each time: a model may read it, and would differ from itself.
+    return tensor.new_zeros(strides[-1]).as_strided(tensor.shape, strides[: tensor.dim()]).detach()
 
 
 def laid_otherwise(tensor: Tensor) -> Tensor:
