@@ -227,8 +227,13 @@ def first_difference(
 
 
 def _assumed(facts: ExportFacts) -> set[str]:
-    """What is assumed of the sizes that vary."""
-    ranges = {f"{symbol} is in {allowed}" for symbol, allowed in facts.ranges.items()}
+    """What is assumed of the sizes that vary. A trace is of sizes from 2 on, also where a caller's bounds
+    allow 0 and 1.
+    """
+    ranges = {
+        f"{symbol} is in {2 if allowed.lower in (0, 1) else allowed.lower} to {allowed.upper}"
+        for symbol, allowed in facts.ranges.items()
+    }
     return ranges | {guard for guard in facts.guards if not _SETTLED.fullmatch(guard)}
 
 
@@ -247,6 +252,8 @@ class _Text:
         for node in graph.nodes:
             if node.op == "placeholder":
                 self._add(node, f"input {_made(node)}")
+            elif _takes_all(node):
+                self._names[node] = self._value(node.args[0])
             elif node.op == "call_function" and _size(node) is node and (node.users or not is_pure(node)):
                 self._add(node, self._call(node))
         self.lines.append(f"output {self._value(list(results(graph)))}")
@@ -289,6 +296,16 @@ class _Text:
             return f"{{{'; '.join(inner.lines)}}}"
         self.weights[name] = tensor.detach()
         return name
+
+
+def _takes_all(node: fx.Node) -> bool:
+    """Whether a node is a slice with all that there is, which exporters write or leave out by how the caller
+    says that a size varies.
+    """
+    if node.target is not torch.ops.aten.slice.Tensor:
+        return False
+    named = arguments(node)
+    return named["step"] == 1 and _made(node) == _made(node.args[0])
 
 
 def _made(node: fx.Node) -> str:
