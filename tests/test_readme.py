@@ -289,15 +289,6 @@ def test_every_example_is_run_here() -> None:
     assert not [path.name for path in EXAMPLES if f'"{path.name}"' not in source]
 
 
-def test_deploy(run: Run, tmp_path: Path) -> None:
-    # The compiler itself takes long, and test_corpus compiles.
-    out = run("deploy.py", "--backend", "eager")
-    assert "logits of three images: (3, 10)" in out
-    report = fasp_fx.load(tmp_path / "smaller").report
-    assert report.parameters[1] < 0.7 * report.parameters[0]
-    assert str(report) in out
-
-
 def test_rule_writer(run: Run) -> None:
     try:
         out = run("rule_writer.py")

@@ -187,6 +187,22 @@ def test_ahead_of_time(make: Callable[[], Pruned], tmp_path: Path) -> None:
     make().hold(torch._inductor.aoti_load_package(path))
 
 
+def test_bounds_stay(tmp_path: Path) -> None:
+    """In what is saved, exported or pruned again, and where a copy of the class is made."""
+    torch.manual_seed(0)
+    dense = made(lambda self, x: self.down(self.up(x).relu())[:, 0], up=nn.Linear(6, 24), down=nn.Linear(24, 5))
+    x, shapes = torch.randn(3, 4, 6), ({0: torch.export.Dim("batch", min=1, max=9)},)
+    result = fasp_fx.prune(dense, (x,), dynamic_shapes=shapes, **CHOICE)
+    loaded = fasp_fx.load(result.save(tmp_path / "out"))
+    exported = torch.export.export(loaded.module, (x,), dynamic_shapes=shapes)
+    for program in (result.program, loaded.program, exported, fasp_fx.prune(exported, **CHOICE).program):
+        (allowed,) = program.range_constraints.values()
+        assert (allowed.lower, allowed.upper) == (1, 9)
+    assert len(result.eager(dense)(torch.randn(9, 4, 6))) == 9
+    with pytest.raises(fasp_fx.CallError, match="9"):
+        loaded.module(torch.randn(10, 4, 6))
+
+
 # --- the exported program is put together when it is asked for
 
 
