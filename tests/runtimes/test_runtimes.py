@@ -1,11 +1,10 @@
-"""The snippets of docs/deploy.md, each a route: the last line of each runs again on three batches, for a fresh
-result and for a loaded one. scripts/test-runtimes has what they need.
+"""The snippets of docs/deploy.md, each a route: the last line of each runs again on three batches, for a
+fresh result and for a loaded one. scripts/test-runtimes has what they need.
 """
 
 import ast
 import importlib.util
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
