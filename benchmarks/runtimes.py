@@ -529,64 +529,72 @@ def trained_at_int8(program: ExportedProgram, images: Tensor, labels: Tensor) ->
     return convert_pt2e(prepared)
 
 
-def digits(options: Any) -> None:
-    """Size, time and accuracy at int8 in two runtimes, dense and pruned by a half."""
+def digit_images() -> tuple[Tensor, Tensor]:
+    """All digits of scikit-learn as images of 16 × 16, and their classes."""
     from sklearn.datasets import load_digits
 
     pixels, classes = load_digits(return_X_y=True)
-    images = functional.interpolate(torch.tensor(pixels).float().reshape(-1, 1, 8, 8) / 16, scale_factor=2)
-    labels, fitted = torch.tensor(classes), slice(0, 1437)
+    images = torch.tensor(pixels).float().reshape(-1, 1, 8, 8) / 16
+    return functional.interpolate(images, scale_factor=2), torch.tensor(classes)
+
+
+def trained_programs(images: Tensor, labels: Tensor) -> dict[str, ExportedProgram]:
+    """A network that was trained on the images, and what pruning makes of it."""
     torch.manual_seed(0)
-    dense = small_net()
-    train(dense.train(), images[fitted], labels[fitted], 300, 2e-3)
-    example, half = images[:EXAMPLE], fasp_fx.allocation.Macs(0.5)
+    dense, example = small_net(), images[:EXAMPLE]
+    train(dense.train(), images, labels, 300, 2e-3)
+    half = fasp_fx.allocation.Macs(0.5)
     how: dict[str, Any] = {"dynamic_shapes": BOUND, "budget": half, "round_to": 16, "progress": False}
-    result = fasp_fx.prune(dense.eval(), (example,), calibration=images[fitted].split(TRIED[-1]), **how)
+    result = fasp_fx.prune(dense.eval(), (example,), calibration=images.split(TRIED[-1]), **how)
     programs = {"dense": again(dense, example), "pruned": result.program}
     with tempfile.TemporaryDirectory() as folder:
         programs["pruned, loaded"] = fasp_fx.load(result.save(pathlib.Path(folder, "saved"))).program
     tuned = result.eager(dense)
-    train(tuned.train(), images[fitted], labels[fitted], 100, 2e-4)
-    programs["pruned, copy trained"] = again(tuned.eval(), example)
-    calibration = images[fitted][:256].split(TRIED[-1])
+    train(tuned.train(), images, labels, 100, 2e-4)
+    return programs | {"pruned, copy trained": again(tuned.eval(), example)}
 
-    def after(program: ExportedProgram) -> ExportedProgram:
-        return again(converted(program, quantiser_xnnpack(), *calibration), example)
 
-    def pt2e(name: str, folder: pathlib.Path) -> Built:
-        if name.endswith("at int8"):
-            module = trained_at_int8(programs[name.partition(",")[0]], images[fitted], labels[fitted])
-            return xnnpack_of(again(module, example), folder)
-        return xnnpack_of(after(programs[name]), folder)
+@torch.no_grad()
+def accuracy(call: Call, images: Tensor, labels: Tensor) -> float:
+    classes = [tensor_of(call(batch)).argmax(1) for batch in images.split(TRIED[-1])]
+    return float((torch.cat(classes) == labels).double().mean())
 
-    def nncf_of(name: str, folder: pathlib.Path) -> Built:
+
+def digits(options: Any) -> None:
+    """Size, time and accuracy at int8 in two runtimes, dense and pruned by a half."""
+    results, (images, labels) = Results(options.out), digit_images()
+    fitted, measured = (images[:1437], labels[:1437]), (images[1437:], labels[1437:])
+    programs, example = trained_programs(*fitted), images[:EXAMPLE]
+    calibration = fitted[0][:256].split(TRIED[-1])
+    for name, program in programs.items():
+        results.add({"float32": name, "right": accuracy(program.module(), *measured)})
+
+    def xnnpack(name: str, folder: pathlib.Path) -> Built:
+        made = converted(programs[name], quantiser_xnnpack(), *calibration)
+        return xnnpack_of(again(made, example), folder)
+
+    def trained(name: str, folder: pathlib.Path) -> Built:
+        return xnnpack_of(again(trained_at_int8(programs[name], *fitted), example), folder)
+
+    def openvino(name: str, folder: pathlib.Path) -> Built:
         import nncf
-        import openvino
+        from openvino import convert_model
 
-        model = openvino.convert_model(programs[name])
-        return openvino_of(
-            nncf.quantize(model, nncf.Dataset([batch.numpy() for batch in calibration])), folder
-        )
+        dataset = nncf.Dataset([batch.numpy() for batch in calibration])
+        return openvino_of(nncf.quantize(convert_model(programs[name]), dataset), folder)
 
-    results, measured = Results(options.out), slice(1437, None)
-    batches = images[measured].split(TRIED[-1])
-    for runtime, route in {"ExecuTorch": pt2e, "OpenVINO": nncf_of}.items():
-        names = [*programs, *(("dense, at int8", "pruned, at int8") if route is pt2e else ())]
+    for runtime, route in {"ExecuTorch": xnnpack, "ExecuTorch, QAT": trained, "OpenVINO": openvino}.items():
         first: Call | None = None
-        for name in names:
+        for name in programs:
             with tempfile.TemporaryDirectory() as folder:
                 built = route(name, pathlib.Path(folder))
                 first = first or built.call
-                logits = torch.cat([tensor_of(built.call(batch)).clone() for batch in batches])
-                right = float((logits.argmax(1) == labels[measured]).double().mean())
                 times = {rows: in_turn(first, built.call, images[:rows]) for rows in TIMED}
+                right = accuracy(built.call, *measured)
             results.add({"int8": name, "in": runtime, "bytes": built.size, "right": right, "times": times})
-    quantised_first = fasp_fx.analyze(after(programs["dense"]))
-    results.add({"int8": "before pruning", "can be removed": quantised_first.max_sparsity})
-    with torch.no_grad():
-        for name, module in {"dense": dense, "pruned": result.module, "copy trained": tuned}.items():
-            right = float((module(images[measured]).argmax(1) == labels[measured]).double().mean())
-            results.add({"float32": name, "right": right})
+    before = again(converted(programs["dense"], quantiser_xnnpack(), *calibration), example)
+    removable = fasp_fx.analyze(before).max_sparsity
+    results.add({"int8": "before pruning", "can be removed": removable})
 
 
 # --- Tables
