@@ -18,7 +18,15 @@ from fasp_fx.analysis import Analysis
 from fasp_fx.base import offload, process, tolerable
 from fasp_fx.errors import ArgumentError, StoreError, first_line
 from fasp_fx.hf import FORMATS, KIND, OWN, PLAIN, Pruned, agreement, convert, latency, prune, pruned_already
-from fasp_fx.pruning import Figure, FormatName, Method, PruningConfig, counted, expected_sparsity
+from fasp_fx.pruning import (
+    Figure,
+    FormatName,
+    Method,
+    PruningConfig,
+    Report,
+    counted,
+    expected_sparsity,
+)
 from fasp_fx.storage import is_save, new_save, refuse_other
 from fasp_fx.training import DistillationConfig, distil
 
@@ -72,23 +80,33 @@ def measure(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> tuple[F
     )
 
 
-def show(result: Pruned, out: Path) -> None:
-    """Print what was saved in a folder: figures, notes, and how to load it."""
-    report = result.report
+def show_figures(report: Report) -> None:
+    """Print figures and notes."""
     figures = [Figure("parameters", *report.parameters), Figure("bytes", *report.bytes)]
     if report.cache is not None:
         figures.append(Figure("bytes of cache per token of one sequence", *report.cache))
     console().print(figures_table([*figures, *report.figures]))
     asked = "" if report.requested is None else f" (asked for {report.requested:.2%})"
     recovery = report.recovery
-    loader = " after `import fasp_fx.hf`" if result.format == OWN.name else ""
-    code = ", trust_remote_code=True" if type(result.model)._auto_class is not None else ""
-    file = out / "model.gguf"
     for line in (
         f"removed {report.sparsity:.2%} of the linear weights of {counted(report.include)}{asked}",
         *(f"budget: {spent}" for spent in report.budgets),
         *(() if recovery is None else (f"recovered: {recovery}",)),
         *(f"note: {note}" for note in (*(recovery.notes if recovery is not None else ()), *report.notes)),
+    ):
+        say(line)
+
+
+def show(result: Pruned, out: Path | None) -> None:
+    """Print figures and notes, and how what was saved in a folder, if it was, is loaded."""
+    show_figures(result.report)
+    if out is None:
+        say("nothing was written")
+        return
+    loader = " after `import fasp_fx.hf`" if result.format == OWN.name else ""
+    code = ", trust_remote_code=True" if type(result.model)._auto_class is not None else ""
+    file = out / "model.gguf"
+    for line in (
         f"saved in {out}; load it{loader} with",
         f'  transformers.AutoModelForCausalLM.from_pretrained("{out}"{code})',
         *([f"or run it in llama.cpp: llama-cli -m {file}"] if file.is_file() else []),
@@ -101,7 +119,7 @@ class Job:
     """What a command writes, and how it works.
 
     Attributes:
-        out: the folder to write.
+        out: the folder to write; ``None``: none.
         overwrite: whether an earlier save there is replaced.
         format: of the files.
         device: ``None``: the accelerator if there is one.
@@ -110,7 +128,7 @@ class Job:
         scratch: where the weights are kept; ``None``: in memory.
     """
 
-    out: Path
+    out: Path | None
     overwrite: bool
     format: FormatName = OWN.name
     device: str | None = None
@@ -128,9 +146,10 @@ class Job:
             StoreError: something is there that must not be replaced, or the folder cannot be made.
             ArgumentError: one of them lies in the other.
         """
-        out, checkpoint = self.out.absolute(), self.checkpoint
-        with new_save(out, kind, overwrite=self.overwrite, keep=False):
-            pass
+        out, checkpoint = self.out and self.out.absolute(), self.checkpoint
+        if out is not None:
+            with new_save(out, kind, overwrite=self.overwrite, keep=False):
+                pass
         if checkpoint is not None:
             refuse_other(checkpoint, "--checkpoint")
             if out in (checkpoint.absolute(), *checkpoint.absolute().parents):
@@ -148,6 +167,8 @@ class Job:
         Raises:
             StoreError: says how many bytes it takes, and how many are free.
         """
+        if self.out is None:
+            return
         files = {None, FORMATS[format].stored}  # a GGUF file comes besides
         needed = kept * sum(Bytes(1.0, stored).held(model.parameters()) for stored in files)
         there = next(folder for folder in self.out.absolute().parents if folder.exists())
@@ -164,8 +185,9 @@ class Job:
         try:
             yield
         finally:
-            stages.begin("saving")
-            versions[-1].save_pretrained(self.out, overwrite=self.overwrite)
+            if self.out is not None:
+                stages.begin("saving")
+                versions[-1].save_pretrained(self.out, overwrite=self.overwrite)
             stages.end()
         show(versions[-1], self.out)
 
@@ -242,7 +264,7 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
         if needs_data := Method.of(config).needs_data:
             texts.write(dense, tokenizer, stages)
         chunks = texts.used if needs_data else None
-        with _together(device) as group:
+        with together(device) as group:
             versions = [_pruned(dense, tokenizer, chunks, job, stages, config=config, group=group)]
         if process("RANK", 0):  # all processes have the same
             return
@@ -286,7 +308,7 @@ def _pruned(
 
 
 @contextmanager
-def _together(device: torch.device) -> Iterator[dist.ProcessGroup | None]:
+def together(device: torch.device) -> Iterator[dist.ProcessGroup | None]:
     """The group of all processes that ``torchrun`` started, while they work; ``None`` for one alone.
 
     Raises:
