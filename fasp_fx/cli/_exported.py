@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -74,10 +74,10 @@ def load_program(file: Path) -> ExportedProgram:
 def report_in(file: Path) -> Report | None:
     """The report of a program that was pruned by this command; ``None`` of another."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with ZipFile(file) as archive:
             name = next((name for name in archive.namelist() if name.endswith(f"/extra/{REPORT}")), None)
             return None if name is None else Report.from_json(archive.read(name).decode("utf-8"))
-    except (zipfile.BadZipFile, UnicodeDecodeError) as error:
+    except (BadZipFile, UnicodeDecodeError) as error:
         raise StoreError(f"'{file}' is no exported program: {first_line(error)}; export it again") from error
 
 
@@ -174,7 +174,7 @@ def _writing(out: Path | None, overwrite: bool) -> Iterator[Path | None]:
         raise StoreError(
             f"'{out}' exists; choose another path, or pass overwrite=True to replace an earlier save"
         )
-    with new_file(out, replaceable=lambda file: report_in(file) is not None) as file:
+    with new_file(out, replaceable=lambda file: is_zipfile(file) and bool(report_in(file))) as file:
         yield file
 
 
