@@ -4,8 +4,9 @@ runtimes run it. Resumes where it was stopped.
 
     pip install "fasp_fx[runtimes]" torchvision scikit-learn
 
-Pruned by quality fast. Accuracy is that on handwritten digits at 32 x 32 (peers.py). Times are of one image of 224 x 224 (ViT: 32),
-of processor seconds on one thread, dense and pruned in turn: the median of the ratios.
+Pruned by quality fast. Accuracy is that on handwritten digits at 32 x 32 (peers.py). Times are of one image
+of 224 x 224 (ViT: 32), of processor seconds on one thread, dense and pruned in turn: the median of the
+ratios.
 """
 
 from __future__ import annotations
