@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -431,36 +432,21 @@ def show_groups(
     Example: `fasp-fx inspect HuggingFaceTB/SmolLM2-135M`
     """
     with session() as stages:
-        import torch
-
         from fasp_fx.interop import write_page
-        from fasp_fx.pruning import Report, analyze, counted
-        from fasp_fx.storage import is_save, kind_of, read_text, verify
+        from fasp_fx.pruning import analyze, counted
 
-        from . import _models
-
-        folder, report = Path(model), None
-        program: Any = None
-        if folder.suffix == PROGRAM:
-            from . import _exported
-
-            report = _exported.report_in(folder)
-            program = _exported.load_program(folder) if report is None else None
-        elif _models.is_saved(model) or is_save(folder, "plain"):
-            verify(folder, kind_of(folder), ["report.json"])
-            report = Report.from_json(read_text(folder / "report.json"))
+        source: Any = import_module("._exported" if model.endswith(PROGRAM) else "._models", __package__)
+        report = source.report_in(model)
         if report is not None:
             if html is not None:
-                write_page(report, f"{folder.resolve().name}, {report.sparsity:.0%} removed", html)
+                write_page(report, f"{Path(model).resolve().name}, {report.sparsity:.0%} removed", html)
             say(str(report), keep="\n")
             return
+        stages.begin("reading what it is")
+        empty, example = source.load_structure(model)
         asked: Any = {"granularity": granularity or PruningConfig.granularity, "include": include or ()}
-        if program is None:
-            stages.begin("reading the configuration")
-            program = _models.load_empty(model)
-            asked["kwargs"] = {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False}
         stages.begin(CAPTURING)
-        analysis: Any = analyze(program, **asked)  # whole, since it has no weights or was exported so
+        analysis: Any = analyze(empty, (), example, **asked)  # whole: it has no weights, or was exported so
         stages.end()
         if html is not None:
             write_page(analysis, model, html)
@@ -527,8 +513,9 @@ def evaluate(
         from fasp_fx.hf import predictions
 
         from . import _models
+        from ._devices import find_device
 
-        texts, predicted, what, where = [], [], "", _models.find_device(device)
+        texts, predicted, what, where = [], [], "", find_device(device)
         for model in models:  # one is in memory at a time
             stages.begin(f"loading {model}")
             module, tokenizer = _models.load_any(model, where, dtype)

@@ -23,9 +23,8 @@ from fasp_fx.capturing import Program, is_dynamic, upper_bound
 from fasp_fx.errors import ArgumentError, CalibrationError, StoreError, first_line
 from fasp_fx.pruning import Figure, PruningConfig, Report, capture, prune
 
-from ._console import CAPTURING, Stages, console, groups_table, say
-from ._models import find_device
-from ._prune import show_figures, together
+from ._console import CAPTURING, Stages, console, groups_table, say, show_figures
+from ._devices import find_device, together
 
 SUFFIX = ".pt2"
 #: what is written into the file beside the program
@@ -71,8 +70,17 @@ def load_program(file: Path) -> ExportedProgram:
         ) from error
 
 
-def report_in(file: Path) -> Report | None:
-    """The report of a program that was pruned by this command; ``None`` of another."""
+def load_structure(file: str) -> tuple[ExportedProgram, None]:
+    """The program of a file, which brings its example along; errors as for :func:`load_program`."""
+    return load_program(Path(file)), None
+
+
+def report_in(file: str | Path) -> Report | None:
+    """The report of a program that was pruned by this command; ``None`` of another.
+
+    Raises:
+        StoreError: the file is none that holds a program, or its report is damaged.
+    """
     try:
         with ZipFile(file) as archive:
             name = next((name for name in archive.namelist() if name.endswith(f"/extra/{REPORT}")), None)

@@ -10,28 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fasp_fx.allocation import Bytes
 from fasp_fx.analysis import Analysis
-from fasp_fx.base import offload, process, tolerable
-from fasp_fx.errors import ArgumentError, StoreError, first_line
+from fasp_fx.base import offload, process
+from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.hf import FORMATS, KIND, OWN, PLAIN, Pruned, agreement, convert, latency, prune, pruned_already
 from fasp_fx.pruning import (
     Figure,
     FormatName,
     Method,
     PruningConfig,
-    Report,
-    counted,
     expected_sparsity,
 )
 from fasp_fx.storage import is_save, new_save, refuse_other
 from fasp_fx.training import DistillationConfig, distil
 
 from . import _models
-from ._console import CAPTURING, Stages, console, figures_table, groups_table, say
+from ._console import CAPTURING, Stages, console, groups_table, say, show_figures
+from ._devices import find_device, together
 from ._models import Texts
 
 _GIB = 2**30
@@ -78,23 +76,6 @@ def measure(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> tuple[F
         Figure(f"divergence from the dense model, nats a token (± {spread:.3f})", 0.0, divergence, 3),
         Figure(f"next tokens as the dense model's, percent (± {100 * doubt:.1f})", 100.0, 100 * same, 1),
     )
-
-
-def show_figures(report: Report) -> None:
-    """Print figures and notes."""
-    figures = [Figure("parameters", *report.parameters), Figure("bytes", *report.bytes)]
-    if report.cache is not None:
-        figures.append(Figure("bytes of cache per token of one sequence", *report.cache))
-    console().print(figures_table([*figures, *report.figures]))
-    asked = "" if report.requested is None else f" (asked for {report.requested:.2%})"
-    recovery = report.recovery
-    for line in (
-        f"removed {report.sparsity:.2%} of the linear weights of {counted(report.include)}{asked}",
-        *(f"budget: {spent}" for spent in report.budgets),
-        *(() if recovery is None else (f"recovered: {recovery}",)),
-        *(f"note: {note}" for note in (*(recovery.notes if recovery is not None else ()), *report.notes)),
-    ):
-        say(line)
 
 
 def show(result: Pruned, out: Path | None) -> None:
@@ -201,7 +182,7 @@ def recover_and_save(
         FaspError: it cannot be met; nothing is written then but the checkpoint.
     """
     job.check(KIND if is_save(folder, KIND) else PLAIN)
-    device = _models.find_device(job.device)
+    device = find_device(job.device)
     stages.begin("loading the models and the text")
     versions = [_models.load_pruned(folder, device)]
     tokenizer, pruned = versions[0].tokenizer, versions[0].model
@@ -250,7 +231,7 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
     job.check(FORMATS[job.format].folder)
     if _models.is_saved(model):
         raise pruned_already(f"'{model}'")
-    device = _models.find_device(job.device)
+    device = find_device(job.device)
     torch.manual_seed(texts.seed)
     stages.begin("loading the tokenizer and the text")
     tokenizer = _models.load_tokenizer(model)
@@ -305,29 +286,3 @@ def _pruned(
         on_analysis=show_groups,
         **options,
     )
-
-
-@contextmanager
-def together(device: torch.device) -> Iterator[dist.ProcessGroup | None]:
-    """The group of all processes that ``torchrun`` started, while they work; ``None`` for one alone.
-
-    Raises:
-        ArgumentError: they do not find one another.
-    """
-    count, backends = process("WORLD_SIZE", 1), "cpu:gloo"
-    if count == 1:
-        yield None
-        return
-    try:
-        if device.type != "cpu":
-            backends += f",{device.type}:{dist.get_default_backend_for_device(device)}"
-            torch.accelerator.set_device_index(device.index or 0)
-        dist.init_process_group(backends)
-    except tolerable(RuntimeError, ValueError) as error:
-        raise ArgumentError(
-            f"the {count} processes do not find one another: {first_line(error)}; start them with torchrun"
-        ) from error
-    try:
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
