@@ -305,7 +305,7 @@ def _takes_all(node: fx.Node) -> bool:
     if node.target is not torch.ops.aten.slice.Tensor:
         return False
     named = arguments(node)
-    return named["step"] == 1 and _made(node) == _made(node.args[0])
+    return named["step"] == 1 and _made(node) == _made(node.all_input_nodes[0])
 
 
 def _made(node: fx.Node) -> str:
