@@ -601,18 +601,22 @@ def digits(options: Any) -> None:
 
 
 def tables(results: Results) -> Iterator[str]:
-    """Lines of markdown: deviations, speed, sizes; then what failed."""
+    """Lines of markdown: deviations, speed, sizes, of what was measured; then what failed."""
+    cells = {(each["model"], each["route"]): each for each in results.done}
+    models = [name for name in NETWORKS if any(name == model for model, _ in cells)]
+    routes = [name for name in ROUTES if any(name == route for _, route in cells)]
     for title, show in (("times as fast", faster), ("deviation", off), ("MB", size)):
-        yield from ("", f"{title}", "", f"| | {' | '.join(NETWORKS)} |", f"|---|{'---|' * len(NETWORKS)}")
-        for route in ROUTES:
-            cells = {each["model"]: show(each) for each in results.done if each.get("route") == route}
-            yield f"| {route} | {' | '.join(cells.get(model, '') for model in NETWORKS)} |"
-    for each in results.done:
+        yield from ("", f"{title}", "", f"| | {' | '.join(models)} |", f"|---|{'---|' * len(models)}")
+        for route in routes:
+            row = [show(cells[model, route]) if (model, route) in cells else "" for model in models]
+            yield f"| {route} | {' | '.join(row)} |"
+    yield ""
+    for (model, route), found in cells.items():
         for side in ("dense", "pruned"):
-            part = each if "error" in each else each.get(side, {})
-            failed = [part.get("error"), *(text for text in part.get("deviations", {}).values())]
+            part = found if "error" in found else found.get(side, {})
+            failed = [part.get("error"), *part.get("deviations", {}).values()]
             for text in sorted({text for text in failed if isinstance(text, str)}):
-                yield f"* {each['route']}, {each['model']}, {side}: {text}"
+                yield f"* {route}, {model}, {side}: {text}"
 
 
 def faster(found: dict[str, Any]) -> str:
