@@ -468,11 +468,23 @@ def apart(call: Callable[..., dict[str, Any]], *args: Any, seconds: float) -> di
         process.join()
 
 
+def settle(model: nn.Module, x: Tensor) -> None:
+    """Give batch norms the averages that they find in a batch; without, what a network with random weights
+    computes fades from layer to layer, until int8 holds nothing of it.
+    """
+    norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train().momentum = None  # the mean over all batches, of which there is one
+    model(x)
+    model.eval()
+
+
 @torch.no_grad()
 def sides(network: Network) -> tuple[Side, Side]:
     """The network, dense and pruned."""
     torch.manual_seed(0)
     dense, example = network.dense.eval(), network.draw(EXAMPLE)
+    settle(dense, network.draw(TRIED[-1]))
     inputs = {rows: network.draw(rows) for rows in TRIED} | {EXAMPLE: example}
     how: dict[str, Any] = {"score": "magnitude", "restore": None, "budget": fasp_fx.allocation.Macs(0.5)}
     how |= {"round_to": 16, "progress": False, **network.how}
