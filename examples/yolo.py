@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils import _pytree as pytree
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.autobackend import AutoBackend
 from ultralytics.nn.modules import C2f
 
 import fasp_fx
@@ -108,5 +110,5 @@ file = tuned.export(format=options.format, imgsz=options.size)
 scores["exported"] = YOLO(file, task="detect").val(**common)
 for name, score in scores.items():
     print(f"{name}: mAP50 {score.box.map50:.3f}")
-here, there = (YOLO(one, task="detect").predict(images[:1])[0] for one in (tuned.trainer.best, file))
-print(f"boxes of {file} are {(here.boxes.data - there.boxes.data).abs().max():.1e} from the checkpoint's")
+here, there = (pytree.tree_leaves(AutoBackend(one)(images[:4]))[0] for one in (tuned.trainer.best, file))
+print(f"{Path(file).name}: {(here - there).abs().max() / here.abs().max():.1e} from the checkpoint")
