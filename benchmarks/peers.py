@@ -40,11 +40,7 @@ TRAINING, TUNING = 200, 30
 def main() -> None:
     results = Results(arguments(__doc__, text=False, out=True).parse_args().out)
     torch.backends.mha.set_fastpath_enabled(False)  # in which torch counts nothing
-    images, labels = (torch.from_numpy(found) for found in load_digits(return_X_y=True))
-    images = (images.float() / 8 - 1).reshape(-1, 1, 8, 8).expand(-1, 3, -1, -1)
-    images = functional.interpolate(images, (32, 32), mode="bilinear")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).split(1437)
-    (fitted, measured), (taught, asked) = ([own[part] for part in order] for own in (images, labels))
+    (fitted, measured), (taught, asked) = digits()
     for name in NETWORKS:
         if results.has({"network": name}):
             continue
@@ -62,6 +58,15 @@ def main() -> None:
             train(pruned, fitted, taught, TUNING, 1e-4)
             found[method]["tuned"] = accuracy(pruned, measured, asked)
         results.add(found)
+
+
+def digits() -> list[list[Tensor]]:
+    """Images and labels, each of four fifths and of the last."""
+    images, labels = (torch.from_numpy(found) for found in load_digits(return_X_y=True))
+    images = (images.float() / 8 - 1).reshape(-1, 1, 8, 8).expand(-1, 3, -1, -1)
+    images = functional.interpolate(images, (32, 32), mode="bilinear")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).split(1437)
+    return [[tensors[part] for part in order] for tensors in (images, labels)]
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int, rate: float) -> None:

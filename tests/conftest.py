@@ -19,7 +19,7 @@ import torch._inductor.config
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import none
 from models import ZOO
-from patched import PROFILE, patch_torch
+from patched import DAY, PROFILE, patch_torch
 from saved import small_result
 
 import fasp_fx
@@ -56,7 +56,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     seed = getattr(config.option, "hypothesis_seed", None)
     return (
         f"fasp_fx profile: {PROFILE} ({settings.default.max_examples} examples per property, seed"
-        f" {seed or 'fixed'})"
+        f" {seed or 'fixed'}, FASP_FX_DAY={DAY})"
     )
 
 
@@ -118,7 +118,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     turns: dict[str, itertools.count[int]] = defaultdict(itertools.count)
     for item in items:
         sampled = item.get_closest_marker("sampled")
-        is_left_out = sampled and next(turns[item.nodeid.partition("[")[0]]) % sampled.args[0]
+        is_left_out = sampled and (next(turns[item.nodeid.partition("[")[0]]) + DAY) % sampled.args[0]
         if is_left_out or item.get_closest_marker("slow"):
             item.add_marker(skip)
 

@@ -1,5 +1,6 @@
 """What the suite changes of torch, to be quicker and to compare exactly; the slow profile changes nothing."""
 
+import datetime
 import logging
 import os
 
@@ -7,6 +8,9 @@ import torch
 from torch._subclasses import FakeTensor
 
 PROFILE = os.environ.get("FASP_FX_PROFILE", "fast")
+#: The fast profile takes other cases of the many each day. A day that failed is run again by its number, and
+#: the processes of one run have the same.
+DAY = int(os.environ.setdefault("FASP_FX_DAY", str(datetime.date.today().toordinal())))
 
 
 def patch_torch() -> None:

@@ -440,7 +440,6 @@ WRONG_KINDS = [
     *([*PRUNE, option, "0"] for option in ("--batches", "--length")),
     *([*command, option, "nowhere.txt"] for command, option in ((PRUNE, "--text"), (EVAL, "--text"))),
     [*PRUNE, "--config", "@taken"],
-    ["prune", "@model"],
     ["prune", "--out", "out"],
     [*PRUNE, "--unheard"],
     ["inspect"],
@@ -466,6 +465,7 @@ REFUSED = {
     "device": [[*PRUNE, "--device", value] for value in ("toaster", "cuda:99", "meta", "")],
     "JSON": [[*PRUNE, "--config", "@text.txt"]],
     "no amount": [[*PRUNE, "--parameters", "much"]],
+    "nothing to write to": [["prune", "@model"]],
     "--recover trains": [[*PRUNE, "--stream", "--recover", "1"]],
     "nowhere.txt": [[*PRUNE, "--calibration", "@nowhere.txt"]],
     "short.txt": [

@@ -2,9 +2,11 @@
 Models that write are in corpus/movements.py.
 """
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from corpus.movements import ENTRIES, FUNCTIONS, IN_PLACE, behind
 from models import between_layers, made
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch.export import Dim, export
+from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -29,16 +31,47 @@ def between(function: Callable[[Tensor], Tensor]) -> nn.Module:
     return between_layers(function).double()
 
 
+def _loaded(program: ExportedProgram) -> ExportedProgram:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
+
+
 @pytest.mark.parametrize("function", IN_PLACE, ids=lambda function: function.__name__)
 def test_no_operator_of_a_program_writes(function: Callable[[Tensor], Tensor]) -> None:
+    """Of a model, of a program that somebody exported, and of one that was loaded, whose recorded values
+    share no memory any more.
+    """
     model = between(function)
-    program = fasp_fx.capture(model, (X,)).program
-    (found,) = pytree.tree_leaves(program.module(X))
-    assert torch.allclose(found, model(X), rtol=1e-12, atol=1e-12)
-    assert not any(
-        node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False)
-        for node in program.module.graph.nodes
-    )
+    exported = export(model, (X,))
+    for source in (model, exported, _loaded(exported)):
+        program = fasp_fx.capture(source, (X,)).program
+        (found,) = pytree.tree_leaves(program.module(X))
+        assert torch.allclose(found, model(X), rtol=1e-12, atol=1e-12)
+        assert not any(
+            node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+            for node in program.module.graph.nodes
+        )
+
+
+def test_norms_of_a_program_that_writes_stay_whole() -> None:
+    """Quantisers look for a convolution with its batch norm; every node says where it comes from."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.Flatten()
+    ).eval()
+    images = torch.randn(2, 3, 8, 8)
+    with mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", False):
+        exported = export(model, (images,), dynamic_shapes=({0: Dim("batch", max=9)},))
+        for source in (exported, _loaded(exported), model):
+            result = fasp_fx.prune(source, (images,), score="magnitude", restore=None, sparsity=0.3)
+            graph = result.program.graph
+            assert len(graph.find_nodes(op="call_function", target=torch.ops.aten.batch_norm.default)) == 1
+            for node in graph.nodes:
+                said = {"nn_module_stack", "stack_trace", "from_node"} - node.meta.keys()
+                assert node.op != "call_function" or not said, (node, said)
+            if source is not model:
+                assert [*result.program.range_constraints.values()] == [*exported.range_constraints.values()]
 
 
 def test_operators_that_are_taken_apart_copy_where_no_view_can_be() -> None:

@@ -28,7 +28,7 @@ import fasp_fx
 import fasp_fx.hf
 from fasp_fx.base import Scratch, addresses, keep, keep_values, keep_weights, offload
 from fasp_fx.base._offload import _SCRATCH, FILE_BYTES, SMALLEST, mapped_bytes
-from fasp_fx.calibration import Columns, Random
+from fasp_fx.calibration import Columns, random
 from fasp_fx.calibration._restoration import SKETCHED, _sketch
 from fasp_fx.capturing import Runner
 from fasp_fx.errors import ArgumentError, OffloadError
@@ -404,9 +404,9 @@ def test_weights_in_files_and_batches_on_the_device(tmp_path: Path) -> None:
 def test_draws_are_the_same_whatever_the_default_device_is() -> None:
     rows = torch.ones(SKETCHED + 3, 2)
     columns = Columns(torch.ones(2, 5), None, None, name="a")
-    expected = _sketch(rows), Random(1)(columns)
+    expected = _sketch(rows), random(columns, 1)
     with torch.device("meta"):
-        found = _sketch(rows), Random(1)(columns)
+        found = _sketch(rows), random(columns, 1)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)  # on the same device
 
 

@@ -30,6 +30,12 @@ from ._losses import (
 from ._matrices import (
     ConsumerMatrices as ConsumerMatrices,  # One use of a weight, read as one matrix per block
 )
+from ._named import (
+    ScoreName as ScoreName,  # what score= may be called
+    fasp as fasp,  # Σ_i |W_ij| · ‖X_j‖₂ (FASP, arXiv 2501.09412, the column form of Wanda's metric)
+    magnitude as magnitude,  # ‖W_j‖₂: the length of the column, without data
+    random as random,  # Uniform random scores, reproducible: a block of a consumer always gets the same by its name, whatever was scored before it
+)
 from ._obs import (
     OBS as OBS,  # Removes what is cheapest once all that stays was repaired to make up for it
     Elimination as Elimination,  # One block of a consumer, whose columns are eliminated one set after another
@@ -67,12 +73,9 @@ from ._scoring import (
     GroupColumns as GroupColumns,  # One coupled group as a score sees it
     GroupScore as GroupScore,  # A score of whole groups; derive from it what a function of single columns cannot say
     Order as Order,  # In which order channel sets go
-    Random as Random,  # Uniform random scores, reproducible: a block of a consumer always gets the same by its name, whatever was scored before it
     Score as Score,  # what score= takes that is no name
     by_set as by_set,  # The values of all consumers' columns, added up for the channel sets that take them along, shape [sets]
     by_value as by_value,  # The order in which the lowest go first
-    fasp as fasp,  # Σ_i |W_ij| · ‖X_j‖₂ (FASP, arXiv 2501.09412, the column form of Wanda's metric)
-    magnitude as magnitude,  # ‖W_j‖₂: the length of the column, without data
 )
 from ._statistics import (
     Gram as Gram,  # Accumulates G = XᵀX over tokens, on the device of the activations (FASP, section 3): a sum, so that it can be all-reduced

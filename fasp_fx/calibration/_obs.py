@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fasp_fx.errors import CalibrationError
 
-from ._scoring import NAMED, ByColumns, Columns, GroupColumns, GroupScore, Order, Score
+from ._named import NAMED
+from ._scoring import ByColumns, Columns, GroupColumns, GroupScore, Order, Score
 from ._statistics import (
     InputGradients,
     MakeStatistic,
@@ -196,8 +197,10 @@ def resolve_score(score: str | Score) -> GroupScore:
     """The score of groups that a name, or a score of columns, stands for (a function is taken to need
     calibration data).
     """
-    function = {"obs": OBS(), **NAMED}[score] if isinstance(score, str) else score
-    return function if isinstance(function, GroupScore) else ByColumns(function)
+    if score == "obs":
+        return OBS()
+    function, needs_data = NAMED[score] if isinstance(score, str) else (score, True)
+    return function if isinstance(function, GroupScore) else ByColumns(function, needs_data)
 
 
 # --- The inverse of a damped Gram matrix, from which columns are eliminated.

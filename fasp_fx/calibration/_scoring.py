@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fasp_fx.analysis import by_block
-from fasp_fx.base import generator_of
 from fasp_fx.errors import ArgumentError, CalibrationError
 
 from ._statistics import MakeStatistic, Statistic
@@ -140,43 +139,6 @@ ColumnScore = Callable[[Columns], Tensor]
 Score = ColumnScore | GroupScore
 
 
-def fasp(columns: Columns) -> Tensor:
-    """``Σ_i |W_ij| · ‖X_j‖₂`` (FASP, arXiv 2501.09412, the column form of Wanda's metric).
-
-    Examples:
-        >>> from fasp_fx.calibration import Columns, fasp
-        >>> fasp(Columns(torch.tensor([[1.0, -2.0], [3.0, 4.0]]), norms=torch.tensor([1.0, 0.5]), gram=None))
-        tensor([4., 3.])
-    """
-    assert columns.norms is not None
-    return columns.weight.abs().sum(0, dtype=columns.norms.dtype) * columns.norms
-
-
-def magnitude(columns: Columns) -> Tensor:
-    """``‖W_j‖₂``: the length of the column, without data.
-
-    Examples:
-        >>> from fasp_fx.calibration import Columns, magnitude
-        >>> magnitude(Columns(torch.tensor([[3.0, 0.0], [4.0, 2.0]]), norms=None, gram=None))
-        tensor([5., 2.], dtype=torch.float64)
-    """
-    return columns.weight.abs().to(torch.float32).norm(dim=0).to(torch.float64)
-
-
-@dataclass(frozen=True)
-class Random:
-    """Uniform random scores, reproducible: a block of a consumer always gets the same by its name, whatever
-    was scored before it.
-    """
-
-    seed: int = 0
-
-    def __call__(self, columns: Columns) -> Tensor:
-        generator = generator_of(self.seed, columns.name)
-        drawn = torch.rand(columns.weight.shape[1], generator=generator, dtype=torch.float64, device="cpu")
-        return drawn.to(columns.weight.device)
-
-
 class ByColumns(GroupScore):
     """The order by a score of single columns, the lowest first.
 
@@ -199,14 +161,6 @@ class ByColumns(GroupScore):
         """
         values = dense_numbers("the score", self.score(columns), (columns.weight.shape[1],))
         return values.detach().to("cpu", torch.float64).numpy()
-
-
-#: the scores of columns that have a name
-NAMED: Mapping[str, GroupScore] = {
-    "fasp": ByColumns(fasp),
-    "magnitude": ByColumns(magnitude, needs_data=False),
-    "random": ByColumns(Random(), needs_data=False),
-}
 
 
 def dense_numbers(what: str, values: Any, shape: tuple[int, ...]) -> Tensor:

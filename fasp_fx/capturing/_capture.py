@@ -26,6 +26,7 @@ from fasp_fx.base import (
     pytree,
     rename,
     version_of,
+    with_parts,
     without_collections,
 )
 from fasp_fx.errors import ArgumentError, CaptureError
@@ -33,11 +34,12 @@ from fasp_fx.errors import ArgumentError, CaptureError
 from ._compare_with_model import compared
 from ._export import CaptureOptions, Exported, export
 from ._fold import fold
-from ._functional import functional, take_apart
+from ._functional import functional, is_functional, out_of_place, take_apart
 from ._fx import read_stamps, remove_dead, remove_dropouts, results, weights_of, written_names
 from ._parts import Parts
 from ._program import ExportFacts, Program, graph_module
 from ._rewrites import as_weights, check_names, own_names
+from ._runner import record
 from ._signature import CallSignature
 from ._transformers import is_cache, is_transformers, register_caches
 
@@ -68,7 +70,7 @@ def capture(
     device = None if how.device is None else check_device(how.device)
     if isinstance(model, ExportedProgram):
         signature = _exported_signature(model, args, dict(kwargs or {}))
-        exported = Exported(functional(as_weights(model)))
+        exported = Exported(_without_writes(as_weights(model)))
     elif isinstance(model, nn.Module):
         signature, exported = _export(model, args, dict(kwargs or {}), how)
     else:
@@ -141,6 +143,19 @@ def _export(
         {name: bound[name] for name in signature.captured},
     )
     return signature, export(model, signature, inputs, how, len(args))
+
+
+def _without_writes(exported: ExportedProgram) -> ExportedProgram:
+    """A program of the caller's in functional operators; torch's own way takes its batch norms apart, where
+    quantisers look for them.
+    """
+    if is_functional(exported):
+        return exported
+    copied = with_parts(exported, graph_module=copy.deepcopy(exported.graph_module))
+    record(copied.graph_module)  # what is recorded in one that was loaded shares no memory
+    out_of_place(copied.graph)
+    copied.graph_module.recompile()
+    return functional(copied)
 
 
 def _check_generators(exported: ExportedProgram) -> None:

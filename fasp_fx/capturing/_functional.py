@@ -28,6 +28,7 @@ from fasp_fx.base import (
     storage_of,
     tolerable,
     without_overrides,
+    without_stack_traces,
 )
 from fasp_fx.errors import first_line
 from fasp_fx.patterns import lookup
@@ -46,10 +47,15 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
     """Functionalise, with what ``torch.func`` transforms and what stands in regions of its own; most programs
     are exported functional and keep as they are.
     """
-    if all(map(_is_functional, exported.graph.nodes)):
+    if is_functional(exported):
         return exported
     with quiet():
         return exported.run_decompositions({})
+
+
+def is_functional(exported: ExportedProgram) -> bool:
+    """Whether nothing in a program writes, and nothing stands in a region of its own."""
+    return all(map(_is_functional, exported.graph.nodes))
 
 
 def _is_functional(node: fx.Node) -> bool:
@@ -148,7 +154,7 @@ def _traced(node: fx.Node, way: Callable[..., Any]) -> fx.Graph:
 
     module = nn.Module()
     module.forward = compute
-    with quiet(), torch.no_grad(), by_shapes():
+    with quiet(), torch.no_grad(), by_shapes(), without_stack_traces():
         # Of what lies in order, an operator would not write down that it must (``contiguous``).
         stand_ins = [_stand_in(operand.meta["val"]) for operand in operands]
         module_traced, _ = aot_export_module(

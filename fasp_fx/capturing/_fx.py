@@ -265,7 +265,7 @@ def stand_for(node: fx.Node, like: fx.Node) -> None:
     """Say of a node that it comes from where ``like`` does: without its module stack, torch cannot unflatten
     the program, and without either quantisers pass it over; and what was noted of ``like``, under ``custom``.
     """
-    for key in ("nn_module_stack", "torch_fn", "stack_trace", "source_fn_stack", "custom"):
+    for key in ("nn_module_stack", "torch_fn", "stack_trace", "source_fn_stack", "from_node", "custom"):
         if key in like.meta:
             node.meta[key] = like.meta[key]
 

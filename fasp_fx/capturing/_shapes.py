@@ -21,7 +21,6 @@ from fasp_fx.base import (
     decomposition_table,
     settle,
     traced_by,
-    without_stack_traces,
 )
 
 from ._sizes import same_sizes
@@ -133,7 +132,6 @@ def by_shapes() -> Iterator[None]:
     """
     with (
         traced_by(_KERNELS, _FAKES),
-        without_stack_traces(),  # which lines of the model made the nodes, nobody sees
         torch.backends.mkldnn.flags(enabled=False, deterministic=None, allow_tf32=None, fp32_precision=None),
         torch.backends.nnpack.flags(enabled=False),
         torch.backends.cudnn.flags(enabled=False),

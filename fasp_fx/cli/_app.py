@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from ._console import CAPTURING, USAGE, console, groups_table, say, session, tab
 
 app = typer.Typer(
     name="fasp-fx",
-    help="Make language models physically smaller by structured pruning, without retraining.",
+    help="Make models physically smaller by structured pruning, without retraining.",
     epilog="Exit codes: 0 done, 2 the request cannot be met (one line says why), 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
@@ -46,6 +47,8 @@ def option(text: str, *flags: str, more: bool = True, **settings: Any) -> Any:
 FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "metavar": "FILE"}
 MODEL = "A model folder, a hub id or a .gguf file; anything AutoModelForCausalLM loads."
 Out = Annotated[Path, option("The folder to write; it must not exist yet.", more=False)]
+#: how an exported program is called, which what is pruned may be as well
+PROGRAM = ".pt2"
 Device = Annotated[
     str | None,
     option("Where to work, such as cpu or cuda:1. Default: the accelerator if there is one.", more=False),
@@ -87,6 +90,8 @@ Seed = Annotated[
     option("Seed of the model's text, and of the order of training. Default: 0.", min=0, max=2**63 - 1),
 ]
 
+#: what else than the options of a pruning an exported program is pruned with
+OF_PROGRAMS = ("model", "out", "calibration", "config", "device", "checkpoint", "overwrite", "dry_run")
 #: options of a pruning that stand among the first
 COMMON = ("sparsity", "quality")
 #: budgets that an option asks for, with what it may be given
@@ -185,16 +190,20 @@ def _root(
 @app.command()
 @with_pruning_options
 def prune(
-    model: Annotated[str, typer.Argument(help=MODEL)],
-    out: Out,
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help=f"{MODEL} Or a .pt2 file of torch.export.save, of any model.")],
+    out: Annotated[
+        Path | None, option("The folder, or .pt2 file, to write; it must not exist yet.", more=False)
+    ] = None,
     calibration: Annotated[
-        str,
+        str | None,
         option(
-            "A text file, or 'self', the default: text that the model writes itself.",
+            "A text file, or 'self', the default: text that the model writes itself. For a program: a"
+            " .safetensors, .npz or .pt file with a tensor for each input, a row for each sample.",
             metavar="FILE|self",
             more=False,
         ),
-    ] = "self",
+    ] = None,
     text: Text = None,
     recover: Annotated[
         int,
@@ -234,9 +243,12 @@ def prune(
         option("Where --stream keeps the weights. Default: beside the folder to write.", metavar="DIR"),
     ] = None,
     overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, option("Do all of it but write nothing: what goes, and what that costs.", "--dry-run")
+    ] = False,
     **given: Any,
 ) -> None:
-    """Prune a language model, measure what it cost, and save it.
+    """Prune a language model or an exported program, measure what it cost, and save it.
 
     Finds the coupled channels of the model by itself, predicts from the calibration text what losing them
     would cost, removes those that cost least, repairs the weights that stay, and writes a smaller model that
@@ -257,17 +269,59 @@ def prune(
     text; those that do best on a held-out tenth of it are kept. `fasp-fx recover` does the same later,
     longer, and with other text.
 
+    A `.pt2` file becomes a smaller `.pt2` file, which every runtime takes that took the first. Without
+    `--calibration` its channels go by magnitudes. With it, what stays is repaired, and the last fifth of the
+    rows measures how far both programs agree:
+
+    `fasp-fx prune model.pt2 --calibration images.safetensors --macs 50% --out small.pt2`
+
     Example: `fasp-fx prune model.gguf --sparsity 0.2 --out small`, and in Python, after
     `import fasp_fx.hf`, `AutoModelForCausalLM.from_pretrained("small")`.
     """
     with session() as stages:
+        if out is None and not dry_run:
+            raise ArgumentError("there is nothing to write to; give --out, or --dry-run")
+        out = None if dry_run else out
+        if Path(model).suffix == PROGRAM:
+            _prune_program(context, config, given, out, stages)
+            return
         options = read_options(config, given)
         from . import _prune
 
-        kept = scratch or (out.absolute().parent if stream else None)
+        kept = scratch or ((out or Path("here")).absolute().parent if stream else None)
         job = _prune.Job(out, overwrite, format, device, dtype, checkpoint, kept)
-        texts = _texts(calibration, length, eval_batches, batches=batches, text=text, seed=seed)
+        texts = _texts(calibration or "self", length, eval_batches, batches=batches, text=text, seed=seed)
         _prune.run(model, job, options, texts, recover, stages)
+
+
+def _prune_program(
+    context: typer.Context, config: Path | None, given: dict[str, Any], out: Path | None, stages: Any
+) -> None:
+    """Prune an exported program as a command says.
+
+    Raises:
+        ArgumentError: an option is given that speaks of language models.
+    """
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    asked = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    if strange := sorted(asked - {*given, *OF_PROGRAMS}):
+        raise ArgumentError(
+            f"--{strange[0].replace('_', '-')} is for language models, and this is an exported program; leave"
+            " it out"
+        )
+    calibration, values = context.params["calibration"], context.params
+    if calibration is None and config is None:  # what needs no data stands for what is not given
+        if given["restore"]:
+            raise ArgumentError("--restore repairs by data; give --calibration")
+        given = {**given, "restore": False, "score": given["score"] or "magnitude"}
+    options = read_options(config, given)
+    from . import _exported
+
+    file = None if calibration is None else Path(calibration)
+    job = _exported.Job(
+        Path(values["model"]), out, values["overwrite"], file, values["device"], values["checkpoint"]
+    )
+    _exported.run(job, options, stages)
 
 
 def _texts(source: str, length: int | None, eval_batches: int | None, **more: Any) -> Any:
@@ -339,7 +393,12 @@ def recover(
 
 @app.command("inspect")
 def show_groups(
-    model: Annotated[str, typer.Argument(help=f"{MODEL[:-1]}, or a folder that `fasp-fx prune` wrote.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help=f"{MODEL[:-1]}, what `fasp-fx prune` wrote, or a .pt2 file of torch.export.save."
+        ),
+    ],
     granularity: Annotated[
         list[str] | None,
         option("What goes as one: channel, the default, head or expert; may be given again.", more=False),
@@ -360,41 +419,34 @@ def show_groups(
         ),
     ] = None,
 ) -> None:
-    """Show the coupled groups of a language model: what can be pruned, what cannot, and why.
+    """Show the coupled groups of a model: what can be pruned, what cannot, and why.
 
-    Only the configuration is read; no weight is loaded. Prunable groups are the ones that `prune` shrinks;
-    exempt ones are the query and key channels, which meet in a product of two activations; approximate ones
-    cross an operator that mixes their channels, such as a norm; frozen ones cannot be removed, for the reason
-    shown.
+    Of a language model only the configuration is read; no weight is loaded. Prunable groups are the ones that
+    `prune` shrinks; exempt ones are the query and key channels, which meet in a product of two activations;
+    approximate ones cross an operator that mixes their channels, such as a norm; frozen ones cannot be
+    removed, for the reason shown.
 
-    Of a folder that `prune` wrote, the report of that pruning is shown. With `--html FILE` the same goes to a
+    Of what `prune` wrote, the report of that pruning is shown. With `--html FILE` the same goes to a
     page with a chart of the widths and a table that sorts.
 
     Example: `fasp-fx inspect HuggingFaceTB/SmolLM2-135M`
     """
     with session() as stages:
-        import torch
-
         from fasp_fx.interop import write_page
-        from fasp_fx.pruning import Report, analyze, counted
-        from fasp_fx.storage import is_save, kind_of, read_text, verify
+        from fasp_fx.pruning import analyze, counted
 
-        from . import _models
-
-        folder = Path(model)
-        if _models.is_saved(model) or is_save(folder, "plain"):
-            verify(folder, kind_of(folder), ["report.json"])
-            report = Report.from_json(read_text(folder / "report.json"))
+        source: Any = import_module("._exported" if model.endswith(PROGRAM) else "._models", __package__)
+        report = source.report_in(model)
+        if report is not None:
             if html is not None:
-                write_page(report, f"{folder.resolve().name}, {report.sparsity:.0%} removed", html)
+                write_page(report, f"{Path(model).resolve().name}, {report.sparsity:.0%} removed", html)
             say(str(report), keep="\n")
             return
-        stages.begin("reading the configuration")
-        empty = _models.load_empty(model)
-        stages.begin(CAPTURING)
-        example = {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False}
+        stages.begin("reading what it is")
+        empty, example = source.load_structure(model)
         asked: Any = {"granularity": granularity or PruningConfig.granularity, "include": include or ()}
-        analysis: Any = analyze(empty, (), example, **asked)  # whole, since it has no weights
+        stages.begin(CAPTURING)
+        analysis: Any = analyze(empty, (), example, **asked)  # whole: it has no weights, or was exported so
         stages.end()
         if html is not None:
             write_page(analysis, model, html)
@@ -461,8 +513,9 @@ def evaluate(
         from fasp_fx.hf import predictions
 
         from . import _models
+        from ._devices import find_device
 
-        texts, predicted, what, where = [], [], "", _models.find_device(device)
+        texts, predicted, what, where = [], [], "", find_device(device)
         for model in models:  # one is in memory at a time
             stages.begin(f"loading {model}")
             module, tokenizer = _models.load_any(model, where, dtype)

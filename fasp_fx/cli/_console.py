@@ -29,7 +29,7 @@ from fasp_fx.errors import (
 
 if TYPE_CHECKING:
     from fasp_fx.analysis import Analysis, Group, Member
-    from fasp_fx.pruning import Figure
+    from fasp_fx.pruning import Figure, Report
 
 USAGE, INTERRUPTED = 2, 130
 #: a stage of several commands
@@ -210,3 +210,22 @@ def figures_table(rows: Sequence[Figure]) -> Table:
             for row in rows
         ],
     )
+
+
+def show_figures(report: Report) -> None:
+    """Print figures and notes."""
+    from fasp_fx.pruning import Figure, counted
+
+    figures = [Figure("parameters", *report.parameters), Figure("bytes", *report.bytes)]
+    if report.cache is not None:
+        figures.append(Figure("bytes of cache per token of one sequence", *report.cache))
+    console().print(figures_table([*figures, *report.figures]))
+    asked = "" if report.requested is None else f" (asked for {report.requested:.2%})"
+    recovery = report.recovery
+    for line in (
+        f"removed {report.sparsity:.2%} of the linear weights of {counted(report.include)}{asked}",
+        *(f"budget: {spent}" for spent in report.budgets),
+        *(() if recovery is None else (f"recovered: {recovery}",)),
+        *(f"note: {note}" for note in (*(recovery.notes if recovery is not None else ()), *report.notes)),
+    ):
+        say(line)

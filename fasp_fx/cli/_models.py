@@ -26,10 +26,11 @@ from transformers import (
     LogitsProcessorList,
 )
 
-from fasp_fx.base import Scratch, check_device, device_of, keep_weights, process, reading_gguf, tolerable
+from fasp_fx.base import Scratch, device_of, keep_weights, reading_gguf, tolerable
 from fasp_fx.errors import ArgumentError, CalibrationError, FaspError, StoreError, first_line
 from fasp_fx.hf import KIND, PLAIN, Pruned, check_layers, load_offloaded, read_pruned, refuse_incomplete
-from fasp_fx.storage import MANIFEST, is_save, kind_of
+from fasp_fx.pruning import Report
+from fasp_fx.storage import MANIFEST, is_save, kind_of, read_text, verify
 
 from ._console import Stages
 
@@ -113,8 +114,8 @@ def load_model(
     return loaded.eval().to(device)
 
 
-def load_empty(model: str) -> nn.Module:
-    """The model on the meta device: its structure, without any weight in memory.
+def load_structure(model: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The model on the meta device, without any weight in memory, and what it is called with.
 
     Raises:
         ArgumentError: its configuration cannot be loaded.
@@ -122,7 +123,21 @@ def load_empty(model: str) -> nn.Module:
     with _loading(model) as (where, options):
         config = AutoConfig.from_pretrained(where, **options)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config).eval()
+            empty = AutoModelForCausalLM.from_config(config).eval()
+    return empty, {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False}
+
+
+def report_in(model: str) -> Report | None:
+    """The report in a folder that ``prune`` wrote; ``None`` of another model.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    folder = Path(model)
+    if not (is_saved(model) or is_save(folder, PLAIN)):
+        return None
+    verify(folder, kind_of(folder), ["report.json"])
+    return Report.from_json(read_text(folder / "report.json"))
 
 
 def is_saved(model: str) -> bool:
@@ -161,21 +176,6 @@ def load_any(model: str, device: torch.device, dtype: str) -> tuple[Any, Any]:
         )
     pruned = load_pruned(Path(model), device)
     return pruned.model, pruned.tokenizer
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device of that name; ``None``: the accelerator if there is one, and of several the one of this
-    process's number on this machine.
-
-    Raises:
-        ArgumentError: there is no such device here.
-    """
-    if name is not None:
-        return check_device(name)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return torch.device("cpu")
-    return torch.device(accelerator.type, process("LOCAL_RANK", 0) % torch.accelerator.device_count())
 
 
 def check_length(model: Any, length: int) -> None:

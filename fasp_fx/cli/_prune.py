@@ -10,20 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fasp_fx.allocation import Bytes
 from fasp_fx.analysis import Analysis
-from fasp_fx.base import offload, process, tolerable
-from fasp_fx.errors import ArgumentError, StoreError, first_line
+from fasp_fx.base import offload, process
+from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.hf import FORMATS, KIND, OWN, PLAIN, Pruned, agreement, convert, latency, prune, pruned_already
-from fasp_fx.pruning import Figure, FormatName, Method, PruningConfig, counted, expected_sparsity
+from fasp_fx.pruning import (
+    Figure,
+    FormatName,
+    Method,
+    PruningConfig,
+    expected_sparsity,
+)
 from fasp_fx.storage import is_save, new_save, refuse_other
 from fasp_fx.training import DistillationConfig, distil
 
 from . import _models
-from ._console import CAPTURING, Stages, console, figures_table, groups_table, say
+from ._console import CAPTURING, Stages, console, groups_table, say, show_figures
+from ._devices import find_device, together
 from ._models import Texts
 
 _GIB = 2**30
@@ -72,23 +78,16 @@ def measure(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> tuple[F
     )
 
 
-def show(result: Pruned, out: Path) -> None:
-    """Print what was saved in a folder: figures, notes, and how to load it."""
-    report = result.report
-    figures = [Figure("parameters", *report.parameters), Figure("bytes", *report.bytes)]
-    if report.cache is not None:
-        figures.append(Figure("bytes of cache per token of one sequence", *report.cache))
-    console().print(figures_table([*figures, *report.figures]))
-    asked = "" if report.requested is None else f" (asked for {report.requested:.2%})"
-    recovery = report.recovery
+def show(result: Pruned, out: Path | None) -> None:
+    """Print figures and notes, and how what was saved in a folder, if it was, is loaded."""
+    show_figures(result.report)
+    if out is None:
+        say("nothing was written")
+        return
     loader = " after `import fasp_fx.hf`" if result.format == OWN.name else ""
     code = ", trust_remote_code=True" if type(result.model)._auto_class is not None else ""
     file = out / "model.gguf"
     for line in (
-        f"removed {report.sparsity:.2%} of the linear weights of {counted(report.include)}{asked}",
-        *(f"budget: {spent}" for spent in report.budgets),
-        *(() if recovery is None else (f"recovered: {recovery}",)),
-        *(f"note: {note}" for note in (*(recovery.notes if recovery is not None else ()), *report.notes)),
         f"saved in {out}; load it{loader} with",
         f'  transformers.AutoModelForCausalLM.from_pretrained("{out}"{code})',
         *([f"or run it in llama.cpp: llama-cli -m {file}"] if file.is_file() else []),
@@ -101,7 +100,7 @@ class Job:
     """What a command writes, and how it works.
 
     Attributes:
-        out: the folder to write.
+        out: the folder to write; ``None``: none.
         overwrite: whether an earlier save there is replaced.
         format: of the files.
         device: ``None``: the accelerator if there is one.
@@ -110,7 +109,7 @@ class Job:
         scratch: where the weights are kept; ``None``: in memory.
     """
 
-    out: Path
+    out: Path | None
     overwrite: bool
     format: FormatName = OWN.name
     device: str | None = None
@@ -128,9 +127,10 @@ class Job:
             StoreError: something is there that must not be replaced, or the folder cannot be made.
             ArgumentError: one of them lies in the other.
         """
-        out, checkpoint = self.out.absolute(), self.checkpoint
-        with new_save(out, kind, overwrite=self.overwrite, keep=False):
-            pass
+        out, checkpoint = self.out and self.out.absolute(), self.checkpoint
+        if out is not None:
+            with new_save(out, kind, overwrite=self.overwrite, keep=False):
+                pass
         if checkpoint is not None:
             refuse_other(checkpoint, "--checkpoint")
             if out in (checkpoint.absolute(), *checkpoint.absolute().parents):
@@ -148,6 +148,8 @@ class Job:
         Raises:
             StoreError: says how many bytes it takes, and how many are free.
         """
+        if self.out is None:
+            return
         files = {None, FORMATS[format].stored}  # a GGUF file comes besides
         needed = kept * sum(Bytes(1.0, stored).held(model.parameters()) for stored in files)
         there = next(folder for folder in self.out.absolute().parents if folder.exists())
@@ -164,8 +166,9 @@ class Job:
         try:
             yield
         finally:
-            stages.begin("saving")
-            versions[-1].save_pretrained(self.out, overwrite=self.overwrite)
+            if self.out is not None:
+                stages.begin("saving")
+                versions[-1].save_pretrained(self.out, overwrite=self.overwrite)
             stages.end()
         show(versions[-1], self.out)
 
@@ -179,7 +182,7 @@ def recover_and_save(
         FaspError: it cannot be met; nothing is written then but the checkpoint.
     """
     job.check(KIND if is_save(folder, KIND) else PLAIN)
-    device = _models.find_device(job.device)
+    device = find_device(job.device)
     stages.begin("loading the models and the text")
     versions = [_models.load_pruned(folder, device)]
     tokenizer, pruned = versions[0].tokenizer, versions[0].model
@@ -228,7 +231,7 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
     job.check(FORMATS[job.format].folder)
     if _models.is_saved(model):
         raise pruned_already(f"'{model}'")
-    device = _models.find_device(job.device)
+    device = find_device(job.device)
     torch.manual_seed(texts.seed)
     stages.begin("loading the tokenizer and the text")
     tokenizer = _models.load_tokenizer(model)
@@ -242,7 +245,7 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
         if needs_data := Method.of(config).needs_data:
             texts.write(dense, tokenizer, stages)
         chunks = texts.used if needs_data else None
-        with _together(device) as group:
+        with together(device) as group:
             versions = [_pruned(dense, tokenizer, chunks, job, stages, config=config, group=group)]
         if process("RANK", 0):  # all processes have the same
             return
@@ -283,29 +286,3 @@ def _pruned(
         on_analysis=show_groups,
         **options,
     )
-
-
-@contextmanager
-def _together(device: torch.device) -> Iterator[dist.ProcessGroup | None]:
-    """The group of all processes that ``torchrun`` started, while they work; ``None`` for one alone.
-
-    Raises:
-        ArgumentError: they do not find one another.
-    """
-    count, backends = process("WORLD_SIZE", 1), "cpu:gloo"
-    if count == 1:
-        yield None
-        return
-    try:
-        if device.type != "cpu":
-            backends += f",{device.type}:{dist.get_default_backend_for_device(device)}"
-            torch.accelerator.set_device_index(device.index or 0)
-        dist.init_process_group(backends)
-    except tolerable(RuntimeError, ValueError) as error:
-        raise ArgumentError(
-            f"the {count} processes do not find one another: {first_line(error)}; start them with torchrun"
-        ) from error
-    try:
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()

@@ -19,6 +19,7 @@ from ._prune import (
     Job as Job,  # What a pruning is given besides a model, options and data
     analyze as analyze,  # Find the coupled groups of a model
     apply as apply,  # Carry out a plan on the model it was made for, whatever chose it
+    capture as capture,  # Capture a model as it behaves on the example inputs, once for several prunings
     measure as measure,  # Predict what each coupled group costs, channel set by channel set
     prune as prune,  # Make a model physically smaller; the caller's model is not touched
     prune_subject as prune_subject,  # The smaller model

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
 
 from fasp_fx.base import Options, from_document, is_number, names_of, to_document
+from fasp_fx.calibration import ScoreName
 from fasp_fx.errors import ArgumentError, SparsityError
 
 if TYPE_CHECKING:  # the command line shows and checks options before torch is there
@@ -24,7 +25,6 @@ SPARSITY = 0.2
 MEASURED = {"fast": 8, "balanced": 8, "best": 2}
 
 Quality = Literal["fast", "balanced", "best"]
-ScoreName = Literal["fasp", "obs", "magnitude", "random"]
 RestoreName = Literal["least-squares"]
 AllocationName = Literal["uniform", "global", "search"]
 LossName = Literal["auto", "outputs", "next-token"]

@@ -32,7 +32,7 @@ class Entry:
         double: it computes in float64, and so what it is called with.
         reference: makes the dense model without what a plan takes, where that is more than zeros in weights.
         masking: how zeros are put into weights (tests/oracle.py).
-        invariants: of :mod:`fasp_fx.testing`, which are held in every profile; others of the slow one.
+        invariants: of :mod:`fasp_fx.testing`, which are held of it besides.
         times: how often each call is repeated, where a model remembers its calls.
         since: the release of torch that exports it first.
         slow: runs in the slow profile only, since others differ little from it.
