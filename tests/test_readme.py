@@ -278,7 +278,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_short_and_listed(example: Path) -> None:
-    assert len(example.read_text(encoding="utf-8").splitlines()) < 95
+    assert len(example.read_text(encoding="utf-8").splitlines()) < 100
     assert f"examples/{example.name}" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert "fasp_fx._" not in example.read_text(encoding="utf-8"), "an example shows the public surface"
     assert "import _" not in example.read_text(encoding="utf-8"), "an example shows the public surface"

@@ -1,5 +1,5 @@
-"""The detectors of ultralytics and torchvision, and the examples that train them. scripts/test-runtimes has what
-they need; ultralytics is for tests alone.
+"""The detectors of ultralytics and torchvision, and the examples that train them. scripts/test-runtimes has
+what they need; ultralytics is for tests alone.
 """
 
 import copy
