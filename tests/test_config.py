@@ -169,6 +169,7 @@ def test_excluded_groups_stay_whole_and_the_others_carry_the_sparsity() -> None:
     for pattern in ("layers.1", "layers.1.*", "layers.1.up.weight", "*.1.down*"):
         # Nine of thirty go from two layers.
         assert widths(sparsity=0.3, exclude=(pattern,)) in ([6, 10, 6], [5, 10, 5])
+    assert widths(sparsity=0.1, exclude=("layers.0.up", "layers.1.up")) == [10, 10, 7]
     with pytest.raises(fasp_fx.SparsityError, match="out of reach"):
         widths(sparsity=0.7, exclude=("layers.[12]",))
 

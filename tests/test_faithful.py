@@ -377,6 +377,24 @@ def test_a_size_that_is_asked_for_is_said_with_the_line() -> None:
     assert "test_faithful.py, line " in note
 
 
+def gridded(self: Any, x: Tensor) -> Tensor:
+    """As the head of a detector, keeps a grid for the size seen last, made of a stride that is no weight."""
+    if self.shape != x.shape:
+        rows = torch.arange(x.shape[0], dtype=x.dtype)[:, None]
+        self.shape, self.grid = x.shape, rows * x.new_full((x.shape[0], 1), self.strides[1])
+    return block(self, x) + self.grid
+
+
+def test_numbers_read_from_tensors_that_are_no_weights_are_known_before_a_run() -> None:
+    model = layers(gridded, shape=None, grid=None)
+    vars(model)["strides"] = torch.tensor([0.25, 0.5])
+    result = fasp_fx.prune(model, (X,), **NUMBERS)
+    assert torch.ops.aten.item.default not in {node.target for node in result.program.graph.nodes}
+    for number in (1, 3, 8):
+        x = torch.randn(number, 6)
+        torch.testing.assert_close(result.module(x), zeroed(model, result.plan)(x))
+
+
 def maps(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Maps a function over samples, beside an ordinary block."""
     return self.right(self.left(x).relu()), torch.func.vmap(lambda row: self.down(self.up(row).relu()))(x)

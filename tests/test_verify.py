@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from models import Spec, build, tokens
-from oracle import TOLERANCE, error, zeroed
+from oracle import TOLERANCE, assert_exact, error, zeroed
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -499,3 +499,13 @@ def test_steps_that_make_no_sense_are_refused(images: Case, decoder: Case, name:
     steps, said = REFUSED[name]
     with pytest.raises(fasp_fx.FaspError, match=said):
         steps(images, decoder)
+
+
+def test_sizes_that_a_capture_excludes_are_not_tried() -> None:
+    """After five strides an image of a free size may not be one pixel."""
+    layers = [nn.Conv2d(3 if not i else 8, 8, 3, stride=2, padding=1) for i in range(5)]
+    auto = torch.export.Dim.AUTO
+    model, image = nn.Sequential(*layers, nn.Hardswish()).eval(), torch.randn(2, 3, 64, 96)
+    shapes = ({0: auto, 2: auto, 3: auto},)
+    result = fasp_fx.prune(model, (image,), score="magnitude", restore=None, dynamic_shapes=shapes)
+    assert_exact(model, result, torch.randn(1, 3, 128, 64))

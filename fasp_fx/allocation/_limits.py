@@ -265,8 +265,8 @@ def read_by(group: Group) -> list[str]:
 
 def is_excluded(group: Group, patterns: Iterable[str]) -> bool:
     """Whether a pattern names a group, or a weight that it takes rows or columns from."""
-    names = (name for member in group.members for name in member.names)
-    return any(names_any(pattern, [group.name, *names]) for pattern in patterns)
+    names = [group.name, *(name for member in group.members for name in member.names)]
+    return any(names_any(pattern, names) for pattern in patterns)
 
 
 def check_patterns(option: str, patterns: Iterable[str], groups: Sequence[Group]) -> None:

@@ -28,7 +28,7 @@ from fasp_fx.base import (
 from fasp_fx.errors import ArgumentError, ExportError, first_line
 
 from ._functional import functional, out_of_place, take_apart
-from ._rewrites import as_weights, fixed_sizes, settled_as_numbers
+from ._rewrites import as_weights, constants_as_numbers, fixed_sizes, settled_as_numbers
 from ._shapes import by_shapes
 from ._signature import CallerCodeGen, CallSignature, is_plain
 from ._sizes import (
@@ -268,7 +268,7 @@ def _rewritten(trace: Callable[[], ExportedProgram]) -> ExportedProgram:
         exported = trace()
     exported = as_weights(settled_as_numbers(exported))
     out_of_place(exported.graph)
-    exported = functional(exported)
+    exported = constants_as_numbers(functional(exported))
     take_apart(exported.graph)
     exported.graph_module.recompile()
     return exported

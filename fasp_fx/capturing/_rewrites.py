@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind, InputSpec
 from fasp_fx.base import OpOverload, rename, settled_by, storage_of, with_parts
 from fasp_fx.errors import CaptureError
 
-from ._fx import arguments, stand_for, weights_of
+from ._fx import arguments, draws, stand_for, weights_of
 from ._program import region
 from ._shapes import RECURRENT
 from ._sizes import is_dynamic, shapes_of_inputs
@@ -37,13 +37,44 @@ def settled_as_numbers(exported: ExportedProgram) -> ExportedProgram:
     """Write such sizes as the numbers that they are, in the program's own graph, which nobody else may hold;
     those that the program returns stay.
     """
-    numbers = {
-        node: value.node.maybe_as_int()
-        for node in exported.graph.nodes
-        if isinstance(value := node.meta.get("val"), torch.SymInt)
-        and node.op == "call_function"
-        and not is_dynamic(value)
+    return _as_numbers(
+        exported,
+        {
+            node: value.node.maybe_as_int()
+            for node in exported.graph.nodes
+            if isinstance(value := node.meta.get("val"), torch.SymInt)
+            and node.op == "call_function"
+            and not is_dynamic(value)
+        },
+    )
+
+
+def constants_as_numbers(exported: ExportedProgram) -> ExportedProgram:
+    """Write the real numbers that forward reads from tensors that are no weights (``stride[0].item()`` of a
+    detector) as they are, in the program's own functional graph: to an exporter only a run tells them, and
+    such a program is traced anew.
+    """
+    if not any(isinstance(node.meta.get("val"), torch.SymFloat) for node in exported.graph.nodes):
+        return exported
+    tensors = {
+        spec.arg.name: exported.constants[str(spec.target)]
+        for spec in exported.graph_signature.input_specs
+        if spec.kind is InputKind.CONSTANT_TENSOR
     }
+    values: dict[fx.Node, Any] = {
+        node: tensors[node.name]
+        for node in exported.graph.find_nodes(op="placeholder")
+        if node.name in tensors and tensors[node.name].device.type != "meta"
+    }
+    for node in exported.graph.nodes:
+        operands = node.all_input_nodes
+        if operands and values.keys() >= set(operands) and node.op == "call_function" and not draws(node):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+    return _as_numbers(exported, {node: value for node, value in values.items() if isinstance(value, float)})
+
+
+def _as_numbers(exported: ExportedProgram, numbers: dict[fx.Node, Any]) -> ExportedProgram:
     for user in exported.graph.nodes:
         if user.op != "output" and not numbers.keys().isdisjoint(user.all_input_nodes):
             user.args, user.kwargs = fx.map_arg(

@@ -292,7 +292,8 @@ def _tied_to_weights(size: torch.SymInt) -> Iterator[Any]:
             functions = {type(part).__name__ for part in product.atoms(sympy.Function)}
             channels, _ = product.as_content_primitive()
             if (
-                fixed.is_Integer
+                isinstance(condition, sympy.Eq)
+                and fixed.is_Integer
                 and functions == {"FloorDiv"}
                 and len(product.free_symbols) == 1
                 and channels > 1

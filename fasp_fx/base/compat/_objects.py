@@ -138,9 +138,9 @@ def finite(bound: Any) -> int | None:
     return None if bound in _UNBOUNDED else int(bound)
 
 
-def conditions_on(environment: ShapeEnv) -> list[sympy.Eq]:
-    """The equations that a capture took for true of its sizes."""
-    return [guard.expr for guard in environment.guards if isinstance(guard.expr, sympy.Eq)]
+def conditions_on(environment: ShapeEnv) -> list[sympy.Eq | sympy.Ne]:
+    """What a capture took for equal, or for unequal, of its sizes."""
+    return [guard.expr for guard in environment.guards if isinstance(guard.expr, sympy.Eq | sympy.Ne)]
 
 
 def asserted(environment: ShapeEnv) -> list[sympy.Eq]:
