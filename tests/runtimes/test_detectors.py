@@ -17,7 +17,7 @@ from torch import nn
 import fasp_fx
 from fasp_fx.allocation import Macs
 
-INSTALL = 'is missing: pip install "fasp_fx[runtimes]"'
+INSTALL = "is missing; scripts/test-runtimes installs it"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 HALF: dict[str, Any] = {"budget": Macs(0.5), "round_to": 8, "score": "magnitude", "restore": None}
 pytestmark = pytest.mark.filterwarnings("ignore")
