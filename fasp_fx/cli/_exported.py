@@ -95,8 +95,8 @@ def run(job: Job, config: PruningConfig, stages: Stages) -> None:
     Raises:
         FaspError: it cannot be done; nothing is written then but the checkpoint.
     """
-    device = find_device(job.device)
-    with _writing(job.out, job.overwrite) as file:
+    device, rank = find_device(job.device), process("RANK", 0)
+    with _writing(None if rank else job.out, job.overwrite) as file:
         stages.begin("loading the program")
         dense = load_program(job.model)
         stages.begin(CAPTURING)
@@ -114,7 +114,7 @@ def run(job: Job, config: PruningConfig, stages: Stages) -> None:
                 on_analysis=lambda analysis: _show_groups(analysis, stages),
                 progress=stages.update,
             )
-        if process("RANK", 0):  # all processes have the same
+        if rank:  # all processes have the same
             return
         stages.begin("measuring how far both programs agree")
         what = "rows held out" if held_out else "the example inputs in the file, as no row was held out"
@@ -311,8 +311,12 @@ def agreement(dense: nn.Module, pruned: nn.Module, batches: list[Any], what: str
                     if one.dim() > 1 and one.shape[-1] > 1
                     else one.new_zeros(0)
                 )
-                squares = [part.double().square().sum() for part in (one - other, one)]
-                sums[number] += torch.stack([*squares, same.sum(), torch.tensor(same.numel())]).cpu()
+                parts = (
+                    *((part.double() ** 2).sum() for part in (one - other, one)),
+                    same.sum(),
+                    same.numel(),
+                )
+                sums[number] += torch.tensor([float(part) for part in parts])
     error = max((float((lost / total).sqrt()) for lost, total, *_ in sums.values() if total), default=0.0)
     same, places = sum(sums.values(), torch.zeros(4))[2:].tolist()
     first = [Figure(f"relative error of the outputs, on {what}", 0.0, error, 4)]
