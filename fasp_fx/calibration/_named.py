@@ -43,10 +43,13 @@ def random(columns: Columns, seed: int = 0) -> Tensor:
     """Uniform random scores, reproducible: a block of a consumer always gets the same by its name, whatever
     was scored before it.
     """
+    import torch
+
     from fasp_fx.base import generator_of
 
-    drawn = columns.weight.new_empty(columns.weight.shape[1], device="cpu").double()
-    return drawn.uniform_(generator=generator_of(seed, columns.name)).to(columns.weight.device)
+    generator = generator_of(seed, columns.name)
+    drawn = torch.rand(columns.weight.shape[1], generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(columns.weight.device)
 
 
 #: the functions by name, and whether they look at more than weights
