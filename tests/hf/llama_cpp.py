@@ -1,5 +1,6 @@
 """Stock llama.cpp as a judge of GGUF files: the prebuilt one of the package node-llama-cpp."""
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -14,16 +15,29 @@ VERSION = "3.22.1"
 
 @cache
 def missing() -> str:
-    """Why there is no llama.cpp here, or nothing: it is installed if it can be."""
+    """Why there is no llama.cpp here, or nothing: it is installed if it can be, by one process of a run."""
     if shutil.which("npm") is None:
         return "no npm"
-    if not (HOME / "node_modules" / "node-llama-cpp").is_dir():
-        HOME.mkdir(parents=True, exist_ok=True)
-        names = [f"node-llama-cpp@{VERSION}", f"@node-llama-cpp/linux-x64@{VERSION}"]
-        command = ["npm", "install", "--omit=optional", "--ignore-scripts", "--no-audit", "--no-fund", *names]
-        done = subprocess.run(command, cwd=HOME, capture_output=True, text=True)
-        if done.returncode:
-            return f"npm install: {done.stderr.strip()[-200:]}"
+    HOME.mkdir(parents=True, exist_ok=True)
+    with (HOME / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (HOME / "node_modules" / "node-llama-cpp").is_dir():
+            names = [f"node-llama-cpp@{VERSION}", f"@node-llama-cpp/linux-x64@{VERSION}"]
+            command = [
+                "npm",
+                "install",
+                "--omit=optional",
+                "--ignore-scripts",
+                "--no-audit",
+                "--no-fund",
+                *names,
+            ]
+            done = subprocess.run(command, cwd=HOME, capture_output=True, text=True)
+            if done.returncode:
+                return f"npm install: {done.stderr.strip()[-200:]}"
+        judge, ours = HOME / "judge.mjs", Path(__file__).with_suffix(".mjs").read_text()
+        if not judge.exists() or judge.read_text() != ours:
+            judge.write_text(ours)
     return ""
 
 
@@ -35,7 +49,6 @@ def predictions(file: Path, chunks: list[Any], work: Path, cache: str = "F32") -
     Args:
         cache: the type of the key-value cache.
     """
-    shutil.copy(Path(__file__).with_suffix(".mjs"), HOME / "judge.mjs")
     asked, told = work / "chunks.json", work / "predictions.json"
     asked.write_text(json.dumps(chunks))
     subprocess.run(
