@@ -17,7 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 LENGTH, CALIBRATION, EVALUATION = 1024, 32, slice(100, 140)
@@ -93,6 +94,20 @@ def chunks(tokenizer: Any, text: pathlib.Path, device: str) -> Tensor:
     """All whole chunks, shape ``[chunks, 1024]``."""
     ids = tokenizer(words(text), add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
     return ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH).to(device)
+
+
+def descend(
+    model: nn.Module, images: Tensor, labels: Tensor, steps: int, optimizer: Any, schedule: Any = None
+) -> None:
+    """Steps of an optimizer on batches of 64, the same each time, in the mode that the model is in."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        batch = torch.randint(len(images), (64,), generator=generator)
+        optimizer.zero_grad()
+        functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
 
 
 def macs(call: Callable[[], Any]) -> float:

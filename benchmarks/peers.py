@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torchvision
-from _protocol import Results, arguments, macs
+from _protocol import Results, arguments, descend, macs
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
@@ -74,13 +74,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int, rate: fl
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        batch = torch.randint(len(images), (64,), generator=generator)
-        optimizer.zero_grad()
-        functional.cross_entropy(model(images[batch]), labels[batch]).backward()
-        optimizer.step()
-        schedule.step()
+    descend(model, images, labels, steps, optimizer, schedule)
     model.eval()
 
 

@@ -28,12 +28,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from _protocol import Results, arguments, chunks, folder_of, smollm2
+from _protocol import Results, arguments, chunks, descend, folder_of, smollm2
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 
 import fasp_fx
+from fasp_fx.errors import first_line
 
 #: the batch of the example, and those that are tried: the smallest, one above the example's, the largest
 EXAMPLE, TRIED = 2, (1, 3, 8)
@@ -382,9 +383,8 @@ def spent() -> float:
     return sum(os.times()[:4])
 
 
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:240]
+def reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"[:240]
 
 
 def tensor_of(output: Any) -> Tensor:
@@ -407,14 +407,14 @@ def tried(route: Route, side: Side, folder: pathlib.Path) -> tuple[dict[str, Any
         built = route(side, folder)
         measured |= {"bytes": built.size, "quantised": built.quantised}
     except Exception as error:  # of somebody else's
-        return {"error": first_line(error)}, None
+        return {"error": reason(error)}, None
     deviations = measured["deviations"] = dict[int, Any]()
     for rows in TRIED:
         x = side.inputs[rows]
         try:
             deviations[rows] = deviation(tensor_of(built.call(x)), side.module(x))
         except Exception as error:
-            deviations[rows] = first_line(error)
+            deviations[rows] = reason(error)
     measured["seconds to build"] = spent() - before
     is_right = not any(isinstance(each, str) for each in deviations.values())
     return measured, built.call if is_right else None
@@ -522,14 +522,8 @@ def small_net() -> nn.Sequential:
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int, rate: float) -> None:
-    """Batches of 64, in the mode that the model is in."""
-    optimizer = torch.optim.AdamW(model.parameters(), rate)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        batch = torch.randint(len(images), (64,), generator=generator)
-        optimizer.zero_grad()
-        functional.cross_entropy(model(images[batch]), labels[batch]).backward()
-        optimizer.step()
+    """At one rate, in the mode that the model is in."""
+    descend(model, images, labels, steps, torch.optim.AdamW(model.parameters(), rate))
 
 
 def trained_at_int8(program: ExportedProgram, images: Tensor, labels: Tensor) -> torch.fx.GraphModule:

@@ -18,7 +18,7 @@ from fasp_fx.base import __version__
 from fasp_fx.errors import ArgumentError
 from fasp_fx.pruning import FormatName, PruningConfig
 
-from ._console import CAPTURING, USAGE, console, groups_table, say, session, table
+from ._console import CAPTURING, PROGRAM, USAGE, console, groups_table, say, session, table
 
 app = typer.Typer(
     name="fasp-fx",
@@ -47,8 +47,6 @@ def option(text: str, *flags: str, more: bool = True, **settings: Any) -> Any:
 FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "metavar": "FILE"}
 MODEL = "A model folder, a hub id or a .gguf file; anything AutoModelForCausalLM loads."
 Out = Annotated[Path, option("The folder to write; it must not exist yet.", more=False)]
-#: how an exported program is called, which what is pruned may be as well
-PROGRAM = ".pt2"
 Device = Annotated[
     str | None,
     option("Where to work, such as cpu or cuda:1. Default: the accelerator if there is one.", more=False),

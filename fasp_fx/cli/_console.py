@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from fasp_fx.pruning import Figure, Report
 
 USAGE, INTERRUPTED = 2, 130
+#: how the file of an exported program ends
+PROGRAM = ".pt2"
 #: a stage of several commands
 CAPTURING = "capturing and analysing the model"
 

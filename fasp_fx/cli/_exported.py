@@ -18,15 +18,14 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from fasp_fx.analysis import Analysis
-from fasp_fx.base import device_of, new_file, process, pytree, quiet, tolerable
+from fasp_fx.base import new_file, process, pytree, quiet, tolerable
 from fasp_fx.capturing import Program, is_dynamic, upper_bound
 from fasp_fx.errors import ArgumentError, CalibrationError, StoreError, first_line
 from fasp_fx.pruning import Figure, PruningConfig, Report, capture, prune
 
-from ._console import CAPTURING, Stages, console, groups_table, say, show_figures
+from ._console import CAPTURING, PROGRAM, Stages, console, groups_table, say, show_figures
 from ._devices import find_device, together
 
-SUFFIX = ".pt2"
 #: what is written into the file beside the program
 PLAN, REPORT = "fasp_fx_plan.json", "fasp_fx_report.json"
 #: rows that are run at a time, where the program takes any number; and the part of them that is measured on
@@ -123,7 +122,8 @@ def run(job: Job, config: PruningConfig, stages: Stages) -> None:
         report = replace(result.report, figures=figures)
         if file is not None:
             stages.begin("saving")
-            smaller = move_to_device_pass(result.program, device_of(dense.module(check_guards=False)))
+            home = next((tensor.device for tensor in dense.state_dict.values()), device)
+            smaller = result.program if home == device else move_to_device_pass(result.program, home)
             extra = {PLAN: result.plan.to_json(), REPORT: report.to_json()}
             with quiet(), file.open("wb") as stream:
                 sink = _Sink(stream)
@@ -176,9 +176,9 @@ def _writing(out: Path | None, overwrite: bool) -> Iterator[Path | None]:
     if out is None:
         yield None
         return
-    if out.suffix != SUFFIX:
+    if out.suffix != PROGRAM:
         raise ArgumentError(
-            f"--out '{out}' is to hold an exported program; give it a name that ends in {SUFFIX}"
+            f"--out '{out}' is to hold an exported program; give it a name that ends in {PROGRAM}"
         )
     if out.exists() and not overwrite:
         raise StoreError(
