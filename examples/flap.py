@@ -50,10 +50,14 @@ class Fluctuation(GroupScore):  # Var(X_j) ‖W_j‖² (FLAP, equation 5), stand
 
 
 class Threshold(CostAllocation):  # what lies below one number goes, whatever group it is in
-    def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
+    def __call__(self, budget: Budget, round_to: int | None, costs: Costs) -> list[int]:
         scores = [np.diff(costs[group.name].losses)[: group.deepest_loss] for group in budget.groups]
         thresholds = np.quantile(np.concatenate(scores), np.linspace(0, 1, 1000))
-        lost = [[int((each < limit).sum()) // round_to * round_to for each in scores] for limit in thresholds]
+        steps = [group.step(round_to) for group in budget.groups]
+        lost = [
+            [int((each < limit).sum()) // step * step for each, step in zip(scores, steps, strict=True)]
+            for limit in thresholds
+        ]
         return budget.closest(lost)
 
 

@@ -38,7 +38,7 @@ steps = {kind: [count for count in counts[kind] if count < whole[kind]] for kind
 def losing(kind: str, count: int, of: int = layers) -> Path:
     """A file of the model whose first layers lose so many neurons, or heads."""
 
-    def lost(budget: Budget, round_to: int) -> list[int]:
+    def lost(budget: Budget, round_to: int | None) -> list[int]:
         taken = [group.name for group in budget.groups if group.granularity == kind][:of]
         return [count if group.name in taken else 0 for group in budget.groups]
 

@@ -46,17 +46,17 @@ class Holistic(GroupScore):
         return Order(np.array([[*order, *kept]]))
 
 
-def by_angle(turns: Mapping[str, float]) -> Callable[[Budget, int], list[int]]:
+def by_angle(turns: Mapping[str, float]) -> Callable[[Budget, int | None], list[int]]:
     """A layer that turns its input further keeps more."""
     most, spread = max(turns.values()), max(np.ptp(list(turns.values())), 1e-9)
     share = {f"{name}.": (most - turn) / spread + 0.5 for name, turn in turns.items()}
 
-    def lost(group: Group, part: float, round_to: int) -> int:
+    def lost(group: Group, part: float, round_to: int | None) -> int:
         fraction = part * next(share[name] for name in share if group.name.startswith(name))
-        count = lost_per_block(group.width, min(fraction, 1), round_to, group.needed)
+        count = lost_per_block(group.width, min(fraction, 1), group.step(round_to), group.needed)
         return min(count, group.deepest_loss)
 
-    def allocate(budget: Budget, round_to: int) -> list[int]:
+    def allocate(budget: Budget, round_to: int | None) -> list[int]:
         parts = np.linspace(0, 1, 400)
         return budget.closest([[lost(group, part, round_to) for group in budget.groups] for part in parts])
 

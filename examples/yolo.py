@@ -48,7 +48,7 @@ def draw(folder: Path, count: int) -> torch.Tensor:
 class Even(Global):
     """Halves of a `chunk` lose as much as each other, since the model's own class splits in the middle."""
 
-    def __call__(self, budget: Budget, round_to: int, costs: fasp_fx.Costs) -> list[int]:
+    def __call__(self, budget: Budget, round_to: int | None, costs: fasp_fx.Costs) -> list[int]:
         places: dict[Any, int] = {}
         split = [(group.producers[0].name, group.size) for group in budget.groups]
         fewer = budget.narrowed([places.setdefault(one, len(places)) for one in split])

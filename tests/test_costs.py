@@ -199,7 +199,7 @@ def test_a_model_that_compares_samples_is_measured_on_whole_batches() -> None:
 def test_a_callable_decides() -> None:
     seen: list[tuple[int, float, int]] = []
 
-    def allocate(budget: Budget, round_to: int) -> list[int]:
+    def allocate(budget: Budget, round_to: int | None) -> list[int]:
         seen.append((budget.groups[0].width, budget.over([0]), round_to))
         return [7 for _ in budget.groups]
 

@@ -34,10 +34,10 @@ class CostAllocation(ABC):
     """
 
     @abstractmethod
-    def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
+    def __call__(self, budget: Budget, round_to: int | None, costs: Costs) -> list[int]:
         """The channel sets that each block of each of the budget's groups loses."""
 
-    def check(self, budget: Budget, round_to: int) -> None:
+    def check(self, budget: Budget, round_to: int | None) -> None:
         """Refuse, before costs are measured, a budget that cannot be met.
 
         Raises:
@@ -48,10 +48,10 @@ class CostAllocation(ABC):
 
 #: an allocation maps a budget and ``round_to`` to the channel sets that each block of each of the budget's
 #: groups loses
-Allocation = Callable[[Budget, int], list[int]] | CostAllocation
+Allocation = Callable[[Budget, int | None], list[int]] | CostAllocation
 
 
-def uniform(budget: Budget, round_to: int) -> list[int]:
+def uniform(budget: Budget, round_to: int | None) -> list[int]:
     """Channel sets lost per block of each group: the same fraction of every group, found by bisection.
 
     The nearest rounded widths serve. Under a ceiling, what the last steps took too much is given back, where
@@ -103,7 +103,7 @@ class Global(CostAllocation):
     #: how often what a channel set takes along is counted anew, where groups share weights
     passes = 3
 
-    def __call__(self, budget: Budget, round_to: int, costs: Costs) -> list[int]:
+    def __call__(self, budget: Budget, round_to: int | None, costs: Costs) -> list[int]:
         """Channel sets lost per block of each group.
 
         Raises:
@@ -142,7 +142,7 @@ class Global(CostAllocation):
 _Curve = tuple[np.ndarray, np.ndarray]
 
 
-def _steps(group: Group, round_to: int, costs: Costs) -> _Curve:
+def _steps(group: Group, round_to: int | None, costs: Costs) -> _Curve:
     if group.name not in costs or len(costs[group.name].losses) <= group.deepest_loss:
         raise ArgumentError(
             f"there is no cost curve for '{group.name}' up to {group.deepest_loss} channel sets of a block;"
@@ -152,7 +152,7 @@ def _steps(group: Group, round_to: int, costs: Costs) -> _Curve:
     return counts, costs[group.name].losses[counts]
 
 
-def _counts(group: Group, round_to: int) -> list[int]:
+def _counts(group: Group, round_to: int | None) -> list[int]:
     """How many channel sets of a block can go."""
     step, counts = group.step(round_to), range(1, group.deepest_loss + 1)
     return [0, *(count for count in counts if (group.width - count) % step == 0)]
@@ -193,7 +193,7 @@ def _down_to(
 
 
 def _given_back(
-    budget: Budget, round_to: int, lost: Sequence[int], worth: Callable[[int, int, int], float]
+    budget: Budget, round_to: int | None, lost: Sequence[int], worth: Callable[[int, int, int], float]
 ) -> list[int]:
     """Under a ceiling, leave channel sets where they are as long as the budget is met without, step by step.
 
@@ -357,7 +357,7 @@ class Search(CostAllocation):
                 )
         self.generations, self.offspring, self.sequences, self.seed = generations, offspring, sequences, seed
 
-    def check(self, budget: Budget, round_to: int) -> None:
+    def check(self, budget: Budget, round_to: int | None) -> None:
         """As for others; and groups that no weight reads are refused.
 
         Raises:
@@ -371,7 +371,9 @@ class Search(CostAllocation):
                 " allocation='global'"
             )
 
-    def __call__(self, budget: Budget, round_to: int, costs: Costs, trial: Trial | None = None) -> list[int]:
+    def __call__(
+        self, budget: Budget, round_to: int | None, costs: Costs, trial: Trial | None = None
+    ) -> list[int]:
         """Channel sets lost per block of each group; arguments and errors as for :class:`Global`.
 
         Args:

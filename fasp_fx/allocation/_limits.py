@@ -219,7 +219,7 @@ def lost_per_block(width: int, fraction: float, round_to: int, needed: int = 1) 
     return width - min(max(kept, least), width)
 
 
-def check_reach(budget: Budget, round_to: int) -> None:
+def check_reach(budget: Budget, round_to: int | None) -> None:
     """Refuse a budget that the groups cannot meet together.
 
     Raises:
@@ -228,7 +228,8 @@ def check_reach(budget: Budget, round_to: int) -> None:
     """
     deepest = budget.counts([group.most_lost(round_to) for group in budget.groups])
     rounds = any(group.step(round_to) > 1 for group in budget.groups)
-    rounded, smaller = (f" with round_to={round_to}", ", or for a smaller round_to") if rounds else ("", "")
+    multiples = "the usual round_to" if round_to is None else f"round_to={round_to}"
+    rounded, smaller = (f" with {multiples}", ", or for round_to=1") if rounds else ("", "")
     for limit in (one for one in budget.limits if one.over(deepest) > (1e-12 if one.cap is None else 0)):
         advice = f", or ask for {budget.advice}" if budget.advice else ""
         where = (
@@ -306,7 +307,7 @@ def check_asked(fractions: Mapping[str, float], open_to: Sequence[Group]) -> Non
             )
 
 
-def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: int) -> list[int]:
+def lost_by_pattern(budget: Budget, fractions: Mapping[str, float], round_to: int | None) -> list[int]:
     """Channel sets lost per block of each group: the fraction of the first pattern that matches it, nothing
     if none does.
     """

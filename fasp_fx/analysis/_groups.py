@@ -124,19 +124,21 @@ class Group:
         """The most channel sets that one block can lose."""
         return max(self.width - self.needed, 0)
 
-    def most_lost(self, round_to: int) -> int:
-        """The most channel sets that one block can lose when kept widths are multiples of ``round_to``."""
+    def most_lost(self, round_to: int | None) -> int:
+        """The most channel sets that one block can lose, ``round_to`` as for :meth:`step`."""
         step = self.step(round_to)
         return max(self.width - -(-self.needed // step) * step, 0)
 
-    def step(self, round_to: int) -> int:
+    def step(self, round_to: int | None) -> int:
         """What the channel sets that stay of a block are a multiple of, where kept *widths* are multiples of
-        ``round_to``: a whole head or expert that goes leaves the widths of the others as they are.
+        ``round_to``: a whole head or expert that goes leaves the widths of the others as they are. ``None``:
+        of 16, and where a block has fewer than 128, of the largest power of two that it has eight times.
         """
         if self.at_once:
             return self.width
         if self.granularity == "channel":
-            return math.lcm(round_to, self.multiple)
+            usual = min(16, 1 << max(self.width // 8, 1).bit_length() - 1)
+            return math.lcm(round_to or usual, self.multiple)
         counts = [len(member.indices) // (self.width * member.blocks) for member in self.members]
         return self.multiple // math.gcd(self.multiple, max(counts, default=1))
 

@@ -44,7 +44,7 @@ class Resource(ABC):
         """The fraction of the dense model's that goes."""
         return 1 - self.used(lost) / self.whole if self.whole else 0.0
 
-    def reach(self, round_to: int) -> float:
+    def reach(self, round_to: int | None) -> float:
         """The largest fraction that can go."""
         return self.removed([group.most_lost(round_to) * group.blocks for group in self.groups])
 

@@ -131,8 +131,6 @@ def run(job: Job, config: PruningConfig, stages: Stages) -> None:
                 sink.check()
     stages.end()
     show_figures(report)
-    if config.round_to % 8:
-        say("note: runtimes like widths in multiples of 16, and others may take longer: --round-to 16")
     say("nothing was written" if file is None else f"saved in {job.out}; load it with torch.export.load")
 
 

@@ -128,7 +128,7 @@ class PruningOptions(TypedDict, total=False):
     granularity: Collection[Granularity]
     include: Collection[Include]
     exclude: Iterable[str]
-    round_to: int
+    round_to: int | None
 
 
 @dataclass(frozen=True)
@@ -253,11 +253,12 @@ class PruningConfig(Options):
         " one of the weights, stay whole.",
         form=list[str],
     )
-    round_to: int = _option(
-        1,
-        _where(lambda value: type(value) is int and value > 0, "not a positive integer"),
-        "Kept widths (per block) are multiples of this; kernels like 16. Numbers of whole heads and experts"
-        " are not. Default: 1.",
+    round_to: int | None = _option(
+        None,
+        _where(lambda value: value is None or (type(value) is int and value > 0), "not a positive integer"),
+        "Kept widths (per block) are multiples of this; 1: any width. Numbers of whole heads and experts are"
+        " not. Default: 16, which kernels like, or of a block below 128 the largest power of two that it has"
+        " eight times.",
         form=int,
     )
 

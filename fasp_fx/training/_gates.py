@@ -63,7 +63,7 @@ _CLOSED = 1e6
 _TIE = 1e-9
 
 
-def threshold(chances: Mapping[str, np.ndarray], budget: Budget, round_to: int) -> list[int]:
+def threshold(chances: Mapping[str, np.ndarray], budget: Budget, round_to: int | None) -> list[int]:
     """Channel sets lost per block of each group: the gates with the least chances to be open are closed, as
     many as meet the budget best (GRASPrune, arXiv 2604.19398; CoFi, 2204.00408).
 

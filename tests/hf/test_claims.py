@@ -229,7 +229,7 @@ def test_heads_go_as_far_as_rows_are_whole_blocks(tmp_path: Path) -> None:
     assert file.fields["deci.attention.head_count"].contents() == heads
 
 
-def first_and_last(budget: Any, round_to: int) -> list[int]:
+def first_and_last(budget: Any, round_to: int | None) -> list[int]:
     return [group.width * (group.needed == 0 and "self_attn" in group.name) for group in budget.groups]
 
 

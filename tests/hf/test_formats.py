@@ -53,7 +53,7 @@ def llama(turns: str = "default") -> Any:
     return llama_with(rope_parameters=dict(TURNS[turns]), tie_word_embeddings=True)
 
 
-def unequal(budget: Any, round_to: int) -> list[int]:
+def unequal(budget: Any, round_to: int | None) -> list[int]:
     """Another number of channels, or of heads, for each group."""
     return [
         (number // 2 % 2) if group.granularity == "head" else 32 * (1 + number % 3)
@@ -61,7 +61,7 @@ def unequal(budget: Any, round_to: int) -> list[int]:
     ]
 
 
-def blocks(budget: Any, round_to: int) -> list[int]:
+def blocks(budget: Any, round_to: int | None) -> list[int]:
     """The attention of the first layer, where it may go, and of the last; the feed-forward layer between."""
     absent = ("0.self_attn", "1.mlp", "2.self_attn")
     return [group.width if any(part in group.name for part in absent) else 0 for group in budget.groups]
