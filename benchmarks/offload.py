@@ -82,10 +82,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def compare(folder: pathlib.Path) -> dict[str, Any]:
     """Whether the two results are the same."""
-    first, second = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("files", "memory"))
-    other = dict(second.named_parameters())
+    first, second = (fasp_fx.load(folder / name) for name in ("files", "memory"))
+    other = dict(second.model.named_parameters())
     torch.set_grad_enabled(False)
-    worst = max(float((parameter - other[name]).abs().max()) for name, parameter in first.named_parameters())
+    pairs = ((parameter, other[name]) for name, parameter in first.model.named_parameters())
+    worst = max(float((one - another).abs().max()) for one, another in pairs)
     return {
         "how": "compared",
         "same plan": first.plan.groups == second.plan.groups,

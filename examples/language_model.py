@@ -36,7 +36,7 @@ batches = (
 pruned = hf.prune(dense, tokenizer, calibration=batches, sparsity=options.sparsity, round_to=options.round)
 print(pruned.report)
 pruned.save_pretrained(options.out)
-# fasp_fx.hf is imported: transformers knows the class.
-smaller = AutoModelForCausalLM.from_pretrained(options.out)
+# The code of the class is saved along.
+smaller = AutoModelForCausalLM.from_pretrained(options.out, trust_remote_code=True)
 write = pipeline("text-generation", model=smaller, tokenizer=AutoTokenizer.from_pretrained(options.out))
 print(write(options.prompt, max_new_tokens=options.tokens, do_sample=False)[0]["generated_text"])

@@ -254,7 +254,7 @@ def test_whatever_blocks_go_the_result_is_the_masked_dense_model(
 def everything(names: tuple[str, ...]) -> Any:
     """An allocation that takes all of the groups whose names contain one of these words."""
 
-    def allocation(budget: Any, round_to: int) -> list[int]:
+    def allocation(budget: Any, round_to: int | None) -> list[int]:
         return [group.width if any(name in group.name for name in names) else 0 for group in budget.groups]
 
     return allocation
@@ -302,6 +302,7 @@ def test_a_model_that_generates(tmp_path: Path) -> None:
         quality="fast",
         restore=None,
         allocation=everything(("layers.1.mlp",)),
+        format="fasp-fx",
         **DEPTH,
     )
     (group,) = result.plan.groups
@@ -323,6 +324,7 @@ def test_attention_that_fills_a_cache_keeps_a_head() -> None:
             sparsity=0.3,
             quality="fast",
             allocation=everything(("layers.1.self_attn",)),
+            format="fasp-fx",
             **DEPTH,
         )
 

@@ -73,7 +73,7 @@ def test_generating_models_are_folded_and_have_no_plain_checkpoint() -> None:
     model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes))
     parametrizations.weight_norm(model.model.layers[0].mlp.down_proj)
     ids = torch.randint(0, 40, (4, 10))
-    pruned = fasp_fx.hf.prune(model.eval(), calibration=[ids], sparsity=0.2)
+    pruned = fasp_fx.hf.prune(model.eval(), calibration=[ids], sparsity=0.2, format="fasp-fx")
     assert [weight.name for weight in pruned.plan.folds] == ["model.layers.0.mlp.down_proj.weight"]
     with pytest.raises(fasp_fx.FaspError, match="down_proj"):
         fasp_fx.hf.prune(model, calibration=[ids], sparsity=0.2, format="plain")

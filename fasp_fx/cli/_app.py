@@ -61,9 +61,10 @@ Checkpoint = Annotated[
 Format = Annotated[
     FormatName,
     option(
-        "What reads the result. fasp-fx, the default: transformers, where fasp_fx.hf is imported. per-layer:"
-        " transformers, with the code that is saved along; plain: whatever reads the architecture, at the"
-        " price of equal layers; decilm: vLLM and others; gguf, or with the type of the weights: llama.cpp.",
+        "What reads the result. per-layer: transformers, with the code that is saved along; fasp-fx:"
+        " transformers, where fasp_fx.hf is imported; plain: whatever reads the architecture, at the price of"
+        " equal layers; decilm: vLLM and others; gguf, or with the type of the weights: llama.cpp. Default:"
+        " per-layer, and fasp-fx where that cannot say all that goes.",
         more=False,
     ),
 ]
@@ -212,7 +213,7 @@ def prune(
             more=False,
         ),
     ] = 0,
-    format: Format = "fasp-fx",
+    format: Format | None = None,
     config: Annotated[
         Path | None,
         option(
@@ -475,7 +476,7 @@ def convert(
     with session() as stages:
         from . import _prune
 
-        _prune.convert_and_save(Path(folder), _prune.Job(out, overwrite, format), stages)
+        _prune.convert_and_save(Path(folder), format, _prune.Job(out, overwrite), stages)
 
 
 @app.command("eval")

@@ -16,7 +16,7 @@ from fasp_fx.allocation import Bytes
 from fasp_fx.analysis import Analysis
 from fasp_fx.base import offload, process
 from fasp_fx.errors import ArgumentError, StoreError
-from fasp_fx.hf import FORMATS, KIND, OWN, PLAIN, Pruned, agreement, convert, latency, prune, pruned_already
+from fasp_fx.hf import FORMATS, KIND, OWN, Pruned, agreement, convert, latency, prune, pruned_already
 from fasp_fx.pruning import (
     Figure,
     FormatName,
@@ -24,7 +24,7 @@ from fasp_fx.pruning import (
     PruningConfig,
     expected_sparsity,
 )
-from fasp_fx.storage import is_save, new_save, refuse_other
+from fasp_fx.storage import new_save, refuse_other
 from fasp_fx.training import DistillationConfig, distil
 
 from . import _models
@@ -102,7 +102,7 @@ class Job:
     Attributes:
         out: the folder to write; ``None``: none.
         overwrite: whether an earlier save there is replaced.
-        format: of the files.
+        format: of the files; ``None``: as for :func:`fasp_fx.hf.prune`.
         device: ``None``: the accelerator if there is one.
         dtype: of the dense model.
         checkpoint: the folder that keeps the state of the work, if any.
@@ -111,17 +111,14 @@ class Job:
 
     out: Path | None
     overwrite: bool
-    format: FormatName = OWN.name
+    format: FormatName | None = None
     device: str | None = None
     dtype: str = "auto"
     checkpoint: Path | None = None
     scratch: Path | None = None
 
-    def check(self, kind: str) -> None:
+    def check(self) -> None:
         """Refuse folders that could not be written later.
-
-        Args:
-            kind: of the folder to write.
 
         Raises:
             StoreError: something is there that must not be replaced, or the folder cannot be made.
@@ -129,7 +126,7 @@ class Job:
         """
         out, checkpoint = self.out and self.out.absolute(), self.checkpoint
         if out is not None:
-            with new_save(out, kind, overwrite=self.overwrite, keep=False):
+            with new_save(out, KIND, overwrite=self.overwrite, keep=False):
                 pass
         if checkpoint is not None:
             refuse_other(checkpoint, "--checkpoint")
@@ -138,7 +135,7 @@ class Job:
                     f"--checkpoint '{checkpoint}' lies in --out '{self.out}'; give another folder"
                 )
 
-    def check_room(self, model: Any, format: str, kept: float = 1.0) -> None:
+    def check_room(self, model: Any, format: str | None, kept: float = 1.0) -> None:
         """Refuse a folder on a disk that has no room for a model.
 
         Args:
@@ -150,7 +147,7 @@ class Job:
         """
         if self.out is None:
             return
-        files = {None, FORMATS[format].stored}  # a GGUF file comes besides
+        files = {None, FORMATS[format].stored} if format else {None}  # a GGUF file comes besides
         needed = kept * sum(Bytes(1.0, stored).held(model.parameters()) for stored in files)
         there = next(folder for folder in self.out.absolute().parents if folder.exists())
         free = shutil.disk_usage(there).free
@@ -181,7 +178,7 @@ def recover_and_save(
     Raises:
         FaspError: it cannot be met; nothing is written then but the checkpoint.
     """
-    job.check(KIND if is_save(folder, KIND) else PLAIN)
+    job.check()
     device = find_device(job.device)
     stages.begin("loading the models and the text")
     versions = [_models.load_pruned(folder, device)]
@@ -197,18 +194,18 @@ def recover_and_save(
         versions.append(versions[-1].with_report(figures=measure(teacher, versions[-1], texts, stages)))
 
 
-def convert_and_save(folder: Path, job: Job, stages: Stages) -> None:
+def convert_and_save(folder: Path, format: FormatName, job: Job, stages: Stages) -> None:
     """Do what the command says, as its help describes it.
 
     Raises:
         FaspError: it cannot be met; nothing is written then.
     """
-    job.check(FORMATS[job.format].folder)
+    job.check()
     stages.begin("loading the model")
     pruned = _models.load_pruned(folder, torch.device("cpu"))
-    job.check_room(pruned.model, job.format)
+    job.check_room(pruned.model, format)
     stages.begin("converting")
-    with job.saving(stages, [convert(pruned, job.format)]):
+    with job.saving(stages, [convert(pruned, format)]):
         pass
 
 
@@ -228,7 +225,7 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
             "--recover trains all weights at once, which --stream avoids to hold; run fasp-fx recover"
             " afterwards, or leave one out"
         )
-    job.check(FORMATS[job.format].folder)
+    job.check()
     if _models.is_saved(model):
         raise pruned_already(f"'{model}'")
     device = find_device(job.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fasp_fx.allocation import Bytes, CacheBytes, Search
+from fasp_fx.allocation import Bytes, Search
 from fasp_fx.analysis import DEPTH, PRUNABLE, Group, PruningPlan
 from fasp_fx.base import attention_of, device_of, quiet_transformers, tolerable
 from fasp_fx.calibration import Ranks, as_calls, check_calibration
@@ -33,14 +33,14 @@ from fasp_fx.pruning import (
 
 from ._fields import Experiments, arrange, check_equal, lowered, units, unlike, written
 from ._folder import first_fault
-from ._registry import Format, PerLayer, Sizes, format_of
+from ._registry import PER_LAYER, Format, PerLayer, Sizes, format_of
 
 #: tokens of an example where there is no calibration data to take one from
 _EXAMPLE = (2, 8)
 
 
 def prune_to(
-    name: str,
+    name: str | None,
     model: Any,
     tokenizer: Any,
     calibration: Iterable[Any] | None,
@@ -56,7 +56,8 @@ def prune_to(
     compared with the pruned program before it is handed out.
 
     Args:
-        name: of the format.
+        name: of the format; ``None``: that with layers of their own sizes, if it can say whatever can be
+            pruned.
         model: a transformers model in evaluation mode; it is left as it was.
         tokenizer: that a GGUF file is to hold.
         calibration, device: as for :func:`fasp_fx.prune`.
@@ -67,20 +68,22 @@ def prune_to(
     Raises:
         ArgumentError: the model is not one of transformers', its config does not describe it, or the format
             cannot hold it, its tokenizer, or what the options ask for.
-        NothingPrunableError: the format can say nothing of it; the message says what stands in the way.
+        NothingPrunableError: the format can say nothing of it, or with ``None`` not all; the message says
+            what stands in the way.
         SparsityError: it cannot say enough; the message says how much it can.
         VerificationError: the model that was built does not compute what the pruned program computes.
         CalibrationError, CaptureError: as for :func:`fasp_fx.prune`.
     """
-    config, constraint = config_for(name, model, asked)
+    config, constraint = config_for(name or PER_LAYER.name, model, asked)
+    constraint.complete = name is None
     if Method.of(asked).needs_data:
         check_calibration(calibration)
     calibration, example = _batches(model, calibration)
     # A program that returns a cache says how large it is.
-    example["use_cache"] = any(isinstance(cap, CacheBytes) for cap in asked.budgets)
+    example["use_cache"] = model.can_generate()
     form = constraint.form
     # What the file cannot say is refused before the work.
-    dense, _ = build(name, constraint.experiments, model.state_dict(keep_vars=True), model)
+    dense, _ = build(form.name, constraint.experiments, model.state_dict(keep_vars=True), model)
     rounded = check_equal(dense, model, example)
     form.check_file(dense, tokenizer)
     captured = capture_whole(dense, (), example, device=device)
@@ -91,7 +94,7 @@ def prune_to(
         **passed,
     )
     result = prune_subject(Whole(captured.checked(), device), config, calibration, job)
-    smaller, note = build(name, constraint.experiments, smaller_weights(dense, result), model)
+    smaller, note = build(form.name, constraint.experiments, smaller_weights(dense, result), model)
     check_equal(smaller, result.module, example)
     lines = tuple(
         replace(line, reason=f"left whole: {constraint.whole[line.name]}")
@@ -154,8 +157,11 @@ class FormatConstraint:
         experiments: builds the model's class.
 
     Attributes:
+        complete: whether it has to shrink every group.
         whole: for each group that no field can shrink alone, why; known once it was called.
     """
+
+    complete = False
 
     def __init__(self, form: Format, experiments: Experiments) -> None:
         self.form, self.experiments, self.source = form, experiments, f"the format {form.name!r}"
@@ -165,7 +171,7 @@ class FormatConstraint:
         """Groups that shrink together are tied.
 
         Raises:
-            NothingPrunableError: the format can say nothing.
+            NothingPrunableError: the format can say nothing, or not all where it has to.
         """
         experiments, form = self.experiments, self.form
         fields = form.fields_of(experiments, (place for group in groups for place in units(group)))
@@ -186,8 +192,9 @@ class FormatConstraint:
             for group, tie in zip(groups, ties, strict=True)
             if tie is None
         }
-        if all(tie is None for tie in ties):
-            raise NothingPrunableError("; ".join(dict.fromkeys(self.whole.values())))
+        if self.whole and (self.complete or len(self.whole) == len(ties)):
+            named = f"'{next(iter(self.whole))}' would stay whole: " if self.complete else ""
+            raise NothingPrunableError(named + "; ".join(dict.fromkeys(self.whole.values())))
         return ties, steps
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, Unpack, cast
@@ -30,7 +30,7 @@ from fasp_fx.base import (
 )
 from fasp_fx.calibration import Decision, check_calibration, ended_together
 from fasp_fx.capturing import Captured, Program, capture_whole, tied_names
-from fasp_fx.errors import ArgumentError, PlanError, VerificationError
+from fasp_fx.errors import ArgumentError, NothingPrunableError, PlanError, VerificationError, first_line
 from fasp_fx.passes import PrunedModule, fused_weights
 from fasp_fx.pruning import (
     FormatName,
@@ -55,7 +55,7 @@ from ._formats import build, example_of, prune_to
 from ._gguf import keep_source
 from ._model import PrunedForCausalLM, PrunedForSeq2SeqLM, PrunedModel
 from ._program import FlatProgram, Parts, StoredProgram
-from ._registry import OWN, format_in, format_of
+from ._registry import OWN, PER_LAYER, format_in, format_of
 from ._stages import CausalStages, Seq2SeqStages, check_served, convention_of, stages_of
 
 
@@ -284,7 +284,7 @@ def prune(
     calibration: Iterable[Any] | None = None,
     config: PruningConfig | None = None,
     costs: Costs | None = None,
-    format: FormatName = OWN.name,
+    format: FormatName | None = None,
     device: torch.device | str | None = None,
     progress: Shown = None,
     on_analysis: Callable[[Analysis], None] | None = None,
@@ -308,7 +308,8 @@ def prune(
             model. The others hold less, and the model that is returned is one of transformers:
             ``"per-layer"``, of the original class, with layers of their own sizes; ``"plain"``, of the
             original class, with equal layers; ``"gguf"``, ``"gguf-q8_0"``, … and ``"decilm"``, a Llama with
-            layers of their own sizes (docs/formats.md).
+            layers of their own sizes (docs/formats.md). ``None``: ``"per-layer"`` where the class can say
+            whatever can be pruned, and else ``"fasp-fx"``; the report says why.
         device: where to capture and calibrate; ``None``: the model's device.
         progress, on_analysis, group, checkpoint: as for :func:`fasp_fx.prune`.
         options: fields of :class:`fasp_fx.PruningConfig` (``sparsity=0.2``, ``score="fasp"``, …) in the place
@@ -343,10 +344,19 @@ def prune(
         "group": group,
         "checkpoint": checkpoint,
     }
+    notes: tuple[str, ...] = ()
+    if format is None and (costs is not None or isinstance(model, CapturedModel)):
+        format = OWN.name  # what costs and captures are of
     if format != OWN.name:
-        return Pruned(
-            *prune_to(format, model, tokenizer, calibration, asked, device, **passed), tokenizer, format
-        )
+        if isinstance(calibration, Iterator):
+            calibration = list(calibration)  # may be read again below
+        try:
+            done = prune_to(format, model, tokenizer, calibration, asked, device, **passed)
+            return Pruned(*done, tokenizer, format or PER_LAYER.name)
+        except (ArgumentError, NothingPrunableError) as error:
+            if format is not None:
+                raise
+            notes = (f"the model is a program ({OWN.name!r}): {first_line(error)}",)
     captured = _captured(model, device)
     result = pruning.prune(
         captured.planned,
@@ -355,7 +365,8 @@ def prune(
         device=device,
         **passed,
     )
-    return _served(captured, result.with_report(config=asked), tokenizer)
+    report = {"config": asked, "notes": (*notes, *result.report.notes)}
+    return _served(captured, result.with_report(**report), tokenizer)
 
 
 def _captured(model: Any, device: torch.device | str | None) -> CapturedModel:

@@ -304,13 +304,15 @@ class Gguf(PerLayer):
 
 #: the format of a pruned program
 OWN = Program("fasp-fx")
+#: that of a model's own class with layers of their own sizes
+PER_LAYER = PerLayer("per-layer")
 #: of two that hold a class, the first is what a folder is read as
 FORMATS: Mapping[str, Format] = {
     form.name: form
     for form in (
         OWN,
         Format("plain"),
-        PerLayer("per-layer"),
+        PER_LAYER,
         DeciLM("decilm"),
         Gguf("gguf"),
         Gguf("gguf-f16", tensors="F16"),

@@ -47,15 +47,13 @@ def new_save(path: Path, kind: str, *, overwrite: bool, keep: bool = True) -> It
     """Give a folder to fill, which takes the name ``path``, with a manifest, when the block ends.
 
     Args:
-        overwrite: replace an earlier save of that kind, and nothing else.
+        overwrite: replace an earlier save, of whatever kind, and nothing else.
         keep: ``False`` leaves nothing behind: it only finds out whether the folder could be made.
 
     Raises:
         StoreError: the path is taken or cannot be written.
     """
-    with new_folder(
-        path, replaceable=(lambda folder: is_save(folder, kind)) if overwrite else None, keep=keep
-    ) as folder:
+    with new_folder(path, replaceable=is_save if overwrite else None, keep=keep) as folder:
         yield folder
         write_manifest(folder, kind)
 
@@ -99,10 +97,10 @@ def kind_of(folder: Path) -> str:
 
 
 def is_save(folder: Path, *kinds: str) -> bool:
-    """Whether a folder holds a save of one of these kinds and nothing besides."""
+    """Whether a folder holds a save of one of these kinds, or of any, and nothing besides."""
     try:
         manifest = _manifest(folder)
-        return manifest.kind in kinds and manifest.files.keys() >= set(_names(folder))
+        return manifest.kind in (kinds or (manifest.kind,)) and manifest.files.keys() >= set(_names(folder))
     except tolerable(StoreError, OSError):
         return False
 

@@ -65,7 +65,7 @@ def _long(model: Any) -> Any:
 @cache
 def pruned(name: str) -> hf.Pruned:
     """The model pruned by a fifth, mask-exact."""
-    made: hf.Pruned = hf.prune(dense(name), sparsity=0.2, score="magnitude", restore=None)
+    made: hf.Pruned = hf.prune(dense(name), sparsity=0.2, score="magnitude", restore=None, format="fasp-fx")
     return made
 
 

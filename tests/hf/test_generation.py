@@ -94,7 +94,9 @@ def test_cache_is_narrower_by_what_the_report_says(name: str) -> None:
 )
 def test_whole_heads_go_from_weights_and_cache(name: str) -> None:
     """Rotary angles come from an input here, so that they are channels too, which all heads share."""
-    made = hf.prune(dense(name), granularity=("head",), sparsity=0.1, score="random", restore=None)
+    made = hf.prune(
+        dense(name), granularity=("head",), sparsity=0.1, score="random", restore=None, format="fasp-fx"
+    )
     assert {group.granularity for group in made.plan.groups} == {"head"}
     assert made.report.cache is not None
     assert made.report.cache[1] < made.report.cache[0]
@@ -165,6 +167,7 @@ def test_padding_chooses_nothing(loss: Any, allocation: Any, side: str) -> None:
             sparsity=0.25,
             loss=loss,
             allocation=allocation,
+            format="fasp-fx",
         )
         for filling in (0, 23)
     ]

@@ -212,7 +212,7 @@ def test_a_model_that_does_otherwise_with_more_tokens_is_given_no_more(tmp_path:
         eos_token_id=2,
     )
     original = randomise(DogeForCausalLM(config), seed=3).double()
-    result = hf.prune(original, sparsity=0.1, score="magnitude", restore=None)
+    result = hf.prune(original, sparsity=0.1, score="magnitude", restore=None, format="fasp-fx")
     result.save_pretrained(tmp_path / "saved")
     smaller = zeroed(original, result.plan)
     for made in (result.model, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
@@ -237,7 +237,7 @@ def test_last_logits_of_a_model_that_gives_all_of_them() -> None:
         max_position_embeddings=64,
     )
     original = randomise(TrOCRForCausalLM(config), seed=3).double()
-    made = hf.prune(original, sparsity=0.1, score="magnitude", restore=None).model
+    made = hf.prune(original, sparsity=0.1, score="magnitude", restore=None, format="fasp-fx").model
     ids = _ids(tokens=4)
     assert torch.equal(made(input_ids=ids, logits_to_keep=3).logits, made(input_ids=ids).logits[:, 1:])
 
@@ -355,7 +355,7 @@ def test_a_buffer_that_a_program_writes_is_no_other(tmp_path: Path) -> None:
         rope_parameters=angles,
     )
     original = randomise(Phi3ForCausalLM(config), seed=3).double()
-    result = hf.prune(original, sparsity=0.2, score="magnitude", restore=None)
+    result = hf.prune(original, sparsity=0.2, score="magnitude", restore=None, format="fasp-fx")
     loaded = AutoModelForCausalLM.from_pretrained(result.save_pretrained(tmp_path / "long"))
     for model in (result.model, loaded):
         for length in (10, 40, 10):
@@ -468,7 +468,7 @@ STATES: dict[str, tuple[Any, Any, str]] = {
 def test_a_model_that_generates_from_states_is_refused_in_words(family: str) -> None:
     kind, config, why = STATES[family]
     with pytest.raises(fasp_fx.CaptureError, match=rf"{family}ForCausalLM.*{why}; use fasp_fx\.prune"):
-        hf.prune(kind(config).eval(), calibration=[torch.randint(0, 32, (2, 8))])
+        hf.prune(kind(config).eval(), calibration=[torch.randint(0, 32, (2, 8))], format="fasp-fx")
 
 
 # --- what a model does with labels, masks and positions beside its tokens is what its pruned one does, or the
@@ -504,7 +504,7 @@ def tokens(batch: int, count: int, seed: int = 0) -> Tensor:
 
 def smaller(model: Any) -> tuple[Any, nn.Module]:
     """The model pruned, and with zeros in its place."""
-    result = hf.prune(model, score="magnitude", restore=None, sparsity=0.1)
+    result = hf.prune(model, score="magnitude", restore=None, sparsity=0.1, format="fasp-fx")
     return result, zeroed(model, result.plan)
 
 
@@ -608,6 +608,7 @@ def test_a_loss_of_the_models_own_is_refused() -> None:
         sparsity=0.2,
         score="magnitude",
         restore=None,
+        format="fasp-fx",
     ).model
     assert pruned(input_ids=tokens(1, 5)).loss is None
     with pytest.raises(fasp_fx.ArgumentError, match="loss of its own"):
@@ -619,4 +620,10 @@ def test_outputs_of_routers_are_refused_with_the_remedy() -> None:
         **LLAMA, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True
     )
     with pytest.raises(fasp_fx.ArgumentError, match="output_router_logits = False"):
-        hf.prune(made("MixtralForCausalLM", config), sparsity=0.2, score="magnitude", restore=None)
+        hf.prune(
+            made("MixtralForCausalLM", config),
+            sparsity=0.2,
+            score="magnitude",
+            restore=None,
+            format="fasp-fx",
+        )
