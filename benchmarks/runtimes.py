@@ -445,7 +445,7 @@ def cell(dense: Side, pruned: Side, name: str) -> dict[str, Any]:
         found["dense"], first = tried(route, dense, pathlib.Path(folder) / "dense")
         torch._dynamo.reset()
         found["pruned"], second = tried(route, pruned, pathlib.Path(folder) / "pruned")
-        if first and second:
+        if first is not None and second is not None:  # a compiled module has no truth
             found["times"] = {rows: in_turn(first, second, dense.inputs[rows]) for rows in TIMED}
     return found
 

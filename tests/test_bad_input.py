@@ -196,7 +196,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[fasp_fx.FaspError], str]]
     "control flow that depends on data": (
         lambda: Branch().eval(),
         fasp_fx.CaptureError,
-        "Branch cannot be captured.*largest submodule",
+        r"Branch cannot be captured.*in line \d+ of .*`return super.* if x\.sum\(\) > 0 else x`.*submodule",
     ),
     "frozen": (
         lambda: nn.Linear(6, 6).eval(),
@@ -208,6 +208,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[fasp_fx.FaspError], str]]
         Vectors,
         fasp_fx.CaptureError,
         r"Vectors is in training mode.*model\.eval\(\)",
+    ),
+    "spread over devices": (
+        lambda: nn.DataParallel(Vectors()).eval(),
+        A,
+        r"several places; pass its \.module",
     ),
     "partly in training mode": (partly_training, fasp_fx.CaptureError, r"'1'.*training mode.*eval\(\)"),
     "without values": (lambda: Vectors().eval().to("meta"), A, "meta"),
@@ -230,6 +235,14 @@ def test_models_that_are_refused(name: str) -> None:
 
 def test_what_is_of_another_kind_is_refused(tmp_path: Path) -> None:
     result = fasp_fx.prune(Vectors().eval(), (X,), score="magnitude", restore=None)
+    with pytest.raises(A, match=r"call result\.module"):
+        result(X)
+    with pytest.raises(A, match=r"not Result; pass its \.module"):
+        fasp_fx.prune(result, (X,), calibration=[BATCH])  # type: ignore[call-overload]
+    with pytest.raises(A, match=r"Latency\(0\.5\) does not say .* seconds="):
+        fasp_fx.allocation.Latency(0.5)
+    with pytest.raises(A, match="'scores' is not known; did you mean 'score'"):
+        fasp_fx.PruningConfig(scores="fasp")  # type: ignore[call-arg]
     for model in (None, "model", torch.zeros(3)):
         with pytest.raises(A, match=r"model must be an nn\.Module"):
             fasp_fx.prune(model, (X,), calibration=[BATCH])  # type: ignore[arg-type]

@@ -414,6 +414,10 @@ def test_explain() -> None:
     assert (path[0], path[-1]) == ("blocks.0.ffn.gate.weight", "blocks.0.ffn.down.weight")
     assert any("silu" in line for line in path)
     assert sum("linear" in line for line in path) == 2
+    rows, columns = analysis.explain("blocks.0.ffn.gate.weight")
+    assert rows.startswith("approximate")
+    assert "mixed by aten.layer_norm" in rows
+    assert columns.startswith("prunable")
     # weights of two layers meet in the hidden dimension alone; biases do not
     assert any(
         "add" in line for line in analysis.explain("blocks.0.ffn.gate.weight", "blocks.1.ffn.down.weight")

@@ -13,7 +13,6 @@ from ._budgets import (
     Cap as Cap,  # How much of one resource may stay
     Latency as Latency,  # The microseconds of whatever is to be fast, as a function of yours predicts them (examples/latency.py measures one)
     Macs as Macs,  # The multiply-accumulates of one forward pass on the example inputs: of linear, convolution and recurrent operators
-    Microseconds as Microseconds,  # The microseconds that a function of the widths predicts
     Parameters as Parameters,  # The number of all parameters, tied ones once, as the report's line parameters has them
     budget_data as budget_data,  # Budgets as the plain data that budget_from_data reads
     budget_from_data as budget_from_data,  # The budgets that budget_data wrote

@@ -183,12 +183,25 @@ class Latency(Cap):
         38 of 48 microseconds
     """
 
-    seconds: Callable[[Mapping[str, int]], float] = field(compare=False, repr=False)
+    seconds: Callable[[Mapping[str, int]], float] | None = field(default=None, compare=False, repr=False)
     name: ClassVar[str] = "latency"
     unit: ClassVar[str] = "microseconds"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.seconds):
+            raise ArgumentError(
+                f"Latency({self.amount}) does not say what takes how long; pass seconds=, a function of the"
+                " widths (docs/choosing.md)"
+            )
+
     def resource(self, analysis: Analysis) -> Resource:
-        return Microseconds(analysis.chosen, self.seconds)
+        return self.of(analysis.chosen)
+
+    def of(self, groups: Sequence[Group]) -> Microseconds:
+        """What is counted of the groups that can lose channel sets."""
+        assert self.seconds is not None
+        return Microseconds(groups, self.seconds)
 
 
 class Microseconds(Resource):

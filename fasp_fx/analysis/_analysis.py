@@ -53,17 +53,21 @@ class Analysis(Coupling):
         """
         return Sparsity(self).reach(1)
 
-    def explain(self, first: str, second: str) -> list[str]:
-        """The path of graph nodes that couples channels of two weights, from ``first`` to ``second``.
+    def explain(self, first: str, second: str | None = None) -> list[str]:
+        """The path of graph nodes that couples channels of two weights, from ``first`` to ``second``; or what
+        can be pruned of one weight, and why not the rest.
 
         Returns:
-            One line per node of a shortest path.
+            One line per node of a shortest path; or per group that has channels of the one weight.
 
         Raises:
             ArgumentError: a name is not a weight of the model, or no channel of one weight is coupled with a
                 channel of the other.
         """
-        starts, ends = _nodes_of(self, first), _nodes_of(self, second)
+        starts, ends = _nodes_of(self, first), _nodes_of(self, second or first)
+        if second is None:
+            groups = [group for group in self.groups if any(first in each.names for each in group.members)]
+            return [*map(str, groups)] or [f"no operator that has a rule reads '{first}'"]
         # What can be pruned says most; the channel sets of a group go the same ways.
         for group in sorted(self.groups, key=lambda group: CODE[group.status]):
             names = {name for member in group.members for name in member.names}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar, cast
 
 from pydantic import Field, GetCoreSchemaHandler, PlainValidator, TypeAdapter, ValidationError
 
@@ -100,6 +100,20 @@ def from_document(kind: str, target: type[T], text: str, remedy: str, error: typ
 class Options:
     """What a configuration is: a frozen dataclass of options, which checks itself."""
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuse an option that is not known before ``__init__`` does, in more words.
+
+        Raises:
+            ArgumentError: names the nearest that there is.
+        """
+        known = [field.name for field in fields(cast(Any, cls))]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                guess = f"did you mean '{near[0]}'? There" if near else "there"
+                raise ArgumentError(f"the option '{name}' is not known; {guess} are {', '.join(known)}")
+        return super().__new__(cls)
+
     @classmethod
     def of(cls, config: Self | None, options: Mapping[str, Any]) -> Self:
         """A configuration with some options in the place of its own; ``None`` stands for the defaults.
@@ -109,12 +123,6 @@ class Options:
         """
         check_kind("config", config, cls | None, f"pass a {cls.__name__}, or the options as keywords")
         before: Any = config if config is not None else cls()
-        known = [field.name for field in fields(before)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                guess = f"did you mean '{near[0]}'? There" if near else "there"
-                raise ArgumentError(f"the option '{name}' is not known; {guess} are {', '.join(known)}")
         return replace(before, **options)
 
 

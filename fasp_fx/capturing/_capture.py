@@ -74,8 +74,10 @@ def capture(
     elif isinstance(model, nn.Module):
         signature, exported = _export(model, args, dict(kwargs or {}), how)
     else:
+        inside = "; pass its .module" * isinstance(getattr(model, "module", None), nn.Module)
         raise ArgumentError(
-            f"model must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}"
+            "model must be an nn.Module, fx.GraphModule or ExportedProgram, not"
+            f" {type(model).__name__}{inside}"
         )
     program = exported.program
     if device is not None:
@@ -115,6 +117,11 @@ def _export(
         raise CaptureError(
             "the model has gates on (fasp_fx.training.attach_gates); take their plan, and call gates.detach()"
             " before anything else is done with the model"
+        )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ArgumentError(
+            f"{type(model).__name__} runs a model in several places; pass its .module, and wrap the result"
+            " again"
         )
     training = next(in_training(model), None)
     if training is not None:

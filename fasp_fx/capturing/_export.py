@@ -6,6 +6,8 @@ import contextlib
 import functools
 import inspect
 import itertools
+import linecache
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -132,10 +134,22 @@ def export(
         except tolerable(Exception) as error:
             failures.append(error)
     raise ExportError(
-        f"{type(model).__name__} cannot be captured by torch.export: {first_line(failures[0])}."
+        f"{type(model).__name__} cannot be captured by torch.export: {first_line(failures[0])}"
+        f"{_line_of(model, failures[0])}."
         " Try the inputs on the model itself, then capture the largest submodule"
         " without data-dependent control flow."
     ) from failures[0]
+
+
+def _line_of(model: nn.Module, error: Exception) -> str:
+    """In which line of a module's own code the export of a model ended."""
+    forwards = (inspect.getattr_static(type(module), "forward", None) for module in model.modules())
+    own = {getattr(forward, "__code__", None) for forward in forwards}
+    lines = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code in own]
+    for frame, line in lines[-1:]:
+        file = frame.f_code.co_filename
+        return f", in line {line} of {file}: `{linecache.getline(file, line).strip()}`"
+    return ""
 
 
 def _attempts(inputs: dict[str, Any], how: CaptureOptions) -> Iterator[_Attempt]:

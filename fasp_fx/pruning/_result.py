@@ -118,6 +118,14 @@ class Result:
         """The same, sharing its module, with some fields of its report replaced."""
         return replace(self, report=replace(self.report, **fields))
 
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Not a module.
+
+        Raises:
+            ArgumentError: always.
+        """
+        raise ArgumentError("a Result is not called; call result.module, the smaller model")
+
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the result to a new folder, whole or not at all (:mod:`fasp_fx.pruning` says what the files
         hold). Of a model pruned in parts, the code between them is not stored: :func:`fasp_fx.load` takes the

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fasp_fx.allocation import Cap, Latency, Microseconds, counted
+from fasp_fx.allocation import Cap, Latency, counted
 from fasp_fx.analysis import (
     Analysis,
     Group,
@@ -281,19 +281,23 @@ class PartsAnalysis(Groups):
         resources = [*map(Sparsity, self.parts.values())]
         return Joined(self.chosen, resources, [1] * len(resources), 0).reach(1)
 
-    def explain(self, first: str, second: str) -> list[str]:
-        """As :meth:`fasp_fx.Analysis.explain`, of two weights of one part in the names of the whole model.
+    def explain(self, first: str, second: str | None = None) -> list[str]:
+        """As :meth:`fasp_fx.Analysis.explain`, of weights of one part in the names of the whole model.
 
         Raises:
             ArgumentError: they are in no part together, or not coupled there.
         """
+        groups = [group for group in self.groups if any(first in each.names for each in group.members)]
+        if second is None and groups:
+            return [*map(str, groups)]
         for path, analysis in self.parts.items():
             inside = f"{path}."
-            if first.startswith(inside) and second.startswith(inside):
+            if second is not None and first.startswith(inside) and second.startswith(inside):
                 lines = analysis.explain(first.removeprefix(inside), second.removeprefix(inside))
                 return [line if " = " in line else f"{inside}{line}" for line in lines]
         raise ArgumentError(
-            f"'{first}' and '{second}' are in no part together that was captured ({', '.join(self.parts)})"
+            f"'{first}' and '{second or first}' are in no part together that was captured"
+            f" ({', '.join(self.parts)})"
         )
 
 
@@ -350,7 +354,7 @@ class InParts:
     def count(self, cap: Cap | None) -> Resource:
         """As :meth:`Whole.count`."""
         if isinstance(cap, Latency):  # a function of all widths
-            return Microseconds(self.whole.chosen, cap.seconds)
+            return cap.of(self.whole.chosen)
         times = [self.parts[path].calls if cap is not None and cap.per_call else 1 for path in self.analyses]
         inside = {id(tensor) for path in self.analyses for tensor in self.originals[path].parameters()}
         around = {id(tensor): tensor for tensor in self.before.values() if id(tensor) not in inside}
