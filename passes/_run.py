@@ -18,9 +18,8 @@ from fasp_fx.analysis import (
     PruningPlan,
     Walk,
     analyze_program,
-    check_fingerprint,
+    check_structure,
     gone_of,
-    program_fingerprint,
 )
 from fasp_fx.base import tolerable, without_collections
 from fasp_fx.capturing import Program, capture, record
@@ -189,7 +188,7 @@ class Pipeline:
         plan = self.plan
         program = capture(exported, fold=plan is not None)  # without a plan, no weight becomes another
         if plan is not None:
-            check_fingerprint(plan, program_fingerprint(program))
+            check_structure(plan, program.parameters())
             if plan.splits:
                 program = analyze_program(program, split_fused, plan.granularity, plan.include).program
         start, brought = program, None

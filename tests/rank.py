@@ -15,6 +15,7 @@ import torch.distributed as dist
 from models import block, linear, made
 from patched import patch_torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -22,6 +23,7 @@ import fasp_fx
 from fasp_fx.allocation import Search
 from fasp_fx.cli._app import app
 from fasp_fx.errors import ArgumentError, CalibrationError, RankError, StoreError
+from fasp_fx.training import Schedule
 
 TOKENS = 100
 
@@ -114,6 +116,31 @@ def cases(group: dist.ProcessGroup | None) -> dict[str, tuple[Any, dict[str, Ten
     result = fasp_fx.prune(rectified(), (numbers()[0],), calibration=late(), sparsity=0.3, group=group)
     found["no gradient at first"] = (result.plan, result.module.state_dict())
     return found
+
+
+def trains(group: dist.ProcessGroup, rank: int) -> None:
+    """A model that shrinks as it is trained on other rows in each process, whose norms see nothing else."""
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 4))
+    schedule = Schedule({2: 0.3, 4: 0.5}, [batch.flatten(0, 1) for batch in numbers()], group=group)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    wrapped, rows = DistributedDataParallel(model), numbers()[rank].flatten(0, 1)
+    for step in range(1, 6):
+        wrapped(rows).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        small = schedule.step(step, model, optimizer)
+        if small is not model:
+            model, wrapped = small, DistributedDataParallel(small)
+    assert schedule.plan is not None
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    found: list[Any] = [None] * group.size()
+    dist.all_gather_object(found, (weights, schedule.plan.to_json(), optimizer.state_dict()))
+    for others, plan, state in found:
+        assert plan == schedule.plan.to_json()
+        assert all(torch.equal(others[name], weight) for name, weight in weights.items())
+        torch.testing.assert_close(state, optimizer.state_dict(), rtol=0, atol=0)
+    assert len(weights["0.weight"]) <= 12
 
 
 def refusals(group: dist.ProcessGroup, rank: int) -> None:
@@ -262,6 +289,7 @@ def main(rank: int, size: int, folder: Path, scenario: str) -> None:
         {name: (plan.to_json(), weights) for name, (plan, weights) in cases(group).items()},
         folder / f"rank{rank}.pt",
     )
+    trains(group, rank)
     refusals(group, rank)
     dist.destroy_process_group()
     command_line(rank, size, folder)

@@ -324,7 +324,7 @@ def test_another_model_is_refused() -> None:
     model = mlp()
     result = pruned(model, ROWS[0])
     given: list[tuple[Any, type[Exception], str]] = [
-        (mlp(), PlanError, "another model"),
+        (wide(lambda m, x: x, 8, 31), PlanError, "another model"),
         (result.eager(model), PlanError, "already applied"),
         (result.program, ArgumentError, "pass the module that was pruned"),
     ]

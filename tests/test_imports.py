@@ -258,8 +258,8 @@ def _imported_at_once(tree: ast.Module) -> set[str]:
 
 def test_what_is_imported_is_required() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    required = _named(project["dependencies"])
-    optional = _named(project["optional-dependencies"]["quantise"])
+    required, extras = _named(project["dependencies"]), project["optional-dependencies"]
+    optional = _named([*extras["quantise"], *extras["lightning"]])
     comes_with = {"sympy": "torch", "huggingface_hub": "transformers", "tokenizers": "transformers"}
     for name, path in _sources().items():
         if name.startswith("fasp_fx/testing/"):

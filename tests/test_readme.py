@@ -9,6 +9,7 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -89,6 +90,14 @@ def test_integration_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for module in (names["smaller"].module(), names["quick"]):
         assert torch.allclose(module(other), expected(other), atol=1e-5)
     assert "unfold_linear" in {node.meta.get("fasp_fx_pass") for node in names["smaller"].graph.nodes}
+
+
+def test_training_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(action="ignore"):
+        names = _run(_blocks("docs/training.md"), {"__name__": "page"})
+    assert names["average"].module[0].weight.shape == names["model"][0].weight.shape
+    assert names["smallest"][0].weight.shape[0] < names["small"][0].weight.shape[0] < 128
 
 
 @pytest.mark.slow
@@ -303,6 +312,28 @@ def test_rule_writer(run: Run) -> None:
         "48 -> 36",
     ):
         assert words in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_loop.py", "train_trainer.py", "train_lightning.py", "train_ddp.py"])
+def test_a_training_that_is_stopped_goes_on_to_the_same_end(tmp_path: Path, name: str) -> None:
+    if name == "train_lightning.py":
+        pytest.importorskip("lightning")
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if name == "train_ddp.py" else []
+    command = [sys.executable, "-W", "ignore", *torchrun, str(ROOT / "examples" / name)]
+
+    def printed(kept: str) -> list[str]:
+        done = subprocess.run([*command, kept], cwd=tmp_path, check=True, text=True, stdout=subprocess.PIPE)
+        return [line for line in done.stdout.splitlines() if "left" in line or line[:1].isdigit()]
+
+    whole = printed("whole")
+    with subprocess.Popen([*command, "stopped"], cwd=tmp_path, stdout=subprocess.DEVNULL) as stopped:
+        while not (tmp_path / "stopped").is_file() and not any(tmp_path.glob("stopped/*")):
+            time.sleep(0.05)
+        stopped.terminate()
+    again = printed("stopped")
+    assert again
+    assert set(again) <= set(whole)
 
 
 @pytest.fixture

@@ -24,12 +24,16 @@ from ._plan import (
     PruningPlan as PruningPlan,  # Which channels go
     check_fingerprint as check_fingerprint,  # Refuse a model that the plan was not made for
     check_fixed as check_fixed,  # Refuse a model that does not compute what the one did that was pruned, though it has its parameters
+    check_structure as check_structure,  # Refuse a model whose parameters have other names or shapes than those of the model that the plan was made for
     computed_fingerprint as computed_fingerprint,  # The fingerprint of all that a captured program (before its producers are split) computes with
     fixed_of as fixed_of,  # What a captured program reads besides parameters and does not write into
     gone_of as gone_of,  # For every channel number of the analysis, whether the plan removes it
     planned as planned,  # One entry per group; gone says for each channel number whether it is removed
     program_fingerprint as program_fingerprint,  # The fingerprint of a captured program (before its producers are split)
     running_fingerprint as running_fingerprint,  # The fingerprint of all that a captured program computes with, and of what it computes
+    shapes_of as shapes_of,  # The names and shapes of parameters
+    steps_to as steps_to,  # Those of the earlier plans of a chain that a model is still to go through, by the shapes of its parameters
+    strange_weight as strange_weight,  # A weight that a model has in another shape than the one the plan was made for, in words
 )
 from ._resources import (
     Counted as Counted,  # A sum of products of sizes, in whole numbers

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fasp_fx.base import Count, fingerprint as fingerprint, from_document, to_document
 from fasp_fx.capturing import FoldedWeight, Program, SplitWeight, attribute
@@ -90,6 +90,14 @@ class PlannedGroup:
 
 
 @dataclass(frozen=True)
+class WeightShape:
+    """A parameter of the model that a plan was made for."""
+
+    name: str
+    shape: tuple[Count, ...]
+
+
+@dataclass(frozen=True)
 class FixedBuffer:
     """A buffer or constant that the model reads and does not write into, and the digest of what it held."""
 
@@ -99,10 +107,12 @@ class FixedBuffer:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which channels go.
+    """Which channels go. It needs no weights to be carried out: :func:`fasp_fx.apply` takes any model that
+    has parameters of these names and shapes. Repairs need their values, which ``fingerprint`` tells from
+    others.
 
     Attributes:
-        fingerprint: of the model the plan was made for.
+        fingerprint: of the weights of the model the plan was made for.
         groups: what each coupled group loses; groups that lose nothing are left out.
         sparsity: the fraction removed of the counted weights.
         splits: fused weights that the result holds in parts.
@@ -112,6 +122,9 @@ class PruningPlan:
             groups name them so.
         fixed: what else the model read and did not write into when the plan was made. The plan serves also
             where it holds something else; the repairs of the result do not.
+        shapes: the parameters of the model the plan was made for; none in plans from before they were written
+            down, which serve the very weights alone.
+        earlier: the plans that make that model of the first one, step by step (:meth:`then`).
 
     Examples:
         >>> plan = fasp_fx.PruningPlan.from_json(result.plan.to_json())
@@ -128,6 +141,8 @@ class PruningPlan:
     include: tuple[str, ...] = ()
     folds: tuple[FoldedWeight, ...] = ()
     fixed: tuple[FixedBuffer, ...] = ()
+    shapes: tuple[WeightShape, ...] = ()
+    earlier: tuple[PruningPlan, ...] = ()
 
     def __repr__(self) -> str:
         return f"PruningPlan({len(self.groups)} groups, sparsity={self.sparsity:.4f})"
@@ -155,6 +170,20 @@ class PruningPlan:
             pairs = {(block, index) for block, indices in enumerate(part.by_block()) for index in indices}
             slices[(part.name, part.dim)] = slices.get((part.name, part.dim), frozenset()) | pairs
         return slices
+
+    def then(self, later: PruningPlan) -> PruningPlan:
+        """This plan, and then one for the model that it makes, as one plan for the first model: what a chain
+        of prunings did, with training between them or not. It makes eager copies on the way.
+
+        Examples:
+            >>> small = result.eager(model)  # trained, perhaps
+            >>> second = fasp_fx.prune(small, (x,), calibration=batches, sparsity=0.2)
+            >>> chain = result.plan.then(second.plan)
+            >>> smallest = fasp_fx.apply(model, chain, (x,)).eager(model)
+            >>> smallest.load_state_dict(second.eager(small).state_dict())
+            <All keys matched successfully>
+        """
+        return replace(later, earlier=(*self.earlier, replace(self, earlier=()), *later.earlier))
 
     def after(self, earlier: PruningPlan) -> PruningPlan:
         """This plan, made for the same model as ``earlier``, renumbered for the model that ``earlier`` makes.
@@ -303,6 +332,53 @@ def check_fixed(plan: PruningPlan, dense: nn.Module) -> None:
                 f"dense is not the model that was pruned: its buffer '{fixed.name}' holds other values than"
                 " it did then; pass the model as it was given to prune"
             )
+
+
+def shapes_of(weights: Mapping[str, Tensor]) -> tuple[WeightShape, ...]:
+    """The names and shapes of parameters."""
+    return tuple(WeightShape(name, tuple(weight.shape)) for name, weight in sorted(weights.items()))
+
+
+def strange_weight(plan: PruningPlan, weights: Mapping[str, Tensor]) -> str | None:
+    """A weight of the model that a plan was made for which another model lacks or has in another shape, in
+    words; ``None``: there is none.
+    """
+    here = {name: list(weight.shape) for name, weight in weights.items()}
+    there = {weight.name: list(weight.shape) for weight in plan.shapes}
+    strange = (name for name, shape in there.items() if here.get(name) != shape)
+    return next((f"'{n}' is {here.get(n, 'missing')} here, {there[n]} there" for n in strange), None)
+
+
+def steps_to(plan: PruningPlan, weights: Mapping[str, Tensor]) -> tuple[PruningPlan, ...]:
+    """Those of the earlier plans of a chain that a model is still to go through, by the shapes of its
+    parameters; all of them where it fits nowhere.
+    """
+    fits = [strange_weight(step, weights) is None for step in (*plan.earlier, plan)]
+    return plan.earlier[fits.index(True) if any(fits) else 0 :]
+
+
+def check_structure(plan: PruningPlan, weights: Mapping[str, Tensor]) -> list[str]:
+    """Refuse a model whose parameters have other names or shapes than those of the model that the plan was
+    made for; of a plan that does not say these, also other values.
+
+    Args:
+        plan: the plan.
+        weights: the model's parameters, by name.
+
+    Returns:
+        What there is to say of the plan for this model.
+
+    Raises:
+        PlanError: names a weight, or says that the plan was applied to the model already.
+    """
+    found, strange = fingerprint(weights), strange_weight(plan, weights)
+    if not plan.shapes or found == plan.result:
+        check_fingerprint(plan, found)
+    if plan.shapes and (more := weights.keys() - {each.name for each in plan.shapes}):
+        strange = f"'{min(more)}' is not there"
+    if strange:
+        raise PlanError(f"the plan is for another model: {strange}; make a plan for this model")
+    return [] if found == plan.fingerprint else ["the plan was made when the weights had other values"]
 
 
 def check_fingerprint(plan: PruningPlan, found: str) -> None:

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fasp_fx.analysis import PruningPlan, analyze_program, check_fingerprint
+from fasp_fx.analysis import PruningPlan, analyze_program, check_structure, gone_of, steps_to
 from fasp_fx.base import (
     annotated_nodes,
     annotating,
     deviation,
     device_of,
-    fingerprint,
     free_unbacked_symbols,
     pytree,
     tolerable,
     tolerance,
 )
+from fasp_fx.calibration import Decision
 from fasp_fx.capturing import (
     ExportFacts,
     Program,
@@ -47,6 +47,8 @@ from fasp_fx.errors import EagerError, first_line
 from fasp_fx.passes import PrunedModule, finish, fused_weights, split_fused
 from fasp_fx.patterns import RESHAPES, lookup
 
+from .check import Checker
+
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 #: what is assumed of a size that does not vary
 _SETTLED = re.compile(r".+\.size\(\)\[\d+\] == \d+")
@@ -54,14 +56,9 @@ _SETTLED = re.compile(r".+\.size\(\)\[\d+\] == \d+")
 
 def eager(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> nn.Module:
     """See :meth:`fasp_fx.Result.eager`; ``pruned`` and ``plan`` are the result's."""
-    # The plan was made for what the program holds, which lacks what a capture leaves out.
-    known = {
-        *(name for name, _ in pruned.named_parameters(remove_duplicate=False)),
-        *(split.source for split in plan.splits),
-        *(source for weight in plan.folds for source in weight.sources),
-    }
-    read = {name: tensor for name, tensor in model.named_parameters(remove_duplicate=False) if name in known}
-    check_fingerprint(plan, fingerprint(read))
+    for step in steps_to(plan, dict(model.named_parameters(remove_duplicate=False))):
+        model = _made_by(step, model, pruned)
+    check_structure(plan, _read(pruned, plan, model))
     smaller = _Copy(pruned, plan, model)
     with rewound(model):
         model.eval()
@@ -80,6 +77,51 @@ def eager(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> nn.Module:
     return smaller.module
 
 
+def _read(pruned: nn.Module, plan: PruningPlan, model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a model that a program holds, which lacks what a capture leaves out: the plan was
+    made for them.
+    """
+    known = {
+        *(name for name, _ in pruned.named_parameters(remove_duplicate=False)),
+        *(split.source for split in plan.splits),
+        *(source for weight in plan.folds for source in weight.sources),
+    }
+    return {name: tensor for name, tensor in model.named_parameters(remove_duplicate=False) if name in known}
+
+
+def _made_by(plan: PruningPlan, model: nn.Module, later: Any) -> nn.Module:
+    """A copy of a model at the sizes that a plan makes, with the model's own weights.
+
+    Args:
+        later: the module of a later result, which is called as the model is.
+
+    Raises:
+        PlanError, VerificationError, EagerError: the plan cannot be carried out here.
+    """
+    with rewound(model):
+        program = capture(model.eval(), *_called(later, device_of(model)).call())
+    check_structure(plan, program.parameters())
+    analysis = analyze_program(program, split_fused, plan.granularity, plan.include)
+    checker = Checker(program, analysis, Decision(gone_of(plan, analysis)))
+    return eager(checker.run(strict=True).module, plan, model)
+
+
+def _called(pruned: Any, device: torch.device) -> Program:
+    """The program of a result, with its example inputs on a device.
+
+    Raises:
+        EagerError: there are none.
+    """
+    origin = pruned.fasp_fx_origin
+    if origin.example is None:
+        raise EagerError(
+            "the program of the result holds no example inputs, on which a copy could be captured; use"
+            " result.module"
+        )
+    example = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), origin.example)
+    return Program(pruned, origin.signature, example)
+
+
 class _Copy:
     """A copy of the caller's model that holds the weights of a result, and the program that it is to be.
 
@@ -90,17 +132,9 @@ class _Copy:
 
     def __init__(self, pruned: Any, plan: PruningPlan, model: nn.Module) -> None:
         self.pruned, self.plan, self.model = pruned, plan, model
-        origin = pruned.fasp_fx_origin
-        if origin.example is None:
-            raise EagerError(
-                "the program of the result holds no example inputs, on which a copy could be captured; use"
-                " result.module"
-            )
-        device = device_of(pruned)
-        example = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), origin.example)
-        self.program = Program(pruned, origin.signature, example)
+        self.program = _called(pruned, device_of(pruned))
         #: what it computes, as it was captured and rewritten
-        self.graph = origin.body()[0]
+        self.graph = pruned.fasp_fx_origin.body()[0]
         self.module = copied_with(model, pruned, plan).eval()
         say_sizes(model, self.module)
 

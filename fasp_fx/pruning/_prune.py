@@ -9,14 +9,15 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from fasp_fx.allocation import Budget, Costs, check_costs
-from fasp_fx.analysis import Analysis, Groups, PruningPlan, gone_of, running_fingerprint
+from fasp_fx.analysis import Analysis, Groups, PruningPlan, gone_of, running_fingerprint, steps_to
 from fasp_fx.base import (
     Shown,
     advance_of,
@@ -293,7 +294,8 @@ def apply(
     progress: Shown = None,
     **options: Unpack[PruningOptions],
 ) -> Result:
-    """Carry out a plan on the model it was made for, whatever chose it.
+    """Carry out a plan on the model it was made for, whatever chose it, or on one that was trained otherwise
+    or not at all; a chain of plans (:meth:`fasp_fx.PruningPlan.then`) one after the other, on eager copies.
 
     Args:
         model, args, kwargs, dynamic_shapes, state, device, progress: as for :func:`prune`.
@@ -303,7 +305,8 @@ def apply(
 
     Raises:
         ArgumentError: the plan is none, or an option says what goes or how to restore without data.
-        PlanError: the plan is for another model (or for this one before it was pruned).
+        PlanError: the plan is for another model (or for this one before it was pruned); names a weight.
+        EagerError: a step of a chain makes something that no copy of the model's class is.
         CalibrationError: the calibration data does not fit.
 
     Examples:
@@ -312,12 +315,15 @@ def apply(
         True
     """
     config = restoring_config(PruningConfig.of(config, options), plan, calibration is not None)
-    subject = _subject_of(
-        model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device
-    )
+    how: dict[str, Any] = {"state": state, "dynamic_shapes": dynamic_shapes, "device": device}
+    given = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
+    for step in steps_to(plan, given):
+        model = apply(model, step, args, kwargs, progress=False, **how).eager(cast(nn.Module, model))
+    subject = _subject_of(model, args, kwargs, config, **how)
     for path, decision in replay(subject, plan, config, calibration, Job(progress)):
         subject.put(path, decision, None)
-    return subject.result(None)
+    result = subject.result(None)
+    return replace(result, plan=replace(result.plan, earlier=plan.earlier))
 
 
 def plan_from_sets(
@@ -542,7 +548,10 @@ def replay(
         choices = {
             name: lambda _, places=places: places for name, places in places_of(analysis, gone).items()
         }
-        yield path, calibrate(method, consumers, choices, inputs or None, Ledger(job.ranks), within)
+        decision = calibrate(method, consumers, choices, inputs or None, Ledger(job.ranks), within)
+        if not path:
+            decision.notes.extend(subject.notes)
+        yield path, decision
 
 
 def _checkpoint_folder(checkpoint: str | Path | None, config: PruningConfig) -> Path | None:

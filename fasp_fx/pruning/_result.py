@@ -118,6 +118,22 @@ class Result:
         """The same, sharing its module, with some fields of its report replaced."""
         return replace(self, report=replace(self.report, **fields))
 
+    def following(self, earlier: PruningPlan) -> Self:
+        """The same, sharing its module, for the model that was there before earlier prunings: ``eager`` takes
+        that model too, also where it was loaded from a folder.
+
+        Args:
+            earlier: the plan by which the model was made that this result was made of.
+
+        Examples:
+            >>> small = result.eager(model)
+            >>> second = fasp_fx.prune(small, (x,), calibration=batches, sparsity=0.2)
+            >>> _ = second.following(result.plan).save("chain")
+            >>> type(fasp_fx.load("chain").eager(model)) is type(model)
+            True
+        """
+        return replace(self, plan=earlier.then(self.plan))
+
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Not a module.
 
@@ -154,12 +170,13 @@ class Result:
         parts of a model in parts as in ``module`` (docs/eager.md).
 
         Args:
-            model: the model that was pruned, with the weights that it had then; it is left as it was, and
-                shares no storage with the copy.
+            model: the model that was pruned, or another one of its class and sizes, such as one that was
+                never trained; of a chain of prunings, also the first one. It is left as it was, and shares no
+                storage with the copy, which has its values in what the program does not use.
 
         Raises:
             EagerError: no copy is the program; says where they part, and what to do.
-            PlanError: the model is not the one that the plan was made for.
+            PlanError: the model is not one that the plan was made for; names a weight.
         """
         from ._eager import eager
 

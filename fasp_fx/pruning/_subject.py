@@ -23,11 +23,12 @@ from fasp_fx.analysis import (
     Resource,
     Sparsity,
     analyze_program,
-    check_fingerprint,
+    check_structure,
     computed_fingerprint,
     fixed_of,
     planned,
     program_fingerprint,
+    shapes_of,
 )
 from fasp_fx.base import device_named, fingerprint, tolerable, warn
 from fasp_fx.calibration import Candidates, Decision, ModelTrial, as_calls, check_inputs, read_batches
@@ -111,7 +112,7 @@ class Whole:
         Raises:
             PlanError: the plan is for another model.
         """
-        check_fingerprint(plan, program_fingerprint(self.programs[""]))
+        self.notes = check_structure(plan, self.programs[""].parameters())
         return {"": plan}
 
     def read(self, calibration: Iterable[Any] | None) -> Any:
@@ -168,6 +169,7 @@ def make_plan(
         include=tuple(sorted(analysis.include)),
         folds=program.folds,
         fixed=fixed_of(program),
+        shapes=shapes_of(program.parameters()),
     )
 
 
@@ -301,11 +303,14 @@ class PartsAnalysis(Groups):
         )
 
 
+def strided(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters but for sparse ones, which no part holds."""
+    return {name: tensor for name, tensor in parameters.items() if tensor.layout == torch.strided}
+
+
 def whole_fingerprint(parameters: Mapping[str, Tensor]) -> str:
-    """The fingerprint of a model; sparse weights, which no part holds, do not enter."""
-    return fingerprint(
-        {name: tensor for name, tensor in parameters.items() if tensor.layout == torch.strided}
-    )
+    """The fingerprint of a model."""
+    return fingerprint(strided(parameters))
 
 
 class InParts:
@@ -429,13 +434,13 @@ class InParts:
 
     def apart(self, plan: PruningPlan) -> dict[str, PruningPlan]:
         """As :meth:`Whole.apart`."""
-        check_fingerprint(plan, whole_fingerprint(self.before))
+        self.notes = check_structure(plan, strided(self.before))
         parts, strange = {}, len(plan.groups)
         for path in self.analyses:
             groups = tuple(group for group in plan.groups if group.name.startswith(f"{path}."))
             strange -= len(groups)
             if groups:
-                part = replace(plan, groups=groups, splits=(), folds=(), fixed=())
+                part = replace(plan, groups=groups, splits=(), folds=(), fixed=(), shapes=())
                 parts[path] = renamed(part, methodcaller("removeprefix", f"{path}."))
         if strange:
             raise PlanError(
@@ -488,6 +493,7 @@ class InParts:
             result=whole_fingerprint(self._parameters()),
             granularity=tuple(sorted(self.whole.granularity)),
             include=tuple(sorted(self.whole.include)),
+            shapes=shapes_of(strided(self.before)),
             **joined,
         )
         old, new = weight_size(self.before), weight_size(self._parameters())
