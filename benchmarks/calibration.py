@@ -80,6 +80,7 @@ def main() -> None:
                 (),
                 {"input_ids": tokens[:1], "use_cache": False},
                 calibration=[{"input_ids": row[None]} for row in tokens],
+                held_out=(),
                 sparsity=sparsity,
                 restore=None if restore == "none" else restore,
                 quality=options.quality,

@@ -158,7 +158,13 @@ def main() -> None:
                 continue
             module = model
             if method != "dense":
-                how = {"calibration": calibration, "sparsity": sparsity, **options_of(method), **own}
+                how = {
+                    "calibration": calibration,
+                    "held_out": (),
+                    "sparsity": sparsity,
+                    **options_of(method),
+                    **own,
+                }
                 with Peak() as peak:
                     found["seconds"], result = timed(fasp_fx.prune, captured, **how)
                 module = result.module

@@ -68,7 +68,9 @@ def main() -> None:
         f"{'dense':<12}{perplexity(model, measured):.4f}   parameters {model.num_parameters():,}", flush=True
     )
     for name in options.format or ["fasp-fx", "per-layer", "gguf-q8_0", "decilm", "plain"]:
-        pruned = prune(model, tokenizer, calibration=batches, format=name, sparsity=options.sparsity)
+        pruned = prune(
+            model, tokenizer, calibration=batches, held_out=(), format=name, sparsity=options.sparsity
+        )
         here = perplexity(pruned.model, measured)
         there = "" if name == "fasp-fx" else elsewhere(pruned, measured, options.device)
         print(

@@ -55,6 +55,7 @@ def main() -> None:
                 data[0],
                 restore=restore,
                 calibration=calibration,
+                held_out=(),
                 sparsity=options.sparsity,
                 quality=options.quality,
             )

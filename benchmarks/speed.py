@@ -72,7 +72,12 @@ def prefill(options: Any, model: Any, data: Tensor) -> None:
 def generation(options: Any, model: Any, tokenizer: Any, data: Tensor) -> None:
     batches = [chunk[None] for chunk in data[: options.chunks]]
     pruned = hf.prune(
-        model, tokenizer, calibration=batches, sparsity=options.sparsity, round_to=options.round_to
+        model,
+        tokenizer,
+        calibration=batches,
+        held_out=(),
+        sparsity=options.sparsity,
+        round_to=options.round_to,
     ).model
     compiled = {m: torch.compile(m.forward, dynamic=True) for m in (model, pruned)}
     static = torch.compile(model.forward, dynamic=False)

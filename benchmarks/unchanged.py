@@ -57,7 +57,7 @@ def figures(model: nn.Module, example: dict[str, Any], batches: list[dict[str, A
     found: dict[str, Any] = {"groups": digest(groups)}
     for quality in ("fast", "balanced"):
         torch.manual_seed(0)
-        result = fasp_fx.prune(captured, calibration=batches, sparsity=0.3, quality=quality)
+        result = fasp_fx.prune(captured, calibration=batches, held_out=(), sparsity=0.3, quality=quality)
         with torch.no_grad():
             output = result.module(**example)
         (first, *_) = (one for one in torch.utils._pytree.tree_leaves(output) if torch.is_tensor(one))

@@ -46,6 +46,7 @@ from .errors import (  # what callers get on purpose
 )
 from .interop._backend import backend as backend
 from .interop.page import to_html as to_html
+from .pruning._agreement import Agreement as Agreement, agreement as agreement
 from .pruning._config import PruningConfig as PruningConfig
 from .pruning._prune import (
     analyze as analyze,
@@ -57,11 +58,13 @@ from .pruning._prune import (
 )
 from .pruning._report import Report as Report
 from .pruning._result import Result as Result
+from .pruning._sweep import Sweep as Sweep, sweep as sweep
 from .training._recovery import distil as distil
 
 __version__: str
 
 __all__ = [
+    "Agreement",
     "Analysis",
     "ArgumentError",
     "BudgetError",
@@ -90,9 +93,11 @@ __all__ = [
     "RuleError",
     "SparsityError",
     "StoreError",
+    "Sweep",
     "TrainingMemoryError",
     "VerificationError",
     "VerificationWarning",
+    "agreement",
     "allocation",
     "analysis",
     "analyze",
@@ -111,6 +116,7 @@ __all__ = [
     "patterns",
     "plan_from_sets",
     "prune",
+    "sweep",
     "testing",
     "to_html",
     "training",

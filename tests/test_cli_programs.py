@@ -73,7 +73,7 @@ def _read(file: Path) -> tuple[ExportedProgram, fasp_fx.PruningPlan]:
 def test_without_data_it_is_the_masked_program_within_the_same_bounds(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "small.pt2"
     shown = printed("prune", folder / "vision.pt2", "--macs", "50%", "--out", out)
-    assert "relative error of the outputs, on the example inputs" in shown
+    assert "(the example inputs in the file, as none was held out)" in shown
     program, plan = _read(out)
     assert [int(bound.upper) for bound in program.range_constraints.values()] == [7]
     masked, smaller = zeroed(_vision(), plan), program.module()
@@ -105,7 +105,10 @@ def test_rows_calibrate_and_the_last_fifth_of_them_measures(folder: Path, tmp_pa
         ]
         dense, pruned = torch.cat(pairs[:2]), torch.cat(pairs[2:])
         worst.append(float((dense - pruned).norm() / dense.norm()))
-    assert f"on rows held out │ 0.0000 │ {max(worst):.4f}" in shown
+    assert f"outputs differ by {100 * max(worst):.2f} % ± " in shown
+    assert "on 8 rows (held out), which neither a choice nor a repair has seen" in shown
+    swept = printed("sweep", folder / "pair.pt2", "--calibration", tmp_path / "rows.pt", "--at", 0.5)
+    assert "predicted" in swept
 
 
 def _calibrated(program: str, file: str) -> list[str]:
@@ -156,7 +159,7 @@ def test_a_disk_that_is_full_and_an_interrupt_leave_nothing(
     limited(4096)
     assert "cannot be written" in refused(*command)
     monkeypatch.setattr(
-        "fasp_fx.cli._exported.agreement", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        "fasp_fx.pruning._prune.with_agreement", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     assert invoke(*command).exit_code == 130
     assert not list(tmp_path.iterdir())

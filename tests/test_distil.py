@@ -46,7 +46,7 @@ def batches(count: int = 10, seed: int = 1, dtype: torch.dtype = torch.float32) 
 
 def pruned(dense: nn.Module, data: list[Tensor], **options: Any) -> fasp_fx.Result:
     return fasp_fx.prune(
-        dense, (data[0],), calibration=data, **{"sparsity": 0.5, "quality": "fast", **options}
+        dense, (data[0],), calibration=data, held_out=(), **{"sparsity": 0.5, "quality": "fast", **options}
     )
 
 

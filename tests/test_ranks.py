@@ -72,10 +72,10 @@ def test_they_decide_as_one(fork: ForkServerContext, tmp_path: Path, size: int) 
         assert all(torch.equal(result[name][1][key], first[key]) for result in results for key in first), (
             "all have the same to the bit"
         )
-    out = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    out = fasp_fx.load(tmp_path / "out")
     text = ("--calibration", tmp_path / "text.txt")
     printed("prune", *rank.SMALL, tmp_path / "model", *text, "--out", tmp_path / "alone")
-    assert out.plan.groups == AutoModelForCausalLM.from_pretrained(tmp_path / "alone").plan.groups
+    assert out.plan.groups == fasp_fx.load(tmp_path / "alone").plan.groups
 
 
 def test_one_that_fails_or_dies_ends_all_with_what_it_said(fork: ForkServerContext, tmp_path: Path) -> None:

@@ -356,8 +356,13 @@ class Residual(nn.Module):
 def test_a_repair_makes_up_for_what_earlier_removals_changed() -> None:
     model, part = randomise(Residual(), std=0.5), 0.7
     x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
-    options: dict[str, Any] = {"calibration": list(x.split(500)), "sparsity": 0.4, "quality": "fast"}
     captured = fasp_fx.capture(model, (x[:5],))
+    options: dict[str, Any] = {
+        "calibration": x.split(500),
+        "held_out": (),
+        "sparsity": 0.4,
+        "quality": "fast",
+    }
     without, found = (fasp_fx.prune(captured, drift=drift, **options) for drift in (0.0, part))
     assert without.plan.groups == found.plan.groups
     kept = [name for name in range(24) if name not in found.plan.groups[1].consumers[0].removed]

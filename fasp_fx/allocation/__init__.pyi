@@ -23,6 +23,7 @@ from ._budgets import (
 from ._costs import (
     CostCurve as CostCurve,  # What one group costs
     Costs as Costs,  # The cost curves of a model's groups by their names, measured once (fasp_fx.measure) for several prunings
+    Point as Point,  # What would be left of a model, and what that would cost
     check_costs as check_costs,  # Refuse cost curves of another model, score or granularity
 )
 from ._limits import (
@@ -51,6 +52,7 @@ __all__ = [
     "Latency",
     "Macs",
     "Parameters",
+    "Point",
     "Search",
     "Trial",
     "lost_per_block",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fasp_fx.base import check_kind, from_document, path_of, to_document, write_text
+from fasp_fx.base import Page, check_kind, from_document, path_of, to_document, write_text
 from fasp_fx.errors import ArgumentError
+
+from ._budgets import Cap
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,28 @@ class CostCurve:
 
 
 @dataclass(frozen=True)
+class Point:
+    """What would be left of a model, and what that would cost.
+
+    Attributes:
+        sparsity: what goes, as :class:`fasp_fx.Report` counts it.
+        parameters: those that stay.
+        macs: the multiply-accumulates of one forward pass on the example inputs that stay; ``None`` where
+            they cannot be counted.
+        cost: the predicted rise of the loss.
+
+    Examples:
+        >>> costs.at(0.0).parameters
+        884
+    """
+
+    sparsity: float
+    parameters: int
+    macs: int | None
+    cost: float
+
+
+@dataclass(frozen=True)
 class _Written:
     """What a file holds of :class:`Costs`."""
 
@@ -54,7 +78,7 @@ class _Written:
     losses: dict[str, list[float]]
 
 
-class Costs(dict[str, CostCurve]):
+class Costs(Page, dict[str, CostCurve]):
     """The cost curves of a model's groups by their names, measured once (:func:`fasp_fx.measure`) for several
     prunings.
 
@@ -66,10 +90,18 @@ class Costs(dict[str, CostCurve]):
             curves hold for no other. Empty: for any.
         granularity: what the channel sets are that the curves count.
 
+    Attributes:
+        point_at: what :meth:`at` calls; it counts in the model that was measured, and so is not there where
+            curves were read from a file.
+        in_words: says a predicted rise of the loss on a scale that people know.
+
     Examples:
         >>> costs.save("costs.json")
         >>> smaller = fasp_fx.prune(captured, calibration=batches, costs=fasp_fx.Costs.load("costs.json"))
     """
+
+    point_at: Callable[[Costs, float | Cap], Point] | None = None
+    in_words: Callable[[float], str] = "{:.3g}".format
 
     def __init__(
         self,
@@ -93,6 +125,28 @@ class Costs(dict[str, CostCurve]):
         """
         gone = {name: count for name, count in lost.items() if count}
         return float(sum(self[name].losses[count] for name, count in gone.items()))
+
+    def at(self, asked: float | Cap) -> Point:
+        """What would be left of the whole model, and the predicted rise of the loss, with each group losing
+        what :func:`fasp_fx.prune` would take from it.
+
+        Args:
+            asked: a sparsity in [0, 1), or a budget.
+
+        Raises:
+            ArgumentError: the curves were read from a file.
+            SparsityError, BudgetError: it is out of reach.
+
+        Examples:
+            >>> costs.at(0.2).cost < costs.at(0.5).cost
+            True
+        """
+        if self.point_at is None:
+            raise ArgumentError(
+                "a file of cost curves does not hold the sizes of the model; measure it anew, or call"
+                " costs.predicted on what each group loses"
+            )
+        return self.point_at(self, asked)
 
     def to_json(self) -> str:
         """The curves as text."""

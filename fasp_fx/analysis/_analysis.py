@@ -16,7 +16,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
-from fasp_fx.base import pytree, without_collections
+from fasp_fx.base import Page, pytree, without_collections
 from fasp_fx.capturing import Program, target_name
 from fasp_fx.errors import ArgumentError
 
@@ -36,7 +36,7 @@ from .channels import Interpreter, Numbering, Pairs, Slot, Value, Walk, marked
 
 
 @dataclass(repr=False)
-class Analysis(Coupling):
+class Analysis(Page, Coupling):
     """The coupled groups of one program, and what can be asked of them.
 
     Examples:

@@ -6,8 +6,9 @@ from ._atomic import (
 from ._compare import (
     built_alike as built_alike,  # Whether two containers, or what else is registered as such, are built alike of parts that are the same
     deviation as deviation,  # max|a − b| / max|b| of two outputs, of fillings by themselves; infinite where they cannot be compared
-    distance as distance,  # ‖a − b‖₂ / ‖b‖₂ of two tensors of real numbers, without large entries that are the same (see deviation)
+    distance as distance,  # ‖a − b‖₂ / ‖b‖₂, as lengths_apart has them; infinite where shapes differ
     largest_passing_subset as largest_passing_subset,  # A part of items without fault that no other item can join
+    lengths_apart as lengths_apart,  # ‖a − b‖₂ and ‖b‖₂ of two tensors of real numbers of one shape
     tolerance as tolerance,  # How far apart values of a type may be (TOLERANCE); 0 for integers
     unfilled as unfilled,  # The values where what is expected is neither infinite nor a filling, flat if any is
 )
@@ -21,6 +22,9 @@ from ._offload import (
     moved as moved,  # The same values on another device
     offload as offload,  # Keep weights in files while a model is pruned: those that are made inside, and those given to keep_weights
     zeros as zeros,  # Zeros that will be needed later, kept as keep does
+)
+from ._page import (
+    Page as Page,  # Shows itself in a notebook as the page that fasp_fx.to_html makes of it
 )
 from ._progress import (
     Shown as Shown,  # what progress= takes: a function that is called with the fraction done; None: a bar in a terminal or a notebook

@@ -133,21 +133,33 @@ def _same_oddities(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def distance(actual: Tensor, expected: Tensor, dim: int | None = None) -> float:
-    """``‖a − b‖₂ / ‖b‖₂`` of two tensors of real numbers, without large entries that are the same (see
-    :func:`deviation`); infinite where shapes, or the places of NaN and infinities, differ.
+def lengths_apart(actual: Tensor, expected: Tensor, dim: int | None = None) -> tuple[Tensor, Tensor]:
+    """``‖a − b‖₂`` and ``‖b‖₂`` of two tensors of real numbers of one shape, without large entries that are
+    the same (see :func:`deviation`); the first is infinite where the places of NaN and infinities differ.
 
     Args:
-        dim: the largest of all vectors along it, instead of the tensors'.
+        dim: of each vector along it, instead of the tensors'.
     """
     a, b = (part.detach() for part in (actual, expected))
     a, b = (part if part.dtype == torch.float64 else part.float() for part in (a, b))
     finite = torch.isfinite(b)
-    if not torch.equal(torch.isfinite(a), finite):
-        return math.inf
     counts = finite & ((b.abs() < _LARGE) | (a != b))
+    odd = torch.isfinite(a) != finite
     a, b = (part.masked_fill(~counts, 0.0) for part in (a, b))
-    apart, size = (torch.linalg.vector_norm(part, dim=dim, dtype=torch.float64) for part in (a - b, b))
+    difference = (a - b).masked_fill(odd, math.inf)
+    apart, size = (torch.linalg.vector_norm(part, dim=dim, dtype=torch.float64) for part in (difference, b))
+    return apart, size
+
+
+def distance(actual: Tensor, expected: Tensor, dim: int | None = None) -> float:
+    """``‖a − b‖₂ / ‖b‖₂``, as :func:`lengths_apart` has them; infinite where shapes differ.
+
+    Args:
+        dim: the largest of all vectors along it, instead of the tensors'.
+    """
+    if actual.shape != expected.shape:
+        return math.inf
+    apart, size = lengths_apart(actual, expected, dim)
     return float((apart / size.masked_fill(size == 0, 1.0)).max()) if apart.numel() else 0.0
 
 

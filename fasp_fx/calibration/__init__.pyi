@@ -1,4 +1,5 @@
 from ._calibration import (
+    HeldOut as HeldOut,  # Calibration batches without the last of them, an eighth, which nothing but a measurement sees
     as_calls as as_calls,  # Positional and keyword arguments of every batch
     check_calibration as check_calibration,  # The batches, if they are an iterable of batches
     check_inputs as check_inputs,  # Refuse graph inputs that a program does not take, or that nothing can be seen of

@@ -17,6 +17,9 @@ from fasp_fx.errors import CalibrationError, CallError
 
 from ._roles import sequences_of
 
+#: one in so many batches is held out of choices and repairs
+_ONE_IN = 8
+
 
 def read_batches(
     program: Program, calibration: Iterable[Any] | None, device: torch.device | None
@@ -65,7 +68,7 @@ def as_calls(batches: Any, what: str = "calibration") -> Iterator[tuple[tuple[An
     Raises:
         CalibrationError: what was given is no iterable of batches, or yields none.
     """
-    index, keeps_all = -1, isinstance(batches, list | tuple)
+    index, keeps_all = -1, isinstance(batches, list | tuple | HeldOut)
 
     def of(leaf: Any) -> Any:
         """A tensor that no graph of the caller's leads to, and that autograd may keep; a copy unless the
@@ -87,6 +90,30 @@ def as_calls(batches: Any, what: str = "calibration") -> Iterator[tuple[tuple[An
         yield pytree.tree_map(of, args), pytree.tree_map(of, named)
     if index < 0:
         raise CalibrationError(f"{what} is empty: it yielded no batch")
+
+
+class HeldOut:
+    """Calibration batches without the last of them, an eighth, which nothing but a measurement sees; of fewer
+    than eight batches none is held out.
+
+    Args:
+        batches: all of them, or those that calibrate.
+        rows: batches that are held out besides; ``None``: an eighth of ``batches``.
+
+    Attributes:
+        rows: the batches that are held out, once the others were asked for.
+    """
+
+    def __init__(self, batches: Any, rows: Any = None) -> None:
+        self._batches, self.rows = batches, rows
+        self._seen: list[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._seen is None:
+            calls = [kwargs or args for args, kwargs in as_calls(self._batches)]
+            seen = len(calls) - (len(calls) // _ONE_IN if self.rows is None else 0)
+            self._seen, self.rows = calls[:seen], calls[seen:] if self.rows is None else self.rows
+        return iter(self._seen)
 
 
 def check_calibration(batches: Any, what: str = "calibration") -> Iterable[Any]:

@@ -1,5 +1,5 @@
-"""The command line: ``fasp-fx prune | recover | inspect | eval``. Options of ``prune`` that say how to prune
-are those of :class:`fasp_fx.PruningConfig`.
+"""The command line: ``fasp-fx prune | sweep | recover | inspect | eval``. Options of ``prune`` that say how
+to prune are those of :class:`fasp_fx.PruningConfig`.
 """
 
 from __future__ import annotations
@@ -335,6 +335,50 @@ def _texts(source: str, length: int | None, eval_batches: int | None, **more: An
 
     usual, usually_measured, file = (256, 16, None) if source == "self" else (1024, 8, Path(source))
     return Texts(file, eval_batches=eval_batches or usually_measured, length=length or usual, **more)
+
+
+@app.command()
+def sweep(
+    model: Annotated[str, typer.Argument(help=f"{MODEL} Or a .pt2 file of torch.export.save, of any model.")],
+    calibration: Annotated[
+        str, option("As for `fasp-fx prune`; of a program needed.", metavar="FILE|self", more=False)
+    ] = "self",
+    at: Annotated[
+        list[float] | None,
+        option("A sparsity to predict; may be given again. Default: 0.1 to 0.9.", more=False),
+    ] = None,
+    measured_at: Annotated[
+        list[float] | None,
+        option("One to prune for and measure, which takes its time. Default: 0.5.", more=False),
+    ] = None,
+    html: Annotated[
+        Path | None, option("Also write a page with pictures, as `fasp-fx inspect` does.", metavar="FILE")
+    ] = None,
+    device: Device = None,
+    batches: Annotated[int, option("Chunks of text to calibrate on. Default: 32.", min=1)] = 32,
+    length: Length = None,
+) -> None:
+    """Show what removing more and more would cost.
+
+    One measurement predicts the cost of each sparsity; for those of `--measured-at`, the model is pruned in
+    memory, and compared with the dense one on an eighth of the calibration data, which is held out for that.
+    Nothing is written but the page.
+
+    Example: `fasp-fx sweep model.gguf --at 0.1 --at 0.2 --at 0.3 --measured-at 0.2 --html costs.html`
+    """
+    with session() as stages:
+        from fasp_fx.interop import write_page
+
+        from ._devices import find_device
+
+        how = {name: given for name, given in (("at", at), ("measured_at", measured_at)) if given is not None}
+        texts = _texts(calibration, length, 1, batches=batches, text=None, seed=0)
+        module, data = ("._exported", Path(calibration)) if model.endswith(PROGRAM) else ("._prune", texts)
+        found = import_module(module, __package__).swept(model, data, find_device(device), stages, how)
+        stages.end()
+        if html is not None:
+            write_page(found, f"{Path(model).name}: what pruning would cost", html)
+        say(str(found), keep="\n")
 
 
 @app.command()

@@ -29,7 +29,7 @@ from fasp_fx.errors import (
 
 if TYPE_CHECKING:
     from fasp_fx.analysis import Analysis, Group, Member
-    from fasp_fx.pruning import Figure, Report
+    from fasp_fx.pruning import Report
 
 USAGE, INTERRUPTED = 2, 130
 #: how the file of an exported program ends
@@ -199,35 +199,23 @@ def groups_table(analysis: Analysis) -> Table:
     )
 
 
-def figures_table(rows: Sequence[Figure]) -> Table:
-    """Before and after."""
-    return table(
-        ["", "dense", "pruned", "change"],
-        [
-            [
-                row.what,
-                *(f"{value:,.{row.digits}f}" for value in (row.dense, row.pruned)),
-                f"{row.pruned / row.dense - 1:+.1%}" if row.dense else "",
-            ]
-            for row in rows
-        ],
-    )
-
-
 def show_figures(report: Report) -> None:
     """Print figures and notes."""
-    from fasp_fx.pruning import Figure, counted
+    from fasp_fx.pruning import Figure
 
     figures = [Figure("parameters", *report.parameters), Figure("bytes", *report.bytes)]
     if report.cache is not None:
         figures.append(Figure("bytes of cache per token of one sequence", *report.cache))
-    console().print(figures_table([*figures, *report.figures]))
-    asked = "" if report.requested is None else f" (asked for {report.requested:.2%})"
-    recovery = report.recovery
-    for line in (
-        f"removed {report.sparsity:.2%} of the linear weights of {counted(report.include)}{asked}",
-        *(f"budget: {spent}" for spent in report.budgets),
-        *(() if recovery is None else (f"recovered: {recovery}",)),
-        *(f"note: {note}" for note in (*(recovery.notes if recovery is not None else ()), *report.notes)),
-    ):
-        say(line)
+    rows = (
+        [
+            row.what,
+            *(f"{value:,.{row.digits}f}" for value in (row.dense, row.pruned)),
+            f"{row.pruned / row.dense - 1:+.1%}" if row.dense else "",
+        ]
+        for row in (*figures, *report.figures)
+    )
+    console().print(table(["", "dense", "pruned", "change"], rows))
+    for what, line in report.said():
+        say(f"{what}: {line}")
+    for note in report.notes:
+        say(f"note: {note}")

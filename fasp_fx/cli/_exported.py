@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import BadZipFile, ZipFile, is_zipfile
@@ -13,7 +13,7 @@ from zipfile import BadZipFile, ZipFile, is_zipfile
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
@@ -21,7 +21,7 @@ from fasp_fx.analysis import Analysis
 from fasp_fx.base import new_file, process, pytree, quiet, tolerable
 from fasp_fx.capturing import Program, is_dynamic, upper_bound
 from fasp_fx.errors import ArgumentError, CalibrationError, StoreError, first_line
-from fasp_fx.pruning import Figure, PruningConfig, Report, capture, prune
+from fasp_fx.pruning import PruningConfig, Report, Sweep, capture, prune, sweep
 
 from ._console import CAPTURING, PROGRAM, Stages, console, groups_table, say, show_figures
 from ._devices import find_device, together
@@ -112,14 +112,13 @@ def run(job: Job, config: PruningConfig, stages: Stages) -> None:
                 group=group,
                 on_analysis=lambda analysis: _show_groups(analysis, stages),
                 progress=stages.update,
+                held_out=held_out or [_batch(captured.program, pytree.tree_leaves(captured.program.example))],
             )
         if rank:  # all processes have the same
             return
-        stages.begin("measuring how far both programs agree")
-        what = "rows held out" if held_out else "the example inputs in the file, as no row was held out"
-        batches = held_out or [_batch(captured.program, pytree.tree_leaves(captured.program.example))]
-        figures = agreement(captured.program.module, result.module, batches, what)
-        report = replace(result.report, figures=figures)
+        what = "held out" if held_out else "the example inputs in the file, as none was held out"
+        agreed: Any = result.report.agreement
+        report = replace(result.report, agreement=replace(agreed, source=what))
         if file is not None:
             stages.begin("saving")
             home = next((tensor.device for tensor in dense.state_dict.values()), device)
@@ -132,6 +131,16 @@ def run(job: Job, config: PruningConfig, stages: Stages) -> None:
     stages.end()
     show_figures(report)
     say("nothing was written" if file is None else f"saved in {job.out}; load it with torch.export.load")
+
+
+def swept(model: str, file: Path, device: torch.device, stages: Stages, how: dict[str, Any]) -> Sweep:
+    """What :func:`fasp_fx.sweep` finds of a program, on the rows of a file."""
+    stages.begin(CAPTURING)
+    dense = load_program(Path(model))
+    captured, names = capture(dense, device=device), dense.graph_signature.user_inputs
+    rows = chain(*read_batches(file, captured.program, names, device))
+    stages.begin("sweeping")
+    return sweep(captured, calibration=list(rows), progress=stages.update, **how)
 
 
 class _Sink:
@@ -282,42 +291,3 @@ def _batch(program: Program, leaves: list[Any]) -> Any:
     _, structure = pytree.tree_flatten(program.example)
     args, kwargs = pytree.tree_unflatten(leaves, structure)
     return {**dict(zip(program.signature.given(), args)), **kwargs} if kwargs else args
-
-
-@torch.no_grad()
-def agreement(dense: nn.Module, pruned: nn.Module, batches: list[Any], what: str) -> tuple[Figure, ...]:
-    """How far two modules agree.
-
-    Args:
-        what: the batches are of.
-
-    Returns:
-        The relative error ‖dense − pruned‖ / ‖dense‖ of the output that differs most; and of outputs of
-        several dimensions, how often the largest number along the last one stands in the same place, in
-        percent.
-    """
-    sums: dict[int, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
-    for batch in batches:
-        outputs = (
-            pytree.tree_leaves(module(**batch) if isinstance(batch, dict) else module(*batch))
-            for module in (dense, pruned)
-        )
-        for number, (one, other) in enumerate(zip(*outputs, strict=True)):
-            if isinstance(one, Tensor) and one.is_floating_point() and one.numel():
-                same = (
-                    one.argmax(-1) == other.argmax(-1)
-                    if one.dim() > 1 and one.shape[-1] > 1
-                    else one.new_zeros(0)
-                )
-                parts = (
-                    *((part.double() ** 2).sum() for part in (one - other, one)),
-                    same.sum(),
-                    same.numel(),
-                )
-                sums[number] += torch.tensor([float(part) for part in parts])
-    error = max((float((lost / total).sqrt()) for lost, total, *_ in sums.values() if total), default=0.0)
-    same, places = sum(sums.values(), torch.zeros(4))[2:].tolist()
-    first = [Figure(f"relative error of the outputs, on {what}", 0.0, error, 4)]
-    if places:
-        first.append(Figure("largest outputs in the same place, percent", 100.0, 100 * same / places, 1))
-    return tuple(first)

@@ -252,7 +252,7 @@ class Texts:
 
     def __post_init__(self) -> None:
         self.label = (
-            f"perplexity on text that the model wrote itself, not seen by this {self.use}"
+            f"text that the model wrote itself, not seen by this {self.use}"
             f" ({self.eval_batches} x {self.length} tokens)"
         )
 
@@ -285,7 +285,7 @@ class Texts:
     def _measure_on(self, file: Path, chunks: Tensor, first: int) -> None:
         self.evaluation = chunks[first : first + self.eval_batches]
         self.label = (
-            f"perplexity on chunks {first} to {first + len(self.evaluation) - 1} of {file.name}"
+            f"chunks {first} to {first + len(self.evaluation) - 1} of {file.name}"
             f" ({len(self.evaluation)} x {self.length} tokens)"
         )
 

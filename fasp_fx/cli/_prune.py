@@ -16,12 +16,24 @@ from fasp_fx.allocation import Bytes
 from fasp_fx.analysis import Analysis
 from fasp_fx.base import offload, process
 from fasp_fx.errors import ArgumentError, StoreError
-from fasp_fx.hf import FORMATS, KIND, OWN, Pruned, agreement, convert, latency, prune, pruned_already
+from fasp_fx.hf import (
+    FORMATS,
+    KIND,
+    Pruned,
+    convert,
+    loading_of,
+    perplexity,
+    prune,
+    pruned_already,
+    sweep,
+)
 from fasp_fx.pruning import (
     Figure,
     FormatName,
     Method,
     PruningConfig,
+    Sweep,
+    agreement,
     expected_sparsity,
 )
 from fasp_fx.storage import new_save, refuse_other
@@ -61,20 +73,15 @@ def training_steps(chunks: Tensor) -> tuple[Tensor, ...]:
     return texts.split(max(1, min(STEP // texts.shape[1], len(texts) // 2)))
 
 
-def measure(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> tuple[Figure, ...]:
-    """Latency of the dense and of the pruned model, and how they predict the same text."""
-    chunks = texts.evaluation
-    assert chunks is not None
-    stages.begin("measuring latency")
-    times = latency([dense, result.model], chunks[:1], progress=stages.update)
+def measured(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> Pruned:
+    """The same, with how it and the dense model predict the same text in its report."""
+    assert texts.evaluation is not None
     stages.begin("measuring how far both models agree")
-    agreed = agreement(dense, result.model, chunks, stages.update)
-    (divergence, spread), (same, doubt) = agreed.divergence, agreed.same
-    return (
-        Figure(f"milliseconds for one chunk of {chunks.shape[1]} tokens", times[0] * 1e3, times[1] * 1e3, 1),
-        Figure(texts.label, *agreed.perplexities, 3),
-        Figure(f"divergence from the dense model, nats a token (± {spread:.3f})", 0.0, divergence, 3),
-        Figure(f"next tokens as the dense model's, percent (± {100 * doubt:.1f})", 100.0, 100 * same, 1),
+    before, after = (perplexity(each, texts.evaluation) for each in (dense, result.model))
+    batches = [{"input_ids": chunk[None], "use_cache": False} for chunk in texts.evaluation]
+    return result.with_report(
+        figures=(Figure(f"perplexity on {texts.label}", before, after, 3),),
+        agreement=agreement(dense, result.model, batches, texts.label),
     )
 
 
@@ -84,15 +91,9 @@ def show(result: Pruned, out: Path | None) -> None:
     if out is None:
         say("nothing was written")
         return
-    loader = " after `import fasp_fx.hf`" if result.format == OWN.name else ""
-    code = ", trust_remote_code=True" if type(result.model)._auto_class is not None else ""
-    file = out / "model.gguf"
-    for line in (
-        f"saved in {out}; load it{loader} with",
-        f'  transformers.AutoModelForCausalLM.from_pretrained("{out}"{code})',
-        *([f"or run it in llama.cpp: llama-cli -m {file}"] if file.is_file() else []),
-    ):
-        say(line)
+    say(f"saved in {out}; load it with")
+    for line in loading_of(result.model, out, str(out)).splitlines():
+        say(f"  {line}")
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def recover_and_save(
     texts.write(teacher, tokenizer, stages)
     versions.append(recover(versions[0], teacher, texts, stages, config=config, checkpoint=job.checkpoint))
     with job.saving(stages, versions):
-        versions.append(versions[-1].with_report(figures=measure(teacher, versions[-1], texts, stages)))
+        versions.append(measured(teacher, versions[-1], texts, stages))
 
 
 def convert_and_save(folder: Path, format: FormatName, job: Job, stages: Stages) -> None:
@@ -207,6 +208,19 @@ def convert_and_save(folder: Path, format: FormatName, job: Job, stages: Stages)
     stages.begin("converting")
     with job.saving(stages, [convert(pruned, format)]):
         pass
+
+
+def swept(model: str, texts: Texts, device: torch.device, stages: Stages, how: dict[str, Any]) -> Sweep:
+    """What :func:`fasp_fx.hf.sweep` finds of a model, on text."""
+    stages.begin("loading the model and the text")
+    tokenizer, dense = _models.load_tokenizer(model), _models.load_model(model, device=device)
+    texts.read(tokenizer)
+    texts.check_against(dense)
+    texts.write(dense, tokenizer, stages)
+    assert texts.used is not None
+    batches = [{"input_ids": chunk[None].to(device)} for chunk in texts.used]
+    stages.begin("sweeping")
+    return sweep(dense, calibration=batches, progress=stages.update, **how)
 
 
 def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, stages: Stages) -> None:
@@ -250,7 +264,7 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
             texts.write(dense, tokenizer, stages)
             if epochs:
                 versions.append(recover(versions[0], dense, texts, stages, epochs=epochs, seed=texts.seed))
-            versions.append(versions[-1].with_report(figures=measure(dense, versions[-1], texts, stages)))
+            versions.append(measured(dense, versions[-1], texts, stages))
 
 
 def _pruned(
@@ -281,5 +295,6 @@ def _pruned(
         checkpoint=job.checkpoint,
         progress=calibrated,
         on_analysis=show_groups,
+        held_out=(),  # text of its own measures
         **options,
     )

@@ -3,9 +3,6 @@ from ._config import (
     check_layers as check_layers,  # Refuse a configuration that says a number of layers, or a size, that no model has
 )
 from ._evaluation import (
-    Agreement as Agreement,  # How two language models predict the same text, token by token
-    agreement as agreement,  # Run two language models in evaluation mode over tokens [chunks, length], at least two chunks of two tokens
-    latency as latency,  # Median seconds of one forward pass of each model on ids (a prefill without cache)
     perplexity as perplexity,  # Mean cross-entropy over the length - 1 predictions of each chunk, exponentiated
     predictions as predictions,  # What a model in evaluation mode predicts of a text; arguments and errors as for perplexity
 )
@@ -13,6 +10,7 @@ from ._folder import (
     KIND as KIND,  # the kind of a save that holds programs
     PLAIN as PLAIN,  # the kind of a save in a format of others
     load_offloaded as load_offloaded,  # Load a model whose weights lie in files, and never all in memory; otherwise as from_pretrained does
+    loading_of as loading_of,  # The code that loads a model of whatever format from a folder or a hub
     refuse_incomplete as refuse_incomplete,  # Refuse a model with weights made up, or with fewer layers than its files
 )
 from ._model import (
@@ -30,30 +28,28 @@ from ._prune import (
     measure as measure,  # Predict what each coupled group of a generating model costs, as fasp_fx.measure; arguments as for prune
     prune as prune,  # Make a generating model of transformers smaller, so that it still generates; the caller's model is not touched
     read_pruned as read_pruned,  # A pruned model as fasp_fx.hf.prune returned it, from a folder, with its tokenizer if there is one
+    sweep as sweep,  # Predict what removing more and more of a generating model would cost, as fasp_fx.sweep
 )
 from ._registry import (
     FORMATS as FORMATS,  # every format of the files, by its name
-    OWN as OWN,  # the format of a pruned program
 )
 from ._stages import (
     pruned_already as pruned_already,  # What is said of a model that is the result of a pruning
 )
 
 __all__ = [
-    "Agreement",
     "CapturedModel",
     "Pruned",
     "PrunedConfig",
     "PrunedForCausalLM",
     "PrunedForSeq2SeqLM",
-    "agreement",
     "analyze",
     "apply",
     "capture",
     "convert",
-    "latency",
     "load_offloaded",
     "measure",
     "perplexity",
     "prune",
+    "sweep",
 ]

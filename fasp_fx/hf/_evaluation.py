@@ -1,12 +1,9 @@
-"""What a language model is worth and what it costs: perplexity and latency, of a dense or a pruned model
-alike.
-"""
+"""What a language model is worth: its perplexity, dense or pruned alike."""
 
 from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -84,51 +81,6 @@ def perplexity(
     return result
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How two language models predict the same text, token by token.
-
-    Attributes:
-        perplexities: of either.
-        divergence: the Kullback-Leibler divergence of the second model's distribution of the next token from
-            the first one's, in nats, averaged over predictions; and its standard error.
-        same: how often both hold the same token for the most probable, and the standard error of that.
-
-    Examples:
-        >>> print(hf.agreement(llama, llama, texts[0]).same)
-        (1.0, 0.0)
-    """
-
-    perplexities: tuple[float, float]
-    divergence: tuple[float, float]
-    same: tuple[float, float]
-
-
-def agreement(
-    dense: nn.Module,
-    pruned: nn.Module,
-    chunks: Tensor,
-    progress: Callable[[float], None] = lambda fraction: None,
-) -> Agreement:
-    """Run two language models in evaluation mode over tokens ``[chunks, length]``, at least two chunks of two
-    tokens; as many chunks as there are give the standard errors. Arguments as for :func:`perplexity`.
-
-    Examples:
-        >>> compared = hf.agreement(llama, pruned.model, texts[0])
-        >>> compared.divergence[0] < 0.01
-        True
-    """
-    figures = []
-    for index, chunk in enumerate(chunks, 1):
-        one, other = (_predictions(model, chunk) for model in (dense, pruned))
-        divergence = functional.kl_div(other, one, reduction="batchmean", log_target=True)
-        same = (one.argmax(-1) == other.argmax(-1)).double().mean()
-        figures.append((_loss(one, chunk), _loss(other, chunk), float(divergence), float(same)))
-        progress(index / len(chunks))
-    first, second, divergences, shares = zip(*figures, strict=True)
-    return Agreement((_perplexity(first), _perplexity(second)), _estimate(divergences), _estimate(shares))
-
-
 def _estimate(values: Sequence[float]) -> tuple[float, float]:
     """The mean of independent values, and its standard error."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -150,36 +102,3 @@ def _loss(predicted: Tensor, chunk: Tensor) -> float:
 def _perplexity(losses: Sequence[float]) -> float:
     mean = statistics.fmean(losses)
     return math.exp(mean) if mean < 700 else math.inf
-
-
-def latency(
-    models: Sequence[nn.Module],
-    ids: Tensor,
-    *,
-    repeats: int = 5,
-    progress: Callable[[float], None] = lambda fraction: None,
-) -> list[float]:
-    """Median seconds of one forward pass of each model on ``ids`` (a prefill without cache).
-
-    The models take turns, so that whatever else the machine does hits all of them alike; one pass of each
-    goes before and is not counted.
-
-    Args:
-        ids: tokens ``[batch, length]``.
-        repeats: passes that count.
-        progress: called with the fraction done.
-
-    Examples:
-        >>> dense, smaller = hf.latency([llama, pruned.model], texts[0], repeats=2)
-    """
-    seconds: list[list[float]] = [[] for _ in models]
-    for turn in range(repeats + 1):
-        for model, taken in zip(models, seconds):
-            moved = ids.to(device_of(model))
-            start = time.perf_counter()
-            with torch.no_grad():
-                logits = tensors_in(model(input_ids=moved, use_cache=False))[0]
-            logits[..., -1, -1].cpu()  # waits until they are computed
-            taken.append(time.perf_counter() - start)
-        progress((turn + 1) / (repeats + 1))
-    return [statistics.median(taken[1:]) for taken in seconds]

@@ -15,17 +15,19 @@ import contextlib
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 
 from fasp_fx.base import Scratch, check_device, keep_weights, kept_in_float32, with_values
 from fasp_fx.errors import ArgumentError, StoreError
-from fasp_fx.pruning import TOLD, read_told, write_told
+from fasp_fx.pruning import CARD, MARK, TOLD, Report, read_told, write_card, write_told
 from fasp_fx.storage import (
     MANIFEST,
     kind_of,
@@ -72,7 +74,7 @@ def save_into(model: Any, path: Path, state_dict: Mapping[str, Tensor] | None) -
     try:
         path.mkdir(parents=True, exist_ok=True)
         fill(path, model, state_dict)
-        write_manifest(path, KIND, _OWN)
+        write_manifest(path, KIND, [*_OWN, CARD])
     except (OSError, safetensors.SafetensorError) as error:
         raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
 
@@ -96,6 +98,51 @@ def fill(folder: Path, model: Any, state_dict: Mapping[str, Tensor] | None) -> N
     }
     write_json(folder / "programs.json", programs)
     write_told(folder, model.plan, model.report)
+    describe(folder, model, model.report, folder)
+
+
+def loading_of(model: Any, folder: Path, where: str) -> str:
+    """The code that loads a model that was written to a folder.
+
+    Args:
+        where: what the code calls the folder.
+    """
+    generating = "AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM"
+    name = generating if model.can_generate() else type(model).__name__
+    own = "import fasp_fx.hf\n" if isinstance(model.config, PrunedConfig) else ""
+    code = ", trust_remote_code=True" if type(model)._auto_class is not None else ""
+    stock = (
+        f"\n# or in llama.cpp: llama-cli -m {where}/model.gguf" if (folder / "model.gguf").is_file() else ""
+    )
+    return f'{own}transformers.{name}.from_pretrained("{where}"{code}){stock}'
+
+
+def describe(folder: Path, model: Any, report: Report, before: Path) -> None:
+    """Write the card of a model; arguments as for :func:`fasp_fx.pruning.write_card`."""
+    base = str(model.name_or_path)
+    is_named = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    header = "library_name: transformers" + f"\nbase_model: {base}" * bool(is_named)
+    write_card(folder, report, loading_of(model, folder, "this/repository"), header, before)
+
+
+def upload(save: Callable[[Path], Any], repo_id: str, **options: Any) -> str:
+    """What ``push_to_hub`` of a transformers model does, with the card.
+
+    Args:
+        save: writes the files to a new folder.
+        options: ``private``, ``token``, and what ``huggingface_hub.HfApi.upload_folder`` takes. A card that
+            somebody has written on the hub stays.
+
+    Returns:
+        The address of the commit.
+    """
+    hub = HfApi(token=options.pop("token", None))
+    repo = hub.create_repo(repo_id, private=options.pop("private", None), exist_ok=True).repo_id
+    there = Path(hub.hf_hub_download(repo, CARD)).read_text("utf-8") if hub.file_exists(repo, CARD) else MARK
+    with TemporaryDirectory() as folder:
+        save(Path(folder) / "model")
+        options |= {"repo_id": repo, "folder_path": Path(folder) / "model"}
+        return str(hub.upload_folder(ignore_patterns=None if MARK in there else [CARD], **options))
 
 
 def _weights(model: Any, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -96,6 +96,7 @@ def prune_to(
     result = prune_subject(Whole(captured.checked(), device), config, calibration, job)
     smaller, note = build(form.name, constraint.experiments, smaller_weights(dense, result), model)
     check_equal(smaller, result.module, example)
+    smaller.name_or_path = model.name_or_path
     lines = tuple(
         replace(line, reason=f"left whole: {constraint.whole[line.name]}")
         if line.status == PRUNABLE and line.name in constraint.whole

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, Unpack, cast
 
@@ -15,9 +16,10 @@ import transformers
 from torch import Tensor, nn
 
 from fasp_fx import pruning
-from fasp_fx.allocation import Costs
+from fasp_fx.allocation import Cap, Costs
 from fasp_fx.analysis import Analysis, PruningPlan, gone_of
 from fasp_fx.base import (
+    Page,
     Shown,
     __version__,
     check_callable,
@@ -28,11 +30,12 @@ from fasp_fx.base import (
     shows,
     with_values,
 )
-from fasp_fx.calibration import Decision, check_calibration, ended_together
+from fasp_fx.calibration import Decision, HeldOut, as_calls, check_calibration, ended_together
 from fasp_fx.capturing import Captured, Program, capture_whole, tied_names
 from fasp_fx.errors import ArgumentError, NothingPrunableError, PlanError, VerificationError, first_line
 from fasp_fx.passes import PrunedModule, fused_weights
 from fasp_fx.pruning import (
+    USUAL,
     FormatName,
     Granularity,
     Include,
@@ -41,16 +44,19 @@ from fasp_fx.pruning import (
     PruningOptions,
     Report,
     Result,
+    Sweep,
     analyze_for,
     read_told,
     rewrite,
+    sweep_by,
+    with_agreement,
     write_told,
 )
 from fasp_fx.storage import new_save, parsing, read_json
 
 from ._config import PrunedConfig, check_layers
 from ._fields import check_equal
-from ._folder import check_sums
+from ._folder import check_sums, describe, upload
 from ._formats import build, example_of, prune_to
 from ._gguf import keep_source
 from ._model import PrunedForCausalLM, PrunedForSeq2SeqLM, PrunedModel
@@ -60,7 +66,7 @@ from ._stages import CausalStages, Seq2SeqStages, check_served, convention_of, s
 
 
 @dataclass(frozen=True)
-class Pruned:
+class Pruned(Page):
     """What :func:`fasp_fx.hf.prune` returns.
 
     Attributes:
@@ -111,10 +117,24 @@ class Pruned:
         with new_save(path, form.folder, overwrite=overwrite) as target, quiet_transformers():
             form.write(target, self.model, self.tokenizer)
             write_told(target, self.plan, self.report)
+            describe(target, self.model, self.report, path)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(str(target))
                 keep_source(self.tokenizer, target)
         return path
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Put the files of :meth:`save_pretrained`, with their card, on the hub.
+
+        Args:
+            repo_id: the repository, which is made where there is none.
+            options: ``private``, ``token``, ``revision``, ``commit_message``, ``create_pr``, … as for a model
+                of transformers.
+
+        Returns:
+            The address of the commit.
+        """
+        return upload(self.save_pretrained, repo_id, **options)
 
 
 @dataclass(frozen=True)
@@ -214,6 +234,7 @@ def measure(
     device: torch.device | str | None = None,
     progress: Shown = None,
     group: dist.ProcessGroup | None = None,
+    part: int | None = 1,
     **options: Unpack[PruningOptions],
 ) -> Costs:
     """Predict what each coupled group of a generating model costs, as :func:`fasp_fx.measure`; arguments as
@@ -232,6 +253,35 @@ def measure(
         device=device,
         progress=progress,
         group=group,
+        part=part,
+    )
+
+
+@shows("sweeping")
+@one_at_a_time
+@in_usual_modes
+def sweep(
+    model: Any,
+    *,
+    calibration: Iterable[Any],
+    at: Iterable[float | Cap] = USUAL[0],
+    measured_at: Iterable[float | Cap] = USUAL[1],
+    config: PruningConfig | None = None,
+    device: torch.device | str | None = None,
+    progress: Shown = None,
+    **options: Unpack[PruningOptions],
+) -> Sweep:
+    """Predict what removing more and more of a generating model would cost, as :func:`fasp_fx.sweep`; model,
+    batches and device as for :func:`prune`.
+
+    Examples:
+        >>> swept = hf.sweep(captured_llama, calibration=texts, at=(0.2, 0.4), measured_at=())
+        >>> len(swept.points)
+        3
+    """
+    captured, asked = _captured(model, device), PruningConfig.of(config, options)
+    return sweep_by(
+        (measure, partial(prune, format=OWN.name)), captured, calibration, (at, measured_at), asked, progress
     )
 
 
@@ -290,6 +340,7 @@ def prune(
     on_analysis: Callable[[Analysis], None] | None = None,
     group: dist.ProcessGroup | None = None,
     checkpoint: str | Path | None = None,
+    held_out: Iterable[Any] | None = None,
     **options: Unpack[PruningOptions],
 ) -> Pruned:
     """Make a generating model of transformers smaller, so that it still generates; the caller's model is not
@@ -311,7 +362,7 @@ def prune(
             layers of their own sizes (docs/formats.md). ``None``: ``"per-layer"`` where the class can say
             whatever can be pruned, and else ``"fasp-fx"``; the report says why.
         device: where to capture and calibrate; ``None``: the model's device.
-        progress, on_analysis, group, checkpoint: as for :func:`fasp_fx.prune`.
+        progress, on_analysis, group, checkpoint, held_out: as for :func:`fasp_fx.prune`.
         options: fields of :class:`fasp_fx.PruningConfig` (``sparsity=0.2``, ``score="fasp"``, …) in the place
             of those of ``config``.
 
@@ -336,7 +387,7 @@ def prune(
             f"tokenizer is a {type(tokenizer).__name__}; pass one of transformers, and batches as"
             " calibration="
         )
-    asked = PruningConfig.of(config, options)
+    asked, data = PruningConfig.of(config, options), HeldOut(calibration, held_out)
     passed: dict[str, Any] = {
         "costs": costs,
         "progress": progress,
@@ -347,12 +398,11 @@ def prune(
     notes: tuple[str, ...] = ()
     if format is None and (costs is not None or isinstance(model, CapturedModel)):
         format = OWN.name  # what costs and captures are of
+    batches = None if calibration is None else data
     if format != OWN.name:
-        if isinstance(calibration, Iterator):
-            calibration = list(calibration)  # may be read again below
         try:
-            done = prune_to(format, model, tokenizer, calibration, asked, device, **passed)
-            return Pruned(*done, tokenizer, format or PER_LAYER.name)
+            done = prune_to(format, model, tokenizer, batches, asked, device, **passed)
+            return _measured(Pruned(*done, tokenizer, format or PER_LAYER.name), model, data)
         except (ArgumentError, NothingPrunableError) as error:
             if format is not None:
                 raise
@@ -360,13 +410,25 @@ def prune(
     captured = _captured(model, device)
     result = pruning.prune(
         captured.planned,
-        calibration=captured.read(calibration) if Method.of(asked).needs_data else None,
+        calibration=captured.read(batches) if Method.of(asked).needs_data else None,
         config=_by_next_token(asked),
         device=device,
+        held_out=(),
         **passed,
     )
     report = {"config": asked, "notes": (*notes, *result.report.notes)}
-    return _served(captured, result.with_report(**report), tokenizer)
+    pruned = _served(captured, result.with_report(**report), tokenizer)
+    return _measured(pruned, captured.model, data)
+
+
+def _measured(pruned: Pruned, dense: Any, data: HeldOut) -> Pruned:
+    """The same, with how far it agrees with the dense model in its report."""
+    calls = [
+        {**(kwargs or {"input_ids": args[0]}), "use_cache": False}
+        for args, kwargs in (as_calls(data.rows) if data.rows else ())
+    ]
+    rows = [{name: value for name, value in call.items() if name != "labels"} for call in calls]
+    return cast(Pruned, with_agreement(pruned, dense, pruned.model, rows))
 
 
 def _captured(model: Any, device: torch.device | str | None) -> CapturedModel:

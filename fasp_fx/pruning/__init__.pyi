@@ -1,3 +1,9 @@
+from ._agreement import (
+    Agreement as Agreement,  # How far a dense and a pruned model agree on some rows
+    agreement as agreement,  # Measure how far two models agree, with an error bar
+    percent as percent,  # An estimate in percent, with its standard error where it has one
+    with_agreement as with_agreement,  # A result with how far it agrees with the dense model in its report
+)
 from ._config import (
     FormatName as FormatName,  # formats of the files of language models (fasp_fx.hf)
     Granularity as Granularity,  # what one channel set is
@@ -37,11 +43,14 @@ from ._report import (
     weight_size as weight_size,  # Number of parameters and their bytes; tied weights count once
 )
 from ._result import (
+    CARD as CARD,  # the file that a hub shows
+    MARK as MARK,  # a card with this line is written anew with each save
     SAVES as SAVES,  # the kinds of saves that read_result reads
     TOLD as TOLD,  # names of the files that say what was removed
     Result as Result,  # What fasp_fx.prune returns
     read_result as read_result,  # Read what Result.save wrote
     read_told as read_told,  # The plan and the report of a save of any kind, without loading anything else
+    write_card as write_card,  # Write what to know of a pruned model: what went, how far it agrees, how it is loaded and was made
     write_told as write_told,  # Write what was removed, and what it cost
 )
 from ._subject import (
@@ -49,6 +58,12 @@ from ._subject import (
     analyze_for as analyze_for,  # The groups of a program at the granularities that are asked for, or that a plan was made with
     make_plan as make_plan,  # What was decided, as data; result is the fingerprint of what came of it
     rewrite as rewrite,  # Take out of a program what was decided for its analysis, hold the result against the masked dense program, and report it
+)
+from ._sweep import (
+    USUAL as USUAL,  # what is asked for, and what of it is measured, where nothing else is said
+    Sweep as Sweep,  # What fasp_fx.sweep found; str(sweep) is a table, and a notebook shows pictures
+    sweep as sweep,  # Predict what removing more and more would cost, of one measurement
+    sweep_by as sweep_by,  # As sweep
 )
 from .check import (
     masked_program as masked_program,  # A program with the decided weights in place of its own and what was removed masked; tensors are shared
@@ -58,8 +73,10 @@ from .check._compare import (
 )
 
 __all__ = [
+    "Agreement",
     "PruningConfig",
     "PruningOptions",
     "Report",
     "Result",
+    "Sweep",
 ]

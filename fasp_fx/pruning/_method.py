@@ -149,6 +149,14 @@ class Method:
             return "half the squared error of the outputs, relative to their mean square"
         return "the cross-entropy of the next token" if self.loss is next_token else "the loss that was given"
 
+    def in_words(self, rise: float) -> str:
+        """A predicted rise of the loss on a scale that people know: ‖dense − pruned‖ / ‖dense‖ of all outputs
+        together, in percent; the factor of the perplexity; else the rise itself.
+        """
+        if isinstance(self.loss, Outputs):
+            return f"outputs differ by {100 * math.sqrt(2 * rise):.2f} %"
+        return f"perplexity x {math.exp(min(rise, 99)):.3f}" if self.loss is next_token else f"{rise:.3g}"
+
 
 def allocation_of(config: PruningConfig) -> Allocation:
     """The function that an allocation stands for."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fasp_fx.allocation import Budget, Costs, check_costs
+from fasp_fx.allocation import Budget, Cap, Costs, Macs, Parameters, Point, check_costs
 from fasp_fx.analysis import Analysis, Groups, PruningPlan, gone_of, running_fingerprint, steps_to
 from fasp_fx.base import (
     Shown,
@@ -34,6 +34,7 @@ from fasp_fx.calibration import (
     BudgetTrial,
     Consumers,
     Decision,
+    HeldOut,
     Journal,
     Ledger,
     Ranks,
@@ -43,9 +44,10 @@ from fasp_fx.calibration import (
     places_of,
 )
 from fasp_fx.capturing import Captured, Model, capture_model, check_given, model_copy
-from fasp_fx.errors import ArgumentError, NothingPrunableError, PlanError
+from fasp_fx.errors import ArgumentError, BudgetError, NothingPrunableError, PlanError
 from fasp_fx.storage import claim, refuse_other
 
+from ._agreement import with_agreement
 from ._config import Granularity, Include, PruningConfig, PruningOptions, key_of
 from ._method import (
     Constraint,
@@ -166,6 +168,7 @@ def prune(
     on_analysis: Callable[[Analysis], None] | None = None,
     group: dist.ProcessGroup | None = None,
     checkpoint: str | Path | None = None,
+    held_out: Iterable[Any] | None = None,
     **options: Unpack[PruningOptions],
 ) -> Result:
     """Make a model physically smaller; the caller's model is not touched.
@@ -190,6 +193,9 @@ def prune(
             some of the batches, and all get the same result (docs/processes.md).
         checkpoint: a folder that keeps what was decided, consumer by consumer: the same call with the same
             folder goes on from there, to the same result (docs/larger-than-memory.md).
+        held_out: batches like those that calibrate, on which ``report.agreement`` is measured afterwards.
+            ``None``: the last eighth of ``calibration``, if it has eight batches, which then calibrates
+            nothing. ``()``: nothing is measured.
         options: fields of :class:`fasp_fx.PruningConfig`, which describes them (``sparsity=0.2``,
             ``score="fasp"``, …), in the place of those of ``config``.
 
@@ -214,12 +220,15 @@ def prune(
     config = PruningConfig.of(config, options)
     if Method.of(config).needs_data:
         check_calibration(calibration)
-    return prune_subject(
-        _subject_of(model, args, kwargs, config, state=state, dynamic_shapes=dynamic_shapes, device=device),
-        config,
-        calibration,
-        Job(progress, on_analysis, costs, Ranks.of(group), checkpoint),
+    how: dict[str, Any] = {"state": state, "dynamic_shapes": dynamic_shapes, "device": device}
+    subject, data = _subject_of(model, args, kwargs, config, **how), HeldOut(calibration, held_out)
+    result = prune_subject(
+        subject, config, data, Job(progress, on_analysis, costs, Ranks.of(group), checkpoint)
     )
+    # Parts are exchanged in a copy of the caller's model.
+    caller = model.in_parts.model if isinstance(model, Captured) and model.in_parts else model
+    dense: Any = subject.programs.get("", caller)
+    return cast(Result, with_agreement(result, dense, result.module, data.rows))
 
 
 @shows("measuring")
@@ -238,6 +247,7 @@ def measure(
     device: torch.device | str | None = None,
     progress: Shown = None,
     group: dist.ProcessGroup | None = None,
+    part: int | None = 1,
     **options: Unpack[PruningOptions],
 ) -> Costs:
     """Predict what each coupled group costs, channel set by channel set.
@@ -248,12 +258,14 @@ def measure(
 
     Args:
         model, args, kwargs, state, dynamic_shapes, device: as for :func:`fasp_fx.prune`.
-        calibration: an iterable of batches; all of them are run, and what autograd keeps of one has to fit
-            the device. Some thousand tokens do.
+        calibration: an iterable of batches; what autograd keeps of one has to fit the device. Some thousand
+            tokens do.
         config, options: as for :func:`fasp_fx.prune`; ``score``, ``loss``, ``granularity`` and ``include``
             count.
         progress: as for :func:`fasp_fx.prune`.
         group: as for :func:`fasp_fx.prune`.
+        part: one in so many sequences is run; ``None``: as many as :func:`fasp_fx.prune` runs for its
+            ``quality``.
 
     Raises:
         ArgumentError: an option is not known or out of range.
@@ -274,6 +286,7 @@ def measure(
         config,
         calibration,
         Job(progress, ranks=Ranks.of(group)),
+        part,
     )
 
 
@@ -496,19 +509,60 @@ def _consumers(subject: Subject, config: PruningConfig) -> dict[str, Consumers]:
     }
 
 
-def measure_subject(subject: Subject, config: PruningConfig, calibration: Iterable[Any], job: Job) -> Costs:
-    """The cost curves of a model, on all of the batches; errors as for :func:`fasp_fx.measure`."""
+def measure_subject(
+    subject: Subject, config: PruningConfig, calibration: Iterable[Any], job: Job, part: int | None
+) -> Costs:
+    """The cost curves of a model; errors as for :func:`fasp_fx.measure`.
+
+    Args:
+        part: one in so many sequences is run; ``None``: as many as a pruning runs.
+    """
+    asked = config
     if not Method.of(config).needs_costs:
         config = replace(
             config, sparsity=None if config.budget else config.target_sparsity, allocation="global"
         )
     check_weights(subject.programs.values())
-    subject.analyze(config)
+    analysis = subject.analyze(config)
     batches, fingerprint = subject.read(calibration), subject.fingerprint()
     job.ranks.check_alike(lambda: fingerprint, batches, vars(config))
     inputs = functools.partial(subject.inputs, batches=batches)
-    measurement = Measurement(_consumers(subject, config), inputs, job.ranks, wants_curves=True, part=1)
-    return measurement.run(Method.of(config, job.loss), advance_of(job.progress)).costs(fingerprint)
+    measurement = Measurement(_consumers(subject, config), inputs, job.ranks, wants_curves=True, part=part)
+    measured = measurement.run(Method.of(config, job.loss), advance_of(job.progress))
+    costs = measured.costs(fingerprint)
+    costs.in_words = measured.method.in_words
+
+    def point_at(costs: Costs, wanted: float | Cap) -> Point:
+        lost = [0] * len(analysis.chosen)
+        if wanted:
+            config = asking(asked, wanted)
+            budget = served_budget(subject, open_budget(config, analysis, subject.count), analysis)
+            lost = allocate(Method.of(config, job.loss), budget, costs)
+        counts = [count * group.blocks for group, count in zip(analysis.chosen, lost, strict=True)]
+        names = (group.name for group in analysis.chosen)
+        return Point(
+            subject.count(None).removed(counts),
+            int(subject.count(Parameters(1.0)).used(counts)),
+            _macs(subject, counts),
+            costs.predicted(dict(zip(names, lost, strict=True))),
+        )
+
+    costs.point_at = point_at
+    return costs
+
+
+def _macs(subject: Subject, counts: list[int]) -> int | None:
+    """The multiply-accumulates that stay; ``None`` where nobody can count those of an operator."""
+    try:
+        return int(subject.count(Macs(1.0)).used(counts))
+    except BudgetError:
+        return None
+
+
+def asking(config: PruningConfig, wanted: float | Cap) -> PruningConfig:
+    """The options with another sparsity, or another budget."""
+    sparsity, budget = (None, wanted) if isinstance(wanted, Cap) else (wanted, ())
+    return replace(config, sparsity=sparsity, budget=budget)
 
 
 def restoring_config(config: PruningConfig, plan: Any, has_data: bool) -> PruningConfig:
@@ -602,7 +656,7 @@ def _remarks(method: Method, costs: Costs | None, analysis: Groups, lost: list[i
     remarks = []
     if costs is not None:
         rise = costs.predicted(dict(zip((group.name for group in analysis.chosen), lost, strict=True)))
-        remarks.append(f"{PREDICTED} {method.loss_description}: {rise:.3g}")
+        remarks.append(f"{PREDICTED} {method.loss_description}: {rise:.3g} ({method.in_words(rise)})")
     if not any(lost):
         remarks.append(
             "nothing goes: what was asked for is less than half a step of any group; ask for more, or for a"

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fasp_fx.allocation import Cap, is_excluded
 from fasp_fx.analysis import APPROXIMATE, Analysis, Group, PruningPlan, Resource, cache_of
-from fasp_fx.base import Count, OpOverload, ReadBy, from_document, to_document
+from fasp_fx.base import Count, OpOverload, Page, ReadBy, from_document, to_document
 from fasp_fx.errors import ArgumentError, BudgetError, StoreError
 from fasp_fx.patterns import pointwise_rule
 
+from ._agreement import Agreement
 from ._config import PruningConfig
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class Spent:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Page):
     """Figures of one pruning; ``str(report)`` is a table for people.
 
     Attributes:
@@ -190,6 +191,8 @@ class Report:
         include: the statuses that were pruned besides ``"prunable"``, as given to :func:`fasp_fx.prune`.
         recovery: the training that followed, if there was one.
         budgets: what was allowed, and what is used of it.
+        agreement: how far the pruned model agrees with the dense one on rows that neither a choice nor a
+            repair has seen; ``None``: none were held out.
         config: what :func:`fasp_fx.prune` was asked for; ``None`` for a plan that was replayed, and for what
             was loaded if the score, the allocation or the loss was a function, which no file holds.
 
@@ -211,6 +214,7 @@ class Report:
     include: tuple[str, ...] = ()
     recovery: Recovery | None = None
     budgets: tuple[Spent, ...] = ()
+    agreement: Agreement | None = None
     config: Annotated[
         PruningConfig | None,
         ReadBy(lambda data: None if data is None else PruningConfig.from_json(json.dumps(data))),
@@ -264,25 +268,33 @@ class Report:
         before, after = self.parameters
         return f"Report(sparsity={self.sparsity:.4f}, parameters={before:,} -> {after:,})"
 
-    def __str__(self) -> str:
+    def said(self) -> list[tuple[str, str]]:
+        """What there is to say of the whole model: what of, and what."""
         asked = f" (asked for {self.requested:.2%})" if self.requested is not None else ""
         (dense, kept), less = self.parameters, self.parameters[1] / max(self.parameters[0], 1) - 1
-        cache, recovery = [], []
-        if self.cache is not None:
-            change = f"{self.cache[1] / max(self.cache[0], 1) - 1:+.2%}"
-            cache = [f"{self.cache[0]:,} -> {self.cache[1]:,} bytes per token of one sequence  ({change})"]
-        if self.recovery is not None:
-            recovery = [str(self.recovery), *self.recovery.notes]
+        removed = (
+            f"{self.sparsity:.2%}{asked} of the weights of {COUNTED} in {counted(self.include)}: parameters"
+            f" {dense:,} -> {kept:,} ({less:+.2%}), bytes {self.bytes[0]:,} -> {self.bytes[1]:,}"
+        )
+        caches = (
+            f"{before:,} -> {after:,} bytes per token of one sequence  ({after / max(before, 1) - 1:+.2%})"
+            for before, after in ([self.cache] if self.cache is not None else [])
+        )
+        recovery = (str(self.recovery), *self.recovery.notes) if self.recovery is not None else ()
+        measured = (
+            "unknown: no row held out was run; calibrate on eight batches or more, or give held_out="
+            if self.agreement is None
+            else f"{self.agreement}, which neither a choice nor a repair has seen"
+        )
+        lines = {"removed": [removed], "measured": [measured]}
+        lines |= {"cost": [self._cost()], "trust": [self._trust()], "cache": [*caches]}
+        lines |= {"budget": [*map(str, self.budgets)], "recovery": [*recovery]}
+        return [(what, line) for what, several in lines.items() for line in several]
+
+    def __str__(self) -> str:
         return "\n".join(
             (
-                f"removed     {self.sparsity:.2%}{asked} of the weights of {COUNTED} in"
-                f" {counted(self.include)}: parameters {dense:,} -> {kept:,} ({less:+.2%}), bytes"
-                f" {self.bytes[0]:,} -> {self.bytes[1]:,}",
-                f"cost        {self._cost()}",
-                f"trust       {self._trust()}",
-                *(f"cache       {line}" for line in cache),
-                *(f"budget      {spent}" for spent in self.budgets),
-                *(f"recovery    {line}" for line in recovery),
+                *(f"{what:<12}{line}" for what, line in self.said()),
                 *(
                     f"{row.what}  {row.dense:,.{row.digits}f} -> {row.pruned:,.{row.digits}f}"
                     for row in self.figures

@@ -12,6 +12,7 @@ they are named, so load only what you would also run.
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +26,17 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fasp_fx.analysis import PruningPlan
-from fasp_fx.base import check_kind, fingerprint, in_usual_modes, one_at_a_time, parse, path_of, tolerable
+from fasp_fx.base import (
+    Page,
+    __version__,
+    check_kind,
+    fingerprint,
+    in_usual_modes,
+    one_at_a_time,
+    parse,
+    path_of,
+    tolerable,
+)
 from fasp_fx.capturing import CallSignature, model_copy, replace_submodule, with_attributes_of
 from fasp_fx.errors import ArgumentError, CaptureError, PlanError, StoreError
 from fasp_fx.passes import PrunedModule, program_now, wrap
@@ -54,11 +65,14 @@ TOLD = ("plan.json", "report.json")
 PARTS_KIND = PARTS = "parts"
 FILES = ("graph.json", "weights.safetensors", "constants.safetensors", "signature.json", *TOLD)
 PARTS_FILES = ("parts.json", "rest.safetensors", "signature.json", *TOLD)
+#: the file that a hub shows, and a line in it: with that it is written anew with each save
+CARD = "README.md"
+MARK = "<!-- written by fasp_fx, and anew with each save; take this line out to keep a card of your own -->"
 _Text = Annotated[str, Field(min_length=1)]
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Page):
     """What :func:`fasp_fx.prune` returns.
 
     Attributes:
@@ -155,6 +169,10 @@ class Result:
         check_copies(self.module, self._weights)
         with new_save(path, PARTS_KIND if self.is_in_parts else KIND, overwrite=overwrite) as folder:
             (_write_parts if self.is_in_parts else _write_whole)(folder, self)
+            dense = ", model=dense" if self.is_in_parts else ""
+            write_card(
+                folder, self.report, f'fasp_fx.load("this/folder"{dense})', "library_name: pytorch", path
+            )
         return path
 
     @one_at_a_time
@@ -265,6 +283,26 @@ def write_told(folder: Path, plan: PruningPlan, report: Report) -> None:
     """Write what was removed, and what it cost."""
     (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
     (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+
+
+def write_card(folder: Path, report: Report, loading: str, header: str, before: Path) -> None:
+    """Write what to know of a pruned model: what went, how far it agrees, how it is loaded and was made.
+
+    Args:
+        loading: the code that loads it.
+        header: lines of YAML for the hub.
+        before: the folder that is replaced; a card in it that somebody wrote stays.
+    """
+    there = (before / CARD).read_text(encoding="utf-8") if (before / CARD).is_file() else MARK
+    text = (
+        *("---", header, "tags:", "- fasp_fx", "- pruned", "---", "", MARK, ""),
+        *(f"# A model, {report.sparsity:.1%} of it removed", ""),
+        *(f"* *{what}*: {line}" for what, line in report.said()),
+        *("", "## Loading", "", "```python", loading, "```", "", "## How it was made", ""),
+        f"By fasp_fx {__version__} with torch {torch.__version__} and these options:",
+        *("", "```json", json.dumps(json.loads(report.to_json())["config"], indent=1), "```", ""),
+    )
+    (folder / CARD).write_text("\n".join(text) if MARK in there else there, encoding="utf-8")
 
 
 def read_told(folder: Path) -> tuple[PruningPlan, Report]:

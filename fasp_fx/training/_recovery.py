@@ -151,6 +151,7 @@ def distil(
     return cast(
         R,
         result.with_report(
+            agreement=None,  # that of the weights before
             recovery=Recovery(
                 "distillation",
                 _CRITERIA.get(type(match), type(match).__name__),
@@ -159,7 +160,7 @@ def distil(
                 tuple(state.curve),
                 state.seconds,
                 () if note is None else (note,),
-            )
+            ),
         ),
     )
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from fasp_fx.hf import Pruned
 from fasp_fx.hf._folder import FILES
 from fasp_fx.hf._formats import build
 from fasp_fx.hf._registry import format_of
-from fasp_fx.pruning import Line, read_told
+from fasp_fx.pruning import CARD, Line, read_told
 from fasp_fx.storage import MANIFEST, is_save, kind_of, read_json, write_json, write_manifest
 
 CHAT = (
@@ -317,3 +317,53 @@ def test_no_weight_is_made_up_even_where_sums_fit(saved: Path, damage: str, tmp_
         return  # its programs say what they need
     with pytest.raises(fasp_fx.StoreError, match=r"does not hold what config\.json says"):
         fasp_fx.load(folder)
+
+
+# --- the card
+
+
+class Hub:
+    """A hub that keeps what is put there."""
+
+    files: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, token: str | None = None) -> None: ...
+
+    def create_repo(self, name: str, **options: Any) -> Any:
+        return type("Repository", (), {"repo_id": name})
+
+    def file_exists(self, repo: str, name: str) -> bool:
+        return name in self.files
+
+    def hf_hub_download(self, repo: str, name: str) -> str:
+        return self.files[name]
+
+    def upload_folder(self, *, folder_path: Path, ignore_patterns: list[str] | None, **options: Any) -> str:
+        left = {file.name: file for file in folder_path.iterdir() if file.name not in (ignore_patterns or ())}
+        self.files |= {name: file.read_text("utf-8", "replace") for name, file in left.items()}
+        return "address"
+
+
+def test_a_card_goes_along_and_leaves_that_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = pruned("llama_gqa")
+    monkeypatch.setattr(given.model, "name_or_path", "someone/llama")
+    monkeypatch.setattr(given.model, "report", given.report)
+    folder = given.save_pretrained(tmp_path / "out")
+    card = (folder / CARD).read_text()
+    for words in ("base_model: someone/llama", "library_name: transformers", "* *measured*: ", '"sparsity"'):
+        assert words in card
+    assert 'AutoModelForCausalLM.from_pretrained("this/repository")' in card
+    given.with_report(sparsity=0.5).save_pretrained(folder, overwrite=True)
+    assert "50.0% of it removed" in (folder / CARD).read_text()
+    (folder / CARD).write_text("mine")
+    given.save_pretrained(folder, overwrite=True)
+    assert (folder / CARD).read_text() == "mine"
+    assert isinstance(fasp_fx.load(folder), hf.Pruned)
+    monkeypatch.setattr("fasp_fx.hf._folder.HfApi", Hub)
+    assert given.push_to_hub("me/small", private=True) == "address"
+    assert {"model.safetensors", "manifest.json"} <= Hub.files.keys()
+    assert Hub.files[CARD] == card
+    (tmp_path / "theirs").write_text("theirs")
+    Hub.files[CARD] = str(tmp_path / "theirs")
+    given.push_to_hub("me/small")
+    assert Hub.files[CARD] == str(tmp_path / "theirs")

@@ -17,21 +17,34 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fasp_fx.allocation import Costs
 from fasp_fx.analysis import PRUNABLE, Analysis
 from fasp_fx.base import __version__, new_file
-from fasp_fx.pruning import COUNTED, Line, Report, line_of, notes_of, weight_size
+from fasp_fx.pruning import (
+    COUNTED,
+    Line,
+    Report,
+    Sweep,
+    line_of,
+    notes_of,
+    percent,
+    weight_size,
+)
 
-SCRIPTS = ("dom.js", "tips.js", "summary.js", "charts.js", "table.js")
+SCRIPTS = ("dom.js", "tips.js", "summary.js", "charts.js", "curves.js", "table.js")
+#: points of a curve that are drawn, at most
+_DRAWN = 64
 MARK = '<meta name="generator" content="fasp_fx report">'
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def to_html(source: Report | Analysis, title: str = "Model") -> str:
-    """Show a report or an analysis as one page of HTML that needs nothing else: figures, widths by layer
-    and a table of the groups (docs/report.md).
+def to_html(source: Any, title: str = "Model") -> str:
+    """Show a report, an analysis, costs or a sweep as one page of HTML that needs nothing else: figures,
+    widths by layer, curves and a table of the groups (docs/report.md).
 
     Args:
-        source: what was pruned (``result.report``), or what could be (what :func:`fasp_fx.analyze` returned).
+        source: what was pruned (a result or its report), what could be (what :func:`fasp_fx.analyze`
+            returned), or what that would cost (:class:`fasp_fx.Costs`, :class:`fasp_fx.Sweep`).
         title: what the page is about, such as the name of the model.
 
     Returns:
@@ -67,7 +80,7 @@ def to_html(source: Report | Analysis, title: str = "Model") -> str:
     return "".join(fields[part] if index % 2 else part for index, part in enumerate(parts))
 
 
-def write_page(source: Report | Analysis, title: str, file: Path) -> None:
+def write_page(source: Any, title: str, file: Path) -> None:
     """Write the page, whole or not at all; an earlier page is replaced, and nothing else.
 
     Raises:
@@ -92,21 +105,49 @@ def _sum(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def page_data(source: Report | Analysis, title: str) -> dict[str, Any]:
-    """The page of a pruning, or of an analysis, which has no figures after."""
-    pruned = isinstance(source, Report)
+def page_data(source: Any, title: str) -> dict[str, Any]:
+    """The page of a pruning; of an analysis, which has no figures after; or of costs and sweeps, which are
+    curves.
+    """
+    source = getattr(source, "report", source)
+    costs = getattr(source, "costs", source)
+    data = {"title": title, "version": __version__, "pruned": isinstance(source, Report)}
+    data |= dict.fromkeys(("tiles", "said", "notes", "withoutRule", "groups", "charts", "rows", "curves"), ())
+    if isinstance(costs, Costs):
+        swept = source if isinstance(source, Sweep) else None
+        return {**data, "rows": swept.rows() if swept else (), "curves": _curves(costs, swept)}
     lines = source.lines if isinstance(source, Report) else tuple(map(line_of, source.groups))
-    notes = source.notes if isinstance(source, Report) else notes_of(source)
-    return {
-        "title": title,
-        "version": __version__,
-        "pruned": pruned,
+    return data | {
         "tiles": _tiles_of_report(source) if isinstance(source, Report) else _tiles_of_analysis(source),
-        "notes": list(notes),
-        "withoutRule": [[name, count] for name, count in source.without_rule.items()],
+        "said": source.said()[1:4] if isinstance(source, Report) else (),
+        "notes": source.notes if isinstance(source, Report) else notes_of(source),
+        "withoutRule": [*source.without_rule.items()],
         "groups": [_group(line) for line in lines],
         "charts": _charts(lines),
     }
+
+
+def _curves(costs: Costs, swept: Sweep | None) -> list[dict[str, Any]]:
+    """Pictures of lines, of points with error bars, or of both: each line has a name and points ``[x, y]``,
+    each dot an error besides.
+    """
+    pictures: list[dict[str, Any]] = []
+    if swept is not None:
+        line = [[point.sparsity, point.cost] for point in swept.points.values()]
+        dots = [[swept.points[asked].sparsity, *each.error] for asked, each in swept.measured.items()]
+        pictures.append({"label": "Predicted cost of the whole model", "lines": [["predicted", line]]})
+        pictures += [{"label": "Measured: outputs differ by", "lines": [], "dots": dots}] if dots else []
+    lines = [
+        [name, [[place / max(last, 1), float(curve.losses[place])] for place in _places(last)]]
+        for name, curve in costs.items()
+        for last in [len(curve.losses) - 1]
+    ]
+    return [*pictures, {"label": "Predicted cost of each group alone", "lines": lines}]
+
+
+def _places(last: int) -> list[int]:
+    """Some of the places of a curve, its ends among them."""
+    return sorted({round(part * last / _DRAWN) for part in range(_DRAWN + 1)})
 
 
 def _tiles_of_report(report: Report) -> list[dict[str, str]]:
@@ -132,6 +173,12 @@ def _tiles_of_report(report: Report) -> list[dict[str, str]]:
                 "help": str(spent),
             }
             for spent in report.budgets
+        ),
+        *(
+            {"label": label, "value": percent(estimate, 2), "more": f"on {agreed.rows:,} rows"}
+            for agreed in ([report.agreement] if report.agreement else [])
+            for label, estimate in (("Outputs differ by", agreed.error), ("First choices stay", agreed.same))
+            if estimate is not None
         ),
         *(
             _change(

@@ -1,6 +1,6 @@
 // Title, figures and notes.
 document.getElementById("title").textContent = data.title;
-document.getElementById("kind").textContent = data.pruned ? "fasp_fx · what was pruned" : "fasp_fx · what can be pruned";
+document.getElementById("kind").textContent = `fasp_fx · ${data.curves.length ? "what pruning would cost" : data.pruned ? "what was pruned" : "what can be pruned"}`;
 document.getElementById("footer").textContent = `Written by fasp_fx ${data.version}. This page is complete in itself and asks no server for anything.`;
 
 document.getElementById("tiles").append(
@@ -12,6 +12,10 @@ document.getElementById("tiles").append(
     ),
   ),
 );
+
+document.getElementById("said").append(...data.said.flatMap(([what, line]) => [el("dt", {}, what), el("dd", {}, line)]));
+document.getElementById("charts-part").hidden = document.getElementById("table-part").hidden = !data.groups.length;
+document.getElementById("curves-part").hidden = !data.curves.length;
 
 document.getElementById("statuses").append(
   ...Object.entries(STATUSES)

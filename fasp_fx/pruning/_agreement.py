@@ -1,0 +1,134 @@
+"""How far a dense and a pruned model agree: what a report has measured of the whole model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fasp_fx.base import Count, device_of, lengths_apart, pytree, tensors_in, tolerable
+from fasp_fx.calibration import as_calls, token_mask
+from fasp_fx.capturing import Call, Program
+from fasp_fx.errors import first_line
+
+#: a mean over rows and its standard error, which a single row does not have
+Estimate = tuple[float, float | None]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a dense and a pruned model agree on some rows.
+
+    Attributes:
+        rows: how many: images, sequences, or what else the first dimension of the first input counts.
+        error: ‖dense − pruned‖ / ‖dense‖ of the output that differs most, and its standard error over the
+            rows.
+        same: how often the first choice stays: the largest number along the last dimension of an output
+            ``[rows, classes]`` or ``[rows, tokens, words]``. ``None``: no output is such.
+        source: what the rows are, in words.
+
+    Examples:
+        >>> print(fasp_fx.agreement(model, model, batches))
+        outputs differ by 0.00 % ± 0.00 %, first choices stay in 100.0 % ± 0.0 %, on 256 rows
+    """
+
+    rows: Count
+    error: Estimate
+    same: Estimate | None = None
+    source: str = ""
+
+    def __str__(self) -> str:
+        stay = "" if self.same is None else f", first choices stay in {percent(self.same, 1)}"
+        source = f" ({self.source})" if self.source else ""
+        return f"outputs differ by {percent(self.error, 2)}{stay}, on {self.rows:,} rows{source}"
+
+
+def percent(estimate: Estimate, digits: int) -> str:
+    """An estimate in percent, with its standard error where it has one."""
+    value, doubt = estimate
+    return f"{100 * value:.{digits}f} %" + ("" if doubt is None else f" ± {100 * doubt:.{digits}f} %")
+
+
+def agreement(
+    dense: nn.Module | Program, pruned: nn.Module, batches: Iterable[Any], source: str = ""
+) -> Agreement:
+    """Measure how far two models agree, with an error bar.
+
+    Outputs that no longer have the shape of the dense model's, as caches may, are left out; so are tokens
+    that an ``attention_mask`` of the batch hides.
+
+    Args:
+        dense, pruned: models in evaluation mode that are called alike; each is run where its weights are.
+        batches: an iterable of batches, as for :func:`fasp_fx.prune`. What the pruning has seen says too
+            little of other data.
+        source: what the rows are, for the report.
+
+    Raises:
+        CalibrationError: there is no batch.
+
+    Examples:
+        >>> agreed = fasp_fx.agreement(model, result.module, [torch.randn(64, 8)])
+        >>> agreed.rows, agreed.error[0] < 0.5
+        (64, True)
+    """
+    errors = defaultdict[int, list[tuple[float, float]]](list)
+    choices, total = list[tuple[float, float]](), 0
+    for args, kwargs in as_calls(batches, "held_out"):
+        call = Call(args, kwargs)
+        rows = next((tensor.shape[0] for tensor in call.tensors() if tensor.dim()), 1)
+        outputs = (_outputs(each, call) for each in (dense, pruned))
+        for number, (was, now) in enumerate(zip(*outputs, strict=True)):
+            if was.shape != now.shape or not was.is_floating_point() or not was.numel():
+                continue
+            now, parts = now.to(was.device), rows if was.dim() and was.shape[0] == rows else 1
+            counts = torch.ones(was.shape[:-1], dtype=torch.bool, device=was.device)
+            if was.dim() == 3 and (mask := token_mask(kwargs, was.shape[:2])) is not None:
+                counts = mask.to(was.device)
+                was, now = (part.masked_fill(~counts[..., None], 0) for part in (was, now))
+            apart, size = lengths_apart(now.reshape(parts, -1), was.reshape(parts, -1), dim=1)
+            errors[number] += zip((apart**2).tolist(), (size**2).tolist(), strict=True)
+            if was.dim() in (2, 3) and was.shape[-1] > 1:
+                stay = ((was.argmax(-1) == now.argmax(-1)) & counts, counts)
+                choices += zip(*(part.reshape(parts, -1).sum(1).tolist() for part in stay), strict=True)
+        total += rows
+    square, spread = max(map(_ratio, errors.values()), key=lambda each: each[0], default=(0.0, None))
+    error = square**0.5, None if spread is None else spread / (2 * square**0.5 or 1.0)
+    return Agreement(total, error, _ratio(choices) if choices else None, source)
+
+
+def _outputs(model: nn.Module | Program, call: Call) -> list[Tensor]:
+    """What a model returns; a program takes the arguments of its model, constants among them."""
+    if isinstance(model, Program):
+        leaves = model.flat_inputs(call.args, call.kwargs)
+        call = Call(*pytree.tree_unflatten(leaves, pytree.tree_structure(model.example)))
+        model = model.module
+    return tensors_in(call.to(device_of(model)).run(model))
+
+
+def with_agreement(result: Any, dense: nn.Module | Program, pruned: nn.Module, rows: list[Any]) -> Any:
+    """A result with how far it agrees with the dense model in its report, if there are rows; with a note
+    where these cannot be run, for which what took an hour is not given up.
+    """
+    try:
+        return result.with_report(agreement=agreement(dense, pruned, rows) if rows else None)
+    except tolerable(Exception) as failure:
+        note = f"rows that were held out could not be run, so nothing was measured: {first_line(failure)}"
+        return result.with_report(notes=(*result.report.notes, note))
+
+
+def _ratio(pairs: Sequence[tuple[float, float]]) -> Estimate:
+    """The sum of some parts over that of their wholes, and its standard error where pairs are independent (of
+    the ratio to first order; Cochran, Sampling Techniques, 1977, section 6.3).
+    """
+    parts, sizes = np.array(pairs).T
+    total = sizes.sum()
+    if not total:
+        return 0.0, None
+    ratio, count = parts.sum() / total, len(pairs)
+    spread = np.sqrt(((parts - ratio * sizes) ** 2).sum() * count / max(count - 1, 1)) / total
+    return float(ratio), float(spread) if count > 1 else None
