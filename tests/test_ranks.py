@@ -13,7 +13,6 @@ import rank
 import torch
 from models import make_model
 from test_cli import printed
-from transformers import AutoModelForCausalLM
 
 from fasp_fx import PruningPlan
 
