@@ -14,6 +14,7 @@ import torch
 from models import make_model
 from test_cli import printed
 
+import fasp_fx
 from fasp_fx import PruningPlan
 
 HERE = Path(__file__).parent
