@@ -131,7 +131,7 @@ class Prune:
     Examples:
         >>> exported = torch.export.export(model, (x,))
         >>> fasp_fx.passes.Prune(result.plan)(exported).state_dict["0.weight"].shape
-        torch.Size([22, 8])
+        torch.Size([20, 8])
     """
 
     plan: PruningPlan
@@ -163,7 +163,7 @@ class Pipeline:
         >>> exported = torch.export.export(model, (x,))
         >>> smaller = Pipeline([Prune(result.plan)])(exported)
         >>> {name: tuple(weight.shape) for name, weight in smaller.state_dict.items() if weight.dim() == 2}
-        {'0.weight': (22, 8), '2.weight': (16, 22), '4.weight': (4, 16)}
+        {'0.weight': (20, 8), '2.weight': (16, 20), '4.weight': (4, 16)}
     """
 
     def __init__(

@@ -359,7 +359,7 @@ def test_peers(run: Run) -> None:
 def test_compiler(run: Run) -> None:
     out = run("compiler.py", "--package", "", "--inner", "eager")  # packaging is tested with the integrations
     assert out.index("3 linear operators") < out.index("2 linear operators")
-    assert "'up.weight': (58, 16)" in out
+    assert "'up.weight': (56, 16)" in out
     assert float(out.split()[-1]) < 1e-5
 
 

@@ -29,7 +29,7 @@ def test_outputs_plan_and_report_are_those_that_were_saved(result: fasp_fx.Resul
     manifest = json.loads((saved / MANIFEST).read_text())
     versions = (manifest["format"], manifest["torch"], manifest["fasp_fx"])
     assert versions == (FORMAT, torch.__version__, fasp_fx.__version__)
-    assert {file.name for file in saved.iterdir()} == {*folders.FILES, MANIFEST}
+    assert {file.name for file in saved.iterdir()} == {*folders.FILES, MANIFEST, "README.md"}
     assert len({file.stat().st_mode for file in saved.iterdir()}) == 1
     loaded = fasp_fx.load(saved)
     assert (loaded.plan, loaded.report) == (result.plan, result.report)
@@ -337,7 +337,7 @@ def test_golden_documents_are_read() -> None:
     )
     assert [(name, len(curve.losses)) for name, curve in costs.items()] == [("2.weight", 12)]
     assert config == fasp_fx.PruningConfig(
-        budget=fasp_fx.allocation.Parameters(0.8), exclude=("lm_head",), drift=0.3
+        budget=fasp_fx.allocation.Parameters(0.8), exclude=("lm_head",), drift=0.3, round_to=1
     )
     plan, report = (
         fasp_fx.PruningPlan.from_json(texts["hf/plan.json"]),

@@ -64,7 +64,7 @@ def uniform(budget: Budget, round_to: int | None) -> list[int]:
         >>> from fasp_fx.allocation import uniform
         >>> even = fasp_fx.prune(captured, calibration=batches, allocation=uniform, sparsity=0.3)
         >>> {group.name: group.removed_sets for group in even.plan.groups}
-        {'2.weight': 7, '4.weight': 3}
+        {'2.weight': 8, '4.weight': 4}
     """
     check_reach(budget, round_to)
 
@@ -97,7 +97,7 @@ class Global(CostAllocation):
     Examples:
         >>> from fasp_fx.allocation import Global
         >>> fasp_fx.prune(captured, calibration=batches, allocation=Global(), sparsity=0.3).report.parameters
-        (884, 634)
+        (884, 584)
     """
 
     #: how often what a channel set takes along is counted anew, where groups share weights

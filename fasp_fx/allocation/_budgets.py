@@ -116,7 +116,7 @@ class Bytes(Parameters):
     Examples:
         >>> from fasp_fx.allocation import Bytes
         >>> fasp_fx.prune(captured, calibration=batches, budget=Bytes(0.75)).report.bytes
-        (3536, 2636)
+        (3536, 2336)
     """
 
     stored: Callable[[Tensor], float] | None = field(default=None, compare=False, repr=False)
@@ -180,7 +180,7 @@ class Latency(Cap):
         >>> budget = Latency(0.8, lambda widths: 1e-6 * sum(widths.values()))
         >>> (spent,) = fasp_fx.prune(captured, calibration=batches, budget=budget).report.budgets
         >>> print(f"{spent.used:.0f} of {spent.dense:.0f} microseconds")
-        38 of 48 microseconds
+        36 of 48 microseconds
     """
 
     seconds: Callable[[Mapping[str, int]], float] | None = field(default=None, compare=False, repr=False)

@@ -32,7 +32,7 @@ class ParameterSlice:
     Examples:
         >>> removed = result.plan.groups[0].consumers[0]
         >>> print(removed.name, removed.dim, len(removed.removed))
-        2.weight 1 10
+        2.weight 1 12
     """
 
     name: str
@@ -68,7 +68,7 @@ class PlannedGroup:
     Examples:
         >>> (planned,) = result.plan.groups
         >>> print(planned.name, planned.removed_sets, "of", planned.size)
-        2.weight 10 of 32
+        2.weight 12 of 32
     """
 
     name: str
@@ -129,7 +129,7 @@ class PruningPlan:
     Examples:
         >>> plan = fasp_fx.PruningPlan.from_json(result.plan.to_json())
         >>> [(group.name, group.removed_sets) for group in plan.groups]
-        [('2.weight', 10)]
+        [('2.weight', 12)]
     """
 
     fingerprint: str

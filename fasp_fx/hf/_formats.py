@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fasp_fx.allocation import Bytes, Search
+from fasp_fx.allocation import Bytes, CacheBytes, Search
 from fasp_fx.analysis import DEPTH, PRUNABLE, Group, PruningPlan
 from fasp_fx.base import attention_of, device_of, quiet_transformers, tolerable
 from fasp_fx.calibration import Ranks, as_calls, check_calibration
@@ -80,7 +80,7 @@ def prune_to(
         check_calibration(calibration)
     calibration, example = _batches(model, calibration)
     # A program that returns a cache says how large it is.
-    example["use_cache"] = model.can_generate()
+    example["use_cache"] = any(isinstance(cap, CacheBytes) for cap in asked.budgets)
     form = constraint.form
     # What the file cannot say is refused before the work.
     dense, _ = build(form.name, constraint.experiments, model.state_dict(keep_vars=True), model)

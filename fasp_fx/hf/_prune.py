@@ -379,7 +379,7 @@ def prune(
     Examples:
         >>> pruned = hf.prune(captured_llama, calibration=texts, sparsity=0.2)  # or of the model itself
         >>> pruned.report.parameters
-        (3632, 3104)
+        (3632, 3056)
     """
     check_callable(on_analysis=on_analysis)
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):

@@ -103,7 +103,7 @@ def capture(
         ...     result = fasp_fx.prune(captured, score="magnitude", restore=None, sparsity=sparsity)
         ...     print(result.report.parameters)
         (884, 718)
-        (884, 453)
+        (884, 434)
     """
     return capture_model(model, args, kwargs, state=state, dynamic_shapes=dynamic_shapes, device=device)
 
@@ -214,7 +214,7 @@ def prune(
         >>> result.module(torch.randn(3, 8)).shape
         torch.Size([3, 4])
         >>> [tuple(weight.shape) for weight in result.module.parameters() if weight.dim() == 2]
-        [(22, 8), (16, 22), (4, 16)]
+        [(20, 8), (16, 20), (4, 16)]
     """
     check_callable(on_analysis=on_analysis)
     config = PruningConfig.of(config, options)

@@ -199,7 +199,7 @@ class Report(Page):
     Examples:
         >>> report = result.report
         >>> print(f"{report.sparsity:.1%}, {report.requested:.0%} asked for; parameters {report.parameters}")
-        28.8%, 30% asked for; parameters (884, 634)
+        34.6%, 30% asked for; parameters (884, 584)
     """
 
     sparsity: float

@@ -86,7 +86,7 @@ class Result(Page):
 
     Examples:
         >>> print(result.eager(model)[0])  # the caller's own class, smaller
-        Linear(in_features=8, out_features=22, bias=True)
+        Linear(in_features=8, out_features=20, bias=True)
         >>> result.program.module()(x).shape  # an ExportedProgram
         torch.Size([64, 4])
     """

@@ -73,8 +73,10 @@ class Schedule:
 
     Examples:
         >>> from fasp_fx.training import Schedule, cubic
+        >>> import copy
         >>> schedule = Schedule(cubic(0.5, begin=0, end=4, times=2), batches, round_to=1)
-        >>> small, optimizer = model, torch.optim.AdamW(model.parameters())
+        >>> small = copy.deepcopy(model)
+        >>> optimizer = torch.optim.AdamW(small.parameters())
         >>> for step, inputs in enumerate(batches, 1):
         ...     small(inputs).square().mean().backward()
         ...     optimizer.step()

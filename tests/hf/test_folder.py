@@ -205,7 +205,7 @@ class Tokenizer:
 def test_the_folder_holds_all_of_it(model: Any, tmp_path: Path) -> None:
     folder = Pruned(model, PLAN, REPORT, Tokenizer(), "plain").save_pretrained(tmp_path / "out")
     theirs = {"config.json", "generation_config.json", "model.safetensors", "vocab.txt"}
-    ours = {"plan.json", "report.json", "manifest.json"}
+    ours = {"plan.json", "report.json", "manifest.json", "README.md"}
     assert ({file.name for file in folder.iterdir()}, read_told(folder)) == (theirs | ours, (PLAN, REPORT))
     assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
     assert is_save(folder, "plain")

@@ -398,7 +398,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a plan for every model",
-        attribute("analysis._plan", "fingerprint", lambda _: lambda weights: "same"),
+        attribute("analysis._plan", "strange_weight", lambda _: lambda plan, weights: None),
         CHAIN,
         ("plan",),
     ),
