@@ -256,7 +256,7 @@ def test_recover_what_was_pruned(folder: Path, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(where, trust_remote_code=True).eval()
         for where in (folder / "pruned", tmp_path / "out", folder / "model")
     ]
-    assert type(models[0]) is type(models[1])
+    assert type(models[0]).__name__ == type(models[1]).__name__
     ids = {"input_ids": torch.arange(2, 34)[None]}
     assert not torch.equal(models[0](**ids).logits, models[1](**ids).logits)
     printed(*command, "--checkpoint", tmp_path / "run", "--out", tmp_path / "again")
