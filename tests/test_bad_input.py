@@ -310,7 +310,7 @@ def test_too_few_tokens_work_and_warn() -> None:
         untouched(model),
         pytest.warns(
             fasp_fx.CalibrationWarning,
-            match=r"too little .* 1 of 1 consumers.*'down\.weight' has 24 columns and saw 1 tokens",
+            match=r"too little .* 1 of 1 consumers.*'down\.weight' has 24 columns and saw 1 inputs",
         ),
     ):
         result = fasp_fx.prune(model, (X,), calibration=[X[:1]], sparsity=0.3)

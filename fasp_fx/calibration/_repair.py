@@ -188,10 +188,10 @@ def warn_of_few(outcomes: Mapping[str, Sequence[Restored]]) -> list[str]:
     first = min(few, key=lambda name: tokens[name] / columns[name])
     message = (
         f"too little calibration data to repair {len(few)} of {len(columns)} consumers: '{first}' has"
-        f" {columns[first]:,} columns and saw {tokens[first]:,} tokens, a quarter of which is held out to"
-        " judge repairs by; a repair that gains next to nothing there is not made, and one that few tokens"
-        " judge keeps near the weights as they were; calibrate on more, some"
-        f" {_ENOUGH * columns[first]:,} tokens of four sequences or more"
+        f" {columns[first]:,} columns and saw {tokens[first]:,} inputs (tokens, pixels, rows), a quarter of"
+        " which is held out to judge repairs by; a repair that gains next to nothing there is not made, and"
+        " one that few judge keeps near the weights as they were; calibrate on more, some"
+        f" {_ENOUGH * columns[first]:,} inputs of four sequences or images, or more"
     )
     warn(message, CalibrationWarning)
     return [message]

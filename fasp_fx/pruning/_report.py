@@ -27,7 +27,7 @@ COUNTED = "linear, convolution and recurrent operators"
 #: what the columns of a report say, for those who read it
 COLUMNS = (
     "error cut: squared error of what consumers of the group put out, relative to the dense model's, if they"
-    " were only cut; restored: once what stays was repaired; held out: the same on calibration tokens that"
+    " were only cut; restored: once what stays was repaired; held out: the same on calibration data that"
     " the repair has not seen.",
 )
 
@@ -256,10 +256,10 @@ class Report(Page):
             if line.held_restored is not None and line.error_restored is not None
         ]
         if not errors:
-            return "unknown: no calibration token was held out; run both models on data of yours"
+            return "unknown: no calibration data was held out; run both models on data of yours"
         unseen, restored, name = max(errors)
         return (
-            f"squared errors of single layers are {unseen:.1e} at most ({name}) on calibration tokens that no"
+            f"squared errors of single layers are {unseen:.1e} at most ({name}) on calibration data that no"
             f" repair has seen, {restored:.1e} on all; far above that, more data would help; near 1, little"
             " of a layer is left"
         )
