@@ -360,7 +360,7 @@ def prune(
             ``"per-layer"``, of the original class, with layers of their own sizes; ``"plain"``, of the
             original class, with equal layers; ``"gguf"``, ``"gguf-q8_0"``, … and ``"decilm"``, a Llama with
             layers of their own sizes (docs/formats.md). ``None``: ``"per-layer"`` where the class can say
-            whatever can be pruned, and else ``"fasp-fx"``; the report says why.
+            whatever can be pruned and costs choose, and else ``"fasp-fx"``; the report says why.
         device: where to capture and calibrate; ``None``: the model's device.
         progress, on_analysis, group, checkpoint, held_out: as for :func:`fasp_fx.prune`.
         options: fields of :class:`fasp_fx.PruningConfig` (``sparsity=0.2``, ``score="fasp"``, …) in the place
@@ -398,6 +398,9 @@ def prune(
     notes: tuple[str, ...] = ()
     if format is None and (costs is not None or isinstance(model, CapturedModel)):
         format = OWN.name  # what costs and captures are of
+    elif format is None and not Method.of(asked).needs_costs:
+        format = OWN.name
+        notes = (f"the model is a program ({OWN.name!r}): without costs, heads would go from every layer",)
     batches = None if calibration is None else data
     if format != OWN.name:
         try:
