@@ -7,6 +7,7 @@ and started again, it goes on to the same end.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
@@ -19,7 +20,7 @@ config = BertConfig(
 )
 model = BertForSequenceClassification(config)
 texts = torch.randint(0, 64, (512, 16))
-examples = [{"input_ids": text, "labels": int(text.sum() % 2)} for text in texts]
+examples: Any = [{"input_ids": text, "labels": int(text.sum() % 2)} for text in texts]
 batches = [{"input_ids": part} for part in texts.split(64)]
 schedule = Schedule(cubic(0.4, begin=20, end=80, times=2), batches, exclude=("*.attention.*",))
 folder = Path(sys.argv[1])
