@@ -6,6 +6,7 @@ and started again, it goes on to the same end.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ rows = torch.randn(512, 16)
 labels = rows.abs().argmax(1) % 4
 schedule = Schedule(cubic(0.5, begin=20, end=60, times=2), rows.split(64), group=dist.group.WORLD)
 kept = Path(sys.argv[1])
-state = torch.load(kept) if kept.exists() else {"step": 0}
+state: dict[str, Any] = torch.load(kept) if kept.exists() else {"step": 0}
 if kept.exists():
     schedule.load_state_dict(state["schedule"])
     model = schedule.shrink(model)
@@ -41,9 +42,9 @@ for step in range(state["step"] + 1, 101):
     if small is not model:  # the wrapper is made anew, the optimiser goes on
         model, wrapped = small, DistributedDataParallel(small)
     if step % 25 == 0 and rank == 0:
-        parts = {"schedule": schedule, "model": model, "optimizer": optimizer}
+        parts: dict[str, Any] = {"schedule": schedule, "model": model, "optimizer": optimizer}
         new = kept.with_suffix(".new")
         torch.save({"step": step} | {name: part.state_dict() for name, part in parts.items()}, new)
         new.replace(kept)  # whole or not at all
-        print(step, f"{loss.item():.6f}", tuple(model[0].weight.shape), flush=True)
+        print(step, f"{loss.item():.6f}", sum(weight.numel() for weight in model.parameters()), flush=True)
 dist.destroy_process_group()

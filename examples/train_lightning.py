@@ -31,7 +31,7 @@ class Digits(LightningModule):
 
 
 seed_everything(0)
-net = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 4))
+net: nn.Module = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 4))
 rows = torch.randn(512, 16)
 data = DataLoader(TensorDataset(rows, rows.abs().argmax(1) % 4), batch_size=32)
 schedule = Schedule(cubic(0.5, begin=16, end=64, times=2), rows.split(64))

@@ -6,6 +6,7 @@ and started again, it goes on to the same end.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -18,14 +19,14 @@ STEPS = 300
 images, labels = (torch.from_numpy(found) for found in load_digits(return_X_y=True))
 images = images.float().reshape(-1, 1, 8, 8) / 8 - 1
 torch.manual_seed(0)
-model = nn.Sequential(
+model: nn.Module = nn.Sequential(
     *(nn.Conv2d(1, 32, 3), nn.BatchNorm2d(32), nn.ReLU()),
     *(nn.Conv2d(32, 64, 3), nn.BatchNorm2d(64), nn.ReLU()),
     *(nn.Flatten(), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 10)),
 )
 schedule = Schedule(cubic(0.6, begin=60, end=180, times=3), images[:512].split(64))
 kept = Path(sys.argv[1])
-state = torch.load(kept) if kept.exists() else {"step": 0}
+state: dict[str, Any] = torch.load(kept) if kept.exists() else {"step": 0}
 if kept.exists():
     schedule.load_state_dict(state["schedule"])
     model = schedule.shrink(model)
@@ -44,7 +45,7 @@ for step in range(state["step"] + 1, STEPS + 1):
     rate.step()
     model = schedule.step(step, model, optimizer)
     if step % 50 == 0:
-        parts = {"schedule": schedule, "model": model, "optimizer": optimizer, "rate": rate}
+        parts: dict[str, Any] = {"schedule": schedule, "model": model, "optimizer": optimizer, "rate": rate}
         new = kept.with_suffix(".new")
         torch.save({"step": step} | {name: part.state_dict() for name, part in parts.items()}, new)
         new.replace(kept)  # whole or not at all

@@ -95,15 +95,10 @@ def snippets(page: Path) -> str:
 
 
 def write_sources(folder: Path) -> None:
-    for page in (
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        *sorted({*(ROOT / "docs").glob("*.md")} - {ROOT / "docs/training.md"}),
-    ):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
         if re.search(r"^```py", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
             (folder / f"{page.stem.replace('-', '_')}_md.py").write_text(snippets(page), encoding="utf-8")
-    # Those of training have one name for models of several classes, and need lightning: not checked yet.
-    for example in sorted({*(ROOT / "examples").glob("*.py")} - {*(ROOT / "examples").glob("train_*.py")}):
+    for example in sorted((ROOT / "examples").glob("*.py")):
         shutil.copy(example, folder)
     (folder / "seeded.py").write_text(f"{PREAMBLE}; from given import *{SEEDED}", encoding="utf-8")
     (folder / "given.pyi").write_text(GIVEN, encoding="utf-8")
@@ -146,7 +141,7 @@ def wheel_python(folder: Path) -> Path:
 #: what mypy takes as it is: reading it takes longer than all else, and the names of fasp_fx are what matters
 UNREAD = (
     *("lm_eval", "onnx", "sympy", "tokenizers", "torchao", "torchvision", "transformers"),
-    *("executorch", "nncf", "onnxruntime", "openvino", "tvm", "ultralytics"),
+    *("executorch", "lightning", "nncf", "onnxruntime", "openvino", "sklearn", "tvm", "ultralytics"),
 )
 
 Problem = tuple[str, int, str]

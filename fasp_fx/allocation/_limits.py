@@ -266,8 +266,7 @@ def read_by(group: Group) -> list[str]:
 
 def is_excluded(group: Group, patterns: Iterable[str]) -> bool:
     """Whether a pattern names a group, or a weight that it takes rows or columns from."""
-    names = [group.name, *(name for member in group.members for name in member.names)]
-    return any(names_any(pattern, names) for pattern in patterns)
+    return any(names_any(pattern, [group.name, *group.names]) for pattern in patterns)
 
 
 def check_patterns(option: str, patterns: Iterable[str], groups: Sequence[Group]) -> None:

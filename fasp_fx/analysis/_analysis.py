@@ -66,12 +66,12 @@ class Analysis(Page, Coupling):
         """
         starts, ends = _nodes_of(self, first), _nodes_of(self, second or first)
         if second is None:
-            groups = [group for group in self.groups if any(first in each.names for each in group.members)]
-            return [*map(str, groups)] or [f"no operator that has a rule reads '{first}'"]
+            return [str(group) for group in self.groups if first in group.names] or [
+                f"no operator that has a rule reads '{first}'"
+            ]
         # What can be pruned says most; the channel sets of a group go the same ways.
         for group in sorted(self.groups, key=lambda group: CODE[group.status]):
-            names = {name for member in group.members for name in member.names}
-            graph = _carriers(self, int(group.sets[0])) if {first, second} <= names else nx.Graph()
+            graph = _carriers(self, int(group.sets[0])) if {first, second} <= group.names else nx.Graph()
             pairs = [pair for pair in product(starts, ends) if {*pair} <= graph.nodes]
             paths = [nx.shortest_path(graph, *pair) for pair in pairs if nx.has_path(graph, *pair)]
             if paths:

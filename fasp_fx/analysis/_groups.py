@@ -115,6 +115,11 @@ class Group:
         return (*self.producers, *self.consumers)
 
     @property
+    def names(self) -> frozenset[str]:
+        """All names of these weights."""
+        return frozenset(name for member in self.members for name in member.names)
+
+    @property
     def width(self) -> int:
         """Channel sets per block."""
         return self.size // self.blocks

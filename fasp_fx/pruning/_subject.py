@@ -289,9 +289,9 @@ class PartsAnalysis(Groups):
         Raises:
             ArgumentError: they are in no part together, or not coupled there.
         """
-        groups = [group for group in self.groups if any(first in each.names for each in group.members)]
+        groups = [str(group) for group in self.groups if first in group.names]
         if second is None and groups:
-            return [*map(str, groups)]
+            return groups
         for path, analysis in self.parts.items():
             inside = f"{path}."
             if second is not None and first.startswith(inside) and second.startswith(inside):
