@@ -373,12 +373,32 @@ def test_a_file_is_measured_on_where_no_other_is_given(
     """What the model would write, token by token, takes longer than all else."""
     chunks = torch.arange(there)[:, None].expand(-1, 4)
     monkeypatch.setattr("fasp_fx.cli._models.read_chunks", lambda *given: chunks)
-    texts = Texts(Path("data.txt"), 6, None, 5, 4, 0)
+    texts = Texts(("data.txt",), 6, None, 5, 4, 0)
     texts.read(None)
-    assert texts.used is not None
-    assert texts.used[:, 0].tolist() == list(range(used))
-    found = [] if texts.evaluation is None else texts.evaluation[:, 0].tolist()
+    assert texts.used["data.txt"][:, 0].tolist() == list(range(used))
+    found = [number for chunks in texts.evaluation.values() for number in chunks[:, 0].tolist()]
     assert found == list(range(used, used + measured))
+
+
+def test_several_texts_calibrate_and_are_measured_by_themselves(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text((folder / "text.txt").read_text("utf-8")[::-1], "utf-8")
+    command = ["prune", folder / "model", "--out", tmp_path / "out", *SMALL, "--quality", "fast"]
+    texts = ["--calibration", folder / "text.txt", "--calibration", tmp_path / "other.txt"]
+    shown = printed(*command, *texts, "--calibration", "self")
+    for words in (
+        "perplexity on chunks",
+        "of other.txt (",
+        "of text.txt (",
+    ):
+        assert words in shown
+    _, report = read_told(tmp_path / "out")
+    assert [each.source.split(" of ")[1].split()[0] for each in report.agreement.by_source] == [
+        "text.txt",
+        "other.txt",
+    ]
+    assert len(report.figures) == 2
+    with pytest.raises(fasp_fx.ArgumentError, match="two sources of text are named 'text.txt'"):
+        Texts(("a/text.txt", "b/text.txt"), 6, None, 5, 4, 0)
 
 
 # --- whatever the command line is given, it works or says in one line what is wrong

@@ -1,10 +1,13 @@
 from ._calibration import (
     HeldOut as HeldOut,  # Calibration batches without the last of them, an eighth, which nothing but a measurement sees
+    all_of as all_of,  # The batches, of which none is held out from now on
     as_calls as as_calls,  # Positional and keyword arguments of every batch
     check_calibration as check_calibration,  # The batches, if they are an iterable of batches
     check_inputs as check_inputs,  # Refuse graph inputs that a program does not take, or that nothing can be seen of
     in_pieces as in_pieces,  # Batches in pieces of one sequence, of one image, or of some rows of a table, where these do not see each other
+    mixed as mixed,  # Pieces of each source of the batches in turn, so that the first of them are of all
     read_batches as read_batches,  # The graph inputs of every batch
+    sources_in as sources_in,  # The iterables of batches by the names of their sources
     whole_batches as whole_batches,  # Batches as they came
 )
 from ._consumers import (
@@ -66,6 +69,7 @@ from ._restoration import (
     ridge as ridge,  # V = W (G + δI)[:, M] (G[M, M] + δI)⁻¹, which minimises ‖X(W − V)ᵀ‖²_F + δ‖V − W[:, M]‖²_F over weights V on the columns M
 )
 from ._roles import (
+    Batches as Batches,  # Batches, and whence they come
     TokenRoles as TokenRoles,  # Roles of the tokens of every batch, as tensors that broadcast to an activation
 )
 from ._scoring import (

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, cast
+from itertools import accumulate, chain, zip_longest
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -15,15 +15,14 @@ from fasp_fx.base import check_kind, distance, pytree, tolerable, tolerance
 from fasp_fx.capturing import Program, Runner, is_dynamic, upper_bound
 from fasp_fx.errors import CalibrationError, CallError
 
-from ._roles import sequences_of
+from ._roles import Batches, sequences_of
 
+T = TypeVar("T")
 #: one in so many batches is held out of choices and repairs
 _ONE_IN = 8
 
 
-def read_batches(
-    program: Program, calibration: Iterable[Any] | None, device: torch.device | None
-) -> list[list[Any]]:
+def read_batches(program: Program, calibration: Iterable[Any] | None, device: torch.device | None) -> Batches:
     """The graph inputs of every batch.
 
     Batches of inputs and labels, as most data loaders give them, are refused with the line that takes the
@@ -32,15 +31,16 @@ def read_batches(
 
     Args:
         calibration: an iterable of tensors (one positional argument), tuples (positional arguments) or
-            mappings (keyword arguments).
+            mappings (keyword arguments); or such iterables by the names of sources.
         device: move batches there; ``None`` takes them as they are.
 
     Raises:
         CalibrationError: no batch at all, or one that does not fit; names the batch, the argument and what
             was expected.
     """
-    batches = []
-    for index, (args, kwargs) in enumerate(as_calls(calibration)):
+    data = all_of(calibration)
+    batches = Batches()
+    for index, (args, kwargs) in enumerate(as_calls(data)):
         try:
             flat = program.flat_inputs(args, kwargs)
         except CallError as error:
@@ -51,12 +51,19 @@ def read_batches(
                 f" calibration=({pick} for batch in loader)"
             )
             more = hint if len(args) > taken else ""
-            raise CalibrationError(f"calibration batch {index}: {error}{more}") from error
+            raise CalibrationError(f"{data.place(index)}: {error}{more}") from error
         if device is not None:
             flat = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
-        check_inputs(program, flat, f"calibration batch {index}")
+        check_inputs(program, flat, data.place(index))
         batches.append(flat)
+    batches.sources = data.sources
     return batches
+
+
+def in_turn(parts: Iterable[Iterable[T]]) -> Iterator[T]:
+    """The first of each part, the second of each, and so on; parts may end before others."""
+    missing = object()
+    return (one for some in zip_longest(*parts, fillvalue=missing) for one in some if one is not missing)  # type: ignore[misc]
 
 
 def as_calls(batches: Any, what: str = "calibration") -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -68,6 +75,7 @@ def as_calls(batches: Any, what: str = "calibration") -> Iterator[tuple[tuple[An
     Raises:
         CalibrationError: what was given is no iterable of batches, or yields none.
     """
+    batches = all_of(batches, what) if "" not in sources_in(batches) else batches
     index, keeps_all = -1, isinstance(batches, list | tuple | HeldOut)
 
     def of(leaf: Any) -> Any:
@@ -94,30 +102,88 @@ def as_calls(batches: Any, what: str = "calibration") -> Iterator[tuple[tuple[An
 
 class HeldOut:
     """Calibration batches without the last of them, an eighth, which nothing but a measurement sees; of fewer
-    than eight batches none is held out.
+    than eight batches none is held out. Of several sources this is so of each, of whose batches come in turn.
 
     Args:
-        batches: all of them, or those that calibrate.
+        batches: all of them, or those that calibrate; or such by the names of sources.
         rows: batches that are held out besides; ``None``: an eighth of ``batches``.
+        what: the argument that they came in.
 
     Attributes:
-        rows: the batches that are held out, once the others were asked for.
+        rows: the batches that are held out, once the others were asked for; by the names of their sources, if
+            there are several.
+        sources, names: as for :class:`Batches`, and the names of the sources, once they were asked for.
     """
 
-    def __init__(self, batches: Any, rows: Any = None) -> None:
-        self._batches, self.rows = batches, rows
+    def __init__(self, batches: Any, rows: Any = None, what: str = "calibration") -> None:
+        self._batches, self.rows, self.what = batches, rows, what
         self._seen: list[Any] | None = None
+        self._read: Callable[[], tuple[list[Any], list[int]]] = self._read_all
+        self.sources, self.names = list[int](), list[str]()
 
     def __iter__(self) -> Iterator[Any]:
         if self._seen is None:
-            calls = [kwargs or args for args, kwargs in as_calls(self._batches)]
-            seen = len(calls) - (len(calls) // _ONE_IN if self.rows is None else 0)
-            self._seen, self.rows = calls[:seen], calls[seen:] if self.rows is None else self.rows
+            self._seen, self.sources = self._read()
         return iter(self._seen)
+
+    def _read_all(self) -> tuple[list[Any], list[int]]:
+        seen, rows = dict[str, list[Any]](), dict[str, list[Any]]()
+        for name, batches in sources_in(self._batches).items():
+            what = f"{self.what} source {name!r}" if name else self.what
+            calls = [kwargs or args for args, kwargs in as_calls(batches, what)]
+            count = len(calls) - (len(calls) // _ONE_IN if self.rows is None else 0)
+            seen[name], rows[name] = calls[:count], calls[count:]
+        if self.rows is None:
+            self.rows = rows if len(rows) > 1 else [*chain(*rows.values())]
+        self.names = [*seen]
+        numbers = ([number] * len(calls) for number, calls in enumerate(seen.values()))
+        return [*in_turn(seen.values())], [*in_turn(numbers)] if len(seen) > 1 else []
+
+    def place(self, index: int) -> str:
+        """How to name a batch that was asked for, by its source if there are several."""
+        if not self.sources:
+            return f"{self.what} batch {index}"
+        source = self.sources[index]
+        return f"batch {self.sources[:index].count(source)} of {self.what} source {self.names[source]!r}"
+
+    def through(self, change: Callable[[Iterable[Any]], Iterable[Any]]) -> HeldOut:
+        """The same sources, of whose batches ``change`` makes others, one of each; nothing is held out."""
+        changed = HeldOut((), ())
+
+        def read() -> tuple[list[Any], list[int]]:
+            batches, changed.names = [*change(self)], self.names
+            return batches, self.sources
+
+        changed._read = read
+        return changed
+
+
+def all_of(batches: Any, what: str = "calibration") -> HeldOut:
+    """The batches, of which none is held out from now on."""
+    return batches if isinstance(batches, HeldOut) else HeldOut(batches, (), what)
+
+
+def sources_in(batches: Any) -> dict[str, Any]:
+    """The iterables of batches by the names of their sources; ``""`` names the only one.
+
+    Raises:
+        CalibrationError: a source has no name, or there is none.
+    """
+    is_named = isinstance(batches, Mapping) and not any(
+        isinstance(value, Tensor | np.generic | str) or value is None for value in batches.values()
+    )
+    if not is_named:
+        return {"": batches}
+    if not batches or not all(isinstance(name, str) and name for name in batches):
+        raise CalibrationError(
+            f"the sources of batches are named {[*batches]!r:.80}; give each a name of its own, as in"
+            " {'web': batches, 'code': batches}"
+        )
+    return dict(batches)
 
 
 def check_calibration(batches: Any, what: str = "calibration") -> Iterable[Any]:
-    """The batches, if they are an iterable of batches.
+    """The batches, if they are an iterable of batches, or several by the names of their sources.
 
     Args:
         what: the argument that they came in.
@@ -130,6 +196,10 @@ def check_calibration(batches: Any, what: str = "calibration") -> Iterable[Any]:
             "no calibration data: pass calibration=, an iterable of batches, or use score='magnitude' or"
             " 'random' with restore=None, which need none"
         )
+    if "" not in (named := sources_in(batches)):
+        for name, some in named.items():
+            check_calibration(some, f"{what} source {name!r}")
+        return cast("Iterable[Any]", batches)
     has_items = isinstance(batches, Iterable) or hasattr(batches, "__getitem__")
     if not has_items or isinstance(batches, (Tensor, Mapping, str, np.generic)):
         raise CalibrationError(
@@ -250,6 +320,15 @@ def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
             return whole
         pieces += parts
     return pieces
+
+
+def mixed(pieces: list[Piece], batches: Batches) -> list[Piece]:
+    """Pieces of each source of the batches in turn, so that the first of them are of all."""
+    source = batches.sources or [0] * len(batches)
+    by_source: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        by_source.setdefault(source[piece.batch], []).append(piece)
+    return [*in_turn(by_source.values())]
 
 
 def _part(piece: Piece, along: Sequence[bool], start: int, size: int) -> Piece:

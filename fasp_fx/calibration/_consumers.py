@@ -70,16 +70,18 @@ class Consumer:
         wanted: Mapping[str, MakeStatistic],
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        sources: int = 1,
     ) -> None:
         """Make the Gram matrices and the statistics of each block, where they are not there yet.
 
         Args:
             dtype: what Gram matrices are added up in.
+            sources: how many of tokens are kept apart.
         """
         blocks, columns = self.matrices.columns.shape[:2]
         if self.grams is None:
             width = columns + (self.intercept is not None) + self.drift_rows
-            self.grams = [SplitGram(width, device, dtype) for _ in range(blocks)]
+            self.grams = [SplitGram(width, device, dtype, sources) for _ in range(blocks)]
         self.seen = self.seen or [{} for _ in range(blocks)]
         for seen in self.seen:
             seen.update({name: make(columns, device) for name, make in wanted.items() if name not in seen})

@@ -17,7 +17,7 @@ Where they do not tell, all tokens count, which a report says.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -38,6 +38,28 @@ MASK = "attention_mask"
 _ONE_IN = 4
 
 
+class Batches(list[Any]):
+    """Batches, and whence they come.
+
+    Attributes:
+        sources: of several sources, the number of that of each batch; of one source, nothing.
+    """
+
+    def __init__(self, batches: Iterable[Any] = (), sources: Sequence[int] = ()) -> None:
+        super().__init__(batches)
+        self.sources = [*sources]
+
+    @property
+    def how_many(self) -> int:
+        """How many sources there are."""
+        return len({*self.sources}) or 1
+
+    def by_source(self) -> list[list[int]]:
+        """The numbers of the batches of each source."""
+        sources = self.sources or [0] * len(self)
+        return [[index for index, one in enumerate(sources) if one == source] for source in {*sources}]
+
+
 class TokenRoles:
     """Roles of the tokens of every batch, as tensors that broadcast to an activation.
 
@@ -47,10 +69,11 @@ class TokenRoles:
 
     Args:
         program: the program that the batches are for.
-        batches: its flat inputs.
-        hold_out: whether to hold out any.
+        batches: its flat inputs; of several sources, tokens of each have the role of that source.
+        hold_out: whether to hold out any, or to keep sources apart.
 
     Attributes:
+        sources: how many are kept apart.
         unmatched: nodes whose tokens could not be matched with the mask, so that padding among them counts.
 
     Raises:
@@ -64,6 +87,8 @@ class TokenRoles:
         hold_out: bool = True,
     ) -> None:
         self.hold_out, self._batches = hold_out, batches
+        self._sources = batches.sources if isinstance(batches, Batches) and hold_out else []
+        self.sources = batches.how_many if isinstance(batches, Batches) and hold_out else 1
         self.unmatched: dict[fx.Node, None] = {}
         nodes = program.placeholders()
         self._shapes = [_recorded(node) for node in nodes]
@@ -81,8 +106,9 @@ class TokenRoles:
             node: the node that the activation is the value of.
             dims: the dimensions along which tokens lie.
         """
-        roles = torch.full([1] * activation.dim(), FITTED, dtype=torch.uint8, device=activation.device)
-        if self.hold_out:
+        role = FITTED + (self._sources[index] if self._sources else 0)
+        roles = torch.full([1] * activation.dim(), role, dtype=torch.uint8, device=activation.device)
+        if self.hold_out and not self._sources:
             dim, judges = self._judges(index, node, activation, dims)
             roles = torch.where(_along(judges.to(activation.device), dim, activation.dim()), HELD, roles)
         padding = self._padding(index, node, activation, dims)
@@ -128,6 +154,10 @@ class TokenRoles:
             return self.of(index, use.activation, activation, dims)
         if self._masks is not None:
             self.unmatched[use.activation] = None
+        if self._sources:
+            return torch.full(
+                (int(ends[-1]),), FITTED + self._sources[index], dtype=torch.uint8, device=ends.device
+            )
         parts = [
             torch.full((size,), self._batch_judges(index)) if self._many_batches else _last(size)
             for size in torch.diff(ends, prepend=ends.new_zeros(1)).tolist()

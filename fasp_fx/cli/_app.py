@@ -195,10 +195,11 @@ def prune(
         Path | None, option("The folder, or .pt2 file, to write; it must not exist yet.", more=False)
     ] = None,
     calibration: Annotated[
-        str | None,
+        list[str] | None,
         option(
-            "A text file, or 'self', the default: text that the model writes itself. For a program: a"
-            " .safetensors, .npz or .pt file with a tensor for each input, a row for each sample.",
+            "A text file, or 'self', the default: text that the model writes itself; may be given again, and"
+            " each counts for as much. For a program: a .safetensors, .npz or .pt file with a tensor for each"
+            " input, a row for each sample.",
             metavar="FILE|self",
             more=False,
         ),
@@ -289,7 +290,7 @@ def prune(
 
         kept = scratch or ((out or Path("here")).absolute().parent if stream else None)
         job = _prune.Job(out, overwrite, format, device, dtype, checkpoint, kept)
-        texts = _texts(calibration or "self", length, eval_batches, batches=batches, text=text, seed=seed)
+        texts = _texts(calibration, length, eval_batches, batches=batches, text=text, seed=seed)
         _prune.run(model, job, options, texts, recover, stages)
 
 
@@ -316,33 +317,48 @@ def _prune_program(
     options = read_options(config, given)
     from . import _exported
 
-    file = None if calibration is None else Path(calibration)
+    file = _file_of(calibration)
     job = _exported.Job(
         Path(values["model"]), out, values["overwrite"], file, values["device"], values["checkpoint"]
     )
     _exported.run(job, options, stages)
 
 
-def _texts(source: str, length: int | None, eval_batches: int | None, **more: Any) -> Any:
+def _file_of(sources: list[str] | None) -> Path | None:
+    """The file with the rows for an exported program, if any.
+
+    Raises:
+        ArgumentError: there are several.
+    """
+    if sources and len(sources) > 1:
+        raise ArgumentError("--calibration of an exported program is one file; put all rows into one")
+    return Path(sources[0]) if sources else None
+
+
+def _texts(sources: list[str] | None, length: int | None, eval_batches: int | None, **more: Any) -> Any:
     """The text of a command.
 
     Args:
-        source: a file, or ``"self"``.
+        sources: files, and ``"self"``.
         length, eval_batches: ``None``: as usual for a file, or for what the model writes.
         more: further fields of what is returned.
     """
-    from ._models import Texts
+    from ._models import SELF, Texts
 
-    usual, usually_measured, file = (256, 16, None) if source == "self" else (1024, 8, Path(source))
-    return Texts(file, eval_batches=eval_batches or usually_measured, length=length or usual, **more)
+    sources = sources or [SELF]
+    usual, usually_measured = (256, 16) if sources == [SELF] else (1024, 8)
+    return Texts(
+        tuple(sources), eval_batches=eval_batches or usually_measured, length=length or usual, **more
+    )
 
 
 @app.command()
 def sweep(
     model: Annotated[str, typer.Argument(help=f"{MODEL} Or a .pt2 file of torch.export.save, of any model.")],
     calibration: Annotated[
-        str, option("As for `fasp-fx prune`; of a program needed.", metavar="FILE|self", more=False)
-    ] = "self",
+        list[str] | None,
+        option("As for `fasp-fx prune`; of a program needed.", metavar="FILE|self", more=False),
+    ] = None,
     at: Annotated[
         list[float] | None,
         option("A sparsity to predict; may be given again. Default: 0.1 to 0.9.", more=False),
@@ -373,7 +389,10 @@ def sweep(
 
         how = {name: given for name, given in (("at", at), ("measured_at", measured_at)) if given is not None}
         texts = _texts(calibration, length, 1, batches=batches, text=None, seed=0)
-        module, data = ("._exported", Path(calibration)) if model.endswith(PROGRAM) else ("._prune", texts)
+        is_program = model.endswith(PROGRAM)
+        if is_program and not calibration:
+            raise ArgumentError("a program cannot write its own data; give --calibration FILE")
+        module, data = ("._exported", _file_of(calibration)) if is_program else ("._prune", texts)
         found = import_module(module, __package__).swept(model, data, find_device(device), stages, how)
         stages.end()
         if html is not None:
@@ -387,13 +406,14 @@ def recover(
     dense: Annotated[str, option(f"The model that was pruned. {MODEL}", more=False)],
     out: Out,
     data: Annotated[
-        str,
+        list[str] | None,
         option(
-            "A text file to train on, or 'self', the default: text that the dense model writes itself.",
+            "A text file to train on, or 'self', the default: text that the dense model writes itself; may be"
+            " given again.",
             metavar="FILE|self",
             more=False,
         ),
-    ] = "self",
+    ] = None,
     text: Text = None,
     epochs: Annotated[int, option("How often the text is trained on. Default: 2.", min=1, more=False)] = 2,
     learning_rate: Annotated[

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -226,35 +226,45 @@ def _loading(model: str, what: str = "") -> Iterator[tuple[str, dict[str, Any]]]
 # --- Text to calibrate or train on, and to measure on.
 
 
+#: stands for text that the model writes itself
+SELF = "self"
+#: tokens of such a text, at most
+_OWN = 256
+
+
 @dataclass
 class Texts:
     """The text of one command: chunks to use, and chunks to measure on, which the first do not hold.
 
     Attributes:
-        file, batches: where chunks to use come from, and how many; ``None``: the model writes them.
-        text, eval_batches: where chunks to measure on come from, and how many; ``None``: what is left of
-            ``file``, and where that is nothing, the model writes them.
+        sources, batches: files, and :data:`SELF`, of which chunks to use come, and how many of all together:
+            as many tokens of each, as far as it goes.
+        text, eval_batches: where chunks to measure on come from, and how many; ``None``: what is left of the
+            files, and where that is nothing, the model writes them.
         length: tokens of each chunk.
         seed: of what the model writes.
         use: what the chunks are for that are not measured on.
-        used, evaluation: the chunks ``[chunks, length]``, once they are read or written.
+        used, evaluation: the chunks ``[chunks, length]`` by what they are, once they are read or written.
     """
 
-    file: Path | None
+    sources: tuple[str, ...]
     batches: int
     text: Path | None
     eval_batches: int
     length: int
     seed: int
     use: str = "calibration"
-    used: Tensor | None = None
-    evaluation: Tensor | None = None
+    used: dict[str, Tensor] = field(default_factory=dict)
+    evaluation: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.label = (
-            f"text that the model wrote itself, not seen by this {self.use}"
-            f" ({self.eval_batches} x {self.length} tokens)"
-        )
+        names = [source if source == SELF else Path(source).name for source in self.sources]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ArgumentError(f"two sources of text are named '{twice[0]}'; give each once, or rename one")
+        self._names = dict(zip(self.sources, names, strict=True))
+        self._share = -(-self.batches // len(self.sources))
+        alone = self.sources == (SELF,)
+        self._own = self.length if alone else min(self.length, _OWN)
 
     def read(self, tokenizer: Any) -> None:
         """Read what comes from files.
@@ -262,32 +272,31 @@ class Texts:
         Raises:
             CalibrationError: a file does not hold enough.
         """
-        first = 0
-        if self.file is not None:
-            chunks = read_chunks(self.file, tokenizer, self.length)
-            # Where no other text is given, what is measured on is of this one: what is not needed, but at
-            # least a quarter.
-            spare = max(len(chunks) - self.batches, len(chunks) // 4) if self.text is None else 0
-            self.used = chunks[: min(self.batches, len(chunks) - spare)]
-            first = len(self.used)
-            if spare:
-                self._measure_on(self.file, chunks, first)
+        for source, name in self._names.items():
+            if source != SELF:
+                chunks = read_chunks(Path(source), tokenizer, self.length)
+                # Where no other text is given, what is measured on is of this one: what is not needed, but at
+                # least a quarter.
+                spare = max(len(chunks) - self._share, len(chunks) // 4) if self.text is None else 0
+                self.used[name] = chunks[: min(self._share, len(chunks) - spare)]
+                if spare:
+                    self._measure_on(name, chunks, len(self.used[name]))
         if self.text is not None:
             chunks = read_chunks(self.text, tokenizer, self.length)
-            first = first if self.file is not None and self.text.samefile(self.file) else 0
+            same = (name for source, name in self._names.items() if source != SELF)
+            files = {name: source for source, name in self._names.items()}
+            first = next((len(self.used[name]) for name in same if self.text.samefile(files[name])), 0)
             if first >= len(chunks):
                 raise CalibrationError(
                     f"all {len(chunks)} chunks of '{self.text}' are used, leaving none to measure on;"
                     " use fewer --batches or a smaller --length"
                 )
-            self._measure_on(self.text, chunks, first)
+            self._measure_on(self.text.name, chunks, first)
 
-    def _measure_on(self, file: Path, chunks: Tensor, first: int) -> None:
-        self.evaluation = chunks[first : first + self.eval_batches]
-        self.label = (
-            f"chunks {first} to {first + len(self.evaluation) - 1} of {file.name}"
-            f" ({len(self.evaluation)} x {self.length} tokens)"
-        )
+    def _measure_on(self, name: str, chunks: Tensor, first: int) -> None:
+        some = chunks[first : first + self.eval_batches]
+        label = f"chunks {first} to {first + len(some) - 1} of {name} ({len(some)} x {self.length} tokens)"
+        self.evaluation[label] = some
 
     def check_against(self, model: Any) -> None:
         """Refuse text that the model does not take, and a model that does not compute.
@@ -296,21 +305,26 @@ class Texts:
             FaspError: says why.
         """
         check_length(model, self.length)
-        for use, chunks in ((f"for {self.use}", self.used), ("to measure on", self.evaluation)):
-            if chunks is not None:
-                check_tokens(model, chunks, f"the text {use}")
+        for use, texts in ((f"for {self.use}", self.used), ("to measure on", self.evaluation)):
+            for name, chunks in texts.items():
+                check_tokens(model, chunks, f"the text {use}, {name},")
                 check_output(model, chunks[0])
 
     def write(self, model: Any, tokenizer: Any, stages: Stages) -> None:
         """Let the model write what no file gives and what it has not written yet."""
-        to_use = self.batches if self.used is None else 0
-        count = to_use + (self.eval_batches if self.evaluation is None else 0)
-        if count:
-            stages.begin(f"letting the model write {count} texts of {self.length} tokens")
+        needed = SELF in self.sources and SELF not in self.used
+        to_use = -(-self._share * self.length // self._own) if needed else 0
+        to_measure = 0 if self.evaluation else self.eval_batches
+        if count := to_use + to_measure:
+            stages.begin(f"letting the model write {count} texts of {self._own} tokens")
             start = start_token(model, tokenizer)
-            written = sample(model, start, count, self.length, seed=self.seed, progress=stages.update)
-            self.used = written[:to_use] if self.used is None else self.used
-            self.evaluation = written[to_use:] if self.evaluation is None else self.evaluation
+            written = sample(model, start, count, self._own, seed=self.seed, progress=stages.update)
+            self.used |= {SELF: written[:to_use]} if to_use else {}
+            label = (
+                f"text that the model wrote itself, not seen by this {self.use}"
+                f" ({to_measure} x {self._own} tokens)"
+            )
+            self.evaluation |= {label: written[to_use:]} if to_measure else {}
 
 
 def read_chunks(file: Path, tokenizer: Any, length: int) -> Tensor:

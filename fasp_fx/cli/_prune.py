@@ -33,8 +33,8 @@ from fasp_fx.pruning import (
     Method,
     PruningConfig,
     Sweep,
-    agreement,
     expected_sparsity,
+    with_agreement,
 )
 from fasp_fx.storage import new_save, refuse_other
 from fasp_fx.training import DistillationConfig, distil
@@ -57,10 +57,10 @@ def recover(result: Pruned, dense: Any, texts: Texts, stages: Stages, **options:
     Args:
         options: for :func:`fasp_fx.distil`.
     """
-    chunks = texts.used
-    assert chunks is not None
-    stages.begin(f"recovering on {chunks.shape[0]} x {chunks.shape[1]} tokens")
-    return distil(result, dense, training_steps(chunks), progress=stages.update, **options)
+    steps = {name: training_steps(chunks) for name, chunks in texts.used.items()}
+    tokens = sum(chunks.numel() for chunks in texts.used.values())
+    stages.begin(f"recovering on {tokens:,} tokens of {', '.join(steps)}")
+    return distil(result, dense, steps, progress=stages.update, **options)
 
 
 def training_steps(chunks: Tensor) -> tuple[Tensor, ...]:
@@ -75,13 +75,21 @@ def training_steps(chunks: Tensor) -> tuple[Tensor, ...]:
 
 def measured(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> Pruned:
     """The same, with how it and the dense model predict the same text in its report."""
-    assert texts.evaluation is not None
     stages.begin("measuring how far both models agree")
-    before, after = (perplexity(each, texts.evaluation) for each in (dense, result.model))
-    batches = [{"input_ids": chunk[None], "use_cache": False} for chunk in texts.evaluation]
-    return result.with_report(
-        figures=(Figure(f"perplexity on {texts.label}", before, after, 3),),
-        agreement=agreement(dense, result.model, batches, texts.label),
+    rows = {
+        label: [{"input_ids": chunk[None], "use_cache": False} for chunk in chunks]
+        for label, chunks in texts.evaluation.items()
+    }
+    return with_agreement(
+        result.with_report(
+            figures=tuple(
+                Figure(f"perplexity on {label}", perplexity(dense, some), perplexity(result.model, some), 3)
+                for label, some in texts.evaluation.items()
+            )
+        ),
+        dense,
+        result.model,
+        rows,
     )
 
 
@@ -217,10 +225,8 @@ def swept(model: str, texts: Texts, device: torch.device, stages: Stages, how: d
     texts.read(tokenizer)
     texts.check_against(dense)
     texts.write(dense, tokenizer, stages)
-    assert texts.used is not None
-    batches = [{"input_ids": chunk[None].to(device)} for chunk in texts.used]
     stages.begin("sweeping")
-    return sweep(dense, calibration=batches, progress=stages.update, **how)
+    return sweep(dense, calibration=_batches(texts, device), progress=stages.update, **how)
 
 
 def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, stages: Stages) -> None:
@@ -255,9 +261,9 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
         texts.check_against(dense)
         if needs_data := Method.of(config).needs_data:
             texts.write(dense, tokenizer, stages)
-        chunks = texts.used if needs_data else None
+        used = texts if needs_data else None
         with together(device) as group:
-            versions = [_pruned(dense, tokenizer, chunks, job, stages, config=config, group=group)]
+            versions = [_pruned(dense, tokenizer, used, job, stages, config=config, group=group)]
         if process("RANK", 0):  # all processes have the same
             return
         with job.saving(stages, versions):
@@ -267,19 +273,27 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
             versions.append(measured(dense, versions[-1], texts, stages))
 
 
+def _batches(texts: Texts, device: torch.device) -> dict[str, list[dict[str, Tensor]]]:
+    """The text to use as batches, by their sources."""
+    return {
+        name: [{"input_ids": chunk[None].to(device)} for chunk in chunks]
+        for name, chunks in texts.used.items()
+    }
+
+
 def _pruned(
-    model: Any, tokenizer: Any, chunks: Tensor | None, job: Job, stages: Stages, **options: Any
+    model: Any, tokenizer: Any, texts: Texts | None, job: Job, stages: Stages, **options: Any
 ) -> Pruned:
     """What :func:`fasp_fx.hf.prune` gives, with stages for what it does, if there is room for it."""
-    device = next(model.parameters()).device
-    batches = None if chunks is None else [{"input_ids": chunk[None].to(device)} for chunk in chunks]
+    batches = None if texts is None else _batches(texts, next(model.parameters()).device)
 
     def show_groups(analysis: Analysis) -> None:
         stages.end()
         job.check_room(model, job.format, 1 - expected_sparsity(options["config"], analysis))
         console().print(groups_table(analysis))
-        if chunks is not None:
-            stages.begin(f"calibrating on {len(chunks)} x {chunks.shape[1]} tokens")
+        if texts is not None:
+            tokens = sum(chunks.numel() for chunks in texts.used.values())
+            stages.begin(f"calibrating on {tokens:,} tokens of {', '.join(texts.used)}")
 
     def calibrated(fraction: float) -> None:
         stages.update(fraction)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fasp_fx.allocation import Bytes, CacheBytes, Search
 from fasp_fx.analysis import DEPTH, PRUNABLE, Group, PruningPlan
 from fasp_fx.base import attention_of, device_of, quiet_transformers, tolerable
-from fasp_fx.calibration import Ranks, as_calls, check_calibration
+from fasp_fx.calibration import HeldOut, Ranks, as_calls, check_calibration
 from fasp_fx.capturing import capture_whole
 from fasp_fx.errors import ArgumentError, NothingPrunableError, first_line
 from fasp_fx.passes import fused_weights
@@ -43,7 +43,7 @@ def prune_to(
     name: str | None,
     model: Any,
     tokenizer: Any,
-    calibration: Iterable[Any] | None,
+    calibration: HeldOut | None,
     asked: PruningConfig,
     device: torch.device | str | None,
     **passed: Any,
@@ -78,7 +78,7 @@ def prune_to(
     constraint.complete = name is None
     if Method.of(asked).needs_data:
         check_calibration(calibration)
-    calibration, example = _batches(model, calibration)
+    example = _example(model, calibration)
     # A program that returns a cache says how large it is.
     example["use_cache"] = any(isinstance(cap, CacheBytes) for cap in asked.budgets)
     form = constraint.form
@@ -199,17 +199,12 @@ class FormatConstraint:
         return ties, steps
 
 
-def _batches(
-    model: PreTrainedModel, calibration: Iterable[Any] | None
-) -> tuple[Iterable[Any] | None, dict[str, Any]]:
-    """The calibration data, and keyword arguments like its first batch to capture with, without a cache."""
+def _example(model: PreTrainedModel, calibration: HeldOut | None) -> dict[str, Any]:
+    """Keyword arguments like the first calibration batch to capture with, without a cache."""
     if calibration is None:
-        return None, example_of(model)
-    batches = iter(calibration)
-    first = list(itertools.islice(batches, 1))
-    args, kwargs = next(as_calls(first))
-    example = {"input_ids": args[0]} if args else kwargs
-    return itertools.chain(first, batches), example | {"use_cache": False}
+        return example_of(model)
+    args, kwargs = next(as_calls(calibration))
+    return ({"input_ids": args[0]} if args else kwargs) | {"use_cache": False}
 
 
 def example_of(model: PreTrainedModel) -> dict[str, Any]:

@@ -30,7 +30,15 @@ from fasp_fx.base import (
     shows,
     with_values,
 )
-from fasp_fx.calibration import Decision, HeldOut, as_calls, check_calibration, ended_together
+from fasp_fx.calibration import (
+    Decision,
+    HeldOut,
+    all_of,
+    as_calls,
+    check_calibration,
+    ended_together,
+    sources_in,
+)
 from fasp_fx.capturing import Captured, Program, capture_whole, tied_names
 from fasp_fx.errors import ArgumentError, NothingPrunableError, PlanError, VerificationError, first_line
 from fasp_fx.passes import PrunedModule, fused_weights
@@ -160,15 +168,14 @@ class CapturedModel:
         """What plans are made for."""
         return next(iter(self.programs.values()))
 
-    def read(self, calibration: Iterable[Any] | None) -> Any:
+    def read(self, calibration: Iterable[Any] | None) -> HeldOut:
         """Calibration batches as the planned program takes them.
 
         Raises:
             CalibrationError: they are none.
         """
-        return self.stages.batches(
-            check_calibration(calibration), FlatProgram.of(self.planned.program.module).cache_sizes
-        )
+        sizes = FlatProgram.of(self.planned.program.module).cache_sizes
+        return all_of(check_calibration(calibration)).through(lambda some: self.stages.batches(some, sizes))
 
 
 @one_at_a_time
@@ -426,12 +433,14 @@ def prune(
 
 def _measured(pruned: Pruned, dense: Any, data: HeldOut) -> Pruned:
     """The same, with how far it agrees with the dense model in its report."""
-    calls = [
-        {**(kwargs or {"input_ids": args[0]}), "use_cache": False}
-        for args, kwargs in (as_calls(data.rows) if data.rows else ())
-    ]
-    rows = [{name: value for name, value in call.items() if name != "labels"} for call in calls]
-    return cast(Pruned, with_agreement(pruned, dense, pruned.model, rows))
+
+    def called(batches: Any) -> list[dict[str, Any]]:
+        calls = as_calls(batches, "held_out") if batches else ()
+        rows = [{**(kwargs or {"input_ids": args[0]}), "use_cache": False} for args, kwargs in calls]
+        return [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+
+    rows = {source: called(some) for source, some in sources_in(data.rows).items()}
+    return cast(Pruned, with_agreement(pruned, dense, pruned.model, rows.get("", rows)))
 
 
 def _captured(model: Any, device: torch.device | str | None) -> CapturedModel:

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from fasp_fx.base import CACHE, deviation, tolerable, tolerance
-from fasp_fx.calibration import as_calls
+from fasp_fx.calibration import all_of, as_calls
 from fasp_fx.capturing import Program, rewound
 from fasp_fx.errors import ArgumentError, CalibrationError, CaptureError, first_line
 
@@ -240,14 +240,15 @@ def pruned_already(name: str) -> ArgumentError:
 
 def _calls(calibration: Any, known: set[str]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Each batch as its token numbers and other arguments."""
-    for index, (args, named) in enumerate(as_calls(calibration)):
+    data = all_of(calibration)
+    for index, (args, named) in enumerate(as_calls(data)):
         arguments = {**named, "input_ids": args[0]} if len(args) == 1 else named
         arguments.pop("labels", None)
         unknown = sorted(set(arguments) - known)
         if unknown or not isinstance(arguments.get("input_ids"), Tensor):
             what = f"holds {', '.join(unknown)}" if unknown else "has no tensor 'input_ids'"
             raise CalibrationError(
-                f"calibration batch {index} {what}; a batch holds {', '.join(sorted(known - {'use_cache'}))}"
+                f"{data.place(index)} {what}; a batch holds {', '.join(sorted(known - {'use_cache'}))}"
             )
         yield arguments["input_ids"], {name: value for name, value in arguments.items() if value is not None}
 

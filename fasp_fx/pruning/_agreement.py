@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fasp_fx.base import Count, device_of, lengths_apart, pytree, tensors_in, tolerable
-from fasp_fx.calibration import as_calls, token_mask
+from fasp_fx.calibration import as_calls, sources_in, token_mask
 from fasp_fx.capturing import Call, Program
 from fasp_fx.errors import first_line
 
@@ -31,6 +31,7 @@ class Agreement:
         same: how often the first choice stays: the largest number along the last dimension of an output
             ``[rows, classes]`` or ``[rows, tokens, words]``. ``None``: no output is such.
         source: what the rows are, in words.
+        by_source: the same of each source, where the rows are of several.
 
     Examples:
         >>> print(fasp_fx.agreement(model, model, batches))
@@ -41,6 +42,7 @@ class Agreement:
     error: Estimate
     same: Estimate | None = None
     source: str = ""
+    by_source: tuple[Agreement, ...] = ()
 
     def __str__(self) -> str:
         stay = "" if self.same is None else f", first choices stay in {percent(self.same, 1)}"
@@ -64,8 +66,8 @@ def agreement(
 
     Args:
         dense, pruned: models in evaluation mode that are called alike; each is run where its weights are.
-        batches: an iterable of batches, as for :func:`fasp_fx.prune`. What the pruning has seen says too
-            little of other data.
+        batches: an iterable of batches, or several by the names of their sources, as for
+            :func:`fasp_fx.prune`. What the pruning has seen says too little of other data.
         source: what the rows are, for the report.
 
     Raises:
@@ -76,8 +78,39 @@ def agreement(
         >>> agreed.rows, agreed.error[0] < 0.5
         (64, True)
     """
-    errors = defaultdict[int, list[tuple[float, float]]](list)
-    choices, total = list[tuple[float, float]](), 0
+    named = sources_in(batches)
+    seen = {name: _compared(dense, pruned, some, name or source) for name, some in named.items()}
+    if len(seen) == 1:
+        return next(iter(seen.values())).agreement()
+    together = _Compared(sum(each.rows for each in seen.values()), source=source)
+    for each in seen.values():
+        together.choices += each.choices
+        for number, pairs in each.errors.items():
+            together.errors[number] += pairs
+    return replace(together.agreement(), by_source=tuple(each.agreement() for each in seen.values()))
+
+
+@dataclass
+class _Compared:
+    """Rows that were compared: the squares of differences and of what they are relative to, by output; how
+    many first choices stay, of how many.
+    """
+
+    rows: int = 0
+    errors: dict[int, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+    choices: list[tuple[float, float]] = field(default_factory=list)
+    source: str = ""
+
+    def agreement(self) -> Agreement:
+        """What they say."""
+        square, spread = max(map(_ratio, self.errors.values()), key=lambda each: each[0], default=(0.0, None))
+        error = square**0.5, None if spread is None else spread / (2 * square**0.5 or 1.0)
+        return Agreement(self.rows, error, _ratio(self.choices) if self.choices else None, self.source)
+
+
+def _compared(dense: nn.Module | Program, pruned: nn.Module, batches: Any, source: str) -> _Compared:
+    """The rows of one source."""
+    seen = _Compared(source=source)
     for args, kwargs in as_calls(batches, "held_out"):
         call = Call(args, kwargs)
         rows = next((tensor.shape[0] for tensor in call.tensors() if tensor.dim()), 1)
@@ -91,14 +124,12 @@ def agreement(
                 counts = mask.to(was.device)
                 was, now = (part.masked_fill(~counts[..., None], 0) for part in (was, now))
             apart, size = lengths_apart(now.reshape(parts, -1), was.reshape(parts, -1), dim=1)
-            errors[number] += zip((apart**2).tolist(), (size**2).tolist(), strict=True)
+            seen.errors[number] += zip((apart**2).tolist(), (size**2).tolist(), strict=True)
             if was.dim() in (2, 3) and was.shape[-1] > 1:
                 stay = ((was.argmax(-1) == now.argmax(-1)) & counts, counts)
-                choices += zip(*(part.reshape(parts, -1).sum(1).tolist() for part in stay), strict=True)
-        total += rows
-    square, spread = max(map(_ratio, errors.values()), key=lambda each: each[0], default=(0.0, None))
-    error = square**0.5, None if spread is None else spread / (2 * square**0.5 or 1.0)
-    return Agreement(total, error, _ratio(choices) if choices else None, source)
+                seen.choices += zip(*(part.reshape(parts, -1).sum(1).tolist() for part in stay), strict=True)
+        seen.rows += rows
+    return seen
 
 
 def _outputs(model: nn.Module | Program, call: Call) -> list[Tensor]:
@@ -110,12 +141,29 @@ def _outputs(model: nn.Module | Program, call: Call) -> list[Tensor]:
     return tensors_in(call.to(device_of(model)).run(model))
 
 
-def with_agreement(result: Any, dense: nn.Module | Program, pruned: nn.Module, rows: list[Any]) -> Any:
+#: a source on which outputs differ by so many times as much as on another is warned of
+_WORSE = 3
+
+
+def with_agreement(result: Any, dense: nn.Module | Program, pruned: nn.Module, rows: Any) -> Any:
     """A result with how far it agrees with the dense model in its report, if there are rows; with a note
     where these cannot be run, for which what took an hour is not given up.
+
+    Args:
+        rows: batches, or batches by the names of their sources, of which some may have none.
     """
+    some = {name: batches for name, batches in sources_in(rows).items() if batches}
     try:
-        return result.with_report(agreement=agreement(dense, pruned, rows) if rows else None)
+        agreed = agreement(dense, pruned, some.get("", some)) if some else None
+        notes = result.report.notes
+        if agreed is not None and agreed.by_source:
+            best, *_, worst = sorted(agreed.by_source, key=lambda each: each.error[0])
+            if worst.error[0] > _WORSE * best.error[0]:
+                notes += (
+                    f"outputs differ {worst.error[0] / (best.error[0] or 1e-9):.1f} times as much on source"
+                    f" '{worst.source}' as on '{best.source}'; give more of it, or prune less",
+                )
+        return result.with_report(agreement=agreed, notes=notes)
     except tolerable(Exception) as failure:
         note = f"rows that were held out could not be run, so nothing was measured: {first_line(failure)}"
         return result.with_report(notes=(*result.report.notes, note))

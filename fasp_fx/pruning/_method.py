@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ from fasp_fx.base import (
 )
 from fasp_fx.calibration import (
     ENOUGH,
+    Batches,
     BudgetTrial,
     ByColumns,
     Choices,
@@ -66,6 +67,7 @@ from fasp_fx.calibration import (
     TokenRoles,
     Visit,
     in_pieces,
+    mixed,
     next_token,
     order_of,
     orders_of,
@@ -349,7 +351,7 @@ def calibrate(
     method: Method,
     consumers: Consumers,
     choices: Choices,
-    batches: list[list[Any]] | None,
+    batches: Batches | None,
     ledger: Ledger,
     advance: Callable[[float], None],
 ) -> Decision:
@@ -416,7 +418,7 @@ class Measurement:
     """
 
     consumers: Mapping[str, Consumers]
-    inputs: Callable[[str], list[list[Any]]]
+    inputs: Callable[[str], Batches]
     ranks: Ranks
     wants_curves: bool
     part: int | None = None
@@ -490,11 +492,13 @@ class Measurement:
             whole = whole_batches(program, batches)
             has_failed = method.config.loss == "auto" and method.loss is None
             pieces = whole if callable(method.config.loss) or has_failed else in_pieces(program, whole)
-            for tried in [pieces, whole]:
+            for tried in [mixed(pieces, batches), mixed(whole, batches)]:
                 try:
                     roles = TokenRoles(program, [piece.inputs for piece in tried], hold_out=False)
                     observation = Observation(consumers, tried, roles, wanted, method.loss, self.ranks)
-                    observation.run(-(-len(tried) // part), ENOUGH / less, advance)
+                    # As much of each source.
+                    count = -(-len(tried) // (part * batches.how_many)) * batches.how_many
+                    observation.run(min(count, len(tried)), ENOUGH / less, advance)
                     break
                 except tolerable(CalibrationError):
                     if len(tried) == len(whole):

@@ -31,6 +31,7 @@ from fasp_fx.base import (
     shows,
 )
 from fasp_fx.calibration import (
+    Batches,
     BudgetTrial,
     Consumers,
     Decision,
@@ -178,7 +179,9 @@ def prune(
             made of one.
         args, kwargs: example inputs.
         calibration: an iterable of batches: tensors, tuples of positional arguments or dicts of keyword
-            arguments.
+            arguments. Or several, by the names of their sources, ``{"web": batches, "code": batches}``: each
+            counts for as much, however many tokens it has, and how strongly is repaired is chosen by what
+            repairs of all other sources are worth for it.
         config: the options; ``None``: the defaults.
         costs: cost curves that :func:`fasp_fx.measure` gave, for an allocation that wants them; ``None``:
             they are measured.
@@ -193,9 +196,9 @@ def prune(
             some of the batches, and all get the same result (docs/processes.md).
         checkpoint: a folder that keeps what was decided, consumer by consumer: the same call with the same
             folder goes on from there, to the same result (docs/larger-than-memory.md).
-        held_out: batches like those that calibrate, on which ``report.agreement`` is measured afterwards.
-            ``None``: the last eighth of ``calibration``, if it has eight batches, which then calibrates
-            nothing. ``()``: nothing is measured.
+        held_out: batches like those that calibrate, on which ``report.agreement`` is measured afterwards, of
+            each source by itself. ``None``: the last eighth of ``calibration``, or of each source, if it has
+            eight batches, which then calibrates nothing. ``()``: nothing is measured.
         options: fields of :class:`fasp_fx.PruningConfig`, which describes them (``sparsity=0.2``,
             ``score="fasp"``, …), in the place of those of ``config``.
 
@@ -629,7 +632,7 @@ def _journal(
     consumers: Consumers,
     config: PruningConfig,
     lost: list[int],
-    inputs: list[list[Any]] | None,
+    inputs: Batches | None,
     processes: int,
 ) -> Journal | None:
     """What is kept of the calibration of one program; what an allocation decides stands in it by itself, and
@@ -645,7 +648,7 @@ def _journal(
         "model": running_fingerprint(consumers.analysis.program),
         "options": options,
         "what goes of each group": lost,
-        "data": digest_of(inputs),
+        "data": digest_of([*inputs, inputs.sources]),
         "processes": processes,  # on which rounding depends
     }
     return Journal(folder, run)

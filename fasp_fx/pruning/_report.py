@@ -286,7 +286,8 @@ class Report(Page):
             if self.agreement is None
             else f"{self.agreement}, which neither a choice nor a repair has seen"
         )
-        lines = {"removed": [removed], "measured": [measured]}
+        by_source = self.agreement.by_source if self.agreement is not None else ()
+        lines = {"removed": [removed], "measured": [measured, *map(str, by_source)]}
         lines |= {"cost": [self._cost()], "trust": [self._trust()], "cache": [*caches]}
         lines |= {"budget": [*map(str, self.budgets)], "recovery": [*recovery]}
         return [(what, line) for what, several in lines.items() for line in several]

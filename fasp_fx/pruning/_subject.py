@@ -31,7 +31,16 @@ from fasp_fx.analysis import (
     shapes_of,
 )
 from fasp_fx.base import device_named, fingerprint, tolerable, warn
-from fasp_fx.calibration import Candidates, Decision, ModelTrial, as_calls, check_inputs, read_batches
+from fasp_fx.calibration import (
+    Batches,
+    Candidates,
+    Decision,
+    ModelTrial,
+    all_of,
+    as_calls,
+    check_inputs,
+    read_batches,
+)
 from fasp_fx.capturing import Call, Parts, Program, replace_submodule, rewound, watching, with_attributes_of
 from fasp_fx.errors import (
     ArgumentError,
@@ -374,10 +383,12 @@ class InParts:
         """As :meth:`Whole.trial`."""
         return JoinedTrial(self, trials) if trials else None
 
-    def read(self, calibration: Iterable[Any] | None) -> list[Call]:
+    def read(self, calibration: Iterable[Any] | None) -> Batches:
         """As :meth:`Whole.read`."""
         device = next((tensor.device for tensor in self.around.call.tensors()), None)
-        batches = [Call(args, kwargs).to(device) for args, kwargs in as_calls(calibration)]
+        data = all_of(calibration)
+        batches = Batches(Call(args, kwargs).to(device) for args, kwargs in as_calls(data))
+        batches.sources = data.sources
         self._calls(self.analyses, batches, lambda flat: [])
         if not self.served():
             path = next(iter(self.analyses))
@@ -393,8 +404,8 @@ class InParts:
         return self._calls([path], batches, list)[path]
 
     def _calls(
-        self, paths: Iterable[str], batches: list[Call], kept: Callable[[list[Any]], list[Any]]
-    ) -> dict[str, list[list[Any]]]:
+        self, paths: Iterable[str], batches: Batches, kept: Callable[[list[Any]], list[Any]]
+    ) -> dict[str, Batches]:
         """What each call of some parts brings to the inputs of their graphs, while every batch runs once;
         nothing where a part does not take one of its calls.
 
@@ -402,7 +413,7 @@ class InParts:
             kept: what is kept of a call's inputs.
         """
         modules = {self.originals[path]: path for path in paths}
-        calls = {path: list[list[Any]]() for path in paths}
+        calls = {path: Batches() for path in paths}
         unfit = dict[str, str]()
 
         def note(module: nn.Module, call: Call) -> None:
@@ -412,6 +423,7 @@ class InParts:
                     flat = self.programs[path].flat_inputs(call.args, call.kwargs)
                     check_inputs(self.programs[path], flat, "a call on the calibration data")
                     calls[path].append(kept(flat))
+                    calls[path].sources.extend(batches.sources[index : index + 1])
                 except tolerable(CallError, CalibrationError) as error:
                     unfit.setdefault(path, first_line(error))
 
@@ -429,7 +441,7 @@ class InParts:
         for path in paths:
             if path in unfit or not calls[path]:
                 self.left[path] = unfit.get(path, "the calibration data never reaches it")
-                calls[path].clear()
+                calls[path] = Batches()
         return calls
 
     def apart(self, plan: PruningPlan) -> dict[str, PruningPlan]:

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import astuple, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
@@ -42,7 +43,7 @@ from fasp_fx.base import (
     shows,
     tolerable,
 )
-from fasp_fx.calibration import as_calls
+from fasp_fx.calibration import Batches, all_of, as_calls
 from fasp_fx.capturing import copied, in_training, rewound
 from fasp_fx.errors import ArgumentError, CalibrationError, StoreError, TrainingMemoryError, first_line
 from fasp_fx.pruning import CurvePoint, Recovery, Result, key_of
@@ -88,8 +89,9 @@ def distil(
         result: what :func:`fasp_fx.prune`, :func:`fasp_fx.apply`, :func:`fasp_fx.load` or
             :func:`fasp_fx.hf.prune` returned.
         dense: the model that was pruned, in evaluation mode. It runs once over the data.
-        data: an iterable of batches, as for ``calibration=`` there. All are held in memory; what the dense
-            model returns for them is kept on disk.
+        data: an iterable of batches, or several by the names of their sources, as for ``calibration=`` there.
+            All are held in memory; what the dense model returns for them is kept on disk. Of each source some
+            are held out, and as much of each counts for what does best.
         config: the options; ``None``: the defaults.
         checkpoint: a folder for the state of the training, written after each evaluation; the same call with
             the same folder goes on from there, to the same end. ``None``: nothing is kept.
@@ -118,8 +120,10 @@ def distil(
     pruned, more, modal = _called(result)
     _check(dense, result, {"dense": dense} | ({"the module of the result": pruned} if modal else {}))
     folder = None if checkpoint is None else path_of(checkpoint, "checkpoint").absolute()
-    calls = [(args, kwargs | more) for args, kwargs in as_calls(data, "data")]
-    training, held_out = split(len(calls), asked.held_out)
+    sources = all_of(data, "data")
+    calls = [(args, kwargs | more) for args, kwargs in as_calls(sources, "data")]
+    by_source = Batches(calls, sources.sources).by_source()
+    training, held_out = split(by_source, asked.held_out)
     match = _match(asked, result)
     if asked.precision == "auto":
         asked = replace(asked, precision="bfloat16" if multiplies_bfloat16(device_of(pruned)) else "weights")
@@ -134,7 +138,8 @@ def distil(
             lessons = Lessons(Path(temporary), calls, match)
             with contextlib.nullcontext() if folder is None else accelerator.main_process_first():
                 if folder is not None:
-                    claim(folder, "distil", _run(asked, result, pruned, [*trained.leaves], calls))
+                    run = _run(asked, result, pruned, [*trained.leaves], calls)
+                    claim(folder, "distil", run | {"held out": held_out})
                     lessons = replace(lessons, folder=folder / "dense")
                 coarse = training if asked.precision == "bfloat16" else ()
                 lessons.write(dense, coarse, lambda fraction: advance(share * fraction))
@@ -435,18 +440,24 @@ CLIP = 1.0
 WARMUP = 0.1
 
 
-def split(count: int, fraction: float) -> tuple[list[int], list[int]]:
-    """Numbers of the batches to train on, and of those held out: a fraction of them, at least one, spread
-    evenly.
+def split(by_source: Sequence[Sequence[int]], fraction: float) -> tuple[list[int], list[list[int]]]:
+    """Numbers of the batches to train on, and of those held out, by their sources: a fraction of each, at
+    least one, spread evenly.
 
     Raises:
         ArgumentError: there are too few to do so.
     """
-    if count < 2:
-        raise ArgumentError(f"the data holds {count} batch; give at least two, of which one is held out")
-    judging = min(max(1, round(count * fraction)), count - 1)
-    held_out = [int((index + 0.5) * count / judging) for index in range(judging)]
-    return [index for index in range(count) if index not in held_out], held_out
+    held_out = []
+    for numbers in by_source:
+        if (count := len(numbers)) < 2:
+            of_each = " of each source" if len(by_source) > 1 else ""
+            raise ArgumentError(
+                f"the data holds {count} batch{of_each}; give at least two, of which one is held out"
+            )
+        judging = min(max(1, round(count * fraction)), count - 1)
+        held_out.append([numbers[int((index + 0.5) * count / judging)] for index in range(judging)])
+    away = {*chain(*held_out)}
+    return [number for number in sorted(chain(*by_source)) if number not in away], held_out
 
 
 @dataclass(eq=False)
@@ -456,7 +467,7 @@ class Training:
     Attributes:
         trained: the module, and what of it changes.
         lessons: the batches, and what the dense model returned for them.
-        training, held_out: numbers of those that are trained on, and of those that judge.
+        training, held_out: numbers of those that are trained on, and by their sources of those that judge.
         config: the options, their precision settled.
         accelerator: the processes that share the batches of a step, one by itself or as ``accelerate launch``
             started them.
@@ -466,7 +477,7 @@ class Training:
     trained: Trained
     lessons: Lessons
     training: list[int]
-    held_out: list[int]
+    held_out: list[list[int]]
     config: DistillationConfig
     accelerator: Accelerator
     checkpoint: Path | None
@@ -586,11 +597,12 @@ class Training:
 
     @torch.no_grad()
     def _judged(self) -> float:
-        """The mean loss on the held-out batches, each term counting alike."""
-        seen = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for index in self._own(self.held_out):
-            with self._drawing(index):
-                terms = self._terms(index, bfloat16=False).double()
-            seen += torch.stack([terms.sum(), torch.ones_like(terms).sum()])
-        total, count = self.accelerator.reduce(seen, "sum").tolist()
-        return float(total / count)
+        """The mean loss on the held-out batches, each term of a source counting alike, and each source."""
+        seen = torch.zeros(len(self.held_out), 2, dtype=torch.float64, device=self._device)
+        for source, numbers in enumerate(self.held_out):
+            for index in self._own(numbers):
+                with self._drawing(index):
+                    terms = self._terms(index, bfloat16=False).double()
+                seen[source] += torch.stack([terms.sum(), torch.ones_like(terms).sum()])
+        totals, counts = self.accelerator.reduce(seen, "sum").T
+        return float((totals / counts).mean())

@@ -1,0 +1,179 @@
+"""What SmolLM2-135M can still do after pruning, by what it was calibrated on: nats above the dense model on
+kinds of text, questions answered, last words found. Resumes where it was stopped.
+
+A recipe joins sources by ``+``: a kind of text (the name of its file), or ``own``, what the model writes
+itself. ``fiction+own`` calibrates on as many tokens of each; ``all-code`` on every kind but code, and own
+text. The first half of each file calibrates, the second measures.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from _protocol import LENGTH, Results, arguments, chunks, smollm2
+from torch import Tensor, nn
+
+import fasp_fx
+from fasp_fx.hf import perplexity
+
+KINDS = {name: f"{name}.txt" for name in ("code", "fiction", "maths", "science")} | {
+    "wiki": "wikitext2-valid.txt"
+}
+QUESTIONS = ("arc_challenge.jsonl", "openbook_qa.jsonl")
+
+
+def drawn(texts: Tensor, count: int, draw: int) -> Tensor:
+    """Some chunks, others for each draw, as often as there are any."""
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(draw))
+    return texts[order[:count]]
+
+
+def sources_of(recipe: str) -> list[str]:
+    """The names of the sources of a recipe."""
+    if recipe.startswith("all"):
+        return [*(kind for kind in KINDS if kind != recipe.removeprefix("all-")), "own"]
+    return recipe.split("+")
+
+
+def lines(file: pathlib.Path) -> list[dict[str, Any]]:
+    """A file of JSON lines."""
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: nn.Module, tokenizer: Any, pairs: list[tuple[str, str]], together: int = 16
+) -> Iterator[tuple[float, bool]]:
+    """Of each continuation its log-likelihood after the text before it, and whether it is the likeliest."""
+    encoded = [
+        (before, tokenizer(a + b)["input_ids"])
+        for a, b in pairs
+        if (before := len(tokenizer(a)["input_ids"]))
+    ]
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][1]))
+    found: dict[int, tuple[float, bool]] = {}
+    for first in range(0, len(order), together):
+        some = order[first : first + together]
+        width = max(len(encoded[index][1]) for index in some)
+        rows = torch.zeros(len(some), width, dtype=torch.long)
+        for row, index in enumerate(some):
+            rows[row, : len(encoded[index][1])] = torch.tensor(encoded[index][1])
+        # Padding comes behind, where nothing that counts sees it.
+        scores = model(input_ids=rows, use_cache=False).logits.float().log_softmax(-1)
+        for row, index in enumerate(some):
+            before, ids = encoded[index]
+            place, wanted = slice(before - 1, len(ids) - 1), torch.tensor(ids[before:])
+            single = scores[row, place].gather(1, wanted[:, None]).sum()
+            found[index] = float(single), bool((scores[row, place].argmax(-1) == wanted).all())
+    return (found[index] for index in range(len(encoded)))
+
+
+def answered(model: nn.Module, tokenizer: Any, folder: pathlib.Path) -> int:
+    """How many questions are answered: the right choice is the likeliest for each of its bytes."""
+    right = 0
+    for file in QUESTIONS:
+        asked = lines(folder / file)
+        pairs = [(one["query"], f" {choice}") for one in asked for choice in one["choices"]]
+        values = log_likelihoods(model, tokenizer, pairs)
+        for one in asked:
+            sizes = [len(choice.encode()) for choice in one["choices"]]
+            scores = [next(values)[0] / size for size in sizes]
+            right += scores.index(max(scores)) == one["gold"]
+    return right
+
+
+def last_words(model: nn.Module, tokenizer: Any, folder: pathlib.Path, count: int) -> int:
+    """How many of the first passages of LAMBADA end as the model would end them."""
+    some = lines(folder / "lambada_openai.jsonl")[:count]
+    pairs = [(one["context"], f" {one['continuation']}") for one in some]
+    return sum(likeliest for _, likeliest in log_likelihoods(model, tokenizer, pairs))
+
+
+def main() -> None:
+    parser = arguments(__doc__, text=False, out=True)
+    parser.add_argument("--texts", type=pathlib.Path, required=True, help="the folder of the files")
+    parser.add_argument("--recipes", nargs="+", required=True, help="what calibrates")
+    parser.add_argument("--sparsity", type=float, nargs="*", default=[0.2, 0.3])
+    parser.add_argument("--quality", choices=["fast", "balanced", "best"], default="balanced")
+    parser.add_argument("--draw", type=int, nargs="*", default=[0])
+    parser.add_argument("--chunks", type=int, default=32, help="that calibrate")
+    parser.add_argument("--evaluation", type=int, default=10, help="chunks of each kind that are measured")
+    parser.add_argument("--tasks", action="store_true", help="questions and last words, too")
+    parser.add_argument("--code", default="", help="what this code is called in the results")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore", fasp_fx.CalibrationWarning)
+    results = Results(options.out)
+    model, tokenizer = smollm2(options.device)
+    whole = {kind: chunks(tokenizer, options.texts / file, options.device) for kind, file in KINDS.items()}
+    halves = {kind: text.tensor_split(2) for kind, text in whole.items()}
+    own = options.out.with_suffix(".own.pt")
+    measuring = {
+        kind: half[torch.linspace(0, len(half) - 1, min(options.evaluation, len(half))).long()]
+        for kind, (_, half) in halves.items()
+    }
+
+    def measured(smaller: nn.Module) -> dict[str, Any]:
+        with torch.no_grad():
+            nats = {
+                kind: float(torch.tensor(perplexity(smaller, text)).log()) for kind, text in measuring.items()
+            }
+        if not options.tasks:
+            return {"nats": nats}
+        args = smaller, tokenizer, options.texts
+        return {"nats": nats, "right": answered(*args), "last words": last_words(*args, 500)}
+
+    def written(draw: int) -> Tensor:
+        from fasp_fx.cli._models import sample, start_token
+
+        texts = torch.load(own) if own.exists() else {}
+        if draw not in texts:
+            texts[draw] = sample(model, start_token(model, tokenizer), 32, LENGTH, seed=draw)
+            torch.save(texts, own)
+        return texts[draw]
+
+    key = {"recipe": "dense", "evaluation": options.evaluation, "tasks": options.tasks}
+    if not results.has(key):
+        results.add(key | measured(model))
+    captured = None
+    for draw in options.draw:
+        for recipe in options.recipes:
+            names = sources_of(recipe)
+            texts = {
+                name: drawn(
+                    written(draw) if name == "own" else halves[name][0],
+                    -(-options.chunks // len(names)),
+                    draw,
+                )
+                for name in names
+            }
+            costs = None
+            for sparsity in options.sparsity:
+                key = {"recipe": recipe, "sparsity": sparsity, "quality": options.quality, "draw": draw}
+                key |= {"evaluation": options.evaluation, "tasks": options.tasks, "code": options.code}
+                key |= {"chunks": options.chunks}
+                if results.has(key):
+                    continue
+                if captured is None:
+                    example = {"input_ids": measuring["wiki"][:1], "use_cache": False}
+                    captured = fasp_fx.capture(model, (), example)
+                batches = [
+                    {"input_ids": text[place, None]}
+                    for place in range(options.chunks)
+                    for text in texts.values()
+                    if place < len(text)
+                ]
+                how: dict[str, Any] = {"quality": options.quality, "loss": "next-token"}
+                how |= {"calibration": batches, "progress": False}
+                if costs is None and options.quality != "fast":
+                    costs = fasp_fx.measure(captured, part=None, **how)
+                result = fasp_fx.prune(captured, sparsity=sparsity, costs=costs, held_out=(), **how)
+                results.add(key | {"reached": result.report.sparsity} | measured(result.module))
+
+
+if __name__ == "__main__":
+    main()
