@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prune(folder: Path) -> list[str | Path]:
     """A command that prunes the model, calibrated and measured on a file; its output is still to be named."""
     text = folder / "text.txt"
-    return ["prune", folder / "model", "--calibration", text, "--text", text, *SMALL]
+    return ["prune", folder / "model", "--calibration", text, "--text", text, "--no-own-text", *SMALL]
 
 
 @pytest.mark.parametrize("form", ["fasp-fx", "gguf"])
@@ -384,7 +384,7 @@ def test_several_texts_calibrate_and_are_measured_by_themselves(folder: Path, tm
     (tmp_path / "other.txt").write_text((folder / "text.txt").read_text("utf-8")[::-1], "utf-8")
     command = ["prune", folder / "model", "--out", tmp_path / "out", *SMALL, "--quality", "fast"]
     texts = ["--calibration", folder / "text.txt", "--calibration", tmp_path / "other.txt"]
-    shown = printed(*command, *texts, "--calibration", "self")
+    shown = printed(*command, *texts)
     for words in (
         "perplexity on chunks",
         "of other.txt (",
@@ -397,7 +397,7 @@ def test_several_texts_calibrate_and_are_measured_by_themselves(folder: Path, tm
         "other.txt",
     ]
     assert len(report.figures) == 2
-    with pytest.raises(fasp_fx.ArgumentError, match="two sources of text are named 'text.txt'"):
+    with pytest.raises(fasp_fx.ArgumentError, match=r"two sources of text are named 'text\.txt'"):
         Texts(("a/text.txt", "b/text.txt"), 6, None, 5, 4, 0)
 
 

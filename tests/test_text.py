@@ -45,6 +45,14 @@ def test_sampling_is_seeded_and_leaves_no_trace(model: LlamaForCausalLM) -> None
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_texts_begin_as_they_are_told_to(model: LlamaForCausalLM) -> None:
+    texts = sample(model, 0, 130, 6, openings=[[], [3], [2, 1]])
+    assert (texts[1::3, 1] == 3).all()
+    assert (texts[2::3, 1:3] == torch.tensor([2, 1])).all()
+    assert len(texts[::3, 1].unique()) > 1
+    assert sample(model, 0, 2, 2, openings=[[2, 1]])[:, 1].tolist() == [2, 2]
+
+
 def test_sampling_goes_past_the_end_token(model: LlamaForCausalLM) -> None:
     texts = sample(model, 0, 64, 20)
     after_end = [text[index + 1] for text in texts for index in range(1, 19) if text[index] == 1]

@@ -224,6 +224,14 @@ def prune(
         ),
     ] = None,
     device: Device = None,
+    own_text: Annotated[
+        bool,
+        option(
+            "Text that the model writes itself calibrates besides a file, the default, or not: what only one"
+            " kind of text calibrated loses most on others.",
+            "--own-text/--no-own-text",
+        ),
+    ] = True,
     batches: Annotated[int, option("Chunks of text to calibrate on. Default: 32.", min=1)] = 32,
     length: Length = None,
     eval_batches: EvalBatches = None,
@@ -290,7 +298,10 @@ def prune(
 
         kept = scratch or ((out or Path("here")).absolute().parent if stream else None)
         job = _prune.Job(out, overwrite, format, device, dtype, checkpoint, kept)
-        texts = _texts(calibration, length, eval_batches, batches=batches, text=text, seed=seed)
+        own = ["self"] if own_text and "self" not in (calibration or ()) else []
+        texts = _texts(
+            [*(calibration or ()), *own], length, eval_batches, batches=batches, text=text, seed=seed
+        )
         _prune.run(model, job, options, texts, recover, stages)
 
 
@@ -310,7 +321,7 @@ def _prune_program(
             " it out"
         )
     calibration, values = context.params["calibration"], context.params
-    if calibration is None and config is None:  # what needs no data stands for what is not given
+    if not calibration and config is None:  # what needs no data stands for what is not given
         if given["restore"]:
             raise ArgumentError("--restore repairs by data; give --calibration")
         given = {**given, "restore": False, "score": given["score"] or "magnitude"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +39,27 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 SAMPLED_TOGETHER = 64
+
+#: what texts that a model writes begin with, in turn, so that they are of many kinds: from nothing it writes
+#: mostly of what it saw most
+OPENINGS = (
+    "",
+    "The ",
+    "def ",
+    "Question: ",
+    "Once upon a time",
+    "Abstract: ",
+    '"I ',
+    "1. ",
+    "import ",
+    "In 19",
+    "He ",
+    "To solve this, ",
+    "class ",
+    "Dear ",
+    "We investigated ",
+    "How many ",
+)
 
 
 def _named(model: str) -> tuple[str, dict[str, Any]]:
@@ -310,21 +331,33 @@ class Texts:
                 check_tokens(model, chunks, f"the text {use}, {name},")
                 check_output(model, chunks[0])
 
-    def write(self, model: Any, tokenizer: Any, stages: Stages) -> None:
-        """Let the model write what no file gives and what it has not written yet."""
-        needed = SELF in self.sources and SELF not in self.used
-        to_use = -(-self._share * self.length // self._own) if needed else 0
+    def write(self, model: Any, tokenizer: Any, stages: Stages, to_use: bool = True) -> None:
+        """Let the model write what no file gives and what it has not written yet.
+
+        Args:
+            to_use: whether more is needed than what is measured on.
+        """
+        needed = to_use and SELF in self.sources and SELF not in self.used
+        used = -(-self._share * self.length // self._own) if needed else 0
         to_measure = 0 if self.evaluation else self.eval_batches
-        if count := to_use + to_measure:
+        if count := used + to_measure:
             stages.begin(f"letting the model write {count} texts of {self._own} tokens")
             start = start_token(model, tokenizer)
-            written = sample(model, start, count, self._own, seed=self.seed, progress=stages.update)
-            self.used |= {SELF: written[:to_use]} if to_use else {}
+            written = sample(
+                model,
+                start,
+                count,
+                self._own,
+                openings=[tokenizer(one, add_special_tokens=False)["input_ids"] for one in OPENINGS],
+                seed=self.seed,
+                progress=stages.update,
+            )
+            self.used |= {SELF: written[:used]} if used else {}
             label = (
                 f"text that the model wrote itself, not seen by this {self.use}"
                 f" ({to_measure} x {self._own} tokens)"
             )
-            self.evaluation |= {label: written[to_use:]} if to_measure else {}
+            self.evaluation |= {label: written[used:]} if to_measure else {}
 
 
 def read_chunks(file: Path, tokenizer: Any, length: int) -> Tensor:
@@ -395,6 +428,7 @@ def sample(
     count: int,
     length: int,
     *,
+    openings: Sequence[Sequence[int]] = (),
     seed: int = 0,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Tensor:
@@ -403,6 +437,7 @@ def sample(
 
     Args:
         start: the first token of each text, included in its length.
+        openings: tokens that follow it, of one text after another in turn.
         seed: the same seed gives the same texts on the same machine; the global random state is left as it
             was.
         progress: called with the fraction done.
@@ -435,6 +470,11 @@ def sample(
             drawn = torch.searchsorted(
                 passed, torch.rand(len(scores), 1, device=scores.device) * total, right=True
             )
+            first, place = sum(map(len, texts)), input_ids.shape[1] - 1
+            for row in range(len(drawn)):
+                begun = openings[(first + row) % len(openings)] if openings else ()
+                if place < len(begun):
+                    drawn[row] = begun[place]
             progress((sum(map(len, texts)) + len(input_ids) * (input_ids.shape[1] + 1) / length) / count)
             return scores.fill_(-torch.inf).scatter_(-1, drawn.clamp_max(scores.shape[-1] - 1), 0.0)
 

@@ -267,7 +267,7 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
         if process("RANK", 0):  # all processes have the same
             return
         with job.saving(stages, versions):
-            texts.write(dense, tokenizer, stages)
+            texts.write(dense, tokenizer, stages, to_use=epochs > 0)
             if epochs:
                 versions.append(recover(versions[0], dense, texts, stages, epochs=epochs, seed=texts.seed))
             versions.append(measured(dense, versions[-1], texts, stages))
