@@ -24,6 +24,8 @@ from fasp_fx.hf import perplexity
 KINDS = {name: f"{name}.txt" for name in ("code", "fiction", "maths", "science")} | {
     "wiki": "wikitext2-valid.txt"
 }
+#: tokens of a text that the model writes
+OWN = 256
 QUESTIONS = ("arc_challenge.jsonl", "openbook_qa.jsonl")
 
 
@@ -128,11 +130,15 @@ def main() -> None:
         return {"nats": nats, "right": answered(*args), "last words": last_words(*args, 500)}
 
     def written(draw: int) -> Tensor:
-        from fasp_fx.cli._models import sample, start_token
+        from fasp_fx.cli._models import OPENINGS, sample, start_token
 
         texts = torch.load(own) if own.exists() else {}
         if draw not in texts:
-            texts[draw] = sample(model, start_token(model, tokenizer), 32, LENGTH, seed=draw)
+            openings = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in OPENINGS]
+            how = {"openings": openings, "seed": draw}
+            texts[draw] = sample(
+                model, start_token(model, tokenizer), options.chunks * LENGTH // OWN, OWN, **how
+            )
             torch.save(texts, own)
         return texts[draw]
 
@@ -143,12 +149,11 @@ def main() -> None:
     for draw in options.draw:
         for recipe in options.recipes:
             names = sources_of(recipe)
+            each = -(-options.chunks // len(names))
             texts = {
-                name: drawn(
-                    written(draw) if name == "own" else halves[name][0],
-                    -(-options.chunks // len(names)),
-                    draw,
-                )
+                name: drawn(halves[name][0], each, draw)
+                if name != "own"
+                else written(draw)[: each * LENGTH // OWN]
                 for name in names
             }
             costs = None
@@ -161,12 +166,7 @@ def main() -> None:
                 if captured is None:
                     example = {"input_ids": measuring["wiki"][:1], "use_cache": False}
                     captured = fasp_fx.capture(model, (), example)
-                batches = [
-                    {"input_ids": text[place, None]}
-                    for place in range(options.chunks)
-                    for text in texts.values()
-                    if place < len(text)
-                ]
+                batches = {name: [{"input_ids": row[None]} for row in text] for name, text in texts.items()}
                 how: dict[str, Any] = {"quality": options.quality, "loss": "next-token"}
                 how |= {"calibration": batches, "progress": False}
                 if costs is None and options.quality != "fast":
