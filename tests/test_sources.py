@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, strategies as st
 from models import made, two_layers
 from test_restoration import closeness, error_of, solve
 from torch import Tensor
 
 import fasp_fx
+import fasp_fx.hf
 from fasp_fx.calibration import Problem, ridge
 from fasp_fx.calibration._restoration import GRID
 
@@ -147,6 +149,28 @@ def test_a_model_in_parts_has_sources_too() -> None:
     )
     for weight, again in zip(first.values(), second.values(), strict=True):
         torch.testing.assert_close(weight, again, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["fasp-fx", "per-layer"])
+def test_language_models_have_sources(format: Any) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    one, other = ([torch.randint(low, low + 30, (2, 12)) for _ in range(8)] for low in (0, 30))
+    how: dict[str, Any] = {"sparsity": 0.3, "format": format, "quality": "fast", "allocation": "uniform"}
+    named = {"one": [{"input_ids": ids, "labels": ids} for ids in one], "other": other}
+    pruned = fasp_fx.hf.prune(model, calibration=named, **how)
+    agreed = pruned.report.agreement
+    assert agreed is not None
+    assert [(each.source, each.rows) for each in agreed.by_source] == [("one", 2), ("other", 2)]
+    more = {"one": [*one[:7] * 2, *one[7:] * 2], "other": other}
+    again = fasp_fx.hf.prune(model, calibration=more, **how)
+    for weight, same in zip(pruned.model.parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(weight, same, rtol=1e-3, atol=1e-4)
+    with pytest.raises(fasp_fx.CalibrationError, match="batch 1 of calibration source 'other'"):
+        fasp_fx.hf.prune(model, calibration={"one": one, "other": [other[0], torch.rand(2, 5)]}, **how)
 
 
 def test_training_keeps_what_is_best_for_sources_alike() -> None:

@@ -105,7 +105,8 @@ class HeldOut:
     than eight batches none is held out. Of several sources this is so of each, of whose batches come in turn.
 
     Args:
-        batches: all of them, or those that calibrate; or such by the names of sources.
+        batches: all of them, or those that calibrate; or such by the names of sources; or what another
+            leaves.
         rows: batches that are held out besides; ``None``: an eighth of ``batches``.
         what: the argument that they came in.
 
@@ -118,7 +119,7 @@ class HeldOut:
     def __init__(self, batches: Any, rows: Any = None, what: str = "calibration") -> None:
         self._batches, self.rows, self.what = batches, rows, what
         self._seen: list[Any] | None = None
-        self._read: Callable[[], tuple[list[Any], list[int]]] = self._read_all
+        self._change: Callable[[Iterable[Any]], Iterable[Any]] = iter
         self.sources, self.names = list[int](), list[str]()
 
     def __iter__(self) -> Iterator[Any]:
@@ -126,7 +127,11 @@ class HeldOut:
             self._seen, self.sources = self._read()
         return iter(self._seen)
 
-    def _read_all(self) -> tuple[list[Any], list[int]]:
+    def _read(self) -> tuple[list[Any], list[int]]:
+        if isinstance(self._batches, HeldOut):
+            batches = [*self._change(self._batches)]
+            self.names = self._batches.names
+            return batches, self._batches.sources
         seen, rows = dict[str, list[Any]](), dict[str, list[Any]]()
         for name, batches in sources_in(self._batches).items():
             what = f"{self.what} source {name!r}" if name else self.what
@@ -148,13 +153,8 @@ class HeldOut:
 
     def through(self, change: Callable[[Iterable[Any]], Iterable[Any]]) -> HeldOut:
         """The same sources, of whose batches ``change`` makes others, one of each; nothing is held out."""
-        changed = HeldOut((), ())
-
-        def read() -> tuple[list[Any], list[int]]:
-            batches, changed.names = [*change(self)], self.names
-            return batches, self.sources
-
-        changed._read = read
+        changed = HeldOut(self, ())
+        changed._change = change
         return changed
 
 

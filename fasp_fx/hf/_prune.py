@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -408,7 +408,7 @@ def prune(
     elif format is None and not Method.of(asked).needs_costs:
         format = OWN.name
         notes = (f"the model is a program ({OWN.name!r}): without costs, heads would go from every layer",)
-    batches = None if calibration is None else data
+    batches = None if calibration is None else data.through(_without_labels)
     if format != OWN.name:
         try:
             done = prune_to(format, model, tokenizer, batches, asked, device, **passed)
@@ -431,13 +431,18 @@ def prune(
     return _measured(pruned, captured.model, data)
 
 
+def _without_labels(batches: Iterable[Any]) -> Iterator[Any]:
+    """What the model needs to compute logits, of batches as a trainer takes them."""
+    for args, kwargs in as_calls(batches):
+        yield {name: value for name, value in kwargs.items() if name != "labels"} or args
+
+
 def _measured(pruned: Pruned, dense: Any, data: HeldOut) -> Pruned:
     """The same, with how far it agrees with the dense model in its report."""
 
     def called(batches: Any) -> list[dict[str, Any]]:
-        calls = as_calls(batches, "held_out") if batches else ()
-        rows = [{**(kwargs or {"input_ids": args[0]}), "use_cache": False} for args, kwargs in calls]
-        return [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+        calls = as_calls([*_without_labels(batches)], "held_out") if batches else ()
+        return [{**(kwargs or {"input_ids": args[0]}), "use_cache": False} for args, kwargs in calls]
 
     rows = {source: called(some) for source, some in sources_in(data.rows).items()}
     return cast(Pruned, with_agreement(pruned, dense, pruned.model, rows.get("", rows)))

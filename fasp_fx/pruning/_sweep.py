@@ -126,7 +126,7 @@ def sweep_by(
     """
     (measure, prune), (wanted, tried), advance = steps, map(dict.fromkeys, at), advance_of(progress)
     batches, step = HeldOut(calibration), 1 / (len(tried) + 1)
-    data: dict[str, Any] = {"calibration": [*batches]}
+    data: dict[str, Any] = {"calibration": batches}
     costs = measure(captured, **data, config=config, part=None, progress=between(advance, 0.0, step))
     points = dict[float | Cap, Point]()
     for asked in (0.0, *wanted, *tried):
