@@ -2,8 +2,8 @@
 kinds of text, questions answered, last words found. Resumes where it was stopped.
 
 A recipe joins sources by ``+``: a kind of text (the name of its file), or ``own``, what the model writes
-itself. ``fiction+own`` calibrates on as many tokens of each; ``all-code`` on every kind but code, and own
-text. The first half of each file calibrates, the second measures.
+itself. ``fiction+own`` calibrates on as many tokens of each; ``all-code`` on every kind but code, and as
+much own text as of all these together. The first half of each file calibrates, the second measures.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def drawn(texts: Tensor, count: int, draw: int) -> Tensor:
 def sources_of(recipe: str) -> list[str]:
     """The names of the sources of a recipe."""
     if recipe.startswith("all"):
-        return [*(kind for kind in KINDS if kind != recipe.removeprefix("all-")), "own"]
+        files = [kind for kind in KINDS if kind != recipe.removeprefix("all-")]
+        return [*files, *(f"own {number}" for number in range(len(files)))]
     return recipe.split("+")
 
 
@@ -113,7 +114,7 @@ def main() -> None:
     model, tokenizer = smollm2(options.device)
     whole = {kind: chunks(tokenizer, options.texts / file, options.device) for kind, file in KINDS.items()}
     halves = {kind: text.tensor_split(2) for kind, text in whole.items()}
-    own = options.out.with_suffix(".own.pt")
+    kept = options.out.with_suffix(".own.pt")
     measuring = {
         kind: half[torch.linspace(0, len(half) - 1, min(options.evaluation, len(half))).long()]
         for kind, (_, half) in halves.items()
@@ -132,14 +133,14 @@ def main() -> None:
     def written(draw: int) -> Tensor:
         from fasp_fx.cli._models import OPENINGS, sample, start_token
 
-        texts = torch.load(own) if own.exists() else {}
+        texts = torch.load(kept) if kept.exists() else {}
         if draw not in texts:
             openings = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in OPENINGS]
             how = {"openings": openings, "seed": draw}
             texts[draw] = sample(
                 model, start_token(model, tokenizer), options.chunks * LENGTH // OWN, OWN, **how
             )
-            torch.save(texts, own)
+            torch.save(texts, kept)
         return texts[draw]
 
     key = {"recipe": "dense", "evaluation": options.evaluation, "tasks": options.tasks}
@@ -150,11 +151,10 @@ def main() -> None:
         for recipe in options.recipes:
             names = sources_of(recipe)
             each = -(-options.chunks // len(names))
+            rows = each * LENGTH // OWN
+            own = iter(written(draw).split(rows) if any("own" in name for name in names) else ())
             texts = {
-                name: drawn(halves[name][0], each, draw)
-                if name != "own"
-                else written(draw)[: each * LENGTH // OWN]
-                for name in names
+                name: drawn(halves[name][0], each, draw) if name in halves else next(own) for name in names
             }
             costs = None
             for sparsity in options.sparsity:

@@ -5,7 +5,7 @@ from ._calibration import (
     check_calibration as check_calibration,  # The batches, if they are an iterable of batches
     check_inputs as check_inputs,  # Refuse graph inputs that a program does not take, or that nothing can be seen of
     in_pieces as in_pieces,  # Batches in pieces of one sequence, of one image, or of some rows of a table, where these do not see each other
-    mixed as mixed,  # Pieces of each source of the batches in turn, so that the first of them are of all
+    mixed as mixed,  # Pieces of the sources of the batches in such an order that the first of them hold as much of each
     read_batches as read_batches,  # The graph inputs of every batch
     sources_in as sources_in,  # The iterables of batches by the names of their sources
     whole_batches as whole_batches,  # Batches as they came

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, zip_longest
@@ -323,12 +324,22 @@ def in_pieces(program: Program, whole: list[Piece]) -> list[Piece]:
 
 
 def mixed(pieces: list[Piece], batches: Batches) -> list[Piece]:
-    """Pieces of each source of the batches in turn, so that the first of them are of all."""
-    source = batches.sources or [0] * len(batches)
-    by_source: dict[int, list[Piece]] = {}
+    """Pieces of the sources of the batches in such an order that the first of them hold as much of each: the
+    next is always of the source of which least came before.
+    """
+    if not batches.sources:
+        return pieces
+    left, sizes = dict[int, deque[Piece]](), Counter[int]()
     for piece in pieces:
-        by_source.setdefault(source[piece.batch], []).append(piece)
-    return [*in_turn(by_source.values())]
+        left.setdefault(batches.sources[piece.batch], deque()).append(piece)
+    ordered = list[Piece]()
+    while left:
+        source = min(left, key=lambda one: (sizes[one], one))
+        ordered.append(left[source].popleft())
+        sizes[source] += sum(leaf.numel() for leaf in ordered[-1].inputs if isinstance(leaf, Tensor))
+        if not left[source]:
+            del left[source]
+    return ordered
 
 
 def _part(piece: Piece, along: Sequence[bool], start: int, size: int) -> Piece:

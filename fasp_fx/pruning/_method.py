@@ -496,9 +496,8 @@ class Measurement:
                 try:
                     roles = TokenRoles(program, [piece.inputs for piece in tried], hold_out=False)
                     observation = Observation(consumers, tried, roles, wanted, method.loss, self.ranks)
-                    # As much of each source.
-                    count = -(-len(tried) // (part * batches.how_many)) * batches.how_many
-                    observation.run(min(count, len(tried)), ENOUGH / less, advance)
+                    at_least = max(-(-len(tried) // part), batches.how_many)
+                    observation.run(at_least, ENOUGH / less, advance)
                     break
                 except tolerable(CalibrationError):
                     if len(tried) == len(whole):
