@@ -259,13 +259,15 @@ class Texts:
 
     Attributes:
         sources, batches: files, and :data:`SELF`, of which chunks to use come, and how many of all together:
-            as many tokens of each, as far as it goes.
+            as many tokens of each file, as far as it goes, and of what the model writes as many as of all
+            files.
         text, eval_batches: where chunks to measure on come from, and how many; ``None``: what is left of the
             files, and where that is nothing, the model writes them.
         length: tokens of each chunk.
         seed: of what the model writes.
         use: what the chunks are for that are not measured on.
         used, evaluation: the chunks ``[chunks, length]`` by what they are, once they are read or written.
+        named: the sources, in words.
     """
 
     sources: tuple[str, ...]
@@ -282,8 +284,10 @@ class Texts:
         names = [source if source == SELF else Path(source).name for source in self.sources]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ArgumentError(f"two sources of text are named '{twice[0]}'; give each once, or rename one")
-        self._names = dict(zip(self.sources, names, strict=True))
-        self._share = -(-self.batches // len(self.sources))
+        self._names, self.named = dict(zip(self.sources, names, strict=True)), ", ".join(names)
+        # As many sources as there are files, so that own text counts for as much as all of them.
+        self._parts = max(len(names) - 1, 1) if SELF in names else 0
+        self._share = -(-self.batches // (len([name for name in names if name != SELF]) + self._parts))
         alone = self.sources == (SELF,)
         self._own = self.length if alone else min(self.length, _OWN)
 
@@ -338,7 +342,7 @@ class Texts:
             to_use: whether more is needed than what is measured on.
         """
         needed = to_use and SELF in self.sources and SELF not in self.used
-        used = -(-self._share * self.length // self._own) if needed else 0
+        used = self._parts * -(-self._share * self.length // self._own) if needed else 0
         to_measure = 0 if self.evaluation else self.eval_batches
         if count := used + to_measure:
             stages.begin(f"letting the model write {count} texts of {self._own} tokens")
@@ -352,7 +356,10 @@ class Texts:
                 seed=self.seed,
                 progress=stages.update,
             )
-            self.used |= {SELF: written[:used]} if used else {}
+            parts = written[:used].split(used // self._parts) if used else ()
+            self.used |= {
+                SELF if not place else f"{SELF}, {place + 1}": part for place, part in enumerate(parts)
+            }
             label = (
                 f"text that the model wrote itself, not seen by this {self.use}"
                 f" ({to_measure} x {self._own} tokens)"

@@ -59,7 +59,7 @@ def recover(result: Pruned, dense: Any, texts: Texts, stages: Stages, **options:
     """
     steps = {name: training_steps(chunks) for name, chunks in texts.used.items()}
     tokens = sum(chunks.numel() for chunks in texts.used.values())
-    stages.begin(f"recovering on {tokens:,} tokens of {', '.join(steps)}")
+    stages.begin(f"recovering on {tokens:,} tokens of {texts.named}")
     return distil(result, dense, steps, progress=stages.update, **options)
 
 
@@ -293,7 +293,7 @@ def _pruned(
         console().print(groups_table(analysis))
         if texts is not None:
             tokens = sum(chunks.numel() for chunks in texts.used.values())
-            stages.begin(f"calibrating on {tokens:,} tokens of {', '.join(texts.used)}")
+            stages.begin(f"calibrating on {tokens:,} tokens of {texts.named}")
 
     def calibrated(fraction: float) -> None:
         stages.update(fraction)
