@@ -1,6 +1,5 @@
 from ._agreement import (
     Agreement as Agreement,  # How far a dense and a pruned model agree on some rows
-    agreement as agreement,  # Measure how far two models agree, with an error bar
     percent as percent,  # An estimate in percent, with its standard error where it has one
     with_agreement as with_agreement,  # A result with how far it agrees with the dense model in its report
 )
