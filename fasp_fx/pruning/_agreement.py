@@ -152,8 +152,8 @@ def with_agreement(result: Any, dense: nn.Module | Program, pruned: nn.Module, r
     Args:
         rows: batches, or batches by the names of their sources, of which some may have none.
     """
-    some = {name: batches for name, batches in sources_in(rows).items() if batches}
     try:
+        some = {name: batches for name, batches in sources_in(rows).items() if batches}
         agreed = agreement(dense, pruned, some.get("", some)) if some else None
         notes = result.report.notes
         if agreed is not None and agreed.by_source:
