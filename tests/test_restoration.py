@@ -158,9 +158,9 @@ def test_a_repair_never_raises_the_error_nor_that_on_tokens_held_out(
     outcome = ridge(
         Problem(
             torch.from_numpy(weight),
-            (torch.from_numpy(x.T @ x), torch.from_numpy(held.T @ held)),
+            torch.from_numpy(x.T @ x),
+            torch.from_numpy(held.T @ held),
             torch.from_numpy(kept),
-            judges=1,
         )
     )
     found = outcome.weight.double().numpy()
@@ -217,8 +217,8 @@ def test_a_repair_by_few_tokens_themselves_is_that_by_their_gram_matrix(
         for x in seen:
             x[:, kept[-1]] = 1
     fitted, held = (x if own else x.T @ x for x, own in zip(seen, few, strict=True))
-    found = ridge(Problem(weight, (fitted, held), kept, has_ones, 1), 1e-2)
-    other = ridge(Problem(weight, tuple(x.T @ x for x in seen), kept, has_ones, 1), 1e-2)
+    found = ridge(Problem(weight, fitted, held, kept, has_ones), 1e-2)
+    other = ridge(Problem(weight, *(x.T @ x for x in seen), kept, has_ones), 1e-2)
     assert (found.used, found.strength) == (other.used, other.strength)
     torch.testing.assert_close(found.weight, other.weight, rtol=1e-5, atol=1e-6)
     for own in ("error_before", "error_after", "held_before", "held_after"):
@@ -240,9 +240,9 @@ def test_held_out_error_is_that_of_a_repair_that_did_not_see_the_tokens() -> Non
     outcome = ridge(
         Problem(
             torch.from_numpy(weight),
-            (torch.from_numpy(x.T @ x), torch.from_numpy(held.T @ held)),
+            torch.from_numpy(x.T @ x),
+            torch.from_numpy(held.T @ held),
             torch.from_numpy(kept),
-            judges=1,
         )
     )
     assert outcome.used
@@ -260,7 +260,7 @@ def test_without_tokens_held_out_nothing_is_repaired() -> None:
         torch.randn(9, 5, generator=torch.Generator().manual_seed(1)),
     )
     kept = torch.tensor([0, 2, 3])
-    outcome = ridge(Problem(weight, (x.T @ x,), kept))
+    outcome = ridge(Problem(weight, x.T @ x, None, kept))
     assert (outcome.used, outcome.held_before) == (False, None)
     assert torch.equal(outcome.weight[:, kept], weight[:, kept])
 

@@ -1,6 +1,4 @@
-"""Calibration data of several sources: each counts for as much, judges what repairs of the others are worth
-for it, and is reported by itself.
-"""
+"""Calibration data of several sources: each counts for as much, and is reported by itself."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,15 +7,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, strategies as st
 from models import made, two_layers
-from test_restoration import closeness, error_of, solve
 from torch import Tensor
 
 import fasp_fx
 import fasp_fx.hf
-from fasp_fx.calibration import Problem, ridge
-from fasp_fx.calibration._restoration import GRID
+from fasp_fx.calibration import TokenRoles, read_batches
+from fasp_fx.calibration._statistics import HELD
 
 
 def drawn(seed: int, count: int, scale: float = 1.0) -> list[Tensor]:
@@ -38,47 +34,6 @@ def repaired(captured: fasp_fx.Captured, data: Any, **options: Any) -> list[Tens
     return [*fasp_fx.prune(captured, calibration=data, **how).module.state_dict().values()]
 
 
-@given(
-    rows=st.integers(1, 20),
-    columns=st.integers(3, 12),
-    counts=st.lists(st.integers(1, 40), min_size=2, max_size=4),
-    seed=st.integers(0, 9999),
-)
-def test_the_ridge_is_what_is_best_for_sources_left_out(
-    rows: int, columns: int, counts: list[int], seed: int
-) -> None:
-    """By a general solver; a search that goes downhill need not find another valley."""
-    random = np.random.default_rng(seed)
-    weight = random.normal(size=(rows, columns))
-    common = random.normal(size=(columns, columns))
-    seen = [
-        random.normal(size=(n, columns)) @ (common + 0.3 * random.normal(size=common.shape)) for n in counts
-    ]
-    kept = np.sort(random.permutation(columns)[: random.integers(1, columns)])
-    grams = tuple(torch.from_numpy(x.T @ x) for x in seen)
-    found = ridge(Problem(torch.from_numpy(weight), grams, torch.from_numpy(kept), judges=len(seen)))
-
-    def factor(strength: float) -> float:
-        factors = []
-        for place, judge in enumerate(seen):
-            others = np.concatenate([*seen[:place], *seen[place + 1 :]])
-            left = (solve(weight, others, kept, each) for each in (strength, np.inf))
-            errors = [error_of(weight, judge, kept, one) for one in left]
-            factors.append(errors[0] / errors[1])
-        return float(np.mean(factors))
-
-    factors = [factor(strength) for strength in GRID]
-    if found.used:
-        place = GRID.index(found.strength)
-        assert factors[place] < 1
-        assert factors[place] <= 1.001 * min(factors[max(place - 1, 0) : place + 2])
-        expected = solve(weight, np.concatenate(seen), kept, found.strength)
-        assert closeness(found.weight.numpy()[:, kept], expected) <= 1e-5
-        assert found.held_after == pytest.approx(found.held_before * factors[place], rel=1e-4)
-    else:
-        assert min(factors[len(GRID) // 2 - 1 : len(GRID) // 2 + 2]) > 0.999
-
-
 def test_each_source_counts_for_as_much(captured: fasp_fx.Captured) -> None:
     """However many batches it has, and whatever stands first; not so in one list."""
     one, other = drawn(1, 2), drawn(2, 2)
@@ -88,6 +43,20 @@ def test_each_source_counts_for_as_much(captured: fasp_fx.Captured) -> None:
             torch.testing.assert_close(weight, again, rtol=1e-4, atol=1e-5)
     lists = (repaired(captured, one * times + other) for times in (1, 3))
     assert any(not torch.allclose(*pair, atol=1e-3) for pair in zip(*lists, strict=True))
+
+
+def test_every_fourth_sequence_of_each_source_is_held_out(captured: fasp_fx.Captured) -> None:
+    """Counted in turn, all of those could be of one source."""
+    data = {"one": drawn(1, 1), "other": drawn(2, 1), "third": drawn(3, 2)}
+    batches = read_batches(captured.program, data, None)
+    assert batches.sources == [0, 1, 2, 2]
+    roles = TokenRoles(captured.program, batches)
+    node = captured.program.placeholders()[0]
+    held = [(roles.of(index, node, batch[0], [0])[:, 0] == HELD) for index, batch in enumerate(batches)]
+    expected = torch.arange(60) % 4 == 3
+    for found, start in zip(held, (0, 0, 0, 30), strict=True):
+        assert torch.equal(found, expected[start : start + 30])
+    assert roles.weights == pytest.approx([4 / 3, 4 / 3, 2 / 3, 2 / 3])
 
 
 def test_one_source_with_a_name_is_data_without_one(captured: fasp_fx.Captured) -> None:
@@ -158,19 +127,19 @@ def test_language_models_have_sources(format: Any) -> None:
         vocab_size=64, hidden_size=16, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
     )
     model = transformers.LlamaForCausalLM(config).eval()
-    one, other = ([torch.randint(low, low + 30, (2, 12)) for _ in range(8)] for low in (0, 30))
+    one, other = ([torch.randint(low, low + 30, (4, 12)) for _ in range(8)] for low in (0, 30))
     how: dict[str, Any] = {"sparsity": 0.3, "format": format, "quality": "fast", "allocation": "uniform"}
     named = {"one": [{"input_ids": ids, "labels": ids} for ids in one], "other": other}
     pruned = fasp_fx.hf.prune(model, calibration=named, **how)
     agreed = pruned.report.agreement
     assert agreed is not None
-    assert [(each.source, each.rows) for each in agreed.by_source] == [("one", 2), ("other", 2)]
+    assert [(each.source, each.rows) for each in agreed.by_source] == [("one", 4), ("other", 4)]
     more = {"one": [*one[:7] * 2, *one[7:] * 2], "other": other}
     again = fasp_fx.hf.prune(model, calibration=more, **how)
     for weight, same in zip(pruned.model.parameters(), again.model.parameters(), strict=True):
         torch.testing.assert_close(weight, same, rtol=1e-3, atol=1e-4)
     with pytest.raises(fasp_fx.CalibrationError, match="batch 1 of calibration source 'other'"):
-        fasp_fx.hf.prune(model, calibration={"one": one, "other": [other[0], torch.rand(2, 5)]}, **how)
+        fasp_fx.hf.prune(model, calibration={"one": one, "other": [other[0], torch.rand(4, 5)]}, **how)
 
 
 def test_training_keeps_what_is_best_for_sources_alike() -> None:

@@ -70,18 +70,16 @@ class Consumer:
         wanted: Mapping[str, MakeStatistic],
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        sources: int = 1,
     ) -> None:
         """Make the Gram matrices and the statistics of each block, where they are not there yet.
 
         Args:
             dtype: what Gram matrices are added up in.
-            sources: how many of tokens are kept apart.
         """
         blocks, columns = self.matrices.columns.shape[:2]
         if self.grams is None:
             width = columns + (self.intercept is not None) + self.drift_rows
-            self.grams = [SplitGram(width, device, dtype, sources) for _ in range(blocks)]
+            self.grams = [SplitGram(width, device, dtype) for _ in range(blocks)]
         self.seen = self.seen or [{} for _ in range(blocks)]
         for seen in self.seen:
             seen.update({name: make(columns, device) for name, make in wanted.items() if name not in seen})
@@ -91,6 +89,7 @@ class Consumer:
         pieces: Iterable[tuple[int, Tensor, Tensor]],
         takes: Callable[[Statistic], bool],
         drift: Tensor | None = None,
+        weight: float = 1.0,
     ) -> None:
         """Add tokens, without gradients.
 
@@ -98,15 +97,16 @@ class Consumer:
             pieces: block, tokens ``[tokens, columns]`` and their roles ``[tokens]``.
             takes: which statistics they are for, besides the Gram matrices.
             drift: of a consumer of one piece, what the output is to make up for, ``[tokens, rows]``.
+            weight: how much a token counts that is no padding.
         """
         assert self.grams is not None
         for block, tokens, roles in pieces:
             ones = [] if self.intercept is None else [tokens.new_ones((len(tokens), 1))]
             self.grams[block].update(
-                torch.cat([tokens, *ones, *([] if drift is None else [drift])], 1), roles
+                torch.cat([tokens, *ones, *([] if drift is None else [drift])], 1), roles, weight
             )
             for statistic in filter(takes, self.seen[block].values()):
-                statistic.update(tokens.clone(), None, counting(roles, tokens))
+                statistic.update(tokens.clone(), None, counting(roles, tokens) * weight)
 
     @property
     def statistics(self) -> list[Any]:

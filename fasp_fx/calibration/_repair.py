@@ -158,14 +158,13 @@ def restored(restore: Restore, consumer: Consumer, matrices: Tensor, kept: Tenso
     """
     grams, blocks = consumer.grams or (), []
     for matrix, gram, stays in zip(matrices, grams, kept, strict=True):
-        parts, judges = tuple(map(keep, gram.compact())), gram.judges
+        fitted, *judging = map(keep, gram.compact())
         places, has_ones = stays.nonzero()[:, 0], consumer.intercept is not None
         # Weights that meet about as many tokens as there are unknowns fit no others, which a handful of them
         # held out need not show: a ridge as strong as there are unknowns for each token keeps them near.
-        fewest = min((part.tokens for part in gram.parts[-judges:]), default=0) if judges else _JUDGES
-        fitted = gram.tokens - fewest
-        least = len(places) / fitted if fewest < _JUDGES and fitted > 0 else 0.0
-        outcome = restore(Problem(matrix, parts, places, has_ones, judges), least)
+        few = 0 < gram.held.tokens < _JUDGES and gram.fitted.tokens > 0
+        problem = Problem(matrix, fitted, judging[0] if judging else None, places, has_ones)
+        outcome = restore(problem, len(places) / gram.fitted.tokens if few else 0.0)
         blocks.append(replace(outcome, weight=outcome.weight[:, : len(stays)]))
     return replace(together(blocks), tokens=min(gram.tokens for gram in grams))
 

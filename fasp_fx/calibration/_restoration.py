@@ -59,12 +59,11 @@ class Problem:
 
     Attributes:
         weight: W, shape ``[rows, columns]``.
-        parts: XᵀX of parts of the calibration tokens, shape ``[columns, columns]`` each, in float32: of those
-            to fit and, behind them, of those held out, a quarter; or of each source, as if all had as many.
+        gram: XᵀX of the calibration tokens, without those held out, shape ``[columns, columns]``, in float32.
+        held: XᵀX of the tokens held out, a quarter of all; ``None``: none were.
         kept: M, indices of columns, shape ``[kept]``.
         has_ones: whether the last kept column holds ones, whose coefficients are added to the bias. Its
             weights are zero.
-        judges: how many of the parts, the last ones, are to judge what is fitted on all others.
 
     Examples:
         >>> from fasp_fx.calibration import Problem, damped
@@ -74,15 +73,10 @@ class Problem:
     """
 
     weight: Tensor
-    parts: tuple[Tensor, ...]
+    gram: Tensor
+    held: Tensor | None
     kept: Tensor
     has_ones: bool = False
-    judges: int = 0
-
-    @property
-    def gram(self) -> Tensor:
-        """XᵀX of all tokens."""
-        return functools.reduce(joined, self.parts)
 
 
 #: A restoration of your own: the weight of the kept columns, shape ``[rows, kept]``. It stays whatever error
@@ -118,11 +112,9 @@ def ridge(problem: Problem, least: float = 0.0) -> Restored:
     This is the least-squares restoration of FASP (arXiv 2501.09412, section 3) with a ridge toward the kept
     weights instead of toward zero: δ → 0 is least squares, δ → ∞ leaves W[:, M] as it is. δ is the one of
     :data:`GRID`, or ∞, whose solution on the fitted tokens has the least error on those held out, which
-    follows from their Gram matrix. Of several sources each is held out in turn, and the mean of their
-    relative errors counts (cross-validation; Hastie, Tibshirani, Friedman, The Elements of Statistical
-    Learning, 2009, section 7.10). With that δ V is solved once more on all tokens. Nothing is repaired where
-    that would raise the error over all tokens or over those held out, where none were held out, and
-    where the system cannot be solved.
+    follows from their Gram matrix. With it V is solved once more on all tokens. Nothing is repaired where
+    that would raise the error over all tokens or over those held out, where none were held out, and where the
+    system cannot be solved.
 
     Args:
         problem: its Gram matrices symmetric, or X, where that has fewer rows than columns. A column of ones
@@ -132,7 +124,7 @@ def ridge(problem: Problem, least: float = 0.0) -> Restored:
     Examples:
         >>> from fasp_fx.calibration import Problem, ridge
         >>> gram = torch.ones(2, 2)  # two columns whose inputs are alike: the first can serve for both
-        >>> problem = Problem(torch.ones(1, 2), (gram, gram), kept=torch.tensor([0]), judges=1)
+        >>> problem = Problem(torch.ones(1, 2), gram, gram, kept=torch.tensor([0]), has_ones=False)
         >>> ridge(problem).weight.round(decimals=2)
         tensor([[2., 0.]])
     """
@@ -153,12 +145,13 @@ def restored_by(restoration: Restoration) -> Restore:
     """
 
     def restore(problem: Problem, least: float) -> Restored:
-        weight = problem.weight
+        weight, judging = problem.weight, problem.held
         # Copies: what it does to them in place is its own business.
         copies = replace(
             problem,
             weight=weight.clone(),
-            parts=tuple(whole(part).clone() for part in problem.parts),
+            gram=whole(problem.gram).clone(),
+            held=None if judging is None else whole(judging).clone(),
             kept=problem.kept.clone(),
         )
         stored = dense_numbers("restore=", restoration(copies), (len(weight), len(problem.kept))).to(weight)
@@ -213,17 +206,14 @@ class _Solver:
     """
 
     def __init__(self, problem: Problem) -> None:
-        weight, kept = problem.weight, problem.kept
-        self.weight, self.kept, self.count = weight, kept, len(kept)
-        self.judges = range(len(problem.parts) - problem.judges, len(problem.parts))
-        fitted = problem.parts[: self.judges.start] or problem.parts
+        weight, kept, fitted, judging = problem.weight, problem.kept, problem.gram, problem.held
+        self.weight, self.kept, self.count, self.judges = weight, kept, len(kept), judging is not None
         self.ones = _size_of_ones(fitted, int(kept[-1])) if problem.has_ones else None
         order = _kept_first(kept, weight.shape[1])
-        grams = [self._ordered(gram, order) for gram in problem.parts]
+        grams = [self._ordered(gram, order) for gram in (fitted, fitted[:0] if judging is None else judging)]
         scale = sum(float(diagonal_of(gram).mean()) for gram in grams) or 1.0
-        self.parts = [keep(gram.div_(scale**0.5 if is_few(gram) else scale)) for gram in grams]
-        self.dtype = self.parts[0].dtype
-        self.rows = weight[:, order].to(torch.promote_types(self.dtype, weight.dtype))
+        self.fitted, self.held = (keep(gram.div_(scale**0.5 if is_few(gram) else scale)) for gram in grams)
+        self.rows = weight[:, order].to(torch.promote_types(self.fitted.dtype, weight.dtype))
         self.start, self.gone = self.rows[:, : self.count], self.rows[:, self.count :]
         self.totals = self._energies(self.rows)
         self.before = self._relative(self.gone)
@@ -245,34 +235,27 @@ class _Solver:
         if not (strengths and self.judges and 0 < self.count < self.rows.shape[1]):
             return math.inf, 1.0
         # By a sketch of the rows; what comes of the best is solved for all of them and judged anew.
-        gone = _sketch(self.rows)[:, self.count :].to(self.dtype)
-        before = {judge: energy_of(gone, self.parts[judge]) for judge in self.judges}
+        gone = _sketch(self.rows)[:, self.count :].to(self.fitted.dtype)
+        before = energy_of(gone, self.held)
 
         @functools.cache
         def error(place: int) -> float:
-            """The mean factor of the errors on those that judge."""
-            factors = []
-            for judge in (judge for judge, energy in before.items() if energy):
-                fitted = functools.reduce(joined, [*self.parts[:judge], *self.parts[judge + 1 :]])
-                if (added := self._solve(gone, fitted.to(self.dtype), strengths[place])) is None:
-                    return math.inf
-                error = energy_of(torch.cat([-added, gone], 1), self.parts[judge])
-                factors.append(error / before[judge])
-            return fmean(factors) if factors else math.inf
+            added = self._solve(gone, self.fitted, strengths[place])
+            return math.inf if added is None else energy_of(torch.cat([-added, gone], 1), self.held)
 
         # Downhill from the middle: too weak a ridge fits noise, too strong a one nothing.
         place = len(strengths) // 2
         for step in (1, -1):
             while 0 <= place + step < len(strengths) and error(place + step) < error(place):
                 place += step
-        return (strengths[place], error(place)) if error(place) < 1 else (math.inf, 1.0)
+        return (strengths[place], error(place) / before) if error(place) < before else (math.inf, 1.0)
 
     def solved(self, strength: float) -> Restored:
         """The solution on all tokens; the kept columns as they are where there is none."""
         added = (
             None
             if math.isinf(strength)
-            else self._solve(self.gone, functools.reduce(joined, self.parts).to(self.gone.dtype), strength)
+            else self._solve(self.gone, joined(self.fitted, self.held).to(self.gone.dtype), strength)
         )
         stored = None if added is None else (self.start + added).to(self.weight.dtype)
         return self.unchanged() if stored is None else self.judged(stored, strength)
@@ -300,8 +283,8 @@ class _Solver:
 
     def _energies(self, rows: Tensor) -> tuple[float, float]:
         """Of the last of the ordered columns."""
-        energies = [energy_of(rows, part) for part in self.parts]
-        return sum(energies), sum(energies[self.judges.start :])
+        fitted, judging = energy_of(rows, self.fitted), energy_of(rows, self.held)
+        return fitted + judging, judging
 
     def _relative(self, rows: Tensor) -> list[float]:
         pairs = zip(self._energies(rows), self.totals, strict=True)
@@ -337,9 +320,9 @@ def _solve(gram: Tensor, count: int, gone: Tensor, raised: Tensor | float) -> Te
     return added if bool(torch.isfinite(added).all()) else None
 
 
-def _size_of_ones(grams: Sequence[Tensor], place: int) -> float:
+def _size_of_ones(gram: Tensor, place: int) -> float:
     """What to multiply ones by, so that they are as large as the columns before them are in the mean."""
-    diagonal = torch.stack([diagonal_of(gram) for gram in grams]).sum(0)
+    diagonal = diagonal_of(gram)
     count, mean = float(diagonal[place]), float(diagonal[:place].mean()) if place else 0.0
     return (mean / count) ** 0.5 if count > 0 and mean > 0 else 1.0
 

@@ -64,16 +64,16 @@ class TokenRoles:
     """Roles of the tokens of every batch, as tensors that broadcast to an activation.
 
     Tokens of one sequence resemble each other, so whole sequences are held out: every fourth, counted through
-    all batches. Of fewer than four, the last quarter of their tokens is. A sequence is one index of the first
-    dimension of the first input.
+    all batches of a source. Of fewer than four, the last quarter of their tokens is. A sequence is one index
+    of the first dimension of the first input.
 
     Args:
         program: the program that the batches are for.
-        batches: its flat inputs; of several sources, tokens of each have the role of that source.
-        hold_out: whether to hold out any, or to keep sources apart.
+        batches: its flat inputs.
+        hold_out: whether to hold out any.
 
     Attributes:
-        sources: how many are kept apart.
+        weights: how much a token of each batch counts, so that each source counts for as much as any other.
         unmatched: nodes whose tokens could not be matched with the mask, so that padding among them counts.
 
     Raises:
@@ -87,16 +87,32 @@ class TokenRoles:
         hold_out: bool = True,
     ) -> None:
         self.hold_out, self._batches = hold_out, batches
-        self._sources = batches.sources if isinstance(batches, Batches) and hold_out else []
-        self.sources = batches.how_many if isinstance(batches, Batches) and hold_out else 1
         self.unmatched: dict[fx.Node, None] = {}
         nodes = program.placeholders()
         self._shapes = [_recorded(node) for node in nodes]
         self._shape: Any = next(filter(None, self._shapes), ())
         self._sizes = sequences_of(program, batches)
-        self._firsts = [0, *accumulate(self._sizes)]
-        self._many_batches = len(batches) >= _ONE_IN
         self._masks = _padding(nodes, batches, reference_of(program))
+        by_source = batches.by_source() if isinstance(batches, Batches) else [[*range(len(batches))]]
+        self._numbers, self._firsts = [0] * len(batches), [0] * len(batches)
+        for numbers in by_source:
+            firsts = accumulate((self._sizes[index] for index in numbers), initial=0)
+            for place, (index, first) in enumerate(zip(numbers, firsts, strict=False)):
+                self._numbers[index], self._firsts[index] = place, first
+        sequences = [sum(self._sizes[index] for index in numbers) for numbers in by_source]
+        self._many_batches = max(map(len, by_source), default=0) >= _ONE_IN
+        self._many_sequences = max(sequences, default=0) >= _ONE_IN
+        self.weights = [1.0] * len(batches)
+        tokens = [sum(map(self._tokens, numbers)) for numbers in by_source] if len(by_source) > 1 else []
+        for numbers, count in zip(by_source, tokens, strict=False):
+            for index in numbers:
+                self.weights[index] = sum(tokens) / (len(tokens) * max(count, 1))
+
+    def _tokens(self, index: int) -> int:
+        """How many tokens, pixels or numbers a batch has that are no padding."""
+        if self._masks is not None:
+            return int((~self._masks[index]).sum())
+        return sum(leaf.numel() for leaf in self._batches[index] if isinstance(leaf, Tensor))
 
     def of(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> Tensor:
         """Roles in one batch's activation, with as many dimensions, of its size or 1.
@@ -106,9 +122,8 @@ class TokenRoles:
             node: the node that the activation is the value of.
             dims: the dimensions along which tokens lie.
         """
-        role = FITTED + (self._sources[index] if self._sources else 0)
-        roles = torch.full([1] * activation.dim(), role, dtype=torch.uint8, device=activation.device)
-        if self.hold_out and not self._sources:
+        roles = torch.full([1] * activation.dim(), FITTED, dtype=torch.uint8, device=activation.device)
+        if self.hold_out:
             dim, judges = self._judges(index, node, activation, dims)
             roles = torch.where(_along(judges.to(activation.device), dim, activation.dim()), HELD, roles)
         padding = self._padding(index, node, activation, dims)
@@ -154,10 +169,6 @@ class TokenRoles:
             return self.of(index, use.activation, activation, dims)
         if self._masks is not None:
             self.unmatched[use.activation] = None
-        if self._sources:
-            return torch.full(
-                (int(ends[-1]),), FITTED + self._sources[index], dtype=torch.uint8, device=ends.device
-            )
         parts = [
             torch.full((size,), self._batch_judges(index)) if self._many_batches else _last(size)
             for size in torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
@@ -184,7 +195,8 @@ class TokenRoles:
 
     def _batch_judges(self, index: int) -> bool:
         """Whether all of a batch judges, where its tokens cannot be told apart."""
-        return index % _ONE_IN == _ONE_IN - 1 if self._many_batches else 0 < index == len(self._sizes) - 1
+        number = self._numbers[index]
+        return number % _ONE_IN == _ONE_IN - 1 if self._many_batches else 0 < index == len(self._sizes) - 1
 
     def _dims_like(
         self, axis: int, length: int, node: fx.Node, activation: Tensor, dims: list[int]
@@ -203,7 +215,7 @@ class TokenRoles:
         batches = self._dims_like(0, size, node, activation, dims)
         batch = (batches or dims)[0]
         along = activation.shape[batch]
-        if self._firsts[-1] >= _ONE_IN:
+        if self._many_sequences:
             # Sequences, or all their tokens one after the other; of each the first, where they take turns.
             inner = False if batches or size == 1 else _takes_turns(node, batch, self._shape[0])
             if size and along % size == 0 and inner is not None:

@@ -18,8 +18,7 @@ BLOCK = 384
 #: X stands for XᵀX while it has at most one row for so many columns
 FEW = 4
 
-#: what a token is for: nothing (padding), fitting a restoration, or judging it; of several sources, those of
-#: the first are FITTED, and those of each further one have the next number
+#: what a token is for: nothing (padding), fitting a restoration, or judging it
 PADDING, FITTED, HELD = 0, 1, 2
 
 
@@ -99,12 +98,13 @@ class Gram:
         self._zeros = partial(zeros, (columns, columns), dtype, device)
         self.tokens = 0
 
-    def update(self, flat: Tensor) -> None:
-        """Add the tokens of one batch, ``[tokens, columns]``."""
+    def update(self, flat: Tensor, weight: float = 1.0) -> None:
+        """Add the tokens of one batch, ``[tokens, columns]``, each of which counts so many times."""
         self.tokens += len(flat)
         # Of complex ones the real part of XᴴX, whose diagonal holds the norms.
         parts = [flat.real, flat.imag] if flat.is_complex() else [flat]
-        self._rows = torch.cat([self._rows, *(part.to(torch.float32) for part in parts)])
+        rows = torch.cat([part.to(torch.float32) for part in parts])
+        self._rows = torch.cat([self._rows, rows if weight == 1 else rows * weight**0.5])
         if FEW * len(self._rows) > flat.shape[1]:
             self._multiplied()
 
@@ -202,69 +202,48 @@ def energy_of(rows: Tensor, gram: Tensor) -> float:
 
 
 class SplitGram:
-    """Gram matrices of parts of the tokens: of those that a restoration is fitted on and of those held out to
-    judge it, or of each of several sources, which judge one another. As much of each source counts, however
-    many tokens it has.
+    """Gram matrices of the tokens that a restoration is fitted on and of those held out to judge it.
 
     Args:
         dtype: what products are added up in.
-        sources: how many there are.
+
+    Attributes:
+        fitted: of the tokens of the role :data:`FITTED`.
+        held: of the tokens of the role :data:`HELD`.
     """
 
-    def __init__(
-        self, columns: int, device: torch.device, dtype: torch.dtype = torch.float32, sources: int = 1
-    ) -> None:
-        self._several = sources > 1
-        self._all = [Gram(columns, device, dtype) for _ in range(max(sources, HELD))]
+    def __init__(self, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.fitted, self.held = (Gram(columns, device, dtype) for _ in range(2))
 
-    def update(self, tokens: Tensor, roles: Tensor) -> None:
-        """Add tokens ``[tokens, columns]``, each as its role ``[tokens]`` says."""
-        for role, gram in enumerate(self._all, FITTED):
+    def update(self, tokens: Tensor, roles: Tensor, weight: float = 1.0) -> None:
+        """Add tokens ``[tokens, columns]``, each as its role ``[tokens]`` says; each counts so many times."""
+        for role, gram in ((FITTED, self.fitted), (HELD, self.held)):
             chosen = roles == role
             if bool(chosen.any()):
-                gram.update(tokens if bool(chosen.all()) else tokens[chosen])
+                gram.update(tokens if bool(chosen.all()) else tokens[chosen], weight)
 
     def reduce(self, add: Add) -> None:
         """Add what other processes have seen."""
-        for part in self._all:
+        for part in (self.fitted, self.held):
             part.reduce(add)
 
     @property
     def parts(self) -> list[Gram]:
-        """Those of tokens that there are, those that judge last."""
-        first, *others = self._all
-        seen = [part for part in others if part.tokens]
-        return seen if self._several and seen and not first.tokens else [first, *seen]
-
-    @property
-    def judges(self) -> int:
-        """How many of the parts judge what is fitted on all others: the last, or each of several sources."""
-        count = len(self.parts)
-        return 0 if count == 1 else count if self._several else 1
+        """Those of tokens that there are: the second only if any were held out."""
+        return [self.fitted, self.held] if self.held.tokens else [self.fitted]
 
     @property
     def tokens(self) -> int:
         """Tokens seen, held out or not."""
         return sum(part.tokens for part in self.parts)
 
-    def _times(self) -> list[float]:
-        """How often each part counts."""
-        mean = self.tokens / len(self.parts)
-        return [mean / part.tokens if self._several and part.tokens else 1.0 for part in self.parts]
-
     def norms(self) -> Tensor:
         """‖X_j‖₂ per column over all tokens, shape ``[columns]``, float64."""
-        pairs = zip(self.parts, self._times(), strict=True)
-        squares = [part.diagonal().double().clamp_min(0) * times for part, times in pairs]
-        return torch.stack(squares).sum(0).sqrt()
+        return torch.stack([part.diagonal().double().clamp_min(0) for part in self.parts]).sum(0).sqrt()
 
     def compact(self) -> list[Tensor]:
         """The Gram matrix of each part, float32, or X itself where it :func:`is_few`."""
-        grams = [part.compact() for part in self.parts]
-        pairs = zip(grams, self._times(), strict=True)
-        return [
-            gram * (times**0.5 if is_few(gram) else times) if times != 1 else gram for gram, times in pairs
-        ]
+        return [part.compact() for part in self.parts]
 
     def total(self) -> Tensor:
         """The same over all tokens."""

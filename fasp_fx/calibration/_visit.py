@@ -187,14 +187,13 @@ class Visit:
             0 if changes is None else consumer.matrices.rows(self.consumers.weight(consumer))
         )
         for batch, activation, end in zip(runner.numbers, _inputs(runner, use), ends, strict=True):
-            consumer.prepare(
-                self.statistics, activation.device, precise(activation.device), self.roles.sources
-            )
+            consumer.prepare(self.statistics, activation.device, precise(activation.device))
             # Statistics that need gradients were shown the dense model's before.
             consumer.see(
                 matrices.tokens(activation, self.roles.at(batch, use, activation, end), end),
                 lambda statistic: not statistic.needs_gradient,
                 None if changes is None else next(changes),
+                self.roles.weights[batch],
             )
 
 

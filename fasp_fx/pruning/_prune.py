@@ -180,8 +180,7 @@ def prune(
         args, kwargs: example inputs.
         calibration: an iterable of batches: tensors, tuples of positional arguments or dicts of keyword
             arguments. Or several, by the names of their sources, ``{"web": batches, "code": batches}``: each
-            counts for as much, however many tokens it has, and how strongly is repaired is chosen by what
-            repairs of all other sources are worth for it.
+            counts for as much, however many tokens it has.
         config: the options; ``None``: the defaults.
         costs: cost curves that :func:`fasp_fx.measure` gave, for an allocation that wants them; ``None``:
             they are measured.
