@@ -27,7 +27,7 @@ import fasp_fx
 import fasp_fx.hf
 from fasp_fx.allocation import Budget, Global, Macs, Parameters, Search, Trial
 from fasp_fx.allocation._allocation import _counts, _neighbours
-from fasp_fx.calibration import BudgetTrial, Consumers, Decision, ModelTrial, Ranks
+from fasp_fx.calibration import Batches, BudgetTrial, Consumers, Decision, ModelTrial, Ranks
 from fasp_fx.calibration._obs import DAMPING
 from fasp_fx.calibration._trial import NextTokens
 from fasp_fx.errors import ArgumentError
@@ -145,7 +145,7 @@ def trial_of(loss: Any, restore: Any, **options: Any) -> tuple[ModelTrial, list[
     analysis = fasp_fx.analyze(captured())
     inputs = [program.flat_inputs((), batch) for batch in batches()]
     consumers = Consumers(analysis, restore is not None)
-    measurement = Measurement({"": consumers}, lambda path: inputs, Ranks(), wants_curves=True, part=1)
+    measurement = Measurement({"": consumers}, lambda path: Batches(inputs), Ranks(), wants_curves=True, part=1)
     return measurement.run(Method.of(config), lambda fraction: None).trials[""], analysis.chosen
 
 
