@@ -145,7 +145,9 @@ def trial_of(loss: Any, restore: Any, **options: Any) -> tuple[ModelTrial, list[
     analysis = fasp_fx.analyze(captured())
     inputs = [program.flat_inputs((), batch) for batch in batches()]
     consumers = Consumers(analysis, restore is not None)
-    measurement = Measurement({"": consumers}, lambda path: Batches(inputs), Ranks(), wants_curves=True, part=1)
+    measurement = Measurement(
+        {"": consumers}, lambda path: Batches(inputs), Ranks(), wants_curves=True, part=1
+    )
     return measurement.run(Method.of(config), lambda fraction: None).trials[""], analysis.chosen
 
 
