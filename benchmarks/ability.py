@@ -134,14 +134,14 @@ def main() -> None:
         from fasp_fx.cli._models import OPENINGS, sample, start_token
 
         texts = torch.load(kept) if kept.exists() else {}
-        if draw not in texts:
+        if (draw, options.chunks) not in texts:
             openings = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in OPENINGS]
             how = {"openings": openings, "seed": draw}
-            texts[draw] = sample(
+            texts[draw, options.chunks] = sample(
                 model, start_token(model, tokenizer), options.chunks * LENGTH // OWN, OWN, **how
             )
             torch.save(texts, kept)
-        return texts[draw]
+        return texts[draw, options.chunks]
 
     key = {"recipe": "dense", "evaluation": options.evaluation, "tasks": options.tasks}
     if not results.has(key):

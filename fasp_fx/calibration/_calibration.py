@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, zip_longest
@@ -16,7 +16,7 @@ from fasp_fx.base import check_kind, distance, pytree, tolerable, tolerance
 from fasp_fx.capturing import Program, Runner, is_dynamic, upper_bound
 from fasp_fx.errors import CalibrationError, CallError
 
-from ._roles import Batches, sequences_of
+from ._roles import Batches, numbers_in, sequences_of
 
 T = TypeVar("T")
 #: one in so many batches is held out of choices and repairs
@@ -40,7 +40,7 @@ def read_batches(program: Program, calibration: Iterable[Any] | None, device: to
             was expected.
     """
     data = all_of(calibration)
-    batches = Batches()
+    batches = []
     for index, (args, kwargs) in enumerate(as_calls(data)):
         try:
             flat = program.flat_inputs(args, kwargs)
@@ -57,8 +57,7 @@ def read_batches(program: Program, calibration: Iterable[Any] | None, device: to
             flat = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
         check_inputs(program, flat, data.place(index))
         batches.append(flat)
-    batches.sources = data.sources
-    return batches
+    return Batches(batches, data.sources)
 
 
 def in_turn(parts: Iterable[Iterable[T]]) -> Iterator[T]:
@@ -329,17 +328,12 @@ def mixed(pieces: list[Piece], batches: Batches) -> list[Piece]:
     """
     if not batches.sources:
         return pieces
-    left, sizes = dict[int, deque[Piece]](), Counter[int]()
+    before, sizes = list[tuple[int, int]](), Counter[int]()
     for piece in pieces:
-        left.setdefault(batches.sources[piece.batch], deque()).append(piece)
-    ordered = list[Piece]()
-    while left:
-        source = min(left, key=lambda one: (sizes[one], one))
-        ordered.append(left[source].popleft())
-        sizes[source] += sum(leaf.numel() for leaf in ordered[-1].inputs if isinstance(leaf, Tensor))
-        if not left[source]:
-            del left[source]
-    return ordered
+        source = batches.sources[piece.batch]
+        before.append((sizes[source], source))
+        sizes[source] += numbers_in(piece.inputs)
+    return [pieces[place] for place in sorted(range(len(pieces)), key=before.__getitem__)]
 
 
 def _part(piece: Piece, along: Sequence[bool], start: int, size: int) -> Piece:

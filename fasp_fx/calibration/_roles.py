@@ -49,11 +49,6 @@ class Batches(list[Any]):
         super().__init__(batches)
         self.sources = [*sources]
 
-    @property
-    def how_many(self) -> int:
-        """How many sources there are."""
-        return len({*self.sources}) or 1
-
     def by_source(self) -> list[list[int]]:
         """The numbers of the batches of each source."""
         sources = self.sources or [0] * len(self)
@@ -112,7 +107,7 @@ class TokenRoles:
         """How many tokens, pixels or numbers a batch has that are no padding."""
         if self._masks is not None:
             return int((~self._masks[index]).sum())
-        return sum(leaf.numel() for leaf in self._batches[index] if isinstance(leaf, Tensor))
+        return numbers_in(self._batches[index])
 
     def of(self, index: int, node: fx.Node, activation: Tensor, dims: list[int]) -> Tensor:
         """Roles in one batch's activation, with as many dimensions, of its size or 1.
@@ -254,6 +249,11 @@ class TokenRoles:
             return _along((mask.T if inner else mask).reshape(-1), dims[0], activation.dim())
         self.unmatched[node] = None
         return None
+
+
+def numbers_in(batch: Sequence[Any]) -> int:
+    """How many numbers the inputs of a batch hold."""
+    return sum(leaf.numel() for leaf in batch if isinstance(leaf, Tensor))
 
 
 def reference_of(program: Program) -> int | None:

@@ -308,9 +308,8 @@ class Texts:
                     self._measure_on(name, chunks, len(self.used[name]))
         if self.text is not None:
             chunks = read_chunks(self.text, tokenizer, self.length)
-            same = (name for source, name in self._names.items() if source != SELF)
-            files = {name: source for source, name in self._names.items()}
-            first = next((len(self.used[name]) for name in same if self.text.samefile(files[name])), 0)
+            files = ((source, name) for source, name in self._names.items() if source != SELF)
+            first = next((len(self.used[name]) for source, name in files if self.text.samefile(source)), 0)
             if first >= len(chunks):
                 raise CalibrationError(
                     f"all {len(chunks)} chunks of '{self.text}' are used, leaving none to measure on;"

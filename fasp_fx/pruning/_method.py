@@ -496,7 +496,7 @@ class Measurement:
                 try:
                     roles = TokenRoles(program, [piece.inputs for piece in tried], hold_out=False)
                     observation = Observation(consumers, tried, roles, wanted, method.loss, self.ranks)
-                    at_least = max(-(-len(tried) // part), batches.how_many)
+                    at_least = max(-(-len(tried) // part), len(batches.by_source()))
                     observation.run(at_least, ENOUGH / less, advance)
                     break
                 except tolerable(CalibrationError):

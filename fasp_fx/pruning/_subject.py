@@ -387,8 +387,7 @@ class InParts:
         """As :meth:`Whole.read`."""
         device = next((tensor.device for tensor in self.around.call.tensors()), None)
         data = all_of(calibration)
-        batches = Batches(Call(args, kwargs).to(device) for args, kwargs in as_calls(data))
-        batches.sources = data.sources
+        batches = Batches([Call(*each).to(device) for each in as_calls(data)], data.sources)
         self._calls(self.analyses, batches, lambda flat: [])
         if not self.served():
             path = next(iter(self.analyses))
