@@ -91,6 +91,10 @@ TOGETHER = (
 )
 
 
+#: tests that take more than one and a half seconds: where a whole folder is run, each case has its turn one
+#: day in so many
+TURNS, DEAR_EVERY = Path(__file__).with_name("turns.txt"), 4
+
 #: where each of these files stands
 _TURN = {file: turn for turn, files in enumerate(TOGETHER) for file in files}
 
@@ -111,15 +115,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    takes_turns = all(Path(each.partition("::")[0]).is_dir() for each in config.args)
     items.sort(key=lambda item: _TURN.get(item.nodeid.split("::")[0], len(_TURN)))
     if PROFILE == "slow":
         return
-    skip = pytest.mark.skip(reason="runs only with FASP_FX_PROFILE=slow")
-    turns: dict[str, itertools.count[int]] = defaultdict(itertools.count)
+    skip = pytest.mark.skip(reason="runs only with FASP_FX_PROFILE=slow, or on another FASP_FX_DAY")
+    listed = TURNS.read_text("utf-8").splitlines() if takes_turns else []
+    dear = {test: itertools.count(first) for first, test in enumerate(listed)}
+    turns: dict[str, itertools.count[int]] = defaultdict(itertools.count, dear)
     for item in items:
-        sampled = item.get_closest_marker("sampled")
-        is_left_out = sampled and (next(turns[item.nodeid.partition("[")[0]]) + DAY) % sampled.args[0]
-        if is_left_out or item.get_closest_marker("slow"):
+        test, sampled = item.nodeid.partition("[")[0], item.get_closest_marker("sampled")
+        days = max(DEAR_EVERY if test in dear else 1, sampled.args[0] if sampled else 1)
+        if item.get_closest_marker("slow") or (next(turns[test]) + DAY) % days:
             item.add_marker(skip)
 
 

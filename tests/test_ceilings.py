@@ -76,3 +76,9 @@ def test_what_is_public_stays() -> None:
     if REGENERATE:
         PUBLIC.write_text(now)
     assert now == PUBLIC.read_text()
+
+
+def test_what_takes_turns_is_there() -> None:
+    for test in (Path(__file__).parent / "turns.txt").read_text("utf-8").splitlines():
+        file, name = test.split("::")
+        assert f"\ndef {name}(" in (ROOT / file).read_text("utf-8"), test

@@ -334,13 +334,13 @@ RUNS: tuple[Callable[..., None], ...] = (
 
 
 def is_slow(name: str, run: Callable[..., None]) -> bool:
-    """What runs in the slow profile only: outside of it one model in three has its turn, another each day,
+    """What runs in the slow profile only: outside of it one model in five has its turn, another each day,
     but for those that invariants were named of.
     """
     entry = TABLE[name]
     if run is promised:
         return False
-    return entry.slow or (zlib.crc32(name.encode()) + DAY) % 3 > 0 or not is_tried(name, run.__name__)
+    return entry.slow or (zlib.crc32(name.encode()) + DAY) % 5 > 0 or not is_tried(name, run.__name__)
 
 
 @pytest.mark.parametrize(
