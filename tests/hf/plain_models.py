@@ -106,7 +106,7 @@ MORE: dict[str, Case] = {
     ),
     "qwen2": Case(qwen2, NARROWER),
     "phi3": Case(ZOO["phi3"].make, {"intermediate_size": (128, 80)}),
-    "gemma3n": Case(gemma3n, {"intermediate_size": ([48, 64], [24, 40])}),
+    "gemma3n": Case(gemma3n, {"intermediate_size": ([48, 64], [32, 40])}),
     "mixtral": Case(mixtral, {"intermediate_size": (48, 16)}, 0.5),
 }
 

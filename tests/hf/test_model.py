@@ -423,7 +423,9 @@ BAD_PRUNING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "iterable of batches",
     ),
     "strange batch": (
-        lambda: hf.prune(dense("llama_gqa"), calibration=[{"input_ids": _ids(), "pixels": 1}]),
+        lambda: hf.prune(
+            dense("llama_gqa"), calibration=[{"input_ids": _ids(), "pixels": 1}], format="fasp-fx"
+        ),
         fasp_fx.CalibrationError,
         "pixels",
     ),
