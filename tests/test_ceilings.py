@@ -18,6 +18,7 @@ import fasp_fx
 ROOT = Path(__file__).parent.parent
 CEILINGS = Path(__file__).parent / "golden" / "ceilings.json"
 PUBLIC = Path(__file__).parent / "golden" / "public-names"
+PAGE = ROOT / "docs" / "architecture.md"
 REGENERATE = os.environ.get("FASP_FX_REGENERATE") == "1"
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -82,3 +83,21 @@ def test_what_takes_turns_is_there() -> None:
     for test in (Path(__file__).parent / "turns.txt").read_text("utf-8").splitlines():
         file, name = test.split("::")
         assert f"\ndef {name}(" in (ROOT / file).read_text("utf-8"), test
+
+
+def purposes() -> str:
+    """What each file of the library says of itself in its first sentence, as a list."""
+    said = []
+    for file in [each for top in ("fasp_fx", "passes", "patterns") for each in (ROOT / top).rglob("*.py")]:
+        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+        sentence = re.split(r"\.(?=\s|$)", " ".join((text or "").split()))[0]
+        said.append(f"* `{file.relative_to(ROOT).as_posix().removeprefix('fasp_fx/')}`: {sentence}")
+    return "\n".join(sorted({*said})) + "\n"
+
+
+def test_the_page_lists_every_file() -> None:
+    title = "\n## Every file\n\nWhat each says of itself in its first sentence.\n\n"
+    head, _, _ = PAGE.read_text(encoding="utf-8").partition(title)
+    if REGENERATE:
+        PAGE.write_text(head + title + purposes(), encoding="utf-8")
+    assert PAGE.read_text(encoding="utf-8") == head + title + purposes()
