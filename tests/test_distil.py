@@ -435,6 +435,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 import fasp_fx
+from fasp_fx.pruning import Recovery
 from patched import patch_torch
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)

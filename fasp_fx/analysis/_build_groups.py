@@ -146,7 +146,7 @@ def find_blocks(
         if not candidate.any():
             continue
         rows, columns = np.nonzero(candidate)
-        tables.append((rows, sets[rows, columns], node))
+        tables.append((len(numbers), rows, sets[rows, columns], node))
         members, first = np.unique(sets[rows, columns], return_index=True)
         _, finer = np.unique(block[members] * numbers.shape[0] + rows[first], return_inverse=True)
         # Sets outside this box keep their block, which is thereby told apart from those inside.
@@ -154,7 +154,7 @@ def find_blocks(
         fresh += int(finer.max()) + 1
     _, block = np.unique(block, return_inverse=True)
     sizes = np.bincount(block[group_of >= 0], minlength=int(block.max(initial=0)) + 1)
-    conflicts = [Conflict(node, _uneven(rows, sets, block, sizes, group_of)) for rows, sets, node in tables]
+    conflicts = [Conflict(node, _uneven(*table, block, sizes, group_of)) for *table, node in tables]
     return block, [conflict for conflict in conflicts if conflict.classes.size]
 
 
@@ -173,13 +173,15 @@ def torn_blocks(numbering: Numbering, labels: np.ndarray) -> Iterator[tuple[Slot
 
 
 def _uneven(
-    rows: np.ndarray, sets: np.ndarray, block: np.ndarray, sizes: np.ndarray, group_of: np.ndarray
+    count: int, rows: np.ndarray, sets: np.ndarray, block: np.ndarray, sizes: np.ndarray, group_of: np.ndarray
 ) -> np.ndarray:
-    """The channel sets of a box that equal counts per block do not keep equal in every row."""
+    """The channel sets of a box that equal counts per block do not keep equal in every row, those of so many
+    included that have none.
+    """
     distinct, column = np.unique(sets, return_inverse=True)
     blocks, first, place = np.unique(block[distinct], return_index=True, return_inverse=True)
     size = sizes[blocks]
-    times = coo_matrix((np.ones(len(rows)), (rows, column))).tocsr()
+    times = coo_matrix((np.ones(len(rows)), (rows, column)), (count, len(distinct))).tocsr()
     members = coo_matrix((np.ones(len(distinct)), (np.arange(len(distinct)), place))).tocsr()
     totals, squares = (times @ members).toarray(), (times.multiply(times) @ members).toarray()
     # All of a block must lie in a row equally often: of numbers whose mean has their mean square.

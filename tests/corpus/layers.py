@@ -44,6 +44,16 @@ CONVOLUTIONS: dict[str, Make] = {
     "instance norm": lambda: _chain(nn.InstanceNorm2d(8, affine=True), nn.PReLU(8)),
     "grouped": lambda: _chain(nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.GELU(), out=12),
     "depthwise": lambda: _chain(nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)),
+    # those of the last group stay, so those of the first do
+    "grouped, the last one by one": lambda: _chain(
+        nn.Conv2d(8, 4, 1, groups=2),
+        made(
+            lambda self, x: x[:, :2] * self.one(x[:, 2:3]) * self.other(x[:, 3:]),
+            one=nn.Conv2d(1, 2, 1),
+            other=nn.Conv2d(1, 2, 1),
+        ),
+        out=2,
+    ),
     "transposed": lambda: _chain(
         nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1), nn.ReLU(), out=6
     ),
