@@ -154,7 +154,10 @@ def find_blocks(
         fresh += int(finer.max()) + 1
     _, block = np.unique(block, return_inverse=True)
     sizes = np.bincount(block[group_of >= 0], minlength=int(block.max(initial=0)) + 1)
-    conflicts = [Conflict(node, _uneven(*table, block, sizes, group_of)) for *table, node in tables]
+    conflicts = [
+        Conflict(node, _uneven(count, rows, sets, block, sizes, group_of))
+        for count, rows, sets, node in tables
+    ]
     return block, [conflict for conflict in conflicts if conflict.classes.size]
 
 
