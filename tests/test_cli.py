@@ -323,7 +323,7 @@ def test_a_result_is_kept_when_measuring_is_interrupted(
 ) -> None:
     pruned = fasp_fx.load(from_file[0])
     monkeypatch.setattr("fasp_fx.cli._prune.prune", lambda *args, **options: pruned)
-    monkeypatch.setattr("fasp_fx.cli._prune.perplexity", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("fasp_fx.cli._prune.with_agreement", Mock(side_effect=KeyboardInterrupt))
     assert invoke(*prune, "--out", tmp_path / "out").exit_code == 130
     assert read_told(tmp_path / "out")[1] == pruned.report
     assert [child.name for child in tmp_path.iterdir()] == ["out"]
