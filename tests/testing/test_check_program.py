@@ -382,9 +382,9 @@ ODD: Options = [
 @pytest.mark.parametrize(
     ("name", "count", "options"),
     [
-        ("odd", 1200, ODD),
+        ("odd", 4000, ODD),
         ("programs", PROGRAMS, OPTIONS),
-        ("convolutional", 400, CONVOLUTIONS),
+        ("convolutional", 1200, CONVOLUTIONS),
         ("decoders", 250, ATTENTION),
     ],
 )
