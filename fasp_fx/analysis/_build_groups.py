@@ -145,10 +145,10 @@ def find_blocks(
         candidate = (sets >= 0) & (group_of[np.maximum(sets, 0)] >= 0)
         if not candidate.any():
             continue
-        rows, columns = np.nonzero(candidate)
-        tables.append((len(numbers), rows, sets[rows, columns], node))
+        count, (rows, columns) = len(numbers), np.nonzero(candidate)
+        tables.append((count, rows, sets[rows, columns], node))
         members, first = np.unique(sets[rows, columns], return_index=True)
-        _, finer = np.unique(block[members] * numbers.shape[0] + rows[first], return_inverse=True)
+        _, finer = np.unique(block[members] * count + rows[first], return_inverse=True)
         # Sets outside this box keep their block, which is thereby told apart from those inside.
         block[members] = fresh + finer
         fresh += int(finer.max()) + 1

@@ -6,21 +6,20 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from fasp_fx.allocation import Bytes
 from fasp_fx.analysis import Analysis
-from fasp_fx.base import offload, process, tensors_in
+from fasp_fx.base import offload, process
 from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.hf import (
     FORMATS,
     KIND,
+    Judged,
     Pruned,
     convert,
     loading_of,
@@ -74,21 +73,6 @@ def training_steps(chunks: Tensor) -> tuple[Tensor, ...]:
     return texts.split(max(1, min(STEP // texts.shape[1], len(texts) // 2)))
 
 
-class Judged(nn.Module):
-    """A language model that keeps the mean cross-entropy of each text that it is called with."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.losses: list[float] = []
-
-    def forward(self, input_ids: Tensor, **options: Any) -> Any:
-        outputs = self.model(input_ids=input_ids, **options)
-        predicted = tensors_in(outputs)[0][0, :-1].float()
-        self.losses.append(float(functional.cross_entropy(predicted, input_ids[0, 1:].to(predicted.device))))
-        return outputs
-
-
 def measured(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> Pruned:
     """The same, with how it and the dense model predict the same text in its report; both run once."""
     stages.begin("measuring how far both models agree")
@@ -98,10 +82,11 @@ def measured(dense: Any, result: Pruned, texts: Texts, stages: Stages) -> Pruned
     }
     models = Judged(dense), Judged(result.model)
     result = with_agreement(result, *models, rows)
-    figures, losses = [], [iter(model.losses) for model in models]
+    figures, first = [], 0
     for label, some in rows.items() if result.report.agreement else ():
-        before, after = (float(torch.tensor([*islice(each, len(some))]).mean().exp()) for each in losses)
+        before, after = (model.perplexity(first, len(some)) for model in models)
         figures.append(Figure(f"perplexity on {label}", before, after, 3))
+        first += len(some)
     return result.with_report(figures=tuple(figures))
 
 

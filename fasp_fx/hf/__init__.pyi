@@ -3,6 +3,7 @@ from ._config import (
     check_layers as check_layers,  # Refuse a configuration that says a number of layers, or a size, that no model has
 )
 from ._evaluation import (
+    Judged as Judged,  # A language model that keeps how well it predicts each text that it is called with
     perplexity as perplexity,  # Mean cross-entropy over the length - 1 predictions of each chunk, exponentiated
     predictions as predictions,  # What a model in evaluation mode predicts of a text; arguments and errors as for perplexity
 )

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,24 @@ def perplexity(
     return result
 
 
+class Judged(nn.Module):
+    """A language model that keeps how well it predicts each text that it is called with, one at a time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._losses: list[float] = []
+
+    def forward(self, input_ids: Tensor, **options: Any) -> Any:
+        outputs = self.model(input_ids=input_ids, **options)
+        self._losses.append(_loss(_predicted(outputs), input_ids[0]))
+        return outputs
+
+    def perplexity(self, first: int, count: int) -> float:
+        """That of so many texts, from the number of the first."""
+        return _perplexity(self._losses[first : first + count])
+
+
 def _estimate(values: Sequence[float]) -> tuple[float, float]:
     """The mean of independent values, and its standard error."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -90,8 +109,12 @@ def _estimate(values: Sequence[float]) -> tuple[float, float]:
 def _predictions(model: nn.Module, chunk: Tensor) -> Tensor:
     """The logarithms of the probabilities of each next token ``[length - 1, vocabulary]``, on the CPU."""
     with torch.no_grad():
-        logits = tensors_in(model(input_ids=chunk[None].to(device_of(model)), use_cache=False))[0]
-        return logits[0, :-1].float().log_softmax(-1).cpu()
+        return _predicted(model(input_ids=chunk[None].to(device_of(model)), use_cache=False))
+
+
+def _predicted(outputs: Any) -> Tensor:
+    """The same, of what a model returned for one text."""
+    return tensors_in(outputs)[0][0, :-1].float().log_softmax(-1).cpu()
 
 
 def _loss(predicted: Tensor, chunk: Tensor) -> float:
