@@ -317,7 +317,9 @@ class Program:
         args, kwargs = self.example
         named = {**self.signature.constants, **dict(zip(self.signature.given(), args)), **kwargs}
         named = {name: named[name] for name in self.signature.given() if name in named}
-        return tuple(named.pop(name) for name in self.signature.by_position()), named
+        # as it was called: a hook can tell what came by position
+        leading = max(len(args), len(self.signature.by_position()))
+        return tuple(named.pop(name) for name in list(named)[:leading]), named
 
     def device(self) -> torch.device:
         """The device of the weights, or of the inputs if there are none."""
