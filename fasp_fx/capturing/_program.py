@@ -315,11 +315,11 @@ class Program:
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the caller's ``forward`` that give the placeholders the example inputs."""
         args, kwargs = self.example
-        named = {**self.signature.constants, **dict(zip(self.signature.given(), args)), **kwargs}
-        named = {name: named[name] for name in self.signature.given() if name in named}
-        # as it was called: a hook can tell what came by position
-        leading = max(len(args), len(self.signature.by_position()))
-        return tuple(named.pop(name) for name in list(named)[:leading]), named
+        given = {**self.signature.constants, **dict(zip(self.signature.given(), args)), **kwargs}
+        named = {name: given[name] for name in self.signature.given() if name in given}
+        # as it was called, since a hook can tell what came by position
+        by_position = [*named][: max(len(args), len(self.signature.by_position()))]
+        return tuple(named.pop(name) for name in by_position), named
 
     def device(self) -> torch.device:
         """The device of the weights, or of the inputs if there are none."""
