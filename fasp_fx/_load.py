@@ -11,7 +11,7 @@ from torch import nn
 from fasp_fx.base import check_device, in_usual_modes, one_at_a_time, path_of
 from fasp_fx.errors import StoreError
 from fasp_fx.pruning import SAVES, Result, read_result
-from fasp_fx.storage import kind_of
+from fasp_fx.storage import read_manifest
 
 if TYPE_CHECKING:
     from fasp_fx.hf import Pruned
@@ -47,7 +47,7 @@ def load(
     """
     folder = path_of(path, "path")
     target = None if device is None else check_device(device, values=False)
-    kind = kind_of(folder)
+    kind = read_manifest(folder).kind
     if kind in SAVES:
         return read_result(folder, model, target)
     from fasp_fx.hf import KIND, PLAIN, read_pruned  # takes transformers along

@@ -1,5 +1,6 @@
 """The command line on exported programs."""
 
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +109,9 @@ def test_rows_calibrate_and_the_last_fifth_of_them_measures(folder: Path, tmp_pa
     assert f"outputs differ by {100 * max(worst):.2f} % ± " in shown
     assert "on 8 rows (held out), which neither a choice nor a repair has seen" in shown
     swept = printed("sweep", folder / "pair.pt2", "--calibration", tmp_path / "rows.pt", "--at", 0.5)
-    assert "predicted" in swept
+    assert re.search(r"50\.0% outputs differ by [\d.]+ % [\d.]+ % ± [\d.]+ %", swept), (
+        "predicted, and measured"
+    )
 
 
 def _calibrated(program: str, file: str) -> list[str]:

@@ -131,7 +131,7 @@ def change_json(data: Any, draw: random.Random) -> None:
     elif kind == 3:
         del item[key]
     elif kind == 4:
-        other, place = draw.choice(found)
+        other, place = draw.choice(found or [([0], 0)])
         item[key] = copy.deepcopy(other[place])
     elif isinstance(item, list):
         item[key:key] = [item[key]] * draw.choice([1, 50, 2000])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import BadZipFile, ZipFile, is_zipfile
@@ -138,9 +137,9 @@ def swept(model: str, file: Path, device: torch.device, stages: Stages, how: dic
     stages.begin(CAPTURING)
     dense = load_program(Path(model))
     captured, names = capture(dense, device=device), dense.graph_signature.user_inputs
-    rows = chain(*read_batches(file, captured.program, names, device))
+    batches, held_out = read_batches(file, captured.program, names, device)
     stages.begin("sweeping")
-    return sweep(captured, calibration=list(rows), progress=stages.update, **how)
+    return sweep(captured, calibration=batches, progress=stages.update, held_out=held_out, **how)
 
 
 class _Sink:

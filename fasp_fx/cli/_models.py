@@ -30,7 +30,7 @@ from fasp_fx.base import Scratch, device_of, keep_weights, reading_gguf, tolerab
 from fasp_fx.errors import ArgumentError, CalibrationError, FaspError, StoreError, first_line
 from fasp_fx.hf import KIND, PLAIN, Pruned, check_layers, load_offloaded, read_pruned, refuse_incomplete
 from fasp_fx.pruning import Report
-from fasp_fx.storage import MANIFEST, is_save, kind_of, read_text, verify
+from fasp_fx.storage import MANIFEST, is_save, read_manifest, read_text, verify
 
 from ._console import Stages
 
@@ -157,7 +157,7 @@ def report_in(model: str) -> Report | None:
     folder = Path(model)
     if not (is_saved(model) or is_save(folder, PLAIN)):
         return None
-    verify(folder, kind_of(folder), ["report.json"])
+    verify(folder, read_manifest(folder).kind, ["report.json"])
     return Report.from_json(read_text(folder / "report.json"))
 
 
@@ -175,7 +175,7 @@ def load_pruned(folder: Path, device: torch.device) -> Pruned:
         StoreError: a file is missing, damaged or of another version, or the folder is no pruned model.
         ArgumentError: there is no tokenizer with it.
     """
-    if not (folder / MANIFEST).is_file() or kind_of(folder) not in (KIND, PLAIN):
+    if not (folder / MANIFEST).is_file() or read_manifest(folder).kind not in (KIND, PLAIN):
         raise StoreError(
             f"'{folder}' holds no pruned language model; give a folder that `fasp-fx prune` wrote"
         )

@@ -30,10 +30,10 @@ from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.pruning import CARD, MARK, TOLD, Report, read_told, write_card, write_told
 from fasp_fx.storage import (
     MANIFEST,
-    kind_of,
     parsing,
     program_from_json,
     read_json,
+    read_manifest,
     read_tensors,
     verify,
     write_json,
@@ -59,8 +59,9 @@ def check_sums(folder: Path) -> None:
         StoreError: a file is missing, damaged or of another version.
     """
     if (folder / MANIFEST).is_file():
-        listed = read_json(folder / MANIFEST)["files"]
-        verify(folder, kind_of(folder), {*TOLD, *(name for name in listed if not name.endswith(".md"))})
+        manifest = read_manifest(folder)
+        files = {*TOLD, *(name for name in manifest.files if not name.endswith(".md"))}
+        verify(folder, manifest.kind, files)
 
 
 def save_into(model: Any, path: Path, state_dict: Mapping[str, Tensor] | None) -> None:
@@ -173,8 +174,7 @@ def read_saved(folder: Path, changed: Any, device_map: Any) -> tuple[PrunedConfi
         StoreError: a file is missing, damaged or of another version.
         ArgumentError: there is no such device here.
     """
-    verify(folder, KIND, FILES)
-    verify(folder, KIND, {"generation_config.json"} & read_json(folder / MANIFEST)["files"].keys())
+    verify(folder, KIND, {*FILES, *({"generation_config.json"} & read_manifest(folder).files.keys())})
     if device_map == "auto":
         device_map = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     device = torch.get_default_device() if device_map is None else check_device(device_map, values=False)

@@ -276,6 +276,7 @@ def sweep(
     config: PruningConfig | None = None,
     device: torch.device | str | None = None,
     progress: Shown = None,
+    held_out: Iterable[Any] | None = None,
     **options: Unpack[PruningOptions],
 ) -> Sweep:
     """Predict what removing more and more of a generating model would cost, as :func:`fasp_fx.sweep`; model,
@@ -287,9 +288,8 @@ def sweep(
         3
     """
     captured, asked = _captured(model, device), PruningConfig.of(config, options)
-    return sweep_by(
-        (measure, partial(prune, format=OWN.name)), captured, calibration, (at, measured_at), asked, progress
-    )
+    data, steps = HeldOut(calibration, held_out), (measure, partial(prune, format=OWN.name))
+    return sweep_by(steps, captured, data, (at, measured_at), asked, progress)
 
 
 @shows("pruning")

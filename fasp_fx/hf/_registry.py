@@ -19,7 +19,7 @@ from transformers.models.auto import modeling_auto
 from fasp_fx.base import classes_by_config, forget_conversions
 from fasp_fx.errors import ArgumentError, StoreError
 from fasp_fx.pruning import FormatName, Granularity
-from fasp_fx.storage import kind_of, parsing, read_json, write_json
+from fasp_fx.storage import parsing, read_json, read_manifest, write_json
 
 from . import _model, modeling_per_layer
 from ._config import original_of
@@ -341,7 +341,7 @@ def format_in(folder: Path) -> tuple[Format, type]:
     Raises:
         StoreError: no format has such folders.
     """
-    kind = kind_of(folder)
+    kind = read_manifest(folder).kind
     with parsing("config.json"):
         name = str((read_json(folder / "config.json").get("architectures") or ["none"])[0])
         homes = (transformers, modeling_per_layer, _model)

@@ -42,12 +42,12 @@ from fasp_fx.errors import ArgumentError, CaptureError, PlanError, StoreError
 from fasp_fx.passes import PrunedModule, program_now, wrap
 from fasp_fx.storage import (
     check_weights,
-    kind_of,
     new_save,
     parsing,
     program_from_json,
     program_to_json,
     read_json,
+    read_manifest,
     read_tensors,
     read_text,
     signature_from_json,
@@ -327,7 +327,7 @@ SAVES = (KIND, PARTS_KIND)
 
 def read_result(folder: Path, model: nn.Module | None, device: torch.device | None) -> Result:
     """Read what :meth:`Result.save` wrote; arguments and errors as for :func:`fasp_fx.load`."""
-    if kind_of(folder) == PARTS_KIND:
+    if read_manifest(folder).kind == PARTS_KIND:
         return _load_parts(folder, model, device)
     verify(folder, KIND, FILES)
     return _read_program(folder, device)

@@ -67,7 +67,10 @@ class Sweep(Page):
         columns = [[cell.rjust(max(map(len, column))) for cell in column] for column in zip(*self.rows())]
         lines = ["  ".join(cells).rstrip() for cells in zip(*columns)]
         lines += [f"out of reach: {asked}" for asked in self.unreached]
-        return "\n".join(lines if self.measured else [*lines, "nothing was measured"])
+        nothing = (
+            "nothing was measured: no rows were held out, of fewer than eight batches, or none was to be"
+        )
+        return "\n".join(lines if self.measured else [*lines, nothing])
 
 
 @shows("sweeping")
@@ -84,14 +87,15 @@ def sweep(
     config: PruningConfig | None = None,
     device: torch.device | str | None = None,
     progress: Shown = None,
+    held_out: Iterable[Any] | None = None,
     **options: Unpack[PruningOptions],
 ) -> Sweep:
     """Predict what removing more and more would cost, of one measurement; and prune for a few of the points,
     to measure what it did cost.
 
     Args:
-        model, args, kwargs, device, progress: as for :func:`fasp_fx.prune`.
-        calibration: an iterable of batches, of which some are held out as :func:`fasp_fx.prune` does it.
+        model, args, kwargs, calibration, device, progress, held_out: as for :func:`fasp_fx.prune`. Of fewer
+            than eight batches none is held out, and without ``held_out`` nothing is measured.
         at: sparsities in (0, 1), or budgets.
         measured_at: those to prune for, which takes as long as one pruning each.
         config, options: as for :func:`fasp_fx.prune`, without ``sparsity`` and ``budget``.
@@ -106,13 +110,14 @@ def sweep(
     """
     captured = model if isinstance(model, Captured) else capture(model, args, kwargs, device=device)
     asked = PruningConfig.of(config, options)
-    return sweep_by((measure, prune), captured, calibration, (at, measured_at), asked, progress)
+    data = HeldOut(calibration, held_out)
+    return sweep_by((measure, prune), captured, data, (at, measured_at), asked, progress)
 
 
 def sweep_by(
     steps: tuple[Callable[..., Costs], Callable[..., Any]],
     captured: Any,
-    calibration: Iterable[Any],
+    batches: HeldOut,
     at: tuple[Iterable[float | Cap], Iterable[float | Cap]],
     config: PruningConfig,
     progress: Shown,
@@ -125,7 +130,7 @@ def sweep_by(
         at: what is asked for, and what of it is measured.
     """
     (measure, prune), (wanted, tried), advance = steps, map(dict.fromkeys, at), advance_of(progress)
-    batches, step = HeldOut(calibration), 1 / (len(tried) + 1)
+    step = 1 / (len(tried) + 1)
     data: dict[str, Any] = {"calibration": batches}
     costs = measure(captured, **data, config=config, part=None, progress=between(advance, 0.0, step))
     points = dict[float | Cap, Point]()

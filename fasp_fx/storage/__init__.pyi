@@ -2,10 +2,10 @@ from ._folder import (
     MANIFEST as MANIFEST,  # the file of a save that lists the others
     claim as claim,  # Take a folder for a run, or go on with the run that it is of
     is_save as is_save,  # Whether a folder holds a save of one of these kinds and nothing besides
-    kind_of as kind_of,  # What a folder holds a save of
     new_save as new_save,  # Give a folder to fill, which takes the name path, with a manifest, when the block ends
     parsing as parsing,  # Turn whatever a reader of foreign data trips over into an error that names the file; the cause stays with it
     read_json as read_json,  # The JSON object in a file
+    read_manifest as read_manifest,  # What a folder holds a save of, and which files
     read_state as read_state,  # What JSON in a file of such a folder holds, as a dataclass
     read_text as read_text,  # The text of a file
     refuse_other as refuse_other,  # Refuse a folder that holds something else than the state of a run, and what is no folder

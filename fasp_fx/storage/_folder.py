@@ -32,7 +32,7 @@ class _File:
 
 
 @dataclass(frozen=True)
-class _Manifest:
+class Manifest:
     """What a manifest says: the kind of the save, the versions that it was made with, and every file."""
 
     format: str = "none"
@@ -64,7 +64,7 @@ def write_manifest(folder: Path, kind: str, names: Iterable[str] = ()) -> None:
         name: _File((folder / name).stat().st_size, _sha256(folder / name))
         for name in names or _names(folder)
     }
-    write_json(folder / MANIFEST, asdict(_Manifest(FORMAT, kind, files=files)))
+    write_json(folder / MANIFEST, asdict(Manifest(FORMAT, kind, files=files)))
     mode = (folder / MANIFEST).stat().st_mode
     for name in files:  # safetensors keeps its files to their owner
         (folder / name).chmod(mode)
@@ -75,10 +75,15 @@ def _names(folder: Path) -> list[str]:
     return sorted(files - {MANIFEST})
 
 
-def _manifest(folder: Path) -> _Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """What a folder holds a save of, and which files.
+
+    Raises:
+        StoreError: it holds none that can be read.
+    """
     if not folder.is_dir():
         raise StoreError(f"'{folder}' is not a folder; give the folder that save() wrote")
-    manifest = parse(_Manifest, read_text(folder / MANIFEST), MANIFEST)
+    manifest = parse(Manifest, read_text(folder / MANIFEST), MANIFEST)
     if manifest.format != FORMAT:
         raise StoreError(
             f"{MANIFEST} has the format {manifest.format!r:.80}, this version reads {FORMAT!r}; save again,"
@@ -87,19 +92,10 @@ def _manifest(folder: Path) -> _Manifest:
     return manifest
 
 
-def kind_of(folder: Path) -> str:
-    """What a folder holds a save of.
-
-    Raises:
-        StoreError: it holds none that can be read.
-    """
-    return _manifest(folder).kind
-
-
 def is_save(folder: Path, *kinds: str) -> bool:
     """Whether a folder holds a save of one of these kinds, or of any, and nothing besides."""
     try:
-        manifest = _manifest(folder)
+        manifest = read_manifest(folder)
         return manifest.kind in (kinds or (manifest.kind,)) and manifest.files.keys() >= set(_names(folder))
     except tolerable(StoreError, OSError):
         return False
@@ -111,7 +107,7 @@ def verify(folder: Path, kind: str, names: Iterable[str]) -> None:
     Raises:
         StoreError: names the file and what is wrong.
     """
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     if manifest.kind != kind:
         raise StoreError(
             f"'{folder}' holds a save of the kind {manifest.kind!r:.80}, not {kind!r}; read it with"

@@ -26,7 +26,7 @@ from fasp_fx.hf._folder import FILES
 from fasp_fx.hf._formats import build
 from fasp_fx.hf._registry import format_of
 from fasp_fx.pruning import CARD, Line, read_told
-from fasp_fx.storage import MANIFEST, is_save, kind_of, read_json, write_json, write_manifest
+from fasp_fx.storage import MANIFEST, is_save, read_json, read_manifest, write_json, write_manifest
 
 CHAT = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}{% if"
@@ -297,6 +297,10 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "another end": fields("generation_config.json", eos_token_id=3),
     "no manifest": lambda folder: (folder / MANIFEST).unlink(),
     "another kind": fields(MANIFEST, kind="whole"),
+    "no list of files": lambda folder: write_json(
+        folder / MANIFEST, {"format": "fasp_fx/1", "kind": "plain"}
+    ),
+    "a list of no files": fields(MANIFEST, files=["config.json"]),
 }
 
 
@@ -310,7 +314,7 @@ def test_what_was_changed_is_not_loaded(saved: Path, damage: str, tmp_path: Path
 
 @pytest.mark.parametrize("damage", ["without down_proj", "one more weight", "num_hidden_layers=3"])
 def test_no_weight_is_made_up_even_where_sums_fit(saved: Path, damage: str, tmp_path: Path) -> None:
-    folder, kind = Path(shutil.copytree(saved, tmp_path / "out")), kind_of(saved)
+    folder, kind = Path(shutil.copytree(saved, tmp_path / "out")), read_manifest(saved).kind
     DAMAGES[damage](folder)
     write_manifest(folder, kind)
     if kind == "hf":
