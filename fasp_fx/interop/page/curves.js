@@ -14,11 +14,12 @@ if (headings) {
 function picture({ label, lines, dots = [] }, wide) {
   const { left, top, plot, bottom, right } = FRAME;
   const highest = Math.max(...lines.flatMap(([, points]) => points.map((point) => point[1])), ...dots.map(([, value, doubt]) => value + (doubt ?? 0)));
-  const high = highest > 0 ? highest : 1, x = (share) => left + (wide - left - right) * share, y = (value) => top + plot * (1 - value / high);
+  const high = highest > 0 ? highest : 1, x = (share) => left + (wide - left - right) * share, power = dots.length ? 1 : 2; // costs are squared errors: drawn by their roots, small ones can be told apart
+  const y = (value) => top + plot * (1 - (value / high) ** (1 / power));
   const drawing = svg("svg", { width: wide, height: top + plot + bottom, viewBox: `0 0 ${wide} ${top + plot + bottom}`, role: "group", "aria-label": `${label}, by what is removed` });
   for (const part of [0, 0.5, 1]) {
-    drawing.append(svg("path", { d: `M${left} ${y(high * part)}H${wide - right}`, class: part ? "grid" : "axis" }),
-      svg("text", { x: left - 6, y: y(high * part) + 4, "text-anchor": "end", class: "tick" }, dots.length ? percent(high * part) : short(high * part)));
+    drawing.append(svg("path", { d: `M${left} ${y(high * part ** power)}H${wide - right}`, class: part ? "grid" : "axis" }),
+      svg("text", { x: left - 6, y: y(high * part ** power) + 4, "text-anchor": "end", class: "tick" }, dots.length ? percent(high * part) : short(high * part ** power)));
   }
   for (const part of [0, 0.25, 0.5, 0.75, 1]) drawing.append(svg("text", { x: x(part), y: top + plot + 15, "text-anchor": part === 1 ? "end" : "middle", class: "tick" }, `${100 * part} %`));
   drawing.append(svg("text", { x: (left + wide - right) / 2, y: top + plot + 30, "text-anchor": "middle", class: "tick" }, "removed"));
@@ -40,6 +41,6 @@ function picture({ label, lines, dots = [] }, wide) {
 
 for (const curve of data.curves) {
   const space = el("div", { class: "plot" });
-  document.getElementById("curves").append(el("figure", { class: "chart card" }, el("figcaption", {}, el("b", {}, curve.label)), space));
+  document.getElementById("curves").append(el("figure", { class: "chart card" }, el("figcaption", {}, el("b", {}, curve.label), curve.dots ? "" : ", root scale"), space));
   drawn(space, (wide) => wide > 0 && space.replaceChildren(picture(curve, wide)));
 }
