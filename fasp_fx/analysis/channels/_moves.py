@@ -241,17 +241,18 @@ class Move:
         return self.call.shapes[0] == rest
 
     def _in_one_piece(self, axis: Axis, shift: Callable[[Tensor], list[Tensor]]) -> Axis:
-        """Couple channels at one place of several rows where a reshape deals the rows out in turn, as a
-        channel shuffle does.
+        """Couple channels at one place of several rows where an operator deals the rows out in turn: a
+        reshape, as a channel shuffle does, or one that makes one dimension of all.
 
         Rows may lose different channels only as long as each stays in one piece: of rows that alternate, the
         order of what is left would change.
         """
         inside = [dim for dim in axis.varying() if dim > axis.dim]
-        if not (inside and self.is_reshape):
-            return axis
-        merged = Axis.of(shift(axis.numbers)[0])
-        is_dealt = merged is None or len(merged.varying()) < len(axis.varying())
+        merged = Axis.of(shift(axis.numbers)[0]) if inside else axis
+        if merged is None or _one_of_each(merged, axis):
+            is_dealt = self.is_reshape
+        else:
+            is_dealt = len(merged.varying()) < len(axis.varying())
         return reduce(self._alike, inside, axis) if is_dealt else axis
 
     def _alike(self, axis: Axis, dim: int) -> Axis:
