@@ -292,7 +292,8 @@ def counting(model: Any, x: Tensor) -> Tensor:
 
 def counted(compute: Callable[..., Tensor]) -> nn.Module:
     model = functional(compute, w=SQUARE)
-    model.register_buffer("count", torch.ones(()))
+    # not a number alone: what is written to one in float64 is lost when torch compiles it
+    model.register_buffer("count", torch.ones(1))
     return model
 
 

@@ -288,11 +288,11 @@ def into_a_view(h: Tensor) -> Tensor:
 
 def into_parts_that_are_read(h: Tensor) -> Tensor:
     h = torch.sin(h)
-    first, before = h[:, 0], h[:, 1:3].exp()
-    h[:, 1:][:, :2] *= h[:, :1]
+    first, before = h[:, 0], h[:, 1:].exp()
+    h[:, 1:][:, 1:] *= h[:, :1]
     first *= h[:, -1]
     h[:, -1] = first
-    h[:, 1:3] = before
+    h[:, 1:] = before
     return h + first.relu_()[:, None] * before.sum(1, keepdim=True)
 
 
