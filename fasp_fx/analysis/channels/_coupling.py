@@ -275,11 +275,14 @@ def blocks_wanted(
     """
     (dim,) = weight.dims([letter])
     others = (other for other in weight.value.axes if other is not axis and other.numbers.shape[dim] > 1)
-    divider, slot = next((other.slot for other in others), None), axis.slot
-    if divider is None or slot is None or divider == slot or slot[0] != weight.value.origin:
+    other, slot, count = next(others, None), axis.slot, weight.size(letter)
+    if other is None or other.slot is None or slot is None or slot[0] != weight.value.origin:
         return {}
-    divided, blocks = numbering.get(*slot), numbering.get(*divider)
-    # A letter that is several dimensions merged cannot be told apart as the blocks of one.
-    undivided = divided and blocks and {divided.block_dim, blocks.block_dim} == {None}
-    whole = blocks and undivided and blocks.size % weight.size(letter) == 0
-    return {slot: (blocks.dim, weight.size(letter))} if blocks and whole else {}
+    divided, blocks = numbering.get(*slot), numbering.get(*other.slot)
+    if divided is None or blocks is None or {divided.block_dim, blocks.block_dim} != {None}:
+        return {}
+    # A letter that is several dimensions merged cannot be told apart as the blocks of one; nor one whose
+    # positions lie in turn with those of another.
+    places = (other.numbers.movedim(dim, 0).reshape(count, -1) - blocks.base) * count // blocks.size
+    whole = divided is not blocks and blocks.size % count == 0
+    return {slot: (blocks.dim, count)} if whole and bool((torch.arange(count) == places.T).all()) else {}

@@ -275,10 +275,15 @@ class Relation:
                 self.facts.uses += contraction.uses()
 
     def _want_blocks(self, shared: Iterable[tuple[Operand, Axis, str]]) -> None:
-        """Ask for numbers of their own for channels of every block, where blocks share them."""
+        """Ask for numbers of their own for channels of every block, where blocks share them; of two
+        dimensions that would divide each other, for the first.
+        """
         blocks = self.facts.wishes.blocks
         for each in shared:
-            blocks |= blocks_wanted(self.numbering, *each) | blocks
+            for (name, dim), (divider, count) in blocks_wanted(self.numbering, *each).items():
+                dividers = {(other, along) for (other, _), (along, _) in blocks.items()}
+                if (name, divider) not in blocks and (name, dim) not in dividers:
+                    blocks.setdefault((name, dim), (divider, count))
 
 
 def _lies_alike(operand: Operand, among: list[Tensor]) -> bool:
