@@ -549,8 +549,17 @@ def only_matrix() -> nn.Module:
     )
 
 
+def _all_repeated(model: Any, x: Tensor) -> Tensor:
+    """One sample, of whose rows others may go in each only while nobody makes one row of all."""
+    columns = model.up(x).reshape(3, 4).transpose(0, 1)
+    return model.down(columns.repeat_interleave(2))
+
+
 ENTRIES: dict[str, Entry] = {
     **entries(LAYOUTS, rows(6)),
+    "all repeated, column by column": Entry(
+        lambda: made(_all_repeated, up=nn.Linear(5, 12), down=nn.Linear(24, 3)), (drawn((5,)),)
+    ),
     **MIXERS,
     **entries({f"beside {name}": lambda own=own: _beside(*own) for name, own in BESIDE.items()}, MASKED),
     **entries({name: between(function) for name, function in FUNCTIONS.items()}, sequences(8)),
