@@ -105,7 +105,9 @@ def unet2d(options: Any) -> Network:
     widths, downs = (64, 128, 128), ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D")
     ups = ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
     model = UNet2DModel(32, block_out_channels=widths, down_block_types=downs, up_block_types=ups)
-    return Network(Only(model, 10, return_dict=False), images(32), {"include": ("approximate",), "round_to": 1})
+    return Network(
+        Only(model, 10, return_dict=False), images(32), {"include": ("approximate",), "round_to": 1}
+    )
 
 
 def yolo11n(options: Any) -> Network:
