@@ -174,7 +174,7 @@ def read_saved(folder: Path, changed: Any, device_map: Any) -> tuple[PrunedConfi
         StoreError: a file is missing, damaged or of another version.
         ArgumentError: there is no such device here.
     """
-    verify(folder, KIND, {*FILES, *({"generation_config.json"} & read_manifest(folder).files.keys())})
+    verify(folder, KIND, [*FILES, *({"generation_config.json"} & read_manifest(folder).files.keys())])
     if device_map == "auto":
         device_map = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     device = torch.get_default_device() if device_map is None else check_device(device_map, values=False)
