@@ -290,8 +290,8 @@ def graph_of(program: ExportedProgram) -> torch.fx.GraphModule:
     for node in module.graph.nodes:
         stack = node.meta.get("nn_module_stack")
         if stack and node.target in (torch.ops.aten.relu.default, torch.ops.aten.relu_.default):
-            (*rest, last) = stack.items()
-            node.meta["nn_module_stack"] = {**dict(rest), f"{last[0]}.{node.name}": last[1]}
+            *rest, (key, (name, kind)) = stack.items()
+            node.meta["nn_module_stack"] = {**dict(rest), key: (f"{name}.{node.name}", kind)}
     return module
 
 
@@ -630,6 +630,8 @@ def tables(results: Results) -> Iterator[str]:
 
 
 def faster(found: dict[str, Any]) -> str:
+    if found.get("pruned", {}).get("quantised") == 0:
+        return "takes nothing"
     return ", ".join(f"{times[2]:.2f}" for times in found.get("times", {}).values()) or "–"
 
 

@@ -60,8 +60,8 @@ def check_sums(folder: Path) -> None:
     """
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
-        files = {*TOLD, *(name for name in manifest.files if not name.endswith(".md"))}
-        verify(folder, manifest.kind, files)
+        listed = (name for name in manifest.files if not name.endswith(".md"))
+        verify(folder, manifest.kind, dict.fromkeys([*TOLD, *listed]))
 
 
 def save_into(model: Any, path: Path, state_dict: Mapping[str, Tensor] | None) -> None:

@@ -68,7 +68,8 @@ class Sweep(Page):
         lines = ["  ".join(cells).rstrip() for cells in zip(*columns)]
         lines += [f"out of reach: {asked}" for asked in self.unreached]
         nothing = (
-            "nothing was measured: no rows were held out, of fewer than eight batches, or none was to be"
+            "nothing was measured: that takes a point of measured_at, and rows to hold out: eight batches or"
+            " more, or those of held_out="
         )
         return "\n".join(lines if self.measured else [*lines, nothing])
 
