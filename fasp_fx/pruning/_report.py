@@ -239,14 +239,14 @@ class Report(Page):
 
     def _cost(self) -> str:
         """What was lost, as far as it was seen."""
+        predicted = next((note for note in self.notes if note.startswith(PREDICTED)), None)
         cut = max((line.error_cut for line in self.lines if line.error_cut is not None), default=None)
         restored = max((line.error_restored or 0.0 for line in self.lines), default=0.0)
+        if predicted is not None:
+            return predicted
         if cut is None:
-            return "unknown: nothing was calibrated; run both models on data of yours"
-        return next(
-            (note for note in self.notes if note.startswith(PREDICTED)),
-            f"squared errors of what consumers put out are {restored:.1e} at most, {cut:.1e} without repair",
-        )
+            return "unknown: no layer's error was measured; run both models on data of yours"
+        return f"squared errors of what consumers put out are {restored:.1e} at most, {cut:.1e} without repair"
 
     def _trust(self) -> str:
         """How far what was lost can be relied on."""
