@@ -1,5 +1,6 @@
 """What is measured on rows that were held out, what sweeps predict, and how both are shown."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,19 @@ def test_the_last_eighth_is_seen_by_nothing_else(captured: fasp_fx.Captured) -> 
     assert given.report.agreement == agreed
 
 
+@torch.no_grad()
+def test_what_was_measured_of_other_weights_is_not_saved(captured: fasp_fx.Captured, tmp_path: Path) -> None:
+    result = fasp_fx.prune(captured, calibration=BATCHES, sparsity=0.4)
+    loaded = fasp_fx.load(result.save(tmp_path / "measured"))
+    assert loaded.report.agreement == result.report.agreement
+    next(loaded.module.parameters())[0] *= 1.01
+    trained = fasp_fx.load(loaded.save(tmp_path / "trained"))
+    assert (trained.report.agreement, trained.report.figures) == (None, ())
+    assert "or weights were changed since" in (tmp_path / "trained" / "README.md").read_text("utf-8")
+    again = trained.with_report(agreement=fasp_fx.agreement(captured.program.module, trained.module, BATCHES))
+    assert fasp_fx.load(again.save(tmp_path / "again")).report.agreement == again.report.agreement is not None
+
+
 def test_a_model_in_parts_is_measured_as_a_whole() -> None:
     torch.manual_seed(0)
 
@@ -82,6 +96,9 @@ def test_one_measurement_predicts_many_sparsities(captured: fasp_fx.Captured) ->
     costs = [each.cost for each in swept.points.values()]
     assert costs == sorted(costs)
     assert len(str(swept).splitlines()) == 5
+    assert "40.0%" in str(swept)
+    with pytest.raises(fasp_fx.errors.SparsityError, match=r"sparsity=30 is not in \(0, 1\)"):
+        fasp_fx.sweep(captured, calibration=pytest.fail, at=(30,))
     with pytest.raises(fasp_fx.ArgumentError, match="measure it anew"):
         fasp_fx.Costs.from_json(swept.costs.to_json()).at(0.2)
 

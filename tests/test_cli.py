@@ -30,7 +30,7 @@ from fasp_fx.cli import _prune
 from fasp_fx.cli._app import app
 from fasp_fx.cli._models import Texts
 from fasp_fx.pruning import Figure, Line, read_told
-from fasp_fx.storage import write_manifest
+from fasp_fx.storage import MANIFEST, write_manifest
 
 LENGTH = 32
 SMALL = f"--length {LENGTH} --batches 4 --eval-batches 3 --device cpu".split()
@@ -206,6 +206,19 @@ def test_prune_to_a_plain_checkpoint(
     assert float(found[1]) == pytest.approx(held_out, rel=1e-4)
 
 
+def test_a_folder_that_was_written_anew_has_layers_of_their_own_sizes(
+    from_file: tuple[Path, Result], folder: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(from_file[0], tmp_path / "trained"))
+    (out / MANIFEST).unlink()  # as docs/loading.md says of what transformers wrote over
+    width = _loaded(out).model.layers[0].mlp.up_proj.out_features
+    assert width < 48
+    assert f"│ {width} " in printed("inspect", out)
+    shown = printed("eval", from_file[0], out, "--text", folder / "text.txt", "--length", LENGTH)
+    before, after = _figures(shown)[:2]
+    assert before == after
+
+
 FILE = PruningConfig(granularity=("head", "channel"), sparsity=0.1, quality="fast")
 #: options beside a file stand in the place of its own
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -316,6 +329,7 @@ def test_damaged_recover_and_taken_places(
     inside = ("prune", folder / "model", "--out", tmp_path / "out", "--checkpoint", tmp_path / "out" / "run")
     assert "lies in --out" in refused(*inside, *SMALL)
     assert "was pruned already" in refused("prune", from_file[0], "--out", tmp_path / "out", *SMALL)
+    assert "was pruned already" in refused("sweep", from_file[0])
 
 
 def test_a_result_is_kept_when_measuring_is_interrupted(

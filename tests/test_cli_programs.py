@@ -88,6 +88,15 @@ def test_without_data_it_is_the_masked_program_within_the_same_bounds(folder: Pa
     assert sorted(file.name for file in tmp_path.iterdir()) == ["page.html", "small.pt2"]
 
 
+def test_an_example_of_zeros_measures_nothing(folder: Path, tmp_path: Path) -> None:
+    result = fasp_fx.prune(_vision(), (ROWS["images"][:2],), score="magnitude", restore=None, sparsity=0.3)
+    loaded = fasp_fx.load(result.save(tmp_path / "saved"))
+    torch.export.save(loaded.program, tmp_path / "loaded.pt2")
+    shown = printed("prune", tmp_path / "loaded.pt2", "--sparsity", 0.3, "--dry-run")
+    assert "unknown: no row held out was run" in " ".join(shown.split())
+    assert "nothing was repaired" in shown
+
+
 @torch.no_grad()
 def test_rows_calibrate_and_the_last_fifth_of_them_measures(folder: Path, tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(1)

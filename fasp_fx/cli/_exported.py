@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from fasp_fx.analysis import Analysis
-from fasp_fx.base import new_file, process, pytree, quiet, tolerable
+from fasp_fx.base import new_file, process, pytree, quiet, tensors_in, tolerable
 from fasp_fx.capturing import Program, is_dynamic, upper_bound
 from fasp_fx.errors import ArgumentError, CalibrationError, StoreError, first_line
 from fasp_fx.pruning import PruningConfig, Report, Sweep, capture, prune, sweep
@@ -101,6 +101,11 @@ def run(job: Job, config: PruningConfig, stages: Stages) -> None:
         captured = capture(dense, device=device)
         names = dense.graph_signature.user_inputs
         batches, held_out = read_batches(job.calibration, captured.program, names, device)
+        example = pytree.tree_leaves(captured.program.example)
+        # A program that was read from a folder of result.save has zeros in the place of its example.
+        says = any(
+            bool((value != value.flatten()[0]).any()) for value in tensors_in(example) if value.numel()
+        )
         stages.end()
         with together(device) as group:
             result = prune(
@@ -111,13 +116,13 @@ def run(job: Job, config: PruningConfig, stages: Stages) -> None:
                 group=group,
                 on_analysis=lambda analysis: _show_groups(analysis, stages),
                 progress=stages.update,
-                held_out=held_out or [_batch(captured.program, pytree.tree_leaves(captured.program.example))],
+                held_out=held_out or [_batch(captured.program, example)] * says,
             )
         if rank:  # all processes have the same
             return
         what = "held out" if held_out else "the example inputs in the file, as none was held out"
-        agreed: Any = result.report.agreement
-        report = replace(result.report, agreement=replace(agreed, source=what))
+        agreed = result.report.agreement
+        report = replace(result.report, agreement=agreed and replace(agreed, source=what))
         if file is not None:
             stages.begin("saving")
             home = next((tensor.device for tensor in dense.state_dict.values()), device)
@@ -129,6 +134,8 @@ def run(job: Job, config: PruningConfig, stages: Stages) -> None:
                 sink.check()
     stages.end()
     show_figures(report)
+    if not batches:
+        say("channels went by magnitudes, and nothing was repaired: with rows of --calibration less is lost")
     say("nothing was written" if file is None else f"saved in {job.out}; load it with torch.export.load")
 
 

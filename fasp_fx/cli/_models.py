@@ -28,7 +28,16 @@ from transformers import (
 
 from fasp_fx.base import Scratch, device_of, keep_weights, reading_gguf, tolerable
 from fasp_fx.errors import ArgumentError, CalibrationError, FaspError, StoreError, first_line
-from fasp_fx.hf import KIND, PLAIN, Pruned, check_layers, load_offloaded, read_pruned, refuse_incomplete
+from fasp_fx.hf import (
+    KIND,
+    PLAIN,
+    Pruned,
+    check_layers,
+    class_in,
+    load_offloaded,
+    read_pruned,
+    refuse_incomplete,
+)
 from fasp_fx.pruning import Report
 from fasp_fx.storage import MANIFEST, is_save, read_manifest, read_text, verify
 
@@ -39,6 +48,8 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 SAMPLED_TOGETHER = 64
+#: lies beside models whose layers have sizes of their own
+_OWN_CODE = "modeling_per_layer.py"
 
 #: what texts that a model writes begin with, in turn, so that they are of many kinds: from nothing it writes
 #: mostly of what it saw most
@@ -115,14 +126,14 @@ def load_model(
     Raises:
         ArgumentError: it cannot be loaded.
     """
-    loading: Any = AutoModelForCausalLM.from_pretrained
     with _loading(model) as (where, options):
         if scratch is not None and not options and Path(where).is_dir():
             return load_offloaded(
                 where, scratch, dtype=None if dtype == "auto" else getattr(torch, dtype)
             ).to(device)
         options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        loaded, info = loading(where, **options)
+        kind: Any = _own_class(where) or AutoModelForCausalLM
+        loaded, info = kind.from_pretrained(where, **options)
     refuse_incomplete(loaded, info, model)
     if getattr(loaded.config, "quantization_config", None) and getattr(loaded, "hf_quantizer", None) is None:
         raise ArgumentError(
@@ -142,10 +153,18 @@ def load_structure(model: str) -> tuple[nn.Module, dict[str, Any]]:
         ArgumentError: its configuration cannot be loaded.
     """
     with _loading(model) as (where, options):
-        config = AutoConfig.from_pretrained(where, **options)
+        own = _own_class(where)
+        config = (own.config_class if own else AutoConfig).from_pretrained(where, **options)
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config).eval()
+            empty = (own(config) if own else AutoModelForCausalLM.from_config(config)).eval()
     return empty, {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False}
+
+
+def _own_class(where: str) -> Any:
+    """The class of a folder whose layers have sizes of their own, which somebody trained and wrote anew; its
+    code is here, so that the file of it in the folder is not run.
+    """
+    return class_in(Path(where))[1] if (Path(where) / _OWN_CODE).is_file() else None
 
 
 def report_in(model: str) -> Report | None:
@@ -164,7 +183,7 @@ def report_in(model: str) -> Report | None:
 def is_saved(model: str) -> bool:
     """Whether a command line argument is a folder that fasp_fx wrote, rather than a model of transformers."""
     folder = Path(model)
-    stock = is_save(folder, PLAIN) and not (folder / "modeling_per_layer.py").is_file()
+    stock = is_save(folder, PLAIN) and not (folder / _OWN_CODE).is_file()
     return (folder / MANIFEST).is_file() and not stock
 
 

@@ -217,6 +217,8 @@ def convert_and_save(folder: Path, format: FormatName, job: Job, stages: Stages)
 
 def swept(model: str, texts: Texts, device: torch.device, stages: Stages, how: dict[str, Any]) -> Sweep:
     """What :func:`fasp_fx.hf.sweep` finds of a model, on text."""
+    if _models.is_saved(model):
+        raise pruned_already(f"'{model}'")
     stages.begin("loading the model and the text")
     tokenizer, dense = _models.load_tokenizer(model), _models.load_model(model, device=device)
     texts.read(tokenizer)

@@ -33,6 +33,7 @@ from ._prune import (
 )
 from ._registry import (
     FORMATS as FORMATS,  # every format of the files, by its name
+    class_in as class_in,  # The class that the configuration of a folder names, of transformers or of this library
 )
 from ._stages import (
     pruned_already as pruned_already,  # What is said of a model that is the result of a pruning

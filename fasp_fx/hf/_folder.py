@@ -98,8 +98,9 @@ def fill(folder: Path, model: Any, state_dict: Mapping[str, Tensor] | None) -> N
         for name, program in model._stored.items()
     }
     write_json(folder / "programs.json", programs)
-    write_told(folder, model.plan, model.report)
-    describe(folder, model, model.report, folder)
+    report = model.report.told_of(model)
+    write_told(folder, model.plan, report)
+    describe(folder, model, report, folder)
 
 
 def loading_of(model: Any, folder: Path, where: str) -> str:
@@ -123,7 +124,8 @@ def describe(folder: Path, model: Any, report: Report, before: Path) -> None:
     base = str(model.name_or_path)
     is_named = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
     header = "library_name: transformers" + f"\nbase_model: {base}" * bool(is_named)
-    write_card(folder, report, loading_of(model, folder, "this/repository"), header, before)
+    loading = f"import transformers\n{loading_of(model, folder, 'this/repository')}"
+    write_card(folder, report, loading, header, before)
 
 
 def upload(save: Callable[[Path], Any], repo_id: str, **options: Any) -> str:

@@ -100,7 +100,7 @@ class Pruned(Page):
 
     def with_report(self, **fields: Any) -> Self:
         """The same, sharing its model, with some fields of its report replaced, which is saved along."""
-        report = replace(self.report, **fields)
+        report = self.report.having(fields, self.model)
         if isinstance(self.model, PrunedModel):
             self.model.report = report
         return replace(self, report=report)
@@ -124,8 +124,9 @@ class Pruned(Page):
         form, path = format_of(self.format), path_of(folder, "folder").absolute()
         with new_save(path, form.folder, overwrite=overwrite) as target, quiet_transformers():
             form.write(target, self.model, self.tokenizer)
-            write_told(target, self.plan, self.report)
-            describe(target, self.model, self.report, path)
+            report = self.report.told_of(self.model)
+            write_told(target, self.plan, report)
+            describe(target, self.model, report, path)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(str(target))
                 keep_source(self.tokenizer, target)
@@ -585,7 +586,9 @@ def convert(pruned: Pruned, format: FormatName) -> Pruned:
         format, experiments, {name: weight.detach() for name, weight in weights.items()}, model
     )
     check_equal(smaller, model, example_of(model))
-    return replace(pruned, model=smaller, format=format)
+    report = pruned.report.told_of(model)
+    converted = replace(pruned, model=smaller, format=format, report=report)
+    return converted.with_report(agreement=report.agreement)
 
 
 def read_pruned(folder: Path, device: torch.device | None) -> Pruned:

@@ -231,8 +231,10 @@ class PerLayer(Format):
             },
             ("allow_global_per_layer_attribute_access",): True,
         }
-        kind = _saved_along(_layered(experiments.kind), experiments)
-        return kind, experiments.config({**by_layer, **least})
+        return _saved_along(_layered(experiments.kind)), experiments.config({**by_layer, **least})
+
+    def load(self, kind: Any, folder: Path, device: Any) -> Any:
+        return super().load(_saved_along(kind), folder, device)
 
     def settle(self, model: Any) -> None:
         if PerLayer.holds(self, type(model)):
@@ -272,7 +274,7 @@ class DeciLM(PerLayer):
             blocks.append({"attention": present | attention, "ffn": present | ffn})
         kept = {key: value for key, value in base.items() if key not in BY_LAYER}
         config = modeling_per_layer.DeciLMConfig(block_configs=blocks, **kept)
-        return _saved_along(modeling_per_layer.DeciLMForCausalLM, experiments), config
+        return _saved_along(modeling_per_layer.DeciLMForCausalLM), config
 
     def holds(self, kind: type) -> bool:
         return kind is modeling_per_layer.DeciLMForCausalLM
@@ -341,19 +343,28 @@ def format_in(folder: Path) -> tuple[Format, type]:
     Raises:
         StoreError: no format has such folders.
     """
-    kind = read_manifest(folder).kind
-    with parsing("config.json"):
-        name = str((read_json(folder / "config.json").get("architectures") or ["none"])[0])
-        homes = (transformers, modeling_per_layer, _model)
-        model_class = next((getattr(home, name) for home in homes if hasattr(home, name)), None)
-        if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
-            for form in FORMATS.values():
-                if form.folder == kind and form.holds(model_class):
-                    return form, model_class
+    kind, (name, model_class) = read_manifest(folder).kind, class_in(folder)
+    if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+        for form in FORMATS.values():
+            if form.folder == kind and form.holds(model_class):
+                return form, model_class
     raise StoreError(
         f"config.json names the class {name!r:.80}, and folders of the kind {kind!r:.80} hold none of that"
         " name; save the model again"
     )
+
+
+def class_in(folder: Path) -> tuple[str, Any]:
+    """The class that the configuration of a folder names, of transformers or of this library; the name alone,
+    and ``None``, if neither has one.
+
+    Raises:
+        StoreError: the configuration is missing or damaged.
+    """
+    with parsing("config.json"):
+        name = str((read_json(folder / "config.json").get("architectures") or ["none"])[0])
+    homes = (transformers, modeling_per_layer, _model)
+    return name, next((getattr(home, name) for home in homes if hasattr(home, name)), None)
 
 
 def _layered(kind: Any) -> Any:
@@ -361,9 +372,9 @@ def _layered(kind: Any) -> Any:
     return getattr(modeling_per_layer, f"PerLayer{kind.__name__}", None)
 
 
-def _saved_along(kind: Any, experiments: Experiments) -> Any:
-    """A class whose file is saved along with its models."""
-    kind.register_for_auto_class(_auto_class(experiments.kind))
+def _saved_along(kind: Any) -> Any:
+    """A class of :mod:`modeling_per_layer`, whose file is saved along with its models."""
+    kind.register_for_auto_class(_auto_class(kind.__bases__[1]))
     modeling_per_layer.DeciLMConfig.register_for_auto_class()
     return kind
 

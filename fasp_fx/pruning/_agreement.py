@@ -32,6 +32,8 @@ class Agreement:
             ``[rows, classes]`` or ``[rows, tokens, words]``. ``None``: no output is such.
         source: what the rows are, in words.
         by_source: the same of each source, where the rows are of several.
+        weights: a digest of the pruned model's weights, so that a save tells nothing of others. ``None``: it
+            is not known.
 
     Examples:
         >>> print(fasp_fx.agreement(model, model, batches))
@@ -43,6 +45,7 @@ class Agreement:
     same: Estimate | None = None
     source: str = ""
     by_source: tuple[Agreement, ...] = ()
+    weights: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         stay = "" if self.same is None else f", first choices stay in {percent(self.same, 1)}"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 from torch import Tensor
 
 from fasp_fx.allocation import Cap, is_excluded
 from fasp_fx.analysis import APPROXIMATE, Analysis, Group, PruningPlan, Resource, cache_of
-from fasp_fx.base import Count, OpOverload, Page, ReadBy, from_document, to_document
+from fasp_fx.base import Count, OpOverload, Page, ReadBy, fingerprint, from_document, to_document
 from fasp_fx.errors import ArgumentError, BudgetError, StoreError
 from fasp_fx.patterns import pointwise_rule
 
@@ -20,6 +20,8 @@ from ._agreement import Agreement
 from ._config import PruningConfig
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .check import Checked
 
 #: the operators whose weights sparsity counts
@@ -220,6 +222,18 @@ class Report(Page):
         ReadBy(lambda data: None if data is None else PruningConfig.from_json(json.dumps(data))),
     ] = None
 
+    def having(self, fields: Mapping[str, Any], model: nn.Module) -> Report:
+        """The same with other fields; what was measured is of the weights that a model has now."""
+        agreed = fields.get("agreement")
+        found = {"agreement": replace(agreed, weights=_digest(model))} if agreed is not None else {}
+        return replace(self, **{**fields, **found})
+
+    def told_of(self, model: nn.Module) -> Report:
+        """The same without what was measured, if the model has other weights now: it was trained since."""
+        if self.agreement is None or self.agreement.weights in (None, _digest(model)):
+            return self
+        return replace(self, agreement=None, figures=())
+
     def to_json(self) -> str:
         """The report as text, without a configuration that holds a function."""
         try:
@@ -246,7 +260,9 @@ class Report(Page):
             return predicted
         if cut is None:
             return "unknown: no layer's error was measured; run both models on data of yours"
-        return f"squared errors of what consumers put out are {restored:.1e} at most, {cut:.1e} without repair"
+        return (
+            f"squared errors of what consumers put out are {restored:.1e} at most, {cut:.1e} without repair"
+        )
 
     def _trust(self) -> str:
         """How far what was lost can be relied on."""
@@ -282,7 +298,8 @@ class Report(Page):
         )
         recovery = (str(self.recovery), *self.recovery.notes) if self.recovery is not None else ()
         measured = (
-            "unknown: no row held out was run; calibrate on eight batches or more, or give held_out="
+            "unknown: no row held out was run, or weights were changed since; calibrate on eight batches or"
+            " more, give held_out=, or call fasp_fx.agreement"
             if self.agreement is None
             else f"{self.agreement}, which neither a choice nor a repair has seen"
         )
@@ -422,3 +439,10 @@ def notes_of(analysis: Analysis) -> tuple[str, ...]:
         )
         notes.append(f"{name} has no rule and froze what it touches ({len(nodes)} times); {what}")
     return tuple(notes)
+
+
+def _digest(model: nn.Module) -> str:
+    """What tells the weights of a model from others."""
+    return fingerprint(
+        {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    )

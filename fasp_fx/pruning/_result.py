@@ -130,7 +130,7 @@ class Result(Page):
 
     def with_report(self, **fields: Any) -> Self:
         """The same, sharing its module, with some fields of its report replaced."""
-        return replace(self, report=replace(self.report, **fields))
+        return replace(self, report=self.report.having(fields, self.module))
 
     def following(self, earlier: PruningPlan) -> Self:
         """The same, sharing its module, for the model that was there before earlier prunings: ``eager`` takes
@@ -167,12 +167,12 @@ class Result(Page):
         """
         path = path_of(path, "path").absolute()
         check_copies(self.module, self._weights)
+        told = replace(self, report=self.report.told_of(self.module))
         with new_save(path, PARTS_KIND if self.is_in_parts else KIND, overwrite=overwrite) as folder:
-            (_write_parts if self.is_in_parts else _write_whole)(folder, self)
+            (_write_parts if self.is_in_parts else _write_whole)(folder, told)
             dense = ", model=dense" if self.is_in_parts else ""
-            write_card(
-                folder, self.report, f'fasp_fx.load("this/folder"{dense})', "library_name: pytorch", path
-            )
+            loading = f'import fasp_fx\n\nmodel = fasp_fx.load("this/folder"{dense}).module'
+            write_card(folder, told.report, loading, "library_name: pytorch", path)
         return path
 
     @one_at_a_time

@@ -51,6 +51,7 @@ class Sweep(Page):
         """The table as text, its headings first."""
         rows = (
             (
+                "" if asked == 0 else str(asked) if isinstance(asked, Cap) else f"{asked:.1%}",
                 f"{point.sparsity:.1%}",
                 self.costs.in_words(point.cost),
                 percent(agreed.error, 2) if agreed else "",
@@ -58,9 +59,16 @@ class Sweep(Page):
                 f"{point.parameters:,}",
                 "unknown" if point.macs is None else f"{point.macs:,}",
             )
-            for point, agreed in ((self.points[asked], self.measured.get(asked)) for asked in self.points)
+            for asked, point, agreed in ((at, self.points[at], self.measured.get(at)) for at in self.points)
         )
-        head = "removed", "predicted", "measured: outputs differ by", "first choices stay", "parameters"
+        head = (
+            "asked",
+            "removed",
+            "predicted",
+            "measured: outputs differ by",
+            "first choices stay",
+            "parameters",
+        )
         return [(*head, "multiply-accumulates"), *rows]
 
     def __str__(self) -> str:
@@ -102,7 +110,7 @@ def sweep(
         config, options: as for :func:`fasp_fx.prune`, without ``sparsity`` and ``budget``.
 
     Raises:
-        ArgumentError, CalibrationError, CaptureError: see :func:`fasp_fx.prune`.
+        ArgumentError, CalibrationError, CaptureError, SparsityError: see :func:`fasp_fx.prune`.
 
     Examples:
         >>> swept = fasp_fx.sweep(captured, calibration=batches, at=(0.2, 0.5), measured_at=())
@@ -131,6 +139,8 @@ def sweep_by(
         at: what is asked for, and what of it is measured.
     """
     (measure, prune), (wanted, tried), advance = steps, map(dict.fromkeys, at), advance_of(progress)
+    for asked in (*wanted, *tried):
+        asking(config, asked)  # refuses what no model can lose
     step = 1 / (len(tried) + 1)
     data: dict[str, Any] = {"calibration": batches}
     costs = measure(captured, **data, config=config, part=None, progress=between(advance, 0.0, step))

@@ -105,7 +105,9 @@ torch.save({"logits": logits, "written": written}, folder + "/out.pt")
 @pytest.mark.parametrize(
     ("name", "absent"), [("per-layer", False), pytest.param("decilm", True, marks=pytest.mark.slow)]
 )
-def test_transformers_load_what_is_written_and_generate(name: str, absent: bool, tmp_path: Path) -> None:
+def test_transformers_load_what_is_written_and_generate(
+    name: str, absent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids, made = drawn(24), pruned_to(name, absent=absent)
     assert len({layer.intermediate_size for layer in made.model.config.per_layer_config}) > 1
     folder = made.save_pretrained(tmp_path / "small")
@@ -113,7 +115,10 @@ def test_transformers_load_what_is_written_and_generate(name: str, absent: bool,
     subprocess.run([sys.executable, "-I", "-c", STRANGER, str(folder)], check=True, cwd=tmp_path)
     found = torch.load(folder / "out.pt")
     assert error(found["logits"], zeroed(llama(), made.plan)(input_ids=ids).logits) < TOLERANCE
-    again = fasp_fx.load(made.save_pretrained(tmp_path / "again"))
+    folder = made.save_pretrained(tmp_path / "again")
+    monkeypatch.setattr(type(made.model), "_auto_class", None)  # as in a process that has pruned nothing
+    again = fasp_fx.load(folder)
+    assert (again.save_pretrained(tmp_path / "once more") / "modeling_per_layer.py").is_file()
     assert again.format == name
     assert torch.equal(found["written"], again.model.generate(ids, max_new_tokens=6, do_sample=False))
 
