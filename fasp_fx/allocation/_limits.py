@@ -282,8 +282,8 @@ def check_patterns(option: str, patterns: Iterable[str], groups: Sequence[Group]
     for pattern in patterns:
         if not any(is_excluded(group, [pattern]) for group in groups):
             raise ArgumentError(
-                f"{option}: '{pattern}' matches no group, and no weight of a coupled group;"
-                " analyze(...).groups has their names"
+                f"{option}: '{pattern}' matches no group, and no weight of a coupled group; give a whole name"
+                f" or wildcards ('*{pattern}*'): analyze(...).groups has their names"
             )
 
 
