@@ -98,7 +98,7 @@ def fill(folder: Path, model: Any, state_dict: Mapping[str, Tensor] | None) -> N
         for name, program in model._stored.items()
     }
     write_json(folder / "programs.json", programs)
-    report = model.report.told_of(model)
+    report = model.report.without_stale(model)
     write_told(folder, model.plan, report)
     describe(folder, model, report, folder)
 

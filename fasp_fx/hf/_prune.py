@@ -100,7 +100,7 @@ class Pruned(Page):
 
     def with_report(self, **fields: Any) -> Self:
         """The same, sharing its model, with some fields of its report replaced, which is saved along."""
-        report = self.report.having(fields, self.model)
+        report = self.report.with_fields(fields, self.model)
         if isinstance(self.model, PrunedModel):
             self.model.report = report
         return replace(self, report=report)
@@ -124,7 +124,7 @@ class Pruned(Page):
         form, path = format_of(self.format), path_of(folder, "folder").absolute()
         with new_save(path, form.folder, overwrite=overwrite) as target, quiet_transformers():
             form.write(target, self.model, self.tokenizer)
-            report = self.report.told_of(self.model)
+            report = self.report.without_stale(self.model)
             write_told(target, self.plan, report)
             describe(target, self.model, report, path)
             if self.tokenizer is not None:
@@ -586,7 +586,7 @@ def convert(pruned: Pruned, format: FormatName) -> Pruned:
         format, experiments, {name: weight.detach() for name, weight in weights.items()}, model
     )
     check_equal(smaller, model, example_of(model))
-    report = pruned.report.told_of(model)
+    report = pruned.report.without_stale(model)
     converted = replace(pruned, model=smaller, format=format, report=report)
     return converted.with_report(agreement=report.agreement)
 

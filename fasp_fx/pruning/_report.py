@@ -222,13 +222,13 @@ class Report(Page):
         ReadBy(lambda data: None if data is None else PruningConfig.from_json(json.dumps(data))),
     ] = None
 
-    def having(self, fields: Mapping[str, Any], model: nn.Module) -> Report:
+    def with_fields(self, fields: Mapping[str, Any], model: nn.Module) -> Report:
         """The same with other fields; what was measured is of the weights that a model has now."""
         agreed = fields.get("agreement")
         found = {"agreement": replace(agreed, weights=_digest(model))} if agreed is not None else {}
         return replace(self, **{**fields, **found})
 
-    def told_of(self, model: nn.Module) -> Report:
+    def without_stale(self, model: nn.Module) -> Report:
         """The same without what was measured, if the model has other weights now: it was trained since."""
         if self.agreement is None or self.agreement.weights in (None, _digest(model)):
             return self

@@ -130,7 +130,7 @@ class Result(Page):
 
     def with_report(self, **fields: Any) -> Self:
         """The same, sharing its module, with some fields of its report replaced."""
-        return replace(self, report=self.report.having(fields, self.module))
+        return replace(self, report=self.report.with_fields(fields, self.module))
 
     def following(self, earlier: PruningPlan) -> Self:
         """The same, sharing its module, for the model that was there before earlier prunings: ``eager`` takes
@@ -167,7 +167,7 @@ class Result(Page):
         """
         path = path_of(path, "path").absolute()
         check_copies(self.module, self._weights)
-        told = replace(self, report=self.report.told_of(self.module))
+        told = replace(self, report=self.report.without_stale(self.module))
         with new_save(path, PARTS_KIND if self.is_in_parts else KIND, overwrite=overwrite) as folder:
             (_write_parts if self.is_in_parts else _write_whole)(folder, told)
             dense = ", model=dense" if self.is_in_parts else ""
