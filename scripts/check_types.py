@@ -141,7 +141,7 @@ def wheel_python(folder: Path) -> Path:
 #: what mypy takes as it is: reading it takes longer than all else, and the names of fasp_fx are what matters
 UNREAD = (
     *("lm_eval", "onnx", "sympy", "tokenizers", "torchao", "torchvision", "transformers"),
-    *("executorch", "lightning", "nncf", "onnxruntime", "openvino", "sklearn", "tvm", "ultralytics"),
+    *("executorch", "lightning", "nncf", "onnxruntime", "openvino", "peft", "sklearn", "tvm", "ultralytics"),
 )
 
 Problem = tuple[str, int, str]
