@@ -101,11 +101,9 @@ def run(job: Job, config: PruningConfig, stages: Stages) -> None:
         captured = capture(dense, device=device)
         names = dense.graph_signature.user_inputs
         batches, held_out = read_batches(job.calibration, captured.program, names, device)
-        example = pytree.tree_leaves(captured.program.example)
+        example = captured.program.example
         # A program that was read from a folder of result.save has zeros in the place of its example.
-        says = any(
-            bool((value != value.flatten()[0]).any()) for value in tensors_in(example) if value.numel()
-        )
+        varies = any(bool(value.flatten().diff().any()) for value in tensors_in(example))
         stages.end()
         with together(device) as group:
             result = prune(
@@ -116,7 +114,7 @@ def run(job: Job, config: PruningConfig, stages: Stages) -> None:
                 group=group,
                 on_analysis=lambda analysis: _show_groups(analysis, stages),
                 progress=stages.update,
-                held_out=held_out or [_batch(captured.program, example)] * says,
+                held_out=held_out or [_batch(captured.program, pytree.tree_leaves(example))] * varies,
             )
         if rank:  # all processes have the same
             return

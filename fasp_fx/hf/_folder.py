@@ -75,13 +75,17 @@ def save_into(model: Any, path: Path, state_dict: Mapping[str, Tensor] | None) -
     try:
         path.mkdir(parents=True, exist_ok=True)
         fill(path, model, state_dict)
+        report = model.report.without_stale(model)
+        write_told(path, model.plan, report)
+        describe(path, model, report, path)
         write_manifest(path, KIND, [*_OWN, CARD])
     except (OSError, safetensors.SafetensorError) as error:
         raise StoreError(f"'{path}' cannot be written: {error}; free space or choose another path") from error
 
 
 def fill(folder: Path, model: Any, state_dict: Mapping[str, Tensor] | None) -> None:
-    """Write the files of a pruned model, but for its manifest; ``state_dict``: with other weights.
+    """Write the files of a pruned model, but for what is told of it and its manifest; ``state_dict``: with
+    other weights.
 
     Raises:
         StoreError: a weight no longer fits the program, or the program holds something that cannot be stored.
@@ -98,9 +102,6 @@ def fill(folder: Path, model: Any, state_dict: Mapping[str, Tensor] | None) -> N
         for name, program in model._stored.items()
     }
     write_json(folder / "programs.json", programs)
-    report = model.report.without_stale(model)
-    write_told(folder, model.plan, report)
-    describe(folder, model, report, folder)
 
 
 def loading_of(model: Any, folder: Path, where: str) -> str:

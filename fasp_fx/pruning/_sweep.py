@@ -61,15 +61,8 @@ class Sweep(Page):
             )
             for asked, point, agreed in ((at, self.points[at], self.measured.get(at)) for at in self.points)
         )
-        head = (
-            "asked",
-            "removed",
-            "predicted",
-            "measured: outputs differ by",
-            "first choices stay",
-            "parameters",
-        )
-        return [(*head, "multiply-accumulates"), *rows]
+        head = "asked", "removed", "predicted", "measured: outputs differ by", "first choices stay"
+        return [(*head, "parameters", "multiply-accumulates"), *rows]
 
     def __str__(self) -> str:
         columns = [[cell.rjust(max(map(len, column))) for cell in column] for column in zip(*self.rows())]
