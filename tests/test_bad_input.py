@@ -237,6 +237,10 @@ def test_what_is_of_another_kind_is_refused(tmp_path: Path) -> None:
     result = fasp_fx.prune(Vectors().eval(), (X,), score="magnitude", restore=None)
     with pytest.raises(A, match=r"call result\.module"):
         result(X)
+    with pytest.raises(AttributeError, match=r"no attribute 'parameters'; .* is result\.module"):
+        torch.optim.SGD(result.parameters())  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match=r"no attribute 'weights'$"):
+        result.weights  # type: ignore[attr-defined]  # noqa: B018
     with pytest.raises(A, match=r"not Result; pass its \.module"):
         fasp_fx.prune(result, (X,), calibration=[BATCH])  # type: ignore[call-overload]
     with pytest.raises(A, match=r"Latency\(0\.5\) does not say .* seconds="):

@@ -12,7 +12,7 @@ import torch
 from models import made, randomise
 from oracle import error, zeroed
 from safetensors.torch import save_file
-from test_cli import invoke, printed, refused
+from test_cli import failed, invoke, printed, refused
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
@@ -121,6 +121,10 @@ def test_rows_calibrate_and_the_last_fifth_of_them_measures(folder: Path, tmp_pa
     assert re.search(r"50\.0% outputs differ by [\d.]+ % [\d.]+ % ± [\d.]+ %", swept), (
         "predicted, and measured"
     )
+    command = "sweep", folder / "pair.pt2", "--calibration", tmp_path / "rows.pt", "--at", 0.5
+    assert re.search(r"50\.0% 53\.1% ", printed(*command, "--round-to", 3)), "15 of 32 stay"
+    assert "--sparsity" in failed(*command, "--sparsity", 0.5), "of which there are many"
+    assert "--length is for language models" in refused(*command, "--length", 9)
 
 
 def _calibrated(program: str, file: str) -> list[str]:

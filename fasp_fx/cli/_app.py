@@ -69,6 +69,15 @@ Format = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, option("Replace an earlier result at --out, and nothing else.", "--overwrite")]
+OwnText = Annotated[
+    bool,
+    option(
+        "Text that the model writes itself calibrates besides a file, the default, or not: what only one kind"
+        " of text calibrated loses most on others.",
+        "--own-text/--no-own-text",
+    ),
+]
+Batches = Annotated[int, option("Chunks of text to calibrate on. Default: 32.", min=1)]
 Length = Annotated[int | None, option("Tokens per chunk. Default: 1024 of a file, 256 of 'self'.", min=2)]
 EvalBatches = Annotated[
     int | None,
@@ -89,8 +98,11 @@ Seed = Annotated[
     option("Seed of the model's text, and of the order of training. Default: 0.", min=0, max=2**63 - 1),
 ]
 
-#: what else than the options of a pruning an exported program is pruned with
-OF_PROGRAMS = ("model", "out", "calibration", "config", "device", "checkpoint", "overwrite", "dry_run")
+#: what else than the options of a pruning an exported program is pruned, or swept, with
+OF_PROGRAMS = (
+    *("model", "out", "calibration", "config", "device", "checkpoint", "overwrite", "dry_run"),
+    *("at", "measured_at", "html"),
+)
 #: options of a pruning that stand among the first
 COMMON = ("sparsity", "quality")
 #: budgets that an option asks for, with what it may be given
@@ -103,8 +115,10 @@ BUDGETS = {
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|(?:[kmgt]i?)?b?)", re.IGNORECASE)
 
 
-def with_pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options of a pruning in the place of its last parameter, ``**given``."""
+def with_pruning_options(*left_out: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the options of a pruning, but for those left out, in the place of its last parameter,
+    ``**given``.
+    """
     declared = [(each.name, each.metadata["form"], each.metadata["text"]) for each in fields(PruningConfig)]
     kinds: dict[str, Any] = {
         name: Annotated[form | None, option(text, more=name not in COMMON)]
@@ -118,10 +132,15 @@ def with_pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     parameters = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
         for name, kind in kinds.items()
+        if name not in left_out
     ]
-    *first, _ = inspect.signature(command, eval_str=True).parameters.values()
-    command.__signature__ = inspect.Signature([*first, *parameters])  # type: ignore[attr-defined]
-    return command
+
+    def give(command: Callable[..., Any]) -> Callable[..., Any]:
+        *first, _ = inspect.signature(command, eval_str=True).parameters.values()
+        command.__signature__ = inspect.Signature([*first, *parameters])  # type: ignore[attr-defined]
+        return command
+
+    return give
 
 
 def read_options(file: Path | None, values: Mapping[str, Any]) -> PruningConfig:
@@ -187,7 +206,7 @@ def _root(
 
 
 @app.command()
-@with_pruning_options
+@with_pruning_options()
 def prune(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help=f"{MODEL} Or a .pt2 file of torch.export.save, of any model.")],
@@ -224,15 +243,8 @@ def prune(
         ),
     ] = None,
     device: Device = None,
-    own_text: Annotated[
-        bool,
-        option(
-            "Text that the model writes itself calibrates besides a file, the default, or not: what only one"
-            " kind of text calibrated loses most on others.",
-            "--own-text/--no-own-text",
-        ),
-    ] = True,
-    batches: Annotated[int, option("Chunks of text to calibrate on. Default: 32.", min=1)] = 32,
+    own_text: OwnText = True,
+    batches: Batches = 32,
     length: Length = None,
     eval_batches: EvalBatches = None,
     seed: Seed = 0,
@@ -298,9 +310,8 @@ def prune(
 
         kept = scratch or ((out or Path("here")).absolute().parent if stream else None)
         job = _prune.Job(out, overwrite, format, device, dtype, checkpoint, kept)
-        own = ["self"] if own_text and "self" not in (calibration or ()) else []
         texts = _texts(
-            [*(calibration or ()), *own], length, eval_batches, batches=batches, text=text, seed=seed
+            calibration, length, eval_batches, own_text=own_text, batches=batches, text=text, seed=seed
         )
         _prune.run(model, job, options, texts, recover, stages)
 
@@ -308,55 +319,60 @@ def prune(
 def _prune_program(
     context: typer.Context, config: Path | None, given: dict[str, Any], out: Path | None, stages: Any
 ) -> None:
-    """Prune an exported program as a command says.
-
-    Raises:
-        ArgumentError: an option is given that speaks of language models.
-    """
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    asked = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-    if strange := sorted(asked - {*given, *OF_PROGRAMS}):
-        raise ArgumentError(
-            f"--{strange[0].replace('_', '-')} is for language models, and this is an exported program; leave"
-            " it out"
-        )
-    calibration, values = context.params["calibration"], context.params
-    if not calibration and config is None:  # what needs no data stands for what is not given
+    """Prune an exported program as a command says."""
+    file, values = _file_of(context, given), context.params
+    if file is None and config is None:  # what needs no data stands for what is not given
         if given["restore"]:
             raise ArgumentError("--restore repairs by data; give --calibration")
         given = {**given, "restore": False, "score": given["score"] or "magnitude"}
     options = read_options(config, given)
     from . import _exported
 
-    file = _file_of(calibration)
     job = _exported.Job(
         Path(values["model"]), out, values["overwrite"], file, values["device"], values["checkpoint"]
     )
     _exported.run(job, options, stages)
 
 
-def _file_of(sources: list[str] | None) -> Path | None:
+def _file_of(context: typer.Context, given: dict[str, Any]) -> Path | None:
     """The file with the rows for an exported program, if any.
 
     Raises:
-        ArgumentError: there are several.
+        ArgumentError: there are several, or an option is given that speaks of language models.
     """
+    wheres = {name: context.get_parameter_source(name) for name in context.params}
+    asked = {name for name, where in wheres.items() if where is not None and where.name == "COMMANDLINE"}
+    if strange := sorted(asked - {*given, *OF_PROGRAMS}):
+        raise ArgumentError(
+            f"--{strange[0].replace('_', '-')} is for language models, and this is an exported program; leave"
+            " it out"
+        )
+    sources = context.params["calibration"]
     if sources and len(sources) > 1:
         raise ArgumentError("--calibration of an exported program is one file; put all rows into one")
     return Path(sources[0]) if sources else None
 
 
-def _texts(sources: list[str] | None, length: int | None, eval_batches: int | None, **more: Any) -> Any:
+def _texts(
+    sources: list[str] | None,
+    length: int | None,
+    eval_batches: int | None,
+    *,
+    own_text: bool = False,
+    **more: Any,
+) -> Any:
     """The text of a command.
 
     Args:
         sources: files, and ``"self"``.
         length, eval_batches: ``None``: as usual for a file, or for what the model writes.
+        own_text: whether what the model writes comes besides the files.
         more: further fields of what is returned.
     """
     from ._models import SELF, Texts
 
     sources = sources or [SELF]
+    sources = [*sources, SELF] if own_text and SELF not in sources else sources
     usual, usually_measured = (256, 16) if sources == [SELF] else (1024, 8)
     return Texts(
         tuple(sources), eval_batches=eval_batches or usually_measured, length=length or usual, **more
@@ -364,7 +380,9 @@ def _texts(sources: list[str] | None, length: int | None, eval_batches: int | No
 
 
 @app.command()
+@with_pruning_options("sparsity", *BUDGETS)
 def sweep(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help=f"{MODEL} Or a .pt2 file of torch.export.save, of any model.")],
     calibration: Annotated[
         list[str] | None,
@@ -382,14 +400,16 @@ def sweep(
         Path | None, option("Also write a page with pictures, as `fasp-fx inspect` does.", metavar="FILE")
     ] = None,
     device: Device = None,
-    batches: Annotated[int, option("Chunks of text to calibrate on. Default: 32.", min=1)] = 32,
+    own_text: OwnText = True,
+    batches: Batches = 32,
     length: Length = None,
+    **given: Any,
 ) -> None:
     """Show what removing more and more would cost.
 
     One measurement predicts the cost of each sparsity; for those of `--measured-at`, the model is pruned in
     memory, and compared with the dense one on an eighth of the calibration data, which is held out for that.
-    Nothing is written but the page.
+    Nothing is written but the page. Options that say how to prune are those of `fasp-fx prune`.
 
     Example: `fasp-fx sweep model.gguf --at 0.1 --at 0.2 --at 0.3 --measured-at 0.2 --html costs.html`
     """
@@ -398,12 +418,15 @@ def sweep(
 
         from ._devices import find_device
 
-        how = {name: given for name, given in (("at", at), ("measured_at", measured_at)) if given is not None}
-        texts = _texts(calibration, length, 1, batches=batches, text=None, seed=0)
-        is_program = model.endswith(PROGRAM)
-        if is_program and not calibration:
+        points = {"at": at, "measured_at": measured_at}
+        how: dict[str, Any] = {name: value for name, value in points.items() if value is not None}
+        how["config"] = read_options(None, given)
+        module, data = "._exported", None
+        if not model.endswith(PROGRAM):
+            module = "._prune"
+            data = _texts(calibration, length, 1, own_text=own_text, batches=batches, text=None, seed=0)
+        elif (data := _file_of(context, given)) is None:
             raise ArgumentError("a program cannot write its own data; give --calibration FILE")
-        module, data = ("._exported", _file_of(calibration)) if is_program else ("._prune", texts)
         found = import_module(module, __package__).swept(model, data, find_device(device), stages, how)
         stages.end()
         if html is not None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Self, cast
 
 import torch
 from pydantic import Field
@@ -155,6 +155,13 @@ class Result(Page):
             ArgumentError: always.
         """
         raise ArgumentError("a Result is not called; call result.module, the smaller model")
+
+    if not TYPE_CHECKING:  # a type checker sees itself that there is none
+
+        def __getattr__(self, name: str) -> None:
+            is_of_modules = hasattr(nn.Module, name) and not name.startswith("_")
+            more = "; the smaller model, which has, is result.module" if is_of_modules else ""
+            raise AttributeError(f"a Result has no attribute '{name}'{more}", name=name, obj=self)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the result to a new folder, whole or not at all (:mod:`fasp_fx.pruning` says what the files
