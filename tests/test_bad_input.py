@@ -247,6 +247,8 @@ def test_what_is_of_another_kind_is_refused(tmp_path: Path) -> None:
         fasp_fx.allocation.Latency(0.5)
     with pytest.raises(A, match="'scores' is not known; did you mean 'score'"):
         fasp_fx.PruningConfig(scores="fasp")  # type: ignore[call-arg]
+    with pytest.raises(A, match=r"source is a Vectors; pass a result"):
+        fasp_fx.to_html(Vectors())
     for model in (None, "model", torch.zeros(3)):
         with pytest.raises(A, match=r"model must be an nn\.Module"):
             fasp_fx.prune(model, (X,), calibration=[BATCH])  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from typing import Any
 
 from fasp_fx.allocation import Costs
 from fasp_fx.analysis import PRUNABLE, Analysis
-from fasp_fx.base import __version__, new_file
+from fasp_fx.base import __version__, check_kind, new_file
 from fasp_fx.pruning import (
     COUNTED,
     Line,
@@ -51,7 +51,7 @@ def to_html(source: Any, title: str = "Model") -> str:
         The page as text, to be written as UTF-8.
 
     Raises:
-        CaptureError: an analysis of several parts has no single page.
+        ArgumentError: it is something else, or an analysis of a model in parts, which has no single page.
 
     Examples:
         >>> page = fasp_fx.to_html(result.report, title="A small model")
@@ -111,6 +111,8 @@ def page_data(source: Any, title: str) -> dict[str, Any]:
     """
     source = getattr(source, "report", source)
     costs = getattr(source, "costs", source)
+    known = "pass a result, a report, an analysis (of a model in parts: one of its parts), costs or a sweep"
+    check_kind("source", costs, Report | Analysis | Costs, known)
     data = {"title": title, "version": __version__, "pruned": isinstance(source, Report)}
     data |= dict.fromkeys(("tiles", "said", "notes", "withoutRule", "groups", "charts", "rows", "curves"), ())
     if isinstance(costs, Costs):
