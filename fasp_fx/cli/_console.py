@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import re
 import sys
 import warnings
@@ -97,6 +98,9 @@ def session() -> Iterator[Stages]:
     Ctrl-C exit code 130; warnings of the library are told at the end.
     """
     stages = Stages()
+    # What transformers imports where it is there tells people of its own releases.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
