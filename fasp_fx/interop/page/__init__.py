@@ -131,13 +131,13 @@ def page_data(source: Any, title: str) -> dict[str, Any]:
 
 def _curves(costs: Costs, swept: Sweep | None) -> list[dict[str, Any]]:
     """Pictures of lines, of points with error bars, or of both: each line has a name and points ``[x, y]``,
-    each dot an error besides.
+    with what ``y`` says in words where that is known, each dot an error besides.
     """
     pictures: list[dict[str, Any]] = []
     if swept is not None:
-        line = [[point.sparsity, point.cost] for point in swept.points.values()]
+        line = [[each.sparsity, each.cost, costs.in_words(each.cost)] for each in swept.points.values()]
         dots = [[swept.points[asked].sparsity, *each.error] for asked, each in swept.measured.items()]
-        pictures.append({"label": "Predicted cost of the whole model", "lines": [["predicted", line]]})
+        pictures.append({"label": "Predicted cost of the whole model, the rise of its loss", "lines": [["predicted", line]]})
         pictures += [{"label": "Measured: outputs differ by", "lines": [], "dots": dots}] if dots else []
     lines = [
         [name, [[place / max(last, 1), float(curve.losses[place])] for place in _places(last)]]

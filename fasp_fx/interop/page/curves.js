@@ -26,7 +26,7 @@ function picture({ label, lines, dots = [] }, wide) {
   const drawn = lines.map(([name, points]) => {
     const d = `M${points.map(([share, value]) => `${x(share).toFixed(1)} ${y(value).toFixed(1)}`).join("L")}`;
     const middle = points[Math.floor(points.length / 2)], last = points[points.length - 1];
-    const say = () => [name, ...[middle, last].map(([share, value]) => `${percent(share)} removed: ${short(value)}`)];
+    const say = () => [name, ...(last[2] ? points : [middle, last]).map(([share, value, words]) => `${percent(share)} removed: ${words ?? short(value)}`)];
     return withTip(svg("g", { class: "line", role: "img", "aria-label": say().join(". ") }, svg("path", { d, class: "hit" }), svg("path", { d, class: "curve" })), say);
   });
   drawn.push(...dots.map(([share, value, doubt]) => {
