@@ -418,15 +418,16 @@ def sweep(
 
         from ._devices import find_device
 
-        points = {"at": at, "measured_at": measured_at}
-        how: dict[str, Any] = {name: value for name, value in points.items() if value is not None}
-        how["config"] = read_options(None, given)
-        module, data = "._exported", None
-        if not model.endswith(PROGRAM):
+        how: dict[str, Any] = {"at": at, "measured_at": measured_at, "config": read_options(None, given)}
+        how = {name: value for name, value in how.items() if value is not None}
+        data: Any
+        if model.endswith(PROGRAM):
+            module, data = "._exported", _file_of(context, given)
+            if data is None:
+                raise ArgumentError("a program cannot write its own data; give --calibration FILE")
+        else:
             module = "._prune"
             data = _texts(calibration, length, 1, own_text=own_text, batches=batches, text=None, seed=0)
-        elif (data := _file_of(context, given)) is None:
-            raise ArgumentError("a program cannot write its own data; give --calibration FILE")
         found = import_module(module, __package__).swept(model, data, find_device(device), stages, how)
         stages.end()
         if html is not None:

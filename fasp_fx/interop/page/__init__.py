@@ -137,7 +137,12 @@ def _curves(costs: Costs, swept: Sweep | None) -> list[dict[str, Any]]:
     if swept is not None:
         line = [[each.sparsity, each.cost, costs.in_words(each.cost)] for each in swept.points.values()]
         dots = [[swept.points[asked].sparsity, *each.error] for asked, each in swept.measured.items()]
-        pictures.append({"label": "Predicted cost of the whole model, the rise of its loss", "lines": [["predicted", line]]})
+        pictures.append(
+            {
+                "label": "Predicted cost of the whole model, the rise of its loss",
+                "lines": [["predicted", line]],
+            }
+        )
         pictures += [{"label": "Measured: outputs differ by", "lines": [], "dots": dots}] if dots else []
     lines = [
         [name, [[place / max(last, 1), float(curve.losses[place])] for place in _places(last)]]
