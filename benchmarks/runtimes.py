@@ -455,34 +455,45 @@ def in_turn(first: Call, second: Call, x: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def cell(dense: Side, pruned: Side, name: str) -> dict[str, Any]:
-    """All that is measured of a network on a route."""
+def cell(dense: Side, pruned: Side, name: str) -> Iterator[dict[str, Any]]:
+    """All that is measured of a network on a route, part after part."""
     route = ROUTES[name]
     if "compile" in name:  # what is done once in a process
         torch.compile(nn.Linear(3, 3))(torch.ones(2, 3))
     with tempfile.TemporaryDirectory() as folder:
-        found: dict[str, Any] = {}
-        found["dense"], first = tried(route, dense, pathlib.Path(folder) / "dense")
+        found, first = tried(route, dense, pathlib.Path(folder) / "dense")
+        yield {"dense": found}
         torch._dynamo.reset()
-        found["pruned"], second = tried(route, pruned, pathlib.Path(folder) / "pruned")
+        found, second = tried(route, pruned, pathlib.Path(folder) / "pruned")
+        yield {"pruned": found}
         if first is not None and second is not None:  # a compiled module has no truth
-            found["times"] = {rows: in_turn(first, second, dense.inputs[rows]) for rows in TIMED}
-    return found
+            yield {"times": {rows: in_turn(first, second, dense.inputs[rows]) for rows in TIMED}}
 
 
-def apart(call: Callable[..., dict[str, Any]], *args: Any, seconds: float) -> dict[str, Any]:
-    """What a function returns in a process of its own, or why it did not end."""
+def apart(call: Callable[..., Iterator[dict[str, Any]]], *args: Any, seconds: float) -> dict[str, Any]:
+    """What a function yields in a process of its own, with so many seconds for each part, and why it did not
+    end.
+    """
     context = multiprocessing.get_context("fork")  # what was pruned before is there, and copied when written
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sender.send(call(*args)))
+
+    def send() -> None:
+        for part in call(*args):
+            sender.send(part)
+        sender.send({})
+
+    process, found = context.Process(target=send), dict[str, Any]()
     process.start()
     sender.close()
     try:
-        answered = receiver.poll(seconds)
-        return receiver.recv() if answered else {"error": f"not done in {seconds:.0f} s"}
+        while receiver.poll(seconds):
+            if not (part := receiver.recv()):
+                return found
+            found |= part
+        return found | {"error": f"not done in {seconds:.0f} s"}
     except EOFError:
         process.join()
-        return {"error": f"the process ended with {process.exitcode}"}
+        return found | {"error": f"the process ended with {process.exitcode}"}
     finally:
         process.kill()
         process.join()
@@ -639,7 +650,7 @@ def tables(results: Results) -> Iterator[str]:
     yield ""
     for (model, route), found in cells.items():
         for side in ("dense", "pruned"):
-            part = found if "error" in found else found.get(side, {})
+            part = found.get(side, found)  # what was not reached has the error of the whole
             failed = [part.get("error"), *part.get("deviations", {}).values()]
             for text in sorted({text for text in failed if isinstance(text, str)}):
                 yield f"* {route}, {model}, {side}: {text}"
@@ -672,7 +683,7 @@ def main() -> None:
     parser.add_argument("--text", type=pathlib.Path, help="WikiText-2 validation text, for SmolLM2")
     parser.add_argument("--models", nargs="*", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--routes", nargs="*", choices=list(ROUTES), default=list(ROUTES))
-    parser.add_argument("--seconds", type=float, default=900, help="for each network on each route")
+    parser.add_argument("--seconds", type=float, default=900, help="for each side on each route")
     parser.add_argument("--digits", action="store_true", help="int8 before and after pruning, instead")
     parser.add_argument("--tables", action="store_true", help="print what was measured")
     options = parser.parse_args()
