@@ -77,7 +77,9 @@ OwnText = Annotated[
         "--own-text/--no-own-text",
     ),
 ]
-Batches = Annotated[int, option("Chunks of text to calibrate on. Default: 32.", min=1)]
+Batches = Annotated[
+    int | None, option("Chunks of text to calibrate on. Default: 32; 64 where 'self' is all.", min=1)
+]
 Length = Annotated[int | None, option("Tokens per chunk. Default: 1024 of a file, 256 of 'self'.", min=2)]
 EvalBatches = Annotated[
     int | None,
@@ -244,7 +246,7 @@ def prune(
     ] = None,
     device: Device = None,
     own_text: OwnText = True,
-    batches: Batches = 32,
+    batches: Batches = None,
     length: Length = None,
     eval_batches: EvalBatches = None,
     seed: Seed = 0,
@@ -274,7 +276,7 @@ def prune(
     would cost, removes those that cost least, repairs the weights that stay, and writes a smaller model that
     generates like the original, with its tokenizer.
 
-    With `--calibration self` (the default) nothing but the model is needed: it writes 32 texts of 256 tokens
+    With `--calibration self` (the default) nothing but the model is needed: it writes 64 texts of 256 tokens
     itself, which is quick and enough for a small model. The protocol behind published figures is real text at
     full length: 32 chunks of 1024 tokens of WikiText-2 to calibrate, chunks 100 to 139 to measure:
 
@@ -310,9 +312,7 @@ def prune(
 
         kept = scratch or ((out or Path("here")).absolute().parent if stream else None)
         job = _prune.Job(out, overwrite, format, device, dtype, checkpoint, kept)
-        texts = _texts(
-            calibration, length, eval_batches, own_text=own_text, batches=batches, text=text, seed=seed
-        )
+        texts = _texts(calibration, length, eval_batches, batches, own_text=own_text, text=text, seed=seed)
         _prune.run(model, job, options, texts, recover, stages)
 
 
@@ -357,6 +357,7 @@ def _texts(
     sources: list[str] | None,
     length: int | None,
     eval_batches: int | None,
+    batches: int | None,
     *,
     own_text: bool = False,
     **more: Any,
@@ -365,7 +366,7 @@ def _texts(
 
     Args:
         sources: files, and ``"self"``.
-        length, eval_batches: ``None``: as usual for a file, or for what the model writes.
+        length, eval_batches, batches: ``None``: as usual for files, or where the model writes all.
         own_text: whether what the model writes comes besides the files.
         more: further fields of what is returned.
     """
@@ -373,10 +374,10 @@ def _texts(
 
     sources = sources or [SELF]
     sources = [*sources, SELF] if own_text and SELF not in sources else sources
-    usual, usually_measured = (256, 16) if sources == [SELF] else (1024, 8)
-    return Texts(
-        tuple(sources), eval_batches=eval_batches or usually_measured, length=length or usual, **more
-    )
+    usual = (256, 16, 64) if sources == [SELF] else (1024, 8, 32)
+    asked = (length, eval_batches, batches)
+    length, eval_batches, batches = (one or other for one, other in zip(asked, usual))
+    return Texts(tuple(sources), length=length, eval_batches=eval_batches, batches=batches, **more)
 
 
 @app.command()
@@ -401,7 +402,7 @@ def sweep(
     ] = None,
     device: Device = None,
     own_text: OwnText = True,
-    batches: Batches = 32,
+    batches: Batches = None,
     length: Length = None,
     **given: Any,
 ) -> None:
@@ -427,7 +428,7 @@ def sweep(
                 raise ArgumentError("a program cannot write its own data; give --calibration FILE")
         else:
             module = "._prune"
-            data = _texts(calibration, length, 1, own_text=own_text, batches=batches, text=None, seed=0)
+            data = _texts(calibration, length, 1, batches, own_text=own_text, text=None, seed=0)
         found = import_module(module, __package__).swept(model, data, find_device(device), stages, how)
         stages.end()
         if html is not None:
@@ -455,13 +456,13 @@ def recover(
         float, option("The highest; it rises at first and falls to zero. Default: 3e-5.", more=False)
     ] = 3e-5,
     batches: Annotated[
-        int,
+        int | None,
         option(
-            "Chunks of text to train on, of which a tenth is held out. Default: 32.",
+            "Chunks of text to train on, of which a tenth is held out. Default: 32; 64 where 'self' is all.",
             min=2,
             more=False,
         ),
-    ] = 32,
+    ] = None,
     length: Length = None,
     eval_batches: EvalBatches = None,
     checkpoint: Checkpoint = None,
@@ -484,7 +485,7 @@ def recover(
         from . import _prune
 
         job = _prune.Job(out, overwrite, device=device, checkpoint=checkpoint)
-        texts = _texts(data, length, eval_batches, batches=batches, text=text, seed=seed, use="training")
+        texts = _texts(data, length, eval_batches, batches, text=text, seed=seed, use="training")
         config = DistillationConfig(epochs=epochs, learning_rate=learning_rate, seed=seed)
         _prune.recover_and_save(Path(folder), dense, job, texts, config, stages)
 
