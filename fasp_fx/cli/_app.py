@@ -45,6 +45,8 @@ def option(text: str, *flags: str, more: bool = True, **settings: Any) -> Any:
 
 #: a file to read, which is looked for before anything else is done
 FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "metavar": "FILE"}
+#: of training on text, 1,024 tokens a step (docs/benchmarks.md)
+RATE = 1e-4
 MODEL = "A model folder, a hub id or a .gguf file; anything AutoModelForCausalLM loads."
 Out = Annotated[Path, option("The folder to write; it must not exist yet.", more=False)]
 Device = Annotated[
@@ -308,12 +310,15 @@ def prune(
             _prune_program(context, config, given, out, stages)
             return
         options = read_options(config, given)
+        from fasp_fx.training import DistillationConfig
+
         from . import _prune
 
         kept = scratch or ((out or Path("here")).absolute().parent if stream else None)
         job = _prune.Job(out, overwrite, format, device, dtype, checkpoint, kept)
         texts = _texts(calibration, length, eval_batches, batches, own_text=own_text, text=text, seed=seed)
-        _prune.run(model, job, options, texts, recover, stages)
+        training = DistillationConfig(epochs=recover, learning_rate=RATE, seed=seed) if recover else None
+        _prune.run(model, job, options, texts, training, stages)
 
 
 def _prune_program(
@@ -453,8 +458,8 @@ def recover(
     text: Text = None,
     epochs: Annotated[int, option("How often the text is trained on. Default: 2.", min=1, more=False)] = 2,
     learning_rate: Annotated[
-        float, option("The highest; it rises at first and falls to zero. Default: 3e-5.", more=False)
-    ] = 3e-5,
+        float, option(f"The highest; it rises at first and falls to zero. Default: {RATE:g}.", more=False)
+    ] = RATE,
     batches: Annotated[
         int | None,
         option(

@@ -228,18 +228,25 @@ def swept(model: str, texts: Texts, device: torch.device, stages: Stages, how: d
     return sweep(dense, calibration=_batches(texts, device), progress=stages.update, **how)
 
 
-def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, stages: Stages) -> None:
+def run(
+    model: str,
+    job: Job,
+    config: PruningConfig,
+    texts: Texts,
+    training: DistillationConfig | None,
+    stages: Stages,
+) -> None:
     """Do what the command says, as its help describes it.
 
     Args:
         config: how to prune.
         texts: what to calibrate and to measure on.
-        epochs: of the training that follows.
+        training: what follows, if anything.
 
     Raises:
         FaspError: it cannot be met; nothing is written then.
     """
-    if epochs and job.scratch is not None:
+    if training is not None and job.scratch is not None:
         raise ArgumentError(
             "--recover trains all weights at once, which --stream avoids to hold; run fasp-fx recover"
             " afterwards, or leave one out"
@@ -266,9 +273,9 @@ def run(model: str, job: Job, config: PruningConfig, texts: Texts, epochs: int, 
         if process("RANK", 0):  # all processes have the same
             return
         with job.saving(stages, versions):
-            texts.write(dense, tokenizer, stages, to_use=epochs > 0)
-            if epochs:
-                versions.append(recover(versions[0], dense, texts, stages, epochs=epochs, seed=texts.seed))
+            texts.write(dense, tokenizer, stages, to_use=training is not None)
+            if training is not None:
+                versions.append(recover(versions[0], dense, texts, stages, config=training))
             versions.append(measured(dense, versions[-1], texts, stages))
 
 
