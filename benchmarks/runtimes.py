@@ -649,7 +649,7 @@ def tables(results: Results) -> Iterator[str]:
             yield f"| {route} | {' | '.join(row)} |"
     yield ""
     for (model, route), found in cells.items():
-        for side in ("dense", "pruned"):
+        for side in ("dense", "pruned", "times"):
             part = found.get(side, found)  # what was not reached has the error of the whole
             failed = [part.get("error"), *part.get("deviations", {}).values()]
             for text in sorted({text for text in failed if isinstance(text, str)}):

@@ -27,7 +27,7 @@ from typer.testing import CliRunner, Result
 import fasp_fx
 from fasp_fx import PruningConfig, Report
 from fasp_fx.cli import _prune
-from fasp_fx.cli._app import app
+from fasp_fx.cli._app import _texts, app
 from fasp_fx.cli._models import Texts
 from fasp_fx.pruning import Figure, Line, read_told
 from fasp_fx.storage import MANIFEST, write_manifest
@@ -378,6 +378,24 @@ def test_help_has_an_example_and_nine_options_come_first() -> None:
         assert "Example:" in printed(command, "--help")
     common, _ = printed("prune", "--help").split("─ Options ─")[1].split("─ More ─")
     assert len(set(re.findall(r"│ (?:\* )?(--[a-z-]+) ", common))) == 9 + len(["--help"])
+
+
+@pytest.mark.parametrize(
+    ("sources", "own", "asked", "found"),
+    [
+        (None, True, (None, None, None), (256, 16, 64)),
+        (["self"], False, (None, 3, None), (256, 3, 64)),
+        (["a.txt"], False, (None, None, 5), (1024, 8, 5)),
+        (["a.txt"], True, (9, None, None), (9, 8, 32)),
+    ],
+)
+def test_amounts_of_text_are_as_usual_where_none_is_asked_for(
+    sources: list[str] | None, own: bool, asked: tuple[int | None, ...], found: tuple[int, ...]
+) -> None:
+    """Own text alone is more and shorter texts than a file's chunks."""
+    length, eval_batches, batches = asked
+    texts = _texts(sources, length, eval_batches, batches, own_text=own, text=None, seed=0)
+    assert (texts.length, texts.eval_batches, texts.batches) == found
 
 
 @pytest.mark.parametrize(("there", "used", "measured"), [(40, 6, 5), (8, 6, 2), (7, 6, 1), (3, 3, 0)])
