@@ -471,8 +471,8 @@ def cell(dense: Side, pruned: Side, name: str) -> Iterator[dict[str, Any]]:
 
 
 def apart(call: Callable[..., Iterator[dict[str, Any]]], *args: Any, seconds: float) -> dict[str, Any]:
-    """What a function yields in a process of its own, with so many seconds for each part, and why it did not
-    end.
+    """What a function yields in a process of its own, with so many seconds for each part; if it did not end,
+    why.
     """
     context = multiprocessing.get_context("fork")  # what was pruned before is there, and copied when written
     receiver, sender = context.Pipe(duplex=False)

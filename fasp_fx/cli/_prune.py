@@ -51,16 +51,19 @@ _GIB = 2**30
 STEP, TEXT = 1024, 256
 
 
-def recover(result: Pruned, dense: Any, texts: Texts, stages: Stages, **options: Any) -> Pruned:
-    """Train a pruned model on text towards the dense one.
-
-    Args:
-        options: for :func:`fasp_fx.distil`.
-    """
+def recover(
+    result: Pruned,
+    dense: Any,
+    texts: Texts,
+    config: DistillationConfig,
+    stages: Stages,
+    checkpoint: Path | None = None,
+) -> Pruned:
+    """Train a pruned model on text towards the dense one."""
     steps = {name: training_steps(chunks) for name, chunks in texts.used.items()}
     tokens = sum(chunks.numel() for chunks in texts.used.values())
     stages.begin(f"recovering on {tokens:,} tokens of {texts.named}")
-    return distil(result, dense, steps, progress=stages.update, **options)
+    return distil(result, dense, steps, config=config, checkpoint=checkpoint, progress=stages.update)
 
 
 def training_steps(chunks: Tensor) -> tuple[Tensor, ...]:
@@ -195,7 +198,7 @@ def recover_and_save(
     texts.check_against(teacher)
     torch.manual_seed(texts.seed)
     texts.write(teacher, tokenizer, stages)
-    versions.append(recover(versions[0], teacher, texts, stages, config=config, checkpoint=job.checkpoint))
+    versions.append(recover(versions[0], teacher, texts, config, stages, job.checkpoint))
     with job.saving(stages, versions):
         versions.append(measured(teacher, versions[-1], texts, stages))
 
@@ -275,7 +278,7 @@ def run(
         with job.saving(stages, versions):
             texts.write(dense, tokenizer, stages, to_use=training is not None)
             if training is not None:
-                versions.append(recover(versions[0], dense, texts, stages, config=training))
+                versions.append(recover(versions[0], dense, texts, training, stages))
             versions.append(measured(dense, versions[-1], texts, stages))
 
 
