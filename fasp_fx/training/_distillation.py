@@ -208,7 +208,7 @@ class DistillationConfig(Options):
         learning_rate: the highest, of AdamW without weight decay; it rises over the first tenth of the steps
             and falls to zero at the last, both linearly. For a language model and some dozen steps of 1,024
             tokens 1e-4 does better than this on text of other kinds, and 2e-4 worse than nothing; for steps
-            of 256 tokens half of that.
+            of 256 tokens halve both.
         accumulate: batches whose gradients make one step. A step on some 1,000 tokens does well.
         loss: how far outputs are from the dense model's. ``"divergence"``: :class:`Divergence`, for logits;
             ``"outputs"``: :class:`SquaredError`; or a :class:`Match` of your own. ``"auto"``:
