@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from _protocol import LENGTH, Results, arguments, chunks, smollm2
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import fasp_fx
 from fasp_fx.hf import perplexity
@@ -100,7 +101,8 @@ def last_words(model: nn.Module, tokenizer: Any, folder: pathlib.Path, count: in
 def main() -> None:
     parser = arguments(__doc__, text=False, out=True)
     parser.add_argument("--texts", type=pathlib.Path, required=True, help="the folder of the files")
-    parser.add_argument("--recipes", nargs="+", required=True, help="what calibrates")
+    parser.add_argument("--recipes", nargs="*", default=[], help="what calibrates")
+    parser.add_argument("--folders", nargs="*", default=[], help="what `fasp-fx` wrote, to measure as it is")
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.2, 0.3])
     parser.add_argument("--quality", choices=["fast", "balanced", "best"], default="balanced")
     parser.add_argument("--draw", type=int, nargs="*", default=[0])
@@ -146,6 +148,10 @@ def main() -> None:
     key = {"recipe": "dense", "evaluation": options.evaluation, "tasks": options.tasks}
     if not results.has(key):
         results.add(key | measured(model))
+    for folder in options.folders:
+        key = {"folder": folder, "evaluation": options.evaluation, "tasks": options.tasks}
+        if not results.has(key):
+            results.add(key | measured(AutoModelForCausalLM.from_pretrained(folder).to(options.device)))
     captured = None
     for draw in options.draw:
         for recipe in options.recipes:
