@@ -3,7 +3,8 @@ kinds of text, questions answered, last words found. Resumes where it was stoppe
 
 A recipe joins sources by ``+``: a kind of text (the name of its file), or ``own``, what the model writes
 itself. ``fiction+own`` calibrates on as many tokens of each; ``all-code`` on every kind but code, and as
-much own text as of all these together. The first half of each file calibrates, the second measures.
+much own text as of all these together. The first half of each file calibrates, the second measures. Folders
+that ``fasp-fx`` wrote are measured as they are.
 """
 
 from __future__ import annotations
@@ -145,11 +146,12 @@ def main() -> None:
             torch.save(texts, kept)
         return texts[draw, options.chunks]
 
-    key = {"recipe": "dense", "evaluation": options.evaluation, "tasks": options.tasks}
+    measures = {"evaluation": options.evaluation, "tasks": options.tasks}
+    key = {"recipe": "dense"} | measures
     if not results.has(key):
         results.add(key | measured(model))
     for folder in options.folders:
-        key = {"folder": folder, "evaluation": options.evaluation, "tasks": options.tasks}
+        key = {"folder": folder} | measures
         if not results.has(key):
             smaller = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
             results.add(key | measured(smaller.to(options.device)))
@@ -166,8 +168,7 @@ def main() -> None:
             costs = None
             for sparsity in options.sparsity:
                 key = {"recipe": recipe, "sparsity": sparsity, "quality": options.quality, "draw": draw}
-                key |= {"evaluation": options.evaluation, "tasks": options.tasks, "code": options.code}
-                key |= {"chunks": options.chunks}
+                key |= {"code": options.code, "chunks": options.chunks} | measures
                 if results.has(key):
                     continue
                 if captured is None:
