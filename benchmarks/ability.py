@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import pathlib
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import fasp_fx
-from fasp_fx.hf import perplexity
+from fasp_fx import hf
 
 KINDS = {name: f"{name}.txt" for name in ("code", "fiction", "maths", "science")} | {
     "wiki": "wikitext2-valid.txt"
@@ -51,52 +50,44 @@ def lines(file: pathlib.Path) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def log_likelihoods(
-    model: nn.Module, tokenizer: Any, pairs: list[tuple[str, str]], together: int = 16
-) -> Iterator[tuple[float, bool]]:
-    """Of each continuation its log-likelihood after the text before it, and whether it is the likeliest."""
-    encoded = [
-        (before, tokenizer(a + b)["input_ids"])
-        for a, b in pairs
-        if (before := len(tokenizer(a)["input_ids"]))
+def log_likelihoods(model: Any, tokenizer: Any, before: str, after: list[str]) -> list[tuple[float, bool]]:
+    """Of each continuation of a text its log-likelihood, and whether it is the likeliest; the text is read
+    once.
+    """
+    begun = tokenizer(before)["input_ids"]
+    rest = [torch.tensor(tokenizer(before + one)["input_ids"][len(begun) :]) for one in after]
+    read = model(input_ids=torch.tensor([begun], device=model.device), use_cache=True)
+    read.past_key_values.batch_repeat_interleave(len(after))
+    # Padding comes behind, where nothing that counts sees it.
+    rows = nn.utils.rnn.pad_sequence(rest, batch_first=True).to(model.device)
+    logits = model(input_ids=rows, past_key_values=read.past_key_values).logits
+    first = read.logits[:, -1:].expand(len(after), 1, -1)
+    scores = torch.cat([first, logits[:, :-1]], 1).float().log_softmax(-1).cpu()
+    return [
+        (float(row[range(len(one)), one].sum()), bool((row[: len(one)].argmax(-1) == one).all()))
+        for row, one in zip(scores, rest, strict=True)
     ]
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][1]))
-    found: dict[int, tuple[float, bool]] = {}
-    for first in range(0, len(order), together):
-        some = order[first : first + together]
-        width = max(len(encoded[index][1]) for index in some)
-        rows = torch.zeros(len(some), width, dtype=torch.long)
-        for row, index in enumerate(some):
-            rows[row, : len(encoded[index][1])] = torch.tensor(encoded[index][1])
-        # Padding comes behind, where nothing that counts sees it.
-        scores = model(input_ids=rows, use_cache=False).logits.float().log_softmax(-1)
-        for row, index in enumerate(some):
-            before, ids = encoded[index]
-            place, wanted = slice(before - 1, len(ids) - 1), torch.tensor(ids[before:])
-            single = scores[row, place].gather(1, wanted[:, None]).sum()
-            found[index] = float(single), bool((scores[row, place].argmax(-1) == wanted).all())
-    return (found[index] for index in range(len(encoded)))
 
 
-def answered(model: nn.Module, tokenizer: Any, folder: pathlib.Path) -> int:
+def answered(model: Any, tokenizer: Any, folder: pathlib.Path) -> int:
     """How many questions are answered: the right choice is the likeliest for each of its bytes."""
     right = 0
-    for file in QUESTIONS:
-        asked = lines(folder / file)
-        pairs = [(one["query"], f" {choice}") for one in asked for choice in one["choices"]]
-        values = log_likelihoods(model, tokenizer, pairs)
-        for one in asked:
-            sizes = [len(choice.encode()) for choice in one["choices"]]
-            scores = [next(values)[0] / size for size in sizes]
-            right += scores.index(max(scores)) == one["gold"]
+    for one in (one for file in QUESTIONS for one in lines(folder / file)):
+        choices = [f" {choice}" for choice in one["choices"]]
+        values = log_likelihoods(model, tokenizer, one["query"], choices)
+        scores = [
+            value / len(choice.encode()) for (value, _), choice in zip(values, one["choices"], strict=True)
+        ]
+        right += scores.index(max(scores)) == one["gold"]
     return right
 
 
-def last_words(model: nn.Module, tokenizer: Any, folder: pathlib.Path, count: int) -> int:
+def last_words(model: Any, tokenizer: Any, folder: pathlib.Path, count: int) -> int:
     """How many of the first passages of LAMBADA end as the model would end them."""
-    some = lines(folder / "lambada_openai.jsonl")[:count]
-    pairs = [(one["context"], f" {one['continuation']}") for one in some]
-    return sum(likeliest for _, likeliest in log_likelihoods(model, tokenizer, pairs))
+    return sum(
+        log_likelihoods(model, tokenizer, one["context"], [f" {one['continuation']}"])[0][1]
+        for one in lines(folder / "lambada_openai.jsonl")[:count]
+    )
 
 
 def main() -> None:
@@ -126,7 +117,8 @@ def main() -> None:
     def measured(smaller: nn.Module) -> dict[str, Any]:
         with torch.no_grad():
             nats = {
-                kind: float(torch.tensor(perplexity(smaller, text)).log()) for kind, text in measuring.items()
+                kind: float(torch.tensor(hf.perplexity(smaller, text)).log())
+                for kind, text in measuring.items()
             }
         if not options.tasks:
             return {"nats": nats}
@@ -172,15 +164,14 @@ def main() -> None:
                 if results.has(key):
                     continue
                 if captured is None:
-                    example = {"input_ids": measuring["wiki"][:1], "use_cache": False}
-                    captured = fasp_fx.capture(model, (), example)
+                    captured = hf.capture(model)
                 batches = {name: [{"input_ids": row[None]} for row in text] for name, text in texts.items()}
-                how: dict[str, Any] = {"quality": options.quality, "loss": "next-token"}
-                how |= {"calibration": batches, "progress": False}
+                how: dict[str, Any] = {"quality": options.quality, "calibration": batches}
+                how |= {"progress": False}
                 if costs is None and options.quality != "fast":
-                    costs = fasp_fx.measure(captured, part=None, **how)
-                result = fasp_fx.prune(captured, sparsity=sparsity, costs=costs, held_out=(), **how)
-                results.add(key | {"reached": result.report.sparsity} | measured(result.module))
+                    costs = hf.measure(captured, part=None, **how)
+                result = hf.prune(captured, sparsity=sparsity, costs=costs, held_out=(), **how)
+                results.add(key | {"reached": result.report.sparsity} | measured(result.model))
 
 
 if __name__ == "__main__":
