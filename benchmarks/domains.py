@@ -20,15 +20,13 @@ import sentences
 import torch
 import vision
 from _protocol import Results, arguments
+from ability import KINDS
 from torch import Tensor, nn
 from torch.nn import functional
 
 import fasp_fx
 
 CALIBRATING, MEASURED, BATCH = 512, 300, 32
-KINDS = {name: f"{name}.txt" for name in ("code", "fiction", "maths", "science")} | {
-    "wiki": "wikitext2-valid.txt"
-}
 #: what batches calibrate for each domain, and what measures a pruned model on it
 Domain = tuple[list[Any], Callable[[nn.Module], float]]
 
@@ -74,7 +72,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "dim": lambda batch: (batch + 1) / 2 - 1,
     "barred": barred,
 }
-SUBJECTS = {"MiniLM-L6": (texts, (0.2, 0.4)), "vision transformer": (images, (0.6, 0.8))}
+SUBJECTS = {"MiniLM-L6": (texts, (0.2, 0.4)), "vision transformer": (images, (0.4, 0.6))}
 
 
 def mixed(domains: dict[str, Domain], names: list[str]) -> dict[str, list[Any]]:
