@@ -61,6 +61,7 @@ class Results:
     def add(self, found: dict[str, Any]) -> None:
         with self.path.open("a") as out:
             out.write(json.dumps(found) + "\n")
+        self.done.append(found)
         print(found, flush=True)
 
 
