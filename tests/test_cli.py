@@ -28,7 +28,7 @@ import fasp_fx
 from fasp_fx import PruningConfig, Report
 from fasp_fx.cli import _prune
 from fasp_fx.cli._app import _texts, app
-from fasp_fx.cli._models import Texts
+from fasp_fx.cli._models import SELF, Texts
 from fasp_fx.pruning import Figure, Line, read_told
 from fasp_fx.storage import MANIFEST, write_manifest
 
@@ -410,6 +410,51 @@ def test_a_file_is_measured_on_where_no_other_is_given(
     assert texts.used["data.txt"][:, 0].tolist() == list(range(used))
     found = [number for chunks in texts.evaluation.values() for number in chunks[:, 0].tolist()]
     assert found == list(range(used, used + measured))
+
+
+@pytest.mark.parametrize(
+    ("there", "times", "used", "trained", "passes"),
+    [
+        ((40,), 1, (6,), (6,), 1),
+        ((40,), 3, (6,), (18,), 1),
+        ((16,), 3, (6,), (12,), 2),
+        ((7,), 3, (6,), (6,), 3),
+        ((3,), 4, (3,), (3,), 4),
+        ((40, 4), 3, (3, 3), (9, 3), 1),
+        ((5, 4), 3, (3, 3), (4, 3), 3),
+    ],
+)
+@pytest.mark.parametrize("own", [False, True])
+def test_more_text_is_trained_on_before_the_same_again(
+    there: tuple[int, ...],
+    times: int,
+    used: tuple[int, ...],
+    trained: tuple[int, ...],
+    passes: int,
+    own: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is trained on begins with what calibrates, which is the same for any number of times."""
+    files = {str(number): torch.arange(count)[:, None] for number, count in enumerate(there)}
+    monkeypatch.setattr("fasp_fx.cli._models.read_chunks", lambda file, *more: files[file.name])
+    monkeypatch.setattr("fasp_fx.cli._models.start_token", lambda *given: 0)
+    monkeypatch.setattr("fasp_fx.cli._models.sample", lambda *given, **more: torch.arange(given[2])[:, None])
+    share = 6 // len(there)
+    batches = share * len(there) * (1 + own)
+    texts = Texts((*files, SELF) if own else (*files,), batches, None, 5, 1, 0, recover=times)
+    texts.read(None)
+    texts.write(None, lambda *given, **more: {"input_ids": []}, Mock())
+    assert texts.passes == passes
+    for name, one, more in zip(files, used, trained, strict=True):
+        assert texts.used[name].flatten().tolist() == list(range(one))
+        assert texts.training[name].flatten().tolist() == list(range(more))
+    own_parts = [name for name in texts.used if name not in files]
+    assert [len(texts.used[name]) for name in own_parts] == [share] * len(there) * own
+    for name in own_parts:
+        assert torch.equal(texts.training[name][:share], texts.used[name])
+        assert len(texts.training[name]) == -(-share * times // passes)
+    measured = [chunks for label, chunks in texts.evaluation.items() if label.startswith("chunks")]
+    assert all(int(chunks[0]) in trained for chunks in measured), "behind what is trained on"
 
 
 def test_several_texts_calibrate_and_are_measured_by_themselves(folder: Path, tmp_path: Path) -> None:

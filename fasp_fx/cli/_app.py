@@ -231,8 +231,8 @@ def prune(
     recover: Annotated[
         int,
         option(
-            "Train what is left towards the dense model, so often over the calibration text.",
-            metavar="EPOCHS",
+            "Train what is left towards the dense model, on so many times as much text as calibrates.",
+            metavar="TIMES",
             min=0,
             more=False,
         ),
@@ -289,8 +289,9 @@ def prune(
     With `--format gguf-q8_0`, say, no more is removed than a file of that kind can say, and llama.cpp runs
     `small/model.gguf` as it is: layers with widths and heads of their own.
 
-    With `--recover 2` the weights that stay are then trained towards the dense model, twice over the same
-    text; those that do best on a held-out tenth of it are kept. `fasp-fx recover` does the same later,
+    With `--recover 3` the weights that stay are then trained towards the dense model, on three times as much
+    text as calibrates: the same and more of it, which the model writes, or the files hold; where they hold no
+    more, the same again. Those that do best on a held-out tenth are kept. `fasp-fx recover` does this later,
     longer, and with other text.
 
     A `.pt2` file becomes a smaller `.pt2` file, which every runtime takes that took the first. Without
@@ -316,8 +317,9 @@ def prune(
 
         kept = scratch or ((out or Path("here")).absolute().parent if stream else None)
         job = _prune.Job(out, overwrite, format, device, dtype, checkpoint, kept)
-        texts = _texts(calibration, length, eval_batches, batches, own_text=own_text, text=text, seed=seed)
-        training = DistillationConfig(epochs=recover, learning_rate=RATE, seed=seed) if recover else None
+        more: Any = {"own_text": own_text, "text": text, "seed": seed, "recover": max(recover, 1)}
+        texts = _texts(calibration, length, eval_batches, batches, **more)
+        training = DistillationConfig(learning_rate=RATE, seed=seed) if recover else None
         _prune.run(model, job, options, texts, training, stages)
 
 

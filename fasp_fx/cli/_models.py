@@ -285,7 +285,10 @@ class Texts:
         length: tokens of each chunk.
         seed: of what the model writes.
         use: what the chunks are for that are not measured on.
+        recover: how many times as many tokens are trained on as calibrate.
         used, evaluation: the chunks ``[chunks, length]`` by what they are, once they are read or written.
+        training: those that are used, and more of the same sources, to train on.
+        passes: how often these are trained on: until the file that goes farthest was as often as asked for.
         named: the sources, in words.
     """
 
@@ -296,7 +299,10 @@ class Texts:
     length: int
     seed: int
     use: str = "calibration"
+    recover: int = 1
+    passes: int = 1
     used: dict[str, Tensor] = field(default_factory=dict)
+    training: dict[str, Tensor] = field(default_factory=dict)
     evaluation: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -316,19 +322,25 @@ class Texts:
         Raises:
             CalibrationError: a file does not hold enough.
         """
+        passes = []
         for source, name in self._names.items():
             if source != SELF:
                 chunks = read_chunks(Path(source), tokenizer, self.length)
-                # Where no other text is given, what is measured on is of this one: what is not needed, but at
-                # least a quarter.
-                spare = max(len(chunks) - self._share, len(chunks) // 4) if self.text is None else 0
-                self.used[name] = chunks[: min(self._share, len(chunks) - spare)]
-                if spare:
-                    self._measure_on(name, chunks, len(self.used[name]))
+                # Where no other text is given, what is measured on is of this one: a quarter at least.
+                most = len(chunks) - len(chunks) // 4
+                self.used[name] = chunks[: min(self._share, most if self.text is None else len(chunks))]
+                asked = len(self.used[name]) * self.recover
+                self.training[name] = chunks[: max(len(self.used[name]), min(asked, most))]
+                passes.append(-(-asked // len(self.training[name])))
+                if self.text is None and len(chunks) > len(self.training[name]):
+                    self._measure_on(name, chunks, len(self.training[name]))
+        self.passes = min(passes, default=1)
         if self.text is not None:
             chunks = read_chunks(self.text, tokenizer, self.length)
             files = ((source, name) for source, name in self._names.items() if source != SELF)
-            first = next((len(self.used[name]) for source, name in files if self.text.samefile(source)), 0)
+            first = next(
+                (len(self.training[name]) for source, name in files if self.text.samefile(source)), 0
+            )
             if first >= len(chunks):
                 raise CalibrationError(
                     f"all {len(chunks)} chunks of '{self.text}' are used, leaving none to measure on;"
@@ -348,7 +360,7 @@ class Texts:
             FaspError: says why.
         """
         check_length(model, self.length)
-        for use, texts in ((f"for {self.use}", self.used), ("to measure on", self.evaluation)):
+        for use, texts in ((f"for {self.use}", self.training), ("to measure on", self.evaluation)):
             for name, chunks in texts.items():
                 check_tokens(model, chunks, f"the text {use}, {name},")
                 check_output(model, chunks[0])
@@ -360,29 +372,30 @@ class Texts:
             to_use: whether more is needed than what is measured on.
         """
         needed = to_use and SELF in self.sources and SELF not in self.used
-        used = self._parts * -(-self._share * self.length // self._own) if needed else 0
+        used = -(-self._share * self.length // self._own)
+        to_train = -(-used * self.recover // self.passes)
+        count = self._parts * to_train if needed else 0
         to_measure = 0 if self.evaluation else self.eval_batches
-        if count := used + to_measure:
-            stages.begin(f"letting the model write {count} texts of {self._own} tokens")
+        if count + to_measure:
+            stages.begin(f"letting the model write {count + to_measure} texts of {self._own} tokens")
             start = start_token(model, tokenizer)
             written = sample(
                 model,
                 start,
-                count,
+                count + to_measure,
                 self._own,
                 openings=[tokenizer(one, add_special_tokens=False)["input_ids"] for one in OPENINGS],
                 seed=self.seed,
                 progress=stages.update,
             )
-            parts = written[:used].split(used // self._parts) if used else ()
-            self.used |= {
-                SELF if not place else f"{SELF}, {place + 1}": part for place, part in enumerate(parts)
-            }
+            for place, part in enumerate(written[:count].split(to_train) if count else ()):
+                name = SELF if not place else f"{SELF}, {place + 1}"
+                self.used[name], self.training[name] = part[:used], part
             label = (
                 f"text that the model wrote itself, not seen by this {self.use}"
                 f" ({to_measure} x {self._own} tokens)"
             )
-            self.evaluation |= {label: written[used:]} if to_measure else {}
+            self.evaluation |= {label: written[count:]} if to_measure else {}
 
 
 def read_chunks(file: Path, tokenizer: Any, length: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,10 @@ def recover(
     checkpoint: Path | None = None,
 ) -> Pruned:
     """Train a pruned model on text towards the dense one."""
-    steps = {name: training_steps(chunks) for name, chunks in texts.used.items()}
-    tokens = sum(chunks.numel() for chunks in texts.used.values())
-    stages.begin(f"recovering on {tokens:,} tokens of {texts.named}")
+    steps = {name: training_steps(chunks) for name, chunks in texts.training.items()}
+    tokens = sum(chunks.numel() for chunks in texts.training.values())
+    often = f", {config.epochs} times" if config.epochs > 1 else ""
+    stages.begin(f"recovering on {tokens:,} tokens of {texts.named}{often}")
     return distil(result, dense, steps, config=config, checkpoint=checkpoint, progress=stages.update)
 
 
@@ -244,7 +245,7 @@ def run(
     Args:
         config: how to prune.
         texts: what to calibrate and to measure on.
-        training: what follows, if anything.
+        training: what follows, if anything; how often each text is trained on, the text says.
 
     Raises:
         FaspError: it cannot be met; nothing is written then.
@@ -278,6 +279,7 @@ def run(
         with job.saving(stages, versions):
             texts.write(dense, tokenizer, stages, to_use=training is not None)
             if training is not None:
+                training = replace(training, epochs=texts.passes)
                 versions.append(recover(versions[0], dense, texts, training, stages))
             versions.append(measured(dense, versions[-1], texts, stages))
 
