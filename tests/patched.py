@@ -39,4 +39,4 @@ def patch_torch() -> None:
     # Processors that multiply bfloat16 faster round by themselves; tests/test_precision.py holds that.
     if hasattr(torch.cpu, "get_capabilities"):
         able = torch.cpu.get_capabilities
-        torch.cpu.get_capabilities = lambda: {**able(), "amx_bf16": False}
+        torch.cpu.get_capabilities = lambda: {**able(), "amx_bf16": False, "avx512_bf16": False}

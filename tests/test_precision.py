@@ -56,16 +56,31 @@ def precisions(**options: Any) -> dict[str, set[str]]:
 
 @pytest.fixture
 def rounding(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """Makes the hardware one that multiplies bfloat16, or one that does not."""
-    return lambda able: monkeypatch.setattr(
-        "fasp_fx.pruning._method.multiplies_bfloat16", lambda device: able
-    )
+    """Makes the processor one that multiplies bfloat16 and rounds fast, or one that only multiplies it."""
+
+    def change(able: bool) -> None:
+        units = {"amx_bf16": able, "avx512_bf16": True}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+
+    return change
 
 
 def test_the_hardware_decides_in_which_precision_data_run(rounding: Callable[[bool], None]) -> None:
     for able, precision in ((True, "medium"), (False, "highest")):
         rounding(able)
         assert precisions() == {"loss": {precision}, "score": {"highest"}}
+
+
+@pytest.mark.parametrize("unit", ["amx_bf16", "avx512_bf16", "avx2"])
+def test_training_rounds_where_products_of_bfloat16_are_fast(
+    unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True}, raising=False)
+    dense, seen = Vectors(8).eval(), []
+    result = fasp_fx.prune(dense, (BATCHES[0],), calibration=BATCHES, sparsity=0.3)
+    dense.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    fasp_fx.distil(result, dense, BATCHES, epochs=1)
+    assert sum(seen) == (0 if unit == "avx2" else 3)  # of four batches one is held out, and judged in full
 
 
 def test_what_torch_was_asked_for_before_stays(rounding: Callable[[bool], None]) -> None:

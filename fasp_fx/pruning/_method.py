@@ -327,7 +327,8 @@ def _advice(config: PruningConfig, groups: Sequence[Group]) -> str:
 
 def precision_of(program: Program) -> str:
     """That of products of float32 while a program runs on calibration data: the device's choice."""
-    return "medium" if multiplies_bfloat16(computing() or device_of(program.module)) else "highest"
+    device = computing() or device_of(program.module)
+    return "medium" if multiplies_bfloat16(device, from_float32=True) else "highest"
 
 
 def by_score(method: Method, consumers: Consumers, lost: Sequence[int]) -> Choices:
