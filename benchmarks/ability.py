@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import time
 import warnings
 from typing import Any
 
@@ -168,10 +169,13 @@ def main() -> None:
                 batches = {name: [{"input_ids": row[None]} for row in text] for name, text in texts.items()}
                 how: dict[str, Any] = {"quality": options.quality, "calibration": batches}
                 how |= {"progress": False}
+                begun = time.process_time()
                 if costs is None and options.quality != "fast":
                     costs = hf.measure(captured, part=None, **how)
                 result = hf.prune(captured, sparsity=sparsity, costs=costs, held_out=(), **how)
-                results.add(key | {"reached": result.report.sparsity} | measured(result.model))
+                seconds = time.process_time() - begun  # of the first sparsity with its costs
+                key |= {"reached": result.report.sparsity, "seconds": seconds}
+                results.add(key | measured(result.model))
 
 
 if __name__ == "__main__":
