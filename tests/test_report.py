@@ -23,7 +23,7 @@ from fasp_fx.base import _progress
 from fasp_fx.interop import write_page
 from fasp_fx.interop.page import to_html
 from fasp_fx.pruning import COUNTED, Figure, Line, Report
-from fasp_fx.pruning._report import COLUMNS
+from fasp_fx.pruning._report import COLUMNS, Prediction
 
 
 def _normed() -> nn.Module:
@@ -78,8 +78,8 @@ def test_what_a_file_leaves_out_is_unknown() -> None:
     line = dataclasses.replace(REPORT.lines[0], error_cut=None, error_restored=None)
     shown = str(Report.from_json(dataclasses.replace(REPORT, lines=(line,)).to_json())).splitlines()
     assert all("unknown" in line for line in shown[1:3])
-    predicted = dataclasses.replace(REPORT, lines=(line,), notes=("predicted rise of it: 1",))
-    assert "cost        predicted rise of it: 1" in str(predicted).splitlines()
+    predicted = dataclasses.replace(REPORT, lines=(line,), prediction=Prediction("it", 1.0, "much"))
+    assert "cost        predicted rise of it: 1 (much)" in str(predicted).splitlines()
 
 
 def test_the_columns_are_explained_where_they_hold_something() -> None:

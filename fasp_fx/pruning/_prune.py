@@ -62,7 +62,7 @@ from ._method import (
     constrained,
     open_budget,
 )
-from ._report import PREDICTED
+from ._report import Prediction
 from ._result import Result
 from ._subject import InParts, PartsAnalysis, Subject, Whole, analyze_for, check_weights, make_plan, split
 
@@ -70,6 +70,10 @@ from ._subject import InParts, PartsAnalysis, Subject, Whole, analyze_for, check
 PROGRESS_SHARE_MEASURING = 0.35
 #: the part of the rest that a search takes
 PROGRESS_SHARE_SEARCHING = 0.6
+_NOTHING_GOES = (
+    "nothing goes: what was asked for is less than half a step of any group; ask for more, or for a smaller"
+    " round_to"
+)
 
 
 @one_at_a_time
@@ -416,7 +420,7 @@ def prune_subject(
     """The smaller model; errors as for :func:`fasp_fx.prune`."""
     for path, decision in decide(subject, config, calibration, job):
         subject.put(path, decision, config)
-    return subject.result(config)
+    return subject.result(config).with_report(prediction=subject.prediction)
 
 
 def decide(
@@ -451,7 +455,8 @@ def decide(
     budget, candidates = served_budget(subject, budget, analysis), subject.trial(measured.trials)
     trial = None if candidates is None else BudgetTrial(candidates, budget, between(advance, done, searched))
     lost = allocate(method, budget, costs, trial, job.constraint)
-    subject.notes = [*(trial.notes if trial else ()), *_remarks(method, costs, analysis, lost)]
+    subject.prediction = None if costs is None else _predicted(method, costs, analysis, lost)
+    subject.notes = [*(trial.notes if trial else ()), *([] if any(lost) else [_NOTHING_GOES])]
     if folder is not None and "" not in consumers and not ranks.rank:
         claim(folder, "prune", {"parts": list(consumers)})
     shares, advance = split(subject.analyses, lost), between(advance, searched, 1.0)
@@ -653,18 +658,10 @@ def _journal(
     return Journal(folder, run)
 
 
-def _remarks(method: Method, costs: Costs | None, analysis: Groups, lost: list[int]) -> list[str]:
-    """What there is to say of an allocation."""
-    remarks = []
-    if costs is not None:
-        rise = costs.predicted(dict(zip((group.name for group in analysis.chosen), lost, strict=True)))
-        remarks.append(f"{PREDICTED} {method.loss_description}: {rise:.3g} ({method.in_words(rise)})")
-    if not any(lost):
-        remarks.append(
-            "nothing goes: what was asked for is less than half a step of any group; ask for more, or for a"
-            " smaller round_to"
-        )
-    return remarks
+def _predicted(method: Method, costs: Costs, analysis: Groups, lost: list[int]) -> Prediction:
+    """What costs say of an allocation."""
+    rise = costs.predicted(dict(zip((group.name for group in analysis.chosen), lost, strict=True)))
+    return Prediction(method.loss_description, rise, method.in_words(rise))
 
 
 def _subject_of(

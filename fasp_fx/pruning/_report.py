@@ -33,9 +33,6 @@ COLUMNS = (
     " the repair has not seen.",
 )
 
-#: the note on what an allocation by costs predicts begins so
-PREDICTED = "predicted rise of"
-
 
 def weight_size(weights: Mapping[str, Tensor]) -> tuple[int, int]:
     """Number of parameters and their bytes; tied weights count once."""
@@ -152,6 +149,23 @@ class Recovery:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What an allocation by costs expects of the loss.
+
+    Attributes:
+        loss: what it is, in words.
+        rise: how much it rises; ``in_words`` says that on a scale that people know.
+    """
+
+    loss: str
+    rise: float
+    in_words: str
+
+    def __str__(self) -> str:
+        return f"predicted rise of {self.loss}: {self.rise:.3g} ({self.in_words})"
+
+
+@dataclass(frozen=True)
 class Spent:
     """One budget, and how it was kept.
 
@@ -193,6 +207,7 @@ class Report(Page):
         include: the statuses that were pruned besides ``"prunable"``, as given to :func:`fasp_fx.prune`.
         recovery: the training that followed, if there was one.
         budgets: what was allowed, and what is used of it.
+        prediction: what the allocation expected this to cost; ``None`` where it did not go by costs.
         agreement: how far the pruned model agrees with the dense one on rows that neither a choice nor a
             repair has seen; ``None``: none were held out.
         config: what :func:`fasp_fx.prune` was asked for; ``None`` for a plan that was replayed, and for what
@@ -216,6 +231,7 @@ class Report(Page):
     include: tuple[str, ...] = ()
     recovery: Recovery | None = None
     budgets: tuple[Spent, ...] = ()
+    prediction: Prediction | None = None
     agreement: Agreement | None = None
     config: Annotated[
         PruningConfig | None,
@@ -253,11 +269,10 @@ class Report(Page):
 
     def _cost(self) -> str:
         """What was lost, as far as it was seen."""
-        predicted = next((note for note in self.notes if note.startswith(PREDICTED)), None)
         cut = max((line.error_cut for line in self.lines if line.error_cut is not None), default=None)
         restored = max((line.error_restored or 0.0 for line in self.lines), default=0.0)
-        if predicted is not None:
-            return predicted
+        if self.prediction is not None:
+            return str(self.prediction)
         if cut is None:
             return "unknown: no layer's error was measured; run both models on data of yours"
         return (

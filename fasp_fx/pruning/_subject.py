@@ -54,7 +54,7 @@ from fasp_fx.errors import (
 from fasp_fx.passes import split_fused
 
 from ._config import PruningConfig
-from ._report import Report, make_report, spent, weight_size, with_exclusions
+from ._report import Prediction, Report, make_report, spent, weight_size, with_exclusions
 from ._result import Result
 from .check import Checker
 
@@ -95,12 +95,14 @@ class Whole:
         programs: what it was captured as, by path, in the order in which the model runs them.
         analyses: those of the programs that are pruned, once :meth:`analyze` was called.
         notes: what there is to say of all programs together.
+        prediction: what losing channels will cost, once it was decided which.
     """
 
     def __init__(self, program: Program, device: torch.device | str | None = None) -> None:
         self.programs, self._device = {"": program}, None if device is None else device_named(device)
         self.analyses: dict[str, Analysis] = {}
         self.notes: list[str] = []
+        self.prediction: Prediction | None = None
 
     def analyze(self, asked: PruningConfig) -> Analysis:
         """The groups of all programs, in the names of the model."""
@@ -334,6 +336,7 @@ class InParts:
         self.programs = {part.paths[0]: part.program for part in around.parts}
         self.analyses: dict[str, Analysis] = {}
         self.notes: list[str] = []
+        self.prediction: Prediction | None = None
         self.around, self.model = around, model
         self.parts = {part.paths[0]: part for part in around.parts}
         self.originals = {path: self.model.get_submodule(path) for path in self.parts}
