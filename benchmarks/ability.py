@@ -131,15 +131,10 @@ def main() -> None:
         return {"nats": nats, "right": right, "answers": chosen, "last words": words}
 
     def written(draw: int) -> Tensor:
-        from fasp_fx.cli._models import OPENINGS, sample, start_token
-
         texts = torch.load(kept) if kept.exists() else {}
         if (draw, options.chunks) not in texts:
-            openings = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in OPENINGS]
-            how = {"openings": openings, "seed": draw}
-            texts[draw, options.chunks] = sample(
-                model, start_token(model, tokenizer), options.chunks * LENGTH // OWN, OWN, **how
-            )
+            count = options.chunks * LENGTH // OWN
+            texts[draw, options.chunks] = hf.write_texts(model, tokenizer, count, OWN, seed=draw)
             torch.save(texts, kept)
         return texts[draw, options.chunks]
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from models import made as made_of
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from fasp_fx import ArgumentError, CalibrationError
-from fasp_fx.cli._models import sample, start_token
-from fasp_fx.hf import perplexity
+from fasp_fx.hf import perplexity, write_texts
+from fasp_fx.hf._own_text import _OPENINGS, sample, start_token
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,25 @@ def test_texts_begin_as_they_are_told_to(model: LlamaForCausalLM) -> None:
     assert (texts[2::3, 1:3] == torch.tensor([2, 1])).all()
     assert len(texts[::3, 1].unique()) > 1
     assert sample(model, 0, 2, 2, openings=[[2, 1]])[:, 1].tolist() == [2, 2]
+
+
+def test_texts_are_of_many_kinds_where_a_tokenizer_is_given(model: LlamaForCausalLM) -> None:
+    def read(text: str, **how: bool) -> dict[str, list[int]]:
+        assert how == {"add_special_tokens": False}
+        return {"input_ids": [len(text) % 5]}
+
+    texts = write_texts(model, read, 16, 4, seed=1, progress=False)
+    assert texts[:, 1].tolist() == [len(one) % 5 for one in _OPENINGS]
+    assert torch.equal(write_texts(model, count=3, length=4), sample(model, 0, 3, 4))
+
+
+def test_what_writes_no_text_by_itself_is_refused(model: LlamaForCausalLM) -> None:
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 8}
+    other = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **sizes))
+    with pytest.raises(ArgumentError, match="T5ForConditionalGeneration writes only what a source asks for"):
+        write_texts(other)
+    with pytest.raises(ArgumentError, match="one text of two tokens at least"):
+        write_texts(model, count=0)
 
 
 def test_sampling_goes_past_the_end_token(model: LlamaForCausalLM) -> None:

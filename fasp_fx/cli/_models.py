@@ -4,10 +4,9 @@ file, dense or pruned; and text, of a file or of the model itself.
 
 from __future__ import annotations
 
-import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,9 +20,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
 )
 
 from fasp_fx.base import Scratch, device_of, keep_weights, reading_gguf, tolerable
@@ -37,6 +33,7 @@ from fasp_fx.hf import (
     load_offloaded,
     read_pruned,
     refuse_incomplete,
+    write_texts,
 )
 from fasp_fx.pruning import Report
 from fasp_fx.storage import MANIFEST, is_save, read_manifest, read_text, verify
@@ -47,30 +44,8 @@ from ._console import Stages
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-SAMPLED_TOGETHER = 64
 #: lies beside models whose layers have sizes of their own
 _OWN_CODE = "modeling_per_layer.py"
-
-#: what texts that a model writes begin with, in turn, so that they are of many kinds: from nothing it writes
-#: mostly of what it saw most
-OPENINGS = (
-    "",
-    "The ",
-    "def ",
-    "Question: ",
-    "Once upon a time",
-    "Abstract: ",
-    '"I ',
-    "1. ",
-    "import ",
-    "In 19",
-    "He ",
-    "To solve this, ",
-    "class ",
-    "Dear ",
-    "We investigated ",
-    "How many ",
-)
 
 
 def _named(model: str) -> tuple[str, dict[str, Any]]:
@@ -378,16 +353,8 @@ class Texts:
         to_measure = 0 if self.evaluation else self.eval_batches
         if count + to_measure:
             stages.begin(f"letting the model write {count + to_measure} texts of {self._own} tokens")
-            start = start_token(model, tokenizer)
-            written = sample(
-                model,
-                start,
-                count + to_measure,
-                self._own,
-                openings=[tokenizer(one, add_special_tokens=False)["input_ids"] for one in OPENINGS],
-                seed=self.seed,
-                progress=stages.update,
-            )
+            how: dict[str, Any] = {"seed": self.seed, "progress": stages.update}
+            written = write_texts(model, tokenizer, count + to_measure, self._own, **how)
             for place, part in enumerate(written[:count].split(to_train) if count else ()):
                 name = SELF if not place else f"{SELF}, {place + 1}"
                 self.used[name], self.training[name] = part[:used], part
@@ -439,101 +406,3 @@ def check_output(model: Any, chunk: Tensor) -> None:
         raise CalibrationError(
             "what the model predicts is not finite; give an undamaged model, or another --dtype"
         )
-
-
-def start_token(model: Any, tokenizer: Any) -> int:
-    """The token a text begins with.
-
-    Raises:
-        CalibrationError: neither model nor tokenizer names one that the model knows.
-    """
-    size = model.config.get_text_config().vocab_size
-    for holder in (tokenizer, model.generation_config, model.config):
-        for name in ("bos_token_id", "eos_token_id"):
-            named = getattr(holder, name, None)
-            token = named[0] if isinstance(named, list) and named else named
-            if isinstance(token, int) and 0 <= token < size:
-                return token
-    raise CalibrationError(
-        "no token that begins a text of this model is named, or none that the model knows, so it cannot write"
-        " its own; give the tokenizer that belongs to it, or calibrate on a file with --calibration FILE"
-    )
-
-
-def sample(
-    model: Any,
-    start: int,
-    count: int,
-    length: int,
-    *,
-    openings: Sequence[Sequence[int]] = (),
-    seed: int = 0,
-    progress: Callable[[float], None] = lambda fraction: None,
-) -> Tensor:
-    """Let a language model write ``count`` texts of ``length`` tokens: plain sampling from its own
-    distribution, past the end of a document too.
-
-    Args:
-        start: the first token of each text, included in its length.
-        openings: tokens that follow it, of one text after another in turn.
-        seed: the same seed gives the same texts on the same machine; the global random state is left as it
-            was.
-        progress: called with the fraction done.
-
-    Returns:
-        Tokens ``[count, length]``.
-
-    Raises:
-        CalibrationError: the model predicts nothing finite.
-    """
-    device = device_of(model)
-    texts: list[Tensor] = []
-
-    class Draw(LogitsProcessor):
-        """Leaves the one token that is drawn: where the running sum of the probabilities passes a uniform
-        number.
-
-        One number for each text is needed for this; ``torch.multinomial``, which ``generate`` would use,
-        draws one for each word of the vocabulary.
-        """
-
-        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            passed = scores.softmax(-1, dtype=torch.float32).cumsum_(-1)
-            total = passed[:, -1:]
-            if not torch.isfinite(total).all():
-                raise CalibrationError(
-                    f"what the model predicts is not finite any more after {input_ids.shape[1]} tokens of its"
-                    " own; calibrate on a file"
-                )
-            drawn = torch.searchsorted(
-                passed, torch.rand(len(scores), 1, device=scores.device) * total, right=True
-            )
-            first, place = sum(map(len, texts)), input_ids.shape[1] - 1
-            for row in range(len(drawn)):
-                begun = openings[(first + row) % len(openings)] if openings else ()
-                if place < len(begun):
-                    drawn[row] = begun[place]
-            progress((sum(map(len, texts)) + len(input_ids) * (input_ids.shape[1] + 1) / length) / count)
-            return scores.fill_(-torch.inf).scatter_(-1, drawn.clamp_max(scores.shape[-1] - 1), 0.0)
-
-    settings = GenerationConfig(
-        do_sample=False, max_length=length, bos_token_id=start, eos_token_id=None, pad_token_id=start
-    )
-    # What a model brings along (an end token, a temperature) would be merged into settings given by call.
-    speaker = copy.copy(model)
-    speaker.generation_config = settings
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-    ):
-        torch.manual_seed(seed)
-        for first in range(0, count, SAMPLED_TOGETHER):
-            prompt = torch.full((min(SAMPLED_TOGETHER, count - first), 1), start, device=device)
-            texts.append(
-                speaker.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    logits_processor=LogitsProcessorList([Draw()]),
-                )
-            )
-    return torch.cat(texts)

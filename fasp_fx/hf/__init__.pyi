@@ -19,6 +19,9 @@ from ._model import (
     PrunedForSeq2SeqLM as PrunedForSeq2SeqLM,  # A pruned encoder-decoder that generates as its original does
     PrunedModel as PrunedModel,  # A model whose forward is a captured and pruned program with a cache; made by fasp_fx.hf.prune or from_pretrained
 )
+from ._own_text import (
+    write_texts as write_texts,  # Have a language model write text: drawn from what it predicts, past the end of a document, too
+)
 from ._prune import (
     CapturedModel as CapturedModel,  # A generating model as the programs that generation needs, over its own weights, for several prunings
     Pruned as Pruned,  # What fasp_fx.hf.prune returns
@@ -54,4 +57,5 @@ __all__ = [
     "perplexity",
     "prune",
     "sweep",
+    "write_texts",
 ]
