@@ -193,8 +193,9 @@ def check_calibration(batches: Any, what: str = "calibration") -> Iterable[Any]:
     """
     if batches is None and what == "calibration":
         raise CalibrationError(
-            "no calibration data: pass calibration=, an iterable of batches, or use score='magnitude' or"
-            " 'random' with restore=None, which need none"
+            "no calibration data: pass calibration=, an iterable of batches, which a language model can write"
+            " (fasp_fx.hf.write_texts), or use score='magnitude' or 'random' with restore=None, which need"
+            " none"
         )
     if "" not in (named := sources_in(batches)):
         for name, some in named.items():

@@ -360,7 +360,8 @@ def prune(
         tokenizer: kept and saved with the result.
         calibration: an iterable of batches: token numbers ``[batch, tokens]``, or dicts with ``input_ids``
             and, where needed, ``attention_mask``; for an encoder-decoder also ``decoder_input_ids``. Tokens
-            that the mask hides enter neither scores nor repairs.
+            that the mask hides enter neither scores nor repairs. Of several sources by their names, each
+            counts for as much. Where there is no text, :func:`write_texts` gives some.
         config: the options; ``None``: the defaults.
         costs: as for :func:`fasp_fx.prune`.
         format: of the files that the result is to be saved in. ``"fasp-fx"``: the pruned program, for any
